@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Lint, types and tests, in .venv, which it makes if need be.
+#
+#   bash scripts/test.sh               everything
+#   bash scripts/test.sh --fast        without the slow tests
+#   bash scripts/test.sh -k NAME ...   pytest arguments: only these tests
+#
+# Comparisons with other libraries run where they are installed:
+#   bash scripts/setup.sh reference
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh test
+
+export JAX_PLATFORMS=cpu
+if [[ ${1:-} == --fast ]]; then
+  shift
+  set -- -m 'not slow' "$@"
+fi
+.venv/bin/ruff format --check .
+.venv/bin/ruff check .
+.venv/bin/pyright
+.venv/bin/pytest -n 2 --dist loadfile "$@"

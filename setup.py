@@ -1,0 +1,52 @@
+"""Installs t2x. `bash scripts/setup.sh [EXTRA...]` uses the tested versions."""
+
+import setuptools
+
+# One line of justification per dependency stands in BUILD_NOTES.md.
+CORE = [
+  'absl-py>=2.1',
+  'array_record>=0.8',
+  'etils[epath]>=1.9',
+  'flax>=0.12.4',
+  'grain>=0.2.15',
+  'jax>=0.10.2',
+  'matplotlib>=3.9',
+  'numpy>=2.0',
+  'optax>=0.2.6',
+  'orbax-checkpoint>=0.11.30',
+  'rich>=13.7',
+  'sentencepiece>=0.2.0',
+  'tensorboardX>=2.6.2',
+  'tensorflow-datasets>=4.9.9',
+]
+
+EXTRAS = {
+  'tpu': ['jax[tpu]'],
+  'gpu': ['jax[cuda13]'],
+  'gcs': ['gcsfs>=2024.6'],
+  'notebook': ['ipykernel>=6.29', 'jupyterlab>=4.2'],
+  'test': [
+    'ipykernel>=6.29',
+    'nbclient>=0.10',
+    'nbformat>=5.10',
+    'psutil>=6.0',
+    'pyright[nodejs]>=1.1.390',
+    'pytest>=8.3',
+    'pytest-xdist>=3.6',
+    'ruff>=0.9',
+    'tensorboard>=2.18',
+  ],
+  'bench': ['psutil>=6.0', 'torch==2.13.0'],
+  'reference': ['torch==2.13.0', 'transformers>=5.0'],
+}
+
+setuptools.setup(
+  name='t2x',
+  version='0.1.0',
+  description='Transformers on device meshes, in JAX.',
+  license='Apache-2.0',
+  packages=setuptools.find_packages(include=['t2x', 't2x.*']),
+  python_requires='>=3.11',
+  install_requires=CORE,
+  extras_require=EXTRAS,
+)

@@ -1,0 +1,1 @@
+"""t2x: Transformers on device meshes, in JAX."""

@@ -1,0 +1,231 @@
+"""Saving and restoring the state of a run with Orbax.
+
+A checkpoint holds arrays by path, in the one canonical stacking of
+`t2x.stack`, so it restores onto any mesh and onto scanned or unrolled layers.
+It also holds a checksum of every array: a sum of its bits modulo 2**32, which
+no layout changes, so that damage to the files is seen.
+"""
+
+import logging
+from typing import Any
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from t2x import sharding
+
+_log = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+  """No checkpoint can be used; says which were tried and why they failed."""
+
+
+class Checkpoints:
+  """The checkpoints of one run, in `workdir/checkpoints`.
+
+  Args:
+    workdir: directory of the run, local or gs://.
+    keep_last: newest checkpoints that are kept.
+    keep_every: checkpoints at multiples of this step are kept for good.
+  """
+
+  def __init__(
+    self, workdir: str, *, keep_last: int = 3, keep_every: int | None = None
+  ):
+    self._directory = epath.Path(workdir).expanduser() / 'checkpoints'
+    if not self._directory.is_absolute() and '://' not in str(workdir):
+      self._directory = epath.Path.cwd() / self._directory
+    self._options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep_last,
+      keep_period=keep_every,
+      enable_async_checkpointing=True,
+    )
+    self._manager: ocp.CheckpointManager | None = None
+    self._sums: dict[str, jax.Array] | None = None
+
+  @property
+  def manager(self) -> ocp.CheckpointManager:
+    if self._manager is None:
+      self._manager = ocp.CheckpointManager(
+        self._directory, options=self._options
+      )
+    return self._manager
+
+  def save(self, step: int, state: Any, position: dict[str, Any]) -> bool:
+    """Starts saving `state`; training may go on while files are written.
+
+    Args:
+      step: the step that the state has reached.
+      state: a pytree of arrays.
+      position: JSON; where the data stands.
+
+    Returns:
+      False if this save, or the one before it, failed. The failure is logged
+      and the checkpoints before it stay as they are.
+    """
+    arrays = by_path(state)
+    sums = {name: int(s) for name, s in jax.device_get(_sums(arrays)).items()}
+    meta = {'step': step, 'data': position, 'checksums': sums}
+    try:
+      self.manager.check_for_errors()
+      self.manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.PyTreeSave(arrays), meta=ocp.args.JsonSave(meta)
+        ),
+        force=True,
+      )
+    except Exception as error:  # A full disk must not end a run.
+      self._report(step, error)
+      return False
+    return True
+
+  def wait(self) -> bool:
+    """Waits for the save under way; False if it failed."""
+    if self._manager is None:
+      return True
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      self._report(self.latest_step(), error)
+      return False
+    return True
+
+  def latest_step(self) -> int | None:
+    """Returns the newest complete step, or None."""
+    if not self._directory.exists():
+      return None
+    return self.manager.latest_step()
+
+  def restore(
+    self, shapes: Any, step: int | None = None, *, partial: bool = False
+  ):
+    """Restores the newest checkpoint that is whole.
+
+    Damaged newer ones are renamed to `damaged_checkpoint_STEP`, so that a run
+    can save these steps again.
+
+    Args:
+      shapes: the state as ShapeDtypeStructs with shardings.
+      step: take this one; default the newest.
+      partial: `shapes` is a part of what was saved (a model without its
+        optimizer), and the files are only read.
+
+    Returns:
+      (step, state, data position), or None if there is no checkpoint.
+
+    Raises:
+      CheckpointError: there are checkpoints and none can be used.
+    """
+    if not self._directory.exists():
+      return None
+    steps = sorted(self.manager.all_steps(), reverse=True)
+    if step is not None and step not in steps:
+      raise CheckpointError(
+        f'{self._directory} has no checkpoint of step {step}; it has '
+        f'{", ".join(map(str, sorted(steps))) or "none"}.'
+      )
+    failures = []
+    for candidate in steps if step is None else [step]:
+      try:
+        state, meta = self._restore(candidate, shapes, partial)
+      except Exception as error:
+        failures.append(f'step {candidate}: {_short(error)}')
+        _log.warning(
+          'The checkpoint of step %d cannot be used (%s); trying the one '
+          'before it.',
+          candidate,
+          _short(error),
+        )
+        continue
+      if step is None and not partial:
+        self._set_aside([s for s in steps if s > candidate])
+      return candidate, state, meta['data']
+    if failures:
+      raise CheckpointError(
+        f'No checkpoint in {self._directory} can be used: '
+        f'{"; ".join(failures)}. Restore the files, or start in another '
+        'workdir.'
+      )
+    return None
+
+  def close(self) -> None:
+    if self._manager is not None:
+      self._manager.close()
+
+  def _restore(self, step: int, shapes: Any, partial: bool):
+    wanted = by_path(shapes)
+    meta = self.manager.restore(
+      step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+    ).meta
+    saved = set(meta['checksums'])
+    extra, missing = sorted(saved - set(wanted)), sorted(set(wanted) - saved)
+    if missing or (extra and not partial):
+      raise CheckpointError(
+        f'it holds other arrays: not needed {extra[:3]}, missing {missing[:3]}'
+      )
+    args = ocp.args.PyTreeRestore(
+      wanted,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+      partial_restore=partial,
+    )
+    arrays = self.manager.restore(
+      step, args=ocp.args.Composite(state=args)
+    ).state
+    found = jax.device_get(_sums(arrays))
+    damaged = [n for n, s in found.items() if int(s) != meta['checksums'][n]]
+    if damaged:
+      raise CheckpointError(f'damaged arrays: {", ".join(damaged[:3])}')
+    paths, treedef = jax.tree_util.tree_flatten_with_path(shapes)
+    leaves = [arrays[sharding.path_name(path)] for path, _ in paths]
+    return treedef.unflatten(leaves), meta
+
+  def _set_aside(self, steps: list[int]) -> None:
+    """Renames unusable checkpoints, so that their steps can be saved again."""
+    if not steps:
+      return
+    self.manager.close()
+    self._manager = None
+    if jax.process_index() == 0:
+      for step in steps:
+        path = self._directory / str(step)
+        path.rename(self._directory.parent / f'damaged_checkpoint_{step}')
+
+  def _report(self, step: int | None, error: Exception) -> None:
+    _log.error(
+      'Saving a checkpoint failed near step %s (%s). Training goes on; the '
+      'last complete checkpoint is that of step %s in %s. Free space or '
+      'make the directory writable.',
+      step,
+      _short(error),
+      self.latest_step(),
+      self._directory,
+    )
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+  """Returns dotted path -> leaf."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {sharding.path_name(path): leaf for path, leaf in flat}
+
+
+@jax.jit
+def _sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  return {name: _bit_sum(array) for name, array in arrays.items()}
+
+
+def _bit_sum(array: jax.Array) -> jax.Array:
+  if jnp.issubdtype(array.dtype, jnp.bool_):
+    array = array.astype(jnp.uint8)
+  unsigned = jnp.dtype(f'uint{8 * array.dtype.itemsize}')
+  bits = jax.lax.bitcast_convert_type(array, unsigned)
+  return bits.astype(jnp.uint32).sum(dtype=jnp.uint32)
+
+
+def _short(error: Exception) -> str:
+  """Returns the first line of an error, at most 200 characters."""
+  text = str(error).strip() or type(error).__name__
+  return text.splitlines()[0][:200]

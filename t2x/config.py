@@ -1,0 +1,317 @@
+"""Dotted overrides on trees of frozen dataclasses, and their JSON form.
+
+A config is a frozen keyword-only dataclass whose fields are values or further
+configs. A field that takes one of several classes (a union) is told apart by
+the classes' `kind`, a `ClassVar[str]`.
+
+  >>> import dataclasses
+  >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+  ... class Optim:
+  ...   learning_rate: float = 1e-3
+  >>> override(Optim(), {'learning_rate': '3e-4'})
+  Optim(learning_rate=0.0003)
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from typing import Any
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, str]:
+  """Splits `name=value` strings; a later one for the same name wins.
+
+  Raises:
+    ValueError: a setting has no `=`.
+  """
+  result = {}
+  for setting in settings:
+    name, equals, value = setting.partition('=')
+    if not equals or not name.strip():
+      raise ValueError(
+        f'--set {setting!r} is not of the form dotted.name=value, for '
+        'example --set model.num_layers=4.'
+      )
+    result[name.strip()] = value.strip()
+  return result
+
+
+def override(config: Any, settings: Mapping[str, str]) -> Any:
+  """Returns `config` with every dotted setting, rebuilt once, leaves first.
+
+  Since nothing is built before all values are known, their order never
+  matters and no half-set config is ever checked. Choosing another kind for a
+  union field keeps the values of the fields that both kinds share.
+
+  Args:
+    config: a frozen dataclass.
+    settings: dotted name -> text; the text is parsed by the annotation.
+
+  Raises:
+    ValueError: an unknown name (the closest one is suggested), a value that
+      does not fit the annotation, or whatever the configs themselves refuse.
+  """
+  tree: dict[str, Any] = {}
+  for name, text in settings.items():
+    node = tree
+    for part in name.split('.'):
+      node = node.setdefault(part, {})
+    node[''] = text
+  return _rebuild(type(config), config, tree, '')
+
+
+def _rebuild(hint: Any, value: Any, tree: dict[str, Any], path: str) -> Any:
+  """Applies the settings in `tree`, whose own value stands under ''."""
+  if not tree:
+    return value
+  classes = _config_classes(hint)
+  kind = _chosen_kind(tree, classes)
+  if kind is not None and classes:
+    if _accepts_none(hint) and kind.lower() == 'none':
+      return None
+    return _build(_by_kind(classes, kind, path), value, tree, path)
+  if dataclasses.is_dataclass(value):
+    return _build(type(value), value, tree, path)
+  if isinstance(value, tuple) and '' not in tree:
+    return _rebuild_tuple(hint, value, tree, path)
+  if '' not in tree:
+    raise ValueError(_no_fields_message(path, value, tree, classes))
+  extra = next((name for name in tree if name), None)
+  if extra is not None:
+    raise ValueError(f'{_join(path, extra)!r}: {path!r} has no fields.')
+  return parse(tree[''], hint, path)
+
+
+def _chosen_kind(tree: dict[str, Any], classes: list[type]) -> str | None:
+  if '' in tree and classes:
+    return tree['']
+  if 'kind' in tree and any(hasattr(c, 'kind') for c in classes):
+    return tree['kind'].get('')
+  return None
+
+
+def _build(cls: type, old: Any, tree: dict[str, Any], path: str) -> Any:
+  """Builds `cls` from the old value's shared fields and the settings."""
+  fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+  hints = typing.get_type_hints(cls)
+  values = {n: getattr(old, n) for n in fields if hasattr(old, n)}
+  for name, subtree in tree.items():
+    if name == '' or (name == 'kind' and hasattr(cls, 'kind')):
+      continue
+    if name not in fields:
+      raise ValueError(_unknown_message(cls, name, _join(path, name), fields))
+    current = values.get(name, _default(fields[name]))
+    values[name] = _rebuild(hints[name], current, subtree, _join(path, name))
+  return cls(**values)
+
+
+def _rebuild_tuple(hint, value, tree, path):
+  items = list(value)
+  item_hint = _item_hint(hint)
+  for name, subtree in tree.items():
+    if not name.isdigit() or int(name) >= len(items):
+      raise ValueError(
+        f'{_join(path, name)!r}: {path!r} has {len(items)} items; name one '
+        f'by its index, 0 to {len(items) - 1}.'
+      )
+    index = int(name)
+    items[index] = _rebuild(item_hint, items[index], subtree, f'{path}.{name}')
+  return tuple(items)
+
+
+def parse(text: str, hint: Any, path: str = 'value') -> Any:
+  """Parses `text` as the annotation `hint` says.
+
+  Raises:
+    ValueError: names `path`, the text and the type that is needed.
+  """
+  # A str takes any text, so it comes last; None and bool must be spelled out.
+  order = [type(None), bool, int, float]
+  rank = lambda t: order.index(t) if t in order else 5 if t is str else 4
+  for member in sorted(_members(hint), key=rank):
+    try:
+      return _parse_as(text, member, path)
+    except (ValueError, SyntaxError):
+      continue
+  raise ValueError(
+    f'{path!r}: {text!r} does not fit the type {describe(hint)}.'
+  )
+
+
+def _parse_as(text: str, hint: Any, path: str) -> Any:
+  lower = text.lower()
+  if hint is type(None) and lower in ('none', 'null'):
+    return None
+  if hint is bool and lower in ('true', 'false', '1', '0'):
+    return lower in ('true', '1')
+  if hint is int:
+    number = float(text) if 'e' in lower else int(text.replace('_', ''))
+    if number == int(number):
+      return int(number)
+  if hint is float:
+    return float(text)
+  if hint is str:
+    return text
+  origin = typing.get_origin(hint)
+  if origin is typing.Literal:
+    for choice in typing.get_args(hint):
+      if str(choice) == text:
+        return choice
+  if origin is tuple:
+    inner = text.strip('()[] ')
+    items = [item.strip() for item in inner.split(',') if item.strip()]
+    return tuple(_parse_item(item, _item_hint(hint), path) for item in items)
+  raise ValueError
+
+
+def _parse_item(text: str, hint: Any, path: str) -> Any:
+  classes = _config_classes(hint)
+  if classes:
+    return _by_kind(classes, text, path)()
+  return parse(text, hint, path)
+
+
+def to_json(config: Any) -> Any:
+  """Returns dicts, lists and scalars; each dict of a union keeps its kind."""
+  if dataclasses.is_dataclass(config):
+    fields = dataclasses.fields(config)
+    values = {f.name: to_json(getattr(config, f.name)) for f in fields}
+    kind = getattr(config, 'kind', None)
+    return {'kind': kind, **values} if kind else values
+  if isinstance(config, tuple):
+    return [to_json(item) for item in config]
+  return config
+
+
+def from_json(hint: Any, data: Any, path: str = '') -> Any:
+  """Inverse of `to_json`; `hint` is the class, or the annotation.
+
+  Raises:
+    ValueError: a field that the class does not have, or an unknown kind.
+  """
+  classes = _config_classes(hint)
+  if isinstance(data, dict) and classes:
+    data = dict(data)
+    kind = data.pop('kind', None)
+    cls = _by_kind(classes, kind, path) if kind else classes[0]
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for name in data:
+      if name not in fields:
+        raise ValueError(_unknown_message(cls, name, _join(path, name), fields))
+    return cls(
+      **{
+        name: from_json(hints[name], value, _join(path, name))
+        for name, value in data.items()
+      }
+    )
+  if isinstance(data, list):
+    item = _item_hint(hint)
+    return tuple(from_json(item, value, path) for value in data)
+  return data
+
+
+def dumps(config: Any) -> str:
+  """Returns `config` as indented JSON text."""
+  return json.dumps(to_json(config), indent=2) + '\n'
+
+
+def flatten(data: Any, path: str = '') -> dict[str, Any]:
+  """Returns dotted name -> scalar for the JSON form of a config."""
+  if isinstance(data, dict):
+    items = data.items()
+  elif isinstance(data, list) and data:
+    items = enumerate(data)
+  else:
+    return {path: data}
+  result = {}
+  for name, value in items:
+    result.update(flatten(value, _join(path, str(name))))
+  return result
+
+
+def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+  """Returns dotted name -> (old, new) where two JSON forms differ."""
+  a, b = flatten(old), flatten(new)
+  names = [*a, *(name for name in b if name not in a)]
+  missing = '(not set)'
+  pairs = {n: (a.get(n, missing), b.get(n, missing)) for n in names}
+  return {n: pair for n, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def describe(hint: Any) -> str:
+  """Returns an annotation in words, for messages."""
+  if typing.get_origin(hint) is typing.Literal:
+    return 'one of ' + ', '.join(map(repr, typing.get_args(hint)))
+  if isinstance(hint, types.UnionType):
+    return ' or '.join(describe(member) for member in _members(hint))
+  if hint is type(None):
+    return 'none'
+  return hint.__name__ if isinstance(hint, type) else str(hint)
+
+
+def _members(hint: Any) -> list[Any]:
+  if typing.get_origin(hint) in (typing.Union, types.UnionType):
+    return [m for arg in typing.get_args(hint) for m in _members(arg)]
+  return [hint]
+
+
+def _config_classes(hint: Any) -> list[type]:
+  return [m for m in _members(hint) if dataclasses.is_dataclass(m)]
+
+
+def _accepts_none(hint: Any) -> bool:
+  return type(None) in _members(hint)
+
+
+def _item_hint(hint: Any) -> Any:
+  for member in _members(hint):
+    if typing.get_origin(member) is tuple:
+      return typing.get_args(member)[0]
+  return Any
+
+
+def _by_kind(classes: list[type], kind: str, path: str) -> type:
+  kinds = {getattr(cls, 'kind', cls.__name__): cls for cls in classes}
+  if kind not in kinds:
+    close = difflib.get_close_matches(kind, kinds, n=1, cutoff=0.5)
+    hint = f' Did you mean {close[0]!r}?' if close else ''
+    raise ValueError(
+      f'{path!r}: there is no kind {kind!r}; the kinds are '
+      f'{", ".join(kinds)}.{hint}'
+    )
+  return kinds[kind]
+
+
+def _default(field: dataclasses.Field) -> Any:
+  if field.default is not dataclasses.MISSING:
+    return field.default
+  if field.default_factory is not dataclasses.MISSING:
+    return field.default_factory()
+  return None
+
+
+def _unknown_message(cls, name, path, fields) -> str:
+  close = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+  hint = (
+    f'Did you mean {close[0]!r}?' if close else f'It has {", ".join(fields)}.'
+  )
+  return f'{path!r}: {cls.__name__} has no {name!r}. {hint}'
+
+
+def _no_fields_message(path, value, tree, classes) -> str:
+  name = next(iter(tree))
+  if classes:
+    kinds = ', '.join(getattr(c, 'kind', c.__name__) for c in classes)
+    return (
+      f'{_join(path, name)!r}: {path!r} is {value!r}; choose what it is '
+      f'first, --set {path}=KIND with one of {kinds}.'
+    )
+  return f'{_join(path, name)!r}: {path!r} is {value!r} and has no fields.'
+
+
+def _join(path: str, name: str) -> str:
+  return f'{path}.{name}' if path else name

@@ -1,0 +1,1 @@
+"""Text to batches: builders, tokenizers, packing, and the input pipeline."""

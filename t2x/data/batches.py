@@ -1,0 +1,146 @@
+"""Any batch of a corpus, found by its number.
+
+Rows are shuffled by a function of their index, so any step is found without
+those before it, and every random draw is keyed by the seed and the number of
+the example since the start. A host therefore reads its own rows of any batch
+and nothing else, and the batches do not depend on the number of hosts.
+"""
+
+import math
+
+import grain
+import numpy as np
+
+from t2x.data import config as config_lib
+from t2x.data import corpus as corpus_lib
+from t2x.data import rows as rows_lib
+from t2x.objectives import noise
+
+Batch = dict[str, np.ndarray]
+
+_EVAL_SEED = 0  # The same masks at each evaluation, whatever the run's seed.
+
+
+class TrainBatches:
+  """`batches[step]` is this host's part of the batch of any step.
+
+  With several buckets, an epoch is a shuffled sequence of them, each as often
+  as its rows fill a batch.
+  """
+
+  def __init__(
+    self,
+    corpus: corpus_lib.Corpus,
+    config: config_lib.DataConfig,
+    *,
+    seed: int,
+    rows: slice | None = None,
+  ):
+    self._make = _Examples(corpus, config, config.train_split, seed, rows)
+    self._batch_size = config.batch_size
+    sizes = self._make.layout.group_sizes()
+    if sum(sizes) < config.batch_size:
+      raise ValueError(
+        f'Split {config.train_split!r} has {sum(sizes)} rows of '
+        f'data.length={config.length}, less than one batch of '
+        f'data.batch_size={config.batch_size}. Give more text, or lower '
+        'data.length or data.batch_size.'
+      )
+    # Rounding up would repeat the rows of small buckets more often.
+    whole = math.ceil if len(sizes) == 1 else round
+    self._counts = [whole(s / config.batch_size) for s in sizes]
+    self.steps_per_epoch = sum(self._counts)
+    # Hashed, as Grain adds the epoch to the seed: with seeds as they are, the
+    # second epoch of one run would be the first of another.
+    seeds = noise.keys(seed, np.arange(len(sizes) + 1)) >> np.uint64(32)
+    self._batch_order = _shuffled(self.steps_per_epoch, seeds[0])
+    self._row_orders = [_shuffled(n, s) for n, s in zip(sizes, seeds[1:])]
+
+  def __getitem__(self, step: int) -> Batch:
+    group, batch = self._locate(step)
+    places = batch * self._batch_size + self._make.range
+    order = self._row_orders[group]
+    rows = np.array([_get(order, i) for i in places])
+    return self._make(group, rows, step * self._batch_size + self._make.range)
+
+  def _locate(self, step: int) -> tuple[int, int]:
+    """Returns the group of a step, and the batch's number in the group."""
+    if len(self._counts) == 1:
+      return 0, step
+    number = _get(self._batch_order, step)
+    ends = np.cumsum(self._counts)
+    group = int(np.searchsorted(ends, number, side='right'))
+    in_group = number - (int(ends[group - 1]) if group else 0)
+    return group, step // self.steps_per_epoch * self._counts[group] + in_group
+
+
+class EvalBatches:
+  """`batches[i]` is this host's part of the i-th batch of one pass."""
+
+  def __init__(
+    self,
+    corpus: corpus_lib.Corpus,
+    config: config_lib.DataConfig,
+    split: str,
+    *,
+    rows: slice | None = None,
+  ):
+    self._make = _Examples(corpus, config, split, _EVAL_SEED, rows)
+    self._batch_size = config.batch_size
+    self._sizes = self._make.layout.group_sizes()
+    self._ends = np.cumsum(
+      [math.ceil(s / config.batch_size) for s in self._sizes]
+    )
+
+  def __len__(self) -> int:
+    return int(self._ends[-1])
+
+  def __getitem__(self, index: int) -> Batch:
+    group = int(np.searchsorted(self._ends, index, side='right'))
+    first = int(self._ends[group - 1]) if group else 0
+    rows = (index - first) * self._batch_size + self._make.range
+    rows = np.where(rows < self._sizes[group], rows, -1)
+    return self._make(group, rows, index * self._batch_size + self._make.range)
+
+
+class _Examples:
+  """Makes examples of rows: reads them and applies the objective."""
+
+  def __init__(self, corpus, config, split, seed, rows):
+    self.layout = rows_lib.make(config, corpus.streams(split))
+    self.range = _range(rows, config.batch_size)
+    self._objective = config.objective
+    self._vocab = corpus.tokenizer.vocab
+    self._seed = seed
+
+  def __call__(
+    self, group: int, rows: np.ndarray, examples: np.ndarray
+  ) -> Batch:
+    streams = self.layout.read(group, rows)
+    return self._objective.examples(
+      *streams,
+      keys=noise.keys(self._seed, examples),
+      vocab=self._vocab,
+      length=self.layout.group_lengths()[group],
+    )
+
+
+def _shuffled(num: int, seed: np.uint64) -> grain.MapDataset:
+  """An endless sequence: all of range(num), then again in another order."""
+  return grain.MapDataset.range(num).shuffle(seed=int(seed)).repeat()
+
+
+def _range(rows: slice | None, batch_size: int) -> np.ndarray:
+  start, stop, step = (rows or slice(None)).indices(batch_size)
+  if rows is not None and (rows.stop or 0) > batch_size or start >= stop:
+    raise ValueError(
+      f'{rows} are not rows of a batch of data.batch_size={batch_size}. Let '
+      'each host ask for an equal part of the batch.'
+    )
+  return np.arange(start, stop, step)
+
+
+def _get(sequence: grain.MapDataset, index: int | np.integer) -> int:
+  value = sequence[int(index)]
+  assert value is not None  # Nothing is filtered.
+  return value

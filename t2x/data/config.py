@@ -1,0 +1,108 @@
+"""The settings of the data side."""
+
+import dataclasses
+import os
+from typing import ClassVar
+
+from t2x.data import tokenizers
+from t2x.objectives import causal_lm, masked_lm, source_target, span_corruption
+
+TextObjective = (
+  causal_lm.CausalLM | masked_lm.MaskedLM | span_corruption.SpanCorruption
+)
+Objective = TextObjective | source_target.SourceTarget
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pack:
+  """Rows are full: documents follow each other and do not see each other."""
+
+  kind: ClassVar[str] = 'pack'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pad:
+  """One document a row, cut to the row and padded to the smallest bucket.
+
+  Each batch comes from one bucket, so a step compiles once for each.
+
+  Attributes:
+    buckets: row lengths, ascending; none means `DataConfig.length` alone.
+  """
+
+  buckets: tuple[int, ...] = ()
+
+  kind: ClassVar[str] = 'pad'
+
+  def __post_init__(self):
+    if list(self.buckets) != sorted(set(self.buckets)) or any(
+      b < 1 for b in self.buckets
+    ):
+      raise ValueError(
+        f'buckets={self.buckets} must be ascending positive lengths, such as '
+        '(64, 128, 256).'
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  """What to read, and how it becomes batches.
+
+  Attributes:
+    source: 'installed_docs', 'text_files', or the name of a TFDS dataset.
+    files: for text_files, comma-separated globs of .txt and .jsonl files, each
+      also as .gz.
+    text_field: the field with the text (or, for pairs, the source's text).
+    target_field: for supervised pairs, the field with the target's text.
+    data_dir: where prepared data is kept; None means $T2X_DATA_DIR, or
+      ~/.cache/t2x.
+    train_split: the split to train on; TFDS slices such as 'train[:90%]' work.
+    eval_splits: the splits to evaluate on.
+    length: tokens a row.
+    batch_size: rows a step, over all hosts.
+    tokenizer: how text becomes ids.
+    batching: how documents become rows.
+    objective: what is predicted.
+    num_threads: threads that prepare batches ahead of time.
+    num_workers: processes that do; 0 means that threads suffice.
+  """
+
+  source: str = 'installed_docs'
+  files: str = ''
+  text_field: str = 'text'
+  target_field: str | None = None
+  data_dir: str | None = None
+  train_split: str = 'train'
+  eval_splits: tuple[str, ...] = ('validation',)
+  length: int = 256
+  batch_size: int = 32
+  tokenizer: tokenizers.Config = tokenizers.SentencePiece()
+  batching: Pack | Pad = Pack()
+  objective: Objective = causal_lm.CausalLM()
+  num_threads: int = 1
+  num_workers: int = 0
+
+  def __post_init__(self):
+    for name, least in (
+      ('length', 1),
+      ('batch_size', 1),
+      ('num_threads', 0),
+      ('num_workers', 0),
+    ):
+      if getattr(self, name) < least:
+        raise ValueError(
+          f'{name}={getattr(self, name)} must be at least {least}.'
+        )
+
+
+def buckets(config: DataConfig) -> tuple[int, ...]:
+  """Returns the row lengths that batches can have, ascending."""
+  if isinstance(config.batching, Pad) and config.batching.buckets:
+    return config.batching.buckets
+  return (config.length,)
+
+
+def directory(config: DataConfig) -> str:
+  """Returns where prepared data is kept."""
+  default = os.environ.get('T2X_DATA_DIR') or '~/.cache/t2x'
+  return os.path.expanduser(config.data_dir or default)

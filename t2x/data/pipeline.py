@@ -1,0 +1,196 @@
+"""Batches of a corpus, prepared ahead of time, as functions of (seed, step).
+
+  config = DataConfig(length=256, batch_size=32)
+  pipeline.check(config)
+  corpus = corpus_lib.prepare(config)
+  for batch in pipeline.train_batches(corpus, config, seed=0):
+    ...
+
+A batch holds `inputs`, `targets`, `weights` (float32), `segments` (0 is
+padding) and `positions`, each (batch, length) and int32 unless said; with an
+encoder also `encoder_inputs`, `encoder_segments` and `encoder_positions`.
+"""
+
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from t2x.data import batches as batches_lib
+from t2x.data import config as config_lib
+from t2x.data import corpus as corpus_lib
+from t2x.data import text_files
+from t2x.objectives import span_corruption
+
+_FOREVER = 2**48  # Steps; Grain wants a length.
+_PREFETCH = 8  # Batches prepared ahead of the one that is used.
+
+
+def check(config: config_lib.DataConfig) -> None:
+  """Raises a ValueError for what is wrong before anything is built."""
+  corpus_lib.check_source(config)
+  if config.source == 'text_files':
+    text_files.find(config.files)
+  if config.objective.paired != (config.target_field is not None):
+    needs = 'needs' if config.objective.paired else 'reads one text and has no'
+    raise ValueError(
+      f'data.target_field={config.target_field!r}: objective '
+      f'{config.objective.kind!r} {needs} a target field. Set '
+      'data.target_field and data.objective=source_target, or neither.'
+    )
+  if config.source == 'installed_docs' and config.target_field is not None:
+    raise ValueError(
+      f'data.target_field={config.target_field!r}: installed_docs holds no '
+      'pairs. Set data.source=text_files with .jsonl files, or a TFDS name.'
+    )
+  lengths = config_lib.buckets(config)
+  if lengths[-1] > config.length:
+    raise ValueError(
+      f'The largest of buckets={lengths} exceeds data.length='
+      f'{config.length}. Raise data.length or leave that bucket out.'
+    )
+  _check_sentinels(config)
+
+
+def train_batches(
+  corpus: corpus_lib.Corpus,
+  config: config_lib.DataConfig,
+  *,
+  seed: int,
+  start_step: int = 0,
+  rows: slice | None = None,
+) -> Iterator[batches_lib.Batch]:
+  """Returns the endless batches of training from `start_step` on.
+
+  Args:
+    corpus: what to read.
+    config: what it was prepared with.
+    seed: of the order of the rows and of what is drawn at random.
+    start_step: the step that the first batch is for.
+    rows: which rows of each batch of `config.batch_size` to make; all of them
+      if None. Close the iterator (or drop it) to stop its threads.
+
+  Raises:
+    ValueError: if the corpus has less than a batch of rows, or `rows` does not
+      lie in the batch.
+  """
+  batches = batches_lib.TrainBatches(corpus, config, seed=seed, rows=rows)
+  return _iterate(_From(batches, start_step), config)
+
+
+def eval_batches(
+  corpus: corpus_lib.Corpus,
+  config: config_lib.DataConfig,
+  split: str,
+  *,
+  rows: slice | None = None,
+  max_batches: int | None = None,
+) -> Iterator[batches_lib.Batch]:
+  """Returns each row of `split` once, in order; the last batch has empty rows.
+
+  Random draws are the same at each call. `rows` as for `train_batches`.
+  """
+  batches = batches_lib.EvalBatches(corpus, config, split, rows=rows)
+  num = len(batches) if max_batches is None else max_batches
+  return _iterate(_From(batches, 0, min(num, len(batches))), config)
+
+
+def steps_per_epoch(
+  corpus: corpus_lib.Corpus, config: config_lib.DataConfig
+) -> int:
+  """Returns the steps in which every training row is used once.
+
+  With several buckets this holds up to half a batch of each.
+  """
+  return batches_lib.TrainBatches(corpus, config, seed=0).steps_per_epoch
+
+
+def host_rows(
+  config: config_lib.DataConfig, host: int, num_hosts: int
+) -> slice:
+  """Returns the rows of each batch that one of `num_hosts` equal hosts makes.
+
+  Raises:
+    ValueError: if the rows of a batch cannot be dealt evenly.
+  """
+  if config.batch_size % num_hosts:
+    raise ValueError(
+      f'data.batch_size={config.batch_size} must be a multiple of the number '
+      f'of hosts, {num_hosts}, each of which makes an equal part of the '
+      f'batch. Set it to {config.batch_size // num_hosts * num_hosts} or '
+      f'{(config.batch_size // num_hosts + 1) * num_hosts}.'
+    )
+  each = config.batch_size // num_hosts
+  return slice(host * each, (host + 1) * each)
+
+
+def batch_spec(
+  config: config_lib.DataConfig,
+) -> dict[str, tuple[tuple[int, int], np.dtype]]:
+  """Returns shape and dtype of each array in a batch of the largest bucket."""
+  length = config_lib.buckets(config)[-1]
+  target_length = config.objective.target_length(length)
+  names = ('inputs', 'targets', 'weights', 'segments', 'positions')
+  spec = {
+    name: (
+      (config.batch_size, target_length),
+      np.dtype(np.float32 if name == 'weights' else np.int32),
+    )
+    for name in names
+  }
+  if config.objective.has_encoder:
+    for name in ('inputs', 'segments', 'positions'):
+      shape = config.batch_size, length
+      spec[f'encoder_{name}'] = shape, np.dtype(np.int32)
+  return spec
+
+
+class _From:
+  """The part of `batches` that begins at `start`, for Grain."""
+
+  def __init__(self, batches, start: int, num: int = _FOREVER):
+    self._batches = batches
+    self._start = start
+    self._num = num
+
+  def __len__(self) -> int:
+    return self._num
+
+  def __getitem__(self, index) -> batches_lib.Batch:
+    return self._batches[self._start + int(index)]
+
+
+def _iterate(
+  batches: _From, config: config_lib.DataConfig
+) -> Iterator[batches_lib.Batch]:
+  """Yields batches that threads (and processes) prepare ahead of time."""
+  options = grain.ReadOptions(
+    num_threads=config.num_threads,
+    prefetch_buffer_size=_PREFETCH if config.num_threads else 0,
+  )
+  dataset = grain.MapDataset.source(batches).to_iter_dataset(options)
+  if config.num_workers:
+    dataset = dataset.mp_prefetch(
+      grain.MultiprocessingOptions(num_workers=config.num_workers)
+    )
+  iterator = iter(dataset)
+  try:
+    yield from iterator
+  finally:
+    iterator.close()
+
+
+def _check_sentinels(config: config_lib.DataConfig) -> None:
+  objective = config.objective
+  if not isinstance(objective, span_corruption.SpanCorruption):
+    return
+  _, spans = objective.num_noise(
+    objective.source_length(config_lib.buckets(config)[-1])
+  )
+  if spans > config.tokenizer.num_sentinels:
+    raise ValueError(
+      f'data.length={config.length} with rate={objective.rate} and '
+      f'mean_span={objective.mean_span} drops {spans} spans, but '
+      f'num_sentinels={config.tokenizer.num_sentinels}. Raise '
+      'data.tokenizer.num_sentinels or mean_span, or lower data.length.'
+    )

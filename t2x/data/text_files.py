@@ -1,0 +1,179 @@
+"""Documents from .txt and .jsonl files, each also as .gz."""
+
+from collections.abc import Iterator
+import glob
+import gzip
+import hashlib
+import json
+import os
+import re
+import zlib
+
+from t2x.data import documents as documents_lib
+
+_SUFFIXES = ('.txt', '.jsonl', '.txt.gz', '.jsonl.gz')
+# A long .txt file (a book, or a whole corpus) becomes several documents, so
+# that a part of it can be held out.
+_MAX_CHARS = 20_000
+
+
+def find(files: str) -> list[str]:
+  """Returns the sorted paths that comma-separated globs match.
+
+  Raises:
+    ValueError: if there are no globs, one matches nothing, or a file is of
+      another type.
+  """
+  patterns = [p.strip() for p in files.split(',') if p.strip()]
+  if not patterns:
+    raise ValueError(
+      f'data.files={files!r} is empty; source text_files needs '
+      "comma-separated globs. Set for example data.files='DIR/*.txt'."
+    )
+  paths = set()
+  for pattern in patterns:
+    matches = glob.glob(os.path.expanduser(pattern), recursive=True)
+    matches = [m for m in matches if os.path.isfile(m)]
+    if not matches:
+      raise ValueError(
+        f'data.files: {pattern!r} matches no file (working directory '
+        f'{os.getcwd()!r}). Correct the path, or quote the glob so that the '
+        'shell leaves it alone.'
+      )
+    paths.update(matches)
+  for path in sorted(paths):
+    if not path.endswith(_SUFFIXES):
+      raise ValueError(
+        f'data.files: cannot read {path!r}; expected one of '
+        f'{", ".join(_SUFFIXES)}. Narrow the glob or convert the file.'
+      )
+  return sorted(paths)
+
+
+def key(paths: list[str], text_field: str, target_field: str | None) -> str:
+  """Returns a hash that changes when any file or field does."""
+  stats = [(os.path.abspath(p), os.stat(p)) for p in paths]
+  facts = [(p, s.st_size, s.st_mtime_ns) for p, s in stats]
+  facts = repr((facts, text_field, target_field))
+  return hashlib.sha256(facts.encode('utf-8', 'surrogatepass')).hexdigest()[:16]
+
+
+def read(
+  paths: list[str], text_field: str, target_field: str | None
+) -> Iterator[documents_lib.Document]:
+  """Yields the documents of all files, leaving out empty ones."""
+  root = os.path.commonpath(
+    [os.path.dirname(os.path.abspath(p)) for p in paths]
+  )
+  for path in paths:
+    name = os.path.relpath(os.path.abspath(path), root).replace(os.sep, '/')
+    if path.endswith(('.jsonl', '.jsonl.gz')):
+      documents = _read_jsonl(path, name, text_field, target_field)
+    else:
+      documents = _read_txt(path, name, target_field)
+    for document in documents:
+      if document.text.strip() and (
+        not target_field or document.target.strip()
+      ):
+        yield document
+
+
+def _read_txt(path: str, name: str, target_field: str | None):
+  if target_field is not None:
+    raise ValueError(
+      f'target_field={target_field!r} needs files with fields, but {path!r} '
+      'holds nothing but text. Give .jsonl files for supervised pairs.'
+    )
+  text = _decode(path, _read_bytes(path), 0)
+  for i, part in enumerate(_parts(text)):
+    yield documents_lib.Document(f'{name}#{i}' if i else name, part)
+
+
+def _parts(text: str) -> Iterator[str]:
+  """Cuts a long text at blank lines, or else at line ends."""
+  for separator in ('\n\n', '\n'):
+    if len(text) > _MAX_CHARS and separator in text:
+      break
+  else:
+    yield text
+    return
+  part = ''
+  for piece in re.findall(f'.*?{separator}+|.+$', text, flags=re.DOTALL):
+    if part and len(part) + len(piece) > _MAX_CHARS:
+      yield part
+      part = ''
+    part += piece
+  yield part
+
+
+def _read_jsonl(path, name, text_field, target_field):
+  offset = 0
+  for i, line in enumerate(_read_bytes(path).split(b'\n'), start=1):
+    text = _decode(path, line, offset)
+    offset += len(line) + 1
+    if not text.strip():
+      continue
+    try:
+      record = json.loads(text)
+    except json.JSONDecodeError as error:
+      raise ValueError(
+        f'{path}:{i}: not a JSON object ({error}). A .jsonl file holds one '
+        'object a line; correct or remove this line.'
+      ) from error
+    fields = [_field(record, text_field, 'text_field', f'{path}:{i}')]
+    if target_field is not None:
+      fields.append(_field(record, target_field, 'target_field', f'{path}:{i}'))
+    yield documents_lib.Document(f'{name}:{i}', *fields)
+
+
+def _field(record, field: str, setting: str, place: str) -> str:
+  if not isinstance(record, dict):
+    raise ValueError(
+      f'{place}: expected a JSON object with a field {field!r}, found '
+      f'{type(record).__name__}. Write one object a line.'
+    )
+  if field not in record:
+    raise ValueError(
+      f'{place}: no field {field!r}; it has {sorted(record)}. Set '
+      f'data.{setting} to one of these.'
+    )
+  if not isinstance(record[field], str):
+    raise ValueError(
+      f'{place}: field {field!r} must be text, found '
+      f'{type(record[field]).__name__}. Set data.{setting} to a text field.'
+    )
+  try:
+    record[field].encode('utf-8')
+  except UnicodeEncodeError as error:
+    raise ValueError(
+      f'{place}: field {field!r} holds half of a surrogate pair at character '
+      f'{error.start}, which is not text. Correct or remove this line.'
+    ) from error
+  return record[field]
+
+
+def _read_bytes(path: str) -> bytes:
+  try:
+    if path.endswith('.gz'):
+      with gzip.open(path) as file:
+        return file.read()
+    with open(path, 'rb') as file:
+      return file.read()
+  except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    raise ValueError(
+      f'{path}: damaged gzip file ({error}). Fetch or compress it again, or '
+      'leave it out of data.files.'
+    ) from error
+
+
+def _decode(path: str, data: bytes, offset: int) -> str:
+  try:
+    # Some editors put a byte order mark first, which is not text.
+    return data.decode('utf-8').removeprefix('\ufeff')
+  except UnicodeDecodeError as error:
+    position = offset + error.start
+    raise ValueError(
+      f'{path}: not UTF-8: byte 0x{data[error.start]:02x} at offset '
+      f'{position}. Convert the file, for example with '
+      f"'iconv -f LATIN1 -t UTF-8', or leave it out of data.files."
+    ) from error

@@ -1,0 +1,264 @@
+"""Text to ids and back: SentencePiece BPE, or plain bytes.
+
+Both give back the text that they were given, whitespace included, and share
+their special ids (see `objectives.vocab`).
+"""
+
+from collections.abc import Iterable, Sequence
+import dataclasses
+import hashlib
+import io
+import json
+import re
+from typing import ClassVar
+
+from etils import epath
+import sentencepiece
+
+from t2x.objectives import vocab as vocab_lib
+
+_SAMPLE_BYTES = 5_000_000  # More text hardly changes 8k pieces.
+_CHUNK = 2_000  # Characters; the trainer skips very long sentences.
+_SPACE = '\u2581'  # Stands for a space inside of SentencePiece.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SentencePiece:
+  """Byte-pair encoding with byte fallback (Kudo and Richardson, 2018)."""
+
+  vocab_size: int = 8192
+  num_sentinels: int = 100
+
+  kind: ClassVar[str] = 'sentencepiece'
+
+  def __post_init__(self):
+    _check_sentinels(self.num_sentinels)
+    smallest = vocab_lib.NUM_NAMED + self.num_sentinels + 256
+    if self.vocab_size <= smallest:
+      raise ValueError(
+        f'vocab_size={self.vocab_size} must be more than {smallest}: '
+        f'{vocab_lib.NUM_NAMED} special tokens, {self.num_sentinels} '
+        'sentinels and 256 bytes. Raise it, or use the tokenizer of kind '
+        '"bytes".'
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bytes:
+  """One id a UTF-8 byte (ByT5, Xue et al., 2022)."""
+
+  num_sentinels: int = 100
+
+  kind: ClassVar[str] = 'bytes'
+
+  def __post_init__(self):
+    _check_sentinels(self.num_sentinels)
+
+
+Config = SentencePiece | Bytes
+
+
+class Tokenizer:
+  """What both tokenizers share.
+
+  Attributes:
+    config: the settings it was made with.
+    vocab: its size and special ids.
+  """
+
+  pad_id = vocab_lib.PAD
+  eos_id = vocab_lib.EOS
+  bos_id = vocab_lib.BOS
+  mask_id = vocab_lib.MASK
+
+  config: Config
+  vocab: vocab_lib.Vocab
+
+  @property
+  def vocab_size(self) -> int:
+    return self.vocab.size
+
+  @property
+  def sentinel_ids(self) -> tuple[int, ...]:
+    return self.vocab.sentinel_ids
+
+  @property
+  def fingerprint(self) -> str:
+    """A hash of everything that decides which ids a text gets."""
+    raise NotImplementedError
+
+  def encode(self, text: str) -> list[int]:
+    """Returns the ids of `text`, without a start or an end."""
+    return self.encode_batch([text])[0]
+
+  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    """Returns the ids of each text."""
+    raise NotImplementedError
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text of `ids`; special ids add nothing to it."""
+    raise NotImplementedError
+
+  def save(self, directory: epath.PathLike) -> None:
+    """Writes the tokenizer to a directory, which may be remote."""
+    directory = epath.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    settings = {'kind': self.config.kind, **dataclasses.asdict(self.config)}
+    (directory / 'tokenizer.json').write_text(json.dumps(settings))
+
+
+class BytesTokenizer(Tokenizer):
+  """Ids of UTF-8 bytes.
+
+  >>> tokenizer = BytesTokenizer(Bytes())
+  >>> tokenizer.encode('hi'), tokenizer.decode([3, 209, 210, 1])
+  ([209, 210], 'hi')
+  """
+
+  def __init__(self, config: Bytes):
+    self.config = config
+    self._first = vocab_lib.NUM_NAMED + config.num_sentinels
+    self.vocab = vocab_lib.Vocab(
+      size=self._first + 256, num_sentinels=config.num_sentinels
+    )
+
+  @property
+  def fingerprint(self) -> str:
+    return f'bytes-{self.config.num_sentinels}'
+
+  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    return [[b + self._first for b in t.encode()] for t in texts]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    data = bytes(
+      int(i) - self._first for i in ids if self._first <= i < self._first + 256
+    )
+    return data.decode(errors='replace')
+
+
+class SentencePieceTokenizer(Tokenizer):
+  """A trained SentencePiece model."""
+
+  def __init__(self, config: SentencePiece, model: bytes):
+    self.config = config
+    self._model = model
+    self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    self.vocab = vocab_lib.Vocab(
+      size=self._processor.vocab_size(), num_sentinels=config.num_sentinels
+    )
+    # Piece by piece this character would come back as a space.
+    self._space_ids = [
+      self.vocab.first_text_id + b for b in _SPACE.encode('utf-8')
+    ]
+
+  @property
+  def fingerprint(self) -> str:
+    return hashlib.sha256(self._model).hexdigest()[:16]
+
+  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    all_ids = self._processor.encode(list(texts), num_threads=2)
+    for i, text in enumerate(texts):
+      if _SPACE in text:
+        all_ids[i] = self._encode_around_space(text)
+    return all_ids
+
+  def _encode_around_space(self, text: str) -> list[int]:
+    first, *rest = self._processor.encode(text.split(_SPACE))
+    return first + [i for ids in rest for i in self._space_ids + ids]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    first, size = self.vocab.first_text_id, self.vocab.size
+    return self._processor.decode([int(i) for i in ids if first <= i < size])
+
+  def save(self, directory: epath.PathLike) -> None:
+    super().save(directory)
+    (epath.Path(directory) / 'tokenizer.model').write_bytes(self._model)
+
+
+def load(directory: epath.PathLike) -> Tokenizer:
+  """Returns the tokenizer that `save` wrote to `directory`."""
+  path = epath.Path(directory) / 'tokenizer.json'
+  if not path.exists():
+    raise ValueError(
+      f'No tokenizer in {directory}: {path.name} is missing. Give the '
+      'directory that a tokenizer was saved to, such as that of a run.'
+    )
+  settings = json.loads(path.read_text())
+  if settings.pop('kind') == Bytes.kind:
+    return BytesTokenizer(Bytes(**settings))
+  model = (path.parent / 'tokenizer.model').read_bytes()
+  return SentencePieceTokenizer(SentencePiece(**settings), model)
+
+
+def train(config: Config, texts: Iterable[str]) -> Tokenizer:
+  """Returns a tokenizer fitted to the first few megabytes of `texts`.
+
+  Raises:
+    ValueError: if the texts do not support `vocab_size`; the message says what
+      they do support.
+  """
+  if isinstance(config, Bytes):
+    return BytesTokenizer(config)
+  model = io.BytesIO()
+  control = [
+    '<mask>',
+    *(f'<extra_id_{i}>' for i in range(config.num_sentinels)),
+  ]
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(list(_chunks(texts))),
+      model_writer=model,
+      model_type='bpe',
+      vocab_size=config.vocab_size,
+      byte_fallback=True,
+      character_coverage=0.9995,
+      pad_id=vocab_lib.PAD,
+      eos_id=vocab_lib.EOS,
+      unk_id=vocab_lib.UNK,
+      bos_id=vocab_lib.BOS,
+      control_symbols=control,  # Given the ids that follow, in this order.
+      # Text must come back as it was, and so keeps all its whitespace.
+      normalization_rule_name='identity',
+      remove_extra_whitespaces=False,
+      add_dummy_prefix=False,
+      allow_whitespace_only_pieces=True,
+      max_sentence_length=16 * _CHUNK,
+      num_threads=2,
+      minloglevel=2,
+    )
+  except RuntimeError as error:
+    raise _explain(config, error) from error
+  return SentencePieceTokenizer(config, model.getvalue())
+
+
+def _chunks(texts: Iterable[str]) -> Iterable[str]:
+  left = _SAMPLE_BYTES
+  for text in texts:
+    for start in range(0, len(text), _CHUNK):
+      chunk = text[start : start + _CHUNK]
+      left -= len(chunk.encode())
+      if left < 0:
+        return
+      yield chunk
+
+
+def _explain(config: SentencePiece, error: RuntimeError) -> ValueError:
+  """Returns what SentencePiece meant."""
+  given = f'vocab_size={config.vocab_size}'
+  if match := re.search(r'too high .*<= (\d+)', str(error)):
+    return ValueError(
+      f'{given} is more than this corpus supports, which is {match[1]}. '
+      f'Set vocab_size to {match[1]} or less, or give more text.'
+    )
+  if match := re.search(r'required_chars. \d+ vs (\d+)', str(error)):
+    return ValueError(
+      f'{given} is too small for the characters of this corpus: it needs at '
+      f'least {match[1]}. Raise vocab_size, or use the tokenizer of kind '
+      '"bytes".'
+    )
+  return ValueError(f'Cannot train a tokenizer with {given}: {error}')
+
+
+def _check_sentinels(num_sentinels: int) -> None:
+  if num_sentinels < 0:
+    raise ValueError(f'num_sentinels={num_sentinels} must not be negative.')

@@ -1,0 +1,71 @@
+"""Evaluation of a model on a split: loss, perplexity, bits per byte."""
+
+from collections.abc import Callable, Iterable
+import math
+from typing import Any
+
+import jax
+
+from t2x.data import config as data_config
+from t2x.data import corpus as corpus_lib
+from t2x.objectives import causal_lm
+
+Batch = dict[str, Any]
+
+
+def evaluate(
+  eval_fn: Callable[[Any, Batch], dict[str, jax.Array]],
+  model: Any,
+  batches: Iterable[Batch],
+) -> dict[str, float]:
+  """Returns token-weighted means over all batches.
+
+  Args:
+    eval_fn: the compiled `train_step.eval_step`.
+    model: its first argument.
+    batches: global batches; empty rows weigh nothing.
+
+  Returns:
+    loss (nats a token), perplexity, accuracy, num_tokens. A split without a
+    single predicted token gives NaN.
+  """
+  sums = None
+  for batch in batches:
+    new = eval_fn(model, batch)
+    sums = new if sums is None else jax.tree.map(lambda a, b: a + b, sums, new)
+  if sums is None:
+    return {
+      'loss': math.nan,
+      'perplexity': math.nan,
+      'accuracy': math.nan,
+      'num_tokens': 0.0,
+    }
+  sums = {name: float(value) for name, value in jax.device_get(sums).items()}
+  weight = sums['weight'] or math.nan
+  loss = sums['nll'] / weight
+  return {
+    'loss': loss,
+    'perplexity': math.exp(min(loss, 700.0)),
+    'accuracy': sums['correct'] / weight,
+    'num_tokens': sums['weight'],
+  }
+
+
+def bits_per_byte(
+  metrics: dict[str, float],
+  corpus: corpus_lib.Corpus,
+  config: data_config.DataConfig,
+  split: str,
+) -> dict[str, float]:
+  """Returns {'bits_per_byte': ...} where it is defined, else {}.
+
+  The sum of the tokens' losses over the bytes of the text, which does not
+  depend on the tokenizer: for causal models, over a whole split, packed so
+  that every token is predicted.
+  """
+  causal = isinstance(config.objective, causal_lm.CausalLM)
+  if not causal or not isinstance(config.batching, data_config.Pack):
+    return {}
+  num_bytes = corpus.num_bytes(split)
+  nats = metrics['loss'] * metrics['num_tokens']
+  return {'bits_per_byte': nats / math.log(2) / num_bytes}

@@ -1,0 +1,247 @@
+"""FLOPs of a model's matrix products, and how well a device was used (MFU).
+
+Every product counts 2 x multiply-adds. Norms, activations, softmax and lookups
+are left out, as is work done twice (rematerialisation), so that the figure is
+the model's and not the program's. A backward pass costs two forward passes:
+each product gives one for the gradient of either factor (Kaplan et al., 2020;
+the ratio to the peak is the MFU of Chowdhery et al., 2022).
+
+Letters: B rows, T query positions, S key positions, D embed, N heads, K
+key/value heads, H head dim, F feed-forward, V vocabulary, w window.
+"""
+
+from t2x.layers import attention as attention_lib
+from t2x.models import common, encoder, encoder_decoder
+from t2x.models import model as model_lib
+
+
+def forward_flops(
+  config: model_lib.ModelConfig,
+  batch_rows: int,
+  length: int,
+  encoder_length: int | None = None,
+  *,
+  skip_masked: bool = True,
+) -> int:
+  """Returns the FLOPs of one forward pass, logits included.
+
+  Rows count as whole sequences: padding, and documents packed into one row,
+  change nothing. BERT's pooler (one token a row) is left out.
+
+  Args:
+    config: of the model.
+    batch_rows: B, of the whole batch.
+    length: T, decoder positions for an encoder-decoder.
+    encoder_length: S, needed for an encoder-decoder alone.
+    skip_masked: count a causal layer as half its scores and a window by its
+      width, see `pairs`; else all T x S scores.
+
+  Raises:
+    ValueError: `encoder_length` is missing.
+  """
+  return sum(
+    forward_parts(
+      config, batch_rows, length, encoder_length, skip_masked=skip_masked
+    ).values()
+  )
+
+
+def train_flops(
+  config: model_lib.ModelConfig,
+  batch_rows: int,
+  length: int,
+  encoder_length: int | None = None,
+) -> int:
+  """Returns the model FLOPs of one training step: 3 x forward."""
+  return 3 * forward_flops(config, batch_rows, length, encoder_length)
+
+
+def forward_parts(
+  config: model_lib.ModelConfig,
+  batch_rows: int,
+  length: int,
+  encoder_length: int | None = None,
+  *,
+  skip_masked: bool = True,
+) -> dict[str, int]:
+  """Returns the terms of `forward_flops` by name."""
+  D, layers = config.embed_dim, config.num_layers
+  is_encoder = isinstance(config, encoder.EncoderConfig)
+  # One row; every part grows with the number of rows.
+  parts = _tower(config, layers, length, not is_encoder, skip_masked)
+  parts['head'] = 2 * length * D * config.vocab_size
+  if is_encoder and config.masked_head:
+    parts['head'] += 2 * length * D * D
+  if isinstance(config, encoder_decoder.EncoderDecoderConfig):
+    if encoder_length is None:
+      raise ValueError(
+        'encoder_length=None; an encoder-decoder needs the length of its '
+        'source rows to count FLOPs.'
+      )
+    num = config.num_encoder_layers or layers
+    encoder_parts = _tower(config, num, encoder_length, False, skip_masked)
+    parts = {name: n + encoder_parts.get(name, 0) for name, n in parts.items()}
+    parts['cross-attention'] = _cross(
+      config, layers, length, encoder_length, skip_masked
+    )
+  return {name: batch_rows * n for name, n in parts.items()}
+
+
+def _tower(
+  config: common.TransformerConfig,
+  num_layers: int,
+  length: int,
+  causal: bool,
+  skip_masked: bool,
+) -> dict[str, int]:
+  """FLOPs of a stack over one row."""
+  D = config.embed_dim
+  # Up and down, and the gate where there is one.
+  num_mlp = 3 if config.mlp.gated else 2
+  parts = {
+    'projections': 0,
+    'scores and values': 0,
+    'mlp': num_layers * num_mlp * 2 * length * D * config.mlp.hidden,
+  }
+  for kind in _layer_kinds(config, num_layers):
+    N, K, H = kind.num_heads, kind.kv_heads, kind.head_dim
+    parts['projections'] += 2 * length * D * H * (2 * N + 2 * K)
+    parts['scores and values'] += _attention(
+      kind, length, length, causal, skip_masked
+    )
+  return parts
+
+
+def _cross(config, num_layers, T, S, skip_masked) -> int:
+  """Queries and output over T, keys and values over S, scores T x S."""
+  total = 0
+  for kind in _layer_kinds(config, num_layers):
+    N, K, H = kind.num_heads, kind.kv_heads, kind.head_dim
+    total += 2 * config.embed_dim * H * (2 * N * T + 2 * K * S)
+    total += _attention(kind, T, S, False, skip_masked)
+  return total
+
+
+def _layer_kinds(config, num_layers):
+  kinds = config.kinds
+  return [kinds[i % len(kinds)] for i in range(num_layers)]
+
+
+def _attention(
+  kind: attention_lib.AttentionConfig,
+  T: int,
+  S: int,
+  causal: bool,
+  skip_masked: bool,
+) -> int:
+  """Two products, queries with keys and weights with values."""
+  num = pairs(T, S, causal, kind.mask_window) if skip_masked else T * S
+  return int(4 * kind.num_heads * kind.head_dim * num)
+
+
+def pairs(T: int, S: int, causal: bool, window: int | None) -> float:
+  """Returns how many pairs of query and key a layer's mask leaves.
+
+  Causal attention counts as half, T * T / 2, and as w * T - w * w / 2 in a
+  window of w: the area of the triangle and of the band, which leave out w / 2
+  of the pairs on their edges. Without a causal mask the count is exact.
+  """
+  if causal:
+    w = min(window or T, T)
+    return w * T - w * w / 2
+  if window is None:
+    return T * S
+  reach = lambda i: min(S, i + window) - max(0, i - window + 1)
+  return sum(max(0, reach(i)) for i in range(T))
+
+
+# Dense bfloat16 and float32 FLOP/s of one JAX device, by the start of its
+# `device_kind`; the first match holds. Float32 products run at JAX's default
+# precision: one bfloat16 pass on a TPU, TF32 on a GPU.
+# TPU: docs.cloud.google.com/tpu/docs, the page of each version, "Peak compute
+#   per chip (BF16)". A TPU7x chip (2,307 TFLOP/s) is two devices, others one.
+# GPU: NVIDIA's data sheets of the A100, H100 (SXM, PCIe, NVL), H200 and HGX
+#   B200. Those after A100 print figures with sparsity; these are halves.
+_PEAKS = (
+  ('TPU v4 lite', None),  # An inference chip, not the v4.
+  ('TPU v4', (275e12, 275e12)),
+  ('TPU v5 lite', (197e12, 197e12)),
+  ('TPU v5e', (197e12, 197e12)),
+  ('TPU v5', (459e12, 459e12)),  # v5p calls itself 'TPU v5'.
+  ('TPU v6 lite', (918e12, 918e12)),
+  ('TPU v6e', (918e12, 918e12)),
+  ('TPU7x', (1153.5e12, 1153.5e12)),
+  ('NVIDIA A100', (312e12, 156e12)),
+  ('NVIDIA H100 PCIe', (756e12, 378e12)),
+  ('NVIDIA H100 NVL', (835.5e12, 417.5e12)),
+  ('NVIDIA H100', (989.4e12, 494.7e12)),
+  ('NVIDIA H200 NVL', (835.5e12, 417.5e12)),
+  ('NVIDIA H200', (989.4e12, 494.7e12)),
+  ('NVIDIA B200', (2250e12, 1125e12)),
+)
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+  """Returns the published FLOP/s of a device, or None if there is none.
+
+  Args:
+    device_kind: `jax.devices()[0].device_kind`.
+    dtype: of the activations, 'bfloat16' or 'float32'.
+  """
+  for start, figures in _PEAKS:
+    if device_kind.startswith(start):
+      index = {'bfloat16': 0, 'float32': 1}.get(dtype)
+      return None if figures is None or index is None else figures[index]
+  return None
+
+
+def mfu(
+  flops: float, seconds: float, num_devices: int, peak: float | None
+) -> float | None:
+  """Returns model FLOPs utilisation, 0 to 1, or None if `peak` is unknown.
+
+  Args:
+    flops: of one step on all devices, `train_flops`.
+    seconds: the step took.
+    num_devices: that took part.
+    peak: FLOP/s of one device, `peak_flops`.
+  """
+  return None if peak is None else flops / (seconds * num_devices * peak)
+
+
+def formula(
+  config: model_lib.ModelConfig,
+  batch_rows: int,
+  length: int,
+  encoder_length: int | None = None,
+  *,
+  peak: float | None = None,
+) -> str:
+  """Returns the formula of the MFU, with this model's figures, in lines."""
+  parts = forward_parts(config, batch_rows, length, encoder_length)
+  total = sum(parts.values())
+  terms = ' + '.join(f'{name} {_giga(n)}' for name, n in parts.items())
+  has_causal = not isinstance(config, encoder.EncoderConfig)
+  attended = 'T x S'
+  if has_causal:
+    attended = 'T*T/2 (causal attention counted as half)'
+  if any(kind.mask_window for kind in config.kinds):
+    attended += ', in a window w ' + (
+      'w*T - w*w/2' if has_causal else 'the keys within it'
+    )
+  known = 'unknown here, so mfu is null'
+  return '\n'.join(
+    [
+      'MFU = 3 x forward FLOPs / (step seconds x devices x peak FLOP/s)',
+      '  forward = 2 x tokens x weights of products + 4 x heads x head dim x '
+      'pairs',
+      f'  pairs of query and key to a row and layer: {attended}',
+      f'  forward = {terms} = {_giga(total)} GFLOP',
+      f'  a step = {_giga(3 * total)} GFLOP; peak FLOP/s of a device '
+      + (known if peak is None else f'{peak:.4g}'),
+    ]
+  )
+
+
+def _giga(flops: float) -> str:
+  return f'{flops / 1e9:,.4g}' if flops < 1e12 else f'{flops / 1e9:,.0f}'

@@ -1,0 +1,198 @@
+"""Using a trained run: load it, generate text, evaluate it.
+
+  trained = inference.load('runs/quickstart')
+  inference.generate_text(trained, ['The function'], num_tokens=20)
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import json
+import math
+from typing import Any
+
+from etils import epath
+import jax
+
+from t2x import checkpoint
+from t2x import config as config_lib
+from t2x import evaluate
+from t2x import experiment
+from t2x import mesh as mesh_lib
+from t2x import run_dir
+from t2x import sharding
+from t2x import train as train_lib
+from t2x import train_step
+from t2x.data import corpus as corpus_lib
+from t2x.data import pipeline
+from t2x.data import tokenizers
+from t2x.decode import generate as generate_lib
+from t2x.decode import sampling as sampling_lib
+from t2x.models import encoder_decoder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained:
+  """A model restored from a run, on its mesh.
+
+  Attributes:
+    config: of the run, with the settings given to `load`.
+    model: its weights; the moving average where the run kept one.
+    tokenizer: the run's own.
+    step: of the checkpoint.
+    mesh: where the model is.
+  """
+
+  config: experiment.Experiment
+  model: Any
+  tokenizer: tokenizers.Tokenizer
+  step: int
+  mesh: jax.sharding.Mesh
+
+
+def load(
+  workdir: str, *, step: int | None = None, settings: Sequence[str] = ()
+) -> Trained:
+  """Restores a run's model, by default onto one device.
+
+  Args:
+    workdir: of the run.
+    step: of the checkpoint; default the newest.
+    settings: as for --set; `mesh.tensor=8` spreads the model.
+
+  Raises:
+    ValueError: no run, no such checkpoint, or a setting that cannot be.
+  """
+  config = run_dir.read_config(workdir)
+  config = dataclasses.replace(config, mesh=mesh_lib.MeshConfig(data=1))
+  config = config_lib.override(config, config_lib.parse_settings(settings))
+  mesh = mesh_lib.make(config.mesh, _devices(config.mesh))
+  shapes, _ = train_lib.shapes_of(config, mesh)
+  wanted = dataclasses.replace(
+    shapes, step=None, opt_state=None, num_skipped=None
+  )
+  saved = checkpoint.Checkpoints(workdir)
+  restored = saved.restore(wanted, step, partial=True)
+  saved.close()
+  if restored is None:
+    raise ValueError(
+      f'{workdir} has no checkpoint yet. Let the experiment reach '
+      f'train.checkpoint_every={config.train.checkpoint_every} steps.'
+    )
+  step, state, _ = restored
+  tokenizer = tokenizers.load(run_dir.path(workdir) / 'tokenizer')
+  model = train_step.averaged_model(state, config.train.step_config)
+  return Trained(
+    config=config, model=model, tokenizer=tokenizer, step=step, mesh=mesh
+  )
+
+
+def generate_text(
+  trained: Trained,
+  prompts: Sequence[str],
+  *,
+  num_tokens: int,
+  sampling: sampling_lib.SamplingConfig | None = None,
+  seed: int = 0,
+  ignore_end: bool = False,
+) -> list[str]:
+  """Returns the text that follows each prompt (or answers it).
+
+  Args:
+    trained: what `load` returned.
+    prompts: texts; an encoder-decoder takes them as sources.
+    num_tokens: the most new tokens of each.
+    sampling: temperature, top-k and top-p.
+    seed: of what is drawn.
+    ignore_end: go on past the end token.
+
+  Raises:
+    ValueError: a prompt longer than the context, or a model that is an
+      encoder.
+  """
+  tokenizer = trained.tokenizer
+  answers = isinstance(
+    trained.config.model, encoder_decoder.EncoderDecoderConfig
+  )
+  # As in training: a decoder's text begins with BOS, a source ends with EOS.
+  frame = (
+    (lambda ids: [*ids, tokenizer.eos_id])
+    if answers
+    else (lambda ids: [tokenizer.bos_id, *ids])
+  )
+  with sharding.use(trained.mesh, trained.config.rules):
+    result = generate_lib.generate(
+      trained.model,
+      [frame(ids) for ids in tokenizer.encode_batch(prompts)],
+      num_tokens=num_tokens,
+      sampling=sampling,
+      seed=seed,
+      eos_id=None if ignore_end else tokenizer.eos_id,
+      pad_id=tokenizer.pad_id,
+    )
+  return [tokenizer.decode(tokens) for tokens in result.tokens]
+
+
+def evaluate_splits(
+  trained: Trained, splits: Sequence[str] = (), max_batches: int | None = None
+) -> dict[str, float]:
+  """Returns `eval/NAME/METRIC` for each split, default data.eval_splits."""
+  config = trained.config
+  if splits:
+    data = dataclasses.replace(config.data, eval_splits=tuple(splits))
+    config = dataclasses.replace(config, data=data)
+  experiment.check(config, trained.mesh.size)
+  corpus = corpus_lib.prepare(config.data, trained.tokenizer)
+  _, batch_sharding = train_lib.shapes_of(config, trained.mesh)
+  place = functools.partial(
+    jax.make_array_from_process_local_data, batch_sharding
+  )
+  eval_fn = jax.jit(
+    functools.partial(
+      train_step.eval_step, execution=config.train.execution
+    )
+  )
+  result = {}
+  with sharding.use(trained.mesh, config.rules):
+    for split in config.data.eval_splits:
+      batches = pipeline.eval_batches(
+        corpus, config.data, split, max_batches=max_batches
+      )
+      batches = (jax.tree.map(place, batch) for batch in batches)
+      metrics = evaluate.evaluate(eval_fn, trained.model, batches)
+      if max_batches is None:
+        metrics |= evaluate.bits_per_byte(metrics, corpus, config.data, split)
+      result |= {f'eval/{split}/{k}': v for k, v in metrics.items()}
+  return result
+
+
+def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
+  """Returns the prompts of the command line and of a file, one a line.
+
+  Raises:
+    ValueError: there is none, or no such file.
+  """
+  result = list(prompts)
+  if file is not None:
+    path = epath.Path(file).expanduser()
+    if not path.exists():
+      raise ValueError(f'--prompt_file={file}: there is no such file.')
+    result += [line for line in path.read_text().splitlines() if line]
+  if not result:
+    raise ValueError("There is no prompt: give --prompt='...' or --prompt_file.")
+  return result
+
+
+def write_samples(
+  file: str, prompts: Sequence[str], texts: Sequence[str]
+) -> None:
+  """Writes prompts and texts as the JSON that the report shows."""
+  samples = [{'prompt': p, 'text': t} for p, t in zip(prompts, texts)]
+  epath.Path(file).expanduser().write_text(json.dumps(samples, indent=1))
+
+
+def _devices(config: mesh_lib.MeshConfig) -> list[jax.Device]:
+  """Returns as many devices as the mesh asks for; -1 takes them all."""
+  sizes = [getattr(config, axis) for axis in mesh_lib.AXES]
+  devices = jax.devices()
+  return devices if -1 in sizes else devices[: math.prod(sizes)]

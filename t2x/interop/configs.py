@@ -1,0 +1,240 @@
+"""From a Hugging Face config.json to a config of t2x.
+
+>>> family, config = to_t2x({
+...     'model_type': 'gpt2', 'vocab_size': 50257, 'n_embd': 768,
+...     'n_layer': 12, 'n_head': 12, 'n_positions': 1024})
+>>> family, config.embed_dim
+('gpt2', 768)
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from t2x.layers import attention, mlp, norm, param, position
+from t2x.models import decoder, encoder, encoder_decoder, model
+
+Hf = Mapping[str, Any]
+
+_ACTIVATIONS = {
+  'relu': 'relu',
+  'gelu': 'gelu',
+  'gelu_new': 'gelu_tanh',
+  'gelu_pytorch_tanh': 'gelu_tanh',
+  'silu': 'silu',
+  'swish': 'silu',
+}
+
+
+def to_t2x(hf: Hf) -> tuple[str, model.ModelConfig]:
+  """Translates a config.json, already parsed.
+
+  Args:
+    hf: the dictionary; `model_type` is bert, roberta, gpt2, t5 or llama.
+
+  Returns:
+    The family, for `names.to_t2x`, and the config.
+
+  Raises:
+    ValueError: another kind of model, or a setting that t2x does not have.
+  """
+  kind = hf.get('model_type')
+  if kind not in _TRANSLATIONS:
+    raise ValueError(
+      f'model_type={kind!r}; t2x reads {", ".join(_TRANSLATIONS)}.'
+    )
+  return _TRANSLATIONS[kind](hf)
+
+
+def _bert(hf: Hf) -> tuple[str, encoder.EncoderConfig]:
+  _require(
+    hf,
+    position_embedding_type='absolute',
+    is_decoder=False,
+    add_cross_attention=False,
+    tie_word_embeddings=True,
+  )
+  # RoBERTa counts positions from the padding id on, after a row for it.
+  roberta = hf['model_type'] == 'roberta'
+  offset = hf.get('pad_token_id', 1) + 1 if roberta else 0
+  classes = ' '.join(hf.get('architectures') or ['ForPreTraining'])
+  pretraining = 'ForPreTraining' in classes
+  masked_head = 'ForMaskedLM' in classes or pretraining
+  config = encoder.EncoderConfig(
+    vocab_size=hf['vocab_size'],
+    num_layers=hf['num_hidden_layers'],
+    embed_dim=hf['hidden_size'],
+    attention=attention.Dense(
+      num_heads=hf['num_attention_heads'],
+      head_dim=hf['hidden_size'] // hf['num_attention_heads'],
+      bias=True,
+      dropout=hf.get('attention_probs_dropout_prob', 0.1),
+    ),
+    mlp=mlp.MlpConfig(
+      hidden=hf['intermediate_size'],
+      activation=_activation(hf.get('hidden_act', 'gelu')),
+    ),
+    norm=norm.LayerNorm(eps=hf.get('layer_norm_eps', 1e-12)),
+    residual='post_norm',
+    position=position.Learned(
+      max_length=hf['max_position_embeddings'] - offset,
+      std=hf.get('initializer_range', 0.02),
+      offset=offset,
+    ),
+    init=param.Init(
+      distribution='normal' if roberta else 'truncated_normal',
+      std=hf.get('initializer_range', 0.02),
+    ),
+    dropout=hf.get('hidden_dropout_prob', 0.1),
+    num_token_types=hf.get('type_vocab_size', 2),
+    embed_norm=True,
+    pooler=not masked_head or (pretraining and not roberta),
+    next_sentence=pretraining and not roberta,
+    masked_head=masked_head,
+  )
+  return hf['model_type'], config
+
+
+def _gpt2(hf: Hf) -> tuple[str, decoder.DecoderConfig]:
+  _require(
+    hf,
+    scale_attn_weights=True,
+    scale_attn_by_inverse_layer_idx=False,
+    add_cross_attention=False,
+    tie_word_embeddings=True,
+  )
+  std = hf.get('initializer_range', 0.02)
+  config = decoder.DecoderConfig(
+    vocab_size=hf['vocab_size'],
+    num_layers=hf['n_layer'],
+    embed_dim=hf['n_embd'],
+    attention=attention.Dense(
+      num_heads=hf['n_head'],
+      head_dim=hf['n_embd'] // hf['n_head'],
+      bias=True,
+      dropout=hf.get('attn_pdrop', 0.1),
+    ),
+    mlp=mlp.MlpConfig(
+      hidden=hf.get('n_inner') or 4 * hf['n_embd'],
+      activation=_activation(hf.get('activation_function', 'gelu_new')),
+    ),
+    norm=norm.LayerNorm(eps=hf.get('layer_norm_epsilon', 1e-5)),
+    position=position.Learned(max_length=hf['n_positions'], std=std),
+    init=param.Init(std=std, depth_scaled=True),
+    dropout=hf.get('resid_pdrop', 0.1),
+  )
+  return 'gpt2', config
+
+
+def _t5(hf: Hf) -> tuple[str, encoder_decoder.EncoderDecoderConfig]:
+  gated, _, act = hf.get('feed_forward_proj', 'relu').rpartition('-')
+  # T5's 'gated-gelu' has always been computed by the approximation.
+  act = 'gelu_tanh' if (gated, act) == ('gated', 'gelu') else _activation(act)
+  # Newer files say only that the features are not scaled.
+  untied = not hf.get('tie_word_embeddings', True) or not hf.get(
+    'scale_decoder_outputs', True
+  )
+  rate = hf.get('dropout_rate', 0.1)
+  num_layers = hf.get('num_decoder_layers') or hf['num_layers']
+  config = encoder_decoder.EncoderDecoderConfig(
+    vocab_size=hf['vocab_size'],
+    num_layers=num_layers,
+    num_encoder_layers=(
+      None if hf['num_layers'] == num_layers else hf['num_layers']
+    ),
+    embed_dim=hf['d_model'],
+    attention=attention.Dense(
+      num_heads=hf['num_heads'],
+      head_dim=hf['d_kv'],
+      scale=1.0,
+      dropout=rate,
+    ),
+    mlp=mlp.MlpConfig(
+      hidden=hf['d_ff'],
+      activation=act,
+      gated=bool(gated),
+      bias=False,
+      dropout=rate,
+    ),
+    norm=norm.RMSNorm(eps=hf.get('layer_norm_epsilon', 1e-6)),
+    position=position.RelativeBuckets(
+      num_buckets=hf.get('relative_attention_num_buckets', 32),
+      max_distance=hf.get('relative_attention_max_distance', 128),
+    ),
+    init=param.Init(scale='fan_in', std=1.0, embed_std=1.0),
+    dropout=rate,
+    tied_head='untied' if untied else 'tied_scaled',
+  )
+  return 't5_v1_1' if gated else 't5', config
+
+
+def _llama(hf: Hf) -> tuple[str, decoder.DecoderConfig]:
+  _require(hf, mlp_bias=False)
+  heads = hf['num_attention_heads']
+  kv_heads = hf.get('num_key_value_heads')
+  config = decoder.DecoderConfig(
+    vocab_size=hf['vocab_size'],
+    num_layers=hf['num_hidden_layers'],
+    embed_dim=hf['hidden_size'],
+    attention=attention.Dense(
+      num_heads=heads,
+      num_kv_heads=None if kv_heads == heads else kv_heads,
+      head_dim=hf.get('head_dim') or hf['hidden_size'] // heads,
+      bias=hf.get('attention_bias', False),
+      dropout=hf.get('attention_dropout', 0.0),
+    ),
+    mlp=mlp.MlpConfig(
+      hidden=hf['intermediate_size'],
+      activation=_activation(hf.get('hidden_act', 'silu')),
+      gated=True,
+      bias=False,
+    ),
+    norm=norm.RMSNorm(eps=hf.get('rms_norm_eps', 1e-6)),
+    position=_rotary(hf),
+    init=param.Init(std=hf.get('initializer_range', 0.02)),
+    tied_head='tied' if hf.get('tie_word_embeddings') else 'untied',
+  )
+  return 'llama', config
+
+
+def _rotary(hf: Hf) -> position.Rotary:
+  """Reads `rope_parameters`, or the older `rope_theta` and `rope_scaling`."""
+  rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}
+  base = rope.get('rope_theta') or hf.get('rope_theta', 10000.0)
+  kind = rope.get('rope_type') or rope.get('type') or 'default'
+  if kind == 'default':
+    return position.Rotary(base=base)
+  if kind != 'llama3':
+    raise ValueError(f'rope_type={kind!r}; t2x has default and llama3.')
+  scaling = position.Llama3Scaling(
+    factor=rope['factor'],
+    low_frequency_factor=rope['low_freq_factor'],
+    high_frequency_factor=rope['high_freq_factor'],
+    original_length=rope['original_max_position_embeddings'],
+  )
+  return position.Rotary(base=base, scaling=scaling)
+
+
+def _activation(name: str) -> Any:
+  if name not in _ACTIVATIONS:
+    raise ValueError(
+      f'Unknown activation {name!r}; t2x has {", ".join(_ACTIVATIONS)}.'
+    )
+  return _ACTIVATIONS[name]
+
+
+def _require(hf: Hf, **values: Any) -> None:
+  """Raises ValueError for settings that t2x has no counterpart of."""
+  for name, value in values.items():
+    if hf.get(name, value) != value:
+      raise ValueError(
+        f'{name}={hf[name]!r} in the config; t2x has only {value!r}.'
+      )
+
+
+_TRANSLATIONS = {
+  'bert': _bert,
+  'roberta': _bert,
+  'gpt2': _gpt2,
+  't5': _t5,
+  'llama': _llama,
+}

@@ -1,0 +1,284 @@
+"""How Hugging Face names and lays out the parameters that t2x has.
+
+A row reads: path in t2x (`*` for the layer), name in Hugging Face, and its
+layout. The letters at the end of a path are its dimensions in order; the
+layout has the same letters as they stand in the other array, those that it
+merges written together: a torch Linear of N heads is 'NH D' where t2x has
+`DNH`. A fourth field (i, n) is part i of n along the last dimension.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One parameter of a layer or of the model."""
+
+  path: str
+  name: str
+  layout: str
+  part: tuple[int, int] = (0, 1)
+
+  @property
+  def letters(self) -> str:
+    """The dimensions in t2x: those of the path, or the layout's own order."""
+    last = self.path.rpartition('_')[2]
+    return last if last.isupper() else self.layout.replace(' ', '')
+
+  @property
+  def groups(self) -> list[str]:
+    """The dimensions in Hugging Face: 'NH D' is ['NH', 'D']."""
+    return self.layout.split()
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """All rows of a model family.
+
+  Attributes:
+    prefix: stands before the names of the body in models that have a head,
+      and is left out in those without.
+    rows: the parameters.
+    copies: name of a tied copy -> name of the parameter; checkpoints may have
+      either or both.
+    ignored: regular expression of buffers that are no parameters.
+  """
+
+  prefix: str
+  rows: tuple[Row, ...]
+  copies: dict[str, str]
+  ignored: str = 'a^'
+
+
+def _rows(
+  rows: Sequence[tuple], path: str = '', name: str = ''
+) -> tuple[Row, ...]:
+  """Makes rows with common beginnings of path and name."""
+  return tuple(Row(path + p, name + n, *rest) for p, n, *rest in rows)
+
+
+def _norm(path: str, name: str) -> list[tuple]:
+  return [
+    (f'{path}.scale', f'{name}.weight', 'D'),
+    (f'{path}.bias', f'{name}.bias', 'D'),
+  ]
+
+
+# --- BERT and RoBERTa: the same body, other heads. ---
+
+_BERT_LAYER = [
+  ('attention.q_DNH', 'attention.self.query.weight', 'NH D'),
+  ('attention.k_DKH', 'attention.self.key.weight', 'KH D'),
+  ('attention.v_DKH', 'attention.self.value.weight', 'KH D'),
+  ('attention.o_NHD', 'attention.output.dense.weight', 'D NH'),
+  ('attention.q_bias_NH', 'attention.self.query.bias', 'NH'),
+  ('attention.k_bias_KH', 'attention.self.key.bias', 'KH'),
+  ('attention.v_bias_KH', 'attention.self.value.bias', 'KH'),
+  ('attention.o_bias_D', 'attention.output.dense.bias', 'D'),
+  *_norm('attention_norm', 'attention.output.LayerNorm'),
+  ('mlp.up_DF', 'intermediate.dense.weight', 'F D'),
+  ('mlp.up_bias_F', 'intermediate.dense.bias', 'F'),
+  ('mlp.down_FD', 'output.dense.weight', 'D F'),
+  ('mlp.down_bias_D', 'output.dense.bias', 'D'),
+  *_norm('mlp_norm', 'output.LayerNorm'),
+]
+
+_BERT_BODY = [
+  ('embeddings.tokens.table_VD', 'embeddings.word_embeddings.weight', 'V D'),
+  (
+    'embeddings.positions.table_PD',
+    'embeddings.position_embeddings.weight',
+    'P D',
+  ),
+  ('token_types', 'embeddings.token_type_embeddings.weight', 'P D'),
+  *_norm('embed_norm', 'embeddings.LayerNorm'),
+  ('pooler.kernel_DE', 'pooler.dense.weight', 'E D'),
+  ('pooler.bias_E', 'pooler.dense.bias', 'E'),
+]
+
+
+def _bert(prefix: str) -> tuple[Row, ...]:
+  return _rows(_BERT_BODY, '', prefix) + _rows(
+    _BERT_LAYER, 'tower.layers.*.', prefix + 'encoder.layer.{layer}.'
+  )
+
+
+_BERT_HEADS = [
+  ('transform.kernel_DE', 'cls.predictions.transform.dense.weight', 'E D'),
+  ('transform.bias_E', 'cls.predictions.transform.dense.bias', 'E'),
+  *_norm('transform_norm', 'cls.predictions.transform.LayerNorm'),
+  ('output_bias_V', 'cls.predictions.bias', 'V'),
+  ('next_sentence.kernel_DE', 'cls.seq_relationship.weight', 'E D'),
+  ('next_sentence.bias_E', 'cls.seq_relationship.bias', 'E'),
+]
+
+_ROBERTA_HEADS = [
+  ('transform.kernel_DE', 'lm_head.dense.weight', 'E D'),
+  ('transform.bias_E', 'lm_head.dense.bias', 'E'),
+  *_norm('transform_norm', 'lm_head.layer_norm'),
+  ('output_bias_V', 'lm_head.bias', 'V'),
+]
+
+_POSITION_BUFFERS = r'.*embeddings\.position_ids'
+
+_BERT = Family(
+  prefix='bert.',
+  rows=_bert('bert.') + _rows(_BERT_HEADS),
+  copies={
+    'cls.predictions.decoder.weight': (
+      'bert.embeddings.word_embeddings.weight'
+    ),
+    'cls.predictions.decoder.bias': 'cls.predictions.bias',
+  },
+  ignored=_POSITION_BUFFERS,
+)
+
+_ROBERTA = Family(
+  prefix='roberta.',
+  rows=_bert('roberta.') + _rows(_ROBERTA_HEADS),
+  copies={
+    'lm_head.decoder.weight': 'roberta.embeddings.word_embeddings.weight',
+    'lm_head.decoder.bias': 'lm_head.bias',
+  },
+  ignored=_POSITION_BUFFERS,
+)
+
+# --- GPT-2: its Conv1D keeps (in, out), and one holds queries to values. ---
+
+_GPT2_LAYER = [
+  *_norm('attention_norm', 'ln_1'),
+  ('attention.q_DNH', 'attn.c_attn.weight', 'D NH', (0, 3)),
+  ('attention.k_DKH', 'attn.c_attn.weight', 'D KH', (1, 3)),
+  ('attention.v_DKH', 'attn.c_attn.weight', 'D KH', (2, 3)),
+  ('attention.q_bias_NH', 'attn.c_attn.bias', 'NH', (0, 3)),
+  ('attention.k_bias_KH', 'attn.c_attn.bias', 'KH', (1, 3)),
+  ('attention.v_bias_KH', 'attn.c_attn.bias', 'KH', (2, 3)),
+  ('attention.o_NHD', 'attn.c_proj.weight', 'NH D'),
+  ('attention.o_bias_D', 'attn.c_proj.bias', 'D'),
+  *_norm('mlp_norm', 'ln_2'),
+  ('mlp.up_DF', 'mlp.c_fc.weight', 'D F'),
+  ('mlp.up_bias_F', 'mlp.c_fc.bias', 'F'),
+  ('mlp.down_FD', 'mlp.c_proj.weight', 'F D'),
+  ('mlp.down_bias_D', 'mlp.c_proj.bias', 'D'),
+]
+
+_GPT2_BODY = [
+  ('embeddings.tokens.table_VD', 'wte.weight', 'V D'),
+  ('embeddings.positions.table_PD', 'wpe.weight', 'P D'),
+  *_norm('tower.final_norm', 'ln_f'),
+]
+
+_GPT2 = Family(
+  prefix='transformer.',
+  rows=_rows(_GPT2_BODY, '', 'transformer.')
+  + _rows(_GPT2_LAYER, 'tower.layers.*.', 'transformer.h.{layer}.'),
+  copies={'lm_head.weight': 'transformer.wte.weight'},
+  ignored=r'.*\.attn\.(masked_)?bias',
+)
+
+# --- Llama. ---
+
+_LLAMA_LAYER = [
+  ('attention_norm.scale', 'input_layernorm.weight', 'D'),
+  ('attention.q_DNH', 'self_attn.q_proj.weight', 'NH D'),
+  ('attention.k_DKH', 'self_attn.k_proj.weight', 'KH D'),
+  ('attention.v_DKH', 'self_attn.v_proj.weight', 'KH D'),
+  ('attention.o_NHD', 'self_attn.o_proj.weight', 'D NH'),
+  ('attention.q_bias_NH', 'self_attn.q_proj.bias', 'NH'),
+  ('attention.k_bias_KH', 'self_attn.k_proj.bias', 'KH'),
+  ('attention.v_bias_KH', 'self_attn.v_proj.bias', 'KH'),
+  ('attention.o_bias_D', 'self_attn.o_proj.bias', 'D'),
+  ('mlp_norm.scale', 'post_attention_layernorm.weight', 'D'),
+  ('mlp.gate_DF', 'mlp.gate_proj.weight', 'F D'),
+  ('mlp.up_DF', 'mlp.up_proj.weight', 'F D'),
+  ('mlp.down_FD', 'mlp.down_proj.weight', 'D F'),
+]
+
+_LLAMA = Family(
+  prefix='model.',
+  rows=_rows(
+    [
+      ('embeddings.tokens.table_VD', 'model.embed_tokens.weight', 'V D'),
+      ('tower.final_norm.scale', 'model.norm.weight', 'D'),
+      ('output.table_VD', 'lm_head.weight', 'V D'),
+    ]
+  )
+  + _rows(_LLAMA_LAYER, 'tower.layers.*.', 'model.layers.{layer}.'),
+  copies={'lm_head.weight': 'model.embed_tokens.weight'},
+  ignored=r'.*rotary_emb\.inv_freq',
+)
+
+# --- T5: 1.1 differs in the feed-forward layer and the head. ---
+
+
+def _t5_attention(path: str, name: str) -> list[tuple]:
+  return [
+    (f'{path}.q_DNH', f'{name}.q.weight', 'NH D'),
+    (f'{path}.k_DKH', f'{name}.k.weight', 'KH D'),
+    (f'{path}.v_DKH', f'{name}.v.weight', 'KH D'),
+    (f'{path}.o_NHD', f'{name}.o.weight', 'D NH'),
+  ]
+
+
+def _t5_mlp(name: str, gated: bool) -> list[tuple]:
+  up = 'wi_1' if gated else 'wi'
+  rows = [
+    ('mlp_norm.scale', f'{name}.layer_norm.weight', 'D'),
+    ('mlp.up_DF', f'{name}.DenseReluDense.{up}.weight', 'F D'),
+    ('mlp.down_FD', f'{name}.DenseReluDense.wo.weight', 'D F'),
+  ]
+  gate = ('mlp.gate_DF', f'{name}.DenseReluDense.wi_0.weight', 'F D')
+  return [*rows, gate] if gated else rows
+
+
+def _t5_side(side: str, layer: list[tuple]) -> tuple[Row, ...]:
+  own = [
+    ('attention_norm.scale', 'layer.0.layer_norm.weight', 'D'),
+    *_t5_attention('attention', 'layer.0.SelfAttention'),
+  ]
+  first = f'{side}.block.0.layer.0.SelfAttention.'
+  return _rows(
+    [
+      (
+        f'{side}.bias.table_RN',
+        f'{first}relative_attention_bias.weight',
+        'R N',
+      ),
+      (f'{side}.final_norm.scale', f'{side}.final_layer_norm.weight', 'D'),
+    ]
+  ) + _rows(own + layer, f'{side}.layers.*.', side + '.block.{layer}.')
+
+
+def _t5(*, gated: bool) -> Family:
+  cross = [
+    ('cross_norm.scale', 'layer.1.layer_norm.weight', 'D'),
+    *_t5_attention('cross', 'layer.1.EncDecAttention'),
+  ]
+  ends = [
+    ('embeddings.tokens.table_VD', 'shared.weight', 'V D'),
+    ('output.table_VD', 'lm_head.weight', 'V D'),
+  ]
+  return Family(
+    prefix='',
+    rows=_rows(ends)
+    + _t5_side('encoder', _t5_mlp('layer.1', gated))
+    + _t5_side('decoder', cross + _t5_mlp('layer.2', gated)),
+    copies={
+      'encoder.embed_tokens.weight': 'shared.weight',
+      'decoder.embed_tokens.weight': 'shared.weight',
+      'lm_head.weight': 'shared.weight',
+    },
+    # Early checkpoints have a bias that no code reads.
+    ignored=r'.*EncDecAttention\.relative_attention_bias\.weight',
+  )
+
+
+FAMILIES = {
+  'bert': _BERT,
+  'roberta': _ROBERTA,
+  'gpt2': _GPT2,
+  't5': _t5(gated=False),
+  't5_v1_1': _t5(gated=True),
+  'llama': _LLAMA,
+}

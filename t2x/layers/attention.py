@@ -1,0 +1,230 @@
+"""Multi-head, multi-query and grouped-query attention layers.
+
+Shape suffixes: B batch, T query position, S key position, D embed, N query
+heads, K key/value heads, H head dim.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+from flax import nnx
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from t2x import sharding
+from t2x.attention import cache as cache_lib
+from t2x.attention import dense
+from t2x.attention import mask as mask_lib
+from t2x.layers import dropout, norm, param, position
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dense:
+  """Every query sees every key that the model's mask lets it see.
+
+  Attributes:
+    num_heads: query heads N.
+    num_kv_heads: key/value heads K, a divisor of N; None means N. 1 is
+      multi-query attention (Shazeer, 2019), between is grouped-query (Ainslie
+      et al., 2023).
+    head_dim: H.
+    bias: add biases to queries, keys, values and output.
+    scale: factor of the scores; None means 1 / sqrt(H). T5 takes 1 and draws
+      its queries smaller instead.
+    qk_norm: RMSNorm over each head's queries and keys (Dehghani et al., 2023).
+    soft_cap: bounds the scores by cap * tanh(score / cap).
+    dropout: rate on the attention probabilities.
+    block: queries to a block of the computation; None chooses.
+  """
+
+  kind: ClassVar[str] = 'dense'
+  num_heads: int = 8
+  num_kv_heads: int | None = None
+  head_dim: int = 64
+  bias: bool = False
+  scale: float | None = None
+  qk_norm: bool = False
+  soft_cap: float | None = None
+  dropout: float = 0.0
+  block: int | None = None
+
+  def __post_init__(self):
+    if self.num_heads % self.kv_heads:
+      raise ValueError(
+        f'attention.num_heads={self.num_heads} must be a multiple of '
+        f'attention.num_kv_heads={self.kv_heads}: each key/value head serves '
+        'the same number of query heads.'
+      )
+
+  @property
+  def kv_heads(self) -> int:
+    return self.num_kv_heads or self.num_heads
+
+  @property
+  def mask_window(self) -> int | None:
+    return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Local(Dense):
+  """A sliding window of the `window` latest keys, the query's own included.
+
+  GPT-3's locally banded layers (Brown et al., 2020; Child et al., 2019).
+  """
+
+  kind: ClassVar[str] = 'local'
+  window: int = 128
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.window < 1:
+      raise ValueError(
+        f'attention.window={self.window}; a query sees at least itself, so '
+        'the window is 1 or more.'
+      )
+
+  @property
+  def mask_window(self) -> int | None:
+    return self.window
+
+
+AttentionConfig = Dense | Local
+
+
+class Attention(nnx.Module):
+  """Attention over the sequence itself, or over another (cross-attention).
+
+  >>> layer = Attention(
+  ...     Dense(num_heads=4, num_kv_heads=2, head_dim=8), 32,
+  ...     init=param.Init(), out_factor=1.0, rngs=nnx.Rngs(0))
+  >>> x = jax.numpy.ones((2, 5, 32))
+  >>> layer(x, mask_lib.Mask(causal=True)).shape
+  (2, 5, 32)
+  """
+
+  def __init__(
+    self,
+    config: AttentionConfig,
+    embed: int,
+    *,
+    init: param.Init,
+    out_factor: float,
+    rngs: nnx.Rngs,
+  ):
+    self.config = config
+    N, K, H = config.num_heads, config.kv_heads, config.head_dim
+    # Where the scores are not divided by sqrt(H), the queries are drawn so.
+    folded = init.scale == 'fan_in' and config.scale == 1.0
+    into = lambda heads, factor=1.0: param.initializer(
+      init, fan_in=embed, fan_out=heads * H, factor=factor
+    )
+    make = lambda heads, axis, init: param.param(
+      rngs, (embed, heads, H), ('embed', axis, 'head_dim'), init
+    )
+    self.q_DNH = make(N, 'heads', into(N, H**-0.5 if folded else 1.0))
+    self.k_DKH = make(K, 'kv_heads', into(K))
+    self.v_DKH = make(K, 'kv_heads', into(K))
+    out = param.initializer(
+      init, fan_in=N * H, fan_out=embed, factor=out_factor
+    )
+    self.o_NHD = param.param(
+      rngs, (N, H, embed), ('heads', 'head_dim', 'embed'), out
+    )
+    zeros = lambda shape, axes: param.param(rngs, shape, axes, param.zeros)
+    heads = lambda n, axis: (
+      zeros((n, H), (axis, 'head_dim')) if config.bias else None
+    )
+    self.q_bias_NH = heads(N, 'heads')
+    self.k_bias_KH = heads(K, 'kv_heads')
+    self.v_bias_KH = heads(K, 'kv_heads')
+    self.o_bias_D = zeros((embed,), (None,)) if config.bias else None
+    qk_norm = lambda: norm.Norm(norm.RMSNorm(), H, rngs=rngs)
+    self.q_norm = qk_norm() if config.qk_norm else None
+    self.k_norm = qk_norm() if config.qk_norm else None
+
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    mask: mask_lib.Mask,
+    *,
+    positions_BT: jax.Array | None = None,
+    rotary: position.Rotary | None = None,
+    bias: dense.Bias | None = None,
+    keys_B: jax.Array | None = None,
+    cache: cache_lib.Cache | None = None,
+    encoded_BSD: jax.Array | None = None,
+  ):
+    """Attends; see `attend_with` for cross-attention over a cache.
+
+    Args:
+      x_BTD: the queries' sequence, and the keys' unless `encoded_BSD` is set.
+      mask: what each query sees; the layer adds its own window.
+      positions_BT: positions for `rotary`.
+      rotary: rotation of queries and keys, if any.
+      bias: added to the scores.
+      keys_B: dropout keys of the rows; None means no dropout.
+      cache: earlier keys and values; `mask.q_index_BT` says where this call's
+        go, and the result is a pair with the new cache.
+      encoded_BSD: another sequence to look at.
+
+    Returns:
+      (B, T, D), or that and the new cache.
+    """
+    q_BTNH = self.queries(x_BTD)
+    source = x_BTD if encoded_BSD is None else encoded_BSD
+    k_BSKH, v_BSKH = self.keys_and_values(source)
+    if rotary is not None:
+      q_BTNH = position.rotate(q_BTNH, positions_BT, rotary)
+      k_BSKH = position.rotate(k_BSKH, positions_BT, rotary)
+    if cache is None:
+      return self.attend(q_BTNH, k_BSKH, v_BSKH, mask, bias, keys_B)
+    cache = cache.write(k_BSKH, v_BSKH, mask.q_index_BT)
+    out_BTD = self.attend(
+      q_BTNH, cache.k_BSKH, cache.v_BSKH, mask, bias, keys_B
+    )
+    return out_BTD, cache
+
+  def queries(self, x_BTD: jax.Array) -> jax.Array:
+    q_BTNH = param.project(x_BTD, self.q_DNH, 'BTD,DNH->BTNH')
+    q_BTNH = param.add_bias(q_BTNH, self.q_bias_NH)
+    if self.q_norm is not None:
+      q_BTNH = self.q_norm(q_BTNH)
+    q_BTNH = checkpoint_name(q_BTNH, 'query')
+    return sharding.constrain(q_BTNH, 'batch', 'length', 'heads', None)
+
+  def keys_and_values(self, x_BSD: jax.Array):
+    """Returns keys and values (B, S, K, H) of a sequence."""
+    k_BSKH = param.project(x_BSD, self.k_DKH, 'BSD,DKH->BSKH')
+    v_BSKH = param.project(x_BSD, self.v_DKH, 'BSD,DKH->BSKH')
+    k_BSKH = param.add_bias(k_BSKH, self.k_bias_KH)
+    v_BSKH = param.add_bias(v_BSKH, self.v_bias_KH)
+    if self.k_norm is not None:
+      k_BSKH = self.k_norm(k_BSKH)
+    axes = ('batch', 'length', 'kv_heads', None)
+    k_BSKH = sharding.constrain(checkpoint_name(k_BSKH, 'key'), *axes)
+    v_BSKH = sharding.constrain(checkpoint_name(v_BSKH, 'value'), *axes)
+    return k_BSKH, v_BSKH
+
+  def attend(self, q_BTNH, k_BSKH, v_BSKH, mask, bias=None, keys_B=None):
+    """Attends with given queries, keys and values; returns (B, T, D)."""
+    config = self.config
+    if config.mask_window is not None:
+      mask = dataclasses.replace(mask, window=config.mask_window)
+    drop = None
+    if keys_B is not None and config.dropout:
+      drop = lambda probs, block: dropout.dropout(
+        probs, config.dropout, dropout.fold(keys_B, block)
+      )
+    options = dense.Options(
+      scale=config.scale, soft_cap=config.soft_cap, block=config.block
+    )
+    out_BTNH = dense.attend(
+      q_BTNH, k_BSKH, v_BSKH, mask, options=options, bias=bias, dropout=drop
+    )
+    out_BTNH = checkpoint_name(out_BTNH, 'attention')
+    out_BTD = param.project(out_BTNH, self.o_NHD, 'BTNH,NHD->BTD')
+    return param.add_bias(out_BTD, self.o_bias_D)
+
+  def empty_cache(self, batch: int, capacity: int, dtype) -> cache_lib.Cache:
+    K, H = self.config.kv_heads, self.config.head_dim
+    return cache_lib.empty(batch, capacity, K, H, H, dtype)

@@ -1,0 +1,165 @@
+"""The Transformer block, in pre-norm, post-norm and parallel form.
+
+Shape suffixes: B batch, T position, S encoder position, D embed.
+"""
+
+import dataclasses
+from typing import Literal
+
+from flax import nnx
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from t2x import sharding
+from t2x.attention import cache as cache_lib
+from t2x.attention import dense
+from t2x.attention import mask as mask_lib
+from t2x.layers import attention as attention_lib
+from t2x.layers import dropout, param, position
+from t2x.layers import mlp as mlp_lib
+from t2x.layers import norm as norm_lib
+
+Residual = Literal['pre_norm', 'post_norm', 'parallel']
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+  """What all layers of one forward pass share.
+
+  Attributes:
+    mask: what a position sees of its own sequence.
+    positions_BT: positions, for rotary encodings.
+    rotary: the rotary encoding, if any.
+    bias: bias of the self-attention scores, a module shared by the layers.
+    keys_B: dropout key of each row; None means no dropout.
+    encoded_BSD: the encoder's output, for cross-attention.
+    cross_mask: what a position sees of `encoded_BSD`.
+  """
+
+  mask: mask_lib.Mask
+  positions_BT: jax.Array | None = None
+  rotary: position.Rotary | None = dataclasses.field(
+    default=None, metadata={'static': True}
+  )
+  bias: dense.Bias | None = None
+  keys_B: jax.Array | None = None
+  encoded_BSD: jax.Array | None = None
+  cross_mask: mask_lib.Mask = mask_lib.Mask()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockCache:
+  """A block's keys and values: its own, and those of the encoder's output."""
+
+  own: cache_lib.Cache
+  cross: cache_lib.Cache | None = None
+
+
+class Block(nnx.Module):
+  """Self-attention, cross-attention where asked, and feed-forward."""
+
+  def __init__(
+    self,
+    attention: attention_lib.AttentionConfig,
+    mlp: mlp_lib.MlpConfig,
+    norm: norm_lib.NormConfig,
+    embed: int,
+    *,
+    residual: Residual,
+    dropout_rate: float,
+    init: param.Init,
+    out_factor: float,
+    cross: bool = False,
+    rngs: nnx.Rngs,
+  ):
+    self.residual = residual
+    self.dropout_rate = dropout_rate
+    draw = {'init': init, 'out_factor': out_factor, 'rngs': rngs}
+    make_norm = lambda: norm_lib.Norm(norm, embed, rngs=rngs)
+    self.attention_norm = make_norm()
+    self.attention = attention_lib.Attention(attention, embed, **draw)
+    self.cross_norm = make_norm() if cross else None
+    self.cross = (
+      attention_lib.Attention(attention, embed, **draw) if cross else None
+    )
+    # The parallel form has one norm for both branches.
+    self.mlp_norm = None if residual == 'parallel' else make_norm()
+    self.mlp = mlp_lib.Mlp(mlp, embed, **draw)
+
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    context: Context,
+    cache: BlockCache | None = None,
+  ) -> tuple[jax.Array, BlockCache | None]:
+    """Returns the next activations, and the new cache if one was given."""
+    cell = [cache]  # Filled by the self-attention branch.
+
+    def attend(y_BTD):
+      out_BTD, cell[0] = self._attend(y_BTD, context, cache)
+      return out_BTD
+
+    if self.residual == 'parallel':
+      # Chowdhery et al., 2022: x + attention(norm(x)) + mlp(norm(x)).
+      y_BTD = self.attention_norm(x_BTD)
+      out_BTD = attend(y_BTD) + self._feed_forward(y_BTD, context)
+      x_BTD = x_BTD + self._drop(out_BTD, context, 2)
+    else:
+      x_BTD = self._add(x_BTD, attend, self.attention_norm, context, 2)
+      if self.cross is not None:
+        cross = lambda y_BTD: self._attend_cross(y_BTD, context, cache)
+        x_BTD = self._add(x_BTD, cross, self.cross_norm, context, 3)
+      feed = lambda y_BTD: self._feed_forward(y_BTD, context)
+      x_BTD = self._add(x_BTD, feed, self.mlp_norm, context, 4)
+    x_BTD = sharding.constrain(x_BTD, 'batch', 'length', 'act_embed')
+    return checkpoint_name(x_BTD, 'block'), cell[0]
+
+  def _add(self, x_BTD, branch, norm, context, site):
+    """x + branch(norm(x)), or norm(x + branch(x)) in post-norm order."""
+    post = self.residual == 'post_norm'
+    out_BTD = branch(x_BTD if post else norm(x_BTD))
+    x_BTD = x_BTD + self._drop(out_BTD, context, site)
+    return norm(x_BTD) if post else x_BTD
+
+  def _drop(self, x_BTD, context, site):
+    keys_B = dropout.fold(context.keys_B, site)
+    return dropout.dropout(x_BTD, self.dropout_rate, keys_B)
+
+  def _attend(self, y_BTD, context, cache):
+    result = self.attention(
+      y_BTD,
+      context.mask,
+      positions_BT=context.positions_BT,
+      rotary=context.rotary,
+      bias=context.bias,
+      keys_B=dropout.fold(context.keys_B, 0),
+      cache=None if cache is None else cache.own,
+    )
+    if cache is None:
+      return result, None
+    return result[0], dataclasses.replace(cache, own=result[1])
+
+  def _attend_cross(self, y_BTD, context, cache):
+    keys_B = dropout.fold(context.keys_B, 1)
+    if cache is None:
+      k_BSKH, v_BSKH = self.cross.keys_and_values(context.encoded_BSD)
+    else:
+      k_BSKH, v_BSKH = cache.cross.k_BSKH, cache.cross.v_BSKH
+    q_BTNH = self.cross.queries(y_BTD)
+    mask = context.cross_mask
+    return self.cross.attend(q_BTNH, k_BSKH, v_BSKH, mask, keys_B=keys_B)
+
+  def _feed_forward(self, y_BTD, context):
+    return self.mlp(y_BTD, dropout.fold(context.keys_B, 5))
+
+  def empty_cache(self, batch, capacity, dtype, encoded_BSD=None):
+    """Returns an empty cache; cross-attention's keys are computed once."""
+    own = self.attention.empty_cache(batch, capacity, dtype)
+    if self.cross is None:
+      return BlockCache(own=own)
+    k_BSKH, v_BSKH = self.cross.keys_and_values(encoded_BSD)
+    return BlockCache(
+      own=own, cross=cache_lib.Cache(k_BSKH=k_BSKH, v_BSKH=v_BSKH)
+    )

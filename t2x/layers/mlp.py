@@ -1,0 +1,89 @@
+"""The feed-forward layer, plain or gated.
+
+Shape suffixes: B batch, T position, D embed, F feed-forward.
+"""
+
+import dataclasses
+from typing import Literal
+
+from flax import nnx
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+
+from t2x import sharding
+from t2x.layers import dropout, param
+
+_ACTIVATIONS = {
+  'relu': jax.nn.relu,
+  'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+  'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
+  'silu': jax.nn.silu,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MlpConfig:
+  """Sizes and shape of the feed-forward layer.
+
+  Attributes:
+    hidden: width F between the two products.
+    activation: `gelu_tanh` is the tanh approximation of GPT-2 and T5 1.1.
+    gated: act(x gate) * (x up) before the last product (Shazeer, 2020):
+      SwiGLU is `silu` gated, GEGLU `gelu` gated.
+    bias: add biases (never to a gated layer's gate in the presets).
+    dropout: rate on the hidden activations (T5, Transformer).
+  """
+
+  hidden: int = 1024
+  activation: Literal['relu', 'gelu', 'gelu_tanh', 'silu'] = 'gelu_tanh'
+  gated: bool = False
+  bias: bool = True
+  dropout: float = 0.0
+
+
+class Mlp(nnx.Module):
+  """x -> act(x up) down, or act(x gate) * (x up) down."""
+
+  def __init__(
+    self,
+    config: MlpConfig,
+    embed: int,
+    *,
+    init: param.Init,
+    out_factor: float,
+    rngs: nnx.Rngs,
+  ):
+    self.config = config
+    F = config.hidden
+    into = param.initializer(init, fan_in=embed, fan_out=F)
+    out = param.initializer(init, fan_in=F, fan_out=embed, factor=out_factor)
+    axes = ('embed', 'mlp')
+    gated = config.gated
+    self.gate_DF = param.param(rngs, (embed, F), axes, into) if gated else None
+    self.up_DF = param.param(rngs, (embed, F), axes, into)
+    self.down_FD = param.param(rngs, (F, embed), ('mlp', 'embed'), out)
+    bias = lambda size, axis: param.param(rngs, (size,), (axis,), param.zeros)
+    self.up_bias_F = bias(F, 'mlp') if config.bias else None
+    self.down_bias_D = bias(embed, None) if config.bias else None
+
+  def __call__(
+    self, x_BTD: jax.Array, keys_B: jax.Array | None = None
+  ) -> jax.Array:
+    act = _ACTIVATIONS[self.config.activation]
+    up_BTF = param.project(x_BTD, self.up_DF, 'BTD,DF->BTF')
+    up_BTF = checkpoint_name(param.add_bias(up_BTF, self.up_bias_F), 'mlp_up')
+    if self.gate_DF is None:
+      hidden_BTF = act(up_BTF)
+    else:
+      gate_BTF = param.project(x_BTD, self.gate_DF, 'BTD,DF->BTF')
+      hidden_BTF = act(checkpoint_name(gate_BTF, 'mlp_gate')) * up_BTF
+    hidden_BTF = sharding.constrain(hidden_BTF, 'batch', 'length', 'mlp')
+    hidden_BTF = dropout.dropout(hidden_BTF, self.config.dropout, keys_B)
+    out_BTD = param.project(hidden_BTF, self.down_FD, 'BTF,FD->BTD')
+    return param.add_bias(out_BTD, self.down_bias_D)
+
+
+def activation(name: str, x: jax.Array) -> jax.Array:
+  """Applies the activation of that name."""
+  return _ACTIVATIONS[name](x).astype(jnp.result_type(x))

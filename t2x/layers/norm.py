@@ -1,0 +1,61 @@
+"""LayerNorm and RMSNorm, computed in float32."""
+
+import dataclasses
+from typing import ClassVar
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from t2x.layers import param
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerNorm:
+  """Ba et al., 2016."""
+
+  kind: ClassVar[str] = 'layernorm'
+  eps: float = 1e-5
+  bias: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RMSNorm:
+  """No mean, no bias (Zhang and Sennrich, 2019)."""
+
+  kind: ClassVar[str] = 'rmsnorm'
+  eps: float = 1e-6
+
+
+NormConfig = LayerNorm | RMSNorm
+
+
+class Norm(nnx.Module):
+  """Normalises the last dimension.
+
+  >>> norm = Norm(RMSNorm(), 8, rngs=nnx.Rngs(0))
+  >>> norm(jnp.ones((2, 3, 8))).shape
+  (2, 3, 8)
+  """
+
+  def __init__(self, config: NormConfig, size: int, *, rngs: nnx.Rngs):
+    self.config = config
+    # A scale is small and used whole: no mesh axis splits it.
+    self.scale = param.param(rngs, (size,), (None,), param.ones)
+    has_bias = isinstance(config, LayerNorm) and config.bias
+    self.bias = (
+      param.param(rngs, (size,), (None,), param.zeros) if has_bias else None
+    )
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = x.astype(jnp.float32)
+    if isinstance(self.config, LayerNorm):
+      y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(
+      jnp.square(y).mean(-1, keepdims=True) + self.config.eps
+    )
+    shape = (1,) * (x.ndim - 1) + (-1,)
+    y = y * self.scale[...].reshape(shape)
+    if self.bias is not None:
+      y = y + self.bias[...].reshape(shape)
+    return y.astype(x.dtype)

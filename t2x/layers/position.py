@@ -1,0 +1,214 @@
+"""Position encodings: sinusoidal, learned, rotary, T5 buckets, ALiBi.
+
+Shape suffixes: B batch, T query position, S key position, D embed, N heads, H
+head dim, R relative buckets, P positions.
+"""
+
+import dataclasses
+import math
+from typing import ClassVar, Literal
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from t2x import sharding
+from t2x.layers import param
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sinusoidal:
+  """Sines and cosines added to the embeddings (Vaswani et al., 2017)."""
+
+  kind: ClassVar[str] = 'sinusoidal'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Learned:
+  """A learned vector for each position up to `max_length`.
+
+  `offset` leading rows are unused (RoBERTa counts positions from 2).
+  """
+
+  kind: ClassVar[str] = 'learned'
+  max_length: int = 1024
+  std: float = 0.02
+  offset: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+  """Slows the low frequencies for longer contexts (Llama 3, 2024)."""
+
+  factor: float = 8.0
+  low_frequency_factor: float = 1.0
+  high_frequency_factor: float = 4.0
+  original_length: int = 8192
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rotary:
+  """Queries and keys rotated by their position (Su et al., 2021).
+
+  `half` pairs entry i with i + H/2 (Llama), `interleaved` pairs neighbours
+  (the paper, PaLM). `fraction` of the head dim is rotated.
+  """
+
+  kind: ClassVar[str] = 'rotary'
+  base: float = 10000.0
+  style: Literal['half', 'interleaved'] = 'half'
+  fraction: float = 1.0
+  scaling: Llama3Scaling | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RelativeBuckets:
+  """A learned bias per head and bucket of distance (T5, Raffel, 2020)."""
+
+  kind: ClassVar[str] = 'relative'
+  num_buckets: int = 32
+  max_distance: int = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Alibi:
+  """A fixed bias linear in the distance (Press et al., 2022)."""
+
+  kind: ClassVar[str] = 'alibi'
+
+
+PositionConfig = Sinusoidal | Learned | Rotary | RelativeBuckets | Alibi
+
+
+class LearnedPositions(nnx.Module):
+  """A table of position vectors."""
+
+  def __init__(
+    self,
+    config: Learned,
+    embed: int,
+    *,
+    distribution: str = 'normal',
+    rngs: nnx.Rngs,
+  ):
+    self.config = config
+    init = param.drawn(distribution, config.std)
+    shape = (config.max_length + config.offset, embed)
+    self.table_PD = param.param(rngs, shape, (None, 'embed'), init)
+
+  def __call__(self, positions_BT: jax.Array, dtype) -> jax.Array:
+    # Whole before the look-up, as the token table: see layers/embed.py.
+    table_PD = sharding.constrain(
+      self.table_PD[...].astype(dtype), None, 'act_embed'
+    )
+    return table_PD[positions_BT + self.config.offset]
+
+
+def sinusoidal(positions_BT: jax.Array, size: int) -> jax.Array:
+  """Returns (B, T, size): sines of all frequencies, then cosines.
+
+  Vaswani et al., 2017, section 3.5; their interleaving of sine and cosine is
+  a permutation of this (the released code has the halves side by side).
+  """
+  half = size // 2
+  step = math.log(10000.0) / max(half - 1, 1)
+  frequency_F = jnp.exp(-step * jnp.arange(half))
+  angle = positions_BT[..., None] * frequency_F[None, None]
+  return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
+
+
+def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, config: Rotary):
+  """Rotates queries or keys by their positions."""
+  size = int(x_BTNH.shape[-1] * config.fraction)
+  angle = positions_BT[..., None] * _frequencies(config, size)[None, None]
+  cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+  x, rest = x_BTNH[..., :size].astype(jnp.float32), x_BTNH[..., size:]
+  if config.style == 'half':
+    a, b = jnp.split(x, 2, -1)
+    out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+  else:
+    a, b = x[..., 0::2], x[..., 1::2]
+    pairs = jnp.stack([a * cos - b * sin, b * cos + a * sin], -1)
+    out = pairs.reshape(x.shape)
+  return jnp.concatenate([out.astype(x_BTNH.dtype), rest], -1)
+
+
+def _frequencies(config: Rotary, size: int) -> jax.Array:
+  frequency = config.base ** (-jnp.arange(0, size, 2) / size)
+  s = config.scaling
+  if s is None:
+    return frequency
+  wavelength = 2 * math.pi / frequency
+  low = s.original_length / s.low_frequency_factor
+  high = s.original_length / s.high_frequency_factor
+  # 0 below the low frequency, 1 above the high one, a ramp between.
+  mix = (s.original_length / wavelength - s.low_frequency_factor) / (
+    s.high_frequency_factor - s.low_frequency_factor
+  )
+  ramp = (1 - mix) * frequency / s.factor + mix * frequency
+  slow = jnp.where(wavelength > low, frequency / s.factor, ramp)
+  return jnp.where(wavelength < high, frequency, slow)
+
+
+class RelativeBias(nnx.Module):
+  """T5's bias of the scores, one table for all layers of a stack."""
+
+  def __init__(
+    self,
+    config: RelativeBuckets,
+    num_heads: int,
+    *,
+    bidirectional: bool,
+    std: float,
+    rngs: nnx.Rngs,
+  ):
+    self.config = config
+    self.bidirectional = bidirectional
+    shape = (config.num_buckets, num_heads)
+    init = param.drawn('normal', std)
+    self.table_RN = param.param(rngs, shape, (None, 'heads'), init)
+
+  def __call__(self, relative: jax.Array) -> jax.Array:
+    """Maps key minus query index, (..., T, S), to (..., N, T, S)."""
+    buckets = bucket(relative, self.config, self.bidirectional)
+    return jnp.moveaxis(self.table_RN[...][buckets], -1, -3)
+
+
+def bucket(relative, config: RelativeBuckets, bidirectional: bool):
+  """Returns the bucket of each distance: exact when near, log when far."""
+  num = config.num_buckets
+  start = jnp.zeros_like(relative)
+  if bidirectional:
+    num //= 2
+    start = jnp.where(relative > 0, num, 0)
+    distance = jnp.abs(relative)
+  else:
+    distance = jnp.maximum(-relative, 0)
+  exact = num // 2
+  # max() keeps the log finite where the exact branch is taken anyway.
+  ratio = jnp.maximum(distance, 1) / exact
+  scale = (num - exact) / math.log(config.max_distance / exact)
+  far = exact + (jnp.log(ratio) * scale).astype(relative.dtype)
+  far = jnp.minimum(far, num - 1)
+  return start + jnp.where(distance < exact, distance, far)
+
+
+class AlibiBias(nnx.Module):
+  """ALiBi: minus the distance times a slope per head."""
+
+  def __init__(self, num_heads: int):
+    self.num_heads = num_heads
+
+  def __call__(self, relative: jax.Array) -> jax.Array:
+    """Maps key minus query index, (..., T, S), to (..., N, T, S)."""
+    slopes = jnp.asarray(alibi_slopes(self.num_heads))
+    slopes = slopes.reshape((1,) * (relative.ndim - 2) + (-1, 1, 1))
+    return -slopes * jnp.abs(relative)[..., None, :, :].astype(jnp.float32)
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+  """A geometric sequence; heads beyond a power of two fill in between."""
+  power = 2 ** int(math.log2(num_heads))
+  slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+  between = [2 ** (-4 * (i + 1) / power) for i in range(2 * power)]
+  return slopes + between[0::2][: num_heads - power]

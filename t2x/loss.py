@@ -1,0 +1,149 @@
+"""Cross-entropy in chunks, whose memory does not grow with the vocabulary.
+
+Shape suffixes: B batch, T position, D embed, V vocabulary, C rows of a chunk.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from t2x.layers import embed
+
+_NEVER = -1e30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+  """What is minimised for each token.
+
+  Attributes:
+    label_smoothing: share of the target given to the uniform distribution
+      (Szegedy et al., 2016).
+    z_loss: weight of the squared log-sum-exp of the logits (Chowdhery et al.,
+      2022).
+    vocab_chunks: pieces of the vocabulary; logits of one piece exist at a
+      time, and the backward pass computes them again. 1 keeps all logits.
+  """
+
+  label_smoothing: float = 0.0
+  z_loss: float = 0.0
+  vocab_chunks: int = 1
+
+  def __post_init__(self):
+    if not 0.0 <= self.label_smoothing < 1.0:
+      raise ValueError(
+        f'train.loss.label_smoothing={self.label_smoothing}; it is in [0, 1).'
+      )
+    if self.vocab_chunks < 1:
+      raise ValueError(
+        f'train.loss.vocab_chunks={self.vocab_chunks}; it is 1 or more.'
+      )
+
+
+class TokenLoss(NamedTuple):
+  """Per-token results, float32.
+
+  Attributes:
+    objective_BT: what is minimised, smoothing and z-loss included.
+    nll_BT: minus the log-probability of the target, in nats.
+    correct_BT: 1.0 where the target has the largest logit.
+  """
+
+  objective_BT: jax.Array
+  nll_BT: jax.Array
+  correct_BT: jax.Array
+
+
+class _Sums(NamedTuple):
+  """Running reductions over the vocabulary, each (B, T)."""
+
+  largest: jax.Array
+  exp_sum: jax.Array
+  picked: jax.Array
+  logit_sum: jax.Array
+
+
+def token_loss(
+  x_BTD: jax.Array,
+  head: embed.Head,
+  targets_BT: jax.Array,
+  config: LossConfig = LossConfig(),
+) -> TokenLoss:
+  """Returns the loss of every token.
+
+  Args:
+    x_BTD: features.
+    head: the product that makes logits; padded rows count for nothing.
+    targets_BT: token ids.
+    config: smoothing, z-loss, chunks.
+
+  Raises:
+    ValueError: the chunks do not divide the rows of the head's table.
+  """
+  rows = head.table_VD.shape[0]
+  num = config.vocab_chunks
+  if rows % num:
+    raise ValueError(
+      f'train.loss.vocab_chunks={num} does not divide the {rows} rows of the '
+      'vocabulary table. Choose a divisor, or set model.vocab_multiple to a '
+      f'multiple of {num}.'
+    )
+  if num == 1:
+    sums = _reduce(x_BTD, head, head.table_VD, head.bias_V, targets_BT, 0, 1)
+  else:
+    sums = _reduce_chunks(x_BTD, head, targets_BT, num)
+  log_sum = sums.largest + jnp.log(sums.exp_sum)
+  nll = log_sum - sums.picked
+  smooth = config.label_smoothing
+  mean_nll = log_sum - sums.logit_sum / head.vocab_size
+  objective = (1.0 - smooth) * nll + smooth * mean_nll if smooth else nll
+  if config.z_loss:
+    objective = objective + config.z_loss * jnp.square(log_sum)
+  correct = (sums.picked >= sums.largest).astype(jnp.float32)
+  return TokenLoss(objective, nll, correct)
+
+
+def _reduce(x_BTD, head, table_CD, bias_C, targets_BT, chunk, num) -> _Sums:
+  """Reduces over the rows chunk, chunk + num, chunk + 2 num, ... ."""
+  logits_BTC = head.logits(x_BTD, table_CD, bias_C)
+  ids_C = jnp.arange(table_CD.shape[0]) * num + chunk
+  is_token = (ids_C < head.vocab_size)[None, None]
+  logits_BTC = jnp.where(is_token, logits_BTC, _NEVER)
+  largest = jax.lax.stop_gradient(logits_BTC.max(-1))
+  is_target = ids_C[None, None] == targets_BT[..., None]
+  return _Sums(
+    largest=largest,
+    exp_sum=jnp.exp(logits_BTC - largest[..., None]).sum(-1),
+    # A masked sum fuses with its neighbours; a gather would not, and its
+    # gradient would be a scatter into a (B, T, V) array.
+    picked=jnp.where(is_target, logits_BTC, 0.0).sum(-1),
+    logit_sum=jnp.where(is_token, logits_BTC, 0.0).sum(-1),
+  )
+
+
+def _reduce_chunks(x_BTD, head, targets_BT, num) -> _Sums:
+  # Chunk c takes every num-th row, so a table that is sharded by rows stays
+  # where it is. Each row's gradient is made once, in one chunk, so the table
+  # is gathered once and its gradient reduced once.
+  split = lambda a: jnp.moveaxis(a.reshape(-1, num, *a.shape[1:]), 1, 0)
+  tables = split(head.table_VD)
+  biases = None if head.bias_V is None else split(head.bias_V)
+
+  @jax.checkpoint
+  def body(sums, part):
+    chunk, table_CD, bias_C = part
+    new = _reduce(x_BTD, head, table_CD, bias_C, targets_BT, chunk, num)
+    largest = jnp.maximum(sums.largest, new.largest)
+    rescale = lambda s: s.exp_sum * jnp.exp(s.largest - largest)
+    return _Sums(
+      largest=largest,
+      exp_sum=rescale(sums) + rescale(new),
+      picked=sums.picked + new.picked,
+      logit_sum=sums.logit_sum + new.logit_sum,
+    ), None
+
+  zeros = jnp.zeros(targets_BT.shape, jnp.float32)
+  start = _Sums(zeros + _NEVER, zeros, zeros, zeros)
+  return jax.lax.scan(body, start, (jnp.arange(num), tables, biases))[0]

@@ -1,0 +1,130 @@
+"""The command line of every experiment: `main.run(get_config)`."""
+
+from collections.abc import Callable
+import logging
+import os
+import sys
+import traceback
+from typing import Any
+
+from absl import app, flags
+from absl import logging as absl_logging
+
+from t2x import config as config_lib
+from t2x import experiment
+
+GetConfig = Callable[[], experiment.Experiment]
+
+
+def run(get_config: GetConfig) -> None:
+  """Parses the flags and trains the experiment that `get_config` returns."""
+  flags.DEFINE_string('workdir', None, 'Where the run is kept; may be gs://.')
+  define_config_flags()
+  flags.DEFINE_bool('print_config', False, 'Print the config and exit.')
+  flags.DEFINE_bool(
+    'allow_config_change',
+    False,
+    'Go on with a run although its model, data, optimizer or seed differ.',
+  )
+  flags.DEFINE_string(
+    'profile_steps', None, 'FIRST:LAST step to record for the profiler.'
+  )
+  app_run(lambda: _train(get_config))
+
+
+def define_config_flags() -> None:
+  flags.DEFINE_multi_string('set', [], 'dotted.name=value; may repeat.')
+  flags.DEFINE_string('config', None, 'A saved config.json to start from.')
+
+
+def app_run(main: Callable[[], None]) -> None:
+  """Runs `main` under absl; what a user can mend is said in one message."""
+
+  def guarded(argv):
+    if argv[1:]:
+      sys.exit(
+        f'error: unexpected argument {argv[1]!r}; settings are written '
+        '--set NAME=VALUE.'
+      )
+    logging.getLogger('t2x').setLevel(logging.INFO)
+    if not flags.FLAGS['verbosity'].present:
+      # Orbax logs every file that it writes; --verbosity=0 shows it.
+      absl_logging.set_verbosity(absl_logging.WARNING)
+    try:
+      main()
+    except ValueError as error:
+      if not is_own(error):
+        raise
+      sys.exit(f'error: {error}')
+
+  app.run(guarded)
+
+
+def is_own(error: BaseException) -> bool:
+  """Whether t2x itself raised the error, and not a library under it."""
+  frames = traceback.extract_tb(error.__traceback__)
+  package = os.path.dirname(os.path.abspath(__file__))
+  return os.path.abspath(frames[-1].filename).startswith(package)
+
+
+def resolve(get_config: GetConfig | None) -> experiment.Experiment:
+  """Returns the config with --config and every --set applied."""
+  from t2x import run_dir
+
+  values = flags.FLAGS
+  if values.config:
+    config = run_dir.load_config(values.config)
+  else:
+    assert get_config is not None
+    config = get_config()
+  return config_lib.override(config, config_lib.parse_settings(values.set))
+
+
+def use_compilation_cache() -> None:
+  """Keeps compiled programs between runs, unless JAX was told where to."""
+  import jax
+
+  if jax.config.jax_compilation_cache_dir is None:
+    root = os.environ.get('T2X_DATA_DIR') or '~/.cache/t2x'
+    directory = os.path.join(os.path.expanduser(root), 'compiled')
+    jax.config.update('jax_compilation_cache_dir', directory)
+
+
+def _train(get_config: GetConfig) -> None:
+  config = resolve(get_config)
+  if flags.FLAGS.print_config:
+    print(config_lib.dumps(config), end='')
+    return
+  if not flags.FLAGS.workdir:
+    raise ValueError('--workdir is missing: name a directory for the run.')
+  # Imported late, so that --help and --print_config answer at once.
+  from t2x import train
+
+  use_compilation_cache()
+  train.train(
+    config,
+    flags.FLAGS.workdir,
+    allow_config_change=flags.FLAGS.allow_config_change,
+    profile_steps=_steps(flags.FLAGS.profile_steps),
+  )
+  print(
+    f'The run is in {flags.FLAGS.workdir}: report.html, metrics.jsonl, '
+    'checkpoints/.'
+  )
+
+
+def _steps(text: str | None) -> tuple[int, int] | None:
+  if text is None:
+    return None
+  parts: list[Any] = text.split(':')
+  if len(parts) != 2 or not all(p.isdigit() for p in parts):
+    raise ValueError(
+      f'--profile_steps={text!r}; it is FIRST:LAST, as in 10:13.'
+    )
+  first, last = map(int, parts)
+  if not 0 < first < last:
+    raise ValueError(
+      f'--profile_steps={text!r}: the first step is at least 1 and below '
+      'the last.'
+    )
+  return first, last

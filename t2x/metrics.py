@@ -1,0 +1,351 @@
+"""Watching a run: metrics.jsonl, TensorBoard events and a progress bar.
+
+`metrics.jsonl` holds one JSON object a line and one line a step. Values of
+the training step stand under plain names, those of an evaluation after it in
+the same row under `eval/NAME/METRIC`. JSON has no NaN or infinity: such a
+value is null, and the row's `non_finite` lists the names.
+"""
+
+from collections.abc import Mapping
+import contextlib
+import importlib
+import json
+import logging
+import math
+import os
+import sys
+import tempfile
+import time
+from typing import Any
+
+from etils import epath
+
+_log = logging.getLogger(__name__)
+
+FILE = 'metrics.jsonl'
+_LINE_SECONDS = 5.0  # Between progress lines where there is no terminal.
+
+
+class Writer:
+  """Writes the rows of a run and shows its progress.
+
+  Opening it at step s, the steps that the restored state has taken, drops the
+  rows past s that an interrupted run left behind; at 0 all of them.
+
+  >>> with tempfile.TemporaryDirectory() as workdir:
+  ...   with Writer(workdir, start_step=0, num_steps=2, show=False) as writer:
+  ...     writer.write({'step': 1, 'loss': 5.5, 'eval/held_out/loss': 5.25})
+  ...   read_rows(workdir)
+  [{'step': 1, 'loss': 5.5, 'eval/held_out/loss': 5.25}]
+
+  Args:
+    workdir: of the run; gs:// and other remote paths are uploaded to on
+      `flush` alone.
+    start_step: steps taken so far.
+    num_steps: steps in all.
+    primary: False writes and shows nothing; one process of a run is primary.
+    show: show a progress bar, or lines where stdout is no terminal.
+    header: printed once at the start, such as the formula of the MFU.
+  """
+
+  def __init__(
+    self,
+    workdir: epath.PathLike,
+    *,
+    start_step: int,
+    num_steps: int,
+    primary: bool = True,
+    show: bool = True,
+    header: str = '',
+  ):
+    self._last_step = start_step if start_step else -1
+    self._parts = []
+    if not primary:
+      return
+    workdir = epath.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    self._parts = [
+      _open_rows(workdir / FILE, start_step),
+      _Events(workdir / 'tensorboard', start_step),
+    ]
+    if show:
+      self._parts.append(_Progress(num_steps, start_step, header))
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    """Writes the complete row of one step.
+
+    Args:
+      row: `step`, then numbers or arrays of one number, None where unknown;
+        steps must grow.
+    """
+    row = _plain_row(row)
+    assert row['step'] > self._last_step, (row['step'], self._last_step)
+    self._last_step = row['step']
+    for part in self._parts:
+      part.write(row)
+
+  def flush(self) -> None:
+    """Returns once every row written so far is on disk, or uploaded."""
+    for part in self._parts:
+      part.flush()
+
+  def close(self) -> None:
+    """Flushes and closes; a second call does nothing."""
+    parts, self._parts = self._parts, []
+    # All are closed, the bar first, even where a disk is full.
+    with contextlib.ExitStack() as stack:
+      for part in parts:
+        stack.callback(part.close)
+
+  def __enter__(self) -> 'Writer':
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    self.close()
+
+
+def read_rows(workdir: epath.PathLike) -> list[dict[str, Any]]:
+  """Returns the rows of a run, without a last line that a crash tore."""
+  path = epath.Path(workdir) / FILE
+  return _parse(path.read_text(), path) if path.exists() else []
+
+
+def _parse(text: str, path: epath.Path) -> list[dict[str, Any]]:
+  rows = []
+  for number, line in enumerate(text.split('\n'), 1):
+    try:
+      rows += [json.loads(line)] if line else []
+    except ValueError:
+      _log.warning('%s: line %d is torn and left out.', path, number)
+  return rows
+
+
+def _plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
+  """Turns arrays into numbers, and what JSON cannot hold into null."""
+  plain = {
+    name: value.item() if hasattr(value, 'item') else value
+    for name, value in row.items()
+  }
+  non_finite = [
+    name
+    for name, value in plain.items()
+    if isinstance(value, float) and not math.isfinite(value)
+  ]
+  plain.update(dict.fromkeys(non_finite))
+  return {**plain, 'non_finite': non_finite} if non_finite else plain
+
+
+def _dump(row: Mapping[str, Any]) -> str:
+  return json.dumps(row, allow_nan=False) + '\n'
+
+
+def _is_remote(path: epath.Path) -> bool:
+  return '://' in os.fspath(path)
+
+
+def _open_rows(path: epath.Path, start_step: int):
+  """Opens the file of rows, cut back to those of the steps taken."""
+  text = path.read_text() if path.exists() else ''
+  rows = _parse(text, path) if start_step else []
+  kept = ''.join(_dump(row) for row in rows if row['step'] <= start_step)
+  if _is_remote(path):
+    return _UploadedRows(path, kept)
+  if kept != text:
+    temporary = path.with_name(FILE + '.tmp')
+    with open(temporary, 'w', encoding='utf-8') as f:
+      f.write(kept)
+      f.flush()
+      os.fsync(f.fileno())
+    os.replace(temporary, path)
+  return _LocalRows(path)
+
+
+class _LocalRows:
+  """Appends; a line outlives the process at once, the machine by `flush`."""
+
+  def __init__(self, path: epath.Path):
+    self._file = open(path, 'a', encoding='utf-8')
+
+  def write(self, row):
+    self._file.write(_dump(row))
+    self._file.flush()
+
+  def flush(self):
+    os.fsync(self._file.fileno())
+
+  def close(self):
+    with self._file:
+      self.flush()
+
+
+class _UploadedRows:
+  """Holds all rows, since an object cannot be appended to."""
+
+  def __init__(self, path: epath.Path, text: str):
+    self._path = path
+    self._lines = [text]
+
+  def write(self, row):
+    self._lines.append(_dump(row))
+
+  def flush(self):
+    self._lines = [''.join(self._lines)]
+    self._path.write_text(self._lines[0])
+
+  close = flush
+
+
+class _Events:
+  """TensorBoard events; for a remote folder written here and uploaded.
+
+  One event a row, written in this thread: tensorboardX's SummaryWriter hands
+  events to another, whose queue its `flush` does not wait for.
+  """
+
+  def __init__(self, folder: epath.Path, start_step: int):
+    # Slow to import, and of no use to other processes than the primary.
+    from tensorboardX import event_file_writer
+
+    # Imported by name: type checkers see no classes in generated modules.
+    event_pb2 = importlib.import_module('tensorboardX.proto.event_pb2')
+    summary_pb2 = importlib.import_module('tensorboardX.proto.summary_pb2')
+    self._event = event_pb2.Event
+    self._summary = summary_pb2.Summary
+    self._remote = folder if _is_remote(folder) else None
+    self._folder = epath.Path(tempfile.mkdtemp() if self._remote else folder)
+    self._folder.mkdir(parents=True, exist_ok=True)
+    # File names count whole seconds; two runs within one must not collide.
+    self._writer = event_file_writer.EventsWriter(
+      os.fspath(self._folder / 'events'), f'.{time.time_ns()}'
+    )
+    # TensorBoard then hides what an interrupted run wrote past this step.
+    log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._add(start_step + 1 if start_step else 0, session_log=log)
+
+  def write(self, row):
+    values = [
+      self._summary.Value(tag=_tag(name), simple_value=value)
+      for name, value in row.items()
+      if isinstance(value, (int, float)) and name != 'step'
+    ]
+    self._add(row['step'], summary=self._summary(value=values))
+
+  def _add(self, step, **fields):
+    event = self._event(wall_time=time.time(), step=step, **fields)
+    self._writer.write_event(event)
+
+  def flush(self):
+    self._writer.flush()
+    self._upload()
+
+  def close(self):
+    self._writer.close()
+    self._upload()
+    if self._remote is not None:
+      self._folder.rmtree()
+
+  def _upload(self):
+    if self._remote is not None:
+      self._remote.mkdir(parents=True, exist_ok=True)
+      for path in self._folder.iterdir():
+        (self._remote / path.name).write_bytes(path.read_bytes())
+
+
+def _tag(name: str) -> str:
+  return name if name.startswith('eval/') else f'train/{name}'
+
+
+class _Progress:
+  """A bar at the foot of a terminal; elsewhere a line every few seconds."""
+
+  def __init__(self, num_steps: int, start_step: int, header: str):
+    self._num_steps = num_steps
+    self._first: tuple[int, float] | None = None
+    self._next = 0.0
+    self._bar = _make_bar() if sys.stdout.isatty() else None
+    if header:
+      self._print(header)
+    if self._bar is not None:
+      self._bar.start()
+      self._bar.add_task('compiling', total=num_steps, completed=start_step)
+
+  def write(self, row):
+    step = row['step']
+    text = f'{_summary(row)}  ETA {self._eta(step)}'
+    now = time.monotonic()
+    if self._bar is not None:
+      task = self._bar.task_ids[0]
+      self._bar.update(task, completed=step, description=text)
+    elif now >= self._next or step == self._num_steps:
+      self._next = now + _LINE_SECONDS
+      self._print(f'step {step}/{self._num_steps}  {text}')
+    for line in _eval_lines(row):
+      self._print(line)
+
+  def _print(self, text):
+    if self._bar is None:
+      print(text, flush=True)
+    else:  # Above the bar.
+      self._bar.console.print(text, markup=False, highlight=False)
+
+  def _eta(self, step):
+    """Goes by the rows since the first, whose step compiled the program."""
+    now = time.monotonic()
+    if self._first is None:
+      self._first = step, now
+    first_step, start = self._first
+    if step == first_step:
+      return '-'
+    per_step = (now - start) / (step - first_step)
+    return _duration(per_step * max(0, self._num_steps - step))
+
+  def flush(self):
+    pass
+
+  def close(self):
+    if self._bar is not None:
+      self._bar.stop()
+
+
+def _make_bar():
+  # Only needed at a terminal.
+  from rich import progress
+
+  return progress.Progress(
+    progress.BarColumn(bar_width=20),
+    progress.MofNCompleteColumn(),
+    progress.TextColumn('{task.description}', markup=False),
+    refresh_per_second=4,
+  )
+
+
+def _summary(row: Mapping[str, Any]) -> str:
+  tokens = row.get('tokens_per_second')
+  speed = '' if tokens is None else f'  {tokens:,.0f} tokens/s'
+  return f'loss {_number(row, "loss")}{speed}'
+
+
+def _eval_lines(row: Mapping[str, Any]) -> list[str]:
+  """Returns one line for each evaluated set."""
+  sets: dict[str, list[str]] = {}
+  for name in row:
+    if name.startswith('eval/'):
+      _, title, metric = name.split('/', 2)
+      sets.setdefault(title, []).append(f'{metric} {_number(row, name)}')
+  return [
+    f'step {row["step"]}  eval {title}: {"  ".join(values)}'
+    for title, values in sets.items()
+  ]
+
+
+def _number(row: Mapping[str, Any], name: str) -> str:
+  if name in row.get('non_finite', ()):
+    return 'not finite'
+  value = row.get(name)
+  return '-' if value is None else f'{value:.4g}'
+
+
+def _duration(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{seconds:02}'

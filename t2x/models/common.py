@@ -1,0 +1,270 @@
+"""What the three architectures share: their config, embeddings and stacks.
+
+Shape suffixes: B batch, T position, D embed, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from t2x import sharding, stack
+from t2x.layers import attention as attention_lib
+from t2x.layers import block, embed, param
+from t2x.layers import dropout as dropout_lib
+from t2x.layers import mlp as mlp_lib
+from t2x.layers import norm as norm_lib
+from t2x.layers import position as position_lib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+  """Fields that encoders, decoders and encoder-decoders share.
+
+  Attributes:
+    vocab_size: tokens that exist; the table has more rows, see
+      `vocab_multiple`.
+    num_layers: layers of the (decoder) stack.
+    embed_dim: width D.
+    attention: of every layer, where `attention_pattern` is empty.
+    attention_pattern: kinds of a repeating group of layers (GPT-3: dense,
+      local).
+    mlp: the feed-forward layer.
+    norm: LayerNorm or RMSNorm.
+    residual: `pre_norm`, `post_norm`, or `parallel` (PaLM).
+    position: how order is told; None leaves it to the mask.
+    init: how weights are drawn.
+    dropout: rate on embeddings and on each branch before it is added.
+    embed_scale: multiply embeddings by sqrt(D) (Vaswani et al., 2017).
+    tied_head: how logits come about: `tied` from the token table, `tied_scaled`
+      the same with features divided by sqrt(D) (T5, PaLM), `untied` from a
+      table of their own.
+    vocab_multiple: the table's rows are padded to a multiple of this, so that
+      mesh axes divide them; padded logits are masked everywhere.
+    dtype: of activations; parameters stay float32.
+  """
+
+  vocab_size: int = 8192
+  num_layers: int = 4
+  embed_dim: int = 256
+  attention: attention_lib.AttentionConfig = attention_lib.Dense()
+  attention_pattern: tuple[attention_lib.AttentionConfig, ...] = ()
+  mlp: mlp_lib.MlpConfig = mlp_lib.MlpConfig()
+  norm: norm_lib.NormConfig = norm_lib.LayerNorm()
+  residual: block.Residual = 'pre_norm'
+  position: position_lib.PositionConfig | None = position_lib.Learned()
+  init: param.Init = param.Init()
+  dropout: float = 0.0
+  embed_scale: bool = False
+  tied_head: Literal['tied', 'tied_scaled', 'untied'] = 'tied'
+  vocab_multiple: int = 128
+  dtype: Literal['float32', 'bfloat16'] = 'float32'
+
+  def __post_init__(self):
+    sizes = ('vocab_size', 'num_layers', 'embed_dim', 'vocab_multiple')
+    for name in sizes:
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f'model.{name}={getattr(self, name)}; it must be 1 or more.'
+        )
+    rates = {
+      'model.dropout': self.dropout,
+      'model.attention.dropout': self.attention.dropout,
+      'model.mlp.dropout': self.mlp.dropout,
+    }
+    for name, rate in rates.items():
+      if not 0.0 <= rate < 1.0:
+        raise ValueError(f'{name}={rate}; a rate is in [0, 1).')
+
+  @property
+  def kinds(self) -> tuple[attention_lib.AttentionConfig, ...]:
+    return self.attention_pattern or (self.attention,)
+
+  @property
+  def max_length(self) -> int | None:
+    """Positions that the model can tell apart, or None for no limit."""
+    position = self.position
+    learned = isinstance(position, position_lib.Learned)
+    return position.max_length if learned else None
+
+
+def table_distribution(init: param.Init) -> str:
+  """Tables that are looked up have no fan; `uniform` is for matrices."""
+  return 'normal' if init.distribution == 'uniform' else init.distribution
+
+
+class Embeddings(nnx.Module):
+  """Token vectors, and positions where they are added."""
+
+  def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    D = config.embed_dim
+    rows = embed.padded(config.vocab_size, config.vocab_multiple)
+    std = config.init.embed_std
+    distribution = table_distribution(config.init)
+    init = param.drawn(distribution, config.init.std if std is None else std)
+    self.tokens = embed.Embed(rows, D, init=init, rngs=rngs)
+    position = config.position
+    self.positions = (
+      position_lib.LearnedPositions(
+        position, D, distribution=distribution, rngs=rngs
+      )
+      if isinstance(position, position_lib.Learned)
+      else None
+    )
+
+  def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array):
+    dtype = jnp.dtype(self.config.dtype)
+    x_BTD = self.tokens(tokens_BT, dtype)
+    if self.config.embed_scale:
+      x_BTD = x_BTD * jnp.asarray(self.config.embed_dim**0.5, dtype)
+    if self.positions is not None:
+      x_BTD = x_BTD + self.positions(positions_BT, dtype)
+    elif isinstance(self.config.position, position_lib.Sinusoidal):
+      table = position_lib.sinusoidal(positions_BT, self.config.embed_dim)
+      x_BTD = x_BTD + table.astype(dtype)
+    return sharding.constrain(x_BTD, 'batch', 'length', 'act_embed')
+
+
+class Tower(nnx.Module):
+  """A stack of blocks with its relative bias and its final norm."""
+
+  def __init__(
+    self,
+    config: TransformerConfig,
+    num_layers: int,
+    *,
+    bidirectional: bool,
+    cross: bool = False,
+    rngs: nnx.Rngs,
+  ):
+    self.config = config
+    D = config.embed_dim
+    init = config.init
+    # Each layer adds two branches to the residual stream.
+    depth = (2 * num_layers) ** -0.5 if init.depth_scaled else 1.0
+    makers = [
+      functools.partial(_make_block, config, kind, depth, cross)
+      for kind in config.kinds
+    ]
+    self.layers = stack.Stack(makers, num_layers, rngs=rngs)
+    self.bias = _make_bias(config, bidirectional, rngs)
+    # In post-norm order the last block has normalised already.
+    post = config.residual == 'post_norm'
+    self.final_norm = None if post else norm_lib.Norm(config.norm, D, rngs=rngs)
+
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    context: block.Context,
+    *,
+    caches=None,
+    execution: stack.Execution = stack.Execution(),
+  ):
+    """Returns the normalised output (B, T, D) and the new caches."""
+    rotary = self.config.position
+    context = dataclasses.replace(
+      context,
+      bias=self.bias,
+      rotary=rotary if isinstance(rotary, position_lib.Rotary) else None,
+    )
+    x_BTD = self.drop(x_BTD, context.keys_B)
+
+    def apply(layer, x_BTD, cache, number):
+      own = dataclasses.replace(
+        context, keys_B=dropout_lib.fold(context.keys_B, number)
+      )
+      return layer(x_BTD, own, cache)
+
+    x_BTD, caches = self.layers(
+      apply, x_BTD, caches=caches, execution=execution
+    )
+    if self.final_norm is not None:
+      x_BTD = self.final_norm(x_BTD)
+    return x_BTD, caches
+
+  def drop(self, x_BTD, keys_B):
+    """Dropout on the embeddings; its site lies past every layer's number."""
+    keys_B = dropout_lib.fold(keys_B, self.layers.num_layers)
+    return dropout_lib.dropout(x_BTD, self.config.dropout, keys_B)
+
+  def empty_caches(self, batch: int, capacity: int, encoded_BSD=None):
+    """Returns empty caches for all layers."""
+    dtype = jnp.dtype(self.config.dtype)
+    return self.layers.map_layers(
+      lambda layer: layer.empty_cache(batch, capacity, dtype, encoded_BSD)
+    )
+
+
+def _make_bias(config, bidirectional, rngs):
+  heads = config.attention.num_heads
+  if isinstance(config.position, position_lib.RelativeBuckets):
+    return position_lib.RelativeBias(
+      config.position,
+      heads,
+      bidirectional=bidirectional,
+      std=config.embed_dim**-0.5,
+      rngs=rngs,
+    )
+  if isinstance(config.position, position_lib.Alibi):
+    return position_lib.AlibiBias(heads)
+  return None
+
+
+def _make_block(config, kind, out_factor, cross, rngs):
+  return block.Block(
+    kind,
+    config.mlp,
+    config.norm,
+    config.embed_dim,
+    residual=config.residual,
+    dropout_rate=config.dropout,
+    init=config.init,
+    out_factor=out_factor,
+    cross=cross,
+    rngs=rngs,
+  )
+
+
+class OutputTable(nnx.Module):
+  """The head's own table, where it is not tied to the embeddings."""
+
+  def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    rows = embed.padded(config.vocab_size, config.vocab_multiple)
+    D = config.embed_dim
+    init = config.init
+    if init.scale != 'fixed':
+      init = dataclasses.replace(init, scale='fixed', std=D**-0.5)
+    self.table_VD = param.param(
+      rngs, (rows, D), ('vocab', 'embed'), param.initializer(init)
+    )
+
+
+def make_head(config, table_VD, bias_V=None) -> embed.Head:
+  """Returns the head over a table; see `TransformerConfig.tied_head`."""
+  scaled = config.tied_head == 'tied_scaled'
+  return embed.Head(
+    table_VD=table_VD[...],
+    bias_V=None if bias_V is None else bias_V[...],
+    scale=config.embed_dim**-0.5 if scaled else 1.0,
+    vocab_size=config.vocab_size,
+  )
+
+
+def positions_like(tokens_BT: jax.Array) -> jax.Array:
+  """Returns 0, 1, 2, ... for every row."""
+  return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+
+
+def check_length(config: TransformerConfig, length: int) -> None:
+  """Raises ValueError if the positions do not reach `length` tokens."""
+  limit = config.max_length
+  if limit is not None and length > limit:
+    raise ValueError(
+      f'A sequence of {length} tokens is longer than the '
+      f'model.position.max_length={limit} positions that the model has. '
+      'Shorten it, or build the model with more positions.'
+    )

@@ -1,0 +1,104 @@
+"""Decoder-only Transformers: GPT, PaLM, Llama.
+
+Shape suffixes: B batch, T position, D embed, V vocabulary.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+from flax import nnx
+import jax
+
+from t2x import stack
+from t2x.attention import mask as mask_lib
+from t2x.layers import block, embed
+from t2x.models import common
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig(common.TransformerConfig):
+  """See `TransformerConfig`."""
+
+  kind: ClassVar[str] = 'decoder'
+
+
+class Decoder(nnx.Module):
+  """A causal language model.
+
+  >>> config = DecoderConfig(vocab_size=100, num_layers=2)
+  >>> model = Decoder(config, rngs=nnx.Rngs(0))
+  >>> model(jax.numpy.ones((2, 8), int)).shape
+  (2, 8, 100)
+  """
+
+  inputs = ('inputs', 'segments', 'positions')
+
+  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    self.embeddings = common.Embeddings(config, rngs=rngs)
+    self.tower = common.Tower(
+      config, config.num_layers, bidirectional=False, rngs=rngs
+    )
+    untied = config.tied_head == 'untied'
+    self.output = common.OutputTable(config, rngs=rngs) if untied else None
+
+  def __call__(self, inputs: jax.Array, **kwargs) -> jax.Array:
+    """Returns float32 logits (B, T, V); arguments as for `hidden`."""
+    return self.head(self.hidden(inputs, **kwargs))
+
+  def hidden(
+    self,
+    inputs: jax.Array,
+    *,
+    segments: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    keys_B: jax.Array | None = None,
+    execution: stack.Execution = stack.Execution(),
+  ) -> jax.Array:
+    """Returns the features (B, T, D) that the head turns into logits.
+
+    Args:
+      inputs: token ids (B, T).
+      segments: (B, T); a token sees its own segment only. 0 is padding.
+      positions: (B, T); default 0, 1, 2, ...
+      keys_B: dropout keys of the rows; None means no dropout.
+      execution: scan or unroll, and what to recompute.
+
+    Raises:
+      ValueError: more tokens than the model has positions.
+    """
+    common.check_length(self.config, inputs.shape[1])
+    if positions is None:
+      positions = common.positions_like(inputs)
+    context = block.Context(
+      mask=mask_lib.self_attention(segments, causal=True),
+      positions_BT=positions,
+      keys_B=keys_B,
+    )
+    x_BTD = self.embeddings(inputs, positions)
+    return self.tower(x_BTD, context, execution=execution)[0]
+
+  @property
+  def head(self) -> embed.Head:
+    table = self.output or self.embeddings.tokens
+    return common.make_head(self.config, table.table_VD)
+
+  def empty_caches(self, batch: int, capacity: int):
+    """Returns caches for `capacity` positions of `batch` rows."""
+    return self.tower.empty_caches(batch, capacity)
+
+  def step(self, inputs: jax.Array, index_BT: jax.Array, caches):
+    """Extends cached sequences by the tokens at `index_BT`.
+
+    Args:
+      inputs: token ids (B, T).
+      index_BT: where each token stands in its row; also its position.
+      caches: keys and values of earlier positions.
+
+    Returns:
+      Features (B, T, D), and the new caches.
+    """
+    mask = mask_lib.Mask(causal=True, q_index_BT=index_BT)
+    context = block.Context(mask=mask, positions_BT=index_BT)
+    x_BTD = self.embeddings(inputs, index_BT)
+    return self.tower(x_BTD, context, caches=caches)

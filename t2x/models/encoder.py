@@ -1,0 +1,169 @@
+"""Encoder-only Transformers: BERT, RoBERTa.
+
+Shape suffixes: B batch, T position, D embed, V vocabulary.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from t2x import sharding, stack
+from t2x.attention import mask as mask_lib
+from t2x.layers import block, embed, mlp, norm, param
+from t2x.models import common
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderConfig(common.TransformerConfig):
+  """See `TransformerConfig`; BERT's additions are off by default.
+
+  Attributes:
+    num_token_types: segment (sentence A / B) embeddings; 0 for none.
+    embed_norm: normalise the embeddings.
+    pooler: dense layer with tanh over the first token.
+    next_sentence: two-way head on the pooler's output.
+    masked_head: transform (dense, activation, norm) and bias of the masked
+      language model's head.
+  """
+
+  kind: ClassVar[str] = 'encoder'
+  num_token_types: int = 0
+  embed_norm: bool = False
+  pooler: bool = False
+  next_sentence: bool = False
+  masked_head: bool = True
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.next_sentence and not self.pooler:
+      raise ValueError(
+        'model.next_sentence=true needs model.pooler=true: its head reads '
+        "the pooler's output."
+      )
+
+
+class Encoder(nnx.Module):
+  """A bidirectional encoder.
+
+  >>> model = Encoder(EncoderConfig(vocab_size=99), rngs=nnx.Rngs(0))
+  >>> model(jax.numpy.ones((2, 8), int)).shape
+  (2, 8, 99)
+  """
+
+  inputs = ('inputs', 'segments', 'positions', 'token_types')
+
+  def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    D = config.embed_dim
+    init = param.initializer(config.init, fan_in=D, fan_out=D)
+    self.embeddings = common.Embeddings(config, rngs=rngs)
+    self.token_types = (
+      param.param(
+        rngs,
+        (config.num_token_types, D),
+        (None, 'embed'),
+        param.drawn(common.table_distribution(config.init), config.init.std),
+      )
+      if config.num_token_types
+      else None
+    )
+    make_norm = lambda: norm.Norm(config.norm, D, rngs=rngs)
+    self.embed_norm = make_norm() if config.embed_norm else None
+    self.tower = common.Tower(
+      config, config.num_layers, bidirectional=True, rngs=rngs
+    )
+    self.pooler = Dense(D, D, init, rngs=rngs) if config.pooler else None
+    self.next_sentence = (
+      Dense(D, 2, init, rngs=rngs) if config.next_sentence else None
+    )
+    untied = config.tied_head == 'untied'
+    self.output = common.OutputTable(config, rngs=rngs) if untied else None
+    masked = config.masked_head
+    rows = embed.padded(config.vocab_size, config.vocab_multiple)
+    self.transform = Dense(D, D, init, rngs=rngs) if masked else None
+    self.transform_norm = make_norm() if masked else None
+    self.output_bias_V = (
+      param.param(rngs, (rows,), ('vocab',), param.zeros) if masked else None
+    )
+
+  def __call__(self, inputs: jax.Array, **kwargs) -> jax.Array:
+    """Returns float32 logits (B, T, V); arguments as for `encode`."""
+    return self.head(self.hidden(inputs, **kwargs))
+
+  def encode(
+    self,
+    inputs: jax.Array,
+    *,
+    segments: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    token_types: jax.Array | None = None,
+    keys_B: jax.Array | None = None,
+    execution: stack.Execution = stack.Execution(),
+  ) -> jax.Array:
+    """Returns the encoded sequence (B, T, D).
+
+    Args:
+      inputs: token ids (B, T).
+      segments: (B, T); a token sees its own segment only. 0 is padding.
+      positions: (B, T); default 0, 1, 2, ...
+      token_types: (B, T), sentence A or B; default 0.
+      keys_B: dropout keys of the rows; None means no dropout.
+      execution: scan or unroll, and what to recompute.
+
+    Raises:
+      ValueError: more tokens than the model has positions.
+    """
+    common.check_length(self.config, inputs.shape[1])
+    if positions is None:
+      positions = common.positions_like(inputs)
+    x_BTD = self.embeddings(inputs, positions)
+    if self.token_types is not None:
+      types = jnp.zeros_like(inputs) if token_types is None else token_types
+      table = self.token_types[...].astype(x_BTD.dtype)
+      table = sharding.constrain(table, None, 'act_embed')
+      x_BTD = x_BTD + table[types]
+    if self.embed_norm is not None:
+      x_BTD = self.embed_norm(x_BTD)
+    context = block.Context(
+      mask=mask_lib.self_attention(segments, causal=False),
+      positions_BT=positions,
+      keys_B=keys_B,
+    )
+    return self.tower(x_BTD, context, execution=execution)[0]
+
+  def hidden(self, inputs: jax.Array, **kwargs) -> jax.Array:
+    """Returns the features (B, T, D) that the masked head reads."""
+    x_BTD = self.encode(inputs, **kwargs)
+    if self.transform is None or self.transform_norm is None:
+      return x_BTD
+    act = self.config.mlp.activation
+    x_BTD = self.transform_norm(mlp.activation(act, self.transform(x_BTD)))
+    return sharding.constrain(x_BTD, 'batch', 'length', 'act_embed')
+
+  def pool(self, encoded_BTD: jax.Array) -> jax.Array:
+    """Returns tanh(dense(first token)), (B, D) (Devlin et al., 2019)."""
+    assert self.pooler is not None, 'model.pooler is off'
+    return jnp.tanh(self.pooler(encoded_BTD[:, :1])[:, 0])
+
+  @property
+  def head(self) -> embed.Head:
+    table = self.output or self.embeddings.tokens
+    return common.make_head(self.config, table.table_VD, self.output_bias_V)
+
+
+class Dense(nnx.Module):
+  """x W + b, for heads."""
+
+  def __init__(
+    self, into: int, out: int, init: param.Initializer, *, rngs: nnx.Rngs
+  ):
+    # Heads are small: the output stays whole, the input follows `embed`.
+    self.kernel_DE = param.param(rngs, (into, out), ('embed', None), init)
+    self.bias_E = param.param(rngs, (out,), (None,), param.zeros)
+
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    y_BTE = param.project(x_BTD, self.kernel_DE, 'BTD,DE->BTE')
+    return param.add_bias(y_BTE, self.bias_E)

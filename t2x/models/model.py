@@ -1,0 +1,23 @@
+"""From a model's config to the model."""
+
+from flax import nnx
+
+from t2x.models import decoder, encoder, encoder_decoder
+
+ModelConfig = (
+  decoder.DecoderConfig
+  | encoder.EncoderConfig
+  | encoder_decoder.EncoderDecoderConfig
+)
+Model = decoder.Decoder | encoder.Encoder | encoder_decoder.EncoderDecoder
+
+_CLASSES = {
+  decoder.DecoderConfig: decoder.Decoder,
+  encoder.EncoderConfig: encoder.Encoder,
+  encoder_decoder.EncoderDecoderConfig: encoder_decoder.EncoderDecoder,
+}
+
+
+def make(config: ModelConfig, *, rngs: nnx.Rngs) -> Model:
+  """Builds the model that `config` describes."""
+  return _CLASSES[type(config)](config, rngs=rngs)

@@ -1,0 +1,355 @@
+"""The published models: true dimensions and initialisation, as configs.
+
+  >>> config = gpt2_small()
+  >>> config.num_layers, config.embed_dim
+  (12, 768)
+
+Counts in the docstrings are of parameters without the rows that
+`vocab_multiple` pads and without pretraining heads, as the papers count.
+Where a paper is silent on initialisation, its released code is followed.
+"""
+
+from collections.abc import Callable
+import dataclasses
+
+from t2x.layers import attention, mlp, norm, param, position
+from t2x.models import decoder, encoder, encoder_decoder, model
+
+
+def transformer_base() -> encoder_decoder.EncoderDecoderConfig:
+  """Vaswani et al., 2017, Table 3: 65M, with 37,000 byte pairs of en-de.
+
+  Matrices are drawn as tensor2tensor draws them (Glorot, uniform), embeddings
+  with 1 / sqrt(D), since they are multiplied by sqrt(D) when looked up.
+  """
+  return encoder_decoder.EncoderDecoderConfig(
+    vocab_size=37000,
+    num_layers=6,
+    embed_dim=512,
+    attention=attention.Dense(num_heads=8, head_dim=64),
+    mlp=mlp.MlpConfig(hidden=2048, activation='relu'),
+    norm=norm.LayerNorm(eps=1e-6),
+    residual='post_norm',
+    position=position.Sinusoidal(),
+    init=param.Init(
+      distribution='uniform', scale='fan_avg', std=1.0, embed_std=512**-0.5
+    ),
+    dropout=0.1,
+    embed_scale=True,
+  )
+
+
+def bert_base() -> encoder.EncoderConfig:
+  """Devlin et al., 2019: 110M (109,482,240 with the pooler)."""
+  return _bert(num_layers=12, embed_dim=768)
+
+
+def bert_large() -> encoder.EncoderConfig:
+  """Devlin et al., 2019: 340M (335,141,888 with the pooler)."""
+  return _bert(num_layers=24, embed_dim=1024)
+
+
+def _bert(*, num_layers: int, embed_dim: int) -> encoder.EncoderConfig:
+  """Truncated normal, 0.02 before it is cut; GELU by the error function."""
+  return encoder.EncoderConfig(
+    vocab_size=30522,
+    num_layers=num_layers,
+    embed_dim=embed_dim,
+    attention=attention.Dense(
+      num_heads=embed_dim // 64, bias=True, dropout=0.1
+    ),
+    mlp=mlp.MlpConfig(hidden=4 * embed_dim, activation='gelu'),
+    norm=norm.LayerNorm(eps=1e-12),
+    residual='post_norm',
+    position=position.Learned(max_length=512),
+    init=param.Init(distribution='truncated_normal', std=0.02),
+    dropout=0.1,
+    num_token_types=2,
+    embed_norm=True,
+    pooler=True,
+    next_sentence=True,
+  )
+
+
+def roberta_base() -> encoder.EncoderConfig:
+  """Liu et al., 2019: 125M (124,645,632 with the pooler)."""
+  return _roberta(bert_base())
+
+
+def roberta_large() -> encoder.EncoderConfig:
+  """Liu et al., 2019: 355M (355,359,744 with the pooler)."""
+  return _roberta(bert_large())
+
+
+def _roberta(bert: encoder.EncoderConfig) -> encoder.EncoderConfig:
+  """BERT with byte-level BPE and no next-sentence task.
+
+  Positions count from 2, so the table has 514 rows, and the one token type is
+  a constant, both as released. fairseq draws from a normal that is not cut.
+  """
+  return dataclasses.replace(
+    bert,
+    vocab_size=50265,
+    norm=norm.LayerNorm(eps=1e-5),
+    position=position.Learned(max_length=512, offset=2),
+    init=param.Init(distribution='normal', std=0.02),
+    num_token_types=1,
+    next_sentence=False,
+  )
+
+
+def gpt2_small() -> decoder.DecoderConfig:
+  """Radford et al., 2019: 124,439,808 (117M in the paper's first print)."""
+  return _gpt2(num_layers=12, embed_dim=768)
+
+
+def gpt2_medium() -> decoder.DecoderConfig:
+  """Radford et al., 2019: 354,823,168 (345M in the paper's first print)."""
+  return _gpt2(num_layers=24, embed_dim=1024)
+
+
+def gpt2_large() -> decoder.DecoderConfig:
+  """Radford et al., 2019: 774,030,080 (762M in the paper's first print)."""
+  return _gpt2(num_layers=36, embed_dim=1280)
+
+
+def gpt2_xl() -> decoder.DecoderConfig:
+  """Radford et al., 2019: 1,557,611,200 (1542M in the paper's first print)."""
+  return _gpt2(num_layers=48, embed_dim=1600)
+
+
+def _gpt2(*, num_layers: int, embed_dim: int) -> decoder.DecoderConfig:
+  """N(0, 0.02), positions too, as GPT; residual branches over sqrt(2 L).
+
+  The paper names neither dropout nor biases; they are those of GPT and of the
+  released weights.
+  """
+  return decoder.DecoderConfig(
+    vocab_size=50257,
+    num_layers=num_layers,
+    embed_dim=embed_dim,
+    attention=attention.Dense(
+      num_heads=embed_dim // 64, bias=True, dropout=0.1
+    ),
+    mlp=mlp.MlpConfig(hidden=4 * embed_dim, activation='gelu_tanh'),
+    position=position.Learned(max_length=1024),
+    init=param.Init(std=0.02, depth_scaled=True),
+    dropout=0.1,
+  )
+
+
+def gpt3_175b() -> decoder.DecoderConfig:
+  """Brown et al., 2020, Tables 2.1 and D.1: 175B (174,600M).
+
+  Dense and locally banded layers alternate; the paper does not give the width
+  of the band, here the 128 of the Sparse Transformer (Child et al., 2019).
+  """
+  dense = attention.Dense(num_heads=96, head_dim=128, bias=True)
+  banded = attention.Local(num_heads=96, head_dim=128, bias=True, window=128)
+  return decoder.DecoderConfig(
+    vocab_size=50257,
+    num_layers=96,
+    embed_dim=12288,
+    attention=dense,
+    attention_pattern=(dense, banded),
+    mlp=mlp.MlpConfig(hidden=4 * 12288, activation='gelu_tanh'),
+    position=position.Learned(max_length=2048),
+    init=param.Init(std=0.02, depth_scaled=True),
+  )
+
+
+def palm_540b() -> decoder.DecoderConfig:
+  """Chowdhery et al., 2022, Table 1 and section 2: 540.35B.
+
+  Parallel layers, SwiGLU, one key/value head, rotary positions, no biases in
+  products or norms. Matrices N(0, 1 / fan in), embeddings N(0, 1), logits over
+  sqrt(D) (section 5).
+  """
+  return decoder.DecoderConfig(
+    vocab_size=256000,
+    num_layers=118,
+    embed_dim=18432,
+    attention=attention.Dense(num_heads=48, num_kv_heads=1, head_dim=256),
+    mlp=mlp.MlpConfig(
+      hidden=4 * 18432, activation='silu', gated=True, bias=False
+    ),
+    norm=norm.LayerNorm(eps=1e-6, bias=False),
+    residual='parallel',
+    position=position.Rotary(style='interleaved'),
+    init=param.Init(scale='fan_in', std=1.0, embed_std=1.0),
+    tied_head='tied_scaled',
+  )
+
+
+def t5_small() -> encoder_decoder.EncoderDecoderConfig:
+  """Raffel et al., 2020, section 3.7: 60M (60,506,624)."""
+  return _t5(num_layers=6, embed_dim=512, hidden=2048, num_heads=8)
+
+
+def t5_base() -> encoder_decoder.EncoderDecoderConfig:
+  """Raffel et al., 2020, section 3.7: 220M (222,903,552)."""
+  return _t5(num_layers=12, embed_dim=768, hidden=3072, num_heads=12)
+
+
+def t5_large() -> encoder_decoder.EncoderDecoderConfig:
+  """Raffel et al., 2020, section 3.7: 770M (737,668,096)."""
+  return _t5(num_layers=24, embed_dim=1024, hidden=4096, num_heads=16)
+
+
+def t5_3b() -> encoder_decoder.EncoderDecoderConfig:
+  """Raffel et al., 2020, section 3.7: 2.8B (2,851,598,336)."""
+  return _t5(
+    num_layers=24, embed_dim=1024, hidden=16384, num_heads=32, head_dim=128
+  )
+
+
+def t5_11b() -> encoder_decoder.EncoderDecoderConfig:
+  """Raffel et al., 2020, section 3.7: 11B (11,307,321,344)."""
+  return _t5(
+    num_layers=24, embed_dim=1024, hidden=65536, num_heads=128, head_dim=128
+  )
+
+
+def t5_v1_1_small() -> encoder_decoder.EncoderDecoderConfig:
+  """T5 1.1 (Shazeer, 2020; released checkpoints): 76,961,152."""
+  return _t5_v1_1(num_layers=8, embed_dim=512, hidden=1024, num_heads=6)
+
+
+def t5_v1_1_base() -> encoder_decoder.EncoderDecoderConfig:
+  """T5 1.1 (Shazeer, 2020; released checkpoints): 247,577,856."""
+  return _t5_v1_1(num_layers=12, embed_dim=768, hidden=2048, num_heads=12)
+
+
+def t5_v1_1_large() -> encoder_decoder.EncoderDecoderConfig:
+  """T5 1.1 (Shazeer, 2020; released checkpoints): 783,150,080."""
+  return _t5_v1_1(num_layers=24, embed_dim=1024, hidden=2816, num_heads=16)
+
+
+def t5_v1_1_xl() -> encoder_decoder.EncoderDecoderConfig:
+  """T5 1.1 (Shazeer, 2020; released checkpoints): 2,849,757,184."""
+  return _t5_v1_1(num_layers=24, embed_dim=2048, hidden=5120, num_heads=32)
+
+
+def t5_v1_1_xxl() -> encoder_decoder.EncoderDecoderConfig:
+  """T5 1.1 (Shazeer, 2020; released checkpoints): 11,135,332,352."""
+  return _t5_v1_1(num_layers=24, embed_dim=4096, hidden=10240, num_heads=64)
+
+
+def _t5(
+  *,
+  num_layers: int,
+  embed_dim: int,
+  hidden: int,
+  num_heads: int,
+  head_dim: int = 64,
+) -> encoder_decoder.EncoderDecoderConfig:
+  """Scores are not divided by sqrt(H): queries are drawn that much smaller.
+
+  Matrices N(0, 1 / fan in), embeddings N(0, 1) and tied, so that the features
+  are divided by sqrt(D) before the logits, as in the released code.
+  """
+  return encoder_decoder.EncoderDecoderConfig(
+    vocab_size=32128,
+    num_layers=num_layers,
+    embed_dim=embed_dim,
+    attention=attention.Dense(
+      num_heads=num_heads, head_dim=head_dim, scale=1.0, dropout=0.1
+    ),
+    mlp=mlp.MlpConfig(
+      hidden=hidden, activation='relu', bias=False, dropout=0.1
+    ),
+    norm=norm.RMSNorm(eps=1e-6),
+    position=position.RelativeBuckets(num_buckets=32, max_distance=128),
+    init=param.Init(scale='fan_in', std=1.0, embed_std=1.0),
+    dropout=0.1,
+    tied_head='tied_scaled',
+  )
+
+
+def _t5_v1_1(**sizes: int) -> encoder_decoder.EncoderDecoderConfig:
+  """Gated GELU, a head of its own, and no dropout in pretraining."""
+  base = _t5(**sizes)
+  return dataclasses.replace(
+    base,
+    attention=dataclasses.replace(base.attention, dropout=0.0),
+    mlp=mlp.MlpConfig(
+      hidden=base.mlp.hidden,
+      activation='gelu_tanh',
+      gated=True,
+      bias=False,
+    ),
+    dropout=0.0,
+    tied_head='untied',
+  )
+
+
+def llama2_7b() -> decoder.DecoderConfig:
+  """Touvron et al., 2023 (Llama 2): 7B (6,738,415,616)."""
+  return _llama2(num_layers=32, embed_dim=4096, hidden=11008, num_heads=32)
+
+
+def llama2_13b() -> decoder.DecoderConfig:
+  """Touvron et al., 2023 (Llama 2): 13B (13,015,864,320)."""
+  return _llama2(num_layers=40, embed_dim=5120, hidden=13824, num_heads=40)
+
+
+def llama2_70b() -> decoder.DecoderConfig:
+  """Touvron et al., 2023 (Llama 2): 70B (68,976,648,192), grouped-query."""
+  return _llama2(
+    num_layers=80, embed_dim=8192, hidden=28672, num_heads=64, num_kv_heads=8
+  )
+
+
+def _llama2(
+  *,
+  num_layers: int,
+  embed_dim: int,
+  hidden: int,
+  num_heads: int,
+  num_kv_heads: int | None = None,
+) -> decoder.DecoderConfig:
+  """The paper does not say how it draws; N(0, 0.02) is the release's config."""
+  return decoder.DecoderConfig(
+    vocab_size=32000,
+    num_layers=num_layers,
+    embed_dim=embed_dim,
+    attention=attention.Dense(
+      num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=128
+    ),
+    mlp=mlp.MlpConfig(hidden=hidden, activation='silu', gated=True, bias=False),
+    norm=norm.RMSNorm(eps=1e-5),
+    position=position.Rotary(style='half'),
+    init=param.Init(std=0.02),
+    tied_head='untied',
+  )
+
+
+PRESETS: dict[str, Callable[[], model.ModelConfig]] = {
+  fn.__name__: fn
+  for fn in (
+    transformer_base,
+    bert_base,
+    bert_large,
+    roberta_base,
+    roberta_large,
+    gpt2_small,
+    gpt2_medium,
+    gpt2_large,
+    gpt2_xl,
+    gpt3_175b,
+    palm_540b,
+    t5_small,
+    t5_base,
+    t5_large,
+    t5_3b,
+    t5_11b,
+    t5_v1_1_small,
+    t5_v1_1_base,
+    t5_v1_1_large,
+    t5_v1_1_xl,
+    t5_v1_1_xxl,
+    llama2_7b,
+    llama2_13b,
+    llama2_70b,
+  )
+}

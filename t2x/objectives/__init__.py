@@ -1,0 +1,1 @@
+"""What a model is asked to predict: pure numpy functions of rows of tokens."""

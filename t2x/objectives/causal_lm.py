@@ -1,0 +1,58 @@
+"""Next-token prediction."""
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+from t2x.objectives import rows as rows_lib
+from t2x.objectives import vocab as vocab_lib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CausalLM:
+  """Predicts each token of a document from those before it.
+
+  A row of `length` predictions needs `length + 1` tokens; neighbouring rows
+  share one token, so that every token is a target exactly once.
+  """
+
+  kind: ClassVar[str] = 'causal_lm'
+  has_encoder: ClassVar[bool] = False
+  paired: ClassVar[bool] = False
+
+  def source_length(self, length: int) -> int:
+    """Raw tokens that one row of `length` is made from."""
+    return length + 1
+
+  def stride(self, length: int) -> int:
+    """Raw tokens from the start of one row to the start of the next."""
+    return length
+
+  def target_length(self, length: int) -> int:
+    """Targets of a row of `length`."""
+    return length
+
+  def examples(
+    self,
+    source: rows_lib.Rows,
+    *,
+    keys: np.ndarray,
+    vocab: vocab_lib.Vocab,
+    length: int,
+  ) -> dict[str, np.ndarray]:
+    """Returns the batch of `source`, whose rows hold `length + 1` tokens.
+
+    A target in another document than its input has weight 0, so the start of
+    a document is never predicted from the end of another.
+    """
+    del keys, vocab, length  # Nothing is random here.
+    tokens, segments = source
+    is_inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
+    return {
+      'inputs': tokens[:, :-1],
+      'targets': tokens[:, 1:],
+      'weights': is_inside.astype(np.float32),
+      'segments': segments[:, :-1],
+      'positions': rows_lib.positions(segments[:, :-1]),
+    }

@@ -1,0 +1,65 @@
+"""Rows of tokens with their segments, and what follows from the segments.
+
+Shape suffixes: B rows, T tokens of a row.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from t2x.objectives import vocab as vocab_lib
+
+
+class Rows(NamedTuple):
+  """Raw tokens, before an objective turns them into a batch.
+
+  Attributes:
+    tokens: (B, T) int32 ids, `PAD` where there is no token.
+    segments: (B, T) int32, 0 where there is no token; the documents of a row
+      are numbered from 1, and each is contiguous.
+  """
+
+  tokens: np.ndarray
+  segments: np.ndarray
+
+
+def positions(segments_BT: np.ndarray) -> np.ndarray:
+  """Returns (B, T) positions that restart at 0 in each segment.
+
+  >>> positions(np.array([[1, 1, 2, 2, 2, 0]]))
+  array([[0, 1, 0, 1, 2, 0]], dtype=int32)
+  """
+  T = segments_BT.shape[1]
+  index_T = np.arange(T, dtype=np.int32)
+  is_start_BT = np.ones(segments_BT.shape, bool)
+  is_start_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+  start_BT = np.maximum.accumulate(np.where(is_start_BT, index_T, 0), axis=1)
+  return np.where(segments_BT != 0, index_T - start_BT, 0).astype(np.int32)
+
+
+def shift_right(targets_BT: np.ndarray, positions_BT: np.ndarray) -> np.ndarray:
+  """Returns decoder inputs: each target's predecessor, `PAD` at a start.
+
+  T5 starts its decoder with the padding id (Raffel et al., 2020).
+
+  >>> shift_right(np.array([[7, 8, 9]]), np.array([[0, 1, 0]]))
+  array([[0, 7, 0]], dtype=int32)
+  """
+  inputs_BT = np.full(targets_BT.shape, vocab_lib.PAD, np.int32)
+  inputs_BT[:, 1:] = targets_BT[:, :-1]
+  return np.where(positions_BT == 0, vocab_lib.PAD, inputs_BT).astype(np.int32)
+
+
+def encoder_decoder(encoder: Rows, decoder: Rows) -> dict[str, np.ndarray]:
+  """Returns the batch of an encoder-decoder; every target of it counts."""
+  positions_BT = positions(decoder.segments)
+  return {
+    'inputs': shift_right(decoder.tokens, positions_BT),
+    'targets': decoder.tokens,
+    'weights': (decoder.segments != 0).astype(np.float32),
+    'segments': decoder.segments,
+    'positions': positions_BT,
+    'encoder_inputs': encoder.tokens,
+    'encoder_segments': encoder.segments,
+    'encoder_positions': positions(encoder.segments),
+  }

@@ -1,0 +1,43 @@
+"""Supervised pairs: the encoder reads a source, the decoder its target."""
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+from t2x.objectives import rows as rows_lib
+from t2x.objectives import vocab as vocab_lib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceTarget:
+  """Predicts every token of the target, given the source.
+
+  Both sides end with <eos> and hold at most `length` tokens. In a packed row
+  the n-th source and the n-th target carry the same segment number.
+  """
+
+  kind: ClassVar[str] = 'source_target'
+  has_encoder: ClassVar[bool] = True
+  paired: ClassVar[bool] = True
+
+  def source_length(self, length: int) -> int:
+    """Raw tokens of each side of a row of `length`."""
+    return length
+
+  def target_length(self, length: int) -> int:
+    """Targets of a row of `length`."""
+    return length
+
+  def examples(
+    self,
+    source: rows_lib.Rows,
+    target: rows_lib.Rows,
+    *,
+    keys: np.ndarray,
+    vocab: vocab_lib.Vocab,
+    length: int,
+  ) -> dict[str, np.ndarray]:
+    """Returns the encoder-decoder batch of these rows."""
+    del keys, vocab, length  # Nothing is random here.
+    return rows_lib.encoder_decoder(source, target)

@@ -1,0 +1,416 @@
+"""Optimizers and learning rate schedules, from optax where it has them.
+
+Dimensions added by stacking layers are batch dimensions to every optimizer:
+a stacked parameter is updated as its layers would be, one by one.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+from flax import nnx
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+from optax import contrib
+
+from t2x import sharding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+  """A linear warmup from 0 to the learning rate, then a shape.
+
+  Attributes:
+    shape: `constant`; `cosine` or `linear` down to `final` of the peak at the
+      last step; `inverse_sqrt`, proportional to 1 / sqrt(step); `wsd`,
+      constant, then linear to `final` over the last `decay` of the steps (Hu
+      et al., 2024).
+    warmup_steps: steps of the warmup.
+    final: share of the peak at the end.
+    decay: share of the steps that `wsd` decays for.
+  """
+
+  shape: Literal['constant', 'cosine', 'linear', 'inverse_sqrt', 'wsd'] = (
+    'cosine'
+  )
+  warmup_steps: int = 0
+  final: float = 0.1
+  decay: float = 0.2
+
+  def __post_init__(self):
+    if self.warmup_steps < 0:
+      raise ValueError(
+        f'optim.schedule.warmup_steps={self.warmup_steps}; it is 0 or more.'
+      )
+    if not 0.0 < self.decay <= 1.0:
+      raise ValueError(f'optim.schedule.decay={self.decay}; it is in (0, 1].')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+  """What every optimizer has.
+
+  Attributes:
+    learning_rate: peak of the schedule.
+    schedule: its course.
+    clip_norm: the gradients' global norm is cut to this; None does not.
+    weight_decay: decoupled, times the learning rate; never on biases and
+      norm scales.
+  """
+
+  learning_rate: float = 1e-3
+  schedule: Schedule = Schedule()
+  clip_norm: float | None = 1.0
+  weight_decay: float = 0.0
+
+  def __post_init__(self):
+    if self.learning_rate <= 0.0:
+      raise ValueError(
+        f'optim.learning_rate={self.learning_rate}; it must be above 0.'
+      )
+    if self.clip_norm is not None and self.clip_norm <= 0.0:
+      raise ValueError(
+        f'optim.clip_norm={self.clip_norm}; it must be above 0, or none.'
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adam(Optimizer):
+  """Kingma and Ba, 2015; `weight_decay` makes no sense here, see AdamW."""
+
+  kind: ClassVar[str] = 'adam'
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.weight_decay:
+      raise ValueError(
+        f'optim.weight_decay={self.weight_decay} with optim.kind=adam: set '
+        'it to 0, or --set optim=adamw.'
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW(Optimizer):
+  """Loshchilov and Hutter, 2019."""
+
+  kind: ClassVar[str] = 'adamw'
+  weight_decay: float = 0.1
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adafactor(Optimizer):
+  """Shazeer and Stern, 2018: second moments as rows and columns.
+
+  Attributes:
+    min_factored: matrices with two dimensions of at least this are factored.
+    decay_rate: exponent of the second moment's decay, 1 - step ** -rate.
+    scale_by_parameter: multiply updates by the parameter's root mean square.
+  """
+
+  kind: ClassVar[str] = 'adafactor'
+  min_factored: int = 128
+  decay_rate: float = 0.8
+  scale_by_parameter: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lion(Optimizer):
+  """Chen et al., 2023."""
+
+  kind: ClassVar[str] = 'lion'
+  b1: float = 0.9
+  b2: float = 0.99
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Muon(Optimizer):
+  """Jordan et al., 2024: orthogonalised momentum for the layers' matrices.
+
+  Embeddings, heads, norms and biases take Adam. Updates are scaled to the
+  size of Adam's (Liu et al., 2025), so both share the learning rate.
+  """
+
+  kind: ClassVar[str] = 'muon'
+  weight_decay: float = 0.1
+  beta: float = 0.95
+  b1: float = 0.9
+  b2: float = 0.95
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sgd(Optimizer):
+  """Gradient descent with momentum."""
+
+  kind: ClassVar[str] = 'sgd'
+  momentum: float = 0.9
+  nesterov: bool = False
+
+
+OptimConfig = Adam | AdamW | Adafactor | Lion | Muon | Sgd
+
+
+def make_schedule(config: Optimizer, num_steps: int) -> optax.Schedule:
+  """Returns step -> learning rate over a run of `num_steps`."""
+  s, peak = config.schedule, config.learning_rate
+  rest = max(num_steps - s.warmup_steps, 1)
+  if s.shape == 'cosine':
+    after = optax.cosine_decay_schedule(peak, rest, alpha=s.final)
+  elif s.shape == 'linear':
+    after = optax.linear_schedule(peak, peak * s.final, rest)
+  elif s.shape == 'wsd':
+    steps = max(int(num_steps * s.decay), 1)
+    after = optax.linear_schedule(
+      peak, peak * s.final, steps, transition_begin=max(rest - steps, 0)
+    )
+  elif s.shape == 'inverse_sqrt':
+    start = max(s.warmup_steps, 1)
+    after = lambda step: peak * (start / (step + start)) ** 0.5
+  else:
+    after = optax.constant_schedule(peak)
+  if not s.warmup_steps:
+    return after
+  # The first step takes 1 / warmup_steps of the peak, not 0.
+  warmup = lambda step: peak * (step + 1) / s.warmup_steps
+  return optax.join_schedules([warmup, after], [s.warmup_steps])
+
+
+def make(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
+  """Returns the optimizer: clip, scale, decay, learning rate."""
+  rate = make_schedule(config, num_steps)
+  parts = []
+  if config.clip_norm is not None:
+    parts.append(optax.clip_by_global_norm(config.clip_norm))
+  parts.append(_scaling(config))
+  if config.weight_decay:
+    parts.append(optax.add_decayed_weights(config.weight_decay, is_decayed))
+  parts.append(optax.scale_by_learning_rate(rate))
+  if isinstance(config, Adafactor) and config.scale_by_parameter:
+    parts.append(per_layer(optax.scale_by_param_block_rms()))
+  return optax.chain(*parts)
+
+
+def _scaling(config: OptimConfig) -> optax.GradientTransformation:
+  if isinstance(config, (Adam, AdamW)):
+    return optax.scale_by_adam(config.b1, config.b2, config.eps)
+  if isinstance(config, Lion):
+    return optax.scale_by_lion(config.b1, config.b2)
+  if isinstance(config, Adafactor):
+    return per_layer(
+      optax.chain(
+        optax.scale_by_factored_rms(
+          decay_rate=config.decay_rate,
+          min_dim_size_to_factor=config.min_factored,
+        ),
+        optax.clip_by_block_rms(1.0),
+      )
+    )
+  if isinstance(config, Muon):
+    muon = optax.chain(
+      contrib.scale_by_muon(
+        beta=config.beta, weight_dimension_numbers=muon_dimensions
+      ),
+      optax.stateless(_scale_to_adam),
+    )
+    adam = optax.scale_by_adam(config.b1, config.b2)
+    return optax.partition({'muon': muon, 'adam': adam}, _muon_labels)
+  assert isinstance(config, Sgd), config
+  return optax.trace(config.momentum, config.nesterov)
+
+
+def is_decayed(params: Any) -> Any:
+  """Returns, for each parameter, whether weight decay applies to it.
+
+  Biases and norm scales are told by their names.
+  """
+
+  def leaf(path, p):
+    name = sharding.path_name(path).removesuffix('.value').rpartition('.')[2]
+    return jax.tree.map(lambda _: 'bias' not in name and name != 'scale', p)
+
+  return jax.tree_util.tree_map_with_path(
+    leaf, params, is_leaf=sharding.is_variable
+  )
+
+
+_MATRIX_OUT = {'heads', 'kv_heads', 'mlp'}
+
+
+def muon_dimensions(params: Any) -> Any:
+  """Returns `MuonDimensionNumbers` for each of the layers' matrices.
+
+  A projection into heads reduces `embed`; one out of them reduces all but
+  `embed`. Stacked dimensions belong to neither and so are batch dimensions.
+  """
+
+  def leaf(p):
+    axes = p.get_metadata('axes')
+    stacked = len(p.shape) - len(axes)
+    embed = [i + stacked for i, a in enumerate(axes) if a == 'embed']
+    other = [i + stacked for i, a in enumerate(axes) if a != 'embed']
+    into = axes[0] == 'embed'
+    spec = contrib.MuonDimensionNumbers(
+      *((embed, other) if into else (other, embed))
+    )
+    return p.replace(spec)
+
+  return jax.tree.map(
+    lambda p: leaf(p) if _has_value(p) else p,
+    params,
+    is_leaf=sharding.is_variable,
+  )
+
+
+def _scale_to_adam(updates: Any, params: Any = None) -> Any:
+  """Gives orthogonal updates the root mean square of Adam's, about 0.2.
+
+  Liu et al., 2025, equation 4.
+  """
+  del params
+
+  def scale(u, spec):
+    sizes = [
+      np.prod([u.shape[i] for i in axes])
+      for axes in (spec.reduction_axis, spec.output_axis)
+    ]
+    return u * (0.2 * float(max(sizes)) ** 0.5)
+
+  return jax.tree.map(scale, updates, muon_dimensions(updates))
+
+
+def _muon_labels(params: Any) -> Any:
+  def leaf(p):
+    axes = p.get_metadata('axes')
+    muon = 'embed' in axes and bool(_MATRIX_OUT & set(axes))
+    return jax.tree.map(lambda _: 'muon' if muon else 'adam', p)
+
+  return jax.tree.map(leaf, params, is_leaf=sharding.is_variable)
+
+
+def _has_value(p: nnx.Variable) -> bool:
+  return hasattr(p.get_value(), 'shape')
+
+
+def per_layer(
+  tx: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  """Applies `tx` to each parameter alone, over its stacked dimensions.
+
+  For transformations that look at a whole parameter (its shape, its root mean
+  square), where a stack of layers must not count as one. Its state is a dict
+  from the parameter's path to the state of `tx`.
+  """
+
+  def init(params):
+    return {
+      name: _over_stack(tx.init, p, _state_axes(tx, p))(p)
+      for name, p in named(params).items()
+    }
+
+  def update(updates, state, params=None):
+    assert params is not None, 'per_layer needs the parameters'
+    by_name = named(params)
+    new_updates, new_state = {}, {}
+    for name, u in named(updates).items():
+      p = by_name[name]
+      axes = _state_axes(tx, p)
+      fn = _over_stack(tx.update, p, (0, axes), in_axes=(0, axes, 0))
+      new_updates[name], new_state[name] = fn(u, state[name], p)
+
+    def put_back(path, u):
+      return new_updates.get(sharding.path_name(path), u)
+
+    updates = jax.tree_util.tree_map_with_path(
+      put_back, updates, is_leaf=sharding.is_variable
+    )
+    return updates, new_state
+
+  return optax.GradientTransformation(init, update)
+
+
+def named(tree: Any) -> dict[str, nnx.Variable]:
+  """Returns path -> variable, for the variables that hold an array."""
+  flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=sharding.is_variable)
+  return {
+    sharding.path_name(path): leaf
+    for path, leaf in flat
+    if sharding.is_variable(leaf) and _has_value(leaf)
+  }
+
+
+def _num_stacked(p: nnx.Variable) -> int:
+  return len(p.shape) - len(p.get_metadata('axes'))
+
+
+def _over_stack(fn, p, out_axes, in_axes=0) -> Callable:
+  for _ in range(_num_stacked(p)):
+    fn = jax.vmap(fn, in_axes=in_axes, out_axes=out_axes)
+  return fn
+
+
+def _state_axes(tx: optax.GradientTransformation, p: nnx.Variable) -> Any:
+  """Step counts are shared by the layers of a stack; the rest is stacked."""
+  shape = p.shape[_num_stacked(p) :]
+  one = jax.eval_shape(tx.init, p.replace(jax.ShapeDtypeStruct(shape, p.dtype)))
+  return jax.tree.map(lambda leaf: 0 if leaf.ndim else None, one)
+
+
+def shardings(opt_state: Any, params: Any, mesh: Mesh, rules) -> Any:
+  """Returns the sharding of every leaf of an optimizer's state.
+
+  A moment of its parameter's shape is sharded like it; Adafactor's rows and
+  columns lose the reduced dimension; everything else is replicated.
+
+  Args:
+    opt_state: shapes of the state.
+    params: shapes of the trainable parameters.
+    mesh: the device mesh.
+    rules: logical axis -> mesh axes.
+  """
+  by_name = named(params)
+
+  def leaf(path, x):
+    if not sharding.is_variable(x) or not _has_value(x):
+      return jax.tree.map(lambda _: NamedSharding(mesh, P()), x)
+    p = _owner(path, by_name)
+    spec = P() if p is None else _moment_spec(path, x, p, mesh, rules)
+    return x.replace(NamedSharding(mesh, spec))
+
+  return jax.tree_util.tree_map_with_path(
+    leaf, opt_state, is_leaf=sharding.is_variable
+  )
+
+
+def _owner(path: Any, by_name: dict[str, nnx.Variable]):
+  """Finds the parameter that a leaf of the state belongs to, by its path."""
+  for i, key in enumerate(path):
+    name = sharding.path_name(path[i:])
+    if name in by_name:
+      return by_name[name]
+    if sharding.path_name((key,)) in by_name:  # The dicts of `per_layer`.
+      return by_name[sharding.path_name((key,))]
+  return None
+
+
+def _moment_spec(path, x, p, mesh, rules) -> P:
+  spec = list(sharding.parameter_sharding(p, mesh, rules, '').spec)
+  spec += [None] * (len(p.shape) - len(spec))
+  if x.shape == p.shape:
+    return P(*spec)
+  names = sharding.path_name(path).split('.')
+  stacked = _num_stacked(p)
+  if len(x.shape) == len(p.shape) - 1 and {'v_row', 'v_col'} & set(names):
+    # The order in which optax picks the two dimensions that it factors.
+    order = np.argsort(p.shape[stacked:])
+    dropped = order[-1] if 'v_row' in names else order[-2]
+    del spec[stacked + int(dropped)]
+    return P(*spec)
+  return P()

@@ -1,0 +1,202 @@
+"""Logical axis names to mesh axes: the one place where the two meet.
+
+Modules name the logical axes of parameters (`axes=` metadata) and activations
+(`constrain`); `Rules` says which mesh axes each lives on.
+"""
+
+import contextlib
+import dataclasses
+from typing import Any
+
+from flax import nnx
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+MeshAxes = str | tuple[str, ...] | None
+
+
+class ShardingError(ValueError):
+  """A layout that cannot be: found before anything compiles."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rules:
+  """Where each logical axis lives; the default is FSDP x tensor parallelism."""
+
+  batch: MeshAxes = ('data', 'fsdp', 'expert')
+  length: MeshAxes = None
+  act_embed: MeshAxes = None  # Activations stay whole where weights split.
+  embed: MeshAxes = 'fsdp'
+  vocab: MeshAxes = 'tensor'
+  mlp: MeshAxes = 'tensor'
+  heads: MeshAxes = 'tensor'
+  kv_heads: MeshAxes = 'tensor'
+  head_dim: MeshAxes = None
+  experts: MeshAxes = 'expert'
+  stages: MeshAxes = 'pipe'  # Dimensions added by stacking layers.
+  layers: MeshAxes = None
+
+
+# User contexts are part of jit's cache key, so a compiled step is never reused
+# under other rules.
+_rules = jax.make_user_context(None)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh, rules: Rules):
+  """Activates `mesh` and `rules` for `constrain` inside the block."""
+  with jax.set_mesh(mesh), _rules(rules):
+    yield
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Shards an activation by logical axis name; the identity outside `use`.
+
+  Inside a `shard_map` that is manual over some mesh axes those are dropped:
+  there `x` is already this device's part along them.
+
+  Raises:
+    ShardingError: as `to_spec`.
+  """
+  if _rules.value is None:
+    return x
+  mesh = jax.sharding.get_abstract_mesh()
+  manual = frozenset(mesh.manual_axes)
+  spec = to_spec(axes, _rules.value, shape=x.shape, mesh=mesh, drop=manual)
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def to_spec(
+  axes: tuple[str | None, ...],
+  rules: Rules,
+  *,
+  shape: tuple[int, ...] | None = None,
+  mesh: Any = None,
+  name: str = 'activation',
+  drop: frozenset[str] = frozenset(),
+) -> P:
+  """Maps one logical axis name per dimension to a PartitionSpec.
+
+  Args:
+    axes: logical names, or None for a dimension that stays whole.
+    rules: the mapping.
+    shape: if given, with `mesh`, each dimension must divide.
+    mesh: a Mesh or AbstractMesh, for its axis sizes.
+    name: what is being sharded, for messages.
+    drop: mesh axes to leave out.
+
+  Raises:
+    ShardingError: an unknown name, two dimensions on one mesh axis, a
+      dimension that its axes do not divide, an axis that the mesh lacks.
+  """
+  known = {f.name for f in dataclasses.fields(rules)}
+  where = name if shape is None else f'{name} of shape {tuple(shape)}'
+  entries, owner = [], {}
+  for dim, axis in enumerate(axes):
+    if axis is not None and axis not in known:
+      raise ShardingError(
+        f'{where} names the logical axis {axis!r}; Rules knows '
+        f'{", ".join(sorted(known))}.'
+      )
+    mesh_axes = _as_tuple(getattr(rules, axis) if axis else None)
+    for mesh_axis in mesh_axes:
+      _check_axis(mesh_axis, mesh, axis, where, axes, owner)
+    mesh_axes = tuple(a for a in mesh_axes if a not in drop)
+    if shape is not None and mesh is not None:
+      _check_divides(shape[dim], dim, axis, mesh_axes, mesh, where)
+    entries.append(mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None)
+  return P(*entries)
+
+
+def _check_axis(mesh_axis, mesh, axis, where, axes, owner):
+  if mesh is not None and mesh_axis not in mesh.shape:
+    raise ShardingError(
+      f'rules.{axis}={mesh_axis!r} names no mesh axis; the mesh has '
+      f'{", ".join(mesh.shape)}. Set rules.{axis} to one of these or none.'
+    )
+  if mesh_axis in owner:
+    raise ShardingError(
+      f'{where} has axes {axes}: the dimensions {owner[mesh_axis]!r} and '
+      f'{axis!r} both live on the mesh axis {mesh_axis!r}, which can split '
+      f'only one. Set rules.{axis}=none or rules.{owner[mesh_axis]}=none.'
+    )
+  owner[mesh_axis] = axis
+
+
+def _check_divides(size, dim, axis, mesh_axes, mesh, where):
+  parts = int(np.prod([mesh.shape[a] for a in mesh_axes], dtype=int))
+  if size % parts:
+    sizes = ', '.join(f'mesh.{a}={mesh.shape[a]}' for a in mesh_axes)
+    raise ShardingError(
+      f'{where}: dimension {dim} ({axis!r}) of size {size} is not divisible '
+      f'by {parts} ({sizes}; rules.{axis}={_text(mesh_axes)}). Choose a size '
+      f'or a mesh that divides, or keep it whole: --set rules.{axis}=none.'
+    )
+
+
+def axes_of(variable: nnx.Variable, num_dims: int) -> tuple[str | None, ...]:
+  """Returns one logical axis per dimension, stacked dimensions included.
+
+  Raises:
+    ShardingError: the parameter does not name every dimension.
+  """
+  axes = tuple(variable.get_metadata('axes'))
+  stacked = num_dims - len(axes)
+  if stacked not in (0, 1, 2):
+    raise ShardingError(
+      f'A parameter of {num_dims} dimensions has axes {axes}; expected one '
+      'name per dimension after at most two stacked dimensions.'
+    )
+  return ('stages', 'layers')[2 - stacked :] + axes
+
+
+def is_variable(x: Any) -> bool:
+  return isinstance(x, nnx.Variable)
+
+
+def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+  """Returns the sharding of every leaf of `tree`, a module or a train state.
+
+  Parameters follow their `axes`; every other leaf is replicated.
+
+  Args:
+    tree: arrays or ShapeDtypeStructs, parameters as `nnx.Variable`.
+    mesh: the device mesh.
+    rules: logical axis -> mesh axes.
+
+  Raises:
+    ShardingError: naming the parameter's path, its shape, the rule, the size
+      of the mesh axis, and ways out.
+  """
+
+  def leaf(path, x):
+    if not is_variable(x) or not hasattr(x.get_value(), 'shape'):
+      return jax.tree.map(lambda _: NamedSharding(mesh, P()), x)
+    return x.replace(parameter_sharding(x, mesh, rules, path_name(path)))
+
+  return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=is_variable)
+
+
+def parameter_sharding(variable, mesh, rules, name) -> NamedSharding:
+  """Returns the sharding of one parameter by its logical axes."""
+  shape = variable.shape
+  axes = axes_of(variable, len(shape))
+  spec = to_spec(axes, rules, shape=shape, mesh=mesh, name=name)
+  return NamedSharding(mesh, spec)
+
+
+def path_name(path: Any) -> str:
+  """Returns a pytree path as a dotted name: `layers.0.attention.q_DNH`."""
+  return '.'.join(jax.tree_util.keystr((k,), simple=True) for k in path)
+
+
+def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+  if axes is None:
+    return ()
+  return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _text(mesh_axes: tuple[str, ...]) -> str:
+  return ','.join(mesh_axes) or 'none'

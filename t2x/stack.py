@@ -1,0 +1,185 @@
+"""A stack of layers: a repeating group, each member stacked, plus a remainder.
+
+Parameters of layer i stand at [i // group size] of its member of the group,
+whether the layers run as a scan or unrolled, so saved state has one form.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+# Applies one layer: (layer, x, cache or None, number) -> (x, cache or None).
+Apply = Callable[[Any, jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+  """How a stack runs; the numbers do not depend on it.
+
+  Attributes:
+    scan: run the repeats as one `lax.scan` (compiles once) or unrolled.
+    remat: what the backward pass recomputes: `none`; `full`, all but each
+      layer's input; `dots`, all but products with weights; `save:A,B` all but
+      the activations of these names (query, key, value, attention, mlp_up,
+      mlp_gate).
+  """
+
+  scan: bool = True
+  remat: str = 'none'
+
+  def __post_init__(self):
+    names = self.remat.partition(':')
+    if self.remat in ('none', 'full', 'dots'):
+      return
+    unknown = set(names[2].split(',')) - set(SAVED_NAMES)
+    if names[0] != 'save' or unknown:
+      raise ValueError(
+        f'remat={self.remat!r}; it is none, full, dots, or save:NAME,NAME '
+        f'with names among {", ".join(SAVED_NAMES)}.'
+      )
+
+
+SAVED_NAMES = ('query', 'key', 'value', 'attention', 'mlp_up', 'mlp_gate')
+
+
+class Stack(nnx.Module):
+  """`num_layers` layers, made in turn by the members of a group.
+
+  Args:
+    makers: one constructor for each member of the group.
+    num_layers: layers in all; what the group does not divide is a remainder.
+    rngs: layer i draws from the i-th of `num_layers` keys.
+  """
+
+  def __init__(
+    self,
+    makers: Sequence[Callable[[nnx.Rngs], nnx.Module]],
+    num_layers: int,
+    *,
+    rngs: nnx.Rngs,
+  ):
+    size = len(makers)
+    repeats = num_layers // size
+    keys = jax.random.split(rngs.params(), num_layers)
+    self.num_layers = num_layers
+    self.group = nnx.List(
+      [
+        jax.vmap(lambda key, make=make: make(nnx.Rngs(key)))(
+          keys[i : repeats * size : size]
+        )
+        for i, make in enumerate(makers)
+        if repeats
+      ]
+    )
+    self.remainder = nnx.List(
+      [
+        makers[i % size](nnx.Rngs(keys[i]))
+        for i in range(repeats * size, num_layers)
+      ]
+    )
+
+  def __call__(
+    self,
+    apply: Apply,
+    x: jax.Array,
+    *,
+    caches: Any = None,
+    execution: Execution = Execution(),
+  ) -> tuple[jax.Array, Any]:
+    """Applies the layers in order.
+
+    Args:
+      apply: runs one layer; its last argument is the layer's number.
+      x: the activations.
+      caches: what `map_layers` returned, or None.
+      execution: scan or unroll, and what to recompute.
+
+    Returns:
+      The activations and the new caches, in the same structure.
+    """
+    apply = _rematerialized(apply, execution.remat)
+    group_caches, rest_caches = caches if caches is not None else (None, None)
+    size = len(self.group)
+    repeats = (self.num_layers - len(self.remainder)) // max(size, 1)
+    group = tuple(self.group)
+    numbers = jnp.arange(repeats * size).reshape(repeats, size)
+
+    def repeat(x, part):
+      layers, cache, number = part
+      new = []
+      for i, layer in enumerate(layers):
+        x, c = apply(layer, x, cache and cache[i], number[i])
+        new.append(c)
+      return x, tuple(new)
+
+    parts = (group, group_caches, numbers)
+    if not size:
+      new_group = ()
+    elif execution.scan:
+      x, new_group = jax.lax.scan(repeat, x, parts)
+    else:
+      new = []
+      for part in unstack(parts, repeats):
+        x, cache = repeat(x, part)
+        new.append(cache)
+      new_group = jax.tree.map(lambda *leaves: jnp.stack(leaves), *new)
+    new_rest = []
+    for i, layer in enumerate(self.remainder):
+      number = jnp.asarray(repeats * size + i)
+      x, c = apply(layer, x, rest_caches and rest_caches[i], number)
+      new_rest.append(c)
+    return x, (new_group, tuple(new_rest))
+
+  def map_layers(self, fn: Callable[[Any], Any]) -> Any:
+    """Returns fn(layer) of every layer, as `caches` are arranged."""
+    group = tuple(jax.vmap(fn)(member) for member in self.group)
+    return group, tuple(fn(layer) for layer in self.remainder)
+
+
+def unstack(tree: Any, num: int) -> list[Any]:
+  """Splits the leading dimension of every leaf into a list of trees.
+
+  The gradient is one stack for each leaf; the gradients of plain slices would
+  each be as large as the whole leaf.
+  """
+  leaves, treedef = jax.tree.flatten(tree)
+  split = [_split(leaf, num) for leaf in leaves]
+  return [treedef.unflatten([s[i] for s in split]) for i in range(num)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _split(x: jax.Array, num: int) -> tuple[jax.Array, ...]:
+  return tuple(x[i] for i in range(num))
+
+
+def _split_forward(x, num):
+  return _split(x, num), None
+
+
+def _split_backward(num, _, grads):
+  del num
+  if grads[0].dtype == jax.dtypes.float0:
+    return (None,)
+  return (jnp.stack(grads),)
+
+
+_split.defvjp(_split_forward, _split_backward)
+
+
+def _rematerialized(apply: Apply, remat: str) -> Apply:
+  if remat == 'none':
+    return apply
+  policies = jax.checkpoint_policies
+  if remat == 'full':
+    policy = policies.nothing_saveable
+  elif remat == 'dots':
+    policy = policies.dots_with_no_batch_dims_saveable
+  else:
+    names = remat.partition(':')[2].split(',')
+    policy = policies.save_only_these_names(*names)
+  return jax.checkpoint(apply, policy=policy)

@@ -1,0 +1,267 @@
+"""The state of training and the pure function that advances it.
+
+Shape suffixes: B batch, M microbatch.
+"""
+
+import dataclasses
+import functools
+import re
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import optax
+
+from t2x import loss as loss_lib
+from t2x import optim, sharding, stack
+from t2x.layers import dropout
+
+Batch = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """Everything that a checkpoint must hold to go on.
+
+  Attributes:
+    step: updates so far, skipped ones included.
+    model: float32 parameters.
+    opt_state: of the trainable parameters.
+    ema: moving average of the trainable parameters, or None.
+    num_skipped: updates skipped in a row because of a non-finite value.
+  """
+
+  step: jax.Array
+  model: Any
+  opt_state: Any
+  ema: Any
+  num_skipped: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepConfig:
+  """What one update does; see `t2x.train.TrainConfig` for each field."""
+
+  accumulate: int = 1
+  accumulate_whole: bool = False
+  ema_decay: float | None = None
+  trainable: str = '.*'
+  loss: loss_lib.LossConfig = loss_lib.LossConfig()
+  execution: stack.Execution = stack.Execution()
+
+
+Reduce = Literal['data', 'data_fsdp']
+
+
+def partition(model: Any, pattern: str) -> tuple[Any, Any]:
+  """Splits a model into the part that is trained and the rest.
+
+  Args:
+    model: a module.
+    pattern: a regular expression that the dotted path of a trained parameter
+      matches in full. Integer leaves are never trained.
+
+  Returns:
+    Two modules of one structure; each leaf is None in one of them.
+
+  Raises:
+    ValueError: nothing matches; some paths are listed.
+  """
+  expression = re.compile(pattern)
+  paths = []
+
+  def chosen(path, leaf):
+    name = sharding.path_name(path).removesuffix('.value')
+    paths.append(name)
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return floating and expression.fullmatch(name) is not None
+
+  mask = jax.tree_util.tree_map_with_path(chosen, model)
+  if not any(jax.tree.leaves(mask)):
+    raise ValueError(
+      f'train.trainable={pattern!r} matches no parameter. Paths look like '
+      f'{", ".join(paths[:4])}.'
+    )
+  trained = jax.tree.map(lambda m, leaf: leaf if m else None, mask, model)
+  rest = jax.tree.map(lambda m, leaf: None if m else leaf, mask, model)
+  return trained, rest
+
+
+def combine(first: Any, second: Any) -> Any:
+  """Inverse of `partition`."""
+  return jax.tree.map(
+    lambda a, b: b if a is None else a,
+    first,
+    second,
+    is_leaf=lambda x: x is None,
+  )
+
+
+def averaged_model(state: TrainState, config: StepConfig) -> Any:
+  """Returns the model to use: the moving average where there is one."""
+  if state.ema is None:
+    return state.model
+  _, rest = partition(state.model, config.trainable)
+  return combine(state.ema, rest)
+
+
+def init_state(
+  model: Any, tx: optax.GradientTransformation, config: StepConfig
+) -> TrainState:
+  """Returns the state before the first step."""
+  trained, _ = partition(model, config.trainable)
+  # A copy: donation must not see one buffer twice.
+  copy = functools.partial(jax.tree.map, lambda x: x + 0)
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    model=model,
+    opt_state=tx.init(trained),
+    ema=copy(trained) if config.ema_decay is not None else None,
+    num_skipped=jnp.zeros((), jnp.int32),
+  )
+
+
+def state_shardings(state: TrainState, mesh, rules, config: StepConfig):
+  """Returns the sharding of every leaf of a state (of shapes)."""
+  trained, _ = partition(state.model, config.trainable)
+  rest = dataclasses.replace(state, opt_state=None)
+  return dataclasses.replace(
+    sharding.shardings(rest, mesh, rules),
+    opt_state=optim.shardings(state.opt_state, trained, mesh, rules),
+  )
+
+
+def train_step(
+  state: TrainState,
+  batch: Batch,
+  key: jax.Array,
+  *,
+  tx: optax.GradientTransformation,
+  config: StepConfig,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """Returns the next state and float32 metrics of one update.
+
+  The loss is the sum of the tokens' losses over the weight of the whole
+  batch, so neither accumulation nor packing nor the layout changes it. A
+  non-finite loss or gradient leaves model and optimizer as they were.
+  """
+  trained, rest = partition(state.model, config.trainable)
+  key = jax.random.fold_in(key, state.step)
+  grads, sums = gradients(trained, rest, batch, key, config)
+  grad_norm = optax.tree.norm(grads)
+  updates, opt_state = tx.update(grads, state.opt_state, trained)
+  new_trained = optax.apply_updates(trained, updates)
+
+  finite = jnp.isfinite(sums['loss']) & jnp.isfinite(grad_norm)
+  keep = functools.partial(jax.tree.map, lambda a, b: jnp.where(finite, a, b))
+  new_trained = keep(new_trained, trained)
+  ema = state.ema
+  if config.ema_decay is not None:
+    d = config.ema_decay
+    mix = lambda e, p: jnp.where(finite, d * e + (1.0 - d) * p, e)
+    ema = jax.tree.map(mix, state.ema, new_trained)
+  num_skipped = jnp.where(finite, 0, state.num_skipped + 1)
+  new_state = TrainState(
+    step=state.step + 1,
+    model=combine(new_trained, rest),
+    opt_state=keep(opt_state, state.opt_state),
+    ema=ema,
+    num_skipped=num_skipped,
+  )
+  metrics = {**sums, 'grad_norm': grad_norm, 'num_skipped': num_skipped}
+  return new_state, metrics
+
+
+def eval_step(model: Any, batch: Batch, execution: stack.Execution):
+  """Returns the sums of nll (nats), correct and weight over a batch."""
+  x_BTD = model.hidden(**model_inputs(model, batch), execution=execution)
+  losses = loss_lib.token_loss(x_BTD, model.head, batch['targets'])
+  weights = batch['weights']
+  return {
+    'nll': (losses.nll_BT * weights).sum(),
+    'correct': (losses.correct_BT * weights).sum(),
+    'weight': weights.sum(),
+  }
+
+
+def model_inputs(model: Any, batch: Batch) -> Batch:
+  """Returns the entries of a batch that the model takes."""
+  return {name: batch[name] for name in model.inputs if name in batch}
+
+
+def gradients(trained, rest, batch, key, config: StepConfig):
+  """Returns gradients and summed metrics of a whole batch.
+
+  Microbatch m holds the rows m, m + M, m + 2 M, ... of each device's share,
+  so that no row moves between devices. Gradients are summed over the loop on
+  each device of the `data` axis and reduced over it once, after the loop.
+  """
+  total = jnp.maximum(batch['weights'].sum(), 1e-9)
+  rows_B = jnp.arange(batch['weights'].shape[0])
+  batch = {**batch, 'rows': rows_B}
+  fn = functools.partial(_accumulate, config=config)
+  manual = _manual_axes(config)
+  if not manual:
+    return fn(trained, rest, batch, total, key)
+
+  def reduced(*args):
+    return jax.lax.psum(fn(*args), manual)
+
+  batch_spec = jax.tree.map(lambda _: P(manual), batch)
+  return jax.shard_map(
+    reduced,
+    in_specs=(P(), P(), batch_spec, P(), P()),
+    out_specs=P(),
+    axis_names=set(manual),
+    # Varying axes would be tracked and gradients reduced inside the loop.
+    check_vma=False,
+  )(trained, rest, batch, total, key)
+
+
+def _manual_axes(config: StepConfig) -> tuple[str, ...]:
+  """Mesh axes over which gradients are reduced by hand, after the loop."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if config.accumulate == 1 or mesh.empty:
+    return ()
+  axes = ('data', 'fsdp') if config.accumulate_whole else ('data',)
+  return tuple(a for a in axes if mesh.shape[a] > 1)
+
+
+def _accumulate(trained, rest, batch, total, key, config: StepConfig):
+  grad_fn = jax.value_and_grad(_loss, has_aux=True)
+
+  def micro(part):
+    (_, sums), grads = grad_fn(trained, rest, part, total, key, config)
+    return grads, sums
+
+  num = config.accumulate
+  if num == 1:
+    return micro(batch)
+  split = lambda a: jnp.moveaxis(a.reshape(-1, num, *a.shape[1:]), 1, 0)
+  parts = jax.tree.map(split, batch)
+  zeros = jax.tree.map(
+    lambda a: jnp.zeros(a.shape, jnp.float32),
+    jax.eval_shape(micro, jax.tree.map(lambda a: a[0], parts)),
+  )
+  add = lambda sums, part: (jax.tree.map(jnp.add, sums, micro(part)), None)
+  return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _loss(trained, rest, batch, total, key, config: StepConfig):
+  """Returns the share of the loss that these rows make, and metrics."""
+  model = combine(trained, rest)
+  keys_B = dropout.row_keys(key, batch['rows'])
+  x_BTD = model.hidden(
+    **model_inputs(model, batch), keys_B=keys_B, execution=config.execution
+  )
+  losses = loss_lib.token_loss(x_BTD, model.head, batch['targets'], config.loss)
+  weights = batch['weights']
+  mean = lambda values: (values * weights).sum() / total
+  objective = mean(losses.objective_BT)
+  return objective, {
+    'loss': objective,
+    'nll': mean(losses.nll_BT),
+    'accuracy': mean(losses.correct_BT),
+  }

@@ -1,0 +1,29 @@
+"""Eight simulated devices, strict shapes, and a shared compilation cache."""
+
+import os
+
+# Before JAX is imported, by whichever test comes first.
+os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
+
+import sys
+import tempfile
+
+from absl import flags
+import jax
+import pytest
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update(
+  'jax_compilation_cache_dir',
+  os.path.join(tempfile.gettempdir(), 't2x-test-compilation-cache'),
+)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _parsed_flags():
+  # Grain reads absl flags.
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS(sys.argv[:1])

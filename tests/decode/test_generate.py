@@ -1,0 +1,343 @@
+"""Generation: the cache against recomputing, rows against each other."""
+
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t2x import mesh as mesh_lib
+from t2x import sharding
+from t2x.decode import generate, loop, sampling
+from t2x.layers import attention, mlp, norm, param, position
+from t2x.models import decoder, encoder, encoder_decoder
+
+VOCAB = 50
+GREEDY = sampling.SamplingConfig(temperature=0)
+PROMPTS = [[7, 3, 9], list(range(1, 18)), [5] * 10 + list(range(20, 30))]
+
+HEADS = attention.Dense(num_heads=4, head_dim=8)
+GROUPED = attention.Dense(num_heads=4, num_kv_heads=2, head_dim=8, bias=True)
+WINDOW = attention.Local(num_heads=4, head_dim=8, window=5)
+# Weights large enough that positions and neighbours change the next token.
+SHARED = {
+  'vocab_size': VOCAB,
+  'num_layers': 2,
+  'embed_dim': 32,
+  'attention': HEADS,
+  'mlp': mlp.MlpConfig(hidden=48),
+  'init': param.Init(std=0.3),
+}
+LEARNED = position.Learned(max_length=96, std=0.5)
+ROTARY = position.Rotary()
+DECODERS = {
+  'learned': {'position': LEARNED},
+  'sinusoidal_post_norm': {
+    'position': position.Sinusoidal(),
+    'residual': 'post_norm',
+  },
+  'rotary_half': {'position': ROTARY, 'norm': norm.RMSNorm()},
+  'rotary_interleaved': {
+    'position': position.Rotary(style='interleaved', fraction=0.5)
+  },
+  'relative': {
+    'position': position.RelativeBuckets(num_buckets=8, max_distance=20)
+  },
+  'alibi': {'position': position.Alibi()},
+  'grouped_query': {'attention': GROUPED, 'position': ROTARY},
+  'dense_and_local': {
+    'attention_pattern': (HEADS, WINDOW),
+    'num_layers': 5,
+    'position': LEARNED,
+  },
+  'parallel': {'residual': 'parallel', 'position': ROTARY},
+}
+T5 = {
+  'position': position.RelativeBuckets(num_buckets=8, max_distance=20),
+  'norm': norm.RMSNorm(),
+  'tied_head': 'tied_scaled',
+}
+
+
+@pytest.fixture(autouse=True, scope='module')
+def compile_quickly():
+  # Dozens of small programs: compiling them is all the time that they take.
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+@functools.cache
+def make(name='learned'):
+  rngs = nnx.Rngs(0)
+  if name == 't5':
+    config = encoder_decoder.EncoderDecoderConfig(**(SHARED | T5))
+    return encoder_decoder.EncoderDecoder(config, rngs=rngs)
+  config = decoder.DecoderConfig(**(SHARED | DECODERS[name]))
+  return decoder.Decoder(config, rngs=rngs)
+
+
+run = functools.partial(generate.generate, sampling=GREEDY, chunk=16)
+
+
+@jax.jit
+def forward(model, tokens, extra):
+  return model(tokens, **extra)
+
+
+def recompute(model, prompt, num_tokens, extra=None, length=40):
+  """Greedy tokens and their log-probs, the whole sequence at every step.
+
+  `length` pads on the right, which a causal model does not see; None really
+  computes each length, and compiles each.
+  """
+  tokens, log_probs = list(prompt), []
+  for _ in range(num_tokens):
+    row = np.zeros((1, length or len(tokens)), np.int32)
+    row[0, : len(tokens)] = tokens
+    logits = forward(model, row, extra or {})[0, len(tokens) - 1]
+    tokens.append(int(logits.argmax()))
+    log_probs.append(float(jax.nn.log_softmax(logits)[tokens[-1]]))
+  return tokens[len(prompt) :], log_probs
+
+
+@jax.jit
+def step_by_step(model, tokens):
+  """Logits (B, T, V), one token at a time through the cache."""
+  num_rows, length = tokens.shape
+  caches = model.empty_caches(num_rows, length)
+
+  def step(caches, part):
+    token, index = part
+    x, caches = model.step(token[:, None], index[:, None], caches)
+    return caches, model.head(x)[:, 0]
+
+  index = jnp.broadcast_to(jnp.arange(length)[:, None], (length, num_rows))
+  return jnp.swapaxes(jax.lax.scan(step, caches, (tokens.T, index))[1], 0, 1)
+
+
+@pytest.mark.parametrize('name', DECODERS)
+def test_cache_equals_recomputing(name):
+  model = make(name)
+  result = run(model, PROMPTS, num_tokens=8)
+  for row, prompt in enumerate(PROMPTS):
+    tokens, log_probs = recompute(model, prompt, 8)
+    assert result.tokens[row] == tokens
+    np.testing.assert_allclose(result.log_probs[row], log_probs, atol=1e-5)
+  assert len({tuple(tokens) for tokens in result.tokens}) == len(PROMPTS)
+  # All logits, not only those of the tokens taken.
+  whole = np.array([PROMPTS[2] + result.tokens[2]], np.int32)
+  whole = np.pad(whole, ((0, 0), (0, 40 - whole.shape[1])))
+  expected = forward(model, whole, {})
+  assert expected.shape[-1] == VOCAB
+  np.testing.assert_allclose(step_by_step(model, whole), expected, atol=1e-5)
+
+
+def test_cache_equals_recomputing_every_length():
+  model = make()
+  expected = recompute(model, PROMPTS[1], 3, length=None)
+  result = run(model, PROMPTS, num_tokens=3)
+  assert result.tokens[1] == expected[0]
+  np.testing.assert_allclose(result.log_probs[1], expected[1], atol=1e-5)
+
+
+def test_encoder_decoder_equals_recomputing():
+  model = make('t5')
+  result = run(model, PROMPTS, num_tokens=8)
+  for row, prompt in enumerate(PROMPTS):
+    # The source alone and unpadded; the target begins with the pad token.
+    extra = {'encoder_inputs': np.array([prompt], np.int32)}
+    tokens, log_probs = recompute(model, [0], 8, extra)
+    assert result.tokens[row] == tokens
+    np.testing.assert_allclose(result.log_probs[row], log_probs, atol=1e-5)
+  assert len({tuple(tokens) for tokens in result.tokens}) == len(PROMPTS)
+
+
+def test_encoder_decoder_start_id():
+  model = make('t5')
+  extra = {'encoder_inputs': np.array([PROMPTS[0]], np.int32)}
+  result = run(model, PROMPTS[:1], num_tokens=6, start_id=11)
+  assert result.tokens[0] == recompute(model, [11], 6, extra)[0]
+
+
+@pytest.mark.parametrize('name', ['learned', 'dense_and_local', 't5'])
+@pytest.mark.parametrize('temperature', [0.0, 0.8])
+def test_batched_rows_equal_each_alone(name, temperature):
+  model = make(name)
+  config = sampling.SamplingConfig(temperature=temperature, top_p=0.95)
+  keys = jax.random.split(jax.random.key(3), len(PROMPTS))
+  settings = {'num_tokens': 8, 'sampling': config}
+  together = run(model, PROMPTS, keys_B=keys, **settings)
+  for row, prompt in enumerate(PROMPTS):
+    own = keys[row : row + 1]
+    alone = run(model, [prompt], keys_B=own, **settings)
+    assert alone.tokens[0] == together.tokens[row]
+    np.testing.assert_allclose(
+      alone.log_probs[0], together.log_probs[row], atol=1e-5
+    )
+
+
+def test_seed():
+  model = make()
+  draw = functools.partial(
+    run, model, num_tokens=8, sampling=sampling.SamplingConfig()
+  )
+  first = draw(PROMPTS, seed=1).tokens
+  assert draw(PROMPTS, seed=1).tokens == first
+  assert draw(PROMPTS, seed=2).tokens != first
+  # Row 0 does not see who is beside it; equal prompts still draw differently.
+  assert draw([PROMPTS[0], [4], [4]], seed=1).tokens[0] == first[0]
+  same = draw([[4], [4], [4]], seed=1).tokens
+  assert len({tuple(tokens) for tokens in same}) == 3
+  # More tokens go on from the same text.
+  longer = run(
+    model, PROMPTS, num_tokens=12, seed=1, sampling=sampling.SamplingConfig()
+  )
+  assert [tokens[:8] for tokens in longer.tokens] == first
+
+
+def test_two_compilations_whatever_the_lengths():
+  config = decoder.DecoderConfig(**(SHARED | {'position': ROTARY}))
+  model = decoder.Decoder(config, rngs=nnx.Rngs(1))
+  programs = lambda: (loop.prefill._cache_size(), loop.decode._cache_size())
+  before = programs()
+  lengths = [[3, 17, 60], [5, 100], [1], [64, 65, 128, 2]]
+  for number, row_lengths in enumerate(lengths):
+    prompts = [[1] * length for length in row_lengths]
+    settings = {'num_tokens': 5 + number, 'eos_id': [None, 3][number % 2]}
+    generate.generate(model, prompts, seed=number, **settings)
+  assert np.subtract(programs(), before).tolist() == [1, 1]
+
+
+def test_end_token_cuts_a_row_and_stops_the_loop():
+  model = make()
+  whole = run(model, PROMPTS, num_tokens=12)
+  eos = whole.tokens[0][3]
+  result = run(model, PROMPTS, num_tokens=12, eos_id=eos)
+  for row, tokens in enumerate(whole.tokens):
+    cut = tokens.index(eos) if eos in tokens else len(tokens)
+    assert result.tokens[row] == tokens[:cut]
+    assert len(result.log_probs[row]) == cut
+    assert result.ended[row] == (eos in tokens)
+  assert whole.ended == [False] * 3
+
+
+def test_loop_stops_when_every_row_has_ended():
+  model = make()
+  prompt = np.array([PROMPTS[0] + [0] * 61], np.int32)
+  eos = run(model, PROMPTS[:1], num_tokens=4).tokens[0][3]
+  settings = {
+    'token_B': prompt[:, 2],
+    'index_B': np.array([2], np.int32),
+    'ended_B': np.zeros(1, bool),
+    'keys_B': jax.random.split(jax.random.key(0), 1),
+    'num_tokens': np.int32(60),
+    'pad_id': np.int32(0),
+    'capacity': 64,
+    'sampling': GREEDY,
+  }
+  caches = loop.prefill(model, prompt, np.array([2]), chunk=16)
+  state = loop.decode(model, caches, eos_id=np.int32(eos), **settings)
+  assert int(state.number) <= 4
+  assert int(state.count_B[0]) == int(state.number) - 1
+
+
+def test_empty_prompt_takes_the_start_token():
+  model = make()
+  result = run(model, [[], [4, 5]], num_tokens=4, start_id=2)
+  assert result.tokens[0] == run(model, [[2]], num_tokens=4).tokens[0]
+
+
+def test_a_full_context_is_used_to_its_last_position():
+  model = make()
+  prompt = [1 + i % 40 for i in range(90)]
+  result = run(model, [prompt], num_tokens=6)
+  tokens, _ = recompute(model, prompt, 6, length=96)
+  assert result.tokens[0] == tokens
+
+
+@pytest.mark.parametrize('name', ['learned', 'grouped_query', 't5'])
+@pytest.mark.skipif(jax.device_count() < 8, reason='needs 8 devices')
+def test_sharded_equals_one_device(name):
+  model = make(name)
+  mesh = mesh_lib.make(
+    mesh_lib.MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()[:8]
+  )
+  rules = sharding.Rules()
+  config = sampling.SamplingConfig(temperature=0.9, top_k=30)
+  settings = {'num_tokens': 8, 'sampling': config, 'eos_id': 13}
+  # Five prompts: eight rows, two to each of the four parts.
+  prompts = [*PROMPTS, [1], [2, 3]]
+  expected = run(model, prompts, **settings)
+  with sharding.use(mesh, rules):
+    split = jax.device_put(model, sharding.shardings(model, mesh, rules))
+    result = run(split, prompts, **settings)
+  assert result.tokens == expected.tokens
+  assert result.ended == expected.ended
+  for a, b in zip(result.log_probs, expected.log_probs):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason='needs 8 devices')
+def test_rows_are_padded_to_what_the_rules_split():
+  config = mesh_lib.MeshConfig(data=4, tensor=2)
+  mesh = mesh_lib.make(config, jax.devices()[:8])
+  assert generate._row_parts() == 1
+  with sharding.use(mesh, sharding.Rules()):
+    assert generate._row_parts() == 4
+  with sharding.use(mesh, sharding.Rules(batch=('data', 'tensor'))):
+    assert generate._row_parts() == 8
+
+
+@pytest.mark.parametrize(
+  'prompts, settings, message',
+  [
+    ([], {}, r'prompts=\[\]; give a list with at least one prompt'),
+    ('abc', {}, "prompts='abc'; give a list"),
+    (['abc'], {}, "Prompt 0 is 'abc', not a sequence of token ids; encode"),
+    ([[1], []], {}, 'Prompt 1 is empty.*give start_id'),
+    ([[1], [3, 50]], {}, 'Prompt 1 has the token id 50.* 50 tokens, 0 to'),
+    ([[-1]], {}, 'Prompt 0 has the token id -1'),
+    ([[1]], {'num_tokens': 0}, 'num_tokens=0; it must be 1 or more'),
+    ([[1]], {'chunk': 0}, 'chunk=0; it must be 1 or more'),
+    ([[1]], {'eos_id': 50}, 'eos_id=50 is not in the vocabulary of 50'),
+    ([[1]], {'capacity': 5}, 'capacity=5, and the longest prompt.* 9'),
+    ([[1], [2]], {'num_rows': 1}, 'num_rows=1, and there are 2 prompts'),
+    (
+      [[1], [1] * 90],
+      {},
+      'Prompt 1 has 90 tokens; with num_tokens=8 new ones that makes 98, '
+      'and a sequence may hold 96. Either lower num_tokens to at most 6, '
+      'or cut the prompt to at most 88 tokens, or use',
+    ),
+    ([[1] * 97], {}, 'Prompt 0 has 97 tokens.*Either cut the prompt to'),
+    ([[1] * 20], {'max_length': 24}, 'makes 28, and a sequence may hold 24'),
+    (
+      [[1], [2]],
+      {'keys_B': jax.random.split(jax.random.key(0), 3)},
+      r'keys_B has the shape \(3,\) and there are 2 prompts',
+    ),
+  ],
+)
+def test_messages_before_compiling(prompts, settings, message):
+  before = loop.prefill._cache_size(), loop.decode._cache_size()
+  with pytest.raises(ValueError, match=message):
+    run(make(), prompts, **({'num_tokens': 8} | settings))
+  after = loop.prefill._cache_size(), loop.decode._cache_size()
+  assert before == after
+
+
+def test_encoder_decoder_messages():
+  with pytest.raises(ValueError, match='Prompt 0 has 20 tokens, and a source'):
+    run(make('t5'), [[1] * 20], num_tokens=8, max_length=16)
+  with pytest.raises(ValueError, match='num_tokens=20, and an answer may hold'):
+    run(make('t5'), [[1] * 9], num_tokens=20, max_length=16)
+
+
+def test_an_encoder_cannot_generate():
+  config = encoder.EncoderConfig(**SHARED)
+  model = encoder.Encoder(config, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match='Encoder cannot generate: only a Dec'):
+    run(model, PROMPTS, num_tokens=8)
