@@ -14,8 +14,10 @@ from t2x import main
 
 _SPLIT = flags.DEFINE_multi_string('split', [], 'Default: data.eval_splits.')
 _STEP = flags.DEFINE_integer('step', None, 'Checkpoint; default the newest.')
-_BATCHES = flags.DEFINE_integer('max_batches', None, 'Default: the whole split.')
-flags.DEFINE_string('workdir', None, 'The run.', required=True)
+_BATCHES = flags.DEFINE_integer(
+  'max_batches', None, 'Default: the whole split.'
+)
+flags.DEFINE_string('workdir', None, 'The run.')
 main.define_config_flags()
 
 
@@ -24,10 +26,10 @@ def evaluate() -> None:
 
   main.use_compilation_cache()
   trained = inference.load(
-      flags.FLAGS.workdir, step=_STEP.value, settings=flags.FLAGS.set
+    main.workdir(), step=_STEP.value, settings=flags.FLAGS.set
   )
   result = inference.evaluate_splits(
-      trained, _SPLIT.value, max_batches=_BATCHES.value
+    trained, _SPLIT.value, max_batches=_BATCHES.value
   )
   print(json.dumps({'step': trained.step, **result}))
 

@@ -20,9 +20,11 @@ _TOP_K = flags.DEFINE_integer('top_k', None, 'Draw from the k likeliest.')
 _TOP_P = flags.DEFINE_float('top_p', None, 'Draw from this probability mass.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of what is drawn.')
 _STEP = flags.DEFINE_integer('step', None, 'Checkpoint; default the newest.')
-_IGNORE_END = flags.DEFINE_bool('ignore_end', False, 'Go on past the end token.')
+_IGNORE_END = flags.DEFINE_bool(
+  'ignore_end', False, 'Go on past the end token.'
+)
 _OUTPUT = flags.DEFINE_string('output', None, 'Also write JSON to this file.')
-flags.DEFINE_string('workdir', None, 'The run.', required=True)
+flags.DEFINE_string('workdir', None, 'The run.')
 main.define_config_flags()
 
 
@@ -30,20 +32,20 @@ def generate() -> None:
   from t2x import inference
 
   config = sampling.SamplingConfig(
-      temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value
+    temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value
   )
   prompts = inference.read_prompts(_PROMPT.value, _PROMPT_FILE.value)
   main.use_compilation_cache()
   trained = inference.load(
-      flags.FLAGS.workdir, step=_STEP.value, settings=flags.FLAGS.set
+    main.workdir(), step=_STEP.value, settings=flags.FLAGS.set
   )
   texts = inference.generate_text(
-      trained,
-      prompts,
-      num_tokens=_NUM_TOKENS.value,
-      sampling=config,
-      seed=_SEED.value,
-      ignore_end=_IGNORE_END.value,
+    trained,
+    prompts,
+    num_tokens=_NUM_TOKENS.value,
+    sampling=config,
+    seed=_SEED.value,
+    ignore_end=_IGNORE_END.value,
   )
   for prompt, text in zip(prompts, texts):
     print(f'--- {prompt}\n{text}\n')

@@ -6,7 +6,9 @@ It also holds a checksum of every array: a sum of its bits modulo 2**32, which
 no layout changes, so that damage to the files is seen.
 """
 
+import contextlib
 import logging
+import os
 from typing import Any
 
 from etils import epath
@@ -37,14 +39,14 @@ class Checkpoints:
   ):
     self._directory = epath.Path(workdir).expanduser() / 'checkpoints'
     if not self._directory.is_absolute() and '://' not in str(workdir):
-      self._directory = epath.Path.cwd() / self._directory
+      self._directory = epath.Path(os.getcwd()) / self._directory
     self._options = ocp.CheckpointManagerOptions(
       max_to_keep=keep_last,
       keep_period=keep_every,
       enable_async_checkpointing=True,
     )
     self._manager: ocp.CheckpointManager | None = None
-    self._sums: dict[str, jax.Array] | None = None
+    self._saving: int | None = None
 
   @property
   def manager(self) -> ocp.CheckpointManager:
@@ -69,8 +71,8 @@ class Checkpoints:
     arrays = by_path(state)
     sums = {name: int(s) for name, s in jax.device_get(_sums(arrays)).items()}
     meta = {'step': step, 'data': position, 'checksums': sums}
+    before = self.wait()
     try:
-      self.manager.check_for_errors()
       self.manager.save(
         step,
         args=ocp.args.Composite(
@@ -81,7 +83,8 @@ class Checkpoints:
     except Exception as error:  # A full disk must not end a run.
       self._report(step, error)
       return False
-    return True
+    self._saving = step
+    return before
 
   def wait(self) -> bool:
     """Waits for the save under way; False if it failed."""
@@ -90,15 +93,13 @@ class Checkpoints:
     try:
       self._manager.wait_until_finished()
     except Exception as error:
-      self._report(self.latest_step(), error)
+      self._report(self._saving, error)
       return False
     return True
 
   def latest_step(self) -> int | None:
     """Returns the newest complete step, or None."""
-    if not self._directory.exists():
-      return None
-    return self.manager.latest_step()
+    return max(self._steps(), default=None)
 
   def restore(
     self, shapes: Any, step: int | None = None, *, partial: bool = False
@@ -122,7 +123,7 @@ class Checkpoints:
     """
     if not self._directory.exists():
       return None
-    steps = sorted(self.manager.all_steps(), reverse=True)
+    steps = sorted(self._steps(), reverse=True)
     if step is not None and step not in steps:
       raise CheckpointError(
         f'{self._directory} has no checkpoint of step {step}; it has '
@@ -143,6 +144,7 @@ class Checkpoints:
         continue
       if step is None and not partial:
         self._set_aside([s for s in steps if s > candidate])
+        self._remove_torn()
       return candidate, state, meta['data']
     if failures:
       raise CheckpointError(
@@ -160,7 +162,7 @@ class Checkpoints:
     wanted = by_path(shapes)
     meta = self.manager.restore(
       step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-    ).meta
+    )['meta']
     saved = set(meta['checksums'])
     extra, missing = sorted(saved - set(wanted)), sorted(set(wanted) - saved)
     if missing or (extra and not partial):
@@ -172,9 +174,9 @@ class Checkpoints:
       restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
       partial_restore=partial,
     )
-    arrays = self.manager.restore(
-      step, args=ocp.args.Composite(state=args)
-    ).state
+    arrays = self.manager.restore(step, args=ocp.args.Composite(state=args))[
+      'state'
+    ]
     found = jax.device_get(_sums(arrays))
     damaged = [n for n, s in found.items() if int(s) != meta['checksums'][n]]
     if damaged:
@@ -194,16 +196,39 @@ class Checkpoints:
         path = self._directory / str(step)
         path.rename(self._directory.parent / f'damaged_checkpoint_{step}')
 
+  def _steps(self) -> list[int]:
+    """Returns the complete steps, which have their final names."""
+    if not self._directory.is_dir():
+      return []
+    names = [path.name for path in self._directory.iterdir()]
+    return [int(name) for name in names if name.isdigit()]
+
   def _report(self, step: int | None, error: Exception) -> None:
+    """Logs a failure, and drops what it left behind."""
     _log.error(
-      'Saving a checkpoint failed near step %s (%s). Training goes on; the '
-      'last complete checkpoint is that of step %s in %s. Free space or '
+      'The checkpoint of step %s could not be saved (%s). Training goes on; '
+      'the last complete checkpoint is that of step %s in %s. Free space or '
       'make the directory writable.',
       step,
       _short(error),
       self.latest_step(),
       self._directory,
     )
+    # A manager that failed still counts the step as saved.
+    manager, self._manager = self._manager, None
+    if manager is not None:
+      with contextlib.suppress(Exception):  # It was reported above.
+        manager.close()
+    self._remove_torn()
+
+  def _remove_torn(self) -> None:
+    """Removes saves that never ended, which may fill the disk."""
+    if jax.process_index() or not self._directory.is_dir():
+      return
+    for path in self._directory.iterdir():
+      if '.orbax-checkpoint-tmp' in path.name:
+        with contextlib.suppress(OSError):
+          path.rmtree()
 
 
 def by_path(tree: Any) -> dict[str, Any]:

@@ -12,10 +12,12 @@ the classes' `kind`, a `ClassVar[str]`.
   Optim(learning_rate=0.0003)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from typing import Any
@@ -57,6 +59,10 @@ def override(config: Any, settings: Mapping[str, str]) -> Any:
   tree: dict[str, Any] = {}
   for name, text in settings.items():
     node = tree
+    if not all(name.split('.')):
+      raise ValueError(
+        f'{name!r} is no dotted name; write for example model.num_layers.'
+      )
     for part in name.split('.'):
       node = node.setdefault(part, {})
     node[''] = text
@@ -134,7 +140,7 @@ def parse(text: str, hint: Any, path: str = 'value') -> Any:
   for member in sorted(_members(hint), key=rank):
     try:
       return _parse_as(text, member, path)
-    except (ValueError, SyntaxError):
+    except ValueError:
       continue
   raise ValueError(
     f'{path!r}: {text!r} does not fit the type {describe(hint)}.'
@@ -148,11 +154,11 @@ def _parse_as(text: str, hint: Any, path: str) -> Any:
   if hint is bool and lower in ('true', 'false', '1', '0'):
     return lower in ('true', '1')
   if hint is int:
-    number = float(text) if 'e' in lower else int(text.replace('_', ''))
-    if number == int(number):
+    number = float(text) if 'e' in lower else int(text)
+    if math.isfinite(number) and number == int(number):
       return int(number)
-  if hint is float:
-    return float(text)
+  if hint is float and not math.isnan(number := float(text)):
+    return number
   if hint is str:
     return text
   origin = typing.get_origin(hint)
@@ -161,7 +167,9 @@ def _parse_as(text: str, hint: Any, path: str) -> Any:
       if str(choice) == text:
         return choice
   if origin is tuple:
-    inner = text.strip('()[] ')
+    # Brackets around it all; those of `train[90%:]` belong to the item.
+    bracketed = text[:1] + text[-1:] in ('()', '[]')
+    inner = text[1:-1] if bracketed else text
     items = [item.strip() for item in inner.split(',') if item.strip()]
     return tuple(_parse_item(item, _item_hint(hint), path) for item in items)
   raise ValueError
@@ -190,7 +198,8 @@ def from_json(hint: Any, data: Any, path: str = '') -> Any:
   """Inverse of `to_json`; `hint` is the class, or the annotation.
 
   Raises:
-    ValueError: a field that the class does not have, or an unknown kind.
+    ValueError: a field that the class does not have, an unknown kind, or a
+      value that does not fit the annotation.
   """
   classes = _config_classes(hint)
   if isinstance(data, dict) and classes:
@@ -208,10 +217,24 @@ def from_json(hint: Any, data: Any, path: str = '') -> Any:
         for name, value in data.items()
       }
     )
-  if isinstance(data, list):
+  if isinstance(data, list) and _item_hint(hint) is not None:
     item = _item_hint(hint)
     return tuple(from_json(item, value, path) for value in data)
+  if not any(_fits(data, member) for member in _members(hint)):
+    raise ValueError(
+      f'{path!r}: {data!r} does not fit the type {describe(hint)}.'
+    )
   return data
+
+
+def _fits(data: Any, hint: Any) -> bool:
+  if typing.get_origin(hint) is typing.Literal:
+    return data in typing.get_args(hint)
+  if isinstance(data, bool):
+    return hint is bool
+  if isinstance(data, int):
+    return hint in (int, float)
+  return isinstance(hint, type) and isinstance(data, hint)
 
 
 def dumps(config: Any) -> str:
@@ -259,7 +282,7 @@ def _members(hint: Any) -> list[Any]:
   return [hint]
 
 
-def _config_classes(hint: Any) -> list[type]:
+def _config_classes(hint: Any) -> list[Any]:
   return [m for m in _members(hint) if dataclasses.is_dataclass(m)]
 
 
@@ -271,11 +294,17 @@ def _item_hint(hint: Any) -> Any:
   for member in _members(hint):
     if typing.get_origin(member) is tuple:
       return typing.get_args(member)[0]
-  return Any
+  return None
 
 
 def _by_kind(classes: list[type], kind: str, path: str) -> type:
-  kinds = {getattr(cls, 'kind', cls.__name__): cls for cls in classes}
+  kinds = {cls.kind: cls for cls in classes if hasattr(cls, 'kind')}
+  if not kinds:
+    names = ', '.join(f.name for f in dataclasses.fields(classes[0]))
+    raise ValueError(
+      f'{path!r} is a group of settings and takes no value itself; set one '
+      f'of its fields, {path}.NAME=VALUE with NAME among {names}.'
+    )
   if kind not in kinds:
     close = difflib.get_close_matches(kind, kinds, n=1, cutoff=0.5)
     hint = f' Did you mean {close[0]!r}?' if close else ''

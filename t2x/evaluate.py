@@ -1,6 +1,7 @@
 """Evaluation of a model on a split: loss, perplexity, bits per byte."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from collections.abc import Iterable
 import math
 from typing import Any
 

@@ -5,16 +5,22 @@ or the devices. It runs before anything is built or compiled.
 """
 
 import dataclasses
+import re
 
 from t2x import loss as loss_lib
 from t2x import mesh as mesh_lib
 from t2x import optim as optim_lib
-from t2x import sharding, stack, train_step
+from t2x import sharding
+from t2x import stack
+from t2x import train_step
 from t2x.data import config as data_config
 from t2x.data import pipeline as data_pipeline
-from t2x.models import decoder, encoder, encoder_decoder
+from t2x.models import decoder
+from t2x.models import encoder
+from t2x.models import encoder_decoder
 from t2x.models import model as model_lib
-from t2x.objectives import causal_lm, masked_lm
+from t2x.objectives import causal_lm
+from t2x.objectives import masked_lm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +77,10 @@ class TrainConfig:
         'is; set the others to none.'
       )
     least = {
+      'num_steps': 1,
+      'num_tokens': 1,
+      'eval_batches': 1,
+      'keep_every': 1,
       'log_every': 1,
       'accumulate': 1,
       'max_skipped': 1,
@@ -79,12 +89,19 @@ class TrainConfig:
       'checkpoint_every': 0,
     }
     for name, low in least.items():
-      if getattr(self, name) < low:
-        raise ValueError(
-          f'train.{name}={getattr(self, name)}; it is {low} or more.'
-        )
+      value = getattr(self, name)
+      if value is not None and value < low:
+        raise ValueError(f'train.{name}={value}; it is {low} or more.')
+    if self.num_epochs is not None and self.num_epochs <= 0.0:
+      raise ValueError(f'train.num_epochs={self.num_epochs}; it is above 0.')
     if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
       raise ValueError(f'train.ema_decay={self.ema_decay}; it is in (0, 1).')
+    try:
+      re.compile(self.trainable)
+    except re.error as error:
+      raise ValueError(
+        f'train.trainable={self.trainable!r} is no regular expression: {error}.'
+      ) from error
     assert self.execution  # Its construction checks `remat`.
 
   @property

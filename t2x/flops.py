@@ -11,7 +11,9 @@ key/value heads, H head dim, F feed-forward, V vocabulary, w window.
 """
 
 from t2x.layers import attention as attention_lib
-from t2x.models import common, encoder, encoder_decoder
+from t2x.models import common
+from t2x.models import encoder
+from t2x.models import encoder_decoder
 from t2x.models import model as model_lib
 
 
@@ -107,7 +109,7 @@ def _tower(
     N, K, H = kind.num_heads, kind.kv_heads, kind.head_dim
     parts['projections'] += 2 * length * D * H * (2 * N + 2 * K)
     parts['scores and values'] += _attention(
-      kind, length, length, causal, skip_masked
+      kind, length, length, kind.mask_window, causal, skip_masked
     )
   return parts
 
@@ -118,7 +120,7 @@ def _cross(config, num_layers, T, S, skip_masked) -> int:
   for kind in _layer_kinds(config, num_layers):
     N, K, H = kind.num_heads, kind.kv_heads, kind.head_dim
     total += 2 * config.embed_dim * H * (2 * N * T + 2 * K * S)
-    total += _attention(kind, T, S, False, skip_masked)
+    total += _attention(kind, T, S, None, False, skip_masked)
   return total
 
 
@@ -131,11 +133,12 @@ def _attention(
   kind: attention_lib.AttentionConfig,
   T: int,
   S: int,
+  window: int | None,
   causal: bool,
   skip_masked: bool,
 ) -> int:
   """Two products, queries with keys and weights with values."""
-  num = pairs(T, S, causal, kind.mask_window) if skip_masked else T * S
+  num = pairs(T, S, causal, window) if skip_masked else T * S
   return int(4 * kind.num_heads * kind.head_dim * num)
 
 

@@ -1,12 +1,11 @@
 """Using a trained run: load it, generate text, evaluate it.
 
-  trained = inference.load('runs/quickstart')
-  inference.generate_text(trained, ['The function'], num_tokens=20)
+trained = inference.load('runs/quickstart')
+inference.generate_text(trained, ['The function'], num_tokens=20)
 """
 
 from collections.abc import Sequence
 import dataclasses
-import functools
 import json
 import math
 from typing import Any
@@ -19,9 +18,9 @@ from t2x import config as config_lib
 from t2x import evaluate
 from t2x import experiment
 from t2x import mesh as mesh_lib
+from t2x import program as program_lib
 from t2x import run_dir
 from t2x import sharding
-from t2x import train as train_lib
 from t2x import train_step
 from t2x.data import corpus as corpus_lib
 from t2x.data import pipeline
@@ -67,7 +66,7 @@ def load(
   config = dataclasses.replace(config, mesh=mesh_lib.MeshConfig(data=1))
   config = config_lib.override(config, config_lib.parse_settings(settings))
   mesh = mesh_lib.make(config.mesh, _devices(config.mesh))
-  shapes, _ = train_lib.shapes_of(config, mesh)
+  shapes, _ = program_lib.shapes_of(config, mesh)
   wanted = dataclasses.replace(
     shapes, step=None, opt_state=None, num_skipped=None
   )
@@ -143,23 +142,15 @@ def evaluate_splits(
     config = dataclasses.replace(config, data=data)
   experiment.check(config, trained.mesh.size)
   corpus = corpus_lib.prepare(config.data, trained.tokenizer)
-  _, batch_sharding = train_lib.shapes_of(config, trained.mesh)
-  place = functools.partial(
-    jax.make_array_from_process_local_data, batch_sharding
-  )
-  eval_fn = jax.jit(
-    functools.partial(
-      train_step.eval_step, execution=config.train.execution
-    )
-  )
+  program = program_lib.Program(config, trained.mesh, num_steps=1)
   result = {}
   with sharding.use(trained.mesh, config.rules):
     for split in config.data.eval_splits:
       batches = pipeline.eval_batches(
         corpus, config.data, split, max_batches=max_batches
       )
-      batches = (jax.tree.map(place, batch) for batch in batches)
-      metrics = evaluate.evaluate(eval_fn, trained.model, batches)
+      batches = map(program.place, batches)
+      metrics = evaluate.evaluate(program.evaluate, trained.model, batches)
       if max_batches is None:
         metrics |= evaluate.bits_per_byte(metrics, corpus, config.data, split)
       result |= {f'eval/{split}/{k}': v for k, v in metrics.items()}
@@ -179,7 +170,9 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
       raise ValueError(f'--prompt_file={file}: there is no such file.')
     result += [line for line in path.read_text().splitlines() if line]
   if not result:
-    raise ValueError("There is no prompt: give --prompt='...' or --prompt_file.")
+    raise ValueError(
+      "There is no prompt: give --prompt='...' or --prompt_file."
+    )
   return result
 
 
@@ -191,7 +184,7 @@ def write_samples(
   epath.Path(file).expanduser().write_text(json.dumps(samples, indent=1))
 
 
-def _devices(config: mesh_lib.MeshConfig) -> list[jax.Device]:
+def _devices(config: mesh_lib.MeshConfig) -> list[Any]:
   """Returns as many devices as the mesh asks for; -1 takes them all."""
   sizes = [getattr(config, axis) for axis in mesh_lib.AXES]
   devices = jax.devices()

@@ -7,7 +7,8 @@ import sys
 import traceback
 from typing import Any
 
-from absl import app, flags
+from absl import app
+from absl import flags
 from absl import logging as absl_logging
 
 from t2x import config as config_lib
@@ -52,7 +53,9 @@ def app_run(main: Callable[[], None]) -> None:
       absl_logging.set_verbosity(absl_logging.WARNING)
     try:
       main()
-    except ValueError as error:
+    except OSError as error:  # Disks and permissions are the user's.
+      sys.exit(f'error: {error}')
+    except (ValueError, RuntimeError) as error:
       if not is_own(error):
         raise
       sys.exit(f'error: {error}')
@@ -65,6 +68,20 @@ def is_own(error: BaseException) -> bool:
   frames = traceback.extract_tb(error.__traceback__)
   package = os.path.dirname(os.path.abspath(__file__))
   return os.path.abspath(frames[-1].filename).startswith(package)
+
+
+def workdir() -> str:
+  """Returns --workdir.
+
+  Raises:
+    ValueError: it is not given.
+  """
+  if not flags.FLAGS.workdir:
+    raise ValueError(
+      '--workdir is missing: name a directory for the run, as in '
+      '--workdir=runs/first.'
+    )
+  return flags.FLAGS.workdir
 
 
 def resolve(get_config: GetConfig | None) -> experiment.Experiment:
@@ -84,7 +101,7 @@ def use_compilation_cache() -> None:
   """Keeps compiled programs between runs, unless JAX was told where to."""
   import jax
 
-  if jax.config.jax_compilation_cache_dir is None:
+  if jax.config.read('jax_compilation_cache_dir') is None:
     root = os.environ.get('T2X_DATA_DIR') or '~/.cache/t2x'
     directory = os.path.join(os.path.expanduser(root), 'compiled')
     jax.config.update('jax_compilation_cache_dir', directory)
@@ -95,22 +112,18 @@ def _train(get_config: GetConfig) -> None:
   if flags.FLAGS.print_config:
     print(config_lib.dumps(config), end='')
     return
-  if not flags.FLAGS.workdir:
-    raise ValueError('--workdir is missing: name a directory for the run.')
-  # Imported late, so that --help and --print_config answer at once.
+  directory = workdir()
+  # Imported late, so that --help and --print_config answer sooner.
   from t2x import train
 
   use_compilation_cache()
   train.train(
     config,
-    flags.FLAGS.workdir,
+    directory,
     allow_config_change=flags.FLAGS.allow_config_change,
     profile_steps=_steps(flags.FLAGS.profile_steps),
   )
-  print(
-    f'The run is in {flags.FLAGS.workdir}: report.html, metrics.jsonl, '
-    'checkpoints/.'
-  )
+  print(f'The run is in {directory}: report.html, metrics.jsonl, checkpoints/.')
 
 
 def _steps(text: str | None) -> tuple[int, int] | None:
@@ -122,9 +135,9 @@ def _steps(text: str | None) -> tuple[int, int] | None:
       f'--profile_steps={text!r}; it is FIRST:LAST, as in 10:13.'
     )
   first, last = map(int, parts)
-  if not 0 < first < last:
+  if not 0 < first <= last:
     raise ValueError(
-      f'--profile_steps={text!r}: the first step is at least 1 and below '
-      'the last.'
+      f'--profile_steps={text!r}: the first step is at least 1 and not '
+      'after the last.'
     )
   return first, last

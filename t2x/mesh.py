@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 import dataclasses
 import math
+from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType
+from jax.sharding import Mesh
 
 # Outermost first: the axes that talk most get the nearest neighbours.
 AXES = ('pipe', 'data', 'fsdp', 'expert', 'context', 'tensor')
@@ -68,7 +70,7 @@ def sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
   return result
 
 
-def make(config: MeshConfig, devices: Sequence[jax.Device] | None = None):
+def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   """Builds the mesh over `devices` (default: all), every axis present.
 
   Raises:

@@ -6,6 +6,7 @@ the same row under `eval/NAME/METRIC`. JSON has no NaN or infinity: such a
 value is null, and the row's `non_finite` lists the names.
 """
 
+from collections.abc import Callable
 from collections.abc import Mapping
 import contextlib
 import importlib
@@ -13,17 +14,17 @@ import json
 import logging
 import math
 import os
-import sys
 import tempfile
 import time
 from typing import Any
 
 from etils import epath
 
+from t2x import progress
+
 _log = logging.getLogger(__name__)
 
 FILE = 'metrics.jsonl'
-_LINE_SECONDS = 5.0  # Between progress lines where there is no terminal.
 
 
 class Writer:
@@ -60,6 +61,7 @@ class Writer:
   ):
     self._last_step = start_step if start_step else -1
     self._parts = []
+    self._failed = False
     if not primary:
       return
     workdir = epath.Path(workdir)
@@ -69,7 +71,7 @@ class Writer:
       _Events(workdir / 'tensorboard', start_step),
     ]
     if show:
-      self._parts.append(_Progress(num_steps, start_step, header))
+      self._parts.append(progress.Progress(num_steps, start_step, header))
 
   def write(self, row: Mapping[str, Any]) -> None:
     """Writes the complete row of one step.
@@ -82,12 +84,34 @@ class Writer:
     assert row['step'] > self._last_step, (row['step'], self._last_step)
     self._last_step = row['step']
     for part in self._parts:
-      part.write(row)
+      self._guarded(part.write, row)
 
-  def flush(self) -> None:
-    """Returns once every row written so far is on disk, or uploaded."""
-    for part in self._parts:
-      part.flush()
+  def flush(self) -> bool:
+    """Returns once every row written so far is on disk, or uploaded.
+
+    False if some rows cannot be written, as on a full disk. This is reported
+    once, they stay in memory, and each further row and flush tries again.
+    """
+    # The rows come first; a list, so that the others are flushed all the same.
+    done = [self._guarded(part.flush) for part in self._parts]
+    if all(done):
+      self._failed = False
+    return not done or done[0]
+
+  def _guarded(self, action: Callable[..., None], *args: Any) -> bool:
+    """Returns whether the disk let `action` through."""
+    try:
+      action(*args)
+    except OSError as error:
+      if not self._failed:
+        _log.error(
+          'Metrics cannot be written (%s). Training goes on and the rows are '
+          'kept in memory until they can be; free space.',
+          error,
+        )
+      self._failed = True
+      return False
+    return True
 
   def close(self) -> None:
     """Flushes and closes; a second call does nothing."""
@@ -164,14 +188,21 @@ class _LocalRows:
   """Appends; a line outlives the process at once, the machine by `flush`."""
 
   def __init__(self, path: epath.Path):
-    self._file = open(path, 'a', encoding='utf-8')
+    # Without a buffer it is known how much of a line a full disk took.
+    self._file = open(path, 'ab', buffering=0)
+    self._pending = b''
 
   def write(self, row):
-    self._file.write(_dump(row))
-    self._file.flush()
+    self._pending += _dump(row).encode()
+    self._drain()
 
   def flush(self):
+    self._drain()
     os.fsync(self._file.fileno())
+
+  def _drain(self):
+    while self._pending:
+      self._pending = self._pending[self._file.write(self._pending) :]
 
   def close(self):
     with self._file:
@@ -253,99 +284,3 @@ class _Events:
 
 def _tag(name: str) -> str:
   return name if name.startswith('eval/') else f'train/{name}'
-
-
-class _Progress:
-  """A bar at the foot of a terminal; elsewhere a line every few seconds."""
-
-  def __init__(self, num_steps: int, start_step: int, header: str):
-    self._num_steps = num_steps
-    self._first: tuple[int, float] | None = None
-    self._next = 0.0
-    self._bar = _make_bar() if sys.stdout.isatty() else None
-    if header:
-      self._print(header)
-    if self._bar is not None:
-      self._bar.start()
-      self._bar.add_task('compiling', total=num_steps, completed=start_step)
-
-  def write(self, row):
-    step = row['step']
-    text = f'{_summary(row)}  ETA {self._eta(step)}'
-    now = time.monotonic()
-    if self._bar is not None:
-      task = self._bar.task_ids[0]
-      self._bar.update(task, completed=step, description=text)
-    elif now >= self._next or step == self._num_steps:
-      self._next = now + _LINE_SECONDS
-      self._print(f'step {step}/{self._num_steps}  {text}')
-    for line in _eval_lines(row):
-      self._print(line)
-
-  def _print(self, text):
-    if self._bar is None:
-      print(text, flush=True)
-    else:  # Above the bar.
-      self._bar.console.print(text, markup=False, highlight=False)
-
-  def _eta(self, step):
-    """Goes by the rows since the first, whose step compiled the program."""
-    now = time.monotonic()
-    if self._first is None:
-      self._first = step, now
-    first_step, start = self._first
-    if step == first_step:
-      return '-'
-    per_step = (now - start) / (step - first_step)
-    return _duration(per_step * max(0, self._num_steps - step))
-
-  def flush(self):
-    pass
-
-  def close(self):
-    if self._bar is not None:
-      self._bar.stop()
-
-
-def _make_bar():
-  # Only needed at a terminal.
-  from rich import progress
-
-  return progress.Progress(
-    progress.BarColumn(bar_width=20),
-    progress.MofNCompleteColumn(),
-    progress.TextColumn('{task.description}', markup=False),
-    refresh_per_second=4,
-  )
-
-
-def _summary(row: Mapping[str, Any]) -> str:
-  tokens = row.get('tokens_per_second')
-  speed = '' if tokens is None else f'  {tokens:,.0f} tokens/s'
-  return f'loss {_number(row, "loss")}{speed}'
-
-
-def _eval_lines(row: Mapping[str, Any]) -> list[str]:
-  """Returns one line for each evaluated set."""
-  sets: dict[str, list[str]] = {}
-  for name in row:
-    if name.startswith('eval/'):
-      _, title, metric = name.split('/', 2)
-      sets.setdefault(title, []).append(f'{metric} {_number(row, name)}')
-  return [
-    f'step {row["step"]}  eval {title}: {"  ".join(values)}'
-    for title, values in sets.items()
-  ]
-
-
-def _number(row: Mapping[str, Any], name: str) -> str:
-  if name in row.get('non_finite', ()):
-    return 'not finite'
-  value = row.get(name)
-  return '-' if value is None else f'{value:.4g}'
-
-
-def _duration(seconds: float) -> str:
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f'{hours}:{minutes:02}:{seconds:02}'

@@ -6,11 +6,14 @@ a stacked parameter is updated as its layers would be, one by one.
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Any
+from typing import ClassVar
+from typing import Literal
 
 from flax import nnx
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
@@ -350,7 +353,7 @@ def _num_stacked(p: nnx.Variable) -> int:
   return len(p.shape) - len(p.get_metadata('axes'))
 
 
-def _over_stack(fn, p, out_axes, in_axes=0) -> Callable:
+def _over_stack(fn, p, out_axes: Any, in_axes: Any = 0) -> Callable:
   for _ in range(_num_stacked(p)):
     fn = jax.vmap(fn, in_axes=in_axes, out_axes=out_axes)
   return fn

@@ -36,27 +36,54 @@ def path(workdir: str) -> epath.Path:
   return epath.Path(workdir).expanduser()
 
 
+Changes = dict[str, tuple[Any, Any]]
+
+
+def check(
+  workdir: str, config: experiment.Experiment, *, allow_change: bool = False
+) -> Changes:
+  """Compares `config` with that of the run in `workdir`, if there is one.
+
+  Returns:
+    Dotted name -> (old, new) of every setting that differs.
+
+  Raises:
+    ValueError: model, data, optimizer or seed differ and `allow_change` is
+      False; every difference is listed.
+  """
+  file = path(workdir) / 'config.json'
+  if not file.exists():
+    return {}
+  changes = config_lib.differences(_read(file), config_lib.to_json(config))
+  fixed = {n: c for n, c in changes.items() if not _may_change(n)}
+  if fixed and not allow_change:
+    lines = [f'  {n}: {old!r} -> {new!r}' for n, (old, new) in fixed.items()]
+    raise ValueError(
+      f'{workdir} holds a run with other settings:\n'
+      + '\n'.join(lines)
+      + '\nUse another --workdir, undo the changes, or go on all the same with '
+      '--allow_config_change.'
+    )
+  return changes
+
+
 def write(
   workdir: str,
   config: experiment.Experiment,
   tokenizer: tokenizers.Tokenizer,
-  *,
-  allow_change: bool = False,
+  changes: Changes,
 ) -> None:
-  """Writes the resolved config before step 0, or checks it on resume.
-
-  Raises:
-    ValueError: the workdir holds a run whose model, data, optimizer or seed
-      differs and `allow_change` is False; every difference is listed.
-  """
+  """Writes what the run is, and logs the changes that `check` returned."""
   root = path(workdir)
-  new = config_lib.to_json(config)
-  old_path = root / 'config.json'
-  if old_path.exists():
-    old = json.loads(old_path.read_text())
-    _check_changes(root, config_lib.differences(old, new), allow_change)
   root.mkdir(parents=True, exist_ok=True)
-  old_path.write_text(config_lib.dumps(config))
+  for name, (old, new) in changes.items():
+    _log.info('changed since the last start: %s: %r -> %r', name, old, new)
+  if changes:
+    file = root / 'history.jsonl'
+    # Read and written whole, since an object cannot be appended to.
+    text = file.read_text() if file.exists() else ''
+    _replace(file, text + json.dumps({'changes': changes}) + '\n')
+  _replace(root / 'config.json', config_lib.dumps(config))
   _write_versions(root / 'versions.json')
   tokenizer.save(root / 'tokenizer')
 
@@ -80,12 +107,15 @@ def load_config(file: str) -> experiment.Experiment:
   """Returns the config saved in a file.
 
   Raises:
-    ValueError: no such file, or a field that no longer exists.
+    ValueError: no such file, one that is not JSON, or a field or a value that
+      cannot be.
   """
   if not path(file).exists():
-    raise ValueError(f'--config={file}: there is no such file.')
-  data = json.loads(path(file).read_text())
-  return config_lib.from_json(experiment.Experiment, data)
+    raise ValueError(
+      f'--config={file}: there is no such file. A run keeps its own in '
+      'WORKDIR/config.json.'
+    )
+  return config_lib.from_json(experiment.Experiment, _read(path(file)))
 
 
 def versions() -> dict[str, str]:
@@ -95,24 +125,6 @@ def versions() -> dict[str, str]:
     result[name] = importlib_metadata.version(name)
   revision = _git_revision()
   return {**result, 'git': revision} if revision else result
-
-
-def _check_changes(root, changes, allow_change: bool) -> None:
-  free = {n: c for n, c in changes.items() if _may_change(n)}
-  fixed = {n: c for n, c in changes.items() if n not in free}
-  if fixed and not allow_change:
-    lines = [f'  {n}: {old!r} -> {new!r}' for n, (old, new) in fixed.items()]
-    raise ValueError(
-      f'{root} holds a run with other settings:\n'
-      + '\n'.join(lines)
-      + '\nUse another --workdir, undo the changes, or go on all the same with '
-      '--allow_config_change.'
-    )
-  if changes:
-    for name, (old, new) in changes.items():
-      _log.info('changed since the last start: %s: %r -> %r', name, old, new)
-    with (root / 'history.jsonl').open('a') as f:
-      f.write(json.dumps({'changes': changes}) + '\n')
 
 
 def _may_change(name: str) -> bool:
@@ -127,10 +139,26 @@ def _may_change(name: str) -> bool:
 def _write_versions(file: Any) -> None:
   new = versions()
   if file.exists():
-    old = json.loads(file.read_text())
+    old = _read(file)
     for name, pair in config_lib.differences(old, new).items():
       _log.warning('%s was %s when the run started, and is %s.', name, *pair)
-  file.write_text(json.dumps(new, indent=2) + '\n')
+  _replace(file, json.dumps(new, indent=2) + '\n')
+
+
+def _read(file: epath.Path) -> Any:
+  try:
+    return json.loads(file.read_text())
+  except ValueError as error:
+    raise ValueError(
+      f'{file} is not JSON ({error}). Restore it, or start in another workdir.'
+    ) from error
+
+
+def _replace(file: epath.Path, text: str) -> None:
+  """Writes a file in one step, so that a crash leaves the old or the new."""
+  temporary = file.with_name(f'{file.name}.tmp')
+  temporary.write_text(text)
+  temporary.replace(file)
 
 
 def _git_revision() -> str | None:

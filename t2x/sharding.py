@@ -10,7 +10,8 @@ from typing import Any
 
 from flax import nnx
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
@@ -88,11 +89,17 @@ def to_spec(
     drop: mesh axes to leave out.
 
   Raises:
-    ShardingError: an unknown name, two dimensions on one mesh axis, a
-      dimension that its axes do not divide, an axis that the mesh lacks.
+    ShardingError: an unknown name, not one for each dimension, two dimensions
+      on one mesh axis, a dimension that its axes do not divide, an axis that
+      the mesh lacks.
   """
   known = {f.name for f in dataclasses.fields(rules)}
   where = name if shape is None else f'{name} of shape {tuple(shape)}'
+  if shape is not None and len(shape) != len(axes):
+    raise ShardingError(
+      f'{where} has axes {tuple(axes)}: {len(axes)} names for {len(shape)} '
+      'dimensions. Name each, or None where it stays whole.'
+    )
   entries, owner = [], {}
   for dim, axis in enumerate(axes):
     if axis is not None and axis not in known:

@@ -4,7 +4,8 @@ Parameters of layer i stand at [i // group size] of its member of the group,
 whether the layers run as a scan or unrolled, so saved state has one form.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -148,7 +149,7 @@ def unstack(tree: Any, num: int) -> list[Any]:
   each be as large as the whole leaf.
   """
   leaves, treedef = jax.tree.flatten(tree)
-  split = [_split(leaf, num) for leaf in leaves]
+  split: list[Any] = [_split(leaf, num) for leaf in leaves]
   return [treedef.unflatten([s[i] for s in split]) for i in range(num)]
 
 

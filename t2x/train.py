@@ -1,34 +1,27 @@
 """Training: set up, restore, step, save, evaluate, done."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 import contextlib
-import functools
 import logging
 import signal
 import time
 
-from flax import nnx
 import jax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from t2x import (
-  checkpoint,
-  evaluate,
-  experiment,
-  flops,
-  optim,
-  report,
-  run_dir,
-  sharding,
-  train_step,
-)
+from t2x import checkpoint
+from t2x import evaluate
+from t2x import experiment
+from t2x import flops
 from t2x import mesh as mesh_lib
 from t2x import metrics as metrics_lib
+from t2x import program as program_lib
+from t2x import report
+from t2x import run_dir
+from t2x import sharding
+from t2x import train_step
 from t2x.data import corpus as corpus_lib
 from t2x.data import pipeline
-from t2x.models import model as model_lib
 
 _log = logging.getLogger(__name__)
 
@@ -62,40 +55,53 @@ def train(
   Raises:
     ValueError: anything in the config that cannot be, before compiling.
     NonFiniteError: after `train.max_skipped` skipped updates in a row.
+    CheckpointError: no checkpoint can be used, or the last state not saved.
   """
   experiment.check(config, jax.device_count())
+  primary = jax.process_index() == 0
+  changes = {}
+  if primary:
+    changes = run_dir.check(workdir, config, allow_change=allow_config_change)
   mesh = mesh_lib.make(config.mesh)
-  shapes_of(config, mesh)  # A layout that cannot be is refused here.
+  program_lib.shapes_of(
+    config, mesh
+  )  # A layout that cannot be is refused here.
   corpus = corpus_lib.prepare(config.data)
   experiment.check_vocabulary(config, corpus.tokenizer.vocab_size)
   num_steps = resolve_num_steps(config, corpus)
-  if jax.process_index() == 0:
-    run_dir.write(
-      workdir, config, corpus.tokenizer, allow_change=allow_config_change
-    )
   with sharding.use(mesh, config.rules), _stop_signals() as stopping:
     run = Run(config, workdir, mesh, corpus, num_steps)
-    run.start(show)
+    run.restore()
+    if primary:  # Only now, so that a run that cannot go on stays as it was.
+      run_dir.write(workdir, config, corpus.tokenizer, changes)
+    run.open(show)
     with contextlib.closing(run), jax.transfer_guard('disallow'):
-      return _loop(run, stopping, profile_steps)
+      return _loop(run, stopping, _Profiler(workdir, profile_steps))
 
 
-def _loop(run: 'Run', stopping, profile_steps) -> train_step.TrainState:
+def _loop(run: 'Run', stopping, profiler) -> train_step.TrainState:
   config = run.config.train
   for step in range(run.step + 1, run.num_steps + 1):
-    _profile(run.workdir, profile_steps, step)
+    profiler.before(step)
     run.advance(step)
-    last = step == run.num_steps or bool(stopping)
-    if last or (config.eval_every and step % config.eval_every == 0):
-      run.finish_row(evaluate_now=step == run.num_steps or not last)
-    every = config.checkpoint_every
-    if last or (every and step % every == 0):
+    profiler.after(step, run.state)
+    last = step == run.num_steps
+    if last or (_due(config.eval_every, step) and not stopping):
+      run.finish_row(evaluate_now=True)
+    # Read once: a signal may come at any time, and nothing goes unsaved.
+    stop = bool(stopping)
+    if last or stop or _due(config.checkpoint_every, step):
       run.save()
-    if stopping:
-      _log.warning('Stopped by a signal after step %d; saved.', step)
+    if stop:
+      _log.warning('Stopped by a signal after step %d.', step)
       break
-  run.saved.wait()
+  profiler.stop(run.state)
+  run.check_saved()
   return run.state
+
+
+def _due(every: int, step: int) -> bool:
+  return bool(every) and step % every == 0
 
 
 class Run:
@@ -112,24 +118,7 @@ class Run:
     self.corpus = corpus
     self.num_steps = num_steps
     self.num_devices = mesh.size
-    self.key = jax.device_put(
-      jax.random.key(config.train.seed), NamedSharding(mesh, P())
-    )
-    self.tx = optim.make(config.optim, num_steps)
-    self.rate = jax.jit(optim.make_schedule(config.optim, num_steps))
-    self.shapes, self.batch_sharding = shapes_of(config, mesh)
-    self.rows = local_rows(self.batch_sharding, config.data.batch_size)
-    shardings = jax.tree.map(lambda s: s.sharding, self.shapes)
-    self.step_fn = jax.jit(
-      functools.partial(
-        train_step.train_step, tx=self.tx, config=config.train.step_config
-      ),
-      out_shardings=(shardings, NamedSharding(mesh, P())),
-      donate_argnums=0,
-    )
-    self.eval_fn = jax.jit(
-      functools.partial(train_step.eval_step, execution=config.train.execution)
-    )
+    self.program = program_lib.Program(config, mesh, num_steps=num_steps)
     self.saved = checkpoint.Checkpoints(
       workdir,
       keep_last=config.train.keep_last,
@@ -137,14 +126,17 @@ class Run:
     )
     self._pending = None
 
-  def start(self, show: bool) -> None:
+  def restore(self) -> None:
     """Restores the newest checkpoint, or draws the weights."""
-    restored = self.saved.restore(self.shapes)
+    restored = self.saved.restore(self.program.shapes)
     if restored is None:
-      self.step, self.state = 0, self._init()
+      self.step, self.state = 0, self.program.init_state()
     else:
       self.step, self.state, _ = restored
       _log.info('Going on from the checkpoint of step %d.', self.step)
+
+  def open(self, show: bool) -> None:
+    """Opens what is written to and read from in each step."""
     self.writer = metrics_lib.Writer(
       self.workdir,
       start_step=self.step,
@@ -159,7 +151,7 @@ class Run:
         self.config.data,
         seed=self.config.train.seed,
         start_step=self.step,
-        rows=self.rows,
+        rows=self.program.rows,
       )
     )
     self._time = time.perf_counter()
@@ -167,7 +159,7 @@ class Run:
   def advance(self, step: int) -> None:
     """Dispatches one step, then reads the metrics of the one before."""
     batch, num_tokens = next(self.batches)
-    self.state, metrics = self.step_fn(self.state, batch, self.key)
+    self.state, metrics = self.program.step(self.state, batch)
     self.step = step
     # The device works on this step while the host waits for the last one.
     self.finish_row()
@@ -181,11 +173,11 @@ class Run:
     metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
     now = time.perf_counter()
     seconds, self._time = now - self._time, now
-    self._check_finite(step, metrics)
-    if step % self.config.train.log_every and not evaluate_now:
+    stopped = metrics['num_skipped'] >= self.config.train.max_skipped
+    if step % self.config.train.log_every and not (evaluate_now or stopped):
       return
     with jax.transfer_guard('allow'):
-      rate = float(self.rate(step - 1))
+      rate = float(self.program.learning_rate(step - 1))
     row = {
       'step': step,
       **metrics,
@@ -197,6 +189,8 @@ class Run:
     if evaluate_now:
       row.update(self.evaluate())
     self.writer.write(row)
+    if stopped:
+      self._stop_non_finite(step, metrics)
 
   def evaluate(self) -> dict[str, float]:
     """Returns `eval/NAME/...` of every evaluation split."""
@@ -208,11 +202,11 @@ class Run:
         self.corpus,
         config.data,
         split,
-        rows=self.rows,
+        rows=self.program.rows,
         max_batches=config.train.eval_batches,
       )
       batches = (batch for batch, _ in self._global(batches))
-      metrics = evaluate.evaluate(self.eval_fn, model, batches)
+      metrics = evaluate.evaluate(self.program.evaluate, model, batches)
       if config.train.eval_batches is None:
         metrics |= evaluate.bits_per_byte(
           metrics, self.corpus, config.data, split
@@ -224,44 +218,50 @@ class Run:
   def save(self) -> None:
     """Saves the state; the rows up to its step are on disk first."""
     self.finish_row()
-    self.writer.flush()
-    self.saved.save(self.step, self.state, {'step': self.step})
+    if self.writer.flush():
+      self.saved.save(self.step, self.state, {'step': self.step})
+
+  def check_saved(self) -> None:
+    """Raises CheckpointError if the state is not on disk by now."""
+    self.saved.wait()
+    latest = self.saved.latest_step()
+    if latest != self.step:
+      raise checkpoint.CheckpointError(
+        f'The state of step {self.step} could not be saved; the last complete '
+        f'checkpoint in {self.workdir} is that of step {latest}. Free space '
+        'or make the directory writable, and give the same command again: it '
+        'goes on from there.'
+      )
 
   def close(self) -> None:
     self.batches.close()
     self.saved.wait()
     self.saved.close()
-    self.writer.close()
-    if jax.process_index() == 0:
-      report.write(self.workdir)
+    try:
+      self.writer.close()
+      if jax.process_index() == 0:
+        report.write(self.workdir)
+    except OSError as error:
+      _log.error('%s could not be written in full: %s', self.workdir, error)
 
-  def _init(self):
-    config = self.config
-    shardings = jax.tree.map(lambda s: s.sharding, self.shapes)
-    init = functools.partial(init_state, config, self.tx)
-    return jax.jit(init, out_shardings=shardings)(self.key)
-
-  def _global(self, batches: Iterator) -> Iterator:
+  def _global(self, batches: Generator) -> Generator:
     """Yields (global batch, tokens in it) from this host's rows."""
     with contextlib.closing(batches):
       for batch in batches:
         num_tokens = sum(
           np.count_nonzero(v) for k, v in batch.items() if 'segments' in k
         )
-        place = functools.partial(
-          jax.make_array_from_process_local_data, self.batch_sharding
-        )
-        yield jax.tree.map(place, batch), num_tokens * jax.process_count()
+        yield self.program.place(batch), num_tokens * jax.process_count()
 
-  def _check_finite(self, step: int, metrics: dict[str, float]) -> None:
-    if metrics['num_skipped'] < self.config.train.max_skipped:
-      return
-    names = [k for k, v in metrics.items() if not np.isfinite(v)]
+  def _stop_non_finite(self, step: int, metrics: dict[str, float]) -> None:
+    names = [f'{k}={v}' for k, v in metrics.items() if not np.isfinite(v)]
+    skipped = int(metrics['num_skipped'])
     raise NonFiniteError(
-      f'Step {step}: {" and ".join(names)} not finite, for the '
-      f'{int(metrics["num_skipped"])}th step in a row (train.max_skipped='
-      f'{self.config.train.max_skipped}). The weights are those before it. '
-      'Lower optim.learning_rate, or look at the data of these steps.'
+      f'Step {step}: {", ".join(names)}. {skipped} updates in a row were '
+      f'skipped for values that are not finite (train.max_skipped='
+      f'{self.config.train.max_skipped}); the weights are those of step '
+      f'{step - skipped}. Lower optim.learning_rate, or look at the data of '
+      'these steps.'
     )
 
   def _flops_text(self) -> str:
@@ -276,38 +276,6 @@ class Run:
     return flops.formula(*shape, peak=self._peak)
 
 
-def init_state(config, tx, key: jax.Array) -> train_step.TrainState:
-  """Draws the weights and makes the state before the first step."""
-  model = model_lib.make(config.model, rngs=nnx.Rngs(key))
-  return train_step.init_state(model, tx, config.train.step_config)
-
-
-def shapes_of(config: experiment.Experiment, mesh: jax.sharding.Mesh):
-  """Returns the state as sharded shapes, and the sharding of a batch.
-
-  Nothing is allocated or compiled.
-
-  Raises:
-    ShardingError: a layout that cannot be.
-  """
-  tx = optim.make(config.optim, 1)
-  key = jax.eval_shape(jax.random.key, 0)
-  shapes = jax.eval_shape(functools.partial(init_state, config, tx), key)
-  shardings = train_step.state_shardings(
-    shapes, mesh, config.rules, config.train.step_config
-  )
-  shapes = jax.tree.map(
-    lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d),
-    shapes,
-    shardings,
-  )
-  rows = (config.data.batch_size, config.data.length)
-  spec = sharding.to_spec(
-    ('batch', 'length'), config.rules, shape=rows, mesh=mesh, name='batch'
-  )
-  return shapes, NamedSharding(mesh, spec)
-
-
 def resolve_num_steps(config: experiment.Experiment, corpus) -> int:
   """Returns the run's length in steps."""
   train = config.train
@@ -315,25 +283,9 @@ def resolve_num_steps(config: experiment.Experiment, corpus) -> int:
     return train.num_steps
   if train.num_tokens is not None:
     return -(-train.num_tokens // (config.data.batch_size * config.data.length))
+  assert train.num_epochs is not None
   epoch = pipeline.steps_per_epoch(corpus, config.data)
   return max(int(np.ceil(train.num_epochs * epoch)), 1)
-
-
-def local_rows(batch_sharding: NamedSharding, num_rows: int) -> slice:
-  """Returns the rows of a global batch that this process holds."""
-  shape = (num_rows, 1)
-  spec = P(*batch_sharding.spec[:1])
-  indices = NamedSharding(batch_sharding.mesh, spec)
-  slices = [
-    index[0]
-    for index in indices.addressable_devices_indices_map(shape).values()
-  ]
-  starts = [s.start or 0 for s in slices]
-  stops = [num_rows if s.stop is None else s.stop for s in slices]
-  rows = slice(min(starts), max(stops))
-  held = {i for s, e in zip(starts, stops) for i in range(s, e)}
-  assert len(held) == rows.stop - rows.start, 'rows of a process have gaps'
-  return rows
 
 
 @contextlib.contextmanager
@@ -358,10 +310,26 @@ def _stop_signals():
       signal.signal(number, handler)
 
 
-def _profile(workdir: str, steps: tuple[int, int] | None, step: int) -> None:
-  if steps is None:
-    return
-  if step == steps[0]:
-    jax.profiler.start_trace(str(run_dir.path(workdir) / 'profile'))
-  elif step == steps[1]:
-    jax.profiler.stop_trace()
+class _Profiler:
+  """Records steps `first` to `last`, both included, if there are any."""
+
+  def __init__(self, workdir: str, steps: tuple[int, int] | None):
+    self._folder = str(run_dir.path(workdir) / 'profile')
+    self._first, self._last = steps or (0, 0)
+    self._running = False
+
+  def before(self, step: int) -> None:
+    """A run that goes on in the middle of the steps records the rest."""
+    if not self._running and self._first <= step <= self._last:
+      jax.profiler.start_trace(self._folder)
+      self._running = True
+
+  def after(self, step: int, state: train_step.TrainState) -> None:
+    if step >= self._last:
+      self.stop(state)
+
+  def stop(self, state: train_step.TrainState) -> None:
+    if self._running:
+      jax.block_until_ready(state)
+      jax.profiler.stop_trace()
+      self._running = False

@@ -6,7 +6,8 @@ Shape suffixes: B batch, M microbatch.
 import dataclasses
 import functools
 import re
-from typing import Any, Literal
+from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from jax.sharding import PartitionSpec as P
 import optax
 
 from t2x import loss as loss_lib
-from t2x import optim, sharding, stack
+from t2x import optim
+from t2x import sharding
+from t2x import stack
 from t2x.layers import dropout
 
 Batch = dict[str, jax.Array]

@@ -11,8 +11,12 @@ import pytest
 from t2x import flops
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
-from t2x.layers import attention, mlp, position
-from t2x.models import decoder, encoder, encoder_decoder
+from t2x.layers import attention
+from t2x.layers import mlp
+from t2x.layers import position
+from t2x.models import decoder
+from t2x.models import encoder
+from t2x.models import encoder_decoder
 from t2x.models import model as model_lib
 
 _DENSE = attention.Dense(num_heads=4, head_dim=16)

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from t2x import metrics, report
+from t2x import metrics
+from t2x import report
 
 _CONFIG = {'model': {'kind': 'decoder', 'note': '<b>&'}}
 _SAMPLES = [{'prompt': 'a < b', 'text': '<script>alert(1)</script> & so on'}]
@@ -166,28 +167,6 @@ def test_a_run_without_rows_has_a_page():
 def test_a_folder_without_a_run_is_refused(tmp_path):
   with pytest.raises(ValueError, match='has no metrics.jsonl; a report needs'):
     report.write(tmp_path)
-
-
-def test_thinning_keeps_the_extremes():
-  points = [(i, math.sin(i)) for i in range(10_000)]
-  points[4321] = (4321, 99.0)
-  points[8765] = (8765, -99.0)
-  kept = report.thin(points)
-  assert len(kept) <= 600
-  assert {(4321, 99.0), (8765, -99.0)} <= set(kept)
-  assert kept == sorted(kept)
-  assert report.thin(points[:600]) == points[:600]
-
-
-def test_smoothing_averages_both_sides():
-  line = [(i, 3.0 * i) for i in range(20)]
-  # A straight line stays: no lag.
-  assert report.smooth(line, 4)[:16] == line[:16]
-  assert report.smooth([(0, 0.0), (1, 6.0), (2, 0.0)], 1) == [
-    (0, 0.0),
-    (1, 2.0),
-    (2, 3.0),
-  ]
 
 
 def test_colors_come_from_the_page(workdir):

@@ -8,8 +8,12 @@ import pytest
 
 from t2x import stack
 from t2x.attention import mask as mask_lib
-from t2x.layers import attention, block, dropout, mlp
-from t2x.models import common, decoder
+from t2x.layers import attention
+from t2x.layers import block
+from t2x.layers import dropout
+from t2x.layers import mlp
+from t2x.models import common
+from t2x.models import decoder
 
 D, LENGTH = 16, 8
 

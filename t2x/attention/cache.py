@@ -27,12 +27,14 @@ class Cache:
 
     Indices at or past the capacity are dropped: the caller checks lengths.
     """
-    rows_B1 = jnp.arange(index_BT.shape[0])[:, None]
-    put = lambda old, new: old.at[rows_B1, index_BT].set(
-      new.astype(old.dtype), mode='drop'
-    )
+    # Mapped over rows: an index array of rows would make the partitioner
+    # gather the batch.
+    put = jax.vmap(lambda old, new, index: old.at[index].set(new, mode='drop'))
+    k_BTKH = k_BTKH.astype(self.k_BSKH.dtype)
+    v_BTKH = v_BTKH.astype(self.v_BSKH.dtype)
     return Cache(
-      k_BSKH=put(self.k_BSKH, k_BTKH), v_BSKH=put(self.v_BSKH, v_BTKH)
+      k_BSKH=put(self.k_BSKH, k_BTKH, index_BT),
+      v_BSKH=put(self.v_BSKH, v_BTKH, index_BT),
     )
 
 

@@ -12,6 +12,7 @@ key/value heads, G query heads per key/value head, H head dim.
 from collections.abc import Callable
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +142,7 @@ def _attend_rows(
   q_BTKGH, k_BSKH, v_BSKH, *, mask, options, rows, keys, bias, dropout
 ):
   """One block of queries over the keys in reach, piece by piece."""
-  total = None
+  total: Any = None
   for start in range(keys.start, keys.stop, _MAX_KEYS):
     part = slice(start, min(start + _MAX_KEYS, keys.stop))
     scores = _scores(q_BTKGH, k_BSKH[:, part], mask, options, rows, part, bias)

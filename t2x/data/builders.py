@@ -9,13 +9,15 @@ import contextlib
 import dataclasses
 import io
 import logging
-from typing import Any, cast
+from typing import Any
+from typing import cast
 
 from absl import logging as absl_logging
 import tensorflow_datasets as tfds
 
 from t2x.data import documents as documents_lib
-from t2x.data import installed_docs, text_files
+from t2x.data import installed_docs
+from t2x.data import text_files
 
 _log = logging.getLogger(__name__)
 

@@ -5,7 +5,10 @@ import os
 from typing import ClassVar
 
 from t2x.data import tokenizers
-from t2x.objectives import causal_lm, masked_lm, source_target, span_corruption
+from t2x.objectives import causal_lm
+from t2x.objectives import masked_lm
+from t2x.objectives import source_target
+from t2x.objectives import span_corruption
 
 TextObjective = (
   causal_lm.CausalLM | masked_lm.MaskedLM | span_corruption.SpanCorruption

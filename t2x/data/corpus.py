@@ -15,8 +15,11 @@ import pathlib
 import numpy as np
 import tensorflow_datasets as tfds
 
-from t2x.data import builders, files, token_store, tokenizers
+from t2x.data import builders
 from t2x.data import config as config_lib
+from t2x.data import files
+from t2x.data import token_store
+from t2x.data import tokenizers
 from t2x.objectives import vocab as vocab_lib
 
 _log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ padding) and `positions`, each (batch, length) and int32 unless said; with an
 encoder also `encoder_inputs`, `encoder_segments` and `encoder_positions`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import grain
 import numpy as np
@@ -59,7 +59,7 @@ def train_batches(
   seed: int,
   start_step: int = 0,
   rows: slice | None = None,
-) -> Iterator[batches_lib.Batch]:
+) -> Generator[batches_lib.Batch, None, None]:
   """Returns the endless batches of training from `start_step` on.
 
   Args:
@@ -85,7 +85,7 @@ def eval_batches(
   *,
   rows: slice | None = None,
   max_batches: int | None = None,
-) -> Iterator[batches_lib.Batch]:
+) -> Generator[batches_lib.Batch, None, None]:
   """Returns each row of `split` once, in order; the last batch has empty rows.
 
   Random draws are the same at each call. `rows` as for `train_batches`.
@@ -162,7 +162,7 @@ class _From:
 
 def _iterate(
   batches: _From, config: config_lib.DataConfig
-) -> Iterator[batches_lib.Batch]:
+) -> Generator[batches_lib.Batch, None, None]:
   """Yields batches that threads (and processes) prepare ahead of time."""
   options = grain.ReadOptions(
     num_threads=config.num_threads,

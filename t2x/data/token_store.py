@@ -4,7 +4,8 @@ Ids are stored in as few bytes as the vocabulary allows and memory-mapped, so
 opening a corpus costs nothing and only the rows asked for are read.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from collections.abc import Sequence
 import functools
 import json
 import pathlib

@@ -4,7 +4,8 @@ Both give back the text that they were given, whitespace included, and share
 their special ids (see `objectives.vocab`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from collections.abc import Sequence
 import dataclasses
 import hashlib
 import io

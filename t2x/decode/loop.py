@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from t2x import sharding
 from t2x.attention import mask as mask_lib
 from t2x.decode import sampling as sampling_lib
-from t2x.models import decoder, encoder_decoder
+from t2x.models import decoder
+from t2x.models import encoder_decoder
 
 Model = decoder.Decoder | encoder_decoder.EncoderDecoder
 

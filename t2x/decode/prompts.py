@@ -3,7 +3,8 @@
 Shape suffixes: B batch (padded), S capacity.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np

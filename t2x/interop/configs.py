@@ -10,8 +10,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-from t2x.layers import attention, mlp, norm, param, position
-from t2x.models import decoder, encoder, encoder_decoder, model
+from t2x.layers import attention
+from t2x.layers import mlp
+from t2x.layers import norm
+from t2x.layers import param
+from t2x.layers import position
+from t2x.models import decoder
+from t2x.models import encoder
+from t2x.models import encoder_decoder
+from t2x.models import model
 
 Hf = Mapping[str, Any]
 

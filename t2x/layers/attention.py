@@ -15,7 +15,10 @@ from t2x import sharding
 from t2x.attention import cache as cache_lib
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
-from t2x.layers import dropout, norm, param, position
+from t2x.layers import dropout
+from t2x.layers import norm
+from t2x.layers import param
+from t2x.layers import position
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,38 +154,64 @@ class Attention(nnx.Module):
     rotary: position.Rotary | None = None,
     bias: dense.Bias | None = None,
     keys_B: jax.Array | None = None,
-    cache: cache_lib.Cache | None = None,
     encoded_BSD: jax.Array | None = None,
-  ):
-    """Attends; see `attend_with` for cross-attention over a cache.
+  ) -> jax.Array:
+    """Attends to the sequence itself, or to `encoded_BSD`.
 
     Args:
       x_BTD: the queries' sequence, and the keys' unless `encoded_BSD` is set.
       mask: what each query sees; the layer adds its own window.
-      positions_BT: positions for `rotary`.
+      positions_BT: positions for `rotary`; default 0, 1, 2, ...
       rotary: rotation of queries and keys, if any.
       bias: added to the scores.
       keys_B: dropout keys of the rows; None means no dropout.
-      cache: earlier keys and values; `mask.q_index_BT` says where this call's
-        go, and the result is a pair with the new cache.
       encoded_BSD: another sequence to look at.
 
     Returns:
-      (B, T, D), or that and the new cache.
+      (B, T, D).
     """
     q_BTNH = self.queries(x_BTD)
-    source = x_BTD if encoded_BSD is None else encoded_BSD
-    k_BSKH, v_BSKH = self.keys_and_values(source)
+    if encoded_BSD is not None:
+      k_BSKH, v_BSKH = self.keys_and_values(encoded_BSD)
+      return self.attend(q_BTNH, k_BSKH, v_BSKH, mask, bias, keys_B)
+    k_BSKH, v_BSKH = self.keys_and_values(x_BTD)
     if rotary is not None:
       q_BTNH = position.rotate(q_BTNH, positions_BT, rotary)
       k_BSKH = position.rotate(k_BSKH, positions_BT, rotary)
-    if cache is None:
-      return self.attend(q_BTNH, k_BSKH, v_BSKH, mask, bias, keys_B)
-    cache = cache.write(k_BSKH, v_BSKH, mask.q_index_BT)
-    out_BTD = self.attend(
-      q_BTNH, cache.k_BSKH, cache.v_BSKH, mask, bias, keys_B
-    )
-    return out_BTD, cache
+    mask = self._windowed(mask)
+    return self.attend(q_BTNH, k_BSKH, v_BSKH, mask, bias, keys_B)
+
+  def step(
+    self,
+    x_BTD: jax.Array,
+    mask: mask_lib.Mask,
+    cache: cache_lib.Cache,
+    *,
+    positions_BT: jax.Array | None = None,
+    rotary: position.Rotary | None = None,
+    bias: dense.Bias | None = None,
+  ) -> tuple[jax.Array, cache_lib.Cache]:
+    """Attends to a cache, after adding this call's keys and values to it.
+
+    They go where `mask.q_index_BT` says; otherwise as `__call__`.
+
+    Returns:
+      (B, T, D), and the new cache.
+    """
+    assert mask.q_index_BT is not None, 'the queries of a step need an index'
+    q_BTNH = self.queries(x_BTD)
+    k_BTKH, v_BTKH = self.keys_and_values(x_BTD)
+    if rotary is not None:
+      q_BTNH = position.rotate(q_BTNH, positions_BT, rotary)
+      k_BTKH = position.rotate(k_BTKH, positions_BT, rotary)
+    cache = cache.write(k_BTKH, v_BTKH, mask.q_index_BT)
+    mask = self._windowed(mask)
+    return self.attend(q_BTNH, cache.k_BSKH, cache.v_BSKH, mask, bias), cache
+
+  def _windowed(self, mask: mask_lib.Mask) -> mask_lib.Mask:
+    """Adds the layer's window: a distance within one sequence."""
+    window = self.config.mask_window
+    return mask if window is None else dataclasses.replace(mask, window=window)
 
   def queries(self, x_BTD: jax.Array) -> jax.Array:
     q_BTNH = param.project(x_BTD, self.q_DNH, 'BTD,DNH->BTNH')
@@ -208,8 +237,6 @@ class Attention(nnx.Module):
   def attend(self, q_BTNH, k_BSKH, v_BSKH, mask, bias=None, keys_B=None):
     """Attends with given queries, keys and values; returns (B, T, D)."""
     config = self.config
-    if config.mask_window is not None:
-      mask = dataclasses.replace(mask, window=config.mask_window)
     drop = None
     if keys_B is not None and config.dropout:
       drop = lambda probs, block: dropout.dropout(

@@ -15,9 +15,11 @@ from t2x.attention import cache as cache_lib
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
 from t2x.layers import attention as attention_lib
-from t2x.layers import dropout, param, position
+from t2x.layers import dropout
 from t2x.layers import mlp as mlp_lib
 from t2x.layers import norm as norm_lib
+from t2x.layers import param
+from t2x.layers import position
 
 Residual = Literal['pre_norm', 'post_norm', 'parallel']
 
@@ -95,61 +97,59 @@ class Block(nnx.Module):
     cache: BlockCache | None = None,
   ) -> tuple[jax.Array, BlockCache | None]:
     """Returns the next activations, and the new cache if one was given."""
-    cell = [cache]  # Filled by the self-attention branch.
-
-    def attend(y_BTD):
-      out_BTD, cell[0] = self._attend(y_BTD, context, cache)
-      return out_BTD
-
     if self.residual == 'parallel':
       # Chowdhery et al., 2022: x + attention(norm(x)) + mlp(norm(x)).
       y_BTD = self.attention_norm(x_BTD)
-      out_BTD = attend(y_BTD) + self._feed_forward(y_BTD, context)
+      out_BTD, cache = self._attend(y_BTD, context, cache)
+      out_BTD = out_BTD + self._feed_forward(y_BTD, context)
       x_BTD = x_BTD + self._drop(out_BTD, context, 2)
     else:
-      x_BTD = self._add(x_BTD, attend, self.attention_norm, context, 2)
+      y_BTD = self._before(x_BTD, self.attention_norm)
+      out_BTD, cache = self._attend(y_BTD, context, cache)
+      x_BTD = self._after(x_BTD, out_BTD, self.attention_norm, context, 2)
       if self.cross is not None:
-        cross = lambda y_BTD: self._attend_cross(y_BTD, context, cache)
-        x_BTD = self._add(x_BTD, cross, self.cross_norm, context, 3)
-      feed = lambda y_BTD: self._feed_forward(y_BTD, context)
-      x_BTD = self._add(x_BTD, feed, self.mlp_norm, context, 4)
+        y_BTD = self._before(x_BTD, self.cross_norm)
+        out_BTD = self._attend_cross(self.cross, y_BTD, context, cache)
+        x_BTD = self._after(x_BTD, out_BTD, self.cross_norm, context, 3)
+      out_BTD = self._feed_forward(self._before(x_BTD, self.mlp_norm), context)
+      x_BTD = self._after(x_BTD, out_BTD, self.mlp_norm, context, 4)
     x_BTD = sharding.constrain(x_BTD, 'batch', 'length', 'act_embed')
-    return checkpoint_name(x_BTD, 'block'), cell[0]
+    return checkpoint_name(x_BTD, 'block'), cache
 
-  def _add(self, x_BTD, branch, norm, context, site):
-    """x + branch(norm(x)), or norm(x + branch(x)) in post-norm order."""
-    post = self.residual == 'post_norm'
-    out_BTD = branch(x_BTD if post else norm(x_BTD))
+  def _before(self, x_BTD, norm):
+    """What a branch reads: norm(x), or x itself in post-norm order."""
+    return x_BTD if self.residual == 'post_norm' else norm(x_BTD)
+
+  def _after(self, x_BTD, out_BTD, norm, context, site):
+    """x + branch, in post-norm order norm(x + branch)."""
     x_BTD = x_BTD + self._drop(out_BTD, context, site)
-    return norm(x_BTD) if post else x_BTD
+    return norm(x_BTD) if self.residual == 'post_norm' else x_BTD
 
   def _drop(self, x_BTD, context, site):
     keys_B = dropout.fold(context.keys_B, site)
     return dropout.dropout(x_BTD, self.dropout_rate, keys_B)
 
   def _attend(self, y_BTD, context, cache):
-    result = self.attention(
-      y_BTD,
-      context.mask,
-      positions_BT=context.positions_BT,
-      rotary=context.rotary,
-      bias=context.bias,
-      keys_B=dropout.fold(context.keys_B, 0),
-      cache=None if cache is None else cache.own,
-    )
+    shared = {
+      'positions_BT': context.positions_BT,
+      'rotary': context.rotary,
+      'bias': context.bias,
+    }
     if cache is None:
-      return result, None
-    return result[0], dataclasses.replace(cache, own=result[1])
+      keys_B = dropout.fold(context.keys_B, 0)
+      out = self.attention(y_BTD, context.mask, keys_B=keys_B, **shared)
+      return out, None
+    out, own = self.attention.step(y_BTD, context.mask, cache.own, **shared)
+    return out, dataclasses.replace(cache, own=own)
 
-  def _attend_cross(self, y_BTD, context, cache):
+  def _attend_cross(self, layer, y_BTD, context, cache):
     keys_B = dropout.fold(context.keys_B, 1)
-    if cache is None:
-      k_BSKH, v_BSKH = self.cross.keys_and_values(context.encoded_BSD)
-    else:
-      k_BSKH, v_BSKH = cache.cross.k_BSKH, cache.cross.v_BSKH
-    q_BTNH = self.cross.queries(y_BTD)
     mask = context.cross_mask
-    return self.cross.attend(q_BTNH, k_BSKH, v_BSKH, mask, keys_B=keys_B)
+    if cache is None:
+      encoded_BSD = context.encoded_BSD
+      return layer(y_BTD, mask, keys_B=keys_B, encoded_BSD=encoded_BSD)
+    k_BSKH, v_BSKH = cache.cross.k_BSKH, cache.cross.v_BSKH
+    return layer.attend(layer.queries(y_BTD), k_BSKH, v_BSKH, mask)
 
   def _feed_forward(self, y_BTD, context):
     return self.mlp(y_BTD, dropout.fold(context.keys_B, 5))
@@ -157,7 +157,7 @@ class Block(nnx.Module):
   def empty_cache(self, batch, capacity, dtype, encoded_BSD=None):
     """Returns an empty cache; cross-attention's keys are computed once."""
     own = self.attention.empty_cache(batch, capacity, dtype)
-    if self.cross is None:
+    if self.cross is None or encoded_BSD is None:
       return BlockCache(own=own)
     k_BSKH, v_BSKH = self.cross.keys_and_values(encoded_BSD)
     return BlockCache(

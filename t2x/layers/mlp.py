@@ -12,7 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from t2x import sharding
-from t2x.layers import dropout, param
+from t2x.layers import dropout
+from t2x.layers import param
 
 _ACTIVATIONS = {
   'relu': jax.nn.relu,

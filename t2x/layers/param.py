@@ -1,6 +1,7 @@
 """Parameters, their initialisation, and the one product that uses them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import math
 from typing import Literal

@@ -6,7 +6,8 @@ head dim, R relative buckets, P positions.
 
 import dataclasses
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar
+from typing import Literal
 
 from flax import nnx
 import jax
@@ -117,8 +118,12 @@ def sinusoidal(positions_BT: jax.Array, size: int) -> jax.Array:
   return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
 
 
-def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, config: Rotary):
-  """Rotates queries or keys by their positions."""
+def rotate(
+  x_BTNH: jax.Array, positions_BT: jax.Array | None, config: Rotary
+) -> jax.Array:
+  """Rotates queries or keys by their positions, default 0, 1, 2, ..."""
+  if positions_BT is None:
+    positions_BT = jnp.arange(x_BTNH.shape[1])[None]
   size = int(x_BTNH.shape[-1] * config.fraction)
   angle = positions_BT[..., None] * _frequencies(config, size)[None, None]
   cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]

@@ -11,12 +11,15 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from t2x import sharding, stack
+from t2x import sharding
+from t2x import stack
 from t2x.layers import attention as attention_lib
-from t2x.layers import block, embed, param
+from t2x.layers import block
 from t2x.layers import dropout as dropout_lib
+from t2x.layers import embed
 from t2x.layers import mlp as mlp_lib
 from t2x.layers import norm as norm_lib
+from t2x.layers import param
 from t2x.layers import position as position_lib
 
 

@@ -11,7 +11,8 @@ import jax
 
 from t2x import stack
 from t2x.attention import mask as mask_lib
-from t2x.layers import block, embed
+from t2x.layers import block
+from t2x.layers import embed
 from t2x.models import common
 
 

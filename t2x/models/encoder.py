@@ -10,9 +10,14 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from t2x import sharding, stack
+from t2x import sharding
+from t2x import stack
 from t2x.attention import mask as mask_lib
-from t2x.layers import block, embed, mlp, norm, param
+from t2x.layers import block
+from t2x.layers import embed
+from t2x.layers import mlp
+from t2x.layers import norm
+from t2x.layers import param
 from t2x.models import common
 
 

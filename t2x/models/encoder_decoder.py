@@ -12,7 +12,9 @@ import jax
 
 from t2x import stack
 from t2x.attention import mask as mask_lib
-from t2x.layers import block, dropout, embed
+from t2x.layers import block
+from t2x.layers import dropout
+from t2x.layers import embed
 from t2x.models import common
 
 

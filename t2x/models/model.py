@@ -2,7 +2,9 @@
 
 from flax import nnx
 
-from t2x.models import decoder, encoder, encoder_decoder
+from t2x.models import decoder
+from t2x.models import encoder
+from t2x.models import encoder_decoder
 
 ModelConfig = (
   decoder.DecoderConfig

@@ -12,8 +12,15 @@ Where a paper is silent on initialisation, its released code is followed.
 from collections.abc import Callable
 import dataclasses
 
-from t2x.layers import attention, mlp, norm, param, position
-from t2x.models import decoder, encoder, encoder_decoder, model
+from t2x.layers import attention
+from t2x.layers import mlp
+from t2x.layers import norm
+from t2x.layers import param
+from t2x.layers import position
+from t2x.models import decoder
+from t2x.models import encoder
+from t2x.models import encoder_decoder
+from t2x.models import model
 
 
 def transformer_base() -> encoder_decoder.EncoderDecoderConfig:

@@ -9,8 +9,13 @@ import pytest
 from t2x.data import batches as batches_lib
 from t2x.data import config as config_lib
 from t2x.data import corpus as corpus_lib
-from t2x.data import pipeline, token_store, tokenizers
-from t2x.objectives import causal_lm, masked_lm, source_target, span_corruption
+from t2x.data import pipeline
+from t2x.data import token_store
+from t2x.data import tokenizers
+from t2x.objectives import causal_lm
+from t2x.objectives import masked_lm
+from t2x.objectives import source_target
+from t2x.objectives import span_corruption
 
 VARIANTS = {
   'causal': {},

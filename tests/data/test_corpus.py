@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from t2x.data import builders, pipeline, tokenizers
+from t2x.data import builders
 from t2x.data import config as config_lib
 from t2x.data import corpus as corpus_lib
+from t2x.data import pipeline
+from t2x.data import tokenizers
 from t2x.objectives import source_target
 
 

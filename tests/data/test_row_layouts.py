@@ -8,7 +8,9 @@ import pytest
 from t2x.data import config as config_lib
 from t2x.data import rows as rows_lib
 from t2x.data import token_store
-from t2x.objectives import causal_lm, masked_lm, source_target
+from t2x.objectives import causal_lm
+from t2x.objectives import masked_lm
+from t2x.objectives import source_target
 
 LENGTHS = [5, 2, 17, 3, 30, 2, 9, 8, 8, 21]
 

@@ -10,9 +10,17 @@ import pytest
 
 from t2x import mesh as mesh_lib
 from t2x import sharding
-from t2x.decode import generate, loop, sampling
-from t2x.layers import attention, mlp, norm, param, position
-from t2x.models import decoder, encoder, encoder_decoder
+from t2x.decode import generate
+from t2x.decode import loop
+from t2x.decode import sampling
+from t2x.layers import attention
+from t2x.layers import mlp
+from t2x.layers import norm
+from t2x.layers import param
+from t2x.layers import position
+from t2x.models import decoder
+from t2x.models import encoder
+from t2x.models import encoder_decoder
 
 VOCAB = 50
 GREEDY = sampling.SamplingConfig(temperature=0)

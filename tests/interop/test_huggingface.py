@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2x.interop import configs, names
+from t2x.interop import configs
+from t2x.interop import names
 
 pytestmark = pytest.mark.reference
 

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from t2x.interop import configs, names
+from t2x.interop import configs
+from t2x.interop import names
 from t2x.models import model as model_lib
 from t2x.models import presets
 

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from t2x.attention import mask as mask_lib
-from t2x.layers import attention, dropout, param, position
+from t2x.layers import attention
+from t2x.layers import dropout
+from t2x.layers import param
+from t2x.layers import position
 
 B, T, D = 2, 6, 10
 BASE = attention.Dense(num_heads=4, num_kv_heads=2, head_dim=4)
@@ -116,7 +119,7 @@ def test_cache_equals_no_cache():
   @jax.jit
   def step(x, index, cache):
     mask = mask_lib.Mask(causal=True, q_index_BT=index)
-    return layer(x, mask, positions_BT=index, rotary=rotary, cache=cache)
+    return layer.step(x, mask, cache, positions_BT=index, rotary=rotary)
 
   cache = layer.empty_cache(B, T + 2, jnp.float32)
   out, cache = step(x[:, :3], positions[:, :3], cache)

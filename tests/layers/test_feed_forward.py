@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2x.layers import dropout, mlp, norm, param
+from t2x.layers import dropout
+from t2x.layers import mlp
+from t2x.layers import norm
+from t2x.layers import param
 
 
 def perturbed(module, seed=0):

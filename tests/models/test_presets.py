@@ -9,7 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from t2x.layers import attention, norm, position
+from t2x.layers import attention
+from t2x.layers import norm
+from t2x.layers import position
 from t2x.models import model as model_lib
 from t2x.models import presets
 

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from t2x.objectives import masked_lm, noise
+from t2x.objectives import masked_lm
+from t2x.objectives import noise
 from t2x.objectives import rows as rows_lib
 from t2x.objectives import vocab as vocab_lib
 

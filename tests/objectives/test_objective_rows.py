@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from t2x.objectives import causal_lm, source_target
+from t2x.objectives import causal_lm
 from t2x.objectives import rows as rows_lib
+from t2x.objectives import source_target
 from t2x.objectives import vocab as vocab_lib
 
 VOCAB = vocab_lib.Vocab(size=200, num_sentinels=20)

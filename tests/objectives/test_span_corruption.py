@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from t2x.objectives import noise, span_corruption
+from t2x.objectives import noise
 from t2x.objectives import rows as rows_lib
+from t2x.objectives import span_corruption
 from t2x.objectives import vocab as vocab_lib
 
 VOCAB = vocab_lib.Vocab(size=1000, num_sentinels=100)

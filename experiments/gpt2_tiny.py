@@ -1,0 +1,47 @@
+r"""A GPT-2 of 4 layers, 256 wide, on the installed documentation.
+
+python experiments/gpt2_tiny.py --workdir=DIR
+
+Expected: TODO
+"""
+
+from t2x import experiment
+from t2x import main
+from t2x import optim
+from t2x.data import config as data
+from t2x.data import tokenizers
+from t2x.layers import attention
+from t2x.layers import mlp
+from t2x.layers import param as param_lib
+from t2x.layers import position
+from t2x.models import decoder
+
+
+def get_config() -> experiment.Experiment:
+  return experiment.Experiment(
+    model=decoder.DecoderConfig(
+      vocab_size=4096,
+      num_layers=4,
+      embed_dim=256,
+      attention=attention.Dense(num_heads=8, head_dim=32, bias=True),
+      mlp=mlp.MlpConfig(hidden=1024, activation='gelu_tanh'),
+      position=position.Learned(max_length=256, std=0.01),
+      init=param_lib.Init(std=0.02, depth_scaled=True),
+    ),
+    data=data.DataConfig(
+      length=256,
+      batch_size=32,
+      tokenizer=tokenizers.SentencePiece(vocab_size=4096),
+    ),
+    optim=optim.AdamW(
+      learning_rate=3e-3,
+      schedule=optim.Schedule(warmup_steps=30),
+    ),
+    train=experiment.TrainConfig(
+      num_steps=300, eval_every=100, checkpoint_every=100
+    ),
+  )
+
+
+if __name__ == '__main__':
+  main.run(get_config)

@@ -1,0 +1,129 @@
+"""The compiled functions of an experiment on a mesh.
+
+program = Program(config, mesh, num_steps=100)
+with sharding.use(mesh, config.rules):
+  state = program.init_state()
+  state, metrics = program.step(state, program.place(batch))
+"""
+
+import functools
+from typing import Any
+
+from flax import nnx
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from t2x import experiment
+from t2x import optim
+from t2x import sharding
+from t2x import train_step
+from t2x.models import model as model_lib
+
+
+class Program:
+  """Initialisation, step and evaluation, each compiled at its first call.
+
+  Attributes:
+    shapes: the train state as sharded shapes.
+    batch_sharding: of every array of a batch.
+    rows: the rows of a global batch that this process holds.
+    learning_rate: step (from 0) -> learning rate.
+  """
+
+  def __init__(
+    self,
+    config: experiment.Experiment,
+    mesh: jax.sharding.Mesh,
+    *,
+    num_steps: int,
+  ):
+    self.config = config
+    self.shapes, self.batch_sharding = shapes_of(config, mesh)
+    self.rows = local_rows(self.batch_sharding, config.data.batch_size)
+    self.learning_rate = jax.jit(optim.make_schedule(config.optim, num_steps))
+    whole = NamedSharding(mesh, P())
+    self._key = jax.device_put(jax.random.key(config.train.seed), whole)
+    tx = optim.make(config.optim, num_steps)
+    shardings = jax.tree.map(lambda s: s.sharding, self.shapes)
+    self._init = jax.jit(
+      functools.partial(_init_state, config, tx), out_shardings=shardings
+    )
+    self._step = jax.jit(
+      functools.partial(
+        train_step.train_step, tx=tx, config=config.train.step_config
+      ),
+      out_shardings=(shardings, whole),
+      donate_argnums=0,
+    )
+    self._eval = jax.jit(
+      functools.partial(train_step.eval_step, execution=config.train.execution)
+    )
+
+  def init_state(self) -> train_step.TrainState:
+    """Draws the weights, on the devices that hold them."""
+    return self._init(self._key)
+
+  def step(self, state: train_step.TrainState, batch: train_step.Batch):
+    """Returns the next state and metrics; `state` is given up."""
+    return self._step(state, batch, self._key)
+
+  def lower_step(self, batch: train_step.Batch) -> jax.stages.Lowered:
+    """Returns the step lowered for `batch`, arrays or sharded shapes."""
+    return self._step.lower(self.shapes, batch, self._key)
+
+  def evaluate(self, model: Any, batch: train_step.Batch):
+    """Returns the sums of `train_step.eval_step`."""
+    return self._eval(model, batch)
+
+  def place(self, batch: dict[str, Any]) -> train_step.Batch:
+    """Makes a global batch of this process's rows."""
+    place = functools.partial(
+      jax.make_array_from_process_local_data, self.batch_sharding
+    )
+    return jax.tree.map(place, batch)
+
+
+def shapes_of(config: experiment.Experiment, mesh: jax.sharding.Mesh):
+  """Returns the state as sharded shapes, and the sharding of a batch.
+
+  Nothing is allocated or compiled.
+
+  Raises:
+    ShardingError: a layout that cannot be.
+  """
+  tx = optim.make(config.optim, 1)
+  key = jax.eval_shape(jax.random.key, 0)
+  shapes = jax.eval_shape(functools.partial(_init_state, config, tx), key)
+  shardings = train_step.state_shardings(
+    shapes, mesh, config.rules, config.train.step_config
+  )
+  shapes = jax.tree.map(
+    lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d),
+    shapes,
+    shardings,
+  )
+  rows = (config.data.batch_size, config.data.length)
+  spec = sharding.to_spec(
+    ('batch', 'length'), config.rules, shape=rows, mesh=mesh, name='batch'
+  )
+  return shapes, NamedSharding(mesh, spec)
+
+
+def local_rows(batch_sharding: NamedSharding, num_rows: int) -> slice:
+  """Returns the rows of a global batch that this process holds."""
+  shape = (num_rows, 1)
+  by_row = NamedSharding(batch_sharding.mesh, P(*batch_sharding.spec[:1]))
+  indices = by_row.addressable_devices_indices_map(shape).values()
+  slices = [index[0] for index in indices if index is not None]
+  starts = [s.start or 0 for s in slices]
+  stops = [num_rows if s.stop is None else s.stop for s in slices]
+  rows = slice(min(starts), max(stops))
+  held = {i for s, e in zip(starts, stops) for i in range(s, e)}
+  assert len(held) == rows.stop - rows.start, 'rows of a process have gaps'
+  return rows
+
+
+def _init_state(config, tx, key: jax.Array) -> train_step.TrainState:
+  model = model_lib.make(config.model, rngs=nnx.Rngs(key))
+  return train_step.init_state(model, tx, config.train.step_config)

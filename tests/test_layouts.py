@@ -1,0 +1,328 @@
+"""Every model under every mesh computes what one device does."""
+
+import dataclasses
+import functools
+
+from flax import nnx
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from t2x import loss as loss_lib
+from t2x import mesh as mesh_lib
+from t2x import optim
+from t2x import sharding
+from t2x import train_step
+from t2x.layers import attention
+from t2x.layers import mlp
+from t2x.layers import norm
+from t2x.layers import param
+from t2x.layers import position
+from t2x.models import decoder
+from t2x.models import encoder
+from t2x.models import encoder_decoder
+from t2x.models import model as model_lib
+
+ROWS, LENGTH, VOCAB = 32, 16, 101
+RULES = sharding.Rules()
+MESHES = {
+  'data8': {'data': 8},
+  'data2_fsdp2_tensor2': {'data': 2, 'fsdp': 2, 'tensor': 2},
+  'data4_tensor2': {'data': 4, 'tensor': 2},
+  'fsdp8': {'data': 1, 'fsdp': 8},
+  'tensor8': {'data': 1, 'tensor': 8},
+}
+TX = optim.make(optim.AdamW(), 10)
+STEP = train_step.StepConfig(
+  loss=loss_lib.LossConfig(label_smoothing=0.1, z_loss=1e-3)
+)
+
+# 101 tokens in a table of 104 rows: no mesh axis divides the vocabulary.
+SHARED = {
+  'vocab_size': VOCAB,
+  'vocab_multiple': 8,
+  'num_layers': 2,
+  'embed_dim': 32,
+  'dropout': 0.1,
+  # Large weights, so that a mistake shows in the loss.
+  'init': param.Init(std=0.2),
+}
+HEADS = {'num_heads': 8, 'head_dim': 4, 'dropout': 0.1}
+CONFIGS = {
+  'llama': decoder.DecoderConfig(
+    **SHARED,
+    attention=attention.Dense(**HEADS),
+    mlp=mlp.MlpConfig(hidden=64, activation='silu', gated=True, bias=False),
+    norm=norm.RMSNorm(),
+    position=position.Rotary(),
+    tied_head='untied',
+  ),
+  'gpt2': decoder.DecoderConfig(
+    **SHARED,
+    attention=attention.Dense(**HEADS, bias=True),
+    mlp=mlp.MlpConfig(hidden=64, dropout=0.1),
+    position=position.Learned(max_length=LENGTH),
+  ),
+  'bert': encoder.EncoderConfig(
+    **SHARED,
+    attention=attention.Dense(**HEADS, bias=True),
+    mlp=mlp.MlpConfig(hidden=64, activation='gelu'),
+    residual='post_norm',
+    position=position.Learned(max_length=LENGTH),
+    num_token_types=2,
+    embed_norm=True,
+  ),
+  't5': encoder_decoder.EncoderDecoderConfig(
+    **SHARED,
+    attention=attention.Dense(**HEADS, scale=1.0),
+    mlp=mlp.MlpConfig(hidden=64, activation='relu', bias=False, dropout=0.1),
+    norm=norm.RMSNorm(),
+    position=position.RelativeBuckets(num_buckets=8, max_distance=16),
+    tied_head='tied_scaled',
+  ),
+}
+
+
+def make_mesh(**sizes):
+  return mesh_lib.make(mesh_lib.MeshConfig(**sizes))
+
+
+# Half the time goes without LLVM's optimisations, which change no layout.
+jit = functools.partial(
+  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
+)
+
+
+def init(key, config):
+  model = model_lib.make(config, rngs=nnx.Rngs(key))
+  return train_step.init_state(model, TX, STEP)
+
+
+def packed(rng, rows, length):
+  """Two or three documents to a row, and padding (segment 0) at the end."""
+  segments = np.zeros((rows, length), np.int32)
+  positions = np.zeros((rows, length), np.int32)
+  for row in range(rows):
+    ends = np.sort(rng.choice(np.arange(2, length), 3, replace=False))
+    for number, (start, end) in enumerate(zip([0, *ends[:-1]], ends)):
+      segments[row, start:end] = number + 1
+      positions[row, start:end] = np.arange(end - start)
+  return segments, positions
+
+
+@functools.cache
+def make_batch(kind):
+  rng = np.random.default_rng(0)
+  tokens = lambda: rng.integers(0, VOCAB, (ROWS, LENGTH)).astype(np.int32)
+  segments, positions = packed(rng, ROWS, LENGTH)
+  # Uneven: some rows weigh nothing at all, padding never does.
+  weights = rng.uniform(0.0, 2.0, (ROWS, LENGTH)) * (segments > 0)
+  weights[[1, 9, 30]] = 0.0
+  batch = {
+    'inputs': tokens(),
+    'targets': tokens(),
+    'weights': weights.astype(np.float32),
+    'segments': segments,
+    'positions': positions,
+  }
+  if kind == 'bert':
+    batch['token_types'] = rng.integers(0, 2, (ROWS, LENGTH)).astype(np.int32)
+  if kind == 't5':
+    segments, positions = packed(rng, ROWS, LENGTH)
+    batch |= {
+      'encoder_inputs': tokens(),
+      'encoder_segments': segments,
+      'encoder_positions': positions,
+    }
+  return batch
+
+
+def loss_and_gradients(model, batch, key, config=STEP):
+  trained, rest = train_step.partition(model, config.trainable)
+  return train_step.gradients(trained, rest, batch, key, config)
+
+
+@functools.cache
+def state_of(kind):
+  """The state before the first step, drawn on one device."""
+  state = jit(init, static_argnums=1)(jax.random.key(0), CONFIGS[kind])
+  return jax.device_get(state)
+
+
+def shardings_of(kind, mesh):
+  make = functools.partial(init, config=CONFIGS[kind])
+  shapes = jax.eval_shape(make, jax.random.key(0))
+  return train_step.state_shardings(shapes, mesh, RULES, STEP)
+
+
+@functools.cache
+def on_one_device(kind):
+  """Loss and gradients, without a mesh."""
+  args = state_of(kind).model, make_batch(kind), jax.random.key(1)
+  return jax.device_get(jit(loss_and_gradients)(*args))
+
+
+def on_mesh(kind, mesh, config=STEP):
+  """The same on a mesh, with parameters where the rules put them."""
+  model = jax.device_put(state_of(kind).model, shardings_of(kind, mesh).model)
+  spec = sharding.to_spec(('batch', 'length'), RULES, mesh=mesh)
+  batch = jax.device_put(make_batch(kind), NamedSharding(mesh, spec))
+  with sharding.use(mesh, RULES):
+    fn = jit(functools.partial(loss_and_gradients, config=config))
+    return fn(model, batch, jax.random.key(1))
+
+
+def assert_as_on_one_device(kind, result):
+  want_grads, want_sums = on_one_device(kind)
+  grads, sums = result
+  for name, value in want_sums.items():
+    np.testing.assert_allclose(sums[name], value, rtol=2e-6, err_msg=name)
+  want = jax.tree_util.tree_leaves_with_path(want_grads)
+  largest = max(np.abs(leaf).max() for _, leaf in want)
+  for (path, a), b in zip(want, jax.tree.leaves(grads), strict=True):
+    name = sharding.path_name(path)
+    # The gradient of a key's bias is zero but for rounding.
+    scale = max(np.abs(a).max(), 1e-4 * largest)
+    np.testing.assert_allclose(b, a, atol=2e-5 * scale, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize('mesh', MESHES)
+@pytest.mark.parametrize('kind', CONFIGS)
+def test_loss_and_gradients(kind, mesh):
+  """With packing, dropout, uneven weights and rows of no weight."""
+  result = on_mesh(kind, make_mesh(**MESHES[mesh]))
+  assert_as_on_one_device(kind, result)
+
+
+@pytest.mark.parametrize('mesh', MESHES)
+def test_accumulation_is_one_batch(mesh):
+  config = dataclasses.replace(STEP, accumulate=4)
+  result = on_mesh('gpt2', make_mesh(**MESHES[mesh]), config)
+  assert_as_on_one_device('gpt2', result)
+
+
+@pytest.mark.parametrize('mesh', ['data2_fsdp2_tensor2', 'fsdp8'])
+def test_accumulation_of_whole_gradients(mesh):
+  config = dataclasses.replace(STEP, accumulate=4, accumulate_whole=True)
+  result = on_mesh('gpt2', make_mesh(**MESHES[mesh]), config)
+  assert_as_on_one_device('gpt2', result)
+
+
+def test_accumulation_on_one_device_without_a_mesh():
+  args = state_of('gpt2').model, make_batch('gpt2'), jax.random.key(1)
+  config = dataclasses.replace(STEP, accumulate=4)
+  fn = functools.partial(loss_and_gradients, config=config)
+  assert_as_on_one_device('gpt2', jit(fn)(*args))
+
+
+def test_the_comparison_sees_dropout_and_packing():
+  """What the tests above vary does matter to the loss."""
+  model, batch = state_of('gpt2').model, make_batch('gpt2')
+  fn = jit(lambda *args: loss_and_gradients(*args)[1]['loss'])
+  want = on_one_device('gpt2')[1]['loss']
+  assert abs(fn(model, batch, jax.random.key(2)) - want) > 1e-3
+  merged = {**batch, 'segments': np.minimum(batch['segments'], 1)}
+  assert abs(fn(model, merged, jax.random.key(1)) - want) > 1e-3
+
+
+@pytest.mark.parametrize('mesh', MESHES)
+def test_weights_are_drawn_alike(mesh):
+  mesh = make_mesh(**MESHES[mesh])
+  make = functools.partial(init, config=CONFIGS['gpt2'])
+  with sharding.use(mesh, RULES):
+    fn = jit(make, out_shardings=shardings_of('gpt2', mesh))
+    state = fn(jax.random.key(0))
+  want = jax.tree.leaves(state_of('gpt2'))
+  for a, b in zip(want, jax.tree.leaves(state), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def part(leaf):
+  """The shape of one device's part of a parameter or a moment."""
+  return leaf.addressable_shards[0].data.shape
+
+
+def test_parameters_and_moments_are_split():
+  mesh = make_mesh(data=2, fsdp=2, tensor=2)
+  state = jax.device_put(state_of('llama'), shardings_of('llama', mesh))
+  layer = state.model.tower.layers.group[0]
+  shapes = {
+    'tokens': (state.model.embeddings.tokens.table_VD, (52, 16)),
+    'output': (state.model.output.table_VD, (52, 16)),
+    'query': (layer.attention.q_DNH, (2, 16, 4, 4)),
+    'key': (layer.attention.k_DKH, (2, 16, 4, 4)),
+    'out': (layer.attention.o_NHD, (2, 4, 4, 16)),
+    'up': (layer.mlp.up_DF, (2, 16, 32)),
+    'down': (layer.mlp.down_FD, (2, 32, 16)),
+    'norm': (layer.mlp_norm.scale, (2, 32)),
+  }
+  for name, (param_, shape) in shapes.items():
+    assert part(param_.get_value()) == shape, name
+  adam = next(s for s in state.opt_state if hasattr(s, 'mu'))
+  for moment in (adam.mu, adam.nu):
+    jax.tree.map(
+      lambda p, m: np.testing.assert_equal(part(m), part(p)),
+      state.model,
+      moment,
+    )
+
+
+def device_bytes(shapes, shardings):
+  sizes = jax.tree.map(
+    lambda x, s: np.prod(s.shard_shape(x.shape)) * x.dtype.itemsize,
+    shapes,
+    shardings,
+  )
+  return sum(jax.tree.leaves(sizes))
+
+
+def test_bytes_fall_with_fsdp():
+  """All but norms and counts: what is left whole is under 3% here."""
+  bytes_of = {}
+  for fsdp in (1, 2, 4, 8):
+    mesh = make_mesh(fsdp=fsdp)
+    shapes = jax.eval_shape(
+      functools.partial(init, config=CONFIGS['llama']), jax.random.key(0)
+    )
+    bytes_of[fsdp] = device_bytes(shapes, shardings_of('llama', mesh))
+  for fsdp, size in bytes_of.items():
+    share = size / bytes_of[1]
+    assert 1 / fsdp <= share < 1 / fsdp + 0.03, bytes_of
+
+
+# --- What XLA says about a layout while it compiles. ---
+
+
+@pytest.fixture
+def uncached():
+  """A compilation that comes from the cache says nothing."""
+  jax.config.update('jax_enable_compilation_cache', False)
+  compilation_cache.reset_cache()
+  yield
+  jax.config.update('jax_enable_compilation_cache', True)
+  compilation_cache.reset_cache()
+
+
+WARNING = 'nvoluntary full rematerialization'
+
+
+@pytest.mark.parametrize('kind', ['llama', 'bert', 't5'])
+@pytest.mark.parametrize('mesh', ['data2_fsdp2_tensor2', 'fsdp8'])
+def test_nothing_is_rematerialised_whole(kind, mesh, uncached, capfd):
+  on_mesh(kind, make_mesh(**MESHES[mesh]))
+  assert WARNING not in capfd.readouterr().err
+
+
+def test_a_bad_layout_is_heard(uncached, capfd):
+  """A table split both ways and looked up by split tokens."""
+  mesh = make_mesh(data=2, fsdp=2, tensor=2)
+  put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+  table = put(jnp.ones((16, 8)), 'tensor', 'fsdp')
+  tokens = put(jnp.ones((8, 4), int), ('data', 'fsdp'))
+  split = NamedSharding(mesh, P(('data', 'fsdp')))
+  jit(lambda table, tokens: table[tokens], out_shardings=split)(table, tokens)
+  assert WARNING in capfd.readouterr().err

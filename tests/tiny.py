@@ -1,0 +1,77 @@
+"""A run that takes seconds: two layers, bytes, a few kilobytes of text."""
+
+import json
+import pathlib
+
+from t2x import config as config_lib
+from t2x import experiment
+from t2x import mesh as mesh_lib
+from t2x import metrics
+from t2x import optim
+from t2x.data import config as data
+from t2x.data import tokenizers
+from t2x.layers import attention
+from t2x.layers import mlp
+from t2x.layers import position
+from t2x.models import decoder
+
+_WORDS = 'the run goes on from where it stopped and no step is lost'.split()
+
+
+def write_corpus(directory: pathlib.Path) -> str:
+  """Writes twelve small documents and returns their glob."""
+  directory.mkdir(parents=True, exist_ok=True)
+  for i in range(12):
+    words = [_WORDS[(i * 7 + j * (i + 3)) % len(_WORDS)] for j in range(120)]
+    (directory / f'{i}.txt').write_text(f'{i} ' + ' '.join(words))
+  return str(directory / '*.txt')
+
+
+def experiment_of(directory: pathlib.Path, **settings) -> experiment.Experiment:
+  """Returns a tiny experiment whose data lies in `directory`.
+
+  Args:
+    directory: for the corpus and what is prepared of it.
+    **settings: as for --set, `__` for the dots: `train__num_steps=3`.
+  """
+  config = experiment.Experiment(
+    model=decoder.DecoderConfig(
+      vocab_size=384,
+      num_layers=2,
+      embed_dim=16,
+      attention=attention.Dense(num_heads=4, head_dim=4),
+      mlp=mlp.MlpConfig(hidden=32),
+      position=position.Learned(max_length=64),
+    ),
+    data=data.DataConfig(
+      source='text_files',
+      files=write_corpus(directory / 'corpus'),
+      data_dir=str(directory / 'data'),
+      length=32,
+      batch_size=8,
+      eval_splits=('train',),
+      tokenizer=tokenizers.Bytes(),
+    ),
+    optim=optim.AdamW(
+      learning_rate=1e-2, schedule=optim.Schedule(shape='constant')
+    ),
+    train=experiment.TrainConfig(
+      num_steps=4, eval_every=0, eval_batches=1, checkpoint_every=2
+    ),
+    mesh=mesh_lib.MeshConfig(data=2, fsdp=2, tensor=2),
+  )
+  texts = {n.replace('__', '.'): str(v) for n, v in settings.items()}
+  return config_lib.override(config, texts)
+
+
+def losses(workdir) -> list[float]:
+  """Returns the losses of a run, whose steps must be 1, 2, 3, ..."""
+  rows = metrics.read_rows(workdir)
+  assert [row['step'] for row in rows] == list(range(1, len(rows) + 1))
+  return [row['loss'] for row in rows]
+
+
+def history(workdir) -> list[dict]:
+  """Returns the changes of settings that a run has logged."""
+  text = (pathlib.Path(workdir) / 'history.jsonl').read_text()
+  return [json.loads(line)['changes'] for line in text.splitlines()]
