@@ -134,9 +134,14 @@ def parse(text: str, hint: Any, path: str = 'value') -> Any:
   Raises:
     ValueError: names `path`, the text and the type that is needed.
   """
-  # A str takes any text, so it comes last; None and bool must be spelled out.
-  order = [type(None), bool, int, float]
-  rank = lambda t: order.index(t) if t in order else 5 if t is str else 4
+  # A str takes any text, so it comes last, but before a tuple of one item;
+  # None and bool must be spelled out.
+  one = bool(text) and not set(',()[]') & set(text)
+  last = [str, 'tuple'] if one else ['tuple', str]
+  order = [type(None), bool, int, float, 'other', *last]
+  rank = lambda t: order.index(
+    t if t in order else 'tuple' if typing.get_origin(t) is tuple else 'other'
+  )
   for member in sorted(_members(hint), key=rank):
     try:
       return _parse_as(text, member, path)

@@ -196,8 +196,6 @@ def make(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
   if config.weight_decay:
     parts.append(optax.add_decayed_weights(config.weight_decay, is_decayed))
   parts.append(optax.scale_by_learning_rate(rate))
-  if isinstance(config, Adafactor) and config.scale_by_parameter:
-    parts.append(per_layer(optax.scale_by_param_block_rms()))
   return optax.chain(*parts)
 
 
@@ -207,15 +205,16 @@ def _scaling(config: OptimConfig) -> optax.GradientTransformation:
   if isinstance(config, Lion):
     return optax.scale_by_lion(config.b1, config.b2)
   if isinstance(config, Adafactor):
-    return per_layer(
-      optax.chain(
-        optax.scale_by_factored_rms(
-          decay_rate=config.decay_rate,
-          min_dim_size_to_factor=config.min_factored,
-        ),
-        optax.clip_by_block_rms(1.0),
-      )
-    )
+    parts = [
+      optax.scale_by_factored_rms(
+        decay_rate=config.decay_rate,
+        min_dim_size_to_factor=config.min_factored,
+      ),
+      optax.clip_by_block_rms(1.0),
+    ]
+    if config.scale_by_parameter:
+      parts.append(optax.scale_by_param_block_rms())
+    return per_layer(optax.chain(*parts))
   if isinstance(config, Muon):
     muon = optax.chain(
       contrib.scale_by_muon(
@@ -410,10 +409,11 @@ def _moment_spec(path, x, p, mesh, rules) -> P:
     return P(*spec)
   names = sharding.path_name(path).split('.')
   stacked = _num_stacked(p)
-  if len(x.shape) == len(p.shape) - 1 and {'v_row', 'v_col'} & set(names):
-    # The order in which optax picks the two dimensions that it factors.
-    order = np.argsort(p.shape[stacked:])
-    dropped = order[-1] if 'v_row' in names else order[-2]
-    del spec[stacked + int(dropped)]
-    return P(*spec)
+  # The order in which optax picks the two dimensions that it factors.
+  order = np.argsort(p.shape[stacked:])
+  if len(order) > 1 and {'v_row', 'v_col'} & set(names):
+    dropped = stacked + int(order[-1] if 'v_row' in names else order[-2])
+    # Where nothing is factored, rows and columns are dummies of size 1.
+    if x.shape == p.shape[:dropped] + p.shape[dropped + 1 :]:
+      return P(*spec[:dropped], *spec[dropped + 1 :])
   return P()

@@ -65,7 +65,9 @@ def setting(**settings):
 def test_order_never_matters(settings):
   # size=7 alone lets radius=5 be, and only a circle has a radius.
   result = config.override(Tree(), config.parse_settings(settings))
-  assert result == Tree(shape=Circle(size=7, radius=5.0), steps=4)
+  assert result == Tree(
+    shape=Circle(size=7, radius=5.0, name='shape'), steps=4
+  )
 
 
 def test_a_later_setting_of_the_same_name_wins():
@@ -114,6 +116,8 @@ def test_none_and_back():
     ('steps', '-2', -2),
     ('where', 'none', None),
     ('where', 'data', 'data'),
+    ('where', '(data)', ('data',)),
+    ('where', 'data,fsdp', ('data', 'fsdp')),
   ],
 )
 def test_values(name, text, value):
@@ -177,7 +181,7 @@ def test_an_experiment_takes_settings_at_any_depth():
   settings = [
     'model.attention.window=64',
     'model.attention=local',
-    'model.norm=rms_norm',
+    'model.norm=rmsnorm',
     'model.position=none',
     'data.tokenizer=bytes',
     'optim.kind=lion',

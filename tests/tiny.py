@@ -1,10 +1,20 @@
-"""A run that takes seconds: two layers, bytes, a few kilobytes of text."""
+"""A run that takes seconds: two layers, bytes, a few kilobytes of text.
+
+As a script it is an experiment with the usual command line, whose data lies in
+the directory $TINY_DIRECTORY.
+"""
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
+
+import jax
 
 from t2x import config as config_lib
 from t2x import experiment
+from t2x import main
 from t2x import mesh as mesh_lib
 from t2x import metrics
 from t2x import optim
@@ -23,7 +33,9 @@ def write_corpus(directory: pathlib.Path) -> str:
   directory.mkdir(parents=True, exist_ok=True)
   for i in range(12):
     words = [_WORDS[(i * 7 + j * (i + 3)) % len(_WORDS)] for j in range(120)]
-    (directory / f'{i}.txt').write_text(f'{i} ' + ' '.join(words))
+    file = directory / f'{i}.txt'
+    if not file.exists():  # A new time would be a new corpus.
+      file.write_text(f'{i} ' + ' '.join(words))
   return str(directory / '*.txt')
 
 
@@ -64,6 +76,26 @@ def experiment_of(directory: pathlib.Path, **settings) -> experiment.Experiment:
   return config_lib.override(config, texts)
 
 
+def start(directory: pathlib.Path, *arguments: str, **options):
+  """Starts this file as a script, in a process of its own."""
+  root = pathlib.Path(__file__).parents[1]
+  env = {
+    **os.environ,
+    'JAX_COMPILATION_CACHE_DIR': str(jax.config.jax_compilation_cache_dir),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
+    'PYTHONPATH': str(root),
+    'TINY_DIRECTORY': str(directory),
+  }
+  return subprocess.Popen(
+    [sys.executable, __file__, *arguments],
+    env=env,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    **options,
+  )
+
+
 def losses(workdir) -> list[float]:
   """Returns the losses of a run, whose steps must be 1, 2, 3, ..."""
   rows = metrics.read_rows(workdir)
@@ -75,3 +107,7 @@ def history(workdir) -> list[dict]:
   """Returns the changes of settings that a run has logged."""
   text = (pathlib.Path(workdir) / 'history.jsonl').read_text()
   return [json.loads(line)['changes'] for line in text.splitlines()]
+
+
+if __name__ == '__main__':
+  main.run(lambda: experiment_of(pathlib.Path(os.environ['TINY_DIRECTORY'])))

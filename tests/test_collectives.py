@@ -1,0 +1,247 @@
+"""What crosses the mesh in a step, read from the compiled program.
+
+Every collective is counted with its bytes, the mesh axes that its groups span,
+and how often the loops around it run it.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from t2x import loss as loss_lib
+from t2x import mesh as mesh_lib
+from t2x import optim
+from t2x import sharding
+from t2x import train_step
+from t2x.layers import attention
+from t2x.layers import embed
+from t2x.layers import mlp
+from t2x.models import decoder
+
+RULES = sharding.Rules()
+KINDS = 'all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute'
+SIZES = {'pred': 1, 's32': 4, 'u32': 4, 'f32': 4, 'bf16': 2}
+# LLVM's optimisations cost half the time and change no collective.
+jit = functools.partial(
+  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """`size` bytes on each device, `times` times, within `loops` loops."""
+
+  kind: str
+  size: int
+  axes: frozenset[str]
+  loops: int
+  times: int
+
+
+def computations(text):
+  """Splits a program into its computations: name -> lines, and the entry."""
+  result, entry, name = {}, None, None
+  for line in text.splitlines():
+    start = re.match(r'(ENTRY )?%?([\w.\-]+) \(.*\{$', line)
+    if start:
+      name = start[2]
+      entry = name if start[1] else entry
+      result[name] = []
+    elif name:
+      result[name].append(line)
+  return result, entry
+
+
+def num_bytes(shape):
+  parts = re.findall(r'(\w+)\[([\d,]*)\]', shape)
+  count = lambda dims: math.prod(int(d) for d in dims.split(',') if d)
+  return sum(SIZES[dtype] * count(dims) for dtype, dims in parts)
+
+
+def groups_of(line):
+  """The groups of devices that a collective joins, in any of HLO's forms."""
+  name = '(?:replica_groups|source_target_pairs)='
+  named = re.search(name + r'mesh\[(.*?)\](.*?) \{(.*?)\}', line)
+  if named:
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+    sizes = {axis: int(size) for axis, size in sizes.items()}
+    order = re.search(r'\[([\d,]+)\]T\(([\d,]+)\)', named[2])
+    ids = np.arange(math.prod(sizes.values()))
+    if order:
+      shape, dims = ([int(i) for i in part.split(',')] for part in order.groups())
+      ids = ids.reshape(shape).transpose(dims)
+    assert order or not named[2], line
+    # Each joined axis, or a part of one: 'axis':(size before)size.
+    parts = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[3])
+    shape, dims = [], []
+    for axis, size in sizes.items():
+      cuts = [(int(b), int(n)) for a, b, n in parts if a == axis and b]
+      whole = [(1, size)] if (axis, '', '') in parts else []
+      done = 1
+      for start, length in sorted(cuts + whole):
+        shape += [start // done, length]
+        dims.append(len(shape) - 1)
+        done = start * length
+      shape.append(size // done)
+    ids = np.moveaxis(ids.reshape(shape), dims, range(-len(dims), 0))
+    return ids.reshape(-1, math.prod(ids.shape[-len(dims) :])).tolist()
+  listed = re.search(name + r'\{(\{.*?\})\}', line)
+  if listed:
+    found = re.findall(r'\{([\d,]+)\}', listed[1])
+    return [[int(i) for i in group.split(',')] for group in found]
+  iota = r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?'
+  tiled = re.search(name + iota, line)
+  assert tiled, line
+  shape, source, order = (
+    [int(i) for i in (part or '').split(',') if i] for part in tiled.groups()
+  )
+  ids = np.arange(math.prod(source)).reshape(source)
+  return np.transpose(ids, order or None).reshape(shape).tolist()
+
+
+def axes_of(line, mesh):
+  axes = set()
+  for group in groups_of(line):
+    places = np.array(np.unravel_index(group, mesh.devices.shape))
+    moved = (places != places[:, :1]).any(1)
+    axes |= {a for a, m in zip(mesh.axis_names, moved) if m}
+  return frozenset(axes)
+
+
+def collectives(compiled, mesh):
+  """Lists what a program sends, loops followed into their bodies."""
+  parts, entry = computations(compiled.as_text())
+  found = []
+
+  def walk(name, loops, times):
+    for line in parts[name]:
+      op = re.search(rf' = (.*?) ({KINDS})(?:-start)?\(', line)
+      if op:
+        found.append(
+          Collective(op[2], num_bytes(op[1]), axes_of(line, mesh), loops, times)
+        )
+      for callee in re.findall(r'(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)', line):
+        walk(callee, loops, times)
+      body = re.search(r' while\(.*body=%?([\w.\-]+)', line)
+      if body:
+        trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+        assert trips, line
+        walk(body[1], loops + 1, times * int(trips[1]))
+
+  walk(entry, 0, 1)
+  return found
+
+
+def reduced(found, axis, *, inside):
+  """Bytes reduced over an axis, scalars let off, in loops or outside."""
+  kinds = ('all-reduce', 'reduce-scatter')
+  return sum(
+    c.size * c.times
+    for c in found
+    if c.kind in kinds
+    and axis in c.axes
+    and c.size > 64
+    and bool(c.loops) == inside
+  )
+
+
+# --- One reduction over `data` for each step. ---
+
+CONFIG = decoder.DecoderConfig(
+  vocab_size=101,
+  num_layers=2,
+  embed_dim=32,
+  vocab_multiple=8,
+  attention=attention.Dense(num_heads=8, head_dim=4),
+  mlp=mlp.MlpConfig(hidden=64),
+)
+TX = optim.make(optim.Sgd(clip_norm=None), 10)
+ROWS, LENGTH, ACCUMULATE = 32, 16, 4
+
+
+def init(key, config):
+  model = decoder.Decoder(CONFIG, rngs=nnx.Rngs(key))
+  return train_step.init_state(model, TX, config)
+
+
+def step_shapes(mesh, config):
+  """The arguments of a step, as sharded shapes."""
+  key = jax.eval_shape(jax.random.key, 0)
+  state = jax.eval_shape(functools.partial(init, config=config), key)
+  state = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    state,
+    train_step.state_shardings(state, mesh, RULES, config),
+  )
+  spec = sharding.to_spec(('batch', 'length'), RULES, mesh=mesh)
+  rows = lambda dtype: jax.ShapeDtypeStruct(
+    (ROWS, LENGTH), dtype, sharding=NamedSharding(mesh, spec)
+  )
+  batch = {name: rows(jnp.int32) for name in ('inputs', 'targets')}
+  return state, {**batch, 'weights': rows(jnp.float32)}, key
+
+
+def step_collectives(mesh, config, step=train_step.train_step):
+  args = step_shapes(mesh, config)
+  shardings = jax.tree.map(lambda x: x.sharding, args[0])
+  fn = jit(
+    functools.partial(step, tx=TX, config=config),
+    out_shardings=(shardings, NamedSharding(mesh, P())),
+  )
+  with sharding.use(mesh, RULES):
+    return collectives(fn.lower(*args).compile(), mesh)
+
+
+def plain_step(state, batch, key, *, tx, config):
+  """Accumulation as one would write it first: a scan, left to the compiler."""
+  once = dataclasses.replace(config, accumulate=1)
+  trained, rest = train_step.partition(state.model, config.trainable)
+  parts = jax.tree.map(lambda x: x.reshape(-1, ACCUMULATE, LENGTH).swapaxes(0, 1), batch)
+
+  def add(sums, part):
+    grads, metrics = train_step.gradients(trained, rest, part, key, once)
+    return jax.tree.map(jnp.add, sums, grads), metrics
+
+  zeros = jax.tree.map(jnp.zeros_like, trained)
+  grads, metrics = jax.lax.scan(add, zeros, parts)
+  updates, opt_state = tx.update(grads, state.opt_state, trained)
+  model = train_step.combine(train_step.optax.apply_updates(trained, updates), rest)
+  new = dataclasses.replace(state, model=model, opt_state=opt_state)
+  return new, jax.tree.map(jnp.sum, metrics)
+if __name__ == '__main__':
+  import collections, time
+  def show(found):
+    tot=collections.Counter()
+    for c in found: tot[c.kind, tuple(sorted(c.axes)), c.loops]+=c.size*c.times
+    for k,v in sorted(tot.items()): print('  ',k,v)
+  for sizes in [{'data':8},{'data':4,'fsdp':2},{'data':2,'fsdp':2,'tensor':2}]:
+    mesh=mesh_lib.make(mesh_lib.MeshConfig(**sizes))
+    st=step_shapes(mesh, train_step.StepConfig())[0]
+    print(sizes,'param bytes per device', sum(math.prod(x.sharding.shard_shape(x.shape))*4 for x in jax.tree.leaves(st.model)), 'whole', sum(x.size*4 for x in jax.tree.leaves(st.model)))
+    for name, cfg, step in [('ours',train_step.StepConfig(accumulate=4),train_step.train_step),('whole',train_step.StepConfig(accumulate=4,accumulate_whole=True),train_step.train_step),('plain',train_step.StepConfig(accumulate=4),plain_step)]:
+      t=time.time(); f=step_collectives(mesh,cfg,step); print(name, '%.1f s'%(time.time()-t)); show(f)
+  mesh=mesh_lib.make(mesh_lib.MeshConfig(data=2,fsdp=2,tensor=2))
+  def loss_coll(chunks, V=1024, D=32, B=8, T=16):
+    sh=lambda shape,dt,*spec: jax.ShapeDtypeStruct(shape,dt,sharding=NamedSharding(mesh,P(*spec)))
+    x=sh((B,T,D),jnp.float32,('data','fsdp')); table=sh((V,D),jnp.float32,'tensor','fsdp'); t=sh((B,T),jnp.int32,('data','fsdp'))
+    cfg=loss_lib.LossConfig(vocab_chunks=chunks)
+    def f(x,table,t):
+      head=embed.Head(table_VD=table,vocab_size=V)
+      return loss_lib.token_loss(x,head,t,cfg).objective_BT.mean()
+    g=jit(jax.value_and_grad(f,(0,1)), out_shardings=(NamedSharding(mesh,P()),(x.sharding,table.sharding)))
+    with sharding.use(mesh,RULES):
+      c=g.lower(x,table,t).compile()
+    open(f'/tmp/q/loss{chunks}.hlo','w').write(c.as_text())
+    return collectives(c,mesh)
+  for ch in (1,8):
+    f=loss_coll(ch); print('chunks',ch,'table',1024*32*4); show(f)
+    for c in f: print('     ',c)

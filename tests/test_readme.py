@@ -1,0 +1,70 @@
+"""The README's commands and code run."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+_ROOT = os.path.join(os.path.dirname(__file__), '..')
+with open(os.path.join(_ROOT, 'README.md'), encoding='utf-8') as _f:
+  _TEXT = _f.read()
+_BLOCKS = re.findall(r'^```(\w+)\n(.*?)^```', _TEXT, re.M | re.S)
+_COMMANDS = [
+  line
+  for language, block in _BLOCKS
+  if language == 'bash'
+  for line in block.splitlines()
+]
+_SNIPPETS = [block for language, block in _BLOCKS if language == 'python']
+
+
+def test_there_is_something_to_test():
+  assert len(_COMMANDS) >= 8 and len(_SNIPPETS) == 2
+
+
+@pytest.mark.parametrize(
+  'command', [c for c in _COMMANDS if c.startswith('python experiments')]
+)
+def test_experiment_commands_are_accepted(command):
+  arguments = shlex.split(command)[1:]
+  tool = {'experiments/generate.py', 'experiments/evaluate.py'}
+  check = '--help' if arguments[0] in tool else '--print_config'
+  result = subprocess.run(
+    [sys.executable, *arguments, check],
+    cwd=_ROOT,
+    capture_output=True,
+    text=True,
+  )
+  if check == '--help':  # absl prints the flags and exits with 1.
+    assert '--num_tokens' in result.stdout or '--split' in result.stdout
+    for argument in arguments[1:]:
+      assert argument.split('=')[0] in result.stdout
+  else:
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith('{')
+
+
+@pytest.mark.parametrize(
+  'command', [c for c in _COMMANDS if c.startswith('bash scripts')]
+)
+def test_scripts_parse(command):
+  script = shlex.split(command)[1]
+  subprocess.run(['bash', '-n', script], cwd=_ROOT, check=True)
+
+
+@pytest.mark.parametrize('index', range(2))
+def test_code_runs(index):
+  exec(compile(_SNIPPETS[index], 'README.md', 'exec'), {'__name__': 'readme'})
+
+
+def test_every_file_of_the_map_exists():
+  block = _TEXT.split('## The code')[1]
+  names = re.findall(r'\b([a-z_]+\.(?:py|sh)|[a-z_]+/)(?=[\s,])', block)
+  assert len(names) > 20
+  for name in names:
+    places = ('', 't2x', 'scripts', 'experiments')
+    paths = [os.path.join(_ROOT, place, name) for place in places]
+    assert any(map(os.path.exists, paths)), name

@@ -1,0 +1,204 @@
+import dataclasses
+import json
+
+import pytest
+import tiny
+
+from t2x import config as config_lib
+from t2x import optim
+from t2x import run_dir
+from t2x.data import tokenizers
+
+
+@pytest.fixture
+def run(tmp_path):
+  """A workdir with the files of a run, and its config."""
+  config = tiny.experiment_of(tmp_path)
+  workdir = tmp_path / 'run'
+  _write(workdir, config)
+  return workdir, config
+
+
+def _write(workdir, config, **options):
+  changes = run_dir.check(str(workdir), config, **options)
+  tokenizer = tokenizers.train(config.data.tokenizer, [])
+  run_dir.write(str(workdir), config, tokenizer, changes)
+
+
+def _set(config, *settings):
+  return config_lib.override(config, config_lib.parse_settings(settings))
+
+
+def test_a_run_says_what_it_is(run):
+  workdir, config = run
+  assert run_dir.read_config(str(workdir)) == config
+  assert run_dir.load_config(str(workdir / 'config.json')) == config
+  versions = json.loads((workdir / 'versions.json').read_text())
+  assert {'python', 'jax', 'flax', 'optax'} <= set(versions)
+  assert tokenizers.load(workdir / 'tokenizer').decode([]) == ''
+  assert not (workdir / 'history.jsonl').exists()
+  assert not list(workdir.glob('*.tmp'))
+
+
+def test_every_difference_is_listed(run):
+  workdir, config = run
+  before = (workdir / 'config.json').read_text()
+  new = _set(
+    config,
+    'model.embed_dim=32',
+    'model.position=rotary',
+    'data.batch_size=16',
+    'optim.learning_rate=0.5',
+    'train.seed=1',
+    'train.num_steps=9',
+  )
+  new = dataclasses.replace(
+    new, optim=optim.Lion(learning_rate=0.5, b2=0.9, weight_decay=0.1)
+  )
+  with pytest.raises(ValueError) as info:
+    run_dir.check(str(workdir), new)
+  lines = str(info.value).splitlines()
+  assert lines[0] == f'{workdir} holds a run with other settings:'
+  assert lines[-1] == (
+    'Use another --workdir, undo the changes, or go on all the same with '
+    '--allow_config_change.'
+  )
+  listed = {line.split(':')[0].strip() for line in lines[1:-1]}
+  assert {
+    'model.embed_dim',
+    'model.position.kind',
+    'data.batch_size',
+    'optim.kind',
+    'optim.learning_rate',
+    'optim.b2',
+    'optim.eps',
+    'optim.schedule.shape',
+    'train.seed',
+  } <= listed
+  assert 'train.num_steps' not in listed
+  assert '  model.embed_dim: 16 -> 32' in lines
+  assert "  optim.kind: 'adamw' -> 'lion'" in lines
+  assert (workdir / 'config.json').read_text() == before
+
+
+@pytest.mark.parametrize(
+  'setting',
+  [
+    'model.num_layers=4',
+    'model.attention.num_kv_heads=2',
+    'data.length=16',
+    'data.objective.kind=masked_lm',
+    'data.tokenizer.num_sentinels=5',
+    'data.train_split=train[:50%]',
+    'optim.schedule.warmup_steps=3',
+    'optim.weight_decay=0',
+    'train.seed=1',
+    'train.ema_decay=0.9',
+    'train.trainable=.*bias.*',
+    'train.loss.z_loss=1e-4',
+  ],
+)
+def test_what_would_change_the_numbers_is_refused(run, setting):
+  workdir, config = run
+  name = setting.partition('=')[0]
+  with pytest.raises(ValueError, match=f'\n  {name}: .* -> '):
+    run_dir.check(str(workdir), _set(config, setting))
+
+
+@pytest.mark.parametrize(
+  'setting',
+  [
+    'mesh.data=4',
+    'rules.mlp=none',
+    'rules.embed=data,fsdp',
+    'train.remat=full',
+    'train.scan_layers=false',
+    'train.accumulate=2',
+    'train.accumulate_whole=true',
+    'train.num_steps=9',
+    'train.checkpoint_every=7',
+    'train.keep_last=1',
+    'train.keep_every=10',
+    'train.log_every=2',
+    'train.eval_every=3',
+    'train.eval_batches=none',
+    'train.max_skipped=2',
+    'data.eval_splits=',
+    'data.data_dir=elsewhere',
+    'data.num_threads=2',
+    'model.attention.block=16',
+  ],
+)
+def test_the_rest_may_change_and_is_logged(run, setting):
+  workdir, config = run
+  new = _set(config, setting)
+  assert new != config
+  _write(workdir, new)
+  assert run_dir.read_config(str(workdir)) == new
+  (changes,) = tiny.history(workdir)
+  name = setting.partition('=')[0]
+  assert changes and all(n.startswith(name) for n in changes)
+
+
+def test_a_change_can_be_insisted_on(run):
+  workdir, config = run
+  new = _set(config, 'train.seed=1')
+  _write(workdir, new, allow_change=True)
+  _write(workdir, _set(new, 'train.num_steps=9'))
+  assert tiny.history(workdir) == [
+    {'train.seed': [0, 1]},
+    {'train.num_steps': [4, 9]},
+  ]
+
+
+def test_the_same_settings_log_nothing(run):
+  workdir, config = run
+  _write(workdir, config)
+  assert not (workdir / 'history.jsonl').exists()
+
+
+def test_other_versions_are_reported(run, caplog, monkeypatch):
+  workdir, config = run
+  versions = {**run_dir.versions(), 'jax': '99.0'}
+  monkeypatch.setattr(run_dir, 'versions', lambda: versions)
+  _write(workdir, config)
+  assert 'jax was 0.' in caplog.text
+  assert 'and is 99.0' in caplog.text
+
+
+def test_a_crash_while_writing_leaves_the_old_config(run, monkeypatch):
+  workdir, config = run
+  path = type(run_dir.path(str(workdir)))
+
+  def fail(self, text):
+    with open(self, 'w') as file:
+      file.write(text[: len(text) // 2])
+    raise OSError(28, 'No space left on device')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(path, 'write_text', fail)
+    with pytest.raises(OSError, match='No space left'):
+      _write(workdir, _set(config, 'train.num_steps=9'))
+  assert run_dir.read_config(str(workdir)) == config
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('{"model": ', 'config.json is not JSON .* start in another workdir'),
+    ('{"modle": {}}', "Experiment has no 'modle'. Did you mean 'model'"),
+    ('{"train": {"seed": "x"}}', "'train.seed': 'x' does not fit the type int"),
+  ],
+)
+def test_a_damaged_config(run, text, message):
+  workdir, _ = run
+  (workdir / 'config.json').write_text(text)
+  with pytest.raises(ValueError, match=message):
+    run_dir.read_config(str(workdir))
+
+
+def test_no_run_and_no_file(tmp_path):
+  with pytest.raises(ValueError, match='holds no run: it has no config.json'):
+    run_dir.read_config(str(tmp_path))
+  with pytest.raises(ValueError, match='--config=.*there is no such file'):
+    run_dir.load_config(str(tmp_path / 'config.json'))
