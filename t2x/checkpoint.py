@@ -47,6 +47,7 @@ class Checkpoints:
     )
     self._manager: ocp.CheckpointManager | None = None
     self._saving: int | None = None
+    self._torn = False
 
   @property
   def manager(self) -> ocp.CheckpointManager:
@@ -70,7 +71,12 @@ class Checkpoints:
     """
     arrays = by_path(state)
     sums = {name: int(s) for name, s in jax.device_get(_sums(arrays)).items()}
-    meta = {'step': step, 'data': position, 'checksums': sums}
+    meta = {
+      'step': step,
+      'data': position,
+      'checksums': sums,
+      'arrays': _described(arrays),
+    }
     before = self.wait()
     try:
       self.manager.save(
@@ -95,6 +101,8 @@ class Checkpoints:
     except Exception as error:
       self._report(self._saving, error)
       return False
+    if self._torn:  # Threads of a failed save may have written after it.
+      self._remove_torn()
     return True
 
   def latest_step(self) -> int | None:
@@ -169,6 +177,10 @@ class Checkpoints:
       raise CheckpointError(
         f'it holds other arrays: not needed {extra[:3]}, missing {missing[:3]}'
       )
+    now = _described(wanted)
+    for name, was in meta['arrays'].items():
+      if now.get(name, was) != was:
+        raise CheckpointError(f'{name} is {was} there and {now[name]} here')
     args = ocp.args.PyTreeRestore(
       wanted,
       restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
@@ -193,8 +205,10 @@ class Checkpoints:
     self._manager = None
     if jax.process_index() == 0:
       for step in steps:
-        path = self._directory / str(step)
-        path.rename(self._directory.parent / f'damaged_checkpoint_{step}')
+        new = self._directory.parent / f'damaged_checkpoint_{step}'
+        if new.exists():  # The step was damaged before; one copy will do.
+          new.rmtree()
+        (self._directory / str(step)).rename(new)
 
   def _steps(self) -> list[int]:
     """Returns the complete steps, which have their final names."""
@@ -219,6 +233,7 @@ class Checkpoints:
     if manager is not None:
       with contextlib.suppress(Exception):  # It was reported above.
         manager.close()
+    self._torn = True
     self._remove_torn()
 
   def _remove_torn(self) -> None:
@@ -237,6 +252,11 @@ def by_path(tree: Any) -> dict[str, Any]:
   return {sharding.path_name(path): leaf for path, leaf in flat}
 
 
+def _described(arrays: dict[str, Any]) -> dict[str, str]:
+  """Returns type and shape of each array, as in `float32(5, 3)`."""
+  return {name: f'{a.dtype}{a.shape}' for name, a in arrays.items()}
+
+
 @jax.jit
 def _sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
   return {name: _bit_sum(array) for name, array in arrays.items()}
@@ -253,4 +273,4 @@ def _bit_sum(array: jax.Array) -> jax.Array:
 def _short(error: Exception) -> str:
   """Returns the first line of an error, at most 200 characters."""
   text = str(error).strip() or type(error).__name__
-  return text.splitlines()[0][:200]
+  return text.splitlines()[0].partition(' See full TensorStore')[0][:200]

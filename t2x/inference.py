@@ -75,8 +75,9 @@ def load(
   saved.close()
   if restored is None:
     raise ValueError(
-      f'{workdir} has no checkpoint yet. Let the experiment reach '
-      f'train.checkpoint_every={config.train.checkpoint_every} steps.'
+      f'{workdir} has no checkpoint yet. Let the experiment run on: it saves '
+      f'at the end and at train.checkpoint_every='
+      f'{config.train.checkpoint_every} steps.'
     )
   step, state, _ = restored
   tokenizer = tokenizers.load(run_dir.path(workdir) / 'tokenizer')

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from t2x import sharding
 from t2x.layers import embed
 
 _NEVER = -1e30
@@ -125,10 +126,12 @@ def _reduce(x_BTD, head, table_CD, bias_C, targets_BT, chunk, num) -> _Sums:
 
 def _reduce_chunks(x_BTD, head, targets_BT, num) -> _Sums:
   # Chunk c takes every num-th row, so a table that is sharded by rows stays
-  # where it is. Each row's gradient is made once, in one chunk, so the table
-  # is gathered once and its gradient reduced once.
+  # where it is. Gathered here, its other dimension does not cross the mesh in
+  # the loop, and again for the backward pass. Each row's gradient is made once,
+  # in one chunk, so that it is reduced once.
   split = lambda a: jnp.moveaxis(a.reshape(-1, num, *a.shape[1:]), 1, 0)
-  tables = split(head.table_VD)
+  table_VD = head.table_VD.astype(x_BTD.dtype)
+  tables = split(sharding.constrain(table_VD, 'vocab', 'act_embed'))
   biases = None if head.bias_V is None else split(head.bias_V)
 
   @jax.checkpoint

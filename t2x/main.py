@@ -49,8 +49,11 @@ def app_run(main: Callable[[], None]) -> None:
       )
     logging.getLogger('t2x').setLevel(logging.INFO)
     if not flags.FLAGS['verbosity'].present:
-      # Orbax logs every file that it writes; --verbosity=0 shows it.
-      absl_logging.set_verbosity(absl_logging.WARNING)
+      # Orbax logs every file that it writes, and with a traceback for each
+      # what checkpoint.py reports; --verbosity=0 shows it.
+      absl_logging.set_verbosity(absl_logging.FATAL)
+      # A full disk fails hundreds of its tasks; the checkpoint says it once.
+      logging.getLogger('asyncio').setLevel(logging.CRITICAL)
     try:
       main()
     except OSError as error:  # Disks and permissions are the user's.
@@ -101,7 +104,7 @@ def use_compilation_cache() -> None:
   """Keeps compiled programs between runs, unless JAX was told where to."""
   import jax
 
-  if jax.config.read('jax_compilation_cache_dir') is None:
+  if jax.config.values['jax_compilation_cache_dir'] is None:
     root = os.environ.get('T2X_DATA_DIR') or '~/.cache/t2x'
     directory = os.path.join(os.path.expanduser(root), 'compiled')
     jax.config.update('jax_compilation_cache_dir', directory)

@@ -12,6 +12,7 @@ from typing import Literal
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -176,7 +177,8 @@ def make_schedule(config: Optimizer, num_steps: int) -> optax.Schedule:
     )
   elif s.shape == 'inverse_sqrt':
     start = max(s.warmup_steps, 1)
-    after = lambda step: peak * (start / (step + start)) ** 0.5
+    # optax asks during the warmup too, for steps before 0.
+    after = lambda step: peak * (start / jnp.maximum(step + start, 1)) ** 0.5
   else:
     after = optax.constant_schedule(peak)
   if not s.warmup_steps:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
+import optax
 import pytest
 
 from t2x import loss as loss_lib
@@ -29,6 +30,7 @@ from t2x.models import decoder
 
 RULES = sharding.Rules()
 KINDS = 'all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute'
+CALLEES = r'(?:calls|to_apply|(?:true|false)_computation)=%?([\w.\-]+)'
 SIZES = {'pred': 1, 's32': 4, 'u32': 4, 'f32': 4, 'bf16': 2}
 # LLVM's optimisations cost half the time and change no collective.
 jit = functools.partial(
@@ -77,7 +79,9 @@ def groups_of(line):
     order = re.search(r'\[([\d,]+)\]T\(([\d,]+)\)', named[2])
     ids = np.arange(math.prod(sizes.values()))
     if order:
-      shape, dims = ([int(i) for i in part.split(',')] for part in order.groups())
+      shape, dims = (
+        [int(i) for i in part.split(',')] for part in order.groups()
+      )
       ids = ids.reshape(shape).transpose(dims)
     assert order or not named[2], line
     # Each joined axis, or a part of one: 'axis':(size before)size.
@@ -129,7 +133,7 @@ def collectives(compiled, mesh):
         found.append(
           Collective(op[2], num_bytes(op[1]), axes_of(line, mesh), loops, times)
         )
-      for callee in re.findall(r'(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)', line):
+      for callee in re.findall(CALLEES, line):
         walk(callee, loops, times)
       body = re.search(r' while\(.*body=%?([\w.\-]+)', line)
       if body:
@@ -205,7 +209,8 @@ def plain_step(state, batch, key, *, tx, config):
   """Accumulation as one would write it first: a scan, left to the compiler."""
   once = dataclasses.replace(config, accumulate=1)
   trained, rest = train_step.partition(state.model, config.trainable)
-  parts = jax.tree.map(lambda x: x.reshape(-1, ACCUMULATE, LENGTH).swapaxes(0, 1), batch)
+  split = lambda x: x.reshape(-1, ACCUMULATE, LENGTH).swapaxes(0, 1)
+  parts = jax.tree.map(split, batch)
 
   def add(sums, part):
     grads, metrics = train_step.gradients(trained, rest, part, key, once)
@@ -214,34 +219,96 @@ def plain_step(state, batch, key, *, tx, config):
   zeros = jax.tree.map(jnp.zeros_like, trained)
   grads, metrics = jax.lax.scan(add, zeros, parts)
   updates, opt_state = tx.update(grads, state.opt_state, trained)
-  model = train_step.combine(train_step.optax.apply_updates(trained, updates), rest)
+  model = train_step.combine(optax.apply_updates(trained, updates), rest)
   new = dataclasses.replace(state, model=model, opt_state=opt_state)
   return new, jax.tree.map(jnp.sum, metrics)
-if __name__ == '__main__':
-  import collections, time
-  def show(found):
-    tot=collections.Counter()
-    for c in found: tot[c.kind, tuple(sorted(c.axes)), c.loops]+=c.size*c.times
-    for k,v in sorted(tot.items()): print('  ',k,v)
-  for sizes in [{'data':8},{'data':4,'fsdp':2},{'data':2,'fsdp':2,'tensor':2}]:
-    mesh=mesh_lib.make(mesh_lib.MeshConfig(**sizes))
-    st=step_shapes(mesh, train_step.StepConfig())[0]
-    print(sizes,'param bytes per device', sum(math.prod(x.sharding.shard_shape(x.shape))*4 for x in jax.tree.leaves(st.model)), 'whole', sum(x.size*4 for x in jax.tree.leaves(st.model)))
-    for name, cfg, step in [('ours',train_step.StepConfig(accumulate=4),train_step.train_step),('whole',train_step.StepConfig(accumulate=4,accumulate_whole=True),train_step.train_step),('plain',train_step.StepConfig(accumulate=4),plain_step)]:
-      t=time.time(); f=step_collectives(mesh,cfg,step); print(name, '%.1f s'%(time.time()-t)); show(f)
-  mesh=mesh_lib.make(mesh_lib.MeshConfig(data=2,fsdp=2,tensor=2))
-  def loss_coll(chunks, V=1024, D=32, B=8, T=16):
-    sh=lambda shape,dt,*spec: jax.ShapeDtypeStruct(shape,dt,sharding=NamedSharding(mesh,P(*spec)))
-    x=sh((B,T,D),jnp.float32,('data','fsdp')); table=sh((V,D),jnp.float32,'tensor','fsdp'); t=sh((B,T),jnp.int32,('data','fsdp'))
-    cfg=loss_lib.LossConfig(vocab_chunks=chunks)
-    def f(x,table,t):
-      head=embed.Head(table_VD=table,vocab_size=V)
-      return loss_lib.token_loss(x,head,t,cfg).objective_BT.mean()
-    g=jit(jax.value_and_grad(f,(0,1)), out_shardings=(NamedSharding(mesh,P()),(x.sharding,table.sharding)))
-    with sharding.use(mesh,RULES):
-      c=g.lower(x,table,t).compile()
-    open(f'/tmp/q/loss{chunks}.hlo','w').write(c.as_text())
-    return collectives(c,mesh)
-  for ch in (1,8):
-    f=loss_coll(ch); print('chunks',ch,'table',1024*32*4); show(f)
-    for c in f: print('     ',c)
+
+
+def mesh_of(**sizes):
+  return mesh_lib.make(mesh_lib.MeshConfig(**sizes))
+
+
+def gradient_bytes(mesh, config):
+  """Bytes on one device of gradients split as their parameters are."""
+  model = step_shapes(mesh, config)[0].model
+  return sum(
+    4 * math.prod(x.sharding.shard_shape(x.shape))
+    for x in jax.tree.leaves(model)
+  )
+
+
+STEP = train_step.StepConfig(accumulate=ACCUMULATE)
+WHOLE = dataclasses.replace(STEP, accumulate_whole=True)
+MESHES = {
+  'data8': {'data': 8},
+  'data4_fsdp2': {'data': 4, 'fsdp': 2},
+  'data2_fsdp2_tensor2': {'data': 2, 'fsdp': 2, 'tensor': 2},
+}
+
+
+@pytest.mark.parametrize('sizes', MESHES)
+def test_one_reduction_over_data(sizes):
+  mesh = mesh_of(**MESHES[sizes])
+  found = step_collectives(mesh, STEP)
+  assert reduced(found, 'data', inside=True) == 0
+  size = gradient_bytes(mesh, STEP)
+  assert size <= reduced(found, 'data', inside=False) < 1.01 * size
+
+
+def test_fsdp_reduces_in_the_loop_or_once():
+  """Each microbatch's gradients, or whole gradients: memory against bytes."""
+  mesh = mesh_of(data=4, fsdp=2)
+  found = step_collectives(mesh, STEP)
+  whole = gradient_bytes(mesh_of(data=8), STEP)
+  assert reduced(found, 'fsdp', inside=True) > whole
+  found = step_collectives(mesh, WHOLE)
+  assert reduced(found, 'fsdp', inside=True) == 0
+  assert reduced(found, 'data', inside=True) == 0
+  assert whole <= reduced(found, 'fsdp', inside=False) < 1.01 * whole
+  # Parameters are gathered before the loop, once.
+  assert not [c for c in found if c.kind == 'all-gather' and c.loops]
+
+
+def test_a_plain_scan_reduces_in_the_loop():
+  """So these tests can tell: a reduction for every microbatch."""
+  mesh = mesh_of(data=8)
+  found = step_collectives(mesh, STEP, plain_step)
+  size = gradient_bytes(mesh, STEP)
+  assert reduced(found, 'data', inside=True) > (ACCUMULATE - 0.1) * size
+
+
+# --- The vocabulary table of a chunked loss. ---
+
+VOCAB, D = 1024, 32
+
+
+def loss_collectives(mesh, chunks):
+  where = lambda *spec: NamedSharding(mesh, P(*spec))
+  rows = where(('data', 'fsdp'))
+  x = jax.ShapeDtypeStruct((8, 16, D), jnp.float32, sharding=rows)
+  targets = jax.ShapeDtypeStruct((8, 16), jnp.int32, sharding=rows)
+  table = jax.ShapeDtypeStruct(
+    (VOCAB, D), jnp.float32, sharding=where('tensor', 'fsdp')
+  )
+  config = loss_lib.LossConfig(vocab_chunks=chunks)
+
+  def mean(x, table, targets):
+    head = embed.Head(table_VD=table, vocab_size=VOCAB)
+    return loss_lib.token_loss(x, head, targets, config).objective_BT.mean()
+
+  out = where(), (rows, table.sharding)
+  fn = jit(jax.value_and_grad(mean, (0, 1)), out_shardings=out)
+  with sharding.use(mesh, RULES):
+    return collectives(fn.lower(x, table, targets).compile(), mesh)
+
+
+def test_the_table_crosses_the_mesh_once():
+  found = loss_collectives(mesh_of(data=2, fsdp=2, tensor=2), chunks=8)
+  table = 4 * VOCAB * D // 2  # The part of a device along `tensor`.
+  gathers = [c for c in found if c.kind == 'all-gather']
+  assert [(c.size, c.loops) for c in gathers] == [(table, 0)]
+  # Chunk by chunk, each row's gradient once.
+  for axis in ('data', 'fsdp'):
+    over = [c for c in found if axis in c.axes and c.kind == 'all-reduce']
+    total = sum(c.size * c.times for c in over)
+    assert table <= total < 1.01 * table

@@ -6,7 +6,8 @@ import itertools
 import json
 import os
 import pkgutil
-from typing import ClassVar, Literal
+from typing import ClassVar
+from typing import Literal
 
 import pytest
 
@@ -58,16 +59,16 @@ def setting(**settings):
 
 @pytest.mark.parametrize(
   'settings',
-  list(itertools.permutations(
-    ['shape.radius=5', 'shape.size=7', 'shape=circle', 'steps=4'])
+  list(
+    itertools.permutations(
+      ['shape.radius=5', 'shape.size=7', 'shape=circle', 'steps=4']
+    )
   ),
 )
 def test_order_never_matters(settings):
   # size=7 alone lets radius=5 be, and only a circle has a radius.
   result = config.override(Tree(), config.parse_settings(settings))
-  assert result == Tree(
-    shape=Circle(size=7, radius=5.0, name='shape'), steps=4
-  )
+  assert result == Tree(shape=Circle(size=7, radius=5.0, name='shape'), steps=4)
 
 
 def test_a_later_setting_of_the_same_name_wins():

@@ -1,13 +1,18 @@
 """Cross-entropy against sums over lists in float64, whole and in chunks."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
 from t2x import loss as loss_lib
+from t2x import mesh as mesh_lib
+from t2x import sharding
 from t2x.layers import embed
 
 B, T, D, VOCAB, ROWS = 2, 5, 8, 21, 24
@@ -143,6 +148,33 @@ def test_a_tie_counts_as_correct(chunks):
   np.testing.assert_array_equal(got.correct_BT, [[1, 1, 0]])
   nll = np.log(2)
   np.testing.assert_allclose(got.nll_BT, [[nll, nll, 400 + nll]], rtol=1e-5)
+
+
+@pytest.mark.parametrize('chunks', [1, 3])
+@pytest.mark.parametrize('tensor', [2, 4])
+def test_a_table_split_by_rows_and_columns(tensor, chunks):
+  """ROWS / (chunks x tensor) rows of a chunk on each device."""
+  rng, x, targets = make_inputs(3)
+  x, targets = jnp.tile(x, (2, 1, 1)), jnp.tile(targets, (2, 1))
+  head = make_head(rng)
+  config = config_of('both', chunks)
+
+  def total(x, head):
+    return loss_lib.token_loss(x, head, targets, config).objective_BT.sum()
+
+  fn = lambda: jax.jit(jax.value_and_grad(total, (0, 1)))
+  want = fn()(x, head)
+  mesh = mesh_lib.make(mesh_lib.MeshConfig(fsdp=2, tensor=tensor))
+  put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))
+  head = dataclasses.replace(
+    head,
+    table_VD=put(head.table_VD, 'tensor', 'fsdp'),
+    bias_V=put(head.bias_V, 'tensor'),
+  )
+  with sharding.use(mesh, sharding.Rules()):
+    got = fn()(put(x, ('data', 'fsdp')), head)
+  for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+    np.testing.assert_allclose(b, a, rtol=2e-5, atol=2e-5)
 
 
 def test_chunks_that_do_not_divide():

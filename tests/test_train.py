@@ -225,9 +225,7 @@ def test_a_signal_during_an_evaluation_is_not_lost(
 
   with monkeypatch.context() as patch:
     patch.setattr(train.Run, 'evaluate', interrupted)
-    _train(
-      directory, tmp_path, train__checkpoint_every=0, train__eval_every=2
-    )
+    _train(directory, tmp_path, train__checkpoint_every=0, train__eval_every=2)
   assert os.listdir(tmp_path / 'checkpoints') == ['2']
   _train(directory, tmp_path)
   assert tiny.losses(tmp_path) == tiny.losses(base[0])
@@ -354,7 +352,7 @@ def test_steps_that_are_not_finite_are_skipped_then_stop(directory, tmp_path):
   assert int(three.step) == 3 and int(three.num_skipped) == 2
   with pytest.raises(
     train.NonFiniteError,
-    match=r'Step 5: loss=nan.*grad_norm=nan. 4 updates in a row .*'
+    match=r'Step 5: grad_norm=nan, loss=nan, .* 4 updates in a row .*'
     r'train.max_skipped=4.*those of step 1. Lower optim.learning_rate',
   ):
     _train(directory, run, train__max_skipped=4, **settings)

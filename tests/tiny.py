@@ -76,18 +76,20 @@ def experiment_of(directory: pathlib.Path, **settings) -> experiment.Experiment:
   return config_lib.override(config, texts)
 
 
-def start(directory: pathlib.Path, *arguments: str, **options):
-  """Starts this file as a script, in a process of its own."""
+def start(
+  directory: pathlib.Path, *arguments: str, script: str = __file__, **options
+):
+  """Starts a script, by default this file, in a process of its own."""
   root = pathlib.Path(__file__).parents[1]
   env = {
     **os.environ,
     'JAX_COMPILATION_CACHE_DIR': str(jax.config.jax_compilation_cache_dir),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
-    'PYTHONPATH': str(root),
+    'PYTHONPATH': f'{root}:{root / "tests"}',
     'TINY_DIRECTORY': str(directory),
   }
   return subprocess.Popen(
-    [sys.executable, __file__, *arguments],
+    [sys.executable, script, *arguments],
     env=env,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
