@@ -7,8 +7,9 @@ vocabulary 8,192, length 256, batch 8, float32, AdamW, no dropout) in
 subprocesses that take turns, so that both see the same machine. PyTorch runs
 eagerly with scaled_dot_product_attention and fused AdamW; both read random
 tokens from memory. t2x runs data parallel over one device a core. Both get the
-same settings of the C library's memory. Prints medians, and with --json one object in the last
-line; `ratio` is the median over rounds of t2x / torch in tokens/s.
+same settings of the C library's memory. Prints medians, and with --json one
+object in the last line; `ratio` is the median over rounds of t2x / torch in
+tokens/s.
 
 Needs: bash scripts/setup.sh bench
 """

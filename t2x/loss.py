@@ -4,10 +4,12 @@ Shape suffixes: B batch, T position, D embed, V vocabulary, C rows of a chunk.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from t2x import sharding
 from t2x.layers import embed
@@ -26,20 +28,30 @@ class LossConfig:
       2022).
     vocab_chunks: pieces of the vocabulary; logits of one piece exist at a
       time, and the backward pass computes them again. 1 keeps all logits.
+    token_chunks: pieces of the sequence; the gradient of each is made along
+      with its loss, while its logits are there, so nothing is computed twice
+      and the logits of one piece exist at a time.
   """
 
   label_smoothing: float = 0.0
   z_loss: float = 0.0
   vocab_chunks: int = 1
+  token_chunks: int = 1
 
   def __post_init__(self):
     if not 0.0 <= self.label_smoothing < 1.0:
       raise ValueError(
         f'train.loss.label_smoothing={self.label_smoothing}; it is in [0, 1).'
       )
-    if self.vocab_chunks < 1:
+    for name in ('vocab_chunks', 'token_chunks'):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f'train.loss.{name}={getattr(self, name)}; it is 1 or more.'
+        )
+    if self.vocab_chunks > 1 and self.token_chunks > 1:
       raise ValueError(
-        f'train.loss.vocab_chunks={self.vocab_chunks}; it is 1 or more.'
+        f'train.loss.vocab_chunks={self.vocab_chunks} and token_chunks='
+        f'{self.token_chunks}: set one of them to 1.'
       )
 
 
@@ -150,3 +162,117 @@ def _reduce_chunks(x_BTD, head, targets_BT, num) -> _Sums:
   zeros = jnp.zeros(targets_BT.shape, jnp.float32)
   start = _Sums(zeros + _NEVER, zeros, zeros, zeros)
   return jax.lax.scan(body, start, (jnp.arange(num), tables, biases))[0]
+
+
+class MeanLoss(NamedTuple):
+  """Weighted sums over all tokens, scalars; see `TokenLoss`."""
+
+  objective: jax.Array
+  nll: jax.Array
+  correct: jax.Array
+
+
+def mean_loss(
+  x_BTD: jax.Array,
+  head: embed.Head,
+  targets_BT: jax.Array,
+  weights_BT: jax.Array,
+  config: LossConfig = LossConfig(),
+) -> MeanLoss:
+  """Returns weighted sums of the tokens' losses.
+
+  Args:
+    x_BTD: features.
+    head: the product that makes logits.
+    targets_BT: token ids.
+    weights_BT: weight of each token over the weight of the whole batch.
+    config: smoothing, z-loss, chunks.
+
+  Raises:
+    ValueError: the chunks do not divide the vocabulary or the sequence.
+  """
+  if config.token_chunks == 1:
+    return _weigh(token_loss(x_BTD, head, targets_BT, config), weights_BT)
+  if x_BTD.shape[1] % config.token_chunks:
+    raise ValueError(
+      f'train.loss.token_chunks={config.token_chunks} does not divide the '
+      f'{x_BTD.shape[1]} tokens of a row. Choose a divisor.'
+    )
+  return _fused(x_BTD, head, targets_BT, weights_BT, config)
+
+
+def _weigh(losses: TokenLoss, weights_BT: jax.Array) -> MeanLoss:
+  return MeanLoss(*((values * weights_BT).sum() for values in losses))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _fused(x_BTD, head, targets_BT, weights_BT, config) -> MeanLoss:
+  return _fused_forward(x_BTD, head, targets_BT, weights_BT, config)[0]
+
+
+def _fused_forward(x_BTD, head, targets_BT, weights_BT, config):
+  """Returns the loss, and its gradients as residuals.
+
+  The rows of a batch are split over mesh axes by hand, so that the table's
+  gradient is summed on each device and reduced over them once, at the end.
+  """
+  axes = sharding.auto_axes('batch')
+  fn = functools.partial(_chunked_gradients, config=config, axes=axes)
+  # Gathered in the dtype of the products, once.
+  table_VD = head.table_VD.astype(x_BTD.dtype)
+  table_VD = sharding.constrain(table_VD, 'vocab', 'act_embed')
+  args = (
+    x_BTD,
+    dataclasses.replace(head, table_VD=table_VD),
+    targets_BT,
+    weights_BT,
+  )
+  if not axes:
+    return fn(*args)
+  rows = P(axes)
+  return jax.shard_map(
+    fn,
+    in_specs=(rows, P(), rows, rows),
+    out_specs=(P(), (rows, P())),
+    axis_names=set(axes),
+    check_vma=False,
+  )(*args)
+
+
+def _chunked_gradients(x_BTD, head, targets_BT, weights_BT, *, config, axes):
+  num = config.token_chunks
+  # Float32, so that the table's gradient is summed in float32.
+  head = dataclasses.replace(head, table_VD=head.table_VD.astype(jnp.float32))
+  whole = dataclasses.replace(config, token_chunks=1)
+
+  def chunk_loss(x_BTD, head, targets_BT, weights_BT):
+    losses = token_loss(x_BTD, head, targets_BT, whole)
+    mean = _weigh(losses, weights_BT)
+    return mean.objective, mean
+
+  gradient = jax.grad(chunk_loss, argnums=(0, 1), has_aux=True)
+
+  def body(sums, part):
+    x_BTD, targets_BT, weights_BT = part
+    (d_x, d_head), mean = gradient(x_BTD, head, targets_BT, weights_BT)
+    return jax.tree.map(jnp.add, sums, (mean, d_head)), d_x
+
+  split = lambda a: jnp.moveaxis(
+    a.reshape(a.shape[0], num, -1, *a.shape[2:]), 1, 0
+  )
+  zero = MeanLoss(*[jnp.zeros((), jnp.float32)] * 3)
+  start = zero, jax.tree.map(jnp.zeros_like, head)
+  parts = jax.tree.map(split, (x_BTD, targets_BT, weights_BT))
+  sums, d_x = jax.lax.scan(body, start, parts)
+  mean, d_head = jax.lax.psum(sums, axes) if axes else sums
+  return mean, (jnp.moveaxis(d_x, 0, 1).reshape(x_BTD.shape), d_head)
+
+
+def _fused_backward(config, residuals, grads: MeanLoss):
+  del config
+  d_x, d_head = residuals
+  scale = lambda a: (a * grads.objective).astype(a.dtype)
+  return scale(d_x), jax.tree.map(scale, d_head), None, None
+
+
+_fused.defvjp(_fused_forward, _fused_backward)

@@ -69,6 +69,21 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec)
 
 
+def auto_axes(axis: str) -> tuple[str, ...]:
+  """Returns the mesh axes, of more than one device, that split a logical axis.
+
+  Those that a surrounding `shard_map` is manual over are left out, and there
+  are none outside `use`.
+  """
+  if _rules.value is None:
+    return ()
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = _as_tuple(getattr(_rules.value, axis))
+  return tuple(
+    a for a in axes if mesh.shape[a] > 1 and a not in mesh.manual_axes
+  )
+
+
 def to_spec(
   axes: tuple[str | None, ...],
   rules: Rules,

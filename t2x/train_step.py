@@ -259,12 +259,11 @@ def _loss(trained, rest, batch, total, key, config: StepConfig):
   x_BTD = model.hidden(
     **model_inputs(model, batch), keys_B=keys_B, execution=config.execution
   )
-  losses = loss_lib.token_loss(x_BTD, model.head, batch['targets'], config.loss)
-  weights = batch['weights']
-  mean = lambda values: (values * weights).sum() / total
-  objective = mean(losses.objective_BT)
-  return objective, {
-    'loss': objective,
-    'nll': mean(losses.nll_BT),
-    'accuracy': mean(losses.correct_BT),
+  mean = loss_lib.mean_loss(
+    x_BTD, model.head, batch['targets'], batch['weights'] / total, config.loss
+  )
+  return mean.objective, {
+    'loss': mean.objective,
+    'nll': mean.nll,
+    'accuracy': mean.correct,
   }

@@ -282,7 +282,7 @@ def test_a_plain_scan_reduces_in_the_loop():
 VOCAB, D = 1024, 32
 
 
-def loss_collectives(mesh, chunks):
+def loss_collectives(mesh, **chunks):
   where = lambda *spec: NamedSharding(mesh, P(*spec))
   rows = where(('data', 'fsdp'))
   x = jax.ShapeDtypeStruct((8, 16, D), jnp.float32, sharding=rows)
@@ -290,11 +290,12 @@ def loss_collectives(mesh, chunks):
   table = jax.ShapeDtypeStruct(
     (VOCAB, D), jnp.float32, sharding=where('tensor', 'fsdp')
   )
-  config = loss_lib.LossConfig(vocab_chunks=chunks)
+  config = loss_lib.LossConfig(**chunks)
 
   def mean(x, table, targets):
     head = embed.Head(table_VD=table, vocab_size=VOCAB)
-    return loss_lib.token_loss(x, head, targets, config).objective_BT.mean()
+    weights = jnp.ones(targets.shape) / targets.size
+    return loss_lib.mean_loss(x, head, targets, weights, config).objective
 
   out = where(), (rows, table.sharding)
   fn = jit(jax.value_and_grad(mean, (0, 1)), out_shardings=out)
@@ -303,7 +304,8 @@ def loss_collectives(mesh, chunks):
 
 
 def test_the_table_crosses_the_mesh_once():
-  found = loss_collectives(mesh_of(data=2, fsdp=2, tensor=2), chunks=8)
+  mesh = mesh_of(data=2, fsdp=2, tensor=2)
+  found = loss_collectives(mesh, vocab_chunks=8)
   table = 4 * VOCAB * D // 2  # The part of a device along `tensor`.
   gathers = [c for c in found if c.kind == 'all-gather']
   assert [(c.size, c.loops) for c in gathers] == [(table, 0)]
@@ -312,3 +314,14 @@ def test_the_table_crosses_the_mesh_once():
     over = [c for c in found if axis in c.axes and c.kind == 'all-reduce']
     total = sum(c.size * c.times for c in over)
     assert table <= total < 1.01 * table
+
+
+def test_chunks_of_tokens_reduce_the_table_once():
+  mesh = mesh_of(data=2, fsdp=2, tensor=2)
+  found = loss_collectives(mesh, token_chunks=4)
+  table = 4 * VOCAB * D // 2
+  gathers = [c for c in found if c.kind == 'all-gather' and c.size == table]
+  assert [c.loops for c in gathers] == [0]
+  for axis in ('data', 'fsdp'):
+    assert reduced(found, axis, inside=True) == 0
+    assert table <= reduced(found, axis, inside=False) < 1.01 * table

@@ -222,3 +222,53 @@ def test_memory_does_not_grow_with_the_vocabulary():
   assert large - small < 2.5 * table
   assert temporaries(8192, 1) - temporaries(2048, 1) > 10 * table
   assert 5 * large < temporaries(8192, 1)
+
+
+# --- Chunks of tokens, whose gradients are made with the loss. ---
+
+
+def mean_gradients(x, head, targets, config):
+  weights = jnp.arange(1.0, B * T + 1).reshape(B, T) / 100
+
+  def objective(x, head):
+    mean = loss_lib.mean_loss(x, head, targets, weights, config)
+    return 3.0 * mean.objective, mean
+
+  return jax.value_and_grad(objective, (0, 1), has_aux=True)(x, head)
+
+
+@pytest.mark.parametrize('settings', SETTINGS)
+def test_chunks_of_tokens_equal_the_whole(settings):
+  rng, x, targets = make_inputs(1)
+  head = make_head(rng)
+  fn = jax.jit(mean_gradients, static_argnums=3)
+  whole = loss_lib.LossConfig(**SETTINGS[settings])
+  chunked = loss_lib.LossConfig(token_chunks=T, **SETTINGS[settings])
+  want = fn(x, head, targets, whole)
+  got = fn(x, head, targets, chunked)
+  paths = jax.tree_util.tree_leaves_with_path(want)
+  for (path, a), b in zip(paths, jax.tree.leaves(got)):
+    np.testing.assert_allclose(b, a, rtol=2e-5, atol=2e-5, err_msg=path)
+
+
+def test_chunks_of_tokens_repeat_no_product():
+  """Three products a chunk, and none left for the backward pass."""
+  rng, x, targets = make_inputs(1)
+  head = make_head(rng, bias=False)
+  config = loss_lib.LossConfig(token_chunks=T)
+  jaxpr = str(
+    jax.make_jaxpr(lambda x, h: mean_gradients(x, h, targets, config))(x, head)
+  )
+  assert jaxpr.count('dot_general') == 3
+  assert jaxpr.count('= scan[') == 1
+
+
+def test_chunks_of_tokens_must_divide():
+  _, x, targets = make_inputs(1)
+  config = loss_lib.LossConfig(token_chunks=T + 1)
+  head = embed.Head(table_VD=jnp.zeros((ROWS, D)), vocab_size=VOCAB)
+  message = f'token_chunks={T + 1} does not divide the {T} tokens of a row'
+  with pytest.raises(ValueError, match=message):
+    mean_gradients(x, head, targets, config)
+  with pytest.raises(ValueError, match='set one of them to 1'):
+    loss_lib.LossConfig(token_chunks=2, vocab_chunks=2)
