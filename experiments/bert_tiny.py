@@ -39,13 +39,11 @@ def get_config() -> experiment.Experiment:
       tokenizer=tokenizers.SentencePiece(vocab_size=4096),
       objective=masked_lm.MaskedLM(rate=0.15),
     ),
-    optim=optim.AdamW(
-      learning_rate=1e-3,
-      weight_decay=0.01,
-      schedule=optim.Schedule(shape='linear', warmup_steps=100, final=0.0),
+    optim=optim.Muon(
+      learning_rate=1e-2, schedule=optim.Schedule(warmup_steps=20)
     ),
     train=experiment.TrainConfig(
-      num_steps=1000, eval_every=250, checkpoint_every=250
+      num_steps=600, eval_every=150, checkpoint_every=150
     ),
   )
 

@@ -33,12 +33,11 @@ def get_config() -> experiment.Experiment:
       batch_size=32,
       tokenizer=tokenizers.SentencePiece(vocab_size=4096),
     ),
-    optim=optim.AdamW(
-      learning_rate=3e-3,
-      schedule=optim.Schedule(warmup_steps=30),
+    optim=optim.Muon(
+      learning_rate=1e-2, schedule=optim.Schedule(warmup_steps=20)
     ),
     train=experiment.TrainConfig(
-      num_steps=300, eval_every=100, checkpoint_every=100
+      num_steps=300, eval_every=75, checkpoint_every=150
     ),
   )
 
