@@ -318,14 +318,15 @@ def test_training_outlives_a_full_disk(directory, small_disk, monkeypatch):
   def filling(self, row):
     if row['step'] == 5:
       _fill(small_disk)
-    if row['step'] == 7:
+    if row['step'] == 8:
       (small_disk / 'filler').unlink()
     write(self, row)
 
   monkeypatch.setattr(metrics.Writer, 'write', filling)
   _train(directory, small_disk, train__num_steps=8)
   assert tiny.losses(small_disk) == tiny.losses(directory / 'whole')
-  assert {2, 8} <= set(_steps(small_disk)) <= {2, 4, 8}
+  # Saves under way when the disk fills or empties may fail or not.
+  assert {2, 8} <= set(_steps(small_disk)) <= {2, 4, 6, 8}
 
 
 @_GARBAGE
