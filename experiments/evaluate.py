@@ -18,7 +18,7 @@ _BATCHES = flags.DEFINE_integer(
   'max_batches', None, 'Default: the whole split.'
 )
 flags.DEFINE_string('workdir', None, 'The run.')
-main.define_config_flags()
+main.define_set_flag()
 
 
 def evaluate() -> None:

@@ -25,7 +25,7 @@ _IGNORE_END = flags.DEFINE_bool(
 )
 _OUTPUT = flags.DEFINE_string('output', None, 'Also write JSON to this file.')
 flags.DEFINE_string('workdir', None, 'The run.')
-main.define_config_flags()
+main.define_set_flag()
 
 
 def generate() -> None:

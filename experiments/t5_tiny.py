@@ -44,7 +44,7 @@ def get_config() -> experiment.Experiment:
       learning_rate=1e-2, schedule=optim.Schedule(warmup_steps=20)
     ),
     train=experiment.TrainConfig(
-      num_steps=600, eval_every=150, checkpoint_every=150
+      num_steps=300, eval_every=100, checkpoint_every=100
     ),
   )
 

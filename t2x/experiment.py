@@ -15,6 +15,7 @@ from t2x import stack
 from t2x import train_step
 from t2x.data import config as data_config
 from t2x.data import pipeline as data_pipeline
+from t2x.layers import embed
 from t2x.models import decoder
 from t2x.models import encoder
 from t2x.models import encoder_decoder
@@ -144,6 +145,7 @@ MAY_CHANGE = (
   'train.accumulate',
   'train.accumulate_whole',
   'train.loss.vocab_chunks',
+  'train.loss.token_chunks',
   'train.num_steps',
   'train.num_tokens',
   'train.num_epochs',
@@ -175,6 +177,7 @@ def check(config: Experiment, num_devices: int) -> None:
   _check_rows(config, sizes)
   _check_objective(config)
   _check_lengths(config)
+  _check_chunks(config)
 
 
 def _check_rows(config: Experiment, sizes: dict[str, int]) -> None:
@@ -212,6 +215,24 @@ def _check_objective(config: Experiment) -> None:
       f'data.objective={objective.kind} does not train a model of kind '
       f'{model.kind}. Set data.objective to {kinds}, or another model.'
     )
+
+
+def _check_chunks(config: Experiment) -> None:
+  loss, model = config.train.loss, config.model
+  rows = embed.padded(model.vocab_size, model.vocab_multiple)
+  if rows % loss.vocab_chunks:
+    raise ValueError(
+      f'train.loss.vocab_chunks={loss.vocab_chunks} does not divide the {rows} '
+      'rows of the vocabulary table. Choose a divisor, or another '
+      'model.vocab_multiple.'
+    )
+  for bucket in data_config.buckets(config.data):
+    length = config.data.objective.target_length(bucket)
+    if length % loss.token_chunks:
+      raise ValueError(
+        f'train.loss.token_chunks={loss.token_chunks} does not divide the '
+        f'{length} targets of a row. Choose a divisor, or another data.length.'
+      )
 
 
 def _check_lengths(config: Experiment) -> None:

@@ -62,6 +62,7 @@ def load(
   Raises:
     ValueError: no run, no such checkpoint, or a setting that cannot be.
   """
+  workdir = str(run_dir.path(workdir))
   config = run_dir.read_config(workdir)
   config = dataclasses.replace(config, mesh=mesh_lib.MeshConfig(data=1))
   config = config_lib.override(config, config_lib.parse_settings(settings))

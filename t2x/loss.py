@@ -207,7 +207,20 @@ def _weigh(losses: TokenLoss, weights_BT: jax.Array) -> MeanLoss:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _fused(x_BTD, head, targets_BT, weights_BT, config) -> MeanLoss:
-  return _fused_forward(x_BTD, head, targets_BT, weights_BT, config)[0]
+  whole = dataclasses.replace(config, token_chunks=1)
+
+  def body(part):
+    x_BTD, targets_BT, weights_BT = part
+    return _weigh(token_loss(x_BTD, head, targets_BT, whole), weights_BT)
+
+  parts = _split_tokens((x_BTD, targets_BT, weights_BT), config.token_chunks)
+  return jax.tree.map(lambda a: a.sum(0), jax.lax.map(body, parts))
+
+
+def _split_tokens(arrays, num: int):
+  """(B, T, ...) to (num, B, T / num, ...)."""
+  split = lambda a: a.reshape(a.shape[0], num, -1, *a.shape[2:])
+  return jax.tree.map(lambda a: jnp.moveaxis(split(a), 1, 0), arrays)
 
 
 def _fused_forward(x_BTD, head, targets_BT, weights_BT, config):
@@ -257,12 +270,9 @@ def _chunked_gradients(x_BTD, head, targets_BT, weights_BT, *, config, axes):
     (d_x, d_head), mean = gradient(x_BTD, head, targets_BT, weights_BT)
     return jax.tree.map(jnp.add, sums, (mean, d_head)), d_x
 
-  split = lambda a: jnp.moveaxis(
-    a.reshape(a.shape[0], num, -1, *a.shape[2:]), 1, 0
-  )
   zero = MeanLoss(*[jnp.zeros((), jnp.float32)] * 3)
   start = zero, jax.tree.map(jnp.zeros_like, head)
-  parts = jax.tree.map(split, (x_BTD, targets_BT, weights_BT))
+  parts = _split_tokens((x_BTD, targets_BT, weights_BT), num)
   sums, d_x = jax.lax.scan(body, start, parts)
   mean, d_head = jax.lax.psum(sums, axes) if axes else sums
   return mean, (jnp.moveaxis(d_x, 0, 1).reshape(x_BTD.shape), d_head)

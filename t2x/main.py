@@ -20,7 +20,8 @@ GetConfig = Callable[[], experiment.Experiment]
 def run(get_config: GetConfig) -> None:
   """Parses the flags and trains the experiment that `get_config` returns."""
   flags.DEFINE_string('workdir', None, 'Where the run is kept; may be gs://.')
-  define_config_flags()
+  define_set_flag()
+  flags.DEFINE_string('config', None, 'A saved config.json to start from.')
   flags.DEFINE_bool('print_config', False, 'Print the config and exit.')
   flags.DEFINE_bool(
     'allow_config_change',
@@ -33,9 +34,8 @@ def run(get_config: GetConfig) -> None:
   app_run(lambda: _train(get_config))
 
 
-def define_config_flags() -> None:
+def define_set_flag() -> None:
   flags.DEFINE_multi_string('set', [], 'dotted.name=value; may repeat.')
-  flags.DEFINE_string('config', None, 'A saved config.json to start from.')
 
 
 def app_run(main: Callable[[], None]) -> None:

@@ -57,7 +57,7 @@ class Program:
       donate_argnums=0,
     )
     self._eval = jax.jit(
-      functools.partial(train_step.eval_step, execution=config.train.execution)
+      functools.partial(train_step.eval_step, config=config.train.step_config)
     )
 
   def init_state(self) -> train_step.TrainState:

@@ -14,6 +14,7 @@ from etils import epath
 
 from t2x import config as config_lib
 from t2x import experiment
+from t2x.data import corpus as corpus_lib
 from t2x.data import tokenizers
 
 _log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def check(
 def write(
   workdir: str,
   config: experiment.Experiment,
-  tokenizer: tokenizers.Tokenizer,
+  corpus: corpus_lib.Corpus,
   changes: Changes,
 ) -> None:
   """Writes what the run is, and logs the changes that `check` returned."""
@@ -85,7 +86,32 @@ def write(
     _replace(file, text + json.dumps({'changes': changes}) + '\n')
   _replace(root / 'config.json', config_lib.dumps(config))
   _write_versions(root / 'versions.json')
-  tokenizer.save(root / 'tokenizer')
+  if read_tokenizer(workdir) is None or 'data.tokenizer' in ' '.join(changes):
+    corpus.tokenizer.save(root / 'tokenizer')
+  # Last: its presence says that the tokenizer is whole.
+  _replace(root / 'corpus.json', json.dumps({'id': corpus.fingerprint}) + '\n')
+
+
+def read_tokenizer(workdir: str) -> tokenizers.Tokenizer | None:
+  """Returns a run's own tokenizer, or None before the run has started."""
+  directory = path(workdir) / 'tokenizer'
+  started = (path(workdir) / 'corpus.json').exists()
+  return tokenizers.load(directory) if started else None
+
+
+def check_corpus(workdir: str, fingerprint: str, *, allow_change: bool) -> None:
+  """Raises ValueError if a run would go on with another text."""
+  file = path(workdir) / 'corpus.json'
+  if not file.exists() or allow_change:
+    return
+  old = json.loads(file.read_text())['id']
+  if old != fingerprint:
+    raise ValueError(
+      f'{workdir} holds a run on another text: its corpus was {old} and is now '
+      f'{fingerprint} (files or installed packages have changed). Restore the '
+      'text, use another --workdir, or go on all the same with '
+      '--allow_config_change.'
+    )
 
 
 def read_config(workdir: str) -> experiment.Experiment:

@@ -58,22 +58,29 @@ def train(
     CheckpointError: no checkpoint can be used, or the last state not saved.
   """
   experiment.check(config, jax.device_count())
+  workdir = str(run_dir.path(workdir))
   primary = jax.process_index() == 0
   changes = {}
   if primary:
     changes = run_dir.check(workdir, config, allow_change=allow_config_change)
   mesh = mesh_lib.make(config.mesh)
-  program_lib.shapes_of(
-    config, mesh
-  )  # A layout that cannot be is refused here.
-  corpus = corpus_lib.prepare(config.data)
+  # A layout that cannot be is refused here.
+  program_lib.shapes_of(config, mesh)
+  # A run reads on with its own tokenizer, unless another was asked for.
+  own = None
+  if not any(name.startswith('data.tokenizer') for name in changes):
+    own = run_dir.read_tokenizer(workdir)
+  corpus = corpus_lib.prepare(config.data, own)
+  run_dir.check_corpus(
+    workdir, corpus.fingerprint, allow_change=allow_config_change
+  )
   experiment.check_vocabulary(config, corpus.tokenizer.vocab_size)
   num_steps = resolve_num_steps(config, corpus)
   with sharding.use(mesh, config.rules), _stop_signals() as stopping:
     run = Run(config, workdir, mesh, corpus, num_steps)
     run.restore()
     if primary:  # Only now, so that a run that cannot go on stays as it was.
-      run_dir.write(workdir, config, corpus.tokenizer, changes)
+      run_dir.write(workdir, config, corpus, changes)
     run.open(show)
     with contextlib.closing(run), jax.transfer_guard('disallow'):
       return _loop(run, stopping, _Profiler(workdir, profile_steps))
@@ -219,7 +226,8 @@ class Run:
     """Saves the state; the rows up to its step are on disk first."""
     self.finish_row()
     if self.writer.flush():
-      self.saved.save(self.step, self.state, {'step': self.step})
+      with jax.transfer_guard('allow'):  # Orbax copies to the host here.
+        self.saved.save(self.step, self.state, {'step': self.step})
 
   def check_saved(self) -> None:
     """Raises CheckpointError if the state is not on disk by now."""

@@ -177,14 +177,19 @@ def train_step(
   return new_state, metrics
 
 
-def eval_step(model: Any, batch: Batch, execution: stack.Execution):
-  """Returns the sums of nll (nats), correct and weight over a batch."""
-  x_BTD = model.hidden(**model_inputs(model, batch), execution=execution)
-  losses = loss_lib.token_loss(x_BTD, model.head, batch['targets'])
+def eval_step(model: Any, batch: Batch, config: StepConfig):
+  """Returns the sums of nll (nats), correct and weight over a batch.
+
+  In the chunks of training, so that what trains can be evaluated.
+  """
+  x_BTD = model.hidden(**model_inputs(model, batch), execution=config.execution)
   weights = batch['weights']
+  sums = loss_lib.mean_loss(
+    x_BTD, model.head, batch['targets'], weights, config.loss
+  )
   return {
-    'nll': (losses.nll_BT * weights).sum(),
-    'correct': (losses.correct_BT * weights).sum(),
+    'nll': sums.nll,
+    'correct': sums.correct,
     'weight': weights.sum(),
   }
 

@@ -5,6 +5,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -274,7 +275,7 @@ def small_disk(tmp_path):
 
 
 def _fill(disk):
-  with open(disk / 'filler', 'wb', buffering=0) as file:
+  with open(disk / 'filler', 'ab', buffering=0) as file:
     try:
       while True:
         file.write(bytes(4096))
@@ -334,20 +335,31 @@ def test_a_disk_that_stays_full_ends_in_one_message(
   directory, small_disk, monkeypatch
 ):
   write = metrics.Writer.write
+  stop = threading.Event()
+
+  def keep_full():  # A failed save leaves room behind.
+    while not stop.wait(0.001):
+      _fill(small_disk)
+
+  thread = threading.Thread(target=keep_full)
 
   def filling(self, row):
     if row['step'] == 5:
-      _fill(small_disk)
+      thread.start()
     write(self, row)
 
   with monkeypatch.context() as patch:
     patch.setattr(metrics.Writer, 'write', filling)
-    with pytest.raises(
-      checkpoint.CheckpointError,
-      match='The state of step 8 could not be saved; the last complete chec.*'
-      'step [24]. Free space .* give the same command again',
-    ):
-      _train(directory, small_disk, train__num_steps=8)
+    try:
+      with pytest.raises(
+        checkpoint.CheckpointError,
+        match='The state of step 8 could not be saved; the last complete '
+        'chec.*step [24]. Free space .* give the same command again',
+      ):
+        _train(directory, small_disk, train__num_steps=8)
+    finally:
+      stop.set()
+      thread.join()
   (small_disk / 'filler').unlink()
   _train(directory, small_disk, train__num_steps=8)
   assert len(tiny.losses(small_disk)) == 8

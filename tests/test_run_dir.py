@@ -7,6 +7,7 @@ import tiny
 from t2x import config as config_lib
 from t2x import optim
 from t2x import run_dir
+from t2x.data import corpus as corpus_lib
 from t2x.data import tokenizers
 
 
@@ -21,8 +22,14 @@ def run(tmp_path):
 
 def _write(workdir, config, **options):
   changes = run_dir.check(str(workdir), config, **options)
+  run_dir.write(str(workdir), config, _corpus(config), changes)
+
+
+def _corpus(config, fingerprint='a text'):
   tokenizer = tokenizers.train(config.data.tokenizer, [])
-  run_dir.write(str(workdir), config, tokenizer, changes)
+  return corpus_lib.Corpus(
+    tokenizer=tokenizer, fingerprint=fingerprint, splits={}
+  )
 
 
 def _set(config, *settings):
@@ -202,3 +209,20 @@ def test_no_run_and_no_file(tmp_path):
     run_dir.read_config(str(tmp_path))
   with pytest.raises(ValueError, match='--config=.*there is no such file'):
     run_dir.load_config(str(tmp_path / 'config.json'))
+
+
+def test_another_text_is_refused(run):
+  workdir, _ = run
+  run_dir.check_corpus(str(workdir), 'a text', allow_change=False)
+  run_dir.check_corpus(str(workdir), 'another', allow_change=True)
+  message = 'holds a run on another text: its corpus was a text and is now ano'
+  with pytest.raises(ValueError, match=message):
+    run_dir.check_corpus(str(workdir), 'another', allow_change=False)
+
+
+def test_a_new_workdir_has_no_tokenizer(run, tmp_path):
+  workdir, config = run
+  assert run_dir.read_tokenizer(str(tmp_path / 'new')) is None
+  own = run_dir.read_tokenizer(str(workdir))
+  assert own is not None
+  assert own.fingerprint == _corpus(config).tokenizer.fingerprint

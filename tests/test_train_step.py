@@ -301,7 +301,9 @@ def test_no_weight_at_all_is_a_finite_loss():
 def test_evaluation_sums():
   """Sums, so that batches add up; the plain loss, without dropout."""
   model, batch = make_model(), make_batch()
-  fn = jit(functools.partial(train_step.eval_step, execution=stack.Execution()))
+  fn = jit(
+    functools.partial(train_step.eval_step, config=train_step.StepConfig())
+  )
   got = fn(model, batch)
   log_probs = jax.nn.log_softmax(model(batch['inputs']))
   picked = np.take_along_axis(log_probs, batch['targets'][..., None], -1)[

@@ -199,6 +199,8 @@ class Attention(nnx.Module):
       (B, T, D), and the new cache.
     """
     assert mask.q_index_BT is not None, 'the queries of a step need an index'
+    if positions_BT is None:
+      positions_BT = mask.q_index_BT
     q_BTNH = self.queries(x_BTD)
     k_BTKH, v_BTKH = self.keys_and_values(x_BTD)
     if rotary is not None:

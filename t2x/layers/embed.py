@@ -33,10 +33,9 @@ class Embed(nnx.Module):
   def __call__(self, tokens_BT: jax.Array, dtype) -> jax.Array:
     # Gathering the embed dimension first keeps XLA from rematerialising the
     # whole table for every device.
-    table_VD = sharding.constrain(
-      self.table_VD[...].astype(dtype), 'vocab', 'act_embed'
-    )
-    x_BTD = table_VD[tokens_BT]
+    table_VD = self.table_VD[...].astype(dtype)
+    table_VD = sharding.constrain(table_VD, 'vocab', 'act_embed')
+    x_BTD = param.look_up(table_VD, tokens_BT)
     return sharding.constrain(x_BTD, 'batch', 'length', 'act_embed')
 
 

@@ -93,6 +93,30 @@ def project(x: jax.Array, weight: nnx.Param, spec: str) -> jax.Array:
   return jnp.einsum(spec, x, weight[...].astype(x.dtype))
 
 
+@jax.custom_vjp
+def look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
+  """Returns rows of a table, ids.shape + (D,).
+
+  The gradient is summed over the uses of a row in float32, and rounded once:
+  summed in bfloat16, a row that is used a thousand times would stop growing at
+  256 times its addend.
+  """
+  return table[ids]
+
+
+def _look_up_forward(table, ids):
+  return look_up(table, ids), (table, ids)
+
+
+def _look_up_backward(residuals, grad):
+  table, ids = residuals
+  sums = jnp.zeros(table.shape, jnp.float32).at[ids].add(grad)
+  return sums.astype(table.dtype), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
 def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
   """Adds a bias over the trailing dimensions, if there is one."""
   if bias is None:

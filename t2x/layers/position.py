@@ -41,6 +41,7 @@ class Learned:
 class Llama3Scaling:
   """Slows the low frequencies for longer contexts (Llama 3, 2024)."""
 
+  kind: ClassVar[str] = 'llama3'
   factor: float = 8.0
   low_frequency_factor: float = 1.0
   high_frequency_factor: float = 4.0
@@ -99,10 +100,9 @@ class LearnedPositions(nnx.Module):
 
   def __call__(self, positions_BT: jax.Array, dtype) -> jax.Array:
     # Whole before the look-up, as the token table: see layers/embed.py.
-    table_PD = sharding.constrain(
-      self.table_PD[...].astype(dtype), None, 'act_embed'
-    )
-    return table_PD[positions_BT + self.config.offset]
+    table_PD = self.table_PD[...].astype(dtype)
+    table_PD = sharding.constrain(table_PD, None, 'act_embed')
+    return param.look_up(table_PD, positions_BT + self.config.offset)
 
 
 def sinusoidal(positions_BT: jax.Array, size: int) -> jax.Array:

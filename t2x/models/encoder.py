@@ -129,7 +129,7 @@ class Encoder(nnx.Module):
       types = jnp.zeros_like(inputs) if token_types is None else token_types
       table = self.token_types[...].astype(x_BTD.dtype)
       table = sharding.constrain(table, None, 'act_embed')
-      x_BTD = x_BTD + table[types]
+      x_BTD = x_BTD + param.look_up(table, types)
     if self.embed_norm is not None:
       x_BTD = self.embed_norm(x_BTD)
     context = block.Context(
