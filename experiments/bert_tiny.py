@@ -2,7 +2,9 @@ r"""A BERT of 4 layers, 128 wide: masked tokens of the installed documentation.
 
 python experiments/bert_tiny.py --workdir=DIR
 
-Expected: TODO
+Expected: in its 300 steps (three to five minutes on two CPU cores) it learns
+little more than how frequent tokens are, a held-out loss near 6.5 nats a masked
+token; masked prediction needs some thousand steps to take off.
 """
 
 from t2x import experiment
