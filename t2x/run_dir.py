@@ -86,17 +86,23 @@ def write(
     _replace(file, text + json.dumps({'changes': changes}) + '\n')
   _replace(root / 'config.json', config_lib.dumps(config))
   _write_versions(root / 'versions.json')
-  if read_tokenizer(workdir) is None or 'data.tokenizer' in ' '.join(changes):
+  if read_tokenizer(workdir, changes) is None:
     corpus.tokenizer.save(root / 'tokenizer')
   # Last: its presence says that the tokenizer is whole.
   _replace(root / 'corpus.json', json.dumps({'id': corpus.fingerprint}) + '\n')
 
 
-def read_tokenizer(workdir: str) -> tokenizers.Tokenizer | None:
-  """Returns a run's own tokenizer, or None before the run has started."""
-  directory = path(workdir) / 'tokenizer'
+def read_tokenizer(
+  workdir: str, changes: Changes | None = None
+) -> tokenizers.Tokenizer | None:
+  """Returns the tokenizer that a run reads on with.
+
+  None before the run has started, and where `changes` ask for another.
+  """
   started = (path(workdir) / 'corpus.json').exists()
-  return tokenizers.load(directory) if started else None
+  if not started or any(n.startswith('data.tokenizer') for n in changes or ()):
+    return None
+  return tokenizers.load(path(workdir) / 'tokenizer')
 
 
 def check_corpus(workdir: str, fingerprint: str, *, allow_change: bool) -> None:

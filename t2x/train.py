@@ -66,11 +66,8 @@ def train(
   mesh = mesh_lib.make(config.mesh)
   # A layout that cannot be is refused here.
   program_lib.shapes_of(config, mesh)
-  # A run reads on with its own tokenizer, unless another was asked for.
-  own = None
-  if not any(name.startswith('data.tokenizer') for name in changes):
-    own = run_dir.read_tokenizer(workdir)
-  corpus = corpus_lib.prepare(config.data, own)
+  tokenizer = run_dir.read_tokenizer(workdir, changes)
+  corpus = corpus_lib.prepare(config.data, tokenizer)
   run_dir.check_corpus(
     workdir, corpus.fingerprint, allow_change=allow_config_change
   )
