@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from t2x import processes
 from t2x import sharding
 
 _log = logging.getLogger(__name__)
@@ -23,6 +24,10 @@ _log = logging.getLogger(__name__)
 
 class CheckpointError(ValueError):
   """No checkpoint can be used; says which were tried and why they failed."""
+
+
+class _Damaged(Exception):
+  """Files that are not there, or not what was written."""
 
 
 class Checkpoints:
@@ -127,7 +132,10 @@ class Checkpoints:
       (step, state, data position), or None if there is no checkpoint.
 
     Raises:
-      CheckpointError: there are checkpoints and none can be used.
+      CheckpointError: there are checkpoints and none can be used, or the
+        newest was saved with other settings.
+      Exception: files that cannot be reached at the moment (a network or a
+        permission); nothing is set aside for that.
     """
     if not self._directory.exists():
       return None
@@ -141,7 +149,7 @@ class Checkpoints:
     for candidate in steps if step is None else [step]:
       try:
         state, meta = self._restore(candidate, shapes, partial)
-      except Exception as error:
+      except _Damaged as error:
         failures.append(f'step {candidate}: {_short(error)}')
         _log.warning(
           'The checkpoint of step %d cannot be used (%s); trying the one '
@@ -167,35 +175,54 @@ class Checkpoints:
       self._manager.close()
 
   def _restore(self, step: int, shapes: Any, partial: bool):
+    """Returns the state and what was saved with it.
+
+    Raises:
+      _Damaged: in every process, if it is damaged for one.
+      CheckpointError: the arrays are not those of `shapes`.
+    """
     wanted = by_path(shapes)
-    meta = self.manager.restore(
-      step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-    )['meta']
-    saved = set(meta['checksums'])
-    extra, missing = sorted(saved - set(wanted)), sorted(set(wanted) - saved)
-    if missing or (extra and not partial):
-      raise CheckpointError(
-        f'it holds other arrays: not needed {extra[:3]}, missing {missing[:3]}'
-      )
-    now = _described(wanted)
-    for name, was in meta['arrays'].items():
-      if now.get(name, was) != was:
-        raise CheckpointError(f'{name} is {was} there and {now[name]} here')
+    with _reading(f'{step} meta'):
+      meta = self._read(step, meta=ocp.args.JsonRestore())
+      was, sums = meta['arrays'], meta['checksums']
+    self._check_arrays(step, was, _described(wanted), partial)
     args = ocp.args.PyTreeRestore(
       wanted,
       restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
       partial_restore=partial,
     )
-    arrays = self.manager.restore(step, args=ocp.args.Composite(state=args))[
-      'state'
-    ]
+    with _reading(f'{step} state'):
+      arrays = self._read(step, state=args)
+    # The same everywhere: sums over all devices.
     found = jax.device_get(_sums(arrays))
-    damaged = [n for n, s in found.items() if int(s) != meta['checksums'][n]]
+    damaged = [name for name, s in found.items() if int(s) != sums[name]]
     if damaged:
-      raise CheckpointError(f'damaged arrays: {", ".join(damaged[:3])}')
+      raise _Damaged(f'damaged arrays: {", ".join(damaged[:3])}')
     paths, treedef = jax.tree_util.tree_flatten_with_path(shapes)
     leaves = [arrays[sharding.path_name(path)] for path, _ in paths]
     return treedef.unflatten(leaves), meta
+
+  def _read(self, step: int, **item: Any) -> Any:
+    args = ocp.args.Composite(**item)
+    (value,) = dict(self.manager.restore(step, args=args)).values()
+    return value
+
+  def _check_arrays(self, step, was, now, partial) -> None:
+    """Raises CheckpointError where other settings shaped what was saved."""
+    extra, missing = sorted(was.keys() - now), sorted(now.keys() - was)
+    other = [n for n in now if n in was and was[n] != now[n]]
+    if not (missing or other or (extra and not partial)):
+      return
+    facts = [f'{n} is {was[n]} there and {now[n]} here' for n in other[:3]]
+    facts += [f'not needed {extra[:3]}'] if extra and not partial else []
+    facts += [f'missing {missing[:3]}'] if missing else []
+    raise CheckpointError(
+      f'The checkpoint of step {step} in {self._directory} was saved with '
+      f'other settings: {"; ".join(facts)}. The model, the optimizer, '
+      'train.ema_decay and train.trainable decide which arrays there are, and '
+      'no run can go on with others, --allow_config_change or not. Undo the '
+      'change, or start in another workdir.'
+    )
 
   def _set_aside(self, steps: list[int]) -> None:
     """Renames unusable checkpoints, so that their steps can be saved again."""
@@ -203,19 +230,23 @@ class Checkpoints:
       return
     self.manager.close()
     self._manager = None
-    if jax.process_index() == 0:
+    if processes.is_primary():
       for step in steps:
         new = self._directory.parent / f'damaged_checkpoint_{step}'
         if new.exists():  # The step was damaged before; one copy will do.
           new.rmtree()
         (self._directory / str(step)).rename(new)
+    processes.all_agree(True, 'damaged checkpoints are set aside')
 
   def _steps(self) -> list[int]:
-    """Returns the complete steps, which have their final names."""
+    """Returns the complete steps.
+
+    A directory has its final name when it is complete; an object store cannot
+    rename, and Orbax puts a file there last.
+    """
     if not self._directory.is_dir():
       return []
-    names = [path.name for path in self._directory.iterdir()]
-    return [int(name) for name in names if name.isdigit()]
+    return [int(step) for step in ocp.utils.checkpoint_steps(self._directory)]
 
   def _report(self, step: int | None, error: Exception) -> None:
     """Logs a failure, and drops what it left behind."""
@@ -238,7 +269,7 @@ class Checkpoints:
 
   def _remove_torn(self) -> None:
     """Removes saves that never ended, which may fill the disk."""
-    if jax.process_index() or not self._directory.is_dir():
+    if not processes.is_primary() or not self._directory.is_dir():
       return
     for path in self._directory.iterdir():
       if '.orbax-checkpoint-tmp' in path.name:
@@ -268,6 +299,34 @@ def _bit_sum(array: jax.Array) -> jax.Array:
   unsigned = jnp.dtype(f'uint{8 * array.dtype.itemsize}')
   bits = jax.lax.bitcast_convert_type(array, unsigned)
   return bits.astype(jnp.uint32).sum(dtype=jnp.uint32)
+
+
+# What a storage says when it cannot answer now; not a word about the files.
+_UNREACHABLE = (
+  'UNAVAILABLE',
+  'DEADLINE_EXCEEDED',
+  'PERMISSION_DENIED',
+  'UNAUTHENTICATED',
+  'RESOURCE_EXHAUSTED',
+  'CANCELLED',
+  'ABORTED',
+)
+
+
+@contextlib.contextmanager
+def _reading(what: str):
+  """Turns what damaged files raise into `_Damaged`, in every process."""
+  error = None
+  try:
+    yield
+  except (PermissionError, ConnectionError, TimeoutError, MemoryError):
+    raise
+  except Exception as e:
+    if any(word in str(e)[:500] for word in _UNREACHABLE):
+      raise
+    error = e
+  if not processes.all_agree(error is None, f'read checkpoint {what}'):
+    raise _Damaged(error or 'damaged for another process') from error
 
 
 def _short(error: Exception) -> str:

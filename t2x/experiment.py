@@ -5,8 +5,10 @@ or the devices. It runs before anything is built or compiled.
 """
 
 import dataclasses
+import math
 import re
 
+from t2x import config as config_lib
 from t2x import loss as loss_lib
 from t2x import mesh as mesh_lib
 from t2x import optim as optim_lib
@@ -77,24 +79,21 @@ class TrainConfig:
         f'num_epochs={self.num_epochs}: exactly one says how long the run '
         'is; set the others to none.'
       )
-    least = {
-      'num_steps': 1,
-      'num_tokens': 1,
-      'eval_batches': 1,
-      'keep_every': 1,
-      'log_every': 1,
-      'accumulate': 1,
-      'max_skipped': 1,
-      'keep_last': 1,
-      'eval_every': 0,
-      'checkpoint_every': 0,
-    }
-    for name, low in least.items():
-      value = getattr(self, name)
-      if value is not None and value < low:
-        raise ValueError(f'train.{name}={value}; it is {low} or more.')
-    if self.num_epochs is not None and self.num_epochs <= 0.0:
-      raise ValueError(f'train.num_epochs={self.num_epochs}; it is above 0.')
+    config_lib.check_least(
+      self,
+      'train.',
+      num_steps=1,
+      num_tokens=1,
+      eval_batches=1,
+      keep_every=1,
+      log_every=1,
+      accumulate=1,
+      max_skipped=1,
+      keep_last=1,
+      eval_every=0,
+      checkpoint_every=0,
+    )
+    config_lib.check_positive(self, 'train.', 'num_epochs')
     if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
       raise ValueError(f'train.ema_decay={self.ema_decay}; it is in (0, 1).')
     try:
@@ -182,11 +181,10 @@ def check(config: Experiment, num_devices: int) -> None:
 
 def _check_rows(config: Experiment, sizes: dict[str, int]) -> None:
   rows = config.data.batch_size
-  axes = ('data', 'fsdp', 'expert')
-  parts = sizes['data'] * sizes['fsdp'] * sizes['expert']
-  need = parts * config.train.accumulate
+  axes = sharding.mesh_axes(config.rules.batch)
+  need = math.prod(sizes.get(a, 1) for a in axes) * config.train.accumulate
   if rows % need:
-    by = ' x '.join(f'mesh.{a}={sizes[a]}' for a in axes if sizes[a] > 1)
+    by = ' x '.join(f'mesh.{a}={sizes[a]}' for a in axes if sizes.get(a, 1) > 1)
     raise ValueError(
       f'data.batch_size={rows} rows cannot be dealt to {by or "one device"} '
       f'in train.accumulate={config.train.accumulate} microbatches: it must '

@@ -117,6 +117,7 @@ def _train(get_config: GetConfig) -> None:
     return
   directory = workdir()
   # Imported late, so that --help and --print_config answer sooner.
+  from t2x import processes
   from t2x import train
 
   use_compilation_cache()
@@ -126,7 +127,10 @@ def _train(get_config: GetConfig) -> None:
     allow_config_change=flags.FLAGS.allow_config_change,
     profile_steps=_steps(flags.FLAGS.profile_steps),
   )
-  print(f'The run is in {directory}: report.html, metrics.jsonl, checkpoints/.')
+  if processes.is_primary():
+    print(
+      f'The run is in {directory}: report.html, metrics.jsonl, checkpoints/'
+    )
 
 
 def _steps(text: str | None) -> tuple[int, int] | None:

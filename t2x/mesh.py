@@ -84,8 +84,3 @@ def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     devices=devices,
     axis_types=(AxisType.Auto,) * len(AXES),
   )
-
-
-def batch_divisor(mesh: Mesh) -> int:
-  """Returns how many parts the rows of a batch are split into."""
-  return mesh.shape['data'] * mesh.shape['fsdp'] * mesh.shape['expert']

@@ -4,22 +4,19 @@ Dimensions added by stacking layers are batch dimensions to every optimizer:
 a stacked parameter is updated as its layers would be, one by one.
 """
 
-from collections.abc import Callable
 import dataclasses
 from typing import Any
 from typing import ClassVar
 from typing import Literal
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 from optax import contrib
 
+from t2x import config as config_lib
+from t2x import optim_state
 from t2x import sharding
 
 
@@ -45,10 +42,7 @@ class Schedule:
   decay: float = 0.2
 
   def __post_init__(self):
-    if self.warmup_steps < 0:
-      raise ValueError(
-        f'optim.schedule.warmup_steps={self.warmup_steps}; it is 0 or more.'
-      )
+    config_lib.check_least(self, 'optim.schedule.', warmup_steps=0, final=0.0)
     if not 0.0 < self.decay <= 1.0:
       raise ValueError(f'optim.schedule.decay={self.decay}; it is in (0, 1].')
 
@@ -61,46 +55,46 @@ class Optimizer:
     learning_rate: peak of the schedule.
     schedule: its course.
     clip_norm: the gradients' global norm is cut to this; None does not.
-    weight_decay: decoupled, times the learning rate; never on biases and
-      norm scales.
   """
 
   learning_rate: float = 1e-3
   schedule: Schedule = Schedule()
   clip_norm: float | None = 1.0
-  weight_decay: float = 0.0
 
   def __post_init__(self):
-    if self.learning_rate <= 0.0:
-      raise ValueError(
-        f'optim.learning_rate={self.learning_rate}; it must be above 0.'
-      )
-    if self.clip_norm is not None and self.clip_norm <= 0.0:
-      raise ValueError(
-        f'optim.clip_norm={self.clip_norm}; it must be above 0, or none.'
-      )
+    config_lib.check_positive(self, 'optim.', 'learning_rate', 'clip_norm')
+    names = {f.name for f in dataclasses.fields(self)}
+    shares = names & {'b1', 'b2', 'beta', 'momentum'}
+    config_lib.check_share(self, 'optim.', *sorted(shares))
+    config_lib.check_least(
+      self, 'optim.', **dict.fromkeys(names & {'weight_decay', 'eps'}, 0.0)
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adam(Optimizer):
-  """Kingma and Ba, 2015; `weight_decay` makes no sense here, see AdamW."""
+  """Kingma and Ba, 2015; with decoupled weight decay it is `AdamW`."""
 
   kind: ClassVar[str] = 'adam'
   b1: float = 0.9
   b2: float = 0.999
   eps: float = 1e-8
 
-  def __post_init__(self):
-    super().__post_init__()
-    if self.weight_decay:
-      raise ValueError(
-        f'optim.weight_decay={self.weight_decay} with optim.kind=adam: set '
-        'it to 0, or --set optim=adamw.'
-      )
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decayed(Optimizer):
+  """An optimizer whose update also shrinks the weights.
+
+  Attributes:
+    weight_decay: decoupled, times the learning rate; never on biases and
+      norm scales.
+  """
+
+  weight_decay: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdamW(Optimizer):
+class AdamW(Decayed):
   """Loshchilov and Hutter, 2019."""
 
   kind: ClassVar[str] = 'adamw'
@@ -111,7 +105,7 @@ class AdamW(Optimizer):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Adafactor(Optimizer):
+class Adafactor(Decayed):
   """Shazeer and Stern, 2018: second moments as rows and columns.
 
   Attributes:
@@ -127,7 +121,7 @@ class Adafactor(Optimizer):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Lion(Optimizer):
+class Lion(Decayed):
   """Chen et al., 2023."""
 
   kind: ClassVar[str] = 'lion'
@@ -136,7 +130,7 @@ class Lion(Optimizer):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Muon(Optimizer):
+class Muon(Decayed):
   """Jordan et al., 2024: orthogonalised momentum for the layers' matrices.
 
   Embeddings, heads, norms and biases take Adam. Updates are scaled to the
@@ -151,7 +145,7 @@ class Muon(Optimizer):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sgd(Optimizer):
+class Sgd(Decayed):
   """Gradient descent with momentum."""
 
   kind: ClassVar[str] = 'sgd'
@@ -195,7 +189,7 @@ def make(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
   if config.clip_norm is not None:
     parts.append(optax.clip_by_global_norm(config.clip_norm))
   parts.append(_scaling(config))
-  if config.weight_decay:
+  if isinstance(config, Decayed) and config.weight_decay:
     parts.append(optax.add_decayed_weights(config.weight_decay, is_decayed))
   parts.append(optax.scale_by_learning_rate(rate))
   return optax.chain(*parts)
@@ -216,7 +210,7 @@ def _scaling(config: OptimConfig) -> optax.GradientTransformation:
     ]
     if config.scale_by_parameter:
       parts.append(optax.scale_by_param_block_rms())
-    return per_layer(optax.chain(*parts))
+    return optim_state.per_layer(optax.chain(*parts))
   if isinstance(config, Muon):
     muon = optax.chain(
       contrib.scale_by_muon(
@@ -233,12 +227,14 @@ def _scaling(config: OptimConfig) -> optax.GradientTransformation:
 def is_decayed(params: Any) -> Any:
   """Returns, for each parameter, whether weight decay applies to it.
 
-  Biases and norm scales are told by their names.
+  Biases (relative position biases among them) and norm scales are told by the
+  names on their path.
   """
 
   def leaf(path, p):
-    name = sharding.path_name(path).removesuffix('.value').rpartition('.')[2]
-    return jax.tree.map(lambda _: 'bias' not in name and name != 'scale', p)
+    name = sharding.path_name(path).removesuffix('.value')
+    spared = 'bias' in name or name.endswith('scale')
+    return jax.tree.map(lambda _: not spared, p)
 
   return jax.tree_util.tree_map_with_path(
     leaf, params, is_leaf=sharding.is_variable
@@ -267,7 +263,7 @@ def muon_dimensions(params: Any) -> Any:
     return p.replace(spec)
 
   return jax.tree.map(
-    lambda p: leaf(p) if _has_value(p) else p,
+    lambda p: leaf(p) if optim_state.has_value(p) else p,
     params,
     is_leaf=sharding.is_variable,
   )
@@ -297,125 +293,3 @@ def _muon_labels(params: Any) -> Any:
     return jax.tree.map(lambda _: 'muon' if muon else 'adam', p)
 
   return jax.tree.map(leaf, params, is_leaf=sharding.is_variable)
-
-
-def _has_value(p: nnx.Variable) -> bool:
-  return hasattr(p.get_value(), 'shape')
-
-
-def per_layer(
-  tx: optax.GradientTransformation,
-) -> optax.GradientTransformation:
-  """Applies `tx` to each parameter alone, over its stacked dimensions.
-
-  For transformations that look at a whole parameter (its shape, its root mean
-  square), where a stack of layers must not count as one. Its state is a dict
-  from the parameter's path to the state of `tx`.
-  """
-
-  def init(params):
-    return {
-      name: _over_stack(tx.init, p, _state_axes(tx, p))(p)
-      for name, p in named(params).items()
-    }
-
-  def update(updates, state, params=None):
-    assert params is not None, 'per_layer needs the parameters'
-    by_name = named(params)
-    new_updates, new_state = {}, {}
-    for name, u in named(updates).items():
-      p = by_name[name]
-      axes = _state_axes(tx, p)
-      fn = _over_stack(tx.update, p, (0, axes), in_axes=(0, axes, 0))
-      new_updates[name], new_state[name] = fn(u, state[name], p)
-
-    def put_back(path, u):
-      return new_updates.get(sharding.path_name(path), u)
-
-    updates = jax.tree_util.tree_map_with_path(
-      put_back, updates, is_leaf=sharding.is_variable
-    )
-    return updates, new_state
-
-  return optax.GradientTransformation(init, update)
-
-
-def named(tree: Any) -> dict[str, nnx.Variable]:
-  """Returns path -> variable, for the variables that hold an array."""
-  flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=sharding.is_variable)
-  return {
-    sharding.path_name(path): leaf
-    for path, leaf in flat
-    if sharding.is_variable(leaf) and _has_value(leaf)
-  }
-
-
-def _num_stacked(p: nnx.Variable) -> int:
-  return len(p.shape) - len(p.get_metadata('axes'))
-
-
-def _over_stack(fn, p, out_axes: Any, in_axes: Any = 0) -> Callable:
-  for _ in range(_num_stacked(p)):
-    fn = jax.vmap(fn, in_axes=in_axes, out_axes=out_axes)
-  return fn
-
-
-def _state_axes(tx: optax.GradientTransformation, p: nnx.Variable) -> Any:
-  """Step counts are shared by the layers of a stack; the rest is stacked."""
-  shape = p.shape[_num_stacked(p) :]
-  one = jax.eval_shape(tx.init, p.replace(jax.ShapeDtypeStruct(shape, p.dtype)))
-  return jax.tree.map(lambda leaf: 0 if leaf.ndim else None, one)
-
-
-def shardings(opt_state: Any, params: Any, mesh: Mesh, rules) -> Any:
-  """Returns the sharding of every leaf of an optimizer's state.
-
-  A moment of its parameter's shape is sharded like it; Adafactor's rows and
-  columns lose the reduced dimension; everything else is replicated.
-
-  Args:
-    opt_state: shapes of the state.
-    params: shapes of the trainable parameters.
-    mesh: the device mesh.
-    rules: logical axis -> mesh axes.
-  """
-  by_name = named(params)
-
-  def leaf(path, x):
-    if not sharding.is_variable(x) or not _has_value(x):
-      return jax.tree.map(lambda _: NamedSharding(mesh, P()), x)
-    p = _owner(path, by_name)
-    spec = P() if p is None else _moment_spec(path, x, p, mesh, rules)
-    return x.replace(NamedSharding(mesh, spec))
-
-  return jax.tree_util.tree_map_with_path(
-    leaf, opt_state, is_leaf=sharding.is_variable
-  )
-
-
-def _owner(path: Any, by_name: dict[str, nnx.Variable]):
-  """Finds the parameter that a leaf of the state belongs to, by its path."""
-  for i, key in enumerate(path):
-    name = sharding.path_name(path[i:])
-    if name in by_name:
-      return by_name[name]
-    if sharding.path_name((key,)) in by_name:  # The dicts of `per_layer`.
-      return by_name[sharding.path_name((key,))]
-  return None
-
-
-def _moment_spec(path, x, p, mesh, rules) -> P:
-  spec = list(sharding.parameter_sharding(p, mesh, rules, '').spec)
-  spec += [None] * (len(p.shape) - len(spec))
-  if x.shape == p.shape:
-    return P(*spec)
-  names = sharding.path_name(path).split('.')
-  stacked = _num_stacked(p)
-  # The order in which optax picks the two dimensions that it factors.
-  order = np.argsort(p.shape[stacked:])
-  if len(order) > 1 and {'v_row', 'v_col'} & set(names):
-    dropped = stacked + int(order[-1] if 'v_row' in names else order[-2])
-    # Where nothing is factored, rows and columns are dummies of size 1.
-    if x.shape == p.shape[:dropped] + p.shape[dropped + 1 :]:
-      return P(*spec[:dropped], *spec[dropped + 1 :])
-  return P()

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from t2x import experiment
 from t2x import optim
+from t2x import processes
 from t2x import sharding
 from t2x import train_step
 from t2x.models import model as model_lib
@@ -78,10 +79,7 @@ class Program:
 
   def place(self, batch: dict[str, Any]) -> train_step.Batch:
     """Makes a global batch of this process's rows."""
-    place = functools.partial(
-      jax.make_array_from_process_local_data, self.batch_sharding
-    )
-    return jax.tree.map(place, batch)
+    return processes.put(batch, self.batch_sharding)
 
 
 def shapes_of(config: experiment.Experiment, mesh: jax.sharding.Mesh):

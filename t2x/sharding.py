@@ -78,7 +78,7 @@ def auto_axes(axis: str) -> tuple[str, ...]:
   if _rules.value is None:
     return ()
   mesh = jax.sharding.get_abstract_mesh()
-  axes = _as_tuple(getattr(_rules.value, axis))
+  axes = mesh_axes(getattr(_rules.value, axis))
   return tuple(
     a for a in axes if mesh.shape[a] > 1 and a not in mesh.manual_axes
   )
@@ -122,13 +122,13 @@ def to_spec(
         f'{where} names the logical axis {axis!r}; Rules knows '
         f'{", ".join(sorted(known))}.'
       )
-    mesh_axes = _as_tuple(getattr(rules, axis) if axis else None)
-    for mesh_axis in mesh_axes:
+    split = mesh_axes(getattr(rules, axis) if axis else None)
+    for mesh_axis in split:
       _check_axis(mesh_axis, mesh, axis, where, axes, owner)
-    mesh_axes = tuple(a for a in mesh_axes if a not in drop)
+    split = tuple(a for a in split if a not in drop)
     if shape is not None and mesh is not None:
-      _check_divides(shape[dim], dim, axis, mesh_axes, mesh, where)
-    entries.append(mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None)
+      _check_divides(shape[dim], dim, axis, split, mesh, where)
+    entries.append(split[0] if len(split) == 1 else split or None)
   return P(*entries)
 
 
@@ -147,13 +147,13 @@ def _check_axis(mesh_axis, mesh, axis, where, axes, owner):
   owner[mesh_axis] = axis
 
 
-def _check_divides(size, dim, axis, mesh_axes, mesh, where):
-  parts = int(np.prod([mesh.shape[a] for a in mesh_axes], dtype=int))
+def _check_divides(size, dim, axis, split, mesh, where):
+  parts = int(np.prod([mesh.shape[a] for a in split], dtype=int))
   if size % parts:
-    sizes = ', '.join(f'mesh.{a}={mesh.shape[a]}' for a in mesh_axes)
+    sizes = ', '.join(f'mesh.{a}={mesh.shape[a]}' for a in split)
     raise ShardingError(
       f'{where}: dimension {dim} ({axis!r}) of size {size} is not divisible '
-      f'by {parts} ({sizes}; rules.{axis}={_text(mesh_axes)}). Choose a size '
+      f'by {parts} ({sizes}; rules.{axis}={",".join(split)}). Choose a size '
       f'or a mesh that divides, or keep it whole: --set rules.{axis}=none.'
     )
 
@@ -214,11 +214,8 @@ def path_name(path: Any) -> str:
   return '.'.join(jax.tree_util.keystr((k,), simple=True) for k in path)
 
 
-def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+def mesh_axes(axes: MeshAxes) -> tuple[str, ...]:
+  """Returns the mesh axes of a rule as a tuple."""
   if axes is None:
     return ()
   return (axes,) if isinstance(axes, str) else tuple(axes)
-
-
-def _text(mesh_axes: tuple[str, ...]) -> str:
-  return ','.join(mesh_axes) or 'none'

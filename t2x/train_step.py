@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import optax
 
 from t2x import loss as loss_lib
-from t2x import optim
+from t2x import optim_state
 from t2x import sharding
 from t2x import stack
 from t2x.layers import dropout
@@ -132,7 +132,7 @@ def state_shardings(state: TrainState, mesh, rules, config: StepConfig):
   rest = dataclasses.replace(state, opt_state=None)
   return dataclasses.replace(
     sharding.shardings(rest, mesh, rules),
-    opt_state=optim.shardings(state.opt_state, trained, mesh, rules),
+    opt_state=optim_state.shardings(state.opt_state, trained, mesh, rules),
   )
 
 

@@ -15,6 +15,7 @@ from t2x import config as config_lib
 from t2x import inference
 from t2x import main
 from t2x import report
+from t2x import run as run_lib
 from t2x import run_dir
 from t2x import sharding
 from t2x import train
@@ -270,7 +271,7 @@ def test_errors_on_the_command_line(tmp_path):
   ('arguments', 'error', 'message'),
   [
     (['x=3'], None, "error: unexpected argument 'x=3'; settings are written"),
-    ([], train.NonFiniteError('Step 3'), None),
+    ([], run_lib.NonFiniteError('Step 3'), None),
     (
       [],
       OSError(28, 'No space left', 'a'),

@@ -14,17 +14,18 @@ _ROOT = pathlib.Path(__file__).parents[1]
 # order of the design, with what came since: `stack` stands below the models;
 # an experiment's config names the mesh and the step, `program` compiles it.
 _ORDER = (
-  ('config', 'sharding', 'mesh'),
+  ('config', 'sharding', 'mesh', 'processes'),
   ('attention', 'layers'),
   ('stack',),
   ('models',),
-  ('loss', 'objectives', 'optim', 'data', 'decode'),
+  ('loss', 'objectives', 'optim', 'optim_state', 'data', 'decode'),
   ('train_step', 'evaluate'),
   ('experiment', 'flops', 'interop'),
   ('checkpoint', 'charts', 'progress', 'report_page'),
   ('metrics', 'program', 'run_dir'),
   ('report',),
-  ('train', 'inference'),
+  ('run', 'inference'),
+  ('train',),
   ('main',),
 )
 # The packages that say what is computed know nothing of where it is.

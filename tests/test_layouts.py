@@ -316,8 +316,14 @@ def uncached():
 
 
 WARNING = 'nvoluntary full rematerialization'
+# The partitioner of jax 0.12 finds a way for a table that is split both ways,
+# and says nothing; tests/test_collectives.py counts bytes on every version.
+_SAID = pytest.mark.skipif(
+  jax.__version_info__ >= (0, 11), reason='this XLA has no such trouble'
+)
 
 
+@_SAID
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'kind,mesh',
@@ -332,6 +338,7 @@ def test_nothing_is_rematerialised_whole(kind, mesh, uncached, capfd):
   assert WARNING not in capfd.readouterr().err
 
 
+@_SAID
 def test_a_bad_layout_is_heard(uncached, capfd):
   """A table split both ways and looked up by split tokens."""
   mesh = make_mesh(data=2, fsdp=2, tensor=2)

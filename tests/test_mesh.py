@@ -28,12 +28,6 @@ def test_mesh_over_all_devices_or_some():
   assert set(half.devices.flat) == set(jax.devices()[4:])
 
 
-def test_batch_divisor():
-  made = mesh.make(mesh.MeshConfig(data=2, fsdp=2, tensor=2))
-  assert mesh.batch_divisor(made) == 4
-  assert mesh.batch_divisor(mesh.make(mesh.MeshConfig())) == 8
-
-
 @pytest.mark.parametrize('size', [0, -2])
 def test_sizes_that_mean_nothing(size):
   message = rf'mesh\.fsdp={size}; a size is at least 1, or -1 for the devices'

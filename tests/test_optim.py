@@ -12,10 +12,16 @@ import numpy as np
 import optax
 import pytest
 
+from t2x import checkpoint
+from t2x import config as config_lib
+from t2x import experiment
 from t2x import mesh as mesh_lib
 from t2x import optim
+from t2x import optim_state
 from t2x import sharding
 from t2x import train_step
+from t2x.layers import position
+from t2x.models import decoder
 
 RULES = sharding.Rules()
 LAYERS, D, N, H, F = 3, 8, 4, 2, 16
@@ -105,7 +111,8 @@ def train(config, make, num_steps=3, place=lambda x: x):
 def values(tree):
   """Path -> numpy array, of a tree of parameters."""
   return {
-    name: np.asarray(p.get_value()) for name, p in optim.named(tree).items()
+    name: np.asarray(p.get_value())
+    for name, p in optim_state.named(tree).items()
   }
 
 
@@ -142,7 +149,7 @@ def test_sharded_is_unsharded(kind, mesh):
   config = CONFIGS[kind]
   where = sharding.shardings(stacked(0), mesh, RULES)
   state = jax.eval_shape(optim.make(config, 10).init, stacked(0))
-  state_where = optim.shardings(state, stacked(0), mesh, RULES)
+  state_where = optim_state.shardings(state, stacked(0), mesh, RULES)
   fn = jit(
     functools.partial(update, config), out_shardings=(where, state_where)
   )
@@ -164,7 +171,7 @@ def test_sharded_is_unsharded(kind, mesh):
 def specs(kind, mesh):
   """Path -> spec of each array of the optimizer's state."""
   state = jax.eval_shape(optim.make(CONFIGS[kind], 10).init, stacked(0))
-  where = optim.shardings(state, stacked(0), mesh, RULES)
+  where = optim_state.shardings(state, stacked(0), mesh, RULES)
   flat = jax.tree_util.tree_leaves_with_path(where)
   # As jit will hold it to.
   jax.tree.map(lambda x, s: s.shard_shape(x.shape), state, where)
@@ -413,7 +420,7 @@ def test_muon_leaves_the_rest_to_adam():
 
 
 def test_only_matrices_and_tables_are_decayed():
-  found = optim.named(optim.is_decayed(stacked(0)))
+  found = optim_state.named(optim.is_decayed(stacked(0)))
   assert not found, 'its leaves are not arrays'
   flat = jax.tree_util.tree_leaves_with_path(optim.is_decayed(stacked(0)))
   left_out = {
@@ -520,9 +527,12 @@ def test_no_warmup_starts_at_the_peak():
 @pytest.mark.parametrize(
   'make,message',
   [
-    (lambda: optim.Sgd(learning_rate=0.0), r'learning_rate=0\.0; it must be'),
-    (lambda: optim.Sgd(clip_norm=0.0), r'clip_norm=0\.0; it must be above 0'),
-    (lambda: optim.Adam(weight_decay=0.1), 'set it to 0, or --set optim=adamw'),
+    (lambda: optim.Sgd(learning_rate=0.0), r'learning_rate=0\.0; it is above'),
+    (lambda: optim.Sgd(clip_norm=0.0), r'clip_norm=0\.0; it is above 0'),
+    (lambda: optim.Sgd(learning_rate=math.nan), r'learning_rate=nan; it is'),
+    (lambda: optim.AdamW(b1=2.0), r'optim\.b1=2\.0; it is in \[0, 1\)'),
+    (lambda: optim.Sgd(momentum=-0.1), r'optim\.momentum=-0\.1; it is in'),
+    (lambda: optim.Lion(weight_decay=-1.0), r'weight_decay=-1\.0; it is 0'),
     (lambda: optim.Schedule(warmup_steps=-1), r'warmup_steps=-1; it is 0 or'),
     (lambda: optim.Schedule(decay=0.0), r'decay=0\.0; it is in \(0, 1\]'),
   ],
@@ -530,3 +540,20 @@ def test_no_warmup_starts_at_the_peak():
 def test_settings_that_mean_nothing(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+def test_another_kind_on_the_command_line_leaves_the_decay_behind():
+  config = experiment.Experiment(optim=optim.Muon(learning_rate=0.5))
+  new = config_lib.override(config, {'optim': 'adam', 'optim.b2': '0.9'})
+  assert new.optim == optim.Adam(learning_rate=0.5, b2=0.9)
+  with pytest.raises(ValueError, match="Adam has no 'weight_decay'"):
+    config_lib.override(config, {'optim': 'adam', 'optim.weight_decay': '0.1'})
+
+
+def test_tables_of_relative_biases_are_not_decayed():
+  config = decoder.DecoderConfig(position=position.RelativeBuckets())
+  model = jax.eval_shape(lambda: decoder.Decoder(config, rngs=nnx.Rngs(0)))
+  found = checkpoint.by_path(optim.is_decayed(model))
+  (table,) = (name for name in found if name.endswith('table_RN.value'))
+  assert table == 'tower.bias.table_RN.value'
+  assert not found[table] and found['embeddings.tokens.table_VD.value']

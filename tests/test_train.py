@@ -16,6 +16,7 @@ from t2x import mesh as mesh_lib
 from t2x import metrics
 from t2x import program as program_lib
 from t2x import report
+from t2x import run as run_lib
 from t2x import sharding
 from t2x import train
 from t2x import train_step
@@ -217,14 +218,14 @@ def test_sigterm_saves_and_the_run_goes_on_exactly(
 def test_a_signal_during_an_evaluation_is_not_lost(
   base, directory, tmp_path, monkeypatch
 ):
-  real = train.Run.evaluate
+  real = run_lib.Run.evaluate
 
   def interrupted(self):
     os.kill(os.getpid(), signal.SIGTERM)
     return real(self)
 
   with monkeypatch.context() as patch:
-    patch.setattr(train.Run, 'evaluate', interrupted)
+    patch.setattr(run_lib.Run, 'evaluate', interrupted)
     _train(directory, tmp_path, train__checkpoint_every=0, train__eval_every=2)
   assert os.listdir(tmp_path / 'checkpoints') == ['2']
   _train(directory, tmp_path)
@@ -351,7 +352,7 @@ def test_steps_that_are_not_finite_are_skipped_then_stop(directory, tmp_path):
   _same(one.opt_state, three.opt_state)
   assert int(three.step) == 3 and int(three.num_skipped) == 2
   with pytest.raises(
-    train.NonFiniteError,
+    run_lib.NonFiniteError,
     match=r'Step 5: grad_norm=nan, loss=nan, .* 4 updates in a row .*'
     r'train.max_skipped=4.*those of step 1. Lower optim.learning_rate',
   ):
@@ -378,13 +379,13 @@ def test_hidden_transfers_are_not_let_through(
 ):
   workdir = tmp_path / 'run'
   _cut(base[0], workdir, 4)
-  advance = train.Run.advance
+  advance = run_lib.Run.advance
 
   def leaky(self, step):
     jax.jit(lambda x: x + 1)(np.ones(3))
     advance(self, step)
 
-  monkeypatch.setattr(train.Run, 'advance', leaky)
+  monkeypatch.setattr(run_lib.Run, 'advance', leaky)
   with pytest.raises(Exception, match='Disallowed host-to-device transfer'):
     _train(directory, workdir)
 

@@ -18,10 +18,6 @@ class Cache:
   k_BSKH: jax.Array
   v_BSKH: jax.Array
 
-  @property
-  def capacity(self) -> int:
-    return self.k_BSKH.shape[-3]
-
   def write(self, k_BTKH, v_BTKH, index_BT: jax.Array) -> 'Cache':
     """Returns the cache with T new entries at each row's own indices.
 

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from typing import ClassVar
 
+from t2x import config as config_lib
 from t2x.data import tokenizers
 from t2x.objectives import causal_lm
 from t2x.objectives import masked_lm
@@ -42,8 +43,8 @@ class Pad:
       b < 1 for b in self.buckets
     ):
       raise ValueError(
-        f'buckets={self.buckets} must be ascending positive lengths, such as '
-        '(64, 128, 256).'
+        f'data.batching.buckets={self.buckets} must be ascending positive '
+        'lengths, such as (64, 128, 256).'
       )
 
 
@@ -86,16 +87,9 @@ class DataConfig:
   num_workers: int = 0
 
   def __post_init__(self):
-    for name, least in (
-      ('length', 1),
-      ('batch_size', 1),
-      ('num_threads', 0),
-      ('num_workers', 0),
-    ):
-      if getattr(self, name) < least:
-        raise ValueError(
-          f'{name}={getattr(self, name)} must be at least {least}.'
-        )
+    config_lib.check_least(
+      self, 'data.', length=1, batch_size=1, num_threads=0, num_workers=0
+    )
 
 
 def buckets(config: DataConfig) -> tuple[int, ...]:

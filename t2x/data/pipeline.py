@@ -46,7 +46,7 @@ def check(config: config_lib.DataConfig) -> None:
   lengths = config_lib.buckets(config)
   if lengths[-1] > config.length:
     raise ValueError(
-      f'The largest of buckets={lengths} exceeds data.length='
+      f'The largest of data.batching.buckets={lengths} exceeds data.length='
       f'{config.length}. Raise data.length or leave that bucket out.'
     )
   _check_sentinels(config)
@@ -103,25 +103,6 @@ def steps_per_epoch(
   With several buckets this holds up to half a batch of each.
   """
   return batches_lib.TrainBatches(corpus, config, seed=0).steps_per_epoch
-
-
-def host_rows(
-  config: config_lib.DataConfig, host: int, num_hosts: int
-) -> slice:
-  """Returns the rows of each batch that one of `num_hosts` equal hosts makes.
-
-  Raises:
-    ValueError: if the rows of a batch cannot be dealt evenly.
-  """
-  if config.batch_size % num_hosts:
-    raise ValueError(
-      f'data.batch_size={config.batch_size} must be a multiple of the number '
-      f'of hosts, {num_hosts}, each of which makes an equal part of the '
-      f'batch. Set it to {config.batch_size // num_hosts * num_hosts} or '
-      f'{(config.batch_size // num_hosts + 1) * num_hosts}.'
-    )
-  each = config.batch_size // num_hosts
-  return slice(host * each, (host + 1) * each)
 
 
 def batch_spec(
@@ -189,8 +170,9 @@ def _check_sentinels(config: config_lib.DataConfig) -> None:
   )
   if spans > config.tokenizer.num_sentinels:
     raise ValueError(
-      f'data.length={config.length} with rate={objective.rate} and '
-      f'mean_span={objective.mean_span} drops {spans} spans, but '
-      f'num_sentinels={config.tokenizer.num_sentinels}. Raise '
-      'data.tokenizer.num_sentinels or mean_span, or lower data.length.'
+      f'data.length={config.length} with data.objective.rate='
+      f'{objective.rate} and mean_span={objective.mean_span} drops {spans} '
+      'spans, but data.tokenizer.num_sentinels='
+      f'{config.tokenizer.num_sentinels}. Raise it or mean_span, or lower '
+      'data.length.'
     )

@@ -16,6 +16,7 @@ from typing import ClassVar
 from etils import epath
 import sentencepiece
 
+from t2x import config as config_lib
 from t2x.objectives import vocab as vocab_lib
 
 _SAMPLE_BYTES = 5_000_000  # More text hardly changes 8k pieces.
@@ -33,14 +34,14 @@ class SentencePiece:
   kind: ClassVar[str] = 'sentencepiece'
 
   def __post_init__(self):
-    _check_sentinels(self.num_sentinels)
+    config_lib.check_least(self, 'data.tokenizer.', num_sentinels=0)
     smallest = vocab_lib.NUM_NAMED + self.num_sentinels + 256
     if self.vocab_size <= smallest:
       raise ValueError(
-        f'vocab_size={self.vocab_size} must be more than {smallest}: '
-        f'{vocab_lib.NUM_NAMED} special tokens, {self.num_sentinels} '
-        'sentinels and 256 bytes. Raise it, or use the tokenizer of kind '
-        '"bytes".'
+        f'data.tokenizer.vocab_size={self.vocab_size} must be more than '
+        f'{smallest}: {vocab_lib.NUM_NAMED} special tokens, '
+        f'{self.num_sentinels} sentinels and 256 bytes. Raise it, or use the '
+        'tokenizer of kind "bytes".'
       )
 
 
@@ -53,7 +54,7 @@ class Bytes:
   kind: ClassVar[str] = 'bytes'
 
   def __post_init__(self):
-    _check_sentinels(self.num_sentinels)
+    config_lib.check_least(self, 'data.tokenizer.', num_sentinels=0)
 
 
 Config = SentencePiece | Bytes
@@ -245,7 +246,7 @@ def _chunks(texts: Iterable[str]) -> Iterable[str]:
 
 def _explain(config: SentencePiece, error: RuntimeError) -> ValueError:
   """Returns what SentencePiece meant."""
-  given = f'vocab_size={config.vocab_size}'
+  given = f'data.tokenizer.vocab_size={config.vocab_size}'
   if match := re.search(r'too high .*<= (\d+)', str(error)):
     return ValueError(
       f'{given} is more than this corpus supports, which is {match[1]}. '
@@ -258,8 +259,3 @@ def _explain(config: SentencePiece, error: RuntimeError) -> ValueError:
       '"bytes".'
     )
   return ValueError(f'Cannot train a tokenizer with {given}: {error}')
-
-
-def _check_sentinels(num_sentinels: int) -> None:
-  if num_sentinels < 0:
-    raise ValueError(f'num_sentinels={num_sentinels} must not be negative.')

@@ -64,12 +64,7 @@ class Head:
   def logits(self, x_BTD, table_VD, bias_V):
     """Returns float32 logits for some rows of the table."""
     x_BTD = x_BTD if self.scale == 1.0 else x_BTD * self.scale
-    logits_BTV = jnp.einsum(
-      'BTD,VD->BTV',
-      x_BTD,
-      table_VD.astype(x_BTD.dtype),
-      preferred_element_type=jnp.float32,
-    )
+    logits_BTV = param.project(x_BTD, table_VD, 'BTD,VD->BTV', jnp.float32)
     if bias_V is not None:
       logits_BTV = logits_BTV + bias_V[None, None]
     return logits_BTV

@@ -79,7 +79,12 @@ def param(
   return nnx.Param(init(rngs.params(), tuple(shape)), axes=tuple(axes))
 
 
-def project(x: jax.Array, weight: nnx.Param, spec: str) -> jax.Array:
+def project(
+  x: jax.Array,
+  weight: nnx.Param | jax.Array,
+  spec: str,
+  dtype: jnp.dtype | None = None,
+) -> jax.Array:
   """Contracts `x` with a weight, cast to the dtype of `x`.
 
   Every product with a weight goes through here, so that an adapter or a
@@ -87,10 +92,12 @@ def project(x: jax.Array, weight: nnx.Param, spec: str) -> jax.Array:
 
   Args:
     x: activations.
-    weight: the parameter.
+    weight: the parameter, or a part of one.
     spec: an einsum such as 'BTD,DNH->BTNH'.
+    dtype: of the result; default that of `x`.
   """
-  return jnp.einsum(spec, x, weight[...].astype(x.dtype))
+  weight = weight[...].astype(x.dtype)
+  return jnp.einsum(spec, x, weight, preferred_element_type=dtype)
 
 
 @jax.custom_vjp

@@ -13,6 +13,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from t2x import config as config_lib
 from t2x import sharding
 from t2x.layers import param
 
@@ -36,6 +37,9 @@ class Learned:
   std: float = 0.02
   offset: int = 0
 
+  def __post_init__(self):
+    config_lib.check_least(self, 'position.', max_length=1, offset=0, std=0.0)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
@@ -46,6 +50,10 @@ class Llama3Scaling:
   low_frequency_factor: float = 1.0
   high_frequency_factor: float = 4.0
   original_length: int = 8192
+
+  def __post_init__(self):
+    names = [f.name for f in dataclasses.fields(self)]
+    config_lib.check_positive(self, 'position.scaling.', *names)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +70,24 @@ class Rotary:
   fraction: float = 1.0
   scaling: Llama3Scaling | None = None
 
+  def __post_init__(self):
+    config_lib.check_positive(self, 'position.', 'base', 'fraction')
+
+  def rotated(self, head_dim: int) -> int:
+    """Returns how many entries of a head are rotated, an even number.
+
+    Raises:
+      ValueError: they cannot be paired, or are more than there are.
+    """
+    size = int(head_dim * self.fraction)
+    if size % 2 or not 0 < size <= head_dim:
+      raise ValueError(
+        f'position.fraction={self.fraction} of attention.head_dim={head_dim} '
+        f'rotates {size} entries; rotary positions turn pairs, so this must be '
+        f'an even number from 2 to {head_dim}.'
+      )
+    return size
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RelativeBuckets:
@@ -70,6 +96,19 @@ class RelativeBuckets:
   kind: ClassVar[str] = 'relative'
   num_buckets: int = 32
   max_distance: int = 128
+
+  def __post_init__(self):
+    if self.num_buckets < 4 or self.num_buckets % 4:
+      raise ValueError(
+        f'position.num_buckets={self.num_buckets}; it is a multiple of 4: half '
+        'for each direction, of which half are exact.'
+      )
+    if self.max_distance <= self.num_buckets // 2:
+      raise ValueError(
+        f'position.max_distance={self.max_distance} must be above the '
+        f'{self.num_buckets // 2} distances that num_buckets='
+        f'{self.num_buckets} tells apart exactly.'
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,7 +163,7 @@ def rotate(
   """Rotates queries or keys by their positions, default 0, 1, 2, ..."""
   if positions_BT is None:
     positions_BT = jnp.arange(x_BTNH.shape[1])[None]
-  size = int(x_BTNH.shape[-1] * config.fraction)
+  size = config.rotated(x_BTNH.shape[-1])
   angle = positions_BT[..., None] * _frequencies(config, size)[None, None]
   cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
   x, rest = x_BTNH[..., :size].astype(jnp.float32), x_BTNH[..., size:]

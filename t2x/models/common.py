@@ -11,6 +11,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from t2x import config as config_lib
 from t2x import sharding
 from t2x import stack
 from t2x.layers import attention as attention_lib
@@ -68,19 +69,17 @@ class TransformerConfig:
 
   def __post_init__(self):
     sizes = ('vocab_size', 'num_layers', 'embed_dim', 'vocab_multiple')
-    for name in sizes:
-      if getattr(self, name) < 1:
-        raise ValueError(
-          f'model.{name}={getattr(self, name)}; it must be 1 or more.'
-        )
-    rates = {
-      'model.dropout': self.dropout,
-      'model.attention.dropout': self.attention.dropout,
-      'model.mlp.dropout': self.mlp.dropout,
-    }
-    for name, rate in rates.items():
-      if not 0.0 <= rate < 1.0:
-        raise ValueError(f'{name}={rate}; a rate is in [0, 1).')
+    config_lib.check_least(self, 'model.', **dict.fromkeys(sizes, 1))
+    config_lib.check_share(self, 'model.', 'dropout')
+    if isinstance(self.position, position_lib.Rotary):
+      for kind in self.kinds:
+        self.position.rotated(kind.head_dim)
+    if len({kind.num_heads for kind in self.kinds}) > 1:
+      raise ValueError(
+        'model.attention_pattern has layers of '
+        f'{[kind.num_heads for kind in self.kinds]} heads; all have as many, '
+        'since they share their positions.'
+      )
 
   @property
   def kinds(self) -> tuple[attention_lib.AttentionConfig, ...]:
@@ -203,7 +202,7 @@ class Tower(nnx.Module):
 
 
 def _make_bias(config, bidirectional, rngs):
-  heads = config.attention.num_heads
+  heads = config.kinds[0].num_heads
   if isinstance(config.position, position_lib.RelativeBuckets):
     return position_lib.RelativeBias(
       config.position,

@@ -34,15 +34,15 @@ class MaskedLM:
   def __post_init__(self):
     if not 0 < self.rate < 1:
       raise ValueError(
-        f'rate={self.rate} must be between 0 and 1, both excluded; BERT '
-        'uses 0.15.'
+        f'data.objective.rate={self.rate} must be between 0 and 1, both '
+        'excluded; BERT uses 0.15.'
       )
     shares = self.mask_share, self.random_share
     if min(shares) < 0 or sum(shares) > 1 + 1e-9:
       raise ValueError(
-        f'mask_share={self.mask_share} and random_share={self.random_share} '
-        'must not be negative nor add up to more than 1; what they leave is '
-        'kept unchanged.'
+        f'data.objective.mask_share={self.mask_share} and random_share='
+        f'{self.random_share} must not be negative nor add up to more than 1; '
+        'what they leave is kept unchanged.'
       )
 
   def source_length(self, length: int) -> int:

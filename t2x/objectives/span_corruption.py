@@ -38,12 +38,13 @@ class SpanCorruption:
   def __post_init__(self):
     if not 0 < self.rate < 1:
       raise ValueError(
-        f'rate={self.rate} must be between 0 and 1, both excluded; T5 uses '
-        '0.15.'
+        f'data.objective.rate={self.rate} must be between 0 and 1, both '
+        'excluded; T5 uses 0.15.'
       )
     if self.mean_span < 1:
       raise ValueError(
-        f'mean_span={self.mean_span} must be at least 1 token; T5 uses 3.'
+        f'data.objective.mean_span={self.mean_span} must be at least 1 token; '
+        'T5 uses 3.'
       )
 
   def source_length(self, length: int) -> int:

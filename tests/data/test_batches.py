@@ -79,7 +79,8 @@ def _join(parts):
 @pytest.mark.parametrize('num_hosts', [1, 2, 4])
 def test_hosts_together_make_the_global_batch(variant, num_hosts):
   corpus, config = variant
-  rows = [pipeline.host_rows(config, h, num_hosts) for h in range(num_hosts)]
+  each = config.batch_size // num_hosts
+  rows = [slice(h * each, (h + 1) * each) for h in range(num_hosts)]
   for make in (
     lambda r: pipeline.train_batches(corpus, config, seed=1, rows=r),
     lambda r: pipeline.eval_batches(corpus, config, 'validation', rows=r),
@@ -291,15 +292,6 @@ def test_rows_outside_the_batch(tmp_path):
   for rows in (slice(4, 12), slice(3, 3)):
     with pytest.raises(ValueError, match='not rows of a batch of .*=8'):
       pipeline.train_batches(corpus, _config(), seed=0, rows=rows)
-
-
-def test_hosts_that_do_not_divide_the_batch():
-  assert pipeline.host_rows(_config(), 1, 4) == slice(2, 4)
-  with pytest.raises(
-    ValueError,
-    match='batch_size=8 must be a multiple .* 3, .* Set it to 6 or 9',
-  ):
-    pipeline.host_rows(_config(), 0, 3)
 
 
 def test_objective_defaults_to_next_token():

@@ -47,7 +47,7 @@ def test_installed_docs_holds_no_pairs():
 
 def test_buckets():
   _fails(
-    r'largest of buckets=\(128, 512\) exceeds data.length=256',
+    r'largest of data\.batching\.buckets=\(128, 512\) exceeds data.length=256',
     batching=config_lib.Pad(buckets=(128, 512)),
   )
   for buckets in ((128, 64), (64, 64), (0, 64)):
@@ -58,7 +58,7 @@ def test_buckets():
 def test_more_spans_than_sentinels():
   span = span_corruption.SpanCorruption()
   _fails(
-    'data.length=2048 .* drops 114 spans, but num_sentinels=100. Raise',
+    r'length=2048 .* drops 114 spans, but data\.tokenizer\.num_sentinels=100',
     length=2048,
     objective=span,
   )
@@ -78,7 +78,9 @@ def test_more_spans_than_sentinels():
   [('length', 0), ('batch_size', 0), ('num_threads', -1), ('num_workers', -1)],
 )
 def test_numbers_in_range(name, value):
-  with pytest.raises(ValueError, match=f'{name}={value} must be at least'):
+  with pytest.raises(
+    ValueError, match=rf'data\.{name}={value}; it is \d or more'
+  ):
     config_lib.DataConfig(**{name: value})
 
 

@@ -103,9 +103,13 @@ def test_vocabulary_smaller_than_the_alphabet():
 
 
 def test_bad_settings():
-  with pytest.raises(ValueError, match='vocab_size=300 must be more than 361'):
+  with pytest.raises(
+    ValueError, match=r'data\.tokenizer\.vocab_size=300 must be more than 361'
+  ):
     tokenizers.SentencePiece(vocab_size=300)
-  with pytest.raises(ValueError, match='num_sentinels=-1 must not be negative'):
+  with pytest.raises(
+    ValueError, match=r'data\.tokenizer\.num_sentinels=-1; it is 0'
+  ):
     tokenizers.Bytes(num_sentinels=-1)
 
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from t2x.layers import attention
+from t2x.layers import mlp
 from t2x.layers import norm
 from t2x.layers import position
+from t2x.models import decoder
 from t2x.models import model as model_lib
 from t2x.models import presets
 
@@ -387,3 +389,54 @@ def test_presets_are_the_other_librarys_configs():
     if 'roberta' in name:
       config = dataclasses.replace(config, pooler=True)
     assert config == presets.PRESETS[name](), name
+
+
+@pytest.mark.parametrize(
+  'make,message',
+  [
+    (
+      lambda: attention.Dense(num_heads=0),
+      r'attention\.num_heads=0; it is 1 or more',
+    ),
+    (
+      lambda: attention.Dense(num_kv_heads=0),
+      r'attention\.num_kv_heads=0; it is 1 or more',
+    ),
+    (lambda: attention.Dense(block=-1), r'attention\.block=-1; it is 1 or'),
+    (lambda: attention.Dense(soft_cap=0.0), r'soft_cap=0\.0; it is above 0'),
+    (lambda: attention.Dense(dropout=1.0), r'dropout=1\.0; it is in \[0, 1\)'),
+    (lambda: mlp.MlpConfig(hidden=0), r'mlp\.hidden=0; it is 1 or more'),
+    (lambda: position.Learned(max_length=0), r'max_length=0; it is 1 or more'),
+    (
+      lambda: position.RelativeBuckets(num_buckets=6),
+      r'num_buckets=6; it is a multiple of 4',
+    ),
+    (
+      lambda: position.RelativeBuckets(max_distance=16),
+      r'max_distance=16 must be above the 16 distances',
+    ),
+    (
+      lambda: decoder.DecoderConfig(
+        position=position.Rotary(), attention=attention.Dense(head_dim=5)
+      ),
+      r'fraction=1\.0 of attention\.head_dim=5 rotates 5 entries; .* even',
+    ),
+    (
+      lambda: decoder.DecoderConfig(position=position.Rotary(fraction=0.01)),
+      r'rotates 0 entries',
+    ),
+    (
+      lambda: decoder.DecoderConfig(
+        attention_pattern=(
+          attention.Dense(num_heads=2),
+          attention.Local(num_heads=4),
+        )
+      ),
+      r'has layers of \[2, 4\] heads; all have as many',
+    ),
+    (lambda: decoder.DecoderConfig(dropout=-0.1), r'model\.dropout=-0\.1; it'),
+  ],
+)
+def test_sizes_and_rates_that_cannot_be(make, message):
+  with pytest.raises(ValueError, match=message):
+    make()

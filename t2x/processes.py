@@ -1,0 +1,64 @@
+"""Agreement between the processes of a run; with one process, nothing to do.
+
+Each process decides by what it alone sees (a signal, a file that it cannot
+read), and all must take the same turn, or they wait for each other forever.
+"""
+
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+
+def is_primary() -> bool:
+  """Whether this is the process that writes what is written once."""
+  return jax.process_index() == 0
+
+
+def put(tree: Any, sharding: NamedSharding) -> Any:
+  """Makes global arrays of the parts that this process holds."""
+  # An explicit transfer, though JAX guards it as an implicit one where there
+  # are several processes.
+  with jax.transfer_guard_host_to_device('allow'):
+    return jax.make_array_from_process_local_data(sharding, tree)
+
+
+def all_agree(ok: bool, what: str) -> bool:
+  """Returns whether `ok` holds in every process; waits for all of them.
+
+  Args:
+    ok: of this process.
+    what: names the place, the same in every process.
+  """
+  if jax.process_count() == 1:
+    return ok
+  multihost_utils.sync_global_devices(what)
+  with jax.transfer_guard('allow'):
+    return bool(multihost_utils.process_allgather(np.asarray(ok)).all())
+
+
+class AnyProcess:
+  """Whether any process has raised its hand, without waiting for the others.
+
+  Called once a step by every process. The answer of several processes is that
+  of the call before, so that it is on its way while the devices work, and the
+  same everywhere; a process alone gets its own at once.
+  """
+
+  def __init__(self, mesh: Mesh):
+    self._alone = jax.process_count() == 1
+    self._split = NamedSharding(mesh, P(mesh.axis_names))
+    self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
+    self._last: jax.Array | None = None
+
+  def __call__(self, raised: bool) -> bool:
+    if self._alone:
+      return raised
+    local = np.full(jax.local_device_count(), raised, np.int32)
+    last, self._last = self._last, self._largest(put(local, self._split))
+    return last is not None and bool(jax.device_get(last))
