@@ -39,7 +39,13 @@ EXTRAS = {
     'tensorboard>=2.18',
   ],
   'bench': ['psutil>=6.0', 'torch==2.13.0'],
-  'reference': ['torch==2.13.0', 'transformers>=5.0'],
+  # Other libraries that tests compare with, and an emulated object store.
+  'reference': [
+    'gcp-storage-emulator>=2026.7',
+    'gcsfs>=2024.6',
+    'torch==2.13.0',
+    'transformers>=5.0',
+  ],
 }
 
 setuptools.setup(

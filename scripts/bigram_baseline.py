@@ -13,6 +13,7 @@ import json
 
 import numpy as np
 
+from t2x import paths
 from t2x import run_dir
 from t2x.data import corpus as corpus_lib
 from t2x.data import tokenizers
@@ -27,7 +28,7 @@ def main() -> None:
   parser.add_argument('--json', action='store_true')
   args = parser.parse_args()
   data = run_dir.read_config(args.workdir).data
-  tokenizer = tokenizers.load(run_dir.path(args.workdir) / 'tokenizer')
+  tokenizer = tokenizers.load(paths.path(args.workdir) / 'tokenizer')
   corpus = corpus_lib.prepare(data, tokenizer)
   bits = bigram_bits(
     stream(corpus, data.train_split),

@@ -11,11 +11,11 @@ import logging
 import os
 from typing import Any
 
-from etils import epath
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from t2x import paths
 from t2x import processes
 from t2x import sharding
 
@@ -42,9 +42,9 @@ class Checkpoints:
   def __init__(
     self, workdir: str, *, keep_last: int = 3, keep_every: int | None = None
   ):
-    self._directory = epath.Path(workdir).expanduser() / 'checkpoints'
-    if not self._directory.is_absolute() and '://' not in str(workdir):
-      self._directory = epath.Path(os.getcwd()) / self._directory
+    self._directory = paths.path(workdir) / 'checkpoints'
+    if not paths.is_remote(workdir):  # Orbax wants it absolute.
+      self._directory = paths.path(os.path.abspath(self._directory))
     self._options = ocp.CheckpointManagerOptions(
       max_to_keep=keep_last,
       keep_period=keep_every,

@@ -10,7 +10,6 @@ import json
 import math
 from typing import Any
 
-from etils import epath
 import jax
 
 from t2x import checkpoint
@@ -18,6 +17,7 @@ from t2x import config as config_lib
 from t2x import evaluate
 from t2x import experiment
 from t2x import mesh as mesh_lib
+from t2x import paths
 from t2x import program as program_lib
 from t2x import run_dir
 from t2x import sharding
@@ -62,7 +62,7 @@ def load(
   Raises:
     ValueError: no run, no such checkpoint, or a setting that cannot be.
   """
-  workdir = str(run_dir.path(workdir))
+  workdir = str(paths.path(workdir))
   config = run_dir.read_config(workdir)
   config = dataclasses.replace(config, mesh=mesh_lib.MeshConfig(data=1))
   config = config_lib.override(config, config_lib.parse_settings(settings))
@@ -81,7 +81,7 @@ def load(
       f'{config.train.checkpoint_every} steps.'
     )
   step, state, _ = restored
-  tokenizer = tokenizers.load(run_dir.path(workdir) / 'tokenizer')
+  tokenizer = tokenizers.load(paths.path(workdir) / 'tokenizer')
   model = train_step.averaged_model(state, config.train.step_config)
   return Trained(
     config=config, model=model, tokenizer=tokenizer, step=step, mesh=mesh
@@ -167,7 +167,7 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
   """
   result = list(prompts)
   if file is not None:
-    path = epath.Path(file).expanduser()
+    path = paths.path(file)
     if not path.exists():
       raise ValueError(f'--prompt_file={file}: there is no such file.')
     result += [line for line in path.read_text().splitlines() if line]
@@ -183,7 +183,7 @@ def write_samples(
 ) -> None:
   """Writes prompts and texts as the JSON that the report shows."""
   samples = [{'prompt': p, 'text': t} for p, t in zip(prompts, texts)]
-  epath.Path(file).expanduser().write_text(json.dumps(samples, indent=1))
+  paths.path(file).write_text(json.dumps(samples, indent=1))
 
 
 def _devices(config: mesh_lib.MeshConfig) -> list[Any]:

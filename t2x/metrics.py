@@ -20,6 +20,7 @@ from typing import Any
 
 from etils import epath
 
+from t2x import paths
 from t2x import progress
 
 _log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class Writer:
     self._failed = False
     if not primary:
       return
-    workdir = epath.Path(workdir)
+    workdir = paths.path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     self._parts = [
       _open_rows(workdir / FILE, start_step),
@@ -130,7 +131,7 @@ class Writer:
 
 def read_rows(workdir: epath.PathLike) -> list[dict[str, Any]]:
   """Returns the rows of a run, without a last line that a crash tore."""
-  path = epath.Path(workdir) / FILE
+  path = paths.path(workdir) / FILE
   return _parse(path.read_text(), path) if path.exists() else []
 
 
@@ -163,24 +164,15 @@ def _dump(row: Mapping[str, Any]) -> str:
   return json.dumps(row, allow_nan=False) + '\n'
 
 
-def _is_remote(path: epath.Path) -> bool:
-  return '://' in os.fspath(path)
-
-
 def _open_rows(path: epath.Path, start_step: int):
   """Opens the file of rows, cut back to those of the steps taken."""
   text = path.read_text() if path.exists() else ''
   rows = _parse(text, path) if start_step else []
   kept = ''.join(_dump(row) for row in rows if row['step'] <= start_step)
-  if _is_remote(path):
+  if paths.is_remote(path):
     return _UploadedRows(path, kept)
   if kept != text:
-    temporary = path.with_name(FILE + '.tmp')
-    with open(temporary, 'w', encoding='utf-8') as f:
-      f.write(kept)
-      f.flush()
-      os.fsync(f.fileno())
-    os.replace(temporary, path)
+    paths.write_whole(path, kept)
   return _LocalRows(path)
 
 
@@ -242,7 +234,7 @@ class _Events:
     summary_pb2 = importlib.import_module('tensorboardX.proto.summary_pb2')
     self._event = event_pb2.Event
     self._summary = summary_pb2.Summary
-    self._remote = folder if _is_remote(folder) else None
+    self._remote = folder if paths.is_remote(folder) else None
     self._folder = epath.Path(tempfile.mkdtemp() if self._remote else folder)
     self._folder.mkdir(parents=True, exist_ok=True)
     # File names count whole seconds; two runs within one must not collide.

@@ -16,6 +16,7 @@ from etils import epath
 
 from t2x import charts
 from t2x import metrics
+from t2x import paths
 from t2x import report_page
 
 FILE = 'report.html'
@@ -30,22 +31,21 @@ def write(workdir: epath.PathLike) -> epath.Path:
   Raises:
     ValueError: `workdir` holds no run.
   """
-  workdir = epath.Path(workdir)
+  workdir = paths.path(workdir)
   if not (workdir / metrics.FILE).exists():
     raise ValueError(
       f'{workdir} has no {metrics.FILE}; a report needs the workdir of a '
       'run that has trained.'
     )
   path = workdir / FILE
-  path.write_text(
-    page(
-      title=workdir.name,
-      rows=metrics.read_rows(workdir),
-      config=_read(workdir / 'config.json'),
-      versions=_read(workdir / 'versions.json'),
-      samples=_read(workdir / 'samples.json') or [],
-    )
+  text = page(
+    title=workdir.name,
+    rows=metrics.read_rows(workdir),
+    config=_read(workdir / 'config.json'),
+    versions=_read(workdir / 'versions.json'),
+    samples=_read(workdir / 'samples.json') or [],
   )
+  paths.write_whole(path, text)
   return path
 
 

@@ -14,6 +14,7 @@ from etils import epath
 
 from t2x import config as config_lib
 from t2x import experiment
+from t2x import paths
 from t2x.data import corpus as corpus_lib
 from t2x.data import tokenizers
 
@@ -32,11 +33,6 @@ _PACKAGES = (
 )
 
 
-def path(workdir: str) -> epath.Path:
-  """Returns the workdir as a path, local or gs://."""
-  return epath.Path(workdir).expanduser()
-
-
 Changes = dict[str, tuple[Any, Any]]
 
 
@@ -52,7 +48,7 @@ def check(
     ValueError: model, data, optimizer or seed differ and `allow_change` is
       False; every difference is listed.
   """
-  file = path(workdir) / 'config.json'
+  file = paths.path(workdir) / 'config.json'
   if not file.exists():
     return {}
   changes = config_lib.differences(_read(file), config_lib.to_json(config))
@@ -75,7 +71,7 @@ def write(
   changes: Changes,
 ) -> None:
   """Writes what the run is, and logs the changes that `check` returned."""
-  root = path(workdir)
+  root = paths.path(workdir)
   root.mkdir(parents=True, exist_ok=True)
   for name, (old, new) in changes.items():
     _log.info('changed since the last start: %s: %r -> %r', name, old, new)
@@ -83,13 +79,15 @@ def write(
     file = root / 'history.jsonl'
     # Read and written whole, since an object cannot be appended to.
     text = file.read_text() if file.exists() else ''
-    _replace(file, text + json.dumps({'changes': changes}) + '\n')
-  _replace(root / 'config.json', config_lib.dumps(config))
+    paths.write_whole(file, text + json.dumps({'changes': changes}) + '\n')
+  paths.write_whole(root / 'config.json', config_lib.dumps(config))
   _write_versions(root / 'versions.json')
   if read_tokenizer(workdir, changes) is None:
     corpus.tokenizer.save(root / 'tokenizer')
   # Last: its presence says that the tokenizer is whole.
-  _replace(root / 'corpus.json', json.dumps({'id': corpus.fingerprint}) + '\n')
+  paths.write_whole(
+    root / 'corpus.json', json.dumps({'id': corpus.fingerprint}) + '\n'
+  )
 
 
 def read_tokenizer(
@@ -99,15 +97,15 @@ def read_tokenizer(
 
   None before the run has started, and where `changes` ask for another.
   """
-  started = (path(workdir) / 'corpus.json').exists()
+  started = (paths.path(workdir) / 'corpus.json').exists()
   if not started or any(n.startswith('data.tokenizer') for n in changes or ()):
     return None
-  return tokenizers.load(path(workdir) / 'tokenizer')
+  return tokenizers.load(paths.path(workdir) / 'tokenizer')
 
 
 def check_corpus(workdir: str, fingerprint: str, *, allow_change: bool) -> None:
   """Raises ValueError if a run would go on with another text."""
-  file = path(workdir) / 'corpus.json'
+  file = paths.path(workdir) / 'corpus.json'
   if not file.exists() or allow_change:
     return
   old = json.loads(file.read_text())['id']
@@ -126,7 +124,7 @@ def read_config(workdir: str) -> experiment.Experiment:
   Raises:
     ValueError: there is no run in `workdir`.
   """
-  file = path(workdir) / 'config.json'
+  file = paths.path(workdir) / 'config.json'
   if not file.exists():
     raise ValueError(
       f'{workdir} holds no run: it has no config.json. Name the --workdir of '
@@ -142,12 +140,12 @@ def load_config(file: str) -> experiment.Experiment:
     ValueError: no such file, one that is not JSON, or a field or a value that
       cannot be.
   """
-  if not path(file).exists():
+  if not paths.path(file).exists():
     raise ValueError(
       f'--config={file}: there is no such file. A run keeps its own in '
       'WORKDIR/config.json.'
     )
-  return config_lib.from_json(experiment.Experiment, _read(path(file)))
+  return config_lib.from_json(experiment.Experiment, _read(paths.path(file)))
 
 
 def versions() -> dict[str, str]:
@@ -174,7 +172,7 @@ def _write_versions(file: Any) -> None:
     old = _read(file)
     for name, pair in config_lib.differences(old, new).items():
       _log.warning('%s was %s when the run started, and is %s.', name, *pair)
-  _replace(file, json.dumps(new, indent=2) + '\n')
+  paths.write_whole(file, json.dumps(new, indent=2) + '\n')
 
 
 def _read(file: epath.Path) -> Any:
@@ -184,13 +182,6 @@ def _read(file: epath.Path) -> Any:
     raise ValueError(
       f'{file} is not JSON ({error}). Restore it, or start in another workdir.'
     ) from error
-
-
-def _replace(file: epath.Path, text: str) -> None:
-  """Writes a file in one step, so that a crash leaves the old or the new."""
-  temporary = file.with_name(f'{file.name}.tmp')
-  temporary.write_text(text)
-  temporary.replace(file)
 
 
 def _git_revision() -> str | None:

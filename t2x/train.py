@@ -9,6 +9,7 @@ import jax
 
 from t2x import experiment
 from t2x import mesh as mesh_lib
+from t2x import paths
 from t2x import processes
 from t2x import program as program_lib
 from t2x import run as run_lib
@@ -49,7 +50,7 @@ def train(
     CheckpointError: no checkpoint can be used, or the last state not saved.
   """
   experiment.check(config, jax.device_count())
-  workdir = str(run_dir.path(workdir))
+  workdir = str(paths.path(workdir))
   changes = run_dir.check(workdir, config, allow_change=allow_config_change)
   mesh = mesh_lib.make(config.mesh)
   # A layout that cannot be is refused here.
@@ -139,7 +140,7 @@ class _Profiler:
   """Records steps `first` to `last`, both included, if there are any."""
 
   def __init__(self, workdir: str, steps: tuple[int, int] | None):
-    self._folder = str(run_dir.path(workdir) / 'profile')
+    self._folder = str(paths.path(workdir) / 'profile')
     self._first, self._last = steps or (0, 0)
     self._running = False
 

@@ -6,6 +6,7 @@ import tiny
 
 from t2x import config as config_lib
 from t2x import optim
+from t2x import paths
 from t2x import run_dir
 from t2x.data import corpus as corpus_lib
 from t2x.data import tokenizers
@@ -175,15 +176,12 @@ def test_other_versions_are_reported(run, caplog, monkeypatch):
 
 def test_a_crash_while_writing_leaves_the_old_config(run, monkeypatch):
   workdir, config = run
-  path = type(run_dir.path(str(workdir)))
 
-  def fail(self, text):
-    with open(self, 'w') as file:
-      file.write(text[: len(text) // 2])
+  def fail(file):
     raise OSError(28, 'No space left on device')
 
   with monkeypatch.context() as patch:
-    patch.setattr(path, 'write_text', fail)
+    patch.setattr(paths.os, 'fsync', fail)
     with pytest.raises(OSError, match='No space left'):
       _write(workdir, _set(config, 'train.num_steps=9'))
   assert run_dir.read_config(str(workdir)) == config
