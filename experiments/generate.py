@@ -4,7 +4,8 @@ python experiments/generate.py --workdir=RUN --prompt='The function returns' \
     --prompt='A list of' --num_tokens=64 --temperature=0.8 --top_p=0.9 --seed=0
 
 Prompts may also come from a file, one a line: --prompt_file=FILE. An
-encoder-decoder reads the prompt as its source and answers it.
+encoder-decoder reads the prompt as its source and answers it; there
+<extra_id_0>, <extra_id_1>, ... stand for spans to fill in.
 """
 
 from absl import flags
@@ -19,6 +20,9 @@ _TEMPERATURE = flags.DEFINE_float('temperature', 1.0, '0 takes the likeliest.')
 _TOP_K = flags.DEFINE_integer('top_k', None, 'Draw from the k likeliest.')
 _TOP_P = flags.DEFINE_float('top_p', None, 'Draw from this probability mass.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of what is drawn.')
+_MAX_LENGTH = flags.DEFINE_integer(
+  'max_length', None, 'Tokens of a sequence; default as in training.'
+)
 _STEP = flags.DEFINE_integer('step', None, 'Checkpoint; default the newest.')
 _IGNORE_END = flags.DEFINE_bool(
   'ignore_end', False, 'Go on past the end token.'
@@ -46,6 +50,7 @@ def generate() -> None:
     sampling=config,
     seed=_SEED.value,
     ignore_end=_IGNORE_END.value,
+    max_length=_MAX_LENGTH.value,
   )
   for prompt, text in zip(prompts, texts):
     print(f'--- {prompt}\n{text}\n')

@@ -96,16 +96,20 @@ def generate_text(
   sampling: sampling_lib.SamplingConfig | None = None,
   seed: int = 0,
   ignore_end: bool = False,
+  max_length: int | None = None,
 ) -> list[str]:
   """Returns the text that follows each prompt (or answers it).
 
   Args:
     trained: what `load` returned.
-    prompts: texts; an encoder-decoder takes them as sources.
+    prompts: texts; an encoder-decoder takes them as sources, in which
+      <extra_id_0>, <extra_id_1>, ... stand for its sentinels.
     num_tokens: the most new tokens of each.
     sampling: temperature, top-k and top-p.
     seed: of what is drawn.
     ignore_end: go on past the end token.
+    max_length: the most tokens of a sequence, new ones included; default the
+      length that the model was trained on.
 
   Raises:
     ValueError: a prompt longer than the context, or a model that is an
@@ -116,22 +120,23 @@ def generate_text(
     trained.config.model, encoder_decoder.EncoderDecoderConfig
   )
   # As in training: a decoder's text begins with BOS, a source ends with EOS.
-  frame = (
-    (lambda ids: [*ids, tokenizer.eos_id])
-    if answers
-    else (lambda ids: [tokenizer.bos_id, *ids])
-  )
+  if answers:
+    ids = [[*tokenizer.encode_marked(p), tokenizer.eos_id] for p in prompts]
+  else:
+    ids = [[tokenizer.bos_id, *p] for p in tokenizer.encode_batch(prompts)]
   with sharding.use(trained.mesh, trained.config.rules):
     result = generate_lib.generate(
       trained.model,
-      [frame(ids) for ids in tokenizer.encode_batch(prompts)],
+      ids,
       num_tokens=num_tokens,
+      max_length=max_length or trained.config.data.length,
       sampling=sampling,
       seed=seed,
       eos_id=None if ignore_end else tokenizer.eos_id,
       pad_id=tokenizer.pad_id,
     )
-  return [tokenizer.decode(tokens) for tokens in result.tokens]
+  decode = tokenizer.decode_marked if answers else tokenizer.decode
+  return [decode(tokens) for tokens in result.tokens]
 
 
 def evaluate_splits(

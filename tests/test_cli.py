@@ -172,10 +172,14 @@ def test_generating(run):
   with pytest.raises(
     ValueError,
     match='Prompt 1 has 101 tokens; with num_tokens=8 .* 109, and a sequence '
-    'may hold 64. Either cut the prompt to at most 56 tokens, or use a model',
+    'may hold 32. Either cut the prompt to at most 24 tokens, or raise max_len',
   ) as info:
     inference.generate_text(trained, ['a', 'b' * 100], num_tokens=8)
   assert main.is_own(info.value)
+  # Past the length of training, but not past the positions that there are.
+  inference.generate_text(trained, ['b' * 39], num_tokens=4, max_length=64)
+  with pytest.raises(ValueError, match='may hold 64.* a model with more pos'):
+    inference.generate_text(trained, ['b' * 99], num_tokens=4, max_length=99)
 
 
 def test_an_encoder_cannot_generate(directory, run):

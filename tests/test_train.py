@@ -1,3 +1,4 @@
+import json
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ import tiny
 from t2x import checkpoint
 from t2x import evaluate
 from t2x import experiment
+from t2x import flops
 from t2x import mesh as mesh_lib
 from t2x import metrics
 from t2x import program as program_lib
@@ -396,6 +398,28 @@ def test_log_every_leaves_out_rows(base, directory, tmp_path):
   _train(directory, workdir, train__log_every=3)
   steps = [row['step'] for row in metrics.read_rows(workdir)]
   assert steps == [1, 2, 3, 4, 6, 8]  # The last step is always evaluated.
+
+
+def test_mfu_goes_by_the_length_of_each_batch(directory, tmp_path, monkeypatch):
+  monkeypatch.setattr(flops, 'peak_flops', lambda kind, dtype: 1e12)
+  settings = {
+    'data__batching': 'pad',
+    'data__length': 64,
+    'data__batching__buckets': '(16,64)',
+    'data__files': f'{directory}/lengths.jsonl',
+    'data__train_split': 'train',
+  }
+  texts = [f'a {i * 7}' if i % 2 else f'{i} long ' * 6 for i in range(64)]
+  lines = [json.dumps({'text': f'{i} {t}'}) for i, t in enumerate(texts)]
+  (directory / 'lengths.jsonl').write_text('\n'.join(lines))
+  _train(directory, tmp_path / 'run', **settings)
+  config = _config(directory).model
+  counted = {flops.train_flops(config, 8, length) for length in (16, 64)}
+  found = {
+    round(row['mfu'] * row['step_seconds'] * 8 * 1e12)
+    for row in metrics.read_rows(tmp_path / 'run')
+  }
+  assert found == counted
 
 
 def test_the_run_leaves_a_report(base):

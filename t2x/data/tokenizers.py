@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import re
 from typing import ClassVar
@@ -100,6 +101,36 @@ class Tokenizer:
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of `ids`; special ids add nothing to it."""
     raise NotImplementedError
+
+  def encode_marked(self, text: str) -> list[int]:
+    """Returns the ids of `text`, where <extra_id_N> is the N-th sentinel.
+
+    Raises:
+      ValueError: there is no such sentinel.
+    """
+    first, *rest = re.split(r'<extra_id_(\d+)>', text)
+    numbers, texts = map(int, rest[0::2]), rest[1::2]
+    ids = self.encode(first)
+    for number, part in zip(numbers, texts):
+      if number >= len(self.sentinel_ids):
+        raise ValueError(
+          f'<extra_id_{number}>: the tokenizer has {len(self.sentinel_ids)} '
+          'sentinels, counted from 0. Name one of these, or train with more: '
+          'data.tokenizer.num_sentinels.'
+        )
+      ids += [self.sentinel_ids[number], *self.encode(part)]
+    return ids
+
+  def decode_marked(self, ids: Iterable[int]) -> str:
+    """Inverse of `encode_marked`."""
+    sentinels = self.sentinel_ids
+    parts = []
+    for is_mark, run in itertools.groupby(ids, lambda i: i in sentinels):
+      if is_mark:
+        parts += [f'<extra_id_{sentinels.index(i)}>' for i in run]
+      else:
+        parts.append(self.decode(run))
+    return ''.join(parts)
 
   def save(self, directory: epath.PathLike) -> None:
     """Writes the tokenizer to a directory, which may be remote."""

@@ -81,8 +81,8 @@ def generate(
     pad_id: fills rows up; no other token sees it.
     start_id: the first token of an answer, by default `pad_id` as in T5; with a
       decoder, what an empty prompt becomes, which is else an error.
-    max_length: the most tokens of a sequence, new ones included, for a model
-      whose positions have no limit of their own, or a larger one.
+    max_length: the most tokens of a sequence, new ones included: as in
+      training, for a model whose positions have no limit of their own.
     capacity: positions in the cache; calls of one capacity and `num_rows` share
       their compiled programs. None rounds up what this call needs.
     num_rows: rows that the prompts are padded to. None takes a power of two,
@@ -103,11 +103,17 @@ def generate(
     num_tokens=num_tokens, chunk=chunk, vocab_size=vocab_size, ids=ids
   )
   rows = prompts_lib.to_rows(prompts, vocab_size, start_id)
-  limits = [n for n in (model.config.max_length, max_length) if n is not None]
-  limit = min(limits) if limits else None
+  positions = model.config.max_length
+  limits = [n for n in (positions, max_length) if n is not None]
+  limit = min(limits, default=None)
+  more = (
+    'use a model with more positions'
+    if limit == positions
+    else 'raise max_length, where the model has learnt nothing yet'
+  )
   continues = isinstance(model, decoder.Decoder)
   check = prompts_lib.check_text if continues else prompts_lib.check_answer
-  check([len(row) for row in rows], num_tokens, limit)
+  check([len(row) for row in rows], num_tokens, limit, more)
   num_rows = prompts_lib.num_rows(num_rows, len(rows), _row_parts())
   keys_B = _row_keys(keys_B, seed, len(rows), num_rows)
   start = pad_id if start_id is None else start_id

@@ -81,9 +81,12 @@ def _to_row(number, prompt, vocab_size, start_id) -> np.ndarray:
 
 
 def check_text(
-  lengths: Sequence[int], num_tokens: int, limit: int | None
+  lengths: Sequence[int], num_tokens: int, limit: int | None, more: str
 ) -> None:
-  """Raises ValueError if prompt and new tokens pass the limit of positions."""
+  """Raises ValueError if prompt and new tokens pass the limit of positions.
+
+  `more` says how the limit is raised.
+  """
   longest = max(lengths)
   if limit is None or longest + num_tokens <= limit:
     return
@@ -93,7 +96,7 @@ def check_text(
     ways_out.append(f'lower num_tokens to at most {limit - longest}')
   if num_tokens < limit:
     ways_out.append(f'cut the prompt to at most {limit - num_tokens} tokens')
-  ways_out.append('use a model with more positions')
+  ways_out.append(more)
   raise ValueError(
     f'Prompt {number} has {longest} tokens; with num_tokens={num_tokens} new '
     f'ones that makes {longest + num_tokens}, and a sequence may hold '
@@ -102,7 +105,7 @@ def check_text(
 
 
 def check_answer(
-  lengths: Sequence[int], num_tokens: int, limit: int | None
+  lengths: Sequence[int], num_tokens: int, limit: int | None, more: str
 ) -> None:
   """Raises ValueError if a source or its answer passes the limit."""
   if limit is None:
@@ -111,13 +114,12 @@ def check_answer(
   if longest > limit:
     raise ValueError(
       f'Prompt {list(lengths).index(longest)} has {longest} tokens, and a '
-      f'source may hold {limit}. Cut the prompt, or use a model with more '
-      'positions.'
+      f'source may hold {limit}. Cut the prompt, or {more}.'
     )
   if num_tokens > limit:
     raise ValueError(
       f'num_tokens={num_tokens}, and an answer may hold {limit} tokens. '
-      f'Lower num_tokens, or use a model with more positions.'
+      f'Lower num_tokens, or {more}.'
     )
 
 

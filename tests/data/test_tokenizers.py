@@ -47,6 +47,18 @@ def test_special_ids_add_no_text(tokenizer):
   assert tokenizer.decode(ids) == 'a b c'
 
 
+def test_marks_stand_for_sentinels(tokenizer):
+  text = 'a<extra_id_0> b c <extra_id_99><extra_id_1>'
+  ids = tokenizer.encode_marked(text)
+  assert tokenizer.decode_marked(ids) == text
+  marks = [i for i in ids if i in tokenizer.sentinel_ids]
+  assert marks == [tokenizer.sentinel_ids[n] for n in (0, 99, 1)]
+  assert tokenizer.decode(ids) == 'a b c '
+  assert tokenizer.encode_marked('plain') == tokenizer.encode('plain')
+  with pytest.raises(ValueError, match='<extra_id_100>: .* has 100 sentinels'):
+    tokenizer.encode_marked('<extra_id_100>')
+
+
 def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
   tokenizer.save(tmp_path / 'new' / 'directory')
   loaded = tokenizers.load(tmp_path / 'new' / 'directory')
