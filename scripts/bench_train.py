@@ -122,7 +122,6 @@ def run_t2x(steps: int) -> dict[str, float]:
   import numpy as np
 
   from t2x import experiment
-  from t2x import loss as loss_lib
   from t2x import mesh
   from t2x import optim
   from t2x import program
@@ -146,9 +145,7 @@ def run_t2x(steps: int) -> dict[str, float]:
     ),
     data=data.DataConfig(length=LENGTH, batch_size=BATCH),
     optim=optim.AdamW(schedule=optim.Schedule(shape='constant')),
-    train=experiment.TrainConfig(
-      scan_layers=False, loss=loss_lib.LossConfig(token_chunks=8)
-    ),
+    train=experiment.TrainConfig(scan_layers=False),
   )
   the_mesh = mesh.make(config.mesh)
   compiled = program.Program(config, the_mesh, num_steps=1000)

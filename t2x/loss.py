@@ -4,13 +4,12 @@ Shape suffixes: B batch, T position, D embed, V vocabulary, C rows of a chunk.
 """
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
+from t2x import fused_loss
 from t2x import sharding
 from t2x.layers import embed
 
@@ -28,9 +27,9 @@ class LossConfig:
       2022).
     vocab_chunks: pieces of the vocabulary; logits of one piece exist at a
       time, and the backward pass computes them again. 1 keeps all logits.
-    token_chunks: pieces of the sequence; the gradient of each is made along
-      with its loss, while its logits are there, so nothing is computed twice
-      and the logits of one piece exist at a time.
+    token_chunks: pieces of the sequence; the logits of one piece exist at a
+      time. The gradient of each is made along with its loss, while its logits
+      are there, so nothing is computed twice.
   """
 
   label_smoothing: float = 0.0
@@ -164,12 +163,7 @@ def _reduce_chunks(x_BTD, head, targets_BT, num) -> _Sums:
   return jax.lax.scan(body, start, (jnp.arange(num), tables, biases))[0]
 
 
-class MeanLoss(NamedTuple):
-  """Weighted sums over all tokens, scalars; see `TokenLoss`."""
-
-  objective: jax.Array
-  nll: jax.Array
-  correct: jax.Array
+MeanLoss = fused_loss.MeanLoss
 
 
 def mean_loss(
@@ -191,98 +185,17 @@ def mean_loss(
   Raises:
     ValueError: the chunks do not divide the vocabulary or the sequence.
   """
-  if config.token_chunks == 1:
-    return _weigh(token_loss(x_BTD, head, targets_BT, config), weights_BT)
+  if config.vocab_chunks > 1:
+    losses = token_loss(x_BTD, head, targets_BT, config)
+    return MeanLoss(*((values * weights_BT).sum() for values in losses))
   if x_BTD.shape[1] % config.token_chunks:
     raise ValueError(
       f'train.loss.token_chunks={config.token_chunks} does not divide the '
       f'{x_BTD.shape[1]} tokens of a row. Choose a divisor.'
     )
-  return _fused(x_BTD, head, targets_BT, weights_BT, config)
-
-
-def _weigh(losses: TokenLoss, weights_BT: jax.Array) -> MeanLoss:
-  return MeanLoss(*((values * weights_BT).sum() for values in losses))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _fused(x_BTD, head, targets_BT, weights_BT, config) -> MeanLoss:
-  whole = dataclasses.replace(config, token_chunks=1)
-
-  def body(part):
-    x_BTD, targets_BT, weights_BT = part
-    return _weigh(token_loss(x_BTD, head, targets_BT, whole), weights_BT)
-
-  parts = _split_tokens((x_BTD, targets_BT, weights_BT), config.token_chunks)
-  return jax.tree.map(lambda a: a.sum(0), jax.lax.map(body, parts))
-
-
-def _split_tokens(arrays, num: int):
-  """(B, T, ...) to (num, B, T / num, ...)."""
-  split = lambda a: a.reshape(a.shape[0], num, -1, *a.shape[2:])
-  return jax.tree.map(lambda a: jnp.moveaxis(split(a), 1, 0), arrays)
-
-
-def _fused_forward(x_BTD, head, targets_BT, weights_BT, config):
-  """Returns the loss, and its gradients as residuals.
-
-  The rows of a batch are split over mesh axes by hand, so that the table's
-  gradient is summed on each device and reduced over them once, at the end.
-  """
-  axes = sharding.auto_axes('batch')
-  fn = functools.partial(_chunked_gradients, config=config, axes=axes)
-  # Gathered in the dtype of the products, once.
-  table_VD = head.table_VD.astype(x_BTD.dtype)
-  table_VD = sharding.constrain(table_VD, 'vocab', 'act_embed')
-  args = (
-    x_BTD,
-    dataclasses.replace(head, table_VD=table_VD),
-    targets_BT,
-    weights_BT,
+  fused = fused_loss.Config(
+    label_smoothing=config.label_smoothing,
+    z_loss=config.z_loss,
+    chunks=config.token_chunks,
   )
-  if not axes:
-    return fn(*args)
-  rows = P(axes)
-  return jax.shard_map(
-    fn,
-    in_specs=(rows, P(), rows, rows),
-    out_specs=(P(), (rows, P())),
-    axis_names=set(axes),
-    check_vma=False,
-  )(*args)
-
-
-def _chunked_gradients(x_BTD, head, targets_BT, weights_BT, *, config, axes):
-  num = config.token_chunks
-  # Float32, so that the table's gradient is summed in float32.
-  head = dataclasses.replace(head, table_VD=head.table_VD.astype(jnp.float32))
-  whole = dataclasses.replace(config, token_chunks=1)
-
-  def chunk_loss(x_BTD, head, targets_BT, weights_BT):
-    losses = token_loss(x_BTD, head, targets_BT, whole)
-    mean = _weigh(losses, weights_BT)
-    return mean.objective, mean
-
-  gradient = jax.grad(chunk_loss, argnums=(0, 1), has_aux=True)
-
-  def body(sums, part):
-    x_BTD, targets_BT, weights_BT = part
-    (d_x, d_head), mean = gradient(x_BTD, head, targets_BT, weights_BT)
-    return jax.tree.map(jnp.add, sums, (mean, d_head)), d_x
-
-  zero = MeanLoss(*[jnp.zeros((), jnp.float32)] * 3)
-  start = zero, jax.tree.map(jnp.zeros_like, head)
-  parts = _split_tokens((x_BTD, targets_BT, weights_BT), num)
-  sums, d_x = jax.lax.scan(body, start, parts)
-  mean, d_head = jax.lax.psum(sums, axes) if axes else sums
-  return mean, (jnp.moveaxis(d_x, 0, 1).reshape(x_BTD.shape), d_head)
-
-
-def _fused_backward(config, residuals, grads: MeanLoss):
-  del config
-  d_x, d_head = residuals
-  scale = lambda a: (a * grads.objective).astype(a.dtype)
-  return scale(d_x), jax.tree.map(scale, d_head), None, None
-
-
-_fused.defvjp(_fused_forward, _fused_backward)
+  return fused_loss.mean_loss(x_BTD, head, targets_BT, weights_BT, fused)

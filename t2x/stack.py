@@ -14,6 +14,8 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from t2x.layers import param
+
 # Applies one layer: (layer, x, cache or None, number) -> (x, cache or None).
 Apply = Callable[[Any, jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
 
@@ -179,7 +181,7 @@ def _rematerialized(apply: Apply, remat: str) -> Apply:
   if remat == 'full':
     policy = policies.nothing_saveable
   elif remat == 'dots':
-    policy = policies.dots_with_no_batch_dims_saveable
+    policy = policies.save_only_these_names(param.PRODUCT)
   else:
     names = remat.partition(':')[2].split(',')
     policy = policies.save_only_these_names(*names)

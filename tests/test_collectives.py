@@ -322,6 +322,7 @@ def test_chunks_of_tokens_reduce_the_table_once():
   table = 4 * VOCAB * D // 2
   gathers = [c for c in found if c.kind == 'all-gather' and c.size == table]
   assert [c.loops for c in gathers] == [0]
-  for axis in ('data', 'fsdp'):
+  # Scattered over the devices that split it, then summed part by part.
+  for axis, size in (('fsdp', table), ('data', table // 2)):
     assert reduced(found, axis, inside=True) == 0
-    assert table <= reduced(found, axis, inside=False) < 1.01 * table
+    assert size <= reduced(found, axis, inside=False) < 1.02 * size

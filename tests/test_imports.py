@@ -18,6 +18,7 @@ _ORDER = (
   ('attention', 'layers'),
   ('stack',),
   ('models',),
+  ('fused_loss',),
   ('loss', 'objectives', 'optim', 'optim_state', 'data', 'decode'),
   ('train_step', 'evaluate'),
   ('experiment', 'flops', 'interop'),

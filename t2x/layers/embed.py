@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from t2x import sharding
 from t2x.layers import param
 
+LOGITS = 'BTD,VD->BTV'  # The head's product.
+
 
 def padded(vocab_size: int, multiple: int) -> int:
   """Returns the rows of a table: `vocab_size` rounded up to a multiple."""
@@ -64,7 +66,7 @@ class Head:
   def logits(self, x_BTD, table_VD, bias_V):
     """Returns float32 logits for some rows of the table."""
     x_BTD = x_BTD if self.scale == 1.0 else x_BTD * self.scale
-    logits_BTV = param.project(x_BTD, table_VD, 'BTD,VD->BTV', jnp.float32)
+    logits_BTV = param.project(x_BTD, table_VD, LOGITS, jnp.float32)
     if bias_V is not None:
       logits_BTV = logits_BTV + bias_V[None, None]
     return logits_BTV

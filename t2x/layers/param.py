@@ -3,12 +3,16 @@
 from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
+import functools
 import math
 from typing import Literal
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+
+PRODUCT = 'product'  # What `project` calls its results, for `remat`.
 
 Initializer = Callable[[jax.Array, Sequence[int]], jax.Array]
 
@@ -96,8 +100,62 @@ def project(
     spec: an einsum such as 'BTD,DNH->BTNH'.
     dtype: of the result; default that of `x`.
   """
-  weight = weight[...].astype(x.dtype)
+  product = _product(x, weight[...].astype(x.dtype), spec, dtype)
+  return checkpoint_name(product, PRODUCT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x, weight, spec, dtype):
   return jnp.einsum(spec, x, weight, preferred_element_type=dtype)
+
+
+def _product_forward(x, weight, spec, dtype):
+  return _product(x, weight, spec, dtype), (x, weight)
+
+
+def _product_backward(spec, dtype, residuals, grad):
+  del dtype
+  x, weight = residuals
+  grad = grad.astype(x.dtype)
+  x_axes, w_axes, out = _axes(spec)
+  d_x = jnp.einsum(f'{out},{w_axes}->{x_axes}', grad, weight)
+  return d_x, weight_gradient(x, grad, spec).astype(weight.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def weight_gradient(x: jax.Array, grad: jax.Array, spec: str) -> jax.Array:
+  """Returns the gradient of the weight of `project`, in the weight's layout.
+
+  The left factor of a product over tokens is transposed on its way, together
+  with all that XLA fuses into it (a residual stream's whole chain of sums, an
+  activation function). JAX puts the gradient there; here it is whichever
+  factor is narrower.
+
+  Args:
+    x: the activations that met the weight.
+    grad: the gradient of the product.
+    spec: as for `project`.
+  """
+  x_axes, w_axes, out = _axes(spec)
+  size = dict(zip(x_axes + out, x.shape + grad.shape))
+  width = lambda axes: math.prod(size[a] for a in axes if a in w_axes)
+  factors = [(x_axes, x), (out, grad)]
+  if width(x_axes) > width(out):
+    factors.reverse()
+  (first_axes, first), (second_axes, second) = factors
+  batch = [a for a in w_axes if a in x_axes and a in out]
+  kept = [a for a in first_axes + second_axes if a in w_axes and a not in batch]
+  made = ''.join(batch + kept)
+  product = jnp.einsum(f'{first_axes},{second_axes}->{made}', first, second)
+  return product.transpose([made.index(a) for a in w_axes])
+
+
+def _axes(spec: str) -> tuple[str, str, str]:
+  factors, out = spec.split('->')
+  x_axes, w_axes = factors.split(',')
+  return x_axes, w_axes, out
 
 
 @jax.custom_vjp

@@ -1,0 +1,228 @@
+"""Cross-entropy whose gradients are made along with it, chunk by chunk.
+
+With p the probabilities, a smoothing e over V tokens and a z-loss z, a token of
+weight w has the gradient
+
+  d logits = w (p (1 + 2 z log_sum) - (1 - e) onehot(target) - e / V),
+
+which needs nothing that the loss has not just made. So logits live only while
+their chunk does, and no product runs twice.
+
+Shape suffixes: B batch, T position, D embed, V vocabulary.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from t2x import sharding
+from t2x.layers import embed
+from t2x.layers import param
+
+_NEVER = -1e30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """See `t2x.loss.LossConfig`; `chunks` are pieces of the sequence."""
+
+  label_smoothing: float = 0.0
+  z_loss: float = 0.0
+  chunks: int = 1
+
+
+class MeanLoss(NamedTuple):
+  """Weighted sums over all tokens, float32 scalars.
+
+  Attributes:
+    objective: what is minimised, smoothing and z-loss included.
+    nll: minus the log-probabilities of the targets, in nats.
+    correct: the targets with the largest logit.
+  """
+
+  objective: jax.Array
+  nll: jax.Array
+  correct: jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def mean_loss(
+  x_BTD: jax.Array,
+  head: embed.Head,
+  targets_BT: jax.Array,
+  weights_BT: jax.Array,
+  config: Config,
+) -> MeanLoss:
+  """Returns weighted sums; only `objective` has a gradient."""
+  fn = lambda part: _losses(head, part, config)[0]
+  parts = (x_BTD, targets_BT, weights_BT)
+  if config.chunks == 1:
+    return fn(parts)
+  sums = jax.lax.map(fn, _split(parts, config.chunks))
+  return jax.tree.map(lambda a: a.sum(0), sums)
+
+
+class _Softmax(NamedTuple):
+  """What the gradient takes from the loss: exp(logits - largest) and more."""
+
+  exp_BTV: jax.Array
+  exp_sum_BT: jax.Array
+  log_sum_BT: jax.Array
+  is_target_BTV: jax.Array
+  is_token_V: jax.Array | None
+
+
+def _losses(head, part, config: Config) -> tuple[MeanLoss, _Softmax]:
+  x_BTD, targets_BT, weights_BT = part
+  logits_BTV = head.logits(x_BTD, head.table_VD, head.bias_V)
+  ids_V = jnp.arange(logits_BTV.shape[-1])
+  padded = head.vocab_size < ids_V.size
+  is_token_V = ids_V < head.vocab_size if padded else None
+  masked_BTV = _where(is_token_V, logits_BTV, _NEVER)
+  largest_BT = masked_BTV.max(-1)
+  exp_BTV = jnp.exp(masked_BTV - largest_BT[..., None])
+  exp_sum_BT = exp_BTV.sum(-1)
+  log_sum_BT = largest_BT + jnp.log(exp_sum_BT)
+  is_target_BTV = ids_V[None, None] == targets_BT[..., None]
+  picked_BT = _pick(logits_BTV, targets_BT, is_target_BTV)
+  nll_BT = log_sum_BT - picked_BT
+  objective_BT = nll_BT
+  if config.label_smoothing:
+    logit_sum_BT = _where(is_token_V, logits_BTV, 0.0).sum(-1)
+    even_BT = log_sum_BT - logit_sum_BT / head.vocab_size
+    objective_BT = nll_BT + config.label_smoothing * (even_BT - nll_BT)
+  if config.z_loss:
+    objective_BT = objective_BT + config.z_loss * jnp.square(log_sum_BT)
+  correct_BT = (picked_BT >= largest_BT).astype(jnp.float32)
+  mean = MeanLoss(
+    *((a * weights_BT).sum() for a in (objective_BT, nll_BT, correct_BT))
+  )
+  return mean, _Softmax(
+    exp_BTV, exp_sum_BT, log_sum_BT, is_target_BTV, is_token_V
+  )
+
+
+def _where(is_token_V, logits_BTV, other):
+  if is_token_V is None:
+    return logits_BTV
+  return jnp.where(is_token_V[None, None], logits_BTV, other)
+
+
+def _pick(logits_BTV, targets_BT, is_target_BTV):
+  if sharding.auto_axes('vocab'):  # A sum needs no row that is elsewhere.
+    return jnp.where(is_target_BTV, logits_BTV, 0.0).sum(-1)
+  return jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)[..., 0]
+
+
+def _chunk_gradients(head, part, config: Config):
+  """Returns the sums of a part, and its gradients by features and head."""
+  mean, s = _losses(head, part, config)
+  x_BTD, _, weights_BT = part
+  smooth = config.label_smoothing
+  share_BT = weights_BT * (1.0 + 2.0 * config.z_loss * s.log_sum_BT)
+  share_BT = share_BT / s.exp_sum_BT
+  wanted_BT = (1.0 - smooth) * weights_BT
+  d_BTV = s.exp_BTV * share_BT[..., None]
+  d_BTV = d_BTV - jnp.where(s.is_target_BTV, wanted_BT[..., None], 0.0)
+  if smooth:
+    even_BT = weights_BT * (smooth / head.vocab_size)
+    d_BTV = _where(s.is_token_V, d_BTV - even_BT[..., None], 0.0)
+  dtype = x_BTD.dtype
+  d_bias_V = None if head.bias_V is None else d_BTV.sum((0, 1))
+  # Summed over chunks and devices in float32.
+  scaled_BTD = head.scale * x_BTD.astype(jnp.float32)
+  d_table_VD = param.weight_gradient(scaled_BTD, d_BTV, embed.LOGITS)
+  table_VD = head.table_VD.astype(dtype)
+  d_x_BTD = jnp.einsum('BTV,VD->BTD', d_BTV.astype(dtype), table_VD)
+  d_head = dataclasses.replace(head, table_VD=d_table_VD, bias_V=d_bias_V)
+  return mean, d_x_BTD * jnp.asarray(head.scale, dtype), d_head
+
+
+def _forward(x_BTD, head, targets_BT, weights_BT, config):
+  """Returns the loss, and its gradients as residuals.
+
+  The rows of a batch are split over mesh axes by hand, so that the table's
+  gradient is summed on each device and reduced over them once, at the end, and
+  scattered over those that split the table.
+  """
+  axes = sharding.auto_axes('batch')
+  # Gathered in the dtype of the products, once.
+  table_VD = head.table_VD.astype(x_BTD.dtype)
+  table_VD = sharding.constrain(table_VD, 'vocab', 'act_embed')
+  args = (
+    x_BTD,
+    dataclasses.replace(head, table_VD=table_VD),
+    targets_BT,
+    weights_BT,
+  )
+  fn = functools.partial(_all_gradients, config=config)
+  if not axes:
+    return fn(*args)
+  sizes = jax.sharding.get_abstract_mesh().shape
+  embed_axes = tuple(a for a in sharding.auto_axes('embed') if a in axes)
+  if x_BTD.shape[-1] % math.prod(sizes[a] for a in embed_axes):
+    embed_axes = ()
+  rows, columns = P(axes), P(None, embed_axes)
+  head_spec = jax.tree.map(lambda _: P(), head)
+  return jax.shard_map(
+    functools.partial(fn, axes=axes, embed_axes=embed_axes),
+    in_specs=(rows, P(), rows, rows),
+    out_specs=(P(), (rows, dataclasses.replace(head_spec, table_VD=columns))),
+    axis_names=set(axes),
+    check_vma=False,
+  )(*args)
+
+
+def _all_gradients(
+  x_BTD, head, targets_BT, weights_BT, *, config, axes=(), embed_axes=()
+):
+  parts = (x_BTD, targets_BT, weights_BT)
+  if config.chunks == 1:
+    mean, d_x, d_head = _chunk_gradients(head, parts, config)
+  else:
+
+    def body(sums, part):
+      mean, d_x, d_head = _chunk_gradients(head, part, config)
+      return jax.tree.map(jnp.add, sums, (mean, d_head)), d_x
+
+    zeros = lambda a: jnp.zeros(a.shape, jnp.float32)
+    start = MeanLoss(*[jnp.float32(0.0)] * 3), jax.tree.map(zeros, head)
+    sums, d_x = jax.lax.scan(body, start, _split(parts, config.chunks))
+    (mean, d_head), d_x = sums, jnp.moveaxis(d_x, 0, 1).reshape(x_BTD.shape)
+  if axes:
+    mean, d_head = _reduce(mean, d_head, axes, embed_axes)
+  return mean, (d_x, d_head)
+
+
+def _reduce(mean, d_head, axes, embed_axes):
+  """Sums over the devices that share a batch."""
+  table_VD = d_head.table_VD
+  if embed_axes:
+    table_VD = jax.lax.psum_scatter(
+      table_VD, embed_axes, scatter_dimension=1, tiled=True
+    )
+  rest = tuple(a for a in axes if a not in embed_axes)
+  table_VD = jax.lax.psum(table_VD, rest) if rest else table_VD
+  mean, bias_V = jax.lax.psum((mean, d_head.bias_V), axes)
+  return mean, dataclasses.replace(d_head, table_VD=table_VD, bias_V=bias_V)
+
+
+def _split(arrays, num: int):
+  """(B, T, ...) to (num, B, T / num, ...)."""
+  split = lambda a: a.reshape(a.shape[0], num, -1, *a.shape[2:])
+  return jax.tree.map(lambda a: jnp.moveaxis(split(a), 1, 0), arrays)
+
+
+def _backward(config, residuals, grads: MeanLoss):
+  del config
+  d_x, d_head = residuals
+  scale = lambda a: (a * grads.objective).astype(a.dtype)
+  return scale(d_x), jax.tree.map(scale, d_head), None, None
+
+
+mean_loss.defvjp(_forward, _backward)
