@@ -2,9 +2,12 @@ r"""A BERT of 4 layers, 128 wide: masked tokens of the installed documentation.
 
 python experiments/bert_tiny.py --workdir=DIR
 
-Expected: in its 300 steps (three to five minutes on two CPU cores) it learns
-little more than how frequent tokens are, a held-out loss near 6.5 nats a masked
-token; masked prediction needs some thousand steps to take off.
+Expected: after its 600 steps (five minutes on two CPU cores) a held-out loss
+near 3.86 nats a masked token, from 5.30 after 150, where it knows little more
+than how frequent tokens are.
+
+Masked prediction takes off late: only chosen tokens teach. So 40% are chosen
+(Wettig et al., 2023), pieces are short, and positions relative.
 """
 
 from t2x import experiment
@@ -24,28 +27,28 @@ from t2x.objectives import masked_lm
 def get_config() -> experiment.Experiment:
   return experiment.Experiment(
     model=encoder.EncoderConfig(
-      vocab_size=4096,
+      vocab_size=1024,
       num_layers=4,
       embed_dim=128,
       attention=attention.Dense(num_heads=8, head_dim=16, bias=True),
       mlp=mlp.MlpConfig(hidden=512, activation='gelu'),
       norm=norm.LayerNorm(eps=1e-12),
-      residual='post_norm',
-      position=position.Learned(max_length=128),
+      residual='pre_norm',
+      position=position.RelativeBuckets(),
       init=param_lib.Init(distribution='truncated_normal'),
       embed_norm=True,
     ),
     data=data.DataConfig(
       length=128,
       batch_size=32,
-      tokenizer=tokenizers.SentencePiece(vocab_size=4096),
-      objective=masked_lm.MaskedLM(rate=0.15),
+      tokenizer=tokenizers.SentencePiece(vocab_size=1024),
+      objective=masked_lm.MaskedLM(rate=0.4),
     ),
     optim=optim.Muon(
       learning_rate=1e-2, schedule=optim.Schedule(warmup_steps=20)
     ),
     train=experiment.TrainConfig(
-      num_steps=300, eval_every=100, checkpoint_every=100
+      num_steps=600, eval_every=150, checkpoint_every=150
     ),
   )
 
