@@ -1,9 +1,6 @@
 """Saving and restoring the state of a run with Orbax.
 
-A checkpoint holds arrays by path, in the one canonical stacking of
-`t2x.stack`, so it restores onto any mesh and onto scanned or unrolled layers.
-It also holds a checksum of every array: a sum of its bits modulo 2**32, which
-no layout changes, so that damage to the files is seen.
+What is in a checkpoint, and whether it is whole, is in checkpoint_files.py.
 """
 
 import contextlib
@@ -12,22 +9,16 @@ import os
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from t2x import checkpoint_files
 from t2x import paths
 from t2x import processes
-from t2x import sharding
 
 _log = logging.getLogger(__name__)
 
-
-class CheckpointError(ValueError):
-  """No checkpoint can be used; says which were tried and why they failed."""
-
-
-class _Damaged(Exception):
-  """Files that are not there, or not what was written."""
+CheckpointError = checkpoint_files.CheckpointError
+by_path = checkpoint_files.by_path
 
 
 class Checkpoints:
@@ -74,13 +65,16 @@ class Checkpoints:
       False if this save, or the one before it, failed. The failure is logged
       and the checkpoints before it stay as they are.
     """
-    arrays = by_path(state)
-    sums = {name: int(s) for name, s in jax.device_get(_sums(arrays)).items()}
+    arrays = checkpoint_files.by_path(state)
+    sums = {
+      name: int(s)
+      for name, s in jax.device_get(checkpoint_files.sums(arrays)).items()
+    }
     meta = {
       'step': step,
       'data': position,
       'checksums': sums,
-      'arrays': _described(arrays),
+      'arrays': checkpoint_files.described(arrays),
     }
     before = self.wait()
     try:
@@ -147,15 +141,16 @@ class Checkpoints:
       )
     failures = []
     for candidate in steps if step is None else [step]:
+      folder = self._directory / str(candidate)
       try:
-        state, meta = self._restore(candidate, shapes, partial)
-      except _Damaged as error:
-        failures.append(f'step {candidate}: {_short(error)}')
+        state, meta = checkpoint_files.read(folder, shapes, partial=partial)
+      except checkpoint_files.Damaged as error:
+        failures.append(f'step {candidate}: {short(error)}')
         _log.warning(
-          'The checkpoint of step %d cannot be used (%s); trying the one '
-          'before it.',
+          'The checkpoint of step %d cannot be used (%s)%s.',
           candidate,
-          _short(error),
+          short(error),
+          '; trying the one before it' if step is None else '',
         )
         continue
       if step is None and not partial:
@@ -163,10 +158,15 @@ class Checkpoints:
         self._remove_torn()
       return candidate, state, meta['data']
     if failures:
+      others = [s for s in sorted(steps) if step not in (None, s)]
+      way_out = (
+        f'take another of the steps {others}'
+        if others
+        else ('start in another workdir')
+      )
       raise CheckpointError(
         f'No checkpoint in {self._directory} can be used: '
-        f'{"; ".join(failures)}. Restore the files, or start in another '
-        'workdir.'
+        f'{"; ".join(failures)}. Restore the files, or {way_out}.'
       )
     return None
 
@@ -174,62 +174,13 @@ class Checkpoints:
     if self._manager is not None:
       self._manager.close()
 
-  def _restore(self, step: int, shapes: Any, partial: bool):
-    """Returns the state and what was saved with it.
-
-    Raises:
-      _Damaged: in every process, if it is damaged for one.
-      CheckpointError: the arrays are not those of `shapes`.
-    """
-    wanted = by_path(shapes)
-    with _reading(f'{step} meta'):
-      meta = self._read(step, meta=ocp.args.JsonRestore())
-      was, sums = meta['arrays'], meta['checksums']
-    self._check_arrays(step, was, _described(wanted), partial)
-    args = ocp.args.PyTreeRestore(
-      wanted,
-      restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-      partial_restore=partial,
-    )
-    with _reading(f'{step} state'):
-      arrays = self._read(step, state=args)
-    # The same everywhere: sums over all devices.
-    found = jax.device_get(_sums(arrays))
-    damaged = [name for name, s in found.items() if int(s) != sums[name]]
-    if damaged:
-      raise _Damaged(f'damaged arrays: {", ".join(damaged[:3])}')
-    paths, treedef = jax.tree_util.tree_flatten_with_path(shapes)
-    leaves = [arrays[sharding.path_name(path)] for path, _ in paths]
-    return treedef.unflatten(leaves), meta
-
-  def _read(self, step: int, **item: Any) -> Any:
-    args = ocp.args.Composite(**item)
-    (value,) = dict(self.manager.restore(step, args=args)).values()
-    return value
-
-  def _check_arrays(self, step, was, now, partial) -> None:
-    """Raises CheckpointError where other settings shaped what was saved."""
-    extra, missing = sorted(was.keys() - now), sorted(now.keys() - was)
-    other = [n for n in now if n in was and was[n] != now[n]]
-    if not (missing or other or (extra and not partial)):
-      return
-    facts = [f'{n} is {was[n]} there and {now[n]} here' for n in other[:3]]
-    facts += [f'not needed {extra[:3]}'] if extra and not partial else []
-    facts += [f'missing {missing[:3]}'] if missing else []
-    raise CheckpointError(
-      f'The checkpoint of step {step} in {self._directory} was saved with '
-      f'other settings: {"; ".join(facts)}. The model, the optimizer, '
-      'train.ema_decay and train.trainable decide which arrays there are, and '
-      'no run can go on with others, --allow_config_change or not. Undo the '
-      'change, or start in another workdir.'
-    )
-
   def _set_aside(self, steps: list[int]) -> None:
     """Renames unusable checkpoints, so that their steps can be saved again."""
     if not steps:
       return
-    self.manager.close()
-    self._manager = None
+    if self._manager is not None:
+      self._manager.close()
+      self._manager = None
     if processes.is_primary():
       for step in steps:
         new = self._directory.parent / f'damaged_checkpoint_{step}'
@@ -255,7 +206,7 @@ class Checkpoints:
       'the last complete checkpoint is that of step %s in %s. Free space or '
       'make the directory writable.',
       step,
-      _short(error),
+      short(error),
       self.latest_step(),
       self._directory,
     )
@@ -277,59 +228,7 @@ class Checkpoints:
           path.rmtree()
 
 
-def by_path(tree: Any) -> dict[str, Any]:
-  """Returns dotted path -> leaf."""
-  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {sharding.path_name(path): leaf for path, leaf in flat}
-
-
-def _described(arrays: dict[str, Any]) -> dict[str, str]:
-  """Returns type and shape of each array, as in `float32(5, 3)`."""
-  return {name: f'{a.dtype}{a.shape}' for name, a in arrays.items()}
-
-
-@jax.jit
-def _sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  return {name: _bit_sum(array) for name, array in arrays.items()}
-
-
-def _bit_sum(array: jax.Array) -> jax.Array:
-  if jnp.issubdtype(array.dtype, jnp.bool_):
-    array = array.astype(jnp.uint8)
-  unsigned = jnp.dtype(f'uint{8 * array.dtype.itemsize}')
-  bits = jax.lax.bitcast_convert_type(array, unsigned)
-  return bits.astype(jnp.uint32).sum(dtype=jnp.uint32)
-
-
-# What a storage says when it cannot answer now; not a word about the files.
-_UNREACHABLE = (
-  'UNAVAILABLE',
-  'DEADLINE_EXCEEDED',
-  'PERMISSION_DENIED',
-  'UNAUTHENTICATED',
-  'RESOURCE_EXHAUSTED',
-  'CANCELLED',
-  'ABORTED',
-)
-
-
-@contextlib.contextmanager
-def _reading(what: str):
-  """Turns what damaged files raise into `_Damaged`, in every process."""
-  error = None
-  try:
-    yield
-  except (PermissionError, ConnectionError, TimeoutError, MemoryError):
-    raise
-  except Exception as e:
-    if any(word in str(e)[:500] for word in _UNREACHABLE):
-      raise
-    error = e
-  if not processes.all_agree(error is None, f'read checkpoint {what}'):
-    raise _Damaged(error or 'damaged for another process') from error
-
-
-def _short(error: Exception) -> str:
+def short(error: Exception) -> str:
   """Returns the first line of an error, at most 200 characters."""
   text = str(error).strip() or type(error).__name__
   return text.splitlines()[0].partition(' See full TensorStore')[0][:200]

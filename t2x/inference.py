@@ -115,6 +115,8 @@ def generate_text(
     ValueError: a prompt longer than the context, or a model that is an
       encoder.
   """
+  if max_length is None:
+    max_length = trained.config.data.length
   tokenizer = trained.tokenizer
   answers = isinstance(
     trained.config.model, encoder_decoder.EncoderDecoderConfig
@@ -129,7 +131,7 @@ def generate_text(
       trained.model,
       ids,
       num_tokens=num_tokens,
-      max_length=max_length or trained.config.data.length,
+      max_length=max_length,
       sampling=sampling,
       seed=seed,
       eos_id=None if ignore_end else tokenizer.eos_id,

@@ -37,8 +37,8 @@ def all_agree(ok: bool, what: str) -> bool:
   """
   if jax.process_count() == 1:
     return ok
-  multihost_utils.sync_global_devices(what)
   with jax.transfer_guard('allow'):
+    multihost_utils.sync_global_devices(what)
     return bool(multihost_utils.process_allgather(np.asarray(ok)).all())
 
 

@@ -145,7 +145,8 @@ class Run:
   def save(self) -> None:
     """Saves the state; the rows up to its step are on disk first."""
     self.finish_row()
-    if self.writer.flush():
+    flushed = self.writer.flush()
+    if processes.all_agree(flushed, f'rows of step {self.step}'):
       with jax.transfer_guard('allow'):  # Orbax copies to the host here.
         self.saved.save(self.step, self.state, {'step': self.step})
 
@@ -174,12 +175,15 @@ class Run:
 
   def _global(self, batches: Generator) -> Generator:
     """Yields (global batch, tokens in it) from this host's rows."""
+    rows = self.program.rows
+    # Processes may hold the same rows, or different ones.
+    share = (rows.stop - rows.start) / self.config.data.batch_size
     with contextlib.closing(batches):
       for batch in batches:
         num_tokens = sum(
           np.count_nonzero(v) for k, v in batch.items() if 'segments' in k
         )
-        yield self.program.place(batch), num_tokens * jax.process_count()
+        yield self.program.place(batch), num_tokens / share
 
   def _stop_non_finite(self, step: int, metrics: dict[str, float]) -> None:
     names = [f'{k}={v}' for k, v in metrics.items() if not np.isfinite(v)]

@@ -65,9 +65,8 @@ def train(
   with sharding.use(mesh, config.rules), _stop_signals() as stopping:
     run = run_lib.Run(config, workdir, mesh, corpus, num_steps)
     run.restore()
-    if (
-      processes.is_primary()
-    ):  # Only now, so that a run that cannot go on stays as it was.
+    # Only now, so that a run that cannot go on stays as it was.
+    if processes.is_primary():
       run_dir.write(workdir, config, corpus, changes)
     run.open(show)
     with contextlib.closing(run), jax.transfer_guard('disallow'):

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import re
 from typing import Any
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +44,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepConfig:
-  """What one update does; see `t2x.train.TrainConfig` for each field."""
+  """What one update does; see `t2x.experiment.TrainConfig` for each field."""
 
   accumulate: int = 1
   accumulate_whole: bool = False
@@ -53,9 +52,6 @@ class StepConfig:
   trainable: str = '.*'
   loss: loss_lib.LossConfig = loss_lib.LossConfig()
   execution: stack.Execution = stack.Execution()
-
-
-Reduce = Literal['data', 'data_fsdp']
 
 
 def partition(model: Any, pattern: str) -> tuple[Any, Any]:

@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 from t2x import checkpoint
+from t2x import checkpoint_files
 from t2x import metrics
 from t2x import report
 from t2x import train
@@ -245,7 +246,7 @@ def test_what_cannot_be_reached_now_is_not_damaged(
     raise error
 
   with monkeypatch.context() as patch:
-    patch.setattr(saved.manager, 'restore', fail)
+    patch.setattr(checkpoint_files.json, 'loads', fail)
     with pytest.raises(type(error)):
       saved.restore(_shapes(_state()))
   saved.close()
@@ -485,3 +486,15 @@ def test_a_run_that_cannot_go_on_keeps_its_config(directory):
     train.train(config, str(run), show=False, allow_config_change=True)
   assert (run / 'config.json').read_text() == before
   assert len(tiny.losses(run)) == 2
+
+
+def test_a_step_that_was_asked_for_is_damaged(tmp_path, caplog):
+  _save(tmp_path, [2, 4, 6])
+  _change_sum(tmp_path, 4)
+  with pytest.raises(
+    checkpoint.CheckpointError,
+    match=r'step 4: damaged arrays.*or take another of the steps \[2, 6\]\.',
+  ):
+    _restore(tmp_path, step=4)
+  assert 'trying the one before' not in caplog.text
+  assert _steps(tmp_path) == [2, 4, 6]

@@ -22,7 +22,7 @@ _ORDER = (
   ('loss', 'objectives', 'optim', 'optim_state', 'data', 'decode'),
   ('train_step', 'evaluate'),
   ('experiment', 'flops', 'interop'),
-  ('checkpoint', 'charts', 'progress', 'report_page'),
+  ('checkpoint', 'checkpoint_files', 'charts', 'progress', 'report_page'),
   ('metrics', 'program', 'run_dir'),
   ('report',),
   ('run', 'inference'),

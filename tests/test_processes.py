@@ -25,6 +25,17 @@ jax.distributed.initialize(f'127.0.0.1:{port}', 2, rank)
 import pathlib, time
 import tiny
 from t2x import main, run
+if rank == 1 and 'UNREADABLE' in os.environ:  # One process alone fails.
+  from t2x import checkpoint_files
+  handler = checkpoint_files.ocp.PyTreeCheckpointHandler
+  restore = handler.restore
+
+  def fail(self, folder, args):
+    if folder.parent.name == os.environ['UNREADABLE']:
+      raise ValueError('no such shard')
+    return restore(self, folder, args=args)
+
+  handler.restore = fail
 advance = run.Run.advance
 
 def slow(self, step):  # Room for a signal between the first step and the last.
@@ -105,10 +116,8 @@ def test_two_processes_stop_together_and_go_on(alone, tmp_path, monkeypatch):
   assert all('Stopped by a signal after step' in error for error in errors)
   stopped = _steps(workdir)[-1]
   assert 2 <= stopped < _STEPS
-  # The newest is damaged: both take the one before it.
-  newest = workdir / 'checkpoints' / str(stopped)
-  for file in (newest / 'state').rglob('d/*'):
-    file.write_bytes(bytes(len(file.read_bytes())))
+  # One of them cannot read the newest: both take the one before it.
+  monkeypatch.setenv('UNREADABLE', str(stopped))
   _finish(_start(directory, workdir, monkeypatch))
   assert (workdir / f'damaged_checkpoint_{stopped}').exists()
   np.testing.assert_allclose(tiny.losses(workdir), expected, rtol=2e-6)

@@ -454,6 +454,11 @@ def test_what_cannot_fit_is_refused(directory):
   check()
   with pytest.raises(ValueError, match='multiple of 16. Set it to 16'):
     check(train__accumulate=4)
+  # Accumulation splits rows over `data` by hand, whatever the rules say.
+  with pytest.raises(
+    ValueError, match='mesh.data=2 x mesh.fsdp=2 in train.acc'
+  ):
+    check(rules__batch='fsdp', data__batch_size=4, train__accumulate=2)
   with pytest.raises(ValueError, match='does not train a model of kind'):
     check(data__objective='masked_lm')
   with pytest.raises(ValueError, match='data.length=128 is more than .*=64 po'):

@@ -100,7 +100,9 @@ def generate(
   vocab_size = model.config.vocab_size
   ids = {'eos_id': eos_id, 'pad_id': pad_id, 'start_id': start_id}
   prompts_lib.check_settings(
-    num_tokens=num_tokens, chunk=chunk, vocab_size=vocab_size, ids=ids
+    {'num_tokens': num_tokens, 'chunk': chunk, 'max_length': max_length},
+    vocab_size=vocab_size,
+    ids=ids,
   )
   rows = prompts_lib.to_rows(prompts, vocab_size, start_id)
   positions = model.config.max_length

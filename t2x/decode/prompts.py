@@ -15,18 +15,17 @@ _MIN_ROWS = 4
 
 
 def check_settings(
-  *, num_tokens: int, chunk: int, vocab_size: int, ids: Mapping[str, Any]
+  counts: Mapping[str, int | None], *, vocab_size: int, ids: Mapping[str, Any]
 ) -> None:
   """Raises ValueError for a setting out of range.
 
   Args:
-    num_tokens: new tokens of a row.
-    chunk: tokens of a prompt that run at a time.
+    counts: name -> number, at least 1, or None.
     vocab_size: what ids must stay below.
     ids: name -> token id or None.
   """
-  for name, value in (('num_tokens', num_tokens), ('chunk', chunk)):
-    if value < 1:
+  for name, value in counts.items():
+    if value is not None and value < 1:
       raise ValueError(f'{name}={value}; it must be 1 or more.')
   for name, value in ids.items():
     if value is not None and not 0 <= value < vocab_size:

@@ -98,17 +98,7 @@ class RelativeBuckets:
   max_distance: int = 128
 
   def __post_init__(self):
-    if self.num_buckets < 4 or self.num_buckets % 4:
-      raise ValueError(
-        f'position.num_buckets={self.num_buckets}; it is a multiple of 4: half '
-        'for each direction, of which half are exact.'
-      )
-    if self.max_distance <= self.num_buckets // 2:
-      raise ValueError(
-        f'position.max_distance={self.max_distance} must be above the '
-        f'{self.num_buckets // 2} distances that num_buckets='
-        f'{self.num_buckets} tells apart exactly.'
-      )
+    config_lib.check_least(self, 'position.', num_buckets=4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,6 +196,13 @@ class RelativeBias(nnx.Module):
     std: float,
     rngs: nnx.Rngs,
   ):
+    exact = config.num_buckets // (4 if bidirectional else 2)
+    if config.max_distance <= exact:
+      raise ValueError(
+        f'position.max_distance={config.max_distance} must be above the '
+        f'{exact} distances that position.num_buckets={config.num_buckets} '
+        'tells apart exactly.'
+      )
     self.config = config
     self.bidirectional = bidirectional
     shape = (config.num_buckets, num_heads)

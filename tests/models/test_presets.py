@@ -408,11 +408,17 @@ def test_presets_are_the_other_librarys_configs():
     (lambda: mlp.MlpConfig(hidden=0), r'mlp\.hidden=0; it is 1 or more'),
     (lambda: position.Learned(max_length=0), r'max_length=0; it is 1 or more'),
     (
-      lambda: position.RelativeBuckets(num_buckets=6),
-      r'num_buckets=6; it is a multiple of 4',
+      lambda: position.RelativeBuckets(num_buckets=3),
+      r'num_buckets=3; it is 4 or more',
     ),
     (
-      lambda: position.RelativeBuckets(max_distance=16),
+      lambda: position.RelativeBias(
+        position.RelativeBuckets(max_distance=16),
+        4,
+        bidirectional=False,
+        std=1.0,
+        rngs=nnx.Rngs(0),
+      ),
       r'max_distance=16 must be above the 16 distances',
     ),
     (
