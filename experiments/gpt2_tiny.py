@@ -27,11 +27,11 @@ def get_config() -> experiment.Experiment:
       embed_dim=256,
       attention=attention.Dense(num_heads=8, head_dim=32, bias=True),
       mlp=mlp.MlpConfig(hidden=1024, activation='gelu_tanh'),
-      position=position.Learned(max_length=256, std=0.01),
+      position=position.Learned(max_length=128, std=0.01),
       init=param_lib.Init(std=0.02, depth_scaled=True),
     ),
     data=data.DataConfig(
-      length=256,
+      length=128,
       batch_size=32,
       tokenizer=tokenizers.SentencePiece(vocab_size=4096),
     ),

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 
-from t2x import config as config_lib
+from t2x import checks
 from t2x import loss as loss_lib
 from t2x import mesh as mesh_lib
 from t2x import optim as optim_lib
@@ -79,7 +79,7 @@ class TrainConfig:
         f'num_epochs={self.num_epochs}: exactly one says how long the run '
         'is; set the others to none.'
       )
-    config_lib.check_least(
+    checks.least(
       self,
       'train.',
       num_steps=1,
@@ -93,7 +93,7 @@ class TrainConfig:
       eval_every=0,
       checkpoint_every=0,
     )
-    config_lib.check_positive(self, 'train.', 'num_epochs')
+    checks.positive(self, 'train.', 'num_epochs')
     if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
       raise ValueError(f'train.ema_decay={self.ema_decay}; it is in (0, 1).')
     try:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from optax import contrib
 
-from t2x import config as config_lib
+from t2x import checks
 from t2x import optim_state
 from t2x import sharding
 
@@ -42,7 +42,7 @@ class Schedule:
   decay: float = 0.2
 
   def __post_init__(self):
-    config_lib.check_least(self, 'optim.schedule.', warmup_steps=0, final=0.0)
+    checks.least(self, 'optim.schedule.', warmup_steps=0, final=0.0)
     if not 0.0 < self.decay <= 1.0:
       raise ValueError(f'optim.schedule.decay={self.decay}; it is in (0, 1].')
 
@@ -62,11 +62,11 @@ class Optimizer:
   clip_norm: float | None = 1.0
 
   def __post_init__(self):
-    config_lib.check_positive(self, 'optim.', 'learning_rate', 'clip_norm')
+    checks.positive(self, 'optim.', 'learning_rate', 'clip_norm')
     names = {f.name for f in dataclasses.fields(self)}
     shares = names & {'b1', 'b2', 'beta', 'momentum'}
-    config_lib.check_share(self, 'optim.', *sorted(shares))
-    config_lib.check_least(
+    checks.share(self, 'optim.', *sorted(shares))
+    checks.least(
       self, 'optim.', **dict.fromkeys(names & {'weight_decay', 'eps'}, 0.0)
     )
 

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from typing import ClassVar
 
-from t2x import config as config_lib
+from t2x import checks
 from t2x.data import tokenizers
 from t2x.objectives import causal_lm
 from t2x.objectives import masked_lm
@@ -87,7 +87,7 @@ class DataConfig:
   num_workers: int = 0
 
   def __post_init__(self):
-    config_lib.check_least(
+    checks.least(
       self, 'data.', length=1, batch_size=1, num_threads=0, num_workers=0
     )
 

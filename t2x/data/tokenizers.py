@@ -17,7 +17,7 @@ from typing import ClassVar
 from etils import epath
 import sentencepiece
 
-from t2x import config as config_lib
+from t2x import checks
 from t2x.objectives import vocab as vocab_lib
 
 _SAMPLE_BYTES = 5_000_000  # More text hardly changes 8k pieces.
@@ -35,7 +35,7 @@ class SentencePiece:
   kind: ClassVar[str] = 'sentencepiece'
 
   def __post_init__(self):
-    config_lib.check_least(self, 'data.tokenizer.', num_sentinels=0)
+    checks.least(self, 'data.tokenizer.', num_sentinels=0)
     smallest = vocab_lib.NUM_NAMED + self.num_sentinels + 256
     if self.vocab_size <= smallest:
       raise ValueError(
@@ -55,7 +55,7 @@ class Bytes:
   kind: ClassVar[str] = 'bytes'
 
   def __post_init__(self):
-    config_lib.check_least(self, 'data.tokenizer.', num_sentinels=0)
+    checks.least(self, 'data.tokenizer.', num_sentinels=0)
 
 
 Config = SentencePiece | Bytes

@@ -11,7 +11,7 @@ from flax import nnx
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from t2x import config as config_lib
+from t2x import checks
 from t2x import sharding
 from t2x.attention import cache as cache_lib
 from t2x.attention import dense
@@ -54,9 +54,9 @@ class Dense:
 
   def __post_init__(self):
     least = dict.fromkeys(('num_heads', 'num_kv_heads', 'head_dim', 'block'), 1)
-    config_lib.check_least(self, 'attention.', **least)
-    config_lib.check_positive(self, 'attention.', 'scale', 'soft_cap')
-    config_lib.check_share(self, 'attention.', 'dropout')
+    checks.least(self, 'attention.', **least)
+    checks.positive(self, 'attention.', 'scale', 'soft_cap')
+    checks.share(self, 'attention.', 'dropout')
     if self.num_heads % self.kv_heads:
       raise ValueError(
         f'attention.num_heads={self.num_heads} must be a multiple of '

@@ -11,7 +11,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from t2x import config as config_lib
+from t2x import checks
 from t2x import sharding
 from t2x.layers import dropout
 from t2x.layers import param
@@ -44,8 +44,8 @@ class MlpConfig:
   dropout: float = 0.0
 
   def __post_init__(self):
-    config_lib.check_least(self, 'mlp.', hidden=1)
-    config_lib.check_share(self, 'mlp.', 'dropout')
+    checks.least(self, 'mlp.', hidden=1)
+    checks.share(self, 'mlp.', 'dropout')
 
 
 class Mlp(nnx.Module):

@@ -13,7 +13,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from t2x import config as config_lib
+from t2x import checks
 from t2x import sharding
 from t2x.layers import param
 
@@ -38,7 +38,7 @@ class Learned:
   offset: int = 0
 
   def __post_init__(self):
-    config_lib.check_least(self, 'position.', max_length=1, offset=0, std=0.0)
+    checks.least(self, 'position.', max_length=1, offset=0, std=0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Llama3Scaling:
 
   def __post_init__(self):
     names = [f.name for f in dataclasses.fields(self)]
-    config_lib.check_positive(self, 'position.scaling.', *names)
+    checks.positive(self, 'position.scaling.', *names)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class Rotary:
   scaling: Llama3Scaling | None = None
 
   def __post_init__(self):
-    config_lib.check_positive(self, 'position.', 'base', 'fraction')
+    checks.positive(self, 'position.', 'base', 'fraction')
 
   def rotated(self, head_dim: int) -> int:
     """Returns how many entries of a head are rotated, an even number.
@@ -98,7 +98,7 @@ class RelativeBuckets:
   max_distance: int = 128
 
   def __post_init__(self):
-    config_lib.check_least(self, 'position.', num_buckets=4)
+    checks.least(self, 'position.', num_buckets=4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from t2x import config as config_lib
+from t2x import checks
 from t2x import sharding
 from t2x import stack
 from t2x.layers import attention as attention_lib
@@ -69,8 +69,8 @@ class TransformerConfig:
 
   def __post_init__(self):
     sizes = ('vocab_size', 'num_layers', 'embed_dim', 'vocab_multiple')
-    config_lib.check_least(self, 'model.', **dict.fromkeys(sizes, 1))
-    config_lib.check_share(self, 'model.', 'dropout')
+    checks.least(self, 'model.', **dict.fromkeys(sizes, 1))
+    checks.share(self, 'model.', 'dropout')
     if isinstance(self.position, position_lib.Rotary):
       for kind in self.kinds:
         self.position.rotated(kind.head_dim)
