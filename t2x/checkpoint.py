@@ -159,11 +159,9 @@ class Checkpoints:
       return candidate, state, meta['data']
     if failures:
       others = [s for s in sorted(steps) if step not in (None, s)]
-      way_out = (
-        f'take another of the steps {others}'
-        if others
-        else ('start in another workdir')
-      )
+      way_out = 'start in another workdir'
+      if others:
+        way_out = f'take another of the steps {others}'
       raise CheckpointError(
         f'No checkpoint in {self._directory} can be used: '
         f'{"; ".join(failures)}. Restore the files, or {way_out}.'

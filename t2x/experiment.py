@@ -181,9 +181,7 @@ def check(config: Experiment, num_devices: int) -> None:
 
 def _check_rows(config: Experiment, sizes: dict[str, int]) -> None:
   rows = config.data.batch_size
-  by_hand = {'data', 'fsdp'} if config.train.accumulate_whole else {'data'}
-  if config.train.accumulate == 1:
-    by_hand = set()
+  by_hand = train_step.axes_by_hand(config.train.step_config)
   axes = sorted({*sharding.mesh_axes(config.rules.batch), *by_hand})
   need = math.prod(sizes.get(a, 1) for a in axes) * config.train.accumulate
   if rows % need:

@@ -28,12 +28,41 @@ _NEVER = -1e30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-  """See `t2x.loss.LossConfig`; `chunks` are pieces of the sequence."""
+class LossConfig:
+  """What is minimised for each token.
+
+  Attributes:
+    label_smoothing: share of the target given to the uniform distribution
+      (Szegedy et al., 2016).
+    z_loss: weight of the squared log-sum-exp of the logits (Chowdhery et al.,
+      2022).
+    vocab_chunks: pieces of the vocabulary; logits of one piece exist at a
+      time, and the backward pass computes them again. 1 keeps all logits.
+    token_chunks: pieces of the sequence; the logits of one piece exist at a
+      time. The gradient of each is made along with its loss, while its logits
+      are there, so nothing is computed twice.
+  """
 
   label_smoothing: float = 0.0
   z_loss: float = 0.0
-  chunks: int = 1
+  vocab_chunks: int = 1
+  token_chunks: int = 1
+
+  def __post_init__(self):
+    if not 0.0 <= self.label_smoothing < 1.0:
+      raise ValueError(
+        f'train.loss.label_smoothing={self.label_smoothing}; it is in [0, 1).'
+      )
+    for name in ('vocab_chunks', 'token_chunks'):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f'train.loss.{name}={getattr(self, name)}; it is 1 or more.'
+        )
+    if self.vocab_chunks > 1 and self.token_chunks > 1:
+      raise ValueError(
+        f'train.loss.vocab_chunks={self.vocab_chunks} and token_chunks='
+        f'{self.token_chunks}: set one of them to 1.'
+      )
 
 
 class MeanLoss(NamedTuple):
@@ -50,20 +79,32 @@ class MeanLoss(NamedTuple):
   correct: jax.Array
 
 
+def objective(nll_BT, log_sum_BT, mean_logit_BT, config: LossConfig):
+  """Returns what is minimised for each token, smoothing and z-loss included."""
+  smooth = config.label_smoothing
+  result_BT = nll_BT
+  if smooth:
+    even_BT = log_sum_BT - mean_logit_BT
+    result_BT = (1.0 - smooth) * nll_BT + smooth * even_BT
+  if config.z_loss:
+    result_BT = result_BT + config.z_loss * jnp.square(log_sum_BT)
+  return result_BT
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def mean_loss(
   x_BTD: jax.Array,
   head: embed.Head,
   targets_BT: jax.Array,
   weights_BT: jax.Array,
-  config: Config,
+  config: LossConfig,
 ) -> MeanLoss:
   """Returns weighted sums; only `objective` has a gradient."""
   fn = lambda part: _losses(head, part, config)[0]
   parts = (x_BTD, targets_BT, weights_BT)
-  if config.chunks == 1:
+  if config.token_chunks == 1:
     return fn(parts)
-  sums = jax.lax.map(fn, _split(parts, config.chunks))
+  sums = jax.lax.map(fn, _split(parts, config.token_chunks))
   return jax.tree.map(lambda a: a.sum(0), sums)
 
 
@@ -77,7 +118,7 @@ class _Softmax(NamedTuple):
   is_token_V: jax.Array | None
 
 
-def _losses(head, part, config: Config) -> tuple[MeanLoss, _Softmax]:
+def _losses(head, part, config: LossConfig) -> tuple[MeanLoss, _Softmax]:
   x_BTD, targets_BT, weights_BT = part
   logits_BTV = head.logits(x_BTD, head.table_VD, head.bias_V)
   ids_V = jnp.arange(logits_BTV.shape[-1])
@@ -91,13 +132,8 @@ def _losses(head, part, config: Config) -> tuple[MeanLoss, _Softmax]:
   is_target_BTV = ids_V[None, None] == targets_BT[..., None]
   picked_BT = _pick(logits_BTV, targets_BT, is_target_BTV)
   nll_BT = log_sum_BT - picked_BT
-  objective_BT = nll_BT
-  if config.label_smoothing:
-    logit_sum_BT = _where(is_token_V, logits_BTV, 0.0).sum(-1)
-    even_BT = log_sum_BT - logit_sum_BT / head.vocab_size
-    objective_BT = nll_BT + config.label_smoothing * (even_BT - nll_BT)
-  if config.z_loss:
-    objective_BT = objective_BT + config.z_loss * jnp.square(log_sum_BT)
+  mean_logit_BT = _where(is_token_V, logits_BTV, 0.0).sum(-1) / head.vocab_size
+  objective_BT = objective(nll_BT, log_sum_BT, mean_logit_BT, config)
   correct_BT = (picked_BT >= largest_BT).astype(jnp.float32)
   mean = MeanLoss(
     *((a * weights_BT).sum() for a in (objective_BT, nll_BT, correct_BT))
@@ -119,7 +155,7 @@ def _pick(logits_BTV, targets_BT, is_target_BTV):
   return jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)[..., 0]
 
 
-def _chunk_gradients(head, part, config: Config):
+def _chunk_gradients(head, part, config: LossConfig):
   """Returns the sums of a part, and its gradients by features and head."""
   mean, s = _losses(head, part, config)
   x_BTD, _, weights_BT = part
@@ -182,7 +218,7 @@ def _all_gradients(
   x_BTD, head, targets_BT, weights_BT, *, config, axes=(), embed_axes=()
 ):
   parts = (x_BTD, targets_BT, weights_BT)
-  if config.chunks == 1:
+  if config.token_chunks == 1:
     mean, d_x, d_head = _chunk_gradients(head, parts, config)
   else:
 
@@ -192,7 +228,7 @@ def _all_gradients(
 
     zeros = lambda a: jnp.zeros(a.shape, jnp.float32)
     start = MeanLoss(*[jnp.float32(0.0)] * 3), jax.tree.map(zeros, head)
-    sums, d_x = jax.lax.scan(body, start, _split(parts, config.chunks))
+    sums, d_x = jax.lax.scan(body, start, _split(parts, config.token_chunks))
     (mean, d_head), d_x = sums, jnp.moveaxis(d_x, 0, 1).reshape(x_BTD.shape)
   if axes:
     mean, d_head = _reduce(mean, d_head, axes, embed_axes)

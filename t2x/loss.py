@@ -3,7 +3,6 @@
 Shape suffixes: B batch, T position, D embed, V vocabulary, C rows of a chunk.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -16,42 +15,8 @@ from t2x.layers import embed
 _NEVER = -1e30
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LossConfig:
-  """What is minimised for each token.
-
-  Attributes:
-    label_smoothing: share of the target given to the uniform distribution
-      (Szegedy et al., 2016).
-    z_loss: weight of the squared log-sum-exp of the logits (Chowdhery et al.,
-      2022).
-    vocab_chunks: pieces of the vocabulary; logits of one piece exist at a
-      time, and the backward pass computes them again. 1 keeps all logits.
-    token_chunks: pieces of the sequence; the logits of one piece exist at a
-      time. The gradient of each is made along with its loss, while its logits
-      are there, so nothing is computed twice.
-  """
-
-  label_smoothing: float = 0.0
-  z_loss: float = 0.0
-  vocab_chunks: int = 1
-  token_chunks: int = 1
-
-  def __post_init__(self):
-    if not 0.0 <= self.label_smoothing < 1.0:
-      raise ValueError(
-        f'train.loss.label_smoothing={self.label_smoothing}; it is in [0, 1).'
-      )
-    for name in ('vocab_chunks', 'token_chunks'):
-      if getattr(self, name) < 1:
-        raise ValueError(
-          f'train.loss.{name}={getattr(self, name)}; it is 1 or more.'
-        )
-    if self.vocab_chunks > 1 and self.token_chunks > 1:
-      raise ValueError(
-        f'train.loss.vocab_chunks={self.vocab_chunks} and token_chunks='
-        f'{self.token_chunks}: set one of them to 1.'
-      )
+LossConfig = fused_loss.LossConfig
+MeanLoss = fused_loss.MeanLoss
 
 
 class TokenLoss(NamedTuple):
@@ -108,11 +73,8 @@ def token_loss(
     sums = _reduce_chunks(x_BTD, head, targets_BT, num)
   log_sum = sums.largest + jnp.log(sums.exp_sum)
   nll = log_sum - sums.picked
-  smooth = config.label_smoothing
-  mean_nll = log_sum - sums.logit_sum / head.vocab_size
-  objective = (1.0 - smooth) * nll + smooth * mean_nll if smooth else nll
-  if config.z_loss:
-    objective = objective + config.z_loss * jnp.square(log_sum)
+  mean_logit = sums.logit_sum / head.vocab_size
+  objective = fused_loss.objective(nll, log_sum, mean_logit, config)
   correct = (sums.picked >= sums.largest).astype(jnp.float32)
   return TokenLoss(objective, nll, correct)
 
@@ -163,9 +125,6 @@ def _reduce_chunks(x_BTD, head, targets_BT, num) -> _Sums:
   return jax.lax.scan(body, start, (jnp.arange(num), tables, biases))[0]
 
 
-MeanLoss = fused_loss.MeanLoss
-
-
 def mean_loss(
   x_BTD: jax.Array,
   head: embed.Head,
@@ -193,9 +152,4 @@ def mean_loss(
       f'train.loss.token_chunks={config.token_chunks} does not divide the '
       f'{x_BTD.shape[1]} tokens of a row. Choose a divisor.'
     )
-  fused = fused_loss.Config(
-    label_smoothing=config.label_smoothing,
-    z_loss=config.z_loss,
-    chunks=config.token_chunks,
-  )
-  return fused_loss.mean_loss(x_BTD, head, targets_BT, weights_BT, fused)
+  return fused_loss.mean_loss(x_BTD, head, targets_BT, weights_BT, config)

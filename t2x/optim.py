@@ -233,7 +233,7 @@ def is_decayed(params: Any) -> Any:
 
   def leaf(path, p):
     name = sharding.path_name(path).removesuffix('.value')
-    spared = 'bias' in name or name.endswith('scale')
+    spared = 'bias' in name or name.rpartition('.')[2] == 'scale'
     return jax.tree.map(lambda _: not spared, p)
 
   return jax.tree_util.tree_map_with_path(

@@ -88,15 +88,14 @@ class Run:
     self.step = step
     # The device works on this step while the host waits for the last one.
     self.finish_row()
-    shapes = {name: (a.shape, a.dtype) for name, a in batch.items()}
-    step_flops = flops.train_flops(*_flops_shape(self.config, shapes))
-    self._pending = step, metrics, num_tokens, step_flops
+    shapes = {name: array.shape for name, array in batch.items()}
+    self._pending = step, metrics, num_tokens, shapes
 
   def finish_row(self, evaluate_now: bool = False) -> None:
     """Writes the row of the last step, with its evaluation if asked."""
     if self._pending is None:
       return
-    (step, metrics, num_tokens, step_flops), self._pending = self._pending, None
+    (step, metrics, num_tokens, shapes), self._pending = self._pending, None
     metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
     now = time.perf_counter()
     seconds, self._time = now - self._time, now
@@ -105,6 +104,7 @@ class Run:
       return
     with jax.transfer_guard('allow'):
       rate = float(self.program.learning_rate(step - 1))
+    step_flops = flops.train_flops(*_flops_shape(self.config, shapes))
     row = {
       'step': step,
       **metrics,
@@ -201,15 +201,16 @@ class Run:
     config = self.config
     split = config.data.train_split
     epoch = pipeline.steps_per_epoch(self.corpus, config.data)
-    shape = _flops_shape(config, pipeline.batch_spec(config.data))
+    spec = pipeline.batch_spec(config.data)
+    shape = _flops_shape(config, {name: s for name, (s, _) in spec.items()})
     return (
       f'{split}: {self.corpus.num_tokens(split):,} tokens, {epoch:,} steps an '
       f'epoch\n{flops.formula(*shape, peak=self._peak)}'
     )
 
 
-def _flops_shape(config: experiment.Experiment, spec):
+def _flops_shape(config: experiment.Experiment, shapes):
   """Returns the arguments of `flops.train_flops` for a batch's shapes."""
-  rows, length = spec['inputs'][0]
-  source = spec.get('encoder_inputs', ((0, None),))[0][1]
+  rows, length = shapes['inputs']
+  _, source = shapes.get('encoder_inputs', (0, None))
   return config.model, rows, length, source

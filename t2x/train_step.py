@@ -224,13 +224,19 @@ def gradients(trained, rest, batch, key, config: StepConfig):
   )(trained, rest, batch, total, key)
 
 
-def _manual_axes(config: StepConfig) -> tuple[str, ...]:
+def axes_by_hand(config: StepConfig) -> tuple[str, ...]:
   """Mesh axes over which gradients are reduced by hand, after the loop."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if config.accumulate == 1 or mesh.empty:
+  if config.accumulate == 1:
     return ()
-  axes = ('data', 'fsdp') if config.accumulate_whole else ('data',)
-  return tuple(a for a in axes if mesh.shape[a] > 1)
+  return ('data', 'fsdp') if config.accumulate_whole else ('data',)
+
+
+def _manual_axes(config: StepConfig) -> tuple[str, ...]:
+  """Those of `axes_by_hand` that split something on the active mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return ()
+  return tuple(a for a in axes_by_hand(config) if mesh.shape[a] > 1)
 
 
 def _accumulate(trained, rest, batch, total, key, config: StepConfig):
