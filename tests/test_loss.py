@@ -237,6 +237,22 @@ def mean_gradients(x, head, targets, config):
   return jax.value_and_grad(objective, (0, 1), has_aux=True)(x, head)
 
 
+@pytest.mark.parametrize('token_chunks', [1, T])
+@pytest.mark.parametrize('settings', SETTINGS)
+def test_closed_form_gradients_are_the_derived_ones(settings, token_chunks):
+  """Against the chunks of the vocabulary, which JAX differentiates."""
+  rng, x, targets = make_inputs(1)
+  head = make_head(rng, scale=0.5)
+  fn = jax.jit(mean_gradients, static_argnums=3)
+  derived = loss_lib.LossConfig(vocab_chunks=4, **SETTINGS[settings])
+  closed = loss_lib.LossConfig(token_chunks=token_chunks, **SETTINGS[settings])
+  want = fn(x, head, targets, derived)
+  got = fn(x, head, targets, closed)
+  paths = jax.tree_util.tree_leaves_with_path(want)
+  for (path, a), b in zip(paths, jax.tree.leaves(got)):
+    np.testing.assert_allclose(b, a, rtol=2e-5, atol=2e-5, err_msg=path)
+
+
 @pytest.mark.parametrize('settings', SETTINGS)
 def test_chunks_of_tokens_equal_the_whole(settings):
   rng, x, targets = make_inputs(1)
