@@ -4,6 +4,7 @@
 or the devices. It runs before anything is built or compiled.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import math
 import re
@@ -15,6 +16,7 @@ from t2x import optim as optim_lib
 from t2x import sharding
 from t2x import stack
 from t2x import train_step
+from t2x.attention import all_to_all
 from t2x.data import config as data_config
 from t2x.data import pipeline as data_pipeline
 from t2x.layers import embed
@@ -167,16 +169,16 @@ def check(config: Experiment, num_devices: int) -> None:
   """Raises ValueError for parts that do not fit each other or the devices."""
   data_pipeline.check(config.data)
   sizes = mesh_lib.sizes(config.mesh, num_devices)
-  for axis in ('context', 'pipe'):
-    if sizes[axis] > 1:
-      raise ValueError(
-        f'mesh.{axis}={sizes[axis]}: nothing is split over this axis yet. '
-        'Use data, fsdp or tensor.'
-      )
+  if sizes['pipe'] > 1:
+    raise ValueError(
+      f'mesh.pipe={sizes["pipe"]}: nothing is split over this axis yet. '
+      'Use data, fsdp, tensor, context or expert.'
+    )
   _check_rows(config, sizes)
+  _check_context(config, sizes)
   _check_objective(config)
   _check_lengths(config)
-  _check_chunks(config)
+  _check_chunks(config, sizes)
 
 
 def _check_rows(config: Experiment, sizes: dict[str, int]) -> None:
@@ -192,6 +194,55 @@ def _check_rows(config: Experiment, sizes: dict[str, int]) -> None:
       f'be a multiple of {need}. Set it to {-(-rows // need) * need}, or '
       'change the mesh.'
     )
+
+
+def zigzag(config: Experiment, sizes: Mapping[str, int]) -> int:
+  """Returns over how many devices causal rows are dealt in zigzag order.
+
+  Args:
+    config: the experiment.
+    sizes: of the mesh axes.
+  """
+  rules = config.rules
+  balanced = rules.context_attention == 'ring' and rules.balance_context
+  if not balanced or isinstance(config.model, encoder.EncoderConfig):
+    return 1
+  return context_size(config, sizes)
+
+
+def context_size(config: Experiment, sizes: Mapping[str, int]) -> int:
+  """Returns over how many devices a row is split."""
+  return math.prod(sizes[a] for a in sharding.mesh_axes(config.rules.length))
+
+
+def target_parts(config: Experiment, sizes: Mapping[str, int]) -> int:
+  """Returns what the targets of a row are padded to a multiple of."""
+  parts = context_size(config, sizes)
+  return parts if zigzag(config, sizes) == 1 else 2 * parts
+
+
+def _check_context(config: Experiment, sizes: dict[str, int]) -> None:
+  devices = context_size(config, sizes)
+  if devices == 1:
+    return
+  has_encoder = config.data.objective.has_encoder
+  parts = devices if has_encoder else target_parts(config, sizes)
+  axes = ' x '.join(
+    f'mesh.{a}' for a in sharding.mesh_axes(config.rules.length)
+  )
+  for length in data_config.buckets(config.data):
+    if length % parts:
+      pieces = ' (an early and a late piece each)' if parts > devices else ''
+      raise ValueError(
+        f'data.length: a row of {length} tokens cannot be split over {devices} '
+        f'devices ({axes}){pieces}: it must be a multiple of {parts}. Set it '
+        f'to {-(-length // parts) * parts}, or change {axes}.'
+      )
+  if config.rules.context_attention == 'all_to_all':
+    split = sharding.mesh_axes(config.rules.kv_heads)
+    parts = math.prod(sizes[a] for a in split)
+    for kind in config.model.kinds:
+      all_to_all.repeats(kind.num_heads, kind.kv_heads, devices, parts)
 
 
 def _check_objective(config: Experiment) -> None:
@@ -216,7 +267,7 @@ def _check_objective(config: Experiment) -> None:
     )
 
 
-def _check_chunks(config: Experiment) -> None:
+def _check_chunks(config: Experiment, sizes: dict[str, int]) -> None:
   loss, model = config.train.loss, config.model
   rows = embed.padded(model.vocab_size, model.vocab_multiple)
   if rows % loss.vocab_chunks:
@@ -227,10 +278,13 @@ def _check_chunks(config: Experiment) -> None:
     )
   for bucket in data_config.buckets(config.data):
     length = config.data.objective.target_length(bucket)
+    parts = target_parts(config, sizes)
+    length = -(-length // parts) * parts // context_size(config, sizes)
     if length % loss.token_chunks:
       raise ValueError(
         f'train.loss.token_chunks={loss.token_chunks} does not divide the '
-        f'{length} targets of a row. Choose a divisor, or another data.length.'
+        f'{length} targets of a row on each device. Choose a divisor, or '
+        'another data.length.'
       )
 
 

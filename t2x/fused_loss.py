@@ -182,11 +182,12 @@ def _chunk_gradients(head, part, config: LossConfig):
 def _forward(x_BTD, head, targets_BT, weights_BT, config):
   """Returns the loss, and its gradients as residuals.
 
-  The rows of a batch are split over mesh axes by hand, so that the table's
+  The tokens of a batch are split over mesh axes by hand, so that the table's
   gradient is summed on each device and reduced over them once, at the end, and
   scattered over those that split the table.
   """
-  axes = sharding.auto_axes('batch')
+  rows, length = sharding.auto_axes('batch'), sharding.auto_axes('length')
+  axes = rows + length
   # Gathered in the dtype of the products, once.
   table_VD = head.table_VD.astype(x_BTD.dtype)
   table_VD = sharding.constrain(table_VD, 'vocab', 'act_embed')
@@ -203,12 +204,12 @@ def _forward(x_BTD, head, targets_BT, weights_BT, config):
   embed_axes = tuple(a for a in sharding.auto_axes('embed') if a in axes)
   if x_BTD.shape[-1] % math.prod(sizes[a] for a in embed_axes):
     embed_axes = ()
-  rows, columns = P(axes), P(None, embed_axes)
+  tokens, columns = P(rows, length), P(None, embed_axes)
   head_spec = jax.tree.map(lambda _: P(), head)
   return jax.shard_map(
     functools.partial(fn, axes=axes, embed_axes=embed_axes),
-    in_specs=(rows, P(), rows, rows),
-    out_specs=(P(), (rows, dataclasses.replace(head_spec, table_VD=columns))),
+    in_specs=(tokens, P(), tokens, tokens),
+    out_specs=(P(), (tokens, dataclasses.replace(head_spec, table_VD=columns))),
     axis_names=set(axes),
     check_vma=False,
   )(*args)

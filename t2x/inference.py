@@ -126,7 +126,11 @@ def generate_text(
     ids = [[*tokenizer.encode_marked(p), tokenizer.eos_id] for p in prompts]
   else:
     ids = [[tokenizer.bos_id, *p] for p in tokenizer.encode_batch(prompts)]
-  with sharding.use(trained.mesh, trained.config.rules):
+  # One token at a time: there is no length to split.
+  rules = dataclasses.replace(
+    trained.config.rules, length=None, norm_length=None
+  )
+  with sharding.use(trained.mesh, rules):
     result = generate_lib.generate(
       trained.model,
       ids,

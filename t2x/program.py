@@ -6,6 +6,7 @@ with sharding.use(mesh, config.rules):
   state, metrics = program.step(state, program.place(batch))
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,12 +14,14 @@ from flax import nnx
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+import numpy as np
 
 from t2x import experiment
 from t2x import optim
 from t2x import processes
 from t2x import sharding
 from t2x import train_step
+from t2x import zigzag
 from t2x.models import model as model_lib
 
 
@@ -42,6 +45,12 @@ class Program:
     self.config = config
     self.shapes, self.batch_sharding = shapes_of(config, mesh)
     self.rows = local_rows(self.batch_sharding, config.data.batch_size)
+    self._zigzag = experiment.zigzag(config, mesh.shape)
+    self._target_parts = experiment.target_parts(config, mesh.shape)
+    execution = dataclasses.replace(config.train.execution, zigzag=self._zigzag)
+    step_config = dataclasses.replace(
+      config.train.step_config, execution=execution
+    )
     self.learning_rate = jax.jit(optim.make_schedule(config.optim, num_steps))
     whole = NamedSharding(mesh, P())
     self._key = jax.device_put(jax.random.key(config.train.seed), whole)
@@ -51,14 +60,12 @@ class Program:
       functools.partial(_init_state, config, tx), out_shardings=shardings
     )
     self._step = jax.jit(
-      functools.partial(
-        train_step.train_step, tx=tx, config=config.train.step_config
-      ),
+      functools.partial(train_step.train_step, tx=tx, config=step_config),
       out_shardings=(shardings, whole),
       donate_argnums=0,
     )
     self._eval = jax.jit(
-      functools.partial(train_step.eval_step, config=config.train.step_config)
+      functools.partial(train_step.eval_step, config=step_config)
     )
 
   def init_state(self) -> train_step.TrainState:
@@ -78,8 +85,17 @@ class Program:
     return self._eval(model, batch)
 
   def place(self, batch: dict[str, Any]) -> train_step.Batch:
-    """Makes a global batch of this process's rows."""
+    """Makes a global batch of this process's rows, as the mesh needs them."""
+    batch = {name: self._arranged(name, a) for name, a in batch.items()}
     return processes.put(batch, self.batch_sharding)
+
+  def _arranged(self, name: str, array):
+    """Pads the targets' side so that it can be split; orders it for a ring."""
+    if name.startswith('encoder_'):
+      return array
+    padding = -array.shape[1] % self._target_parts
+    array = np.pad(array, ((0, 0), (0, padding)))
+    return array[:, zigzag.index(array.shape[1], self._zigzag)]
 
 
 def shapes_of(config: experiment.Experiment, mesh: jax.sharding.Mesh):

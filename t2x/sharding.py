@@ -7,6 +7,7 @@ Modules name the logical axes of parameters (`axes=` metadata) and activations
 import contextlib
 import dataclasses
 from typing import Any
+from typing import Literal
 
 from flax import nnx
 import jax
@@ -24,10 +25,22 @@ class ShardingError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rules:
-  """Where each logical axis lives; the default is FSDP x tensor parallelism."""
+  """Where each logical axis lives; the default is FSDP x tensor parallelism.
+
+  Attributes:
+    batch: rows.
+    length: positions in attention and feed-forward layers.
+    norm_length: positions between them, in norms, dropout and residuals;
+      `context,tensor` is sequence parallelism (Korthikanti et al., 2022).
+    context_attention: how attention meets a split sequence: keys travel in a
+      ring, or an all-to-all exchanges heads against sequence.
+    balance_context: in a ring, deal causal rows in zigzag order, so that all
+      devices have the same work.
+  """
 
   batch: MeshAxes = ('data', 'fsdp', 'expert')
-  length: MeshAxes = None
+  length: MeshAxes = 'context'
+  norm_length: MeshAxes = 'context'
   act_embed: MeshAxes = None  # Activations stay whole where weights split.
   embed: MeshAxes = 'fsdp'
   vocab: MeshAxes = 'tensor'
@@ -38,8 +51,12 @@ class Rules:
   experts: MeshAxes = 'expert'
   stages: MeshAxes = 'pipe'  # Dimensions added by stacking layers.
   layers: MeshAxes = None
+  context_attention: Literal['ring', 'all_to_all'] = 'ring'
+  balance_context: bool = True
 
 
+# The fields of Rules that are no logical axes.
+_CHOICES = ('context_attention', 'balance_context')
 # User contexts are part of jit's cache key, so a compiled step is never reused
 # under other rules.
 _rules = jax.make_user_context(None)
@@ -67,6 +84,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   manual = frozenset(mesh.manual_axes)
   spec = to_spec(axes, _rules.value, shape=x.shape, mesh=mesh, drop=manual)
   return jax.lax.with_sharding_constraint(x, spec)
+
+
+def active_rules() -> Rules:
+  """Returns the rules of the surrounding `use`."""
+  assert _rules.value is not None, 'outside sharding.use'
+  return _rules.value
 
 
 def auto_axes(axis: str) -> tuple[str, ...]:
@@ -108,7 +131,7 @@ def to_spec(
       on one mesh axis, a dimension that its axes do not divide, an axis that
       the mesh lacks.
   """
-  known = {f.name for f in dataclasses.fields(rules)}
+  known = {f.name for f in dataclasses.fields(rules)} - {*_CHOICES}
   where = name if shape is None else f'{name} of shape {tuple(shape)}'
   if shape is not None and len(shape) != len(axes):
     raise ShardingError(

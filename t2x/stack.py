@@ -30,10 +30,13 @@ class Execution:
       layer's input; `dots`, all but products with weights; `save:A,B` all but
       the activations of these names (query, key, value, attention, mlp_up,
       mlp_gate).
+    zigzag: devices over which the tokens of a causal row come in zigzag order
+      (t2x/zigzag.py), in inputs, positions, segments and features alike.
   """
 
   scan: bool = True
   remat: str = 'none'
+  zigzag: int = 1
 
   def __post_init__(self):
     names = self.remat.partition(':')

@@ -17,6 +17,7 @@ from t2x import mesh as mesh_lib
 from t2x import optim
 from t2x import sharding
 from t2x import train_step
+from t2x import zigzag
 from t2x.layers import attention
 from t2x.layers import mlp
 from t2x.layers import norm
@@ -35,6 +36,8 @@ MESHES = {
   'data4_tensor2': {'data': 4, 'tensor': 2},
   'fsdp8': {'data': 1, 'fsdp': 8},
   'tensor8': {'data': 1, 'tensor': 8},
+  'context4_tensor2': {'data': 1, 'context': 4, 'tensor': 2},
+  'data2_fsdp2_context2': {'data': 2, 'fsdp': 2, 'context': 2},
 }
 TX = optim.make(optim.AdamW(), 10)
 STEP = train_step.StepConfig(
@@ -166,12 +169,23 @@ def on_one_device(kind):
   return jax.device_get(jit(loss_and_gradients)(*args))
 
 
-def on_mesh(kind, mesh, config=STEP):
+def on_mesh(kind, mesh, config=STEP, rules=RULES):
   """The same on a mesh, with parameters where the rules put them."""
   model = jax.device_put(state_of(kind).model, shardings_of(kind, mesh).model)
-  spec = sharding.to_spec(('batch', 'length'), RULES, mesh=mesh)
-  batch = jax.device_put(make_batch(kind), NamedSharding(mesh, spec))
-  with sharding.use(mesh, RULES):
+  spec = sharding.to_spec(('batch', 'length'), rules, mesh=mesh)
+  batch = make_batch(kind)
+  balanced = rules.balance_context and rules.context_attention == 'ring'
+  if balanced and kind != 'bert':
+    order = mesh.shape['context']
+    execution = dataclasses.replace(config.execution, zigzag=order)
+    config = dataclasses.replace(config, execution=execution)
+    index = zigzag.index(LENGTH, order)
+    batch = {
+      name: array if name.startswith('encoder_') else array[:, index]
+      for name, array in batch.items()
+    }
+  batch = jax.device_put(batch, NamedSharding(mesh, spec))
+  with sharding.use(mesh, rules):
     fn = jit(functools.partial(loss_and_gradients, config=config))
     return fn(model, batch, jax.random.key(1))
 

@@ -23,6 +23,10 @@ from t2x.attention import mask as mask_lib
 # (N, T, S) or (B, N, T, S).
 Bias = Callable[[jax.Array], jax.Array]
 
+# Maps a block's probabilities (B, K, G, T, S) and the indices of its queries,
+# (T,) or (B, T), and of its keys to what is left of them.
+Dropout = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
 _MAX_BLOCKS = 16
 _MAX_KEYS = 2048  # Longer key ranges are cut.
 _KEEP_KEYS = 1024  # Up to here the backward pass keeps the probabilities.
@@ -53,6 +57,7 @@ def reference(q_BTNH, k_BSKH, v_BSKH, mask, *, options=Options(), bias=None):
   scores = jnp.einsum('btnh,bsnh->bnts', q, k) * _scale(options, q)
   if options.soft_cap is not None:
     scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
+  mask = mask_lib.placed(mask, T, S)
   whole = slice(0, T), slice(0, S)
   if bias is not None:
     values = bias(mask_lib.relative(mask, *whole))
@@ -74,7 +79,7 @@ def attend(
   *,
   options: Options = Options(),
   bias: Bias | None = None,
-  dropout: Callable[[jax.Array, int], jax.Array] | None = None,
+  dropout: Dropout | None = None,
   return_lse: bool = False,
 ):
   """Returns softmax(scale q k^T + bias) v under `mask`.
@@ -86,21 +91,19 @@ def attend(
     mask: what each query sees.
     options: scale, cap and block size.
     bias: added to the scores, computed per block from relative indices.
-    dropout: applied to a block's probabilities (B, K, G, T, S); its second
-      argument is the number of the block.
+    dropout: applied to the probabilities of each block.
     return_lse: also return the log-sum-exp of the scores, (B, T, N) float32.
 
   Returns:
-    (B, T, N, H) in the dtype of the queries; a query that sees no key gives 0.
+    (B, T, N, H) in the dtype of the queries, in float32 beside the log-sum-exp;
+    a query that sees no key gives 0.
   """
   B, T, N, _ = q_BTNH.shape
   S, K = k_BSKH.shape[1:3]
+  mask = mask_lib.placed(mask, T, S)
   q_BTKGH = q_BTNH.reshape(B, T, K, N // K, -1)
-  block = options.block or _block_size(T, mask)
   outs, lses = [], []
-  for start in range(0, T, block):
-    rows = slice(start, min(start + block, T))
-    keys = slice(*mask_lib.key_range(mask, rows.start, rows.stop, S))
+  for rows, keys in _blocks(T, S, mask, options):
     run = functools.partial(
       _attend_rows,
       mask=mask,
@@ -116,10 +119,65 @@ def attend(
     outs.append(out)
     lses.append(lse)
   out = outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
-  out = out.reshape(B, T, N, -1).astype(q_BTNH.dtype)
+  out = out.reshape(B, T, N, -1)
   if not return_lse:
-    return out
+    return out.astype(q_BTNH.dtype)
   return out, jnp.concatenate(lses, axis=1).reshape(B, T, N)
+
+
+def weighted(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  lse_BTN: jax.Array,
+  mask: mask_lib.Mask,
+  *,
+  options: Options = Options(),
+  bias: Bias | None = None,
+  dropout: Dropout | None = None,
+):
+  """Returns what these keys add to attention whose log-sum-exp is known.
+
+  With p = exp(scores - lse) and m what dropout makes of ones, the sums over
+  keys of m p v, and of p. Their gradient for the cotangents dO and -<dO, O> is
+  that of attention (Dao et al., 2022), whichever keys are elsewhere.
+
+  Args:
+    q_BTNH: queries.
+    k_BSKH: some of the keys.
+    v_BSKH: their values.
+    lse_BTN: log-sum-exp of the scores of all keys.
+    mask: what each query sees of these keys.
+    options: as for `attend`.
+    bias: as for `attend`.
+    dropout: as for `attend`.
+
+  Returns:
+    float32 sums (B, T, N, H) and (B, T, N).
+  """
+  B, T, N, _ = q_BTNH.shape
+  S, K = k_BSKH.shape[1:3]
+  mask = mask_lib.placed(mask, T, S)
+  q_BTKGH = q_BTNH.reshape(B, T, K, N // K, -1)
+  lse_BTKG = lse_BTN.reshape(B, T, K, N // K)
+  outs, totals = [], []
+  for rows, keys in _blocks(T, S, mask, options):
+    run = functools.partial(
+      _weigh_rows,
+      mask=mask,
+      options=options,
+      rows=rows,
+      keys=keys,
+      bias=bias,
+      dropout=dropout,
+    )
+    # Scores are made again for each block's gradient, and never kept.
+    run = jax.checkpoint(run)
+    out, total = run(q_BTKGH[:, rows], k_BSKH, v_BSKH, lse_BTKG[:, rows])
+    outs.append(out)
+    totals.append(total)
+  out, total = (jnp.concatenate(parts, axis=1) for parts in (outs, totals))
+  return out.reshape(B, T, N, -1), total.reshape(B, T, N)
 
 
 def merge(first, second):
@@ -146,12 +204,34 @@ def _attend_rows(
   for start in range(keys.start, keys.stop, _MAX_KEYS):
     part = slice(start, min(start + _MAX_KEYS, keys.stop))
     scores = _scores(q_BTKGH, k_BSKH[:, part], mask, options, rows, part, bias)
-    drop = dropout and functools.partial(
-      dropout, block=rows.start * k_BSKH.shape[1] + part.start
-    )
+    drop = _dropout_of(dropout, mask, rows, part)
     result = _softmax_product(scores, v_BSKH[:, part], drop)
     total = result if total is None else merge(total, result)
   return total
+
+
+def _weigh_rows(
+  q_BTKGH, k_BSKH, v_BSKH, lse_BTKG, *, mask, options, rows, keys, bias, dropout
+):
+  """One block of queries over the keys in reach, whose weights are known."""
+  lse_BKGT = lse_BTKG.transpose(0, 2, 3, 1)
+  out, total = jnp.float32(0.0), jnp.float32(0.0)
+  for start in range(keys.start, keys.stop, _MAX_KEYS):
+    part = slice(start, min(start + _MAX_KEYS, keys.stop))
+    scores = _scores(q_BTKGH, k_BSKH[:, part], mask, options, rows, part, bias)
+    weights = jnp.exp(scores - jnp.maximum(lse_BKGT, _NEVER / 2)[..., None])
+    total = total + weights.sum(-1).transpose(0, 3, 1, 2)
+    drop = _dropout_of(dropout, mask, rows, part)
+    out = out + _product(weights, v_BSKH[:, part], drop)
+  return out, total
+
+
+def _dropout_of(dropout, mask, rows, part):
+  return dropout and functools.partial(
+    dropout,
+    q_index_BT=mask_lib.q_index_of(mask, rows),
+    k_index_BS=mask_lib.k_index_of(mask, part),
+  )
 
 
 def _scores(q_BTKGH, k_BSKH, mask, options, rows, keys, bias):
@@ -183,22 +263,35 @@ def _softmax_product(scores_BKGTS, v_BSKH, dropout):
   # Where nothing is seen `largest` is _NEVER: every weight must become 0.
   weights = jnp.exp(scores_BKGTS - jnp.maximum(largest, _NEVER / 2))
   total_BKGT = weights.sum(-1)
-  if dropout is not None:
-    weights = dropout(weights)
-  out = jnp.einsum(
-    'BKGTS,BSKH->BTKGH',
-    weights.astype(v_BSKH.dtype),
-    v_BSKH,
-    preferred_element_type=jnp.float32,
-  )
+  out = _product(weights, v_BSKH, dropout)
   safe_BKGT = jnp.maximum(total_BKGT, 1e-37)
   lse_BKGT = jnp.log(safe_BKGT) + largest[..., 0]
   to_BTKG = lambda x: x.transpose(0, 3, 1, 2)
   return out / to_BTKG(safe_BKGT)[..., None], to_BTKG(lse_BKGT)
 
 
+def _product(weights_BKGTS, v_BSKH, dropout):
+  if dropout is not None:
+    weights_BKGTS = dropout(weights_BKGTS)
+  return jnp.einsum(
+    'BKGTS,BSKH->BTKGH',
+    weights_BKGTS.astype(v_BSKH.dtype),
+    v_BSKH,
+    preferred_element_type=jnp.float32,
+  )
+
+
 def _scale(options: Options, q: jax.Array) -> float:
   return q.shape[-1] ** -0.5 if options.scale is None else options.scale
+
+
+def _blocks(num_queries, num_keys, mask, options):
+  """Yields each block of queries with the range of keys in its reach."""
+  block = options.block or _block_size(num_queries, mask)
+  for start in range(0, num_queries, block):
+    stop = min(start + block, num_queries)
+    reach = mask_lib.key_range(mask, start, stop, num_keys)
+    yield slice(start, stop), slice(*reach)
 
 
 def _block_size(num_queries: int, mask: mask_lib.Mask) -> int:

@@ -8,6 +8,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from t2x import zigzag as zigzag_lib
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,7 +17,7 @@ class Mask:
   """The keys that each query sees; all conditions hold together.
 
   Order along the sequence is by index: `q_index_BT` and `k_index_BS` where
-  given (a cache, a shard of a sequence), else 0, 1, 2, ... from the start of
+  given (a cache, a piece of a sequence), else 0, 1, 2, ... from the start of
   the arrays, which lets blocks that nothing sees be left out at trace time.
 
   Attributes:
@@ -25,8 +27,12 @@ class Mask:
     prefix_B: keys of an index below this are seen by every query (prefix LM).
     q_segments_BT: with `k_segments_BS`, keys of the same segment are seen.
     k_segments_BS: see `q_segments_BT`.
-    q_index_BT: index of each query in its sequence.
-    k_index_BS: index of each key in its sequence.
+    q_index_BT: index of each query in its sequence; B may be 1.
+    k_index_BS: index of each key in its sequence; B may be 1.
+    start: index of the first query and the first key, where none is given.
+    q_zigzag: devices over which the queries lie in zigzag order
+      (t2x/zigzag.py); 1 is the order of the sequence.
+    k_zigzag: the same of the keys.
   """
 
   causal: bool = dataclasses.field(default=False, metadata={'static': True})
@@ -38,23 +44,38 @@ class Mask:
   k_segments_BS: jax.Array | None = None
   q_index_BT: jax.Array | None = None
   k_index_BS: jax.Array | None = None
+  start: jax.Array | None = None
+  q_zigzag: int = dataclasses.field(default=1, metadata={'static': True})
+  k_zigzag: int = dataclasses.field(default=1, metadata={'static': True})
 
   @property
-  def has_static_index(self) -> bool:
-    return self.q_index_BT is None and self.k_index_BS is None
+  def has_static_order(self) -> bool:
+    given = self.q_index_BT is not None or self.k_index_BS is not None
+    return not given and self.q_zigzag == self.k_zigzag == 1
+
+  @property
+  def is_ordered(self) -> bool:
+    """Whether the order of tokens matters to what is seen."""
+    return self.causal or self.window is not None
 
 
-def self_attention(segments_BT: jax.Array | None, *, causal: bool) -> Mask:
+def self_attention(
+  segments_BT: jax.Array | None, *, causal: bool, zigzag: int = 1
+) -> Mask:
   """Returns the mask of a sequence that looks at itself."""
   return Mask(
-    causal=causal, q_segments_BT=segments_BT, k_segments_BS=segments_BT
+    causal=causal,
+    q_segments_BT=segments_BT,
+    k_segments_BS=segments_BT,
+    q_zigzag=zigzag,
+    k_zigzag=zigzag,
   )
 
 
 def key_range(mask: Mask, q_start: int, q_end: int, num_keys: int):
   """Returns (start, end) of the keys that any query of a block may see."""
   start, end = 0, num_keys
-  if not mask.has_static_index:
+  if not mask.has_static_order:
     return start, end
   if mask.causal and mask.prefix_B is None:
     end = min(end, q_end)
@@ -66,10 +87,26 @@ def key_range(mask: Mask, q_start: int, q_end: int, num_keys: int):
   return start, max(end, start + 1)
 
 
+def placed(mask: Mask, num_queries: int, num_keys: int) -> Mask:
+  """Returns the mask with zigzag order written out as indices."""
+
+  def index(given, length, devices):
+    if devices == 1:
+      return given
+    return jnp.asarray(zigzag_lib.index(length, devices))[None]
+
+  return dataclasses.replace(
+    mask,
+    q_index_BT=index(mask.q_index_BT, num_queries, mask.q_zigzag),
+    k_index_BS=index(mask.k_index_BS, num_keys, mask.k_zigzag),
+    q_zigzag=1,
+    k_zigzag=1,
+  )
+
+
 def relative(mask: Mask, q_slice: slice, k_slice: slice) -> jax.Array:
   """Returns key index minus query index: (T, S), or (B, T, S)."""
-  q_index = _index(mask.q_index_BT, q_slice)
-  k_index = _index(mask.k_index_BS, k_slice)
+  q_index, k_index = q_index_of(mask, q_slice), k_index_of(mask, k_slice)
   if q_index.ndim != k_index.ndim:
     q_index, k_index = jnp.atleast_2d(q_index), jnp.atleast_2d(k_index)
   return k_index[..., None, :] - q_index[..., :, None]
@@ -88,7 +125,7 @@ def visible(mask: Mask, q_slice: slice, k_slice: slice) -> jax.Array | None:
     near = distance > -mask.window
     conditions.append(near if mask.causal else near & (distance < mask.window))
   if mask.prefix_B is not None and conditions:
-    k_index = jnp.atleast_2d(_index(mask.k_index_BS, k_slice))
+    k_index = jnp.atleast_2d(k_index_of(mask, k_slice))
     in_prefix = k_index < mask.prefix_B[:, None]
     order = _all(conditions)
     order = order[None] if order.ndim == 2 else order
@@ -100,10 +137,23 @@ def visible(mask: Mask, q_slice: slice, k_slice: slice) -> jax.Array | None:
   return _all(conditions) if conditions else None
 
 
-def _index(index: jax.Array | None, part: slice) -> jax.Array:
-  if index is None:
-    return jnp.arange(part.start, part.stop)
-  return index[:, part]
+def q_index_of(mask: Mask, part: slice) -> jax.Array:
+  """Returns the indices of a block of queries, (T,) or (B, T)."""
+  assert mask.q_zigzag == 1, 'call `placed` first'
+  return _index(mask, mask.q_index_BT, part)
+
+
+def k_index_of(mask: Mask, part: slice) -> jax.Array:
+  """Returns the indices of a block of keys, (S,) or (B, S)."""
+  assert mask.k_zigzag == 1, 'call `placed` first'
+  return _index(mask, mask.k_index_BS, part)
+
+
+def _index(mask: Mask, index: jax.Array | None, part: slice) -> jax.Array:
+  if index is not None:
+    return index[:, part]
+  places = jnp.arange(part.start, part.stop)
+  return places if mask.start is None else places + mask.start
 
 
 def _all(conditions: list[jax.Array]) -> jax.Array:

@@ -10,10 +10,13 @@ from typing import ClassVar
 from flax import nnx
 import jax
 from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
 
 from t2x import checks
 from t2x import sharding
+from t2x import zigzag
 from t2x.attention import cache as cache_lib
+from t2x.attention import context
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
 from t2x.layers import dropout
@@ -181,6 +184,9 @@ class Attention(nnx.Module):
       return self.attend(q_BTNH, k_BSKH, v_BSKH, mask, bias, keys_B)
     k_BSKH, v_BSKH = self.keys_and_values(x_BTD)
     if rotary is not None:
+      if positions_BT is None:
+        place_T = zigzag.index(x_BTD.shape[1], mask.q_zigzag)
+        positions_BT = jnp.asarray(place_T)[None]
       q_BTNH = position.rotate(q_BTNH, positions_BT, rotary)
       k_BSKH = position.rotate(k_BSKH, positions_BT, rotary)
     mask = self._windowed(mask)
@@ -246,13 +252,11 @@ class Attention(nnx.Module):
     config = self.config
     drop = None
     if keys_B is not None and config.dropout:
-      drop = lambda probs, block: dropout.dropout(
-        probs, config.dropout, dropout.fold(keys_B, block)
-      )
+      drop = dropout.OfScores(keys_B=keys_B, rate=config.dropout)
     options = dense.Options(
       scale=config.scale, soft_cap=config.soft_cap, block=config.block
     )
-    out_BTNH = dense.attend(
+    out_BTNH = context.attend(
       q_BTNH, k_BSKH, v_BSKH, mask, options=options, bias=bias, dropout=drop
     )
     out_BTNH = checkpoint_name(out_BTNH, 'attention')

@@ -127,7 +127,8 @@ class Block(nnx.Module):
 
   def _drop(self, x_BTD, context, site):
     keys_B = dropout.fold(context.keys_B, site)
-    return dropout.dropout(x_BTD, self.dropout_rate, keys_B)
+    zigzag = context.mask.q_zigzag
+    return dropout.dropout(x_BTD, self.dropout_rate, keys_B, zigzag)
 
   def _attend(self, y_BTD, context, cache):
     shared = {
@@ -152,7 +153,8 @@ class Block(nnx.Module):
     return layer.attend(layer.queries(y_BTD), k_BSKH, v_BSKH, mask)
 
   def _feed_forward(self, y_BTD, context):
-    return self.mlp(y_BTD, dropout.fold(context.keys_B, 5))
+    keys_B = dropout.fold(context.keys_B, 5)
+    return self.mlp(y_BTD, keys_B, context.mask.q_zigzag)
 
   def empty_cache(self, batch, capacity, dtype, encoded_BSD=None):
     """Returns an empty cache; cross-attention's keys are computed once."""

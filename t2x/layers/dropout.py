@@ -1,7 +1,21 @@
-"""Dropout whose bits belong to rows, so that no layout changes them."""
+"""Dropout whose bits belong to places, so that no layout changes them.
+
+The bits of an entry are a hash of its row's key and of its coordinates: the
+token's place in the row, the head, the feature. A microbatch, a shard, a block
+or another order of the same entries draws the same bits.
+
+Shape suffixes: B batch, T query position, S key position, K key/value heads, G
+query heads per key/value head, N heads.
+"""
+
+import dataclasses
+import math
 
 import jax
+from jax.extend import random as random_bits
 import jax.numpy as jnp
+
+from t2x import zigzag as zigzag_lib
 
 
 def row_keys(key: jax.Array, rows_B: jax.Array) -> jax.Array:
@@ -20,16 +34,72 @@ def fold(keys_B: jax.Array | None, number: int | jax.Array):
   return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys_B)
 
 
-def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
+def dropout(
+  x: jax.Array, rate: float, keys_B: jax.Array | None, zigzag: int = 1
+) -> jax.Array:
   """Zeroes entries with probability `rate` and scales up the others.
 
   Args:
-    x: (B, ...).
+    x: (B, T, ...).
     rate: probability of a zero.
     keys_B: a key for each row, or None for evaluation.
+    zigzag: devices over which the tokens of a row lie in zigzag order.
   """
   if keys_B is None or rate == 0.0:
     return x
-  draw = lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:])
-  keep = jax.vmap(draw)(keys_B)
+  shape = x.shape[1:]
+  place_T = jnp.asarray(zigzag_lib.index(shape[0], zigzag), jnp.uint32)
+  token = place_T.reshape(-1, *(1,) * (len(shape) - 1))
+  rest = jax.lax.iota(jnp.uint32, math.prod(shape[1:]))
+  feature = rest.reshape(1, *shape[1:])
+  words = [w.reshape(-1, *(1,) * len(shape)) for w in _words(keys_B)]
+  bits = _hash(*words, token[None], feature[None])[0]
+  return _keep(x, bits, rate)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfScores:
+  """Dropout of attention probabilities, a block of queries and keys at a time.
+
+  Attributes:
+    keys_B: a key for each row.
+    rate: probability of a zero.
+    heads_KG: number of each head; default 0, 1, 2, ...
+  """
+
+  keys_B: jax.Array
+  rate: float = dataclasses.field(metadata={'static': True})
+  heads_KG: jax.Array | None = None
+
+  def __call__(self, probs_BKGTS, q_index_BT, k_index_BS):
+    """Drops entries; indices are places in the row, B may be 1."""
+    K, G = probs_BKGTS.shape[1:3]
+    heads_KG = self.heads_KG
+    if heads_KG is None:
+      heads_KG = jnp.arange(K * G).reshape(K, G)
+    a_B, b_B = (w.reshape(-1, 1, 1) for w in _words(self.keys_B))
+    heads_BKG = heads_KG.astype(jnp.uint32)[None]
+    of_head = _hash(a_B, b_B, heads_BKG, jnp.zeros_like(heads_BKG))
+    a_BKG, b_BKG = (w[..., None, None] for w in of_head)
+    place = lambda index: jnp.atleast_2d(index).astype(jnp.uint32)
+    q = place(q_index_BT)[:, None, None, :, None]
+    k = place(k_index_BS)[:, None, None, None, :]
+    return _keep(probs_BKGTS, _hash(a_BKG, b_BKG, q, k)[0], self.rate)
+
+
+def _words(keys_B: jax.Array) -> list[jax.Array]:
+  """Returns two 32-bit words of each key."""
+  data = jax.random.key_data(keys_B).astype(jnp.uint32)
+  return [data[..., 0], data[..., 1]]
+
+
+def _hash(a, b, high, low):
+  """Returns two words of Threefry-2x32 (Salmon et al., 2011), broadcast."""
+  words = jnp.broadcast_arrays(a, b, high, low)
+  return random_bits.threefry2x32_p.bind(*words)
+
+
+def _keep(x, bits, rate):
+  keep = bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
   return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))

@@ -74,7 +74,7 @@ class Mlp(nnx.Module):
     self.down_bias_D = bias(embed, None) if config.bias else None
 
   def __call__(
-    self, x_BTD: jax.Array, keys_B: jax.Array | None = None
+    self, x_BTD: jax.Array, keys_B: jax.Array | None = None, zigzag: int = 1
   ) -> jax.Array:
     act = _ACTIVATIONS[self.config.activation]
     up_BTF = param.project(x_BTD, self.up_DF, 'BTD,DF->BTF')
@@ -85,7 +85,9 @@ class Mlp(nnx.Module):
       gate_BTF = param.project(x_BTD, self.gate_DF, 'BTD,DF->BTF')
       hidden_BTF = act(checkpoint_name(gate_BTF, 'mlp_gate')) * up_BTF
     hidden_BTF = sharding.constrain(hidden_BTF, 'batch', 'length', 'mlp')
-    hidden_BTF = dropout.dropout(hidden_BTF, self.config.dropout, keys_B)
+    hidden_BTF = dropout.dropout(
+      hidden_BTF, self.config.dropout, keys_B, zigzag
+    )
     out_BTD = param.project(hidden_BTF, self.down_FD, 'BTF,FD->BTD')
     return param.add_bias(out_BTD, self.down_bias_D)
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from t2x import checks
 from t2x import sharding
 from t2x import stack
+from t2x import zigzag as zigzag_lib
 from t2x.layers import attention as attention_lib
 from t2x.layers import block
 from t2x.layers import dropout as dropout_lib
@@ -173,7 +174,7 @@ class Tower(nnx.Module):
       bias=self.bias,
       rotary=rotary if isinstance(rotary, position_lib.Rotary) else None,
     )
-    x_BTD = self.drop(x_BTD, context.keys_B)
+    x_BTD = self.drop(x_BTD, context.keys_B, context.mask.q_zigzag)
 
     def apply(layer, x_BTD, cache, number):
       own = dataclasses.replace(
@@ -188,10 +189,10 @@ class Tower(nnx.Module):
       x_BTD = self.final_norm(x_BTD)
     return x_BTD, caches
 
-  def drop(self, x_BTD, keys_B):
+  def drop(self, x_BTD, keys_B, zigzag: int):
     """Dropout on the embeddings; its site lies past every layer's number."""
     keys_B = dropout_lib.fold(keys_B, self.layers.num_layers)
-    return dropout_lib.dropout(x_BTD, self.config.dropout, keys_B)
+    return dropout_lib.dropout(x_BTD, self.config.dropout, keys_B, zigzag)
 
   def empty_caches(self, batch: int, capacity: int, encoded_BSD=None):
     """Returns empty caches for all layers."""
@@ -256,9 +257,10 @@ def make_head(config, table_VD, bias_V=None) -> embed.Head:
   )
 
 
-def positions_like(tokens_BT: jax.Array) -> jax.Array:
-  """Returns 0, 1, 2, ... for every row."""
-  return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+def positions_like(tokens_BT: jax.Array, zigzag: int = 1) -> jax.Array:
+  """Returns 0, 1, 2, ... for every row, in the order of its tokens."""
+  index_T = jnp.asarray(zigzag_lib.index(tokens_BT.shape[1], zigzag))
+  return jnp.broadcast_to(index_T, tokens_BT.shape)
 
 
 def check_length(config: TransformerConfig, length: int) -> None:

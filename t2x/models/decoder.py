@@ -63,16 +63,18 @@ class Decoder(nnx.Module):
       segments: (B, T); a token sees its own segment only. 0 is padding.
       positions: (B, T); default 0, 1, 2, ...
       keys_B: dropout keys of the rows; None means no dropout.
-      execution: scan or unroll, and what to recompute.
+      execution: scan or unroll, what to recompute, and in which order the
+        tokens of a row come.
 
     Raises:
       ValueError: more tokens than the model has positions.
     """
     common.check_length(self.config, inputs.shape[1])
+    zigzag = execution.zigzag
     if positions is None:
-      positions = common.positions_like(inputs)
+      positions = common.positions_like(inputs, zigzag)
     context = block.Context(
-      mask=mask_lib.self_attention(segments, causal=True),
+      mask=mask_lib.self_attention(segments, causal=True, zigzag=zigzag),
       positions_BT=positions,
       keys_B=keys_B,
     )

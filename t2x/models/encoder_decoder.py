@@ -90,12 +90,14 @@ class EncoderDecoder(nnx.Module):
       segments: (B, T); a target sees the source of its own segment.
       positions: (B, T); default 0, 1, 2, ...
       keys_B: dropout keys of the rows; None means no dropout.
-      execution: scan or unroll, and what to recompute.
+      execution: scan or unroll, what to recompute, and in which order the
+        tokens of a row come.
 
     Raises:
       ValueError: more tokens than the model has positions.
     """
     common.check_length(self.config, inputs.shape[1])
+    zigzag = execution.zigzag
     encoded_BSD = self.encode(
       encoder_inputs,
       segments=encoder_segments,
@@ -104,12 +106,12 @@ class EncoderDecoder(nnx.Module):
       execution=execution,
     )
     if positions is None:
-      positions = common.positions_like(inputs)
+      positions = common.positions_like(inputs, zigzag)
     cross_mask = mask_lib.Mask(
-      q_segments_BT=segments, k_segments_BS=encoder_segments
+      q_segments_BT=segments, k_segments_BS=encoder_segments, q_zigzag=zigzag
     )
     context = block.Context(
-      mask=mask_lib.self_attention(segments, causal=True),
+      mask=mask_lib.self_attention(segments, causal=True, zigzag=zigzag),
       positions_BT=positions,
       keys_B=dropout.fold(keys_B, 1),
       encoded_BSD=encoded_BSD,

@@ -1,0 +1,140 @@
+"""Attention of split rows by exchanging heads against sequence.
+
+Each device of a mesh axis holds a piece of every row; an all-to-all gives it
+whole rows of some heads instead, and another gives its piece back (Jacobs et
+al., 2023, "DeepSpeed Ulysses").
+
+Shape suffixes: B batch, T query position, S key position, N query heads, K
+key/value heads, G query heads per key/value head, H head dim. C is the number
+of devices.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from t2x import sharding
+from t2x.attention import dense
+from t2x.attention import mask as mask_lib
+
+
+def repeats(num_heads: int, num_kv_heads: int, devices: int, parts: int) -> int:
+  """Returns how often each key/value head is sent, so that heads divide.
+
+  Args:
+    num_heads: N.
+    num_kv_heads: K.
+    devices: C, over which heads are dealt.
+    parts: over which tensor parallelism splits the heads.
+
+  Raises:
+    ShardingError: no number of copies lets the heads divide.
+  """
+  need = devices * parts
+  per_head = num_heads // num_kv_heads
+  for copies in range(1, per_head + 1):
+    if per_head % copies == 0 and num_kv_heads * copies % need == 0:
+      return copies
+  raise sharding.ShardingError(
+    f'attention.num_heads={num_heads} (num_kv_heads={num_kv_heads}) cannot be '
+    f'dealt to {need} devices (mesh.context={devices}, heads over {parts}): '
+    'all-to-all attention needs a multiple of that many heads. Choose '
+    'rules.context_attention=ring, or a smaller mesh.context.'
+  )
+
+
+def attend(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  mask: mask_lib.Mask,
+  axis: str,
+  *,
+  options: dense.Options = dense.Options(),
+  bias: Any = None,
+  dropout: Any = None,
+) -> jax.Array:
+  """As `dense.attend`, of rows that a mesh axis splits along the sequence.
+
+  Args:
+    q_BTNH: queries of whole rows; T is split over `axis`.
+    k_BSKH: keys; S is split over `axis`.
+    v_BSKH: values.
+    mask: of whole rows, in the order of the sequence.
+    axis: the mesh axis.
+    options: as for `dense.attend`.
+    bias: as for `dense.attend`; a pytree.
+    dropout: `dropout.OfScores` or None.
+
+  Raises:
+    ShardingError: the heads do not divide.
+  """
+  sizes = jax.sharding.get_abstract_mesh().shape
+  parts = 1
+  for a in sharding.auto_axes('kv_heads'):
+    parts *= sizes[a]
+  N, K = q_BTNH.shape[2], k_BSKH.shape[2]
+  copies = repeats(N, K, sizes[axis], parts)
+  k_BSKH, v_BSKH = (jnp.repeat(a, copies, 2) for a in (k_BSKH, v_BSKH))
+  split = P(None, axis)
+  mask_spec = jax.tree.map(lambda _: split, mask)
+  if mask.prefix_B is not None:
+    mask_spec = dataclasses.replace(mask_spec, prefix_B=P())
+  fn = functools.partial(_exchange, axis=axis, options=options)
+  return jax.shard_map(
+    fn,
+    in_specs=(split, split, split, mask_spec, P(), P()),
+    out_specs=split,
+    axis_names={axis},
+    check_vma=False,
+  )(q_BTNH, k_BSKH, v_BSKH, mask, bias, dropout)
+
+
+def _exchange(q_BTNH, k_BSKH, v_BSKH, mask, bias, dropout, *, axis, options):
+  C, rank = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+  N, K = q_BTNH.shape[2], k_BSKH.shape[2]
+  # Every C-th key/value head with its query heads, so that a split of the
+  # heads over other axes stays as it is.
+  heads_KG = jnp.arange(N).reshape(K // C, C, N // K)[:, rank]
+  q = _to_heads(q_BTNH.reshape(*q_BTNH.shape[:2], K // C, C, N // K, -1), axis)
+  q = q.reshape(*q.shape[:2], N // C, -1)
+  to_heads = lambda a: _to_heads(
+    a.reshape(*a.shape[:2], K // C, C, 1, -1), axis
+  ).reshape(a.shape[0], -1, K // C, a.shape[-1])
+  k, v = to_heads(k_BSKH), to_heads(v_BSKH)
+  gather = lambda x: (
+    None if x is None else jax.lax.all_gather(x, axis, axis=1, tiled=True)
+  )
+  mask = dataclasses.replace(
+    mask,
+    q_segments_BT=gather(mask.q_segments_BT),
+    k_segments_BS=gather(mask.k_segments_BS),
+  )
+  if dropout is not None:
+    dropout = dataclasses.replace(dropout, heads_KG=heads_KG)
+  out = dense.attend(
+    q,
+    k,
+    v,
+    mask,
+    options=options,
+    bias=bias and _of_heads(bias, heads_KG.reshape(-1)),
+    dropout=dropout,
+  )
+  out = out.reshape(*out.shape[:2], K // C, 1, N // K, -1)
+  out = jax.lax.all_to_all(out, axis, split_axis=1, concat_axis=3, tiled=True)
+  return out.reshape(*q_BTNH.shape[:3], -1)
+
+
+def _to_heads(x, axis):
+  """(B, T / C, K / C, C, G, H) to (B, T, K / C, 1, G, H)."""
+  return jax.lax.all_to_all(x, axis, split_axis=3, concat_axis=1, tiled=True)
+
+
+def _of_heads(bias, heads_N):
+  """Returns the bias of some heads."""
+  return lambda relative: jnp.take(bias(relative), heads_N, axis=-3)

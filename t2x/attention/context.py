@@ -1,0 +1,50 @@
+"""Attention wherever the sequence is: whole, or split over a mesh axis."""
+
+from typing import Any
+
+import jax
+
+from t2x import sharding
+from t2x.attention import all_to_all
+from t2x.attention import dense
+from t2x.attention import mask as mask_lib
+from t2x.attention import ring
+
+
+def attend(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  mask: mask_lib.Mask,
+  *,
+  options: dense.Options = dense.Options(),
+  bias: Any = None,
+  dropout: Any = None,
+) -> jax.Array:
+  """As `dense.attend`; where `rules.length` splits rows, across devices.
+
+  Args:
+    q_BTNH: queries.
+    k_BSKH: keys.
+    v_BSKH: values.
+    mask: what each query sees.
+    options: as for `dense.attend`.
+    bias: as for `dense.attend`; a pytree.
+    dropout: `dropout.OfScores` or None.
+
+  Raises:
+    ShardingError: two mesh axes split the sequence, or the heads cannot be
+      exchanged.
+  """
+  kwargs = {'options': options, 'bias': bias, 'dropout': dropout}
+  axes = sharding.auto_axes('length')
+  if not axes:
+    return dense.attend(q_BTNH, k_BSKH, v_BSKH, mask, **kwargs)
+  if len(axes) > 1:
+    raise sharding.ShardingError(
+      f'rules.length={",".join(axes)}: attention splits a sequence over one '
+      'mesh axis. Set rules.length=context.'
+    )
+  exchanged = sharding.active_rules().context_attention == 'all_to_all'
+  fn = all_to_all.attend if exchanged else ring.attend
+  return fn(q_BTNH, k_BSKH, v_BSKH, mask, axes[0], **kwargs)

@@ -1,0 +1,258 @@
+"""Ring attention: a row's keys travel past the devices that hold its queries.
+
+Each device of a mesh axis holds a piece of the sequence (in zigzag order an
+early and a late piece). Keys and values go round by collective-permute; what a
+device makes of each visitor merges by its log-sum-exp (Liu et al., 2023, "Ring
+attention with blockwise transformers"). What no query of a step sees is neither
+computed nor, where a window ends the reach, sent. The backward pass goes round
+again with the gradients of keys and values beside them, so that no device ever
+holds more than its own piece and a visitor.
+
+Shape suffixes: B batch, T query position, S key position, N query heads, K
+key/value heads, H head dim, P pieces on a device. C is the number of devices.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+from t2x.attention import dense
+from t2x.attention import mask as mask_lib
+from t2x.attention import ring_plan
+
+_NEVER = -1e30
+
+
+def attend(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  mask: mask_lib.Mask,
+  axis: str,
+  *,
+  options: dense.Options = dense.Options(),
+  bias: Any = None,
+  dropout: Any = None,
+) -> jax.Array:
+  """As `dense.attend`, of rows that a mesh axis splits along the sequence.
+
+  Args:
+    q_BTNH: queries of whole rows; T is split over `axis`.
+    k_BSKH: keys; S is split over `axis`.
+    v_BSKH: values.
+    mask: of whole rows; arrays of indices are not taken.
+    axis: the mesh axis.
+    options: as for `dense.attend`.
+    bias: a pytree that is called as in `dense.attend`.
+    dropout: likewise.
+  """
+  assert mask.q_index_BT is None and mask.k_index_BS is None, 'a cache?'
+  return _attend((axis, options), (q_BTNH, k_BSKH, v_BSKH), bias, dropout, mask)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(static, qkv, bias, dropout, mask):
+  return _forward(static, qkv, bias, dropout, mask)[0]
+
+
+def _forward(static, qkv, bias, dropout, mask):
+  split = P(None, static[0])
+  fn = _manual(_travel, static, (split, P(), P(), mask), (split, split))
+  out, lse = fn(qkv, bias, dropout, mask)
+  return out, (qkv, bias, dropout, mask, out, lse)
+
+
+def _backward(static, residuals, d_out):
+  qkv, bias, dropout, mask, out, lse = residuals
+  split = P(None, static[0])
+  specs = (split, P(), P(), mask, split, split, split)
+  fn = _manual(_travel_back, static, specs, (split, P()))
+  d_qkv, d_bias = fn(qkv, bias, dropout, mask, out, lse, d_out)
+  return d_qkv, d_bias, None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _manual(fn, static, in_specs, out_specs):
+  """A `shard_map` over the axis of the ring alone."""
+  axis, _ = static
+
+  def spec(part):
+    if not isinstance(part, mask_lib.Mask):
+      return part
+    # Segments and indices are split along the sequence; a prefix is a number.
+    split = jax.tree.map(lambda _: P(None, axis), part)
+    prefix = None if part.prefix_B is None else P()
+    return dataclasses.replace(split, prefix_B=prefix)
+
+  return jax.shard_map(
+    functools.partial(fn, static),
+    in_specs=tuple(spec(part) for part in in_specs),
+    out_specs=out_specs,
+    axis_names={axis},
+    check_vma=False,
+  )
+
+
+class _Place:
+  """This device's view of the ring: its pieces, and those of its visitors."""
+
+  def __init__(self, axis, mask, num_queries: int, num_keys: int):
+    self.axis = axis
+    self.size = jax.lax.axis_size(axis)
+    self.rank = jax.lax.axis_index(axis)
+    self.mask = mask
+    T, S = num_queries * self.size, num_keys * self.size
+    self.steps = ring_plan.plan(mask, T, S, self.size)
+    self.q_starts, self.q_size = ring_plan.stretches(
+      T, self.size, mask.q_zigzag
+    )
+    self.k_starts, self.k_size = ring_plan.stretches(
+      S, self.size, mask.k_zigzag
+    )
+
+  def of(self, table_C: np.ndarray):
+    """Returns this device's entry, known at trace time if all have the same."""
+    if (table_C == table_C[0]).all():
+      return int(table_C[0])
+    return jnp.asarray(table_C)[self.rank]
+
+  def hop(self, visitor, distance: int):
+    """Sends a visitor `distance` devices on."""
+    if distance % self.size == 0:
+      return visitor
+    pairs = [(i, (i + distance) % self.size) for i in range(self.size)]
+    return jax.lax.ppermute(visitor, self.axis, pairs)
+
+  def q_pieces(self, x):
+    """(B, T, ...) to (B, P, T / P, ...), of this device's queries."""
+    return _pieces(x, self.q_starts.shape[1])
+
+  def k_pieces(self, x):
+    return _pieces(x, self.k_starts.shape[1])
+
+  def mask_of(
+    self, step: ring_plan.Step, slot: ring_plan.Slot, k_segments
+  ) -> mask_lib.Mask:
+    """Returns what one pair of pieces sees."""
+    mask, devices = self.mask, np.arange(self.size)
+    segments = {}
+    if mask.q_segments_BT is not None and k_segments is not None:
+      q_segments = self.q_pieces(mask.q_segments_BT)
+      segments['q_segments_BT'] = _get(q_segments, self.of(slot.q_C))
+      segments['k_segments_BS'] = _get(k_segments, self.of(slot.k_C))
+    q_start = self.of(self.q_starts[devices, slot.q_C])
+    sources = (devices - step.shift) % self.size
+    k_start = self.of(self.k_starts[sources, slot.k_C])
+    order = {'causal': mask.causal, 'window': mask.window}
+    if slot.diagonal and mask.prefix_B is None:
+      return mask_lib.Mask(**order, **segments, start=jnp.asarray(q_start))
+    index = {
+      'q_index_BT': (jnp.arange(self.q_size) + q_start)[None],
+      'k_index_BS': (jnp.arange(self.k_size) + k_start)[None],
+    }
+    if (slot.seen_C != ring_plan.SOME).all():
+      return mask_lib.Mask(**index, **segments)
+    return mask_lib.Mask(**order, **index, **segments, prefix_B=mask.prefix_B)
+
+  def where_seen(self, slot: ring_plan.Slot, fn, args, empty):
+    """Returns fn(*args); `empty`, without computing, where nothing is seen."""
+    if (slot.seen_C != ring_plan.NONE).all():
+      return fn(*args)
+    shapes = jax.eval_shape(fn, *args)
+    fill = lambda value, part: jax.tree.map(
+      lambda a: jnp.full(a.shape, value, a.dtype), part
+    )
+    nothing = lambda *args: jax.tree.map(fill, empty, shapes)
+    seen = jnp.asarray(slot.seen_C != ring_plan.NONE)[self.rank]
+    return jax.lax.cond(seen, fn, nothing, *args)
+
+
+def _pieces(x, num):
+  return x.reshape(x.shape[0], num, -1, *x.shape[2:])
+
+
+def _whole(x):
+  return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _get(x, piece):
+  return jax.lax.dynamic_index_in_dim(x, piece, 1, keepdims=False)
+
+
+def _set(x, value, piece):
+  return jax.lax.dynamic_update_index_in_dim(x, value, piece, 1)
+
+
+def _travel(static, qkv, bias, dropout, mask):
+  """Returns the output and the log-sum-exp of this device's queries."""
+  (axis, options), (q, k, v) = static, qkv
+  place = _Place(axis, mask, q.shape[1], k.shape[1])
+  q, visitor = place.q_pieces(q), (k, v, mask.k_segments_BS)
+  out = jnp.zeros((*q.shape[:-1], v.shape[-1]), jnp.float32)
+  lse = jnp.full(q.shape[:-1], _NEVER, jnp.float32)
+  at = 0
+  for step in place.steps:
+    visitor, at = place.hop(visitor, step.shift - at), step.shift
+    k, v, segments = jax.tree.map(place.k_pieces, visitor)
+    for slot in step.slots:
+      q_piece, k_piece = place.of(slot.q_C), place.of(slot.k_C)
+
+      def met(q, k, v, mask=place.mask_of(step, slot, segments)):
+        part = {'options': options, 'bias': bias, 'dropout': dropout}
+        return dense.attend(q, k, v, mask, return_lse=True, **part)
+
+      args = _get(q, q_piece), _get(k, k_piece), _get(v, k_piece)
+      new = place.where_seen(slot, met, args, (0.0, _NEVER))
+      old = _get(out, q_piece), _get(lse, q_piece)
+      merged = dense.merge(old, new)
+      out, lse = _set(out, merged[0], q_piece), _set(lse, merged[1], q_piece)
+  return _whole(out).astype(q.dtype), _whole(lse)
+
+
+def _travel_back(static, qkv, bias, dropout, mask, out, lse, d_out):
+  """Returns the gradients of this device's queries, keys, values; of bias."""
+  (axis, options), (q, k, v) = static, qkv
+  place = _Place(axis, mask, q.shape[1], k.shape[1])
+  d_out = d_out.astype(jnp.float32)
+  delta = (d_out * out.astype(jnp.float32)).sum(-1)
+  queries = jax.tree.map(place.q_pieces, (q, lse, d_out, delta))
+  d_q = jnp.zeros(queries[0].shape, jnp.float32)
+  d_bias = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), bias)
+  visitor, dtype = (k, v, mask.k_segments_BS), k.dtype
+  zeros = lambda a: jnp.zeros(place.k_pieces(a).shape, dtype)
+  d_kv, at = (zeros(k), zeros(v)), 0
+  for step in place.steps:
+    moved = place.hop((visitor, d_kv), step.shift - at)
+    (visitor, d_kv), at = moved, step.shift
+    k, v, segments = jax.tree.map(place.k_pieces, visitor)
+    d_kv = jax.tree.map(lambda a: a.astype(jnp.float32), d_kv)
+    for slot in step.slots:
+      q_piece, k_piece = place.of(slot.q_C), place.of(slot.k_C)
+
+      def met(
+        q, lse, d_out, delta, k, v, mask=place.mask_of(step, slot, segments)
+      ):
+        fn = lambda q, k, v, bias: dense.weighted(
+          q, k, v, lse, mask, options=options, bias=bias, dropout=dropout
+        )
+        return jax.vjp(fn, q, k, v, bias)[1]((d_out, -delta))
+
+      args = [_get(a, q_piece) for a in queries]
+      args += [_get(k, k_piece), _get(v, k_piece)]
+      new_q, *new_kv, new_bias = place.where_seen(slot, met, args, 0.0)
+      add = lambda a, b, i: _set(a, _get(a, i) + b, i)
+      d_q = add(d_q, new_q, q_piece)
+      d_kv = [add(a, b, k_piece) for a, b in zip(d_kv, new_kv)]
+      d_bias = jax.tree.map(jnp.add, d_bias, new_bias)
+    d_kv = jax.tree.map(lambda a: a.astype(dtype), tuple(d_kv))
+  d_k, d_v = place.hop(d_kv, -at)
+  d_bias = jax.lax.psum(d_bias, axis)
+  d_bias = jax.tree.map(lambda a, b: a.astype(b.dtype), d_bias, bias)
+  return (_whole(d_q).astype(q.dtype), _whole(d_k), _whole(d_v)), d_bias
