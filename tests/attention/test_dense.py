@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t2x import zigzag
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
+from t2x.layers import dropout
 from t2x.layers import position
 
 B, H = 2, 4
@@ -372,16 +374,42 @@ def test_dropout_sees_each_block_once():
   """Probabilities are dropped after the sum that divides them is taken."""
   case = CASES['causal']
   q, k, v = draw(case)
-  numbers = []
+  shapes = []
 
-  def double(probs, block):
-    numbers.append(block)
+  def double(probs, q_index_BT, k_index_BS):
     assert probs.shape[:3] == (B, case.K, case.N // case.K)
+    assert probs.shape[3:] == q_index_BT.shape + k_index_BS.shape
+    shapes.append(probs.shape[3:])
     return 2 * probs
 
   out = jax.jit(lambda q: attend(case, q, k, v, dropout=double))(q)
   close(out, 2 * run(case, q, k, v))
-  assert len(numbers) == len(set(numbers)) == 3
+  assert shapes == [(4, 4), (4, 8), (3, 11)]
+
+
+def test_blocks_and_orders_drop_the_same():
+  """The bits of a probability belong to its head, query and key."""
+  q, k, v = (
+    jax.random.normal(jax.random.key(i), (B, 12, 4, H)) for i in (0, 1, 2)
+  )
+  keys_B = dropout.row_keys(jax.random.key(3), jnp.arange(B))
+  drop = dropout.OfScores(keys_B=keys_B, rate=0.4)
+  whole = lambda mask, **kwargs: jax.jit(
+    lambda *args: dense.attend(*args, mask, dropout=drop, **kwargs)
+  )
+  mask = Mask(causal=True)
+  want = whole(mask)(q, k, v)
+  small = whole(mask, options=dense.Options(block=5))(q, k, v)
+  np.testing.assert_allclose(small, want, atol=1e-6)
+  order = zigzag.index(12, 3)
+  moved = dataclasses.replace(mask, q_zigzag=3, k_zigzag=3)
+  out = whole(moved)(*(a[:, order] for a in (q, k, v)))
+  np.testing.assert_allclose(out, want[:, order], atol=1e-6)
+  assert np.abs(want - run_plain(q, k, v, mask)).max() > 0.1
+
+
+def run_plain(q, k, v, mask):
+  return jax.jit(lambda *args: dense.attend(*args, mask))(q, k, v)
 
 
 def flops(mask, length=512, block=64):
