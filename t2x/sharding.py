@@ -7,6 +7,7 @@ Modules name the logical axes of parameters (`axes=` metadata) and activations
 import contextlib
 import dataclasses
 from typing import Any
+from typing import Literal
 
 from flax import nnx
 import jax
@@ -24,7 +25,12 @@ class ShardingError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rules:
-  """Where each logical axis lives; the default is FSDP x tensor parallelism."""
+  """Where each logical axis lives; the default is FSDP x tensor parallelism.
+
+  `reduce_dtype` is no axis: it is the dtype in which devices sum the gradients
+  of weights, `compute` that of the products. `float32` doubles the bytes of a
+  bfloat16 model's reductions; the sum of thousands of devices may need it.
+  """
 
   batch: MeshAxes = ('data', 'fsdp', 'expert')
   length: MeshAxes = None
@@ -38,7 +44,10 @@ class Rules:
   experts: MeshAxes = 'expert'
   stages: MeshAxes = 'pipe'  # Dimensions added by stacking layers.
   layers: MeshAxes = None
+  reduce_dtype: Literal['compute', 'float32'] = 'compute'
 
+
+_SETTINGS = {'reduce_dtype'}  # Fields of `Rules` that are no axes.
 
 # User contexts are part of jit's cache key, so a compiled step is never reused
 # under other rules.
@@ -67,6 +76,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   manual = frozenset(mesh.manual_axes)
   spec = to_spec(axes, _rules.value, shape=x.shape, mesh=mesh, drop=manual)
   return jax.lax.with_sharding_constraint(x, spec)
+
+
+def reduces_in_float32() -> bool:
+  """Whether devices sum gradients in float32; False outside `use`."""
+  return _rules.value is not None and _rules.value.reduce_dtype == 'float32'
 
 
 def auto_axes(axis: str) -> tuple[str, ...]:
@@ -108,7 +122,7 @@ def to_spec(
       on one mesh axis, a dimension that its axes do not divide, an axis that
       the mesh lacks.
   """
-  known = {f.name for f in dataclasses.fields(rules)}
+  known = {f.name for f in dataclasses.fields(rules)} - _SETTINGS
   where = name if shape is None else f'{name} of shape {tuple(shape)}'
   if shape is not None and len(shape) != len(axes):
     raise ShardingError(
