@@ -22,6 +22,8 @@ from t2x.models import decoder
 from t2x.plan import collectives
 from t2x.plan import matrix
 
+pytestmark = pytest.mark.slow  # Each step compiles for seconds.
+
 L, D, F, N, V = 4, 256, 1024, 8, 1024
 ROWS, LENGTH = 16, 64
 MODEL = decoder.DecoderConfig(
