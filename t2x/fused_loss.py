@@ -240,13 +240,29 @@ def _reduce(mean, d_head, axes, embed_axes):
   """Sums over the devices that share a batch."""
   table_VD = d_head.table_VD
   if embed_axes:
-    table_VD = jax.lax.psum_scatter(
-      table_VD, embed_axes, scatter_dimension=1, tiled=True
-    )
+    table_VD = _scatter(table_VD, embed_axes)
   rest = tuple(a for a in axes if a not in embed_axes)
   table_VD = jax.lax.psum(table_VD, rest) if rest else table_VD
   mean, bias_V = jax.lax.psum((mean, d_head.bias_V), axes)
   return mean, dataclasses.replace(d_head, table_VD=table_VD, bias_V=bias_V)
+
+
+def _scatter(table_VD, embed_axes):
+  """Sums over `embed_axes`, each device keeping its part of dimension D."""
+  fn = lambda part_VD: jax.lax.psum_scatter(
+    part_VD, embed_axes, scatter_dimension=1, tiled=True
+  )
+  # By hand along V too: XLA would gather the table over these axes first.
+  vocab_axes = sharding.auto_axes('vocab')
+  if not vocab_axes:
+    return fn(table_VD)
+  return jax.shard_map(
+    fn,
+    in_specs=P(vocab_axes),
+    out_specs=P(vocab_axes),
+    axis_names=set(vocab_axes),
+    check_vma=False,
+  )(table_VD)
 
 
 def _split(arrays, num: int):

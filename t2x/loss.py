@@ -103,7 +103,9 @@ def _reduce_chunks(x_BTD, head, targets_BT, num) -> _Sums:
   # the loop, and again for the backward pass. Each row's gradient is made once,
   # in one chunk, so that it is reduced once.
   split = lambda a: jnp.moveaxis(a.reshape(-1, num, *a.shape[1:]), 1, 0)
-  table_VD = head.table_VD.astype(x_BTD.dtype)
+  table_VD = head.table_VD
+  if not sharding.reduces_in_float32():  # Its gradient has the table's dtype.
+    table_VD = table_VD.astype(x_BTD.dtype)
   tables = split(sharding.constrain(table_VD, 'vocab', 'act_embed'))
   biases = None if head.bias_V is None else split(head.bias_V)
 

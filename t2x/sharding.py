@@ -36,6 +36,9 @@ class Rules:
       ring, or an all-to-all exchanges heads against sequence.
     balance_context: in a ring, deal causal rows in zigzag order, so that all
       devices have the same work.
+    reduce_dtype: in which devices sum the gradients of weights, `compute` that
+      of the products. `float32` doubles the bytes of a bfloat16 model's
+      reductions; the sum of thousands of devices may need it.
   """
 
   batch: MeshAxes = ('data', 'fsdp', 'expert')
@@ -53,10 +56,12 @@ class Rules:
   layers: MeshAxes = None
   context_attention: Literal['ring', 'all_to_all'] = 'ring'
   balance_context: bool = True
+  reduce_dtype: Literal['compute', 'float32'] = 'compute'
 
 
-# The fields of Rules that are no logical axes.
-_CHOICES = ('context_attention', 'balance_context')
+# Fields of `Rules` that are no axes.
+_SETTINGS = {'context_attention', 'balance_context', 'reduce_dtype'}
+
 # User contexts are part of jit's cache key, so a compiled step is never reused
 # under other rules.
 _rules = jax.make_user_context(None)
@@ -90,6 +95,11 @@ def active_rules() -> Rules:
   """Returns the rules of the surrounding `use`."""
   assert _rules.value is not None, 'outside sharding.use'
   return _rules.value
+
+
+def reduces_in_float32() -> bool:
+  """Whether devices sum gradients in float32; False outside `use`."""
+  return _rules.value is not None and _rules.value.reduce_dtype == 'float32'
 
 
 def auto_axes(axis: str) -> tuple[str, ...]:
@@ -131,7 +141,7 @@ def to_spec(
       on one mesh axis, a dimension that its axes do not divide, an axis that
       the mesh lacks.
   """
-  known = {f.name for f in dataclasses.fields(rules)} - {*_CHOICES}
+  known = {f.name for f in dataclasses.fields(rules)} - _SETTINGS
   where = name if shape is None else f'{name} of shape {tuple(shape)}'
   if shape is not None and len(shape) != len(axes):
     raise ShardingError(

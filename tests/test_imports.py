@@ -21,7 +21,7 @@ _ORDER = (
   ('fused_loss',),
   ('loss', 'objectives', 'optim', 'optim_state', 'data', 'decode'),
   ('train_step', 'evaluate'),
-  ('experiment', 'flops', 'interop'),
+  ('experiment', 'flops', 'interop', 'plan'),
   ('checkpoint', 'checkpoint_files', 'charts', 'progress', 'report_page'),
   ('metrics', 'program', 'run_dir'),
   ('report',),

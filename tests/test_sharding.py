@@ -197,3 +197,14 @@ def test_path_names():
   flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=sharding.is_variable)
   names = [sharding.path_name(path) for path, _ in flat]
   assert names == ['a.0', 'b.weight']
+
+
+def test_the_dtype_of_reductions_is_no_axis(mesh):
+  assert not sharding.reduces_in_float32()
+  for dtype in ('compute', 'float32'):
+    with sharding.use(mesh, sharding.Rules(reduce_dtype=dtype)):
+      assert sharding.reduces_in_float32() == (dtype == 'float32')
+  message = "names the logical axis 'reduce_dtype'; Rules knows act_embed"
+  with pytest.raises(sharding.ShardingError, match=message) as error:
+    to_spec('embed', 'reduce_dtype')
+  assert 'reduce_dtype' not in str(error.value).partition('knows')[2]

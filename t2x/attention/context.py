@@ -38,7 +38,7 @@ def attend(
   """
   kwargs = {'options': options, 'bias': bias, 'dropout': dropout}
   axes = sharding.auto_axes('length')
-  if not axes:
+  if len(axes) == 0:
     return dense.attend(q_BTNH, k_BSKH, v_BSKH, mask, **kwargs)
   if len(axes) > 1:
     raise sharding.ShardingError(

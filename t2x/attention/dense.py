@@ -80,8 +80,7 @@ def attend(
   options: Options = Options(),
   bias: Bias | None = None,
   dropout: Dropout | None = None,
-  return_lse: bool = False,
-):
+) -> jax.Array:
   """Returns softmax(scale q k^T + bias) v under `mask`.
 
   Args:
@@ -92,11 +91,36 @@ def attend(
     options: scale, cap and block size.
     bias: added to the scores, computed per block from relative indices.
     dropout: applied to the probabilities of each block.
-    return_lse: also return the log-sum-exp of the scores, (B, T, N) float32.
 
   Returns:
-    (B, T, N, H) in the dtype of the queries, in float32 beside the log-sum-exp;
-    a query that sees no key gives 0.
+    (B, T, N, H) in the dtype of the queries; a query that sees no key gives 0.
+  """
+  out, _ = attend_part(
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    mask,
+    options=options,
+    bias=bias,
+    dropout=dropout,
+  )
+  return out.astype(q_BTNH.dtype)
+
+
+def attend_part(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  mask: mask_lib.Mask,
+  *,
+  options: Options = Options(),
+  bias: Bias | None = None,
+  dropout: Dropout | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """As `attend`, for `merge` with the results of other keys.
+
+  Returns:
+    float32 (B, T, N, H), and the log-sum-exp of the scores, (B, T, N).
   """
   B, T, N, _ = q_BTNH.shape
   S, K = k_BSKH.shape[1:3]
@@ -120,8 +144,6 @@ def attend(
     lses.append(lse)
   out = outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
   out = out.reshape(B, T, N, -1)
-  if not return_lse:
-    return out.astype(q_BTNH.dtype)
   return out, jnp.concatenate(lses, axis=1).reshape(B, T, N)
 
 

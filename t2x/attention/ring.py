@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
+from t2x import sharding
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
 from t2x.attention import ring_plan
@@ -206,7 +207,7 @@ def _travel(static, qkv, bias, dropout, mask):
 
       def met(q, k, v, mask=place.mask_of(step, slot, segments)):
         part = {'options': options, 'bias': bias, 'dropout': dropout}
-        return dense.attend(q, k, v, mask, return_lse=True, **part)
+        return dense.attend_part(q, k, v, mask, **part)
 
       args = _get(q, q_piece), _get(k, k_piece), _get(v, k_piece)
       new = place.where_seen(slot, met, args, (0.0, _NEVER))
@@ -225,7 +226,8 @@ def _travel_back(static, qkv, bias, dropout, mask, out, lse, d_out):
   queries = jax.tree.map(place.q_pieces, (q, lse, d_out, delta))
   d_q = jnp.zeros(queries[0].shape, jnp.float32)
   d_bias = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), bias)
-  visitor, dtype = (k, v, mask.k_segments_BS), k.dtype
+  visitor = k, v, mask.k_segments_BS
+  dtype = jnp.float32 if sharding.reduces_in_float32() else k.dtype
   zeros = lambda a: jnp.zeros(place.k_pieces(a).shape, dtype)
   d_kv, at = (zeros(k), zeros(v)), 0
   for step in place.steps:
@@ -255,4 +257,5 @@ def _travel_back(static, qkv, bias, dropout, mask, out, lse, d_out):
   d_k, d_v = place.hop(d_kv, -at)
   d_bias = jax.lax.psum(d_bias, axis)
   d_bias = jax.tree.map(lambda a, b: a.astype(b.dtype), d_bias, bias)
-  return (_whole(d_q).astype(q.dtype), _whole(d_k), _whole(d_v)), d_bias
+  d_kv = tuple(_whole(a).astype(k.dtype) for a in (d_k, d_v))
+  return (_whole(d_q).astype(q.dtype), *d_kv), d_bias

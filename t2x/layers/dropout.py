@@ -52,8 +52,8 @@ def dropout(
   token = place_T.reshape(-1, *(1,) * (len(shape) - 1))
   rest = jax.lax.iota(jnp.uint32, math.prod(shape[1:]))
   feature = rest.reshape(1, *shape[1:])
-  words = [w.reshape(-1, *(1,) * len(shape)) for w in _words(keys_B)]
-  bits = _hash(*words, token[None], feature[None])[0]
+  a_B, b_B = (w.reshape(-1, *(1,) * len(shape)) for w in _words(keys_B))
+  bits = _hash(a_B, b_B, token[None], feature[None])[0]
   return _keep(x, bits, rate)
 
 

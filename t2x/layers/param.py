@@ -12,6 +12,8 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from t2x import sharding
+
 PRODUCT = 'product'  # What `project` calls its results, for `remat`.
 
 Initializer = Callable[[jax.Array, Sequence[int]], jax.Array]
@@ -100,12 +102,16 @@ def project(
     spec: an einsum such as 'BTD,DNH->BTNH'.
     dtype: of the result; default that of `x`.
   """
-  product = _product(x, weight[...].astype(x.dtype), spec, dtype)
-  return checkpoint_name(product, PRODUCT)
+  value = weight[...]
+  # Devices sum its gradient in the dtype that it has here.
+  if not sharding.reduces_in_float32():
+    value = value.astype(x.dtype)
+  return checkpoint_name(_product(x, value, spec, dtype), PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _product(x, weight, spec, dtype):
+  weight = weight.astype(x.dtype)
   return jnp.einsum(spec, x, weight, preferred_element_type=dtype)
 
 
@@ -118,14 +124,17 @@ def _product_backward(spec, dtype, residuals, grad):
   x, weight = residuals
   grad = grad.astype(x.dtype)
   x_axes, w_axes, out = _axes(spec)
-  d_x = jnp.einsum(f'{out},{w_axes}->{x_axes}', grad, weight)
-  return d_x, weight_gradient(x, grad, spec).astype(weight.dtype)
+  d_x = jnp.einsum(f'{out},{w_axes}->{x_axes}', grad, weight.astype(x.dtype))
+  d_weight = weight_gradient(x, grad, spec, weight.dtype)
+  return d_x, d_weight.astype(weight.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
-def weight_gradient(x: jax.Array, grad: jax.Array, spec: str) -> jax.Array:
+def weight_gradient(
+  x: jax.Array, grad: jax.Array, spec: str, dtype: jnp.dtype | None = None
+) -> jax.Array:
   """Returns the gradient of the weight of `project`, in the weight's layout.
 
   The left factor of a product over tokens is transposed on its way, together
@@ -137,6 +146,7 @@ def weight_gradient(x: jax.Array, grad: jax.Array, spec: str) -> jax.Array:
     x: the activations that met the weight.
     grad: the gradient of the product.
     spec: as for `project`.
+    dtype: of the result; default that of the factors.
   """
   x_axes, w_axes, out = _axes(spec)
   size = dict(zip(x_axes + out, x.shape + grad.shape))
@@ -148,7 +158,12 @@ def weight_gradient(x: jax.Array, grad: jax.Array, spec: str) -> jax.Array:
   batch = [a for a in w_axes if a in x_axes and a in out]
   kept = [a for a in first_axes + second_axes if a in w_axes and a not in batch]
   made = ''.join(batch + kept)
-  product = jnp.einsum(f'{first_axes},{second_axes}->{made}', first, second)
+  product = jnp.einsum(
+    f'{first_axes},{second_axes}->{made}',
+    first,
+    second,
+    preferred_element_type=dtype,
+  )
   return product.transpose([made.index(a) for a in w_axes])
 
 
@@ -186,5 +201,8 @@ def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
   """Adds a bias over the trailing dimensions, if there is one."""
   if bias is None:
     return x
-  value = bias[...].astype(x.dtype)
-  return x + value.reshape((1,) * (x.ndim - value.ndim) + value.shape)
+  value = bias[...]
+  value = value.reshape((1,) * (x.ndim - value.ndim) + value.shape)
+  if sharding.reduces_in_float32():
+    return (x.astype(value.dtype) + value).astype(x.dtype)
+  return x + value.astype(x.dtype)

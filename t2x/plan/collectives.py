@@ -1,0 +1,289 @@
+"""What a compiled program sends between devices, counted.
+
+found = collectives(compiled.as_text(), mesh)
+print(table(found))
+total(found, kind='all-gather', axis='fsdp')  # Bytes, into each device.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Mapping
+import dataclasses
+import math
+import re
+
+import numpy as np
+
+from t2x.plan import hlo
+from t2x.plan import loops
+
+KINDS = (
+  'all-gather',
+  'all-reduce',
+  'all-to-all',
+  'collective-broadcast',
+  'collective-permute',
+  'ragged-all-to-all',
+  'reduce-scatter',
+)
+_SLICES = ('dynamic-slice', 'slice')
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One exchange between devices; one of several dtypes is listed for each.
+
+  Attributes:
+    kind: one of `KINDS`. An all-reduce of which the same kernel keeps a slice
+      is a reduce-scatter, whatever the compiler calls it.
+    axes: mesh axes along which its data moves, in the mesh's order.
+    bytes: on one device, each time: what an all-gather returns, and what the
+      others are given.
+    times: how often it runs, the loops around it counted.
+    loops: how many loops are around it.
+    dtype: as HLO writes it: `bf16`, `f32`, `s32`.
+    op_name: path of the JAX operation that it came from, or ''.
+  """
+
+  kind: str
+  axes: tuple[str, ...]
+  bytes: int
+  times: int
+  loops: int
+  dtype: str
+  op_name: str = ''
+
+
+def collectives(text: str, mesh) -> list[Collective]:
+  """Lists the collectives of a program, asynchronous ones once.
+
+  Args:
+    text: of `compiled.as_text()`.
+    mesh: the Mesh or AbstractMesh that it was compiled for.
+
+  Raises:
+    ValueError: the mesh has another number of devices, or a loop with
+      collectives in it has an unknown number of trips.
+  """
+  module = hlo.parse(text)
+  sizes = dict(mesh.shape)
+  _check_devices(text, sizes)
+  started = _started(module)
+
+  def find(scope, instruction):
+    kind = instruction.op.removesuffix('-start')
+    if kind not in KINDS or _repeats(scope, instruction, started):
+      return []
+    if kind == 'all-reduce' and _keeps_a_slice(scope, instruction):
+      kind = 'reduce-scatter'
+    axes = _axes(instruction, sizes)
+    name = instruction.op_name
+    return [
+      Collective(kind, axes, size, 1, 0, dtype, name)
+      for dtype, size in _payload(kind, scope, instruction).items()
+    ]
+
+  found = loops.executed(module, find, lambda c: c.bytes)
+  return [
+    dataclasses.replace(c, times=times, loops=depth)
+    for c, times, depth in found
+  ]
+
+
+def total(
+  found: Iterable[Collective], kind: str | None = None, axis: str | None = None
+) -> int:
+  """Returns the bytes of all that is of a kind, or moves along an axis.
+
+  Raises:
+    ValueError: no such kind.
+  """
+  if kind is not None and kind not in KINDS:
+    raise ValueError(f'kind={kind!r}; it is one of {", ".join(KINDS)}.')
+  return sum(
+    c.bytes * c.times
+    for c in found
+    if kind in (None, c.kind) and (axis is None or axis in c.axes)
+  )
+
+
+def summary(
+  found: Iterable[Collective],
+) -> dict[tuple[str, tuple[str, ...]], tuple[int, int]]:
+  """Returns (kind, axes) -> (how often, bytes), the most bytes first."""
+  sums: dict = {}
+  for c in found:
+    times, size = sums.get((c.kind, c.axes), (0, 0))
+    sums[c.kind, c.axes] = times + c.times, size + c.bytes * c.times
+  return dict(sorted(sums.items(), key=lambda item: -item[1][1]))
+
+
+def table(found: Iterable[Collective]) -> str:
+  """Returns `summary` as lines of text."""
+  rows = [('collective', 'axes', 'times', 'MB')]
+  rows += [
+    (kind, ','.join(axes) or '-', f'{times}', f'{size / 1e6:.3f}')
+    for (kind, axes), (times, size) in summary(found).items()
+  ]
+  widths = [max(len(row[i]) for row in rows) for i in range(4)]
+  return '\n'.join(
+    f'{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}'
+    for a, b, c, d in rows
+  )
+
+
+def _check_devices(text: str, sizes: Mapping[str, int]) -> None:
+  found = re.search(r'\bnum_partitions=(\d+)', text.partition('\n')[0])
+  num = int(found[1]) if found else 1
+  if num != math.prod(sizes.values()):
+    raise ValueError(
+      f'The program is for {num} devices and the mesh has '
+      f'{math.prod(sizes.values())} ({dict(sizes)}). Give the mesh that it was '
+      'compiled for.'
+    )
+
+
+def _payload(kind, scope, instruction) -> dict[str, int]:
+  """Returns dtype -> bytes."""
+  operands = instruction.operands
+  if kind == 'ragged-all-to-all':
+    operands = operands[:1]  # The others are its result and its offsets.
+  given = _sizes(','.join(scope.type_of(name) for name in operands))
+  if kind != 'all-gather':
+    return given
+  made = _sizes(instruction.type)
+  if instruction.op.endswith('-start'):  # It returns its operands too.
+    return {dtype: made[dtype] - size for dtype, size in given.items()}
+  return made
+
+
+def _sizes(type_: str) -> dict[str, int]:
+  sums: dict[str, int] = {}
+  for dtype, dims in hlo.shapes(type_):
+    sums[dtype] = sums.get(dtype, 0) + hlo.num_bytes(dtype, dims)
+  return sums
+
+
+# --- What the TPU compiler makes of collectives. ---
+
+
+def _started(module: hlo.Module) -> set[tuple]:
+  """Returns the collectives that fusions start, by kind, channel and type.
+
+  A TPU carries out a collective beside its products by writing it into each
+  of several fusions: one starts it, some go on with it, one ends it.
+  """
+  return {
+    _identity(instruction)
+    for computation in module.computations.values()
+    for instruction in computation.instructions.values()
+    if _starts(computation, instruction)
+  }
+
+
+def _identity(instruction: hlo.Instruction) -> tuple:
+  channel = re.search(r'channel_id=(\d+)', instruction.attributes)
+  shape = tuple(hlo.shapes(instruction.type))
+  return instruction.op, channel and channel[1], shape
+
+
+def _starts(computation: hlo.Computation, instruction) -> bool:
+  """Whether a fusion that holds a collective starts it."""
+  return instruction.op in KINDS and any(
+    '"AsyncCollectiveStart"' in user.attributes
+    for user in _users(computation, instruction.name)
+  )
+
+
+def _repeats(scope: loops.Scope, instruction, started) -> bool:
+  """Whether this is a later part of a collective that a fusion starts."""
+  return (
+    'async_collective_fusion_config' in instruction.attributes
+    and _identity(instruction) in started
+    and not _starts(scope.computation, instruction)
+  )
+
+
+def _keeps_a_slice(scope: loops.Scope, instruction) -> bool:
+  users = _users(scope.computation, instruction.name)
+  fused = scope.caller is not None and scope.caller.op == 'fusion'
+  return fused and bool(users) and all(user.op in _SLICES for user in users)
+
+
+def _users(computation: hlo.Computation, name: str) -> list[hlo.Instruction]:
+  """Returns what uses a value, or an element of it."""
+  users = []
+  for user in computation.instructions.values():
+    if name in user.operands:
+      part = user.op == 'get-tuple-element'
+      users += _users(computation, user.name) if part else [user]
+  return users
+
+
+# --- The devices that a collective joins. ---
+
+
+def _axes(instruction: hlo.Instruction, sizes: Mapping[str, int]):
+  """Returns the mesh axes along which the devices of a group differ."""
+  shape = tuple(sizes.values())
+  moved = np.zeros(len(shape), bool)
+  for group in groups(instruction.attributes, math.prod(shape)):
+    places = np.array(np.unravel_index(group, shape))
+    moved |= (places != places[:, :1]).any(1)
+  return tuple(axis for axis, m in zip(sizes, moved) if m)
+
+
+def groups(attributes: str, num_devices: int) -> list[list[int]]:
+  """Returns the devices that a collective joins, in any of HLO's forms.
+
+  They are listed, `{{0,1},{2,3}}`, where `{}` is all; or the rows of a
+  transposed range, `[2,4]<=[4,2]T(1,0)`; or named axes of a mesh of the
+  compiler's own, `mesh['a'=2,'b'=4] {'b'}`. A permute's pairs count as groups.
+  """
+  start = re.search(r'(?:replica_groups|source_target_pairs)=', attributes)
+  assert start, attributes
+  text = attributes[start.end() :]
+  if text.startswith('mesh['):
+    return _named_groups(text)
+  if text.startswith('{}'):
+    return [list(range(num_devices))]
+  if text.startswith('{'):
+    found = re.findall(r'\{([\d,]+)\}', text[: text.index('}}') + 2])
+    return [_numbers(group) for group in found]
+  iota = re.match(r'\[([\d,]+)\](<=\[[\d,]+\](?:T\([\d,]+\))?)', text)
+  assert iota, text[:200]
+  return _range(iota[2]).reshape(_numbers(iota[1])).tolist()
+
+
+def _numbers(text: str) -> list[int]:
+  return [int(number) for number in text.split(',')]
+
+
+def _range(text: str) -> np.ndarray:
+  """Reads `[4,2]T(1,0)`: 0, 1, ... in a shape, transposed."""
+  shape, order = re.findall(r'\[([\d,]+)\](?:T\(([\d,]+)\))?', text)[0]
+  ids = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
+  return ids.transpose(_numbers(order)) if order else ids
+
+
+def _named_groups(text: str) -> list[list[int]]:
+  # mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a','b':(1)2}
+  found = re.match(
+    r'mesh\[(.*?)\](?:, device_ids=\((.*?\)?)\))? \{(.*?)\}', text
+  )
+  assert found, text[:200]
+  sizes = {a: int(n) for a, n in re.findall(r"'(\w+)'=(\d+)", found[1])}
+  num = math.prod(sizes.values())
+  ids = _range(found[2] if found[2] else f'[{num}]')
+  # Each joined axis, or a part of one: 'axis':(size before)size.
+  parts = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[3])
+  shape, joined = [], []
+  for axis, size in sizes.items():
+    done = 1
+    cuts = [(int(b or 1), int(n or size)) for a, b, n in parts if a == axis]
+    for before, length in sorted(cuts):
+      shape += [before // done, length]
+      joined.append(len(shape) - 1)
+      done = before * length
+    shape.append(size // done)
+  ids = np.moveaxis(ids.reshape(shape), joined, range(-len(joined), 0))
+  return ids.reshape(-1, math.prod(ids.shape[-len(joined) :])).tolist()

@@ -1,0 +1,135 @@
+"""The text of a compiled program, as XLA prints it for CPU, TPU and GPU."""
+
+import dataclasses
+import functools
+import math
+import re
+
+# `/*index=5*/` stands before every fifth element of a tuple.
+_COMMENT = re.compile(r'/\*.*?\*/')
+_COMPUTATION = re.compile(r'(ENTRY )?%?([\w.\-]+) \(.*\{$')
+_INSTRUCTION = re.compile(r'\s+(ROOT )?%?([\w.\-]+) = ')
+_OPCODE = re.compile(r' ([a-z][a-z0-9\-]*)\(')
+_SHAPE = re.compile(r'\b([a-z]\w*)\[([\d,<=]*)\]')
+_CALLEES = re.compile(
+  r'(?:calls|to_apply|(?:true|false)_computation)=%?([\w.\-]+)'
+  r'|(?:branch|called)_computations=\{([^}]*)\}'
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  """One line: `name = type op(operands), attributes`.
+
+  Attributes:
+    literal: what stands between the parentheses, as written.
+  """
+
+  name: str
+  type: str
+  op: str
+  operands: tuple[str, ...]
+  literal: str
+  attributes: str
+
+  @property
+  def op_name(self) -> str:
+    """The path of the JAX operation that it came from, or ''."""
+    found = re.search(r'op_name="([^"]*)"', self.attributes)
+    return found[1] if found else ''
+
+  @functools.cached_property
+  def callees(self) -> tuple[str, ...]:
+    """Computations that it names, those of a loop left out."""
+    names = []
+    for one, many in _CALLEES.findall(self.attributes):
+      names += [one] if one else re.findall(r'[\w.\-]+', many)
+    return tuple(names)
+
+  def named(self, attribute: str) -> str:
+    """Returns the computation or number that an attribute holds."""
+    found = re.search(rf'\b{attribute}=%?([\w.\-]+)', self.attributes)
+    assert found, f'{self.name} has no {attribute}: {self.attributes}'
+    return found[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+  """Instructions by name, in the order in which they are printed."""
+
+  name: str
+  instructions: dict[str, Instruction]
+  root: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+  """A program: its computations by name, and the one that runs."""
+
+  computations: dict[str, Computation]
+  entry: str
+
+
+def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
+  """Returns (dtype, dimensions) of every array in a printed type."""
+  sizes = lambda dims: tuple(int(d.strip('<=')) for d in dims.split(',') if d)
+  return [(dtype, sizes(dims)) for dtype, dims in _SHAPE.findall(text)]
+
+
+def num_bytes(dtype: str, dims: tuple[int, ...]) -> int:
+  """Returns the bytes of an array, unpadded: `f8e4m3fn` takes 1 an element."""
+  width = re.match(r'[a-z]+(\d+)', dtype)
+  bits = int(width[1]) if width else {'pred': 8}.get(dtype, 0)
+  return -(-bits * math.prod(dims) // 8)
+
+
+def parse(text: str) -> Module:
+  """Reads a program.
+
+  Raises:
+    ValueError: the text holds no ENTRY computation.
+  """
+  computations, entry, name, root = {}, None, None, ''
+  instructions: dict[str, Instruction] = {}
+  for line in text.splitlines():
+    if name is None:
+      start = _COMPUTATION.match(line)
+      if start:
+        name, instructions = start[2], {}
+        entry = name if start[1] else entry
+    elif line.rstrip() == '}':
+      computations[name] = Computation(name, instructions, root)
+      name = None
+    else:
+      start = _INSTRUCTION.match(line)
+      if start:
+        rest = _COMMENT.sub('', line[start.end() :])
+        instructions[start[2]] = _instruction(start[2], rest)
+        root = start[2] if start[1] else root
+  if entry is None:
+    raise ValueError(
+      'The text has no ENTRY computation; give what compiled.as_text() '
+      f'returns. It starts with {text[:60]!r}.'
+    )
+  return Module(computations, entry)
+
+
+def _instruction(name: str, rest: str) -> Instruction:
+  # The type of a tuple holds spaces and parentheses.
+  end = _closing(rest, 0) if rest.startswith('(') else rest.index(' ')
+  op = _OPCODE.match(rest, end)
+  assert op, rest
+  close = _closing(rest, op.end() - 1)
+  literal = rest[op.end() : close - 1]
+  operands = tuple(re.findall(r'%([\w.\-]+)', literal))
+  return Instruction(name, rest[:end], op[1], operands, literal, rest[close:])
+
+
+def _closing(text: str, start: int) -> int:
+  """Returns the place after the parenthesis that closes the one at `start`."""
+  depth = 0
+  for found in re.finditer(r'[()]', text[start:]):
+    depth += 1 if found[0] == '(' else -1
+    if not depth:
+      return start + found.end()
+  raise ValueError(f'A parenthesis stays open in {text[:200]!r}.')

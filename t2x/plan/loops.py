@@ -1,0 +1,230 @@
+"""A compiled program as it runs: what is in it, and how often that runs.
+
+XLA notes the trips of a loop in some programs (CPU, GPU) and not in others
+(TPU); there they are read from the loop's condition.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterable
+import dataclasses
+import re
+from typing import Any
+from typing import NamedTuple
+
+from t2x.plan import hlo
+
+# They pass a value on; the first of a copy's results is the copy.
+_PASSING = ('bitcast', 'convert', 'copy', 'copy-done', 'copy-start', 'reshape')
+_ENTERED = ('async-start', 'call', 'custom-call', 'fusion')
+_ARITHMETIC = {
+  'add': lambda a, b: a + b,
+  'subtract': lambda a, b: a - b,
+  'multiply': lambda a, b: a * b,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scope:
+  """A computation where it is called: what its parameters stand for.
+
+  Attributes:
+    parent: the caller's scope; None for the entry.
+    operands: the caller's instructions that are the parameters.
+    caller: the instruction that calls it.
+  """
+
+  module: hlo.Module
+  computation: hlo.Computation
+  parent: 'Scope | None' = None
+  operands: tuple[str, ...] = ()
+  caller: hlo.Instruction | None = None
+
+  def enter(self, name: str, caller: hlo.Instruction, operands) -> 'Scope':
+    called = self.module.computations[name]
+    return Scope(self.module, called, self, tuple(operands), caller)
+
+  def type_of(self, name: str) -> str:
+    return self.computation.instructions[name].type
+
+  @property
+  def in_loop(self) -> bool:
+    return self.caller is not None and self.caller.op == 'while'
+
+
+class Executed(NamedTuple):
+  """Something found in a program, run `times` times within `loops` loops."""
+
+  found: Any
+  times: int
+  loops: int
+
+
+def executed(
+  module: hlo.Module,
+  find: Callable[[Scope, hlo.Instruction], Iterable[Any]],
+  cost: Callable[[Any], float],
+) -> list[Executed]:
+  """Lists what `find` sees in a program, with how often it runs.
+
+  Args:
+    module: the program.
+    find: returns what is of interest in an instruction.
+    cost: of what was found; of a conditional's branches the dearest counts.
+
+  Raises:
+    ValueError: something of interest lies in a loop whose trips are unknown.
+  """
+  return _walk(Scope(module, module.computations[module.entry]), find, cost)
+
+
+def _walk(scope, find, cost) -> list[Executed]:
+  result = []
+  for instruction in scope.computation.instructions.values():
+    result += [Executed(item, 1, 0) for item in find(scope, instruction)]
+    operands = instruction.operands
+    inside = lambda name, operands=operands, caller=instruction: _walk(
+      scope.enter(name, caller, operands), find, cost
+    )
+    if instruction.op == 'while':
+      result += _repeated(scope, instruction, inside)
+    elif instruction.op == 'conditional':
+      branches = [
+        inside(name, operands[i + 1 : i + 2])
+        for i, name in enumerate(instruction.callees)
+      ]
+      result += max(branches, key=lambda b: sum(cost(e[0]) * e[1] for e in b))
+    elif instruction.op in _ENTERED:
+      for name in instruction.callees:
+        result += inside(name)
+  return result
+
+
+def _repeated(scope, loop, inside) -> list[Executed]:
+  body, test = inside(loop.named('body')), inside(loop.named('condition'))
+  if not body and not test:
+    return []
+  trips = trip_count(scope, loop)
+  if trips is None:
+    raise ValueError(
+      f'The loop {loop.name} in {scope.computation.name} '
+      f'({loop.op_name or "no op_name"}) runs until its condition fails, and '
+      'the text does not tell when, so what is in it cannot be counted. Give '
+      'the loop a constant number of trips.'
+    )
+  times = lambda found, num: [
+    Executed(item, num * n, loops + 1) for item, n, loops in found
+  ]
+  return times(body, trips) + times(test, trips + 1)
+
+
+# --- Values, followed to where they are made. ---
+
+
+def resolve(scope: Scope, name: str, path: tuple[int, ...] = ()):
+  """Follows a value through tuples, copies, fusions and calls.
+
+  Args:
+    scope: where `name` stands.
+    name: an instruction.
+    path: the element of its tuple that is meant, outermost index first.
+
+  Returns:
+    The scope and the instruction that make the value, and the rest of the
+    path: what a loop carries ends at the loop's parameter.
+  """
+  while True:
+    found = scope.computation.instructions[name]
+    if found.op == 'get-tuple-element':
+      path = (int(found.named('index')), *path)
+      name = found.operands[0]
+    elif found.op == 'tuple' and path:
+      name, path = found.operands[path[0]], path[1:]
+    elif found.op in _PASSING and not path:
+      name = found.operands[0]
+    elif found.op in ('fusion', 'call'):
+      scope = scope.enter(found.callees[0], found, found.operands)
+      name = scope.computation.root
+    elif found.op == 'parameter' and scope.parent and not scope.in_loop:
+      name, scope = scope.operands[int(found.literal)], scope.parent
+    else:
+      return scope, found, path
+
+
+def value(scope: Scope, name: str, path: tuple[int, ...] = ()) -> int | None:
+  """Returns an integer that is known before the program runs, or None."""
+  scope, found, path = resolve(scope, name, path)
+  if found.op == 'constant' and not path:
+    return int(found.literal) if re.fullmatch(r'-?\d+', found.literal) else None
+  if found.op in _ARITHMETIC:
+    a, b = (value(scope, operand) for operand in found.operands)
+    known = a is not None and b is not None
+    return _ARITHMETIC[found.op](a, b) if known else None
+  if found.op == 'parameter' and scope.in_loop and path:
+    caller, parent = scope.caller, scope.parent
+    assert caller and parent
+    body = parent.enter(caller.named('body'), caller, caller.operands)
+    _, kept, where = resolve(body, body.computation.root, path)
+    if kept.op == 'parameter' and where == path:  # The loop leaves it alone.
+      return value(parent, caller.operands[0], path)
+  return None
+
+
+def trip_count(scope: Scope, loop: hlo.Instruction) -> int | None:
+  """Returns how often a `while` runs its body, or None where unknown.
+
+  Either the compiler has noted it, or the condition compares a counter, that
+  the body moves by a constant, with a constant.
+  """
+  noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+  if noted:
+    return int(noted[1])
+  enter = lambda part: scope.enter(loop.named(part), loop, loop.operands)
+  condition, body = enter('condition'), enter('body')
+  inner, compare, _ = resolve(condition, condition.computation.root)
+  if compare.op != 'compare':
+    return None
+  direction = compare.named('direction')
+  left, right = compare.operands
+  place = _carried(inner, left)
+  if place is None:
+    left, right, place = right, left, _carried(inner, right)
+    direction = {'L': 'G', 'G': 'L'}.get(direction[0], 'N') + direction[1]
+  if place is None:
+    return None
+  start = value(scope, loop.operands[0], place)
+  bound = value(inner, right)
+  step = _step(body, place)
+  if start is None or bound is None or not step:
+    return None
+  return _trips(start, bound, step, direction)
+
+
+def _carried(scope: Scope, name: str) -> tuple[int, ...] | None:
+  """Returns which element of the loop's tuple a value is, if it is one."""
+  scope, found, path = resolve(scope, name)
+  carried = found.op == 'parameter' and scope.in_loop
+  return path if carried and path else None
+
+
+def _step(body: Scope, place: tuple[int, ...]) -> int | None:
+  """Returns what one trip adds to the counter."""
+  scope, made, path = resolve(body, body.computation.root, place)
+  if made.op not in ('add', 'subtract') or path:
+    return None
+  first, second = made.operands
+  if made.op == 'add' and _carried(scope, second) == place:
+    first, second = second, first
+  if _carried(scope, first) != place:
+    return None
+  step = value(scope, second)
+  return -step if step and made.op == 'subtract' else step
+
+
+def _trips(start: int, bound: int, step: int, direction: str) -> int | None:
+  distance = bound - start
+  if direction == 'NE':
+    return distance // step if distance % step == 0 else None
+  if (direction[0] == 'L') != (step > 0):
+    return None  # It runs away from its bound.
+  trips = distance // step + 1 if direction[1] == 'E' else -(-distance // step)
+  return max(0, trips)

@@ -1,0 +1,84 @@
+"""The FLOPs of a compiled program's matrix products."""
+
+import math
+import re
+
+import numpy as np
+
+from t2x.plan import hlo
+from t2x.plan import loops
+
+
+def matrix_flops(text: str) -> int:
+  """Returns the FLOPs of products and convolutions on one device.
+
+  A product of (M, K) and (K, N) takes 2 M N K. Of a convolution (which is how
+  a TPU writes a product) only positions within its input count. Kernels that
+  are not HLO (Pallas, cuDNN) are not seen.
+
+  Args:
+    text: of `compiled.as_text()`.
+
+  Raises:
+    ValueError: a loop with products in it has an unknown number of trips.
+  """
+  found = loops.executed(hlo.parse(text), _find, lambda flops: flops)
+  return sum(flops * times for flops, times, _ in found)
+
+
+def _find(scope: loops.Scope, instruction: hlo.Instruction) -> list[int]:
+  if instruction.op == 'convolution':
+    return [_convolution(scope, instruction)]
+  if instruction.op == 'dot':
+    pattern = r'lhs_contracting_dims=\{([\d,]*)\}'
+  elif re.search(
+    r'target="__cublas\$(gemm|lt\$matmul)', instruction.attributes
+  ):
+    pattern = r'lhs_contracting_dimensions\W*:\[([^\]]*)\]'
+  else:
+    return []
+  dims = re.search(pattern, instruction.attributes)
+  assert dims, instruction.attributes
+  lhs = _dims(scope.type_of(instruction.operands[0]))
+  contracted = [lhs[int(i)] for i in re.findall(r'\d+', dims[1])]
+  return [2 * math.prod(_dims(instruction.type)) * math.prod(contracted)]
+
+
+def _dims(type_: str) -> tuple[int, ...]:
+  return hlo.shapes(type_)[0][1]
+
+
+def _convolution(scope: loops.Scope, instruction: hlo.Instruction) -> int:
+  labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', instruction.attributes)
+  assert labels, instruction.attributes
+  # The kernel's input features are those of one group already.
+  left, right = (scope.type_of(name) for name in instruction.operands[:2])
+  lhs, rhs, out = (
+    dict(zip(names, _dims(type_)))
+    for names, type_ in zip(labels.groups(), (left, right, instruction.type))
+  )
+  window = re.search(r'window=\{([^}]*)\}', instruction.attributes)
+  settings = (
+    dict(pair.split('=') for pair in window[1].split()) if window else {}
+  )
+  spatial = sorted(label for label in lhs if label.isdigit())
+  flops = 2 * out['b'] * out['f'] * rhs['i']
+  for i, label in enumerate(spatial):
+    get = lambda name, default, i=i: (
+      settings[name].split('x')[i] if name in settings else default
+    )
+    flops *= _overlaps(lhs[label], rhs[label], out[label], get)
+  return flops
+
+
+def _overlaps(size: int, kernel: int, out: int, get) -> int:
+  """Counts pairs of a kernel's and an output's position that meet an input."""
+  before = int(get('pad', '0_0').split('_')[0])
+  spread = int(get('lhs_dilate', 1))
+  starts = np.arange(out) * int(get('stride', 1)) - before
+  count = 0
+  for k in range(kernel):
+    at = starts + k * int(get('rhs_dilate', 1))
+    inside = (at >= 0) & (at < (size - 1) * spread + 1) & (at % spread == 0)
+    count += int(inside.sum())
+  return count
