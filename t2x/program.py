@@ -13,6 +13,7 @@ from flax import nnx
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+import numpy as np
 
 from t2x import experiment
 from t2x import optim
@@ -108,18 +109,17 @@ def shapes_of(config: experiment.Experiment, mesh: jax.sharding.Mesh):
   return shapes, NamedSharding(mesh, spec)
 
 
-def local_rows(batch_sharding: NamedSharding, num_rows: int) -> slice:
-  """Returns the rows of a global batch that this process holds."""
+def local_rows(batch_sharding: NamedSharding, num_rows: int) -> np.ndarray:
+  """Returns the rows of a global batch that this process holds, ascending.
+
+  They have gaps where the chips of a host are a square of the torus, and the
+  batch is dealt to chips along its lines.
+  """
   shape = (num_rows, 1)
   by_row = NamedSharding(batch_sharding.mesh, P(*batch_sharding.spec[:1]))
   indices = by_row.addressable_devices_indices_map(shape).values()
   slices = [index[0] for index in indices if index is not None]
-  starts = [s.start or 0 for s in slices]
-  stops = [num_rows if s.stop is None else s.stop for s in slices]
-  rows = slice(min(starts), max(stops))
-  held = {i for s, e in zip(starts, stops) for i in range(s, e)}
-  assert len(held) == rows.stop - rows.start, 'rows of a process have gaps'
-  return rows
+  return np.unique([i for s in slices for i in range(*s.indices(num_rows))])
 
 
 def _init_state(config, tx, key: jax.Array) -> train_step.TrainState:
