@@ -22,6 +22,8 @@ from t2x import sharding
 from t2x import train_step
 from t2x.models import model as model_lib
 
+AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
 
 class Program:
   """Initialisation, step and evaluation, each compiled at its first call.
@@ -83,7 +85,7 @@ class Program:
     return processes.put(batch, self.batch_sharding)
 
 
-def shapes_of(config: experiment.Experiment, mesh: jax.sharding.Mesh):
+def shapes_of(config: experiment.Experiment, mesh: AnyMesh):
   """Returns the state as sharded shapes, and the sharding of a batch.
 
   Nothing is allocated or compiled.
@@ -91,22 +93,44 @@ def shapes_of(config: experiment.Experiment, mesh: jax.sharding.Mesh):
   Raises:
     ShardingError: a layout that cannot be.
   """
-  tx = optim.make(config.optim, 1)
-  key = jax.eval_shape(jax.random.key, 0)
-  shapes = jax.eval_shape(functools.partial(_init_state, config, tx), key)
-  shardings = train_step.state_shardings(
-    shapes, mesh, config.rules, config.train.step_config
-  )
+  shapes = state_shapes(config)
+  shardings, batch_sharding = shardings_of(config, shapes, mesh)
   shapes = jax.tree.map(
     lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d),
     shapes,
     shardings,
   )
+  return shapes, batch_sharding
+
+
+def state_shapes(config: experiment.Experiment) -> train_step.TrainState:
+  """Returns the shapes of the state, which no layout changes."""
+  tx = optim.make(config.optim, 1)
+  key = jax.eval_shape(jax.random.key, 0)
+  return jax.eval_shape(functools.partial(_init_state, config, tx), key)
+
+
+def shardings_of(
+  config: experiment.Experiment, shapes: train_step.TrainState, mesh: AnyMesh
+):
+  """Returns the shardings of the state and of a batch.
+
+  Args:
+    config: the experiment.
+    shapes: what `state_shapes` returned.
+    mesh: of devices, or of sizes alone.
+
+  Raises:
+    ShardingError: a layout that cannot be.
+  """
+  shardings = train_step.state_shardings(
+    shapes, mesh, config.rules, config.train.step_config
+  )
   rows = (config.data.batch_size, config.data.length)
   spec = sharding.to_spec(
     ('batch', 'length'), config.rules, shape=rows, mesh=mesh, name='batch'
   )
-  return shapes, NamedSharding(mesh, spec)
+  return shardings, NamedSharding(mesh, spec)
 
 
 def local_rows(batch_sharding: NamedSharding, num_rows: int) -> np.ndarray:
