@@ -16,6 +16,7 @@ from t2x import checkpoint
 from t2x import config as config_lib
 from t2x import evaluate
 from t2x import experiment
+from t2x import layouts
 from t2x import mesh as mesh_lib
 from t2x import paths
 from t2x import program as program_lib
@@ -66,7 +67,15 @@ def load(
   config = run_dir.read_config(workdir)
   config = dataclasses.replace(config, mesh=mesh_lib.MeshConfig(data=1))
   config = config_lib.override(config, config_lib.parse_settings(settings))
-  mesh = mesh_lib.make(config.mesh, _devices(config.mesh))
+  devices = _devices(config.mesh)
+  # Rows that training deals to microbatches matter to nobody here.
+  train = dataclasses.replace(config.train, accumulate=1)
+  layouts.check(
+    dataclasses.replace(config, train=train),
+    len(devices),
+    num_slices=mesh_lib.num_slices(devices),
+  )
+  mesh = mesh_lib.make(config.mesh, devices)
   shapes, _ = program_lib.shapes_of(config, mesh)
   wanted = dataclasses.replace(
     shapes, step=None, opt_state=None, num_skipped=None
@@ -153,7 +162,8 @@ def evaluate_splits(
   if splits:
     data = dataclasses.replace(config.data, eval_splits=tuple(splits))
     config = dataclasses.replace(config, data=data)
-  experiment.check(config, trained.mesh.size)
+  devices = trained.mesh.devices.ravel().tolist()
+  layouts.check(config, len(devices), num_slices=mesh_lib.num_slices(devices))
   corpus = corpus_lib.prepare(config.data, trained.tokenizer)
   program = program_lib.Program(config, trained.mesh, num_steps=1)
   result = {}

@@ -1,21 +1,38 @@
-"""From axis sizes to a device mesh."""
+"""From axis sizes to a device mesh, within a slice and across slices.
 
+A slice is a set of accelerators with fast links of their own: a TPU slice, or a
+node of GPUs. Slices reach each other over the data centre's network (DCN),
+which is tens of times slower.
+"""
+
+import collections
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import math
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 from jax.sharding import Mesh
+import numpy as np
 
 # Outermost first: the axes that talk most get the nearest neighbours.
 AXES = ('pipe', 'data', 'fsdp', 'expert', 'context', 'tensor')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-  """Sizes of the mesh axes; one may be -1, the devices that remain."""
+class Dcn:
+  """Into how many parts the slices cut each axis; one may be -1.
+
+  The sizes multiply to the number of slices, which the devices themselves
+  tell, and -1 stands for what remains of it. By default slices multiply data
+  parallelism, whose one reduction a step suits a slow network best. On two
+  slices of 256, `mesh.data=2 mesh.fsdp=256` shards the weights within each
+  slice, and `mesh.data=1 mesh.fsdp=512 mesh.dcn.data=1 mesh.dcn.fsdp=2` over
+  both.
+  """
 
   data: int = -1
   fsdp: int = 1
@@ -25,19 +42,53 @@ class MeshConfig:
   pipe: int = 1
 
   def __post_init__(self):
-    sizes = {axis: getattr(self, axis) for axis in AXES}
-    for axis, size in sizes.items():
-      if size < 1 and size != -1:
-        raise ValueError(
-          f'mesh.{axis}={size}; a size is at least 1, or -1 for the devices '
-          'that remain.'
-        )
-    open_axes = [axis for axis, size in sizes.items() if size == -1]
-    if len(open_axes) > 1:
+    _check(self, 'mesh.dcn', 'slices')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """Sizes of the mesh axes; one may be -1, the devices that remain.
+
+  Attributes:
+    data: copies of the weights, each with its own rows.
+    fsdp: parts of the weights, each with its own rows.
+    tensor: parts of heads, feed-forward and vocabulary.
+    context: parts of the sequence.
+    expert: groups of experts.
+    pipe: stages of layers.
+    dcn: how much of each of these sizes lies between slices.
+  """
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+  context: int = 1
+  expert: int = 1
+  pipe: int = 1
+  dcn: Dcn = dataclasses.field(default_factory=Dcn)
+
+  def __post_init__(self):
+    _check(self, 'mesh', 'devices')
+
+
+def _check(config: MeshConfig | Dcn, path: str, what: str) -> None:
+  given = _given(config)
+  for axis, size in given.items():
+    if size < 1 and size != -1:
       raise ValueError(
-        f'mesh.{" and mesh.".join(open_axes)} are -1; only one axis can take '
-        'the devices that remain.'
+        f'{path}.{axis}={size}; a size is at least 1, or -1 for the {what} '
+        'that remain.'
       )
+  names = [f'{path}.{axis}' for axis, size in given.items() if size == -1]
+  if len(names) > 1:
+    raise ValueError(
+      f'{" and ".join(names)} are -1; only one axis can take the {what} that '
+      f'remain. Give the others a size, as in --set {names[0]}=1.'
+    )
+
+
+def _given(config: MeshConfig | Dcn) -> dict[str, int]:
+  return {axis: getattr(config, axis) for axis in AXES}
 
 
 def sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
@@ -46,41 +97,121 @@ def sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
   Raises:
     ValueError: the sizes do not multiply to `num_devices`.
   """
-  result = {axis: getattr(config, axis) for axis in AXES}
-  fixed = math.prod(size for size in result.values() if size != -1)
-  given = ', '.join(f'{a}={s}' for a, s in result.items() if s != 1)
+  given = _given(config)
+  fixed = math.prod(size for size in given.values() if size != -1)
   way_out = (
     'Change --set mesh.AXIS=SIZE (one may be -1), or simulate devices on a '
     f'CPU: XLA_FLAGS=--xla_force_host_platform_device_count={fixed}.'
   )
-  if -1 in result.values():
-    if num_devices % fixed:
-      raise ValueError(
-        f'The mesh ({given}) needs a multiple of {fixed} devices and there '
-        f'are {num_devices}. {way_out}'
-      )
-    return {
-      a: num_devices // fixed if s == -1 else s for a, s in result.items()
-    }
-  if fixed != num_devices:
+  result = _resolve(given, num_devices)
+  if result is not None:
+    return result
+  multiple = 'a multiple of ' if -1 in given.values() else ''
+  raise ValueError(
+    f'The mesh ({_text(given) or "one device"}) needs {multiple}{fixed} '
+    f'devices and there are {num_devices}. {way_out}'
+  )
+
+
+def num_slices(devices: Sequence[Any]) -> int:
+  """Returns the number of slices in which the devices lie.
+
+  Raises:
+    ValueError: the slices have different numbers of devices.
+  """
+  counts = collections.Counter(getattr(d, 'slice_index', 0) for d in devices)
+  if len(set(counts.values())) > 1:
     raise ValueError(
-      f'The mesh ({given or "one device"}) needs {fixed} devices and there '
-      f'are {num_devices}. {way_out}'
+      f'The slices have {", ".join(map(str, counts.values()))} devices; a mesh '
+      'needs as many of each. Leave the smaller ones out.'
     )
-  return result
+  return len(counts)
+
+
+def dcn_sizes(
+  config: MeshConfig, shape: Mapping[str, int], slices: int
+) -> dict[str, int]:
+  """Returns how many parts of each axis lie in different slices.
+
+  Args:
+    config: of the mesh.
+    shape: what `sizes` returned.
+    slices: their number.
+
+  Raises:
+    ValueError: the parts do not multiply to `slices`, or do not divide the
+      axes.
+  """
+  given = _given(config.dcn)
+  parts = _resolve(given, slices)
+  if parts is None:
+    fixed = math.prod(size for size in given.values() if size != -1)
+    multiple = 'a multiple of ' if -1 in given.values() else ''
+    raise ValueError(
+      f'mesh.dcn ({_text(given) or "one slice"}) needs {multiple}{fixed} '
+      f'slices and the devices lie in {slices}. Change --set '
+      'mesh.dcn.AXIS=SIZE (one may be -1).'
+    )
+  for axis, part in parts.items():
+    if shape[axis] % part:
+      raise ValueError(_part_message(axis, shape, part, slices))
+  return parts
+
+
+def _part_message(axis, shape, part, slices) -> str:
+  others = [a for a in AXES if a != axis and shape[a] % slices == 0]
+  instead = ''
+  if others:
+    instead = f', or --set mesh.dcn.{axis}=1 --set mesh.dcn.{others[0]}=-1'
+  return (
+    f'mesh.{axis}={shape[axis]} cannot be cut into mesh.dcn.{axis}={part} '
+    f'parts over {slices} slices: a size counts the devices of all slices. Set '
+    f'mesh.{axis} to a multiple of {part}{instead}.'
+  )
+
+
+def _resolve(given: dict[str, int], total: int) -> dict[str, int] | None:
+  """Puts what remains of `total` for -1; None where it does not come out."""
+  fixed = math.prod(size for size in given.values() if size != -1)
+  rest = total // fixed if -1 in given.values() else 1
+  if fixed * rest != total or not rest:
+    return None
+  return {axis: rest if size == -1 else size for axis, size in given.items()}
+
+
+def _text(given: dict[str, int]) -> str:
+  return ', '.join(f'{a}={s}' for a, s in given.items() if s != 1)
 
 
 def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   """Builds the mesh over `devices` (default: all), every axis present.
 
+  Within a slice the axes are placed along the links between chips, `tensor`
+  first; simulated devices keep their order.
+
+  Args:
+    config: sizes.
+    devices: of any platform, also those of a described topology.
+
   Raises:
-    ValueError: the sizes do not match the number of devices.
+    ValueError: the sizes do not match the number of devices or of slices.
   """
   devices = list(jax.devices() if devices is None else devices)
   shape = sizes(config, len(devices))
-  return jax.make_mesh(
-    tuple(shape[axis] for axis in AXES),
-    AXES,
-    devices=devices,
-    axis_types=(AxisType.Auto,) * len(AXES),
-  )
+  slices = num_slices(devices)
+  parts = dcn_sizes(config, shape, slices)
+  within = [shape[axis] // parts[axis] for axis in AXES]
+  # `jax.make_mesh` places devices in the same way, but refuses several slices,
+  # and on most TPUs an axis that is not a whole side of the torus.
+  if slices == 1:
+    array = mesh_utils.create_device_mesh(
+      within, devices, allow_split_physical_axes=True
+    )
+  else:
+    array = mesh_utils.create_hybrid_device_mesh(
+      within,
+      [parts[axis] for axis in AXES],
+      devices,
+      allow_split_physical_axes=True,
+    )
+  return Mesh(np.asarray(array), AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -24,6 +24,8 @@ from t2x import train_step
 from t2x import zigzag
 from t2x.models import model as model_lib
 
+AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
 
 class Program:
   """Initialisation, step and evaluation, each compiled at its first call.
@@ -98,7 +100,7 @@ class Program:
     return array[:, zigzag.index(array.shape[1], self._zigzag)]
 
 
-def shapes_of(config: experiment.Experiment, mesh: jax.sharding.Mesh):
+def shapes_of(config: experiment.Experiment, mesh: AnyMesh):
   """Returns the state as sharded shapes, and the sharding of a batch.
 
   Nothing is allocated or compiled.
@@ -106,36 +108,57 @@ def shapes_of(config: experiment.Experiment, mesh: jax.sharding.Mesh):
   Raises:
     ShardingError: a layout that cannot be.
   """
-  tx = optim.make(config.optim, 1)
-  key = jax.eval_shape(jax.random.key, 0)
-  shapes = jax.eval_shape(functools.partial(_init_state, config, tx), key)
-  shardings = train_step.state_shardings(
-    shapes, mesh, config.rules, config.train.step_config
-  )
+  shapes = state_shapes(config)
+  shardings, batch_sharding = shardings_of(config, shapes, mesh)
   shapes = jax.tree.map(
     lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d),
     shapes,
     shardings,
   )
+  return shapes, batch_sharding
+
+
+def state_shapes(config: experiment.Experiment) -> train_step.TrainState:
+  """Returns the shapes of the state, which no layout changes."""
+  tx = optim.make(config.optim, 1)
+  key = jax.eval_shape(jax.random.key, 0)
+  return jax.eval_shape(functools.partial(_init_state, config, tx), key)
+
+
+def shardings_of(
+  config: experiment.Experiment, shapes: train_step.TrainState, mesh: AnyMesh
+):
+  """Returns the shardings of the state and of a batch.
+
+  Args:
+    config: the experiment.
+    shapes: what `state_shapes` returned.
+    mesh: of devices, or of sizes alone.
+
+  Raises:
+    ShardingError: a layout that cannot be.
+  """
+  shardings = train_step.state_shardings(
+    shapes, mesh, config.rules, config.train.step_config
+  )
   rows = (config.data.batch_size, config.data.length)
   spec = sharding.to_spec(
     ('batch', 'length'), config.rules, shape=rows, mesh=mesh, name='batch'
   )
-  return shapes, NamedSharding(mesh, spec)
+  return shardings, NamedSharding(mesh, spec)
 
 
-def local_rows(batch_sharding: NamedSharding, num_rows: int) -> slice:
-  """Returns the rows of a global batch that this process holds."""
+def local_rows(batch_sharding: NamedSharding, num_rows: int) -> np.ndarray:
+  """Returns the rows of a global batch that this process holds, ascending.
+
+  They have gaps where the chips of a host are a square of the torus, and the
+  batch is dealt to chips along its lines.
+  """
   shape = (num_rows, 1)
   by_row = NamedSharding(batch_sharding.mesh, P(*batch_sharding.spec[:1]))
   indices = by_row.addressable_devices_indices_map(shape).values()
   slices = [index[0] for index in indices if index is not None]
-  starts = [s.start or 0 for s in slices]
-  stops = [num_rows if s.stop is None else s.stop for s in slices]
-  rows = slice(min(starts), max(stops))
-  held = {i for s, e in zip(starts, stops) for i in range(s, e)}
-  assert len(held) == rows.stop - rows.start, 'rows of a process have gaps'
-  return rows
+  return np.unique([i for s in slices for i in range(*s.indices(num_rows))])
 
 
 def _init_state(config, tx, key: jax.Array) -> train_step.TrainState:

@@ -177,7 +177,7 @@ class Run:
     """Yields (global batch, tokens in it) from this host's rows."""
     rows = self.program.rows
     # Processes may hold the same rows, or different ones.
-    share = (rows.stop - rows.start) / self.config.data.batch_size
+    share = len(rows) / self.config.data.batch_size
     with contextlib.closing(batches):
       for batch in batches:
         num_tokens = sum(

@@ -8,10 +8,10 @@ import signal
 import jax
 
 from t2x import experiment
+from t2x import layouts
 from t2x import mesh as mesh_lib
 from t2x import paths
 from t2x import processes
-from t2x import program as program_lib
 from t2x import run as run_lib
 from t2x import run_dir
 from t2x import sharding
@@ -49,12 +49,11 @@ def train(
     NonFiniteError: after `train.max_skipped` skipped updates in a row.
     CheckpointError: no checkpoint can be used, or the last state not saved.
   """
-  experiment.check(config, jax.device_count())
+  devices = jax.devices()
+  layouts.check(config, len(devices), num_slices=mesh_lib.num_slices(devices))
   workdir = str(paths.path(workdir))
   changes = run_dir.check(workdir, config, allow_change=allow_config_change)
   mesh = mesh_lib.make(config.mesh)
-  # A layout that cannot be is refused here.
-  program_lib.shapes_of(config, mesh)
   tokenizer = run_dir.read_tokenizer(workdir, changes)
   corpus = corpus_lib.prepare(config.data, tokenizer)
   run_dir.check_corpus(

@@ -24,7 +24,7 @@ _ORDER = (
   ('experiment', 'flops', 'interop', 'plan'),
   ('checkpoint', 'checkpoint_files', 'charts', 'progress', 'report_page'),
   ('metrics', 'program', 'run_dir'),
-  ('report',),
+  ('report', 'layouts'),
   ('run', 'inference'),
   ('train',),
   ('main',),

@@ -36,6 +36,10 @@ if rank == 1 and 'UNREADABLE' in os.environ:  # One process alone fails.
     return restore(self, folder, args=args)
 
   handler.restore = fail
+if 'INTERLEAVED' in os.environ:  # As the hosts of a torus may be.
+  from t2x import mesh
+  make = mesh.make
+  mesh.make = lambda c: make(c, jax.devices()[::2] + jax.devices()[1::2])
 advance = run.Run.advance
 
 def slow(self, step):  # Room for a signal between the first step and the last.
@@ -123,6 +127,14 @@ def test_two_processes_stop_together_and_go_on(alone, tmp_path, monkeypatch):
   np.testing.assert_allclose(tiny.losses(workdir), expected, rtol=2e-6)
   assert _steps(workdir)[-1] == _STEPS
   assert metrics.read_rows(workdir)[-1]['step'] == _STEPS
+
+
+@pytest.mark.slow
+def test_processes_whose_rows_have_gaps(alone, tmp_path, monkeypatch):
+  directory, expected = alone
+  monkeypatch.setenv('INTERLEAVED', '1')
+  _finish(_start(directory, tmp_path / 'run', monkeypatch))
+  np.testing.assert_allclose(tiny.losses(tmp_path / 'run'), expected, rtol=2e-6)
 
 
 @pytest.mark.slow

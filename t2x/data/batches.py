@@ -34,7 +34,7 @@ class TrainBatches:
     config: config_lib.DataConfig,
     *,
     seed: int,
-    rows: slice | None = None,
+    rows: slice | np.ndarray | None = None,
   ):
     self._make = _Examples(corpus, config, config.train_split, seed, rows)
     self._batch_size = config.batch_size
@@ -83,7 +83,7 @@ class EvalBatches:
     config: config_lib.DataConfig,
     split: str,
     *,
-    rows: slice | None = None,
+    rows: slice | np.ndarray | None = None,
   ):
     self._make = _Examples(corpus, config, split, _EVAL_SEED, rows)
     self._batch_size = config.batch_size
@@ -130,14 +130,19 @@ def _shuffled(num: int, seed: np.uint64) -> grain.MapDataset:
   return grain.MapDataset.range(num).shuffle(seed=int(seed)).repeat()
 
 
-def _range(rows: slice | None, batch_size: int) -> np.ndarray:
-  start, stop, step = (rows or slice(None)).indices(batch_size)
-  if rows is not None and (rows.stop or 0) > batch_size or start >= stop:
+def _range(rows: slice | np.ndarray | None, batch_size: int) -> np.ndarray:
+  rows = slice(None) if rows is None else rows
+  if isinstance(rows, slice):
+    stop = max(rows.stop or 0, batch_size)
+    result = np.arange(*rows.indices(stop))
+  else:
+    result = np.asarray(rows)
+  if not result.size or result.min() < 0 or result.max() >= batch_size:
     raise ValueError(
       f'{rows} are not rows of a batch of data.batch_size={batch_size}. Let '
       'each host ask for an equal part of the batch.'
     )
-  return np.arange(start, stop, step)
+  return result
 
 
 def _get(sequence: grain.MapDataset, index: int | np.integer) -> int:

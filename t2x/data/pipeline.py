@@ -58,7 +58,7 @@ def train_batches(
   *,
   seed: int,
   start_step: int = 0,
-  rows: slice | None = None,
+  rows: slice | np.ndarray | None = None,
 ) -> Generator[batches_lib.Batch, None, None]:
   """Returns the endless batches of training from `start_step` on.
 
@@ -67,8 +67,9 @@ def train_batches(
     config: what it was prepared with.
     seed: of the order of the rows and of what is drawn at random.
     start_step: the step that the first batch is for.
-    rows: which rows of each batch of `config.batch_size` to make; all of them
-      if None. Close the iterator (or drop it) to stop its threads.
+    rows: which rows of each batch of `config.batch_size` to make, a slice or
+      their numbers; all of them if None. Close the iterator (or drop it) to
+      stop its threads.
 
   Raises:
     ValueError: if the corpus has less than a batch of rows, or `rows` does not
@@ -83,7 +84,7 @@ def eval_batches(
   config: config_lib.DataConfig,
   split: str,
   *,
-  rows: slice | None = None,
+  rows: slice | np.ndarray | None = None,
   max_batches: int | None = None,
 ) -> Generator[batches_lib.Batch, None, None]:
   """Returns each row of `split` once, in order; the last batch has empty rows.

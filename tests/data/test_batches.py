@@ -201,6 +201,18 @@ def test_seeking_reads_nothing_but_its_own_rows(tmp_path):
   assert reads == [2 * 17] * 3
 
 
+def test_rows_with_gaps_are_those_of_the_batch(tmp_path):
+  corpus = _corpus(tmp_path)
+  config = _config(length=16)
+  whole = batches_lib.TrainBatches(corpus, config, seed=0)[3]
+  rows = np.array([0, config.batch_size - 1])
+  part = batches_lib.TrainBatches(corpus, config, seed=0, rows=rows)[3]
+  for name, array in whole.items():
+    np.testing.assert_array_equal(part[name], array[rows])
+  with pytest.raises(ValueError, match='are not rows of a batch of data.batch'):
+    batches_lib.TrainBatches(corpus, config, seed=0, rows=rows + 1)
+
+
 def test_masks_change_from_epoch_to_epoch_but_not_in_evaluation(tmp_path):
   corpus = _corpus(tmp_path)
   config = _config(objective=masked_lm.MaskedLM())

@@ -1,0 +1,216 @@
+"""Layouts that cannot work are answered with the nearest that do."""
+
+import re
+
+import bert_tiny
+import gpt2_tiny
+import jax
+import pytest
+import t5_tiny
+import tiny
+
+from t2x import config as config_lib
+from t2x import inference
+from t2x import layouts
+from t2x import mesh as mesh_lib
+from t2x import program
+from t2x import sharding
+from t2x import train
+
+_ADVICE = re.compile(r' Layouts of (\d+) devices that work: (.*)\.$')
+
+
+def with_settings(module, *settings):
+  parsed = config_lib.parse_settings(settings)
+  return config_lib.override(module.get_config(), parsed)
+
+
+def advice(config, num_devices, error=ValueError, **options):
+  """Returns the message and the layouts of a config that is refused."""
+  with pytest.raises(error) as caught:
+    layouts.check(config, num_devices, **options)
+  message = str(caught.value)
+  match = _ADVICE.search(message)
+  assert match and int(match[1]) == num_devices, message
+  return message, match[2].split('; ')
+
+
+def assert_works(config, layout, num_devices):
+  """Takes the advice as a user would, and looks at the result by hand."""
+  config = config_lib.override(
+    config, config_lib.parse_settings(layout.split())
+  )
+  layouts.check(config, num_devices)
+  sizes = mesh_lib.sizes(config.mesh, num_devices)
+  assert config.model.attention.num_heads % sizes['tensor'] == 0
+  rows = sizes['data'] * sizes['fsdp'] * sizes['expert']
+  assert config.data.batch_size % (rows * config.train.accumulate) == 0
+
+
+@pytest.mark.parametrize(
+  'module, num_devices, settings, message, expected',
+  [
+    pytest.param(
+      gpt2_tiny,
+      16,
+      ['mesh.tensor=16'],
+      r"\('kv_heads'\) of size 8 is not divisible by 16 \(mesh\.tensor=16",
+      ['mesh.data=2 mesh.tensor=8', 'mesh.data=4 mesh.tensor=4'],
+      id='heads',
+    ),
+    pytest.param(
+      t5_tiny,
+      256,
+      ['mesh.data=4', 'mesh.tensor=64'],
+      r"\('heads'\) of size 8 is not divisible by 64",
+      ['mesh.data=32 mesh.tensor=8', 'mesh.data=4 mesh.fsdp=8 mesh.tensor=8'],
+      id='heads of many devices',
+    ),
+    pytest.param(
+      gpt2_tiny,
+      8,
+      ['data.batch_size=4'],
+      r'data\.batch_size=4 rows cannot be dealt to mesh\.data=8',
+      ['mesh.data=4 mesh.tensor=2', 'mesh.data=2 mesh.tensor=4'],
+      id='more devices than rows',
+    ),
+    pytest.param(
+      bert_tiny,
+      8,
+      ['mesh.data=2', 'mesh.fsdp=4', 'train.accumulate=16'],
+      r'cannot be dealt to mesh\.data=2 x mesh\.fsdp=4 in train\.accumulate=16 microbatches',
+      [
+        'mesh.data=2 mesh.fsdp=1 mesh.tensor=4',
+        'mesh.data=1 mesh.fsdp=2 mesh.tensor=4',
+      ],
+      id='microbatches',
+    ),
+    pytest.param(
+      gpt2_tiny,
+      8,
+      ['mesh.data=3'],
+      r'The mesh \(data=3\) needs 3 devices and there are 8',
+      ['mesh.data=8', 'mesh.data=4 mesh.fsdp=2'],
+      id='product',
+    ),
+    pytest.param(
+      gpt2_tiny,
+      8,
+      ['mesh.data=4', 'mesh.tensor=4'],
+      r'needs 16 devices and there are 8',
+      ['mesh.data=4 mesh.tensor=2', 'mesh.data=2 mesh.tensor=4'],
+      id='product too large',
+    ),
+    pytest.param(
+      gpt2_tiny,
+      8,
+      ['mesh.tensor=3'],
+      r'needs a multiple of 3 devices and there are 8',
+      ['mesh.data=2 mesh.tensor=4', 'mesh.data=4 mesh.tensor=2'],
+      id='the rest',
+    ),
+  ],
+)
+def test_the_two_nearest(module, num_devices, settings, message, expected):
+  config = with_settings(module, *settings)
+  said, found = advice(config, num_devices)
+  assert re.search(message, said), said
+  assert found == expected
+  for layout in found:
+    assert_works(config, layout, num_devices)
+
+
+def test_the_error_stays_what_it_was():
+  config = with_settings(gpt2_tiny, 'mesh.tensor=16')
+  advice(config, 16, error=sharding.ShardingError)
+  with pytest.raises(ValueError) as caught:
+    layouts.check(with_settings(gpt2_tiny, 'data.batch_size=4'), 8)
+  assert type(caught.value) is ValueError
+
+
+def test_no_layout_helps():
+  config = with_settings(gpt2_tiny, 'data.objective=masked_lm')
+  with pytest.raises(ValueError, match=r'causal_lm, or another model\.$'):
+    layouts.check(config, 8)
+  assert layouts.nearest(config, 8) == []
+
+
+def test_stages_stay_as_asked():
+  config = with_settings(gpt2_tiny, 'mesh.pipe=3')
+  assert layouts.nearest(config, 8) == []
+
+
+def test_a_layout_that_works_is_the_nearest_to_itself():
+  config = with_settings(
+    gpt2_tiny, 'mesh.data=2', 'mesh.fsdp=2', 'mesh.tensor=2'
+  )
+  first = layouts.nearest(config, 8, count=1)
+  assert first == ['mesh.data=2 mesh.fsdp=2 mesh.tensor=2']
+  layouts.check(config, 8)
+
+
+def test_as_many_as_asked_each_farther_and_each_once():
+  config = with_settings(gpt2_tiny, 'mesh.data=8')
+  found = layouts.nearest(config, 8, count=30)
+  assert found[0] == 'mesh.data=8' and len(set(found)) == len(found) > 8
+  for layout in found:
+    assert_works(config, layout, 8)
+
+
+def test_layouts_over_slices():
+  config = with_settings(gpt2_tiny, 'mesh.data=1', 'mesh.fsdp=8')
+  layouts.check(config, 8)
+  said, found = advice(config, 8, num_slices=2)
+  assert 'mesh.data=1 cannot be cut into mesh.dcn.data=2 parts' in said
+  assert found == [
+    'mesh.data=2 mesh.fsdp=4',
+    'mesh.data=4 mesh.fsdp=2',
+  ]
+
+
+def test_specs_on_sizes_alone_are_those_on_devices():
+  config = with_settings(gpt2_tiny, 'mesh.fsdp=2', 'mesh.tensor=2')
+  mesh = mesh_lib.make(config.mesh)
+  shapes = program.state_shapes(config)
+  real = program.shardings_of(config, shapes, mesh)
+  abstract = program.shardings_of(config, shapes, mesh.abstract_mesh)
+  spec = lambda tree: jax.tree.map(lambda s: s.spec, tree)
+  assert jax.tree.leaves(spec(real)) == jax.tree.leaves(spec(abstract))
+
+
+def test_the_state_is_traced_twice_at_most(monkeypatch):
+  traced = []
+  trace = program.state_shapes
+  monkeypatch.setattr(
+    program, 'state_shapes', lambda c: traced.append(c) or trace(c)
+  )
+  advice(with_settings(gpt2_tiny, 'mesh.tensor=256'), 256)
+  assert len(traced) == 2
+
+
+def test_training_ends_before_anything_is_built(tmp_path):
+  config = tiny.experiment_of(
+    tmp_path, mesh__tensor=8, mesh__data=1, mesh__fsdp=1
+  )
+  message = (
+    r'of size 4 is not divisible by 8 .*work: mesh\.data=2 mesh\.tensor=4'
+  )
+  with pytest.raises(sharding.ShardingError, match=message):
+    train.train(config, str(tmp_path / 'run'), show=False)
+  assert not (tmp_path / 'run').exists()
+
+
+def test_loading_and_evaluation_too(tmp_path):
+  config = tiny.experiment_of(tmp_path, train__num_steps=1)
+  train.train(config, str(tmp_path / 'run'), show=False)
+  message = (
+    r'of size 4 is not divisible by 8 .*work: mesh\.data=2 mesh\.tensor=4'
+  )
+  with pytest.raises(sharding.ShardingError, match=message):
+    inference.load(str(tmp_path / 'run'), settings=['mesh.tensor=8'])
+  # Rows that are dealt to microbatches concern training alone.
+  settings = ['mesh.data=2', 'train.accumulate=8']
+  trained = inference.load(str(tmp_path / 'run'), settings=settings)
+  message = r'microbatches: .* Layouts of 2 devices that work: '
+  with pytest.raises(ValueError, match=message):
+    inference.evaluate_splits(trained)
