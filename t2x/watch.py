@@ -23,9 +23,11 @@ import jax
 
 from t2x import last_words
 
-HEARTBEAT_SECONDS = 40  # JAX's, the longest that a death goes unnoticed.
+# Of JAX: a death is noticed after half of it at the soonest, and at the latest
+# after all of it.
+HEARTBEAT_SECONDS = 50
 _PULSE_SECONDS = 2.0
-_SILENT_SECONDS = 25.0  # Of a hung process, or one whose machine is gone.
+_SILENT_SECONDS = 20.0  # Of a hung process, or one whose machine is gone.
 _BROKEN_SECONDS = 6.0  # The same once a collective has failed.
 _LAST_SECONDS = 8.0  # For which process 0 stays, so that all hear of it.
 _FINISH_SECONDS = 3600.0  # For which the fast wait for the report's writer.
