@@ -199,6 +199,9 @@ class Checkpoints:
 
   def _report(self, step: int | None, error: Exception) -> None:
     """Logs a failure, and drops what it left behind."""
+    lost = isinstance(error, jax.errors.JaxRuntimeError)
+    if lost and jax.process_count() > 1:
+      raise error  # Not of the files: another process is gone.
     _log.error(
       'The checkpoint of step %s could not be saved (%s). Training goes on; '
       'the last complete checkpoint is that of step %s in %s. Free space or '

@@ -170,7 +170,11 @@ def evaluate_splits(
   with sharding.use(trained.mesh, config.rules):
     for split in config.data.eval_splits:
       batches = pipeline.eval_batches(
-        corpus, config.data, split, max_batches=max_batches
+        corpus,
+        config.data,
+        split,
+        rows=program.rows,
+        max_batches=max_batches,
       )
       batches = map(program.place, batches)
       metrics = evaluate.evaluate(program.evaluate, trained.model, batches)

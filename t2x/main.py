@@ -31,7 +31,24 @@ def run(get_config: GetConfig) -> None:
   flags.DEFINE_string(
     'profile_steps', None, 'FIRST:LAST step to record for the profiler.'
   )
+  _define_process_flags()
   app_run(lambda: _train(get_config))
+
+
+def _define_process_flags() -> None:
+  flags.DEFINE_string(
+    'coordinator',
+    None,
+    'HOST:PORT of process 0, where a run has several processes. TPU pods, GKE '
+    'and SLURM need none of these.',
+  )
+  flags.DEFINE_integer(
+    'num_processes', None, 'Processes of the run; 1 alone asks for no others.'
+  )
+  flags.DEFINE_integer('process_id', None, 'Of this process, from 0.')
+  flags.DEFINE_float(
+    'start_timeout', 300.0, 'Seconds for which processes wait for each other.'
+  )
 
 
 def define_set_flag() -> None:
@@ -117,16 +134,24 @@ def _train(get_config: GetConfig) -> None:
     return
   directory = workdir()
   # Imported late, so that --help and --print_config answer sooner.
+  from t2x import cluster
   from t2x import processes
   from t2x import train
 
+  values = flags.FLAGS
   use_compilation_cache()
-  train.train(
-    config,
-    directory,
-    allow_config_change=flags.FLAGS.allow_config_change,
-    profile_steps=_steps(flags.FLAGS.profile_steps),
-  )
+  with cluster.joined(
+    coordinator=values.coordinator,
+    num_processes=values.num_processes,
+    process_id=values.process_id,
+    start_seconds=values.start_timeout,
+  ):
+    train.train(
+      config,
+      directory,
+      allow_config_change=values.allow_config_change,
+      profile_steps=_steps(values.profile_steps),
+    )
   if processes.is_primary():
     print(
       f'The run is in {directory}: report.html, metrics.jsonl, checkpoints/'

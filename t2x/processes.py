@@ -20,12 +20,33 @@ def is_primary() -> bool:
   return jax.process_index() == 0
 
 
-def put(tree: Any, sharding: NamedSharding) -> Any:
-  """Makes global arrays of the parts that this process holds."""
+def put(
+  tree: Any, sharding: NamedSharding, rows: np.ndarray, num_rows: int
+) -> Any:
+  """Makes global arrays of the rows that this process holds.
+
+  A device may take any part of a row: the other dimensions can be split over
+  processes too, each of which has its rows whole.
+
+  Args:
+    tree: arrays of `rows`, whole in all other dimensions.
+    sharding: of the global arrays.
+    rows: of the global arrays, those in `tree`, ascending.
+    num_rows: of the global arrays.
+  """
+
+  def place(array):
+    def part(index):
+      wanted = np.arange(*index[0].indices(num_rows))
+      return array[np.searchsorted(rows, wanted)][(slice(None), *index[1:])]
+
+    shape = (num_rows, *array.shape[1:])
+    return jax.make_array_from_callback(shape, sharding, part)
+
   # An explicit transfer, though JAX guards it as an implicit one where there
   # are several processes.
   with jax.transfer_guard_host_to_device('allow'):
-    return jax.make_array_from_process_local_data(sharding, tree)
+    return jax.tree.map(place, tree)
 
 
 def all_agree(ok: bool, what: str) -> bool:
@@ -59,6 +80,10 @@ class AnyProcess:
   def __call__(self, raised: bool) -> bool:
     if self._alone:
       return raised
-    local = np.full(jax.local_device_count(), raised, np.int32)
-    last, self._last = self._last, self._largest(put(local, self._split))
+    local = np.full(1, raised, np.int32)
+    with jax.transfer_guard_host_to_device('allow'):
+      votes = jax.make_array_from_callback(
+        (self._split.mesh.size,), self._split, lambda _: local
+      )
+    last, self._last = self._last, self._largest(votes)
     return last is not None and bool(jax.device_get(last))

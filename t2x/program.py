@@ -89,7 +89,8 @@ class Program:
   def place(self, batch: dict[str, Any]) -> train_step.Batch:
     """Makes a global batch of this process's rows, as the mesh needs them."""
     batch = {name: self._arranged(name, a) for name, a in batch.items()}
-    return processes.put(batch, self.batch_sharding)
+    num_rows = self.config.data.batch_size
+    return processes.put(batch, self.batch_sharding, self.rows, num_rows)
 
   def _arranged(self, name: str, array):
     """Pads the targets' side so that it can be split; orders it for a ring."""

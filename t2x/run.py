@@ -16,6 +16,7 @@ from t2x import metrics as metrics_lib
 from t2x import processes
 from t2x import program as program_lib
 from t2x import report
+from t2x import stragglers
 from t2x import train_step
 from t2x.data import pipeline
 
@@ -50,6 +51,7 @@ class Run:
     kind = jax.devices()[0].device_kind
     self._peak = flops.peak_flops(kind, config.model.dtype)
     self._pending = None
+    self._stragglers = stragglers.Stragglers(mesh, config.train.log_every)
 
   def restore(self) -> None:
     """Restores the newest checkpoint, or draws the weights."""
@@ -83,7 +85,9 @@ class Run:
 
   def advance(self, step: int) -> None:
     """Dispatches one step, then reads the metrics of the one before."""
+    start = time.perf_counter()
     batch, num_tokens = next(self.batches)
+    self._stragglers.add(step, time.perf_counter() - start)
     self.state, metrics = self.program.step(self.state, batch)
     self.step = step
     # The device works on this step while the host waits for the last one.
@@ -161,6 +165,16 @@ class Run:
         'or make the directory writable, and give the same command again: it '
         'goes on from there.'
       )
+
+  def where(self) -> str:
+    """Returns how far the run is, for the message of one that is lost."""
+    latest = self.saved.latest_step()
+    saved = (
+      'no checkpoint was saved yet'
+      if latest is None
+      else f'the last checkpoint in {self.workdir} is that of step {latest}'
+    )
+    return f' after step {self.step}; {saved}.'
 
   def close(self) -> None:
     self.batches.close()

@@ -16,6 +16,7 @@ from t2x import run as run_lib
 from t2x import run_dir
 from t2x import sharding
 from t2x import train_step
+from t2x import watch
 from t2x.data import corpus as corpus_lib
 from t2x.data import pipeline
 
@@ -79,6 +80,7 @@ def _loop(run: run_lib.Run, stopping, profiler) -> train_step.TrainState:
   for step in range(run.step + 1, run.num_steps + 1):
     profiler.before(step)
     run.advance(step)
+    watch.follow(run.where)
     profiler.after(step, run.state)
     last = step == run.num_steps
     # Kept: a signal may come at any time, and nothing goes unsaved.

@@ -14,7 +14,8 @@ _ROOT = pathlib.Path(__file__).parents[1]
 # order of the design, with what came since: `stack` stands below the models;
 # an experiment's config names the mesh and the step, `program` compiles it.
 _ORDER = (
-  ('config', 'checks', 'sharding', 'mesh', 'processes', 'paths', 'zigzag'),
+  ('config', 'checks', 'sharding', 'mesh', 'paths', 'zigzag'),
+  ('processes', 'last_words', 'watch', 'stragglers', 'cluster'),
   ('attention', 'layers'),
   ('stack',),
   ('models',),

@@ -9,6 +9,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import jax
 
@@ -98,11 +99,30 @@ def start(
   )
 
 
+def wait_for(path: pathlib.Path, processes, seconds: float = 120) -> None:
+  """Waits until `path` exists; fails if one of `processes` ends before."""
+  deadline = time.monotonic() + seconds
+  while not path.exists():
+    ended = [p for p in processes if p.poll() is not None]
+    if ended or time.monotonic() > deadline:
+      for process in processes:
+        process.kill()
+      said = [process.communicate() for process in processes]
+      raise AssertionError(f'{path} has not come: {said}')
+    time.sleep(0.05)
+
+
 def losses(workdir) -> list[float]:
   """Returns the losses of a run, whose steps must be 1, 2, 3, ..."""
   rows = metrics.read_rows(workdir)
   assert [row['step'] for row in rows] == list(range(1, len(rows) + 1))
   return [row['loss'] for row in rows]
+
+
+def saved_steps(workdir) -> list[int]:
+  """Returns the steps whose checkpoints are complete."""
+  names = [p.name for p in (pathlib.Path(workdir) / 'checkpoints').iterdir()]
+  return sorted(int(name) for name in names if name.isdigit())
 
 
 def history(workdir) -> list[dict]:
