@@ -38,6 +38,8 @@ EXTRAS = {
     'ruff>=0.9',
     'tensorboard>=2.18',
   ],
+  # The TPU compiler, which needs no TPU.
+  'plan': ['libtpu'],
   'bench': ['psutil>=6.0', 'torch==2.13.0'],
   # Other libraries that tests compare with, and an emulated object store.
   'reference': [
