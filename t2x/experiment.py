@@ -215,30 +215,36 @@ def context_size(config: Experiment, sizes: Mapping[str, int]) -> int:
   return math.prod(sizes[a] for a in sharding.mesh_axes(config.rules.length))
 
 
+def _source_parts(config: Experiment, sizes: Mapping[str, int]) -> int:
+  """Returns what the tokens of a row must be a multiple of, in an encoder."""
+  fine = {*sharding.mesh_axes(config.rules.norm_length)}
+  fine -= {*sharding.mesh_axes(config.rules.length)}
+  return context_size(config, sizes) * math.prod(sizes[a] for a in fine)
+
+
 def target_parts(config: Experiment, sizes: Mapping[str, int]) -> int:
   """Returns what the targets of a row are padded to a multiple of."""
-  parts = context_size(config, sizes)
-  return parts if zigzag(config, sizes) == 1 else 2 * parts
+  pieces = 1 if zigzag(config, sizes) == 1 else 2 * context_size(config, sizes)
+  return math.lcm(_source_parts(config, sizes), pieces)
 
 
 def _check_context(config: Experiment, sizes: dict[str, int]) -> None:
-  devices = context_size(config, sizes)
-  if devices == 1:
-    return
   has_encoder = config.data.objective.has_encoder
-  parts = devices if has_encoder else target_parts(config, sizes)
-  axes = ' x '.join(
-    f'mesh.{a}' for a in sharding.mesh_axes(config.rules.length)
-  )
+  parts_of = _source_parts if has_encoder else target_parts
+  parts = parts_of(config, sizes)
+  rules = config.rules
+  axes = {*sharding.mesh_axes(rules.length)}
+  axes |= {*sharding.mesh_axes(rules.norm_length)}
+  named = ' x '.join(f'mesh.{a}={sizes[a]}' for a in sorted(axes))
   for length in data_config.buckets(config.data):
     if length % parts:
-      pieces = ' (an early and a late piece each)' if parts > devices else ''
       raise ValueError(
-        f'data.length: a row of {length} tokens cannot be split over {devices} '
-        f'devices ({axes}){pieces}: it must be a multiple of {parts}. Set it '
-        f'to {-(-length // parts) * parts}, or change {axes}.'
+        f'data.length: a row of {length} tokens cannot be split over {named} '
+        f'(rules.length, rules.norm_length): it must be a multiple of {parts}. '
+        f'Set it to {-(-length // parts) * parts}, or change the mesh.'
       )
-  if config.rules.context_attention == 'all_to_all':
+  devices = context_size(config, sizes)
+  if devices > 1 and config.rules.context_attention == 'all_to_all':
     split = sharding.mesh_axes(config.rules.kv_heads)
     parts = math.prod(sizes[a] for a in split)
     for kind in config.model.kinds:

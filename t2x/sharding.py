@@ -6,6 +6,7 @@ Modules name the logical axes of parameters (`axes=` metadata) and activations
 
 import contextlib
 import dataclasses
+import math
 from typing import Any
 from typing import Literal
 
@@ -14,7 +15,6 @@ import jax
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-import numpy as np
 
 MeshAxes = str | tuple[str, ...] | None
 
@@ -117,6 +117,63 @@ def auto_axes(axis: str) -> tuple[str, ...]:
   )
 
 
+def num_parts(axis: str) -> int:
+  """Returns over how many devices the active rules split a logical axis."""
+  if _rules.value is None:
+    return 1
+  sizes = jax.sharding.get_abstract_mesh().shape
+  return math.prod(sizes[a] for a in mesh_axes(getattr(_rules.value, axis)))
+
+
+def fine_axes(*, manual: bool = False) -> tuple[str, ...]:
+  """Returns the mesh axes that split a sequence only between layers.
+
+  Args:
+    manual: those that a surrounding `shard_map` is manual over; else those
+      that it is not.
+  """
+  if _rules.value is None:
+    return ()
+  mesh = jax.sharding.get_abstract_mesh()
+  coarse = mesh_axes(_rules.value.length)
+  return tuple(
+    a
+    for a in mesh_axes(_rules.value.norm_length)
+    if a not in coarse
+    and mesh.shape[a] > 1
+    and (a in mesh.manual_axes) == manual
+  )
+
+
+def manual_part(axis: str, size: int) -> tuple[jax.Array | int, int]:
+  """Returns where this device's part of a logical axis starts, and its size.
+
+  Of an axis of which a surrounding `shard_map` holds a part; (0, size) of one
+  that is whole.
+
+  Args:
+    axis: logical name.
+    size: of the whole dimension.
+  """
+  if _rules.value is None:
+    return 0, size
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = mesh_axes(getattr(_rules.value, axis))
+  axes = tuple(a for a in axes if a in mesh.manual_axes)
+  if not axes:
+    return 0, size
+  part = size // math.prod(mesh.shape[a] for a in axes)
+  return jax.lax.axis_index(axes) * part, part
+
+
+def manual_spec(variable: nnx.Variable, axes: tuple[str, ...]) -> P:
+  """Returns how some mesh axes split a parameter under the active rules."""
+  names = axes_of(variable, len(variable.shape))
+  spec = to_spec(names, active_rules())
+  kept = [tuple(a for a in mesh_axes(e) if a in axes) for e in spec]
+  return P(*(entry or None for entry in kept))
+
+
 def to_spec(
   axes: tuple[str | None, ...],
   rules: Rules,
@@ -181,7 +238,7 @@ def _check_axis(mesh_axis, mesh, axis, where, axes, owner):
 
 
 def _check_divides(size, dim, axis, split, mesh, where):
-  parts = int(np.prod([mesh.shape[a] for a in split], dtype=int))
+  parts = math.prod(mesh.shape[a] for a in split)
   if size % parts:
     sizes = ', '.join(f'mesh.{a}={mesh.shape[a]}' for a in split)
     raise ShardingError(

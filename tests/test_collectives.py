@@ -178,3 +178,27 @@ def test_chunks_of_tokens_reduce_the_table_once():
   for axis, size in (('fsdp', table), ('data', table // 2)):
     assert reduced(found, axis, inside=True) == 0
     assert size <= reduced(found, axis, inside=False) < 1.02 * size
+
+
+# --- Sequence parallelism. ---
+
+
+def test_sums_become_gathers_and_scatters():
+  """Of activations; what is left to sum in a layer are scales of norms."""
+  mesh = mesh_of(data=1, tensor=8)
+  rules = sharding.Rules(norm_length=('context', 'tensor'))
+  step = train_step.StepConfig()
+  activation = 4 * 32 * 16 * CONFIG.embed_dim  # float32, rows, tokens, width
+  inside = lambda found, kind: [
+    c for c in found if c.kind == kind and c.loops and c.bytes > 1024
+  ]
+  found = step_collectives(mesh, step, rules=rules)
+  for kind in ('all-gather', 'reduce-scatter'):
+    layer = inside(found, kind)
+    assert [c.bytes for c in layer] == [activation] * 4
+    assert {c.times for c in layer} == {CONFIG.num_layers}
+  assert not inside(found, 'all-reduce') and not inside(found, 'all-to-all')
+  # Without it whole activations are summed; the CPU's compiler sums those of
+  # queries, keys and values apart.
+  summed = inside(step_collectives(mesh, step), 'all-reduce')
+  assert sum(c.bytes for c in summed) == 6 * activation

@@ -37,6 +37,7 @@ MESHES = {
   'fsdp8': {'data': 1, 'fsdp': 8},
   'tensor8': {'data': 1, 'tensor': 8},
   'context4_tensor2': {'data': 1, 'context': 4, 'tensor': 2},
+  'context2_tensor4': {'data': 1, 'context': 2, 'tensor': 4},
   'data2_fsdp2_context2': {'data': 2, 'fsdp': 2, 'context': 2},
 }
 TX = optim.make(optim.AdamW(), 10)
@@ -217,6 +218,24 @@ def assert_as_on_one_device(kind, result):
 def test_loss_and_gradients(kind, mesh):
   """With packing, dropout, uneven weights and rows of no weight."""
   result = on_mesh(kind, make_mesh(**MESHES[mesh]))
+  assert_as_on_one_device(kind, result)
+
+
+SEQUENCE = sharding.Rules(norm_length=('context', 'tensor'))
+
+
+@pytest.mark.parametrize(
+  'kind',
+  [
+    'gpt2',
+    pytest.param('llama', marks=pytest.mark.slow),
+    pytest.param('bert', marks=pytest.mark.slow),
+    pytest.param('t5', marks=pytest.mark.slow),
+  ],
+)
+@pytest.mark.parametrize('mesh', ['data2_fsdp2_tensor2', 'context2_tensor4'])
+def test_sequence_parallelism(kind, mesh):
+  result = on_mesh(kind, make_mesh(**MESHES[mesh]), rules=SEQUENCE)
   assert_as_on_one_device(kind, result)
 
 

@@ -19,6 +19,7 @@ from t2x.attention import cache as cache_lib
 from t2x.attention import context
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
+from t2x.layers import branch
 from t2x.layers import dropout
 from t2x.layers import norm
 from t2x.layers import param
@@ -178,6 +179,7 @@ class Attention(nnx.Module):
     Returns:
       (B, T, D).
     """
+    x_BTD = branch.gather(x_BTD)
     q_BTNH = self.queries(x_BTD)
     if encoded_BSD is not None:
       k_BSKH, v_BSKH = self.keys_and_values(encoded_BSD)
@@ -252,7 +254,9 @@ class Attention(nnx.Module):
     config = self.config
     drop = None
     if keys_B is not None and config.dropout:
-      drop = dropout.OfScores(keys_B=keys_B, rate=config.dropout)
+      drop = dropout.OfScores(
+        keys_B=keys_B, rate=config.dropout, heads_KG=self._heads()
+      )
     options = dense.Options(
       scale=config.scale, soft_cap=config.soft_cap, block=config.block
     )
@@ -261,7 +265,15 @@ class Attention(nnx.Module):
     )
     out_BTNH = checkpoint_name(out_BTNH, 'attention')
     out_BTD = param.project(out_BTNH, self.o_NHD, 'BTNH,NHD->BTD')
+    out_BTD = branch.scatter(out_BTD)
     return param.add_bias(out_BTD, self.o_bias_D)
+
+  def _heads(self) -> jax.Array:
+    """Returns the numbers of this device's heads."""
+    config = self.config
+    start, num = sharding.manual_part('heads', config.num_heads)
+    group = config.num_heads // config.kv_heads
+    return (start + jnp.arange(num)).reshape(-1, min(group, num))
 
   def empty_cache(self, batch: int, capacity: int, dtype) -> cache_lib.Cache:
     K, H = self.config.kv_heads, self.config.head_dim

@@ -15,6 +15,7 @@ from t2x.attention import cache as cache_lib
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
 from t2x.layers import attention as attention_lib
+from t2x.layers import branch
 from t2x.layers import dropout
 from t2x.layers import mlp as mlp_lib
 from t2x.layers import norm as norm_lib
@@ -99,9 +100,9 @@ class Block(nnx.Module):
     """Returns the next activations, and the new cache if one was given."""
     if self.residual == 'parallel':
       # Chowdhery et al., 2022: x + attention(norm(x)) + mlp(norm(x)).
-      y_BTD = self.attention_norm(x_BTD)
+      y_BTD = self._before(x_BTD, self.attention_norm)
       out_BTD, cache = self._attend(y_BTD, context, cache)
-      out_BTD = out_BTD + self._feed_forward(y_BTD, context)
+      out_BTD = _residual(out_BTD + self._feed_forward(y_BTD, context))
       x_BTD = x_BTD + self._drop(out_BTD, context, 2)
     else:
       y_BTD = self._before(x_BTD, self.attention_norm)
@@ -113,8 +114,7 @@ class Block(nnx.Module):
         x_BTD = self._after(x_BTD, out_BTD, self.cross_norm, context, 3)
       out_BTD = self._feed_forward(self._before(x_BTD, self.mlp_norm), context)
       x_BTD = self._after(x_BTD, out_BTD, self.mlp_norm, context, 4)
-    x_BTD = sharding.constrain(x_BTD, 'batch', 'length', 'act_embed')
-    return checkpoint_name(x_BTD, 'block'), cache
+    return checkpoint_name(_residual(x_BTD), 'block'), cache
 
   def _before(self, x_BTD, norm):
     """What a branch reads: norm(x), or x itself in post-norm order."""
@@ -122,7 +122,8 @@ class Block(nnx.Module):
 
   def _after(self, x_BTD, out_BTD, norm, context, site):
     """x + branch, in post-norm order norm(x + branch)."""
-    x_BTD = x_BTD + self._drop(out_BTD, context, site)
+    out_BTD = self._drop(_residual(out_BTD), context, site)
+    x_BTD = x_BTD + out_BTD
     return norm(x_BTD) if self.residual == 'post_norm' else x_BTD
 
   def _drop(self, x_BTD, context, site):
@@ -131,30 +132,28 @@ class Block(nnx.Module):
     return dropout.dropout(x_BTD, self.dropout_rate, keys_B, zigzag)
 
   def _attend(self, y_BTD, context, cache):
-    shared = {
-      'positions_BT': context.positions_BT,
-      'rotary': context.rotary,
-      'bias': context.bias,
-    }
     if cache is None:
-      keys_B = dropout.fold(context.keys_B, 0)
-      out = self.attention(y_BTD, context.mask, keys_B=keys_B, **shared)
-      return out, None
-    out, own = self.attention.step(y_BTD, context.mask, cache.own, **shared)
+      return branch.run(_attention, self.attention, y_BTD, context), None
+    out, own = self.attention.step(
+      y_BTD,
+      context.mask,
+      cache.own,
+      positions_BT=context.positions_BT,
+      rotary=context.rotary,
+      bias=context.bias,
+    )
     return out, dataclasses.replace(cache, own=own)
 
   def _attend_cross(self, layer, y_BTD, context, cache):
-    keys_B = dropout.fold(context.keys_B, 1)
-    mask = context.cross_mask
     if cache is None:
-      encoded_BSD = context.encoded_BSD
-      return layer(y_BTD, mask, keys_B=keys_B, encoded_BSD=encoded_BSD)
+      return branch.run(_cross_attention, layer, y_BTD, context)
     k_BSKH, v_BSKH = cache.cross.k_BSKH, cache.cross.v_BSKH
-    return layer.attend(layer.queries(y_BTD), k_BSKH, v_BSKH, mask)
+    return layer.attend(
+      layer.queries(y_BTD), k_BSKH, v_BSKH, context.cross_mask
+    )
 
   def _feed_forward(self, y_BTD, context):
-    keys_B = dropout.fold(context.keys_B, 5)
-    return self.mlp(y_BTD, keys_B, context.mask.q_zigzag)
+    return branch.run(_mlp, self.mlp, y_BTD, context)
 
   def empty_cache(self, batch, capacity, dtype, encoded_BSD=None):
     """Returns an empty cache; cross-attention's keys are computed once."""
@@ -165,3 +164,32 @@ class Block(nnx.Module):
     return BlockCache(
       own=own, cross=cache_lib.Cache(k_BSKH=k_BSKH, v_BSKH=v_BSKH)
     )
+
+
+def _attention(layer, y_BTD, context):
+  return layer(
+    y_BTD,
+    context.mask,
+    positions_BT=context.positions_BT,
+    rotary=context.rotary,
+    bias=context.bias,
+    keys_B=dropout.fold(context.keys_B, 0),
+  )
+
+
+def _cross_attention(layer, y_BTD, context):
+  keys_B = dropout.fold(context.keys_B, 1)
+  encoded_BSD = context.encoded_BSD
+  return layer(
+    y_BTD, context.cross_mask, keys_B=keys_B, encoded_BSD=encoded_BSD
+  )
+
+
+def _mlp(layer, y_BTD, context):
+  keys_B = dropout.fold(context.keys_B, 5)
+  return layer(y_BTD, keys_B, context.mask.q_zigzag)
+
+
+def _residual(x_BTD):
+  """Between layers a sequence may be split more finely than within them."""
+  return sharding.constrain(x_BTD, 'batch', 'norm_length', 'act_embed')

@@ -35,7 +35,11 @@ def fold(keys_B: jax.Array | None, number: int | jax.Array):
 
 
 def dropout(
-  x: jax.Array, rate: float, keys_B: jax.Array | None, zigzag: int = 1
+  x: jax.Array,
+  rate: float,
+  keys_B: jax.Array | None,
+  zigzag: int = 1,
+  first_feature: int | jax.Array = 0,
 ) -> jax.Array:
   """Zeroes entries with probability `rate` and scales up the others.
 
@@ -44,6 +48,7 @@ def dropout(
     rate: probability of a zero.
     keys_B: a key for each row, or None for evaluation.
     zigzag: devices over which the tokens of a row lie in zigzag order.
+    first_feature: of `x`, where it is a part of an array.
   """
   if keys_B is None or rate == 0.0:
     return x
@@ -51,6 +56,7 @@ def dropout(
   place_T = jnp.asarray(zigzag_lib.index(shape[0], zigzag), jnp.uint32)
   token = place_T.reshape(-1, *(1,) * (len(shape) - 1))
   rest = jax.lax.iota(jnp.uint32, math.prod(shape[1:]))
+  rest = rest + jnp.asarray(first_feature, jnp.uint32)
   feature = rest.reshape(1, *shape[1:])
   a_B, b_B = (w.reshape(-1, *(1,) * len(shape)) for w in _words(keys_B))
   bits = _hash(a_B, b_B, token[None], feature[None])[0]

@@ -38,7 +38,7 @@ class Embed(nnx.Module):
     table_VD = self.table_VD[...].astype(dtype)
     table_VD = sharding.constrain(table_VD, 'vocab', 'act_embed')
     x_BTD = param.look_up(table_VD, tokens_BT)
-    return sharding.constrain(x_BTD, 'batch', 'length', 'act_embed')
+    return sharding.constrain(x_BTD, 'batch', 'norm_length', 'act_embed')
 
 
 @jax.tree_util.register_dataclass

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from t2x import checks
 from t2x import sharding
+from t2x.layers import branch
 from t2x.layers import dropout
 from t2x.layers import param
 
@@ -77,6 +78,7 @@ class Mlp(nnx.Module):
     self, x_BTD: jax.Array, keys_B: jax.Array | None = None, zigzag: int = 1
   ) -> jax.Array:
     act = _ACTIVATIONS[self.config.activation]
+    x_BTD = branch.gather(x_BTD)
     up_BTF = param.project(x_BTD, self.up_DF, 'BTD,DF->BTF')
     up_BTF = checkpoint_name(param.add_bias(up_BTF, self.up_bias_F), 'mlp_up')
     if self.gate_DF is None:
@@ -85,10 +87,12 @@ class Mlp(nnx.Module):
       gate_BTF = param.project(x_BTD, self.gate_DF, 'BTD,DF->BTF')
       hidden_BTF = act(checkpoint_name(gate_BTF, 'mlp_gate')) * up_BTF
     hidden_BTF = sharding.constrain(hidden_BTF, 'batch', 'length', 'mlp')
+    first, _ = sharding.manual_part('mlp', self.config.hidden)
     hidden_BTF = dropout.dropout(
-      hidden_BTF, self.config.dropout, keys_B, zigzag
+      hidden_BTF, self.config.dropout, keys_B, zigzag, first_feature=first
     )
     out_BTD = param.project(hidden_BTF, self.down_FD, 'BTF,FD->BTD')
+    out_BTD = branch.scatter(out_BTD)
     return param.add_bias(out_BTD, self.down_bias_D)
 
 

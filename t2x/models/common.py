@@ -129,7 +129,7 @@ class Embeddings(nnx.Module):
     elif isinstance(self.config.position, position_lib.Sinusoidal):
       table = position_lib.sinusoidal(positions_BT, self.config.embed_dim)
       x_BTD = x_BTD + table.astype(dtype)
-    return sharding.constrain(x_BTD, 'batch', 'length', 'act_embed')
+    return sharding.constrain(x_BTD, 'batch', 'norm_length', 'act_embed')
 
 
 class Tower(nnx.Module):
@@ -187,6 +187,7 @@ class Tower(nnx.Module):
     )
     if self.final_norm is not None:
       x_BTD = self.final_norm(x_BTD)
+    x_BTD = sharding.constrain(x_BTD, 'batch', 'length', 'act_embed')
     return x_BTD, caches
 
   def drop(self, x_BTD, keys_B, zigzag: int):

@@ -1,0 +1,98 @@
+"""Sequence parallelism: layers that read and write a finely split sequence.
+
+Between layers, `rules.norm_length` may split a sequence over more axes than
+`rules.length` does within them: over those that split the layers' weights
+(Korthikanti et al., 2022). A layer then gathers its input along the sequence,
+computes with its part of the weights, and what it adds to the output is summed
+and scattered at once. The partitioner would sum it first, whole, so the layer
+runs in a `shard_map` that is manual over these axes.
+
+Shape suffixes: B batch, T position, D embed, C parts of the sequence within
+layers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from t2x import sharding
+
+
+def run(fn: Callable[..., jax.Array], layer: Any, x_BTD: jax.Array, rest: Any):
+  """Returns fn(layer, x_BTD, rest), whose weights and sequence are split.
+
+  Args:
+    fn: applies `layer`; calls `gather` on its input and `scatter` on its
+      output.
+    layer: its parameters live where the rules say.
+    x_BTD: the input, whole or split along the sequence.
+    rest: other arguments, whole along the fine axes but for parameters.
+  """
+  axes = sharding.fine_axes()
+  if not axes:
+    x_BTD = sharding.constrain(x_BTD, 'batch', 'length', 'act_embed')
+    return fn(layer, x_BTD, rest)
+  parts = sharding.num_parts('length')
+  shape = x_BTD.shape
+  # The coarse split stays the partitioner's, so it has a dimension of its own.
+  x_BCTD = x_BTD.reshape(shape[0], parts, -1, shape[-1])
+  fine = P(None, None, axes)
+
+  def local(layer, x_BCTD, rest):
+    x_BTD = x_BCTD.reshape(x_BCTD.shape[0], -1, x_BCTD.shape[-1])
+    out_BTD = fn(layer, x_BTD, rest)
+    return out_BTD.reshape(*x_BCTD.shape[:-1], -1)
+
+  out_BCTD = jax.shard_map(
+    local,
+    in_specs=(_specs(layer, axes), fine, _specs(rest, axes)),
+    out_specs=fine,
+    axis_names=set(axes),
+    check_vma=False,
+  )(layer, x_BCTD, rest)
+  return out_BCTD.reshape(shape)
+
+
+def gather(x_BTD: jax.Array) -> jax.Array:
+  """Returns the sequence as a layer needs it; the identity outside `run`."""
+  axes = sharding.fine_axes(manual=True)
+  if not axes:
+    return x_BTD
+  x_BCTD = _coarse(x_BTD)
+  return _flat(jax.lax.all_gather(x_BCTD, axes, axis=2, tiled=True))
+
+
+def scatter(x_BTD: jax.Array) -> jax.Array:
+  """Sums what devices add to an output; each keeps its part of the sequence.
+
+  The identity outside `run`.
+  """
+  axes = sharding.fine_axes(manual=True)
+  if not axes:
+    return x_BTD
+  x_BCTD = _coarse(x_BTD)
+  return _flat(
+    jax.lax.psum_scatter(x_BCTD, axes, scatter_dimension=2, tiled=True)
+  )
+
+
+def _coarse(x_BTD):
+  parts = sharding.num_parts('length')
+  return x_BTD.reshape(x_BTD.shape[0], parts, -1, x_BTD.shape[-1])
+
+
+def _flat(x_BCTD):
+  return x_BCTD.reshape(x_BCTD.shape[0], -1, x_BCTD.shape[-1])
+
+
+def _specs(tree, axes):
+  """The split of parameters over `axes`; everything else is whole."""
+
+  def spec(leaf):
+    if not sharding.is_variable(leaf):
+      return P()
+    return sharding.manual_spec(leaf, axes)
+
+  return jax.tree.map(spec, tree, is_leaf=sharding.is_variable)
