@@ -49,6 +49,20 @@ def put(
     return jax.tree.map(place, tree)
 
 
+def per_device(value: np.generic, split: NamedSharding) -> jax.Array:
+  """Returns an array of one entry a device; those of this process are `value`.
+
+  Args:
+    value: a scalar of this process.
+    split: over all axes of the mesh.
+  """
+  own = np.full(1, value)
+  with jax.transfer_guard_host_to_device('allow'):
+    return jax.make_array_from_callback(
+      (split.mesh.size,), split, lambda _: own
+    )
+
+
 def all_agree(ok: bool, what: str) -> bool:
   """Returns whether `ok` holds in every process; waits for all of them.
 
@@ -80,10 +94,6 @@ class AnyProcess:
   def __call__(self, raised: bool) -> bool:
     if self._alone:
       return raised
-    local = np.full(1, raised, np.int32)
-    with jax.transfer_guard_host_to_device('allow'):
-      votes = jax.make_array_from_callback(
-        (self._split.mesh.size,), self._split, lambda _: local
-      )
+    votes = per_device(np.int32(raised), self._split)
     last, self._last = self._last, self._largest(votes)
     return last is not None and bool(jax.device_get(last))

@@ -108,12 +108,16 @@ def auto_axes(axis: str) -> tuple[str, ...]:
   Those that a surrounding `shard_map` is manual over are left out, and there
   are none outside `use`.
   """
+  return _axes_in_use(axis, manual=False)
+
+
+def _axes_in_use(axis: str, *, manual: bool) -> tuple[str, ...]:
   if _rules.value is None:
     return ()
   mesh = jax.sharding.get_abstract_mesh()
   axes = mesh_axes(getattr(_rules.value, axis))
   return tuple(
-    a for a in axes if mesh.shape[a] > 1 and a not in mesh.manual_axes
+    a for a in axes if mesh.shape[a] > 1 and (a in mesh.manual_axes) == manual
   )
 
 
@@ -132,17 +136,8 @@ def fine_axes(*, manual: bool = False) -> tuple[str, ...]:
     manual: those that a surrounding `shard_map` is manual over; else those
       that it is not.
   """
-  if _rules.value is None:
-    return ()
-  mesh = jax.sharding.get_abstract_mesh()
-  coarse = mesh_axes(_rules.value.length)
-  return tuple(
-    a
-    for a in mesh_axes(_rules.value.norm_length)
-    if a not in coarse
-    and mesh.shape[a] > 1
-    and (a in mesh.manual_axes) == manual
-  )
+  axes = _axes_in_use('norm_length', manual=manual)
+  return tuple(a for a in axes if a not in mesh_axes(active_rules().length))
 
 
 def manual_part(axis: str, size: int) -> tuple[jax.Array | int, int]:
@@ -155,14 +150,10 @@ def manual_part(axis: str, size: int) -> tuple[jax.Array | int, int]:
     axis: logical name.
     size: of the whole dimension.
   """
-  if _rules.value is None:
-    return 0, size
-  mesh = jax.sharding.get_abstract_mesh()
-  axes = mesh_axes(getattr(_rules.value, axis))
-  axes = tuple(a for a in axes if a in mesh.manual_axes)
+  axes = _axes_in_use(axis, manual=True)
   if not axes:
     return 0, size
-  part = size // math.prod(mesh.shape[a] for a in axes)
+  part = size // jax.lax.axis_size(axes)
   return jax.lax.axis_index(axes) * part, part
 
 

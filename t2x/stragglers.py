@@ -14,6 +14,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
+from t2x import processes
+
 _log = logging.getLogger(__name__)
 
 _TIMES = 1.5  # Slower than the median of the others.
@@ -41,8 +43,8 @@ class Stragglers:
       lambda seconds: seconds, out_shardings=NamedSharding(mesh, P())
     )
     # One device speaks for each process.
-    processes = [device.process_index for device in mesh.devices.flat]
-    self._first = {p: processes.index(p) for p in sorted(set(processes))}
+    owners = [device.process_index for device in mesh.devices.flat]
+    self._first = {p: owners.index(p) for p in sorted(set(owners))}
     self._sum, self._num, self._since = 0.0, 0, time.perf_counter()
     self._last: jax.Array | None = None
     self._slow, self._in_a_row = -1, 0
@@ -56,13 +58,10 @@ class Stragglers:
       return
     now = time.perf_counter()
     step_seconds = (now - self._since) / self._num
-    own = np.full(1, self._sum / self._num, np.float32)
+    own = np.float32(self._sum / self._num)
     self._sum, self._num, self._since = 0.0, 0, now
-    with jax.transfer_guard_host_to_device('allow'):
-      split = jax.make_array_from_callback(
-        (self._split.mesh.size,), self._split, lambda _: own
-      )
-    last, self._last = self._last, self._gather(split)
+    gathered = self._gather(processes.per_device(own, self._split))
+    last, self._last = self._last, gathered
     if last is not None and jax.process_index() == 0:
       all_seconds = jax.device_get(last)
       by_process = {p: float(all_seconds[i]) for p, i in self._first.items()}

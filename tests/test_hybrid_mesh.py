@@ -5,7 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
-import topology
+import tpu
 
 from t2x import config as config_lib
 from t2x import experiment
@@ -58,7 +58,7 @@ def slices_of(group):
   ],
 )
 def test_tensor_groups_are_neighbours_and_data_crosses(name, slices, sizes):
-  devices = topology.devices(name, slices)
+  devices = tpu.devices(name, slices)
   made = mesh.make(mesh.MeshConfig(**sizes), devices)
   assert set(made.devices.flat) == set(devices)
   assert dict(made.shape) | sizes == dict(made.shape)
@@ -71,14 +71,14 @@ def test_tensor_groups_are_neighbours_and_data_crosses(name, slices, sizes):
 
 
 def test_connected_sees_a_gap():
-  devices = topology.devices('v5e:4x4')
+  devices = tpu.devices('v5e:4x4')
   at = {tuple(d.coords[:2]): d for d in devices}
   assert connected([at[0, 0], at[0, 1], at[1, 1]])
   assert not connected([at[0, 0], at[0, 2]])
 
 
 def test_slices_on_another_axis():
-  devices = topology.devices('v5e:4x4', 2)
+  devices = tpu.devices('v5e:4x4', 2)
   config = mesh.MeshConfig(
     data=2, fsdp=-1, tensor=4, dcn=mesh.Dcn(data=1, fsdp=2)
   )
@@ -92,7 +92,7 @@ def test_slices_on_another_axis():
 
 
 def test_slices_on_two_axes():
-  devices = topology.devices('v5e:2x2', 4)
+  devices = tpu.devices('v5e:2x2', 4)
   config = mesh.MeshConfig(data=2, fsdp=-1, dcn=mesh.Dcn(data=-1, fsdp=2))
   made = mesh.make(config, devices)
   assert made.devices.shape == (1, 2, 8, 1, 1, 1)

@@ -26,15 +26,17 @@ def mesh(topology: str = 'v5e:2x4', **sizes: int):
     topology: kind and shape of the slice; `v5e:2x4` has eight chips.
     **sizes: of the mesh axes, as for `mesh.MeshConfig`.
   """
-  pytest.importorskip('libtpu', reason='compiling for TPU needs libtpu')
-  return mesh_lib.make(mesh_lib.MeshConfig(**sizes), _devices(topology))
+  return mesh_lib.make(mesh_lib.MeshConfig(**sizes), devices(topology))
 
 
 @functools.cache
-def _devices(topology):
+def devices(topology: str, num_slices: int = 1):
+  """Returns the devices of a topology, such as `v5e:4x4`, or skips the test."""
+  pytest.importorskip('libtpu', reason='compiling for TPU needs libtpu')
+  options = {'num_slices': num_slices} if num_slices > 1 else {}
   for name, value in _ENVIRONMENT.items():
     os.environ.setdefault(name, value)
-  return topologies.get_topology_desc(topology, 'tpu').devices
+  return topologies.get_topology_desc(topology, 'tpu', **options).devices
 
 
 def compile_text(lowered: jax.stages.Lowered, **options) -> str:

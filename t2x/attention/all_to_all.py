@@ -11,6 +11,7 @@ of devices.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -60,30 +61,19 @@ def attend(
 ) -> jax.Array:
   """As `dense.attend`, of rows that a mesh axis splits along the sequence.
 
-  Args:
-    q_BTNH: queries of whole rows; T is split over `axis`.
-    k_BSKH: keys; S is split over `axis`.
-    v_BSKH: values.
-    mask: of whole rows, in the order of the sequence.
-    axis: the mesh axis.
-    options: as for `dense.attend`.
-    bias: as for `dense.attend`; a pytree.
-    dropout: `dropout.OfScores` or None.
+  Arguments as for `context.attend`, but for the axis; the tokens come in the
+  order of the sequence.
 
   Raises:
     ShardingError: the heads do not divide.
   """
   sizes = jax.sharding.get_abstract_mesh().shape
-  parts = 1
-  for a in sharding.auto_axes('kv_heads'):
-    parts *= sizes[a]
+  parts = math.prod(sizes[a] for a in sharding.auto_axes('kv_heads'))
   N, K = q_BTNH.shape[2], k_BSKH.shape[2]
   copies = repeats(N, K, sizes[axis], parts)
   k_BSKH, v_BSKH = (jnp.repeat(a, copies, 2) for a in (k_BSKH, v_BSKH))
   split = P(None, axis)
-  mask_spec = jax.tree.map(lambda _: split, mask)
-  if mask.prefix_B is not None:
-    mask_spec = dataclasses.replace(mask_spec, prefix_B=P())
+  mask_spec = mask_lib.specs(mask, axis)
   fn = functools.partial(_exchange, axis=axis, options=options)
   return jax.shard_map(
     fn,
@@ -100,12 +90,14 @@ def _exchange(q_BTNH, k_BSKH, v_BSKH, mask, bias, dropout, *, axis, options):
   # Every C-th key/value head with its query heads, so that a split of the
   # heads over other axes stays as it is.
   heads_KG = jnp.arange(N).reshape(K // C, C, N // K)[:, rank]
-  q = _to_heads(q_BTNH.reshape(*q_BTNH.shape[:2], K // C, C, N // K, -1), axis)
-  q = q.reshape(*q.shape[:2], N // C, -1)
-  to_heads = lambda a: _to_heads(
-    a.reshape(*a.shape[:2], K // C, C, 1, -1), axis
-  ).reshape(a.shape[0], -1, K // C, a.shape[-1])
-  k, v = to_heads(k_BSKH), to_heads(v_BSKH)
+
+  def to_heads(a, group):
+    """(B, T / C, K group, H) to (B, T, K / C group, H)."""
+    a = a.reshape(*a.shape[:2], K // C, C, group, -1)
+    a = jax.lax.all_to_all(a, axis, split_axis=3, concat_axis=1, tiled=True)
+    return a.reshape(*a.shape[:2], K // C * group, -1)
+
+  q, k, v = to_heads(q_BTNH, N // K), to_heads(k_BSKH, 1), to_heads(v_BSKH, 1)
   gather = lambda x: (
     None if x is None else jax.lax.all_gather(x, axis, axis=1, tiled=True)
   )
@@ -114,8 +106,6 @@ def _exchange(q_BTNH, k_BSKH, v_BSKH, mask, bias, dropout, *, axis, options):
     q_segments_BT=gather(mask.q_segments_BT),
     k_segments_BS=gather(mask.k_segments_BS),
   )
-  if dropout is not None:
-    dropout = dataclasses.replace(dropout, heads_KG=heads_KG)
   out = dense.attend(
     q,
     k,
@@ -123,16 +113,11 @@ def _exchange(q_BTNH, k_BSKH, v_BSKH, mask, bias, dropout, *, axis, options):
     mask,
     options=options,
     bias=bias and _of_heads(bias, heads_KG.reshape(-1)),
-    dropout=dropout,
+    dropout=dropout and dropout.of_heads(heads_KG),
   )
   out = out.reshape(*out.shape[:2], K // C, 1, N // K, -1)
   out = jax.lax.all_to_all(out, axis, split_axis=1, concat_axis=3, tiled=True)
   return out.reshape(*q_BTNH.shape[:3], -1)
-
-
-def _to_heads(x, axis):
-  """(B, T / C, K / C, C, G, H) to (B, T, K / C, 1, G, H)."""
-  return jax.lax.all_to_all(x, axis, split_axis=3, concat_axis=1, tiled=True)
 
 
 def _of_heads(bias, heads_N):

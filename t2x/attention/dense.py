@@ -30,7 +30,7 @@ Dropout = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 _MAX_BLOCKS = 16
 _MAX_KEYS = 2048  # Longer key ranges are cut.
 _KEEP_KEYS = 1024  # Up to here the backward pass keeps the probabilities.
-_NEVER = -1e30  # Finite: a query that sees no key must not become NaN.
+NEVER = -1e30  # Finite: a query that sees no key must not become NaN.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,29 +122,12 @@ def attend_part(
   Returns:
     float32 (B, T, N, H), and the log-sum-exp of the scores, (B, T, N).
   """
-  B, T, N, _ = q_BTNH.shape
-  S, K = k_BSKH.shape[1:3]
-  mask = mask_lib.placed(mask, T, S)
-  q_BTKGH = q_BTNH.reshape(B, T, K, N // K, -1)
-  outs, lses = [], []
-  for rows, keys in _blocks(T, S, mask, options):
-    run = functools.partial(
-      _attend_rows,
-      mask=mask,
-      options=options,
-      rows=rows,
-      keys=keys,
-      bias=bias,
-      dropout=dropout,
-    )
-    if S > _KEEP_KEYS and T > 1:
-      run = jax.checkpoint(run)
-    out, lse = run(q_BTKGH[:, rows], k_BSKH, v_BSKH)
-    outs.append(out)
-    lses.append(lse)
-  out = outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
-  out = out.reshape(B, T, N, -1)
-  return out, jnp.concatenate(lses, axis=1).reshape(B, T, N)
+  # Up to some length the backward pass keeps what it would make again.
+  kept = k_BSKH.shape[1] <= _KEEP_KEYS or q_BTNH.shape[1] == 1
+  fn = functools.partial(
+    _attend_rows, options=options, bias=bias, dropout=dropout
+  )
+  return _by_blocks(fn, (q_BTNH,), k_BSKH, v_BSKH, mask, options, kept)
 
 
 def weighted(
@@ -157,7 +140,7 @@ def weighted(
   options: Options = Options(),
   bias: Bias | None = None,
   dropout: Dropout | None = None,
-):
+) -> tuple[jax.Array, jax.Array]:
   """Returns what these keys add to attention whose log-sum-exp is known.
 
   With p = exp(scores - lse) and m what dropout makes of ones, the sums over
@@ -177,29 +160,11 @@ def weighted(
   Returns:
     float32 sums (B, T, N, H) and (B, T, N).
   """
-  B, T, N, _ = q_BTNH.shape
-  S, K = k_BSKH.shape[1:3]
-  mask = mask_lib.placed(mask, T, S)
-  q_BTKGH = q_BTNH.reshape(B, T, K, N // K, -1)
-  lse_BTKG = lse_BTN.reshape(B, T, K, N // K)
-  outs, totals = [], []
-  for rows, keys in _blocks(T, S, mask, options):
-    run = functools.partial(
-      _weigh_rows,
-      mask=mask,
-      options=options,
-      rows=rows,
-      keys=keys,
-      bias=bias,
-      dropout=dropout,
-    )
-    # Scores are made again for each block's gradient, and never kept.
-    run = jax.checkpoint(run)
-    out, total = run(q_BTKGH[:, rows], k_BSKH, v_BSKH, lse_BTKG[:, rows])
-    outs.append(out)
-    totals.append(total)
-  out, total = (jnp.concatenate(parts, axis=1) for parts in (outs, totals))
-  return out.reshape(B, T, N, -1), total.reshape(B, T, N)
+  fn = functools.partial(
+    _weigh_rows, options=options, bias=bias, dropout=dropout
+  )
+  queries = q_BTNH, lse_BTN
+  return _by_blocks(fn, queries, k_BSKH, v_BSKH, mask, options, False)
 
 
 def merge(first, second):
@@ -218,10 +183,40 @@ def merge(first, second):
   return weigh(out_a, lse_a) + weigh(out_b, lse_b), lse
 
 
+def _by_blocks(fn, queries, k_BSKH, v_BSKH, mask, options, kept):
+  """Applies `fn` to each block of queries; joins its two results.
+
+  Args:
+    fn: takes blocks of `queries`, then keys, values, mask, rows and keys in
+      reach; returns float32 (B, T, K, G, H) and (B, T, K, G).
+    queries: (B, T, N, ...) arrays.
+    k_BSKH: keys.
+    v_BSKH: values.
+    mask: what each query sees.
+    options: the block size.
+    kept: keep what the backward pass needs, and do not make it again.
+  """
+  B, T, N = queries[0].shape[:3]
+  S, K = k_BSKH.shape[1:3]
+  mask = mask_lib.placed(mask, T, S)
+  grouped = [a.reshape(B, T, K, N // K, *a.shape[3:]) for a in queries]
+  outs, sums = [], []
+  for rows, keys in _blocks(T, S, mask, options):
+    run = functools.partial(fn, mask=mask, rows=rows, keys=keys)
+    run = run if kept else jax.checkpoint(run)
+    out, total = run([a[:, rows] for a in grouped], k_BSKH, v_BSKH)
+    outs.append(out)
+    sums.append(total)
+  out = outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
+  total = jnp.concatenate(sums, axis=1)
+  return out.reshape(B, T, N, -1), total.reshape(B, T, N)
+
+
 def _attend_rows(
-  q_BTKGH, k_BSKH, v_BSKH, *, mask, options, rows, keys, bias, dropout
+  queries, k_BSKH, v_BSKH, *, mask, options, rows, keys, bias, dropout
 ):
   """One block of queries over the keys in reach, piece by piece."""
+  (q_BTKGH,) = queries
   total: Any = None
   for start in range(keys.start, keys.stop, _MAX_KEYS):
     part = slice(start, min(start + _MAX_KEYS, keys.stop))
@@ -233,15 +228,16 @@ def _attend_rows(
 
 
 def _weigh_rows(
-  q_BTKGH, k_BSKH, v_BSKH, lse_BTKG, *, mask, options, rows, keys, bias, dropout
+  queries, k_BSKH, v_BSKH, *, mask, options, rows, keys, bias, dropout
 ):
   """One block of queries over the keys in reach, whose weights are known."""
+  q_BTKGH, lse_BTKG = queries
   lse_BKGT = lse_BTKG.transpose(0, 2, 3, 1)
   out, total = jnp.float32(0.0), jnp.float32(0.0)
   for start in range(keys.start, keys.stop, _MAX_KEYS):
     part = slice(start, min(start + _MAX_KEYS, keys.stop))
     scores = _scores(q_BTKGH, k_BSKH[:, part], mask, options, rows, part, bias)
-    weights = jnp.exp(scores - jnp.maximum(lse_BKGT, _NEVER / 2)[..., None])
+    weights = jnp.exp(scores - jnp.maximum(lse_BKGT, NEVER / 2)[..., None])
     total = total + weights.sum(-1).transpose(0, 3, 1, 2)
     drop = _dropout_of(dropout, mask, rows, part)
     out = out + _product(weights, v_BSKH[:, part], drop)
@@ -257,7 +253,7 @@ def _dropout_of(dropout, mask, rows, part):
 
 
 def _scores(q_BTKGH, k_BSKH, mask, options, rows, keys, bias):
-  """Returns float32 scores (B, K, G, T, S), unseen keys at `_NEVER`."""
+  """Returns float32 scores (B, K, G, T, S), unseen keys at `NEVER`."""
   scores = jnp.einsum(
     'BTKGH,BSKH->BKGTS',
     q_BTKGH * _scale(options, q_BTKGH),
@@ -276,14 +272,14 @@ def _scores(q_BTKGH, k_BSKH, mask, options, rows, keys, bias):
   if seen is None:
     return scores
   seen = seen[None] if seen.ndim == 2 else seen
-  return jnp.where(seen[:, None, None], scores, _NEVER)
+  return jnp.where(seen[:, None, None], scores, NEVER)
 
 
 def _softmax_product(scores_BKGTS, v_BSKH, dropout):
   """Returns (out (B, T, K, G, H), lse (B, T, K, G)), float32."""
   largest = jax.lax.stop_gradient(scores_BKGTS.max(-1, keepdims=True))
-  # Where nothing is seen `largest` is _NEVER: every weight must become 0.
-  weights = jnp.exp(scores_BKGTS - jnp.maximum(largest, _NEVER / 2))
+  # Where nothing is seen `largest` is NEVER: every weight must become 0.
+  weights = jnp.exp(scores_BKGTS - jnp.maximum(largest, NEVER / 2))
   total_BKGT = weights.sum(-1)
   out = _product(weights, v_BSKH, dropout)
   safe_BKGT = jnp.maximum(total_BKGT, 1e-37)

@@ -7,6 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from t2x import zigzag as zigzag_lib
 
@@ -85,6 +86,13 @@ def key_range(mask: Mask, q_start: int, q_end: int, num_keys: int):
     if not mask.causal:
       end = min(end, q_end + mask.window - 1)
   return start, max(end, start + 1)
+
+
+def specs(mask: Mask, axis: str) -> Mask:
+  """Returns how a mesh axis that splits the sequence splits a mask's arrays."""
+  split = jax.tree.map(lambda _: P(None, axis), mask)
+  prefix = None if mask.prefix_B is None else P()  # A number for each row.
+  return dataclasses.replace(split, prefix_B=prefix)
 
 
 def placed(mask: Mask, num_queries: int, num_keys: int) -> Mask:

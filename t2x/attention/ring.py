@@ -12,7 +12,6 @@ Shape suffixes: B batch, T query position, S key position, N query heads, K
 key/value heads, H head dim, P pieces on a device. C is the number of devices.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -25,8 +24,6 @@ from t2x import sharding
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
 from t2x.attention import ring_plan
-
-_NEVER = -1e30
 
 
 def attend(
@@ -42,15 +39,7 @@ def attend(
 ) -> jax.Array:
   """As `dense.attend`, of rows that a mesh axis splits along the sequence.
 
-  Args:
-    q_BTNH: queries of whole rows; T is split over `axis`.
-    k_BSKH: keys; S is split over `axis`.
-    v_BSKH: values.
-    mask: of whole rows; arrays of indices are not taken.
-    axis: the mesh axis.
-    options: as for `dense.attend`.
-    bias: a pytree that is called as in `dense.attend`.
-    dropout: likewise.
+  Arguments as for `context.attend`, but for the axis.
   """
   assert mask.q_index_BT is None and mask.k_index_BS is None, 'a cache?'
   return _attend((axis, options), (q_BTNH, k_BSKH, v_BSKH), bias, dropout, mask)
@@ -63,7 +52,8 @@ def _attend(static, qkv, bias, dropout, mask):
 
 def _forward(static, qkv, bias, dropout, mask):
   split = P(None, static[0])
-  fn = _manual(_travel, static, (split, P(), P(), mask), (split, split))
+  specs = (split, P(), P(), mask_lib.specs(mask, static[0]))
+  fn = _manual(_travel, static, specs, (split, split))
   out, lse = fn(qkv, bias, dropout, mask)
   return out, (qkv, bias, dropout, mask, out, lse)
 
@@ -71,7 +61,8 @@ def _forward(static, qkv, bias, dropout, mask):
 def _backward(static, residuals, d_out):
   qkv, bias, dropout, mask, out, lse = residuals
   split = P(None, static[0])
-  specs = (split, P(), P(), mask, split, split, split)
+  of_mask = mask_lib.specs(mask, static[0])
+  specs = (split, P(), P(), of_mask, split, split, split)
   fn = _manual(_travel_back, static, specs, (split, P()))
   d_qkv, d_bias = fn(qkv, bias, dropout, mask, out, lse, d_out)
   return d_qkv, d_bias, None, None
@@ -82,21 +73,11 @@ _attend.defvjp(_forward, _backward)
 
 def _manual(fn, static, in_specs, out_specs):
   """A `shard_map` over the axis of the ring alone."""
-  axis, _ = static
-
-  def spec(part):
-    if not isinstance(part, mask_lib.Mask):
-      return part
-    # Segments and indices are split along the sequence; a prefix is a number.
-    split = jax.tree.map(lambda _: P(None, axis), part)
-    prefix = None if part.prefix_B is None else P()
-    return dataclasses.replace(split, prefix_B=prefix)
-
   return jax.shard_map(
     functools.partial(fn, static),
-    in_specs=tuple(spec(part) for part in in_specs),
+    in_specs=in_specs,
     out_specs=out_specs,
-    axis_names={axis},
+    axis_names={static[0]},
     check_vma=False,
   )
 
@@ -197,7 +178,7 @@ def _travel(static, qkv, bias, dropout, mask):
   place = _Place(axis, mask, q.shape[1], k.shape[1])
   q, visitor = place.q_pieces(q), (k, v, mask.k_segments_BS)
   out = jnp.zeros((*q.shape[:-1], v.shape[-1]), jnp.float32)
-  lse = jnp.full(q.shape[:-1], _NEVER, jnp.float32)
+  lse = jnp.full(q.shape[:-1], dense.NEVER, jnp.float32)
   at = 0
   for step in place.steps:
     visitor, at = place.hop(visitor, step.shift - at), step.shift
@@ -210,7 +191,7 @@ def _travel(static, qkv, bias, dropout, mask):
         return dense.attend_part(q, k, v, mask, **part)
 
       args = _get(q, q_piece), _get(k, k_piece), _get(v, k_piece)
-      new = place.where_seen(slot, met, args, (0.0, _NEVER))
+      new = place.where_seen(slot, met, args, (0.0, dense.NEVER))
       old = _get(out, q_piece), _get(lse, q_piece)
       merged = dense.merge(old, new)
       out, lse = _set(out, merged[0], q_piece), _set(lse, merged[1], q_piece)

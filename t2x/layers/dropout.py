@@ -78,6 +78,12 @@ class OfScores:
   rate: float = dataclasses.field(metadata={'static': True})
   heads_KG: jax.Array | None = None
 
+  def of_heads(self, heads_KG: jax.Array) -> 'OfScores':
+    """Returns the dropout of some of these heads, by their place among them."""
+    if self.heads_KG is not None:
+      heads_KG = self.heads_KG.reshape(-1)[heads_KG]
+    return dataclasses.replace(self, heads_KG=heads_KG)
+
   def __call__(self, probs_BKGTS, q_index_BT, k_index_BS):
     """Drops entries; indices are places in the row, B may be 1."""
     K, G = probs_BKGTS.shape[1:3]

@@ -137,13 +137,11 @@ def split(case, rules, devices, sizes):
   """The same where `devices` share each row."""
   (q, k, v, bias), weights = arguments(case)
   mask = case.mask
-  balanced = rules.context_attention == 'ring' and rules.balance_context
-  order = devices if balanced and mask.causal or case.S != T else 1
-  if order > 1 and case.S == T:
-    mask = dataclasses.replace(mask, q_zigzag=order, k_zigzag=order)
-  elif order > 1:  # Targets that look at a source.
-    order = devices if balanced else 1
-    mask = dataclasses.replace(mask, q_zigzag=order)
+  if rules.context_attention == 'ring' and rules.balance_context:
+    # Causal rows, and targets that look at a source.
+    own = devices if mask.causal or case.S != T else 1
+    source = own if case.S == T else 1
+    mask = dataclasses.replace(mask, q_zigzag=own, k_zigzag=source)
   q_order = zigzag.index(T, mask.q_zigzag)
   k_order = zigzag.index(case.S, mask.k_zigzag)
   at = lambda x, order: None if x is None else x[:, order]
