@@ -260,6 +260,7 @@ class Attention(nnx.Module):
     options = dense.Options(
       scale=config.scale, soft_cap=config.soft_cap, block=config.block
     )
+    k_BSKH, v_BSKH = self._met(k_BSKH), self._met(v_BSKH)
     out_BTNH = context.attend(
       q_BTNH, k_BSKH, v_BSKH, mask, options=options, bias=bias, dropout=drop
     )
@@ -274,6 +275,27 @@ class Attention(nnx.Module):
     start, num = sharding.manual_part('heads', config.num_heads)
     group = config.num_heads // config.kv_heads
     return (start + jnp.arange(num)).reshape(-1, min(group, num))
+
+  def _met(self, x_BSKH: jax.Array) -> jax.Array:
+    """Returns the key/value heads that this device's query heads look at.
+
+    Inside `branch.run` a device may have part of the query heads and, by
+    `rules.kv_heads`, all key/value heads.
+    """
+    config = self.config
+    start, num = sharding.manual_part('heads', config.num_heads)
+    _, num_held = sharding.manual_part('kv_heads', config.kv_heads)
+    group = config.num_heads // config.kv_heads
+    needed = max(num // group, 1)
+    if needed == num_held:
+      return x_BSKH
+    if num % group and group % num:
+      raise sharding.ShardingError(
+        f'A device has {num} of attention.num_heads={config.num_heads}, whose '
+        f'groups of {group} share a key/value head: neither divides the other. '
+        'Choose another mesh.tensor, or rules.norm_length=context.'
+      )
+    return jax.lax.dynamic_slice_in_dim(x_BSKH, start // group, needed, axis=2)
 
   def empty_cache(self, batch: int, capacity: int, dtype) -> cache_lib.Cache:
     K, H = self.config.kv_heads, self.config.head_dim
