@@ -100,7 +100,7 @@ class Run:
     if self._pending is None:
       return
     (step, metrics, num_tokens, shapes), self._pending = self._pending, None
-    metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+    metrics = {k: v.tolist() for k, v in jax.device_get(metrics).items()}
     now = time.perf_counter()
     seconds, self._time = now - self._time, now
     stopped = metrics['num_skipped'] >= self.config.train.max_skipped
@@ -200,7 +200,7 @@ class Run:
         yield self.program.place(batch), num_tokens / share
 
   def _stop_non_finite(self, step: int, metrics: dict[str, float]) -> None:
-    names = [f'{k}={v}' for k, v in metrics.items() if not np.isfinite(v)]
+    names = [f'{k}={v}' for k, v in metrics.items() if not np.isfinite(v).all()]
     skipped = int(metrics['num_skipped'])
     raise NonFiniteError(
       f'Step {step}: {", ".join(names)}. {skipped} updates in a row were '

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from t2x.layers import param
+from t2x.layers import routing
 
-# Applies one layer: (layer, x, cache or None, number) -> (x, cache or None).
+# Applies one layer: (layer, x, cache or None, number) -> (x, what it gives).
 Apply = Callable[[Any, jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
 
 
@@ -106,7 +107,8 @@ class Stack(nnx.Module):
       execution: scan or unroll, and what to recompute.
 
     Returns:
-      The activations and the new caches, in the same structure.
+      The activations, and what each layer gives out (its new cache, say), in
+      the structure of `map_layers`.
     """
     apply = _rematerialized(apply, execution.remat)
     group_caches, rest_caches = caches if caches is not None else (None, None)
@@ -117,29 +119,29 @@ class Stack(nnx.Module):
 
     def repeat(x, part):
       layers, cache, number = part
-      new = []
+      given = []
       for i, layer in enumerate(layers):
-        x, c = apply(layer, x, cache and cache[i], number[i])
-        new.append(c)
-      return x, tuple(new)
+        x, out = apply(layer, x, cache and cache[i], number[i])
+        given.append(out)
+      return x, tuple(given)
 
     parts = (group, group_caches, numbers)
     if not size:
-      new_group = ()
+      group_given = ()
     elif execution.scan:
-      x, new_group = jax.lax.scan(repeat, x, parts)
+      x, group_given = jax.lax.scan(repeat, x, parts)
     else:
-      new = []
+      given = []
       for part in unstack(parts, repeats):
-        x, cache = repeat(x, part)
-        new.append(cache)
-      new_group = jax.tree.map(lambda *leaves: jnp.stack(leaves), *new)
-    new_rest = []
+        x, out = repeat(x, part)
+        given.append(out)
+      group_given = jax.tree.map(lambda *leaves: jnp.stack(leaves), *given)
+    rest_given = []
     for i, layer in enumerate(self.remainder):
       number = jnp.asarray(repeats * size + i)
-      x, c = apply(layer, x, rest_caches and rest_caches[i], number)
-      new_rest.append(c)
-    return x, (new_group, tuple(new_rest))
+      x, out = apply(layer, x, rest_caches and rest_caches[i], number)
+      rest_given.append(out)
+    return x, (group_given, tuple(rest_given))
 
   def map_layers(self, fn: Callable[[Any], Any]) -> Any:
     """Returns fn(layer) of every layer, as `caches` are arranged."""
@@ -182,10 +184,10 @@ def _rematerialized(apply: Apply, remat: str) -> Apply:
     return apply
   policies = jax.checkpoint_policies
   if remat == 'full':
-    policy = policies.nothing_saveable
+    policy = policies.save_only_these_names(routing.CHOICE)
   elif remat == 'dots':
-    policy = policies.save_only_these_names(param.PRODUCT)
+    policy = policies.save_only_these_names(param.PRODUCT, routing.CHOICE)
   else:
     names = remat.partition(':')[2].split(',')
-    policy = policies.save_only_these_names(*names)
+    policy = policies.save_only_these_names(*names, routing.CHOICE)
   return jax.checkpoint(apply, policy=policy)

@@ -8,11 +8,13 @@ import functools
 import re
 from typing import Any
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import optax
 
+from t2x import balance
 from t2x import loss as loss_lib
 from t2x import optim_state
 from t2x import sharding
@@ -60,7 +62,8 @@ def partition(model: Any, pattern: str) -> tuple[Any, Any]:
   Args:
     model: a module.
     pattern: a regular expression that the dotted path of a trained parameter
-      matches in full. Integer leaves are never trained.
+      matches in full. Integers and variables that are no `nnx.Param` are
+      never trained.
 
   Returns:
     Two modules of one structure; each leaf is None in one of them.
@@ -71,13 +74,18 @@ def partition(model: Any, pattern: str) -> tuple[Any, Any]:
   expression = re.compile(pattern)
   paths = []
 
-  def chosen(path, leaf):
+  def chosen(path, x):
     name = sharding.path_name(path).removesuffix('.value')
     paths.append(name)
-    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return floating and expression.fullmatch(name) is not None
+    # Other variables (a router's balancing bias) have rules of their own.
+    ours = not sharding.is_variable(x) or isinstance(x, nnx.Param)
+    ours = ours and expression.fullmatch(name) is not None
+    floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jax.tree.map(lambda leaf: ours and floating(leaf), x)
 
-  mask = jax.tree_util.tree_map_with_path(chosen, model)
+  mask = jax.tree_util.tree_map_with_path(
+    chosen, model, is_leaf=sharding.is_variable
+  )
   if not any(jax.tree.leaves(mask)):
     raise ValueError(
       f'train.trainable={pattern!r} matches no parameter. Paths look like '
@@ -149,6 +157,7 @@ def train_step(
   trained, rest = partition(state.model, config.trainable)
   key = jax.random.fold_in(key, state.step)
   grads, sums = gradients(trained, rest, batch, key, config)
+  loads = sums.pop('loads')
   grad_norm = optax.tree.norm(grads)
   updates, opt_state = tx.update(grads, state.opt_state, trained)
   new_trained = optax.apply_updates(trained, updates)
@@ -164,13 +173,13 @@ def train_step(
   num_skipped = jnp.where(finite, 0, state.num_skipped + 1)
   new_state = TrainState(
     step=state.step + 1,
-    model=combine(new_trained, rest),
+    model=combine(new_trained, keep(balance.update(rest, loads), rest)),
     opt_state=keep(opt_state, state.opt_state),
     ema=ema,
     num_skipped=num_skipped,
   )
   metrics = {**sums, 'grad_norm': grad_norm, 'num_skipped': num_skipped}
-  return new_state, metrics
+  return new_state, metrics | balance.metrics(loads)
 
 
 def eval_step(model: Any, batch: Batch, config: StepConfig):
@@ -263,14 +272,19 @@ def _loss(trained, rest, batch, total, key, config: StepConfig):
   """Returns the share of the loss that these rows make, and metrics."""
   model = combine(trained, rest)
   keys_B = dropout.row_keys(key, batch['rows'])
-  x_BTD = model.hidden(
+  x_BTD, stats = model.features(
     **model_inputs(model, batch), keys_B=keys_B, execution=config.execution
   )
+  weights_BT = batch['weights'] / total
   mean = loss_lib.mean_loss(
-    x_BTD, model.head, batch['targets'], batch['weights'] / total, config.loss
+    x_BTD, model.head, batch['targets'], weights_BT, config.loss
   )
-  return mean.objective, {
-    'loss': mean.objective,
+  router_losses = balance.losses(stats, weights_BT.sum(1))
+  loss = mean.objective + sum(router_losses.values())
+  return loss, {
+    'loss': loss,
     'nll': mean.nll,
     'accuracy': mean.correct,
+    **router_losses,
+    'loads': {path: s.load for path, s in stats.items()},
   }

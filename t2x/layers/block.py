@@ -17,7 +17,7 @@ from t2x.attention import mask as mask_lib
 from t2x.layers import attention as attention_lib
 from t2x.layers import branch
 from t2x.layers import dropout
-from t2x.layers import mlp as mlp_lib
+from t2x.layers import moe
 from t2x.layers import norm as norm_lib
 from t2x.layers import param
 from t2x.layers import position
@@ -66,7 +66,7 @@ class Block(nnx.Module):
   def __init__(
     self,
     attention: attention_lib.AttentionConfig,
-    mlp: mlp_lib.MlpConfig,
+    mlp: moe.FeedForwardConfig,
     norm: norm_lib.NormConfig,
     embed: int,
     *,
@@ -89,20 +89,24 @@ class Block(nnx.Module):
     )
     # The parallel form has one norm for both branches.
     self.mlp_norm = None if residual == 'parallel' else make_norm()
-    self.mlp = mlp_lib.Mlp(mlp, embed, **draw)
+    self.mlp = moe.make(mlp, embed, **draw)
 
   def __call__(
     self,
     x_BTD: jax.Array,
     context: Context,
     cache: BlockCache | None = None,
-  ) -> tuple[jax.Array, BlockCache | None]:
-    """Returns the next activations, and the new cache if one was given."""
+  ) -> tuple[jax.Array, BlockCache | None, moe.Stats | None]:
+    """Returns the next activations, the new cache, and the router's figures.
+
+    The cache is None if none was given, the figures where there is no router.
+    """
     if self.residual == 'parallel':
       # Chowdhery et al., 2022: x + attention(norm(x)) + mlp(norm(x)).
       y_BTD = self._before(x_BTD, self.attention_norm)
       out_BTD, cache = self._attend(y_BTD, context, cache)
-      out_BTD = _residual(out_BTD + self._feed_forward(y_BTD, context))
+      mlp_BTD, stats = self._feed_forward(y_BTD, context)
+      out_BTD = _residual(out_BTD + mlp_BTD)
       x_BTD = x_BTD + self._drop(out_BTD, context, 2)
     else:
       y_BTD = self._before(x_BTD, self.attention_norm)
@@ -112,9 +116,10 @@ class Block(nnx.Module):
         y_BTD = self._before(x_BTD, self.cross_norm)
         out_BTD = self._attend_cross(self.cross, y_BTD, context, cache)
         x_BTD = self._after(x_BTD, out_BTD, self.cross_norm, context, 3)
-      out_BTD = self._feed_forward(self._before(x_BTD, self.mlp_norm), context)
+      y_BTD = self._before(x_BTD, self.mlp_norm)
+      out_BTD, stats = self._feed_forward(y_BTD, context)
       x_BTD = self._after(x_BTD, out_BTD, self.mlp_norm, context, 4)
-    return checkpoint_name(_residual(x_BTD), 'block'), cache
+    return checkpoint_name(_residual(x_BTD), 'block'), cache, stats
 
   def _before(self, x_BTD, norm):
     """What a branch reads: norm(x), or x itself in post-norm order."""
@@ -153,7 +158,11 @@ class Block(nnx.Module):
     )
 
   def _feed_forward(self, y_BTD, context):
-    return branch.run(_mlp, self.mlp, y_BTD, context)
+    if not isinstance(self.mlp, moe.Moe):
+      return branch.run(_mlp, self.mlp, y_BTD, context), None
+    segments_BT = context.mask.q_segments_BT
+    real_BT = None if segments_BT is None else segments_BT != 0
+    return self.mlp(y_BTD, real_BT, context.mask.q_zigzag)
 
   def empty_cache(self, batch, capacity, dtype, encoded_BSD=None):
     """Returns an empty cache; cross-attention's keys are computed once."""

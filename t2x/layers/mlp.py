@@ -4,6 +4,7 @@ Shape suffixes: B batch, T position, D embed, F feed-forward.
 """
 
 import dataclasses
+from typing import ClassVar
 from typing import Literal
 
 from flax import nnx
@@ -38,6 +39,7 @@ class MlpConfig:
     dropout: rate on the hidden activations (T5, Transformer).
   """
 
+  kind: ClassVar[str] = 'mlp'
   hidden: int = 1024
   activation: Literal['relu', 'gelu', 'gelu_tanh', 'silu'] = 'gelu_tanh'
   gated: bool = False

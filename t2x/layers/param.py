@@ -90,6 +90,7 @@ def project(
   weight: nnx.Param | jax.Array,
   spec: str,
   dtype: jnp.dtype | None = None,
+  precision: jax.lax.Precision | None = None,
 ) -> jax.Array:
   """Contracts `x` with a weight, cast to the dtype of `x`.
 
@@ -101,31 +102,39 @@ def project(
     weight: the parameter, or a part of one.
     spec: an einsum such as 'BTD,DNH->BTNH'.
     dtype: of the result; default that of `x`.
+    precision: of the products; default that of the device.
   """
   value = weight[...]
   # Devices sum its gradient in the dtype that it has here.
   if not sharding.reduces_in_float32():
     value = value.astype(x.dtype)
-  return checkpoint_name(_product(x, value, spec, dtype), PRODUCT)
+  return checkpoint_name(_product(x, value, spec, dtype, precision), PRODUCT)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product(x, weight, spec, dtype):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _product(x, weight, spec, dtype, precision):
   weight = weight.astype(x.dtype)
-  return jnp.einsum(spec, x, weight, preferred_element_type=dtype)
+  return jnp.einsum(
+    spec, x, weight, preferred_element_type=dtype, precision=precision
+  )
 
 
-def _product_forward(x, weight, spec, dtype):
-  return _product(x, weight, spec, dtype), (x, weight)
+def _product_forward(x, weight, spec, dtype, precision):
+  return _product(x, weight, spec, dtype, precision), (x, weight)
 
 
-def _product_backward(spec, dtype, residuals, grad):
+def _product_backward(spec, dtype, precision, residuals, grad):
   del dtype
   x, weight = residuals
   grad = grad.astype(x.dtype)
   x_axes, w_axes, out = _axes(spec)
-  d_x = jnp.einsum(f'{out},{w_axes}->{x_axes}', grad, weight.astype(x.dtype))
-  d_weight = weight_gradient(x, grad, spec, weight.dtype)
+  d_x = jnp.einsum(
+    f'{out},{w_axes}->{x_axes}',
+    grad,
+    weight.astype(x.dtype),
+    precision=precision,
+  )
+  d_weight = weight_gradient(x, grad, spec, weight.dtype, precision)
   return d_x, d_weight.astype(weight.dtype)
 
 
@@ -133,7 +142,11 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def weight_gradient(
-  x: jax.Array, grad: jax.Array, spec: str, dtype: jnp.dtype | None = None
+  x: jax.Array,
+  grad: jax.Array,
+  spec: str,
+  dtype: jnp.dtype | None = None,
+  precision: jax.lax.Precision | None = None,
 ) -> jax.Array:
   """Returns the gradient of the weight of `project`, in the weight's layout.
 
@@ -147,6 +160,7 @@ def weight_gradient(
     grad: the gradient of the product.
     spec: as for `project`.
     dtype: of the result; default that of the factors.
+    precision: of the products; default that of the device.
   """
   x_axes, w_axes, out = _axes(spec)
   size = dict(zip(x_axes + out, x.shape + grad.shape))
@@ -163,8 +177,24 @@ def weight_gradient(
     first,
     second,
     preferred_element_type=dtype,
+    precision=precision,
   )
   return product.transpose([made.index(a) for a in w_axes])
+
+
+def project_groups(
+  x_PD: jax.Array, weight: nnx.Param | jax.Array, sizes_E: jax.Array
+) -> jax.Array:
+  """Multiplies the rows of `x`, group by group, with matrices of their own.
+
+  Args:
+    x_PD: the rows of group 0, then those of group 1, and so on; what comes
+      after the last group has no defined result.
+    weight: (E, D, F).
+    sizes_E: rows of each group.
+  """
+  value = weight[...].astype(x_PD.dtype)
+  return checkpoint_name(jax.lax.ragged_dot(x_PD, value, sizes_E), PRODUCT)
 
 
 def _axes(spec: str) -> tuple[str, str, str]:

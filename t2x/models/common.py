@@ -5,6 +5,8 @@ Shape suffixes: B batch, T position, D embed, V vocabulary.
 
 import dataclasses
 import functools
+import math
+from typing import Any
 from typing import Literal
 
 from flax import nnx
@@ -20,6 +22,7 @@ from t2x.layers import block
 from t2x.layers import dropout as dropout_lib
 from t2x.layers import embed
 from t2x.layers import mlp as mlp_lib
+from t2x.layers import moe
 from t2x.layers import norm as norm_lib
 from t2x.layers import param
 from t2x.layers import position as position_lib
@@ -37,7 +40,10 @@ class TransformerConfig:
     attention: of every layer, where `attention_pattern` is empty.
     attention_pattern: kinds of a repeating group of layers (GPT-3: dense,
       local).
-    mlp: the feed-forward layer.
+    mlp: the feed-forward layer, plain or of experts, where `mlp_pattern` is
+      empty.
+    mlp_pattern: kinds of a repeating group of layers (Switch Transformer: mlp,
+      moe).
     norm: LayerNorm or RMSNorm.
     residual: `pre_norm`, `post_norm`, or `parallel` (PaLM).
     position: how order is told; None leaves it to the mask.
@@ -57,7 +63,8 @@ class TransformerConfig:
   embed_dim: int = 256
   attention: attention_lib.AttentionConfig = attention_lib.Dense()
   attention_pattern: tuple[attention_lib.AttentionConfig, ...] = ()
-  mlp: mlp_lib.MlpConfig = mlp_lib.MlpConfig()
+  mlp: moe.FeedForwardConfig = mlp_lib.MlpConfig()
+  mlp_pattern: tuple[moe.FeedForwardConfig, ...] = ()
   norm: norm_lib.NormConfig = norm_lib.LayerNorm()
   residual: block.Residual = 'pre_norm'
   position: position_lib.PositionConfig | None = position_lib.Learned()
@@ -85,6 +92,19 @@ class TransformerConfig:
   @property
   def kinds(self) -> tuple[attention_lib.AttentionConfig, ...]:
     return self.attention_pattern or (self.attention,)
+
+  @property
+  def mlp_kinds(self) -> tuple[moe.FeedForwardConfig, ...]:
+    return self.mlp_pattern or (self.mlp,)
+
+  @property
+  def group(
+    self,
+  ) -> list[tuple[attention_lib.AttentionConfig, moe.FeedForwardConfig]]:
+    """Attention and feed-forward of each layer of the repeating group."""
+    kinds, mlps = self.kinds, self.mlp_kinds
+    size = math.lcm(len(kinds), len(mlps))
+    return [(kinds[i % len(kinds)], mlps[i % len(mlps)]) for i in range(size)]
 
   @property
   def max_length(self) -> int | None:
@@ -150,8 +170,8 @@ class Tower(nnx.Module):
     # Each layer adds two branches to the residual stream.
     depth = (2 * num_layers) ** -0.5 if init.depth_scaled else 1.0
     makers = [
-      functools.partial(_make_block, config, kind, depth, cross)
-      for kind in config.kinds
+      functools.partial(_make_block, config, *kinds, depth, cross)
+      for kinds in config.group
     ]
     self.layers = stack.Stack(makers, num_layers, rngs=rngs)
     self.bias = _make_bias(config, bidirectional, rngs)
@@ -167,7 +187,10 @@ class Tower(nnx.Module):
     caches=None,
     execution: stack.Execution = stack.Execution(),
   ):
-    """Returns the normalised output (B, T, D) and the new caches."""
+    """Returns the normalised output (B, T, D), new caches, and routers' stats.
+
+    The stats are a dict, from a router's path in this module to its `Stats`.
+    """
     rotary = self.config.position
     context = dataclasses.replace(
       context,
@@ -180,15 +203,22 @@ class Tower(nnx.Module):
       own = dataclasses.replace(
         context, keys_B=dropout_lib.fold(context.keys_B, number)
       )
-      return layer(x_BTD, own, cache)
+      x_BTD, cache, stats = layer(x_BTD, own, cache)
+      return x_BTD, (cache, stats)
 
-    x_BTD, caches = self.layers(
-      apply, x_BTD, caches=caches, execution=execution
-    )
+    x_BTD, given = self.layers(apply, x_BTD, caches=caches, execution=execution)
+    group, rest = given
+    caches = tuple(c for c, _ in group), tuple(c for c, _ in rest)
+    stats = {
+      f'layers.{name}.{i}.mlp': stats
+      for name, part in (('group', group), ('remainder', rest))
+      for i, (_, stats) in enumerate(part)
+      if stats is not None
+    }
     if self.final_norm is not None:
       x_BTD = self.final_norm(x_BTD)
     x_BTD = sharding.constrain(x_BTD, 'batch', 'length', 'act_embed')
-    return x_BTD, caches
+    return x_BTD, caches, stats
 
   def drop(self, x_BTD, keys_B, zigzag: int):
     """Dropout on the embeddings; its site lies past every layer's number."""
@@ -218,10 +248,10 @@ def _make_bias(config, bidirectional, rngs):
   return None
 
 
-def _make_block(config, kind, out_factor, cross, rngs):
+def _make_block(config, kind, mlp, out_factor, cross, rngs):
   return block.Block(
     kind,
-    config.mlp,
+    mlp,
     config.norm,
     config.embed_dim,
     residual=config.residual,
@@ -256,6 +286,22 @@ def make_head(config, table_VD, bias_V=None) -> embed.Head:
     scale=config.embed_dim**-0.5 if scaled else 1.0,
     vocab_size=config.vocab_size,
   )
+
+
+def under(name: str, stats: dict[str, Any]) -> dict[str, Any]:
+  """Returns the stats of a submodule by their paths in its owner."""
+  return {f'{name}.{path}': value for path, value in stats.items()}
+
+
+def check_causal(config: TransformerConfig) -> None:
+  """Raises ValueError for layers that would let a token see later ones."""
+  for kind in config.mlp_kinds:
+    if isinstance(kind, moe.MoeConfig) and not kind.is_causal:
+      raise ValueError(
+        'mlp.router=expert_choice lets later tokens decide which experts an '
+        f'earlier one has, so a model of kind {config.kind} would see the '
+        'future. Set model.mlp.router=token_choice.'
+      )
 
 
 def positions_like(tokens_BT: jax.Array, zigzag: int = 1) -> jax.Array:

@@ -13,6 +13,7 @@ from t2x import stack
 from t2x.attention import mask as mask_lib
 from t2x.layers import block
 from t2x.layers import embed
+from t2x.layers import moe
 from t2x.models import common
 
 
@@ -21,6 +22,10 @@ class DecoderConfig(common.TransformerConfig):
   """See `TransformerConfig`."""
 
   kind: ClassVar[str] = 'decoder'
+
+  def __post_init__(self):
+    super().__post_init__()
+    common.check_causal(self)
 
 
 class Decoder(nnx.Module):
@@ -44,10 +49,14 @@ class Decoder(nnx.Module):
     self.output = common.OutputTable(config, rngs=rngs) if untied else None
 
   def __call__(self, inputs: jax.Array, **kwargs) -> jax.Array:
-    """Returns float32 logits (B, T, V); arguments as for `hidden`."""
+    """Returns float32 logits (B, T, V); arguments as for `features`."""
     return self.head(self.hidden(inputs, **kwargs))
 
-  def hidden(
+  def hidden(self, inputs: jax.Array, **kwargs) -> jax.Array:
+    """Returns the features alone; arguments as for `features`."""
+    return self.features(inputs, **kwargs)[0]
+
+  def features(
     self,
     inputs: jax.Array,
     *,
@@ -55,8 +64,10 @@ class Decoder(nnx.Module):
     positions: jax.Array | None = None,
     keys_B: jax.Array | None = None,
     execution: stack.Execution = stack.Execution(),
-  ) -> jax.Array:
+  ) -> tuple[jax.Array, dict[str, moe.Stats]]:
     """Returns the features (B, T, D) that the head turns into logits.
+
+    And what the routers of mixtures of experts did, by their paths.
 
     Args:
       inputs: token ids (B, T).
@@ -79,7 +90,8 @@ class Decoder(nnx.Module):
       keys_B=keys_B,
     )
     x_BTD = self.embeddings(inputs, positions)
-    return self.tower(x_BTD, context, execution=execution)[0]
+    x_BTD, _, stats = self.tower(x_BTD, context, execution=execution)
+    return x_BTD, common.under('tower', stats)
 
   @property
   def head(self) -> embed.Head:
@@ -104,4 +116,4 @@ class Decoder(nnx.Module):
     mask = mask_lib.Mask(causal=True, q_index_BT=index_BT)
     context = block.Context(mask=mask, positions_BT=index_BT)
     x_BTD = self.embeddings(inputs, index_BT)
-    return self.tower(x_BTD, context, caches=caches)
+    return self.tower(x_BTD, context, caches=caches)[:2]

@@ -16,6 +16,7 @@ from t2x.attention import mask as mask_lib
 from t2x.layers import block
 from t2x.layers import embed
 from t2x.layers import mlp
+from t2x.layers import moe
 from t2x.layers import norm
 from t2x.layers import param
 from t2x.models import common
@@ -95,10 +96,14 @@ class Encoder(nnx.Module):
     )
 
   def __call__(self, inputs: jax.Array, **kwargs) -> jax.Array:
-    """Returns float32 logits (B, T, V); arguments as for `encode`."""
+    """Returns float32 logits (B, T, V); arguments as for `features`."""
     return self.head(self.hidden(inputs, **kwargs))
 
-  def encode(
+  def encode(self, inputs: jax.Array, **kwargs) -> jax.Array:
+    """Returns the encoded sequence (B, T, D); arguments as for `features`."""
+    return self._encode(inputs, **kwargs)[0]
+
+  def _encode(
     self,
     inputs: jax.Array,
     *,
@@ -107,20 +112,8 @@ class Encoder(nnx.Module):
     token_types: jax.Array | None = None,
     keys_B: jax.Array | None = None,
     execution: stack.Execution = stack.Execution(),
-  ) -> jax.Array:
-    """Returns the encoded sequence (B, T, D).
-
-    Args:
-      inputs: token ids (B, T).
-      segments: (B, T); a token sees its own segment only. 0 is padding.
-      positions: (B, T); default 0, 1, 2, ...
-      token_types: (B, T), sentence A or B; default 0.
-      keys_B: dropout keys of the rows; None means no dropout.
-      execution: scan or unroll, and what to recompute.
-
-    Raises:
-      ValueError: more tokens than the model has positions.
-    """
+  ) -> tuple[jax.Array, dict[str, moe.Stats]]:
+    """Returns the encoded sequence and what the routers did."""
     common.check_length(self.config, inputs.shape[1])
     if positions is None:
       positions = common.positions_like(inputs)
@@ -137,16 +130,37 @@ class Encoder(nnx.Module):
       positions_BT=positions,
       keys_B=keys_B,
     )
-    return self.tower(x_BTD, context, execution=execution)[0]
+    x_BTD, _, stats = self.tower(x_BTD, context, execution=execution)
+    return x_BTD, common.under('tower', stats)
 
   def hidden(self, inputs: jax.Array, **kwargs) -> jax.Array:
-    """Returns the features (B, T, D) that the masked head reads."""
-    x_BTD = self.encode(inputs, **kwargs)
+    """Returns the features alone; arguments as for `features`."""
+    return self.features(inputs, **kwargs)[0]
+
+  def features(
+    self, inputs: jax.Array, **kwargs
+  ) -> tuple[jax.Array, dict[str, moe.Stats]]:
+    """Returns the features (B, T, D) that the masked head reads.
+
+    And what the routers of mixtures of experts did, by their paths.
+
+    Args:
+      inputs: token ids (B, T).
+      **kwargs: segments (B, T), a token sees its own segment only, 0 is
+        padding; positions (B, T), default 0, 1, 2, ...; token_types (B, T),
+        sentence A or B, default 0; keys_B, dropout keys of the rows, None means
+        no dropout; execution, scan or unroll, and what to recompute.
+
+    Raises:
+      ValueError: more tokens than the model has positions.
+    """
+    x_BTD, stats = self._encode(inputs, **kwargs)
     if self.transform is None or self.transform_norm is None:
-      return x_BTD
+      return x_BTD, stats
     act = self.config.mlp.activation
     x_BTD = self.transform_norm(mlp.activation(act, self.transform(x_BTD)))
-    return sharding.constrain(x_BTD, 'batch', 'length', 'act_embed')
+    x_BTD = sharding.constrain(x_BTD, 'batch', 'length', 'act_embed')
+    return x_BTD, stats
 
   def pool(self, encoded_BTD: jax.Array) -> jax.Array:
     """Returns tanh(dense(first token)), (B, D) (Devlin et al., 2019)."""

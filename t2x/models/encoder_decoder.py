@@ -15,6 +15,7 @@ from t2x.attention import mask as mask_lib
 from t2x.layers import block
 from t2x.layers import dropout
 from t2x.layers import embed
+from t2x.layers import moe
 from t2x.models import common
 
 
@@ -28,6 +29,10 @@ class EncoderDecoderConfig(common.TransformerConfig):
 
   kind: ClassVar[str] = 'encoder_decoder'
   num_encoder_layers: int | None = None
+
+  def __post_init__(self):
+    super().__post_init__()
+    common.check_causal(self)
 
 
 class EncoderDecoder(nnx.Module):
@@ -65,10 +70,14 @@ class EncoderDecoder(nnx.Module):
     self.output = common.OutputTable(config, rngs=rngs) if untied else None
 
   def __call__(self, inputs: jax.Array, **kwargs) -> jax.Array:
-    """Returns float32 logits (B, T, V); arguments as for `hidden`."""
+    """Returns float32 logits (B, T, V); arguments as for `features`."""
     return self.head(self.hidden(inputs, **kwargs))
 
-  def hidden(
+  def hidden(self, inputs: jax.Array, **kwargs) -> jax.Array:
+    """Returns the features alone; arguments as for `features`."""
+    return self.features(inputs, **kwargs)[0]
+
+  def features(
     self,
     inputs: jax.Array,
     *,
@@ -79,8 +88,10 @@ class EncoderDecoder(nnx.Module):
     positions: jax.Array | None = None,
     keys_B: jax.Array | None = None,
     execution: stack.Execution = stack.Execution(),
-  ) -> jax.Array:
+  ) -> tuple[jax.Array, dict[str, moe.Stats]]:
     """Returns the decoder's features (B, T, D), with teacher forcing.
+
+    And what the routers of mixtures of experts did, by their paths.
 
     Args:
       inputs: the targets, shifted right (B, T).
@@ -98,7 +109,7 @@ class EncoderDecoder(nnx.Module):
     """
     common.check_length(self.config, inputs.shape[1])
     zigzag = execution.zigzag
-    encoded_BSD = self.encode(
+    encoded_BSD, encoder_stats = self._encode(
       encoder_inputs,
       segments=encoder_segments,
       positions=encoder_positions,
@@ -118,9 +129,19 @@ class EncoderDecoder(nnx.Module):
       cross_mask=cross_mask,
     )
     x_BTD = self.embeddings(inputs, positions)
-    return self.decoder(x_BTD, context, execution=execution)[0]
+    x_BTD, _, stats = self.decoder(x_BTD, context, execution=execution)
+    return x_BTD, encoder_stats | common.under('decoder', stats)
 
-  def encode(
+  def encode(self, inputs: jax.Array, **kwargs) -> jax.Array:
+    """Returns the encoder's output (B, S, D).
+
+    Args:
+      inputs: source tokens (B, S).
+      **kwargs: segments, positions, keys_B and execution, as for `features`.
+    """
+    return self._encode(inputs, **kwargs)[0]
+
+  def _encode(
     self,
     inputs: jax.Array,
     *,
@@ -128,8 +149,8 @@ class EncoderDecoder(nnx.Module):
     positions: jax.Array | None = None,
     keys_B: jax.Array | None = None,
     execution: stack.Execution = stack.Execution(),
-  ) -> jax.Array:
-    """Returns the encoder's output (B, S, D)."""
+  ) -> tuple[jax.Array, dict[str, moe.Stats]]:
+    """Returns the encoder's output (B, S, D) and what its routers did."""
     common.check_length(self.config, inputs.shape[1])
     if positions is None:
       positions = common.positions_like(inputs)
@@ -139,7 +160,8 @@ class EncoderDecoder(nnx.Module):
       keys_B=keys_B,
     )
     x_BSD = self.embeddings(inputs, positions)
-    return self.encoder(x_BSD, context, execution=execution)[0]
+    x_BSD, _, stats = self.encoder(x_BSD, context, execution=execution)
+    return x_BSD, common.under('encoder', stats)
 
   @property
   def head(self) -> embed.Head:
@@ -161,4 +183,4 @@ class EncoderDecoder(nnx.Module):
       cross_mask=cross_mask,
     )
     x_BTD = self.embeddings(inputs, index_BT)
-    return self.decoder(x_BTD, context, caches=caches)
+    return self.decoder(x_BTD, context, caches=caches)[:2]

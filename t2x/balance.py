@@ -1,0 +1,82 @@
+"""What routers of mixtures of experts add to a training step.
+
+Shape suffixes: B batch, E experts, R layers of one kind, stacked.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from t2x import sharding
+from t2x.layers import moe
+from t2x.layers import routing
+
+# By a router's path in the model.
+StatsByPath = dict[str, moe.Stats]
+LoadsByPath = dict[str, routing.Load]
+
+
+def losses(stats: StatsByPath, share_B: jax.Array) -> dict[str, jax.Array]:
+  """Returns what routers add to the loss, summed over layers.
+
+  Args:
+    stats: of the routers; none without experts, and then there is no loss.
+    share_B: weight of each row over that of the whole batch.
+  """
+  if not stats:
+    return {}
+  total = lambda name: sum(
+    (getattr(s, name) * share_B[(None,) * (getattr(s, name).ndim - 1)]).sum()
+    for s in stats.values()
+  )
+  return {'balance_loss': total('balance_B'), 'router_z_loss': total('z_B')}
+
+
+def update(model: Any, loads: LoadsByPath) -> Any:
+  """Returns a model whose balancing biases have taken one step.
+
+  b_e += rate x sign(mean load - load of e) (Wang et al., 2024, algorithm 1).
+
+  Args:
+    model: whole, or the part that is not trained.
+    loads: of a whole batch.
+  """
+
+  def moved(path, x):
+    if not isinstance(x, moe.BalanceBias):
+      return x
+    owner = sharding.path_name(path[:-1])
+    tokens = loads[owner].tokens_E
+    behind = jnp.sign(tokens.mean(-1, keepdims=True) - tokens)
+    return x.replace(x.get_value() + x.get_metadata('rate') * behind)
+
+  return jax.tree_util.tree_map_with_path(
+    moved, model, is_leaf=sharding.is_variable
+  )
+
+
+def metrics(loads: LoadsByPath) -> dict[str, jax.Array]:
+  """Returns how evenly the experts are used.
+
+  `expert_load/PATH` holds the share of each expert in its layer's tokens,
+  (E,) or (R, E); `expert_load_max` the largest of all, 1 where even, as a
+  multiple of its layer's mean; `tokens_dropped` the share of choices that no
+  slot was left for (where experts choose: of tokens that none chose).
+  """
+  if not loads:
+    return {}
+  shares = {
+    path: tokens / jnp.maximum(tokens.sum(-1, keepdims=True), 1.0)
+    for path, tokens in ((p, load.tokens_E) for p, load in loads.items())
+  }
+  largest = [
+    (s.max(-1) / jnp.maximum(s.mean(-1), 1e-9)).max() for s in shares.values()
+  ]
+  lost = sum(load.lost.sum() for load in loads.values())
+  total = sum(load.total.sum() for load in loads.values())
+  return {
+    'expert_load_max': jnp.stack(largest).max(),
+    'tokens_dropped': lost / jnp.maximum(total, 1.0),
+    **{f'expert_load/{path}': share for path, share in shares.items()},
+  }

@@ -1,0 +1,267 @@
+"""The experts' feed-forward layers, on the devices that hold them.
+
+Experts live on the mesh axes of `rules.experts`, over which the rows of a batch
+are split too. Slots, of a fixed number, travel to their experts and back by
+all-to-all (Lepikhin et al., 2021). Without a capacity, a device could be sent
+every token of the others: buffers that hold the worst case are as large as an
+all-gather of the tokens and would travel as full, so tokens are gathered, each
+device computes what its experts are chosen for, and the outputs are summed and
+scattered.
+
+Shape suffixes: B batch, T position, E experts, C slots of an expert, J choices
+of a token, P pairs of token and choice, D embed, F feed-forward.
+"""
+
+import dataclasses
+import functools
+import math
+
+from flax import nnx
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from t2x import sharding
+from t2x.layers import mlp
+from t2x.layers import param
+from t2x.layers import routing
+
+Weights = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Axes:
+  """Mesh axes of more than one device, by what is split over them.
+
+  Attributes:
+    batch: rows.
+    length: positions.
+    fine: positions, outside the layer alone (t2x/layers/branch.py).
+    moved: experts, and rows: tokens must travel to their experts.
+    held: experts alone: every device has the tokens that it needs.
+    hidden: the experts' width, and no tokens.
+  """
+
+  batch: tuple[str, ...]
+  length: tuple[str, ...]
+  fine: tuple[str, ...]
+  moved: tuple[str, ...]
+  held: tuple[str, ...]
+  hidden: tuple[str, ...]
+
+  @property
+  def all(self) -> tuple[str, ...]:
+    embed = sharding.auto_axes('embed')
+    hidden = sharding.auto_axes('mlp')
+    named = dataclasses.astuple(self)
+    return tuple(dict.fromkeys(sum(named, ()) + embed + hidden))
+
+
+def _axes() -> _Axes:
+  batch, length = map(sharding.auto_axes, ('batch', 'length'))
+  experts, hidden = map(sharding.auto_axes, ('experts', 'mlp'))
+  moved = tuple(a for a in experts if a in batch)
+  held = tuple(a for a in experts if a not in batch)
+  if moved and held or set(experts) & set(length):
+    raise sharding.ShardingError(
+      f'rules.experts={",".join(experts)} with rules.batch={",".join(batch)} '
+      f'and rules.length={",".join(length)}: the axes of experts must either '
+      'all split the batch or split no tokens at all. Set rules.experts=expert.'
+    )
+  return _Axes(
+    batch=batch,
+    length=length,
+    fine=sharding.fine_axes(),
+    moved=moved,
+    held=held,
+    hidden=tuple(a for a in hidden if a not in (*batch, *length)),
+  )
+
+
+def run(
+  weights: dict[str, nnx.Variable],
+  x_BTD: jax.Array,
+  routed: routing.Choices | routing.Slots,
+  config: mlp.MlpConfig,
+) -> jax.Array:
+  """Returns the weighted sum of what its experts make of each token.
+
+  Args:
+    weights: up_EDF, down_EFD, and where the layer has them gate_EDF and
+      up_bias_EF; they live where the rules say.
+    x_BTD: the input, whole or split along the sequence.
+    routed: choices or slots of whole rows.
+    config: activation.
+
+  Raises:
+    ShardingError: experts on mesh axes that split only some of the tokens.
+  """
+  axes = _axes()
+  body = functools.partial(_local, axes=axes, config=config)
+  if not axes.all:
+    return body({name: w[...] for name, w in weights.items()}, x_BTD, routed)
+  specs = {n: sharding.manual_spec(w, axes.all) for n, w in weights.items()}
+  x_spec = P(axes.batch, (*axes.length, *axes.fine))
+  # A slot's token may stand anywhere in its row; a choice is its token's own.
+  whole = isinstance(routed, routing.Slots)
+  routed_spec = P(axes.batch) if whole else P(axes.batch, axes.length)
+
+  def local(parts, x_BTD, routed):
+    gathered = {n: _gather(w, specs[n], axes, x_BTD) for n, w in parts.items()}
+    return body(gathered, x_BTD, routed)
+
+  return jax.shard_map(
+    local,
+    in_specs=(specs, x_spec, routed_spec),
+    out_specs=x_spec,
+    axis_names=set(axes.all),
+    check_vma=False,
+  )({name: w[...] for name, w in weights.items()}, x_BTD, routed)
+
+
+def _gather(weight, spec, axes: _Axes, x_BTD):
+  """Returns a weight whole, but for the experts and the width held here."""
+  if not sharding.reduces_in_float32():
+    weight = weight.astype(x_BTD.dtype)
+  kept = {*axes.moved, *axes.held, *axes.hidden}
+  for dim, entry in enumerate(spec):
+    split = tuple(a for a in sharding.mesh_axes(entry) if a not in kept)
+    if split:
+      weight = jax.lax.all_gather(weight, split, axis=dim, tiled=True)
+  return weight
+
+
+def _local(weights: Weights, x_BTD, routed, *, axes: _Axes, config):
+  """One device's tokens, through all experts."""
+  if axes.fine:
+    x_BTD = jax.lax.all_gather(x_BTD, axes.fine, axis=1, tiled=True)
+  by = _by_slots if isinstance(routed, routing.Slots) else _by_choices
+  out_BTD = by(weights, x_BTD, routed, axes, config).astype(x_BTD.dtype)
+  # Devices that split experts or their width have parts of one sum.
+  parts = (*axes.held, *axes.hidden)
+  summed = tuple(a for a in parts if a not in axes.fine)
+  if summed:
+    out_BTD = jax.lax.psum(out_BTD, summed)
+  if axes.fine:
+    same = tuple(a for a in axes.fine if a not in parts)
+    out_BTD = out_BTD / _size(same) if same else out_BTD
+    out_BTD = jax.lax.psum_scatter(
+      out_BTD, axes.fine, scatter_dimension=1, tiled=True
+    )
+  return out_BTD
+
+
+def _by_slots(weights: Weights, x_BTD, slots: routing.Slots, axes, config):
+  length = x_BTD.shape[1]
+  if axes.held:
+    slots = routing.Slots(*(_part(a, axes.held, 1) for a in slots))
+  tokens_BEC, weights_BEC = slots
+  num_slots = tokens_BEC.shape[-1]
+  if axes.length:
+    tokens_BEC = tokens_BEC - jax.lax.axis_index(axes.length) * length
+  elsewhere = (tokens_BEC < 0) | (tokens_BEC >= length)
+  tokens_BEC = jnp.where(elsewhere, length, tokens_BEC)
+  take = lambda x_TD, i: x_TD.at[i].get(mode='fill', fill_value=0)
+  x_BECD = jax.vmap(take)(x_BTD, tokens_BEC)
+  if axes.length:
+    # Each device has some of a row's tokens and computes some of its slots.
+    padding = -num_slots % _size(axes.length)
+    x_BECD = jnp.pad(x_BECD, ((0, 0), (0, 0), (0, padding), (0, 0)))
+    x_BECD = jax.lax.psum_scatter(
+      x_BECD, axes.length, scatter_dimension=2, tiled=True
+    )
+  if axes.moved:
+    x_BECD = _all_to_all(x_BECD, axes.moved, 1, 0)
+  out_BECD = _feed_forward(
+    weights,
+    x_BECD,
+    lambda x, w, spec: param.project(x, w, spec),
+    ('BECD,EDF->BECF', 'BECF,EFD->BECD'),
+    lambda bias_EF: bias_EF[None, :, None],
+    config,
+  )
+  if axes.moved:
+    out_BECD = _all_to_all(out_BECD, axes.moved, 0, 1)
+  if axes.length:
+    out_BECD = jax.lax.all_gather(out_BECD, axes.length, axis=2, tiled=True)
+    out_BECD = out_BECD[:, :, :num_slots]
+  out_BECD = out_BECD.astype(jnp.float32) * weights_BEC[..., None]
+  zeros = jnp.zeros(x_BTD.shape, jnp.float32)
+  add = lambda zeros_TD, i, out: zeros_TD.at[i].add(out, mode='drop')
+  return jax.vmap(add)(zeros, tokens_BEC, out_BECD)
+
+
+def _by_choices(weights: Weights, x_BTD, choices, axes, config):
+  experts_BTJ, weights_BTJ = choices
+  if axes.moved:
+    gather = functools.partial(
+      jax.lax.all_gather, axis_name=axes.moved, axis=0, tiled=True
+    )
+    x_BTD, experts_BTJ, weights_BTJ = map(
+      gather, (x_BTD, experts_BTJ, weights_BTJ)
+    )
+  first = 0
+  num_experts, D, _ = weights['up_EDF'].shape
+  if axes.moved or axes.held:
+    first = jax.lax.axis_index((*axes.moved, *axes.held)) * num_experts
+  top_k = experts_BTJ.shape[-1]
+  own = experts_BTJ.reshape(-1) - first
+  own = jnp.where((own < 0) | (own >= num_experts), num_experts, own)
+  # The choices of each expert in turn; those of other devices come last, and
+  # no token has more than so many here.
+  most = own.size // top_k * min(top_k, num_experts)
+  order_P = jnp.argsort(own)[:most]
+  experts_P = own[order_P]
+  sizes_E = jnp.bincount(own, length=num_experts + 1)[:num_experts]
+  token_P = order_P // top_k
+  x_ND = x_BTD.reshape(-1, D)
+  out_PD = _feed_forward(
+    weights,
+    x_ND[token_P],
+    lambda x, w, spec: param.project_groups(x, w, sizes_E),
+    ('', ''),
+    lambda bias_EF: bias_EF[experts_P],
+    config,
+  )
+  # What a ragged product leaves in rows of no group is not specified.
+  used_P1 = (experts_P < num_experts)[:, None]
+  weights_P1 = weights_BTJ.reshape(-1)[order_P][:, None]
+  out_PD = jnp.where(used_P1, out_PD.astype(jnp.float32), 0.0) * weights_P1
+  out_ND = jnp.zeros(x_ND.shape, jnp.float32).at[token_P].add(out_PD)
+  out_BTD = out_ND.reshape(x_BTD.shape).astype(x_BTD.dtype)
+  if axes.moved:
+    out_BTD = jax.lax.psum_scatter(
+      out_BTD, axes.moved, scatter_dimension=0, tiled=True
+    )
+  return out_BTD
+
+
+def _feed_forward(weights: Weights, x, product, specs, bias_of, config):
+  """act(x up) down of each expert, or act(x gate) * (x up) down."""
+  into, out = specs
+  up = product(x, weights['up_EDF'], into)
+  if 'up_bias_EF' in weights:
+    up = up + bias_of(weights['up_bias_EF']).astype(up.dtype)
+  up = checkpoint_name(up, 'mlp_up')
+  if 'gate_EDF' in weights:
+    gate = product(x, weights['gate_EDF'], into)
+    gate = checkpoint_name(gate, 'mlp_gate')
+    hidden = mlp.activation(config.activation, gate) * up
+  else:
+    hidden = mlp.activation(config.activation, up)
+  return product(hidden, weights['down_EFD'], out)
+
+
+def _all_to_all(x, axes, split, concat):
+  return jax.lax.all_to_all(x, axes, split, concat, tiled=True)
+
+
+def _part(x, axes, dim):
+  size = x.shape[dim] // _size(axes)
+  start = jax.lax.axis_index(axes) * size
+  return jax.lax.dynamic_slice_in_dim(x, start, size, dim)
+
+
+def _size(axes: tuple[str, ...]) -> int:
+  return math.prod(jax.lax.axis_size(a) for a in axes)

@@ -1,0 +1,174 @@
+"""Mixture of experts: a feed-forward layer of which a token sees a part.
+
+Shape suffixes: B batch, T position, E experts, D embed, F feed-forward.
+"""
+
+import dataclasses
+from typing import ClassVar
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+
+from t2x import checks
+from t2x import sharding
+from t2x import zigzag as zigzag_lib
+from t2x.layers import experts
+from t2x.layers import mlp
+from t2x.layers import param
+from t2x.layers import routing
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoeConfig(mlp.MlpConfig):
+  """Experts, each a feed-forward layer of `MlpConfig`'s fields, and a router.
+
+  Attributes:
+    num_experts: E.
+    router: who chooses whom.
+    z_loss: factor of the mean of log(sum exp(router logits))^2 over the tokens
+      of a row (Zoph et al., 2022, equation 5).
+  """
+
+  kind: ClassVar[str] = 'moe'
+  num_experts: int = 8
+  router: routing.RouterConfig = routing.TokenChoice()
+  z_loss: float = 1e-3
+
+  def __post_init__(self):
+    super().__post_init__()
+    checks.least(self, 'mlp.', num_experts=2, z_loss=0.0)
+    if self.dropout:
+      raise ValueError(
+        f'mlp.dropout={self.dropout}: experts drop none of their hidden '
+        'activations. Set mlp.dropout=0; model.dropout drops what they add.'
+      )
+    choice = self.router
+    if (
+      isinstance(choice, routing.TokenChoice)
+      and choice.top_k > self.num_experts
+    ):
+      raise ValueError(
+        f'mlp.router.top_k={choice.top_k} of mlp.num_experts='
+        f'{self.num_experts}: a token cannot have more experts than there are.'
+      )
+
+  @property
+  def is_causal(self) -> bool:
+    """Whether no token depends on later ones."""
+    return not isinstance(self.router, routing.ExpertChoice)
+
+
+class BalanceBias(nnx.Variable):
+  """A bias that keeps experts evenly used; moved by rule, never by gradient."""
+
+
+class Stats(NamedTuple):
+  """What one layer's router did, or stacked, what those of many did.
+
+  Attributes:
+    balance_B: balance loss of each row, its factor included.
+    z_B: router z-loss of each row, its factor included.
+    load: tokens of each expert.
+  """
+
+  balance_B: jax.Array
+  z_B: jax.Array
+  load: routing.Load
+
+
+class Moe(nnx.Module):
+  """sum_e weight_e expert_e(x) over the experts that a token has."""
+
+  def __init__(
+    self,
+    config: MoeConfig,
+    embed: int,
+    *,
+    init: param.Init,
+    out_factor: float,
+    rngs: nnx.Rngs,
+  ):
+    self.config = config
+    E, F = config.num_experts, config.hidden
+    into = param.initializer(init, fan_in=embed, fan_out=F)
+    out = param.initializer(init, fan_in=F, fan_out=embed, factor=out_factor)
+    route = param.initializer(init, fan_in=embed, fan_out=E)
+    self.router_DE = param.param(rngs, (embed, E), ('embed', None), route)
+    rate = getattr(config.router, 'bias_rate', 0.0)
+    self.balance_E = (
+      BalanceBias(jnp.zeros(E, jnp.float32), axes=(None,), rate=rate)
+      if rate
+      else None
+    )
+    axes, shape = ('experts', 'embed', 'mlp'), (E, embed, F)
+    self.gate_EDF = (
+      param.param(rngs, shape, axes, into) if config.gated else None
+    )
+    self.up_EDF = param.param(rngs, shape, axes, into)
+    self.down_EFD = param.param(
+      rngs, (E, F, embed), ('experts', 'mlp', 'embed'), out
+    )
+    biased = config.bias
+    bias = lambda size, axis: (
+      param.param(rngs, (E, size), ('experts', axis), param.zeros)
+      if biased
+      else None
+    )
+    self.up_bias_EF = bias(F, 'mlp')
+    self.down_bias_ED = bias(embed, None)
+
+  def __call__(
+    self, x_BTD: jax.Array, real_BT: jax.Array | None = None, zigzag: int = 1
+  ) -> tuple[jax.Array, Stats]:
+    """Returns what the experts add to each token, and how they were used.
+
+    Args:
+      x_BTD: the input.
+      real_BT: False for padding, which goes to no expert; None has none.
+      zigzag: devices over which the tokens of a row lie in zigzag order.
+    """
+    config = self.config
+    if real_BT is None:
+      real_BT = jnp.ones(x_BTD.shape[:2], bool)
+    logits_BTE = param.project(
+      x_BTD.astype(jnp.float32),
+      self.router_DE,
+      'BTD,DE->BTE',
+      precision=jax.lax.Precision.HIGHEST,
+    )
+    # A row is routed as a whole; its logits are few beside its activations.
+    logits_BTE = sharding.constrain(logits_BTE, 'batch', None, None)
+    real_BT = sharding.constrain(real_BT, 'batch', None)
+    log_sum_BT = jax.nn.logsumexp(logits_BTE, -1)
+    squares_BT = jnp.where(real_BT, log_sum_BT**2, 0.0)
+    z_B = config.z_loss * squares_BT.sum(1) / jnp.maximum(real_BT.sum(1), 1)
+    bias_E = None if self.balance_E is None else self.balance_E[...]
+    order_T = zigzag_lib.index(x_BTD.shape[1], zigzag)
+    routed, load, balance_B = routing.choose(
+      logits_BTE, real_BT, bias_E, config.router, order_T
+    )
+    # Kept for the backward pass: computed again, a near tie could fall
+    # elsewhere.
+    routed = type(routed)(checkpoint_name(routed[0], routing.CHOICE), routed[1])
+    names = ('gate_EDF', 'up_EDF', 'down_EFD', 'up_bias_EF')
+    weights = {name: getattr(self, name) for name in names}
+    weights = {name: w for name, w in weights.items() if w is not None}
+    out_BTD = experts.run(weights, x_BTD, routed, config)
+    if self.down_bias_ED is not None:
+      weights_BTE = routing.weights_of(
+        routed, config.num_experts, x_BTD.shape[1]
+      ).astype(x_BTD.dtype)
+      out_BTD += param.project(weights_BTE, self.down_bias_ED, 'BTE,ED->BTD')
+    return out_BTD, Stats(balance_B, z_B, load)
+
+
+FeedForwardConfig = mlp.MlpConfig | MoeConfig
+
+
+def make(config: FeedForwardConfig, embed: int, **kwargs) -> mlp.Mlp | Moe:
+  """Builds the feed-forward layer that `config` describes."""
+  cls = Moe if isinstance(config, MoeConfig) else mlp.Mlp
+  return cls(config, embed, **kwargs)

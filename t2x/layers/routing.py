@@ -1,0 +1,268 @@
+"""Which experts see which tokens, decided for each row by itself.
+
+Capacity, balance and priority look at one row at a time, so no layout and no
+microbatching changes what a token goes through. Rows may hold padding; it is
+sent nowhere and counts for nothing.
+
+Shape suffixes: B batch, T position, E experts, C slots of an expert, J choices
+of a token, P pairs of token and choice.
+"""
+
+import dataclasses
+import math
+from typing import ClassVar
+from typing import Literal
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t2x import checks
+
+CHOICE = 'routing'  # What the choice of experts is called, for `remat`.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenChoice:
+  """Each token chooses its experts (Shazeer et al., 2017).
+
+  Attributes:
+    top_k: experts of a token; 1 is the Switch Transformer (Fedus et al., 2022).
+    capacity: an expert takes up to capacity x (tokens of the row) x top_k /
+      experts; the earlier token goes first, so that none is influenced by a
+      later one. None takes all (Gale et al., 2022).
+    score: of a token for an expert, `softmax` over the experts, or a `sigmoid`
+      of each (DeepSeek-V3, 2024).
+    normalize: the scores of the chosen experts are divided by their sum
+      (Mixtral, Jiang et al., 2024).
+    balance_loss: factor of E sum_e (share of choices that fell on e) x (mean
+      score of e) (Fedus et al., 2022, equation 4), of each row.
+    bias_rate: after each step the bias that a choice adds to the scores of an
+      expert grows or falls by this, where the expert had less or more than the
+      mean; it never touches the loss (Wang et al., 2024). 0 has no bias.
+  """
+
+  kind: ClassVar[str] = 'token_choice'
+  top_k: int = 2
+  capacity: float | None = None
+  score: Literal['softmax', 'sigmoid'] = 'softmax'
+  normalize: bool = True
+  balance_loss: float = 0.01
+  bias_rate: float = 0.0
+
+  def __post_init__(self):
+    prefix = 'mlp.router.'
+    checks.least(self, prefix, top_k=1, balance_loss=0.0, bias_rate=0.0)
+    checks.positive(self, prefix, 'capacity')
+    if self.normalize and self.top_k == 1:
+      raise ValueError(
+        'mlp.router.normalize=true with top_k=1 makes every weight 1, so that '
+        'the router would learn nothing. Set mlp.router.normalize=false.'
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertChoice:
+  """Each expert chooses its tokens (Zhou et al., 2022).
+
+  All experts have the same work, and a token may have any number of them.
+  Whether an early token is chosen depends on later ones, so causal models may
+  not use it.
+
+  Attributes:
+    capacity: an expert takes capacity x (tokens of the row) / experts, which
+      is the mean number of experts of a token.
+  """
+
+  kind: ClassVar[str] = 'expert_choice'
+  capacity: float = 2.0
+
+  def __post_init__(self):
+    checks.positive(self, 'mlp.router.', 'capacity')
+
+
+RouterConfig = TokenChoice | ExpertChoice
+
+
+class Choices(NamedTuple):
+  """Experts of each token: all of its choices count.
+
+  Attributes:
+    experts_BTJ: their numbers; E for none.
+    weights_BTJ: factors of their outputs, float32.
+  """
+
+  experts_BTJ: jax.Array
+  weights_BTJ: jax.Array
+
+
+class Slots(NamedTuple):
+  """Tokens of each expert, at most C.
+
+  Attributes:
+    tokens_BEC: where each slot's token stands in the arrays; T if empty.
+    weights_BEC: factors of the expert's outputs, float32.
+  """
+
+  tokens_BEC: jax.Array
+  weights_BEC: jax.Array
+
+
+class Load(NamedTuple):
+  """What the experts were given, in tokens, float32.
+
+  Attributes:
+    tokens_E: sent to each expert, those that it had no slot for included.
+    lost: choices for which the expert had no slot; where experts choose,
+      tokens that none chose.
+    total: choices; where experts choose, tokens.
+  """
+
+  tokens_E: jax.Array
+  lost: jax.Array
+  total: jax.Array
+
+
+def choose(
+  logits_BTE: jax.Array,
+  real_BT: jax.Array,
+  bias_E: jax.Array | None,
+  config: RouterConfig,
+  order_T: np.ndarray,
+) -> tuple[Choices | Slots, Load, jax.Array]:
+  """Routes rows of tokens.
+
+  Args:
+    logits_BTE: of the router, float32.
+    real_BT: False for padding.
+    bias_E: added to the scores for the choice alone, or None.
+    config: who chooses, and how many.
+    order_T: place in its row of each token of the arrays.
+
+  Returns:
+    The routing; the load; and the balance loss of each row, (B,).
+  """
+  if isinstance(config, ExpertChoice):
+    return _by_experts(logits_BTE, real_BT, config)
+  choices, scores_BTE = _by_tokens(logits_BTE, real_BT, bias_E, config)
+  num_experts = logits_BTE.shape[-1]
+  counts_BE = _one_hot(choices.experts_BTJ, num_experts).sum((1, 2))
+  num_B = jnp.maximum(real_BT.sum(1), 1)[:, None]
+  shares_BE = counts_BE / (num_B * config.top_k)
+  means_BE = jnp.where(real_BT[..., None], scores_BTE, 0.0).sum(1) / num_B
+  loss_B = config.balance_loss * num_experts * (shares_BE * means_BE).sum(1)
+  total = counts_BE.sum()
+  if config.capacity is None:
+    lost = jnp.zeros((), jnp.float32)
+    return choices, Load(counts_BE.sum(0), lost, total), loss_B
+  slots = _assign(choices, real_BT, num_experts, config, order_T)
+  kept = (slots.tokens_BEC < real_BT.shape[1]).sum().astype(jnp.float32)
+  return slots, Load(counts_BE.sum(0), total - kept, total), loss_B
+
+
+def _by_tokens(logits_BTE, real_BT, bias_E, config: TokenChoice):
+  """Returns the choices, and scores that sum to 1 for each token."""
+  num_experts = logits_BTE.shape[-1]
+  if config.score == 'softmax':
+    scores_BTE = shares_BTE = jax.nn.softmax(logits_BTE)
+  else:
+    scores_BTE = jax.nn.sigmoid(logits_BTE)
+    shares_BTE = scores_BTE / scores_BTE.sum(-1, keepdims=True)
+  wanted_BTE = jax.lax.stop_gradient(scores_BTE)
+  if bias_E is not None:
+    wanted_BTE = wanted_BTE + bias_E[None, None]
+  # A sort, unlike top_k, stays where its rows are on every backend.
+  ranked_BTE = jnp.argsort(wanted_BTE, axis=-1, descending=True)
+  experts_BTJ = ranked_BTE[..., : config.top_k]
+  weights_BTJ = jnp.take_along_axis(scores_BTE, experts_BTJ, -1)
+  if config.normalize:
+    weights_BTJ = weights_BTJ / weights_BTJ.sum(-1, keepdims=True)
+  real = real_BT[..., None]
+  choices = Choices(
+    jnp.where(real, experts_BTJ, num_experts),
+    jnp.where(real, weights_BTJ, 0.0),
+  )
+  return choices, shares_BTE
+
+
+def _assign(
+  choices: Choices, real_BT, num_experts, config: TokenChoice, order_T
+) -> Slots:
+  """Gives out the slots, in the order of tokens and then of their choices."""
+  batch, length, top_k = choices.experts_BTJ.shape
+  share = config.capacity * top_k / num_experts
+  limits = _limits(share, length)
+  token_T = np.argsort(order_T)  # The array's index of each place.
+  flat = lambda a: a[:, token_T].reshape(batch, length * top_k)
+  experts_BP, weights_BP = map(flat, choices)
+  one_hot_BPE = _one_hot(experts_BP, num_experts, jnp.int32)
+  # How many pairs came before, of those for the same expert.
+  before_BPE = jnp.cumsum(one_hot_BPE, 1) - one_hot_BPE
+  place_BP = (before_BPE * one_hot_BPE).sum(-1)
+  limit_B = jnp.asarray(limits)[real_BT.sum(1)]
+  kept_BP = place_BP < limit_B[:, None]
+  experts_BP = jnp.where(kept_BP, experts_BP, num_experts)
+  token_P = jnp.asarray(np.repeat(token_T, top_k), jnp.int32)
+  shape = num_experts, int(limits[-1])
+
+  def scatter(experts_P, place_P, weights_P):
+    put = lambda empty, values: (
+      jnp.full(shape, empty).at[experts_P, place_P].set(values, mode='drop')
+    )
+    return put(jnp.int32(length), token_P), put(jnp.float32(0), weights_P)
+
+  return Slots(*jax.vmap(scatter)(experts_BP, place_BP, weights_BP))
+
+
+def _by_experts(logits_BTE, real_BT, config: ExpertChoice):
+  length, num_experts = logits_BTE.shape[1:]
+  limits = _limits(config.capacity / num_experts, length)
+  scores_BTE = jax.nn.softmax(logits_BTE)
+  wanted_BTE = jnp.where(real_BT[..., None], scores_BTE, -1.0)
+  ranked_BTE = jnp.argsort(wanted_BTE, axis=1, descending=True)
+  tokens_BCE = ranked_BTE[:, : limits[-1]]
+  weights_BCE = jnp.take_along_axis(scores_BTE, tokens_BCE, 1)
+  num_B = real_BT.sum(1)
+  taken_B = jnp.minimum(jnp.asarray(limits)[num_B], num_B)
+  index_C = jnp.arange(tokens_BCE.shape[1])
+  full_BC1 = (index_C[None] < taken_B[:, None])[..., None]
+  swap = lambda a: jnp.swapaxes(a, 1, 2)
+  slots = Slots(
+    swap(jnp.where(full_BC1, tokens_BCE, length)),
+    swap(jnp.where(full_BC1, weights_BCE, 0.0)),
+  )
+  chosen_BT = weights_of(slots, num_experts, length).any(-1)
+  load = Load(
+    jnp.full(num_experts, taken_B.sum(), jnp.float32),
+    (real_BT & ~chosen_BT).sum().astype(jnp.float32),
+    num_B.sum().astype(jnp.float32),
+  )
+  return slots, load, jnp.zeros(real_BT.shape[:1], jnp.float32)
+
+
+def weights_of(
+  routing: Choices | Slots, num_experts: int, length: int
+) -> jax.Array:
+  """Returns the factor of each expert's output for each token, (B, T, E)."""
+  if isinstance(routing, Choices):
+    one_hot_BTJE = _one_hot(routing.experts_BTJ, num_experts)
+    return (one_hot_BTJE * routing.weights_BTJ[..., None]).sum(2)
+
+  def scatter(tokens_EC, weights_EC):
+    experts_E1 = jnp.arange(num_experts)[:, None]
+    zeros_TE = jnp.zeros((length, num_experts), jnp.float32)
+    return zeros_TE.at[tokens_EC, experts_E1].set(weights_EC, mode='drop')
+
+  return jax.vmap(scatter)(*routing)
+
+
+def _limits(share: float, length: int) -> np.ndarray:
+  """Returns the slots of an expert for a row of 0, 1, ..., T tokens."""
+  # A hair less, so that 1.1 x 10 is 11 and not 12.
+  slots = [math.ceil(share * num * (1 - 1e-9)) for num in range(length + 1)]
+  return np.minimum(np.asarray(slots, np.int32), length)
+
+
+def _one_hot(experts, num_experts, dtype=jnp.float32):
+  return jax.nn.one_hot(experts, num_experts, dtype=dtype)
