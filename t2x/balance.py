@@ -26,11 +26,12 @@ def losses(stats: StatsByPath, share_B: jax.Array) -> dict[str, jax.Array]:
   """
   if not stats:
     return {}
-  total = lambda name: sum(
-    (getattr(s, name) * share_B[(None,) * (getattr(s, name).ndim - 1)]).sum()
-    for s in stats.values()
-  )
-  return {'balance_loss': total('balance_B'), 'router_z_loss': total('z_B')}
+  # Layers of one kind are stacked, (R, B).
+  total = lambda values: jnp.stack([jnp.dot(v, share_B).sum() for v in values])
+  return {
+    'balance_loss': total([s.balance_B for s in stats.values()]).sum(),
+    'router_z_loss': total([s.z_B for s in stats.values()]).sum(),
+  }
 
 
 def update(model: Any, loads: LoadsByPath) -> Any:
@@ -73,8 +74,8 @@ def metrics(loads: LoadsByPath) -> dict[str, jax.Array]:
   largest = [
     (s.max(-1) / jnp.maximum(s.mean(-1), 1e-9)).max() for s in shares.values()
   ]
-  lost = sum(load.lost.sum() for load in loads.values())
-  total = sum(load.total.sum() for load in loads.values())
+  lost = jnp.stack([load.lost.sum() for load in loads.values()]).sum()
+  total = jnp.stack([load.total.sum() for load in loads.values()]).sum()
   return {
     'expert_load_max': jnp.stack(largest).max(),
     'tokens_dropped': lost / jnp.maximum(total, 1.0),

@@ -11,6 +11,7 @@ key/value heads, H head dim, F feed-forward, V vocabulary, w window.
 """
 
 from t2x.layers import attention as attention_lib
+from t2x.layers import moe
 from t2x.models import common
 from t2x.models import encoder
 from t2x.models import encoder_decoder
@@ -28,7 +29,9 @@ def forward_flops(
   """Returns the FLOPs of one forward pass, logits included.
 
   Rows count as whole sequences: padding, and documents packed into one row,
-  change nothing. BERT's pooler (one token a row) is left out.
+  change nothing. BERT's pooler (one token a row) is left out. A mixture of
+  experts counts the experts that its router may give a token, whether or not
+  they had room for it.
 
   Args:
     config: of the model.
@@ -98,20 +101,29 @@ def _tower(
 ) -> dict[str, int]:
   """FLOPs of a stack over one row."""
   D = config.embed_dim
-  # Up and down, and the gate where there is one.
-  num_mlp = 3 if config.mlp.gated else 2
-  parts = {
-    'projections': 0,
-    'scores and values': 0,
-    'mlp': num_layers * num_mlp * 2 * length * D * config.mlp.hidden,
-  }
-  for kind in _layer_kinds(config, num_layers):
+  parts = {'projections': 0, 'scores and values': 0, 'mlp': 0}
+  group = config.group
+  for i in range(num_layers):
+    kind, mlp = group[i % len(group)]
+    for name, per_token in _feed_forward(mlp, D).items():
+      parts[name] = parts.get(name, 0) + int(length * per_token)
     N, K, H = kind.num_heads, kind.kv_heads, kind.head_dim
     parts['projections'] += 2 * length * D * H * (2 * N + 2 * K)
     parts['scores and values'] += _attention(
       kind, length, length, kind.mask_window, causal, skip_masked
     )
   return parts
+
+
+def _feed_forward(mlp: moe.FeedForwardConfig, D: int) -> dict[str, float]:
+  """FLOPs of one token; an expert is a layer of its own."""
+  # Up and down, and the gate where there is one.
+  products = 3 if mlp.gated else 2
+  dense = products * 2 * D * mlp.hidden
+  if not isinstance(mlp, moe.MoeConfig):
+    return {'mlp': dense}
+  router = 2 * D * mlp.num_experts
+  return {'mlp': mlp.experts_of_token * dense, 'router': router}
 
 
 def _cross(config, num_layers, T, S, skip_masked) -> int:

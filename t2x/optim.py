@@ -248,15 +248,17 @@ def muon_dimensions(params: Any) -> Any:
   """Returns `MuonDimensionNumbers` for each of the layers' matrices.
 
   A projection into heads reduces `embed`; one out of them reduces all but
-  `embed`. Stacked dimensions belong to neither and so are batch dimensions.
+  `embed`. Stacked dimensions and experts belong to neither and so are batch
+  dimensions.
   """
 
   def leaf(p):
     axes = p.get_metadata('axes')
     stacked = len(p.shape) - len(axes)
-    embed = [i + stacked for i, a in enumerate(axes) if a == 'embed']
-    other = [i + stacked for i, a in enumerate(axes) if a != 'embed']
-    into = axes[0] == 'embed'
+    matrix = [i for i, a in enumerate(axes) if a != 'experts']
+    embed = [i + stacked for i in matrix if axes[i] == 'embed']
+    other = [i + stacked for i in matrix if axes[i] != 'embed']
+    into = axes[matrix[0]] == 'embed'
     spec = contrib.MuonDimensionNumbers(
       *((embed, other) if into else (other, embed))
     )

@@ -18,7 +18,7 @@ _NAMES = sorted(
   os.path.basename(path).removesuffix('.py')
   for path in glob.glob(os.path.join(_DIRECTORY, '*.py'))
 )
-_TINY = ('quickstart', 'gpt2_tiny', 'bert_tiny', 't5_tiny')
+_TINY = ('quickstart', 'gpt2_tiny', 'bert_tiny', 't5_tiny', 'moe_tiny')
 _TOOLS = ('generate', 'evaluate')
 
 

@@ -13,7 +13,9 @@ from t2x.attention import dense
 from t2x.attention import mask as mask_lib
 from t2x.layers import attention
 from t2x.layers import mlp
+from t2x.layers import moe
 from t2x.layers import position
+from t2x.layers import routing
 from t2x.models import decoder
 from t2x.models import encoder
 from t2x.models import encoder_decoder
@@ -23,6 +25,13 @@ _DENSE = attention.Dense(num_heads=4, head_dim=16)
 _GROUPED = attention.Dense(num_heads=4, num_kv_heads=2, head_dim=8)
 _LOCAL = attention.Local(num_heads=4, head_dim=16, window=7)
 _GATED = mlp.MlpConfig(hidden=48, gated=True, activation='silu', bias=False)
+# Slots for 2 of 4 experts of a token: products of a fixed number of rows.
+_EXPERTS = moe.MoeConfig(
+  hidden=24,
+  bias=False,
+  num_experts=4,
+  router=routing.TokenChoice(capacity=1.0),
+)
 _SIZES = {'vocab_size': 256, 'embed_dim': 32, 'num_layers': 3}
 
 _CONFIGS = {
@@ -37,6 +46,9 @@ _CONFIGS = {
   ),
   'pattern': decoder.DecoderConfig(
     **_SIZES, attention=_DENSE, attention_pattern=(_DENSE, _LOCAL)
+  ),
+  'experts': decoder.DecoderConfig(
+    **_SIZES, attention=_DENSE, mlp_pattern=(_GATED, _EXPERTS)
   ),
   'encoder': encoder.EncoderConfig(**_SIZES, attention=_DENSE, pooler=True),
   'bare encoder': encoder.EncoderConfig(

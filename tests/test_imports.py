@@ -21,6 +21,7 @@ _ORDER = (
   ('models',),
   ('fused_loss',),
   ('loss', 'objectives', 'optim', 'optim_state', 'data', 'decode'),
+  ('balance',),
   ('train_step', 'evaluate'),
   ('experiment', 'flops', 'interop', 'plan'),
   ('checkpoint', 'checkpoint_files', 'charts', 'progress', 'report_page'),

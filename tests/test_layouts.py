@@ -20,9 +20,11 @@ from t2x import train_step
 from t2x import zigzag
 from t2x.layers import attention
 from t2x.layers import mlp
+from t2x.layers import moe
 from t2x.layers import norm
 from t2x.layers import param
 from t2x.layers import position
+from t2x.layers import routing
 from t2x.models import decoder
 from t2x.models import encoder
 from t2x.models import encoder_decoder
@@ -39,6 +41,9 @@ MESHES = {
   'context4_tensor2': {'data': 1, 'context': 4, 'tensor': 2},
   'context2_tensor4': {'data': 1, 'context': 2, 'tensor': 4},
   'data2_fsdp2_context2': {'data': 2, 'fsdp': 2, 'context': 2},
+  'data2_expert4': {'data': 2, 'expert': 4},
+  'expert2_context2_fsdp2': {'data': 1, 'expert': 2, 'context': 2, 'fsdp': 2},
+  'expert4_tensor2': {'data': 1, 'expert': 4, 'tensor': 2},
 }
 TX = optim.make(optim.AdamW(), 10)
 STEP = train_step.StepConfig(
@@ -89,6 +94,27 @@ CONFIGS = {
     tied_head='tied_scaled',
   ),
 }
+SHAPE = {'hidden': 32, 'activation': 'silu', 'gated': True, 'num_experts': 4}
+EXPERTS = {
+  'dropless': moe.MoeConfig(
+    **SHAPE, router=routing.TokenChoice(balance_loss=0.1, bias_rate=0.01)
+  ),
+  'slots': moe.MoeConfig(
+    **SHAPE,
+    router=routing.TokenChoice(balance_loss=0.1, capacity=0.9, score='sigmoid'),
+  ),
+  'choosing': moe.MoeConfig(**SHAPE, router=routing.ExpertChoice()),
+}
+PLAIN = mlp.MlpConfig(hidden=32, bias=False)
+with_experts = lambda kind, name: dataclasses.replace(
+  CONFIGS[kind], mlp_pattern=(PLAIN, EXPERTS[name])
+)
+CONFIGS |= {
+  'llama dropless': with_experts('llama', 'dropless'),
+  'llama slots': with_experts('llama', 'slots'),
+  'bert choosing': with_experts('bert', 'choosing'),
+  't5 slots': with_experts('t5', 'slots'),
+}
 
 
 def make_mesh(**sizes):
@@ -133,9 +159,9 @@ def make_batch(kind):
     'segments': segments,
     'positions': positions,
   }
-  if kind == 'bert':
+  if kind.startswith('bert'):
     batch['token_types'] = rng.integers(0, 2, (ROWS, LENGTH)).astype(np.int32)
-  if kind == 't5':
+  if kind.startswith('t5'):
     segments, positions = packed(rng, ROWS, LENGTH)
     batch |= {
       'encoder_inputs': tokens(),
@@ -176,7 +202,7 @@ def on_mesh(kind, mesh, config=STEP, rules=RULES):
   spec = sharding.to_spec(('batch', 'length'), rules, mesh=mesh)
   batch = make_batch(kind)
   balanced = rules.balance_context and rules.context_attention == 'ring'
-  if balanced and kind != 'bert':
+  if balanced and not kind.startswith('bert'):
     order = mesh.shape['context']
     execution = dataclasses.replace(config.execution, zigzag=order)
     config = dataclasses.replace(config, execution=execution)
@@ -194,8 +220,10 @@ def on_mesh(kind, mesh, config=STEP, rules=RULES):
 def assert_as_on_one_device(kind, result):
   want_grads, want_sums = on_one_device(kind)
   grads, sums = result
-  for name, value in want_sums.items():
-    np.testing.assert_allclose(sums[name], value, rtol=2e-6, err_msg=name)
+  want_leaves = jax.tree_util.tree_leaves_with_path(want_sums)
+  for (path, a), b in zip(want_leaves, jax.tree.leaves(sums), strict=True):
+    name = sharding.path_name(path)
+    np.testing.assert_allclose(b, a, rtol=3e-6, err_msg=name)
   want = jax.tree_util.tree_leaves_with_path(want_grads)
   largest = max(np.abs(leaf).max() for _, leaf in want)
   for (path, a), b in zip(want, jax.tree.leaves(grads), strict=True):
@@ -205,7 +233,7 @@ def assert_as_on_one_device(kind, result):
     np.testing.assert_allclose(b, a, atol=2e-5 * scale, rtol=0, err_msg=name)
 
 
-@pytest.mark.parametrize('mesh', MESHES)
+@pytest.mark.parametrize('mesh', [m for m in MESHES if 'expert' not in m])
 @pytest.mark.parametrize(
   'kind',
   [
@@ -239,7 +267,57 @@ def test_sequence_parallelism(kind, mesh):
   assert_as_on_one_device(kind, result)
 
 
-@pytest.mark.parametrize('mesh', MESHES)
+@pytest.mark.parametrize(
+  'mesh',
+  [
+    'data2_expert4',
+    'expert2_context2_fsdp2',
+    pytest.param('expert4_tensor2', marks=pytest.mark.slow),
+    pytest.param('fsdp8', marks=pytest.mark.slow),
+    pytest.param('context2_tensor4', marks=pytest.mark.slow),
+  ],
+)
+@pytest.mark.parametrize(
+  'kind',
+  [
+    'llama dropless',
+    'llama slots',
+    pytest.param('bert choosing', marks=pytest.mark.slow),
+    pytest.param('t5 slots', marks=pytest.mark.slow),
+  ],
+)
+def test_experts(kind, mesh):
+  """Every choice of experts, every figure of the load, is the same."""
+  loads = on_one_device(kind)[1]['loads']
+  lost = sum(load.lost.sum() for load in loads.values())
+  assert (lost > 0) == ('dropless' not in kind)
+  result = on_mesh(kind, make_mesh(**MESHES[mesh]))
+  assert_as_on_one_device(kind, result)
+
+
+@pytest.mark.parametrize('kind', ['llama dropless', 'llama slots'])
+def test_experts_with_accumulation_and_sequence_parallelism(kind):
+  mesh = make_mesh(data=2, expert=2, tensor=2)
+  config = dataclasses.replace(STEP, accumulate=4)
+  result = on_mesh(kind, mesh, config, rules=SEQUENCE)
+  assert_as_on_one_device(kind, result)
+
+
+def test_experts_whose_axis_splits_no_rows():
+  """Each device then has all tokens, and the outputs are summed."""
+  rules = dataclasses.replace(RULES, batch=('data', 'fsdp'))
+  for kind in ('llama dropless', 'llama slots'):
+    result = on_mesh(kind, make_mesh(data=2, expert=4), rules=rules)
+    assert_as_on_one_device(kind, result)
+
+
+def test_experts_on_part_of_the_batchs_axes_are_refused():
+  rules = dataclasses.replace(RULES, experts=('expert', 'context'))
+  with pytest.raises(sharding.ShardingError, match=r'Set rules\.experts=exp'):
+    on_mesh('llama slots', make_mesh(expert=2, context=2), rules=rules)
+
+
+@pytest.mark.parametrize('mesh', [m for m in MESHES if 'expert' not in m])
 def test_accumulation_is_one_batch(mesh):
   config = dataclasses.replace(STEP, accumulate=4)
   result = on_mesh('gpt2', make_mesh(**MESHES[mesh]), config)

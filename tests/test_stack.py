@@ -179,7 +179,7 @@ def test_block_runs_outside_a_stack(model):
   )
   want = x
   for layer in layers_in_order(tower.layers):
-    want, _ = layer(want, context)
+    want, _, _ = layer(want, context)
   np.testing.assert_allclose(
     tower(x, context)[0], tower.final_norm(want), atol=1e-5
   )

@@ -8,13 +8,16 @@
 """
 
 from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
 from t2x.layers import attention
 from t2x.layers import mlp
+from t2x.layers import moe
 from t2x.layers import norm
 from t2x.layers import param
 from t2x.layers import position
+from t2x.layers import routing
 from t2x.models import decoder
 from t2x.models import encoder
 from t2x.models import encoder_decoder
@@ -36,7 +39,8 @@ def to_t2x(hf: Hf) -> tuple[str, model.ModelConfig]:
   """Translates a config.json, already parsed.
 
   Args:
-    hf: the dictionary; `model_type` is bert, roberta, gpt2, t5 or llama.
+    hf: the dictionary; `model_type` is bert, roberta, gpt2, t5, llama or
+      mixtral.
 
   Returns:
     The family, for `names.to_t2x`, and the config.
@@ -203,6 +207,24 @@ def _llama(hf: Hf) -> tuple[str, decoder.DecoderConfig]:
   return 'llama', config
 
 
+def _mixtral(hf: Hf) -> tuple[str, decoder.DecoderConfig]:
+  _require(hf, sliding_window=None, router_jitter_noise=0.0)
+  _, config = _llama({'rms_norm_eps': 1e-5, 'rope_theta': 1e6, **hf})
+  experts = moe.MoeConfig(
+    hidden=config.mlp.hidden,
+    activation=config.mlp.activation,
+    gated=True,
+    bias=False,
+    num_experts=hf.get('num_local_experts', 8),
+    router=routing.TokenChoice(
+      top_k=hf.get('num_experts_per_tok', 2),
+      balance_loss=hf.get('router_aux_loss_coef', 0.001),
+    ),
+    z_loss=0.0,
+  )
+  return 'mixtral', dataclasses.replace(config, mlp=experts)
+
+
 def _rotary(hf: Hf) -> position.Rotary:
   """Reads `rope_parameters`, or the older `rope_theta` and `rope_scaling`."""
   rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}
@@ -244,4 +266,5 @@ _TRANSLATIONS = {
   'gpt2': _gpt2,
   't5': _t5,
   'llama': _llama,
+  'mixtral': _mixtral,
 }

@@ -111,13 +111,14 @@ def from_t2x(
   table = _family(family)
   slots, _ = _slots(table, config)
   pieces: dict[str, dict[int, np.ndarray]] = {}
+  dims = {name: slot.row.part[2] for slot in slots for name in slot.names}
   for slot, leaf in zip(slots, jax.tree.leaves(model)):
     layers = np.asarray(leaf) if slot.stacked else [np.asarray(leaf)]
     for name, array in zip(slot.names, layers):
       part = _from_layout(slot.row, array, config.vocab_size)
       pieces.setdefault(name, {})[slot.row.part[0]] = part
   tensors = {
-    name: np.concatenate([parts[i] for i in sorted(parts)], -1)
+    name: np.concatenate([parts[i] for i in sorted(parts)], dims[name])
     for name, parts in pieces.items()
   }
   for copy, name in _copies(table, config, tensors).items():
@@ -178,7 +179,7 @@ def _layers(path: str, config: Any) -> tuple[str, tuple[int, ...], bool]:
   if not match:
     return path, (0,), False
   before, place, member, after = match.groups()
-  size, member = len(config.kinds), int(member)
+  size, member = len(config.group), int(member)
   num_layers = config.num_layers
   if before.startswith('encoder'):
     num_layers = config.num_encoder_layers or num_layers
@@ -252,15 +253,16 @@ def _expected_shape(slot: _Slot, vocab_size: int) -> tuple[int, ...]:
   sizes = dict(zip(slot.row.letters, slot.shape), V=vocab_size)
   groups = slot.row.groups
   shape = [int(np.prod([sizes[x] for x in group])) for group in groups]
-  shape[-1] *= slot.row.part[1]
+  _, num, dim = slot.row.part
+  shape[dim] *= num
   return tuple(shape)
 
 
 def _to_layout(slot: _Slot, array: np.ndarray) -> np.ndarray:
   """Converts one array of Hugging Face to t2x's order of dimensions."""
   row = slot.row
-  index, num = row.part
-  array = np.split(array.astype(np.float32), num, -1)[index]
+  index, num, dim = row.part
+  array = np.split(array.astype(np.float32), num, dim)[index]
   order = ''.join(row.groups)
   sizes = dict(zip(row.letters, slot.shape))
   # The vocabulary is not merged with anything, so its size is the array's.

@@ -4,7 +4,7 @@ A row reads: path in t2x (`*` for the layer), name in Hugging Face, and its
 layout. The letters at the end of a path are its dimensions in order; the
 layout has the same letters as they stand in the other array, those that it
 merges written together: a torch Linear of N heads is 'NH D' where t2x has
-`DNH`. A fourth field (i, n) is part i of n along the last dimension.
+`DNH`. A fourth field (i, n, dim) is part i of n along that dimension.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class Row:
   path: str
   name: str
   layout: str
-  part: tuple[int, int] = (0, 1)
+  part: tuple[int, int, int] = (0, 1, -1)
 
   @property
   def letters(self) -> str:
@@ -148,12 +148,12 @@ _ROBERTA = Family(
 
 _GPT2_LAYER = [
   *_norm('attention_norm', 'ln_1'),
-  ('attention.q_DNH', 'attn.c_attn.weight', 'D NH', (0, 3)),
-  ('attention.k_DKH', 'attn.c_attn.weight', 'D KH', (1, 3)),
-  ('attention.v_DKH', 'attn.c_attn.weight', 'D KH', (2, 3)),
-  ('attention.q_bias_NH', 'attn.c_attn.bias', 'NH', (0, 3)),
-  ('attention.k_bias_KH', 'attn.c_attn.bias', 'KH', (1, 3)),
-  ('attention.v_bias_KH', 'attn.c_attn.bias', 'KH', (2, 3)),
+  ('attention.q_DNH', 'attn.c_attn.weight', 'D NH', (0, 3, -1)),
+  ('attention.k_DKH', 'attn.c_attn.weight', 'D KH', (1, 3, -1)),
+  ('attention.v_DKH', 'attn.c_attn.weight', 'D KH', (2, 3, -1)),
+  ('attention.q_bias_NH', 'attn.c_attn.bias', 'NH', (0, 3, -1)),
+  ('attention.k_bias_KH', 'attn.c_attn.bias', 'KH', (1, 3, -1)),
+  ('attention.v_bias_KH', 'attn.c_attn.bias', 'KH', (2, 3, -1)),
   ('attention.o_NHD', 'attn.c_proj.weight', 'NH D'),
   ('attention.o_bias_D', 'attn.c_proj.bias', 'D'),
   *_norm('mlp_norm', 'ln_2'),
@@ -177,7 +177,7 @@ _GPT2 = Family(
   ignored=r'.*\.attn\.(masked_)?bias',
 )
 
-# --- Llama. ---
+# --- Llama, and Mixtral with its experts. ---
 
 _LLAMA_LAYER = [
   ('attention_norm.scale', 'input_layernorm.weight', 'D'),
@@ -190,24 +190,37 @@ _LLAMA_LAYER = [
   ('attention.v_bias_KH', 'self_attn.v_proj.bias', 'KH'),
   ('attention.o_bias_D', 'self_attn.o_proj.bias', 'D'),
   ('mlp_norm.scale', 'post_attention_layernorm.weight', 'D'),
+]
+
+_LLAMA_MLP = [
   ('mlp.gate_DF', 'mlp.gate_proj.weight', 'F D'),
   ('mlp.up_DF', 'mlp.up_proj.weight', 'F D'),
   ('mlp.down_FD', 'mlp.down_proj.weight', 'D F'),
 ]
 
-_LLAMA = Family(
-  prefix='model.',
-  rows=_rows(
-    [
-      ('embeddings.tokens.table_VD', 'model.embed_tokens.weight', 'V D'),
-      ('tower.final_norm.scale', 'model.norm.weight', 'D'),
-      ('output.table_VD', 'lm_head.weight', 'V D'),
-    ]
+# One array holds the gates, then the ups, of all experts of a layer.
+_MIXTRAL_EXPERTS = [
+  ('mlp.router_DE', 'mlp.gate.weight', 'E D'),
+  ('mlp.gate_EDF', 'mlp.experts.gate_up_proj', 'E F D', (0, 2, 1)),
+  ('mlp.up_EDF', 'mlp.experts.gate_up_proj', 'E F D', (1, 2, 1)),
+  ('mlp.down_EFD', 'mlp.experts.down_proj', 'E D F'),
+]
+
+
+def _llama(mlp: list[tuple]) -> Family:
+  ends = [
+    ('embeddings.tokens.table_VD', 'model.embed_tokens.weight', 'V D'),
+    ('tower.final_norm.scale', 'model.norm.weight', 'D'),
+    ('output.table_VD', 'lm_head.weight', 'V D'),
+  ]
+  return Family(
+    prefix='model.',
+    rows=_rows(ends)
+    + _rows(_LLAMA_LAYER + mlp, 'tower.layers.*.', 'model.layers.{layer}.'),
+    copies={'lm_head.weight': 'model.embed_tokens.weight'},
+    ignored=r'.*rotary_emb\.inv_freq',
   )
-  + _rows(_LLAMA_LAYER, 'tower.layers.*.', 'model.layers.{layer}.'),
-  copies={'lm_head.weight': 'model.embed_tokens.weight'},
-  ignored=r'.*rotary_emb\.inv_freq',
-)
+
 
 # --- T5: 1.1 differs in the feed-forward layer and the head. ---
 
@@ -280,5 +293,6 @@ FAMILIES = {
   'gpt2': _GPT2,
   't5': _t5(gated=False),
   't5_v1_1': _t5(gated=True),
-  'llama': _LLAMA,
+  'llama': _llama(_LLAMA_MLP),
+  'mixtral': _llama(_MIXTRAL_EXPERTS),
 }

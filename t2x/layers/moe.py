@@ -56,6 +56,15 @@ class MoeConfig(mlp.MlpConfig):
       )
 
   @property
+  def experts_of_token(self) -> float:
+    """Experts that compute for a token, in the mean and at the most."""
+    router, num = self.router, self.num_experts
+    if isinstance(router, routing.ExpertChoice):
+      return min(router.capacity, num)
+    # Below 1, capacity turns away that share of the choices.
+    return router.top_k * min(1.0, router.capacity or 1.0)
+
+  @property
   def is_causal(self) -> bool:
     """Whether no token depends on later ones."""
     return not isinstance(self.router, routing.ExpertChoice)
@@ -170,5 +179,6 @@ FeedForwardConfig = mlp.MlpConfig | MoeConfig
 
 def make(config: FeedForwardConfig, embed: int, **kwargs) -> mlp.Mlp | Moe:
   """Builds the feed-forward layer that `config` describes."""
-  cls = Moe if isinstance(config, MoeConfig) else mlp.Mlp
-  return cls(config, embed, **kwargs)
+  if isinstance(config, MoeConfig):
+    return Moe(config, embed, **kwargs)
+  return mlp.Mlp(config, embed, **kwargs)

@@ -191,6 +191,7 @@ def _assign(
 ) -> Slots:
   """Gives out the slots, in the order of tokens and then of their choices."""
   batch, length, top_k = choices.experts_BTJ.shape
+  assert config.capacity is not None
   share = config.capacity * top_k / num_experts
   limits = _limits(share, length)
   token_T = np.argsort(order_T)  # The array's index of each place.

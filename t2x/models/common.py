@@ -299,8 +299,8 @@ def check_causal(config: TransformerConfig) -> None:
     if isinstance(kind, moe.MoeConfig) and not kind.is_causal:
       raise ValueError(
         'mlp.router=expert_choice lets later tokens decide which experts an '
-        f'earlier one has, so a model of kind {config.kind} would see the '
-        'future. Set model.mlp.router=token_choice.'
+        'earlier one has, so a decoder would see the future. Set '
+        'model.mlp.router=token_choice.'
       )
 
 

@@ -14,9 +14,11 @@ import dataclasses
 
 from t2x.layers import attention
 from t2x.layers import mlp
+from t2x.layers import moe
 from t2x.layers import norm
 from t2x.layers import param
 from t2x.layers import position
+from t2x.layers import routing
 from t2x.models import decoder
 from t2x.models import encoder
 from t2x.models import encoder_decoder
@@ -331,6 +333,28 @@ def _llama2(
   )
 
 
+def mixtral_8x7b() -> decoder.DecoderConfig:
+  """Jiang et al., 2024: Mixtral 8x7B (46,702,792,704), 2 of 8 experts a token.
+
+  Initialisation and the factor of the balance loss are the release's config.
+  """
+  base = _llama2(
+    num_layers=32, embed_dim=4096, hidden=14336, num_heads=32, num_kv_heads=8
+  )
+  experts = moe.MoeConfig(
+    hidden=14336,
+    activation='silu',
+    gated=True,
+    bias=False,
+    num_experts=8,
+    router=routing.TokenChoice(top_k=2, balance_loss=0.02),
+    z_loss=0.0,
+  )
+  return dataclasses.replace(
+    base, mlp=experts, position=position.Rotary(style='half', base=1e6)
+  )
+
+
 PRESETS: dict[str, Callable[[], model.ModelConfig]] = {
   fn.__name__: fn
   for fn in (
@@ -358,5 +382,6 @@ PRESETS: dict[str, Callable[[], model.ModelConfig]] = {
     llama2_7b,
     llama2_13b,
     llama2_70b,
+    mixtral_8x7b,
   )
 }

@@ -112,8 +112,16 @@ def llama3():
   return transformers.LlamaForCausalLM(config)
 
 
+def mixtral():
+  config = transformers.MixtralConfig(
+    num_local_experts=5, num_experts_per_tok=2, **LLAMA
+  )
+  return transformers.MixtralForCausalLM(config)
+
+
 MAKERS = {
-  fn.__name__: fn for fn in (bert, roberta, gpt2, t5, t5_v1_1, llama, llama3)
+  fn.__name__: fn
+  for fn in (bert, roberta, gpt2, t5, t5_v1_1, llama, llama3, mixtral)
 }
 
 
@@ -185,7 +193,9 @@ def test_bert_states_logits_pooler_and_next_sentence(pairs, batch, padded):
 
 
 @pytest.mark.parametrize('padded', [False, True])
-@pytest.mark.parametrize('name', ['roberta', 'gpt2', 'llama', 'llama3'])
+@pytest.mark.parametrize(
+  'name', ['roberta', 'gpt2', 'llama', 'llama3', 'mixtral']
+)
 def test_logits(pairs, batch, name, padded):
   theirs, _, _, model = pairs[name]
   tokens, real = batch
@@ -267,7 +277,7 @@ def test_import_without_prefix_and_without_copies(pairs, name):
   jax.tree.map(np.testing.assert_array_equal, again, model)
 
 
-@pytest.mark.parametrize('name', ['bert', 'gpt2', 'llama'])
+@pytest.mark.parametrize('name', ['bert', 'gpt2', 'llama', 'mixtral'])
 def test_bare_export_loads_into_the_body(pairs, name):
   theirs, family, config, model = pairs[name]
   bare = names.from_t2x(family, config, model, bare=True)

@@ -40,6 +40,7 @@ EXACT = {
   'llama2_7b': 6_738_415_616,
   'llama2_13b': 13_015_864_320,
   'llama2_70b': 68_976_648_192,
+  'mixtral_8x7b': 46_702_792_704,
 }
 
 # What the papers print, and how near to it the count must come: to the last
@@ -361,6 +362,10 @@ def hugging_face():
         num_attention_heads=64,
         num_key_value_heads=8,
       ),
+    ),
+    'mixtral_8x7b': (
+      hf.MixtralForCausalLM,
+      hf.MixtralConfig(router_aux_loss_coef=0.02),
     ),
   }
 
