@@ -4,17 +4,39 @@ Shape suffixes: B batch, E experts, R layers of one kind, stacked.
 """
 
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from t2x import sharding
 from t2x.layers import moe
-from t2x.layers import routing
+
+
+class Load(NamedTuple):
+  """A `routing.Load` of a batch: (E,) or (R, E), and scalars or (R,)."""
+
+  tokens_E: jax.Array
+  lost: jax.Array
+  total: jax.Array
+
 
 # By a router's path in the model.
 StatsByPath = dict[str, moe.Stats]
-LoadsByPath = dict[str, routing.Load]
+LoadsByPath = dict[str, Load]
+
+
+def loads(stats: StatsByPath) -> LoadsByPath:
+  """Returns the loads of layers, summed over rows."""
+  by_rows = {path: s.load for path, s in stats.items()}
+  return {
+    path: Load(
+      tokens_E=load.tokens_BE.sum(-2),
+      lost=load.lost_B.sum(-1),
+      total=load.total_B.sum(-1),
+    )
+    for path, load in by_rows.items()
+  }
 
 
 def losses(stats: StatsByPath, share_B: jax.Array) -> dict[str, jax.Array]:

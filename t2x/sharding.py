@@ -111,6 +111,15 @@ def auto_axes(axis: str) -> tuple[str, ...]:
   return _axes_in_use(axis, manual=False)
 
 
+def all_auto_axes() -> tuple[str, ...]:
+  """Returns all mesh axes that `auto_axes` could return."""
+  if _rules.value is None:
+    return ()
+  mesh = jax.sharding.get_abstract_mesh()
+  auto = (a for a in mesh.axis_names if a not in mesh.manual_axes)
+  return tuple(a for a in auto if mesh.shape[a] > 1)
+
+
 def _axes_in_use(axis: str, *, manual: bool) -> tuple[str, ...]:
   if _rules.value is None:
     return ()

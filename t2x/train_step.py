@@ -286,5 +286,5 @@ def _loss(trained, rest, batch, total, key, config: StepConfig):
     'nll': mean.nll,
     'accuracy': mean.correct,
     **router_losses,
-    'loads': {path: s.load for path, s in stats.items()},
+    'loads': balance.loads(stats),
   }

@@ -50,13 +50,6 @@ class _Axes:
   held: tuple[str, ...]
   hidden: tuple[str, ...]
 
-  @property
-  def all(self) -> tuple[str, ...]:
-    embed = sharding.auto_axes('embed')
-    hidden = sharding.auto_axes('mlp')
-    named = dataclasses.astuple(self)
-    return tuple(dict.fromkeys(sum(named, ()) + embed + hidden))
-
 
 def _axes() -> _Axes:
   batch, length = map(sharding.auto_axes, ('batch', 'length'))
@@ -89,7 +82,7 @@ def run(
 
   Args:
     weights: up_EDF, down_EFD, and where the layer has them gate_EDF and
-      up_bias_EF; they live where the rules say.
+      up_bias_EF, down_bias_ED; they live where the rules say.
     x_BTD: the input, whole or split along the sequence.
     routed: choices or slots of whole rows.
     config: activation.
@@ -97,11 +90,11 @@ def run(
   Raises:
     ShardingError: experts on mesh axes that split only some of the tokens.
   """
-  axes = _axes()
+  axes, every = _axes(), sharding.all_auto_axes()
   body = functools.partial(_local, axes=axes, config=config)
-  if not axes.all:
+  if not every:
     return body({name: w[...] for name, w in weights.items()}, x_BTD, routed)
-  specs = {n: sharding.manual_spec(w, axes.all) for n, w in weights.items()}
+  specs = {n: sharding.manual_spec(w, every) for n, w in weights.items()}
   x_spec = P(axes.batch, (*axes.length, *axes.fine))
   # A slot's token may stand anywhere in its row; a choice is its token's own.
   whole = isinstance(routed, routing.Slots)
@@ -115,7 +108,7 @@ def run(
     local,
     in_specs=(specs, x_spec, routed_spec),
     out_specs=x_spec,
-    axis_names=set(axes.all),
+    axis_names=set(every),
     check_vma=False,
   )({name: w[...] for name, w in weights.items()}, x_BTD, routed)
 
@@ -137,6 +130,11 @@ def _local(weights: Weights, x_BTD, routed, *, axes: _Axes, config):
   if axes.fine:
     x_BTD = jax.lax.all_gather(x_BTD, axes.fine, axis=1, tiled=True)
   by = _by_slots if isinstance(routed, routing.Slots) else _by_choices
+  if axes.hidden and 'down_bias_ED' in weights:
+    # Their outputs are summed, and the bias counts once.
+    first = jax.lax.axis_index(axes.hidden) == 0
+    bias_ED = jnp.where(first, weights['down_bias_ED'], 0.0)
+    weights = {**weights, 'down_bias_ED': bias_ED}
   out_BTD = by(weights, x_BTD, routed, axes, config).astype(x_BTD.dtype)
   # Devices that split experts or their width have parts of one sum.
   parts = (*axes.held, *axes.hidden)
@@ -176,7 +174,7 @@ def _by_slots(weights: Weights, x_BTD, slots: routing.Slots, axes, config):
   out_BECD = _feed_forward(
     weights,
     x_BECD,
-    lambda x, w, spec: param.project(x, w, spec),
+    param.project,
     ('BECD,EDF->BECF', 'BECF,EFD->BECD'),
     lambda bias_EF: bias_EF[None, :, None],
     config,
@@ -250,7 +248,10 @@ def _feed_forward(weights: Weights, x, product, specs, bias_of, config):
     hidden = mlp.activation(config.activation, gate) * up
   else:
     hidden = mlp.activation(config.activation, up)
-  return product(hidden, weights['down_EFD'], out)
+  y = product(hidden, weights['down_EFD'], out)
+  if 'down_bias_ED' in weights:
+    y = y + bias_of(weights['down_bias_ED']).astype(y.dtype)
+  return y
 
 
 def _all_to_all(x, axes, split, concat):

@@ -11,6 +11,7 @@ from flax import nnx
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from t2x import checks
 from t2x import sharding
@@ -156,22 +157,45 @@ class Moe(nnx.Module):
     z_B = config.z_loss * squares_BT.sum(1) / jnp.maximum(real_BT.sum(1), 1)
     bias_E = None if self.balance_E is None else self.balance_E[...]
     order_T = zigzag_lib.index(x_BTD.shape[1], zigzag)
-    routed, load, balance_B = routing.choose(
-      logits_BTE, real_BT, bias_E, config.router, order_T
+    routed, load, balance_B = _by_rows(
+      lambda logits_BTE, real_BT, bias_E: routing.choose(
+        logits_BTE, real_BT, bias_E, config.router, order_T
+      ),
+      (logits_BTE, real_BT),
+      bias_E,
     )
     # Kept for the backward pass: computed again, a near tie could fall
     # elsewhere.
     routed = type(routed)(checkpoint_name(routed[0], routing.CHOICE), routed[1])
-    names = ('gate_EDF', 'up_EDF', 'down_EFD', 'up_bias_EF')
+    names = ('gate_EDF', 'up_EDF', 'down_EFD', 'up_bias_EF', 'down_bias_ED')
     weights = {name: getattr(self, name) for name in names}
     weights = {name: w for name, w in weights.items() if w is not None}
     out_BTD = experts.run(weights, x_BTD, routed, config)
-    if self.down_bias_ED is not None:
-      weights_BTE = routing.weights_of(
-        routed, config.num_experts, x_BTD.shape[1]
-      ).astype(x_BTD.dtype)
-      out_BTD += param.project(weights_BTE, self.down_bias_ED, 'BTE,ED->BTD')
     return out_BTD, Stats(balance_B, z_B, load)
+
+
+def _by_rows(fn, rows, whole):
+  """Returns fn(*rows, whole) of the rows of each device, by itself.
+
+  Sorts, gathers and scatters stay within a row, but the partitioner moves
+  whole batches for some of them, and fails on others.
+
+  Args:
+    fn: takes and returns arrays that begin with rows.
+    rows: such arrays.
+    whole: what every device has.
+  """
+  axes = sharding.all_auto_axes()
+  if not axes:
+    return fn(*rows, whole)
+  split = P(sharding.auto_axes('batch'))
+  return jax.shard_map(
+    fn,
+    in_specs=(*(split for _ in rows), P()),
+    out_specs=split,
+    axis_names=set(axes),
+    check_vma=False,
+  )(*rows, whole)
 
 
 FeedForwardConfig = mlp.MlpConfig | MoeConfig

@@ -113,15 +113,15 @@ class Load(NamedTuple):
   """What the experts were given, in tokens, float32.
 
   Attributes:
-    tokens_E: sent to each expert, those that it had no slot for included.
-    lost: choices for which the expert had no slot; where experts choose,
+    tokens_BE: sent to each expert, those that it had no slot for included.
+    lost_B: choices for which the expert had no slot; where experts choose,
       tokens that none chose.
-    total: choices; where experts choose, tokens.
+    total_B: choices; where experts choose, tokens.
   """
 
-  tokens_E: jax.Array
-  lost: jax.Array
-  total: jax.Array
+  tokens_BE: jax.Array
+  lost_B: jax.Array
+  total_B: jax.Array
 
 
 def choose(
@@ -131,7 +131,7 @@ def choose(
   config: RouterConfig,
   order_T: np.ndarray,
 ) -> tuple[Choices | Slots, Load, jax.Array]:
-  """Routes rows of tokens.
+  """Routes rows of tokens, each by itself.
 
   Args:
     logits_BTE: of the router, float32.
@@ -141,7 +141,7 @@ def choose(
     order_T: place in its row of each token of the arrays.
 
   Returns:
-    The routing; the load; and the balance loss of each row, (B,).
+    The routing, the load, and the balance loss (B,), all of each row.
   """
   if isinstance(config, ExpertChoice):
     return _by_experts(logits_BTE, real_BT, config)
@@ -152,13 +152,12 @@ def choose(
   shares_BE = counts_BE / (num_B * config.top_k)
   means_BE = jnp.where(real_BT[..., None], scores_BTE, 0.0).sum(1) / num_B
   loss_B = config.balance_loss * num_experts * (shares_BE * means_BE).sum(1)
-  total = counts_BE.sum()
+  total_B = counts_BE.sum(1)
   if config.capacity is None:
-    lost = jnp.zeros((), jnp.float32)
-    return choices, Load(counts_BE.sum(0), lost, total), loss_B
+    return choices, Load(counts_BE, jnp.zeros_like(total_B), total_B), loss_B
   slots = _assign(choices, real_BT, num_experts, config, order_T)
-  kept = (slots.tokens_BEC < real_BT.shape[1]).sum().astype(jnp.float32)
-  return slots, Load(counts_BE.sum(0), total - kept, total), loss_B
+  kept_B = (slots.tokens_BEC < real_BT.shape[1]).sum((1, 2))
+  return slots, Load(counts_BE, total_B - kept_B, total_B), loss_B
 
 
 def _by_tokens(logits_BTE, real_BT, bias_E, config: TokenChoice):
@@ -233,29 +232,14 @@ def _by_experts(logits_BTE, real_BT, config: ExpertChoice):
     swap(jnp.where(full_BC1, tokens_BCE, length)),
     swap(jnp.where(full_BC1, weights_BCE, 0.0)),
   )
-  chosen_BT = weights_of(slots, num_experts, length).any(-1)
-  load = Load(
-    jnp.full(num_experts, taken_B.sum(), jnp.float32),
-    (real_BT & ~chosen_BT).sum().astype(jnp.float32),
-    num_B.sum().astype(jnp.float32),
+  mark = lambda tokens_EC: (
+    jnp.zeros(length, bool).at[tokens_EC].set(True, mode='drop')
   )
+  chosen_BT = jax.vmap(mark)(slots.tokens_BEC)
+  tokens_BE = jnp.broadcast_to(taken_B[:, None], (len(num_B), num_experts))
+  counts = tokens_BE, (real_BT & ~chosen_BT).sum(1), num_B
+  load = Load(*(n.astype(jnp.float32) for n in counts))
   return slots, load, jnp.zeros(real_BT.shape[:1], jnp.float32)
-
-
-def weights_of(
-  routing: Choices | Slots, num_experts: int, length: int
-) -> jax.Array:
-  """Returns the factor of each expert's output for each token, (B, T, E)."""
-  if isinstance(routing, Choices):
-    one_hot_BTJE = _one_hot(routing.experts_BTJ, num_experts)
-    return (one_hot_BTJE * routing.weights_BTJ[..., None]).sum(2)
-
-  def scatter(tokens_EC, weights_EC):
-    experts_E1 = jnp.arange(num_experts)[:, None]
-    zeros_TE = jnp.zeros((length, num_experts), jnp.float32)
-    return zeros_TE.at[tokens_EC, experts_E1].set(weights_EC, mode='drop')
-
-  return jax.vmap(scatter)(*routing)
 
 
 def _limits(share: float, length: int) -> np.ndarray:
