@@ -29,7 +29,7 @@ def get_config() -> experiment.Experiment:
   experts = moe.MoeConfig(
     **shape,
     num_experts=8,
-    router=routing.TokenChoice(top_k=2, bias_rate=1e-3),
+    router=routing.TokenChoice(top_k=2, capacity=1.25, bias_rate=1e-3),
   )
   return experiment.Experiment(
     model=decoder.DecoderConfig(

@@ -105,7 +105,7 @@ class Block(nnx.Module):
       # Chowdhery et al., 2022: x + attention(norm(x)) + mlp(norm(x)).
       y_BTD = self._before(x_BTD, self.attention_norm)
       out_BTD, cache = self._attend(y_BTD, context, cache)
-      mlp_BTD, stats = self._feed_forward(y_BTD, context)
+      mlp_BTD, stats = self._feed_forward(y_BTD, context, cache)
       out_BTD = _residual(out_BTD + mlp_BTD)
       x_BTD = x_BTD + self._drop(out_BTD, context, 2)
     else:
@@ -117,7 +117,7 @@ class Block(nnx.Module):
         out_BTD = self._attend_cross(self.cross, y_BTD, context, cache)
         x_BTD = self._after(x_BTD, out_BTD, self.cross_norm, context, 3)
       y_BTD = self._before(x_BTD, self.mlp_norm)
-      out_BTD, stats = self._feed_forward(y_BTD, context)
+      out_BTD, stats = self._feed_forward(y_BTD, context, cache)
       x_BTD = self._after(x_BTD, out_BTD, self.mlp_norm, context, 4)
     return checkpoint_name(_residual(x_BTD), 'block'), cache, stats
 
@@ -157,12 +157,15 @@ class Block(nnx.Module):
       layer.queries(y_BTD), k_BSKH, v_BSKH, context.cross_mask
     )
 
-  def _feed_forward(self, y_BTD, context):
+  def _feed_forward(self, y_BTD, context, cache):
     if not isinstance(self.mlp, moe.Moe):
       return branch.run(_mlp, self.mlp, y_BTD, context), None
     segments_BT = context.mask.q_segments_BT
     real_BT = None if segments_BT is None else segments_BT != 0
-    return self.mlp(y_BTD, real_BT, context.mask.q_zigzag)
+    # With a cache the arrays are a piece of their rows, or have rows of other
+    # lengths beside them: what an expert has room for is not known.
+    drop = cache is None
+    return self.mlp(y_BTD, real_BT, context.mask.q_zigzag, drop=drop)
 
   def empty_cache(self, batch, capacity, dtype, encoded_BSD=None):
     """Returns an empty cache; cross-attention's keys are computed once."""

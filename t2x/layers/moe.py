@@ -131,7 +131,12 @@ class Moe(nnx.Module):
     self.down_bias_ED = bias(embed, None)
 
   def __call__(
-    self, x_BTD: jax.Array, real_BT: jax.Array | None = None, zigzag: int = 1
+    self,
+    x_BTD: jax.Array,
+    real_BT: jax.Array | None = None,
+    zigzag: int = 1,
+    *,
+    drop: bool = True,
   ) -> tuple[jax.Array, Stats]:
     """Returns what the experts add to each token, and how they were used.
 
@@ -139,8 +144,11 @@ class Moe(nnx.Module):
       x_BTD: the input.
       real_BT: False for padding, which goes to no expert; None has none.
       zigzag: devices over which the tokens of a row lie in zigzag order.
+      drop: False lets an expert take all that choose it, whatever the capacity.
     """
-    config = self.config
+    config, router = self.config, self.config.router
+    if not drop and isinstance(router, routing.TokenChoice):
+      router = dataclasses.replace(router, capacity=None)
     if real_BT is None:
       real_BT = jnp.ones(x_BTD.shape[:2], bool)
     logits_BTE = param.project(
@@ -159,7 +167,7 @@ class Moe(nnx.Module):
     order_T = zigzag_lib.index(x_BTD.shape[1], zigzag)
     routed, load, balance_B = _by_rows(
       lambda logits_BTE, real_BT, bias_E: routing.choose(
-        logits_BTE, real_BT, bias_E, config.router, order_T
+        logits_BTE, real_BT, bias_E, router, order_T
       ),
       (logits_BTE, real_BT),
       bias_E,

@@ -31,7 +31,7 @@ class TokenChoice:
     top_k: experts of a token; 1 is the Switch Transformer (Fedus et al., 2022).
     capacity: an expert takes up to capacity x (tokens of the row) x top_k /
       experts; the earlier token goes first, so that none is influenced by a
-      later one. None takes all (Gale et al., 2022).
+      later one. None takes all (Gale et al., 2022), as generation always does.
     score: of a token for an expert, `softmax` over the experts, or a `sigmoid`
       of each (DeepSeek-V3, 2024).
     normalize: the scores of the chosen experts are divided by their sum

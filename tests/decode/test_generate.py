@@ -1,5 +1,6 @@
 """Generation: the cache against recomputing, rows against each other."""
 
+import dataclasses
 import functools
 
 from flax import nnx
@@ -15,9 +16,11 @@ from t2x.decode import loop
 from t2x.decode import sampling
 from t2x.layers import attention
 from t2x.layers import mlp
+from t2x.layers import moe
 from t2x.layers import norm
 from t2x.layers import param
 from t2x.layers import position
+from t2x.layers import routing
 from t2x.models import decoder
 from t2x.models import encoder
 from t2x.models import encoder_decoder
@@ -61,7 +64,18 @@ DECODERS = {
     'position': LEARNED,
   },
   'parallel': {'residual': 'parallel', 'position': ROTARY},
+  'experts': {
+    'mlp': moe.MoeConfig(
+      hidden=24,
+      num_experts=4,
+      # Room for all that comes, where there is a limit.
+      router=routing.TokenChoice(capacity=4.0),
+    ),
+    'position': ROTARY,
+  },
 }
+# Whole rows would drop half of the choices.
+TIGHT = routing.TokenChoice(capacity=0.5)
 T5 = {
   'position': position.RelativeBuckets(num_buckets=8, max_distance=20),
   'norm': norm.RMSNorm(),
@@ -187,6 +201,20 @@ def test_batched_rows_equal_each_alone(name, temperature):
     )
 
 
+def test_generation_drops_no_token():
+  """What an expert has room for would depend on what runs beside a row."""
+  mlp = dataclasses.replace(DECODERS['experts']['mlp'], router=TIGHT)
+  config = dataclasses.replace(make('experts').config, mlp=mlp)
+  tight = decoder.Decoder(config, rngs=nnx.Rngs(0))
+  result = run(tight, PROMPTS, num_tokens=6)
+  assert result.tokens == run(make('experts'), PROMPTS, num_tokens=6).tokens
+  logits = (
+    tight(jnp.asarray([PROMPTS[1]])),
+    make('experts')(jnp.asarray([PROMPTS[1]])),
+  )
+  assert np.abs(logits[0] - logits[1]).max() > 0.1
+
+
 def test_seed():
   model = make()
   draw = functools.partial(
@@ -266,12 +294,14 @@ def test_a_full_context_is_used_to_its_last_position():
   assert result.tokens[0] == tokens
 
 
-@pytest.mark.parametrize('name', ['learned', 'grouped_query', 't5'])
+@pytest.mark.parametrize('name', ['learned', 'grouped_query', 't5', 'experts'])
 @pytest.mark.skipif(jax.device_count() < 8, reason='needs 8 devices')
 def test_sharded_equals_one_device(name):
   model = make(name)
+  rows = 'expert' if name == 'experts' else 'data'
   mesh = mesh_lib.make(
-    mesh_lib.MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()[:8]
+    mesh_lib.MeshConfig(**{'data': 1, rows: 2}, fsdp=2, tensor=2),
+    jax.devices()[:8],
   )
   rules = sharding.Rules()
   config = sampling.SamplingConfig(temperature=0.9, top_k=30)
