@@ -5,6 +5,7 @@ import re
 import bert_tiny
 import gpt2_tiny
 import jax
+import moe_tiny
 import pytest
 import t5_tiny
 import tiny
@@ -57,6 +58,14 @@ def assert_works(config, layout, num_devices):
       r"\('kv_heads'\) of size 8 is not divisible by 16 \(mesh\.tensor=16",
       ['mesh.data=2 mesh.tensor=8', 'mesh.data=4 mesh.tensor=4'],
       id='heads',
+    ),
+    pytest.param(
+      moe_tiny,
+      16,
+      ['mesh.expert=16', 'mesh.data=1'],
+      r"\('experts'\) of size 8 is not divisible by 16 \(mesh\.expert=16",
+      ['mesh.data=2 mesh.expert=8', 'mesh.fsdp=2 mesh.expert=8'],
+      id='experts',
     ),
     pytest.param(
       t5_tiny,

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from t2x.interop import released
 from t2x.interop import tables
 from t2x.models import model as model_lib
 
@@ -65,7 +66,7 @@ def to_t2x(
   """
   table = _family(family)
   slots, treedef = _slots(table, config)
-  found = _canonical(table, tensors)
+  found = _canonical(table, released.merged(tensors))
   expected = {
     name: _expected_shape(slot, config.vocab_size)
     for slot in slots

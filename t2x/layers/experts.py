@@ -140,7 +140,7 @@ def _local(weights: Weights, x_BTD, routed, *, axes: _Axes, config):
   parts = (*axes.held, *axes.hidden)
   summed = tuple(a for a in parts if a not in axes.fine)
   if summed:
-    out_BTD = jax.lax.psum(out_BTD, summed)
+    out_BTD = jnp.asarray(_sum_parts(out_BTD, summed))
   if axes.fine:
     same = tuple(a for a in axes.fine if a not in parts)
     out_BTD = out_BTD / _size(same) if same else out_BTD
@@ -148,6 +148,22 @@ def _local(weights: Weights, x_BTD, routed, *, axes: _Axes, config):
       out_BTD, axes.fine, scatter_dimension=1, tiled=True
     )
   return out_BTD
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _sum_parts(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+  """psum of what leaves the `shard_map` whole.
+
+  Each device is given the same share of its gradient, 1 / size, so that their
+  sum, which `psum` would ask the devices for, is known.
+  """
+  return jax.lax.psum(x, axes)
+
+
+_sum_parts.defvjp(
+  lambda x, axes: (_sum_parts(x, axes), None),
+  lambda axes, _, grad: (grad * _size(axes),),
+)
 
 
 def _by_slots(weights: Weights, x_BTD, slots: routing.Slots, axes, config):

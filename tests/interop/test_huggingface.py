@@ -314,3 +314,31 @@ def test_repeating_groups_and_a_remainder_keep_the_order(pairs):
   exported = names.from_t2x(family, grouped, regrouped)
   for key, value in state(theirs).items():
     np.testing.assert_array_equal(exported[key], value, err_msg=key)
+
+
+def test_experts_that_released_files_keep_apart(pairs):
+  """Mixtral's files: w1 gates, w3 goes up, w2 down, each expert by itself."""
+  theirs, family, config, model = pairs['mixtral']
+  apart = {}
+  for name, array in state(theirs).items():
+    before, _, part = name.partition('mlp.')
+    moe = f'{before}block_sparse_moe.'
+    if part == 'gate.weight':
+      apart[moe + part] = array
+    elif part == 'experts.gate_up_proj':
+      for i, both in enumerate(array):
+        gate, up = np.split(both, 2)
+        apart |= {f'{moe}experts.{i}.w1.weight': gate}
+        apart |= {f'{moe}experts.{i}.w3.weight': up}
+    elif part == 'experts.down_proj':
+      apart |= {
+        f'{moe}experts.{i}.w2.weight': down for i, down in enumerate(array)
+      }
+    else:
+      apart[name] = array
+  assert sum('.w2.' in name for name in apart) == 3 * 5
+  got = names.to_t2x(family, config, apart)
+  jax.tree.map(np.testing.assert_array_equal, got, model)
+  del apart['model.layers.1.block_sparse_moe.experts.2.w3.weight']
+  with pytest.raises(ValueError, match=r'layers\.1\.block.*not every expert'):
+    names.to_t2x(family, config, apart)
