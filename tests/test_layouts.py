@@ -268,6 +268,16 @@ def test_sequence_parallelism(kind, mesh):
 
 
 @pytest.mark.parametrize(
+  'whole', [{'heads': None, 'kv_heads': None}, {'mlp': None}]
+)
+def test_sequence_parallelism_of_weights_that_are_whole(whole):
+  """Devices then have the same outputs, which must not be added up."""
+  rules = dataclasses.replace(SEQUENCE, **whole)
+  result = on_mesh('gpt2', make_mesh(data=2, tensor=4), rules=rules)
+  assert_as_on_one_device('gpt2', result)
+
+
+@pytest.mark.parametrize(
   'mesh',
   [
     'data2_expert4',

@@ -266,7 +266,7 @@ class Attention(nnx.Module):
     )
     out_BTNH = checkpoint_name(out_BTNH, 'attention')
     out_BTD = param.project(out_BTNH, self.o_NHD, 'BTNH,NHD->BTD')
-    out_BTD = branch.scatter(out_BTD)
+    out_BTD = branch.scatter(out_BTD, 'heads')
     return param.add_bias(out_BTD, self.o_bias_D)
 
   def _heads(self) -> jax.Array:

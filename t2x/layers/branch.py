@@ -64,15 +64,22 @@ def gather(x_BTD: jax.Array) -> jax.Array:
   return _flat(jax.lax.all_gather(x_BCTD, axes, axis=2, tiled=True))
 
 
-def scatter(x_BTD: jax.Array) -> jax.Array:
+def scatter(x_BTD: jax.Array, axis: str) -> jax.Array:
   """Sums what devices add to an output; each keeps its part of the sequence.
 
   The identity outside `run`.
+
+  Args:
+    x_BTD: what this device adds.
+    axis: logical axis over which the last product summed; devices that have
+      it whole have the same output, not parts of one.
   """
   axes = sharding.fine_axes(manual=True)
   if not axes:
     return x_BTD
-  x_BCTD = _coarse(x_BTD)
+  parts = sharding.mesh_axes(getattr(sharding.active_rules(), axis))
+  same = tuple(a for a in axes if a not in parts)
+  x_BCTD = _coarse(x_BTD / jax.lax.axis_size(same) if same else x_BTD)
   return _flat(
     jax.lax.psum_scatter(x_BCTD, axes, scatter_dimension=2, tiled=True)
   )

@@ -94,7 +94,7 @@ class Mlp(nnx.Module):
       hidden_BTF, self.config.dropout, keys_B, zigzag, first_feature=first
     )
     out_BTD = param.project(hidden_BTF, self.down_FD, 'BTF,FD->BTD')
-    out_BTD = branch.scatter(out_BTD)
+    out_BTD = branch.scatter(out_BTD, 'mlp')
     return param.add_bias(out_BTD, self.down_bias_D)
 
 
