@@ -141,14 +141,18 @@ def _charts(rows: Sequence[Mapping[str, Any]]) -> str:
   for metric, sets in evals.items():
     title = f'Evaluation {metric.replace("_", " ")}'
     figures.append(charts.draw(title, _eval_series(sets)))
-  norms = charts.Series(name='norm', points=_points(rows, 'grad_norm'))
-  speeds = _noisy('each step', _points(rows, 'tokens_per_second'))
-  rates = charts.Series(
-    name='learning rate', points=_points(rows, 'learning_rate')
+  line = lambda name, metric: charts.Series(
+    name=name, points=_points(rows, metric)
   )
+  norms = line('norm', 'grad_norm')
+  speeds = _noisy('each step', _points(rows, 'tokens_per_second'))
+  rates = line('learning rate', 'learning_rate')
+  busiest = line('busiest expert', 'expert_load_max')
   figures += [
     charts.draw('Gradient norm', [norms], log=True),
     charts.draw('Learning rate', [rates]),
+    charts.draw("Busiest expert's load, as a multiple of the mean", [busiest]),
+    charts.draw('Choices dropped', [line('share', 'tokens_dropped')]),
     charts.draw('Tokens per second', speeds, focus=True),
   ]
   body = '\n'.join(filter(None, figures))
