@@ -1,8 +1,12 @@
 """The command line of every experiment: `main.run(get_config)`."""
 
 from collections.abc import Callable
+import contextlib
+import difflib
+import importlib
 import logging
 import os
+import pathlib
 import sys
 import traceback
 from typing import Any
@@ -31,11 +35,12 @@ def run(get_config: GetConfig) -> None:
   flags.DEFINE_string(
     'profile_steps', None, 'FIRST:LAST step to record for the profiler.'
   )
-  _define_process_flags()
+  define_process_flags()
   app_run(lambda: _train(get_config))
 
 
-def _define_process_flags() -> None:
+def define_process_flags() -> None:
+  """Defines the flags that `joined` reads."""
   flags.DEFINE_string(
     'coordinator',
     None,
@@ -48,6 +53,19 @@ def _define_process_flags() -> None:
   flags.DEFINE_integer('process_id', None, 'Of this process, from 0.')
   flags.DEFINE_float(
     'start_timeout', 300.0, 'Seconds for which processes wait for each other.'
+  )
+
+
+def joined() -> contextlib.AbstractContextManager[None]:
+  """Joins the processes that the flags name; see `cluster.joined`."""
+  from t2x import cluster
+
+  values = flags.FLAGS
+  return cluster.joined(
+    coordinator=values.coordinator,
+    num_processes=values.num_processes,
+    process_id=values.process_id,
+    start_seconds=values.start_timeout,
   )
 
 
@@ -117,6 +135,30 @@ def resolve(get_config: GetConfig | None) -> experiment.Experiment:
   return config_lib.override(config, config_lib.parse_settings(values.set))
 
 
+def find_experiment(directory: str, name: str | None) -> GetConfig:
+  """Returns `get_config` of an experiment.
+
+  Args:
+    directory: of the experiments.
+    name: of a file there, without .py.
+
+  Raises:
+    ValueError: there is no such experiment.
+  """
+  # Not imported to find out: a script that is none may define flags.
+  files = sorted(pathlib.Path(directory).glob('*.py'))
+  names = [f.stem for f in files if 'def get_config(' in f.read_text()]
+  if name in names:
+    sys.path.insert(0, directory)  # One may derive from another.
+    return importlib.import_module(name).get_config
+  close = difflib.get_close_matches(name or '', names, n=1, cutoff=0.5)
+  hint = f' Did you mean {close[0]!r}?' if close else ''
+  wrong = f'={name}: there is no such experiment' if name else ' is missing'
+  raise ValueError(
+    f'--experiment{wrong}; those in {directory} are {", ".join(names)}.{hint}'
+  )
+
+
 def use_compilation_cache() -> None:
   """Keeps compiled programs between runs, unless JAX was told where to."""
   import jax
@@ -134,18 +176,12 @@ def _train(get_config: GetConfig) -> None:
     return
   directory = workdir()
   # Imported late, so that --help and --print_config answer sooner.
-  from t2x import cluster
   from t2x import processes
   from t2x import train
 
   values = flags.FLAGS
   use_compilation_cache()
-  with cluster.joined(
-    coordinator=values.coordinator,
-    num_processes=values.num_processes,
-    process_id=values.process_id,
-    start_seconds=values.start_timeout,
-  ):
+  with joined():
     train.train(
       config,
       directory,

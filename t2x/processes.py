@@ -77,6 +77,18 @@ def all_agree(ok: bool, what: str) -> bool:
     return bool(multihost_utils.process_allgather(np.asarray(ok)).all())
 
 
+def largest(values: np.ndarray) -> np.ndarray:
+  """Returns the largest of all processes, entry by entry; NaN is larger still.
+
+  Args:
+    values: float32, of one shape in every process.
+  """
+  if jax.process_count() == 1:
+    return values
+  with jax.transfer_guard('allow'):
+    return np.asarray(multihost_utils.process_allgather(values)).max(0)
+
+
 class AnyProcess:
   """Whether any process has raised its hand, without waiting for the others.
 

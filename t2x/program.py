@@ -32,6 +32,7 @@ class Program:
 
   Attributes:
     shapes: the train state as sharded shapes.
+    trained: the shapes of the trained parameters, which gradients share.
     batch_sharding: of every array of a batch.
     rows: the rows of a global batch that this process holds.
     learning_rate: step (from 0) -> learning rate.
@@ -43,9 +44,13 @@ class Program:
     mesh: jax.sharding.Mesh,
     *,
     num_steps: int,
+    compiler_options: dict[str, Any] | None = None,
   ):
     self.config = config
     self.shapes, self.batch_sharding = shapes_of(config, mesh)
+    self.trained, _ = train_step.partition(
+      self.shapes.model, config.train.trainable
+    )
     self.rows = local_rows(self.batch_sharding, config.data.batch_size)
     self._zigzag = experiment.zigzag(config, mesh.shape)
     self._target_parts = experiment.target_parts(config, mesh.shape)
@@ -56,17 +61,30 @@ class Program:
     self.learning_rate = jax.jit(optim.make_schedule(config.optim, num_steps))
     whole = NamedSharding(mesh, P())
     self._key = jax.device_put(jax.random.key(config.train.seed), whole)
-    tx = optim.make(config.optim, num_steps)
-    shardings = jax.tree.map(lambda s: s.sharding, self.shapes)
-    self._init = jax.jit(
-      functools.partial(_init_state, config, tx), out_shardings=shardings
+    jit = functools.partial(jax.jit, compiler_options=compiler_options)
+    self._define(jit, optim.make(config.optim, num_steps), step_config, whole)
+
+  def _define(self, jit, tx, step_config, whole) -> None:
+    of_state, of_grads = jax.tree.map(
+      lambda s: s.sharding, (self.shapes, self.trained)
     )
-    self._step = jax.jit(
+    self._init = jit(
+      functools.partial(_init_state, self.config, tx), out_shardings=of_state
+    )
+    self._step = jit(
       functools.partial(train_step.train_step, tx=tx, config=step_config),
-      out_shardings=(shardings, whole),
+      out_shardings=(of_state, whole),
       donate_argnums=0,
     )
-    self._eval = jax.jit(
+    self._gradients = jit(
+      functools.partial(train_step.gradients_at, config=step_config),
+      out_shardings=(of_grads, whole),
+    )
+    self._apply = jit(
+      functools.partial(train_step.apply_gradients, tx=tx, config=step_config),
+      out_shardings=(of_state, whole),
+    )
+    self._eval = jit(
       functools.partial(train_step.eval_step, config=step_config)
     )
 
@@ -77,6 +95,14 @@ class Program:
   def step(self, state: train_step.TrainState, batch: train_step.Batch):
     """Returns the next state and metrics; `state` is given up."""
     return self._step(state, batch, self._key)
+
+  def gradients(self, state: train_step.TrainState, batch: train_step.Batch):
+    """Returns the gradients and metrics of the next update; keeps `state`."""
+    return self._gradients(state, batch, self._key)
+
+  def apply(self, state: train_step.TrainState, grads: Any, sums: Any):
+    """Returns the next state and metrics of an update; keeps its arguments."""
+    return self._apply(state, grads, sums)
 
   def lower_step(self, batch: train_step.Batch) -> jax.stages.Lowered:
     """Returns the step lowered for `batch`, arrays or sharded shapes."""

@@ -154,10 +154,30 @@ def train_step(
   batch, so neither accumulation nor packing nor the layout changes it. A
   non-finite loss or gradient leaves model and optimizer as they were.
   """
+  grads, sums = gradients_at(state, batch, key, config)
+  return apply_gradients(state, grads, sums, tx=tx, config=config)
+
+
+def gradients_at(
+  state: TrainState, batch: Batch, key: jax.Array, config: StepConfig
+) -> tuple[Any, dict[str, Any]]:
+  """Returns the gradients and summed metrics of a state's next update."""
   trained, rest = partition(state.model, config.trainable)
   key = jax.random.fold_in(key, state.step)
-  grads, sums = gradients(trained, rest, batch, key, config)
-  loads = sums.pop('loads')
+  return gradients(trained, rest, batch, key, config)
+
+
+def apply_gradients(
+  state: TrainState,
+  grads: Any,
+  sums: dict[str, Any],
+  *,
+  tx: optax.GradientTransformation,
+  config: StepConfig,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """Returns the next state and metrics, of what `gradients_at` returned."""
+  trained, rest = partition(state.model, config.trainable)
+  loads = sums['loads']
   grad_norm = optax.tree.norm(grads)
   updates, opt_state = tx.update(grads, state.opt_state, trained)
   new_trained = optax.apply_updates(trained, updates)
@@ -178,6 +198,7 @@ def train_step(
     ema=ema,
     num_skipped=num_skipped,
   )
+  sums = {name: value for name, value in sums.items() if name != 'loads'}
   metrics = {**sums, 'grad_norm': grad_norm, 'num_skipped': num_skipped}
   return new_state, metrics | balance.metrics(loads)
 

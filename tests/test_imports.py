@@ -26,9 +26,10 @@ _ORDER = (
   ('experiment', 'flops', 'interop', 'plan'),
   ('checkpoint', 'checkpoint_files', 'charts', 'progress', 'report_page'),
   ('metrics', 'program', 'run_dir'),
-  ('report', 'layouts'),
+  ('report', 'layouts', 'layout_text'),
   ('run', 'inference'),
   ('train',),
+  ('deviation', 'verify', 'verify_report'),
   ('main',),
 )
 # The packages that say what is computed know nothing of where it is.
