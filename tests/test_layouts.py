@@ -277,23 +277,22 @@ def test_sequence_parallelism_of_weights_that_are_whole(whole):
   assert_as_on_one_device('gpt2', result)
 
 
+_slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-  'mesh',
+  'kind, mesh',
   [
-    'data2_expert4',
-    'expert2_context2_fsdp2',
-    pytest.param('expert4_tensor2', marks=pytest.mark.slow),
-    pytest.param('fsdp8', marks=pytest.mark.slow),
-    pytest.param('context2_tensor4', marks=pytest.mark.slow),
-  ],
-)
-@pytest.mark.parametrize(
-  'kind',
-  [
-    'llama dropless',
-    'llama slots',
-    pytest.param('bert choosing', marks=pytest.mark.slow),
-    pytest.param('t5 slots', marks=pytest.mark.slow),
+    ('llama dropless', 'data2_expert4'),
+    ('llama slots', 'data2_expert4'),
+    ('llama slots', 'expert2_context2_fsdp2'),
+    _slow('llama dropless', 'expert2_context2_fsdp2'),
+    _slow('llama dropless', 'context2_tensor4'),
+    _slow('llama slots', 'expert4_tensor2'),
+    _slow('llama slots', 'fsdp8'),
+    _slow('bert choosing', 'data2_expert4'),
+    _slow('bert choosing', 'expert2_context2_fsdp2'),
+    _slow('t5 slots', 'expert2_context2_fsdp2'),
   ],
 )
 def test_experts(kind, mesh):
@@ -305,7 +304,7 @@ def test_experts(kind, mesh):
   assert_as_on_one_device(kind, result)
 
 
-@pytest.mark.parametrize('kind', ['llama dropless', 'llama slots'])
+@pytest.mark.parametrize('kind', ['llama slots', _slow('llama dropless')])
 def test_experts_with_accumulation_and_sequence_parallelism(kind):
   mesh = make_mesh(data=2, expert=2, tensor=2)
   config = dataclasses.replace(STEP, accumulate=4)
