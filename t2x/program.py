@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from t2x import experiment
+from t2x import machines
 from t2x import optim
 from t2x import processes
 from t2x import sharding
@@ -58,15 +59,19 @@ class Program:
     self._key = jax.device_put(jax.random.key(config.train.seed), whole)
     tx = optim.make(config.optim, num_steps)
     shardings = jax.tree.map(lambda s: s.sharding, self.shapes)
-    self._init = jax.jit(
+    options = machines.options_of(
+      list(mesh.devices.flat), config.compiler_options
+    )
+    jit = functools.partial(jax.jit, compiler_options=options or None)
+    self._init = jit(
       functools.partial(_init_state, config, tx), out_shardings=shardings
     )
-    self._step = jax.jit(
+    self._step = jit(
       functools.partial(train_step.train_step, tx=tx, config=step_config),
       out_shardings=(shardings, whole),
       donate_argnums=0,
     )
-    self._eval = jax.jit(
+    self._eval = jit(
       functools.partial(train_step.eval_step, config=step_config)
     )
 
