@@ -4,8 +4,8 @@ python experiments/llama2_7b.py --workdir=gs://BUCKET/DIR \
     --set data.source=TFDS_NAME --machine=v5e-256
 
 Without --machine the batch is one sequence of 2,048 tokens on each of 16
-devices; activations are bfloat16 and recomputed in the backward pass. Not
-trained here; a test builds its shapes and shardings.
+devices; activations are bfloat16 and recomputed in the backward pass.
+Not trained here; tests build its shapes and shardings, on each machine too.
 """
 
 import dataclasses

@@ -3,8 +3,12 @@
 import dataclasses
 import functools
 import importlib
+import json
 import math
+import os
 import re
+import subprocess
+import sys
 
 from absl import flags
 import jax
@@ -381,6 +385,31 @@ def test_another_machine_is_refused():
   ):
     with pytest.raises(ValueError, match=start + seen):
       machines.check('2xv5e-256', machine, devices)
+
+
+def llama(*arguments):
+  return subprocess.run(
+    [sys.executable, llama2_7b.__file__, *arguments],
+    capture_output=True,
+    text=True,
+    env={**os.environ, 'PYTHONPATH': os.path.dirname(tiny.__file__) + '/..'},
+  )
+
+
+@pytest.mark.slow
+def test_the_flag_from_the_command_line(tmp_path):
+  done = llama('--machine=v6e-256', '--print_config')
+  assert done.returncode == 0, done.stderr
+  assert json.loads(done.stdout)['data']['batch_size'] == 1024
+  done = llama('--machine=v6e-256', f'--workdir={tmp_path}/run')
+  assert done.returncode == 1
+  assert done.stderr.strip().startswith(
+    'error: --machine=v6e-256 is 256 devices in 1 slice of kind'
+  )
+  assert "of kind 'cpu'" in done.stderr and 'Traceback' not in done.stderr
+  assert not (tmp_path / 'run').exists()
+  done = llama('--machine=v6-256', '--print_config')
+  assert 'Did you mean v6e-256' in done.stderr
 
 
 def test_a_machine_that_cannot_be():
