@@ -11,6 +11,7 @@ import re
 
 from t2x import checks
 from t2x import loss as loss_lib
+from t2x import machines
 from t2x import mesh as mesh_lib
 from t2x import optim as optim_lib
 from t2x import sharding
@@ -124,7 +125,12 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-  """What is computed, from what, where, and for how long."""
+  """What is computed, from what, where, and for how long.
+
+  Attributes:
+    compiler_options: changes to those of `machines.compiler_options`:
+      `xla_NAME=VALUE` adds or replaces one, `xla_NAME=` takes it away.
+  """
 
   model: model_lib.ModelConfig = decoder.DecoderConfig()
   data: data_config.DataConfig = data_config.DataConfig()
@@ -133,6 +139,7 @@ class Experiment:
   mesh: mesh_lib.MeshConfig = mesh_lib.MeshConfig()
   rules: sharding.Rules = sharding.Rules()
   pipeline: None = None  # Holds the place of pipeline schedules.
+  compiler_options: tuple[str, ...] = ()
 
 
 # Settings that may differ between a run and its continuation: they change
@@ -141,6 +148,7 @@ MAY_CHANGE = (
   'mesh.',
   'rules.',
   'pipeline',
+  'compiler_options',
   'train.remat',
   'train.scan_layers',
   'train.accumulate',
@@ -168,6 +176,7 @@ MAY_CHANGE = (
 def check(config: Experiment, num_devices: int) -> None:
   """Raises ValueError for parts that do not fit each other or the devices."""
   data_pipeline.check(config.data)
+  machines.check_overrides(config.compiler_options)
   sizes = mesh_lib.sizes(config.mesh, num_devices)
   if sizes['pipe'] > 1:
     raise ValueError(

@@ -1,6 +1,7 @@
 """The command line of every experiment: `main.run(get_config)`."""
 
 from collections.abc import Callable
+from collections.abc import Mapping
 import contextlib
 import difflib
 import importlib
@@ -17,14 +18,28 @@ from absl import logging as absl_logging
 
 from t2x import config as config_lib
 from t2x import experiment
+from t2x import machines as machines_lib
 
 GetConfig = Callable[[], experiment.Experiment]
+Machines = Mapping[str, machines_lib.Machine]
 
 
-def run(get_config: GetConfig) -> None:
-  """Parses the flags and trains the experiment that `get_config` returns."""
+def run(get_config: GetConfig, machines: Machines | None = None) -> None:
+  """Parses the flags and trains the experiment that `get_config` returns.
+
+  Args:
+    get_config: of the experiment.
+    machines: name -> what --machine=NAME stands for.
+  """
   flags.DEFINE_string('workdir', None, 'Where the run is kept; may be gs://.')
   define_set_flag()
+  flags.DEFINE_string(
+    'machine',
+    None,
+    'Where the run is: one of ' + ', '.join(machines)
+    if machines
+    else 'This experiment lists no machines.',
+  )
   flags.DEFINE_string('config', None, 'A saved config.json to start from.')
   flags.DEFINE_bool('print_config', False, 'Print the config and exit.')
   flags.DEFINE_bool(
@@ -36,7 +51,7 @@ def run(get_config: GetConfig) -> None:
     'profile_steps', None, 'FIRST:LAST step to record for the profiler.'
   )
   define_process_flags()
-  app_run(lambda: _train(get_config))
+  app_run(lambda: _train(get_config, machines or {}))
 
 
 def define_process_flags() -> None:
@@ -122,8 +137,10 @@ def workdir() -> str:
   return flags.FLAGS.workdir
 
 
-def resolve(get_config: GetConfig | None) -> experiment.Experiment:
-  """Returns the config with --config and every --set applied."""
+def resolve(
+  get_config: GetConfig | None, machine: machines_lib.Machine | None = None
+) -> experiment.Experiment:
+  """Returns the config with --config, --machine and every --set applied."""
   from t2x import run_dir
 
   values = flags.FLAGS
@@ -132,7 +149,8 @@ def resolve(get_config: GetConfig | None) -> experiment.Experiment:
   else:
     assert get_config is not None
     config = get_config()
-  return config_lib.override(config, config_lib.parse_settings(values.set))
+  settings = [*(machine.settings if machine else ()), *values.set]
+  return config_lib.override(config, config_lib.parse_settings(settings))
 
 
 def find_experiment(directory: str, name: str | None) -> GetConfig:
@@ -169,19 +187,25 @@ def use_compilation_cache() -> None:
     jax.config.update('jax_compilation_cache_dir', directory)
 
 
-def _train(get_config: GetConfig) -> None:
-  config = resolve(get_config)
+def _train(get_config: GetConfig, machines: Machines) -> None:
+  name = flags.FLAGS.machine
+  machine = machines_lib.find(machines, name) if name else None
+  config = resolve(get_config, machine)
   if flags.FLAGS.print_config:
     print(config_lib.dumps(config), end='')
     return
   directory = workdir()
   # Imported late, so that --help and --print_config answer sooner.
+  import jax
+
   from t2x import processes
   from t2x import train
 
   values = flags.FLAGS
   use_compilation_cache()
   with joined():
+    if machine:
+      machines_lib.check(name, machine, jax.devices())
     train.train(
       config,
       directory,

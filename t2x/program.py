@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from t2x import experiment
+from t2x import machines
 from t2x import optim
 from t2x import processes
 from t2x import sharding
@@ -44,7 +45,6 @@ class Program:
     mesh: jax.sharding.Mesh,
     *,
     num_steps: int,
-    compiler_options: dict[str, Any] | None = None,
   ):
     self.config = config
     self.shapes, self.batch_sharding = shapes_of(config, mesh)
@@ -61,7 +61,10 @@ class Program:
     self.learning_rate = jax.jit(optim.make_schedule(config.optim, num_steps))
     whole = NamedSharding(mesh, P())
     self._key = jax.device_put(jax.random.key(config.train.seed), whole)
-    jit = functools.partial(jax.jit, compiler_options=compiler_options)
+    options = machines.options_of(
+      list(mesh.devices.flat), config.compiler_options
+    )
+    jit = functools.partial(jax.jit, compiler_options=options or None)
     self._define(jit, optim.make(config.optim, num_steps), step_config, whole)
 
   def _define(self, jit, tx, step_config, whole) -> None:

@@ -134,12 +134,11 @@ class _Side:
     self._rules = config.rules
     self.mesh = mesh_lib.make(config.mesh, devices)
     small = config.data.batch_size * config.data.length <= _FEW_TOKENS
-    quickly = small and devices[0].platform == 'cpu'
-    options = {'xla_backend_optimization_level': 0} if quickly else None
+    if small and devices[0].platform == 'cpu':
+      quickly = *config.compiler_options, 'xla_backend_optimization_level=0'
+      config = dataclasses.replace(config, compiler_options=quickly)
     with self.active():
-      self.program = program_lib.Program(
-        config, self.mesh, num_steps=num_steps, compiler_options=options
-      )
+      self.program = program_lib.Program(config, self.mesh, num_steps=num_steps)
 
   @contextlib.contextmanager
   def active(self):

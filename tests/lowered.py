@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from t2x import machines
 from t2x import optim
 from t2x import sharding
 from t2x import train_step
@@ -52,15 +53,34 @@ def shapes(mesh, model, config, *, rules=RULES, rows=32, length=16):
 
 
 def lower(
-  mesh, model, config, *, rules=RULES, step=train_step.train_step, **sizes
+  mesh,
+  model,
+  config,
+  *,
+  rules=RULES,
+  step=train_step.train_step,
+  overrides=(),
+  **sizes,
 ) -> jax.stages.Lowered:
-  """Returns a step lowered; `sizes` are the rows and length of `shapes`."""
+  """Returns a step lowered, with the options that a run has on such devices.
+
+  Args:
+    mesh: to run on.
+    model: the decoder's config.
+    config: of the step.
+    rules: logical axis -> mesh axes.
+    step: the function.
+    overrides: of the compiler's options, as in `compiler_options`.
+    **sizes: the rows and length of `shapes`.
+  """
   args = shapes(mesh, model, config, rules=rules, **sizes)
   shardings = jax.tree.map(lambda x: x.sharding, args[0])
   fn = jax.jit(
     functools.partial(step, tx=TX, config=config),
     out_shardings=(shardings, NamedSharding(mesh, P())),
     donate_argnums=0,
+    compiler_options=machines.options_of(list(mesh.devices.flat), overrides)
+    or None,
   )
   with sharding.use(mesh, rules):
     return fn.lower(*args)

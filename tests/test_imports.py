@@ -15,6 +15,7 @@ _ROOT = pathlib.Path(__file__).parents[1]
 # an experiment's config names the mesh and the step, `program` compiles it.
 _ORDER = (
   ('config', 'checks', 'sharding', 'mesh', 'paths', 'zigzag'),
+  ('xla_options', 'machines'),
   ('processes', 'last_words', 'watch', 'stragglers', 'cluster'),
   ('attention', 'layers'),
   ('stack',),

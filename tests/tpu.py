@@ -19,21 +19,27 @@ _ENVIRONMENT = {
 }
 
 
-def mesh(topology: str = 'v5e:2x4', **sizes: int):
+def mesh(topology: str = 'v5e:2x4', num_slices: int = 1, **sizes: int):
   """Returns a mesh to compile for, or skips the test where libtpu is missing.
 
   Args:
-    topology: kind and shape of the slice; `v5e:2x4` has eight chips.
+    topology: kind and shape of a slice; `v5e:2x4` has eight chips.
+    num_slices: how many of them.
     **sizes: of the mesh axes, as for `mesh.MeshConfig`.
   """
-  return mesh_lib.make(mesh_lib.MeshConfig(**sizes), devices(topology))
+  chips = devices(topology, num_slices)
+  return mesh_lib.make(mesh_lib.MeshConfig(**sizes), chips)
 
 
 @functools.cache
 def devices(topology: str, num_slices: int = 1):
   """Returns the devices of a topology, such as `v5e:4x4`, or skips the test."""
   pytest.importorskip('libtpu', reason='compiling for TPU needs libtpu')
-  options = {'num_slices': num_slices} if num_slices > 1 else {}
+  options = {}
+  if num_slices > 1:
+    options['num_slices'] = num_slices
+  if topology.startswith('v4'):  # One device a chip, as where they are rented.
+    options['chip_config_name'] = 'megacore'
   for name, value in _ENVIRONMENT.items():
     os.environ.setdefault(name, value)
   return topologies.get_topology_desc(topology, 'tpu', **options).devices

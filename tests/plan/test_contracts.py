@@ -42,15 +42,15 @@ SQUARE = 2 * D * D  # Of each of the four projections of attention.
 LAYER = 4 * SQUARE + 2 * 2 * D * F
 TABLE = 2 * V * D
 NORMS = 4 * (2 * L + 1) * D  # float32
-# By default the compiler gathers a weight again if its two uses lie far apart.
-CLOSE = {'xla_tpu_spmd_threshold_for_allgather_cse': '10000'}
+# Without it the compiler gathers a weight again if its uses lie far apart.
+FAR = ('xla_tpu_spmd_threshold_for_allgather_cse=',)
 # A few scalars are exchanged too: the loss, the gradient's norm.
 near = functools.partial(pytest.approx, rel=0.01)
 
 
 @functools.cache
 def text_of(
-  sizes, remat='none', reduce_dtype='compute', options=(), vocab_chunks=1
+  sizes, remat='none', reduce_dtype='compute', overrides=(), vocab_chunks=1
 ):
   rules = sharding.Rules(reduce_dtype=reduce_dtype)
   step = train_step.StepConfig(
@@ -64,8 +64,9 @@ def text_of(
     rules=rules,
     rows=ROWS,
     length=LENGTH,
+    overrides=overrides,
   )
-  return tpu.compile_text(program, **dict(options))
+  return tpu.compile_text(program)
 
 
 def step_of(mesh, *args, **kwargs):
@@ -117,7 +118,7 @@ FSDP = {'data': 1, 'fsdp': 8}
 
 
 def test_fsdp_moves_three_passes_over_the_parameters():
-  found = step_of(FSDP, 'full', options=tuple(CLOSE.items()))
+  found = step_of(FSDP, 'full')
   # A layer is gathered for the forward and for the backward pass, a table
   # once. What is gathered is in the compute dtype.
   assert gathered(found) == near(2 * L * LAYER + 2 * TABLE)
@@ -130,7 +131,7 @@ def test_fsdp_moves_three_passes_over_the_parameters():
 
 def test_asynchronous_gathers_are_in_what_is_counted():
   """Else the counts above would say nothing of how these are told apart."""
-  text = text_of(tuple(FSDP.items()), 'full', options=tuple(CLOSE.items()))
+  text = text_of(tuple(FSDP.items()), 'full')
   assert text.count('"AsyncCollectiveStart"') > 3
   parts = text.count('async_collective_fusion_config')
   assert parts > 2 * text.count('"AsyncCollectiveStart"')
@@ -138,13 +139,13 @@ def test_asynchronous_gathers_are_in_what_is_counted():
 
 def test_the_compiler_may_gather_far_weights_again():
   """Queries', keys' and values': used first forward, so last backward."""
-  found = step_of(FSDP, 'full')
+  found = step_of(FSDP, 'full', overrides=FAR)
   extra = gathered(found) - 2 * L * LAYER - 2 * TABLE
   assert extra in [num * L * SQUARE for num in range(4)]
 
 
 def test_fsdp_reduces_in_float32():
-  found = step_of(FSDP, 'full', 'float32', tuple(CLOSE.items()))
+  found = step_of(FSDP, 'full', 'float32')
   assert reduced(found, 'bf16') == 0
   assert reduced(found) == near(2 * (L * LAYER + 2 * TABLE) + NORMS)
   # Weights still cross the mesh in the compute dtype.
@@ -204,5 +205,5 @@ def test_products_cost_six_flops_a_weight_and_token():
   want = 6 * tokens * (weights + V * D) + 3 * attention_flops
   assert matrix.matrix_flops(text_of((('data', 8),))) == want
   again = 2 * tokens * (weights - L * D * F) + attention_flops
-  text = text_of(tuple(FSDP.items()), 'full', options=tuple(CLOSE.items()))
+  text = text_of(tuple(FSDP.items()), 'full')
   assert matrix.matrix_flops(text) == want + again

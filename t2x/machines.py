@@ -1,0 +1,189 @@
+"""Machines: what a chip is called and holds, and how to compile for it.
+
+An experiment's `machines()` names the machines that its one config runs on, and
+the settings that differ there; `--machine=NAME` takes a row. Every program of a
+run is compiled with `compiler_options`, whatever machine was named.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import difflib
+from typing import Any
+
+from t2x import mesh as mesh_lib
+from t2x import xla_options
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Machine:
+  """Devices to run on, and the settings that they need.
+
+  Attributes:
+    chip: a name of `CHIPS`.
+    num_devices: all of them, as JAX counts.
+    num_slices: in which they lie; a node of GPUs is one.
+    settings: as for --set, of the experiment: mesh, remat, batch.
+  """
+
+  chip: str
+  num_devices: int
+  num_slices: int = 1
+  settings: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    if self.chip not in CHIPS:
+      raise ValueError(
+        f'Machine(chip={self.chip!r}); it is one of {", ".join(CHIPS)}.'
+      )
+    if self.num_devices < 1 or self.num_slices < 1:
+      raise ValueError(
+        f'A machine has {self.num_devices} devices in {self.num_slices} '
+        'slices; there is at least one of each.'
+      )
+    if self.num_devices % self.num_slices:
+      raise ValueError(
+        f'{self.num_devices} devices cannot lie in {self.num_slices} slices of '
+        'one size. Give the devices of all slices.'
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+  """One kind of device.
+
+  Attributes:
+    kinds: how its `device_kind` begins.
+    memory: bytes of one JAX device; a TPU7x chip is two devices.
+    options: number of slices -> options of the compiler.
+  """
+
+  kinds: tuple[str, ...]
+  memory: float
+  options: Callable[[int], xla_options.Options]
+
+
+# Bytes as on the pages that flops.py names. The first match holds.
+CHIPS = {
+  'v4': Chip(kinds=('TPU v4',), memory=32e9, options=xla_options.v4),
+  'v5e': Chip(
+    kinds=('TPU v5 lite', 'TPU v5e'), memory=16e9, options=xla_options.v5
+  ),
+  # v5p calls itself 'TPU v5'.
+  'v5p': Chip(kinds=('TPU v5',), memory=95e9, options=xla_options.v5),
+  'v6e': Chip(
+    kinds=('TPU v6 lite', 'TPU v6e'), memory=32e9, options=xla_options.v6e
+  ),
+  '7x': Chip(kinds=('TPU7x', 'TPU v7x'), memory=96e9, options=xla_options.v7x),
+  'a100-40': Chip(
+    kinds=('NVIDIA A100-SXM4-40GB',), memory=40e9, options=xla_options.gpu
+  ),
+  'a100': Chip(kinds=('NVIDIA A100',), memory=80e9, options=xla_options.gpu),
+  'h100': Chip(kinds=('NVIDIA H100',), memory=80e9, options=xla_options.gpu),
+  'h200': Chip(kinds=('NVIDIA H200',), memory=141e9, options=xla_options.gpu),
+  'b200': Chip(kinds=('NVIDIA B200',), memory=180e9, options=xla_options.gpu),
+}
+
+
+def chip_of(device_kind: str) -> str | None:
+  """Returns the name in `CHIPS`, or None for a CPU or an unknown chip."""
+  if device_kind.startswith('TPU v4 lite'):  # Of another make than the v4.
+    return None
+  matches = (n for n, c in CHIPS.items() if device_kind.startswith(c.kinds))
+  return next(matches, None)
+
+
+def compiler_options(
+  device_kind: str, num_slices: int = 1
+) -> xla_options.Options:
+  """Returns what to compile with, as `jax.jit(compiler_options=...)`.
+
+  Args:
+    device_kind: as JAX gives it, such as 'TPU v5 lite'.
+    num_slices: in which the devices lie; options for the network between them
+      come with the second.
+
+  Returns:
+    Name -> value; empty for a CPU and for what is not known.
+  """
+  chip = chip_of(device_kind)
+  return CHIPS[chip].options(num_slices) if chip else {}
+
+
+def options_of(
+  devices: Sequence[Any], overrides: Sequence[str] = ()
+) -> xla_options.Options:
+  """Returns `compiler_options` of devices, with the user's own.
+
+  Args:
+    devices: of a mesh.
+    overrides: 'name=value' adds or replaces, 'name=' takes away.
+  """
+  slices = mesh_lib.num_slices(devices)
+  options = compiler_options(devices[0].device_kind, slices)
+  for text in overrides:
+    name, _, value = text.partition('=')
+    options.pop(name, None)
+    if value:
+      options[name] = value
+  return options
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+  """Raises ValueError for overrides that are not of the form name=value."""
+  for text in overrides:
+    name, equals, _ = text.partition('=')
+    if not equals or not name.startswith('xla_'):
+      raise ValueError(
+        f'compiler_options={text!r}; an option is xla_NAME=VALUE, or xla_NAME= '
+        'to leave it to the compiler. Several are separated by commas.'
+      )
+
+
+# --- A run's machine. ---
+
+
+def find(machines: Mapping[str, Machine], name: str) -> Machine:
+  """Returns the machine of that name.
+
+  Raises:
+    ValueError: there is none; the closest are named.
+  """
+  if name in machines:
+    return machines[name]
+  if not machines:
+    raise ValueError(
+      f'--machine={name}: this experiment lists no machines. Give its '
+      'settings with --set instead.'
+    )
+  close = difflib.get_close_matches(name, machines, n=3, cutoff=0.4)
+  hint = f' Did you mean {" or ".join(close)}?' if close else ''
+  raise ValueError(
+    f'--machine={name} is not one of this experiment.{hint} It has '
+    f'{", ".join(machines)}.'
+  )
+
+
+def check(name: str, machine: Machine, devices: Sequence[Any]) -> None:
+  """Refuses devices that are not those of the machine that was named.
+
+  Raises:
+    ValueError: says what was named, and what is there.
+  """
+  kind, slices = devices[0].device_kind, mesh_lib.num_slices(devices)
+  here = chip_of(kind), len(devices), slices
+  if here == (machine.chip, machine.num_devices, machine.num_slices):
+    return
+  kinds = ' or '.join(repr(k) for k in CHIPS[machine.chip].kinds)
+  raise ValueError(
+    f'--machine={name} is {_count(machine.num_devices, machine.num_slices)} '
+    f'of kind {kinds}, and this process sees {_count(len(devices), slices)} of '
+    f'kind {kind!r}. Name the machine that this is, or leave --machine out and '
+    'set mesh and batch with --set.'
+  )
+
+
+def _count(devices: int, slices: int) -> str:
+  plural = lambda n, what: f'{n} {what}' + ('s' if n != 1 else '')
+  return f'{plural(devices, "device")} in {plural(slices, "slice")}'
