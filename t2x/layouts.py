@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import dataclasses
 import itertools
 import math
+import re
 from typing import Any
 
 from jax.sharding import AbstractMesh
@@ -20,6 +21,44 @@ from t2x import program
 _AXES = ('data', 'fsdp', 'tensor', 'context', 'expert')
 # So many layouts are compared with the shapes, which takes a second or two.
 _MOST = 150
+
+
+def parse(text: str) -> mesh_lib.MeshConfig:
+  """Reads a layout, `data=2,fsdp=-1`; axes that are not named have size 1.
+
+  Raises:
+    ValueError: no `axis=size`, an axis that is none or comes twice, a size
+      that cannot be.
+  """
+  sizes: dict[str, Any] = dict.fromkeys(mesh_lib.AXES, 1)
+  seen = set()
+  for part in filter(None, (part.strip() for part in text.split(','))):
+    axis, _, size = (word.strip() for word in part.partition('='))
+    if axis not in sizes or axis in seen or not re.fullmatch(r'-?\d+', size):
+      raise ValueError(
+        f'--layout={text}: {part!r} is not of the form AXIS=SIZE with each '
+        f'AXIS once and one of {", ".join(mesh_lib.AXES)}, for example '
+        '--layout=data=2,fsdp=4 (one size may be -1, what remains).'
+      )
+    sizes[axis] = int(size)
+    seen.add(axis)
+  return mesh_lib.MeshConfig(**sizes)
+
+
+def device_count(config: mesh_lib.MeshConfig, given: int | None) -> int:
+  """Returns the devices of a layout: `given`, or what its sizes multiply to.
+
+  Raises:
+    ValueError: none are given and one size is -1.
+  """
+  sizes = [getattr(config, axis) for axis in mesh_lib.AXES]
+  if given is None and -1 in sizes:
+    raise ValueError(
+      'An axis of the layout takes the devices that remain (-1), and their '
+      'number is not known: add --num_devices=NUMBER, or give each axis its '
+      'size, as in --layout=data=2,fsdp=4.'
+    )
+  return math.prod(sizes) if given is None else given
 
 
 def check(
