@@ -26,7 +26,7 @@ _ORDER = (
   ('catalog',),
   ('checkpoint', 'checkpoint_files', 'charts', 'progress', 'report_page'),
   ('metrics', 'program', 'run_dir'),
-  ('report', 'layouts', 'sharding_table'),
+  ('report', 'layouts', 'sharding_table', 'absent'),
   ('sharding_drawing', 'sharding_page'),
   ('run', 'inference'),
   ('train',),
