@@ -19,12 +19,12 @@ an object with a list `layouts`; of each, `layout`, `max_relative_deviation`,
 
 import json
 import os
-import pathlib
 import sys
 
 from absl import flags
 import jax
 
+from t2x import catalog
 from t2x import experiment
 from t2x import layout_text
 from t2x import main as main_lib
@@ -32,12 +32,13 @@ from t2x import processes
 from t2x import verify
 from t2x import verify_report
 
-_EXPERIMENTS = pathlib.Path(__file__).resolve().parents[1] / 'experiments'
 _COUNT = '--xla_force_host_platform_device_count'
 
 
 def main() -> None:
-  flags.DEFINE_string('experiment', None, 'NAME of experiments/NAME.py.')
+  flags.DEFINE_string(
+    'experiment', None, 'NAME of experiments/NAME.py, or a path.'
+  )
   flags.DEFINE_string('config', None, 'A saved config.json instead.')
   flags.DEFINE_multi_string(
     'layout',
@@ -64,9 +65,7 @@ def main() -> None:
 def _main() -> None:
   values = flags.FLAGS
   layouts = layout_text.parse_all(values.layout)
-  config = main_lib.resolve(
-    lambda: main_lib.find_experiment(str(_EXPERIMENTS), values.experiment)()
-  )
+  config = main_lib.resolve(lambda: catalog.load(values.experiment))
   _simulate(max(layout.num_devices for layout in layouts))
   main_lib.use_compilation_cache()
   with main_lib.joined():

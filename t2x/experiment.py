@@ -192,10 +192,9 @@ def check(config: Experiment, num_devices: int) -> None:
 
 def _check_rows(config: Experiment, sizes: dict[str, int]) -> None:
   rows = config.data.batch_size
-  by_hand = train_step.axes_by_hand(config.train.step_config)
-  axes = sorted({*sharding.mesh_axes(config.rules.batch), *by_hand})
-  need = math.prod(sizes.get(a, 1) for a in axes) * config.train.accumulate
+  need = rows_multiple(config, sizes)
   if rows % need:
+    axes = _row_axes(config)
     by = ' x '.join(f'mesh.{a}={sizes[a]}' for a in axes if sizes.get(a, 1) > 1)
     raise ValueError(
       f'data.batch_size={rows} rows cannot be dealt to {by or "one device"} '
@@ -203,6 +202,17 @@ def _check_rows(config: Experiment, sizes: dict[str, int]) -> None:
       f'be a multiple of {need}. Set it to {-(-rows // need) * need}, or '
       'change the mesh.'
     )
+
+
+def rows_multiple(config: Experiment, sizes: Mapping[str, int]) -> int:
+  """Returns what the rows of a batch must be a multiple of."""
+  parts = math.prod(sizes.get(axis, 1) for axis in _row_axes(config))
+  return parts * config.train.accumulate
+
+
+def _row_axes(config: Experiment) -> list[str]:
+  by_hand = train_step.axes_by_hand(config.train.step_config)
+  return sorted({*sharding.mesh_axes(config.rules.batch), *by_hand})
 
 
 def zigzag(config: Experiment, sizes: Mapping[str, int]) -> int:

@@ -22,7 +22,7 @@ class Layout:
 
   Attributes:
     text: as it was given.
-    mesh: sizes of the axes, none of them -1.
+    mesh: sizes of the axes.
     settings: dotted name -> value.
   """
 
@@ -32,7 +32,20 @@ class Layout:
 
   @property
   def num_devices(self) -> int:
-    return math.prod(getattr(self.mesh, axis) for axis in mesh_lib.AXES)
+    """What the sizes multiply to.
+
+    Raises:
+      ValueError: one of them is -1.
+    """
+    sizes = [getattr(self.mesh, axis) for axis in mesh_lib.AXES]
+    if -1 in sizes:
+      raise ValueError(
+        f'--layout={self.text}: an axis takes the devices that remain (-1), '
+        'and their number is not known. Give each axis its size, as in '
+        '--layout=data=2,fsdp=4, or the number, where there is a flag '
+        '--num_devices.'
+      )
+    return math.prod(sizes)
 
   def applied(self, config: experiment.Experiment) -> experiment.Experiment:
     """Returns `config` in this layout.
@@ -60,15 +73,22 @@ def parse_all(texts: Sequence[str]) -> list[Layout]:
   return [parse(text) for text in texts]
 
 
+def of_mesh(mesh: mesh_lib.MeshConfig) -> Layout:
+  """Returns the layout of a config's own mesh."""
+  sizes = {axis: getattr(mesh, axis) for axis in mesh_lib.AXES}
+  text = ','.join(f'{axis}={size}' for axis, size in sizes.items() if size != 1)
+  return Layout(text=text or 'data=1', mesh=mesh, settings={})
+
+
 def parse(text: str) -> Layout:
   """Reads `data=2,tensor=2,rules.norm_length=context,tensor`.
 
   Args:
-    text: sizes of mesh axes (others are 1) and dotted settings, with commas
-      between; what has no `=` belongs to the value before it.
+    text: sizes of mesh axes (others are 1, one may be -1) and dotted settings,
+      with commas between; what has no `=` belongs to the value before it.
 
   Raises:
-    ValueError: no such axis, or no such size.
+    ValueError: no such axis, twice the same, or no such size.
   """
   pairs: list[list[str]] = []
   for item in text.split(','):
@@ -83,7 +103,10 @@ def parse(text: str) -> Layout:
         'example --layout=data=2,tensor=4.'
       )
   sizes: dict[str, int] = dict.fromkeys(mesh_lib.AXES, 1)
+  names = [name for name, _ in pairs]
   for name, value in pairs:
+    if names.count(name) > 1:
+      raise ValueError(f'--layout={text}: {name} is given twice. Give it once.')
     if '.' not in name:
       sizes[name] = _size(text, name, value)
   return Layout(
@@ -101,9 +124,9 @@ def _size(text: str, name: str, value: str) -> int:
       f'--layout={text}: there is no mesh axis {name!r}; the axes are '
       f'{", ".join(mesh_lib.AXES)}.{hint}'
     )
-  if not value.isdigit() or int(value) < 1:
+  if value != '-1' and (not value.isdigit() or int(value) < 1):
     raise ValueError(
       f'--layout={text}: {name}={value} is no size; it is a number of parts, '
-      'at least 1.'
+      'at least 1, or -1 for the devices that remain.'
     )
   return int(value)

@@ -3,11 +3,8 @@
 from collections.abc import Callable
 from collections.abc import Mapping
 import contextlib
-import difflib
-import importlib
 import logging
 import os
-import pathlib
 import sys
 import traceback
 from typing import Any
@@ -151,30 +148,6 @@ def resolve(
     config = get_config()
   settings = [*(machine.settings if machine else ()), *values.set]
   return config_lib.override(config, config_lib.parse_settings(settings))
-
-
-def find_experiment(directory: str, name: str | None) -> GetConfig:
-  """Returns `get_config` of an experiment.
-
-  Args:
-    directory: of the experiments.
-    name: of a file there, without .py.
-
-  Raises:
-    ValueError: there is no such experiment.
-  """
-  # Not imported to find out: a script that is none may define flags.
-  files = sorted(pathlib.Path(directory).glob('*.py'))
-  names = [f.stem for f in files if 'def get_config(' in f.read_text()]
-  if name in names:
-    sys.path.insert(0, directory)  # One may derive from another.
-    return importlib.import_module(name).get_config
-  close = difflib.get_close_matches(name or '', names, n=1, cutoff=0.5)
-  hint = f' Did you mean {close[0]!r}?' if close else ''
-  wrong = f'={name}: there is no such experiment' if name else ' is missing'
-  raise ValueError(
-    f'--experiment{wrong}; those in {directory} are {", ".join(names)}.{hint}'
-  )
 
 
 def use_compilation_cache() -> None:

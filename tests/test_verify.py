@@ -423,7 +423,9 @@ def test_a_layout_is_read():
   [
     ('dta=2', "no mesh axis 'dta'; the axes are pipe, .* Did you mean 'data'"),
     ('data=0', 'data=0 is no size; it is a number of parts, at least 1'),
-    ('data=-1', 'data=-1 is no size'),
+    ('data=-2', 'data=-2 is no size'),
+    ('data=-1', 'data=-1: an axis takes the devices that remain'),
+    ('data=2,data=4', 'data is given twice'),
     ('data', "'data' is not of the form AXIS=SIZE. Write for example"),
     ('data=2,4', "'4' is not of the form"),
     ('', "'' is not of the form"),
@@ -539,13 +541,13 @@ def test_script_past_the_tolerance(directory, monkeypatch):
   [
     (
       ['--experiment=gpt2_tin'],
-      "no such experiment; .*Did you mean 'gpt2_tiny'",
+      "there is no .*Did you mean 'gpt2_tiny'",
     ),
     (
       ['--experiment=generate'],
-      'no such experiment; those in .* are bert_base',
+      r'has no get_config\(\), so it is a tool',
     ),
-    ([], '--experiment is missing; those in .* bert_tiny, '),
+    ([], '--experiment=NAME is missing: .* bert_tiny, '),
   ],
 )
 def test_script_without_an_experiment(arguments, message, directory):

@@ -12,6 +12,7 @@ key/value heads, G query heads per key/value head, H head dim.
 from collections.abc import Callable
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -41,11 +42,14 @@ class Options:
     scale: factor of the scores; None means 1 / sqrt(head_dim).
     soft_cap: scores become cap * tanh(score / cap) (Gemma 2, 2024).
     block: queries to a block; None chooses.
+    runs: at most so many ranges of keys are told apart where order decides
+      what blocks see; the blocks of a range run in a loop. None is no limit.
   """
 
   scale: float | None = None
   soft_cap: float | None = None
   block: int | None = None
+  runs: int | None = None
 
 
 def reference(q_BTNH, k_BSKH, v_BSKH, mask, *, options=Options(), bias=None):
@@ -187,8 +191,9 @@ def _by_blocks(fn, queries, k_BSKH, v_BSKH, mask, options, kept):
   """Applies `fn` to each block of queries; joins its two results.
 
   Args:
-    fn: takes blocks of `queries`, then keys, values, mask, rows and keys in
-      reach; returns float32 (B, T, K, G, H) and (B, T, K, G).
+    fn: takes blocks of `queries`, then keys, values, the mask, the block's rows
+      in it and the keys in reach; returns float32 (B, T, K, G, H) and (B, T,
+      K, G).
     queries: (B, T, N, ...) arrays.
     k_BSKH: keys.
     v_BSKH: values.
@@ -201,15 +206,52 @@ def _by_blocks(fn, queries, k_BSKH, v_BSKH, mask, options, kept):
   mask = mask_lib.placed(mask, T, S)
   grouped = [a.reshape(B, T, K, N // K, *a.shape[3:]) for a in queries]
   outs, sums = [], []
-  for rows, keys in _blocks(T, S, mask, options):
-    run = functools.partial(fn, mask=mask, rows=rows, keys=keys)
-    run = run if kept else jax.checkpoint(run)
-    out, total = run([a[:, rows] for a in grouped], k_BSKH, v_BSKH)
+  for blocks in _runs(_blocks(T, S, mask, options)):
+    run = functools.partial(fn, keys=blocks[0][1])
+    out, total = _over_run(run, grouped, k_BSKH, v_BSKH, mask, blocks, kept)
     outs.append(out)
     sums.append(total)
   out = outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
   total = jnp.concatenate(sums, axis=1)
   return out.reshape(B, T, N, -1), total.reshape(B, T, N)
+
+
+def _runs(blocks):
+  """Gathers neighbouring blocks of one size that reach the same keys."""
+  alike = lambda block: (block[1], block[0].stop - block[0].start)
+  return [list(run) for _, run in itertools.groupby(blocks, alike)]
+
+
+def _over_run(fn, queries, k_BSKH, v_BSKH, mask, blocks, kept):
+  """Applies `fn` to each block of a run and joins the results.
+
+  In a loop: XLA would hold the scores of many unrolled blocks at a time.
+  """
+  rows, num = slice(blocks[0][0].start, blocks[-1][0].stop), len(blocks)
+
+  def run(queries, mask, rows):
+    one = functools.partial(fn, mask=mask, rows=rows)
+    return (one if kept else jax.checkpoint(one))(queries, k_BSKH, v_BSKH)
+
+  if num == 1:
+    return run([a[:, rows] for a in queries], mask, rows)
+  block = slice(0, (rows.stop - rows.start) // num)
+  cut = lambda a: jnp.moveaxis(
+    a[:, rows].reshape(a.shape[0], num, block.stop, *a.shape[2:]), 1, 0
+  )
+  index_BT = jnp.atleast_2d(mask_lib.q_index_of(mask, slice(0, rows.stop)))
+
+  def body(part):
+    queries, index_BT, segments_BT = part
+    own = dataclasses.replace(
+      mask, q_index_BT=index_BT, q_segments_BT=segments_BT
+    )
+    return run(queries, own, block)
+
+  parts = (queries, index_BT, mask.q_segments_BT)
+  results = jax.lax.map(body, jax.tree.map(cut, parts))
+  join = lambda a: jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])
+  return jax.tree.map(join, results)
 
 
 def _attend_rows(
@@ -306,10 +348,13 @@ def _scale(options: Options, q: jax.Array) -> float:
 def _blocks(num_queries, num_keys, mask, options):
   """Yields each block of queries with the range of keys in its reach."""
   block = options.block or _block_size(num_queries, mask)
+  num = -(-num_queries // block)
+  run = block * -(-num // (options.runs or num))
   for start in range(0, num_queries, block):
-    stop = min(start + block, num_queries)
-    reach = mask_lib.key_range(mask, start, stop, num_keys)
-    yield slice(start, stop), slice(*reach)
+    first = start // run * run
+    last = min(first + run, num_queries)
+    reach = mask_lib.key_range(mask, first, last, num_keys)
+    yield slice(start, min(start + block, num_queries)), slice(*reach)
 
 
 def _block_size(num_queries: int, mask: mask_lib.Mask) -> int:

@@ -12,6 +12,7 @@ Shape suffixes: B batch, T query position, S key position, N query heads, K
 key/value heads, H head dim, P pieces on a device. C is the number of devices.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -24,6 +25,9 @@ from t2x import sharding
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
 from t2x.attention import ring_plan
+
+# Rows that fill a matrix unit; key ranges along the diagonal.
+_BLOCK, _RUNS = 128, 4
 
 
 def attend(
@@ -42,6 +46,10 @@ def attend(
   Arguments as for `context.attend`, but for the axis.
   """
   assert mask.q_index_BT is None and mask.k_index_BS is None, 'a cache?'
+  # However long the pieces are, the scores of a few blocks exist at a time.
+  options = dataclasses.replace(
+    options, block=options.block or _BLOCK, runs=_RUNS
+  )
   return _attend((axis, options), (q_BTNH, k_BSKH, v_BSKH), bias, dropout, mask)
 
 

@@ -76,7 +76,18 @@ CASES = {
     mask=Mask(causal=True), options=dense.Options(soft_cap=2.0, scale=1.0)
   ),
   'blocks': Case(mask=Mask(causal=True), options=dense.Options(block=3)),
+  # Several to a run, and several runs to a piece.
+  'small blocks': Case(
+    mask=seen_by_segment(causal=True),
+    N=8,
+    K=4,
+    options=dense.Options(block=1),
+    bias='relative',
+  ),
   'dropout': Case(mask=Mask(causal=True), drop=0.3),
+  'dropout, small blocks': Case(
+    mask=Mask(causal=True), options=dense.Options(block=1), drop=0.3
+  ),
   'dropout, cross': Case(S=48, drop=0.3),
 }
 

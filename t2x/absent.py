@@ -1,0 +1,118 @@
+"""Steps compiled for devices that are not here.
+
+mesh = mesh_lib.make(config.mesh, absent.devices('v5e:2x4'))
+compiled = absent.compile(absent.lower_step(config, mesh))
+
+Nothing is allocated. The TPU compiler (the extra `plan`) needs no TPU.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import importlib.util
+import os
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from t2x import experiment
+from t2x import optim
+from t2x import program
+from t2x import sharding
+from t2x import train_step
+
+# Read where libtpu is loaded: no question to a cloud's metadata server, and
+# several processes at once.
+_ENVIRONMENT = {
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+  'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
+  'TPU_SKIP_MDS_QUERY': '1',
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+}
+# What a causal model reads of a batch of packed rows.
+_BATCH = {
+  'inputs': jnp.int32,
+  'targets': jnp.int32,
+  'segments': jnp.int32,
+  'positions': jnp.int32,
+  'weights': jnp.float32,
+}
+
+
+@functools.cache
+def devices(topology: str, num_slices: int = 1) -> tuple[Any, ...]:
+  """Returns the devices of a TPU topology.
+
+  Args:
+    topology: kind and shape of a slice; `v5e:2x4` has eight chips.
+    num_slices: how many of them.
+
+  Raises:
+    ValueError: libtpu is not installed.
+  """
+  if importlib.util.find_spec('libtpu') is None:
+    raise ValueError(
+      f'Compiling for {topology} needs the TPU compiler, libtpu, which is not '
+      "installed: pip install '.[plan]' (Linux on x86-64)."
+    )
+  options = {'num_slices': num_slices} if num_slices > 1 else {}
+  for name, value in _ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
+  found = topologies.get_topology_desc(topology, 'tpu', **options)
+  return tuple(found.devices)
+
+
+def lower_step(
+  config: experiment.Experiment, mesh: jax.sharding.Mesh
+) -> jax.stages.Lowered:
+  """Returns the train step of a decoder lowered, for packed causal rows.
+
+  Args:
+    config: of the run; its step is that of `program.Program`.
+    mesh: of any devices.
+  """
+  state, batch_sharding = program.shapes_of(config, mesh)
+  shape = config.data.batch_size, config.data.length
+  batch = {
+    name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding)
+    for name, dtype in _BATCH.items()
+  }
+  whole = NamedSharding(mesh, P())
+  key = jax.eval_shape(jax.random.key, 0)
+  key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+  execution = dataclasses.replace(
+    config.train.execution, zigzag=experiment.zigzag(config, mesh.shape)
+  )
+  step = functools.partial(
+    train_step.train_step,
+    tx=optim.make(config.optim, 1),
+    config=dataclasses.replace(config.train.step_config, execution=execution),
+  )
+  shardings = jax.tree.map(lambda s: s.sharding, state)
+  fn = jax.jit(step, out_shardings=(shardings, whole), donate_argnums=0)
+  with sharding.use(mesh, config.rules):
+    return fn.lower(state, batch, key)
+
+
+def compile(
+  lowered: jax.stages.Lowered, options: Mapping[str, Any] | None = None
+) -> jax.stages.Compiled:
+  """Compiles a program for devices that may be absent.
+
+  Args:
+    lowered: the program.
+    options: of the compiler.
+  """
+  # JAX's persistent cache can write the programs of absent devices, but not
+  # read them.
+  name = 'jax_persistent_cache_min_compile_time_secs'
+  before = getattr(jax.config, name)
+  jax.config.update(name, 1e9)
+  try:
+    return lowered.compile(compiler_options=dict(options or {}))
+  finally:
+    jax.config.update(name, before)
