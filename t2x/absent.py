@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from t2x import experiment
+from t2x import machines
 from t2x import optim
 from t2x import program
 from t2x import sharding
@@ -59,7 +60,11 @@ def devices(topology: str, num_slices: int = 1) -> tuple[Any, ...]:
       f'Compiling for {topology} needs the TPU compiler, libtpu, which is not '
       "installed: pip install '.[plan]' (Linux on x86-64)."
     )
-  options = {'num_slices': num_slices} if num_slices > 1 else {}
+  options = {}
+  if num_slices > 1:
+    options['num_slices'] = num_slices
+  if topology.startswith('v4'):  # One device a chip, as where they are rented.
+    options['chip_config_name'] = 'megacore'
   for name, value in _ENVIRONMENT.items():
     os.environ.setdefault(name, value)
   found = topologies.get_topology_desc(topology, 'tpu', **options)
@@ -93,7 +98,13 @@ def lower_step(
     config=dataclasses.replace(config.train.step_config, execution=execution),
   )
   shardings = jax.tree.map(lambda s: s.sharding, state)
-  fn = jax.jit(step, out_shardings=(shardings, whole), donate_argnums=0)
+  options = machines.options_of([*mesh.devices.flat], config.compiler_options)
+  fn = jax.jit(
+    step,
+    out_shardings=(shardings, whole),
+    donate_argnums=0,
+    compiler_options=options or None,
+  )
   with sharding.use(mesh, config.rules):
     return fn.lower(state, batch, key)
 
