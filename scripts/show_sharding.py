@@ -66,7 +66,9 @@ def show() -> None:
       title=f'Sharding of {pathlib.Path(_EXPERIMENT.value or "").stem}',
       notes=[' '.join(f'--set {shlex.quote(s)}' for s in settings)],
     )
-    pathlib.Path(_HTML.value).write_text(page, encoding='utf-8')
+    file = pathlib.Path(_HTML.value)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(page, encoding='utf-8')
   if _JSON.value:
     print(json.dumps(sharding_table.to_json(table)))
     return

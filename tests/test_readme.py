@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 
 _ROOT = os.path.join(os.path.dirname(__file__), '..')
 with open(os.path.join(_ROOT, 'README.md'), encoding='utf-8') as _f:
@@ -45,6 +46,31 @@ def test_experiment_commands_are_accepted(command):
   else:
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith('{')
+
+
+_SCRIPTS = ('python scripts/show', 'python scripts/verify')
+
+
+@pytest.mark.parametrize(
+  'command', [c for c in _COMMANDS if c.startswith(_SCRIPTS)]
+)
+def test_scripts_of_layouts_run(command, tmp_path, monkeypatch):
+  monkeypatch.delenv('XLA_FLAGS')
+  _, script, *arguments = shlex.split(command)
+  if 'verify' in script:  # With the model and data of the other tests.
+    small = tiny.small(tmp_path) | {'optim': 'sgd', 'model.num_layers': 1}
+    arguments += [f'--set={name}={value}' for name, value in small.items()]
+  result = subprocess.run(
+    [sys.executable, os.path.abspath(os.path.join(_ROOT, script)), *arguments],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 0, result.stderr
+  if 'show' in script:
+    assert (tmp_path / 'runs' / 'sharding.html').exists()
+  else:
+    assert result.stdout.count(' yes ') == command.count('--layout')
 
 
 @pytest.mark.parametrize(

@@ -458,30 +458,11 @@ def test_a_reference_that_is_not_finite(directory):
 
 _SCRIPTS = pathlib.Path(__file__).parents[1] / 'scripts'
 _SCRIPT = str(_SCRIPTS / 'verify_layouts.py')
-SMALL = {
-  'model.vocab_size': 384,
-  'model.num_layers': 2,
-  'model.embed_dim': 16,
-  'model.attention.head_dim': 4,
-  'model.mlp.hidden': 32,
-  'model.dropout': 0.1,
-  'data.source': 'text_files',
-  'data.eval_splits': '',
-  'data.tokenizer': 'bytes',
-  'data.length': 32,
-  'data.batch_size': 8,
-}
-
-
-def small(directory):
-  """Settings that make an experiment tiny, of data in `directory`."""
-  files = tiny.write_corpus(directory / 'corpus')
-  return SMALL | {'data.files': files, 'data.data_dir': directory / 'data'}
 
 
 def start(directory, *arguments, script=_SCRIPT):
   """Starts a script with small settings, and returns what it said."""
-  settings = [f'--set={n}={v}' for n, v in small(directory).items()]
+  settings = [f'--set={n}={v}' for n, v in tiny.small(directory).items()]
   process = tiny.start(directory, *arguments, *settings, script=script)
   output, error = process.communicate(timeout=300)
   return process.returncode, output, error
@@ -614,7 +595,7 @@ EXPERT_SWEEP = (
 )
 def test_tiny_experiments(name, layouts, optimizer, directory):
   """Packing and dropout included; the script runs all layouts of all."""
-  settings = {n: str(v) for n, v in small(directory).items()}
+  settings = {n: str(v) for n, v in tiny.small(directory).items()}
   config = importlib.import_module(name).get_config()
   config = config_lib.override(config, settings | {'optim': optimizer})
   layouts = layout_text.parse_all(layouts)

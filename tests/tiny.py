@@ -133,3 +133,25 @@ def history(workdir) -> list[dict]:
 
 if __name__ == '__main__':
   main.run(lambda: experiment_of(pathlib.Path(os.environ['TINY_DIRECTORY'])))
+
+
+# Of an experiment that is to be as tiny.
+_SMALL = {
+  'model.vocab_size': 384,
+  'model.num_layers': 2,
+  'model.embed_dim': 16,
+  'model.attention.head_dim': 4,
+  'model.mlp.hidden': 32,
+  'model.dropout': 0.1,
+  'data.source': 'text_files',
+  'data.eval_splits': '',
+  'data.tokenizer': 'bytes',
+  'data.length': 32,
+  'data.batch_size': 8,
+}
+
+
+def small(directory: pathlib.Path) -> dict[str, object]:
+  """Settings that make an experiment tiny, of data in `directory`."""
+  files = write_corpus(directory / 'corpus')
+  return _SMALL | {'data.files': files, 'data.data_dir': directory / 'data'}
