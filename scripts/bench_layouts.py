@@ -13,13 +13,14 @@ one program the backward pass takes the keys that the forward pass was sent).
 
 The default target is simulated devices of this CPU, in float32; `tpu` is a
 slice of eight v5e chips, in bfloat16, and needs libtpu but no TPU. Two cores
-take about three minutes, for the TPU eight. `--json` prints one object in the
+take about four minutes, for the TPU seven. `--json` prints one object in the
 last line.
 
 What to expect beside the theory: the CPU's compiler sums the gradients of
 queries, keys and values apart (6 sums of activations a layer where tensor
-parallelism needs 4); a ring makes its scores again in the backward pass, one
-product of six more.
+parallelism needs 4); a TPU's gathers their weights twice in the backward pass;
+a ring makes its scores again there, one product of six more. Small temporaries
+of a TPU lie in its vector memory, and no figure has them.
 """
 
 import argparse
@@ -105,11 +106,11 @@ def parse() -> argparse.Namespace:
   sizes |= {'vocab': 8192, 'rows': 16}
   for name, size in sizes.items():
     parser.add_argument(f'--{name}', type=int, default=size)
-  parser.add_argument('--length', type=int, help='Default 1024, for a TPU 128.')
+  parser.add_argument('--length', type=int, help='Default 1024, for a TPU 512.')
   parser.add_argument('--ring_lengths', default='2048,8192,32768')
   parser.add_argument('--json', action='store_true')
   args = parser.parse_args()
-  args.length = args.length or (1024 if args.target == 'cpu' else 128)
+  args.length = args.length or (1024 if args.target == 'cpu' else 512)
   return args
 
 
