@@ -4,6 +4,7 @@ Modules name the logical axes of parameters (`axes=` metadata) and activations
 (`constrain`); `Rules` says which mesh axes each lives on.
 """
 
+from collections.abc import Callable
 import contextlib
 import dataclasses
 import math
@@ -118,6 +119,30 @@ def all_auto_axes() -> tuple[str, ...]:
   mesh = jax.sharding.get_abstract_mesh()
   auto = (a for a in mesh.axis_names if a not in mesh.manual_axes)
   return tuple(a for a in auto if mesh.shape[a] > 1)
+
+
+def on_parts(fn: Callable, x: jax.Array, *axes: str | None) -> jax.Array:
+  """Returns fn(x), a collective, of what each device has along other axes.
+
+  In a `shard_map` that is manual over some mesh axes alone, the partitioner
+  gathers the operand of most collectives over all others.
+
+  Args:
+    fn: exchanges over axes that are manual already; keeps the dimensions.
+    x: its operand.
+    *axes: logical names of its dimensions, or None.
+  """
+  others = all_auto_axes()
+  if not others:
+    return fn(x)
+  spec = P(*(auto_axes(axis) if axis else None for axis in axes))
+  return jax.shard_map(
+    fn,
+    in_specs=spec,
+    out_specs=spec,
+    axis_names=set(others),
+    check_vma=False,
+  )(x)
 
 
 def _axes_in_use(axis: str, *, manual: bool) -> tuple[str, ...]:

@@ -91,15 +91,21 @@ def _exchange(q_BTNH, k_BSKH, v_BSKH, mask, bias, dropout, *, axis, options):
   # heads over other axes stays as it is.
   heads_KG = jnp.arange(N).reshape(K // C, C, N // K)[:, rank]
 
+  def exchange(a, **axes):
+    fn = functools.partial(jax.lax.all_to_all, axis_name=axis, tiled=True)
+    names = 'batch', None, 'kv_heads', None, None, None
+    return sharding.on_parts(functools.partial(fn, **axes), a, *names)
+
   def to_heads(a, group):
     """(B, T / C, K group, H) to (B, T, K / C group, H)."""
     a = a.reshape(*a.shape[:2], K // C, C, group, -1)
-    a = jax.lax.all_to_all(a, axis, split_axis=3, concat_axis=1, tiled=True)
+    a = exchange(a, split_axis=3, concat_axis=1)
     return a.reshape(*a.shape[:2], K // C * group, -1)
 
   q, k, v = to_heads(q_BTNH, N // K), to_heads(k_BSKH, 1), to_heads(v_BSKH, 1)
+  all_gather = lambda x: jax.lax.all_gather(x, axis, axis=1, tiled=True)
   gather = lambda x: (
-    None if x is None else jax.lax.all_gather(x, axis, axis=1, tiled=True)
+    None if x is None else sharding.on_parts(all_gather, x, 'batch', None)
   )
   mask = dataclasses.replace(
     mask,
@@ -116,7 +122,7 @@ def _exchange(q_BTNH, k_BSKH, v_BSKH, mask, bias, dropout, *, axis, options):
     dropout=dropout and dropout.of_heads(heads_KG),
   )
   out = out.reshape(*out.shape[:2], K // C, 1, N // K, -1)
-  out = jax.lax.all_to_all(out, axis, split_axis=1, concat_axis=3, tiled=True)
+  out = exchange(out, split_axis=1, concat_axis=3)
   return out.reshape(*q_BTNH.shape[:3], -1)
 
 

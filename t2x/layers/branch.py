@@ -60,8 +60,9 @@ def gather(x_BTD: jax.Array) -> jax.Array:
   axes = sharding.fine_axes(manual=True)
   if not axes:
     return x_BTD
-  x_BCTD = _coarse(x_BTD)
-  return _flat(jax.lax.all_gather(x_BCTD, axes, axis=2, tiled=True))
+  return _exchange(
+    lambda x_BCTD: jax.lax.all_gather(x_BCTD, axes, axis=2, tiled=True), x_BTD
+  )
 
 
 def scatter(x_BTD: jax.Array, axis: str) -> jax.Array:
@@ -79,19 +80,21 @@ def scatter(x_BTD: jax.Array, axis: str) -> jax.Array:
     return x_BTD
   parts = sharding.mesh_axes(getattr(sharding.active_rules(), axis))
   same = tuple(a for a in axes if a not in parts)
-  x_BCTD = _coarse(x_BTD / jax.lax.axis_size(same) if same else x_BTD)
-  return _flat(
-    jax.lax.psum_scatter(x_BCTD, axes, scatter_dimension=2, tiled=True)
+  x_BTD = x_BTD / jax.lax.axis_size(same) if same else x_BTD
+  return _exchange(
+    lambda x_BCTD: jax.lax.psum_scatter(
+      x_BCTD, axes, scatter_dimension=2, tiled=True
+    ),
+    x_BTD,
   )
 
 
-def _coarse(x_BTD):
-  parts = sharding.num_parts('length')
-  return x_BTD.reshape(x_BTD.shape[0], parts, -1, x_BTD.shape[-1])
-
-
-def _flat(x_BCTD):
-  return x_BCTD.reshape(x_BCTD.shape[0], -1, x_BCTD.shape[-1])
+def _exchange(fn, x_BTD):
+  """Runs a collective on the coarse parts of a sequence, (B, C, T, D)."""
+  shape = x_BTD.shape
+  x_BCTD = x_BTD.reshape(shape[0], sharding.num_parts('length'), -1, shape[-1])
+  x_BCTD = sharding.on_parts(fn, x_BCTD, 'batch', 'length', None, None)
+  return x_BCTD.reshape(shape[0], -1, shape[-1])
 
 
 def _specs(tree, axes):

@@ -38,6 +38,9 @@ class Embed(nnx.Module):
     table_VD = self.table_VD[...].astype(dtype)
     table_VD = sharding.constrain(table_VD, 'vocab', 'act_embed')
     x_BTD = param.look_up(table_VD, tokens_BT)
+    # Devices that split a sequence between layers alone may each have rows of
+    # the table: they must look up the same tokens, else it is gathered whole.
+    x_BTD = sharding.constrain(x_BTD, 'batch', 'length', 'act_embed')
     return sharding.constrain(x_BTD, 'batch', 'norm_length', 'act_embed')
 
 

@@ -173,3 +173,44 @@ def test_tpus_gather_and_scatter_activations():
   plain = [c for c in found_in(sharding.Rules()) if c.loops]
   assert {c.kind for c in plain} == {'all-reduce'}
   assert sum(c.times * c.bytes for c in plain) == 4 * num_layers * activation
+
+
+# --- Beside other axes: rows and heads stay where they are. ---
+
+
+def beside(mesh, rules):
+  """Collectives of an activation's size in the layers of a step, on TPUs."""
+  num_layers, rows, length, width = 2, 8, 128, 128
+  program = lowered.lower(
+    mesh,
+    model_of(num_layers, width, 128, 1024, 'bfloat16'),
+    train_step.StepConfig(),
+    rules=rules,
+    rows=rows,
+    length=length,
+  )
+  found = collectives.collectives(tpu.compile_text(program), mesh)
+  return [c for c in found if c.loops], 2 * rows * length * width
+
+
+def test_sequence_parallelism_moves_a_devices_own_rows():
+  """Were they gathered over `fsdp` first, twice as much would move."""
+  found, activation = beside(tpu.mesh(data=1, fsdp=2, tensor=4), FINE)
+  for kind in ('all-gather', 'reduce-scatter'):
+    moved = collectives.total(found, kind, 'tensor')
+    assert moved == 4 * 2 * (activation // 2)
+  weights = 2 * (4 * 128**2 + 2 * 128**2) // 4
+  # Forward and backward; queries' and others' may be gathered once for both.
+  gathered = collectives.total(found, 'all-gather', 'fsdp')
+  assert 0 < gathered <= 2 * 2 * weights
+
+
+def test_an_exchange_moves_a_devices_own_rows_and_heads():
+  rules = sharding.Rules(context_attention='all_to_all')
+  mesh = tpu.mesh(data=1, fsdp=2, context=2, tensor=2)
+  found, activation = beside(mesh, rules)
+  # Queries, keys, values and outputs, and the gradient of each.
+  moved = collectives.total(found, 'all-to-all')
+  assert moved == 8 * 2 * (activation // 8)
+  gathered = [c for c in found if c.kind == 'all-gather']
+  assert {c.axes for c in gathered} == {('fsdp',)}
