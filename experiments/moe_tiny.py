@@ -6,8 +6,8 @@ A token has 2 of the 8 experts. `--set mesh.expert=4` puts them on 4 devices;
 `--set model.mlp_pattern.1.router.capacity=none` drops no token, which on CPUs
 takes three times as long.
 
-Expected: losses of 8.383, 8.353, 8.276 and 8.124 in its first four steps. All 300
-were not trained here yet.
+Expected: losses of 8.383, 8.353, 8.276 and 8.124 in its first four steps. All
+300 were not trained here yet.
 """
 
 from t2x import experiment
