@@ -7,7 +7,6 @@ Nothing is allocated. The TPU compiler (the extra `plan`) needs no TPU.
 """
 
 from collections.abc import Mapping
-import dataclasses
 import functools
 import importlib.util
 import os
@@ -20,7 +19,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from t2x import experiment
-from t2x import machines
 from t2x import optim
 from t2x import program
 from t2x import sharding
@@ -89,22 +87,14 @@ def lower_step(
   whole = NamedSharding(mesh, P())
   key = jax.eval_shape(jax.random.key, 0)
   key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
-  execution = dataclasses.replace(
-    config.train.execution, zigzag=experiment.zigzag(config, mesh.shape)
-  )
   step = functools.partial(
     train_step.train_step,
     tx=optim.make(config.optim, 1),
-    config=dataclasses.replace(config.train.step_config, execution=execution),
+    config=program.step_config(config, mesh),
   )
   shardings = jax.tree.map(lambda s: s.sharding, state)
-  options = machines.options_of([*mesh.devices.flat], config.compiler_options)
-  fn = jax.jit(
-    step,
-    out_shardings=(shardings, whole),
-    donate_argnums=0,
-    compiler_options=options or None,
-  )
+  jit = program.jit_for(config, mesh)
+  fn = jit(step, out_shardings=(shardings, whole), donate_argnums=0)
   with sharding.use(mesh, config.rules):
     return fn.lower(state, batch, key)
 

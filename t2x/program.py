@@ -54,18 +54,11 @@ class Program:
     self.rows = local_rows(self.batch_sharding, config.data.batch_size)
     self._zigzag = experiment.zigzag(config, mesh.shape)
     self._target_parts = experiment.target_parts(config, mesh.shape)
-    execution = dataclasses.replace(config.train.execution, zigzag=self._zigzag)
-    step_config = dataclasses.replace(
-      config.train.step_config, execution=execution
-    )
     self.learning_rate = jax.jit(optim.make_schedule(config.optim, num_steps))
     whole = NamedSharding(mesh, P())
     self._key = jax.device_put(jax.random.key(config.train.seed), whole)
-    options = machines.options_of(
-      list(mesh.devices.flat), config.compiler_options
-    )
-    jit = functools.partial(jax.jit, compiler_options=options or None)
-    self._define(jit, optim.make(config.optim, num_steps), step_config, whole)
+    tx = optim.make(config.optim, num_steps)
+    self._define(jit_for(config, mesh), tx, step_config(config, mesh), whole)
 
   def _define(self, jit, tx, step_config, whole) -> None:
     of_state, of_grads = jax.tree.map(
@@ -128,6 +121,22 @@ class Program:
     padding = -array.shape[1] % self._target_parts
     array = np.pad(array, ((0, 0), (0, padding)))
     return array[:, zigzag.index(array.shape[1], self._zigzag)]
+
+
+def step_config(
+  config: experiment.Experiment, mesh: AnyMesh
+) -> train_step.StepConfig:
+  """Returns what an update does on a mesh, the order of tokens included."""
+  order = experiment.zigzag(config, mesh.shape)
+  execution = dataclasses.replace(config.train.execution, zigzag=order)
+  return dataclasses.replace(config.train.step_config, execution=execution)
+
+
+def jit_for(config: experiment.Experiment, mesh: jax.sharding.Mesh):
+  """Returns `jax.jit` with the compiler's options for the mesh's devices."""
+  devices = [*mesh.devices.flat]
+  options = machines.options_of(devices, config.compiler_options)
+  return functools.partial(jax.jit, compiler_options=options or None)
 
 
 def shapes_of(config: experiment.Experiment, mesh: AnyMesh):

@@ -132,15 +132,16 @@ def on_parts(fn: Callable, x: jax.Array, *axes: str | None) -> jax.Array:
     x: its operand.
     *axes: logical names of its dimensions, or None.
   """
-  others = all_auto_axes()
+  split = [auto_axes(axis) if axis else () for axis in axes]
+  others = set().union(*split)
   if not others:
     return fn(x)
-  spec = P(*(auto_axes(axis) if axis else None for axis in axes))
+  spec = P(*split)
   return jax.shard_map(
     fn,
     in_specs=spec,
     out_specs=spec,
-    axis_names=set(others),
+    axis_names=others,
     check_vma=False,
   )(x)
 

@@ -92,9 +92,9 @@ def _exchange(q_BTNH, k_BSKH, v_BSKH, mask, bias, dropout, *, axis, options):
   heads_KG = jnp.arange(N).reshape(K // C, C, N // K)[:, rank]
 
   def exchange(a, **axes):
-    fn = functools.partial(jax.lax.all_to_all, axis_name=axis, tiled=True)
+    fn = lambda a: jax.lax.all_to_all(a, axis, tiled=True, **axes)
     names = 'batch', None, 'kv_heads', None, None, None
-    return sharding.on_parts(functools.partial(fn, **axes), a, *names)
+    return sharding.on_parts(fn, a, *names)
 
   def to_heads(a, group):
     """(B, T / C, K group, H) to (B, T, K / C group, H)."""

@@ -211,10 +211,7 @@ def _mixtral(hf: Hf) -> tuple[str, decoder.DecoderConfig]:
   _require(hf, sliding_window=None, router_jitter_noise=0.0)
   _, config = _llama({'rms_norm_eps': 1e-5, 'rope_theta': 1e6, **hf})
   experts = moe.MoeConfig(
-    hidden=config.mlp.hidden,
-    activation=config.mlp.activation,
-    gated=True,
-    bias=False,
+    **dataclasses.asdict(config.mlp),
     num_experts=hf.get('num_local_experts', 8),
     router=routing.TokenChoice(
       top_k=hf.get('num_experts_per_tok', 2),

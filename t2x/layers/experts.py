@@ -92,8 +92,9 @@ def run(
   """
   axes, every = _axes(), sharding.all_auto_axes()
   body = functools.partial(_local, axes=axes, config=config)
+  values = {name: w[...] for name, w in weights.items()}
   if not every:
-    return body({name: w[...] for name, w in weights.items()}, x_BTD, routed)
+    return body(values, x_BTD, routed)
   specs = {n: sharding.manual_spec(w, every) for n, w in weights.items()}
   x_spec = P(axes.batch, (*axes.length, *axes.fine))
   # A slot's token may stand anywhere in its row; a choice is its token's own.
@@ -110,7 +111,7 @@ def run(
     out_specs=x_spec,
     axis_names=set(every),
     check_vma=False,
-  )({name: w[...] for name, w in weights.items()}, x_BTD, routed)
+  )(values, x_BTD, routed)
 
 
 def _gather(weight, spec, axes: _Axes, x_BTD):

@@ -342,10 +342,7 @@ def mixtral_8x7b() -> decoder.DecoderConfig:
     num_layers=32, embed_dim=4096, hidden=14336, num_heads=32, num_kv_heads=8
   )
   experts = moe.MoeConfig(
-    hidden=14336,
-    activation='silu',
-    gated=True,
-    bias=False,
+    **dataclasses.asdict(base.mlp),
     num_experts=8,
     router=routing.TokenChoice(top_k=2, balance_loss=0.02),
     z_loss=0.0,
