@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from t2x import sharding
+from t2x import shards
 from t2x.layers import embed
 from t2x.layers import param
 
@@ -150,7 +151,7 @@ def _where(is_token_V, logits_BTV, other):
 
 
 def _pick(logits_BTV, targets_BT, is_target_BTV):
-  if sharding.auto_axes('vocab'):  # A sum needs no row that is elsewhere.
+  if shards.auto_axes('vocab'):  # A sum needs no row that is elsewhere.
     return jnp.where(is_target_BTV, logits_BTV, 0.0).sum(-1)
   return jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)[..., 0]
 
@@ -186,7 +187,7 @@ def _forward(x_BTD, head, targets_BT, weights_BT, config):
   gradient is summed on each device and reduced over them once, at the end, and
   scattered over those that split the table.
   """
-  rows, length = sharding.auto_axes('batch'), sharding.auto_axes('length')
+  rows, length = shards.auto_axes('batch'), shards.auto_axes('length')
   axes = rows + length
   # Gathered in the dtype of the products, once.
   table_VD = head.table_VD.astype(x_BTD.dtype)
@@ -201,7 +202,7 @@ def _forward(x_BTD, head, targets_BT, weights_BT, config):
   if not axes:
     return fn(*args)
   sizes = jax.sharding.get_abstract_mesh().shape
-  embed_axes = tuple(a for a in sharding.auto_axes('embed') if a in axes)
+  embed_axes = tuple(a for a in shards.auto_axes('embed') if a in axes)
   if x_BTD.shape[-1] % math.prod(sizes[a] for a in embed_axes):
     embed_axes = ()
   tokens, columns = P(rows, length), P(None, embed_axes)
@@ -253,16 +254,7 @@ def _scatter(table_VD, embed_axes):
     part_VD, embed_axes, scatter_dimension=1, tiled=True
   )
   # By hand along V too: XLA would gather the table over these axes first.
-  vocab_axes = sharding.auto_axes('vocab')
-  if not vocab_axes:
-    return fn(table_VD)
-  return jax.shard_map(
-    fn,
-    in_specs=P(vocab_axes),
-    out_specs=P(vocab_axes),
-    axis_names=set(vocab_axes),
-    check_vma=False,
-  )(table_VD)
+  return shards.on_parts(fn, table_VD, 'vocab', None)
 
 
 def _split(arrays, num: int):

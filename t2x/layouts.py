@@ -12,6 +12,7 @@ from typing import Any
 
 from jax.sharding import AbstractMesh
 
+from t2x import consistency
 from t2x import experiment
 from t2x import mesh as mesh_lib
 from t2x import program
@@ -37,7 +38,7 @@ def check(
       is the layout that does not.
   """
   try:
-    experiment.check(config, num_devices)
+    consistency.check(config, num_devices)
     _check_shapes(config, program.state_shapes(config), num_devices, num_slices)
   except ValueError as error:
     found = nearest(config, num_devices, num_slices=num_slices)
@@ -87,7 +88,7 @@ def nearest(
     key=lambda mesh: _distance(config.mesh, mesh),
   )
   candidates = (dataclasses.replace(config, mesh=mesh) for mesh in layouts)
-  fit = (c for c in candidates if passes(c, experiment.check, num_devices))
+  fit = (c for c in candidates if passes(c, consistency.check, num_devices))
   args = _check_shapes, shapes, num_devices, num_slices
   good = (c for c in itertools.islice(fit, _MOST) if passes(c, *args))
   first = itertools.islice(good, count)

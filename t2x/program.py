@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
+from t2x import consistency
 from t2x import experiment
 from t2x import machines
 from t2x import optim
@@ -52,8 +53,8 @@ class Program:
       self.shapes.model, config.train.trainable
     )
     self.rows = local_rows(self.batch_sharding, config.data.batch_size)
-    self._zigzag = experiment.zigzag(config, mesh.shape)
-    self._target_parts = experiment.target_parts(config, mesh.shape)
+    self._zigzag = consistency.zigzag(config, mesh.shape)
+    self._target_parts = consistency.target_parts(config, mesh.shape)
     self.learning_rate = jax.jit(optim.make_schedule(config.optim, num_steps))
     whole = NamedSharding(mesh, P())
     self._key = jax.device_put(jax.random.key(config.train.seed), whole)
@@ -127,7 +128,7 @@ def step_config(
   config: experiment.Experiment, mesh: AnyMesh
 ) -> train_step.StepConfig:
   """Returns what an update does on a mesh, the order of tokens included."""
-  order = experiment.zigzag(config, mesh.shape)
+  order = consistency.zigzag(config, mesh.shape)
   execution = dataclasses.replace(config.train.execution, zigzag=order)
   return dataclasses.replace(config.train.step_config, execution=execution)
 

@@ -4,7 +4,7 @@ Modules name the logical axes of parameters (`axes=` metadata) and activations
 (`constrain`); `Rules` says which mesh axes each lives on.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 import contextlib
 import dataclasses
 import math
@@ -84,12 +84,17 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   Raises:
     ShardingError: as `to_spec`.
   """
-  if _rules.value is None:
+  if not is_active():
     return x
   mesh = jax.sharding.get_abstract_mesh()
   manual = frozenset(mesh.manual_axes)
   spec = to_spec(axes, _rules.value, shape=x.shape, mesh=mesh, drop=manual)
   return jax.lax.with_sharding_constraint(x, spec)
+
+
+def is_active() -> bool:
+  """Whether this is inside `use`."""
+  return _rules.value is not None
 
 
 def active_rules() -> Rules:
@@ -98,106 +103,14 @@ def active_rules() -> Rules:
   return _rules.value
 
 
+def active_axes(axis: str) -> tuple[str, ...]:
+  """Returns the mesh axes of a logical axis; none outside `use`."""
+  return mesh_axes(getattr(_rules.value, axis)) if is_active() else ()
+
+
 def reduces_in_float32() -> bool:
   """Whether devices sum gradients in float32; False outside `use`."""
-  return _rules.value is not None and _rules.value.reduce_dtype == 'float32'
-
-
-def auto_axes(axis: str) -> tuple[str, ...]:
-  """Returns the mesh axes, of more than one device, that split a logical axis.
-
-  Those that a surrounding `shard_map` is manual over are left out, and there
-  are none outside `use`.
-  """
-  return _axes_in_use(axis, manual=False)
-
-
-def all_auto_axes() -> tuple[str, ...]:
-  """Returns all mesh axes that `auto_axes` could return."""
-  if _rules.value is None:
-    return ()
-  mesh = jax.sharding.get_abstract_mesh()
-  auto = (a for a in mesh.axis_names if a not in mesh.manual_axes)
-  return tuple(a for a in auto if mesh.shape[a] > 1)
-
-
-def on_parts(fn: Callable, x: jax.Array, *axes: str | None) -> jax.Array:
-  """Returns fn(x), a collective, of what each device has along other axes.
-
-  In a `shard_map` that is manual over some mesh axes alone, the partitioner
-  gathers the operand of most collectives over all others.
-
-  Args:
-    fn: exchanges over axes that are manual already; keeps the dimensions.
-    x: its operand.
-    *axes: logical names of its dimensions, or None.
-  """
-  split = [auto_axes(axis) if axis else () for axis in axes]
-  others = set().union(*split)
-  if not others:
-    return fn(x)
-  spec = P(*split)
-  return jax.shard_map(
-    fn,
-    in_specs=spec,
-    out_specs=spec,
-    axis_names=others,
-    check_vma=False,
-  )(x)
-
-
-def _axes_in_use(axis: str, *, manual: bool) -> tuple[str, ...]:
-  if _rules.value is None:
-    return ()
-  mesh = jax.sharding.get_abstract_mesh()
-  axes = mesh_axes(getattr(_rules.value, axis))
-  return tuple(
-    a for a in axes if mesh.shape[a] > 1 and (a in mesh.manual_axes) == manual
-  )
-
-
-def num_parts(axis: str) -> int:
-  """Returns over how many devices the active rules split a logical axis."""
-  if _rules.value is None:
-    return 1
-  sizes = jax.sharding.get_abstract_mesh().shape
-  return math.prod(sizes[a] for a in mesh_axes(getattr(_rules.value, axis)))
-
-
-def fine_axes(*, manual: bool = False) -> tuple[str, ...]:
-  """Returns the mesh axes that split a sequence only between layers.
-
-  Args:
-    manual: those that a surrounding `shard_map` is manual over; else those
-      that it is not.
-  """
-  axes = _axes_in_use('norm_length', manual=manual)
-  return tuple(a for a in axes if a not in mesh_axes(active_rules().length))
-
-
-def manual_part(axis: str, size: int) -> tuple[jax.Array | int, int]:
-  """Returns where this device's part of a logical axis starts, and its size.
-
-  Of an axis of which a surrounding `shard_map` holds a part; (0, size) of one
-  that is whole.
-
-  Args:
-    axis: logical name.
-    size: of the whole dimension.
-  """
-  axes = _axes_in_use(axis, manual=True)
-  if not axes:
-    return 0, size
-  part = size // jax.lax.axis_size(axes)
-  return jax.lax.axis_index(axes) * part, part
-
-
-def manual_spec(variable: nnx.Variable, axes: tuple[str, ...]) -> P:
-  """Returns how some mesh axes split a parameter under the active rules."""
-  names = axes_of(variable, len(variable.shape))
-  spec = to_spec(names, active_rules())
-  kept = [tuple(a for a in mesh_axes(e) if a in axes) for e in spec]
-  return P(*(entry or None for entry in kept))
+  return is_active() and _rules.value.reduce_dtype == 'float32'
 
 
 def to_spec(
@@ -248,12 +161,33 @@ def to_spec(
   return P(*entries)
 
 
-def _check_axis(mesh_axis, mesh, axis, where, axes, owner):
-  if mesh is not None and mesh_axis not in mesh.shape:
+def check_rules(rules: Rules, sizes: Mapping[str, int]) -> None:
+  """Refuses rules that name axes which a mesh has not.
+
+  Args:
+    rules: logical axis -> mesh axes.
+    sizes: of the mesh axes.
+
+  Raises:
+    ShardingError: naming the rule.
+  """
+  for field in dataclasses.fields(rules):
+    if field.name not in _SETTINGS:
+      for mesh_axis in mesh_axes(getattr(rules, field.name)):
+        _check_exists(mesh_axis, sizes, field.name)
+
+
+def _check_exists(mesh_axis, sizes, axis):
+  if mesh_axis not in sizes:
     raise ShardingError(
       f'rules.{axis}={mesh_axis!r} names no mesh axis; the mesh has '
-      f'{", ".join(mesh.shape)}. Set rules.{axis} to one of these or none.'
+      f'{", ".join(sizes)}. Set rules.{axis} to one of these or none.'
     )
+
+
+def _check_axis(mesh_axis, mesh, axis, where, axes, owner):
+  if mesh is not None:
+    _check_exists(mesh_axis, mesh.shape, axis)
   if mesh_axis in owner:
     raise ShardingError(
       f'{where} has axes {axes}: the dimensions {owner[mesh_axis]!r} and '

@@ -7,6 +7,7 @@ import signal
 
 import jax
 
+from t2x import consistency
 from t2x import experiment
 from t2x import layouts
 from t2x import mesh as mesh_lib
@@ -60,7 +61,7 @@ def train(
   run_dir.check_corpus(
     workdir, corpus.fingerprint, allow_change=allow_config_change
   )
-  experiment.check_vocabulary(config, corpus.tokenizer.vocab_size)
+  consistency.check_vocabulary(config, corpus.tokenizer.vocab_size)
   num_steps = resolve_num_steps(config, corpus)
   with sharding.use(mesh, config.rules), _stop_signals() as stopping:
     run = run_lib.Run(config, workdir, mesh, corpus, num_steps)

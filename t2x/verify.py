@@ -36,6 +36,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from t2x import config as config_lib
+from t2x import consistency
 from t2x import deviation
 from t2x import experiment
 from t2x import layout_text
@@ -120,7 +121,7 @@ def _devices(text: str, num: int) -> list[Any]:
 def _read(config: experiment.Experiment, num_steps: int):
   """Returns the first batches, whole, and the steps of a run."""
   corpus = corpus_lib.prepare(config.data)
-  experiment.check_vocabulary(config, corpus.tokenizer.vocab_size)
+  consistency.check_vocabulary(config, corpus.tokenizer.vocab_size)
   batches = pipeline.train_batches(corpus, config.data, seed=config.train.seed)
   with contextlib.closing(batches):
     first = [next(batches) for _ in range(num_steps)]

@@ -9,7 +9,7 @@ import os
 import jax
 import pytest
 
-from t2x import experiment
+from t2x import consistency
 from t2x import mesh
 from t2x import program
 
@@ -34,7 +34,7 @@ def test_the_list_is_complete():
 @pytest.mark.parametrize('name', [n for n in _NAMES if n not in _TOOLS])
 def test_shapes_and_shardings(name):
   config = get_config(name)
-  experiment.check(config, jax.device_count())
+  consistency.check(config, jax.device_count())
   the_mesh = mesh.make(config.mesh)
   shapes, _ = program.shapes_of(config, the_mesh)
   parameters = jax.tree.leaves(shapes.model)

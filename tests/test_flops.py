@@ -11,6 +11,7 @@ import pytest
 from t2x import flops
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
+from t2x.attention import reference
 from t2x.layers import attention
 from t2x.layers import mlp
 from t2x.layers import moe
@@ -83,7 +84,7 @@ def _traced_flops(config, monkeypatch, rows, length, encoder_length):
 
   def attend(q, k, v, mask, *, options, bias=None, dropout=None):
     del dropout
-    return dense.reference(q, k, v, mask, options=options, bias=bias)
+    return reference.attend(q, k, v, mask, options=options, bias=bias)
 
   monkeypatch.setattr(dense, 'attend', attend)
   model = jax.eval_shape(lambda: model_lib.make(config, rngs=nnx.Rngs(0)))

@@ -14,7 +14,7 @@ _ROOT = pathlib.Path(__file__).parents[1]
 # order of the design, with what came since: `stack` stands below the models;
 # an experiment's config names the mesh and the step, `program` compiles it.
 _ORDER = (
-  ('config', 'checks', 'sharding', 'mesh', 'paths', 'zigzag'),
+  ('config', 'checks', 'sharding', 'shards', 'mesh', 'paths', 'zigzag'),
   ('xla_options', 'machines'),
   ('processes', 'last_words', 'watch', 'stragglers', 'cluster'),
   ('attention', 'layers'),
@@ -25,6 +25,7 @@ _ORDER = (
   ('balance',),
   ('train_step', 'evaluate'),
   ('experiment', 'flops', 'interop', 'plan'),
+  ('consistency',),
   ('catalog',),
   ('checkpoint', 'checkpoint_files', 'charts', 'progress', 'report_page'),
   ('metrics', 'program', 'run_dir'),

@@ -68,6 +68,40 @@ def assert_works(config, layout, num_devices):
       id='experts',
     ),
     pytest.param(
+      gpt2_tiny,
+      12,
+      [
+        'model.attention.num_heads=12',
+        'model.attention.num_kv_heads=2',
+        'data.length=126',
+        'data.batch_size=12',
+        'mesh.data=4',
+        'mesh.tensor=3',
+        'rules.kv_heads=none',
+        'rules.norm_length=context,tensor',
+      ],
+      r'has 4 of attention\.num_heads=12 and 2 of attention\.num_kv_heads=2,',
+      ['mesh.data=6 mesh.tensor=2', 'mesh.data=3 mesh.fsdp=2 mesh.tensor=2'],
+      id='groups of heads',
+    ),
+    pytest.param(
+      moe_tiny,
+      8,
+      [
+        'mesh.data=2',
+        'mesh.expert=2',
+        'mesh.tensor=2',
+        'rules.experts=expert,tensor',
+        'rules.mlp=none',
+      ],
+      r'rules\.experts=expert,tensor with rules\.batch=data,expert',
+      [
+        'mesh.data=4 mesh.tensor=2 mesh.expert=1',
+        'mesh.data=4 mesh.tensor=1 mesh.expert=2',
+      ],
+      id='experts on axes that split some tokens',
+    ),
+    pytest.param(
       t5_tiny,
       256,
       ['mesh.data=4', 'mesh.tensor=64'],
@@ -135,6 +169,15 @@ def test_the_error_stays_what_it_was():
   with pytest.raises(ValueError) as caught:
     layouts.check(with_settings(gpt2_tiny, 'data.batch_size=4'), 8)
   assert type(caught.value) is ValueError
+
+
+def test_no_such_mesh_axis():
+  config = with_settings(gpt2_tiny, 'mesh.context=2', 'rules.length=contxt')
+  message = (
+    r"rules\.length='contxt' names no mesh axis; the mesh has pipe, data"
+  )
+  with pytest.raises(sharding.ShardingError, match=message):
+    layouts.check(config, 8)
 
 
 def test_no_layout_helps():

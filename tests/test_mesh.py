@@ -21,11 +21,21 @@ def test_every_axis_is_there_and_one_takes_the_rest():
 
 def test_mesh_over_all_devices_or_some():
   made = mesh.make(mesh.MeshConfig(data=2, fsdp=2, tensor=2))
-  assert made.axis_names == mesh.AXES
+  assert set(made.axis_names) == set(mesh.AXES)
   assert dict(made.shape) | {'data': 2, 'fsdp': 2, 'tensor': 2} == made.shape
   assert made.size == 8
   half = mesh.make(mesh.MeshConfig(), devices=jax.devices()[4:])
   assert set(half.devices.flat) == set(jax.devices()[4:])
+
+
+def test_tensor_has_the_nearest_neighbours():
+  made = mesh.make(mesh.MeshConfig(data=2, context=2, tensor=2))
+  # Named before `context`, which is manual within it; placed after.
+  assert made.axis_names[-2:] == ('tensor', 'context')
+  ids = [
+    [[d.id for d in row] for row in part] for part in made.devices.squeeze()
+  ]
+  assert ids == [[[0, 2], [1, 3]], [[4, 6], [5, 7]]]
 
 
 @pytest.mark.parametrize('size', [0, -2])

@@ -83,7 +83,7 @@ def test_unknown_mesh_axis(mesh):
   rules = dataclasses.replace(RULES, embed='model')
   message = (
     r"rules\.embed='model' names no mesh axis; the mesh has pipe, data, fsdp, "
-    r'expert, context, tensor\. Set rules\.embed to one of these or none\.'
+    r'expert, tensor, context\. Set rules\.embed to one of these or none\.'
   )
   with pytest.raises(sharding.ShardingError, match=message):
     sharding.shardings(Model((4, 8), ('embed', 'mlp')), mesh, rules)

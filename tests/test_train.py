@@ -11,8 +11,8 @@ import pytest
 import tiny
 
 from t2x import checkpoint
+from t2x import consistency
 from t2x import evaluate
-from t2x import experiment
 from t2x import flops
 from t2x import mesh as mesh_lib
 from t2x import metrics
@@ -450,7 +450,7 @@ def test_the_length_of_a_run(directory, settings, steps):
 
 
 def test_what_cannot_fit_is_refused(directory):
-  check = lambda **s: experiment.check(_config(directory, **s), 8)
+  check = lambda **s: consistency.check(_config(directory, **s), 8)
   check()
   with pytest.raises(ValueError, match='multiple of 16. Set it to 16'):
     check(train__accumulate=4)

@@ -22,7 +22,7 @@ from t2x import config as config_lib
 from t2x import deviation
 from t2x import layout_text
 from t2x import program
-from t2x import sharding
+from t2x import shards
 from t2x import train_step
 from t2x import verify
 from t2x import verify_report
@@ -88,7 +88,7 @@ def missing_tensor_reduction(patch):
 
   def scatter(x_BTD, axis):
     del axis
-    axes = sharding.fine_axes(manual=True)
+    axes = shards.fine_axes(manual=True)
     return own_part(x_BTD, axes) if axes else x_BTD
 
   patch.setattr(branch, 'scatter', scatter)
@@ -103,7 +103,7 @@ def missing_tensor_reduction_of_gradients(patch):
     return real(x_BTD)
 
   def backward(_, grad_BTD):
-    axes = sharding.fine_axes(manual=True)
+    axes = shards.fine_axes(manual=True)
     return (own_part(grad_BTD, axes) if axes else grad_BTD,)
 
   gather.defvjp(lambda x_BTD: (gather(x_BTD), None), backward)
@@ -179,7 +179,7 @@ def update_of_parts(patch):
   real = _muon.orthogonalize_via_newton_schulz
 
   def orthogonalize(x, *args):
-    parts = sharding.num_parts('embed')
+    parts = shards.num_parts('embed')
     parts = [real(part, *args) for part in jnp.split(x, parts, -1)]
     return jnp.concatenate(parts, -1)
 

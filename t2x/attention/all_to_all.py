@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from t2x import sharding
+from t2x import shards
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
 
@@ -68,7 +69,7 @@ def attend(
     ShardingError: the heads do not divide.
   """
   sizes = jax.sharding.get_abstract_mesh().shape
-  parts = math.prod(sizes[a] for a in sharding.auto_axes('kv_heads'))
+  parts = math.prod(sizes[a] for a in shards.auto_axes('kv_heads'))
   N, K = q_BTNH.shape[2], k_BSKH.shape[2]
   copies = repeats(N, K, sizes[axis], parts)
   k_BSKH, v_BSKH = (jnp.repeat(a, copies, 2) for a in (k_BSKH, v_BSKH))
@@ -94,7 +95,7 @@ def _exchange(q_BTNH, k_BSKH, v_BSKH, mask, bias, dropout, *, axis, options):
   def exchange(a, **axes):
     fn = lambda a: jax.lax.all_to_all(a, axis, tiled=True, **axes)
     names = 'batch', None, 'kv_heads', None, None, None
-    return sharding.on_parts(fn, a, *names)
+    return shards.on_parts(fn, a, *names)
 
   def to_heads(a, group):
     """(B, T / C, K group, H) to (B, T, K / C group, H)."""
@@ -105,7 +106,7 @@ def _exchange(q_BTNH, k_BSKH, v_BSKH, mask, bias, dropout, *, axis, options):
   q, k, v = to_heads(q_BTNH, N // K), to_heads(k_BSKH, 1), to_heads(v_BSKH, 1)
   all_gather = lambda x: jax.lax.all_gather(x, axis, axis=1, tiled=True)
   gather = lambda x: (
-    None if x is None else sharding.on_parts(all_gather, x, 'batch', None)
+    None if x is None else shards.on_parts(all_gather, x, 'batch', None)
   )
   mask = dataclasses.replace(
     mask,

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from t2x import sharding
+from t2x import shards
 from t2x.attention import all_to_all
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
@@ -37,7 +38,7 @@ def attend(
       exchanged.
   """
   kwargs = {'options': options, 'bias': bias, 'dropout': dropout}
-  axes = sharding.auto_axes('length')
+  axes = shards.auto_axes('length')
   if len(axes) == 0:
     return dense.attend(q_BTNH, k_BSKH, v_BSKH, mask, **kwargs)
   if len(axes) > 1:

@@ -1,4 +1,4 @@
-"""Softmax attention in blocks that never hold the whole T x S matrix.
+"""Softmax attention that never holds the whole T x S matrix.
 
 Each block of queries meets only the range of keys that its mask can reach, so
 a causal mask costs half and a sliding window costs its width. Ranges longer
@@ -12,12 +12,12 @@ key/value heads, G query heads per key/value head, H head dim.
 from collections.abc import Callable
 import dataclasses
 import functools
-import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from t2x.attention import blocks
 from t2x.attention import mask as mask_lib
 
 # Maps key index minus query index, (T, S) or (B, T, S), to a bias per head,
@@ -28,9 +28,7 @@ Bias = Callable[[jax.Array], jax.Array]
 # (T,) or (B, T), and of its keys to what is left of them.
 Dropout = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
-_MAX_BLOCKS = 16
 _MAX_KEYS = 2048  # Longer key ranges are cut.
-_KEEP_KEYS = 1024  # Up to here the backward pass keeps the probabilities.
 NEVER = -1e30  # Finite: a query that sees no key must not become NaN.
 
 
@@ -50,29 +48,6 @@ class Options:
   soft_cap: float | None = None
   block: int | None = None
   runs: int | None = None
-
-
-def reference(q_BTNH, k_BSKH, v_BSKH, mask, *, options=Options(), bias=None):
-  """The oracle: materialises every score in float32. For tests."""
-  T, S = q_BTNH.shape[1], k_BSKH.shape[1]
-  N, K = q_BTNH.shape[2], k_BSKH.shape[2]
-  q, k, v = (a.astype(jnp.float32) for a in (q_BTNH, k_BSKH, v_BSKH))
-  k, v = (jnp.repeat(a, N // K, axis=2) for a in (k, v))
-  scores = jnp.einsum('btnh,bsnh->bnts', q, k) * _scale(options, q)
-  if options.soft_cap is not None:
-    scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
-  mask = mask_lib.placed(mask, T, S)
-  whole = slice(0, T), slice(0, S)
-  if bias is not None:
-    values = bias(mask_lib.relative(mask, *whole))
-    scores = scores + (values if values.ndim == 4 else values[None])
-  seen = mask_lib.visible(mask, *whole)
-  if seen is not None:
-    seen = seen[None, None] if seen.ndim == 2 else seen[:, None]
-    scores = jnp.where(seen, scores, -jnp.inf)
-  probs = jax.nn.softmax(scores, axis=-1)
-  probs = jnp.where(jnp.isnan(probs), 0.0, probs)
-  return jnp.einsum('bnts,bsnh->btnh', probs, v).astype(q_BTNH.dtype)
 
 
 def attend(
@@ -127,11 +102,12 @@ def attend_part(
     float32 (B, T, N, H), and the log-sum-exp of the scores, (B, T, N).
   """
   # Up to some length the backward pass keeps what it would make again.
-  kept = k_BSKH.shape[1] <= _KEEP_KEYS or q_BTNH.shape[1] == 1
+  kept = k_BSKH.shape[1] <= blocks.KEEP_KEYS or q_BTNH.shape[1] == 1
   fn = functools.partial(
     _attend_rows, options=options, bias=bias, dropout=dropout
   )
-  return _by_blocks(fn, (q_BTNH,), k_BSKH, v_BSKH, mask, options, kept)
+  cut = dict(block=options.block, runs=options.runs, kept=kept)
+  return blocks.apply(fn, (q_BTNH,), k_BSKH, v_BSKH, mask, **cut)
 
 
 def weighted(
@@ -168,7 +144,8 @@ def weighted(
     _weigh_rows, options=options, bias=bias, dropout=dropout
   )
   queries = q_BTNH, lse_BTN
-  return _by_blocks(fn, queries, k_BSKH, v_BSKH, mask, options, False)
+  cut = dict(block=options.block, runs=options.runs, kept=False)
+  return blocks.apply(fn, queries, k_BSKH, v_BSKH, mask, **cut)
 
 
 def merge(first, second):
@@ -185,73 +162,6 @@ def merge(first, second):
   lse = jnp.logaddexp(lse_a, lse_b)
   weigh = lambda out, part: out * jnp.exp(part - lse)[..., None]
   return weigh(out_a, lse_a) + weigh(out_b, lse_b), lse
-
-
-def _by_blocks(fn, queries, k_BSKH, v_BSKH, mask, options, kept):
-  """Applies `fn` to each block of queries; joins its two results.
-
-  Args:
-    fn: takes blocks of `queries`, then keys, values, the mask, the block's rows
-      in it and the keys in reach; returns float32 (B, T, K, G, H) and (B, T,
-      K, G).
-    queries: (B, T, N, ...) arrays.
-    k_BSKH: keys.
-    v_BSKH: values.
-    mask: what each query sees.
-    options: the block size.
-    kept: keep what the backward pass needs, and do not make it again.
-  """
-  B, T, N = queries[0].shape[:3]
-  S, K = k_BSKH.shape[1:3]
-  mask = mask_lib.placed(mask, T, S)
-  grouped = [a.reshape(B, T, K, N // K, *a.shape[3:]) for a in queries]
-  outs, sums = [], []
-  for blocks in _runs(_blocks(T, S, mask, options)):
-    run = functools.partial(fn, keys=blocks[0][1])
-    out, total = _over_run(run, grouped, k_BSKH, v_BSKH, mask, blocks, kept)
-    outs.append(out)
-    sums.append(total)
-  out = outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
-  total = jnp.concatenate(sums, axis=1)
-  return out.reshape(B, T, N, -1), total.reshape(B, T, N)
-
-
-def _runs(blocks):
-  """Gathers neighbouring blocks of one size that reach the same keys."""
-  alike = lambda block: (block[1], block[0].stop - block[0].start)
-  return [list(run) for _, run in itertools.groupby(blocks, alike)]
-
-
-def _over_run(fn, queries, k_BSKH, v_BSKH, mask, blocks, kept):
-  """Applies `fn` to each block of a run and joins the results.
-
-  In a loop: XLA would hold the scores of many unrolled blocks at a time.
-  """
-  rows, num = slice(blocks[0][0].start, blocks[-1][0].stop), len(blocks)
-
-  def run(queries, mask, rows):
-    one = functools.partial(fn, mask=mask, rows=rows)
-    return (one if kept else jax.checkpoint(one))(queries, k_BSKH, v_BSKH)
-
-  if num == 1:
-    return run([a[:, rows] for a in queries], mask, rows)
-  block = slice(0, (rows.stop - rows.start) // num)
-  cut = lambda a: jnp.moveaxis(
-    a[:, rows].reshape(a.shape[0], num, block.stop, *a.shape[2:]), 1, 0
-  )
-  index_BT = jnp.atleast_2d(mask_lib.q_index_of(mask, slice(0, rows.stop)))
-
-  def body(part):
-    queries, index_BT, segments_BT = part
-    own = dataclasses.replace(
-      mask, q_index_BT=index_BT, q_segments_BT=segments_BT
-    )
-    return run(queries, own, block)
-
-  parts = (queries, index_BT, mask.q_segments_BT)
-  results = jax.lax.map(body, jax.tree.map(cut, parts))
-  join = lambda a: jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])
-  return jax.tree.map(join, results)
 
 
 def _attend_rows(
@@ -343,23 +253,3 @@ def _product(weights_BKGTS, v_BSKH, dropout):
 
 def _scale(options: Options, q: jax.Array) -> float:
   return q.shape[-1] ** -0.5 if options.scale is None else options.scale
-
-
-def _blocks(num_queries, num_keys, mask, options):
-  """Yields each block of queries with the range of keys in its reach."""
-  block = options.block or _block_size(num_queries, mask)
-  num = -(-num_queries // block)
-  run = block * -(-num // (options.runs or num))
-  for start in range(0, num_queries, block):
-    first = start // run * run
-    last = min(first + run, num_queries)
-    reach = mask_lib.key_range(mask, first, last, num_keys)
-    yield slice(start, min(start + block, num_queries)), slice(*reach)
-
-
-def _block_size(num_queries: int, mask: mask_lib.Mask) -> int:
-  """Small blocks skip more; many blocks compile slowly."""
-  if not (mask.causal or mask.window) and num_queries <= _KEEP_KEYS:
-    return num_queries
-  least = -(-num_queries // _MAX_BLOCKS)
-  return max(64, -(-least // 64) * 64)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from t2x import checks
 from t2x import sharding
+from t2x import shards
 from t2x import zigzag
 from t2x.attention import cache as cache_lib
 from t2x.attention import context
@@ -101,6 +102,32 @@ class Local(Dense):
 
 
 AttentionConfig = Dense | Local
+
+
+def key_heads(config: AttentionConfig, num: int, held: int) -> int:
+  """Returns how many key/value heads some neighbouring query heads look at.
+
+  Args:
+    config: of the layer.
+    num: query heads that a device has under sequence parallelism.
+    held: key/value heads that it has.
+
+  Raises:
+    ShardingError: they are not among those that the device has, or parts of
+      groups.
+  """
+  group = config.num_heads // config.kv_heads
+  needed = max(num // group, 1)
+  if (num % group and group % num) or needed > held:
+    raise sharding.ShardingError(
+      f'Under sequence parallelism a device has {num} of attention.num_heads='
+      f'{config.num_heads} and {held} of attention.num_kv_heads='
+      f'{config.kv_heads}, of which each serves {group} query heads: those '
+      'that a device has must be some whole groups, or lie within one, and '
+      'their key/value heads be there. Choose another mesh.tensor, the same '
+      'axes for rules.heads and rules.kv_heads, or rules.norm_length=context.'
+    )
+  return needed
 
 
 class Attention(nnx.Module):
@@ -272,7 +299,7 @@ class Attention(nnx.Module):
   def _heads(self) -> jax.Array:
     """Returns the numbers of this device's heads."""
     config = self.config
-    start, num = sharding.manual_part('heads', config.num_heads)
+    start, num = shards.manual_part('heads', config.num_heads)
     group = config.num_heads // config.kv_heads
     return (start + jnp.arange(num)).reshape(-1, min(group, num))
 
@@ -283,19 +310,13 @@ class Attention(nnx.Module):
     `rules.kv_heads`, all key/value heads.
     """
     config = self.config
-    start, num = sharding.manual_part('heads', config.num_heads)
-    _, num_held = sharding.manual_part('kv_heads', config.kv_heads)
-    group = config.num_heads // config.kv_heads
-    needed = max(num // group, 1)
-    if needed == num_held:
+    start, num = shards.manual_part('heads', config.num_heads)
+    _, held = shards.manual_part('kv_heads', config.kv_heads)
+    needed = key_heads(config, num, held)
+    if needed == held:
       return x_BSKH
-    if num % group and group % num:
-      raise sharding.ShardingError(
-        f'A device has {num} of attention.num_heads={config.num_heads}, whose '
-        f'groups of {group} share a key/value head: neither divides the other. '
-        'Choose another mesh.tensor, or rules.norm_length=context.'
-      )
-    return jax.lax.dynamic_slice_in_dim(x_BSKH, start // group, needed, axis=2)
+    first = start // (config.num_heads // config.kv_heads)
+    return jax.lax.dynamic_slice_in_dim(x_BSKH, first, needed, axis=2)
 
   def empty_cache(self, batch: int, capacity: int, dtype) -> cache_lib.Cache:
     K, H = self.config.kv_heads, self.config.head_dim

@@ -18,6 +18,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 from t2x import sharding
+from t2x import shards
 
 
 def run(fn: Callable[..., jax.Array], layer: Any, x_BTD: jax.Array, rest: Any):
@@ -30,11 +31,11 @@ def run(fn: Callable[..., jax.Array], layer: Any, x_BTD: jax.Array, rest: Any):
     x_BTD: the input, whole or split along the sequence.
     rest: other arguments, whole along the fine axes but for parameters.
   """
-  axes = sharding.fine_axes()
+  axes = shards.fine_axes()
   if not axes:
     x_BTD = sharding.constrain(x_BTD, 'batch', 'length', 'act_embed')
     return fn(layer, x_BTD, rest)
-  parts = sharding.num_parts('length')
+  parts = shards.num_parts('length')
   shape = x_BTD.shape
   # The coarse split stays the partitioner's, so it has a dimension of its own.
   x_BCTD = x_BTD.reshape(shape[0], parts, -1, shape[-1])
@@ -57,7 +58,7 @@ def run(fn: Callable[..., jax.Array], layer: Any, x_BTD: jax.Array, rest: Any):
 
 def gather(x_BTD: jax.Array) -> jax.Array:
   """Returns the sequence as a layer needs it; the identity outside `run`."""
-  axes = sharding.fine_axes(manual=True)
+  axes = shards.fine_axes(manual=True)
   if not axes:
     return x_BTD
   return _exchange(
@@ -75,10 +76,10 @@ def scatter(x_BTD: jax.Array, axis: str) -> jax.Array:
     axis: logical axis over which the last product summed; devices that have
       it whole have the same output, not parts of one.
   """
-  axes = sharding.fine_axes(manual=True)
+  axes = shards.fine_axes(manual=True)
   if not axes:
     return x_BTD
-  parts = sharding.mesh_axes(getattr(sharding.active_rules(), axis))
+  parts = sharding.active_axes(axis)
   same = tuple(a for a in axes if a not in parts)
   x_BTD = x_BTD / jax.lax.axis_size(same) if same else x_BTD
   return _exchange(
@@ -92,8 +93,8 @@ def scatter(x_BTD: jax.Array, axis: str) -> jax.Array:
 def _exchange(fn, x_BTD):
   """Runs a collective on the coarse parts of a sequence, (B, C, T, D)."""
   shape = x_BTD.shape
-  x_BCTD = x_BTD.reshape(shape[0], sharding.num_parts('length'), -1, shape[-1])
-  x_BCTD = sharding.on_parts(fn, x_BCTD, 'batch', 'length', None, None)
+  x_BCTD = x_BTD.reshape(shape[0], shards.num_parts('length'), -1, shape[-1])
+  x_BCTD = shards.on_parts(fn, x_BCTD, 'batch', 'length', None, None)
   return x_BCTD.reshape(shape[0], -1, shape[-1])
 
 
@@ -103,6 +104,6 @@ def _specs(tree, axes):
   def spec(leaf):
     if not sharding.is_variable(leaf):
       return P()
-    return sharding.manual_spec(leaf, axes)
+    return shards.manual_spec(leaf, axes)
 
   return jax.tree.map(spec, tree, is_leaf=sharding.is_variable)

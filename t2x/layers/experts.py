@@ -12,6 +12,7 @@ Shape suffixes: B batch, T position, E experts, C slots of an expert, J choices
 of a token, P pairs of token and choice, D embed, F feed-forward.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 import math
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from t2x import sharding
+from t2x import shards
 from t2x.layers import mlp
 from t2x.layers import param
 from t2x.layers import routing
@@ -51,21 +53,38 @@ class _Axes:
   hidden: tuple[str, ...]
 
 
-def _axes() -> _Axes:
-  batch, length = map(sharding.auto_axes, ('batch', 'length'))
-  experts, hidden = map(sharding.auto_axes, ('experts', 'mlp'))
-  moved = tuple(a for a in experts if a in batch)
-  held = tuple(a for a in experts if a not in batch)
-  if moved and held or set(experts) & set(length):
+def check_axes(
+  experts: Sequence[str], batch: Sequence[str], length: Sequence[str]
+) -> None:
+  """Refuses experts on mesh axes that split only some of the tokens.
+
+  Args:
+    experts: axes of more than one device that split the experts.
+    batch: those that split rows.
+    length: those that split positions.
+
+  Raises:
+    ShardingError: they do.
+  """
+  moved = set(experts) & set(batch)
+  if (moved and moved != set(experts)) or set(experts) & set(length):
     raise sharding.ShardingError(
       f'rules.experts={",".join(experts)} with rules.batch={",".join(batch)} '
       f'and rules.length={",".join(length)}: the axes of experts must either '
       'all split the batch or split no tokens at all. Set rules.experts=expert.'
     )
+
+
+def _axes() -> _Axes:
+  batch, length = map(shards.auto_axes, ('batch', 'length'))
+  experts, hidden = map(shards.auto_axes, ('experts', 'mlp'))
+  moved = tuple(a for a in experts if a in batch)
+  held = tuple(a for a in experts if a not in batch)
+  check_axes(experts, batch, length)
   return _Axes(
     batch=batch,
     length=length,
-    fine=sharding.fine_axes(),
+    fine=shards.fine_axes(),
     moved=moved,
     held=held,
     hidden=tuple(a for a in hidden if a not in (*batch, *length)),
@@ -90,12 +109,12 @@ def run(
   Raises:
     ShardingError: experts on mesh axes that split only some of the tokens.
   """
-  axes, every = _axes(), sharding.all_auto_axes()
+  axes, every = _axes(), shards.all_auto_axes()
   body = functools.partial(_local, axes=axes, config=config)
   values = {name: w[...] for name, w in weights.items()}
   if not every:
     return body(values, x_BTD, routed)
-  specs = {n: sharding.manual_spec(w, every) for n, w in weights.items()}
+  specs = {n: shards.manual_spec(w, every) for n, w in weights.items()}
   x_spec = P(axes.batch, (*axes.length, *axes.fine))
   # A slot's token may stand anywhere in its row; a choice is its token's own.
   whole = isinstance(routed, routing.Slots)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from t2x import checks
 from t2x import sharding
+from t2x import shards
 from t2x.layers import branch
 from t2x.layers import dropout
 from t2x.layers import param
@@ -89,7 +90,7 @@ class Mlp(nnx.Module):
       gate_BTF = param.project(x_BTD, self.gate_DF, 'BTD,DF->BTF')
       hidden_BTF = act(checkpoint_name(gate_BTF, 'mlp_gate')) * up_BTF
     hidden_BTF = sharding.constrain(hidden_BTF, 'batch', 'length', 'mlp')
-    first, _ = sharding.manual_part('mlp', self.config.hidden)
+    first, _ = shards.manual_part('mlp', self.config.hidden)
     hidden_BTF = dropout.dropout(
       hidden_BTF, self.config.dropout, keys_B, zigzag, first_feature=first
     )

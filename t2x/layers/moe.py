@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from t2x import checks
 from t2x import sharding
+from t2x import shards
 from t2x import zigzag as zigzag_lib
 from t2x.layers import experts
 from t2x.layers import mlp
@@ -193,10 +194,10 @@ def _by_rows(fn, rows, whole):
     rows: such arrays.
     whole: what every device has.
   """
-  axes = sharding.all_auto_axes()
+  axes = shards.all_auto_axes()
   if not axes:
     return fn(*rows, whole)
-  split = P(sharding.auto_axes('batch'))
+  split = P(shards.auto_axes('batch'))
   return jax.shard_map(
     fn,
     in_specs=(*(split for _ in rows), P()),

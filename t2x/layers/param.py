@@ -89,7 +89,7 @@ def project(
   x: jax.Array,
   weight: nnx.Param | jax.Array,
   spec: str,
-  dtype: jnp.dtype | None = None,
+  dtype: jax.typing.DTypeLike | None = None,
   precision: jax.lax.Precision | None = None,
 ) -> jax.Array:
   """Contracts `x` with a weight, cast to the dtype of `x`.
@@ -145,7 +145,7 @@ def weight_gradient(
   x: jax.Array,
   grad: jax.Array,
   spec: str,
-  dtype: jnp.dtype | None = None,
+  dtype: jax.typing.DTypeLike | None = None,
   precision: jax.lax.Precision | None = None,
 ) -> jax.Array:
   """Returns the gradient of the weight of `project`, in the weight's layout.

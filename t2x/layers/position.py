@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from t2x import checks
 from t2x import sharding
+from t2x import shards
 from t2x.layers import param
 
 
@@ -242,7 +243,7 @@ class AlibiBias(nnx.Module):
 
   def __call__(self, relative: jax.Array) -> jax.Array:
     """Maps key minus query index, (..., T, S), to (..., N, T, S)."""
-    start, num = sharding.manual_part('heads', self.num_heads)
+    start, num = shards.manual_part('heads', self.num_heads)
     slopes = jnp.asarray(alibi_slopes(self.num_heads))
     slopes = jax.lax.dynamic_slice_in_dim(slopes, start, num)
     slopes = slopes.reshape((1,) * (relative.ndim - 2) + (-1, 1, 1))

@@ -18,6 +18,7 @@ from t2x.attention import all_to_all
 from t2x.attention import context
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
+from t2x.attention import reference
 from t2x.attention import ring_plan
 from t2x.layers import dropout
 from t2x.layers import position
@@ -135,7 +136,7 @@ def both(fn, weights):
 def whole(case):
   """What one device computes; the oracle, where nothing is dropped."""
   args, weights = arguments(case)
-  attend = dense.attend if case.drop else dense.reference
+  attend = dense.attend if case.drop else reference.attend
   kwargs = {'dropout': drop_of(case)} if case.drop else {}
 
   def fn(q, k, v, bias):

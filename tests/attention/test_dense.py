@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from t2x import zigzag
+from t2x.attention import blocks
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
+from t2x.attention import reference as oracle
 from t2x.layers import dropout
 from t2x.layers import position
 from t2x.plan import matrix
@@ -182,7 +184,7 @@ def run(case, *arrays):
 
 
 def reference(case, q, k, v, **kwargs):
-  return dense.reference(q, k, v, case.mask, options=case.options, **kwargs)
+  return oracle.attend(q, k, v, case.mask, options=case.options, **kwargs)
 
 
 def close(got, want, atol=2e-5):
@@ -253,7 +255,7 @@ def test_gradients_where_some_see_nothing():
     k_segments_BS=case.mask.k_segments_BS[:1],
   )
   weight = jax.random.normal(jax.random.key(5), q.shape)[:1, seeing]
-  few = lambda k: dense.reference(q[:1, seeing], k, v[:1], mask)
+  few = lambda k: oracle.attend(q[:1, seeing], k, v[:1], mask)
   want = jax.jit(jax.grad(lambda k: (few(k) * weight).sum()))(k[:1])
   close(grads[1][:1], want, atol=5e-5)
 
@@ -317,7 +319,7 @@ def test_the_block_size_changes_nothing(block):
 def test_long_key_ranges_are_cut_and_merged(name, monkeypatch):
   """What runs past 2,048 keys, at a size that loops can check."""
   monkeypatch.setattr(dense, '_MAX_KEYS', 3)
-  monkeypatch.setattr(dense, '_KEEP_KEYS', 2)
+  monkeypatch.setattr(blocks, 'KEEP_KEYS', 2)
   case = CASES[name]
   q, k, v = draw(case)
   expected, expected_lse = naive(q, k, v, case.mask)

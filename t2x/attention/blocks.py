@@ -1,0 +1,105 @@
+"""Blocks of queries, each with the keys that its mask lets it reach.
+
+Shape suffixes: B batch, T query position, S key position, N query heads, K
+key/value heads, G query heads per key/value head, H head dim.
+"""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+
+from t2x.attention import mask as mask_lib
+
+_MAX_BLOCKS = 16
+KEEP_KEYS = 1024  # Up to here the backward pass keeps the probabilities.
+
+
+def apply(fn, queries, k_BSKH, v_BSKH, mask, *, block, runs, kept):
+  """Applies `fn` to each block of queries; joins its two results.
+
+  Args:
+    fn: takes blocks of `queries`, then keys, values, the mask, the block's rows
+      in it and the keys in reach; returns float32 (B, T, K, G, H) and (B, T,
+      K, G).
+    queries: (B, T, N, ...) arrays.
+    k_BSKH: keys.
+    v_BSKH: values.
+    mask: what each query sees.
+    block: queries to a block; None chooses.
+    runs: as in `dense.Options`.
+    kept: keep what the backward pass needs, and do not make it again.
+  """
+  B, T, N = queries[0].shape[:3]
+  S, K = k_BSKH.shape[1:3]
+  mask = mask_lib.placed(mask, T, S)
+  grouped = [a.reshape(B, T, K, N // K, *a.shape[3:]) for a in queries]
+  outs, sums = [], []
+  for blocks in _runs(_blocks(T, S, mask, block, runs)):
+    run = functools.partial(fn, keys=blocks[0][1])
+    out, total = _over_run(run, grouped, k_BSKH, v_BSKH, mask, blocks, kept)
+    outs.append(out)
+    sums.append(total)
+  out = outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
+  total = jnp.concatenate(sums, axis=1)
+  return out.reshape(B, T, N, -1), total.reshape(B, T, N)
+
+
+def _runs(blocks):
+  """Gathers neighbouring blocks of one size that reach the same keys."""
+  alike = lambda block: (block[1], block[0].stop - block[0].start)
+  return [list(run) for _, run in itertools.groupby(blocks, alike)]
+
+
+def _over_run(fn, queries, k_BSKH, v_BSKH, mask, blocks, kept):
+  """Applies `fn` to each block of a run and joins the results.
+
+  In a loop: XLA would hold the scores of many unrolled blocks at a time.
+  """
+  rows, num = slice(blocks[0][0].start, blocks[-1][0].stop), len(blocks)
+
+  def run(queries, mask, rows):
+    one = functools.partial(fn, mask=mask, rows=rows)
+    return (one if kept else jax.checkpoint(one))(queries, k_BSKH, v_BSKH)
+
+  if num == 1:
+    return run([a[:, rows] for a in queries], mask, rows)
+  block = slice(0, (rows.stop - rows.start) // num)
+  cut = lambda a: jnp.moveaxis(
+    a[:, rows].reshape(a.shape[0], num, block.stop, *a.shape[2:]), 1, 0
+  )
+  index_BT = jnp.atleast_2d(mask_lib.q_index_of(mask, slice(0, rows.stop)))
+
+  def body(part):
+    queries, index_BT, segments_BT = part
+    own = dataclasses.replace(
+      mask, q_index_BT=index_BT, q_segments_BT=segments_BT
+    )
+    return run(queries, own, block)
+
+  parts = (queries, index_BT, mask.q_segments_BT)
+  results = jax.lax.map(body, jax.tree.map(cut, parts))
+  join = lambda a: jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])
+  return jax.tree.map(join, results)
+
+
+def _blocks(num_queries, num_keys, mask, block, runs):
+  """Yields each block of queries with the range of keys in its reach."""
+  block = block or _block_size(num_queries, mask)
+  num = -(-num_queries // block)
+  run = block * -(-num // (runs or num))
+  for start in range(0, num_queries, block):
+    first = start // run * run
+    last = min(first + run, num_queries)
+    reach = mask_lib.key_range(mask, first, last, num_keys)
+    yield slice(start, min(start + block, num_queries)), slice(*reach)
+
+
+def _block_size(num_queries: int, mask: mask_lib.Mask) -> int:
+  """Small blocks skip more; many blocks compile slowly."""
+  if not (mask.causal or mask.window) and num_queries <= KEEP_KEYS:
+    return num_queries
+  least = -(-num_queries // _MAX_BLOCKS)
+  return max(64, -(-least // 64) * 64)

@@ -1,0 +1,31 @@
+"""The oracle of attention: holds every score, in float32. For tests."""
+
+import jax
+import jax.numpy as jnp
+
+from t2x.attention import dense
+from t2x.attention import mask as mask_lib
+
+
+def attend(q_BTNH, k_BSKH, v_BSKH, mask, *, options=dense.Options(), bias=None):
+  """As `dense.attend`."""
+  T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+  N, K = q_BTNH.shape[2], k_BSKH.shape[2]
+  q, k, v = (a.astype(jnp.float32) for a in (q_BTNH, k_BSKH, v_BSKH))
+  scale = q.shape[-1] ** -0.5 if options.scale is None else options.scale
+  k, v = (jnp.repeat(a, N // K, axis=2) for a in (k, v))
+  scores = jnp.einsum('btnh,bsnh->bnts', q, k) * scale
+  if options.soft_cap is not None:
+    scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
+  mask = mask_lib.placed(mask, T, S)
+  whole = slice(0, T), slice(0, S)
+  if bias is not None:
+    values = bias(mask_lib.relative(mask, *whole))
+    scores = scores + (values if values.ndim == 4 else values[None])
+  seen = mask_lib.visible(mask, *whole)
+  if seen is not None:
+    seen = seen[None, None] if seen.ndim == 2 else seen[:, None]
+    scores = jnp.where(seen, scores, -jnp.inf)
+  probs = jax.nn.softmax(scores, axis=-1)
+  probs = jnp.where(jnp.isnan(probs), 0.0, probs)
+  return jnp.einsum('bnts,bsnh->btnh', probs, v).astype(q_BTNH.dtype)

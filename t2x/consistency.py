@@ -1,0 +1,214 @@
+"""Whether the parts of an experiment fit each other and the devices.
+
+Single configs check their own fields; this finds what they cannot see. It runs
+before anything is built or compiled.
+"""
+
+from collections.abc import Mapping
+import math
+
+from t2x import experiment
+from t2x import machines
+from t2x import mesh as mesh_lib
+from t2x import sharding
+from t2x import train_step
+from t2x.attention import all_to_all
+from t2x.data import config as data_config
+from t2x.data import pipeline as data_pipeline
+from t2x.layers import attention
+from t2x.layers import embed
+from t2x.layers import experts
+from t2x.layers import moe
+from t2x.models import decoder
+from t2x.models import encoder
+from t2x.models import encoder_decoder
+from t2x.objectives import causal_lm
+from t2x.objectives import masked_lm
+
+Experiment = experiment.Experiment
+
+
+def check(config: Experiment, num_devices: int) -> None:
+  """Raises ValueError for parts that do not fit each other or the devices."""
+  data_pipeline.check(config.data)
+  machines.check_overrides(config.compiler_options)
+  sizes = mesh_lib.sizes(config.mesh, num_devices)
+  if sizes['pipe'] > 1:
+    raise ValueError(
+      f'mesh.pipe={sizes["pipe"]}: nothing is split over this axis yet. '
+      'Use data, fsdp, tensor, context or expert.'
+    )
+  sharding.check_rules(config.rules, sizes)
+  _check_rows(config, sizes)
+  _check_context(config, sizes)
+  _check_groups(config, sizes)
+  _check_experts(config, sizes)
+  _check_objective(config)
+  _check_lengths(config)
+  _check_chunks(config, sizes)
+
+
+def _check_rows(config: Experiment, sizes: dict[str, int]) -> None:
+  rows = config.data.batch_size
+  need = rows_multiple(config, sizes)
+  if rows % need:
+    axes = _row_axes(config)
+    by = ' x '.join(f'mesh.{a}={sizes[a]}' for a in axes if sizes.get(a, 1) > 1)
+    raise ValueError(
+      f'data.batch_size={rows} rows cannot be dealt to {by or "one device"} '
+      f'in train.accumulate={config.train.accumulate} microbatches: it must '
+      f'be a multiple of {need}. Set it to {-(-rows // need) * need}, or '
+      'change the mesh.'
+    )
+
+
+def rows_multiple(config: Experiment, sizes: Mapping[str, int]) -> int:
+  """Returns what the rows of a batch must be a multiple of."""
+  parts = math.prod(sizes.get(axis, 1) for axis in _row_axes(config))
+  return parts * config.train.accumulate
+
+
+def _row_axes(config: Experiment) -> list[str]:
+  by_hand = train_step.axes_by_hand(config.train.step_config)
+  return sorted({*sharding.mesh_axes(config.rules.batch), *by_hand})
+
+
+def zigzag(config: Experiment, sizes: Mapping[str, int]) -> int:
+  """Returns over how many devices causal rows are dealt in zigzag order.
+
+  Args:
+    config: the experiment.
+    sizes: of the mesh axes.
+  """
+  rules = config.rules
+  balanced = rules.context_attention == 'ring' and rules.balance_context
+  if not balanced or isinstance(config.model, encoder.EncoderConfig):
+    return 1
+  return context_size(config, sizes)
+
+
+def context_size(config: Experiment, sizes: Mapping[str, int]) -> int:
+  """Returns over how many devices a row is split."""
+  return math.prod(sizes[a] for a in sharding.mesh_axes(config.rules.length))
+
+
+def _source_parts(config: Experiment, sizes: Mapping[str, int]) -> int:
+  """Returns what the tokens of a row must be a multiple of, in an encoder."""
+  fine = {*sharding.mesh_axes(config.rules.norm_length)}
+  fine -= {*sharding.mesh_axes(config.rules.length)}
+  return context_size(config, sizes) * math.prod(sizes[a] for a in fine)
+
+
+def target_parts(config: Experiment, sizes: Mapping[str, int]) -> int:
+  """Returns what the targets of a row are padded to a multiple of."""
+  pieces = 1 if zigzag(config, sizes) == 1 else 2 * context_size(config, sizes)
+  return math.lcm(_source_parts(config, sizes), pieces)
+
+
+def _check_context(config: Experiment, sizes: dict[str, int]) -> None:
+  has_encoder = config.data.objective.has_encoder
+  parts_of = _source_parts if has_encoder else target_parts
+  parts = parts_of(config, sizes)
+  rules = config.rules
+  axes = {*sharding.mesh_axes(rules.length)}
+  axes |= {*sharding.mesh_axes(rules.norm_length)}
+  named = ' x '.join(f'mesh.{a}={sizes[a]}' for a in sorted(axes))
+  for length in data_config.buckets(config.data):
+    if length % parts:
+      raise ValueError(
+        f'data.length: a row of {length} tokens cannot be split over {named} '
+        f'(rules.length, rules.norm_length): it must be a multiple of {parts}. '
+        f'Set it to {-(-length // parts) * parts}, or change the mesh.'
+      )
+  devices = context_size(config, sizes)
+  if devices > 1 and config.rules.context_attention == 'all_to_all':
+    split = sharding.mesh_axes(config.rules.kv_heads)
+    parts = math.prod(sizes[a] for a in split)
+    for kind in config.model.kinds:
+      all_to_all.repeats(kind.num_heads, kind.kv_heads, devices, parts)
+
+
+def _check_groups(config: Experiment, sizes: dict[str, int]) -> None:
+  """Query heads must find their key/value heads on their device."""
+  rules = config.rules
+  fine = {*sharding.mesh_axes(rules.norm_length)}
+  fine -= {*sharding.mesh_axes(rules.length)}
+  over = lambda axes: math.prod(
+    sizes[a] for a in sharding.mesh_axes(axes) if a in fine
+  )
+  parts, kv_parts = over(rules.heads), over(rules.kv_heads)
+  for kind in config.model.kinds:
+    # What does not divide is found where parameters are.
+    if kind.num_heads % parts == 0 and kind.kv_heads % kv_parts == 0:
+      num, held = kind.num_heads // parts, kind.kv_heads // kv_parts
+      attention.key_heads(kind, num, held)
+
+
+def _check_experts(config: Experiment, sizes: dict[str, int]) -> None:
+  rules = config.rules
+  if any(isinstance(kind, moe.MoeConfig) for kind in config.model.mlp_kinds):
+    kept = lambda axes: [a for a in sharding.mesh_axes(axes) if sizes[a] > 1]
+    experts.check_axes(*map(kept, (rules.experts, rules.batch, rules.length)))
+
+
+def _check_objective(config: Experiment) -> None:
+  objective, model = config.data.objective, config.model
+  encdec = isinstance(model, encoder_decoder.EncoderDecoderConfig)
+  fits = {
+    decoder.DecoderConfig: isinstance(objective, causal_lm.CausalLM),
+    encoder.EncoderConfig: isinstance(objective, masked_lm.MaskedLM),
+    encoder_decoder.EncoderDecoderConfig: objective.has_encoder,
+  }[type(model)]
+  if not fits:
+    kinds = (
+      'span_corruption or source_target'
+      if encdec
+      else (
+        'causal_lm' if isinstance(model, decoder.DecoderConfig) else 'masked_lm'
+      )
+    )
+    raise ValueError(
+      f'data.objective={objective.kind} does not train a model of kind '
+      f'{model.kind}. Set data.objective to {kinds}, or another model.'
+    )
+
+
+def _check_chunks(config: Experiment, sizes: dict[str, int]) -> None:
+  loss, model = config.train.loss, config.model
+  rows = embed.padded(model.vocab_size, model.vocab_multiple)
+  if rows % loss.vocab_chunks:
+    raise ValueError(
+      f'train.loss.vocab_chunks={loss.vocab_chunks} does not divide the {rows} '
+      'rows of the vocabulary table. Choose a divisor, or another '
+      'model.vocab_multiple.'
+    )
+  for bucket in data_config.buckets(config.data):
+    length = config.data.objective.target_length(bucket)
+    parts = target_parts(config, sizes)
+    length = -(-length // parts) * parts // context_size(config, sizes)
+    if length % loss.token_chunks:
+      raise ValueError(
+        f'train.loss.token_chunks={loss.token_chunks} does not divide the '
+        f'{length} targets of a row on each device. Choose a divisor, or '
+        'another data.length.'
+      )
+
+
+def _check_lengths(config: Experiment) -> None:
+  limit = config.model.max_length
+  if limit is not None and config.data.length > limit:
+    raise ValueError(
+      f'data.length={config.data.length} is more than the '
+      f'model.position.max_length={limit} positions of the model. Set them '
+      'to fit.'
+    )
+
+
+def check_vocabulary(config: Experiment, vocab_size: int) -> None:
+  """Raises ValueError if the tokenizer has ids that the model has not."""
+  if vocab_size > config.model.vocab_size:
+    raise ValueError(
+      f'The tokenizer has {vocab_size} ids and model.vocab_size='
+      f'{config.model.vocab_size}. Set model.vocab_size={vocab_size} or '
+      'more, or a smaller data.tokenizer.vocab_size.'
+    )

@@ -1,0 +1,107 @@
+"""Which part of an array a device holds, for code that moves parts by hand.
+
+Everything else names logical axes and leaves the moves to the partitioner
+(t2x/sharding.py).
+"""
+
+from collections.abc import Callable
+import math
+
+from flax import nnx
+import jax
+from jax.sharding import PartitionSpec as P
+
+from t2x import sharding
+
+
+def auto_axes(axis: str) -> tuple[str, ...]:
+  """Returns the mesh axes, of more than one device, that split a logical axis.
+
+  Those that a surrounding `shard_map` is manual over are left out, and there
+  are none outside `use`.
+  """
+  return _axes_in_use(axis, manual=False)
+
+
+def all_auto_axes() -> tuple[str, ...]:
+  """Returns all mesh axes that `auto_axes` could return."""
+  if not sharding.is_active():
+    return ()
+  mesh = jax.sharding.get_abstract_mesh()
+  auto = (a for a in mesh.axis_names if a not in mesh.manual_axes)
+  return tuple(a for a in auto if mesh.shape[a] > 1)
+
+
+def on_parts(fn: Callable, x: jax.Array, *axes: str | None) -> jax.Array:
+  """Returns fn(x), a collective, of what each device has along other axes.
+
+  In a `shard_map` that is manual over some mesh axes alone, the partitioner
+  gathers the operand of most collectives over all others.
+
+  Args:
+    fn: exchanges over axes that are manual already; keeps the dimensions.
+    x: its operand.
+    *axes: logical names of its dimensions, or None.
+  """
+  split = [auto_axes(axis) if axis else () for axis in axes]
+  if not any(split):
+    return fn(x)
+  # All that remain are named, those of one device too (see `mesh`).
+  mesh = jax.sharding.get_abstract_mesh()
+  spec = P(*split)
+  return jax.shard_map(
+    fn,
+    in_specs=spec,
+    out_specs=spec,
+    axis_names={*mesh.axis_names} - {*mesh.manual_axes},
+    check_vma=False,
+  )(x)
+
+
+def _axes_in_use(axis: str, *, manual: bool) -> tuple[str, ...]:
+  axes, mesh = sharding.active_axes(axis), jax.sharding.get_abstract_mesh()
+  return tuple(
+    a for a in axes if mesh.shape[a] > 1 and (a in mesh.manual_axes) == manual
+  )
+
+
+def num_parts(axis: str) -> int:
+  """Returns over how many devices the active rules split a logical axis."""
+  sizes = jax.sharding.get_abstract_mesh().shape
+  return math.prod(sizes[a] for a in sharding.active_axes(axis))
+
+
+def fine_axes(*, manual: bool = False) -> tuple[str, ...]:
+  """Returns the mesh axes that split a sequence only between layers.
+
+  Args:
+    manual: those that a surrounding `shard_map` is manual over; else those
+      that it is not.
+  """
+  axes = _axes_in_use('norm_length', manual=manual)
+  return tuple(a for a in axes if a not in sharding.active_axes('length'))
+
+
+def manual_part(axis: str, size: int) -> tuple[jax.Array | int, int]:
+  """Returns where this device's part of a logical axis starts, and its size.
+
+  Of an axis of which a surrounding `shard_map` holds a part; (0, size) of one
+  that is whole.
+
+  Args:
+    axis: logical name.
+    size: of the whole dimension.
+  """
+  axes = _axes_in_use(axis, manual=True)
+  if not axes:
+    return 0, size
+  part = size // jax.lax.axis_size(axes)
+  return jax.lax.axis_index(axes) * part, part
+
+
+def manual_spec(variable: nnx.Variable, axes: tuple[str, ...]) -> P:
+  """Returns how some mesh axes split a parameter under the active rules."""
+  names = sharding.axes_of(variable, len(variable.shape))
+  spec = sharding.to_spec(names, sharding.active_rules())
+  kept = [tuple(a for a in sharding.mesh_axes(e) if a in axes) for e in spec]
+  return P(*(entry or None for entry in kept))
