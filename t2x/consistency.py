@@ -41,6 +41,7 @@ def check(config: Experiment, num_devices: int) -> None:
   sharding.check_rules(config.rules, sizes)
   _check_rows(config, sizes)
   _check_context(config, sizes)
+  _check_activations(config)
   _check_groups(config, sizes)
   _check_experts(config, sizes)
   _check_objective(config)
@@ -126,6 +127,24 @@ def _check_context(config: Experiment, sizes: dict[str, int]) -> None:
     parts = math.prod(sizes[a] for a in split)
     for kind in config.model.kinds:
       all_to_all.repeats(kind.num_heads, kind.kv_heads, devices, parts)
+
+
+# What models constrain; those of plain feed-forward layers apart.
+_ACTIVATIONS = (
+  ('batch', 'length', 'act_embed'),
+  ('batch', 'norm_length', 'act_embed'),
+  ('batch', 'length', 'heads', None),
+  ('batch', 'length', 'kv_heads', None),
+  ('vocab', 'act_embed'),
+)
+_HIDDEN = ('batch', 'length', 'mlp')
+
+
+def _check_activations(config: Experiment) -> None:
+  kinds = config.model.mlp_kinds
+  plain = not all(isinstance(kind, moe.MoeConfig) for kind in kinds)
+  for axes in (*_ACTIVATIONS, *((_HIDDEN,) if plain else ())):
+    sharding.to_spec(axes, config.rules)
 
 
 def _check_groups(config: Experiment, sizes: dict[str, int]) -> None:

@@ -68,10 +68,10 @@ class Chip:
 CHIPS = {
   'v4': Chip(kinds=('TPU v4',), memory=32e9, options=xla_options.v4),
   'v5e': Chip(
-    kinds=('TPU v5 lite', 'TPU v5e'), memory=16e9, options=xla_options.v5
+    kinds=('TPU v5 lite', 'TPU v5e'), memory=16e9, options=xla_options.v5e
   ),
   # v5p calls itself 'TPU v5'.
-  'v5p': Chip(kinds=('TPU v5',), memory=95e9, options=xla_options.v5),
+  'v5p': Chip(kinds=('TPU v5',), memory=95e9, options=xla_options.v5p),
   'v6e': Chip(
     kinds=('TPU v6 lite', 'TPU v6e'), memory=32e9, options=xla_options.v6e
   ),
@@ -105,8 +105,10 @@ def compiler_options(
       come with the second.
 
   Returns:
-    Name -> value; empty for a CPU and for what is not known.
+    Name -> value; empty for a chip that is not known.
   """
+  if device_kind == 'cpu':
+    return dict(xla_options.CPU)
   chip = chip_of(device_kind)
   return CHIPS[chip].options(num_slices) if chip else {}
 

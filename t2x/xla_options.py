@@ -6,6 +6,8 @@ checked by compilers in tests/test_machines.py. Nothing here was timed: what is
 said to show was seen in programs compiled with libtpu 0.0.42.
 """
 
+import jax
+
 Options = dict[str, bool | int | str]
 
 # All of a TPU's, of every generation.
@@ -19,8 +21,8 @@ TPU: Options = {
   'xla_tpu_spmd_threshold_for_allgather_cse': 10000,
 }
 
-# FSDP's gathers beside the products before them. v5e's default; on v5p and v6e
-# no gather of an FSDP step is asynchronous without, most are with.
+# FSDP's gathers beside the products before them; v5e's default. Of v5e alone:
+# libtpu 0.0.52 refuses the fusions elsewhere, as what may give wrong results.
 ASYNC_GATHER: Options = {
   # Lets an all-gather start and end at different places of the program.
   'xla_enable_async_all_gather': True,
@@ -44,12 +46,11 @@ ASYNC_REDUCE: Options = {
   'xla_tpu_enable_async_collective_fusion_fuse_all_reduce': True,
 }
 
-# And for FSDP's. Of v6e alone: on v5e and v5p they changed no program.
-ASYNC_SCATTER: Options = {
-  # Lets a reduce-scatter start and end at different places of the program.
-  'xla_enable_async_reduce_scatter_fusion': True,
-  # Carries it out inside fusions.
-  'xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter': True,
+# The same by the SparseCores, which other chips have beside those that compute.
+# libtpu 0.0.42 makes v5p's gathers asynchronous by it, 0.0.52 leaves them.
+SPARSE_GATHER: Options = {
+  # Lets them carry out all-gathers.
+  'xla_tpu_enable_sparse_core_collective_offload_all_gather': True,
 }
 
 # Tensor and sequence parallelism's: a product is cut into as many steps as
@@ -78,15 +79,16 @@ TPU_DCN: Options = {
   'xla_max_concurrent_host_send_recv': 100,
 }
 
+CPU: Options = {
+  # The pass would sum bfloat16 in float32, and ends the process where the sum
+  # stands in a `shard_map` over some axes: "Invalid binary instruction opcode
+  # copy" (jax 0.10.2, 0.12.0.1).
+  'xla_disable_hlo_passes': 'all-reduce-promotion',
+}
+
 GPU: Options = {
   # Orders a program so that exchanges run beside computation; off by default.
   'xla_gpu_enable_latency_hiding_scheduler': True,
-  # Gathers a scanned layer's weights during the layer before.
-  'xla_gpu_enable_pipelined_all_gather': True,
-  # Scatters its gradients during the layer after: FSDP's.
-  'xla_gpu_enable_pipelined_reduce_scatter': True,
-  # Sums them then: data parallelism's.
-  'xla_gpu_enable_pipelined_all_reduce': True,
   # Unrolls a loop by two, so that what is pipelined needs no copy.
   'xla_gpu_enable_while_loop_double_buffering': True,
   # Joins gathers up to so many bytes, so that the links are full; no more, so
@@ -125,10 +127,16 @@ def v4(num_slices: int) -> Options:
   return {**TPU, **COLLECTIVE_MATMUL, **own, **_between(num_slices)}
 
 
-def v5(num_slices: int) -> Options:
-  """Returns those of TPU v5e and v5p."""
+def v5e(num_slices: int) -> Options:
+  """Returns those of TPU v5e."""
   asynchronous = {**ASYNC_GATHER, **ASYNC_REDUCE}
   return {**TPU, **asynchronous, **COLLECTIVE_MATMUL, **_between(num_slices)}
+
+
+def v5p(num_slices: int) -> Options:
+  """Returns those of TPU v5p."""
+  own = {**SPARSE_GATHER, **_between(num_slices)}
+  return {**TPU, **COLLECTIVE_MATMUL, **own}
 
 
 def v6e(num_slices: int) -> Options:
@@ -136,7 +144,7 @@ def v6e(num_slices: int) -> Options:
   # Of its 128 MiB, what one operation may hold on the chip (16 by default): a
   # larger tile of a product reads its operands less often.
   vmem: Options = {'xla_tpu_scoped_vmem_limit_kib': 96 * 1024}
-  return {**v5(num_slices), **ASYNC_SCATTER, **vmem}
+  return {**v5p(num_slices), **vmem}
 
 
 def v7x(num_slices: int) -> Options:
@@ -150,15 +158,28 @@ def v7x(num_slices: int) -> Options:
   return {**TPU, **COLLECTIVE_MATMUL, **own, **_between(num_slices)}
 
 
+def _pipelined() -> Options:
+  """A GPU's exchanges of one scanned layer beside the next's products.
+
+  A layer's weights are gathered during the layer before, its gradients
+  scattered (FSDP) or summed (data parallelism) during the layer after.
+  """
+  kinds = 'all_gather', 'reduce_scatter', 'all_reduce'
+  if jax.__version_info__ < (0, 11):
+    return {f'xla_gpu_enable_pipelined_{kind}': True for kind in kinds}
+  on = 'COLLECTIVE_PIPELINING_MODE_ON'
+  return {f'xla_gpu_pipeline_{kind}': on for kind in kinds}
+
+
 def gpu(num_slices: int) -> Options:
   """Returns those of NVIDIA's GPUs; a slice is a node."""
   if num_slices == 1:
-    return dict(GPU)
+    return {**GPU, **_pipelined()}
   larger: Options = {
     # Fewer and larger between nodes, whose network is slow to start.
     'xla_gpu_all_reduce_combine_threshold_bytes': 512 * 2**20,
   }
-  return {**GPU, **larger}
+  return {**GPU, **_pipelined(), **larger}
 
 
 def _between(num_slices: int) -> Options:

@@ -180,6 +180,25 @@ def test_no_such_mesh_axis():
     layouts.check(config, 8)
 
 
+@pytest.mark.parametrize(
+  'settings, message',
+  [
+    (
+      ['mesh.tensor=2', 'rules.length=tensor'],
+      "'length' and 'heads' both",
+    ),
+    (['mesh.data=8', 'rules.heads=data'], "'batch' and 'heads' both live on"),
+    (['mesh.data=8', 'rules.mlp=data'], "'batch' and 'mlp' both live on the"),
+    (['mesh.tensor=2', 'rules.act_embed=tensor'], "'vocab' and 'act_embed' b"),
+    (['mesh.fsdp=8', 'rules.norm_length=fsdp'], "'batch' and 'norm_length' b"),
+  ],
+)
+def test_two_dimensions_of_an_activation_on_one_axis(settings, message):
+  config = with_settings(gpt2_tiny, *settings)
+  with pytest.raises(sharding.ShardingError, match=message):
+    layouts.check(config, 8)
+
+
 def test_no_layout_helps():
   config = with_settings(gpt2_tiny, 'data.objective=masked_lm')
   with pytest.raises(ValueError, match=r'causal_lm, or another model\.$'):

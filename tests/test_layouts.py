@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from t2x import loss as loss_lib
+from t2x import machines
 from t2x import mesh as mesh_lib
 from t2x import optim
 from t2x import sharding
@@ -123,7 +124,11 @@ def make_mesh(**sizes):
 
 # Half the time goes without LLVM's optimisations, which change no layout.
 jit = functools.partial(
-  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
+  jax.jit,
+  compiler_options={
+    **machines.compiler_options('cpu'),
+    'xla_backend_optimization_level': 0,
+  },
 )
 
 
@@ -310,6 +315,27 @@ def test_experts_with_accumulation_and_sequence_parallelism(kind):
   config = dataclasses.replace(STEP, accumulate=4)
   result = on_mesh(kind, mesh, config, rules=SEQUENCE)
   assert_as_on_one_device(kind, result)
+
+
+@pytest.mark.parametrize(
+  'kind, mesh, rules',
+  [
+    ('llama', {'data': 2, 'tensor': 4}, SEQUENCE),
+    ('llama dropless', {'expert': 2, 'context': 2, 'tensor': 2}, RULES),
+  ],
+)
+def test_bfloat16(kind, mesh, rules):
+  """Sums over devices round, so only their size is compared."""
+  half = f'{kind} bfloat16'
+  CONFIGS[half] = dataclasses.replace(CONFIGS[kind], dtype='bfloat16')
+  grads, sums = on_mesh(half, make_mesh(**mesh), rules=rules)
+  want_grads, want_sums = on_one_device(half)
+  np.testing.assert_allclose(sums['loss'], want_sums['loss'], rtol=2e-3)
+  flat = lambda tree: np.concatenate(
+    [np.ravel(leaf).astype(np.float64) for leaf in jax.tree.leaves(tree)]
+  )
+  a, b = flat(jax.device_get(grads)), flat(want_grads)
+  assert np.linalg.norm(a - b) < 0.1 * np.linalg.norm(b)
 
 
 def test_experts_whose_axis_splits_no_rows():

@@ -163,26 +163,23 @@ def choose(
 def _by_tokens(logits_BTE, real_BT, bias_E, config: TokenChoice):
   """Returns the choices, and scores that sum to 1 for each token."""
   num_experts = logits_BTE.shape[-1]
-  if config.score == 'softmax':
-    scores_BTE = shares_BTE = jax.nn.softmax(logits_BTE)
-  else:
-    scores_BTE = jax.nn.sigmoid(logits_BTE)
-    shares_BTE = scores_BTE / scores_BTE.sum(-1, keepdims=True)
-  wanted_BTE = jax.lax.stop_gradient(scores_BTE)
+  log = jax.nn.log_softmax if config.score == 'softmax' else jax.nn.log_sigmoid
+  logs_BTE = log(logits_BTE)
+  wanted_BTE = jax.lax.stop_gradient(logs_BTE)
   if bias_E is not None:
-    wanted_BTE = wanted_BTE + bias_E[None, None]
+    wanted_BTE = jnp.exp(wanted_BTE) + bias_E[None, None]
   # A sort, unlike top_k, stays where its rows are on every backend.
   ranked_BTE = jnp.argsort(wanted_BTE, axis=-1, descending=True)
   experts_BTJ = ranked_BTE[..., : config.top_k]
-  weights_BTJ = jnp.take_along_axis(scores_BTE, experts_BTJ, -1)
-  if config.normalize:
-    weights_BTJ = weights_BTJ / weights_BTJ.sum(-1, keepdims=True)
+  logs_BTJ = jnp.take_along_axis(logs_BTE, experts_BTJ, -1)
+  # Shares of scores that may all be too small for a float.
+  weights_BTJ = (jax.nn.softmax if config.normalize else jnp.exp)(logs_BTJ)
   real = real_BT[..., None]
   choices = Choices(
     jnp.where(real, experts_BTJ, num_experts),
     jnp.where(real, weights_BTJ, 0.0),
   )
-  return choices, shares_BTE
+  return choices, jax.nn.softmax(logs_BTE)
 
 
 def _assign(

@@ -1,5 +1,6 @@
 """Mixtures of experts against loops over tokens in float64."""
 
+import functools
 import math
 
 from flax import nnx
@@ -220,7 +221,37 @@ def test_more_padding_changes_nothing():
   got, other = layer(jnp.asarray(pad(x_BTD)), pad(real_BT))
   np.testing.assert_allclose(got[:, :T], want, atol=1e-6)
   assert not np.asarray(got[:, T:]).any()
-  jax.tree.map(np.testing.assert_allclose, other, stats)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+  jax.tree.map(close, other, stats)
+
+
+@pytest.mark.parametrize('normalize', [True, False])
+@pytest.mark.parametrize('logit', [-5.0, -50.0, -200.0])
+def test_sigmoids_that_are_too_small_for_a_float(logit, normalize):
+  """Their shares are those of exp(logits), the sigmoid's limit."""
+  router = routing.TokenChoice(
+    top_k=2, score='sigmoid', normalize=normalize, balance_loss=1.0
+  )
+  offsets_E = np.array([0.3, -0.2, 0.1, 0.0])
+
+  def weights_and_loss(logits_E):
+    logits_BTE = jnp.broadcast_to(logits_E, (1, 3, 4))
+    choices, _, loss_B = routing.choose(
+      logits_BTE, jnp.ones((1, 3), bool), None, router, np.arange(3)
+    )
+    return choices.weights_BTJ[0, 0], loss_B[0]
+
+  logits_E = jnp.asarray(logit + offsets_E, jnp.float32)
+  weights_J, loss = weights_and_loss(logits_E)
+  scores_E = 1 / (1 + np.exp(-(logit + offsets_E)))  # float64
+  best_J = scores_E[[0, 2]]
+  want_J = best_J / best_J.sum() if normalize else best_J
+  np.testing.assert_allclose(weights_J, want_J, rtol=1e-4, atol=1e-37)
+  np.testing.assert_allclose(
+    loss, 4 * 0.5 * best_J.sum() / scores_E.sum(), rtol=1e-4
+  )
+  total = lambda logits_E: sum(jnp.sum(x) for x in weights_and_loss(logits_E))
+  assert np.isfinite(jax.grad(total)(logits_E)).all()
 
 
 def test_the_router_computes_in_float32():
