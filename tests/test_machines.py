@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import importlib.metadata
 import json
 import math
 import os
@@ -161,7 +162,7 @@ def product_on(chip, num_slices):
 @pytest.mark.parametrize('chip', _TOPOLOGIES)
 def test_tpu_options_are_known_to_the_compiler(chip, num_slices):
   options = machines.CHIPS[chip].options(num_slices)
-  assert len(options) > 5
+  assert len(options) >= 5
   assert tpu.compile_text(product_on(chip, num_slices), **options)
 
 
@@ -237,7 +238,7 @@ def test_gathers_run_beside_computation():
 
 
 @pytest.mark.slow
-def test_sparse_cores_gather():
+def test_other_cores_gather():
   of_sparse = lambda text: len(re.findall('[Ss]parse_?[Cc]ore', text))
   off = [f'{name}=' for name in xla_options.SPARSE_GATHER]
   assert of_sparse(text_of('v6e', off, data=1, fsdp=4)) == 0
@@ -254,6 +255,8 @@ def test_v5e_gathers_so_by_itself():
 @pytest.mark.slow
 def test_the_scheduler_may_move_reductions():
   """It says so of those that it left in place, too: all of these."""
+  if importlib.metadata.version('libtpu') >= '0.0.50':
+    pytest.skip('newer libtpu leaves out what was considered and not done')
   moved = 'async_collective_name="all-reduce-start'
   assert moved not in text_of('v5e', _NO_ASYNC, data=4)
   assert moved in text_of('v5e', data=4)
@@ -263,7 +266,7 @@ def test_the_scheduler_may_move_reductions():
 
 
 def test_a_program_compiles_with_them(tmp_path, monkeypatch):
-  """The CPU's are none; what is added reaches the programs."""
+  """The CPU's, and what is added, reach the programs."""
   given = []
   jit = jax.jit
   monkeypatch.setattr(
@@ -273,7 +276,7 @@ def test_a_program_compiles_with_them(tmp_path, monkeypatch):
   mesh = mesh_lib.make(config.mesh)
   program.Program(config, mesh, num_steps=2)
   options = [k['compiler_options'] for k in given if 'compiler_options' in k]
-  assert options and set(options) == {None}
+  assert options and all(o == xla_options.CPU for o in options)
   config = dataclasses.replace(
     config, compiler_options=('xla_cpu_no_such=true',)
   )
