@@ -538,24 +538,37 @@ def test_script_without_an_experiment(arguments, message, directory):
 
 
 @pytest.mark.slow
-def test_script_in_two_processes(directory):
+@pytest.mark.parametrize(
+  'name, layouts, settings',
+  [
+    # In the second, each process has two devices of a ring.
+    (
+      'gpt2_tiny',
+      ('data=2,fsdp=2,tensor=2', 'context=4,train.accumulate=2'),
+      (),
+    ),
+    # Tokens travel to experts of the other process.
+    ('moe_tiny', ('expert=8',), ('--set=model.num_layers=2',)),
+  ],
+)
+def test_script_in_two_processes(name, layouts, settings, directory):
   code, output, error = start(
     directory,
     '--num_processes=2',
     '--devices_per_process=4',
     '--',
     _SCRIPT,
-    '--experiment=gpt2_tiny',
-    '--layout=data=2,fsdp=2,tensor=2',
-    '--layout=context=4,train.accumulate=2',  # Two devices of each process.
+    f'--experiment={name}',
+    *(f'--layout={layout}' for layout in layouts),
     '--steps=2',
     '--json',
     *ONE_LAYER,
+    *settings,
     script=str(_SCRIPTS / 'launch_local.py'),
   )
   assert code == 0, error
   entries = json.loads(output.splitlines()[-1])['layouts']
-  assert [entry['ok'] for entry in entries] == [True, True]
+  assert [entry['ok'] for entry in entries] == [True] * len(layouts)
   assert '[1]' not in output
 
 
@@ -578,6 +591,7 @@ SWEEP = (
 EXPERT_SWEEP = (
   'data=2,expert=4',
   'expert=2,context=2,tensor=2',
+  'expert=4,context=2,rules.context_attention=all_to_all',
   f'expert=2,fsdp=2,tensor=2,{_SEQUENCE},train.accumulate=2,train.remat=full',
 )
 
@@ -587,8 +601,8 @@ EXPERT_SWEEP = (
   'name, layouts, optimizer',
   [
     ('gpt2_tiny', SWEEP, 'adamw'),  # Muon takes as long to compile as a model.
-    ('bert_tiny', SWEEP[:2], 'muon'),
-    ('t5_tiny', SWEEP[:2], 'muon'),
+    ('bert_tiny', SWEEP[:3], 'muon'),
+    ('t5_tiny', SWEEP[:3], 'muon'),
     ('quickstart', SWEEP[:2], 'muon'),
     ('moe_tiny', EXPERT_SWEEP, 'adamw'),
   ],
