@@ -6,8 +6,8 @@ python scripts/launch_local.py --num_processes=2 --devices_per_process=4 -- \
 It is the real thing: each process simulates its own devices on the CPU and
 talks to the others through sockets. The output of process 0 comes as it is,
 that of the others line by line behind their number. Ctrl-C and SIGTERM go to
-all, which save and end. If one process dies, the others have 30 seconds to say
-so and end before they are killed.
+all, which save and end; a second one kills them. If one process dies, the
+others have 30 seconds to say so and end before they are killed.
 """
 
 import argparse
@@ -31,8 +31,9 @@ def main() -> int:
   coordinator = f'127.0.0.1:{_free_port()}'
   children: list[subprocess.Popen] = []
   # Before the first child: none is left behind.
+  seen: list[int] = []
   for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda n, _: _pass_on(n, children))
+    signal.signal(number, lambda n, _: _pass_on(n, children, seen))
   readers = []
   for index in range(args.num_processes):
     flags = [
@@ -162,10 +163,16 @@ def _how(code: int) -> str:
   return f'was killed by signal {-code}{name}'
 
 
-def _pass_on(number: int, children: list[subprocess.Popen]) -> None:
+def _pass_on(
+  number: int, children: list[subprocess.Popen], seen: list[int]
+) -> None:
+  """Hands a signal on; the second ends what has not heeded the first."""
   for child in children:
     if child.poll() is None:
-      child.send_signal(number)
+      child.send_signal(signal.SIGKILL if seen else number)
+  if not seen:
+    _say('processes save and end; the same signal again kills them.')
+  seen.append(number)
 
 
 def _say(text: str) -> None:

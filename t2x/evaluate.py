@@ -1,5 +1,6 @@
 """Evaluation of a model on a split: loss, perplexity, bits per byte."""
 
+import collections
 from collections.abc import Callable
 from collections.abc import Iterable
 import math
@@ -30,18 +31,21 @@ def evaluate(
     loss (nats a token), perplexity, accuracy, num_tokens. A split without a
     single predicted token gives NaN.
   """
-  sums = None
+  sums = collections.Counter()
+  running = {}
   for batch in batches:
-    new = eval_fn(model, batch)
-    sums = new if sums is None else jax.tree.map(lambda a, b: a + b, sums, new)
-  if sums is None:
+    # One at a time: nothing orders the exchanges of two that are under way, and
+    # processes that take them in different orders wait for each other for ever.
+    sums.update(_as_floats(running))
+    running = eval_fn(model, batch)
+  sums.update(_as_floats(running))
+  if not sums:
     return {
       'loss': math.nan,
       'perplexity': math.nan,
       'accuracy': math.nan,
       'num_tokens': 0.0,
     }
-  sums = {name: float(value) for name, value in jax.device_get(sums).items()}
   weight = sums['weight'] or math.nan
   loss = sums['nll'] / weight
   return {
@@ -50,6 +54,10 @@ def evaluate(
     'accuracy': sums['correct'] / weight,
     'num_tokens': sums['weight'],
   }
+
+
+def _as_floats(values: dict[str, jax.Array]) -> dict[str, float]:
+  return {name: float(a) for name, a in jax.device_get(values).items()}
 
 
 def bits_per_byte(

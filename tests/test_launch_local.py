@@ -67,6 +67,35 @@ def _child(launcher: subprocess.Popen, index: int) -> int:
   raise AssertionError(f'no process {index}')
 
 
+_DEAF = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print('deaf', flush=True)
+time.sleep(300)
+"""
+
+
+def test_a_second_signal_ends_what_heeds_none(tmp_path):
+  script = tmp_path / 'deaf.py'
+  script.write_text(_DEAF)
+  with subprocess.Popen(
+    [sys.executable, _LAUNCH, '--num_processes=2', '--', str(script)],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  ) as launcher:
+    assert launcher.stdout and launcher.stderr
+    assert launcher.stdout.readline() == 'deaf\n'
+    assert launcher.stderr.readline() == '[1] deaf\n'
+    launcher.send_signal(signal.SIGTERM)
+    assert 'the same signal again kills' in launcher.stderr.readline()
+    assert launcher.poll() is None
+    launcher.send_signal(signal.SIGTERM)
+    _, error = launcher.communicate(timeout=30)
+  assert launcher.returncode == 128 + signal.SIGKILL
+  assert error.count('was killed by signal 9') == 2
+
+
 @pytest.mark.slow
 def test_a_killed_process_and_a_run_that_goes_on_with_fewer(
   tmp_path, monkeypatch

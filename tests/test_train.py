@@ -66,6 +66,30 @@ def _no_reports(monkeypatch, request):
 _REPORTING = 'test_the_run_leaves_a_report'
 
 
+def test_one_batch_is_evaluated_at_a_time():
+  """Of two that are under way, processes may take the exchanges crosswise."""
+  events = []
+
+  class Sum:
+    def __init__(self, value):
+      self.value = value
+
+    def __array__(self, dtype=None, copy=None):
+      events.append(('read', self.value))
+      return np.asarray(self.value, dtype)
+
+  def run(_, batch):
+    events.append(('run', batch))
+    return {name: Sum(batch) for name in ('nll', 'correct', 'weight')}
+
+  means = evaluate.evaluate(run, None, iter([1.0, 2.0, 5.0]))
+  assert means['num_tokens'] == 8.0 and means['loss'] == 1.0
+  runs = [i for i, (what, _) in enumerate(events) if what == 'run']
+  for start, end in zip(runs, [*runs[1:], len(events)]):
+    done = [value for what, value in events[start + 1 : end] if what == 'read']
+    assert done and set(done) == {events[start][1]}
+
+
 def _config(directory, **settings):
   settings = {
     'train__num_steps': _STEPS,
