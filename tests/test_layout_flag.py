@@ -1,4 +1,4 @@
-"""What the flag --layout may say, and what it is answered where it cannot be."""
+"""What the flag --layout may say, and its answer where it cannot be."""
 
 import gpt2_tiny
 import moe_tiny
