@@ -44,7 +44,6 @@ from jax.sharding import PartitionSpec as P
 from t2x import absent
 from t2x import experiment
 from t2x import layout_text
-from t2x import layouts as layouts_lib
 from t2x import mesh as mesh_lib
 from t2x import sharding
 from t2x import sharding_table
@@ -142,17 +141,22 @@ def config_of(
     ),
   )
   config = layout.applied(config)
-  layouts_lib.check(config, layout.num_devices)
+  layout.check(config)
   return config
 
 
 def bench_layouts(args, devices, tpu: bool) -> list[dict]:
   rows = []
-  for layout in map(layout_text.parse, LAYOUTS):
+  first, *others = map(layout_text.parse, LAYOUTS)
+  chosen = [
+    layout
+    for layout in others
+    if re.search(args.match, layout.text.replace('rules.', ''))
+  ]
+  # All are checked before the first is compiled.
+  configs = [(each, config_of(args, tpu, each)) for each in (first, *chosen)]
+  for layout, config in configs:
     name = layout.text.replace('rules.', '')
-    if rows and not re.search(args.match, name):
-      continue
-    config = config_of(args, tpu, layout)
     num = layout.num_devices
     mesh = mesh_lib.make(config.mesh, devices[:num])
     compiled, seconds = compile_timed(

@@ -15,6 +15,7 @@ import math
 import os
 import pathlib
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -72,7 +73,13 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
   )
   parser.add_argument('--num_processes', type=int, default=2)
   parser.add_argument('--devices_per_process', type=int, default=4)
-  args = parser.parse_args(ours)
+  args, unknown = parser.parse_known_args(ours)
+  if unknown:
+    example = shlex.join([*unknown, *command])
+    parser.error(
+      f'unrecognized arguments: {shlex.join(unknown)}; the script and its own '
+      f'arguments come after --, as in -- {example}'
+    )
   for name, value in vars(args).items():
     if value < 1:
       parser.error(f'--{name}={value}; it is at least 1.')

@@ -42,7 +42,7 @@ from t2x import sharding_table
 _EXPERIMENT = flags.DEFINE_string('experiment', None, 'Its name, or a path.')
 _LAYOUT = flags.DEFINE_string('layout', None, 'Sizes: data=2,fsdp=2,tensor=2.')
 _DEVICES = flags.DEFINE_integer(
-  'num_devices', None, 'Default: what the sizes multiply to.'
+  'num_devices', None, 'Default: what the sizes multiply to.', lower_bound=1
 )
 _HTML = flags.DEFINE_string('html', None, 'File to write the page to.')
 _JSON = flags.DEFINE_bool('json', False, 'Print one JSON object.')
@@ -58,8 +58,12 @@ def show() -> None:
     layout = layout_text.parse(_LAYOUT.value)
     config = layout.applied(config)
   num_devices = _DEVICES.value or layout.num_devices
+  own = config
   config, note = with_rows(config, num_devices)
-  layouts.check(config, num_devices)
+  if _LAYOUT.value is not None:
+    layout.check(config, _DEVICES.value, own=own)
+  else:
+    layouts.check(config, num_devices, own=own)
   table = sharding_table.make(config, num_devices)
   if _HTML.value:
     page = sharding_page.page(

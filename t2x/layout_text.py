@@ -10,10 +10,28 @@ from collections.abc import Sequence
 import dataclasses
 import difflib
 import math
+import re
 
 from t2x import config as config_lib
 from t2x import experiment
+from t2x import layouts
 from t2x import mesh as mesh_lib
+
+# What a layout may say: where and how the same numbers are computed. A name
+# that ends with a dot stands for all that begin so.
+SETTINGS = (
+  'mesh.',
+  'rules.',
+  'pipeline',
+  'compiler_options',
+  'train.remat',
+  'train.scan_layers',
+  'train.accumulate',
+  'train.accumulate_whole',
+  'train.loss.vocab_chunks',
+  'train.loss.token_chunks',
+  'model.attention.block',
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,16 +69,98 @@ class Layout:
     """Returns `config` in this layout.
 
     Raises:
-      ValueError: a setting that changes what is computed, or that is none.
+      ValueError: a setting that is none, or that no layout may have.
     """
-    for name in self.settings:
-      if not name.startswith(experiment.MAY_CHANGE):
-        raise ValueError(
-          f'--layout={self.text}: {name} may change what is computed, so both '
-          f'sides must have it: --set {name}={self.settings[name]}.'
-        )
     config = dataclasses.replace(config, mesh=self.mesh)
-    return config_lib.override(config, self.settings)
+    for name in self.settings:
+      self._check_known(config, name)
+    try:
+      config = config_lib.override(config, self.settings)
+    except ValueError as error:
+      raise ValueError(f'--layout={self.text}: {error}') from error
+    for name, value in self.settings.items():
+      if not _allowed(name):
+        raise ValueError(
+          f'--layout={self.text}: {name} is no setting of one layout, which '
+          f'may have {_SETTINGS_TEXT}. Set it for all: --set {name}={value}.'
+        )
+    return config
+
+  def check(
+    self,
+    config: experiment.Experiment,
+    num_devices: int | None = None,
+    *,
+    own: experiment.Experiment | None = None,
+  ) -> None:
+    """Refuses a config in this layout that cannot run.
+
+    Args:
+      config: what `applied` returned.
+      num_devices: by default what the sizes multiply to; then layouts of other
+        numbers may be advised.
+      own: the experiment whose layouts are advised first, as for
+        `layouts.check`.
+
+    Raises:
+      ValueError: or a subclass; with the nearest layouts that do work.
+    """
+    num = self.num_devices if num_devices is None else num_devices
+    try:
+      if said := mesh_lib.mismatch(config.mesh, num):
+        raise ValueError(f'{said} Change --layout or --num_devices.')
+      layouts.fit(config, num)
+    except ValueError as error:
+      said = layouts.advice(
+        [config] if own is None else [own, config],
+        num,
+        any_number=num_devices is None,
+        write=self._text,
+      )
+      text = re.sub(
+        r'--set (rules\.\w+)=(\w+)',
+        lambda found: self._flag(config.mesh, {found[1]: found[2]}),
+        str(error),
+      ).replace('--set mesh.', '--layout=mesh.')
+      raise type(error)(f'--layout={self.text}: {text}{said}') from error
+
+  def _check_known(self, config: experiment.Experiment, name: str) -> None:
+    """Refuses a name whose first part is none; others `override` knows."""
+    if hasattr(config, name.partition('.')[0]):
+      return
+    known = config_lib.flatten(config_lib.to_json(config))
+    known = [other for other in known if _allowed(other)]
+    ends = [other for other in known if other.endswith(f'.{name}')]
+    close = ends or difflib.get_close_matches(name, known, n=1)
+    hint = (
+      f'Did you mean {close[0]!r}?'
+      if close
+      else f'A layout may have {_SETTINGS_TEXT}.'
+    )
+    raise ValueError(
+      f'--layout={self.text}: there is no setting {name!r}. {hint}'
+    )
+
+  def _text(self, asked: mesh_lib.MeshConfig, mesh: mesh_lib.MeshConfig) -> str:
+    """Returns the flag for another mesh, with the settings of this one."""
+    if mesh.dcn == asked.dcn:
+      return self._flag(mesh, {})
+    kept = {n: v for n, v in self.settings.items() if n[:5] != 'mesh.'}
+    return dataclasses.replace(self, settings=kept)._flag(mesh, {})
+
+  def _flag(self, mesh: mesh_lib.MeshConfig, more: dict[str, str]) -> str:
+    settings = {**self.settings, **more}
+    items = [f'{name}={value}' for name, value in settings.items()]
+    return '--layout=' + ','.join([of_mesh(mesh).text, *items])
+
+
+_SETTINGS_TEXT = ', '.join(
+  f'{name}NAME' if name.endswith('.') else name for name in SETTINGS
+)
+
+
+def _allowed(name: str) -> bool:
+  return name in SETTINGS or name.startswith(('mesh.', 'rules.'))
 
 
 def parse_all(texts: Sequence[str]) -> list[Layout]:
@@ -84,8 +184,9 @@ def parse(text: str) -> Layout:
   """Reads `data=2,tensor=2,rules.norm_length=context,tensor`.
 
   Args:
-    text: sizes of mesh axes (others are 1, one may be -1) and dotted settings,
-      with commas between; what has no `=` belongs to the value before it.
+    text: sizes of mesh axes (others are 1, one may be -1; `mesh.data=2` is
+      `data=2`) and settings, with commas between; what has no `=`
+      belongs to the value before it.
 
   Raises:
     ValueError: no such axis, twice the same, or no such size.
@@ -93,9 +194,12 @@ def parse(text: str) -> Layout:
   pairs: list[list[str]] = []
   for item in text.split(','):
     name, equals, value = item.partition('=')
-    if equals:
-      pairs.append([name.strip(), value.strip()])
-    elif pairs and '.' in pairs[-1][0]:
+    last = pairs[-1][0] if pairs else ''
+    # The options of compilers have an `=` of their own.
+    option = last == 'compiler_options' and name.strip().startswith('xla_')
+    if equals and not option:
+      pairs.append([_short(name.strip()), value.strip()])
+    elif pairs and _dotted(last):
       pairs[-1][1] += f',{item}'
     else:
       raise ValueError(
@@ -107,18 +211,31 @@ def parse(text: str) -> Layout:
   for name, value in pairs:
     if names.count(name) > 1:
       raise ValueError(f'--layout={text}: {name} is given twice. Give it once.')
-    if '.' not in name:
+    if not _dotted(name):
       sizes[name] = _size(text, name, value)
-  return Layout(
-    text=text,
-    mesh=dataclasses.replace(mesh_lib.MeshConfig(), **sizes),
-    settings={name: value for name, value in pairs if '.' in name},
-  )
+  try:
+    mesh = dataclasses.replace(mesh_lib.MeshConfig(), **sizes)
+  except ValueError as error:
+    said = str(error).replace('--set ', '--layout=')
+    raise ValueError(f'--layout={text}: {said}') from error
+  settings = {name: value for name, value in pairs if _dotted(name)}
+  return Layout(text=text, mesh=mesh, settings=settings)
+
+
+def _short(name: str) -> str:
+  """Returns `data` for `mesh.data`; `mesh.dcn.data` stays."""
+  return name.removeprefix('mesh.') if name.count('.') == 1 else name
+
+
+def _dotted(name: str) -> bool:
+  """Whether it is a setting, and no axis."""
+  return '.' in name or name in SETTINGS
 
 
 def _size(text: str, name: str, value: str) -> int:
   if name not in mesh_lib.AXES:
-    close = difflib.get_close_matches(name, mesh_lib.AXES, n=1, cutoff=0.5)
+    close = [other for other in SETTINGS if other.endswith(f'.{name}')]
+    close += difflib.get_close_matches(name, mesh_lib.AXES, n=1, cutoff=0.5)
     hint = f' Did you mean {close[0]!r}?' if close else ''
     raise ValueError(
       f'--layout={text}: there is no mesh axis {name!r}; the axes are '

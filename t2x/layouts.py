@@ -4,8 +4,11 @@ A layout is refused before anything is compiled, with the two nearest that
 would do. Only shapes are looked at, so that no device is needed.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 import dataclasses
+import functools
 import itertools
 import math
 from typing import Any
@@ -21,10 +24,18 @@ from t2x import program
 _AXES = ('data', 'fsdp', 'tensor', 'context', 'expert')
 # So many layouts are compared with the shapes, which takes a second or two.
 _MOST = 150
+# So many with the config alone, which takes as long.
+_MOST_CHECKED = 5000
+# Of more devices there are too many layouts to go through.
+_MOST_DEVICES = 2**16
 
 
 def check(
-  config: experiment.Experiment, num_devices: int, *, num_slices: int = 1
+  config: experiment.Experiment,
+  num_devices: int,
+  *,
+  num_slices: int = 1,
+  own: experiment.Experiment | None = None,
 ) -> None:
   """Refuses a config that cannot run on so many devices.
 
@@ -32,21 +43,78 @@ def check(
     config: the experiment.
     num_devices: all of them.
     num_slices: in which they lie.
+    own: the experiment whose layouts are advised first, as for `advice`.
 
   Raises:
     ValueError: or a subclass; with the nearest layouts that do work, where it
       is the layout that does not.
   """
   try:
-    consistency.check(config, num_devices)
-    _check_shapes(config, program.state_shapes(config), num_devices, num_slices)
+    fit(config, num_devices, num_slices=num_slices)
   except ValueError as error:
-    found = nearest(config, num_devices, num_slices=num_slices)
-    if not found:
-      raise
-    raise type(error)(
-      f'{error} Layouts of {num_devices} devices that work: {"; ".join(found)}.'
-    ) from error
+    configs = [config] if own is None else [own, config]
+    said = advice(configs, num_devices, num_slices=num_slices)
+    raise type(error)(f'{error}{said}') from error
+
+
+def fit(
+  config: experiment.Experiment, num_devices: int, *, num_slices: int = 1
+) -> None:
+  """Raises what `check` does, without advice."""
+  consistency.check(config, num_devices)
+  _check_shapes(config, program.state_shapes(config), num_devices, num_slices)
+
+
+def set_text(asked: mesh_lib.MeshConfig, mesh: mesh_lib.MeshConfig) -> str:
+  """Returns the settings that lead from one mesh to the other."""
+  needed = {}
+  for axis in (*_AXES, 'pipe'):
+    size = getattr(mesh, axis)
+    if size != 1 or getattr(asked, axis) not in (1, -1):
+      needed[axis] = size
+  for axis in mesh_lib.AXES:
+    size = getattr(mesh.dcn, axis)
+    if size != getattr(asked.dcn, axis):
+      needed[f'dcn.{axis}'] = size
+  return ' '.join(f'mesh.{name}={size}' for name, size in needed.items())
+
+
+def advice(
+  configs: Sequence[experiment.Experiment],
+  num_devices: int,
+  *,
+  num_slices: int = 1,
+  any_number: bool = False,
+  write: Callable[[mesh_lib.MeshConfig, mesh_lib.MeshConfig], str] = set_text,
+) -> str:
+  """Returns what follows an error: the two nearest layouts that work, or ''.
+
+  Args:
+    configs: the experiment; then others, with more rows, whose layouts are
+      sought where it has none.
+    num_devices: all of them.
+    num_slices: in which they lie.
+    any_number: also other numbers of devices may be advised.
+    write: from the mesh that was asked for and one that works, to text.
+  """
+  for config in configs:
+    found = nearest(
+      config, num_devices, num_slices=num_slices, any_number=any_number
+    )
+    if found:
+      break
+  else:
+    return ''
+  rows = config.data.batch_size
+  given = f' with data.batch_size={rows}' if config is not configs[0] else ''
+  texts = [write(config.mesh, mesh) for mesh in found]
+  numbers = [_num_devices(mesh) for mesh in found]
+  if {*numbers} == {num_devices}:
+    of = f' of {_count(num_devices)}'
+  else:
+    of = ''
+    texts = [f'{t} ({_count(num)})' for t, num in zip(texts, numbers)]
+  return f' Layouts{of} that work{given}: {"; ".join(texts)}.'
 
 
 def nearest(
@@ -55,44 +123,58 @@ def nearest(
   count: int = 2,
   *,
   num_slices: int = 1,
-) -> list[str]:
-  """Returns layouts that work, the nearest to that of `config` first.
+  any_number: bool = False,
+) -> list[mesh_lib.MeshConfig]:
+  """Returns meshes that work, the nearest to that of `config` first.
 
   The distance is the sum over the axes of |log2(size / asked)|; an axis that
-  takes what remains (-1) may have any size. Pipeline stages stay as they are.
+  takes what remains (-1) may have any size. Pipeline stages and the parts over
+  slices stay as they are, unless nothing works so.
 
   Args:
     config: the experiment.
     num_devices: all of them.
-    count: the most layouts.
+    count: the most meshes.
     num_slices: in which the devices lie.
+    any_number: where no mesh of so many devices works, seek others.
 
   Returns:
-    Settings such as 'mesh.data=4 mesh.tensor=2'; fewer, or none, where not so
-    many are found.
+    Fewer, or none, where not so many are found.
   """
+  if num_devices > _MOST_DEVICES:
+    return []
   try:
     shapes = program.state_shapes(config)
   except ValueError:  # The model itself cannot be, wherever it is put.
     return []
 
-  def passes(candidate, check, *args):
+  def passes(mesh, check):
+    own = dataclasses.replace(config, mesh=mesh)
     try:
-      check(candidate, *args)
+      check(own, _num_devices(mesh))
     except ValueError:
       return False
     return True
 
-  layouts = sorted(
-    _layouts(config.mesh, num_devices),
-    key=lambda mesh: _distance(config.mesh, mesh),
-  )
-  candidates = (dataclasses.replace(config, mesh=mesh) for mesh in layouts)
-  fit = (c for c in candidates if passes(c, consistency.check, num_devices))
-  args = _check_shapes, shapes, num_devices, num_slices
-  good = (c for c in itertools.islice(fit, _MOST) if passes(c, *args))
-  first = itertools.islice(good, count)
-  return [_text(config.mesh, candidate.mesh) for candidate in first]
+  def search(meshes):
+    meshes = sorted(meshes, key=lambda mesh: _distance(config.mesh, mesh))
+    meshes = meshes[:_MOST_CHECKED]
+    agree = (mesh for mesh in meshes if passes(mesh, consistency.check))
+    for mesh in itertools.islice(agree, _MOST):
+      if passes(mesh, check_shapes):
+        yield mesh
+
+  def check_shapes(own, num):
+    _check_shapes(own, shapes, num, num_slices)
+
+  plainer = list(_plainer(config.mesh, num_slices))
+  ways = [functools.partial(_layouts, num_devices=num_devices)]
+  ways += [_others] if any_number else []
+  for way, mesh in itertools.product(ways, plainer):
+    found = list(itertools.islice(search(way(mesh)), count))
+    if found:
+      return found
+  return []
 
 
 def _check_shapes(
@@ -116,6 +198,43 @@ def _layouts(
     yield dataclasses.replace(asked, **named, pipe=pipe)
 
 
+def _others(asked: mesh_lib.MeshConfig) -> Iterator[mesh_lib.MeshConfig]:
+  """Yields meshes about `asked`, of whatever number of devices."""
+  near = [_near(max(getattr(asked, axis), 1)) for axis in _AXES]
+  for sizes in itertools.product(*near):
+    yield dataclasses.replace(asked, **dict(zip(_AXES, sizes)))
+
+
+def _near(size: int) -> list[int]:
+  """Returns its neighbours, its divisors, and the powers of two up to twice."""
+  found = {size, size + 1, *(2**k for k in range(size.bit_length() + 1))}
+  found |= {part for part in range(1, size) if size % part == 0}
+  return sorted(found | {max(size - 1, 1)})
+
+
+def _plainer(
+  asked: mesh_lib.MeshConfig, num_slices: int
+) -> Iterator[mesh_lib.MeshConfig]:
+  """Yields `asked`, then without stages or without its parts over slices."""
+  remain = -1 if num_slices > 1 or asked.dcn.data == -1 else 1
+  dcn = mesh_lib.Dcn(data=remain)
+  yield asked
+  if asked.pipe > 1:
+    yield dataclasses.replace(asked, pipe=1)
+  if asked.dcn != dcn:
+    yield dataclasses.replace(asked, dcn=dcn)
+    if asked.pipe > 1:
+      yield dataclasses.replace(asked, pipe=1, dcn=dcn)
+
+
+def _num_devices(mesh: mesh_lib.MeshConfig) -> int:
+  return math.prod(getattr(mesh, axis) for axis in mesh_lib.AXES)
+
+
+def _count(num: int) -> str:
+  return '1 device' if num == 1 else f'{num} devices'
+
+
 def _factorisations(total: int, num: int) -> Iterator[tuple[int, ...]]:
   """Yields the tuples of `num` sizes whose product is `total`."""
   if num == 1:
@@ -137,14 +256,3 @@ def _distance(asked: mesh_lib.MeshConfig, mesh: mesh_lib.MeshConfig):
   far = sum(abs(math.log2(size / wish)) for wish, size in pairs)
   changed = sum(size != wish for wish, size in pairs)
   return round(far, 6), changed, [-getattr(mesh, axis) for axis in _AXES]
-
-
-def _text(asked: mesh_lib.MeshConfig, mesh: mesh_lib.MeshConfig) -> str:
-  """Returns the settings that lead from one layout to the other."""
-  sizes = {axis: getattr(mesh, axis) for axis in (*_AXES, 'pipe')}
-  needed = {
-    axis: size
-    for axis, size in sizes.items()
-    if size != 1 or getattr(asked, axis) not in (1, -1)
-  }
-  return ' '.join(f'mesh.{axis}={size}' for axis, size in needed.items())

@@ -102,18 +102,27 @@ def sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     ValueError: the sizes do not multiply to `num_devices`.
   """
   given = _given(config)
-  fixed = math.prod(size for size in given.values() if size != -1)
-  way_out = (
-    'Change --set mesh.AXIS=SIZE (one may be -1), or simulate devices on a '
-    f'CPU: XLA_FLAGS=--xla_force_host_platform_device_count={fixed}.'
-  )
   result = _resolve(given, num_devices)
-  if result is not None:
-    return result
+  if result is None:
+    fixed = math.prod(size for size in given.values() if size != -1)
+    raise ValueError(
+      f'{mismatch(config, num_devices)} Change --set mesh.AXIS=SIZE (one may '
+      'be -1), or simulate devices on a CPU: '
+      f'XLA_FLAGS=--xla_force_host_platform_device_count={fixed}.'
+    )
+  return result
+
+
+def mismatch(config: MeshConfig, num_devices: int) -> str:
+  """Returns how the sizes do not multiply to `num_devices`; '' if they do."""
+  given = _given(config)
+  if _resolve(given, num_devices) is not None:
+    return ''
+  fixed = math.prod(size for size in given.values() if size != -1)
   multiple = 'a multiple of ' if -1 in given.values() else ''
-  raise ValueError(
+  return (
     f'The mesh ({_text(given) or "one device"}) needs {multiple}{fixed} '
-    f'devices and there are {num_devices}. {way_out}'
+    f'devices and there are {num_devices}.'
   )
 
 

@@ -92,12 +92,8 @@ def verify(
 def _placed(layout: layout_text.Layout, config: experiment.Experiment):
   """Returns the config in the layout, which can be, and its devices."""
   own = layout.applied(config)
-  num = layout.num_devices
-  try:
-    layouts_lib.check(own, num)
-  except ValueError as error:
-    raise type(error)(f'--layout={layout.text}: {error}') from error
-  return own, _devices(layout.text, num)
+  layout.check(own)
+  return own, _devices(layout.text, layout.num_devices)
 
 
 def _devices(text: str, num: int) -> list[Any]:

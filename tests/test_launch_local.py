@@ -26,6 +26,10 @@ _SETTINGS = (f'--set=train.num_steps={_STEPS}', '--set=data.eval_splits=')
   'arguments, message',
   [
     (['--num_processes=2'], 'no script: name it after --'),
+    (
+      ['--num_processes=2', __file__, '--workdir=a b'],
+      r"come after --, as in -- \S+test_launch_local.py '--workdir=a b'",
+    ),
     (['--'], 'no script: name it after --'),
     (['--num_processes=0', '--', __file__], '--num_processes=0; .* at least 1'),
     (['--devices_per_process=-1', '--', __file__], '=-1; it is at least 1'),

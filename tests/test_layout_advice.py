@@ -18,7 +18,7 @@ from t2x import program
 from t2x import sharding
 from t2x import train
 
-_ADVICE = re.compile(r' Layouts of (\d+) devices that work: (.*)\.$')
+_ADVICE = re.compile(r' Layouts of (\d+) devices? that work: (.*)\.$')
 
 
 def with_settings(module, *settings):
@@ -34,6 +34,12 @@ def advice(config, num_devices, error=ValueError, **options):
   match = _ADVICE.search(message)
   assert match and int(match[1]) == num_devices, message
   return message, match[2].split('; ')
+
+
+def nearest(config, num_devices, **options):
+  """Returns the nearest layouts that work, as settings."""
+  found = layouts.nearest(config, num_devices, **options)
+  return [layouts.set_text(config.mesh, mesh) for mesh in found]
 
 
 def assert_works(config, layout, num_devices):
@@ -203,26 +209,65 @@ def test_no_layout_helps():
   config = with_settings(gpt2_tiny, 'data.objective=masked_lm')
   with pytest.raises(ValueError, match=r'causal_lm, or another model\.$'):
     layouts.check(config, 8)
-  assert layouts.nearest(config, 8) == []
+  assert nearest(config, 8) == []
 
 
-def test_stages_stay_as_asked():
-  config = with_settings(gpt2_tiny, 'mesh.pipe=3')
-  assert layouts.nearest(config, 8) == []
+@pytest.mark.parametrize(
+  'settings, message, expected',
+  [
+    (
+      ['mesh.data=4', 'mesh.pipe=2'],
+      'mesh.pipe=2: nothing is split',
+      'mesh.data=8 mesh.pipe=1',
+    ),
+    (
+      ['mesh.data=8', 'mesh.dcn.data=2'],
+      r'mesh\.dcn \(data=2\) needs 2 slices',
+      'mesh.data=8 mesh.dcn.data=1',
+    ),
+    (
+      ['mesh.data=4', 'mesh.pipe=2', 'mesh.dcn.fsdp=2'],
+      'mesh.pipe=2: nothing is split',
+      'mesh.data=8 mesh.pipe=1 mesh.dcn.fsdp=1',
+    ),
+  ],
+)
+def test_stages_and_slices_that_cannot_be(settings, message, expected):
+  said, found = advice(with_settings(gpt2_tiny, *settings), 8)
+  assert re.search(message, said) and found[0] == expected
+  assert_works(with_settings(gpt2_tiny, *settings), expected, 8)
+
+
+def test_one_device_is_no_devices():
+  config = with_settings(gpt2_tiny, 'mesh.tensor=2', 'mesh.data=1')
+  message = r'Layouts of 1 device that work: mesh\.tensor=1\.$'
+  with pytest.raises(ValueError, match=message):
+    layouts.check(config, 1)
+
+
+def test_rows_of_ones_own_come_first():
+  settings = ['mesh.data=2', 'mesh.expert=3', 'data.batch_size=12']
+  config = with_settings(moe_tiny, *settings)
+  own = with_settings(moe_tiny, *settings[:2], 'data.batch_size=8')
+  with pytest.raises(sharding.ShardingError) as caught:
+    layouts.check(config, 6, own=own)
+  # Six devices and eight rows: none. Twelve rows do, and the error says so.
+  message = r'Layouts of 6 devices that work with data\.batch_size=12: mesh\.'
+  assert re.search(message, str(caught.value)), caught.value
 
 
 def test_a_layout_that_works_is_the_nearest_to_itself():
   config = with_settings(
     gpt2_tiny, 'mesh.data=2', 'mesh.fsdp=2', 'mesh.tensor=2'
   )
-  first = layouts.nearest(config, 8, count=1)
+  first = nearest(config, 8, count=1)
   assert first == ['mesh.data=2 mesh.fsdp=2 mesh.tensor=2']
   layouts.check(config, 8)
 
 
 def test_as_many_as_asked_each_farther_and_each_once():
   config = with_settings(gpt2_tiny, 'mesh.data=8')
-  found = layouts.nearest(config, 8, count=30)
+  found = nearest(config, 8, count=30)
   assert found[0] == 'mesh.data=8' and len(set(found)) == len(found) > 8
   for layout in found:
     assert_works(config, layout, 8)

@@ -261,11 +261,34 @@ def test_json_and_settings():
     (
       ['--experiment=gpt2_tiny', '--layout=tensor=16'],
       r"kv_heads'\) of size 8 is not divisible by 16 .* Layouts of 16 devices "
-      'that work: mesh.data=2 mesh.tensor=8; mesh.fsdp=2 mesh.tensor=8',
+      'that work: --layout=data=2,tensor=8; --layout=fsdp=2,tensor=8',
     ),
     (
       ['--experiment=gpt2_tiny', '--layout=data=3', '--num_devices=4'],
-      r'needs 3 devices and there are 4.* that work: mesh.data=4; ',
+      r'needs 3 devices and there are 4.* that work: --layout=data=4; ',
+    ),
+    (
+      ['--experiment=gpt2_tiny', '--set=mesh.data=3', '--num_devices=4'],
+      r'needs 3 devices and there are 4.* that work: mesh\.data=4; ',
+    ),
+    (
+      # Twelve rows were tried, and those that are given are kept.
+      [
+        '--experiment=moe_tiny',
+        '--layout=data=2,expert=3',
+        '--set=data.batch_size=8',
+      ],
+      r'of size 8 is not divisible by 3.* Layouts that work: '
+      r'--layout=data=2,expert=4 \(8 devices\); --layout=data=2,expert=2 ',
+    ),
+    (
+      [
+        '--experiment=moe_tiny',
+        '--layout=data=2,expert=3',
+        '--num_devices=6',
+        '--set=data.batch_size=8',
+      ],
+      r'Layouts of 6 devices that work with data\.batch_size=12: --layout=',
     ),
   ],
 )
@@ -274,3 +297,11 @@ def test_messages(flags, message):
   assert code == 1 and not out
   assert error.startswith('error: ') and len(error.splitlines()) == 1, error
   assert re.search(message, error), error
+
+
+@pytest.mark.parametrize('num', [0, -3])
+def test_a_number_of_devices(num):
+  flags = '--experiment=gpt2_tiny', '--layout=data=2', f'--num_devices={num}'
+  code, out, error = show(*flags)
+  assert code == 1 and not out
+  assert f'--num_devices={num}: {num} is not a positive integer' in error

@@ -429,12 +429,12 @@ def test_a_layout_is_read():
     ('data', "'data' is not of the form AXIS=SIZE. Write for example"),
     ('data=2,4', "'4' is not of the form"),
     ('', "'' is not of the form"),
-    ('model.num_layers=3', 'model.num_layers may change .* --set model.num_l'),
+    ('model.num_layers=3', 'num_layers is no setting .* --set model.num_lay'),
     (
       'tensor=2,rules.vocab=tens',
       "--layout=tensor=2.*rules.vocab='tens' names",
     ),
-    ('tensor=8', r'--layout=tensor=8: .*Layouts of 8 .*that work: mesh\.'),
+    ('tensor=8', r'--layout=tensor=8: .*Layouts of 8 .*that work: --layout='),
     ('data=8', 'data.batch_size=4 rows cannot be dealt to mesh.data=8'),
     ('tensor=4,context=4', r'needs 16 devices, as many.* 1 x 8 \(processes x'),
   ],
@@ -442,6 +442,25 @@ def test_a_layout_is_read():
 def test_a_layout_that_cannot_be(layout, message, directory):
   with pytest.raises(ValueError, match=message):
     verdict_of(directory, layout)
+
+
+@pytest.mark.parametrize(
+  'second, message',
+  [
+    ('data=8', '^--layout=data=8: .*cannot be dealt'),
+    ('data=16', '^--layout=data=16: .*cannot be dealt'),
+    ('tensor=4,context=4', '^--layout=tensor=4,context=4 needs 16 devices'),
+    ('rules.vocb=none', "^--layout=rules.vocb=none: .*no 'vocb'"),
+  ],
+)
+def test_all_layouts_are_checked_before_one_compiles(
+  second, message, directory, monkeypatch
+):
+  monkeypatch.setattr(verify, '_Side', lambda *_: pytest.fail('compiles'))
+  config = tiny.experiment_of(directory, **SETTINGS)
+  layouts = layout_text.parse_all(['data=2', second])
+  with pytest.raises(ValueError, match=message):
+    next(verify.verify(config, layouts))
 
 
 def test_no_layout_at_all():
