@@ -95,9 +95,14 @@ def context_size(config: Experiment, sizes: Mapping[str, int]) -> int:
 
 def _source_parts(config: Experiment, sizes: Mapping[str, int]) -> int:
   """Returns what the tokens of a row must be a multiple of, in an encoder."""
-  fine = {*sharding.mesh_axes(config.rules.norm_length)}
-  fine -= {*sharding.mesh_axes(config.rules.length)}
+  fine = _fine_axes(config.rules)
   return context_size(config, sizes) * math.prod(sizes[a] for a in fine)
+
+
+def _fine_axes(rules: sharding.Rules) -> set[str]:
+  """Returns the mesh axes that split a row only between layers."""
+  coarse = sharding.mesh_axes(rules.length)
+  return {*sharding.mesh_axes(rules.norm_length)} - {*coarse}
 
 
 def target_parts(config: Experiment, sizes: Mapping[str, int]) -> int:
@@ -111,8 +116,7 @@ def _check_context(config: Experiment, sizes: dict[str, int]) -> None:
   parts_of = _source_parts if has_encoder else target_parts
   parts = parts_of(config, sizes)
   rules = config.rules
-  axes = {*sharding.mesh_axes(rules.length)}
-  axes |= {*sharding.mesh_axes(rules.norm_length)}
+  axes = {*sharding.mesh_axes(rules.length), *_fine_axes(rules)}
   named = ' x '.join(f'mesh.{a}={sizes[a]}' for a in sorted(axes))
   for length in data_config.buckets(config.data):
     if length % parts:
@@ -149,9 +153,7 @@ def _check_activations(config: Experiment) -> None:
 
 def _check_groups(config: Experiment, sizes: dict[str, int]) -> None:
   """Query heads must find their key/value heads on their device."""
-  rules = config.rules
-  fine = {*sharding.mesh_axes(rules.norm_length)}
-  fine -= {*sharding.mesh_axes(rules.length)}
+  rules, fine = config.rules, _fine_axes(config.rules)
   over = lambda axes: math.prod(
     sizes[a] for a in sharding.mesh_axes(axes) if a in fine
   )

@@ -128,9 +128,9 @@ class Experiment:
   compiler_options: tuple[str, ...] = ()
 
 
-# Settings that may differ between a run and its continuation: they change
-# where and how fast the same numbers are computed, or when they are looked at.
-MAY_CHANGE = (
+# Where and how the same numbers are computed: what a layout may say. A name
+# that ends with a dot stands for all that begin so.
+LAYOUT_SETTINGS = (
   'mesh.',
   'rules.',
   'pipeline',
@@ -141,6 +141,13 @@ MAY_CHANGE = (
   'train.accumulate_whole',
   'train.loss.vocab_chunks',
   'train.loss.token_chunks',
+  'model.attention.block',
+)
+
+# Settings that may differ between a run and its continuation: those, and how
+# long it is, or when and with what help it is looked at.
+MAY_CHANGE = (
+  *LAYOUT_SETTINGS,
   'train.num_steps',
   'train.num_tokens',
   'train.num_epochs',
@@ -155,5 +162,4 @@ MAY_CHANGE = (
   'data.data_dir',
   'data.num_threads',
   'data.num_workers',
-  'model.attention.block',
 )

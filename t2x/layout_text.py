@@ -17,22 +17,6 @@ from t2x import experiment
 from t2x import layouts
 from t2x import mesh as mesh_lib
 
-# What a layout may say: where and how the same numbers are computed. A name
-# that ends with a dot stands for all that begin so.
-SETTINGS = (
-  'mesh.',
-  'rules.',
-  'pipeline',
-  'compiler_options',
-  'train.remat',
-  'train.scan_layers',
-  'train.accumulate',
-  'train.accumulate_whole',
-  'train.loss.vocab_chunks',
-  'train.loss.token_chunks',
-  'model.attention.block',
-)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -155,12 +139,14 @@ class Layout:
 
 
 _SETTINGS_TEXT = ', '.join(
-  f'{name}NAME' if name.endswith('.') else name for name in SETTINGS
+  f'{name}NAME' if name.endswith('.') else name
+  for name in experiment.LAYOUT_SETTINGS
 )
 
 
 def _allowed(name: str) -> bool:
-  return name in SETTINGS or name.startswith(('mesh.', 'rules.'))
+  groups = tuple(s for s in experiment.LAYOUT_SETTINGS if s.endswith('.'))
+  return name in experiment.LAYOUT_SETTINGS or name.startswith(groups)
 
 
 def parse_all(texts: Sequence[str]) -> list[Layout]:
@@ -229,12 +215,13 @@ def _short(name: str) -> str:
 
 def _dotted(name: str) -> bool:
   """Whether it is a setting, and no axis."""
-  return '.' in name or name in SETTINGS
+  return '.' in name or name in experiment.LAYOUT_SETTINGS
 
 
 def _size(text: str, name: str, value: str) -> int:
   if name not in mesh_lib.AXES:
-    close = [other for other in SETTINGS if other.endswith(f'.{name}')]
+    known = experiment.LAYOUT_SETTINGS
+    close = [other for other in known if other.endswith(f'.{name}')]
     close += difflib.get_close_matches(name, mesh_lib.AXES, n=1, cutoff=0.5)
     hint = f' Did you mean {close[0]!r}?' if close else ''
     raise ValueError(

@@ -104,7 +104,7 @@ def sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
   given = _given(config)
   result = _resolve(given, num_devices)
   if result is None:
-    fixed = math.prod(size for size in given.values() if size != -1)
+    fixed = _fixed(given)
     raise ValueError(
       f'{mismatch(config, num_devices)} Change --set mesh.AXIS=SIZE (one may '
       'be -1), or simulate devices on a CPU: '
@@ -118,7 +118,7 @@ def mismatch(config: MeshConfig, num_devices: int) -> str:
   given = _given(config)
   if _resolve(given, num_devices) is not None:
     return ''
-  fixed = math.prod(size for size in given.values() if size != -1)
+  fixed = _fixed(given)
   multiple = 'a multiple of ' if -1 in given.values() else ''
   return (
     f'The mesh ({_text(given) or "one device"}) needs {multiple}{fixed} '
@@ -158,7 +158,7 @@ def dcn_sizes(
   given = _given(config.dcn)
   parts = _resolve(given, slices)
   if parts is None:
-    fixed = math.prod(size for size in given.values() if size != -1)
+    fixed = _fixed(given)
     multiple = 'a multiple of ' if -1 in given.values() else ''
     raise ValueError(
       f'mesh.dcn ({_text(given) or "one slice"}) needs {multiple}{fixed} '
@@ -185,11 +185,16 @@ def _part_message(axis, shape, part, slices) -> str:
 
 def _resolve(given: dict[str, int], total: int) -> dict[str, int] | None:
   """Puts what remains of `total` for -1; None where it does not come out."""
-  fixed = math.prod(size for size in given.values() if size != -1)
+  fixed = _fixed(given)
   rest = total // fixed if -1 in given.values() else 1
   if fixed * rest != total or not rest:
     return None
   return {axis: rest if size == -1 else size for axis, size in given.items()}
+
+
+def _fixed(given: dict[str, int]) -> int:
+  """Returns the product of the sizes that are known."""
+  return math.prod(size for size in given.values() if size != -1)
 
 
 def _text(given: dict[str, int]) -> str:

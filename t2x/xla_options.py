@@ -3,7 +3,7 @@
 Sources: XLA's guide to its flags (openxla.org/xla/flags_guidance), the settings
 that axlearn and MaxText publish for TPUs, and JAX-Toolbox's for GPUs. Names are
 checked by compilers in tests/test_machines.py. Nothing here was timed: what is
-said to show was seen in programs compiled with libtpu 0.0.42.
+said to show was seen in programs compiled with libtpu 0.0.42 and 0.0.52.
 """
 
 import jax
