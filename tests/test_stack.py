@@ -173,7 +173,7 @@ def test_block_runs_outside_a_stack(model):
   """Layer i of a model is a block; calling blocks in turn is the tower."""
   tower = model.tower
   x = jax.random.normal(jax.random.key(4), (2, LENGTH, D))
-  positions = common.positions_like(x[..., 0])
+  positions = common.positions_of({'inputs': x[..., 0]})
   context = block.Context(
     mask=mask_lib.self_attention(None, causal=True), positions_BT=positions
   )
@@ -181,5 +181,5 @@ def test_block_runs_outside_a_stack(model):
   for layer in layers_in_order(tower.layers):
     want, _, _ = layer(want, context)
   np.testing.assert_allclose(
-    tower(x, context)[0], tower.final_norm(want), atol=1e-5
+    tower.end(tower(x, context)[0]), tower.final_norm(want), atol=1e-5
   )

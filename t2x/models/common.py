@@ -6,7 +6,6 @@ Shape suffixes: B batch, T position, D embed, V vocabulary.
 import dataclasses
 import functools
 import math
-from typing import Any
 from typing import Literal
 
 from flax import nnx
@@ -187,23 +186,16 @@ class Tower(nnx.Module):
     caches=None,
     execution: stack.Execution = stack.Execution(),
   ):
-    """Returns the normalised output (B, T, D), new caches, and routers' stats.
+    """Runs the layers: `begin`, each layer, and not yet `end`.
 
-    The stats are a dict, from a router's path in this module to its `Stats`.
+    Returns:
+      The output (B, T, D), new caches, and a dict from a router's path in this
+      module to its `Stats`.
     """
-    rotary = self.config.position
-    context = dataclasses.replace(
-      context,
-      bias=self.bias,
-      rotary=rotary if isinstance(rotary, position_lib.Rotary) else None,
-    )
-    x_BTD = self.drop(x_BTD, context.keys_B, context.mask.q_zigzag)
+    x_BTD = self.begin(x_BTD, context)
 
     def apply(layer, x_BTD, cache, number):
-      own = dataclasses.replace(
-        context, keys_B=dropout_lib.fold(context.keys_B, number)
-      )
-      x_BTD, cache, stats = layer(x_BTD, own, cache)
+      x_BTD, cache, stats = self.layer(layer, x_BTD, context, number, cache)
       return x_BTD, (cache, stats)
 
     x_BTD, given = self.layers(apply, x_BTD, caches=caches, execution=execution)
@@ -215,15 +207,45 @@ class Tower(nnx.Module):
       for i, (_, stats) in enumerate(part)
       if stats is not None
     }
-    if self.final_norm is not None:
-      x_BTD = self.final_norm(x_BTD)
-    x_BTD = sharding.constrain(x_BTD, 'batch', 'length', 'act_embed')
     return x_BTD, caches, stats
 
-  def drop(self, x_BTD, keys_B, zigzag: int):
+  def begin(self, x_BTD: jax.Array, context: block.Context) -> jax.Array:
     """Dropout on the embeddings; its site lies past every layer's number."""
-    keys_B = dropout_lib.fold(keys_B, self.layers.num_layers)
+    keys_B = dropout_lib.fold(context.keys_B, self.layers.num_layers)
+    zigzag = context.mask.q_zigzag
     return dropout_lib.dropout(x_BTD, self.config.dropout, keys_B, zigzag)
+
+  def layer(
+    self,
+    layer: block.Block,
+    x_BTD: jax.Array,
+    context: block.Context,
+    number: jax.Array,
+    cache: block.BlockCache | None = None,
+  ) -> tuple[jax.Array, block.BlockCache | None, moe.Stats | None]:
+    """Applies one layer of this tower; see `Block`.
+
+    Args:
+      layer: its parameters.
+      x_BTD: its input.
+      context: of the pass; the tower adds what its layers share.
+      number: the layer's place in the tower, from 0.
+      cache: its keys and values of earlier positions.
+    """
+    rotary = self.config.position
+    own = dataclasses.replace(
+      context,
+      keys_B=dropout_lib.fold(context.keys_B, number),
+      bias=self.bias,
+      rotary=rotary if isinstance(rotary, position_lib.Rotary) else None,
+    )
+    return layer(x_BTD, own, cache)
+
+  def end(self, x_BTD: jax.Array) -> jax.Array:
+    """Normalises what the last layer gives."""
+    if self.final_norm is not None:
+      x_BTD = self.final_norm(x_BTD)
+    return sharding.constrain(x_BTD, 'batch', 'length', 'act_embed')
 
   def empty_caches(self, batch: int, capacity: int, encoded_BSD=None):
     """Returns empty caches for all layers."""
@@ -288,11 +310,6 @@ def make_head(config, table_VD, bias_V=None) -> embed.Head:
   )
 
 
-def under(name: str, stats: dict[str, Any]) -> dict[str, Any]:
-  """Returns the stats of a submodule by their paths in its owner."""
-  return {f'{name}.{path}': value for path, value in stats.items()}
-
-
 def check_causal(config: TransformerConfig) -> None:
   """Raises ValueError for layers that would let a token see later ones."""
   for kind in config.mlp_kinds:
@@ -304,8 +321,18 @@ def check_causal(config: TransformerConfig) -> None:
       )
 
 
-def positions_like(tokens_BT: jax.Array, zigzag: int = 1) -> jax.Array:
-  """Returns 0, 1, 2, ... for every row, in the order of its tokens."""
+def positions_of(batch, prefix: str = '', zigzag: int = 1) -> jax.Array:
+  """Returns a batch's positions; where none are given, 0, 1, 2, ...
+
+  Args:
+    batch: name -> array.
+    prefix: of the names, `encoder_` for the source.
+    zigzag: devices over which the tokens of a row lie in zigzag order.
+  """
+  positions_BT = batch.get(f'{prefix}positions')
+  if positions_BT is not None:
+    return positions_BT
+  tokens_BT = batch[f'{prefix}inputs']
   index_T = jnp.asarray(zigzag_lib.index(tokens_BT.shape[1], zigzag))
   return jnp.broadcast_to(index_T, tokens_BT.shape)
 

@@ -15,6 +15,7 @@ from t2x.layers import block
 from t2x.layers import embed
 from t2x.layers import moe
 from t2x.models import common
+from t2x.models import forward
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class Decoder(nnx.Module):
   """
 
   inputs = ('inputs', 'segments', 'positions')
+  towers = ('tower',)
 
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
     self.config = config
@@ -80,18 +82,29 @@ class Decoder(nnx.Module):
     Raises:
       ValueError: more tokens than the model has positions.
     """
+    batch = {'inputs': inputs, 'segments': segments, 'positions': positions}
+    return forward.features(self, batch, keys_B=keys_B, execution=execution)
+
+  def context(self, tower: str, batch, keys_B, zigzag: int) -> block.Context:
+    """See `forward`."""
+    del tower
+    inputs = batch['inputs']
     common.check_length(self.config, inputs.shape[1])
-    zigzag = execution.zigzag
-    if positions is None:
-      positions = common.positions_like(inputs, zigzag)
-    context = block.Context(
+    segments = batch.get('segments')
+    return block.Context(
       mask=mask_lib.self_attention(segments, causal=True, zigzag=zigzag),
-      positions_BT=positions,
+      positions_BT=common.positions_of(batch, zigzag=zigzag),
       keys_B=keys_B,
     )
-    x_BTD = self.embeddings(inputs, positions)
-    x_BTD, _, stats = self.tower(x_BTD, context, execution=execution)
-    return x_BTD, common.under('tower', stats)
+
+  def enter(self, tower: str, batch, context: block.Context, x_BTD):
+    """See `forward`."""
+    del x_BTD
+    return self.embeddings(batch['inputs'], context.positions_BT), None
+
+  def leave(self, x_BTD: jax.Array) -> jax.Array:
+    """See `forward`."""
+    return self.tower.end(x_BTD)
 
   @property
   def head(self) -> embed.Head:
@@ -116,4 +129,5 @@ class Decoder(nnx.Module):
     mask = mask_lib.Mask(causal=True, q_index_BT=index_BT)
     context = block.Context(mask=mask, positions_BT=index_BT)
     x_BTD = self.embeddings(inputs, index_BT)
-    return self.tower(x_BTD, context, caches=caches)[:2]
+    x_BTD, caches, _ = self.tower(x_BTD, context, caches=caches)
+    return self.tower.end(x_BTD), caches

@@ -20,6 +20,7 @@ from t2x.layers import moe
 from t2x.layers import norm
 from t2x.layers import param
 from t2x.models import common
+from t2x.models import forward
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ class Encoder(nnx.Module):
   """
 
   inputs = ('inputs', 'segments', 'positions', 'token_types')
+  towers = ('tower',)
 
   def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
     self.config = config
@@ -114,24 +116,44 @@ class Encoder(nnx.Module):
     execution: stack.Execution = stack.Execution(),
   ) -> tuple[jax.Array, dict[str, moe.Stats]]:
     """Returns the encoded sequence and what the routers did."""
+    batch = {
+      'inputs': inputs,
+      'segments': segments,
+      'positions': positions,
+      'token_types': token_types,
+    }
+    x_BTD, stats = forward.run(self, batch, keys_B=keys_B, execution=execution)
+    return self.tower.end(x_BTD), stats
+
+  def context(self, tower: str, batch, keys_B, zigzag: int) -> block.Context:
+    """See `forward`."""
+    del tower
+    inputs = batch['inputs']
     common.check_length(self.config, inputs.shape[1])
-    if positions is None:
-      positions = common.positions_like(inputs)
-    x_BTD = self.embeddings(inputs, positions)
+    return block.Context(
+      mask=mask_lib.self_attention(batch.get('segments'), causal=False),
+      positions_BT=common.positions_of(batch),
+      keys_B=keys_B,
+    )
+
+  def enter(self, tower: str, batch, context: block.Context, x_BTD):
+    """See `forward`."""
+    del tower
+    inputs = batch['inputs']
+    x_BTD = self.embeddings(inputs, context.positions_BT)
     if self.token_types is not None:
-      types = jnp.zeros_like(inputs) if token_types is None else token_types
+      types = batch.get('token_types')
+      types = jnp.zeros_like(inputs) if types is None else types
       table = self.token_types[...].astype(x_BTD.dtype)
       table = sharding.constrain(table, None, 'act_embed')
       x_BTD = x_BTD + param.look_up(table, types)
     if self.embed_norm is not None:
       x_BTD = self.embed_norm(x_BTD)
-    context = block.Context(
-      mask=mask_lib.self_attention(segments, causal=False),
-      positions_BT=positions,
-      keys_B=keys_B,
-    )
-    x_BTD, _, stats = self.tower(x_BTD, context, execution=execution)
-    return x_BTD, common.under('tower', stats)
+    return x_BTD, None
+
+  def leave(self, x_BTD: jax.Array) -> jax.Array:
+    """See `forward`."""
+    return self._transformed(self.tower.end(x_BTD))
 
   def hidden(self, inputs: jax.Array, **kwargs) -> jax.Array:
     """Returns the features alone; arguments as for `features`."""
@@ -155,12 +177,15 @@ class Encoder(nnx.Module):
       ValueError: more tokens than the model has positions.
     """
     x_BTD, stats = self._encode(inputs, **kwargs)
+    return self._transformed(x_BTD), stats
+
+  def _transformed(self, x_BTD):
+    """Applies the transform of the masked language model's head."""
     if self.transform is None or self.transform_norm is None:
-      return x_BTD, stats
+      return x_BTD
     act = self.config.mlp.activation
     x_BTD = self.transform_norm(mlp.activation(act, self.transform(x_BTD)))
-    x_BTD = sharding.constrain(x_BTD, 'batch', 'length', 'act_embed')
-    return x_BTD, stats
+    return sharding.constrain(x_BTD, 'batch', 'length', 'act_embed')
 
   def pool(self, encoded_BTD: jax.Array) -> jax.Array:
     """Returns tanh(dense(first token)), (B, D) (Devlin et al., 2019)."""

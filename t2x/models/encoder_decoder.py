@@ -17,6 +17,7 @@ from t2x.layers import dropout
 from t2x.layers import embed
 from t2x.layers import moe
 from t2x.models import common
+from t2x.models import forward
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,7 @@ class EncoderDecoder(nnx.Module):
     'encoder_segments',
     'encoder_positions',
   )
+  towers = ('encoder', 'decoder')
 
   def __init__(self, config: EncoderDecoderConfig, *, rngs: nnx.Rngs):
     self.config = config
@@ -107,61 +109,71 @@ class EncoderDecoder(nnx.Module):
     Raises:
       ValueError: more tokens than the model has positions.
     """
-    common.check_length(self.config, inputs.shape[1])
-    zigzag = execution.zigzag
-    encoded_BSD, encoder_stats = self._encode(
-      encoder_inputs,
-      segments=encoder_segments,
-      positions=encoder_positions,
-      keys_B=dropout.fold(keys_B, 0),
-      execution=execution,
-    )
-    if positions is None:
-      positions = common.positions_like(inputs, zigzag)
-    cross_mask = mask_lib.Mask(
-      q_segments_BT=segments, k_segments_BS=encoder_segments, q_zigzag=zigzag
-    )
-    context = block.Context(
-      mask=mask_lib.self_attention(segments, causal=True, zigzag=zigzag),
-      positions_BT=positions,
-      keys_B=dropout.fold(keys_B, 1),
-      encoded_BSD=encoded_BSD,
-      cross_mask=cross_mask,
-    )
-    x_BTD = self.embeddings(inputs, positions)
-    x_BTD, _, stats = self.decoder(x_BTD, context, execution=execution)
-    return x_BTD, encoder_stats | common.under('decoder', stats)
+    batch = {
+      'inputs': inputs,
+      'segments': segments,
+      'positions': positions,
+      'encoder_inputs': encoder_inputs,
+      'encoder_segments': encoder_segments,
+      'encoder_positions': encoder_positions,
+    }
+    return forward.features(self, batch, keys_B=keys_B, execution=execution)
 
-  def encode(self, inputs: jax.Array, **kwargs) -> jax.Array:
-    """Returns the encoder's output (B, S, D).
-
-    Args:
-      inputs: source tokens (B, S).
-      **kwargs: segments, positions, keys_B and execution, as for `features`.
-    """
-    return self._encode(inputs, **kwargs)[0]
-
-  def _encode(
+  def encode(
     self,
     inputs: jax.Array,
     *,
     segments: jax.Array | None = None,
     positions: jax.Array | None = None,
-    keys_B: jax.Array | None = None,
     execution: stack.Execution = stack.Execution(),
-  ) -> tuple[jax.Array, dict[str, moe.Stats]]:
-    """Returns the encoder's output (B, S, D) and what its routers did."""
-    common.check_length(self.config, inputs.shape[1])
-    if positions is None:
-      positions = common.positions_like(inputs)
-    context = block.Context(
-      mask=mask_lib.self_attention(segments, causal=False),
-      positions_BT=positions,
-      keys_B=keys_B,
+  ) -> jax.Array:
+    """Returns the encoder's output (B, S, D).
+
+    Args:
+      inputs: source tokens (B, S).
+      segments: (B, S); 0 is padding.
+      positions: (B, S); default 0, 1, 2, ...
+      execution: scan or unroll.
+    """
+    batch = {
+      'encoder_inputs': inputs,
+      'encoder_segments': segments,
+      'encoder_positions': positions,
+    }
+    x_BSD, _ = forward.run(self, batch, ('encoder',), execution=execution)
+    return self.encoder.end(x_BSD)
+
+  def context(self, tower: str, batch, keys_B, zigzag: int) -> block.Context:
+    """See `forward`."""
+    encodes = tower == 'encoder'
+    prefix = 'encoder_' if encodes else ''
+    zigzag = 1 if encodes else zigzag
+    common.check_length(self.config, batch[f'{prefix}inputs'].shape[1])
+    segments = batch.get(f'{prefix}segments')
+    keys_B = dropout.fold(keys_B, self.towers.index(tower))
+    cross = mask_lib.Mask(
+      q_segments_BT=segments,
+      k_segments_BS=batch.get('encoder_segments'),
+      q_zigzag=zigzag,
     )
-    x_BSD = self.embeddings(inputs, positions)
-    x_BSD, _, stats = self.encoder(x_BSD, context, execution=execution)
-    return x_BSD, common.under('encoder', stats)
+    return block.Context(
+      mask=mask_lib.self_attention(segments, causal=not encodes, zigzag=zigzag),
+      positions_BT=common.positions_of(batch, prefix, zigzag),
+      keys_B=keys_B,
+      cross_mask=mask_lib.Mask() if encodes else cross,
+    )
+
+  def enter(self, tower: str, batch, context: block.Context, x_BTD):
+    """See `forward`."""
+    positions = context.positions_BT
+    if tower == 'encoder':
+      return self.embeddings(batch['encoder_inputs'], positions), None
+    encoded_BSD = self.encoder.end(x_BTD)
+    return self.embeddings(batch['inputs'], positions), encoded_BSD
+
+  def leave(self, x_BTD: jax.Array) -> jax.Array:
+    """See `forward`."""
+    return self.decoder.end(x_BTD)
 
   @property
   def head(self) -> embed.Head:
@@ -183,4 +195,5 @@ class EncoderDecoder(nnx.Module):
       cross_mask=cross_mask,
     )
     x_BTD = self.embeddings(inputs, index_BT)
-    return self.decoder(x_BTD, context, caches=caches)[:2]
+    x_BTD, caches, _ = self.decoder(x_BTD, context, caches=caches)
+    return self.decoder.end(x_BTD), caches
