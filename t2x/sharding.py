@@ -19,6 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 MeshAxes = str | tuple[str, ...] | None
 
+PIPE = 'pipe'  # The mesh axis of a pipeline's stages.
+
 
 class ShardingError(ValueError):
   """A layout that cannot be: found before anything compiles."""
@@ -53,8 +55,7 @@ class Rules:
   kv_heads: MeshAxes = 'tensor'
   head_dim: MeshAxes = None
   experts: MeshAxes = 'expert'
-  stages: MeshAxes = 'pipe'  # Dimensions added by stacking layers.
-  layers: MeshAxes = None
+  layers: MeshAxes = None  # Stacked; `pipe` where a pipeline's stages are even.
   context_attention: Literal['ring', 'all_to_all'] = 'ring'
   balance_context: bool = True
   reduce_dtype: Literal['compute', 'float32'] = 'compute'
@@ -216,12 +217,12 @@ def axes_of(variable: nnx.Variable, num_dims: int) -> tuple[str | None, ...]:
   """
   axes = tuple(variable.get_metadata('axes'))
   stacked = num_dims - len(axes)
-  if stacked not in (0, 1, 2):
+  if stacked not in (0, 1):
     raise ShardingError(
       f'A parameter of {num_dims} dimensions has axes {axes}; expected one '
-      'name per dimension after at most two stacked dimensions.'
+      'name per dimension after at most one stacked dimension.'
     )
-  return ('stages', 'layers')[2 - stacked :] + axes
+  return ('layers',) * stacked + axes
 
 
 def is_variable(x: Any) -> bool:
@@ -252,11 +253,51 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
 
 
 def parameter_sharding(variable, mesh, rules, name) -> NamedSharding:
-  """Returns the sharding of one parameter by its logical axes."""
+  """Returns the sharding of one parameter by its logical axes.
+
+  The stages of a pipeline share what no rule gives to one of them, too; see
+  `pipe_dim`.
+  """
   shape = variable.shape
   axes = axes_of(variable, len(shape))
   spec = to_spec(axes, rules, shape=shape, mesh=mesh, name=name)
-  return NamedSharding(mesh, spec)
+  dim = pipe_dim(variable, rules, mesh.shape)
+  entries = [*spec, *[None] * (len(shape) - len(spec))]
+  if dim is not None:
+    others = tuple(a for a in mesh_axes(entries[dim]) if a != PIPE)
+    entries[dim] = (PIPE, *others) if others else PIPE
+  return NamedSharding(mesh, P(*entries))
+
+
+def pipe_dim(
+  variable: nnx.Variable, rules: Rules, sizes: Mapping[str, int]
+) -> int | None:
+  """Returns the dimension of a parameter that the stages of a pipeline split.
+
+  Stacked layers of even stages: the first. Otherwise one that no other axis
+  splits, or, before those that do, one of the others; None if none divides, or
+  without stages.
+
+  Args:
+    variable: a parameter, or its shape.
+    rules: logical axis -> mesh axes.
+    sizes: of the mesh axes.
+  """
+  num = sizes.get(PIPE, 1)
+  if num == 1:
+    return None
+  axes = axes_of(variable, len(variable.shape))
+  split = [mesh_axes(getattr(rules, a) if a else None) for a in axes]
+  for dim, names in enumerate(split):
+    if PIPE in names:
+      return dim
+  parts = [math.prod(sizes[a] for a in names) for names in split]
+  dims = [
+    dim
+    for dim, size in enumerate(variable.shape)
+    if axes[dim] != 'layers' and size % (num * parts[dim]) == 0
+  ]
+  return min(dims, key=lambda dim: parts[dim], default=None)
 
 
 def path_name(path: Any) -> str:

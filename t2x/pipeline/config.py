@@ -1,0 +1,35 @@
+"""How a pipeline runs, as part of an experiment's config."""
+
+import dataclasses
+from typing import Literal
+
+from t2x import checks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+  """Used where `mesh.pipe` is more than 1; the numbers do not depend on it.
+
+  Attributes:
+    schedule: gpipe, one_f_one_b, interleaved, breadth_first, zb_h1, zb_h2,
+      zb_v, or the path of a table (a CSV file, see `Schedule.to_csv`).
+    microbatches: pieces of a batch that go through the pipeline one by one;
+      of each of `train.accumulate` batches.
+    chunks: parts of the model on each stage; None is the schedule's own.
+    layers: layers of each part, in order of depth (repeats, where the layers
+      repeat in groups); empty for even shares.
+    gather: weights that `fsdp` splits are gathered `once` a step, or each
+      `tick`, which needs less memory and moves more.
+    uniform: all stages do whatever one of them does, masked, for machines on
+      which devices of one program must not diverge.
+  """
+
+  schedule: str = 'one_f_one_b'
+  microbatches: int = 8
+  chunks: int | None = None
+  layers: tuple[int, ...] = ()
+  gather: Literal['once', 'tick'] = 'once'
+  uniform: bool = False
+
+  def __post_init__(self):
+    checks.least(self, 'pipeline.', microbatches=1, chunks=1)

@@ -1,0 +1,290 @@
+"""The pipeline schedules of the literature, by name.
+
+  table = schedules.make('interleaved', num_stages=4, num_microbatches=8)
+
+With S stages, M >= S microbatches, v chunks and F = B = W = 1, of which each
+stage has 3vM, the ticks are
+
+  gpipe, breadth_first         3vM + 2(S - 1)
+  one_f_one_b, interleaved     at most that
+  zb_h1, zb_h2                 3vM + S - 1
+  zb_v                         3vM + S - 1 from M = 2S - 2 on
+
+and the bubble is what is over 3vM, by all ticks. The literature has
+(S - 1) / (vM + S - 1) for the first two, with a backward in one piece; here
+B's result is sent on before W, so the way back takes one tick a stage and not
+two, and the bubble is 2(S - 1) / (3vM + 2(S - 1)). In flight, from F until W,
+stage s holds M with gpipe, min(M, S - s) with one_f_one_b, at most S with
+zb_h1, 2S - 1 with zb_h2, and with zb_v 2S parts of half a stage.
+
+Every schedule takes any number of microbatches and stages, and any number of
+chunks, but zb_v, which has two. With chunks, one_f_one_b is interleaved, gpipe
+is breadth_first, and zb_h1 and zb_h2 put off the W of interleaved. Interleaving
+in groups of S would need M to be a multiple of S; here the rest of a division
+is spread over the groups.
+"""
+
+from collections.abc import Callable
+import difflib
+
+from t2x.pipeline import greedy
+from t2x.pipeline import operations as ops
+from t2x.pipeline import orders as orders_lib
+from t2x.pipeline import patterns
+from t2x.pipeline import schedule as schedule_lib
+
+Schedule = schedule_lib.Schedule
+
+
+def gpipe(
+  num_stages: int,
+  num_microbatches: int,
+  num_chunks: int = 1,
+  recompute: bool = False,
+) -> Schedule:
+  """All forwards, then all backwards (Huang et al., 2018).
+
+  https://arxiv.org/abs/1811.06965
+  """
+  check_numbers(num_stages, num_microbatches, num_chunks)
+  orders = patterns.breadth_first(num_stages, num_microbatches, num_chunks)
+  return _table('gpipe', orders, num_microbatches, num_chunks, recompute)
+
+
+def breadth_first(
+  num_stages: int,
+  num_microbatches: int,
+  num_chunks: int = 2,
+  recompute: bool = False,
+) -> Schedule:
+  """All microbatches through a chunk before the next (Lamy-Poirier, 2022).
+
+  https://arxiv.org/abs/2211.05953
+  """
+  check_numbers(num_stages, num_microbatches, num_chunks)
+  orders = patterns.breadth_first(num_stages, num_microbatches, num_chunks)
+  return _table(
+    'breadth_first', orders, num_microbatches, num_chunks, recompute
+  )
+
+
+def one_f_one_b(
+  num_stages: int,
+  num_microbatches: int,
+  num_chunks: int = 1,
+  recompute: bool = False,
+) -> Schedule:
+  """One forward, one backward in turn (Narayanan et al., 2019).
+
+  https://arxiv.org/abs/1806.03377
+  """
+  check_numbers(num_stages, num_microbatches, num_chunks)
+  orders = patterns.alternating(num_stages, num_microbatches, num_chunks)
+  return _table('one_f_one_b', orders, num_microbatches, num_chunks, recompute)
+
+
+def interleaved(
+  num_stages: int,
+  num_microbatches: int,
+  num_chunks: int = 2,
+  recompute: bool = False,
+) -> Schedule:
+  """1F1B over several chunks a stage (Narayanan et al., 2021).
+
+  https://arxiv.org/abs/2104.04473
+  """
+  check_numbers(num_stages, num_microbatches, num_chunks)
+  orders = patterns.alternating(num_stages, num_microbatches, num_chunks)
+  return _table('interleaved', orders, num_microbatches, num_chunks, recompute)
+
+
+def zb_h1(
+  num_stages: int,
+  num_microbatches: int,
+  num_chunks: int = 1,
+  recompute: bool = False,
+) -> Schedule:
+  """1F1B whose stage s is s weight gradients behind (Qi et al., 2023).
+
+  https://arxiv.org/abs/2401.10241. Every stage then holds as much as the
+  first, and gradients reach the first stage sooner.
+  """
+  check_numbers(num_stages, num_microbatches, num_chunks)
+  orders = patterns.alternating(
+    num_stages, num_microbatches, num_chunks, put_off=True
+  )
+  return _table('zb_h1', orders, num_microbatches, num_chunks, recompute)
+
+
+def zb_h2(
+  num_stages: int,
+  num_microbatches: int,
+  num_chunks: int = 1,
+  recompute: bool = False,
+) -> Schedule:
+  """No idle tick between a stage's first and last (Qi et al., 2023).
+
+  https://arxiv.org/abs/2401.10241. Holds 2S - 1 microbatches in flight, with
+  chunks S parts more for each further chunk. So from M = 2S - 1 on; with fewer
+  microbatches, or chunks and M no multiple of S, stages can wait.
+  """
+  check_numbers(num_stages, num_microbatches, num_chunks)
+  groups = patterns.groups(num_stages, num_microbatches)
+  limit = 2 * num_stages - 1 + (num_chunks - 1) * len(groups[0])
+  problem = greedy.Problem(
+    num_stages=num_stages,
+    num_microbatches=num_microbatches,
+    num_chunks=num_chunks,
+    recompute=recompute,
+    limits=(limit,) * num_stages,
+    groups=patterns.numbered(groups),
+  )
+  found = greedy.schedule(problem, 'zb_h2')
+  if num_chunks == 1:
+    return found
+  orders = patterns.alternating(
+    num_stages, num_microbatches, num_chunks, put_off=True
+  )
+  other = _table('zb_h2', orders, num_microbatches, num_chunks, recompute)
+  return min(found, other, key=lambda table: table.num_ticks)
+
+
+def zb_v(
+  num_stages: int,
+  num_microbatches: int,
+  num_chunks: int = 2,
+  recompute: bool = False,
+) -> Schedule:
+  """Down the stages in chunk 0 and back up in chunk 1 (Qi et al., 2024).
+
+  https://arxiv.org/abs/2405.15362; the same placement as DualPipe-V. No stage
+  waits between its first and last operation from M = 2S - 1 on.
+
+  Raises:
+    ValueError: num_chunks is not 2.
+  """
+  check_numbers(num_stages, num_microbatches, num_chunks)
+  if num_chunks != 2:
+    raise ValueError(
+      f'zb_v goes down the stages in one chunk and up in another; num_chunks='
+      f'{num_chunks}, the nearest that works is 2.'
+    )
+  tables = []
+  if num_microbatches >= 2 * num_stages - 1:
+    orders = patterns.down_and_up(num_stages, num_microbatches)
+    tables.append(_table('zb_v', orders, num_microbatches, 2, recompute, 'v'))
+  if recompute or not tables:
+    problem = greedy.Problem(
+      num_stages=num_stages,
+      num_microbatches=num_microbatches,
+      num_chunks=2,
+      placement='v',
+      recompute=recompute,
+      limits=(2 * num_stages,) * num_stages,
+      groups=range(num_microbatches),
+    )
+    tables.append(greedy.schedule(problem, 'zb_v'))
+  return min(tables, key=lambda table: table.num_ticks)
+
+
+def forward_only(
+  num_stages: int,
+  num_microbatches: int,
+  num_chunks: int = 1,
+  placement: ops.Placement = 'loop',
+) -> Schedule:
+  """A table without backwards, for evaluation.
+
+  It has vM + S - 1 ticks from M = S on; with placement 'v' vM + v(S - 1), since
+  the last microbatch goes all the way each time.
+  """
+  check_numbers(num_stages, num_microbatches, num_chunks)
+  groups = patterns.groups(num_stages, num_microbatches)
+  if placement == 'v':  # A group would have to last there and back.
+    groups = [range(num_microbatches)]
+  pieces = patterns.pieces(groups, range(num_chunks))
+  return orders_lib.from_orders(
+    [[(ops.FORWARD, *piece) for piece in pieces]] * num_stages,
+    name='forward_only',
+    num_microbatches=num_microbatches,
+    num_chunks=num_chunks,
+    placement=placement,
+    training=False,
+  )
+
+
+_MAKERS: dict[str, Callable[..., Schedule]] = {
+  'gpipe': gpipe,
+  'one_f_one_b': one_f_one_b,
+  'interleaved': interleaved,
+  'breadth_first': breadth_first,
+  'zb_h1': zb_h1,
+  'zb_h2': zb_h2,
+  'zb_v': zb_v,
+}
+NAMES = tuple(_MAKERS)
+
+
+def make(
+  name: str,
+  *,
+  num_stages: int,
+  num_microbatches: int,
+  num_chunks: int | None = None,
+  recompute: bool = False,
+) -> Schedule:
+  """Returns the schedule of that name.
+
+  Args:
+    name: one of `NAMES`.
+    num_stages: S.
+    num_microbatches: M.
+    num_chunks: parts on each stage; None for the schedule's own number.
+    recompute: whether the backward does the forward again.
+
+  Raises:
+    ValueError: an unknown name, or numbers that the schedule cannot take; the
+      nearest that it can are named.
+  """
+  if name not in _MAKERS:
+    close = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)
+    raise ValueError(
+      f'There is no schedule {name!r}; the closest name is {close[0]!r} of '
+      f'{", ".join(NAMES)}.'
+    )
+  chunks = {} if num_chunks is None else {'num_chunks': num_chunks}
+  return _MAKERS[name](
+    num_stages, num_microbatches, recompute=recompute, **chunks
+  )
+
+
+def check_numbers(
+  num_stages: int, num_microbatches: int, num_chunks: int
+) -> None:
+  """Raises a ValueError for a number below 1."""
+  numbers = {
+    'num_stages': num_stages,
+    'num_microbatches': num_microbatches,
+    'num_chunks': num_chunks,
+  }
+  for name, value in numbers.items():
+    if value < 1:
+      raise ValueError(f'{name}={value}; the nearest that works is 1.')
+
+
+def _table(
+  name: str,
+  orders: patterns.Orders,
+  num_microbatches: int,
+  num_chunks: int,
+  recompute: bool,
+  placement: ops.Placement = 'loop',
+) -> Schedule:
+  return orders_lib.from_orders(
+    patterns.with_recompute(orders) if recompute else orders,
+    name=name,
+    num_microbatches=num_microbatches,
+    num_chunks=num_chunks,
+    placement=placement,
+    recompute=recompute,
+  )
