@@ -24,6 +24,7 @@ from t2x.models import encoder
 from t2x.models import encoder_decoder
 from t2x.objectives import causal_lm
 from t2x.objectives import masked_lm
+from t2x.pipeline import plan as plan_lib
 
 Experiment = experiment.Experiment
 
@@ -33,12 +34,8 @@ def check(config: Experiment, num_devices: int) -> None:
   data_pipeline.check(config.data)
   machines.check_overrides(config.compiler_options)
   sizes = mesh_lib.sizes(config.mesh, num_devices)
-  if sizes['pipe'] > 1:
-    raise ValueError(
-      f'mesh.pipe={sizes["pipe"]}: nothing is split over this axis yet. '
-      'Use data, fsdp, tensor, context or expert.'
-    )
   sharding.check_rules(config.rules, sizes)
+  _check_pipeline(config, sizes)
   _check_rows(config, sizes)
   _check_context(config, sizes)
   _check_activations(config)
@@ -49,28 +46,64 @@ def check(config: Experiment, num_devices: int) -> None:
   _check_chunks(config, sizes)
 
 
+def pipeline(
+  config: Experiment, sizes: Mapping[str, int]
+) -> plan_lib.Plan | None:
+  """Returns what the stages of a pipeline run; None without stages.
+
+  Args:
+    config: the experiment.
+    sizes: of the mesh axes.
+
+  Raises:
+    ValueError: a schedule that cannot be, or layers that do not fit it.
+  """
+  num = sizes.get(sharding.PIPE, 1)
+  if num == 1:
+    return None
+  execution = config.train.execution
+  return plan_lib.make(config.model, config.pipeline, execution, num)
+
+
+def _check_pipeline(config: Experiment, sizes: dict[str, int]) -> None:
+  if pipeline(config, sizes) is None or context_size(config, sizes) == 1:
+    return
+  if config.rules.context_attention == 'ring':
+    raise ValueError(
+      'rules.context_attention=ring sends keys from device to device while '
+      'other stages of the pipeline do something else. Set '
+      'rules.context_attention=all_to_all.'
+    )
+
+
 def _check_rows(config: Experiment, sizes: dict[str, int]) -> None:
   rows = config.data.batch_size
   need = rows_multiple(config, sizes)
   if rows % need:
-    axes = _row_axes(config)
+    axes = _row_axes(config, sizes)
     by = ' x '.join(f'mesh.{a}={sizes[a]}' for a in axes if sizes.get(a, 1) > 1)
+    micro = f'train.accumulate={config.train.accumulate}'
+    if sizes[sharding.PIPE] > 1:
+      micro += f' x pipeline.microbatches={config.pipeline.microbatches}'
+    less = f'{rows // need * need} or ' if rows > need else ''
     raise ValueError(
       f'data.batch_size={rows} rows cannot be dealt to {by or "one device"} '
-      f'in train.accumulate={config.train.accumulate} microbatches: it must '
-      f'be a multiple of {need}. Set it to {-(-rows // need) * need}, or '
-      'change the mesh.'
+      f'in {micro} microbatches: it must be a multiple of {need}. Set it to '
+      f'{less}{-(-rows // need) * need}, or change the mesh.'
     )
 
 
 def rows_multiple(config: Experiment, sizes: Mapping[str, int]) -> int:
   """Returns what the rows of a batch must be a multiple of."""
-  parts = math.prod(sizes.get(axis, 1) for axis in _row_axes(config))
-  return parts * config.train.accumulate
+  parts = math.prod(sizes.get(axis, 1) for axis in _row_axes(config, sizes))
+  staged = sizes.get(sharding.PIPE, 1) > 1
+  micro = config.pipeline.microbatches if staged else 1
+  return parts * config.train.accumulate * micro
 
 
-def _row_axes(config: Experiment) -> list[str]:
-  by_hand = train_step.axes_by_hand(config.train.step_config)
+def _row_axes(config: Experiment, sizes: Mapping[str, int]) -> list[str]:
+  staged = sizes.get(sharding.PIPE, 1) > 1
+  by_hand = train_step.axes_by_hand(config.train.step_config, staged)
   return sorted({*sharding.mesh_axes(config.rules.batch), *by_hand})
 
 

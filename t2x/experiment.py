@@ -13,6 +13,7 @@ from t2x import train_step
 from t2x.data import config as data_config
 from t2x.models import decoder
 from t2x.models import model as model_lib
+from t2x.pipeline import config as pipeline_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,7 +125,7 @@ class Experiment:
   train: TrainConfig = TrainConfig()
   mesh: mesh_lib.MeshConfig = mesh_lib.MeshConfig()
   rules: sharding.Rules = sharding.Rules()
-  pipeline: None = None  # Holds the place of pipeline schedules.
+  pipeline: pipeline_config.PipelineConfig = pipeline_config.PipelineConfig()
   compiler_options: tuple[str, ...] = ()
 
 
@@ -133,7 +134,7 @@ class Experiment:
 LAYOUT_SETTINGS = (
   'mesh.',
   'rules.',
-  'pipeline',
+  'pipeline.',
   'compiler_options',
   'train.remat',
   'train.scan_layers',

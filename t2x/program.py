@@ -130,7 +130,10 @@ def step_config(
   """Returns what an update does on a mesh, the order of tokens included."""
   order = consistency.zigzag(config, mesh.shape)
   execution = dataclasses.replace(config.train.execution, zigzag=order)
-  return dataclasses.replace(config.train.step_config, execution=execution)
+  pipeline = consistency.pipeline(config, mesh.shape)
+  return dataclasses.replace(
+    config.train.step_config, execution=execution, pipeline=pipeline
+  )
 
 
 def jit_for(config: experiment.Experiment, mesh: jax.sharding.Mesh):
@@ -178,8 +181,12 @@ def shardings_of(
   Raises:
     ShardingError: a layout that cannot be.
   """
+  pipeline = consistency.pipeline(config, mesh.shape)
+  even = pipeline is not None and pipeline.place.is_contiguous
+  layers = sharding.PIPE if even else None
+  rules = dataclasses.replace(config.rules, layers=layers)
   shardings = train_step.state_shardings(
-    shapes, mesh, config.rules, config.train.step_config
+    shapes, mesh, rules, config.train.step_config
   )
   rows = (config.data.batch_size, config.data.length)
   spec = sharding.to_spec(

@@ -20,6 +20,8 @@ from t2x import optim_state
 from t2x import sharding
 from t2x import stack
 from t2x.layers import dropout
+from t2x.pipeline import gradients as pipeline
+from t2x.pipeline import plan as plan_lib
 
 Batch = dict[str, jax.Array]
 
@@ -46,7 +48,11 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepConfig:
-  """What one update does; see `t2x.experiment.TrainConfig` for each field."""
+  """What one update does; see `t2x.experiment.TrainConfig` for each field.
+
+  Attributes:
+    pipeline: what stages run, on a mesh that has them.
+  """
 
   accumulate: int = 1
   accumulate_whole: bool = False
@@ -54,6 +60,7 @@ class StepConfig:
   trainable: str = '.*'
   loss: loss_lib.LossConfig = loss_lib.LossConfig()
   execution: stack.Execution = stack.Execution()
+  pipeline: plan_lib.Plan | None = None
 
 
 def partition(model: Any, pattern: str) -> tuple[Any, Any]:
@@ -208,8 +215,24 @@ def eval_step(model: Any, batch: Batch, config: StepConfig):
 
   In the chunks of training, so that what trains can be evaluated.
   """
-  x_BTD = model.hidden(**model_inputs(model, batch), execution=config.execution)
   weights = batch['weights']
+  if config.pipeline is not None:
+    nothing = jax.tree.map(lambda _: None, model)
+    _, sums = pipeline.run(
+      nothing,
+      model,
+      batch,
+      None,
+      config.pipeline.for_evaluation(),
+      loss=config.loss,
+      combine=combine,
+    )
+    return {
+      'nll': sums['nll'],
+      'correct': sums['accuracy'],
+      'weight': weights.sum(),
+    }
+  x_BTD = model.hidden(**model_inputs(model, batch), execution=config.execution)
   sums = loss_lib.mean_loss(
     x_BTD, model.head, batch['targets'], weights, config.loss
   )
@@ -235,8 +258,20 @@ def gradients(trained, rest, batch, key, config: StepConfig):
   total = jnp.maximum(batch['weights'].sum(), 1e-9)
   rows_B = jnp.arange(batch['weights'].shape[0])
   batch = {**batch, 'rows': rows_B}
-  fn = functools.partial(_accumulate, config=config)
   manual = _manual_axes(config)
+  if config.pipeline is not None:
+    return pipeline.run(
+      trained,
+      rest,
+      {**batch, 'weights': batch['weights'] / total},
+      key,
+      config.pipeline,
+      loss=config.loss,
+      combine=combine,
+      accumulate=config.accumulate,
+      manual=manual,
+    )
+  fn = functools.partial(_accumulate, config=config)
   if not manual:
     return fn(trained, rest, batch, total, key)
 
@@ -254,9 +289,14 @@ def gradients(trained, rest, batch, key, config: StepConfig):
   )(trained, rest, batch, total, key)
 
 
-def axes_by_hand(config: StepConfig) -> tuple[str, ...]:
-  """Mesh axes over which gradients are reduced by hand, after the loop."""
-  if config.accumulate == 1:
+def axes_by_hand(config: StepConfig, staged: bool) -> tuple[str, ...]:
+  """Mesh axes over which gradients are reduced by hand, after the loop.
+
+  Args:
+    config: of the step.
+    staged: a pipeline's ticks are such a loop.
+  """
+  if config.accumulate == 1 and not staged:
     return ()
   return ('data', 'fsdp') if config.accumulate_whole else ('data',)
 
@@ -266,7 +306,8 @@ def _manual_axes(config: StepConfig) -> tuple[str, ...]:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return ()
-  return tuple(a for a in axes_by_hand(config) if mesh.shape[a] > 1)
+  staged = config.pipeline is not None
+  return tuple(a for a in axes_by_hand(config, staged) if mesh.shape[a] > 1)
 
 
 def _accumulate(trained, rest, batch, total, key, config: StepConfig):

@@ -23,6 +23,7 @@ _ORDER = (
   ('fused_loss',),
   ('loss', 'objectives', 'optim', 'optim_state', 'data', 'decode'),
   ('balance',),
+  ('pipeline',),
   ('train_step', 'evaluate'),
   ('experiment', 'flops', 'interop', 'plan'),
   ('consistency',),

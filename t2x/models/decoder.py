@@ -100,7 +100,9 @@ class Decoder(nnx.Module):
   def enter(self, tower: str, batch, context: block.Context, x_BTD):
     """See `forward`."""
     del x_BTD
-    return self.embeddings(batch['inputs'], context.positions_BT), None
+    positions_BT = context.positions_BT
+    assert positions_BT is not None
+    return self.embeddings(batch['inputs'], positions_BT), None
 
   def leave(self, x_BTD: jax.Array) -> jax.Array:
     """See `forward`."""

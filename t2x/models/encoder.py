@@ -140,6 +140,7 @@ class Encoder(nnx.Module):
     """See `forward`."""
     del tower
     inputs = batch['inputs']
+    assert context.positions_BT is not None
     x_BTD = self.embeddings(inputs, context.positions_BT)
     if self.token_types is not None:
       types = batch.get('token_types')

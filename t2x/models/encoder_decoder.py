@@ -166,6 +166,7 @@ class EncoderDecoder(nnx.Module):
   def enter(self, tower: str, batch, context: block.Context, x_BTD):
     """See `forward`."""
     positions = context.positions_BT
+    assert positions is not None
     if tower == 'encoder':
       return self.embeddings(batch['encoder_inputs'], positions), None
     encoded_BSD = self.encoder.end(x_BTD)

@@ -2,7 +2,7 @@
 
 A pipeline runs the pieces of one gradient in different ticks:
 
-  fixed      what depends on parameters alone (casts, gathers): once, before all;
+  fixed      what depends on parameters alone (casts): once, before all;
   forward    the output, and the activations that the backward pass needs;
   backward   the gradient by the input, needed by the stage before (B);
   weight     the gradients by the parameters, needed by no one yet (W).
@@ -24,6 +24,7 @@ import math
 from typing import Any
 
 import jax
+from jax import core as jax_core
 from jax.extend import core
 import jax.numpy as jnp
 
@@ -298,8 +299,9 @@ class Cut:
       for flag in (_SLOT, _SHARED)
     }
     self._kept, self._crossing = kept, crossing
-    shapes = lambda vs: [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)
-                         for v in vs]
+    shapes = lambda vs: [
+      jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in vs
+    ]
     self.fixed_slot = shapes(self._fixed[_SLOT])
     self.fixed_shared = shapes(self._fixed[_SHARED])
     self.stored = shapes(kept)
@@ -318,7 +320,7 @@ class Cut:
       outvars=list(outs),
       debug_info=self._jaxpr.debug_info.with_unknown_names(),
     )
-    return jax.core.eval_jaxpr(jaxpr, self._consts, *(known[v] for v in ins))
+    return jax_core.eval_jaxpr(jaxpr, self._consts, *(known[v] for v in ins))
 
   def _known(self, **values) -> dict[Any, Any]:
     known = {}
@@ -459,7 +461,7 @@ def _evaluate(jaxpr, consts, args) -> list[Any]:
         outvars=outs,
         debug_info=jaxpr.debug_info.with_unknown_names(),
       )
-      made = jax.core.eval_jaxpr(one, [], *(env[v] for v in ins))
+      made = jax_core.eval_jaxpr(one, [], *(env[v] for v in ins))
     else:
       inner = eqn.params[name]
       closed = isinstance(inner, core.ClosedJaxpr)

@@ -121,7 +121,10 @@ class Executor:
       jnp.asarray(a)
       for a in (told.rows_TSC, told.sends_down_T, told.sends_up_T)
     )
-    step = lambda carry, x: (_Tick(self, values, rows, key, *x).run(carry), None)
+    step = lambda carry, x: (
+      _Tick(self, values, rows, key, *x).run(carry),
+      None,
+    )
     return jax.lax.scan(step, start, xs)[0]
 
 
@@ -134,9 +137,9 @@ class _Tick:
     self._rows, self._key = rows, key
     self._all = dict(zip(instructions_lib.COLUMNS, table_SC.T))
     own_C = table_SC[jax.lax.axis_index(PIPE)]
-    self._own = dict(zip(instructions_lib.COLUMNS, own_C))
+    self._own: dict[str, Any] = dict(zip(instructions_lib.COLUMNS, own_C))
     self._down, self._up = down, up
-    self._pieces = executor.pieces
+    self._pieces: pieces_lib.Pieces = executor.pieces
 
   def run(self, carry: Carry) -> Carry:
     own = self._own
@@ -153,7 +156,7 @@ class _Tick:
       carry = self._measure(carry, state[-1])
     return self._exchange(carry, state)
 
-  def _trips(self, fn: Callable[[dict[str, Any]], Any]):
+  def _trips(self, fn: Callable[[Any], Any]):
     """Returns this device's number of trips, and the most of any."""
     return fn(self._own), fn(self._all).max()
 
@@ -216,8 +219,8 @@ class _Tick:
       if i < num % group or num % group == 0:
         carry = body(i, number, True, carry)
       else:  # The last unit has fewer.
-        there = lambda c, i=i: ((c['unit'] + unit) * group + i < num)
-        trips = self._trips(lambda c: there(c).astype(jnp.int32))
+        there = lambda c, i=i: (c['unit'] + unit) * group + i < num
+        trips = self._trips(lambda c, there=there: there(c).astype(jnp.int32))
         carry = self._loop(
           trips,
           lambda zero, active, carry, i=i, number=number: body(
@@ -271,7 +274,9 @@ class _Tick:
       return self._members(t, j, layer, loop)
 
     loop = (state[t], carry.stored[t], carry.loads[t], carry.sums)
-    x, stored, loads, sums = self._loop(self._of_units(operation, t), unit, loop)
+    x, stored, loads, sums = self._loop(
+      self._of_units(operation, t), unit, loop
+    )
     carry = dataclasses.replace(
       carry,
       stored=_replace(carry.stored, t, stored),
@@ -367,6 +372,7 @@ class _Tick:
     return (*d_side, d_x, *grad[t + 1 :]), carry
 
   def _enter_backward(self, carry, grad):
+    inbox = carry.inbox
     for t, piece in enumerate(self._pieces.enter):
 
       def condition(c, t=t):
@@ -375,7 +381,7 @@ class _Tick:
 
       def body(zero, active, loop, t=t, piece=piece):
         grad, shared = loop
-        before = _read(carry.inbox, self._own['input'] + zero)
+        before = _read(inbox, self._own['input'] + zero)
         before = before[t - 1] if t else None
         fixed = ([], self._values.enter[t])
         d_y = grad[t], (grad[t - 1] if t else None)
@@ -469,7 +475,9 @@ def _write(tree, index, values, active):
 def _add_at(tree, index, values, active):
   def one(a, value):
     value = _masked(active, value.astype(a.dtype))
-    return jax.lax.dynamic_update_index_in_dim(a, _at(a, index) + value, index, 0)
+    return jax.lax.dynamic_update_index_in_dim(
+      a, _at(a, index) + value, index, 0
+    )
 
   return jax.tree.map(one, tree, values)
 

@@ -16,111 +16,13 @@ from jax.sharding import PartitionSpec as P
 from t2x import balance
 from t2x import loss as loss_lib
 from t2x import sharding
-from t2x import stack
-from t2x.pipeline import config as config_lib
 from t2x.pipeline import executor as executor_lib
-from t2x.pipeline import instructions
 from t2x.pipeline import pieces as pieces_lib
-from t2x.pipeline import placement as placement_lib
-from t2x.pipeline import schedule as schedule_lib
-from t2x.pipeline import schedules
+from t2x.pipeline import plan as plan_lib
 from t2x.pipeline import weights
 
 PIPE = weights.PIPE
 Combine = Callable[[Any, Any], Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """What is run.
-
-  Attributes:
-    table: the schedule.
-    place: the layers of its parts.
-    told: instructions of the devices.
-    config: of the pipeline.
-    loss: how tokens make the loss.
-    execution: what to recompute, and the order of tokens.
-    manual: mesh axes over which gradients are reduced once, after all.
-  """
-
-  table: schedule_lib.Schedule
-  place: placement_lib.Placement
-  told: instructions.Instructions
-  config: config_lib.PipelineConfig
-  loss: loss_lib.LossConfig
-  execution: stack.Execution
-  manual: tuple[str, ...]
-
-
-def plan(
-  model: Any,
-  config: config_lib.PipelineConfig,
-  loss: loss_lib.LossConfig,
-  execution: stack.Execution,
-  *,
-  num_stages: int,
-  manual: tuple[str, ...] = (),
-  training: bool = True,
-) -> Plan:
-  """Makes a plan for a model, or its shapes.
-
-  Args:
-    model: or a part of its leaves.
-    config: of the pipeline.
-    loss: how tokens make the loss.
-    execution: what to recompute, and the order of tokens.
-    num_stages: devices along `pipe`.
-    manual: mesh axes over which gradients are reduced once, after all.
-    training: with gradients.
-
-  Raises:
-    ValueError: a schedule that cannot be, or layers that do not fit it.
-  """
-  recompute = execution.remat == 'full'
-  table, place = tables(model, config, num_stages, recompute=recompute)
-  if not training:
-    table = schedules.forward_only(
-      num_stages, config.microbatches, table.num_chunks, table.placement
-    )
-  told = instructions.make(table, place)
-  return Plan(table, place, told, config, loss, execution, manual)
-
-
-def towers_of(model: Any) -> list[placement_lib.Tower]:
-  """Returns the stacks of layers of a model (or of its shapes), by depth."""
-  towers = []
-  for name in model.towers:
-    layers = getattr(model, name).layers
-    group = len(layers.group) or layers.num_layers
-    towers.append(placement_lib.Tower(name, layers.num_layers, group))
-  return towers
-
-
-def tables(
-  model: Any, config: config_lib.PipelineConfig, num_stages: int, **kwargs
-) -> tuple[schedule_lib.Schedule, placement_lib.Placement]:
-  """Returns the table of a config and the layers of its parts.
-
-  Args:
-    model: or its shapes.
-    config: of the pipeline.
-    num_stages: devices along `pipe`.
-    **kwargs: as for `schedules.make`.
-
-  Raises:
-    ValueError: a schedule that cannot be, or layers that do not fit it.
-  """
-  table = schedules.make(
-    config.schedule,
-    num_stages=num_stages,
-    num_microbatches=config.microbatches,
-    num_chunks=config.chunks,
-    **kwargs,
-  )
-  towers = towers_of(model)
-  units = config.layers or placement_lib.even(towers, table.num_parts)
-  return table, placement_lib.place(towers, units, table)
 
 
 def run(
@@ -128,10 +30,12 @@ def run(
   rest: Any,
   batch: dict[str, jax.Array],
   key: jax.Array | None,
-  plan: Plan,
+  plan: plan_lib.Plan,
   *,
-  accumulate: int,
+  loss: loss_lib.LossConfig,
   combine: Combine,
+  accumulate: int = 1,
+  manual: tuple[str, ...] = (),
 ) -> tuple[Any, dict[str, Any]]:
   """Returns gradients (None for a table of forwards) and sums of a batch.
 
@@ -141,21 +45,25 @@ def run(
     batch: its `weights` are over those of the whole batch.
     key: of dropout, or None.
     plan: what is run.
-    accumulate: times that the table is run, each with its share of the rows.
+    loss: how tokens make the loss.
     combine: puts a trained and another part together.
+    accumulate: times that the table is run, each with its share of the rows.
+    manual: mesh axes over which gradients are reduced once, after all.
   """
   layouts = tuple(_Layout.of(tree, plan) for tree in (trained, rest))
-  run_stage = lambda *args: _Stage(plan, layouts, combine, *args).run(
-    accumulate
-  )
-  batch_spec = jax.tree.map(lambda _: P(plan.manual or None), batch)
+
+  def run_stage(*args):
+    stage = _Stage(plan, layouts, loss, combine, manual, *args)
+    return stage.run(accumulate)
+
+  batch_spec = jax.tree.map(lambda _: P(manual or None), batch)
   specs = [layout.specs for layout in layouts]
   grads = specs[0] if plan.table.training else None
   return jax.shard_map(
     run_stage,
     in_specs=(*specs, batch_spec, P()),
     out_specs=(grads, P()),
-    axis_names={PIPE, *plan.manual},
+    axis_names={PIPE, *manual},
     check_vma=False,
   )(trained, rest, batch, key)
 
@@ -173,7 +81,7 @@ class _Layout:
   routes: dict[str, list[list[weights.Route]]]
 
   @classmethod
-  def of(cls, tree: Any, plan: Plan) -> '_Layout':
+  def of(cls, tree: Any, plan: plan_lib.Plan) -> '_Layout':
     rules = sharding.active_rules()
     layers = PIPE if plan.place.is_contiguous else None
     rules = dataclasses.replace(rules, layers=layers)
@@ -200,7 +108,7 @@ class _Layout:
     return cls(specs, routes)
 
 
-def _route(x, *, rules, sizes, t: int, plan: Plan) -> weights.Route:
+def _route(x, *, rules, sizes, t: int, plan: plan_lib.Plan) -> weights.Route:
   axes = tuple(x.get_metadata('axes'))
   dim = sharding.pipe_dim(x, rules, sizes)
   stacked = len(x.shape) - len(axes)
@@ -236,8 +144,11 @@ def _outside_layers(model: Any) -> Any:
 class _Stage:
   """What one stage does, inside the `shard_map`."""
 
-  def __init__(self, plan, layouts, combine, trained, rest, batch, key):
+  def __init__(
+    self, plan, layouts, loss, combine, manual, trained, rest, batch, key
+  ):
     self._plan, self._layouts, self._combine = plan, layouts, combine
+    self._loss, self._manual = loss, manual
     self._trained, self._batch, self._key = trained, batch, key
     self._shared = _outside_layers(trained)
     self._shared_frozen = _outside_layers(rest)
@@ -280,7 +191,7 @@ class _Stage:
       None,
     )
     end = jax.lax.scan(step, self._start(pieces), batches)[0]
-    sums = jax.lax.psum(end.sums, (PIPE, *plan.manual))
+    sums = jax.lax.psum(end.sums, (PIPE, *self._manual))
     sums['loads'] = self._loads(end.loads)
     grads = self._grads(end) if plan.table.training else None
     return grads, sums
@@ -302,7 +213,7 @@ class _Stage:
       jax.tree.map(lambda a: one(a[0]), batches),
       self._key,
       combine=self._combine,
-      loss=self._plan.loss,
+      loss=self._loss,
       zigzag=execution.zigzag,
       remat=execution.remat,
     )
@@ -338,7 +249,9 @@ class _Stage:
     def place(value, origin):
       if origin is None:
         return value
-      names = ('act_embed' if once and a == 'embed' else a for a in axes[origin])
+      names = (
+        'act_embed' if once and a == 'embed' else a for a in axes[origin]
+      )
       return sharding.constrain(value, None, *names)
 
     return [place(v, o) for v, o in zip(values, origins)]
@@ -366,7 +279,9 @@ class _Stage:
         )
       load_of = lambda p: p.other and p.other[1]
       loads.append([zeros(load_of(p), num) for p in all_pieces])
-      stored.append([zeros(p.stored, told.stored[t] * most) for p in all_pieces])
+      stored.append(
+        [zeros(p.stored, told.stored[t] * most) for p in all_pieces]
+      )
       left = [zeros(p.crossing, told.crossing[t] * most) for p in all_pieces]
       crossing.append(left)
     shared = [
@@ -394,10 +309,9 @@ class _Stage:
 
   def _grads(self, end: executor_lib.Carry) -> Any:
     """Returns gradients where and as the parameters are kept."""
-    plan = self._plan
     end_grads, shared = end.grads, end.shared
-    if plan.manual:
-      end_grads, shared = jax.lax.psum((end_grads, shared), plan.manual)
+    if self._manual:
+      end_grads, shared = jax.lax.psum((end_grads, shared), self._manual)
     shared = jax.lax.psum(shared, PIPE)
     leaves, treedef = jax.tree.flatten(self._shared)
     grads = treedef.unflatten(
@@ -421,7 +335,7 @@ class _Stage:
   def _loads(self, loads) -> balance.LoadsByPath:
     """Returns the routers' loads, as `balance.loads` does."""
     result = {}
-    axes = (PIPE, *self._plan.manual)
+    axes = (PIPE, *self._manual)
     for t, name in enumerate(self._slots):
       tower = self._plan.place.towers[t]
       layers = getattr(self._trained, name).layers
@@ -429,8 +343,6 @@ class _Stage:
       for i, load in enumerate(loads[t]):
         if load is None:
           continue
-        back = lambda a: weights.Route(None, (), unit_SN, tower.num_units)
-        del back
         route = weights.Route(None, (), unit_SN, tower.num_units)
         whole = jax.tree.map(route.give_back, load)
         if axes[1:]:

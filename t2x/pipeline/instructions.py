@@ -22,7 +22,7 @@ FORWARD, BACKWARD, WEIGHT, RECOMPUTE = (
   schedule_lib.RECOMPUTE,
 )
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
   'operation',
   'microbatch',
   'tower',
@@ -103,9 +103,7 @@ def make(
   }
   columns['operation'][:] = table.operation_TS
   columns['microbatch'][:] = table.microbatch_TS
-  part_TS = table.part(
-    np.arange(table.num_stages)[None], table.chunk_TS
-  )
+  part_TS = table.part(np.arange(table.num_stages)[None], table.chunk_TS)
   columns['tower'][:] = place.tower_P[part_TS]
   busy_TS = table.operation_TS != schedule_lib.IDLE
   columns['units'][:] = np.where(busy_TS, place.units_P[part_TS], 0)

@@ -9,7 +9,8 @@ Shape suffixes: B rows of a microbatch, E experts.
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ class Rest(NamedTuple):
 
   rows: Rows
   key: jax.Array
-  number: jax.Array
+  number: Any
 
 
 @dataclasses.dataclass(frozen=True)

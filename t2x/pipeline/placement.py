@@ -74,7 +74,7 @@ class Placement:
     for tower, unit_SN in zip(self.towers, self.unit_SN):
       if tower.num_layers % (tower.group * len(unit_SN)):
         return False
-      if (unit_SN.ravel() != np.arange(tower.num_units)).any():
+      if not np.array_equal(unit_SN.ravel(), np.arange(tower.num_units)):
         return False
     return True
 
@@ -165,6 +165,8 @@ def _shares(sizes: list[int], num_parts: int) -> list[int]:
   for _ in range(num_parts - len(sizes)):
     loads = [math.ceil(s / n) if n < s else 0 for s, n in zip(sizes, shares)]
     # Of equals, the one that has the fewest parts for its size.
-    best = max(range(len(sizes)), key=lambda i: (loads[i], sizes[i] / shares[i]))
+    best = max(
+      range(len(sizes)), key=lambda i: (loads[i], sizes[i] / shares[i])
+    )
     shares[best] += 1
   return shares
