@@ -16,6 +16,7 @@ Shape suffixes: S stages, C columns of the instructions, N slots.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -30,8 +31,8 @@ PIPE = sharding.PIPE
 # Collective-permutes of this name move messages, on all devices at once.
 EXCHANGE = 'pipeline_exchange'
 
-_FORWARD, _BACKWARD = schedule_lib.FORWARD, schedule_lib.BACKWARD
-_WEIGHT, _RECOMPUTE = schedule_lib.WEIGHT, schedule_lib.RECOMPUTE
+# Loops of this name run as the instructions of a device say.
+LOOP = 'pipeline_loop_'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Executor:
   Args:
     pieces: the programs of a microbatch.
     told: the instructions.
+    towers: names, in order of depth.
     num_layers: for each tower, the number of its layers.
     units: for each tower, the most units of a part.
     recompute: forwards keep nothing, and are run again.
@@ -93,6 +95,7 @@ class Executor:
     pieces: pieces_lib.Pieces,
     told: instructions_lib.Instructions,
     *,
+    towers: tuple[str, ...],
     num_layers: tuple[int, ...],
     units: tuple[int, ...],
     recompute: bool,
@@ -101,6 +104,7 @@ class Executor:
   ):
     self.pieces = pieces
     self.told = told
+    self.towers = towers
     self.num_layers = num_layers
     self.units = units
     self.recompute = recompute
@@ -150,46 +154,37 @@ class _Tick:
       grad, carry = self._backward(carry, state, grad)
       grad, carry = self._enter_backward(carry, grad)
       carry = self._weight(carry, state)
-      is_grad = own['operation'] == _BACKWARD
+      is_grad = own['operation'] == schedule_lib.BACKWARD
       state = _select(is_grad, grad, state)
     else:
       carry = self._measure(carry, state[-1])
     return self._exchange(carry, state)
 
-  def _trips(self, fn: Callable[[Any], Any]):
-    """Returns this device's number of trips, and the most of any."""
-    return fn(self._own), fn(self._all).max()
+  def _loop(self, name: str, t: int, body, carry):
+    """body(i, active, carry) as often as the instructions say.
 
-  def _loop(self, trips, body, carry):
-    """body(i, active, carry), `trips` times."""
-    own, most = trips
-    if not self._of.uniform:
-      return jax.lax.fori_loop(0, own, lambda i, c: body(i, True, c), carry)
-    return jax.lax.fori_loop(0, most, lambda i, c: body(i, i < own, c), carry)
+    A loop of one trip is a condition. Its counter is 0, which the compiler
+    does not know: what depends on the counter stays within the loop.
+    """
+    trips = functools.partial(instructions_lib.trips, name, t)
+    tower = self._of.towers[t]
+    return self._repeat(f'{name}_{tower}', trips, body, carry)
+
+  def _repeat(self, name: str, trips: Callable[[Any], Any], body, carry):
+    own, most = trips(self._own), trips(self._all).max()
+    with jax.named_scope(LOOP + name):
+      if not self._of.uniform:
+        return jax.lax.fori_loop(0, own, lambda i, c: body(i, True, c), carry)
+      return jax.lax.fori_loop(0, most, lambda i, c: body(i, i < own, c), carry)
 
   def _rest(self, number: Any, zero: Any) -> pieces_lib.Rest:
     m = self._own['microbatch'] + zero
     rows = jax.tree.map(lambda a: _at(a, m), self._rows)
     return pieces_lib.Rest(rows, self._key, jnp.asarray(number, jnp.int32))
 
-  def _when(self, condition, body, carry):
-    """body(zero, active, carry) if `condition(columns)` holds.
-
-    `zero` is 0, which the compiler must not know: what depends on it stays
-    within the loop.
-    """
-    trips = self._trips(lambda c: condition(c).astype(jnp.int32))
-    return self._loop(trips, body, carry)
-
   def _enter(self, carry, state):
     """Makes the input of a tower's first part."""
     for t, piece in enumerate(self._pieces.enter):
-
-      def condition(c, t=t):
-        used = c['operation'] != schedule_lib.IDLE
-        if not t:  # Nothing of its input is needed again.
-          used = (c['operation'] == _FORWARD) | (c['operation'] == _RECOMPUTE)
-        return used & (c['tower'] == t) & (c['enters'] > 0)
 
       def body(zero, active, state, t=t, piece=piece):
         before = _read(carry.inbox, self._own['input'] + zero)
@@ -203,12 +198,8 @@ class _Tick:
           new[t - 1] = side
         return _select(active, tuple(new), state)
 
-      state = self._when(condition, body, state)
+      state = self._loop('enter', t, body, state)
     return state
-
-  def _of_units(self, operation: int, t: int):
-    is_it = lambda c: (c['operation'] == operation) & (c['tower'] == t)
-    return self._trips(lambda c: jnp.where(is_it(c), c['units'], 0))
 
   def _members(self, t: int, unit: Any, body, carry, *, reverse: bool = False):
     """Runs body(i, number, active, carry) for each layer i of a unit."""
@@ -220,9 +211,9 @@ class _Tick:
         carry = body(i, number, True, carry)
       else:  # The last unit has fewer.
         there = lambda c, i=i: (c['unit'] + unit) * group + i < num
-        trips = self._trips(lambda c, there=there: there(c).astype(jnp.int32))
-        carry = self._loop(
-          trips,
+        carry = self._repeat(
+          f'last_{i}',
+          lambda c, there=there: there(c).astype(jnp.int32),
           lambda zero, active, carry, i=i, number=number: body(
             i, number + zero, active, carry
           ),
@@ -237,13 +228,13 @@ class _Tick:
 
   def _forward(self, carry, state):
     for t in range(len(self._pieces.layers)):
-      state, carry = self._forward_of(_FORWARD, t, carry, state)
+      state, carry = self._forward_of('forward', t, carry, state)
       if self._of.recompute and self._of.training:
-        state, carry = self._forward_of(_RECOMPUTE, t, carry, state)
+        state, carry = self._forward_of('recompute', t, carry, state)
     return state, carry
 
-  def _forward_of(self, operation: int, t: int, carry, state):
-    again = operation == _RECOMPUTE
+  def _forward_of(self, name: str, t: int, carry, state):
+    again = name == 'recompute'
     keeps = self._of.training and self._of.recompute == again
     side = state[:t]
 
@@ -274,9 +265,7 @@ class _Tick:
       return self._members(t, j, layer, loop)
 
     loop = (state[t], carry.stored[t], carry.loads[t], carry.sums)
-    x, stored, loads, sums = self._loop(
-      self._of_units(operation, t), unit, loop
-    )
+    x, stored, loads, sums = self._loop(name, t, unit, loop)
     carry = dataclasses.replace(
       carry,
       stored=_replace(carry.stored, t, stored),
@@ -289,9 +278,6 @@ class _Tick:
     """What is measured of the last output, on the last part."""
     piece = self._pieces.leave
 
-    def condition(c):
-      return (c['operation'] == _FORWARD) & (c['ends'] > 0)
-
     def body(zero, active, loop):
       x, sums = loop
       fixed, rest = ([], self._values.leave), self._rest(0, zero)
@@ -299,16 +285,13 @@ class _Tick:
       # Changed, so that nothing made of `x` can be moved out of the loop.
       return jnp.zeros_like(x), _add_some(sums, other, active)
 
-    _, sums = self._when(condition, body, (x, carry.sums))
+    _, sums = self._loop('measure', -1, body, (x, carry.sums))
     return dataclasses.replace(carry, sums=sums)
 
   def _leave(self, carry):
     """The loss, and its gradient by the last output, on the last part."""
     piece = self._pieces.leave
     grad = _read(carry.inbox, self._own['gradient'])
-
-    def condition(c):
-      return (c['operation'] == _BACKWARD) & (c['ends'] > 0)
 
     def body(zero, active, loop):
       grad, shared, sums = loop
@@ -323,9 +306,8 @@ class _Tick:
       sums = _add_some(sums, other, active)
       return _select(active, new, grad), shared, sums
 
-    grad, shared, sums = self._when(
-      condition, body, (grad, carry.shared, carry.sums)
-    )
+    loop = (grad, carry.shared, carry.sums)
+    grad, shared, sums = self._loop('leave', -1, body, loop)
     return grad, dataclasses.replace(carry, shared=shared, sums=sums)
 
   def _backward(self, carry, state, grad):
@@ -361,7 +343,7 @@ class _Tick:
       return self._members(t, j, layer, loop, reverse=True)
 
     loop = (grad[t], grad[:t], carry.crossing[t], carry.grads[t], carry.shared)
-    loop = self._loop(self._of_units(_BACKWARD, t), unit, loop)
+    loop = self._loop('backward', t, unit, loop)
     d_x, d_side, crossing, grads, shared = loop
     carry = dataclasses.replace(
       carry,
@@ -374,10 +356,6 @@ class _Tick:
   def _enter_backward(self, carry, grad):
     inbox = carry.inbox
     for t, piece in enumerate(self._pieces.enter):
-
-      def condition(c, t=t):
-        is_it = (c['operation'] == _BACKWARD) & (c['tower'] == t)
-        return is_it & (c['enters'] > 0)
 
       def body(zero, active, loop, t=t, piece=piece):
         grad, shared = loop
@@ -394,7 +372,8 @@ class _Tick:
           new[t - 1] = d_before
         return _select(active, tuple(new), grad), shared
 
-      grad, shared = self._when(condition, body, (grad, carry.shared))
+      loop = (grad, carry.shared)
+      grad, shared = self._loop('enter_backward', t, body, loop)
       carry = dataclasses.replace(carry, shared=shared)
     return grad, carry
 
@@ -424,10 +403,8 @@ class _Tick:
 
       return self._members(t, j, layer, loop)
 
-    loop = self._loop(
-      self._of_units(_WEIGHT, t), unit, (carry.grads[t], carry.shared)
-    )
-    grads, shared = loop
+    loop = (carry.grads[t], carry.shared)
+    grads, shared = self._loop('weight', t, unit, loop)
     carry = dataclasses.replace(carry, shared=shared)
     return dataclasses.replace(carry, grads=_replace(carry.grads, t, grads))
 

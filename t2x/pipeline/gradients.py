@@ -179,6 +179,7 @@ class _Stage:
     executor = executor_lib.Executor(
       pieces,
       plan.told,
+      towers=tuple(t.name for t in plan.place.towers),
       num_layers=tuple(t.num_layers for t in plan.place.towers),
       units=plan.place.most_units,
       recompute=plan.table.recompute,

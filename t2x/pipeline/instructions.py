@@ -9,13 +9,15 @@ Shape suffixes: T ticks, S stages, P parts, M microbatches.
 
 import dataclasses
 import heapq
+from typing import Any
 
 import numpy as np
 
 from t2x.pipeline import placement as placement_lib
 from t2x.pipeline import schedule as schedule_lib
 
-FORWARD, BACKWARD, WEIGHT, RECOMPUTE = (
+IDLE, FORWARD, BACKWARD, WEIGHT, RECOMPUTE = (
+  schedule_lib.IDLE,
   schedule_lib.FORWARD,
   schedule_lib.BACKWARD,
   schedule_lib.WEIGHT,
@@ -41,6 +43,49 @@ COLUMNS: tuple[str, ...] = (
 )
 
 
+# The loops of a tick, by what runs in them.
+LOOPS = (
+  'enter',
+  'forward',
+  'recompute',
+  'measure',
+  'leave',
+  'backward',
+  'enter_backward',
+  'weight',
+)
+_UNITS = {
+  'forward': FORWARD,
+  'recompute': RECOMPUTE,
+  'backward': BACKWARD,
+  'weight': WEIGHT,
+}
+
+
+def trips(loop: str, tower: int, columns: dict[str, Any]) -> Any:
+  """Returns how often a loop runs.
+
+  Args:
+    loop: one of LOOPS.
+    tower: whose part it is for; any for `measure` and `leave`.
+    columns: integers, or arrays of any shape.
+  """
+  c, operation = columns, columns['operation']
+  mine = c['tower'] == tower
+  if loop in _UNITS:
+    return (operation == _UNITS[loop]) * mine * c['units']
+  if loop == 'enter':
+    # What later towers look at is made of their input, whatever is done.
+    runs = operation != IDLE
+    if not tower:
+      runs = (operation == FORWARD) | (operation == RECOMPUTE)
+    return runs * mine * c['enters']
+  if loop == 'enter_backward':
+    return (operation == BACKWARD) * mine * c['enters']
+  is_it = operation == {'measure': FORWARD, 'leave': BACKWARD}[loop]
+  return is_it * c['ends']
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Instructions:
   """A table for devices.
@@ -60,6 +105,11 @@ class Instructions:
   inbox: int
   stored: tuple[int, ...]
   crossing: tuple[int, ...]
+
+  def trips(self, loop: str, tower: int) -> np.ndarray:
+    """Returns how often each stage runs a loop, over all ticks."""
+    columns = dict(zip(COLUMNS, np.moveaxis(self.rows_TSC, -1, 0)))
+    return trips(loop, tower, columns).sum(0)
 
 
 class _Lives:
