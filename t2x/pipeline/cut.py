@@ -101,7 +101,8 @@ class Cut:
     late: those whose gradients `weight` returns; the others have none.
     fixed_slot: shapes of what the loop needs of a layer's own parameters.
     fixed_shared: the same of the model's.
-    stored: shapes of what `forward` keeps for the backward pass.
+    stored: shapes of what `forward` keeps, for `backward` alone and for
+      `weight` too.
     crossing: shapes of what `backward` keeps for `weight`.
     y: shape of the output.
     other: shapes of what else is measured.
@@ -256,11 +257,15 @@ class Cut:
     primal = lambda v: self._flags(v) & _DATA and not self._flags(v) & _GRAD
     x = set(self._in['x'])
     kept = [v for v in reads if v in x or self._is_stored(v)]
+    kept = [
+      [v for v in kept if v not in w_reads],
+      [v for v in kept if v in w_reads],
+    ]
     inputs = {v for name in ('side', 'rest') for v in self._in[name]}
     crossing = [
       v
       for v in w_reads
-      if v not in kept
+      if v not in kept[1]
       and v not in inputs
       and (self._flags(v) & _GRAD or primal(v))
     ]
@@ -282,9 +287,9 @@ class Cut:
   def _define(self, kept, crossing, b_eqns, w_eqns) -> None:
     out = self._out
     outputs = [*out['y'], *out['aux'], *out['other']]
-    f_eqns, f_reads = self._closure([*outputs, *kept], self._is_fixed)
-    o_eqns, o_reads = self._closure(outputs, self._is_fixed)
-    del o_eqns
+    flat = [*kept[0], *kept[1]]
+    f_eqns, f_reads = self._closure([*outputs, *flat], self._is_fixed)
+    _, o_reads = self._closure(outputs, self._is_fixed)
     all_out = [*outputs, *out['x'], *out['side'], *self._early, *self._late]
     _, a_reads = self._closure(all_out, self._is_fixed)
     parts = [f_reads, o_reads, a_reads]
@@ -292,7 +297,6 @@ class Cut:
       reads = (v for i in eqns for v in _variables(self._jaxpr.eqns[i].invars))
       parts.append(dict.fromkeys(reads))
     fixed = dict.fromkeys(v for part in parts for v in part)
-    fixed |= dict.fromkeys(v for v in kept if isinstance(v, core.Var))
     fixed = [v for v in fixed if self._is_fixed(v)]
     self._fixed = {
       flag: [v for v in fixed if self._flags(v) == flag]
@@ -304,7 +308,7 @@ class Cut:
     ]
     self.fixed_slot = shapes(self._fixed[_SLOT])
     self.fixed_shared = shapes(self._fixed[_SHARED])
-    self.stored = shapes(kept)
+    self.stored = [shapes(part) for part in kept]
     self.crossing = shapes(crossing)
 
   def _run(self, outs, known: dict[Any, Any], stop=()) -> list[Any]:
@@ -368,8 +372,12 @@ class Cut:
     """Returns (y, aux, other, stored); `fixed` is (slot's, shared's)."""
     known = self._with(self._known(x=x, side=side, rest=rest), fixed)
     out = self._out
-    targets = [*out['y'], *out['aux'], *out['other'], *self._kept]
-    return self._unpack(self._run(targets, known), ('y', 'aux', 'other'))
+    kept = [*self._kept[0], *self._kept[1]]
+    targets = [*out['y'], *out['aux'], *out['other'], *kept]
+    *trees, left = self._unpack(
+      self._run(targets, known), ('y', 'aux', 'other')
+    )
+    return *trees, self._in_two(left)
 
   def forward_only(self, fixed, x, side, rest):
     """Returns (y, aux, other)."""
@@ -381,13 +389,18 @@ class Cut:
   def recompute(self, fixed, x, side, rest):
     """Returns (y, stored), what `forward` returned of them."""
     known = self._with(self._known(x=x, side=side, rest=rest), fixed)
-    values = self._run([*self._out['y'], *self._kept], known)
-    return self._unpack(values, ('y',))
+    kept = [*self._kept[0], *self._kept[1]]
+    y, left = self._unpack(self._run([*self._out['y'], *kept], known), ('y',))
+    return y, self._in_two(left)
+
+  def _in_two(self, values):
+    num = len(self._kept[0])
+    return [values[:num], values[num:]]
 
   def backward(self, fixed, stored, side, rest, d_y, d_aux):
     """Returns (d_x, d_side, early gradients, crossing)."""
     known = self._known(side=side, rest=rest, d_y=d_y, d_aux=d_aux)
-    known = self._with(known, fixed, (self._kept, stored))
+    known = self._with(known, fixed, *zip(self._kept, stored))
     out = self._out
     targets = [*out['x'], *out['side'], *self._early, *self._crossing]
     d_x, d_side, left = self._unpack(self._run(targets, known), ('x', 'side'))
@@ -395,9 +408,9 @@ class Cut:
     return d_x, d_side, left[:num], left[num:]
 
   def weight(self, fixed, stored, side, rest, crossing):
-    """Returns the late gradients."""
+    """Returns the late gradients; `stored` is the second part alone."""
     known = self._known(side=side, rest=rest)
-    pairs = (self._kept, stored), (self._crossing, crossing)
+    pairs = (self._kept[1], stored), (self._crossing, crossing)
     return self._run(self._late, self._with(known, fixed, *pairs))
 
   def at_once(self, fixed, x, side, rest, d_y, d_aux):

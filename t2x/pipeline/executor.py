@@ -58,7 +58,8 @@ class Carry:
 
   Attributes:
     inbox: for each tower's activation, (slots + 1, ...).
-    stored: for each tower, layer and kept value, (slots x units, ...).
+    stored: for each tower and layer, what F keeps until B and until W, each
+      (slots x units, ...).
     crossing: the same between B and W.
     grads: for each tower and layer, sums for leaves of its own parameters,
       (N, ...), None where there is no gradient.
@@ -226,6 +227,11 @@ class _Tick:
     own, shared = self._values.layers[t][i]
     return [_at(a, slot) for a in own], shared
 
+  def _rows_of(self, t: int, unit: Any):
+    """Where a unit's activations are, until B and until W."""
+    slots = (self._own['until_backward'], self._own['until_weight'])
+    return [slot * self._of.units[t] + unit for slot in slots]
+
   def _forward(self, carry, state):
     for t in range(len(self._pieces.layers)):
       state, carry = self._forward_of('forward', t, carry, state)
@@ -252,8 +258,11 @@ class _Tick:
         else:
           y, _, aux_of = piece.forward_only(*args)
         if keeps:
-          row = self._own['stored'] * self._of.units[t] + j
-          stored = _replace(stored, i, _write(stored[i], row, kept, mine))
+          new = [
+            _write(buffer, row, part, mine)
+            for buffer, row, part in zip(stored[i], self._rows_of(t, j), kept)
+          ]
+          stored = _replace(stored, i, new)
         if aux_of is not None:
           losses, load = aux_of
           losses = losses | {'loss': sum(losses.values())}
@@ -325,7 +334,10 @@ class _Tick:
         d_x, d_side, crossing, grads, shared = loop
         mine = _both(active, there)
         piece = self._pieces.layers[t][i]
-        kept = _read(carry.stored[t][i], own['stored'] * units + j)
+        kept = [
+          _read(buffer, row)
+          for buffer, row in zip(carry.stored[t][i], self._rows_of(t, j))
+        ]
         one = jax.tree.map(jnp.ones_like, piece.aux)
         fixed, rest = self._fixed(t, i, j), self._rest(number, 0)
         new, add, early, left = piece.backward(
@@ -392,7 +404,7 @@ class _Tick:
         piece = self._pieces.layers[t][i]
         # `number` holds a zero that the compiler does not know.
         zero = number - ((own['unit'] + j) * len(self._pieces.layers[t]) + i)
-        kept = _read(carry.stored[t][i], own['stored'] * units + j + zero)
+        kept = _read(carry.stored[t][i][1], self._rows_of(t, j + zero)[1])
         left = _read(carry.crossing[t][i], own['crossing'] * units + j + zero)
         fixed, rest = self._fixed(t, i, j), self._rest(number, 0)
         late = piece.weight(fixed, kept, side, rest, left)

@@ -281,7 +281,10 @@ class _Stage:
       load_of = lambda p: p.other and p.other[1]
       loads.append([zeros(load_of(p), num) for p in all_pieces])
       stored.append(
-        [zeros(p.stored, told.stored[t] * most) for p in all_pieces]
+        [
+          [zeros(s, n * most) for s, n in zip(p.stored, told.stored[t])]
+          for p in all_pieces
+        ]
       )
       left = [zeros(p.crossing, told.crossing[t] * most) for p in all_pieces]
       crossing.append(left)

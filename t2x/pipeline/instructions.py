@@ -35,7 +35,8 @@ COLUMNS: tuple[str, ...] = (
   'ends',  # 1 for the last part of all.
   'input',  # Inbox: what came from the part before.
   'gradient',  # Inbox: what came from the part after; the output, of the last.
-  'stored',  # Activations of the forward, all units of a part to a slot.
+  'until_backward',  # What F leaves for B, all units of a part to a slot.
+  'until_weight',  # What F leaves for W, the same.
   'crossing',  # What B leaves for W, the same.
   'from_self',  # Inbox: where what this device makes goes, if it stays.
   'from_previous',  # Inbox: where the message of the stage before goes.
@@ -95,7 +96,7 @@ class Instructions:
     sends_down_T: whether any stage sends to the next.
     sends_up_T: whether any stage sends to the one before.
     inbox: slots that messages need. Slot `inbox` is for what no one reads.
-    stored: for each tower, slots for what forwards keep.
+    stored: for each tower, slots between F and B, and between F and W.
     crossing: for each tower, slots between B and W.
   """
 
@@ -103,7 +104,7 @@ class Instructions:
   sends_down_T: np.ndarray
   sends_up_T: np.ndarray
   inbox: int
-  stored: tuple[int, ...]
+  stored: tuple[tuple[int, int], ...]
   crossing: tuple[int, ...]
 
   def trips(self, loop: str, tower: int) -> np.ndarray:
@@ -166,8 +167,11 @@ def make(
     'from_next': np.zeros(table.num_ticks, bool),
   }
   inbox = _fill_inbox(table, place, columns, sends)
-  stored = _fill(table, place, columns, 'stored')
-  crossing = _fill(table, place, columns, 'crossing')
+  until_b, until_w, crossing = (
+    _fill(table, place, columns, name)
+    for name in ('until_backward', 'until_weight', 'crossing')
+  )
+  stored = tuple(zip(until_b, until_w))
   rows_TSC = np.stack([columns[name] for name in COLUMNS], -1)
   return Instructions(
     rows_TSC,
@@ -236,7 +240,11 @@ def _fill(table, place, columns, name) -> tuple[int, ...]:
   if not table.training:
     return tuple(0 for _ in place.towers)
   made_by = RECOMPUTE if table.recompute else FORWARD
-  start_op = made_by if name == 'stored' else BACKWARD
+  first, last = {
+    'until_backward': (made_by, BACKWARD),
+    'until_weight': (made_by, WEIGHT),
+    'crossing': (BACKWARD, WEIGHT),
+  }[name]
   tick, sizes = table.tick_OMP, []
   for t in range(len(place.towers)):
     lives = _Lives()
@@ -244,12 +252,12 @@ def _fill(table, place, columns, name) -> tuple[int, ...]:
     for p in parts:
       for m in range(table.num_microbatches):
         # Taken during the first tick and free after the last.
-        start, end = tick[start_op, m, p], tick[WEIGHT, m, p] + 1
+        start, end = tick[first, m, p], tick[last, m, p] + 1
         lives.add(int(table.stage_of(p)), int(start), int(end), (m, p))
     slots, size = lives.slots()
     sizes.append(size)
     for (m, p), slot in slots.items():
       stage = int(table.stage_of(p))
-      for op in (start_op, BACKWARD, WEIGHT):
+      for op in {first, BACKWARD, last}:
         columns[name][tick[op, m, p], stage] = slot
   return tuple(sizes)
