@@ -17,7 +17,7 @@ _ORDER = (
   ('config', 'checks', 'sharding', 'shards', 'mesh', 'paths', 'zigzag'),
   ('xla_options', 'machines'),
   ('processes', 'last_words', 'watch', 'stragglers', 'cluster'),
-  ('attention', 'layers'),
+  ('attention', 'layers', 'pipeline'),
   ('stack',),
   ('models',),
   ('fused_loss',),

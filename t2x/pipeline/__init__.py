@@ -1,0 +1,1 @@
+"""Pipeline schedules as tables: built, checked, simulated and drawn."""
