@@ -180,11 +180,12 @@ def forward_only(
 ) -> Schedule:
   """A table without backwards, for evaluation.
 
-  It has vM + S - 1 ticks from M = S on, with placement 'v' from M = 2S - 1 on.
+  It has vM + S - 1 ticks from M = S on; with placement 'v' vM + v(S - 1), since
+  the last microbatch goes all the way each time.
   """
   _check(num_stages, num_microbatches, num_chunks)
   groups = _groups(num_stages, num_microbatches)
-  if placement == 'v':  # A group would have to last down and up again.
+  if placement == 'v':  # A group would have to last there and back.
     groups = [list(range(num_microbatches))]
   order = [
     (ops.FORWARD, *piece) for piece in _pieces(groups, range(num_chunks))
