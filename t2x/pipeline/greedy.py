@@ -16,37 +16,8 @@ import heapq
 import math
 
 from t2x.pipeline import operations as ops
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Policy:
-  """Which of several operations goes first.
-
-  Attributes:
-    groups: of each microbatch the number of its group. A group passes a chunk
-      before it comes to the next, and goes before later groups.
-    defer: W gives way to F; otherwise it follows its B at once.
-  """
-
-  groups: Sequence[int]
-  defer: bool = True
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Room:
-  """What one microbatch of one part takes, and how much a stage has.
-
-  Attributes:
-    limits: of each stage.
-    waiting: from F until R, where the forward is recomputed.
-    full: from F, or R, until B, or until W where that is more.
-    weight: from B until W.
-  """
-
-  limits: Sequence[float]
-  waiting: float = 1.0
-  full: float = 1.0
-  weight: float = 1.0
+from t2x.pipeline import orders as orders_lib
+from t2x.pipeline import schedule as schedule_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,31 +30,65 @@ class Problem:
     num_chunks: parts on each stage.
     placement: which parts they are.
     recompute: an R stands before every B.
-    costs: [operation][part], its duration.
-    room: each limit holds one microbatch of every chunk.
-    policy: what goes first.
+    limits: what each stage has room for: at least `least(problem)`.
+    waiting: what a microbatch of a part takes from F until R.
+    full: from F, or R, until B; at least `waiting` and `weight`.
+    weight: from B until W.
+    groups: of each microbatch the number of its group. A group passes a chunk
+      before it comes to the next, and goes before later groups.
+    defer: W gives way to F; otherwise it follows its B at once.
+    costs: [operation][part], its duration; None for 1 each.
   """
 
   num_stages: int
   num_microbatches: int
-  num_chunks: int
-  placement: ops.Placement
-  recompute: bool
-  costs: Sequence[Sequence[float]]
-  room: Room
-  policy: Policy
+  num_chunks: int = 1
+  placement: ops.Placement = 'loop'
+  recompute: bool = False
+  limits: Sequence[float]
+  waiting: float = 1.0
+  full: float = 1.0
+  weight: float = 1.0
+  groups: Sequence[int]
+  defer: bool = True
+  costs: Sequence[Sequence[float]] | None = None
+
+  @property
+  def piece(self) -> float:
+    """What a microbatch of a part takes after its F."""
+    return self.waiting if self.recompute else self.full
+
+
+def least(problem: Problem) -> float:
+  """The room that one microbatch needs on a stage."""
+  return problem.piece * (problem.num_chunks - 1) + problem.full
+
+
+def schedule(problem: Problem, name: str) -> schedule_lib.Schedule:
+  """Returns the table of the orders, each operation as early as it can."""
+  return orders_lib.from_orders(
+    orders(problem),
+    name=name,
+    num_microbatches=problem.num_microbatches,
+    num_chunks=problem.num_chunks,
+    placement=problem.placement,
+    recompute=problem.recompute,
+  )
 
 
 class _Stage:
   """What one stage has done and holds."""
 
-  def __init__(self, parts: Sequence[int], limit: float):
+  def __init__(self, problem: Problem, stage: int):
+    place = (problem.num_stages, problem.placement)
+    parts = [ops.part(stage, c, *place) for c in range(problem.num_chunks)]
     self.parts = parts
     # next[operation][chunk] is the next microbatch.
     self.next = [[0] * len(parts) for _ in ops.LETTERS]
     self.put_off: list[ops.Op] = []  # Each W whose B is done.
     self.order: list[ops.Op] = []
-    self.limit = self.space = limit * (1 + 1e-9)
+    # Sums of sizes can be off in the last bits.
+    self.limit = self.space = problem.limits[stage] * (1 + 1e-9)
     self.free_at = 0.0
 
 
@@ -96,11 +101,7 @@ def orders(problem: Problem) -> list[list[ops.Op]]:
     [[math.inf] * problem.num_microbatches for _ in range(num_parts)]
     for _ in ops.LETTERS
   ]
-  stages = []
-  for s in range(num_stages):
-    chunks = range(num_chunks)
-    parts = [ops.part(s, c, num_stages, problem.placement) for c in chunks]
-    stages.append(_Stage(parts, problem.room.limits[s]))
+  stages = [_Stage(problem, s) for s in range(num_stages)]
   events = [(0.0, s) for s in range(num_stages)]
   while events:
     now, s = heapq.heappop(events)
@@ -113,7 +114,9 @@ def orders(problem: Problem) -> list[list[ops.Op]]:
     kind, micro, chunk = choice
     part = stage.parts[chunk]
     _take(problem, stage, choice)
-    stage.free_at = end = now + problem.costs[kind][part]
+    stage.free_at = end = now + (
+      problem.costs[kind][part] if problem.costs else 1.0
+    )
     done[kind][part][micro] = end
     heapq.heappush(events, (end, s))
     listener = part + {ops.FORWARD: 1, ops.BACKWARD: -1}.get(kind, 0)
@@ -130,7 +133,7 @@ def _choose(problem: Problem, stage: _Stage, done, now) -> ops.Op | None:
   backward = _backward(problem, stage, done, now)
   if backward:
     return backward
-  if stage.put_off and not problem.policy.defer:
+  if stage.put_off and not problem.defer:
     return stage.put_off[0]
   forward = _forward(problem, stage, done, now)
   if forward:
@@ -144,16 +147,18 @@ def _choose(problem: Problem, stage: _Stage, done, now) -> ops.Op | None:
 
 def _backward(problem, stage, done, now) -> ops.Op | None:
   """The B to do now, or the R that it lacks if there is room for that."""
-  best, groups = None, problem.policy.groups
+  best, groups = None, problem.groups
   last = problem.num_stages * problem.num_chunks - 1
   for chunk, part in enumerate(stage.parts):
     micro = stage.next[ops.BACKWARD][chunk]
     if micro == stage.next[ops.FORWARD][chunk]:
       continue
-    source = done[ops.BACKWARD][part + 1] if part < last else done[1][part]
+    source = (
+      done[ops.BACKWARD][part + 1] if part < last else done[ops.FORWARD][part]
+    )
     if source[micro] <= now:
       lacks = problem.recompute and stage.next[ops.RECOMPUTE][chunk] == micro
-      if lacks and problem.room.full - problem.room.waiting > stage.space:
+      if lacks and problem.full - problem.waiting > stage.space:
         continue
       kind = ops.RECOMPUTE if lacks else ops.BACKWARD
       choice = (groups[micro], -chunk, (kind, micro, chunk))
@@ -163,9 +168,9 @@ def _backward(problem, stage, done, now) -> ops.Op | None:
 
 def _forward(problem, stage, done, now) -> ops.Op | None:
   """The F to do now, if there is room for it."""
-  best, groups, room = None, problem.policy.groups, problem.room
-  piece = room.waiting if problem.recompute else room.full
-  again = room.full - piece  # Left for one recomputation.
+  best, groups = None, problem.groups
+  piece = problem.piece
+  again = problem.full - piece  # Left for one recomputation.
   if stage.space < piece + again:
     return None
   forwarded = stage.next[ops.FORWARD]
@@ -189,10 +194,10 @@ def _early_recompute(problem, stage, done, now) -> ops.Op | None:
   again, back = stage.next[ops.RECOMPUTE], stage.next[ops.BACKWARD]
   if again != back:
     return None
-  if 2 * (problem.room.full - problem.room.waiting) > stage.space:
+  if 2 * (problem.full - problem.waiting) > stage.space:
     return None
   choices = [
-    (problem.policy.groups[micro], -chunk, (ops.RECOMPUTE, micro, chunk))
+    (problem.groups[micro], -chunk, (ops.RECOMPUTE, micro, chunk))
     for chunk, micro in enumerate(again)
     if min(stage.next[ops.FORWARD]) > micro
   ]
@@ -202,16 +207,15 @@ def _early_recompute(problem, stage, done, now) -> ops.Op | None:
 def _take(problem: Problem, stage: _Stage, choice: ops.Op) -> None:
   """Writes an operation down and takes or gives back its room."""
   kind, micro, chunk = choice
-  room = problem.room
   stage.order.append(choice)
   stage.next[kind][chunk] += 1
   if kind == ops.FORWARD:
-    stage.space -= room.waiting if problem.recompute else room.full
+    stage.space -= problem.piece
   elif kind == ops.RECOMPUTE:
-    stage.space -= room.full - room.waiting
+    stage.space -= problem.full - problem.waiting
   elif kind == ops.BACKWARD:
-    stage.space += room.full - room.weight
+    stage.space += problem.full - problem.weight
     stage.put_off.append((ops.WEIGHT, micro, chunk))
   else:
-    stage.space += room.weight
+    stage.space += problem.weight
     stage.put_off.pop(0)

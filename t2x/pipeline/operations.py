@@ -17,7 +17,6 @@ from typing import get_args
 
 IDLE, FORWARD, BACKWARD, WEIGHT, RECOMPUTE = range(5)
 LETTERS = ' FBWR'
-LONG_NAMES = ('idle', 'forward', 'input gradient', 'weight gradient', 'again')
 
 Placement = Literal['loop', 'v']
 PLACEMENTS = get_args(Placement)

@@ -111,6 +111,12 @@ class Schedule:
       self, costs or simulation.Costs(), memory or simulation.Memory()
     )
 
+  def draw(self, path: str, costs: 'simulation.Costs | None' = None) -> None:
+    """Draws a Gantt chart to an .svg or .png file; see `drawing.draw`."""
+    from t2x.pipeline import drawing
+
+    drawing.draw(self.simulate(costs), path)
+
   def text(self) -> str:
     """The table, a line a stage; see `table_text.text`."""
     from t2x.pipeline import table_text

@@ -25,17 +25,15 @@ is spread over the groups.
 """
 
 from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Sequence
 import difflib
 
 from t2x.pipeline import greedy
 from t2x.pipeline import operations as ops
 from t2x.pipeline import orders as orders_lib
+from t2x.pipeline import patterns
 from t2x.pipeline import schedule as schedule_lib
 
 Schedule = schedule_lib.Schedule
-Piece = tuple[int, int]  # A microbatch and a chunk.
 
 
 def gpipe(
@@ -48,9 +46,9 @@ def gpipe(
 
   https://arxiv.org/abs/1811.06965
   """
-  return _breadth_first(
-    'gpipe', num_stages, num_microbatches, num_chunks, recompute
-  )
+  check_numbers(num_stages, num_microbatches, num_chunks)
+  orders = patterns.breadth_first(num_stages, num_microbatches, num_chunks)
+  return _table('gpipe', orders, num_microbatches, num_chunks, recompute)
 
 
 def breadth_first(
@@ -63,8 +61,10 @@ def breadth_first(
 
   https://arxiv.org/abs/2211.05953
   """
-  return _breadth_first(
-    'breadth_first', num_stages, num_microbatches, num_chunks, recompute
+  check_numbers(num_stages, num_microbatches, num_chunks)
+  orders = patterns.breadth_first(num_stages, num_microbatches, num_chunks)
+  return _table(
+    'breadth_first', orders, num_microbatches, num_chunks, recompute
   )
 
 
@@ -78,9 +78,9 @@ def one_f_one_b(
 
   https://arxiv.org/abs/1806.03377
   """
-  return _alternating(
-    'one_f_one_b', num_stages, num_microbatches, num_chunks, recompute
-  )
+  check_numbers(num_stages, num_microbatches, num_chunks)
+  orders = patterns.alternating(num_stages, num_microbatches, num_chunks)
+  return _table('one_f_one_b', orders, num_microbatches, num_chunks, recompute)
 
 
 def interleaved(
@@ -93,9 +93,9 @@ def interleaved(
 
   https://arxiv.org/abs/2104.04473
   """
-  return _alternating(
-    'interleaved', num_stages, num_microbatches, num_chunks, recompute
-  )
+  check_numbers(num_stages, num_microbatches, num_chunks)
+  orders = patterns.alternating(num_stages, num_microbatches, num_chunks)
+  return _table('interleaved', orders, num_microbatches, num_chunks, recompute)
 
 
 def zb_h1(
@@ -109,9 +109,11 @@ def zb_h1(
   https://arxiv.org/abs/2401.10241. Every stage then holds as much as the
   first, and gradients reach the first stage sooner.
   """
-  return _alternating(
-    'zb_h1', num_stages, num_microbatches, num_chunks, recompute, put_off=True
+  check_numbers(num_stages, num_microbatches, num_chunks)
+  orders = patterns.alternating(
+    num_stages, num_microbatches, num_chunks, put_off=True
   )
+  return _table('zb_h1', orders, num_microbatches, num_chunks, recompute)
 
 
 def zb_h2(
@@ -126,17 +128,24 @@ def zb_h2(
   chunks S parts more for each further chunk. So from M = 2S - 1 on; with fewer
   microbatches, or chunks and M no multiple of S, stages can wait.
   """
-  _check(num_stages, num_microbatches, num_chunks)
-  groups = _groups(num_stages, num_microbatches)
-  limit = 2 * num_stages - 1 + (num_chunks - 1) * max(map(len, groups))
-  found = _greedy(
-    'zb_h2', groups, [limit] * num_stages, num_chunks, 'loop', recompute
+  check_numbers(num_stages, num_microbatches, num_chunks)
+  groups = patterns.groups(num_stages, num_microbatches)
+  limit = 2 * num_stages - 1 + (num_chunks - 1) * len(groups[0])
+  problem = greedy.Problem(
+    num_stages=num_stages,
+    num_microbatches=num_microbatches,
+    num_chunks=num_chunks,
+    recompute=recompute,
+    limits=(limit,) * num_stages,
+    groups=patterns.numbered(groups),
   )
+  found = greedy.schedule(problem, 'zb_h2')
   if num_chunks == 1:
     return found
-  other = _alternating(
-    'zb_h2', num_stages, num_microbatches, num_chunks, recompute, put_off=True
+  orders = patterns.alternating(
+    num_stages, num_microbatches, num_chunks, put_off=True
   )
+  other = _table('zb_h2', orders, num_microbatches, num_chunks, recompute)
   return min(found, other, key=lambda table: table.num_ticks)
 
 
@@ -154,7 +163,7 @@ def zb_v(
   Raises:
     ValueError: num_chunks is not 2.
   """
-  _check(num_stages, num_microbatches, num_chunks)
+  check_numbers(num_stages, num_microbatches, num_chunks)
   if num_chunks != 2:
     raise ValueError(
       f'zb_v goes down the stages in one chunk and up in another; num_chunks='
@@ -162,13 +171,19 @@ def zb_v(
     )
   tables = []
   if num_microbatches >= 2 * num_stages - 1:
-    stages = range(num_stages)
-    orders = [_v_order(s, num_stages, num_microbatches) for s in stages]
-    tables.append(_table('zb_v', orders, num_microbatches, 2, 'v', recompute))
+    orders = patterns.down_and_up(num_stages, num_microbatches)
+    tables.append(_table('zb_v', orders, num_microbatches, 2, recompute, 'v'))
   if recompute or not tables:
-    groups = [[micro] for micro in range(num_microbatches)]
-    limits = [2 * num_stages] * num_stages
-    tables.append(_greedy('zb_v', groups, limits, 2, 'v', recompute))
+    problem = greedy.Problem(
+      num_stages=num_stages,
+      num_microbatches=num_microbatches,
+      num_chunks=2,
+      placement='v',
+      recompute=recompute,
+      limits=(2 * num_stages,) * num_stages,
+      groups=range(num_microbatches),
+    )
+    tables.append(greedy.schedule(problem, 'zb_v'))
   return min(tables, key=lambda table: table.num_ticks)
 
 
@@ -183,15 +198,13 @@ def forward_only(
   It has vM + S - 1 ticks from M = S on; with placement 'v' vM + v(S - 1), since
   the last microbatch goes all the way each time.
   """
-  _check(num_stages, num_microbatches, num_chunks)
-  groups = _groups(num_stages, num_microbatches)
+  check_numbers(num_stages, num_microbatches, num_chunks)
+  groups = patterns.groups(num_stages, num_microbatches)
   if placement == 'v':  # A group would have to last there and back.
-    groups = [list(range(num_microbatches))]
-  order = [
-    (ops.FORWARD, *piece) for piece in _pieces(groups, range(num_chunks))
-  ]
+    groups = [range(num_microbatches)]
+  pieces = patterns.pieces(groups, range(num_chunks))
   return orders_lib.from_orders(
-    [order] * num_stages,
+    [[(ops.FORWARD, *piece) for piece in pieces]] * num_stages,
     name='forward_only',
     num_microbatches=num_microbatches,
     num_chunks=num_chunks,
@@ -245,7 +258,10 @@ def make(
   )
 
 
-def _check(num_stages: int, num_microbatches: int, num_chunks: int) -> None:
+def check_numbers(
+  num_stages: int, num_microbatches: int, num_chunks: int
+) -> None:
+  """Raises a ValueError for a number below 1."""
   numbers = {
     'num_stages': num_stages,
     'num_microbatches': num_microbatches,
@@ -256,137 +272,16 @@ def _check(num_stages: int, num_microbatches: int, num_chunks: int) -> None:
       raise ValueError(f'{name}={value}; the nearest that works is 1.')
 
 
-def _groups(num_stages: int, num_microbatches: int) -> list[list[int]]:
-  """Deals microbatches to groups of at least S, and of about equal size."""
-  num_groups = max(1, num_microbatches // num_stages)
-  size, more = divmod(num_microbatches, num_groups)
-  groups, start = [], 0
-  for i in range(num_groups):
-    stop = start + size + (i < more)
-    groups.append(list(range(start, stop)))
-    start = stop
-  return groups
-
-
-def _pieces(
-  groups: Sequence[Sequence[int]], chunks: Iterable[int]
-) -> list[Piece]:
-  """Each group through all chunks, then the next group."""
-  chunks = list(chunks)
-  return [(m, c) for group in groups for c in chunks for m in group]
-
-
-def _breadth_first(
+def _table(
   name: str,
-  num_stages: int,
+  orders: patterns.Orders,
   num_microbatches: int,
   num_chunks: int,
   recompute: bool,
+  placement: ops.Placement = 'loop',
 ) -> Schedule:
-  _check(num_stages, num_microbatches, num_chunks)
-  groups = [range(num_microbatches)]
-  order = [
-    (ops.FORWARD, *piece) for piece in _pieces(groups, range(num_chunks))
-  ]
-  for piece in _pieces(groups, reversed(range(num_chunks))):
-    order += [(ops.BACKWARD, *piece), (ops.WEIGHT, *piece)]
-  return _table(
-    name, [order] * num_stages, num_microbatches, num_chunks, 'loop', recompute
-  )
-
-
-def _alternating(
-  name: str,
-  num_stages: int,
-  num_microbatches: int,
-  num_chunks: int,
-  recompute: bool,
-  put_off: bool = False,
-) -> Schedule:
-  """Some forwards, then B, W and F in turn; with `put_off`, W s places late."""
-  _check(num_stages, num_microbatches, num_chunks)
-  groups = _groups(num_stages, num_microbatches)
-  forwards = _pieces(groups, range(num_chunks))
-  backwards = _pieces(groups, reversed(range(num_chunks)))
-  orders = []
-  for stage in range(num_stages):
-    # What is in flight until the first gradient can be back.
-    first = num_stages - stage
-    if num_chunks > 1:
-      first = 2 * first - 1 + (num_chunks - 1) * max(map(len, groups))
-    late = stage if put_off else 0
-    order = [(ops.FORWARD, *piece) for piece in forwards[:first]]
-    for k, piece in enumerate(backwards):
-      order.append((ops.BACKWARD, *piece))
-      if k >= late:
-        order.append((ops.WEIGHT, *backwards[k - late]))
-      if first + k < len(forwards):
-        order.append((ops.FORWARD, *forwards[first + k]))
-    rest = backwards[max(0, len(backwards) - late) :]
-    orders.append(order + [(ops.WEIGHT, *piece) for piece in rest])
-  return _table(name, orders, num_microbatches, num_chunks, 'loop', recompute)
-
-
-def _v_order(stage: int, num_stages: int, num_microbatches: int):
-  """What a stage does in zb_v, from M = 2S - 1 on.
-
-  Forwards until the first gradient is there; F, B and W of both chunks in
-  turn; at the end B before W, so that the W fill the time until it is over.
-  """
-  turns = num_microbatches - num_stages
-  plan = ['F0'] * (2 * (num_stages - stage) - 1)
-  plan += ['F1', 'F0'] * stage
-  plan += ['F1', 'B1', 'W1'] * (num_stages - stage)
-  plan += ['F0', 'B0', 'W0', 'F1', 'B1', 'W1'] * turns
-  plan += ['B0', 'B1'] * stage
-  plan += ['B0', 'W0'] * (num_stages - stage)
-  plan += ['W1'] * num_microbatches + ['W0'] * num_microbatches
-  order, count = [], dict.fromkeys(plan, 0)
-  for step in plan:
-    if count[step] < num_microbatches:
-      kind = ops.LETTERS.index(step[0])
-      order.append((kind, count[step], int(step[1])))
-      count[step] += 1
-  return order
-
-
-def _table(name, orders, num_microbatches, num_chunks, placement, recompute):
-  if recompute:
-    orders = [
-      [
-        op
-        for kind, m, c in order
-        for op in ([(ops.RECOMPUTE, m, c)] * (kind == ops.BACKWARD))
-        + [(kind, m, c)]
-      ]
-      for order in orders
-    ]
   return orders_lib.from_orders(
-    orders,
-    name=name,
-    num_microbatches=num_microbatches,
-    num_chunks=num_chunks,
-    placement=placement,
-    recompute=recompute,
-  )
-
-
-def _greedy(name, groups, limits, num_chunks, placement, recompute):
-  num_stages, num_microbatches = len(limits), sum(map(len, groups))
-  numbers = [i for i, group in enumerate(groups) for _ in group]
-  ones = [1.0] * (num_stages * num_chunks)
-  problem = greedy.Problem(
-    num_stages=num_stages,
-    num_microbatches=num_microbatches,
-    num_chunks=num_chunks,
-    placement=placement,
-    recompute=recompute,
-    costs=[ones] * len(ops.LETTERS),
-    room=greedy.Room(limits=limits),
-    policy=greedy.Policy(groups=numbers),
-  )
-  return orders_lib.from_orders(
-    greedy.orders(problem),
+    patterns.with_recompute(orders) if recompute else orders,
     name=name,
     num_microbatches=num_microbatches,
     num_chunks=num_chunks,

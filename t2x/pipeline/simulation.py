@@ -61,6 +61,25 @@ class Costs:
     return np.stack(rows)
 
 
+def parse_costs(text: str) -> Costs:
+  """Reads 'F,B,W' or 'F,B,W,R', as in '1,1,1'.
+
+  Raises:
+    ValueError: it is not of that form.
+  """
+  try:
+    numbers = [float(word) for word in text.split(',')]
+  except ValueError:
+    numbers = []
+  if len(numbers) not in (3, 4):
+    raise ValueError(
+      f'Costs {text!r}: three numbers are needed, of F, B and W, as in 1,1,1, '
+      'or four with that of R.'
+    )
+  names = ('forward', 'backward', 'weight', 'recompute')
+  return Costs(**dict(zip(names, numbers)))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
   """What a stage holds for one microbatch of one part, in any unit.
