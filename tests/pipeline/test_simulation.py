@@ -211,6 +211,14 @@ def test_generated_tables_are_no_slower_than_those_that_fit(costs):
     assert span <= known.simulate(costs).span_executed + 1e-9
 
 
+def test_ticks_of_one_kind_fill_unlike_costs():
+  costs = simulation.Costs(backward=2, weight=1)
+  table = generate.generate(4, 64, limit=8, costs=costs)
+  # With B beside F half of the F ticks would be idle.
+  assert table.simulate(costs).bubble_executed < 0.05
+  assert schedules.zb_h2(4, 64).simulate(costs).bubble_executed > 0.25
+
+
 def test_stages_can_have_limits_of_their_own():
   table = generate.generate(3, 6, limit=(5, 2, 1))
   peaks = table.simulate().peak_memory
