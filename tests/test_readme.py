@@ -54,7 +54,7 @@ _SCRIPTS = ('python scripts/show', 'python scripts/verify')
 @pytest.mark.parametrize(
   'command', [c for c in _COMMANDS if c.startswith(_SCRIPTS)]
 )
-def test_scripts_of_layouts_run(command, tmp_path, monkeypatch):
+def test_scripts_that_show_or_verify_run(command, tmp_path, monkeypatch):
   monkeypatch.delenv('XLA_FLAGS')
   _, script, *arguments = shlex.split(command)
   if 'verify' in script:  # With the model and data of the other tests.
@@ -68,7 +68,8 @@ def test_scripts_of_layouts_run(command, tmp_path, monkeypatch):
   )
   assert result.returncode == 0, result.stderr
   if 'show' in script:
-    assert (tmp_path / 'runs' / 'sharding.html').exists()
+    files = re.findall(r'--(?:html|svg)=(\S+)', command)
+    assert files and all((tmp_path / file).exists() for file in files)
   else:
     assert result.stdout.count(' yes ') == command.count('--layout')
 

@@ -5,10 +5,10 @@
   )
 
 Several heuristics are tried, with the costs as they are and as if they were
-alike (which keeps unlike operations apart from each other's ticks), and the
-schedules of the literature that fit the limit; the one that the lock-step
-executor runs in the least time is returned. It is a search by heuristics (Qi et
-al., 2023, https://arxiv.org/abs/2401.10241), so not always the best.
+alike, and with ticks of one kind of operation each; and the schedules of the
+literature that fit the limit. The one that the lock-step executor runs in the
+least time is returned. It is a search by heuristics (Qi et al., 2023,
+https://arxiv.org/abs/2401.10241), so not always the best.
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ import dataclasses
 
 import numpy as np
 
+from t2x.pipeline import aligned
 from t2x.pipeline import greedy
 from t2x.pipeline import operations as ops
 from t2x.pipeline import patterns
@@ -110,6 +111,13 @@ def _heuristics(
           ),
           'generated',
         )
+    kinds = ops.kinds(training=True, recompute=problem.recompute)
+    for times in (1, problem.num_stages, num_microbatches + problem.num_stages):
+      yield aligned.schedule(
+        dataclasses.replace(problem, groups=groups),
+        [kind for kind in kinds for _ in range(times)],
+        'generated',
+      )
 
 
 def _known(

@@ -19,6 +19,8 @@ from t2x.pipeline import operations as ops
 from t2x.pipeline import orders as orders_lib
 from t2x.pipeline import schedule as schedule_lib
 
+Done = list[list[list[float]]]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
@@ -76,7 +78,7 @@ def schedule(problem: Problem, name: str) -> schedule_lib.Schedule:
   )
 
 
-class _Stage:
+class Stage:
   """What one stage has done and holds."""
 
   def __init__(self, problem: Problem, stage: int):
@@ -92,16 +94,19 @@ class _Stage:
     self.free_at = 0.0
 
 
+def not_done(problem: Problem) -> Done:
+  """Returns [operation][part][microbatch] -> when it ends, so far never."""
+  num_parts = problem.num_stages * problem.num_chunks
+  never = [math.inf] * problem.num_microbatches
+  return [[never.copy() for _ in range(num_parts)] for _ in ops.LETTERS]
+
+
 def orders(problem: Problem) -> list[list[ops.Op]]:
   """Returns for each stage its (operation, microbatch, chunk) in order."""
   num_stages, num_chunks = problem.num_stages, problem.num_chunks
   num_parts = num_stages * num_chunks
-  # done[operation][part][microbatch] is when it ends.
-  done = [
-    [[math.inf] * problem.num_microbatches for _ in range(num_parts)]
-    for _ in ops.LETTERS
-  ]
-  stages = [_Stage(problem, s) for s in range(num_stages)]
+  done = not_done(problem)
+  stages = [Stage(problem, s) for s in range(num_stages)]
   events = [(0.0, s) for s in range(num_stages)]
   while events:
     now, s = heapq.heappop(events)
@@ -113,7 +118,7 @@ def orders(problem: Problem) -> list[list[ops.Op]]:
       continue  # A message will wake it.
     kind, micro, chunk = choice
     part = stage.parts[chunk]
-    _take(problem, stage, choice)
+    take(problem, stage, choice)
     stage.free_at = end = now + (
       problem.costs[kind][part] if problem.costs else 1.0
     )
@@ -128,24 +133,28 @@ def orders(problem: Problem) -> list[list[ops.Op]]:
   return [stage.order for stage in stages]
 
 
-def _choose(problem: Problem, stage: _Stage, done, now) -> ops.Op | None:
+def _choose(
+  problem: Problem, stage: Stage, done: Done, now: float
+) -> ops.Op | None:
   """The operation that the stage does now, or None if there is none."""
-  backward = _backward(problem, stage, done, now)
+  backward = next_backward(problem, stage, done, now)
   if backward:
     return backward
   if stage.put_off and not problem.defer:
     return stage.put_off[0]
-  forward = _forward(problem, stage, done, now)
+  forward = next_forward(problem, stage, done, now)
   if forward:
     return forward
   if problem.recompute:
-    early = _early_recompute(problem, stage, done, now)
+    early = early_recompute(problem, stage, done, now)
     if early:
       return early
   return stage.put_off[0] if stage.put_off else None
 
 
-def _backward(problem, stage, done, now) -> ops.Op | None:
+def next_backward(
+  problem: Problem, stage: Stage, done: Done, now: float
+) -> ops.Op | None:
   """The B to do now, or the R that it lacks if there is room for that."""
   best, groups = None, problem.groups
   last = problem.num_stages * problem.num_chunks - 1
@@ -166,7 +175,9 @@ def _backward(problem, stage, done, now) -> ops.Op | None:
   return best and best[-1]
 
 
-def _forward(problem, stage, done, now) -> ops.Op | None:
+def next_forward(
+  problem: Problem, stage: Stage, done: Done, now: float
+) -> ops.Op | None:
   """The F to do now, if there is room for it."""
   best, groups = None, problem.groups
   piece = problem.piece
@@ -189,7 +200,9 @@ def _forward(problem, stage, done, now) -> ops.Op | None:
   return best and best[-1]
 
 
-def _early_recompute(problem, stage, done, now) -> ops.Op | None:
+def early_recompute(
+  problem: Problem, stage: Stage, done: Done, now: float
+) -> ops.Op | None:
   """An R ahead of its gradient, one at most, that leaves room for another."""
   again, back = stage.next[ops.RECOMPUTE], stage.next[ops.BACKWARD]
   if again != back:
@@ -204,7 +217,7 @@ def _early_recompute(problem, stage, done, now) -> ops.Op | None:
   return min(choices)[-1] if choices else None
 
 
-def _take(problem: Problem, stage: _Stage, choice: ops.Op) -> None:
+def take(problem: Problem, stage: Stage, choice: ops.Op) -> None:
   """Writes an operation down and takes or gives back its room."""
   kind, micro, chunk = choice
   stage.order.append(choice)

@@ -33,6 +33,34 @@ def from_orders(
       whatever `Schedule` refuses.
   """
   num_stages = len(orders)
+  ticks = _placed(orders, num_chunks, placement, recompute)
+  tables = np.zeros(
+    (3, max(ticks.values(), default=0) + 1, num_stages), np.int32
+  )
+  for (kind, micro, part), tick in ticks.items():
+    stage = ops.stage_of(part, num_stages, placement)
+    tables[:, tick, stage] = kind, micro, ops.chunk_of(part, num_stages)
+  return schedule_lib.Schedule(
+    name=name,
+    operation_TS=tables[0],
+    microbatch_TS=tables[1],
+    chunk_TS=tables[2],
+    num_microbatches=num_microbatches,
+    num_chunks=num_chunks,
+    placement=placement,
+    recompute=recompute,
+    training=training,
+  )
+
+
+def _placed(
+  orders: Sequence[Sequence[ops.Op]],
+  num_chunks: int,
+  placement: ops.Placement,
+  recompute: bool,
+) -> dict[ops.Op, int]:
+  """Returns the tick of each (operation, microbatch, part)."""
+  num_stages = len(orders)
   num_parts = num_stages * num_chunks
   ticks: dict[ops.Op, int] = {}
   done = [0] * num_stages  # How many of its order each stage has placed.
@@ -66,21 +94,7 @@ def from_orders(
       break
   if waiting:
     raise ValueError(_deadlock(orders, done, waiting, num_stages, placement))
-  tables = np.zeros((3, max(*free, 1), num_stages), np.int32)
-  for (kind, micro, part), tick in ticks.items():
-    stage = ops.stage_of(part, num_stages, placement)
-    tables[:, tick, stage] = kind, micro, ops.chunk_of(part, num_stages)
-  return schedule_lib.Schedule(
-    name=name,
-    operation_TS=tables[0],
-    microbatch_TS=tables[1],
-    chunk_TS=tables[2],
-    num_microbatches=num_microbatches,
-    num_chunks=num_chunks,
-    placement=placement,
-    recompute=recompute,
-    training=training,
-  )
+  return ticks
 
 
 def _deadlock(orders, done, waiting, num_stages, placement) -> str:

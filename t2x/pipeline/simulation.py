@@ -231,14 +231,10 @@ def _peak(schedule: schedule_lib.Schedule, memory: Memory) -> np.ndarray:
   if schedule.recompute:
     after[ops.FORWARD] = memory.inputs
     after[ops.RECOMPUTE] = memory.activations
-  gain_O, loss_O = np.zeros((2, len(ops.LETTERS)))
-  before = 0.0
+  more_O, before = np.zeros(len(ops.LETTERS)), 0.0
   for kind in ops.kinds(training=True, recompute=schedule.recompute):
-    # What grows does so at the start of an operation, what shrinks at its end.
-    gain_O[kind] = max(0.0, after.get(kind, 0.0) - before)
-    loss_O[kind] = max(0.0, before - after.get(kind, 0.0))
+    more_O[kind] = after.get(kind, 0.0) - before
     before = after.get(kind, 0.0)
-  gain_TS = gain_O[schedule.operation_TS]
-  loss_TS = loss_O[schedule.operation_TS]
-  held_TS = np.cumsum(gain_TS - loss_TS, axis=0) + loss_TS
-  return held_TS.max(axis=0)
+  # An operation holds what is there before it or after it, whichever is more,
+  # and what was there before it is there after the one before.
+  return np.cumsum(more_O[schedule.operation_TS], axis=0).max(axis=0)

@@ -1,0 +1,85 @@
+"""List scheduling in which every tick has one kind of operation.
+
+Where F, B and W take unlike times, a lock-step tick that has several kinds
+wastes what the cheaper ones leave. Here all stages do the same kind in a tick,
+or nothing: the work of many microbatches then fills the ticks whatever the
+operations cost, for more ticks at the start and the end, and a message waits
+until its kind's turn comes. With few microbatches that loses more than it
+saves.
+"""
+
+from collections.abc import Sequence
+import itertools
+
+import numpy as np
+
+from t2x.pipeline import greedy
+from t2x.pipeline import operations as ops
+from t2x.pipeline import schedule as schedule_lib
+
+
+def schedule(
+  problem: greedy.Problem, cycle: Sequence[int], name: str
+) -> schedule_lib.Schedule:
+  """Returns a table whose ticks take the kinds of `cycle` in turn.
+
+  Args:
+    problem: what is to be put in order; its costs and `defer` do not matter.
+    cycle: operations; each kind that the schedule has is in it.
+    name: of the schedule.
+  """
+  num_parts = problem.num_stages * problem.num_chunks
+  done = greedy.not_done(problem)
+  stages = [greedy.Stage(problem, s) for s in range(problem.num_stages)]
+  total = problem.num_microbatches * num_parts * (3 + problem.recompute)
+  rows: list[list[ops.Op]] = []
+  idle = (ops.IDLE, 0, 0)
+  skipped = 0
+  for kind in itertools.cycle(cycle):
+    if total == 0:
+      break
+    now = float(len(rows))
+    row = [_choose(problem, stage, done, now, kind) for stage in stages]
+    if not any(row):
+      skipped += 1
+      assert skipped <= len(cycle), 'Nothing can go on.'
+      continue
+    skipped = 0
+    for stage, choice in zip(stages, row):
+      if choice:
+        _, micro, chunk = choice
+        greedy.take(problem, stage, choice)
+        done[kind][stage.parts[chunk]][micro] = now + 1
+        total -= 1
+    rows.append([choice or idle for choice in row])
+  table_TSX = np.array(rows)
+  return schedule_lib.Schedule(
+    name=name,
+    operation_TS=table_TSX[..., 0],
+    microbatch_TS=table_TSX[..., 1],
+    chunk_TS=table_TSX[..., 2],
+    num_microbatches=problem.num_microbatches,
+    num_chunks=problem.num_chunks,
+    placement=problem.placement,
+    recompute=problem.recompute,
+  )
+
+
+def _choose(
+  problem: greedy.Problem,
+  stage: greedy.Stage,
+  done: greedy.Done,
+  now: float,
+  kind: int,
+) -> ops.Op | None:
+  """What the stage can do of that kind."""
+  if kind == ops.FORWARD:
+    return greedy.next_forward(problem, stage, done, now)
+  if kind == ops.WEIGHT:
+    return stage.put_off[0] if stage.put_off else None
+  choice = greedy.next_backward(problem, stage, done, now)
+  if choice and choice[0] == kind:
+    return choice
+  if kind == ops.RECOMPUTE:
+    return greedy.early_recompute(problem, stage, done, now)
+  return None
