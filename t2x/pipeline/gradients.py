@@ -5,7 +5,6 @@ Shape suffixes: M microbatches, B rows, N slots of a device, U units.
 
 from collections.abc import Callable
 import dataclasses
-import functools
 from typing import Any
 
 from flax import nnx
@@ -103,20 +102,22 @@ class _Layout:
     for t, name in enumerate(tree.towers):
       layers = getattr(tree, name).layers
       members = [*layers.group] or [*layers.remainder]
-      fn = functools.partial(_route, rules=rules, sizes=sizes, t=t, plan=plan)
-      routes[name] = [[fn(x) for x in _variables(m)] for m in members]
+      routes[name] = [
+        [_route(x, rules, sizes, plan.place.unit_SN[t], num) for x in leaves]
+        for num, leaves in (
+          (weights.num_units(layers, i), _variables(m))
+          for i, m in enumerate(members)
+        )
+      ]
     return cls(specs, routes)
 
 
-def _route(x, *, rules, sizes, t: int, plan: plan_lib.Plan) -> weights.Route:
+def _route(x, rules, sizes, unit_SN, num_units) -> weights.Route:
   axes = tuple(x.get_metadata('axes'))
   dim = sharding.pipe_dim(x, rules, sizes)
-  stacked = len(x.shape) - len(axes)
-  if dim is not None and not stacked:
+  if dim is not None and len(x.shape) == len(axes):  # Of the remainder.
     dim += 1
-  tower = plan.place.towers[t]
-  units = tower.num_units
-  return weights.Route(dim, axes, plan.place.unit_SN[t], units)
+  return weights.Route(dim, axes, unit_SN, num_units)
 
 
 def _has_value(x) -> bool:
@@ -341,13 +342,13 @@ class _Stage:
     result = {}
     axes = (PIPE, *self._manual)
     for t, name in enumerate(self._slots):
-      tower = self._plan.place.towers[t]
       layers = getattr(self._trained, name).layers
       unit_SN = self._plan.place.unit_SN[t]
       for i, load in enumerate(loads[t]):
         if load is None:
           continue
-        route = weights.Route(None, (), unit_SN, tower.num_units)
+        num = weights.num_units(layers, i)
+        route = weights.Route(None, (), unit_SN, num)
         whole = jax.tree.map(route.give_back, load)
         if axes[1:]:
           whole = jax.lax.psum(whole, axes[1:])

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 
+from etils import epath
+
 from t2x import stack
 from t2x.models import common
 from t2x.models import encoder_decoder
@@ -62,13 +64,8 @@ def make(
   Raises:
     ValueError: a schedule that cannot be, or layers that do not fit it.
   """
-  table = schedules.make(
-    config.schedule,
-    num_stages=num_stages,
-    num_microbatches=config.microbatches,
-    num_chunks=config.chunks,
-    recompute=execution.remat == 'full',
-  )
+  recompute = execution.remat == 'full'
+  table = _table(config, num_stages, recompute)
   towers = _towers(model)
   units = config.layers or placement_lib.even(towers, table.num_parts)
   place = placement_lib.place(towers, units, table)
@@ -84,3 +81,61 @@ def _towers(model: common.TransformerConfig) -> list[placement_lib.Tower]:
     num = model.num_encoder_layers or model.num_layers
     return [tower('encoder', num), tower('decoder', model.num_layers)]
   return [tower('tower', model.num_layers)]
+
+
+def _table(
+  config: config_lib.PipelineConfig, num_stages: int, recompute: bool
+) -> schedule_lib.Schedule:
+  if config.schedule.endswith('.csv'):
+    return _own_table(config, num_stages, recompute)
+  try:
+    return schedules.make(
+      config.schedule,
+      num_stages=num_stages,
+      num_microbatches=config.microbatches,
+      num_chunks=config.chunks,
+      recompute=recompute,
+    )
+  except ValueError as error:
+    raise ValueError(
+      f'pipeline.schedule={config.schedule} of mesh.pipe={num_stages}, '
+      f'pipeline.microbatches={config.microbatches}, '
+      f'pipeline.chunks={config.chunks}: {error}'
+    ) from error
+
+
+def _own_table(config, num_stages, recompute) -> schedule_lib.Schedule:
+  """Reads a table, which must be of the config's numbers."""
+  file = epath.Path(config.schedule)
+  if not file.exists():
+    raise ValueError(
+      f'pipeline.schedule={config.schedule}: there is no such file. '
+      'scripts/show_schedule.py --csv=FILE writes one to start from.'
+    )
+  try:
+    table = schedule_lib.from_csv(file.read_text())
+  except ValueError as error:
+    raise ValueError(f'{config.schedule}: {error}') from error
+  chunks = config.chunks or table.num_chunks
+  for name, given, needed, setting in (
+    ('stages', num_stages, table.num_stages, 'mesh.pipe'),
+    (
+      'microbatches',
+      config.microbatches,
+      table.num_microbatches,
+      'pipeline.microbatches',
+    ),
+    ('chunks', chunks, table.num_chunks, 'pipeline.chunks'),
+  ):
+    if given != needed:
+      raise ValueError(
+        f'{config.schedule} is a table of {needed} {name}, and '
+        f'{setting}={given}. Set {setting}={needed}, or another table.'
+      )
+  if recompute != table.recompute or not table.training:
+    kind = 'with' if recompute else 'without'
+    raise ValueError(
+      f'{config.schedule}: this run needs a table of training {kind} '
+      'recomputation (R), as train.remat says.'
+    )
+  return table

@@ -107,6 +107,14 @@ def joined(stack: Any) -> list[Any]:
   return result
 
 
+def num_units(layers: Any, i: int) -> int:
+  """Returns how many units of a `stack.Stack` have an i-th layer."""
+  repeats = (layers.num_layers - len(layers.remainder)) // max(
+    len(layers.group), 1
+  )
+  return repeats + (i < len(layers.remainder))
+
+
 def parted(whole: Any, layers: Any, i: int) -> tuple[Any, Any]:
   """Splits what `joined` has joined: of the group, of the remainder, or None.
 

@@ -1,11 +1,10 @@
-"""Times, memory, buffers and generated tables, each against a plain count."""
+"""Times, memory and generated tables, each against a plain count."""
 
 import itertools
 
 import numpy as np
 import pytest
 
-from t2x.pipeline import buffers
 from t2x.pipeline import generate
 from t2x.pipeline import operations as ops
 from t2x.pipeline import schedules
@@ -128,43 +127,6 @@ def test_costs_are_read_from_text():
 
 
 # --- Buffers. ---
-
-
-@all_tables
-def test_nothing_in_a_buffer_is_overwritten_before_it_is_used(table):
-  sized = buffers.assign(table)
-  for slots in (
-    sized.inputs,
-    sized.gradients,
-    sized.activations,
-    sized.cotangents,
-  ):
-    most = np.zeros(table.num_stages, int)
-    content = {}
-    for tick in range(table.num_ticks):
-      for m, p in np.argwhere((slots.last_MP == tick) & (slots.slot_MP >= 0)):
-        stage = int(table.stage_of(p))
-        assert content.pop((stage, slots.slot_MP[m, p])) == (m, p)
-      for m, p in np.argwhere((slots.first_MP == tick) & (slots.slot_MP >= 0)):
-        stage, slot = int(table.stage_of(p)), slots.slot_MP[m, p]
-        assert (stage, slot) not in content
-        assert slot < slots.num_S[stage]
-        content[stage, slot] = (m, p)
-      for stage in range(table.num_stages):
-        most[stage] = max(most[stage], sum(k[0] == stage for k in content))
-    assert not content
-    np.testing.assert_array_equal(slots.num_S, most)
-
-
-def test_every_message_has_a_slot():
-  table = schedules.zb_v(3, 5)
-  sized = buffers.assign(table)
-  assert (sized.inputs.slot_MP[:, 1:] >= 0).all()
-  assert (sized.inputs.slot_MP[:, 0] == -1).all()
-  assert (sized.gradients.slot_MP[:, :-1] >= 0).all()
-  forward = buffers.assign(schedules.forward_only(3, 5))
-  assert (forward.inputs.slot_MP[:, 1:] >= 0).all()
-  assert not forward.gradients.num_S.any()
 
 
 # --- Generated tables. ---
