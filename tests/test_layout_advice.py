@@ -216,8 +216,8 @@ def test_no_layout_helps():
   'settings, message, expected',
   [
     (
-      ['mesh.data=4', 'mesh.pipe=2'],
-      'mesh.pipe=2: nothing is split',
+      ['mesh.data=1', 'mesh.pipe=8'],
+      '8 parts of a pipeline for 4',
       'mesh.data=8 mesh.pipe=1',
     ),
     (
@@ -226,8 +226,8 @@ def test_no_layout_helps():
       'mesh.data=8 mesh.dcn.data=1',
     ),
     (
-      ['mesh.data=4', 'mesh.pipe=2', 'mesh.dcn.fsdp=2'],
-      'mesh.pipe=2: nothing is split',
+      ['mesh.data=1', 'mesh.pipe=8', 'mesh.dcn.fsdp=2'],
+      '8 parts of a pipeline for 4',
       'mesh.data=8 mesh.pipe=1 mesh.dcn.fsdp=1',
     ),
   ],

@@ -487,5 +487,10 @@ def test_what_cannot_fit_is_refused(directory):
     check(data__objective='masked_lm')
   with pytest.raises(ValueError, match='data.length=128 is more than .*=64 po'):
     check(data__length=128)
-  with pytest.raises(ValueError, match='mesh.pipe=2: nothing is split over'):
+  message = 'x pipeline.microbatches=8 micro.* multiple of 16. Set it to 16'
+  with pytest.raises(ValueError, match=message):
     check(mesh__pipe=2, mesh__data=1)
+  with pytest.raises(ValueError, match='4 parts of a pipeline for 2 .* layers'):
+    check(mesh__pipe=4, mesh__data=1, mesh__fsdp=1)
+  with pytest.raises(ValueError, match='Set rules.context_attention=all_to'):
+    check(mesh__pipe=2, mesh__data=1, mesh__fsdp=1, mesh__context=2)
