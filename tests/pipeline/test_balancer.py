@@ -163,6 +163,31 @@ def test_local_search(monkeypatch):
   assert max(ratios) < 1.15 and np.mean(ratios) < 1.02
 
 
+def test_local_search_within_a_limit(monkeypatch):
+  monkeypatch.setattr(balancer, '_FEW', 0)
+  bounded = 0
+  for name, stages, extra in itertools.product(
+    ('interleaved', 'zb_v'), (2, 3), (1, 2, 4)
+  ):
+    table = table_of(name, stages)
+    costs = [5] * (table.num_parts + extra)
+    stacks = [stack(*costs, last=18, unit_bytes=7, kept_bytes=2)]
+    free = balancer.balance(stacks, table)
+    limit = needed(stacks, table, free) - 1
+    fit = [
+      units
+      for units in all_placements(stacks, table)
+      if needed(stacks, table, units) <= limit
+    ]
+    if fit:
+      bounded += 1
+      got = balancer.balance(stacks, table, limit=limit)
+      assert needed(stacks, table, got) <= limit
+      best = min(merit(stacks, table, units) for units in fit)
+      assert merit(stacks, table, got) == best
+  assert bounded >= 3
+
+
 def test_head_makes_the_last_stage_lighter():
   table = table_of('one_f_one_b', 4)
   assert balancer.balance([stack(*[1] * 12)], table) == [3, 3, 3, 3]
@@ -180,6 +205,14 @@ def test_of_equal_placements_the_even_one():
   # Twice the even shares are as even as can be: later parts have one less.
   table = table_of('one_f_one_b', 3)
   assert balancer.balance([stack(*[1] * 5)], table) == [2, 2, 1]
+
+
+def test_of_equal_placements_the_one_next_to_the_even_one():
+  """The even one is [3, 2, 2, 2], and too much for the last."""
+  stacks = [stack(*[1] * 9, last=3)]
+  for table in (table_of('one_f_one_b', 4), table_of('interleaved', 2)):
+    units = balancer.balance(stacks, table)
+    assert sum(abs(u - e) for u, e in zip(units, (3, 2, 2, 2))) == 2, units
 
 
 def test_parts_lie_within_towers():
@@ -228,6 +261,11 @@ def test_what_moves_needs_more():
   assert best(limit=40) == [4, 2]
   assert best(limit=39) == [3, 3]
   assert best(limit=45, moved_bytes=6) == [3, 3]
+  assert best(limit=35, moved_bytes=6) == [3, 3]
+  # What is left beside the layers that move decides how many fit.
+  wide = [stack(*[1] * 8, last=6, unit_bytes=10)]
+  at = lambda limit: balancer.balance(wide, table, limit=limit, moved_bytes=4)
+  assert [at(limit) for limit in (74, 72)] == [[7, 1], [6, 2]]
   with pytest.raises(ValueError, match='a device needs 2.794e-08 GiB at least'):
     best(limit=29)
 
