@@ -10,8 +10,9 @@ the parts end, once for the slowest stage and once, under that bound, for the
 squares. With several all placements are tried where they are few. Else it is a
 local search, from even placements and from those that give unit after unit to
 the stage that has least: single units move from part to part while that makes
-the placement better. Where all units of the only tower cost the same, the
-start is the best already.
+the placement better, or need less memory where that is over the limit. Where
+all units of the only tower cost the same and there is no limit, the start is
+the best already.
 
 Shape suffixes: P parts, S stages, C candidates.
 """
@@ -161,10 +162,6 @@ def _filled(model: CostModel, shares: Sequence[int]) -> np.ndarray:
   rest = np.array(model.sizes) - shares
   while rest.any():
     open_P = rest[tower_P] > 0
-    if model.limit is not None:
-      more_CP = units_P + np.eye(len(units_P), dtype=int)
-      fits_P = open_P & (model.bytes(more_CP, shares) <= model.limit)
-      open_P = fits_P if fits_P.any() else open_P
     then_P = np.where(open_P, load_S[model.stage_P] + mean_P, math.inf)
     # Of equals, the part that has the fewest units.
     p = np.lexsort((units_P, then_P))[0]
