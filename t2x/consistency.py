@@ -24,6 +24,7 @@ from t2x.models import encoder
 from t2x.models import encoder_decoder
 from t2x.objectives import causal_lm
 from t2x.objectives import masked_lm
+from t2x.pipeline import estimates
 from t2x.pipeline import plan as plan_lib
 
 Experiment = experiment.Experiment
@@ -61,8 +62,20 @@ def pipeline(
   num = sizes.get(sharding.PIPE, 1)
   if num == 1:
     return None
+  data, loss = config.data, config.train.loss
+  batch = estimates.Batch(
+    rows=data.batch_size / rows_multiple(config, sizes),
+    length=data.objective.target_length(data.length),
+    encoder_length=data.length if data.objective.has_encoder else None,
+    head_chunks=loss.vocab_chunks * loss.token_chunks,
+  )
+  layout = estimates.Layout(
+    sizes=sizes, rules=config.rules, gather=config.pipeline.gather
+  )
   execution = config.train.execution
-  return plan_lib.make(config.model, config.pipeline, execution, num)
+  return plan_lib.make(
+    config.model, config.pipeline, execution, num, batch, layout
+  )
 
 
 def _check_pipeline(config: Experiment, sizes: dict[str, int]) -> None:

@@ -70,26 +70,64 @@ def forward_parts(
   skip_masked: bool = True,
 ) -> dict[str, int]:
   """Returns the terms of `forward_flops` by name."""
-  D, layers = config.embed_dim, config.num_layers
-  is_encoder = isinstance(config, encoder.EncoderConfig)
-  # One row; every part grows with the number of rows.
-  parts = _tower(config, layers, length, not is_encoder, skip_masked)
-  parts['head'] = 2 * length * D * config.vocab_size
-  if is_encoder and config.masked_head:
-    parts['head'] += 2 * length * D * D
-  if isinstance(config, encoder_decoder.EncoderDecoderConfig):
-    if encoder_length is None:
-      raise ValueError(
-        'encoder_length=None; an encoder-decoder needs the length of its '
-        'source rows to count FLOPs.'
-      )
-    num = config.num_encoder_layers or layers
-    encoder_parts = _tower(config, num, encoder_length, False, skip_masked)
-    parts = {name: n + encoder_parts.get(name, 0) for name, n in parts.items()}
-    parts['cross-attention'] = _cross(
-      config, layers, length, encoder_length, skip_masked
-    )
+  parts = {}
+  layers = _layers(config, length, encoder_length, skip_masked)
+  for layer in sum(layers.values(), []):
+    for name, n in layer.items():
+      parts[name] = parts.get(name, 0) + n
+  parts['head'] = head_flops(config, length)
   return {name: batch_rows * n for name, n in parts.items()}
+
+
+def layer_flops(
+  config: model_lib.ModelConfig, length: int, encoder_length: int | None = None
+) -> dict[str, list[int]]:
+  """Returns the FLOPs of each layer of each tower: one row, one forward pass.
+
+  Args:
+    config: of the model.
+    length: T, decoder positions for an encoder-decoder.
+    encoder_length: S, needed for an encoder-decoder alone.
+
+  Raises:
+    ValueError: `encoder_length` is missing.
+  """
+  layers = _layers(config, length, encoder_length, True)
+  return {
+    tower: [sum(layer.values()) for layer in own]
+    for tower, own in layers.items()
+  }
+
+
+def head_flops(config: model_lib.ModelConfig, length: int) -> int:
+  """Returns the FLOPs of the logits of one row, one forward pass."""
+  D = config.embed_dim
+  flops = 2 * length * D * config.vocab_size
+  if isinstance(config, encoder.EncoderConfig) and config.masked_head:
+    flops += 2 * length * D * D
+  return flops
+
+
+def _layers(config, T, S, skip_masked) -> dict[str, list[dict[str, int]]]:
+  """Terms of each layer of each tower, of one row."""
+  num = config.num_layers
+  if not isinstance(config, encoder_decoder.EncoderDecoderConfig):
+    causal = not isinstance(config, encoder.EncoderConfig)
+    return {'tower': _tower(config, num, T, causal, skip_masked)}
+  if S is None:
+    raise ValueError(
+      'encoder_length=None; an encoder-decoder needs the length of its source '
+      'rows to count FLOPs.'
+    )
+  below = config.num_encoder_layers or num
+  layers = _tower(config, num, T, True, skip_masked)
+  for i, layer in enumerate(layers):
+    kind, _ = config.group[i % len(config.group)]
+    layer['cross-attention'] = _cross(config, kind, T, S, skip_masked)
+  return {
+    'encoder': _tower(config, below, S, False, skip_masked),
+    'decoder': layers,
+  }
 
 
 def _tower(
@@ -98,21 +136,23 @@ def _tower(
   length: int,
   causal: bool,
   skip_masked: bool,
-) -> dict[str, int]:
-  """FLOPs of a stack over one row."""
-  D = config.embed_dim
-  parts = {'projections': 0, 'scores and values': 0, 'mlp': 0}
-  group = config.group
+) -> list[dict[str, int]]:
+  """FLOPs of each layer of a stack over one row."""
+  D, layers = config.embed_dim, []
   for i in range(num_layers):
-    kind, mlp = group[i % len(group)]
-    for name, per_token in _feed_forward(mlp, D).items():
-      parts[name] = parts.get(name, 0) + int(length * per_token)
+    kind, mlp = config.group[i % len(config.group)]
     N, K, H = kind.num_heads, kind.kv_heads, kind.head_dim
-    parts['projections'] += 2 * length * D * H * (2 * N + 2 * K)
-    parts['scores and values'] += _attention(
+    scores = _attention(
       kind, length, length, kind.mask_window, causal, skip_masked
     )
-  return parts
+    layer = {
+      'projections': 2 * length * D * H * (2 * N + 2 * K),
+      'scores and values': scores,
+    }
+    for name, per_token in _feed_forward(mlp, D).items():
+      layer[name] = int(length * per_token)
+    layers.append(layer)
+  return layers
 
 
 def _feed_forward(mlp: moe.FeedForwardConfig, D: int) -> dict[str, float]:
@@ -126,19 +166,11 @@ def _feed_forward(mlp: moe.FeedForwardConfig, D: int) -> dict[str, float]:
   return {'mlp': mlp.experts_of_token * dense, 'router': router}
 
 
-def _cross(config, num_layers, T, S, skip_masked) -> int:
+def _cross(config, kind, T, S, skip_masked) -> int:
   """Queries and output over T, keys and values over S, scores T x S."""
-  total = 0
-  for kind in _layer_kinds(config, num_layers):
-    N, K, H = kind.num_heads, kind.kv_heads, kind.head_dim
-    total += 2 * config.embed_dim * H * (2 * N * T + 2 * K * S)
-    total += _attention(kind, T, S, None, False, skip_masked)
-  return total
-
-
-def _layer_kinds(config, num_layers):
-  kinds = config.kinds
-  return [kinds[i % len(kinds)] for i in range(num_layers)]
+  N, K, H = kind.num_heads, kind.kv_heads, kind.head_dim
+  products = 2 * config.embed_dim * H * (2 * N * T + 2 * K * S)
+  return products + _attention(kind, T, S, None, False, skip_masked)
 
 
 def _attention(

@@ -207,3 +207,22 @@ def test_formula_says_what_is_counted():
   windows = flops.formula(_CONFIGS['pattern'], 2, 40)
   assert 'in a window w w*T - w*w/2' in windows
   assert 'causal' not in flops.formula(_CONFIGS['encoder'], 2, 40)
+
+
+@pytest.mark.parametrize('name', _CONFIGS)
+def test_layers_and_head_add_up_to_the_model(name):
+  config = _CONFIGS[name]
+  source = 24 if name == 'encoder_decoder' else None
+  layers = flops.layer_flops(config, 40, source)
+  total = sum(map(sum, layers.values())) + flops.head_flops(config, 40)
+  assert total == flops.forward_flops(config, 1, 40, source)
+  last = layers['decoder' if source else 'tower']
+  assert len(last) == config.num_layers
+  # The third layer is of the first's kind again.
+  different = 'pattern' in name or name == 'experts'
+  assert (last[0] != last[1]) == different and last[0] == last[2]
+
+
+def test_layers_of_an_encoder_decoder_need_the_length_of_its_source():
+  with pytest.raises(ValueError, match='encoder_length=None; an encoder-dec'):
+    flops.layer_flops(_CONFIGS['encoder_decoder'], 8)

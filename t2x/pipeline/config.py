@@ -16,8 +16,11 @@ class PipelineConfig:
     microbatches: pieces of a batch that go through the pipeline one by one;
       of each of `train.accumulate` batches.
     chunks: parts of the model on each stage; None is the schedule's own.
-    layers: layers of each part, in order of depth (repeats, where the layers
-      repeat in groups); empty for even shares.
+    layers: `even` shares, `balanced` ones, for which the slowest stage has
+      least to do (embeddings and head included), or the layers of each part,
+      in order of depth (repeats, where the layers repeat in groups).
+    memory_limit: GiB of a device that `balanced` may use, as estimated from
+      shapes (see `estimates`); None for no limit.
     gather: weights that `fsdp` splits are gathered `once` a step, or each
       `tick`, which needs less memory and moves more.
     uniform: all stages do whatever one of them does, masked, for machines on
@@ -27,9 +30,16 @@ class PipelineConfig:
   schedule: str = 'one_f_one_b'
   microbatches: int = 8
   chunks: int | None = None
-  layers: tuple[int, ...] = ()
+  layers: tuple[int, ...] | Literal['even', 'balanced'] = 'even'
+  memory_limit: float | None = None
   gather: Literal['once', 'tick'] = 'once'
   uniform: bool = False
 
   def __post_init__(self):
     checks.least(self, 'pipeline.', microbatches=1, chunks=1)
+    checks.positive(self, 'pipeline.', 'memory_limit')
+    if self.memory_limit is not None and self.layers != 'balanced':
+      raise ValueError(
+        f'pipeline.memory_limit={self.memory_limit} is for pipeline.layers='
+        f'balanced, and they are {self.layers}. Set one or the other.'
+      )

@@ -8,7 +8,10 @@ from etils import epath
 from t2x import stack
 from t2x.models import common
 from t2x.models import encoder_decoder
+from t2x.models import model as model_lib
+from t2x.pipeline import balancer
 from t2x.pipeline import config as config_lib
+from t2x.pipeline import estimates
 from t2x.pipeline import instructions
 from t2x.pipeline import placement as placement_lib
 from t2x.pipeline import schedule as schedule_lib
@@ -48,10 +51,12 @@ class Plan:
 
 
 def make(
-  model: common.TransformerConfig,
+  model: model_lib.ModelConfig,
   config: config_lib.PipelineConfig,
   execution: stack.Execution,
   num_stages: int,
+  batch: estimates.Batch | None = None,
+  layout: estimates.Layout | None = None,
 ) -> Plan:
   """Returns the plan of a model.
 
@@ -60,16 +65,37 @@ def make(
     config: of the pipeline.
     execution: what to recompute, and the order of tokens.
     num_stages: devices along `pipe`.
+    batch: of a device; it and the layout are needed for `balanced` layers.
+    layout: of parameters and activations.
 
   Raises:
-    ValueError: a schedule that cannot be, or layers that do not fit it.
+    ValueError: a schedule that cannot be, layers that do not fit it, or more
+      than the limit of memory.
   """
   recompute = execution.remat == 'full'
   table = _table(config, num_stages, recompute)
   towers = _towers(model)
-  units = config.layers or placement_lib.even(towers, table.num_parts)
+  units = config.layers
+  if units == 'even':
+    units = placement_lib.even(towers, table.num_parts)
+  elif units == 'balanced':
+    units = _balanced(model, config, table, towers, batch, layout)
   place = placement_lib.place(towers, units, table)
   return Plan(table, place, config, execution)
+
+
+def _balanced(model, config, table, towers, batch, layout) -> list[int]:
+  assert batch is not None and layout is not None
+  stacks = estimates.stacks(model, towers, batch, table.recompute)
+  if config.memory_limit is None:
+    return balancer.balance(stacks, table)
+  stacks, fixed, moved = estimates.with_bytes(
+    stacks, table, model, batch, layout
+  )
+  limit = config.memory_limit * 2**30
+  return balancer.balance(
+    stacks, table, fixed_bytes=fixed, moved_bytes=moved, limit=limit
+  )
 
 
 def _towers(model: common.TransformerConfig) -> list[placement_lib.Tower]:
