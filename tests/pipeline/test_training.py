@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
-
 import tiny
+
 from t2x import inference
 from t2x import train
 
