@@ -1,0 +1,238 @@
+"""What the operations of a schedule do, each a loop within a tick.
+
+A pass takes what ticks hand on (`Carry`) and returns it. `state` has an
+activation for each tower, `grad` a gradient for each; see `pieces`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from t2x.pipeline import buffers
+from t2x.pipeline import tick as tick_lib
+
+
+def enter(tick: tick_lib.Tick, carry: tick_lib.Carry, state):
+  """Makes the input of a tower's first part."""
+  for t, piece in enumerate(tick.pieces.enter):
+
+    def body(zero, active, state, t=t, piece=piece):
+      before = buffers.read(carry.inbox, tick.own['input'] + zero)
+      before = before[t - 1] if t else None
+      fixed = ([], tick.values.enter[t])
+      rest = tick.rest(0, zero)
+      (x, side), *_ = piece.forward_only(fixed, before, None, rest)
+      new = list(state)
+      new[t] = x
+      if t:
+        new[t - 1] = side
+      return buffers.select(active, tuple(new), state)
+
+    state = tick.loop('enter', t, body, state)
+  return state
+
+
+def forward(tick: tick_lib.Tick, carry: tick_lib.Carry, state):
+  for t in range(len(tick.pieces.layers)):
+    state, carry = _forward_of(tick, 'forward', t, carry, state)
+    if tick.setting.recompute and tick.setting.training:
+      state, carry = _forward_of(tick, 'recompute', t, carry, state)
+  return state, carry
+
+
+def _forward_of(tick: tick_lib.Tick, name: str, t: int, carry, state):
+  again = name == 'recompute'
+  keeps = tick.setting.training and tick.setting.recompute == again
+  side = state[:t]
+
+  def unit(j, active, loop):
+    def layer(i, number, there, loop):
+      x, stored, loads, sums = loop
+      mine = buffers.both(active, there)
+      piece = tick.pieces.layers[t][i]
+      args = tick.fixed(t, i, j), x, side, tick.rest(number, 0)
+      kept, aux_of = [], None
+      if again:
+        y, kept = piece.recompute(*args)
+      elif keeps:
+        y, _, aux_of, kept = piece.forward(*args)
+      else:
+        y, _, aux_of = piece.forward_only(*args)
+      if keeps:
+        new = [
+          buffers.write(buffer, row, part, mine)
+          for buffer, row, part in zip(stored[i], tick.rows_of(t, j), kept)
+        ]
+        stored = buffers.replaced(stored, i, new)
+      if aux_of is not None:
+        losses, load = aux_of
+        losses = losses | {'loss': sum(losses.values())}
+        sums = buffers.add_some(sums, losses, mine)
+        slot = tick.own['slot'] + j
+        loads = buffers.replaced(
+          loads, i, buffers.add_at(loads[i], slot, load, mine)
+        )
+      return buffers.select(mine, y, x), stored, loads, sums
+
+    return tick.members(t, j, layer, loop)
+
+  loop = (state[t], carry.stored[t], carry.loads[t], carry.sums)
+  x, stored, loads, sums = tick.loop(name, t, unit, loop)
+  carry = dataclasses.replace(
+    carry,
+    stored=buffers.replaced(carry.stored, t, stored),
+    loads=buffers.replaced(carry.loads, t, loads),
+    sums=sums,
+  )
+  return buffers.replaced(state, t, x), carry
+
+
+def measure(tick: tick_lib.Tick, carry: tick_lib.Carry, x):
+  """What is measured of the last output, on the last part."""
+  piece = tick.pieces.leave
+
+  def body(zero, active, loop):
+    x, sums = loop
+    fixed, rest = ([], tick.values.leave), tick.rest(0, zero)
+    _, _, other = piece.forward_only(fixed, x, None, rest)
+    # Changed, so that nothing made of `x` can be moved out of the loop.
+    return jnp.zeros_like(x), buffers.add_some(sums, other, active)
+
+  _, sums = tick.loop('measure', -1, body, (x, carry.sums))
+  return dataclasses.replace(carry, sums=sums)
+
+
+def leave(tick: tick_lib.Tick, carry: tick_lib.Carry):
+  """The loss, and its gradient by the last output, on the last part."""
+  piece = tick.pieces.leave
+  grad = buffers.read(carry.inbox, tick.own['gradient'])
+
+  def body(zero, active, loop):
+    grad, shared, sums = loop
+    fixed = ([], tick.values.leave)
+    rest = tick.rest(0, zero)
+    x = buffers.read(carry.inbox, tick.own['gradient'] + zero)[-1]
+    one = jax.tree.map(jnp.ones_like, piece.aux)
+    got = piece.at_once(fixed, x, None, rest, None, one)
+    _, _, other, d_x, _, grads = got
+    shared = buffers.add_leaves(shared, piece.early + piece.late, grads, active)
+    new = (*(jnp.zeros_like(g) for g in grad[:-1]), d_x)
+    sums = buffers.add_some(sums, other, active)
+    return buffers.select(active, new, grad), shared, sums
+
+  loop = (grad, carry.shared, carry.sums)
+  grad, shared, sums = tick.loop('leave', -1, body, loop)
+  return grad, dataclasses.replace(carry, shared=shared, sums=sums)
+
+
+def backward(tick: tick_lib.Tick, carry: tick_lib.Carry, state, grad):
+  for t in range(len(tick.pieces.layers)):
+    grad, carry = _backward_of(tick, t, carry, state[:t], grad)
+  return grad, carry
+
+
+def _backward_of(tick: tick_lib.Tick, t: int, carry, side, grad):
+  own, units = tick.own, tick.setting.place.most_units[t]
+
+  def unit(done, active, loop):
+    j = own['units'] - 1 - done
+
+    def layer(i, number, there, loop):
+      d_x, d_side, crossing, grads, shared = loop
+      mine = buffers.both(active, there)
+      piece = tick.pieces.layers[t][i]
+      kept = [
+        buffers.read(buffer, row)
+        for buffer, row in zip(carry.stored[t][i], tick.rows_of(t, j))
+      ]
+      one = jax.tree.map(jnp.ones_like, piece.aux)
+      fixed, rest = tick.fixed(t, i, j), tick.rest(number, 0)
+      new, add, early, left = piece.backward(fixed, kept, side, rest, d_x, one)
+      row = own['crossing'] * units + j
+      crossing = buffers.replaced(
+        crossing, i, buffers.write(crossing[i], row, left, mine)
+      )
+      mine_i, shared = buffers.accumulate(
+        piece.early, early, grads[i], shared, own['slot'] + j, mine
+      )
+      d_side = buffers.add(d_side, add, mine)
+      grads = buffers.replaced(grads, i, mine_i)
+      return buffers.select(mine, new, d_x), d_side, crossing, grads, shared
+
+    return tick.members(t, j, layer, loop, reverse=True)
+
+  loop = (grad[t], grad[:t], carry.crossing[t], carry.grads[t], carry.shared)
+  loop = tick.loop('backward', t, unit, loop)
+  d_x, d_side, crossing, grads, shared = loop
+  carry = dataclasses.replace(
+    carry,
+    crossing=buffers.replaced(carry.crossing, t, crossing),
+    grads=buffers.replaced(carry.grads, t, grads),
+    shared=shared,
+  )
+  return (*d_side, d_x, *grad[t + 1 :]), carry
+
+
+def enter_backward(tick: tick_lib.Tick, carry: tick_lib.Carry, grad):
+  inbox = carry.inbox
+  for t, piece in enumerate(tick.pieces.enter):
+
+    def body(zero, active, loop, t=t, piece=piece):
+      grad, shared = loop
+      before = buffers.read(inbox, tick.own['input'] + zero)
+      before = before[t - 1] if t else None
+      fixed = ([], tick.values.enter[t])
+      d_y = grad[t], (grad[t - 1] if t else None)
+      rest = tick.rest(0, zero)
+      got = piece.at_once(fixed, before, None, rest, d_y, None)
+      d_before, grads = got[3], got[5]
+      shared = buffers.add_leaves(
+        shared, piece.early + piece.late, grads, active
+      )
+      new = list(grad)
+      if t:
+        new[t - 1] = d_before
+      return buffers.select(active, tuple(new), grad), shared
+
+    loop = (grad, carry.shared)
+    grad, shared = tick.loop('enter_backward', t, body, loop)
+    carry = dataclasses.replace(carry, shared=shared)
+  return grad, carry
+
+
+def weight(tick: tick_lib.Tick, carry: tick_lib.Carry, state):
+  for t in range(len(tick.pieces.layers)):
+    carry = _weight_of(tick, t, carry, state[:t])
+  return carry
+
+
+def _weight_of(tick: tick_lib.Tick, t: int, carry, side):
+  own, units = tick.own, tick.setting.place.most_units[t]
+
+  def unit(j, active, loop):
+    def layer(i, number, there, loop):
+      grads, shared = loop
+      mine = buffers.both(active, there)
+      piece = tick.pieces.layers[t][i]
+      # `number` holds a zero that the compiler does not know.
+      zero = number - ((own['unit'] + j) * len(tick.pieces.layers[t]) + i)
+      kept = buffers.read(carry.stored[t][i][1], tick.rows_of(t, j + zero)[1])
+      left = buffers.read(
+        carry.crossing[t][i], own['crossing'] * units + j + zero
+      )
+      fixed, rest = tick.fixed(t, i, j), tick.rest(number, 0)
+      late = piece.weight(fixed, kept, side, rest, left)
+      mine_i, shared = buffers.accumulate(
+        piece.late, late, grads[i], shared, own['slot'] + j, mine
+      )
+      return buffers.replaced(grads, i, mine_i), shared
+
+    return tick.members(t, j, layer, loop)
+
+  loop = (carry.grads[t], carry.shared)
+  grads, shared = tick.loop('weight', t, unit, loop)
+  carry = dataclasses.replace(carry, shared=shared)
+  return dataclasses.replace(
+    carry, grads=buffers.replaced(carry.grads, t, grads)
+  )

@@ -1,0 +1,154 @@
+"""One tick of one device: its instructions, and loops that follow them."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from t2x import sharding
+from t2x.pipeline import buffers
+from t2x.pipeline import instructions
+from t2x.pipeline import pieces as pieces_lib
+from t2x.pipeline import placement
+
+# Loops of this name run as the instructions of a device say.
+LOOP = 'pipeline_loop_'
+
+
+@dataclasses.dataclass(frozen=True)
+class Values:
+  """What the loop reads of parameters; see `cut.Cut.fixed_slot`.
+
+  Attributes:
+    enter: for each tower, values of the model's parameters.
+    layers: for each tower and layer of a unit, values (N, ...) of its own
+      parameters, and values of the model's.
+    leave: values of the model's parameters.
+  """
+
+  enter: Any
+  layers: Any
+  leave: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Carry:
+  """What ticks hand on.
+
+  Attributes:
+    inbox: for each tower's activation, (slots + 1, ...).
+    stored: for each tower and layer, what F keeps until B and until W, each
+      (slots x units, ...).
+    crossing: the same between B and W.
+    grads: for each tower and layer, sums for leaves of its own parameters,
+      (N, ...), None where there is no gradient.
+    shared: sums for leaves of the model's parameters.
+    sums: of what is measured.
+    loads: for each tower and layer, what its router did, (N, ...).
+  """
+
+  inbox: Any
+  stored: Any
+  crossing: Any
+  grads: Any
+  shared: Any
+  sums: Any
+  loads: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """What all ticks share.
+
+  Attributes:
+    pieces: the programs of a microbatch.
+    told: the instructions.
+    place: the layers of the parts.
+    recompute: forwards keep nothing, and are run again.
+    training: with backward passes.
+    uniform: every device does whatever one of them does.
+  """
+
+  pieces: pieces_lib.Pieces
+  told: instructions.Instructions
+  place: placement.Placement
+  recompute: bool
+  training: bool
+  uniform: bool = False
+
+
+class Tick:
+  """What a device has at hand in a tick.
+
+  Args:
+    setting: what all ticks share.
+    values: of parameters.
+    rows: the microbatches, (M, B, ...) each.
+    key: of dropout, or None.
+    table_SC: the instructions of all stages.
+  """
+
+  def __init__(self, setting, values, rows, key, table_SC):
+    self.setting: Setting = setting
+    self.pieces = setting.pieces
+    self.values = values
+    self.rows, self.key = rows, key
+    self.all = dict(zip(instructions.COLUMNS, table_SC.T))
+    own_C = table_SC[jax.lax.axis_index(sharding.PIPE)]
+    self.own: dict[str, Any] = dict(zip(instructions.COLUMNS, own_C))
+
+  def loop(self, name: str, t: int, body, carry):
+    """body(i, active, carry) as often as the instructions say.
+
+    A loop of one trip is a condition. Its counter is 0, which the compiler
+    does not know: what depends on the counter stays within the loop.
+    """
+    trips = functools.partial(instructions.trips, name, t)
+    tower = self.setting.place.towers[t].name
+    return self.repeat(f'{name}_{tower}', trips, body, carry)
+
+  def repeat(self, name: str, trips: Callable[[Any], Any], body, carry):
+    own, most = trips(self.own), trips(self.all).max()
+    with jax.named_scope(LOOP + name):
+      if not self.setting.uniform:
+        return jax.lax.fori_loop(0, own, lambda i, c: body(i, True, c), carry)
+      return jax.lax.fori_loop(0, most, lambda i, c: body(i, i < own, c), carry)
+
+  def rest(self, number: Any, zero: Any) -> pieces_lib.Rest:
+    m = self.own['microbatch'] + zero
+    rows = jax.tree.map(lambda a: buffers.at(a, m), self.rows)
+    return pieces_lib.Rest(rows, self.key, jnp.asarray(number, jnp.int32))
+
+  def members(self, t: int, unit: Any, body, carry, *, reverse: bool = False):
+    """Runs body(i, number, active, carry) for each layer i of a unit."""
+    members = list(range(len(self.pieces.layers[t])))
+    num, group = self.setting.place.towers[t].num_layers, len(members)
+    for i in reversed(members) if reverse else members:
+      number = (self.own['unit'] + unit) * group + i
+      if i < num % group or num % group == 0:
+        carry = body(i, number, True, carry)
+      else:  # The last unit has fewer.
+        there = lambda c, i=i: (c['unit'] + unit) * group + i < num
+        carry = self.repeat(
+          f'last_{i}',
+          lambda c, there=there: there(c).astype(jnp.int32),
+          lambda zero, active, carry, i=i, number=number: body(
+            i, number + zero, active, carry
+          ),
+          carry,
+        )
+    return carry
+
+  def fixed(self, t: int, i: int, unit: Any):
+    slot = self.own['slot'] + unit
+    own, shared = self.values.layers[t][i]
+    return [buffers.at(a, slot) for a in own], shared
+
+  def rows_of(self, t: int, unit: Any):
+    """Where a unit's activations are, until B and until W."""
+    slots = (self.own['until_backward'], self.own['until_weight'])
+    return [slot * self.setting.place.most_units[t] + unit for slot in slots]
