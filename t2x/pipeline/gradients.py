@@ -43,7 +43,7 @@ def run(
     accumulate: times that the table is run, each with its share of the rows.
     manual: mesh axes over which gradients are reduced once, after all.
   """
-  layouts = tuple(stage.Layout.of(tree, plan) for tree in (trained, rest))
+  layouts = tuple(weights.Layout.of(tree, plan) for tree in (trained, rest))
 
   def run_stage(*args):
     own = stage.Stage(plan, layouts, loss, combine, manual, *args)

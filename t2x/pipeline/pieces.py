@@ -85,7 +85,7 @@ def make(
   towers = combine(shared, shared_frozen).towers
   rest = Rest(rows, key, jax.ShapeDtypeStruct((), jnp.int32))
   enters, layers, state = [], [], []
-  for t, name in enumerate(towers):
+  for name in towers:
     before = state[-1] if state else None
     fn = _enter(name, combine, zigzag)
     piece = cut.Cut(fn, params, before, None, rest)
@@ -108,7 +108,6 @@ def make(
       )
     )
     state.append(x)
-    del t
   leave = cut.Cut(_leave(combine, loss), params, state[-1], None, rest)
   return Pieces(tuple(enters), tuple(layers), leave, tuple(state))
 

@@ -3,99 +3,20 @@
 Shape suffixes: M microbatches, B rows, N slots of a device, U units.
 """
 
-import dataclasses
 from typing import Any
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from t2x import balance
 from t2x import sharding
 from t2x.pipeline import buffers
 from t2x.pipeline import executor
 from t2x.pipeline import pieces as pieces_lib
-from t2x.pipeline import plan as plan_lib
 from t2x.pipeline import tick
 from t2x.pipeline import weights
 
 PIPE = weights.PIPE
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-  """How the parameters of a model, or of a part of one, reach the stages.
-
-  Attributes:
-    specs: of every leaf, along `pipe`.
-    routes: for each tower and layer of a unit, of its leaves.
-  """
-
-  specs: Any
-  routes: dict[str, list[list[weights.Route]]]
-
-  @classmethod
-  def of(cls, tree: Any, plan: plan_lib.Plan) -> 'Layout':
-    rules = sharding.active_rules()
-    layers = PIPE if plan.place.is_contiguous else None
-    rules = dataclasses.replace(rules, layers=layers)
-    sizes = jax.sharding.get_abstract_mesh().shape
-    names = _layer_paths(tree)
-
-    def spec(path, x):
-      if not _has_value(x):
-        return x
-      if not sharding.path_name(path).startswith(names):
-        return x.replace(P())  # Gathered by whoever calls.
-      dim = sharding.pipe_dim(x, rules, sizes)
-      return x.replace(P() if dim is None else P(*[None] * dim, PIPE))
-
-    specs = jax.tree_util.tree_map_with_path(
-      spec, tree, is_leaf=sharding.is_variable
-    )
-    routes = {}
-    for t, name in enumerate(tree.towers):
-      layers = getattr(tree, name).layers
-      members = [*layers.group] or [*layers.remainder]
-      routes[name] = [
-        [_route(x, rules, sizes, plan.place.unit_SN[t], num) for x in leaves]
-        for num, leaves in (
-          (weights.num_units(layers, i), _variables(m))
-          for i, m in enumerate(members)
-        )
-      ]
-    return cls(specs, routes)
-
-
-def _route(x, rules, sizes, unit_SN, num_units) -> weights.Route:
-  axes = tuple(x.get_metadata('axes'))
-  dim = sharding.pipe_dim(x, rules, sizes)
-  if dim is not None and len(x.shape) == len(axes):  # Of the remainder.
-    dim += 1
-  return weights.Route(dim, axes, unit_SN, num_units)
-
-
-def _has_value(x) -> bool:
-  return sharding.is_variable(x) and hasattr(x.get_value(), 'shape')
-
-
-def _variables(tree) -> list[nnx.Variable]:
-  leaves = jax.tree.leaves(tree, is_leaf=sharding.is_variable)
-  return [x for x in leaves if _has_value(x)]
-
-
-def _layer_paths(model: Any) -> tuple[str, ...]:
-  return tuple(f'{name}.layers.' for name in model.towers)
-
-
-def _outside_layers(model: Any) -> Any:
-  names = _layer_paths(model)
-
-  def leaf(path, x):
-    return None if sharding.path_name(path).startswith(names) else x
-
-  return jax.tree_util.tree_map_with_path(leaf, model)
 
 
 class Stage:
@@ -107,8 +28,8 @@ class Stage:
     self._plan, self._layouts, self._combine = plan, layouts, combine
     self._loss, self._manual = loss, manual
     self._trained, self._batch, self._key = trained, batch, key
-    self._shared = _outside_layers(trained)
-    self._shared_frozen = _outside_layers(rest)
+    self._shared = weights.outside_layers(trained)
+    self._shared_frozen = weights.outside_layers(rest)
     self._slots = self._fetched(trained, layouts[0])
     self._slots_frozen = self._fetched(rest, layouts[1])
 
@@ -214,39 +135,18 @@ class Stage:
 
   def _start(self, pieces) -> tick.Carry:
     told, place = self._plan.told, self._plan.place
-    zeros, training = buffers.zeros, self._plan.table.training
-    used = set()
-    for piece in (*pieces.enter, pieces.leave):
-      used |= {*piece.early, *piece.late}
-    grads, loads, stored, crossing = [], [], [], []
-    for t, (name, members) in enumerate(self._slots.items()):
-      all_pieces = pieces.layers[t]
-      num, most = place.unit_SN[t].shape[1], place.most_units[t]
-      grads.append([])
-      for i, slots in enumerate(members):
-        leaves = jax.tree.leaves(slots)
-        mine = {*all_pieces[i].early, *all_pieces[i].late}
-        used |= {index - len(leaves) for index in mine if index >= len(leaves)}
-        grads[t].append(
-          [
-            self._zeros(a, axes) if k in mine and training else None
-            for k, (a, axes) in enumerate(zip(leaves, self._axes(name, i)))
-          ]
-        )
-      load_of = lambda p: p.other and p.other[1]
-      loads.append([zeros(load_of(p), num) for p in all_pieces])
+    zeros = buffers.zeros
+    stored, crossing, loads = [], [], []
+    for t, layers in enumerate(pieces.layers):
+      most, num = place.most_units[t], place.unit_SN[t].shape[1]
+      rows = [_rows(n * most) for n in told.stored[t]]
       stored.append(
-        [
-          [zeros(s, n * most) for s, n in zip(p.stored, told.stored[t])]
-          for p in all_pieces
-        ]
+        [[zeros(s, n) for s, n in zip(p.stored, rows)] for p in layers]
       )
-      left = [zeros(p.crossing, told.crossing[t] * most) for p in all_pieces]
-      crossing.append(left)
-    shared = [
-      jnp.zeros_like(a) if k in used and training else None
-      for k, a in enumerate(jax.tree.leaves(self._shared))
-    ]
+      rows = _rows(told.crossing[t] * most)
+      crossing.append([zeros(p.crossing, rows) for p in layers])
+      loads.append([zeros(p.other and p.other[1], num) for p in layers])
+    grads, shared = self._no_grads(pieces)
     return tick.Carry(
       inbox=zeros(pieces.state, told.inbox + 1),
       stored=stored,
@@ -257,8 +157,30 @@ class Stage:
       loads=loads,
     )
 
-  def _zeros(self, slots, axes):
-    return sharding.constrain(jnp.zeros_like(slots), None, *axes)
+  def _no_grads(self, pieces):
+    """Returns zeros for gradients, of slots and of the model."""
+    used, grads = set(), []
+    for piece in (*pieces.enter, pieces.leave):
+      used |= {*piece.early, *piece.late}
+    for t, (name, members) in enumerate(self._slots.items()):
+      grads.append([])
+      for i, slots in enumerate(members):
+        leaves = jax.tree.leaves(slots)
+        mine = {*pieces.layers[t][i].early, *pieces.layers[t][i].late}
+        used |= {k - len(leaves) for k in mine if k >= len(leaves)}
+        grads[t].append(
+          [
+            sharding.constrain(jnp.zeros_like(a), None, *axes)
+            if k in mine
+            else None
+            for k, (a, axes) in enumerate(zip(leaves, self._axes(name, i)))
+          ]
+        )
+    leaves = jax.tree.leaves(self._shared)
+    shared = [
+      jnp.zeros_like(a) if k in used else None for k, a in enumerate(leaves)
+    ]
+    return grads, shared
 
   def _no_sums(self, pieces) -> dict[str, jax.Array]:
     names = {'loss', *pieces.leave.other}
@@ -271,24 +193,15 @@ class Stage:
     end_grads, shared = end.grads, end.shared
     if self._manual:
       end_grads, shared = jax.lax.psum((end_grads, shared), self._manual)
-    shared = jax.lax.psum(shared, PIPE)
-    leaves, treedef = jax.tree.flatten(self._shared)
-    grads = treedef.unflatten(
-      [jnp.zeros_like(a) if g is None else g for a, g in zip(leaves, shared)]
-    )
+    grads = _filled(jax.lax.psum(shared, PIPE), self._shared)
     for t, (name, members) in enumerate(self._slots.items()):
       stacks = []
       for i, slots in enumerate(members):
-        leaves, treedef = jax.tree.flatten(slots)
-        filled = [
-          jnp.zeros_like(a) if g is None else g
-          for a, g in zip(leaves, end_grads[t][i])
-        ]
+        filled = _filled(end_grads[t][i], slots)
         routes = self._layouts[0].routes[name][i]
-        back = [r.give_back(g) for r, g in zip(routes, filled)]
-        stacks.append(treedef.unflatten(back))
+        stacks.append(_map_leaves(lambda r, g: r.give_back(g), routes, filled))
       layers = getattr(self._trained, name).layers
-      grads = _with_stack(grads, self._trained, name, layers, stacks)
+      grads = weights.with_stack(grads, self._trained, name, layers, stacks)
     return grads
 
   def _loads(self, loads) -> balance.LoadsByPath:
@@ -315,25 +228,23 @@ class Stage:
     return result
 
 
+def _rows(num: int) -> int:
+  """Returns the rows of a buffer for so many.
+
+  Of one row, the compiler would know which is read: it would move what W makes
+  of it out of the loop and into every tick.
+  """
+  return 2 if num == 1 else num
+
+
+def _filled(grads, tree):
+  """Returns gradients in the form of `tree`; those that are none are zeros."""
+  leaves, treedef = jax.tree.flatten(tree)
+  return treedef.unflatten(
+    [jnp.zeros_like(a) if g is None else g for a, g in zip(leaves, grads)]
+  )
+
+
 def _map_leaves(fn, routes, tree):
   leaves, treedef = jax.tree.flatten(tree)
   return treedef.unflatten([fn(r, a) for r, a in zip(routes, leaves)])
-
-
-def _with_stack(grads, trained, name, layers, stacks):
-  """Puts the gradients of a tower's layers into those of a model."""
-  by_path = {}
-  for i, whole in enumerate(stacks):
-    group, last = weights.parted(whole, layers, i)
-    for kind, part in (('group', group), ('remainder', last)):
-      prefix = f'{name}.layers.{kind}.{i}.'
-      flat = jax.tree_util.tree_leaves_with_path(part)
-      by_path |= {prefix + sharding.path_name(p): a for p, a in flat}
-
-  def leaf(path, _):
-    path_name = sharding.path_name(path)
-    return by_path.get(path_name, known.get(path_name))
-
-  flat = jax.tree_util.tree_leaves_with_path(grads)
-  known = {sharding.path_name(p): a for p, a in flat}
-  return jax.tree_util.tree_map_with_path(leaf, trained)

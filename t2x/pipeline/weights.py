@@ -13,6 +13,7 @@ Shape suffixes: S stages, N slots of a device, U units.
 import dataclasses
 from typing import Any
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -20,6 +21,7 @@ import numpy as np
 
 from t2x import sharding
 from t2x import shards
+from t2x.pipeline import plan as plan_lib
 
 PIPE = sharding.PIPE
 
@@ -127,3 +129,97 @@ def parted(whole: Any, layers: Any, i: int) -> tuple[Any, Any]:
   group = jax.tree.map(lambda a: a[:-1], whole) if has_last else whole
   last = jax.tree.map(lambda a: a[-1], whole) if has_last else None
   return group if len(layers.group) else None, last
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How the parameters of a model, or of a part of one, reach the stages.
+
+  Attributes:
+    specs: of every leaf, along `pipe`.
+    routes: for each tower and layer of a unit, of its leaves.
+  """
+
+  specs: Any
+  routes: dict[str, list[list[Route]]]
+
+  @classmethod
+  def of(cls, tree: Any, plan: plan_lib.Plan) -> 'Layout':
+    rules = sharding.active_rules()
+    layers = PIPE if plan.place.is_contiguous else None
+    rules = dataclasses.replace(rules, layers=layers)
+    sizes = jax.sharding.get_abstract_mesh().shape
+    names = _layer_paths(tree)
+
+    def spec(path, x):
+      if not _has_value(x):
+        return x
+      if not sharding.path_name(path).startswith(names):
+        return x.replace(P())  # Gathered by whoever calls.
+      dim = sharding.pipe_dim(x, rules, sizes)
+      return x.replace(P() if dim is None else P(*[None] * dim, PIPE))
+
+    specs = jax.tree_util.tree_map_with_path(
+      spec, tree, is_leaf=sharding.is_variable
+    )
+    routes = {}
+    for t, name in enumerate(tree.towers):
+      layers = getattr(tree, name).layers
+      members = [*layers.group] or [*layers.remainder]
+      routes[name] = [
+        [_route(x, rules, sizes, plan.place.unit_SN[t], num) for x in leaves]
+        for num, leaves in (
+          (num_units(layers, i), _variables(m)) for i, m in enumerate(members)
+        )
+      ]
+    return cls(specs, routes)
+
+
+def _route(x, rules, sizes, unit_SN, num_units) -> Route:
+  axes = tuple(x.get_metadata('axes'))
+  dim = sharding.pipe_dim(x, rules, sizes)
+  if dim is not None and len(x.shape) == len(axes):  # Of the remainder.
+    dim += 1
+  return Route(dim, axes, unit_SN, num_units)
+
+
+def _has_value(x) -> bool:
+  return sharding.is_variable(x) and hasattr(x.get_value(), 'shape')
+
+
+def _variables(tree) -> list[nnx.Variable]:
+  leaves = jax.tree.leaves(tree, is_leaf=sharding.is_variable)
+  return [x for x in leaves if _has_value(x)]
+
+
+def _layer_paths(model: Any) -> tuple[str, ...]:
+  return tuple(f'{name}.layers.' for name in model.towers)
+
+
+def outside_layers(model: Any) -> Any:
+  """Returns a model without its stacks of layers (None is in their place)."""
+  names = _layer_paths(model)
+
+  def leaf(path, x):
+    return None if sharding.path_name(path).startswith(names) else x
+
+  return jax.tree_util.tree_map_with_path(leaf, model)
+
+
+def with_stack(grads, trained, name, layers, stacks):
+  """Puts the gradients of a tower's layers into those of a model."""
+  by_path = {}
+  for i, whole in enumerate(stacks):
+    group, last = parted(whole, layers, i)
+    for kind, part in (('group', group), ('remainder', last)):
+      prefix = f'{name}.layers.{kind}.{i}.'
+      flat = jax.tree_util.tree_leaves_with_path(part)
+      by_path |= {prefix + sharding.path_name(p): a for p, a in flat}
+
+  def leaf(path, _):
+    path_name = sharding.path_name(path)
+    return by_path.get(path_name, known.get(path_name))
+
+  flat = jax.tree_util.tree_leaves_with_path(grads)
+  known = {sharding.path_name(p): a for p, a in flat}
+  return jax.tree_util.tree_map_with_path(leaf, trained)
