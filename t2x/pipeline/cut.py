@@ -492,7 +492,8 @@ def _keeps(remat: str, eqn) -> bool:
   if name == routing.CHOICE:
     return True
   if remat in ('none', 'full'):
-    return eqn.primitive.name in _HEAVY
+    # What attention gives is smaller than the scores that it is made of.
+    return eqn.primitive.name in _HEAVY or name == 'attention'
   if remat == 'dots':
     return name == param.PRODUCT
   saved = remat.partition(':')[2].split(',')
