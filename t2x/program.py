@@ -151,8 +151,12 @@ def step_config(
 
 def jit_for(config: experiment.Experiment, mesh: jax.sharding.Mesh):
   """Returns `jax.jit` with the compiler's options for the mesh's devices."""
-  devices = [*mesh.devices.flat]
-  options = machines.options_of(devices, config.compiler_options)
+  pipeline = consistency.pipeline(config, mesh.shape)
+  options = machines.options_of(
+    [*mesh.devices.flat],
+    config.compiler_options,
+    diverge=pipeline is not None and not config.pipeline.uniform,
+  )
   return functools.partial(jax.jit, compiler_options=options or None)
 
 
