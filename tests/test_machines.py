@@ -167,7 +167,7 @@ def test_tpu_options_are_known_to_the_compiler(chip, num_slices):
 
 
 def test_a_product_is_no_ring_where_devices_diverge():
-  mesh = tpu.mesh(fsdp=8, data=1)
+  mesh = tpu.mesh(pipe=2, data=1, fsdp=4)
   split = NamedSharding(mesh, P('fsdp'))
   x, y = (
     jax.ShapeDtypeStruct((8, 2048, size), jnp.bfloat16, sharding=split)
