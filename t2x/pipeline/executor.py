@@ -484,6 +484,9 @@ def _add_some(sums, values, active):
 def _add_leaves(leaves, indices, values, active):
   """Adds gradients to sums, by the place of each leaf."""
   leaves = list(leaves)
+  # Else the compiler sums what devices have each, and reduces the sum after the
+  # loop: in every tick, whether anything came or not.
+  values = jax.lax.optimization_barrier(list(values))
   for index, value in zip(indices, values):
     leaves[index] = _add(leaves[index], value, active)
   return leaves

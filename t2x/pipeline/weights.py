@@ -123,10 +123,7 @@ def parted(whole: Any, layers: Any, i: int) -> tuple[Any, Any]:
     layers: the `stack.Stack`.
     i: its place in the unit.
   """
-  # The last unit has fewer layers, yet all layers have a place for it.
-  group = (
-    jax.tree.map(lambda a: a[:-1], whole) if len(layers.remainder) else whole
-  )
   has_last = i < len(layers.remainder)
+  group = jax.tree.map(lambda a: a[:-1], whole) if has_last else whole
   last = jax.tree.map(lambda a: a[-1], whole) if has_last else None
   return group if len(layers.group) else None, last
