@@ -33,7 +33,7 @@ _ENVIRONMENT = {
   'TPU_WORKER_HOSTNAMES': 'localhost',
 }
 # What a causal model reads of a batch of packed rows.
-_BATCH = {
+BATCH = {
   'inputs': jnp.int32,
   'targets': jnp.int32,
   'segments': jnp.int32,
@@ -82,7 +82,7 @@ def lower_step(
   shape = config.data.batch_size, config.data.length
   batch = {
     name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding)
-    for name, dtype in _BATCH.items()
+    for name, dtype in BATCH.items()
   }
   whole = NamedSharding(mesh, P())
   key = jax.eval_shape(jax.random.key, 0)

@@ -114,16 +114,23 @@ def compiler_options(
 
 
 def options_of(
-  devices: Sequence[Any], overrides: Sequence[str] = ()
+  devices: Sequence[Any],
+  overrides: Sequence[str] = (),
+  *,
+  diverge: bool = False,
 ) -> xla_options.Options:
   """Returns `compiler_options` of devices, with the user's own.
 
   Args:
     devices: of a mesh.
     overrides: 'name=value' adds or replaces, 'name=' takes away.
+    diverge: the devices run parts of the program unlike often.
   """
   slices = mesh_lib.num_slices(devices)
   options = compiler_options(devices[0].device_kind, slices)
+  if diverge:  # A product's ring of permutes would wait for all devices.
+    rings = xla_options.COLLECTIVE_MATMUL.keys() & options.keys()
+    options |= dict.fromkeys(rings, 'none')
   for text in overrides:
     name, _, value = text.partition('=')
     options.pop(name, None)

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
+from t2x import checked as checked_lib
 from t2x import consistency
 from t2x import experiment
 from t2x import machines
@@ -25,6 +26,7 @@ from t2x import sharding
 from t2x import train_step
 from t2x import zigzag
 from t2x.models import model as model_lib
+from t2x.plan import divergence
 
 AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
@@ -68,22 +70,33 @@ class Program:
     self._init = jit(
       functools.partial(_init_state, self.config, tx), out_shardings=of_state
     )
-    self._step = jit(
-      functools.partial(train_step.train_step, tx=tx, config=step_config),
-      out_shardings=(of_state, whole),
-      donate_argnums=0,
+    checked = self._checked(step_config)
+    self._step = checked(
+      jit(
+        functools.partial(train_step.train_step, tx=tx, config=step_config),
+        out_shardings=(of_state, whole),
+        donate_argnums=0,
+      )
     )
-    self._gradients = jit(
-      functools.partial(train_step.gradients_at, config=step_config),
-      out_shardings=(of_grads, whole),
+    self._gradients = checked(
+      jit(
+        functools.partial(train_step.gradients_at, config=step_config),
+        out_shardings=(of_grads, whole),
+      )
     )
     self._apply = jit(
       functools.partial(train_step.apply_gradients, tx=tx, config=step_config),
       out_shardings=(of_state, whole),
     )
-    self._eval = jit(
-      functools.partial(train_step.eval_step, config=step_config)
+    self._eval = checked(
+      jit(functools.partial(train_step.eval_step, config=step_config))
     )
+
+  def _checked(self, step_config):
+    """Returns what wraps a function that a pipeline's stages run unlike."""
+    if step_config.pipeline is None or self.config.pipeline.uniform:
+      return lambda fn: fn
+    return functools.partial(checked_lib.Checked, check=divergence.check)
 
   def init_state(self) -> train_step.TrainState:
     """Draws the weights, on the devices that hold them."""
@@ -138,8 +151,11 @@ def step_config(
 
 def jit_for(config: experiment.Experiment, mesh: jax.sharding.Mesh):
   """Returns `jax.jit` with the compiler's options for the mesh's devices."""
-  devices = [*mesh.devices.flat]
-  options = machines.options_of(devices, config.compiler_options)
+  options = machines.options_of(
+    [*mesh.devices.flat],
+    config.compiler_options,
+    diverge=mesh.shape[sharding.PIPE] > 1 and not config.pipeline.uniform,
+  )
   return functools.partial(jax.jit, compiler_options=options or None)
 
 

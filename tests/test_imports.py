@@ -30,6 +30,7 @@ _ORDER = (
   ('consistency',),
   ('catalog',),
   ('checkpoint', 'checkpoint_files', 'charts', 'progress', 'report_page'),
+  ('checked',),
   ('metrics', 'program', 'run_dir'),
   ('report', 'layouts', 'layout_text', 'absent'),
   ('sharding_table', 'sharding_drawing', 'sharding_page'),

@@ -166,6 +166,23 @@ def test_tpu_options_are_known_to_the_compiler(chip, num_slices):
   assert tpu.compile_text(product_on(chip, num_slices), **options)
 
 
+def test_a_product_is_no_ring_where_devices_diverge():
+  mesh = tpu.mesh(pipe=2, data=1, fsdp=4)
+  split = NamedSharding(mesh, P('fsdp'))
+  x, y = (
+    jax.ShapeDtypeStruct((8, 2048, size), jnp.bfloat16, sharding=split)
+    for size in (2048, 7168)
+  )
+  fn = lambda x, y: jnp.einsum('BTD,BTE->DE', x, y)
+  lowered = jax.jit(fn, out_shardings=split).lower(x, y)
+  is_ring = {}
+  for diverge in (False, True):
+    options = machines.options_of([*mesh.devices.flat], diverge=diverge)
+    text = tpu.compile_text(lowered, **options)
+    is_ring[diverge] = 'collective-permute' in text
+  assert is_ring == {False: True, True: False}
+
+
 @pytest.mark.parametrize(
   'option, message',
   [

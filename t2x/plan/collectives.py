@@ -25,6 +25,7 @@ KINDS = (
   'ragged-all-to-all',
   'reduce-scatter',
 )
+Times = loops.Times
 _SLICES = ('dynamic-slice', 'slice')
 
 
@@ -47,18 +48,21 @@ class Collective:
   kind: str
   axes: tuple[str, ...]
   bytes: int
-  times: int
+  times: Times
   loops: int
   dtype: str
   op_name: str = ''
 
 
-def collectives(text: str, mesh) -> list[Collective]:
+def collectives(
+  text: str, mesh, trips: loops.Trips | None = None
+) -> list[Collective]:
   """Lists the collectives of a program, asynchronous ones once.
 
   Args:
     text: of `compiled.as_text()`.
     mesh: the Mesh or AbstractMesh that it was compiled for.
+    trips: of loops of which the text does not tell them.
 
   Raises:
     ValueError: the mesh has another number of devices, or a loop with
@@ -82,7 +86,7 @@ def collectives(text: str, mesh) -> list[Collective]:
       for dtype, size in _payload(kind, scope, instruction).items()
     ]
 
-  found = loops.executed(module, find, lambda c: c.bytes)
+  found = loops.executed(module, find, lambda c: c.bytes, trips)
   return [
     dataclasses.replace(c, times=times, loops=depth)
     for c, times, depth in found
@@ -99,10 +103,12 @@ def total(
   """
   if kind is not None and kind not in KINDS:
     raise ValueError(f'kind={kind!r}; it is one of {", ".join(KINDS)}.')
-  return sum(
-    c.bytes * c.times
-    for c in found
-    if kind in (None, c.kind) and (axis is None or axis in c.axes)
+  return round(
+    sum(
+      c.bytes * c.times
+      for c in found
+      if kind in (None, c.kind) and (axis is None or axis in c.axes)
+    )
   )
 
 
@@ -114,6 +120,9 @@ def summary(
   for c in found:
     times, size = sums.get((c.kind, c.axes), (0, 0))
     sums[c.kind, c.axes] = times + c.times, size + c.bytes * c.times
+  sums = {
+    key: (round(times), round(size)) for key, (times, size) in sums.items()
+  }
   return dict(sorted(sums.items(), key=lambda item: -item[1][1]))
 
 

@@ -7,6 +7,7 @@ XLA notes the trips of a loop in some programs (CPU, GPU) and not in others
 from collections.abc import Callable
 from collections.abc import Iterable
 import dataclasses
+import fractions
 import re
 from typing import Any
 from typing import NamedTuple
@@ -51,11 +52,19 @@ class Scope:
     return self.caller is not None and self.caller.op == 'while'
 
 
+# How often a loop runs, where it may run another number of times each time it
+# is entered: the mean.
+Times = int | fractions.Fraction
+
+# The trips of a loop of which the program's text does not tell them, or None.
+Trips = Callable[[hlo.Instruction], Times | None]
+
+
 class Executed(NamedTuple):
   """Something found in a program, run `times` times within `loops` loops."""
 
   found: Any
-  times: int
+  times: Times
   loops: int
 
 
@@ -63,6 +72,7 @@ def executed(
   module: hlo.Module,
   find: Callable[[Scope, hlo.Instruction], Iterable[Any]],
   cost: Callable[[Any], float],
+  trips: Trips | None = None,
 ) -> list[Executed]:
   """Lists what `find` sees in a program, with how often it runs.
 
@@ -70,51 +80,69 @@ def executed(
     module: the program.
     find: returns what is of interest in an instruction.
     cost: of what was found; of a conditional's branches the dearest counts.
+    trips: of loops of which the text does not tell them.
 
   Raises:
     ValueError: something of interest lies in a loop whose trips are unknown.
   """
-  return _walk(Scope(module, module.computations[module.entry]), find, cost)
+  count = lambda scope, loop: _trips_of(scope, loop, trips)
+  scope = Scope(module, module.computations[module.entry])
+  return _walk(scope, find, cost, count)
 
 
-def _walk(scope, find, cost) -> list[Executed]:
+def called(scope: Scope, instruction: hlo.Instruction) -> list[Scope]:
+  """Returns the computations that an instruction runs: of a loop its body,
+  then its condition; of a conditional its branches."""
+  operands = instruction.operands
+  if instruction.op == 'while':
+    names = instruction.named('body'), instruction.named('condition')
+    return [scope.enter(name, instruction, operands) for name in names]
+  if instruction.op == 'conditional':
+    return [
+      scope.enter(name, instruction, operands[i + 1 : i + 2])
+      for i, name in enumerate(instruction.callees)
+    ]
+  if instruction.op not in _ENTERED:
+    return []
+  enter = lambda name: scope.enter(name, instruction, operands)
+  return [*map(enter, instruction.callees)]
+
+
+def _walk(scope, find, cost, count) -> list[Executed]:
   result = []
   for instruction in scope.computation.instructions.values():
     result += [Executed(item, 1, 0) for item in find(scope, instruction)]
-    operands = instruction.operands
-    inside = lambda name, operands=operands, caller=instruction: _walk(
-      scope.enter(name, caller, operands), find, cost
-    )
+    parts = [
+      _walk(inner, find, cost, count) for inner in called(scope, instruction)
+    ]
+    if not any(parts):
+      continue
     if instruction.op == 'while':
-      result += _repeated(scope, instruction, inside)
+      num = count(scope, instruction)
+      result += _times(parts[0], num) + _times(parts[1], num + 1)
     elif instruction.op == 'conditional':
-      branches = [
-        inside(name, operands[i + 1 : i + 2])
-        for i, name in enumerate(instruction.callees)
-      ]
-      result += max(branches, key=lambda b: sum(cost(e[0]) * e[1] for e in b))
-    elif instruction.op in _ENTERED:
-      for name in instruction.callees:
-        result += inside(name)
+      result += max(parts, key=lambda b: sum(cost(e[0]) * e[1] for e in b))
+    else:
+      result += sum(parts, [])
   return result
 
 
-def _repeated(scope, loop, inside) -> list[Executed]:
-  body, test = inside(loop.named('body')), inside(loop.named('condition'))
-  if not body and not test:
-    return []
-  trips = trip_count(scope, loop)
-  if trips is None:
+def _times(found: list[Executed], num: Times) -> list[Executed]:
+  return [Executed(item, num * n, loops + 1) for item, n, loops in found]
+
+
+def _trips_of(scope, loop, trips: Trips | None) -> Times:
+  known = trip_count(scope, loop)
+  if known is None and trips:
+    known = trips(loop)
+  if known is None:
     raise ValueError(
       f'The loop {loop.name} in {scope.computation.name} '
       f'({loop.op_name or "no op_name"}) runs until its condition fails, and '
       'the text does not tell when, so what is in it cannot be counted. Give '
       'the loop a constant number of trips.'
     )
-  times = lambda found, num: [
-    Executed(item, num * n, loops + 1) for item, n, loops in found
-  ]
-  return times(body, trips) + times(test, trips + 1)
+  return known
 
 
 # --- Values, followed to where they are made. ---

@@ -9,7 +9,7 @@ from t2x.plan import hlo
 from t2x.plan import loops
 
 
-def matrix_flops(text: str) -> int:
+def matrix_flops(text: str, trips: loops.Trips | None = None) -> int:
   """Returns the FLOPs of products and convolutions on one device.
 
   A product of (M, K) and (K, N) takes 2 M N K. Of a convolution (which is how
@@ -18,12 +18,13 @@ def matrix_flops(text: str) -> int:
 
   Args:
     text: of `compiled.as_text()`.
+    trips: of loops of which the text does not tell them.
 
   Raises:
     ValueError: a loop with products in it has an unknown number of trips.
   """
-  found = loops.executed(hlo.parse(text), _find, lambda flops: flops)
-  return sum(flops * times for flops, times, _ in found)
+  found = loops.executed(hlo.parse(text), _find, lambda flops: flops, trips)
+  return round(sum(flops * times for flops, times, _ in found))
 
 
 def _find(scope: loops.Scope, instruction: hlo.Instruction) -> list[int]:

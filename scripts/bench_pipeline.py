@@ -1,0 +1,299 @@
+r"""What pipeline schedules cost: time, products, memory, bytes sent, bubbles.
+
+python scripts/bench_pipeline.py [--schedules=gpipe,zb_v] [--rounds=5]
+    [--remat=none,full] [--microbatches=8,16] [--json]
+    [--target=cpu|tpu|v5e:4x4] [--case=1.1b]
+
+The train step of one decoder on eight simulated devices, by each schedule and
+without stages (`--baseline`), in alternating rounds: the median of the ratios
+of the times in a round. FLOPs of matrix products that a device executes, most
+and mean over stages, over those of a device without stages; the compiler's
+temporaries for each number of microbatches, the rows of one held; the idle
+share by the table, as soon as can be and in lock-step ticks, beside the
+published one. Simulated devices share the machine's cores, so their time tells
+what all do together, and waiting costs nothing.
+
+With `--target=tpu` the steps are compiled for a slice of TPUs (v5e:4x4) and not
+run; this needs libtpu but no TPU. `--case=1.1b` is a decoder of 1.1 billion
+parameters there, beside MaxText's circular pipeline of the same model.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import time
+from typing import Any
+
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['XLA_FLAGS'] = (
+  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+)
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+from t2x import absent
+from t2x import consistency
+from t2x import experiment
+from t2x import layout_text
+from t2x import mesh as mesh_lib
+from t2x import program
+from t2x import sharding
+from t2x import sharding_table
+from t2x.data import config as data
+from t2x.data import tokenizers
+from t2x.layers import attention
+from t2x.models import presets
+from t2x.pipeline import schedule as schedule_lib
+from t2x.pipeline import schedules
+from t2x.plan import collectives
+from t2x.plan import divergence
+from t2x.plan import hlo
+from t2x.plan import matrix
+from t2x.plan import pipelines
+
+# `rows` are those of a microbatch on a device.
+_SMALL = {'layers': 16, 'width': 256, 'hidden': 1024, 'heads': 4, 'rows': 1}
+_SMALL |= {'vocab': 2048, 'length': 128, 'target': 'cpu', 'rounds': 5}
+_SMALL |= {
+  'layout': 'pipe=4,data=2',
+  'baseline': 'data=8',
+  'remat': 'none,full',
+}
+_SMALL |= {'microbatches': '8,16', 'schedules': ','.join(schedules.NAMES)}
+_LARGE = {'layers': 16, 'width': 2048, 'hidden': 7168, 'heads': 16, 'rows': 2}
+_LARGE |= {'vocab': 32000, 'length': 2048, 'target': 'tpu', 'rounds': 0}
+_LARGE |= {'layout': 'pipe=4,fsdp=4', 'baseline': 'fsdp=16', 'remat': 'full'}
+_LARGE |= {'microbatches': '8', 'schedules': 'interleaved,one_f_one_b'}
+CASES = {'small': _SMALL, '1.1b': _LARGE}
+# Of its program for the 1.1b case and v5e:4x4 (2 repeats, 8 microbatches).
+MAXTEXT = {'name': 'MaxText, circular', 'flops': [74.4e12], 'sent': 13.3e9}
+MAXTEXT |= {'arguments': 1.05 * 2**30, 'temporaries': [2.04 * 2**30]}
+MAXTEXT |= {'peak': 2.98 * 2**30, 'seconds': 113.0, 'instructions': None}
+
+
+def main() -> None:
+  args = parse()
+  tpu = args.target != 'cpu'
+  topology = 'v5e:4x4' if args.target == 'tpu' else args.target
+  try:
+    devices = [*(absent.devices(topology) if tpu else jax.devices())]
+    layouts = layouts_of(args, len(devices))
+  except ValueError as error:
+    sys.exit(f'error: {error}')
+  result = {'target': topology, 'settings': vars(args)}
+  for remat in args.remat.split(','):
+    rows = bench(args, devices, layouts, remat, tpu)
+    if tpu and args.case == '1.1b':
+      rows.append(MAXTEXT)
+    print_rows(args, rows, remat, tpu)
+    result[remat] = rows
+  if args.json:
+    print(json.dumps(result))
+
+
+def parse() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description='Pipeline schedules')
+  parser.add_argument('--case', default='small', choices=CASES)
+  parser.add_argument('--json', action='store_true')
+  for name, value in _SMALL.items():
+    parser.add_argument(f'--{name}', type=type(value))
+  args = parser.parse_args()
+  for name, value in CASES[args.case].items():
+    if getattr(args, name) is None:
+      setattr(args, name, value)
+  args.microbatches = [int(n) for n in args.microbatches.split(',')]
+  return args
+
+
+def layouts_of(args, num_devices: int) -> dict[str, str]:
+  """Returns the baseline's layout and each schedule's, by name."""
+  result = {'no stages': args.baseline}
+  for name in args.schedules.split(','):
+    result[name] = f'{args.layout},pipeline.schedule={name}'
+  for text in result.values():
+    num = layout_text.parse(text).num_devices
+    if num != num_devices:
+      raise ValueError(
+        f'{text} takes {num} devices; {args.target} has {num_devices}.'
+      )
+  return result
+
+
+def config_of(
+  args, text: str, microbatches: int, remat: str, tpu: bool
+) -> experiment.Experiment:
+  stages = layout_text.parse(args.layout).mesh
+  llama, heads = presets.llama2_7b(), args.heads
+  model = dataclasses.replace(
+    llama,
+    vocab_size=args.vocab,
+    num_layers=args.layers,
+    embed_dim=args.width,
+    attention=attention.Dense(num_heads=heads, head_dim=args.width // heads),
+    mlp=dataclasses.replace(llama.mlp, hidden=args.hidden),
+    dtype='bfloat16' if tpu else 'float32',
+  )
+  config = experiment.Experiment(
+    model=model,
+    data=data.DataConfig(
+      length=args.length,
+      batch_size=args.rows * stages.data * stages.fsdp * microbatches,
+      tokenizer=tokenizers.Bytes(),
+    ),
+  )
+  number = f',pipeline.microbatches={microbatches}' if 'pipe=' in text else ''
+  layout = layout_text.parse(f'{text}{number},train.remat={remat}')
+  config = layout.applied(config)
+  layout.check(config)
+  return config
+
+
+def bench(args, devices, layouts, remat: str, tpu: bool) -> list[dict]:
+  first, *others = args.microbatches
+  rows, steps = [], []
+  for name, text in layouts.items():
+    config = config_of(args, text, first, remat, tpu)
+    mesh = mesh_lib.make(config.mesh, devices)
+    compiled, seconds = compile_timed(config, mesh)
+    row = {'name': name, 'seconds': round(seconds, 1)}
+    row |= figures(config, mesh, compiled)
+    for number in others:
+      more = config_of(args, text, number, remat, tpu)
+      # What is not run needs none of LLVM's optimisations.
+      quick = {} if tpu else {'xla_backend_optimization_level': 0}
+      again, _ = compile_timed(more, mesh, **quick)
+      row['temporaries'] += figures(more, mesh, again)['temporaries']
+    rows.append(row)
+    print(f'{remat}, {name}: {seconds:.0f} s', file=sys.stderr)
+    if not tpu and args.rounds:
+      steps.append(Step(config, mesh, compiled))
+  for row, times in zip(rows, timed(steps, args.rounds)):
+    row['times'] = times
+  return rows
+
+
+def compile_timed(config, mesh, **options):
+  """Returns a compiled train step, and the seconds that it took."""
+  start = time.perf_counter()
+  compiled = absent.compile(absent.lower_step(config, mesh), options)
+  return compiled, time.perf_counter() - start
+
+
+def figures(config, mesh, compiled: jax.stages.Compiled) -> dict[str, Any]:
+  """Returns what is known of a program without running it."""
+  text, memory = compiled.as_text(), compiled.memory_analysis()
+  assert text is not None and memory is not None, 'no such figures here'
+  plan = consistency.pipeline(config, mesh.shape)
+  trips: list[Any] = [None]
+  row: dict[str, Any] = {}
+  if plan is not None:
+    divergence.check(text)
+    stages = range(plan.table.num_stages)
+    trips = [pipelines.trips(plan, stage) for stage in stages]
+    found = plan.table.simulate()
+    row['bubble'] = found.bubble
+    row['bubble_executed'] = found.bubble_executed
+    row['published'] = published(plan.table)
+  sent = [
+    collectives.total(collectives.collectives(text, mesh, t)) for t in trips
+  ]
+  computations = hlo.parse(text).computations.values()
+  return row | {
+    'flops': [matrix.matrix_flops(text, t) for t in trips],
+    'sent': max(sent),
+    'arguments': memory.argument_size_in_bytes,
+    'temporaries': [memory.temp_size_in_bytes],
+    'peak': memory.peak_memory_in_bytes,
+    'instructions': sum(len(c.instructions) for c in computations),
+  }
+
+
+def published(table: schedule_lib.Schedule) -> float | None:
+  """Returns the idle share by the papers' formulas, F = B = W."""
+  S, M, v = table.num_stages, table.num_microbatches, table.num_chunks
+  if table.name.startswith('zb'):  # They have none where forwards run twice.
+    return None if table.recompute else (S - 1) / (3 * v * M + S - 1)
+  return (S - 1) / (v * M + S - 1)
+
+
+# --- Times. ---
+
+
+class Step:
+  """A compiled step with a state and a batch of its own."""
+
+  def __init__(self, config, mesh, compiled: jax.stages.Compiled):
+    self._compiled = compiled
+    made = program.Program(config, mesh, num_steps=1)
+    shape = config.data.batch_size, config.data.length
+    names = ('inputs', 'targets', 'segments', 'weights')
+    batch = {name: np.ones(shape, absent.BATCH[name]) for name in names}
+    positions = np.cumsum(batch['inputs'], 1, dtype=np.int32) - 1
+    self._batch = made.place({**batch, 'positions': positions})
+    self._key = jax.device_put(jax.random.key(0), NamedSharding(mesh, P()))
+    with sharding.use(mesh, config.rules):
+      self._state = made.init_state()
+
+  def seconds(self) -> float:
+    start = time.perf_counter()
+    self._state, metrics = self._compiled(self._state, self._batch, self._key)
+    jax.block_until_ready((self._state, metrics))
+    return time.perf_counter() - start
+
+
+def timed(steps: list[Step], rounds: int) -> list[list[float]]:
+  """Returns the seconds of each step in each round."""
+  for step in steps:
+    step.seconds()
+  times: list[list[float]] = [[] for _ in steps]
+  order = [*zip(steps, times)]
+  for _ in range(rounds):
+    for step, found in order:
+      found.append(step.seconds())
+    order.reverse()
+  return times
+
+
+def print_rows(args, rows: list[dict], remat: str, tpu: bool) -> None:
+  table = [cells(args, row, rows[0], tpu) for row in rows]
+  lines = [[f'remat {remat}', *table[0]]]
+  lines += [[row['name'], *texts.values()] for row, texts in zip(rows, table)]
+  print('\n'.join(sharding_table.aligned(lines, '<' + '>' * len(table[0]))))
+
+
+def cells(args, row: dict, one: dict, tpu: bool) -> dict[str, str]:
+  """Returns what is printed of a row, by column."""
+  size = sharding_table.bytes_text
+  share = lambda key: '-' if row.get(key) is None else f'{row[key]:.1%}'
+  mean = statistics.mean(row['flops'])
+  result = {}
+  if not tpu and args.rounds:
+    ratios = [a / b for a, b in zip(row['times'], one['times'])]
+    result['step'] = f'{statistics.median(row["times"]):.2f} s'
+    result['ratio'] = f'{statistics.median(ratios):.3f}'
+  result['GFLOP most'] = f'{max(row["flops"]) / 1e9:.2f}'
+  result['mean'] = f'{mean / 1e9:.2f}'
+  result['of one'] = f'{mean / one["flops"][0]:.3f}'
+  result['arguments'] = size(row['arguments'])
+  for i, number in enumerate(args.microbatches):
+    known = row['temporaries'][i : i + 1]
+    result[f'temporaries {number}'] = size(known[0]) if known else '-'
+  if tpu:  # A CPU's compiler does not tell.
+    result['peak'] = size(row['peak'])
+  result['sent'] = size(row['sent'])
+  result['bubble'] = share('bubble')
+  result['in ticks'] = share('bubble_executed')
+  result['published'] = share('published')
+  result['compiled in'] = f'{row["seconds"]:.0f} s'
+  result['instructions'] = str(row['instructions'] or '-')
+  return result
+
+
+if __name__ == '__main__':
+  main()
