@@ -283,11 +283,12 @@ class _Stage:
       loads.append([zeros(load_of(p), num) for p in all_pieces])
       stored.append(
         [
-          [zeros(s, n * most) for s, n in zip(p.stored, told.stored[t])]
+          [zeros(s, _rows(n * most)) for s, n in zip(p.stored, told.stored[t])]
           for p in all_pieces
         ]
       )
-      left = [zeros(p.crossing, told.crossing[t] * most) for p in all_pieces]
+      rows = _rows(told.crossing[t] * most)
+      left = [zeros(p.crossing, rows) for p in all_pieces]
       crossing.append(left)
     shared = [
       jnp.zeros_like(a) if k in used and training else None
@@ -359,6 +360,15 @@ class _Stage:
         if last is not None:
           result[f'{path}.remainder.{i}.mlp'] = last
     return result
+
+
+def _rows(num: int) -> int:
+  """Returns the rows of a buffer for so many.
+
+  Of one row, the compiler would know which is read: it would move what W makes
+  of it out of the loop and into every tick.
+  """
+  return 2 if num == 1 else num
 
 
 def _map_leaves(fn, routes, tree):
