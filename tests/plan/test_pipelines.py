@@ -46,7 +46,7 @@ def flops_of(tmp_path):
   return count
 
 
-@pytest.mark.parametrize('schedule', ['one_f_one_b', 'zb_v'])
+@pytest.mark.parametrize('schedule', ['one_f_one_b', 'interleaved', 'zb_v'])
 @pytest.mark.parametrize('remat', ['none', 'full'])
 def test_stages_execute_what_one_device_does(flops_of, schedule, remat):
   """No product twice, and none that a mask throws away."""
