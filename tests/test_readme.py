@@ -1,4 +1,4 @@
-"""The README's commands and code run."""
+"""The commands and the code of the README and of docs/ run."""
 
 import os
 import re
@@ -12,7 +12,9 @@ import tiny
 _ROOT = os.path.join(os.path.dirname(__file__), '..')
 with open(os.path.join(_ROOT, 'README.md'), encoding='utf-8') as _f:
   _TEXT = _f.read()
-_BLOCKS = re.findall(r'^```(\w+)\n(.*?)^```', _TEXT, re.M | re.S)
+with open(os.path.join(_ROOT, 'docs', 'pipelines.md'), encoding='utf-8') as _f:
+  _PAGES = _TEXT + _f.read()
+_BLOCKS = re.findall(r'^```(\w+)\n(.*?)^```', _PAGES, re.M | re.S)
 _COMMANDS = [
   line
   for language, block in _BLOCKS
@@ -58,7 +60,8 @@ def test_scripts_that_show_or_verify_run(command, tmp_path, monkeypatch):
   monkeypatch.delenv('XLA_FLAGS')
   _, script, *arguments = shlex.split(command)
   if 'verify' in script:  # With the model and data of the other tests.
-    small = tiny.small(tmp_path) | {'optim': 'sgd', 'model.num_layers': 1}
+    layers = 2 if 'pipe=' in command else 1
+    small = tiny.small(tmp_path) | {'optim': 'sgd', 'model.num_layers': layers}
     arguments += [f'--set={name}={value}' for name, value in small.items()]
   result = subprocess.run(
     [sys.executable, os.path.abspath(os.path.join(_ROOT, script)), *arguments],
