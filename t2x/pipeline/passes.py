@@ -46,39 +46,35 @@ def _forward_of(tick: tick_lib.Tick, name: str, t: int, carry, state):
   keeps = tick.setting.training and tick.setting.recompute == again
   side = state[:t]
 
-  def unit(j, active, loop):
-    def layer(i, number, there, loop):
-      x, stored, loads, sums = loop
-      mine = buffers.both(active, there)
-      piece = tick.pieces.layers[t][i]
-      args = tick.fixed(t, i, j), x, side, tick.rest(number, 0)
-      kept, aux_of = [], None
-      if again:
-        y, kept = piece.recompute(*args)
-      elif keeps:
-        y, _, aux_of, kept = piece.forward(*args)
-      else:
-        y, _, aux_of = piece.forward_only(*args)
-      if keeps:
-        new = [
-          buffers.write(buffer, row, part, mine)
-          for buffer, row, part in zip(stored[i], tick.rows_of(t, j), kept)
-        ]
-        stored = buffers.replaced(stored, i, new)
-      if aux_of is not None:
-        losses, load = aux_of
-        losses = losses | {'loss': sum(losses.values())}
-        sums = buffers.add_some(sums, losses, mine)
-        slot = tick.own['slot'] + j
-        loads = buffers.replaced(
-          loads, i, buffers.add_at(loads[i], slot, load, mine)
-        )
-      return buffers.select(mine, y, x), stored, loads, sums
-
-    return tick.members(t, j, layer, loop)
+  def layer(i, j, number, mine, loop):
+    x, stored, loads, sums = loop
+    piece = tick.pieces.layers[t][i]
+    args = tick.fixed(t, i, j), x, side, tick.rest(number, 0)
+    kept, aux_of = [], None
+    if again:
+      y, kept = piece.recompute(*args)
+    elif keeps:
+      y, _, aux_of, kept = piece.forward(*args)
+    else:
+      y, _, aux_of = piece.forward_only(*args)
+    if keeps:
+      new = [
+        buffers.write(buffer, row, part, mine)
+        for buffer, row, part in zip(stored[i], tick.rows_of(t, j), kept)
+      ]
+      stored = buffers.replaced(stored, i, new)
+    if aux_of is not None:
+      losses, load = aux_of
+      losses = losses | {'loss': sum(losses.values())}
+      sums = buffers.add_some(sums, losses, mine)
+      slot = tick.own['slot'] + j
+      loads = buffers.replaced(
+        loads, i, buffers.add_at(loads[i], slot, load, mine)
+      )
+    return buffers.select(mine, y, x), stored, loads, sums
 
   loop = (state[t], carry.stored[t], carry.loads[t], carry.sums)
-  x, stored, loads, sums = tick.loop(name, t, unit, loop)
+  x, stored, loads, sums = tick.units(name, t, layer, loop)
   carry = dataclasses.replace(
     carry,
     stored=buffers.replaced(carry.stored, t, stored),
@@ -135,35 +131,29 @@ def backward(tick: tick_lib.Tick, carry: tick_lib.Carry, state, grad):
 def _backward_of(tick: tick_lib.Tick, t: int, carry, side, grad):
   own, units = tick.own, tick.setting.place.most_units[t]
 
-  def unit(done, active, loop):
-    j = own['units'] - 1 - done
-
-    def layer(i, number, there, loop):
-      d_x, d_side, crossing, grads, shared = loop
-      mine = buffers.both(active, there)
-      piece = tick.pieces.layers[t][i]
-      kept = [
-        buffers.read(buffer, row)
-        for buffer, row in zip(carry.stored[t][i], tick.rows_of(t, j))
-      ]
-      one = jax.tree.map(jnp.ones_like, piece.aux)
-      fixed, rest = tick.fixed(t, i, j), tick.rest(number, 0)
-      new, add, early, left = piece.backward(fixed, kept, side, rest, d_x, one)
-      row = own['crossing'] * units + j
-      crossing = buffers.replaced(
-        crossing, i, buffers.write(crossing[i], row, left, mine)
-      )
-      mine_i, shared = buffers.accumulate(
-        piece.early, early, grads[i], shared, own['slot'] + j, mine
-      )
-      d_side = buffers.add(d_side, add, mine)
-      grads = buffers.replaced(grads, i, mine_i)
-      return buffers.select(mine, new, d_x), d_side, crossing, grads, shared
-
-    return tick.members(t, j, layer, loop, reverse=True)
+  def layer(i, j, number, mine, loop):
+    d_x, d_side, crossing, grads, shared = loop
+    piece = tick.pieces.layers[t][i]
+    kept = [
+      buffers.read(buffer, row)
+      for buffer, row in zip(carry.stored[t][i], tick.rows_of(t, j))
+    ]
+    one = jax.tree.map(jnp.ones_like, piece.aux)
+    fixed, rest = tick.fixed(t, i, j), tick.rest(number, 0)
+    new, add, early, left = piece.backward(fixed, kept, side, rest, d_x, one)
+    row = own['crossing'] * units + j
+    crossing = buffers.replaced(
+      crossing, i, buffers.write(crossing[i], row, left, mine)
+    )
+    mine_i, shared = buffers.accumulate(
+      piece.early, early, grads[i], shared, own['slot'] + j, mine
+    )
+    d_side = buffers.add(d_side, add, mine)
+    grads = buffers.replaced(grads, i, mine_i)
+    return buffers.select(mine, new, d_x), d_side, crossing, grads, shared
 
   loop = (grad[t], grad[:t], carry.crossing[t], carry.grads[t], carry.shared)
-  loop = tick.loop('backward', t, unit, loop)
+  loop = tick.units('backward', t, layer, loop, reverse=True)
   d_x, d_side, crossing, grads, shared = loop
   carry = dataclasses.replace(
     carry,
@@ -210,28 +200,20 @@ def weight(tick: tick_lib.Tick, carry: tick_lib.Carry, state):
 def _weight_of(tick: tick_lib.Tick, t: int, carry, side):
   own, units = tick.own, tick.setting.place.most_units[t]
 
-  def unit(j, active, loop):
-    def layer(i, number, there, loop):
-      grads, shared = loop
-      mine = buffers.both(active, there)
-      piece = tick.pieces.layers[t][i]
-      # `number` holds a zero that the compiler does not know.
-      zero = number - ((own['unit'] + j) * len(tick.pieces.layers[t]) + i)
-      kept = buffers.read(carry.stored[t][i][1], tick.rows_of(t, j + zero)[1])
-      left = buffers.read(
-        carry.crossing[t][i], own['crossing'] * units + j + zero
-      )
-      fixed, rest = tick.fixed(t, i, j), tick.rest(number, 0)
-      late = piece.weight(fixed, kept, side, rest, left)
-      mine_i, shared = buffers.accumulate(
-        piece.late, late, grads[i], shared, own['slot'] + j, mine
-      )
-      return buffers.replaced(grads, i, mine_i), shared
-
-    return tick.members(t, j, layer, loop)
+  def layer(i, j, number, mine, loop):
+    grads, shared = loop
+    piece = tick.pieces.layers[t][i]
+    kept = buffers.read(carry.stored[t][i][1], tick.rows_of(t, j)[1])
+    left = buffers.read(carry.crossing[t][i], own['crossing'] * units + j)
+    fixed, rest = tick.fixed(t, i, j), tick.rest(number, 0)
+    late = piece.weight(fixed, kept, side, rest, left)
+    mine_i, shared = buffers.accumulate(
+      piece.late, late, grads[i], shared, own['slot'] + j, mine
+    )
+    return buffers.replaced(grads, i, mine_i), shared
 
   loop = (carry.grads[t], carry.shared)
-  grads, shared = tick.loop('weight', t, unit, loop)
+  grads, shared = tick.units('weight', t, layer, loop)
   carry = dataclasses.replace(carry, shared=shared)
   return dataclasses.replace(
     carry, grads=buffers.replaced(carry.grads, t, grads)

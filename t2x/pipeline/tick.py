@@ -123,25 +123,40 @@ class Tick:
     rows = jax.tree.map(lambda a: buffers.at(a, m), self.rows)
     return pieces_lib.Rest(rows, self.key, jnp.asarray(number, jnp.int32))
 
-  def members(self, t: int, unit: Any, body, carry, *, reverse: bool = False):
-    """Runs body(i, number, active, carry) for each layer i of a unit."""
+  def units(
+    self, name: str, t: int, body, carry, *, reverse: bool = False
+  ) -> Any:
+    """Runs body(i, unit, number, active, carry) for each layer of a part.
+
+    Args:
+      name: of the loop over units; see `loop`.
+      t: the tower.
+      body: takes the layer's place in its unit, the unit's in its part, the
+        layer's in its tower, and whether this device runs it.
+      carry: what it changes.
+      reverse: the last layer comes first.
+    """
     members = list(range(len(self.pieces.layers[t])))
     num, group = self.setting.place.towers[t].num_layers, len(members)
-    for i in reversed(members) if reverse else members:
-      number = (self.own['unit'] + unit) * group + i
-      if i < num % group or num % group == 0:
-        carry = body(i, number, True, carry)
-      else:  # The last unit has fewer.
-        there = lambda c, i=i: (c['unit'] + unit) * group + i < num
-        carry = self.repeat(
-          f'last_{i}',
-          lambda c, there=there: there(c).astype(jnp.int32),
-          lambda zero, active, carry, i=i, number=number: body(
-            i, number + zero, active, carry
-          ),
-          carry,
-        )
-    return carry
+    full = num % group or group  # Layers that the last unit has, too.
+
+    def unit(trip, active, carry):
+      unit_of = lambda c: c['units'] - 1 - trip if reverse else trip
+      number_of = lambda c, i: (c['unit'] + unit_of(c)) * group + i
+      there = lambda i: lambda c: (number_of(c, i) < num).astype(jnp.int32)
+      for i in reversed(members) if reverse else members:
+
+        def layer(zero, held, carry, i=i):
+          own, both = self.own, buffers.both(active, held)
+          return body(i, unit_of(own) + zero, number_of(own, i), both, carry)
+
+        if i < full:
+          carry = layer(0, True, carry)
+        else:
+          carry = self.repeat(f'last_{i}', there(i), layer, carry)
+      return carry
+
+    return self.loop(name, t, unit, carry)
 
   def fixed(self, t: int, i: int, unit: Any):
     slot = self.own['slot'] + unit

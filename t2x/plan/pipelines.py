@@ -79,9 +79,10 @@ def _share(plan: plan_lib.Plan, stage: int, name: str, t: int, i: int):
   visited = held = 0
   for tick, num in enumerate(_runs(plan, name, t)[:, stage]):
     for done in range(num):
-      own = columns['units'][tick, stage]
-      unit = own - 1 - done if name == 'backward' else done
-      there_S = (columns['unit'][tick] + unit) * tower.group + i
+      unit_S = columns['unit'][tick] + done
+      if name == 'backward':
+        unit_S += columns['units'][tick] - 1 - 2 * done
+      there_S = unit_S * tower.group + i
       there_S = there_S < tower.num_layers
       visited += 1
       held += bool(there_S.any() if plan.config.uniform else there_S[stage])

@@ -188,6 +188,7 @@ SLOW = [
   ('encoder_decoder', 'gpipe', {'pipe': 4}, {'remat': 'dots'}),
   ('encoder_decoder', 'zb_v', {'pipe': 2, 'tensor': 2}, {'uniform': True}),
   ('experts', 'zb_h1', {'pipe': 3}, {}),
+  ('experts', 'one_f_one_b', {'pipe': 2}, {'uniform': True}),
   ('experts', 'zb_h2', {'pipe': 2, 'fsdp': 2}, {'gather': 'tick'}),
 ]
 
