@@ -198,9 +198,9 @@ def shardings_of(
     ShardingError: a layout that cannot be.
   """
   pipeline = consistency.pipeline(config, mesh.shape)
-  even = pipeline is not None and pipeline.place.is_contiguous
-  layers = sharding.PIPE if even else None
-  rules = dataclasses.replace(config.rules, layers=layers)
+  rules = config.rules
+  if pipeline is not None and pipeline.place.is_contiguous:
+    rules = dataclasses.replace(rules, layers=sharding.PIPE)
   shardings = train_step.state_shardings(
     shapes, mesh, rules, config.train.step_config
   )

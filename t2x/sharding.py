@@ -163,7 +163,7 @@ def to_spec(
 
 
 def check_rules(rules: Rules, sizes: Mapping[str, int]) -> None:
-  """Refuses rules that name axes which a mesh has not.
+  """Refuses rules that name axes which a mesh has not, or that stages place.
 
   Args:
     rules: logical axis -> mesh axes.
@@ -174,8 +174,11 @@ def check_rules(rules: Rules, sizes: Mapping[str, int]) -> None:
   """
   for field in dataclasses.fields(rules):
     if field.name not in _SETTINGS:
-      for mesh_axis in mesh_axes(getattr(rules, field.name)):
+      names = mesh_axes(getattr(rules, field.name))
+      for mesh_axis in names:
         _check_exists(mesh_axis, sizes, field.name)
+      if sizes.get(PIPE, 1) > 1 and names:
+        _check_stages(names, field.name)
 
 
 def _check_exists(mesh_axis, sizes, axis):
@@ -183,6 +186,15 @@ def _check_exists(mesh_axis, sizes, axis):
     raise ShardingError(
       f'rules.{axis}={mesh_axis!r} names no mesh axis; the mesh has '
       f'{", ".join(sizes)}. Set rules.{axis} to one of these or none.'
+    )
+
+
+def _check_stages(names, axis):
+  if axis == 'layers' or PIPE in names:
+    raise ShardingError(
+      f'rules.{axis}={",".join(names)}: on a mesh of stages the pipeline says '
+      'where stacked layers are, and no other dimension is split over '
+      f'{PIPE!r}. Set rules.{axis} to other axes, or none for layers.'
     )
 
 

@@ -494,3 +494,6 @@ def test_what_cannot_fit_is_refused(directory):
     check(mesh__pipe=4, mesh__data=1, mesh__fsdp=1)
   with pytest.raises(ValueError, match='Set rules.context_attention=all_to'):
     check(mesh__pipe=2, mesh__data=1, mesh__fsdp=1, mesh__context=2)
+  for rule, axis in (('layers', 'fsdp'), ('mlp', 'pipe')):
+    with pytest.raises(ValueError, match=f'rules.{rule}={axis}: on a mesh of'):
+      check(mesh__pipe=2, mesh__data=1, **{f'rules__{rule}': axis})

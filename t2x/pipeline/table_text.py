@@ -16,7 +16,8 @@ import numpy as np
 from t2x.pipeline import operations as ops
 from t2x.pipeline import schedule as schedule_lib
 
-_ENTRY = re.compile(r'([FBWR])(\d+)(?:\.(\d+))?')
+# No more digits than an int32 holds.
+_ENTRY = re.compile(r'([FBWR])(\d{1,9})(?:\.(\d{1,9}))?')
 _KEYS = (
   'name',
   'microbatches',

@@ -145,6 +145,11 @@ class Layout:
 
   @classmethod
   def of(cls, tree: Any, plan: plan_lib.Plan) -> 'Layout':
+    """Returns the layout of a model on the active mesh.
+
+    Raises:
+      ValueError: of layers that are stacked here, only some have a parameter.
+    """
     rules = sharding.active_rules()
     layers = PIPE if plan.place.is_contiguous else None
     rules = dataclasses.replace(rules, layers=layers)
@@ -165,6 +170,7 @@ class Layout:
     routes = {}
     for t, name in enumerate(tree.towers):
       layers = getattr(tree, name).layers
+      _check_alike(name, layers)
       members = [*layers.group] or [*layers.remainder]
       routes[name] = [
         [_route(x, rules, sizes, plan.place.unit_SN[t], num) for x in leaves]
@@ -181,6 +187,16 @@ def _route(x, rules, sizes, unit_SN, num_units) -> Route:
   if dim is not None and len(x.shape) == len(axes):  # Of the remainder.
     dim += 1
   return Route(dim, axes, unit_SN, num_units)
+
+
+def _check_alike(name: str, layers: Any) -> None:
+  for i, (one, last) in enumerate(zip(layers.group, layers.remainder)):
+    if jax.tree.structure(one) != jax.tree.structure(last):
+      raise ValueError(
+        f'train.trainable takes other parameters of {name}.layers.group.{i} '
+        f'than of {name}.layers.remainder.{i}, which the stages of a pipeline '
+        'stack. Have it match the same of both, or set mesh.pipe=1.'
+      )
 
 
 def _has_value(x) -> bool:

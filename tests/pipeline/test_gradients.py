@@ -31,6 +31,7 @@ from t2x.pipeline import config as config_lib
 from t2x.pipeline import instructions
 from t2x.pipeline import plan as plan_lib
 from t2x.pipeline import schedules
+from t2x.pipeline import weights
 
 ROWS, LENGTH, SOURCE, VOCAB = 16, 8, 12, 61
 # The certificate of layouts asks for 1e-4.
@@ -241,6 +242,19 @@ def test_a_part_of_the_model_is_trained():
   check('decoder', got, trainable)
 
 
+def test_half_of_what_is_stacked_cannot_be_trained():
+  """The last unit's layers travel with those before them."""
+  mesh = mesh_of(pipe=2)
+  step = step_config('experts', mesh, 'gpipe', trainable=r'.*\.remainder\..*')
+  model = jax.eval_shape(
+    lambda: model_lib.make(MODELS['experts'], rngs=nnx.Rngs(0))
+  )
+  trained, _ = train_step.partition(model, step.trainable)
+  message = 'group.0 than of tower.layers.remainder.0'
+  with sharding.use(mesh, RULES), pytest.raises(ValueError, match=message):
+    weights.Layout.of(trained, step.pipeline)
+
+
 @pytest.mark.parametrize('name', ['decoder', 'encoder_decoder'])
 def test_evaluation_is_that_of_one_device(name):
   mesh = mesh_of(pipe=2, data=2)
@@ -282,7 +296,7 @@ def test_memory_is_flat_for_1f1b_and_linear_for_gpipe():
 
 
 def test_a_table_of_ones_own(tmp_path):
-  """A schedule from a file computes the same."""
+  """A schedule may come from a file."""
   file = tmp_path / 'mine.csv'
   table = schedules.gpipe(2, 4)
   file.write_text(table.to_csv())

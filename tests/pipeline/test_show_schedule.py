@@ -143,6 +143,7 @@ def _equal(found, table):
   'old, new, message',
   [
     ('3,B0,W0', '3,B0,Q0', "line 6, stage 1: 'Q0' is no entry"),
+    ('3,B0,W0', '3,B0,W9999999999', "stage 1: 'W9999999999' is no entry"),
     ('3,B0,W0', '3,B0', "line 6: '3,B0'; tick 3 and 2 entries"),
     ('3,B0,W0', '7,B0,W0', 'line 6: .*; tick 3 and 2 entries'),
     ('3,B0,W0', '3,B0,', 'Lost: W of microbatch 0 on stage 1'),
