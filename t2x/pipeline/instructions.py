@@ -204,12 +204,10 @@ def _fill_inbox(table, place, columns, sends) -> int:
         made = at(FORWARD) if p == last else int(tick[BACKWARD, m, p + 1])
         lives.add(stage, made, at(BACKWARD), key)
         messages.append((key, made, source, stage))
-        columns_at = (at(BACKWARD), stage)
-        messages[-1] += (columns_at,)
   slots, size = lives.slots()
   for name in ('from_self', 'from_previous', 'from_next'):
     columns[name][:] = size
-  for key, made, source, to, *_ in messages:
+  for key, made, source, to in messages:
     kind, m, p = key
     if source == to:
       name = 'from_self'
