@@ -35,9 +35,9 @@ from t2x import layout_text
     ),
     (
       gpt2_tiny,
-      'mesh.pipe=2',
-      'Layouts of 2 devices that work: ',
-      ['data=2', 'fsdp=2'],
+      'mesh.pipe=8',
+      'Layouts of 8 devices that work: ',
+      ['data=8', 'fsdp=8'],
     ),
     (
       gpt2_tiny,
@@ -112,7 +112,7 @@ def test_names_and_settings_that_a_layout_cannot_have(layout, message):
     'mesh.fsdp=2',
     'mesh.dcn.data=1',
     'rules.norm_length=context,tensor',
-    'pipeline=none',
+    'pipeline.schedule=zb_h1',
     'compiler_options=xla_a=1,xla_b=',
     'train.remat=full',
     'train.scan_layers=false',

@@ -46,7 +46,7 @@ def test_names_become_mesh_axes(mesh):
 
 
 def test_stacked_dimensions_come_first(mesh):
-  for num_stacked, before in enumerate([(), (None,), ('pipe', None)]):
+  for num_stacked, before in enumerate([(), (None,)]):
     shapes = jax.eval_shape(
       functools.partial(Model, (4, 8), ('embed', 'mlp'), num_stacked)
     )

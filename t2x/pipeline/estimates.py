@@ -238,7 +238,8 @@ def _attention(model, kind, T, S, causal, window, layout: Layout):
     # Blocks of 64 queries reach half a block further than each query.
     reach = flops.pairs(T, S, causal, window) + 32 * T * causal
     whole += N * min(reach, T * S)
-  return projected + T * D, projected + T * D, whole
+  # Its output is kept as it is, and as it was before it was normalised.
+  return projected + T * D + T * N * H, projected + T * D, whole
 
 
 def _feed_forward(model, mlp, T, layout: Layout):
