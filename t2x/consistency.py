@@ -59,8 +59,7 @@ def pipeline(
   Raises:
     ValueError: a schedule that cannot be, or layers that do not fit it.
   """
-  num = sizes.get(sharding.PIPE, 1)
-  if num == 1:
+  if not _has_stages(sizes):
     return None
   data, loss = config.data, config.train.loss
   batch = estimates.Batch(
@@ -73,9 +72,14 @@ def pipeline(
     sizes=sizes, rules=config.rules, gather=config.pipeline.gather
   )
   execution = config.train.execution
+  num = sizes[sharding.PIPE]
   return plan_lib.make(
     config.model, config.pipeline, execution, num, batch, layout
   )
+
+
+def _has_stages(sizes: Mapping[str, int]) -> bool:
+  return sizes.get(sharding.PIPE, 1) > 1
 
 
 def _check_pipeline(config: Experiment, sizes: dict[str, int]) -> None:
@@ -96,7 +100,7 @@ def _check_rows(config: Experiment, sizes: dict[str, int]) -> None:
     axes = _row_axes(config, sizes)
     by = ' x '.join(f'mesh.{a}={sizes[a]}' for a in axes if sizes.get(a, 1) > 1)
     micro = f'train.accumulate={config.train.accumulate}'
-    if sizes[sharding.PIPE] > 1:
+    if _has_stages(sizes):
       micro += f' x pipeline.microbatches={config.pipeline.microbatches}'
     less = f'{rows // need * need} or ' if rows > need else ''
     raise ValueError(
@@ -109,14 +113,13 @@ def _check_rows(config: Experiment, sizes: dict[str, int]) -> None:
 def rows_multiple(config: Experiment, sizes: Mapping[str, int]) -> int:
   """Returns what the rows of a batch must be a multiple of."""
   parts = math.prod(sizes.get(axis, 1) for axis in _row_axes(config, sizes))
-  staged = sizes.get(sharding.PIPE, 1) > 1
-  micro = config.pipeline.microbatches if staged else 1
+  micro = config.pipeline.microbatches if _has_stages(sizes) else 1
   return parts * config.train.accumulate * micro
 
 
 def _row_axes(config: Experiment, sizes: Mapping[str, int]) -> list[str]:
-  staged = sizes.get(sharding.PIPE, 1) > 1
-  by_hand = train_step.axes_by_hand(config.train.step_config, staged)
+  step = config.train.step_config
+  by_hand = train_step.axes_by_hand(step, _has_stages(sizes))
   return sorted({*sharding.mesh_axes(config.rules.batch), *by_hand})
 
 

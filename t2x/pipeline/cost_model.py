@@ -15,6 +15,7 @@ import math
 
 import numpy as np
 
+from t2x.pipeline import operations as ops
 from t2x.pipeline import placement as placement_lib
 from t2x.pipeline import schedule as schedule_lib
 
@@ -173,13 +174,13 @@ class CostModel:
     if (begin, end) not in self._peaks:
       table = self.table
       tick = table.tick_OMP[..., begin:end]
-      made = schedule_lib.RECOMPUTE if table.recompute else schedule_lib.FORWARD
+      made = ops.RECOMPUTE if table.recompute else ops.FORWARD
       stage_P = self.stage_P[begin:end]
       peaks = []
-      for operation in (made, schedule_lib.BACKWARD):
+      for operation in (made, ops.BACKWARD):
         more_TS = np.zeros((table.num_ticks + 1, table.num_stages), int)
         np.add.at(more_TS, (tick[operation], stage_P), 1)
-        np.add.at(more_TS, (tick[schedule_lib.WEIGHT] + 1, stage_P), -1)
+        np.add.at(more_TS, (tick[ops.WEIGHT] + 1, stage_P), -1)
         peaks.append(int(np.cumsum(more_TS, 0).max()))
       self._peaks[begin, end] = tuple(peaks)
     return self._peaks[begin, end]

@@ -67,7 +67,6 @@ class Cut:
     early: leaves of `trained(params)` whose gradients `backward` returns.
     late: those whose gradients `weight` returns; the others have none.
     fixed_slot: shapes of what the loop needs of a layer's own parameters.
-    fixed_shared: the same of the model's.
     stored: shapes of what `forward` keeps, for `backward` alone and for
       `weight` too.
     crossing: shapes of what `backward` keeps for `weight`.
@@ -191,7 +190,6 @@ class Cut:
       for flag in (_SLOT, _SHARED)
     }
     self.fixed_slot = _shapes(self._fixed[_SLOT])
-    self.fixed_shared = _shapes(self._fixed[_SHARED])
     self.stored = [_shapes(part) for part in self._kept]
     self.crossing = _shapes(self._crossing)
 
@@ -240,47 +238,25 @@ class Cut:
   def forward(self, fixed, x, side, rest):
     """Returns (y, aux, other, stored); `fixed` is (slot's, shared's)."""
     known = self._with(self._known(x=x, side=side, rest=rest), fixed)
-    out = self._out
-    kept = [*self._kept[0], *self._kept[1]]
-    targets = [*out['y'], *out['aux'], *out['other'], *kept]
-    *trees, left = self._unpack(
-      self._flow.run(targets, known), ('y', 'aux', 'other')
-    )
-    return *trees, self._in_two(left)
+    *out, for_b, for_w = self._made(known, ('y', 'aux', 'other'), *self._kept)
+    return *out, [for_b, for_w]
 
   def forward_only(self, fixed, x, side, rest):
     """Returns (y, aux, other)."""
     known = self._with(self._known(x=x, side=side, rest=rest), fixed)
-    out = self._out
-    targets = [*out['y'], *out['aux'], *out['other']]
-    return self._unpack(self._flow.run(targets, known), ('y', 'aux', 'other'))[
-      :3
-    ]
+    return self._made(known, ('y', 'aux', 'other'))
 
   def recompute(self, fixed, x, side, rest):
     """Returns (y, stored), what `forward` returned of them."""
     known = self._with(self._known(x=x, side=side, rest=rest), fixed)
-    kept = [*self._kept[0], *self._kept[1]]
-    y, left = self._unpack(
-      self._flow.run([*self._out['y'], *kept], known), ('y',)
-    )
-    return y, self._in_two(left)
-
-  def _in_two(self, values):
-    num = len(self._kept[0])
-    return [values[:num], values[num:]]
+    y, for_b, for_w = self._made(known, ('y',), *self._kept)
+    return y, [for_b, for_w]
 
   def backward(self, fixed, stored, side, rest, d_y, d_aux):
     """Returns (d_x, d_side, early gradients, crossing)."""
     known = self._known(side=side, rest=rest, d_y=d_y, d_aux=d_aux)
     known = self._with(known, fixed, *zip(self._kept, stored))
-    out = self._out
-    targets = [*out['x'], *out['side'], *self._early, *self._crossing]
-    d_x, d_side, left = self._unpack(
-      self._flow.run(targets, known), ('x', 'side')
-    )
-    num = len(self._early)
-    return d_x, d_side, left[:num], left[num:]
+    return self._made(known, ('x', 'side'), self._early, self._crossing)
 
   def weight(self, fixed, stored, side, rest, crossing):
     """Returns the late gradients; `stored` is the second part alone."""
@@ -293,19 +269,17 @@ class Cut:
     known = self._known(x=x, side=side, rest=rest, d_y=d_y, d_aux=d_aux)
     known = self._with(known, fixed)
     names = ('y', 'aux', 'other', 'x', 'side')
-    targets = [v for name in names for v in self._out[name]]
-    values = self._flow.run([*targets, *self._early, *self._late], known)
-    return self._unpack(values, names)
+    return self._made(known, names, [*self._early, *self._late])
 
-  def _unpack(self, values, names):
-    """Returns the trees of `names`, and the values that are left."""
-    result = []
-    for name in names:
-      num = len(self._out[name])
-      tree = jax.tree.unflatten(self._tree[name], values[:num])
-      result.append(tree)
-      values = values[num:]
-    return *result, values
+  def _made(self, known, names, *lists):
+    """Returns the trees of some outputs, and lists of values, of known ones."""
+    wanted = [*(self._out[name] for name in names), *lists]
+    values = iter(self._flow.run(sum(wanted, []), known))
+    made = [[next(values) for _ in part] for part in wanted]
+    num = len(names)
+    trees = zip(names, made[:num])
+    trees = [self._tree[name].unflatten(leaves) for name, leaves in trees]
+    return *trees, *made[num:]
 
 
 def _whole(fn, params: Params, x, side, rest, d_y, d_aux):

@@ -22,8 +22,10 @@ import jax.numpy as jnp
 
 from t2x import sharding
 from t2x.pipeline import buffers
+from t2x.pipeline import operations
 from t2x.pipeline import passes
-from t2x.pipeline import schedule
+from t2x.pipeline import pieces as pieces_lib
+from t2x.pipeline import plan as plan_lib
 from t2x.pipeline import tick as tick_lib
 
 # Collective-permutes of this name move messages, on all devices at once.
@@ -31,7 +33,8 @@ EXCHANGE = 'pipeline_exchange'
 
 
 def run(
-  setting: tick_lib.Setting,
+  pieces: pieces_lib.Pieces,
+  plan: plan_lib.Plan,
   values: tick_lib.Values,
   rows: Any,
   key: Any,
@@ -40,17 +43,18 @@ def run(
   """Runs all ticks; to be traced inside a `shard_map` over `pipe`.
 
   Args:
-    setting: what is run.
+    pieces: the programs of a microbatch.
+    plan: what is run.
     values: of parameters.
     rows: the microbatches, (M, B, ...) each.
     key: of dropout, or None.
     start: buffers and sums, of zeros or of an earlier run.
   """
-  told = setting.told
+  told = plan.told
 
   def step(carry, told_now):
     table_SC, *sends = told_now
-    tick = tick_lib.Tick(setting, values, rows, key, table_SC)
+    tick = tick_lib.Tick(pieces, plan, values, rows, key, table_SC)
     carry, out = _operate(tick, carry)
     return _exchange(tick, carry, out, sends), None
 
@@ -63,13 +67,13 @@ def _operate(tick: tick_lib.Tick, carry: tick_lib.Carry):
   state = buffers.read(carry.inbox, tick.own['input'])
   state = passes.enter(tick, carry, state)
   state, carry = passes.forward(tick, carry, state)
-  if not tick.setting.training:
+  if not tick.plan.table.training:
     return passes.measure(tick, carry, state[-1]), state
   grad, carry = passes.leave(tick, carry)
   grad, carry = passes.backward(tick, carry, state, grad)
   grad, carry = passes.enter_backward(tick, carry, grad)
   carry = passes.weight(tick, carry, state)
-  is_grad = tick.own['operation'] == schedule.BACKWARD
+  is_grad = tick.own['operation'] == operations.BACKWARD
   return carry, buffers.select(is_grad, grad, state)
 
 
@@ -78,7 +82,7 @@ def _exchange(
 ) -> tick_lib.Carry:
   """Sends what a tick has made to where it is needed."""
   inbox = buffers.write(carry.inbox, tick.own['from_self'], out, True)
-  num = tick.setting.told.rows_TSC.shape[1]
+  num = tick.plan.table.num_stages
   ways = zip(sends, (1, -1), ('from_previous', 'from_next'))
   for sent, step, slot in ways if num > 1 else ():
     pairs = [(s, (s + step) % num) for s in range(num)]

@@ -13,16 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from t2x.pipeline import operations as ops
 from t2x.pipeline import placement as placement_lib
 from t2x.pipeline import schedule as schedule_lib
-
-IDLE, FORWARD, BACKWARD, WEIGHT, RECOMPUTE = (
-  schedule_lib.IDLE,
-  schedule_lib.FORWARD,
-  schedule_lib.BACKWARD,
-  schedule_lib.WEIGHT,
-  schedule_lib.RECOMPUTE,
-)
 
 COLUMNS: tuple[str, ...] = (
   'operation',
@@ -56,10 +49,10 @@ LOOPS = (
   'weight',
 )
 _UNITS = {
-  'forward': FORWARD,
-  'recompute': RECOMPUTE,
-  'backward': BACKWARD,
-  'weight': WEIGHT,
+  'forward': ops.FORWARD,
+  'recompute': ops.RECOMPUTE,
+  'backward': ops.BACKWARD,
+  'weight': ops.WEIGHT,
 }
 
 
@@ -77,13 +70,13 @@ def trips(loop: str, tower: int, columns: dict[str, Any]) -> Any:
     return (operation == _UNITS[loop]) * mine * c['units']
   if loop == 'enter':
     # What later towers look at is made of their input, whatever is done.
-    runs = operation != IDLE
+    runs = operation != ops.IDLE
     if not tower:
-      runs = (operation == FORWARD) | (operation == RECOMPUTE)
+      runs = (operation == ops.FORWARD) | (operation == ops.RECOMPUTE)
     return runs * mine * c['enters']
   if loop == 'enter_backward':
-    return (operation == BACKWARD) * mine * c['enters']
-  is_it = operation == {'measure': FORWARD, 'leave': BACKWARD}[loop]
+    return (operation == ops.BACKWARD) * mine * c['enters']
+  is_it = operation == {'measure': ops.FORWARD, 'leave': ops.BACKWARD}[loop]
   return is_it * c['ends']
 
 
@@ -107,10 +100,14 @@ class Instructions:
   stored: tuple[tuple[int, int], ...]
   crossing: tuple[int, ...]
 
+  @property
+  def columns(self) -> dict[str, np.ndarray]:
+    """Each column by name, (T, S)."""
+    return dict(zip(COLUMNS, np.moveaxis(self.rows_TSC, -1, 0)))
+
   def trips(self, loop: str, tower: int) -> np.ndarray:
     """Returns how often each stage runs a loop, over all ticks."""
-    columns = dict(zip(COLUMNS, np.moveaxis(self.rows_TSC, -1, 0)))
-    return trips(loop, tower, columns).sum(0)
+    return trips(loop, tower, self.columns).sum(0)
 
 
 class _Lives:
@@ -156,7 +153,7 @@ def make(
   columns['microbatch'][:] = table.microbatch_TS
   part_TS = table.part(np.arange(table.num_stages)[None], table.chunk_TS)
   columns['tower'][:] = place.tower_P[part_TS]
-  busy_TS = table.operation_TS != schedule_lib.IDLE
+  busy_TS = table.operation_TS != ops.IDLE
   columns['units'][:] = np.where(busy_TS, place.units_P[part_TS], 0)
   columns['unit'][:] = place.first_P[part_TS]
   columns['slot'][:] = place.slot_P[part_TS]
@@ -194,15 +191,17 @@ def _fill_inbox(table, place, columns, sends) -> int:
     for m in range(table.num_microbatches):
       at = lambda op, p=p, m=m: int(tick[op, m, p])
       if p:
-        made = int(tick[FORWARD, m, p - 1])
+        made = int(tick[ops.FORWARD, m, p - 1])
         key = ('input', m, p)
         lives.add(stage, made, max(at(op) for op in uses), key)
         messages.append((key, made, int(table.stage_of(p - 1)), stage))
       if table.training:
         key = ('gradient', m, p)
         source = stage if p == last else int(table.stage_of(p + 1))
-        made = at(FORWARD) if p == last else int(tick[BACKWARD, m, p + 1])
-        lives.add(stage, made, at(BACKWARD), key)
+        made = (
+          at(ops.FORWARD) if p == last else int(tick[ops.BACKWARD, m, p + 1])
+        )
+        lives.add(stage, made, at(ops.BACKWARD), key)
         messages.append((key, made, source, stage))
   slots, size = lives.slots()
   for name in ('from_self', 'from_previous', 'from_next'):
@@ -221,7 +220,7 @@ def _fill_inbox(table, place, columns, sends) -> int:
     if name != 'from_self':
       sends[name][made] = True
     for op in range(1, len(tick)):
-      if tick[op, m, p] >= 0 and (kind == 'input' or op == BACKWARD):
+      if tick[op, m, p] >= 0 and (kind == 'input' or op == ops.BACKWARD):
         columns[kind][tick[op, m, p], to] = slots[key]
   return size
 
@@ -229,19 +228,19 @@ def _fill_inbox(table, place, columns, sends) -> int:
 def _uses_of_input(table, place, p) -> list[int]:
   """Returns the operations that may read what came from the part before."""
   if place.tower_P[p] and table.training:
-    return [WEIGHT]  # It carries what cross-attention looks at.
-  return [RECOMPUTE] if table.recompute else [FORWARD]
+    return [ops.WEIGHT]  # It carries what cross-attention looks at.
+  return [ops.RECOMPUTE] if table.recompute else [ops.FORWARD]
 
 
 def _fill(table, place, columns, name) -> tuple[int, ...]:
   """Gives out the slots of what stays on a device; returns how many."""
   if not table.training:
     return tuple(0 for _ in place.towers)
-  made_by = RECOMPUTE if table.recompute else FORWARD
+  made_by = ops.RECOMPUTE if table.recompute else ops.FORWARD
   first, last = {
-    'until_backward': (made_by, BACKWARD),
-    'until_weight': (made_by, WEIGHT),
-    'crossing': (BACKWARD, WEIGHT),
+    'until_backward': (made_by, ops.BACKWARD),
+    'until_weight': (made_by, ops.WEIGHT),
+    'crossing': (ops.BACKWARD, ops.WEIGHT),
   }[name]
   tick, sizes = table.tick_OMP, []
   for t in range(len(place.towers)):
@@ -256,6 +255,6 @@ def _fill(table, place, columns, name) -> tuple[int, ...]:
     sizes.append(size)
     for (m, p), slot in slots.items():
       stage = int(table.stage_of(p))
-      for op in {first, BACKWARD, last}:
+      for op in {first, ops.BACKWARD, last}:
         columns[name][tick[op, m, p], stage] = slot
   return tuple(sizes)

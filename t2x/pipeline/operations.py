@@ -60,11 +60,18 @@ def needs(
   An operation uses what the same part made before it, and a message of the
   part before (F) or after (B).
   """
-  if operation == FORWARD:
-    return ((FORWARD, part - 1),) if part else ()
-  if operation == RECOMPUTE:
-    return ((FORWARD, part),)
-  if operation == WEIGHT:
-    return ((BACKWARD, part),)
-  own = (RECOMPUTE if recompute else FORWARD, part)
-  return (own, (BACKWARD, part + 1)) if part + 1 < num_parts else (own,)
+  return tuple(
+    (other, part + step)
+    for other, step in steps(operation, recompute=recompute)
+    if 0 <= part + step < num_parts
+  )
+
+
+def steps(operation: int, *, recompute: bool) -> tuple[tuple[int, int], ...]:
+  """What `needs` is made of: operations, and how many parts further."""
+  return {
+    FORWARD: ((FORWARD, -1),),
+    RECOMPUTE: ((FORWARD, 0),),
+    BACKWARD: ((RECOMPUTE if recompute else FORWARD, 0), (BACKWARD, 1)),
+    WEIGHT: ((BACKWARD, 0),),
+  }[operation]

@@ -36,14 +36,14 @@ def enter(tick: tick_lib.Tick, carry: tick_lib.Carry, state):
 def forward(tick: tick_lib.Tick, carry: tick_lib.Carry, state):
   for t in range(len(tick.pieces.layers)):
     state, carry = _forward_of(tick, 'forward', t, carry, state)
-    if tick.setting.recompute and tick.setting.training:
+    if tick.plan.table.recompute:
       state, carry = _forward_of(tick, 'recompute', t, carry, state)
   return state, carry
 
 
 def _forward_of(tick: tick_lib.Tick, name: str, t: int, carry, state):
-  again = name == 'recompute'
-  keeps = tick.setting.training and tick.setting.recompute == again
+  table, again = tick.plan.table, name == 'recompute'
+  keeps = table.training and table.recompute == again
   side = state[:t]
 
   def layer(i, j, number, mine, loop):
@@ -129,7 +129,7 @@ def backward(tick: tick_lib.Tick, carry: tick_lib.Carry, state, grad):
 
 
 def _backward_of(tick: tick_lib.Tick, t: int, carry, side, grad):
-  own, units = tick.own, tick.setting.place.most_units[t]
+  own, units = tick.own, tick.plan.place.most_units[t]
 
   def layer(i, j, number, mine, loop):
     d_x, d_side, crossing, grads, shared = loop
@@ -198,7 +198,7 @@ def weight(tick: tick_lib.Tick, carry: tick_lib.Carry, state):
 
 
 def _weight_of(tick: tick_lib.Tick, t: int, carry, side):
-  own, units = tick.own, tick.setting.place.most_units[t]
+  own, units = tick.own, tick.plan.place.most_units[t]
 
   def layer(i, j, number, mine, loop):
     grads, shared = loop

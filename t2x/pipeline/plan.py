@@ -115,7 +115,7 @@ def _table(
   if config.schedule.endswith('.csv'):
     return _own_table(config, num_stages, recompute)
   try:
-    return schedules.make(
+    return _named(
       config.schedule,
       num_stages=num_stages,
       num_microbatches=config.microbatches,
@@ -128,6 +128,10 @@ def _table(
       f'pipeline.microbatches={config.microbatches}, '
       f'pipeline.chunks={config.chunks}: {error}'
     ) from error
+
+
+# A run asks several times and a search for layouts many; tables do not change.
+_named = functools.lru_cache(maxsize=16)(schedules.make)
 
 
 def _own_table(config, num_stages, recompute) -> schedule_lib.Schedule:

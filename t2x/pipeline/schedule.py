@@ -26,7 +26,6 @@ from t2x.pipeline import validation
 if TYPE_CHECKING:
   from t2x.pipeline import simulation
 
-IDLE, FORWARD, BACKWARD, WEIGHT, RECOMPUTE = range(5)
 Placement = ops.Placement
 
 
@@ -36,7 +35,7 @@ class Schedule:
 
   Attributes:
     name: of the schedule.
-    operation_TS: IDLE, FORWARD, BACKWARD, WEIGHT or RECOMPUTE.
+    operation_TS: IDLE, FORWARD, BACKWARD, WEIGHT or RECOMPUTE of `operations`.
     microbatch_TS: which microbatch; 0 where idle.
     chunk_TS: which of the stage's parts; 0 where idle.
     num_microbatches: M.
@@ -64,7 +63,7 @@ class Schedule:
 
   def __post_init__(self):
     validation.check_fields(self)
-    used_TS = np.asarray(self.operation_TS) != IDLE
+    used_TS = np.asarray(self.operation_TS) != ops.IDLE
     for name in ('operation_TS', 'microbatch_TS', 'chunk_TS'):
       array_TS = np.where(used_TS, getattr(self, name), 0).astype(np.int32)
       self._keep(name, array_TS)

@@ -199,7 +199,7 @@ def _finish(schedule, part_TS, cost_TS) -> np.ndarray:
     ):
       (s_N,) = np.nonzero(kinds_S == kind)
       part_N, micro_N = part_TS[tick, s_N], schedule.microbatch_TS[tick, s_N]
-      for other, step in _NEEDS[kind]:
+      for other, step in ops.steps(kind, recompute=schedule.recompute):
         where_N = part_N + step
         # What precedes the first part or follows the last is there at once.
         there_N = (where_N >= 0) & (where_N < num_parts)
@@ -211,16 +211,6 @@ def _finish(schedule, part_TS, cost_TS) -> np.ndarray:
     micro_S = schedule.microbatch_TS[tick]
     end_OMP[kinds_S, micro_S, part_TS[tick]] = free_S
   return finish_TS
-
-
-# Operation -> (operation, how many parts further) that come before it; where R
-# is not used it ends at 0.
-_NEEDS = {
-  ops.FORWARD: ((ops.FORWARD, -1),),
-  ops.RECOMPUTE: ((ops.FORWARD, 0),),
-  ops.BACKWARD: ((ops.FORWARD, 0), (ops.RECOMPUTE, 0), (ops.BACKWARD, 1)),
-  ops.WEIGHT: ((ops.BACKWARD, 0),),
-}
 
 
 def _peak(schedule: schedule_lib.Schedule, memory: Memory) -> np.ndarray:

@@ -54,17 +54,9 @@ class Stage:
 
     batches = jax.tree.map(split, self._batch)
     pieces = self._pieces(batches)
-    setting = tick.Setting(
-      pieces,
-      plan.told,
-      plan.place,
-      recompute=plan.table.recompute,
-      training=plan.table.training,
-      uniform=plan.config.uniform,
-    )
     values = self._values(pieces)
     step = lambda carry, rows: (
-      executor.run(setting, values, rows, self._key, carry),
+      executor.run(pieces, plan, values, rows, self._key, carry),
       None,
     )
     end = jax.lax.scan(step, self._start(pieces), batches)[0]
@@ -207,7 +199,6 @@ class Stage:
   def _loads(self, loads) -> balance.LoadsByPath:
     """Returns the routers' loads, as `balance.loads` does."""
     result = {}
-    axes = (PIPE, *self._manual)
     for t, name in enumerate(self._slots):
       layers = getattr(self._trained, name).layers
       unit_SN = self._plan.place.unit_SN[t]
@@ -217,8 +208,8 @@ class Stage:
         num = weights.num_units(layers, i)
         route = weights.Route(None, (), unit_SN, num)
         whole = jax.tree.map(route.give_back, load)
-        if axes[1:]:
-          whole = jax.lax.psum(whole, axes[1:])
+        if self._manual:
+          whole = jax.lax.psum(whole, self._manual)
         group, last = weights.parted(whole, layers, i)
         path = f'{name}.layers'
         if group is not None:

@@ -12,7 +12,7 @@ from t2x import sharding
 from t2x.pipeline import buffers
 from t2x.pipeline import instructions
 from t2x.pipeline import pieces as pieces_lib
-from t2x.pipeline import placement
+from t2x.pipeline import plan as plan_lib
 
 # Loops of this name run as the instructions of a device say.
 LOOP = 'pipeline_loop_'
@@ -60,41 +60,21 @@ class Carry:
   loads: Any
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-  """What all ticks share.
-
-  Attributes:
-    pieces: the programs of a microbatch.
-    told: the instructions.
-    place: the layers of the parts.
-    recompute: forwards keep nothing, and are run again.
-    training: with backward passes.
-    uniform: every device does whatever one of them does.
-  """
-
-  pieces: pieces_lib.Pieces
-  told: instructions.Instructions
-  place: placement.Placement
-  recompute: bool
-  training: bool
-  uniform: bool = False
-
-
 class Tick:
   """What a device has at hand in a tick.
 
   Args:
-    setting: what all ticks share.
+    pieces: the programs of a microbatch.
+    plan: what is run.
     values: of parameters.
     rows: the microbatches, (M, B, ...) each.
     key: of dropout, or None.
     table_SC: the instructions of all stages.
   """
 
-  def __init__(self, setting, values, rows, key, table_SC):
-    self.setting: Setting = setting
-    self.pieces = setting.pieces
+  def __init__(self, pieces, plan, values, rows, key, table_SC):
+    self.pieces: pieces_lib.Pieces = pieces
+    self.plan: plan_lib.Plan = plan
     self.values = values
     self.rows, self.key = rows, key
     self.all = dict(zip(instructions.COLUMNS, table_SC.T))
@@ -108,13 +88,13 @@ class Tick:
     does not know: what depends on the counter stays within the loop.
     """
     trips = functools.partial(instructions.trips, name, t)
-    tower = self.setting.place.towers[t].name
+    tower = self.plan.place.towers[t].name
     return self.repeat(f'{name}_{tower}', trips, body, carry)
 
   def repeat(self, name: str, trips: Callable[[Any], Any], body, carry):
     own, most = trips(self.own), trips(self.all).max()
     with jax.named_scope(LOOP + name):
-      if not self.setting.uniform:
+      if not self.plan.config.uniform:
         return jax.lax.fori_loop(0, own, lambda i, c: body(i, True, c), carry)
       return jax.lax.fori_loop(0, most, lambda i, c: body(i, i < own, c), carry)
 
@@ -137,7 +117,7 @@ class Tick:
       reverse: the last layer comes first.
     """
     members = list(range(len(self.pieces.layers[t])))
-    num, group = self.setting.place.towers[t].num_layers, len(members)
+    num, group = self.plan.place.towers[t].num_layers, len(members)
     full = num % group or group  # Layers that the last unit has, too.
 
     def unit(trip, active, carry):
@@ -166,4 +146,4 @@ class Tick:
   def rows_of(self, t: int, unit: Any):
     """Where a unit's activations are, until B and until W."""
     slots = (self.own['until_backward'], self.own['until_weight'])
-    return [slot * self.setting.place.most_units[t] + unit for slot in slots]
+    return [slot * self.plan.place.most_units[t] + unit for slot in slots]

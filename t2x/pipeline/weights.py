@@ -45,9 +45,7 @@ class Route:
 
   @property
   def spec(self) -> P:
-    if self.dim is None:
-      return P()
-    return P(*[None] * self.dim, PIPE)
+    return _spec(self.dim)
 
   def fetch(self, x_U: jax.Array) -> jax.Array:
     """Returns (N, ...) of this device's share of (U, ...)."""
@@ -85,6 +83,11 @@ class Route:
     # Slots without a unit point past the end, and are dropped.
     units = jnp.where(units < 0, self.num_units, units)
     return zeros.at[units].add(x, mode='drop')
+
+
+def _spec(dim: int | None) -> P:
+  """How `pipe` splits an array along a dimension; None is none of them."""
+  return P() if dim is None else P(*[None] * dim, PIPE)
 
 
 def joined(stack: Any) -> list[Any]:
@@ -161,8 +164,7 @@ class Layout:
         return x
       if not sharding.path_name(path).startswith(names):
         return x.replace(P())  # Gathered by whoever calls.
-      dim = sharding.pipe_dim(x, rules, sizes)
-      return x.replace(P() if dim is None else P(*[None] * dim, PIPE))
+      return x.replace(_spec(sharding.pipe_dim(x, rules, sizes)))
 
     specs = jax.tree_util.tree_map_with_path(
       spec, tree, is_leaf=sharding.is_variable

@@ -57,15 +57,10 @@ def trips(plan: plan_lib.Plan, stage: int) -> loops.Trips:
 
 def _runs(plan: plan_lib.Plan, name: str, t: int) -> np.ndarray:
   """Returns how often each stage runs a loop in each tick: runs_TS."""
-  runs_TS = instructions.trips(name, t, _columns(plan))
+  runs_TS = instructions.trips(name, t, plan.told.columns)
   if plan.config.uniform:  # As often as any of them.
     runs_TS = np.broadcast_to(runs_TS.max(1, keepdims=True), runs_TS.shape)
   return runs_TS
-
-
-def _columns(plan: plan_lib.Plan) -> dict[str, np.ndarray]:
-  rows_CTS = np.moveaxis(plan.told.rows_TSC, -1, 0)
-  return dict(zip(instructions.COLUMNS, rows_CTS))
 
 
 def _mean(plan: plan_lib.Plan, stage: int, name: str, t: int):
@@ -75,7 +70,7 @@ def _mean(plan: plan_lib.Plan, stage: int, name: str, t: int):
 
 def _share(plan: plan_lib.Plan, stage: int, name: str, t: int, i: int):
   """Returns the share of the units run that have a layer i."""
-  columns, tower = _columns(plan), plan.place.towers[t]
+  columns, tower = plan.told.columns, plan.place.towers[t]
   visited = held = 0
   for tick, num in enumerate(_runs(plan, name, t)[:, stage]):
     for done in range(num):

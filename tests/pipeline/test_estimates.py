@@ -24,6 +24,7 @@ from t2x.pipeline import estimates
 from t2x.pipeline import pieces as pieces_lib
 from t2x.pipeline import placement
 from t2x.pipeline import schedules
+from t2x.pipeline import weights
 
 ROWS, LENGTH = 2, 128
 SHARED = {
@@ -67,11 +68,6 @@ def pieces_of(config):
   """The programs that a pipeline would run of a microbatch."""
   model = shapes_of(config)
   nothing = jax.tree.map(lambda _: None, model)
-  names = tuple(f'{name}.layers.' for name in model.towers)
-
-  def outside(path, x):
-    return None if sharding.path_name(path).startswith(names) else x
-
   one = lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
   units = {}
   for name in model.towers:
@@ -89,7 +85,7 @@ def pieces_of(config):
   if source is not None:
     rows['encoder_inputs'] = array(source, jnp.int32)
   return pieces_lib.make(
-    jax.tree_util.tree_map_with_path(outside, model),
+    weights.outside_layers(model),
     nothing,
     units,
     rows,

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from t2x.pipeline import instructions
+from t2x.pipeline import operations as ops
 from t2x.pipeline import placement
-from t2x.pipeline import schedule as schedule_lib
 from t2x.pipeline import schedules
 
 _TOWER = [placement.Tower('tower', 48)]
@@ -43,7 +43,7 @@ def run(table, place, told):
   S, last = table.num_stages, table.num_parts - 1
   devices = [Device(told, place.towers) for _ in range(S)]
   done = np.zeros((5, table.num_microbatches, table.num_parts), int)
-  stores = schedule_lib.RECOMPUTE if table.recompute else schedule_lib.FORWARD
+  stores = ops.RECOMPUTE if table.recompute else ops.FORWARD
   for row_SC, down, up in zip(
     told.rows_TSC, told.sends_down_T, told.sends_up_T
   ):
@@ -51,7 +51,7 @@ def run(table, place, told):
     for s, (device, row_C) in enumerate(zip(devices, row_SC)):
       c = dict(zip(instructions.COLUMNS, row_C.tolist()))
       op, m, t = c['operation'], c['microbatch'], c['tower']
-      if op == schedule_lib.IDLE:
+      if op == ops.IDLE:
         continue
       first = place.first_P == c['unit']
       (p,) = np.flatnonzero(first & (place.tower_P == t))
@@ -60,15 +60,15 @@ def run(table, place, told):
       assert c['ends'] == (p == last)
       done[op, m, p] += 1
       key = (m, int(p))
-      if op in (schedule_lib.FORWARD, schedule_lib.RECOMPUTE):
+      if op in (ops.FORWARD, ops.RECOMPUTE):
         if p:
           assert device.inbox[c['input']] == ('y', m, p - 1)
         if op == stores and table.training:
           device.until_backward[t][c['until_backward']] = key
           device.until_weight[t][c['until_weight']] = key
-        if op == schedule_lib.FORWARD:
+        if op == ops.FORWARD:
           out[s] = ('y', *key)
-      elif op == schedule_lib.BACKWARD:
+      elif op == ops.BACKWARD:
         want = ('y', m, last) if p == last else ('dx', m, p + 1)
         assert device.inbox[c['gradient']] == want
         assert device.until_backward[t][c['until_backward']] == key
@@ -98,9 +98,9 @@ def run(table, place, told):
 def test_every_value_is_where_it_is_looked_for(name, stages, micro, recompute):
   table, place, told = make(name, stages, micro, recompute)
   done = run(table, place, told)
-  kinds = [schedule_lib.FORWARD, schedule_lib.BACKWARD, schedule_lib.WEIGHT]
+  kinds = [ops.FORWARD, ops.BACKWARD, ops.WEIGHT]
   assert (done[kinds] == 1).all()
-  assert (done[schedule_lib.RECOMPUTE] == recompute).all()
+  assert (done[ops.RECOMPUTE] == recompute).all()
 
 
 @pytest.mark.parametrize('name', schedules.NAMES)
