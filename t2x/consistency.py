@@ -85,11 +85,13 @@ def _has_stages(sizes: Mapping[str, int]) -> bool:
 def _check_pipeline(config: Experiment, sizes: dict[str, int]) -> None:
   if pipeline(config, sizes) is None or context_size(config, sizes) == 1:
     return
-  if config.rules.context_attention == 'ring':
+  ring = config.rules.context_attention == 'ring'
+  if ring and not config.pipeline.uniform:
     raise ValueError(
       'rules.context_attention=ring sends keys from device to device while '
       'other stages of the pipeline do something else. Set '
-      'rules.context_attention=all_to_all.'
+      'rules.context_attention=all_to_all, or pipeline.uniform=true, where all '
+      'stages do the same, masked.'
     )
 
 

@@ -1,6 +1,7 @@
 """What a run leaves in its workdir besides checkpoints and metrics.
 
-config.json, versions.json, history.jsonl (changed settings) and tokenizer/.
+config.json, versions.json, history.jsonl (changed settings), tokenizer/, and
+schedule.csv where a pipeline runs a table of one's own.
 """
 
 import importlib.metadata as importlib_metadata
@@ -81,6 +82,9 @@ def write(
     text = file.read_text() if file.exists() else ''
     paths.write_whole(file, text + json.dumps({'changes': changes}) + '\n')
   paths.write_whole(root / 'config.json', config_lib.dumps(config))
+  own = config.pipeline.schedule
+  if own.endswith('.csv') and paths.path(own).exists():
+    paths.write_whole(root / 'schedule.csv', paths.path(own).read_text())
   _write_versions(root / 'versions.json')
   if read_tokenizer(workdir, changes) is None:
     corpus.tokenizer.save(root / 'tokenizer')

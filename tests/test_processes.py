@@ -72,6 +72,15 @@ def test_processes_whose_rows_have_gaps(alone, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_stages_of_two_processes(alone, tmp_path, monkeypatch):
+  directory, expected = alone
+  staged = {'mesh__pipe': 2, 'mesh__tensor': 1, 'pipeline__microbatches': 2}
+  workdir = tmp_path / 'run'
+  _finish(faulty.start_two(directory, workdir, monkeypatch, **staged))
+  np.testing.assert_allclose(tiny.losses(workdir), expected, rtol=2e-5)
+
+
+@pytest.mark.slow
 def test_bad_settings_end_both(alone, tmp_path, monkeypatch):
   directory, _ = alone
   started = faulty.start_two(

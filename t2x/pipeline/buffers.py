@@ -11,10 +11,12 @@ import jax.numpy as jnp
 
 
 def at(a, index):
+  """Returns a row of an array."""
   return jax.lax.dynamic_index_in_dim(a, index, 0, keepdims=False)
 
 
 def read(tree, index):
+  """Returns a row of each array."""
   return jax.tree.map(lambda a: at(a, index), tree)
 
 
@@ -31,6 +33,7 @@ def write(tree, index, values, active):
 
 
 def add_at(tree, index, values, active):
+  """Adds to a row of each array."""
   def one(a, value):
     value = _masked(active, value.astype(a.dtype))
     return jax.lax.dynamic_update_index_in_dim(
@@ -41,6 +44,7 @@ def add_at(tree, index, values, active):
 
 
 def add(tree, values, active):
+  """Adds to each array."""
   one = lambda a, value: a + _masked(active, value.astype(a.dtype))
   return jax.tree.map(one, tree, values)
 
@@ -78,16 +82,19 @@ def _masked(active, value):
 
 
 def both(a, b):
+  """Returns whether both are active."""
   return b if a is True else a if b is True else a & b
 
 
 def select(active, new, old):
+  """Returns `new` where active, else `old`, which may be anything if always."""
   if active is True:
     return new
   return jax.tree.map(lambda a, b: jnp.where(active, a, b), new, old)
 
 
 def replaced(values, index, value):
+  """Returns a list or tuple with another value at a place."""
   return type(values)((*values[:index], value, *values[index + 1 :]))
 
 

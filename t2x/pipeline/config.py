@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from t2x import checks
+from t2x.pipeline import schedules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,11 @@ class PipelineConfig:
   def __post_init__(self):
     checks.least(self, 'pipeline.', microbatches=1, chunks=1)
     checks.positive(self, 'pipeline.', 'memory_limit')
+    if not self.schedule.endswith('.csv'):
+      try:
+        schedules.check_name(self.schedule)
+      except ValueError as error:
+        raise ValueError(f'pipeline.schedule: {error}') from None
     if self.memory_limit is not None and self.layers != 'balanced':
       raise ValueError(
         f'pipeline.memory_limit={self.memory_limit} is for pipeline.layers='

@@ -23,10 +23,8 @@ from typing import Any
 
 import jax
 
-from t2x import stack
-from t2x.layers import param
-from t2x.layers import routing
 from t2x.pipeline import flow as flow_lib
+from t2x.pipeline import policy
 
 # What a value depends on.
 _SLOT, _SHARED, _DATA, _GRAD = 1, 2, 4, 8
@@ -84,7 +82,7 @@ class Cut:
     *,
     remat: str = 'none',
   ):
-    self._keeps = functools.partial(_keeps, remat)
+    self._keeps = functools.partial(policy.keeps, remat)
     args = (params, x, side, rest)
     self.y, self.aux, self.other = jax.eval_shape(fn, *args)
     whole = functools.partial(_whole, fn)
@@ -294,21 +292,6 @@ def _whole(fn, params: Params, x, side, rest, d_y, d_aux):
     of, params.slot, params.shared, x, side, has_aux=True
   )
   return y, aux, other, *pull((d_y, d_aux))
-
-
-def _keeps(remat: str, eqn) -> bool:
-  """Whether a policy keeps what an equation of the forward pass makes."""
-  name = eqn.params.get('name') if eqn.primitive.name == 'name' else None
-  if name == routing.CHOICE:
-    return True
-  if remat in ('none', 'full'):
-    # What attention gives is smaller than the scores that it is made of.
-    return eqn.primitive.name in flow_lib.HEAVY or name == 'attention'
-  if remat == 'dots':
-    return name == param.PRODUCT
-  saved = remat.partition(':')[2].split(',')
-  assert set(saved) <= set(stack.SAVED_NAMES), remat
-  return name in saved
 
 
 def _shapes(variables) -> list[jax.ShapeDtypeStruct]:

@@ -18,11 +18,7 @@ def enter(tick: tick_lib.Tick, carry: tick_lib.Carry, state):
   for t, piece in enumerate(tick.pieces.enter):
 
     def body(zero, active, state, t=t, piece=piece):
-      before = buffers.read(carry.inbox, tick.own['input'] + zero)
-      before = before[t - 1] if t else None
-      fixed = ([], tick.values.enter[t])
-      rest = tick.rest(0, zero)
-      (x, side), *_ = piece.forward_only(fixed, before, None, rest)
+      (x, side), *_ = piece.forward_only(*_entering(tick, carry, t, zero))
       new = list(state)
       new[t] = x
       if t:
@@ -33,7 +29,15 @@ def enter(tick: tick_lib.Tick, carry: tick_lib.Carry, state):
   return state
 
 
+def _entering(tick: tick_lib.Tick, carry: tick_lib.Carry, t: int, zero):
+  """Returns the arguments of what stands before a tower's first part."""
+  before = buffers.read(carry.inbox, tick.own['input'] + zero)
+  fixed = ([], tick.values.enter[t])
+  return fixed, before[t - 1] if t else None, None, tick.rest(0, zero)
+
+
 def forward(tick: tick_lib.Tick, carry: tick_lib.Carry, state):
+  """Runs the layers of a part, or runs them again to keep what B needs."""
   for t in range(len(tick.pieces.layers)):
     state, carry = _forward_of(tick, 'forward', t, carry, state)
     if tick.plan.table.recompute:
@@ -123,6 +127,7 @@ def leave(tick: tick_lib.Tick, carry: tick_lib.Carry):
 
 
 def backward(tick: tick_lib.Tick, carry: tick_lib.Carry, state, grad):
+  """Leads the gradient through the layers of a part, the last one first."""
   for t in range(len(tick.pieces.layers)):
     grad, carry = _backward_of(tick, t, carry, state[:t], grad)
   return grad, carry
@@ -165,17 +170,14 @@ def _backward_of(tick: tick_lib.Tick, t: int, carry, side, grad):
 
 
 def enter_backward(tick: tick_lib.Tick, carry: tick_lib.Carry, grad):
-  inbox = carry.inbox
+  """The gradients of what stands before a tower's first part."""
   for t, piece in enumerate(tick.pieces.enter):
 
     def body(zero, active, loop, t=t, piece=piece):
       grad, shared = loop
-      before = buffers.read(inbox, tick.own['input'] + zero)
-      before = before[t - 1] if t else None
-      fixed = ([], tick.values.enter[t])
+      args = _entering(tick, carry, t, zero)
       d_y = grad[t], (grad[t - 1] if t else None)
-      rest = tick.rest(0, zero)
-      got = piece.at_once(fixed, before, None, rest, d_y, None)
+      got = piece.at_once(*args, d_y, None)
       d_before, grads = got[3], got[5]
       shared = buffers.add_leaves(
         shared, piece.early + piece.late, grads, active
@@ -192,6 +194,7 @@ def enter_backward(tick: tick_lib.Tick, carry: tick_lib.Carry, grad):
 
 
 def weight(tick: tick_lib.Tick, carry: tick_lib.Carry, state):
+  """The weights' gradients of the layers of a part."""
   for t in range(len(tick.pieces.layers)):
     carry = _weight_of(tick, t, carry, state[:t])
   return carry

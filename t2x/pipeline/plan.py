@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 
-from etils import epath
-
 from t2x import stack
 from t2x.models import common
 from t2x.models import encoder_decoder
@@ -16,6 +14,7 @@ from t2x.pipeline import instructions
 from t2x.pipeline import placement as placement_lib
 from t2x.pipeline import schedule as schedule_lib
 from t2x.pipeline import schedules
+from t2x.pipeline import table_text
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,16 +135,7 @@ _named = functools.lru_cache(maxsize=16)(schedules.make)
 
 def _own_table(config, num_stages, recompute) -> schedule_lib.Schedule:
   """Reads a table, which must be of the config's numbers."""
-  file = epath.Path(config.schedule)
-  if not file.exists():
-    raise ValueError(
-      f'pipeline.schedule={config.schedule}: there is no such file. '
-      'scripts/show_schedule.py --csv=FILE writes one to start from.'
-    )
-  try:
-    table = schedule_lib.from_csv(file.read_text())
-  except ValueError as error:
-    raise ValueError(f'{config.schedule}: {error}') from error
+  table = table_text.read(config.schedule)
   chunks = config.chunks or table.num_chunks
   for name, given, needed, setting in (
     ('stages', num_stages, table.num_stages, 'mesh.pipe'),

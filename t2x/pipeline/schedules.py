@@ -246,15 +246,22 @@ def make(
     ValueError: an unknown name, or numbers that the schedule cannot take; the
       nearest that it can are named.
   """
-  if name not in _MAKERS:
-    close = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)
-    raise ValueError(
-      f'There is no schedule {name!r}; the closest name is {close[0]!r} of '
-      f'{", ".join(NAMES)}.'
-    )
+  check_name(name)
   chunks = {} if num_chunks is None else {'num_chunks': num_chunks}
   return _MAKERS[name](
     num_stages, num_microbatches, recompute=recompute, **chunks
+  )
+
+
+def check_name(name: str) -> None:
+  """Raises a ValueError for a name that is none of `NAMES`."""
+  if name in _MAKERS:
+    return
+  close = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
+  hint = f' Did you mean {close[0]!r}?' if close else ''
+  raise ValueError(
+    f'There is no schedule {name!r}.{hint} There are {", ".join(NAMES)}, and '
+    'the path of a table of your own (.csv).'
   )
 
 

@@ -124,6 +124,8 @@ class Simulation:
     peak_in_flight: for each stage, the microbatches of its parts that are at
       most between F and W (with v chunks a part is 1 / v of the stage).
     peak_memory: for each stage, in the unit of `Memory`.
+    uniform: work of a device where all stages do whatever one of them does in
+      a tick (`PipelineConfig.uniform`), over the mean of their own work.
   """
 
   schedule: schedule_lib.Schedule
@@ -140,6 +142,7 @@ class Simulation:
   bubble_per_stage: tuple[float, ...]
   peak_in_flight: tuple[int, ...]
   peak_memory: tuple[float, ...]
+  uniform: float
 
 
 def simulate(
@@ -181,7 +184,15 @@ def simulate(
     bubble_per_stage=tuple(np.maximum(0.0, 1 - work_S / own_S).tolist()),
     peak_in_flight=tuple(int(held) for held in held_S),
     peak_memory=tuple(_peak(schedule, memory).tolist()),
+    uniform=_of_any(schedule, cost_TS) / float(work_S.mean()),
   )
+
+
+def _of_any(schedule: schedule_lib.Schedule, cost_TS: np.ndarray) -> float:
+  """The work of all kinds of operations that any stage does, by tick."""
+  kinds = ops.kinds(training=schedule.training, recompute=schedule.recompute)
+  each = (np.where(schedule.operation_TS == kind, cost_TS, 0) for kind in kinds)
+  return float(sum(cost_TS.max(axis=1).sum() for cost_TS in each))
 
 
 def _finish(schedule, part_TS, cost_TS) -> np.ndarray:

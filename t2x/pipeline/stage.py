@@ -20,7 +20,19 @@ PIPE = weights.PIPE
 
 
 class Stage:
-  """What one stage does, inside the `shard_map`."""
+  """What one stage does, inside the `shard_map`.
+
+  Args:
+    plan: what is run.
+    layouts: of the trained parameters and of the others; see `weights`.
+    loss: how tokens make the loss.
+    combine: puts a trained and another part of the model together.
+    manual: mesh axes over which gradients are reduced once, after all.
+    trained: this device's share of the parameters with gradients.
+    rest: of the others.
+    batch: its rows of every microbatch.
+    key: of dropout, or None.
+  """
 
   def __init__(
     self, plan, layouts, loss, combine, manual, trained, rest, batch, key
@@ -45,6 +57,7 @@ class Stage:
     return result
 
   def run(self, accumulate: int):
+    """Returns gradients, as they are kept, and sums, of so many tables."""
     plan = self._plan
     num = accumulate * plan.table.num_microbatches
 

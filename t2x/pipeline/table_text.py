@@ -13,6 +13,7 @@ import re
 
 import numpy as np
 
+from t2x import paths
 from t2x.pipeline import operations as ops
 from t2x.pipeline import schedule as schedule_lib
 
@@ -73,6 +74,24 @@ def to_csv(schedule: schedule_lib.Schedule) -> str:
     entries = [entry(schedule, tick, stage) for stage in stages]
     lines.append(','.join([str(tick), *entries]))
   return '\n'.join(lines) + '\n'
+
+
+def read(path: str) -> schedule_lib.Schedule:
+  """Reads a table from a file, local or remote.
+
+  Raises:
+    ValueError: there is no such file, or it holds no table; it is named.
+  """
+  file = paths.path(path)
+  if not file.exists():
+    raise ValueError(
+      f'{path}: there is no such file. scripts/show_schedule.py --csv=FILE '
+      'writes one to start from.'
+    )
+  try:
+    return from_csv(file.read_text())
+  except ValueError as error:
+    raise ValueError(f'{path}: {error}') from error
 
 
 def from_csv(text: str) -> schedule_lib.Schedule:

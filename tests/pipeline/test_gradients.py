@@ -23,6 +23,7 @@ from t2x.layers import moe
 from t2x.layers import norm
 from t2x.layers import param
 from t2x.layers import position
+from t2x.layers import routing
 from t2x.models import decoder
 from t2x.models import encoder
 from t2x.models import encoder_decoder
@@ -74,6 +75,16 @@ MODELS = {
     ),
   ),
 }
+# Towers of unlike depth; experts that a bias of their own balances.
+MODELS['deep_encoder'] = dataclasses.replace(
+  MODELS['encoder_decoder'], num_encoder_layers=3, num_layers=2
+)
+MODELS['balanced'] = dataclasses.replace(
+  MODELS['decoder'],
+  mlp=moe.MoeConfig(
+    num_experts=4, hidden=16, router=routing.TokenChoice(bias_rate=0.01)
+  ),
+)
 LOSS = loss_lib.LossConfig(label_smoothing=0.1, z_loss=1e-3)
 
 
@@ -118,18 +129,15 @@ def mesh_of(**sizes):
   return mesh_lib.make(config, jax.devices()[:num])
 
 
-def step_config(name, mesh, schedule, *, remat='none', accumulate=1, **kwargs):
+def step_config(name, mesh, schedule, *, remat='none', **kwargs):
   settings = {'microbatches': 4, 'schedule': schedule} | kwargs
-  trainable = settings.pop('trainable', '.*')
+  own = ('trainable', 'accumulate', 'accumulate_whole')
+  own = {key: settings.pop(key) for key in own if key in settings}
   config = config_lib.PipelineConfig(**settings)
   execution = stack.Execution(remat=remat)
   plan = plan_lib.make(MODELS[name], config, execution, mesh.shape['pipe'])
   return train_step.StepConfig(
-    loss=LOSS,
-    trainable=trainable,
-    execution=execution,
-    pipeline=plan,
-    accumulate=accumulate,
+    loss=LOSS, execution=execution, pipeline=plan, **own
   )
 
 
@@ -191,6 +199,9 @@ SLOW = [
   ('experts', 'zb_h1', {'pipe': 3}, {}),
   ('experts', 'one_f_one_b', {'pipe': 2}, {'uniform': True}),
   ('experts', 'zb_h2', {'pipe': 2, 'fsdp': 2}, {'gather': 'tick'}),
+  ('deep_encoder', 'zb_h1', {'pipe': 3}, {}),
+  ('balanced', 'one_f_one_b', {'pipe': 2, 'expert': 2}, {}),
+  ('decoder', 'zb_h1', {'pipe': 2, 'fsdp': 2}, {'accumulate_whole': True}),
 ]
 
 
@@ -296,22 +307,21 @@ def test_memory_is_flat_for_1f1b_and_linear_for_gpipe():
 
 
 def test_a_table_of_ones_own(tmp_path):
-  """A schedule may come from a file."""
+  """One that was made for costs, kept in a file and changed there."""
   file = tmp_path / 'mine.csv'
-  table = schedules.gpipe(2, 4)
-  file.write_text(table.to_csv())
+  costs = simulation.Costs(backward=1.5, weight=0.5)
+  lines = generate.generate(2, 4, limit=3, costs=costs).to_csv().splitlines()
+  file.write_text('\n'.join([*lines, f'{len(lines) - 2},,']))  # An idle tick.
   mesh = mesh_of(pipe=2)
   step = step_config('decoder', mesh, str(file))
-  assert step.pipeline.table.name == 'gpipe'
-  np.testing.assert_array_equal(
-    step.pipeline.table.operation_TS, table.operation_TS
-  )
+  assert step.pipeline.table.num_ticks == len(lines) - 1
+  check('decoder', run('decoder', mesh, step))
 
 
 @pytest.mark.parametrize(
   'settings, message',
   [
-    ({'schedule': 'zbh1'}, "closest name is 'zb_h1'"),
+    ({'schedule': 'zbh1'}, "pipeline.schedule: .*Did you mean 'zb_h1'"),
     ({'schedule': 'zb_v', 'chunks': 3}, 'pipeline.chunks=3'),
     ({'chunks': 4}, '8 parts of a pipeline for 4'),
     ({'layers': (1, 2)}, r'must add up, part by part, to 4 \(tower\)'),
@@ -319,8 +329,8 @@ def test_a_table_of_ones_own(tmp_path):
   ],
 )
 def test_what_cannot_be_is_refused(settings, message):
-  config = config_lib.PipelineConfig(**({'microbatches': 4} | settings))
   with pytest.raises(ValueError, match=message):
+    config = config_lib.PipelineConfig(**({'microbatches': 4} | settings))
     plan_lib.make(MODELS['decoder'], config, stack.Execution(), 2)
 
 

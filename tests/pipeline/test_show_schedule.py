@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from t2x.pipeline import generate
 from t2x.pipeline import schedule as schedule_lib
 from t2x.pipeline import schedules
 from t2x.pipeline import simulation
@@ -55,6 +56,21 @@ def test_json_holds_the_figures_and_the_table(tmp_path):
   assert table.name == 'zb_h1'
 
 
+def test_a_table_is_made_for_costs_kept_and_shown_again(tmp_path):
+  file = tmp_path / 'own.csv'
+  code, made, err = show(
+    *_sizes('generated'), '--limit=6', '--costs=1,1.3,0.8', f'--csv={file}'
+  )
+  assert code == 0, err
+  wanted = generate.generate(
+    4, 8, limit=6, costs=simulation.parse_costs('1,1.3,0.8')
+  )
+  _equal(schedule_lib.from_csv(file.read_text()), wanted)
+  code, again, err = show(f'--schedule={file}', '--costs=1,1.3,0.8')
+  assert code == 0, err
+  assert again == made.replace(f'Written: {file}\n', '')
+
+
 def test_text_has_a_line_a_stage_and_the_costs_count():
   code, out, err = show(*_sizes('one_f_one_b', 2, 2), '--costs=1,2,1')
   assert code == 0, err
@@ -69,7 +85,14 @@ def test_text_has_a_line_a_stage_and_the_costs_count():
 @pytest.mark.parametrize(
   'flags, message',
   [
-    (_sizes('zbh1'), "the closest name is 'zb_h1'"),
+    (_sizes('zbh1'), "Did you mean 'zb_h1'?"),
+    (_sizes('dualpipe'), "no schedule 'dualpipe'. There are gpipe"),
+    (('--schedule=zb_h1', '--stages=2'), 'needs --stages and --microbatches'),
+    (_sizes('generated'), '--limit'),
+    ((*_sizes('gpipe'), '--limit=2'), 'give both or neither'),
+    ((*_sizes('generated'), '--limit=0'), 'the least that works is 1'),
+    (('--schedule=no.csv',), 'no.csv: there is no such file'),
+    (_sizes('no.csv'), '--stages: no.csv says it itself'),
     (_sizes('gpipe', 4, 0), 'num_microbatches=0; the nearest that works is 1'),
     ((*_sizes('zb_v'), '--chunks=3'), 'the nearest that works is 2'),
     ((*_sizes('gpipe'), '--costs=1,1'), 'three numbers are needed'),

@@ -53,6 +53,15 @@ def test_times_are_the_earliest_that_dependencies_allow(table):
 
 
 @all_tables
+def test_uniform_stages_do_all_that_one_of_them_does(table):
+  cost = (0, 1, 1.5, 0.75, 1)
+  done = {(entry[0], entry[2]) for entry in _entries(table)}
+  work = sum(cost[entry[2]] for entry in _entries(table)) / table.num_stages
+  want = sum(cost[kind] for _, kind in done) / work
+  assert table.simulate(_UNLIKE).uniform == pytest.approx(want)
+
+
+@all_tables
 def test_a_tick_lasts_as_long_as_its_dearest_operation(table):
   found = table.simulate(_UNLIKE)
   cost = np.array((0, 1, 1.5, 0.75, 1))

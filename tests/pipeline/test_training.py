@@ -6,7 +6,9 @@ import pytest
 import tiny
 
 from t2x import inference
+from t2x import metrics
 from t2x import train
+from t2x.pipeline import schedules
 
 STAGES = {
   'mesh__pipe': 2,
@@ -15,7 +17,14 @@ STAGES = {
   'mesh__tensor': 1,
   'pipeline__microbatches': 2,
 }
-LAYERS = {'model__num_layers': 4, 'model__dropout': 0.1}
+RUN = {
+  'model__num_layers': 4,
+  'model__dropout': 0.1,
+  'data__batching': 'pad',
+  'data__batching__buckets': '16,32',
+  'train__ema_decay': 0.5,
+  'train__eval_every': 2,
+}
 
 
 @pytest.fixture(scope='module')
@@ -27,12 +36,12 @@ def directory(tmp_path_factory):
 def plain(directory):
   """The directory of a run without stages."""
   workdir = directory / 'plain'
-  train.train(tiny.experiment_of(directory, **LAYERS), workdir)
+  train.train(tiny.experiment_of(directory, **RUN), workdir)
   return workdir
 
 
 def _train(directory, workdir, **settings):
-  train.train(tiny.experiment_of(directory, **LAYERS, **settings), workdir)
+  train.train(tiny.experiment_of(directory, **RUN, **settings), workdir)
 
 
 @pytest.mark.slow
@@ -51,12 +60,16 @@ def _train(directory, workdir, **settings):
 def test_a_run_goes_on_with_other_stages(
   directory, plain, tmp_path, first, second
 ):
-  """Saved on one mesh, restored on another; its losses are a plain run's."""
+  """Saved on one mesh, restored on another; its figures are a plain run's."""
   _train(directory, tmp_path, **first, train__num_steps=2)
   _train(directory, tmp_path, **second)
-  np.testing.assert_allclose(
-    tiny.losses(tmp_path), tiny.losses(plain), rtol=2e-5
-  )
+  got, want = (metrics.read_rows(workdir) for workdir in (tmp_path, plain))
+  assert len(got) == 4 and 'eval/train/loss' in got[-1]
+  for mine, row in zip(got, want):
+    names = {n for n in row if n.endswith(('loss', 'accuracy'))}
+    assert names <= {*mine}
+    for name in names:
+      np.testing.assert_allclose(mine[name], row[name], rtol=2e-5)
   # What stages have trained is read without them.
   models = [inference.load(w).model for w in (tmp_path, plain)]
   got, want = (jax.tree.leaves(jax.device_get(m)) for m in models)
@@ -74,3 +87,12 @@ def test_pipeline_settings_do_nothing_without_stages(directory, tmp_path):
   )
   train.train(config, tmp_path)
   assert len(tiny.losses(tmp_path)) == 1
+
+
+def test_a_run_keeps_a_table_of_ones_own(directory, tmp_path):
+  file = tmp_path / 'own.csv'
+  file.write_text(schedules.zb_h1(2, 2).to_csv())
+  settings = STAGES | {'pipeline__schedule': str(file)}
+  config = tiny.experiment_of(directory, **settings, train__num_steps=1)
+  train.train(config, tmp_path / 'run')
+  assert (tmp_path / 'run' / 'schedule.csv').read_text() == file.read_text()

@@ -9,6 +9,7 @@ import tiny
 from t2x import absent
 from t2x import consistency
 from t2x import mesh as mesh_lib
+from t2x.pipeline import schedules
 from t2x.plan import matrix
 from t2x.plan import pipelines
 
@@ -78,6 +79,11 @@ def test_uniform_stages_pay_for_each_other(flops_of):
   own = flops_of(pipe=2, **settings)
   alike = flops_of(pipe=2, pipeline__uniform=True, **settings)
   assert alike[0] == alike[1] > max(own)
+  # As the schedule foretells it of the layers; the head stands beside them.
+  head = 3 * _HEAD
+  price = (alike[0] - head) / ((sum(own) - head) / 2)
+  want = schedules.gpipe(2, 2).simulate().uniform
+  assert price == pytest.approx(want, rel=0.05)
 
 
 def test_a_last_unit_of_fewer_layers(flops_of):
