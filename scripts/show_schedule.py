@@ -4,7 +4,7 @@ python scripts/show_schedule.py --schedule=zb_h1 --stages=4 --microbatches=8 \
     [--chunks=1] [--recompute] [--costs=F,B,W] [--svg=FILE] [--csv=FILE]
     [--json]
 python scripts/show_schedule.py --schedule=generated --limit=6 --stages=4 \
-    --microbatches=8 --costs=1,1.3,0.8 --csv=FILE
+    --microbatches=8 --costs=1,1.3,0.8 [--placement=loop] --csv=FILE
 python scripts/show_schedule.py --schedule=FILE.csv
 
 Prints a line for each stage with a column for each tick (F forward, B gradient
@@ -24,11 +24,11 @@ and the chunk if there are several), and what the schedule costs:
 
 --schedule is gpipe, one_f_one_b, interleaved, breadth_first, zb_h1, zb_h2 or
 zb_v; `generated` for one that is made for the costs, with at most --limit in
-flight on a stage; or a table that --csv has kept, perhaps changed by hand. A
-run takes it by `--set pipeline.schedule=FILE.csv`. --chunks are parts a stage;
-without it the schedule's own: 2 for interleaved, breadth_first and zb_v,
-otherwise 1. --svg draws a Gantt chart, as
-.png where the name ends so; --csv keeps the table. --json prints one object,
+flight on a stage, and its chunks in a --placement (`v`: there and back); or a
+table that --csv has kept, perhaps changed by hand. A run takes it by
+`--set pipeline.schedule=FILE.csv`. --chunks are parts a stage; without it the
+schedule's own: 2 for interleaved, breadth_first and zb_v, otherwise 1. --svg
+draws a Gantt chart, as .png where the name ends so. --json prints one object,
 whose `table` has for each tick and stage the operation, microbatch and chunk,
 or null where the stage is idle.
 """
@@ -57,6 +57,9 @@ _CHUNKS = flags.DEFINE_integer('chunks', None, 'Default: of the schedule.')
 _RECOMPUTE = flags.DEFINE_bool('recompute', False, 'An R before every B.')
 _COSTS = flags.DEFINE_string('costs', '1,1,1', 'Of F, B, W and perhaps R.')
 _LIMIT = flags.DEFINE_float('limit', None, 'Of a generated one, in flight.')
+_PLACEMENT = flags.DEFINE_enum(
+  'placement', 'loop', ['loop', 'v'], "Of a generated one's chunks."
+)
 _SVG = flags.DEFINE_string('svg', None, 'File to draw to, .svg or .png.')
 _CSV = flags.DEFINE_string('csv', None, 'File to write the table to.')
 _JSON = flags.DEFINE_bool('json', False, 'Print one JSON object.')
@@ -95,7 +98,8 @@ def make(costs: simulation.Costs) -> schedule_lib.Schedule:
     return table_text.read(name)
   if len(given) < len(numbers):
     sys.exit(f'error: --schedule={name} needs --stages and --microbatches.')
-  if (name == 'generated') != (_LIMIT.value is not None):
+  limit = _LIMIT.value
+  if (name == 'generated') != (limit is not None):
     sys.exit(
       'error: --limit, how much may be in flight on a stage, and '
       '--schedule=generated go together; give both or neither.'
@@ -104,8 +108,9 @@ def make(costs: simulation.Costs) -> schedule_lib.Schedule:
   sizes['recompute'] = _RECOMPUTE.value
   if _CHUNKS.value is not None:
     sizes['num_chunks'] = _CHUNKS.value
-  if name == 'generated':
-    return generate.generate(**sizes, limit=_LIMIT.value, costs=costs)
+  if limit is not None:
+    sizes['placement'] = _PLACEMENT.value
+    return generate.generate(**sizes, limit=limit, costs=costs)
   return schedules.make(name, **sizes)
 
 

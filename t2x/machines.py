@@ -128,9 +128,8 @@ def options_of(
   """
   slices = mesh_lib.num_slices(devices)
   options = compiler_options(devices[0].device_kind, slices)
-  if diverge:  # A product's ring of permutes would wait for all devices.
-    rings = xla_options.COLLECTIVE_MATMUL.keys() & options.keys()
-    options |= dict.fromkeys(rings, 'none')
+  if diverge and options.keys() >= xla_options.TPU.keys():
+    options |= xla_options.DIVERGE
   for text in overrides:
     name, _, value = text.partition('=')
     options.pop(name, None)

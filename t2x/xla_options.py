@@ -63,6 +63,15 @@ COLLECTIVE_MATMUL: Options = {
   'xla_tpu_reduce_scatter_collective_matmul_mode': 'post_spmd_conservative',
 }
 
+# Where devices run parts of a program unlike often, a TPU's compiler must make
+# no permutes of other exchanges: they would wait for all devices.
+DIVERGE: Options = {
+  **dict.fromkeys(COLLECTIVE_MATMUL, 'none'),
+  # Reduces gradients in shares of a size that suits it and shifts rows between
+  # neighbours afterwards (v5e, v5p: 2048 x 7168 over fsdp=8).
+  'xla_tpu_ars_halo_exchange_count': 0,
+}
+
 # Between slices, over the data centre's network.
 TPU_DCN: Options = {
   # Reduces a layer's gradients while the next layer's are computed.

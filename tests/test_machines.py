@@ -23,6 +23,7 @@ import pytest
 import tiny
 import tpu
 
+from t2x import absent
 from t2x import config as config_lib
 from t2x import layouts
 from t2x import machines
@@ -166,21 +167,24 @@ def test_tpu_options_are_known_to_the_compiler(chip, num_slices):
   assert tpu.compile_text(product_on(chip, num_slices), **options)
 
 
-def test_a_product_is_no_ring_where_devices_diverge():
-  mesh = tpu.mesh(pipe=2, data=1, fsdp=4)
+@pytest.mark.parametrize('fsdp', [4, 8])
+def test_a_product_needs_no_permute_where_devices_diverge(fsdp):
+  """A ring of permutes beside it, or a shift of rows after it."""
+  config = mesh_lib.MeshConfig(pipe=2, data=1, fsdp=fsdp)
+  mesh = mesh_lib.make(config, absent.devices(f'v5e:{fsdp // 2}x4'))
   split = NamedSharding(mesh, P('fsdp'))
   x, y = (
-    jax.ShapeDtypeStruct((8, 2048, size), jnp.bfloat16, sharding=split)
+    jax.ShapeDtypeStruct((16, 2048, size), jnp.bfloat16, sharding=split)
     for size in (2048, 7168)
   )
   fn = lambda x, y: jnp.einsum('BTD,BTE->DE', x, y)
   lowered = jax.jit(fn, out_shardings=split).lower(x, y)
-  is_ring = {}
+  permutes = {}
   for diverge in (False, True):
     options = machines.options_of([*mesh.devices.flat], diverge=diverge)
     text = tpu.compile_text(lowered, **options)
-    is_ring[diverge] = 'collective-permute' in text
-  assert is_ring == {False: True, True: False}
+    permutes[diverge] = 'collective-permute' in text
+  assert permutes == {False: True, True: False}
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def write(tree, index, values, active):
 
 def add_at(tree, index, values, active):
   """Adds to a row of each array."""
+
   def one(a, value):
     value = _masked(active, value.astype(a.dtype))
     return jax.lax.dynamic_update_index_in_dim(

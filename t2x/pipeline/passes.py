@@ -18,7 +18,7 @@ def enter(tick: tick_lib.Tick, carry: tick_lib.Carry, state):
   for t, piece in enumerate(tick.pieces.enter):
 
     def body(zero, active, state, t=t, piece=piece):
-      (x, side), *_ = piece.forward_only(*_entering(tick, carry, t, zero))
+      (x, side), *_ = piece.forward_only(*_entering(tick, carry.inbox, t, zero))
       new = list(state)
       new[t] = x
       if t:
@@ -29,9 +29,9 @@ def enter(tick: tick_lib.Tick, carry: tick_lib.Carry, state):
   return state
 
 
-def _entering(tick: tick_lib.Tick, carry: tick_lib.Carry, t: int, zero):
+def _entering(tick: tick_lib.Tick, inbox, t: int, zero):
   """Returns the arguments of what stands before a tower's first part."""
-  before = buffers.read(carry.inbox, tick.own['input'] + zero)
+  before = buffers.read(inbox, tick.own['input'] + zero)
   fixed = ([], tick.values.enter[t])
   return fixed, before[t - 1] if t else None, None, tick.rest(0, zero)
 
@@ -171,11 +171,12 @@ def _backward_of(tick: tick_lib.Tick, t: int, carry, side, grad):
 
 def enter_backward(tick: tick_lib.Tick, carry: tick_lib.Carry, grad):
   """The gradients of what stands before a tower's first part."""
+  inbox = carry.inbox
   for t, piece in enumerate(tick.pieces.enter):
 
     def body(zero, active, loop, t=t, piece=piece):
       grad, shared = loop
-      args = _entering(tick, carry, t, zero)
+      args = _entering(tick, inbox, t, zero)
       d_y = grad[t], (grad[t - 1] if t else None)
       got = piece.at_once(*args, d_y, None)
       d_before, grads = got[3], got[5]

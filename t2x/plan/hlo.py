@@ -97,7 +97,7 @@ def parse(text: str) -> Module:
       if start:
         name, instructions = start[2], {}
         entry = name if start[1] else entry
-    elif line.rstrip() == '}':
+    elif line.startswith('}'):  # Perhaps with an `execution_thread`.
       computations[name] = Computation(name, instructions, root)
       name = None
     else:

@@ -29,9 +29,11 @@ from t2x.models import encoder
 from t2x.models import encoder_decoder
 from t2x.models import model as model_lib
 from t2x.pipeline import config as config_lib
+from t2x.pipeline import generate
 from t2x.pipeline import instructions
 from t2x.pipeline import plan as plan_lib
 from t2x.pipeline import schedules
+from t2x.pipeline import simulation
 from t2x.pipeline import weights
 
 ROWS, LENGTH, SOURCE, VOCAB = 16, 8, 12, 61

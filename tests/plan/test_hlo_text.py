@@ -43,6 +43,23 @@ def counted(body, header=HEADER):
   ]
 
 
+def test_a_computation_of_another_core_ends_where_it_ends():
+  """Of a v5p's SparseCore."""
+  text = f"""{HEADER}
+%there (p: f32[2,4]) -> f32[4,4] {{
+  %p = f32[2,4]{{1,0}} parameter(0)
+  ROOT %g = f32[4,4]{{1,0}} all-gather(%p), replica_groups={{{{0,1}}}}
+}}, execution_thread="sparsecore"
+
+ENTRY %main (x: f32[2,4]) -> f32[2,4] {{
+  ROOT %x = f32[2,4]{{1,0}} parameter(0)
+}}
+"""
+  module = hlo.parse(text)
+  assert {*module.computations} == {'there', 'main'} and module.entry == 'main'
+  assert [*module.computations['there'].instructions] == ['p', 'g']
+
+
 def test_asynchronous_pairs_count_once():
   """As a GPU's programs have them: pairs, or a computation that starts."""
   text = """
