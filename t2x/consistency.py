@@ -5,12 +5,14 @@ before anything is built or compiled.
 """
 
 from collections.abc import Mapping
+import dataclasses
 import math
 
 from t2x import experiment
 from t2x import machines
 from t2x import mesh as mesh_lib
 from t2x import sharding
+from t2x import stack
 from t2x import train_step
 from t2x.attention import all_to_all
 from t2x.data import config as data_config
@@ -71,7 +73,7 @@ def pipeline(
   layout = estimates.Layout(
     sizes=sizes, rules=config.rules, gather=config.pipeline.gather
   )
-  execution = config.train.execution
+  execution = execution_of(config, sizes)
   num = sizes[sharding.PIPE]
   return plan_lib.make(
     config.model, config.pipeline, execution, num, batch, layout
@@ -123,6 +125,14 @@ def _row_axes(config: Experiment, sizes: Mapping[str, int]) -> list[str]:
   step = config.train.step_config
   by_hand = train_step.axes_by_hand(step, _has_stages(sizes))
   return sorted({*sharding.mesh_axes(config.rules.batch), *by_hand})
+
+
+def execution_of(
+  config: Experiment, sizes: Mapping[str, int]
+) -> stack.Execution:
+  """Returns how layers run on a mesh: also in which order tokens lie."""
+  order = zigzag(config, sizes)
+  return dataclasses.replace(config.train.execution, zigzag=order)
 
 
 def zigzag(config: Experiment, sizes: Mapping[str, int]) -> int:

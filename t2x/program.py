@@ -141,8 +141,7 @@ def step_config(
   config: experiment.Experiment, mesh: AnyMesh
 ) -> train_step.StepConfig:
   """Returns what an update does on a mesh, the order of tokens included."""
-  order = consistency.zigzag(config, mesh.shape)
-  execution = dataclasses.replace(config.train.execution, zigzag=order)
+  execution = consistency.execution_of(config, mesh.shape)
   pipeline = consistency.pipeline(config, mesh.shape)
   return dataclasses.replace(
     config.train.step_config, execution=execution, pipeline=pipeline

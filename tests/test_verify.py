@@ -607,6 +607,11 @@ SWEEP = (
   'data=2,fsdp=2,train.accumulate=2,train.accumulate_whole=true',
 )
 
+# Where stages do the same, masked, keys may travel in a ring.
+RING_OF_STAGES = (
+  'pipe=2,context=2,data=2,pipeline.microbatches=2,pipeline.uniform=true',
+)
+
 EXPERT_SWEEP = (
   'data=2,expert=4',
   'expert=2,context=2,tensor=2',
@@ -623,6 +628,7 @@ EXPERT_SWEEP = (
     ('bert_tiny', SWEEP[:3], 'muon'),
     ('t5_tiny', SWEEP[:3], 'muon'),
     ('quickstart', SWEEP[:2], 'muon'),
+    ('gpt2_tiny', RING_OF_STAGES, 'adamw'),
     ('moe_tiny', EXPERT_SWEEP, 'adamw'),
   ],
 )

@@ -195,7 +195,6 @@ CASES = [
 SLOW = [
   ('decoder', 'breadth_first', {'pipe': 2, 'context': 2, 'tensor': 2}, {}),
   ('decoder', 'zb_h2', {'pipe': 4, 'data': 2}, {'accumulate': 2}),
-  ('encoder', 'interleaved', {'pipe': 2, 'fsdp': 2, 'data': 2}, {}),
   ('encoder_decoder', 'gpipe', {'pipe': 4}, {'remat': 'dots'}),
   ('encoder_decoder', 'zb_v', {'pipe': 2, 'tensor': 2}, {'uniform': True}),
   ('experts', 'zb_h1', {'pipe': 3}, {}),

@@ -86,7 +86,7 @@ def test_text_has_a_line_a_stage_and_the_costs_count():
   'flags, message',
   [
     (_sizes('zbh1'), "Did you mean 'zb_h1'?"),
-    (_sizes('dualpipe'), "no schedule 'dualpipe'. There are gpipe"),
+    (_sizes('wave'), "no schedule 'wave'. There are gpipe"),
     (('--schedule=zb_h1', '--stages=2'), 'needs --stages and --microbatches'),
     (_sizes('generated'), '--limit'),
     ((*_sizes('gpipe'), '--limit=2'), 'give both or neither'),
