@@ -23,7 +23,6 @@ import pytest
 import tiny
 import tpu
 
-from t2x import absent
 from t2x import config as config_lib
 from t2x import layouts
 from t2x import machines
@@ -36,6 +35,7 @@ from t2x import xla_options
 from t2x.layers import attention
 from t2x.layers import mlp
 from t2x.models import decoder
+from t2x.plan import collectives
 from t2x.plan import hlo
 
 _TOPOLOGIES = {
@@ -153,7 +153,7 @@ def product_on(chip, num_slices):
   shape = lambda *axes: jax.ShapeDtypeStruct(
     (128, 128), jnp.bfloat16, sharding=NamedSharding(mesh, P(*axes))
   )
-  loss = lambda w, x: jnp.sum((x @ w).astype(jnp.float32))
+  loss = lambda w, x: jnp.sum(jnp.tanh(x @ w).astype(jnp.float32))
   split = shape('fsdp')
   step = jax.jit(jax.grad(loss), out_shardings=split.sharding)
   return step.lower(split, shape(('data', 'fsdp')))
@@ -167,11 +167,24 @@ def test_tpu_options_are_known_to_the_compiler(chip, num_slices):
   assert tpu.compile_text(product_on(chip, num_slices), **options)
 
 
+@pytest.mark.parametrize('chip', _TOPOLOGIES)
+def test_exchanges_of_every_chip_are_counted(chip):
+  """Those of SparseCores (v5p, 7x) stand in computations of their own."""
+  devices = tpu.devices(_TOPOLOGIES[chip])
+  mesh = mesh_lib.make(mesh_lib.MeshConfig(data=1, fsdp=-1), devices)
+  text = tpu.compile_text(product_on(chip, 1), **machines.options_of(devices))
+  found = collectives.collectives(text, mesh)
+  size = 2 * 128 * 128
+  gathers = [c.bytes for c in found if c.kind == 'all-gather']
+  sums = [c.bytes for c in found if c.kind in ('all-reduce', 'reduce-scatter')]
+  assert gathers == [size] and sums == [size]
+
+
 @pytest.mark.parametrize('fsdp', [4, 8])
 def test_a_product_needs_no_permute_where_devices_diverge(fsdp):
   """A ring of permutes beside it, or a shift of rows after it."""
   config = mesh_lib.MeshConfig(pipe=2, data=1, fsdp=fsdp)
-  mesh = mesh_lib.make(config, absent.devices(f'v5e:{fsdp // 2}x4'))
+  mesh = mesh_lib.make(config, tpu.devices(f'v5e:{fsdp // 2}x4'))
   split = NamedSharding(mesh, P('fsdp'))
   x, y = (
     jax.ShapeDtypeStruct((16, 2048, size), jnp.bfloat16, sharding=split)

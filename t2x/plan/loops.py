@@ -16,7 +16,8 @@ from t2x.plan import hlo
 
 # They pass a value on; the first of a copy's results is the copy.
 _PASSING = ('bitcast', 'convert', 'copy', 'copy-done', 'copy-start', 'reshape')
-_ENTERED = ('async-start', 'call', 'custom-call', 'fusion')
+# (A `call-start` runs on another core beside this one.)
+_ENTERED = ('async-start', 'call', 'call-start', 'custom-call', 'fusion')
 _ARITHMETIC = {
   'add': lambda a, b: a + b,
   'subtract': lambda a, b: a - b,

@@ -43,21 +43,23 @@ def counted(body, header=HEADER):
   ]
 
 
-def test_a_computation_of_another_core_ends_where_it_ends():
-  """Of a v5p's SparseCore."""
-  text = f"""{HEADER}
-%there (p: f32[2,4]) -> f32[4,4] {{
-  %p = f32[2,4]{{1,0}} parameter(0)
-  ROOT %g = f32[4,4]{{1,0}} all-gather(%p), replica_groups={{{{0,1}}}}
-}}, execution_thread="sparsecore"
+def test_what_another_core_does_is_counted():
+  """Of a TPU7x: its SparseCores gather beside the products."""
+  body = """
+%there (p: f32[2,4], t: token[]) -> f32[4,4] {
+  %p = f32[2,4]{1,0} parameter(0)
+  %t = token[] parameter(1)
+  ROOT %g = f32[4,4]{1,0} all-gather(%p), replica_groups=[4,2]<=[2,4]T(1,0)
+}, execution_thread="sparsecore"
 
-ENTRY %main (x: f32[2,4]) -> f32[2,4] {{
-  ROOT %x = f32[2,4]{{1,0}} parameter(0)
-}}
+ENTRY %main (x: f32[2,4], t: token[]) -> f32[4,4] {
+  %x = f32[2,4]{1,0} parameter(0)
+  %t = token[] parameter(1)
+  %s = ((f32[2,4], token[]), f32[4,4]) call-start(%x, %t), to_apply=%there
+  ROOT %d = f32[4,4]{1,0} call-done(%s)
+}
 """
-  module = hlo.parse(text)
-  assert {*module.computations} == {'there', 'main'} and module.entry == 'main'
-  assert [*module.computations['there'].instructions] == ['p', 'g']
+  assert counted(body) == [('all-gather', ('data',), 64, 1, 'f32')]
 
 
 def test_asynchronous_pairs_count_once():
