@@ -3,8 +3,8 @@ r"""A pipeline schedule: its table, bubbles and memory, and a drawing.
 python scripts/show_schedule.py --schedule=zb_h1 --stages=4 --microbatches=8 \
     [--chunks=1] [--recompute] [--costs=F,B,W] [--svg=FILE] [--csv=FILE]
     [--json]
-python scripts/show_schedule.py --schedule=generated --limit=6 --stages=4 \
-    --microbatches=8 --costs=1,1.3,0.8 [--placement=loop] --csv=FILE
+python scripts/show_schedule.py --schedule=generated --limit=12 --chunks=2 \
+    --stages=4 --microbatches=16 --costs=1,1.3,0.8 [--placement=v] --csv=FILE
 python scripts/show_schedule.py --schedule=FILE.csv
 
 Prints a line for each stage with a column for each tick (F forward, B gradient
@@ -18,7 +18,8 @@ and the chunk if there are several), and what the schedule costs:
   as long as its dearest operation. The drawing shows this one.
 - bubble_per_stage: the idle share between a stage's own first and last
   operation, which the papers on zero bubbles report.
-- peak_in_flight: microbatches of a stage's parts between F and W, at most.
+- peak_in_flight: microbatches of a stage's parts between F and W, at most (of
+  two chunks, a part is half of the stage's layers).
 - uniform: what a device has to do with `pipeline.uniform=true`, where all do
   whatever one of them does in a tick, over what is its own.
 
@@ -149,10 +150,11 @@ def figures(simulated: simulation.Simulation) -> str:
   """The numbers below the table."""
   table = simulated.schedule
   per_stage = ' '.join(f'{share:.1%}' for share in simulated.bubble_per_stage)
+  chunks = f'{table.num_chunks} chunk{"s" * (table.num_chunks > 1)} a stage'
   in_flight = ' '.join(map(str, simulated.peak_in_flight))
   return (
     f'\n{table.name}: {table.num_stages} stages, {table.num_microbatches} '
-    f'microbatches, {table.num_chunks} chunks a stage\n'
+    f'microbatches, {chunks}\n'
     f'ticks             {table.num_ticks}\n'
     f'bubble            {simulated.bubble:.2%}\n'
     f'bubble_executed   {simulated.bubble_executed:.2%}\n'

@@ -274,10 +274,12 @@ def describe(hint: Any) -> str:
   """Returns an annotation in words, for messages."""
   if typing.get_origin(hint) is typing.Literal:
     return 'one of ' + ', '.join(map(repr, typing.get_args(hint)))
-  if isinstance(hint, types.UnionType):
+  if len(_members(hint)) > 1:
     return ' or '.join(describe(member) for member in _members(hint))
   if hint is type(None):
     return 'none'
+  if typing.get_origin(hint) is tuple:
+    return f'{describe(typing.get_args(hint)[0])}s separated by commas'
   return hint.__name__ if isinstance(hint, type) else str(hint)
 
 

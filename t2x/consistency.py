@@ -27,9 +27,14 @@ from t2x.models import encoder_decoder
 from t2x.objectives import causal_lm
 from t2x.objectives import masked_lm
 from t2x.pipeline import estimates
+from t2x.pipeline import placement
 from t2x.pipeline import plan as plan_lib
 
 Experiment = experiment.Experiment
+
+
+class PipelineError(ValueError):
+  """Settings of a pipeline that do not fit: no other layout is advised."""
 
 
 def check(config: Experiment, num_devices: int) -> None:
@@ -59,7 +64,8 @@ def pipeline(
     sizes: of the mesh axes.
 
   Raises:
-    ValueError: a schedule that cannot be, or layers that do not fit it.
+    PartsError: fewer layers than parts; other stages may do.
+    PipelineError: a schedule that cannot be, or layers that do not fit it.
   """
   if not _has_stages(sizes):
     return None
@@ -75,9 +81,14 @@ def pipeline(
   )
   execution = execution_of(config, sizes)
   num = sizes[sharding.PIPE]
-  return plan_lib.make(
-    config.model, config.pipeline, execution, num, batch, layout
-  )
+  try:
+    return plan_lib.make(
+      config.model, config.pipeline, execution, num, batch, layout
+    )
+  except placement.PartsError:
+    raise
+  except ValueError as error:
+    raise PipelineError(str(error)) from error
 
 
 def _has_stages(sizes: Mapping[str, int]) -> bool:
@@ -103,15 +114,26 @@ def _check_rows(config: Experiment, sizes: dict[str, int]) -> None:
   if rows % need:
     axes = _row_axes(config, sizes)
     by = ' x '.join(f'mesh.{a}={sizes[a]}' for a in axes if sizes.get(a, 1) > 1)
-    micro = f'train.accumulate={config.train.accumulate}'
+    micro, other = f'train.accumulate={config.train.accumulate}', ''
     if _has_stages(sizes):
-      micro += f' x pipeline.microbatches={config.pipeline.microbatches}'
+      asked = config.pipeline.microbatches
+      micro += f' x pipeline.microbatches={asked}'
+      of_each, rest = divmod(rows * asked, need)
+      if not rest:
+        near = ' or '.join(map(str, _near_divisors(of_each, asked)))
+        other = f', set pipeline.microbatches to {near}'
     less = f'{rows // need * need} or ' if rows > need else ''
     raise ValueError(
       f'data.batch_size={rows} rows cannot be dealt to {by or "one device"} '
       f'in {micro} microbatches: it must be a multiple of {need}. Set it to '
-      f'{less}{-(-rows // need) * need}, or change the mesh.'
+      f'{less}{-(-rows // need) * need}{other}, or change the mesh.'
     )
+
+
+def _near_divisors(number: int, near: int) -> list[int]:
+  """Returns the two divisors that are nearest to a number, in order."""
+  found = [n for n in range(1, number + 1) if number % n == 0]
+  return sorted(sorted(found, key=lambda n: abs(n - near))[:2])
 
 
 def rows_multiple(config: Experiment, sizes: Mapping[str, int]) -> int:

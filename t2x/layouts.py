@@ -51,6 +51,8 @@ def check(
   """
   try:
     fit(config, num_devices, num_slices=num_slices)
+  except consistency.PipelineError:
+    raise
   except ValueError as error:
     configs = [config] if own is None else [own, config]
     said = advice(configs, num_devices, num_slices=num_slices)
@@ -215,12 +217,13 @@ def _near(size: int) -> list[int]:
 def _plainer(
   asked: mesh_lib.MeshConfig, num_slices: int
 ) -> Iterator[mesh_lib.MeshConfig]:
-  """Yields `asked`, then without stages or without its parts over slices."""
+  """Yields `asked`, then fewer stages, and without its parts over slices."""
   remain = -1 if num_slices > 1 or asked.dcn.data == -1 else 1
   dcn = mesh_lib.Dcn(data=remain)
   yield asked
-  if asked.pipe > 1:
-    yield dataclasses.replace(asked, pipe=1)
+  for pipe in range(asked.pipe - 1, 0, -1):
+    if asked.pipe % pipe == 0:
+      yield dataclasses.replace(asked, pipe=pipe)
   if asked.dcn != dcn:
     yield dataclasses.replace(asked, dcn=dcn)
     if asked.pipe > 1:

@@ -5,6 +5,7 @@ schedule.csv where a pipeline runs a table of one's own.
 """
 
 import importlib.metadata as importlib_metadata
+import itertools
 import json
 import logging
 import platform
@@ -34,6 +35,7 @@ _PACKAGES = (
 )
 
 
+_TABLE = 'schedule.csv'
 Changes = dict[str, tuple[Any, Any]]
 
 
@@ -53,6 +55,7 @@ def check(
   if not file.exists():
     return {}
   changes = config_lib.differences(_read(file), config_lib.to_json(config))
+  changes |= _change_of_table(workdir, config)
   fixed = {n: c for n, c in changes.items() if not _may_change(n)}
   if fixed and not allow_change:
     lines = [f'  {n}: {old!r} -> {new!r}' for n, (old, new) in fixed.items()]
@@ -82,9 +85,11 @@ def write(
     text = file.read_text() if file.exists() else ''
     paths.write_whole(file, text + json.dumps({'changes': changes}) + '\n')
   paths.write_whole(root / 'config.json', config_lib.dumps(config))
-  own = config.pipeline.schedule
-  if own.endswith('.csv') and paths.path(own).exists():
-    paths.write_whole(root / 'schedule.csv', paths.path(own).read_text())
+  table = _own_table(config)
+  if table is not None:
+    paths.write_whole(root / _TABLE, table)
+  elif (root / _TABLE).exists():
+    (root / _TABLE).unlink()
   _write_versions(root / 'versions.json')
   if read_tokenizer(workdir, changes) is None:
     corpus.tokenizer.save(root / 'tokenizer')
@@ -92,6 +97,29 @@ def write(
   paths.write_whole(
     root / 'corpus.json', json.dumps({'id': corpus.fingerprint}) + '\n'
   )
+
+
+def _own_table(config: experiment.Experiment) -> str | None:
+  """Returns the text of the pipeline's table, if it is one of one's own."""
+  file = paths.path(config.pipeline.schedule)
+  if file.suffix != '.csv' or not file.exists():
+    return None
+  return file.read_text()
+
+
+def _change_of_table(workdir: str, config: experiment.Experiment) -> Changes:
+  """Returns whether a table has other lines than the run's copy."""
+  kept, table = paths.path(workdir) / _TABLE, _own_table(config)
+  if table is None or not kept.exists():
+    return {}
+  lines = [text.splitlines() for text in (kept.read_text(), table)]
+  if lines[0] == lines[1]:
+    return {}
+  pairs = enumerate(itertools.zip_longest(*lines), 1)
+  number, (old, new) = next(
+    (n, pair) for n, pair in pairs if pair[0] != pair[1]
+  )
+  return {f'pipeline.schedule, line {number} of the table': (old, new)}
 
 
 def read_tokenizer(

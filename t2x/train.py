@@ -70,6 +70,9 @@ def train(
     if processes.is_primary():
       run_dir.write(workdir, config, corpus, changes)
     run.open(show)
+    staged = consistency.pipeline(config, mesh.shape)
+    if staged is not None:
+      _log.info('Pipeline: %s.', staged.summary())
     with contextlib.closing(run), jax.transfer_guard('disallow'):
       return _loop(run, stopping, _Profiler(workdir, profile_steps))
 

@@ -12,6 +12,7 @@ import tiny
 
 from t2x import config as config_lib
 from t2x import inference
+from t2x import layout_text
 from t2x import layouts
 from t2x import mesh as mesh_lib
 from t2x import program
@@ -218,7 +219,7 @@ def test_no_layout_helps():
     (
       ['mesh.data=1', 'mesh.pipe=8'],
       '8 parts of a pipeline for 4',
-      'mesh.data=8 mesh.pipe=1',
+      'mesh.data=2 mesh.pipe=4',
     ),
     (
       ['mesh.data=8', 'mesh.dcn.data=2'],
@@ -236,6 +237,33 @@ def test_stages_and_slices_that_cannot_be(settings, message, expected):
   said, found = advice(with_settings(gpt2_tiny, *settings), 8)
   assert re.search(message, said) and found[0] == expected
   assert_works(with_settings(gpt2_tiny, *settings), expected, 8)
+
+
+@pytest.mark.parametrize(
+  'settings, message',
+  [
+    (['pipeline.schedule=zb_v', 'pipeline.chunks=3'], 'the nearest .* is 2'),
+    (['pipeline.schedule=gone.csv'], 'there is no such file'),
+    (['pipeline.layers=3,2'], 'must make up the 4 layers'),
+  ],
+)
+def test_no_layout_mends_a_pipeline(settings, message):
+  staged = ['mesh.pipe=2', 'mesh.data=4', 'pipeline.microbatches=4', *settings]
+  with pytest.raises(ValueError, match=message) as caught:
+    layouts.check(with_settings(gpt2_tiny, *staged), 8)
+  assert 'Layouts' not in str(caught.value)
+  layout = layout_text.parse(','.join(s.removeprefix('mesh.') for s in staged))
+  with pytest.raises(ValueError, match=message) as caught:
+    layout.check(layout.applied(gpt2_tiny))
+  assert 'Layouts' not in str(caught.value)
+
+
+@pytest.mark.parametrize('asked, near', [(3, '2 or 4'), (16, '4 or 8')])
+def test_microbatches_that_the_rows_allow(asked, near):
+  settings = ['mesh.pipe=2', 'mesh.data=4', f'pipeline.microbatches={asked}']
+  config = with_settings(gpt2_tiny, *settings)
+  with pytest.raises(ValueError, match=f'pipeline.microbatches to {near}, or'):
+    layouts.check(config, 8)
 
 
 def test_one_device_is_no_devices():

@@ -37,7 +37,7 @@ from t2x import layout_text
       gpt2_tiny,
       'mesh.pipe=8',
       'Layouts of 8 devices that work: ',
-      ['data=8', 'fsdp=8'],
+      ['pipe=4,tensor=2'],
     ),
     (
       gpt2_tiny,

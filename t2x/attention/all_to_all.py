@@ -45,7 +45,8 @@ def repeats(num_heads: int, num_kv_heads: int, devices: int, parts: int) -> int:
     f'attention.num_heads={num_heads} (num_kv_heads={num_kv_heads}) cannot be '
     f'dealt to {need} devices (mesh.context={devices}, heads over {parts}): '
     'all-to-all attention needs a multiple of that many heads. Choose '
-    'rules.context_attention=ring, or a smaller mesh.context.'
+    'rules.context_attention=ring (on stages with pipeline.uniform=true), or '
+    'a smaller mesh.context.'
   )
 
 

@@ -75,9 +75,10 @@ def balance(
   if limit is not None and model.bytes_of(best) > limit:
     raise ValueError(
       f'pipeline.layers=balanced: a device needs {need / _GIB:.4g} GiB at '
-      f'least, and pipeline.memory_limit={limit / _GIB:.4g}. Take more stages '
-      '(mesh.pipe), fewer microbatches in flight (another pipeline.schedule, '
-      'or smaller ones: more pipeline.microbatches), or train.remat=full.'
+      f'least, and pipeline.memory_limit={limit / _GIB:.4g} GiB. Take more '
+      'stages (mesh.pipe), fewer microbatches in flight (another '
+      'pipeline.schedule, or smaller ones: more pipeline.microbatches), or '
+      'train.remat=full.'
     )
   return [int(units) for units in best]
 

@@ -46,6 +46,7 @@ class PipelineConfig:
         raise ValueError(f'pipeline.schedule: {error}') from None
     if self.memory_limit is not None and self.layers != 'balanced':
       raise ValueError(
-        f'pipeline.memory_limit={self.memory_limit} is for pipeline.layers='
-        f'balanced, and they are {self.layers}. Set one or the other.'
+        f'pipeline.memory_limit={self.memory_limit} (GiB of a device) is for '
+        f'pipeline.layers=balanced, and pipeline.layers={self.layers}. Set '
+        'layers to balanced, or no limit.'
       )

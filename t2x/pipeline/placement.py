@@ -17,6 +17,10 @@ import numpy as np
 from t2x.pipeline import schedule as schedule_lib
 
 
+class PartsError(ValueError):
+  """Not one layer for each part of a pipeline, or no part for a tower."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tower:
   """A stack of layers.
@@ -106,14 +110,19 @@ def place(
   tower_ends = np.cumsum([t.num_units for t in towers])
   if ends[-1] != tower_ends[-1] or not set(tower_ends) <= set(ends):
     raise ValueError(
-      f'pipeline.layers={tuple(units_P)} must add up, part by part, to '
-      f'{" then ".join(f"{t.num_units} ({t.name})" for t in towers)}.'
+      f'pipeline.layers={tuple(units_P)} adds up to {ends[-1]}; it must make '
+      f'up the {" layers, then the ".join(map(_layers, towers))}.'
     )
   tower_P = np.searchsorted(tower_ends, ends - units, side='right')
   first_P = ends - units - np.concatenate([[0], tower_ends])[tower_P]
   stage_P = np.array([table.stage_of(p) for p in range(len(units))])
   slot_P, unit_SN = _slots(len(towers), tower_P, first_P, units, stage_P, table)
   return Placement(tuple(towers), tower_P, first_P, units, slot_P, unit_SN)
+
+
+def _layers(tower: Tower) -> str:
+  units = 'layers' if tower.group == 1 else f'groups of {tower.group} layers'
+  return f'{tower.num_units} {units} of the {tower.name}'
 
 
 def _slots(num_towers, tower_P, first_P, units_P, stage_P, table):
@@ -134,7 +143,7 @@ def even(towers: Sequence[Tower], num_parts: int) -> list[int]:
   """Returns units of each part: as even as can be, none across towers.
 
   Raises:
-    ValueError: fewer units than parts, or fewer parts than towers.
+    PartsError: fewer units than parts, or fewer parts than towers.
   """
   sizes = [t.num_units for t in towers]
   if num_parts < len(towers) or num_parts > sum(sizes):
@@ -144,7 +153,7 @@ def even(towers: Sequence[Tower], num_parts: int) -> list[int]:
       else f'{t.num_units} ({t.name})'
       for t in towers
     )
-    raise ValueError(
+    raise PartsError(
       f'{num_parts} parts of a pipeline for {units} layers: each part needs '
       'one of its own. Choose fewer stages or chunks (mesh.pipe, '
       f'pipeline.chunks), at most {sum(sizes)} parts and at least '

@@ -38,6 +38,18 @@ class Plan:
     """What devices are told."""
     return instructions.make(self.table, self.place)
 
+  def summary(self) -> str:
+    """What is run, in a line; the idle share is for F = B = W."""
+    table, idle = self.table, self.table.simulate().bubble_executed
+    of = f' of {table.num_chunks} chunks' if table.num_chunks > 1 else ''
+    text = (
+      f'{table.name}, {table.num_stages} stages{of} x '
+      f'{table.num_microbatches} microbatches, {idle:.0%} idle'
+    )
+    if table.num_microbatches < 2 * table.num_stages:
+      text += f'; with {4 * table.num_stages} pipeline.microbatches it is less'
+    return text
+
   def for_evaluation(self) -> 'Plan':
     """Returns the plan of forwards alone."""
     table = schedules.forward_only(

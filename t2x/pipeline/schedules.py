@@ -166,8 +166,8 @@ def zb_v(
   check_numbers(num_stages, num_microbatches, num_chunks)
   if num_chunks != 2:
     raise ValueError(
-      f'zb_v goes down the stages in one chunk and up in another; num_chunks='
-      f'{num_chunks}, the nearest that works is 2.'
+      f'zb_v has two chunks a stage, one on the way down the stages and one on '
+      f'the way up, and chunks={num_chunks}; the nearest that works is 2.'
     )
   tables = []
   if num_microbatches >= 2 * num_stages - 1:
@@ -261,7 +261,8 @@ def check_name(name: str) -> None:
   hint = f' Did you mean {close[0]!r}?' if close else ''
   raise ValueError(
     f'There is no schedule {name!r}.{hint} There are {", ".join(NAMES)}, and '
-    'the path of a table of your own (.csv).'
+    'the path of a table of your own (.csv); scripts/show_schedule.py '
+    '--schedule=generated makes one for given costs.'
   )
 
 
@@ -270,9 +271,9 @@ def check_numbers(
 ) -> None:
   """Raises a ValueError for a number below 1."""
   numbers = {
-    'num_stages': num_stages,
-    'num_microbatches': num_microbatches,
-    'num_chunks': num_chunks,
+    'stages': num_stages,
+    'microbatches': num_microbatches,
+    'chunks': num_chunks,
   }
   for name, value in numbers.items():
     if value < 1:

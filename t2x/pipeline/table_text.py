@@ -85,8 +85,8 @@ def read(path: str) -> schedule_lib.Schedule:
   file = paths.path(path)
   if not file.exists():
     raise ValueError(
-      f'{path}: there is no such file. scripts/show_schedule.py --csv=FILE '
-      'writes one to start from.'
+      f'{path}: there is no such file. A run keeps a copy of its table, '
+      'WORKDIR/schedule.csv; scripts/show_schedule.py --csv=FILE writes one.'
     )
   try:
     return from_csv(file.read_text())

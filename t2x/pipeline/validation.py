@@ -103,10 +103,12 @@ def _check_none_lost(schedule, kinds, tick_OMP) -> None:
     lost = np.argwhere(tick_OMP[kind] < 0)
     if len(lost):
       micro, part = lost[0]
+      others = f', and {len(lost) - 1} more' if len(lost) > 1 else ''
       raise ValueError(
-        f'Lost: {_name(schedule, kind, micro, part)} on stage '
-        f'{schedule.stage_of(part)} is in none of the {schedule.num_ticks} '
-        f'ticks, nor are {len(lost) - 1} more {ops.LETTERS[kind]}.'
+        f'{_name(schedule, kind, micro, part)} on stage '
+        f'{schedule.stage_of(part)} is lost{others}: none of the '
+        f'{schedule.num_ticks} ticks has it. Every stage does each operation '
+        'of each microbatch once.'
       )
 
 
@@ -131,8 +133,8 @@ def _check_order(schedule, kinds, tick_OMP) -> None:
     raise ValueError(
       f'{_place(schedule, tick, kind, m, part)} needs {what} that stage '
       f'{schedule.stage_of(where)} makes in tick {need} '
-      f'({_name(schedule, other, m, where)}): it can be used from tick '
-      f'{need + 1}.'
+      f'({_name(schedule, other, m, where)}): move it to tick {need + 1} or '
+      'later.'
     )
 
 

@@ -16,8 +16,9 @@ from t2x.plan import hlo
 
 # They pass a value on; the first of a copy's results is the copy.
 _PASSING = ('bitcast', 'convert', 'copy', 'copy-done', 'copy-start', 'reshape')
-# (A `call-start` runs on another core beside this one.)
-_ENTERED = ('async-start', 'call', 'call-start', 'custom-call', 'fusion')
+_ENTERED = ('async-start', 'call', 'custom-call', 'fusion')
+# On another core, beside this one (libtpu 0.0.42, 0.0.52).
+_ENTERED += ('call-start', 'custom-call-start')
 _ARITHMETIC = {
   'add': lambda a, b: a + b,
   'subtract': lambda a, b: a - b,

@@ -305,7 +305,7 @@ def test_a_large_vocabulary_takes_layers_from_the_last_stage(tmp_path):
 def test_memory_is_refused_before_anything_is_built(tmp_path):
   enough = plan_of(tmp_path, pipeline__memory_limit=1)
   assert enough.place.units_P.tolist() == [4, 2]
-  with pytest.raises(ValueError, match='pipeline.memory_limit=0.0001. Take mo'):
+  with pytest.raises(ValueError, match='pipeline.memory_limit=0.0001 GiB. Ta'):
     plan_of(tmp_path, pipeline__memory_limit=1e-4)
   with pytest.raises(ValueError, match='is for pipeline.layers=balanced'):
     plan_of(tmp_path, pipeline__layers='even', pipeline__memory_limit=1)

@@ -73,7 +73,7 @@ def test_consecutive_parts_are_on_neighbours(placement, stages):
 
 def test_a_lost_operation_is_named():
   at = _where(TABLE, B, 2, 1)
-  with pytest.raises(ValueError, match='Lost: B of microbatch 2 on stage 1'):
+  with pytest.raises(ValueError, match='B of microbatch 2 on stage 1 is lost'):
     _changed(TABLE, {at: IDLE})
 
 
@@ -118,7 +118,7 @@ def test_a_message_is_there_one_tick_after_it_was_sent():
     )
   assert str(error.value) == (
     'tick 0, stage 1: F of microbatch 0 needs the output that stage 0 makes '
-    'in tick 0 (F of microbatch 0): it can be used from tick 1.'
+    'in tick 0 (F of microbatch 0): move it to tick 1 or later.'
   )
 
 

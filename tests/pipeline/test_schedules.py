@@ -162,14 +162,14 @@ def test_an_unknown_name_is_answered_with_the_closest():
 
 @pytest.mark.parametrize('name', schedules.NAMES)
 def test_numbers_that_cannot_be_are_answered_with_the_nearest(name):
-  with pytest.raises(ValueError, match='num_microbatches=0; the nearest'):
+  with pytest.raises(ValueError, match='^microbatches=0; the nearest'):
     schedules.make(name, num_stages=2, num_microbatches=0)
-  with pytest.raises(ValueError, match='num_stages=-1; the nearest'):
+  with pytest.raises(ValueError, match='stages=-1; the nearest'):
     schedules.make(name, num_stages=-1, num_microbatches=4)
-  with pytest.raises(ValueError, match='num_chunks=0; the nearest'):
+  with pytest.raises(ValueError, match='^chunks=0; the nearest'):
     schedules.make(name, num_stages=2, num_microbatches=4, num_chunks=0)
 
 
 def test_zb_v_has_two_chunks():
-  with pytest.raises(ValueError, match='num_chunks=3, the nearest .* 2'):
+  with pytest.raises(ValueError, match='chunks=3; the nearest .* 2'):
     schedules.zb_v(4, 8, 3)

@@ -1,12 +1,17 @@
 """Runs on stages: the same losses, checkpoints that know nothing of them."""
 
+import logging
+
 import jax
 import numpy as np
 import pytest
 import tiny
 
+from t2x import config as config_lib
+from t2x import consistency
 from t2x import inference
 from t2x import metrics
+from t2x import run_dir
 from t2x import train
 from t2x.pipeline import schedules
 
@@ -89,10 +94,25 @@ def test_pipeline_settings_do_nothing_without_stages(directory, tmp_path):
   assert len(tiny.losses(tmp_path)) == 1
 
 
-def test_a_run_keeps_a_table_of_ones_own(directory, tmp_path):
-  file = tmp_path / 'own.csv'
+def test_a_run_keeps_a_table_of_ones_own(directory, tmp_path, caplog):
+  file, workdir = tmp_path / 'own.csv', tmp_path / 'run'
   file.write_text(schedules.zb_h1(2, 2).to_csv())
   settings = STAGES | {'pipeline__schedule': str(file)}
   config = tiny.experiment_of(directory, **settings, train__num_steps=1)
-  train.train(config, tmp_path / 'run')
-  assert (tmp_path / 'run' / 'schedule.csv').read_text() == file.read_text()
+  with caplog.at_level(logging.INFO):
+    train.train(config, workdir)
+  said = 'zb_h1, 2 stages x 2 microbatches, 14% idle; with 8 pipeline.microb'
+  assert said in caplog.text
+  kept = workdir / 'schedule.csv'
+  assert kept.read_text() == file.read_text()
+  # A change of the file is a change of the run, said and kept.
+  file.write_text(schedules.gpipe(2, 2).to_csv())
+  changes = run_dir.check(str(workdir), config)
+  (name, (old, new)) = changes.popitem()
+  assert name == 'pipeline.schedule, line 1 of the table' and not changes
+  assert 'name=zb_h1' in old and 'name=gpipe' in new
+  # Without it the copy does; a run of another schedule has none.
+  again = config_lib.override(config, {'pipeline.schedule': str(kept)})
+  assert not consistency.check(again, 8)
+  train.train(tiny.experiment_of(directory, train__num_steps=1), workdir)
+  assert not kept.exists()
