@@ -254,7 +254,7 @@ def test_no_layout_mends_a_pipeline(settings, message):
   assert 'Layouts' not in str(caught.value)
   layout = layout_text.parse(','.join(s.removeprefix('mesh.') for s in staged))
   with pytest.raises(ValueError, match=message) as caught:
-    layout.check(layout.applied(gpt2_tiny))
+    layout.check(layout.applied(gpt2_tiny.get_config()))
   assert 'Layouts' not in str(caught.value)
 
 
