@@ -59,7 +59,7 @@ _RECOMPUTE = flags.DEFINE_bool('recompute', False, 'An R before every B.')
 _COSTS = flags.DEFINE_string('costs', '1,1,1', 'Of F, B, W and perhaps R.')
 _LIMIT = flags.DEFINE_float('limit', None, 'Of a generated one, in flight.')
 _PLACEMENT = flags.DEFINE_enum(
-  'placement', 'loop', ['loop', 'v'], "Of a generated one's chunks."
+  'placement', None, ['loop', 'v'], "Of a generated one's chunks: loop or v."
 )
 _SVG = flags.DEFINE_string('svg', None, 'File to draw to, .svg or .png.')
 _CSV = flags.DEFINE_string('csv', None, 'File to write the table to.')
@@ -92,7 +92,12 @@ def make(costs: simulation.Costs) -> schedule_lib.Schedule:
   numbers = {'stages': _STAGES.value, 'microbatches': _MICROBATCHES.value}
   given = [n for n, value in numbers.items() if value is not None]
   if name.endswith('.csv'):
-    others = {'chunks': _CHUNKS.value, 'recompute': _RECOMPUTE.value or None}
+    others = {
+      'chunks': _CHUNKS.value,
+      'recompute': _RECOMPUTE.value or None,
+      'limit': _LIMIT.value,
+      'placement': _PLACEMENT.value,
+    }
     given += [n for n, value in others.items() if value is not None]
     if given:
       sys.exit(f'error: --{given[0]}: {name} says it itself; leave it out.')
@@ -105,12 +110,14 @@ def make(costs: simulation.Costs) -> schedule_lib.Schedule:
       'error: --limit, how much may be in flight on a stage, and '
       '--schedule=generated go together; give both or neither.'
     )
+  if _PLACEMENT.value and limit is None:
+    sys.exit('error: --placement is of --schedule=generated alone.')
   sizes: dict[str, Any] = {f'num_{key}': n for key, n in numbers.items()}
   sizes['recompute'] = _RECOMPUTE.value
   if _CHUNKS.value is not None:
     sizes['num_chunks'] = _CHUNKS.value
   if limit is not None:
-    sizes['placement'] = _PLACEMENT.value
+    sizes['placement'] = _PLACEMENT.value or 'loop'
     return generate.generate(**sizes, limit=limit, costs=costs)
   return schedules.make(name, **sizes)
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import dataclasses
 import math
 
+from t2x import checks
 from t2x import experiment
 from t2x import machines
 from t2x import mesh as mesh_lib
@@ -119,8 +120,8 @@ def _check_rows(config: Experiment, sizes: dict[str, int]) -> None:
       asked = config.pipeline.microbatches
       micro += f' x pipeline.microbatches={asked}'
       of_each, rest = divmod(rows * asked, need)
-      if not rest:
-        near = ' or '.join(map(str, _near_divisors(of_each, asked)))
+      if not rest and not config.pipeline.own_table:
+        near = ' or '.join(map(str, checks.near_divisors(of_each, asked)))
         other = f', set pipeline.microbatches to {near}'
     less = f'{rows // need * need} or ' if rows > need else ''
     raise ValueError(
@@ -128,12 +129,6 @@ def _check_rows(config: Experiment, sizes: dict[str, int]) -> None:
       f'in {micro} microbatches: it must be a multiple of {need}. Set it to '
       f'{less}{-(-rows // need) * need}{other}, or change the mesh.'
     )
-
-
-def _near_divisors(number: int, near: int) -> list[int]:
-  """Returns the two divisors that are nearest to a number, in order."""
-  found = [n for n in range(1, number + 1) if number % n == 0]
-  return sorted(sorted(found, key=lambda n: abs(n - near))[:2])
 
 
 def rows_multiple(config: Experiment, sizes: Mapping[str, int]) -> int:

@@ -220,14 +220,12 @@ def _plainer(
   """Yields `asked`, then fewer stages, and without its parts over slices."""
   remain = -1 if num_slices > 1 or asked.dcn.data == -1 else 1
   dcn = mesh_lib.Dcn(data=remain)
-  yield asked
-  for pipe in range(asked.pipe - 1, 0, -1):
-    if asked.pipe % pipe == 0:
-      yield dataclasses.replace(asked, pipe=pipe)
-  if asked.dcn != dcn:
-    yield dataclasses.replace(asked, dcn=dcn)
-    if asked.pipe > 1:
-      yield dataclasses.replace(asked, pipe=1, dcn=dcn)
+  most = max(asked.pipe, 1)
+  stages = [n for n in range(most, 0, -1) if most % n == 0]
+  for parts in dict.fromkeys((asked.dcn, dcn)):
+    for pipe in stages:
+      pipe = asked.pipe if pipe == most else pipe
+      yield dataclasses.replace(asked, pipe=pipe, dcn=parts)
 
 
 def _num_devices(mesh: mesh_lib.MeshConfig) -> int:

@@ -128,14 +128,21 @@ def options_of(
   """
   slices = mesh_lib.num_slices(devices)
   options = compiler_options(devices[0].device_kind, slices)
-  if diverge and options.keys() >= xla_options.TPU.keys():
-    options |= xla_options.DIVERGE
+  if diverge and options:  # Of an unknown chip nothing is set.
+    options |= _diverging(devices[0].device_kind)
   for text in overrides:
     name, _, value = text.partition('=')
     options.pop(name, None)
     if value:
       options[name] = value
   return options
+
+
+def _diverging(device_kind: str) -> xla_options.Options:
+  if device_kind.startswith('TPU'):
+    return xla_options.DIVERGE_TPU
+  is_gpu = device_kind.startswith('NVIDIA')
+  return xla_options.DIVERGE_GPU if is_gpu else {}
 
 
 def check_overrides(overrides: Sequence[str]) -> None:

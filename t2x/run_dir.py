@@ -1,7 +1,7 @@
 """What a run leaves in its workdir besides checkpoints and metrics.
 
 config.json, versions.json, history.jsonl (changed settings), tokenizer/, and
-schedule.csv where a pipeline runs a table of one's own.
+schedule.csv, the last table of one's own that its stages ran.
 """
 
 import importlib.metadata as importlib_metadata
@@ -88,8 +88,6 @@ def write(
   table = _own_table(config)
   if table is not None:
     paths.write_whole(root / _TABLE, table)
-  elif (root / _TABLE).exists():
-    (root / _TABLE).unlink()
   _write_versions(root / 'versions.json')
   if read_tokenizer(workdir, changes) is None:
     corpus.tokenizer.save(root / 'tokenizer')
@@ -100,11 +98,11 @@ def write(
 
 
 def _own_table(config: experiment.Experiment) -> str | None:
-  """Returns the text of the pipeline's table, if it is one of one's own."""
+  """Returns the text of the table that stages run, if it is one's own."""
   file = paths.path(config.pipeline.schedule)
-  if file.suffix != '.csv' or not file.exists():
+  if config.mesh.pipe == 1 or not config.pipeline.own_table:
     return None
-  return file.read_text()
+  return file.read_text() if file.exists() else None
 
 
 def _change_of_table(workdir: str, config: experiment.Experiment) -> Changes:

@@ -63,14 +63,17 @@ COLLECTIVE_MATMUL: Options = {
   'xla_tpu_reduce_scatter_collective_matmul_mode': 'post_spmd_conservative',
 }
 
-# Where devices run parts of a program unlike often, a TPU's compiler must make
-# no permutes of other exchanges: they would wait for all devices.
-DIVERGE: Options = {
+# Where devices run parts of a program unlike often, compilers must make no
+# permutes of other exchanges: they would wait for all devices.
+DIVERGE_TPU: Options = {
   **dict.fromkeys(COLLECTIVE_MATMUL, 'none'),
-  # Reduces gradients in shares of a size that suits it and shifts rows between
-  # neighbours afterwards (v5e, v5p: 2048 x 7168 over fsdp=8).
+  # Off: else gradients may be reduced in shares of a size that suits the
+  # compiler, their rows shifted between neighbours afterwards (v5e, v5p: 2048 x
+  # 7168 over fsdp=8).
   'xla_tpu_ars_halo_exchange_count': 0,
 }
+# The same of a GPU's: no collective matmul, as XLA has it by default.
+DIVERGE_GPU: Options = {'xla_gpu_threshold_for_windowed_einsum_mib': 100_000}
 
 # Between slices, over the data centre's network.
 TPU_DCN: Options = {

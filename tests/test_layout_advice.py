@@ -244,7 +244,7 @@ def test_stages_and_slices_that_cannot_be(settings, message, expected):
   [
     (['pipeline.schedule=zb_v', 'pipeline.chunks=3'], 'the nearest .* is 2'),
     (['pipeline.schedule=gone.csv'], 'there is no such file'),
-    (['pipeline.layers=3,2'], 'must make up the 4 layers'),
+    (['pipeline.layers=3,2'], 'must make up 4 layers'),
   ],
 )
 def test_no_layout_mends_a_pipeline(settings, message):

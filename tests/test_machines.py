@@ -164,6 +164,7 @@ def product_on(chip, num_slices):
 def test_tpu_options_are_known_to_the_compiler(chip, num_slices):
   options = machines.CHIPS[chip].options(num_slices)
   assert len(options) >= 5
+  options |= xla_options.DIVERGE_TPU if num_slices == 1 else {}
   assert tpu.compile_text(product_on(chip, num_slices), **options)
 
 

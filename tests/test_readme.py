@@ -53,28 +53,43 @@ def test_experiment_commands_are_accepted(command):
 _SCRIPTS = ('python scripts/show', 'python scripts/verify')
 
 
-@pytest.mark.parametrize(
-  'command', [c for c in _COMMANDS if c.startswith(_SCRIPTS)]
-)
-def test_scripts_that_show_or_verify_run(command, tmp_path, monkeypatch):
+def _shown() -> list[list[str]]:
+  """Returns the commands of each block that show or verify something."""
+  blocks = [text.splitlines() for name, text in _BLOCKS if name == 'bash']
+  chosen = [[c for c in block if c.startswith(_SCRIPTS)] for block in blocks]
+  return [block for block in chosen if block]
+
+
+@pytest.mark.parametrize('commands', _shown(), ids=lambda block: block[0][:50])
+def test_scripts_that_show_or_verify_run(commands, tmp_path, monkeypatch):
+  """One after the other: a later one may read what an earlier one wrote."""
   monkeypatch.delenv('XLA_FLAGS')
-  _, script, *arguments = shlex.split(command)
-  if 'verify' in script:  # With the model and data of the other tests.
-    layers = 2 if 'pipe=' in command else 1
-    small = tiny.small(tmp_path) | {'optim': 'sgd', 'model.num_layers': layers}
-    arguments += [f'--set={name}={value}' for name, value in small.items()]
-  result = subprocess.run(
-    [sys.executable, os.path.abspath(os.path.join(_ROOT, script)), *arguments],
-    cwd=tmp_path,
-    capture_output=True,
-    text=True,
-  )
-  assert result.returncode == 0, result.stderr
-  if 'show' in script:
-    files = re.findall(r'--(?:html|svg)=(\S+)', command)
-    assert files and all((tmp_path / file).exists() for file in files)
-  else:
-    assert result.stdout.count(' yes ') == command.count('--layout')
+  for command in commands:
+    _, script, *arguments = shlex.split(command)
+    if 'verify' in script:  # With the model and data of the other tests.
+      layers = 2 if 'pipe=' in command else 1
+      small = tiny.small(tmp_path) | {
+        'optim': 'sgd',
+        'model.num_layers': layers,
+      }
+      arguments += [f'--set={name}={value}' for name, value in small.items()]
+    result = subprocess.run(
+      [
+        sys.executable,
+        os.path.abspath(os.path.join(_ROOT, script)),
+        *arguments,
+      ],
+      cwd=tmp_path,
+      capture_output=True,
+      text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    if 'show' in script:
+      assert result.stdout
+      for file in re.findall(r'--(?:html|svg|csv)=(\S+)', command):
+        assert (tmp_path / file).exists()
+    else:
+      assert result.stdout.count(' yes ') == command.count('--layout')
 
 
 @pytest.mark.parametrize(

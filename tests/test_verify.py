@@ -628,7 +628,7 @@ EXPERT_SWEEP = (
     ('bert_tiny', SWEEP[:3], 'muon'),
     ('t5_tiny', SWEEP[:3], 'muon'),
     ('quickstart', SWEEP[:2], 'muon'),
-    ('gpt2_tiny', RING_OF_STAGES, 'adamw'),
+    ('t5_tiny', RING_OF_STAGES, 'adamw'),
     ('moe_tiny', EXPERT_SWEEP, 'adamw'),
   ],
 )

@@ -17,9 +17,9 @@ class PipelineConfig:
     microbatches: pieces of a batch that go through the pipeline one by one;
       of each of `train.accumulate` batches.
     chunks: parts of the model on each stage; None is the schedule's own.
-    layers: `even` shares, `balanced` ones, for which the slowest stage has
-      least to do (embeddings and head included), or the layers of each part,
-      in order of depth (repeats, where the layers repeat in groups).
+    layers: `even` shares, `balanced` ones, where the stage with the most to do
+      has as little as can be (embeddings and head included), or the layers of
+      each part, in order of depth (groups, where the layers repeat in groups).
     memory_limit: GiB of a device that `balanced` may use, as estimated from
       shapes (see `estimates`); None for no limit.
     gather: weights that `fsdp` splits are gathered `once` a step, or each
@@ -39,7 +39,7 @@ class PipelineConfig:
   def __post_init__(self):
     checks.least(self, 'pipeline.', microbatches=1, chunks=1)
     checks.positive(self, 'pipeline.', 'memory_limit')
-    if not self.schedule.endswith('.csv'):
+    if not self.own_table:
       try:
         schedules.check_name(self.schedule)
       except ValueError as error:
@@ -50,3 +50,8 @@ class PipelineConfig:
         f'pipeline.layers=balanced, and pipeline.layers={self.layers}. Set '
         'layers to balanced, or no limit.'
       )
+
+  @property
+  def own_table(self) -> bool:
+    """Whether the schedule is the path of a table."""
+    return self.schedule.endswith('.csv')

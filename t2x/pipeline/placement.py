@@ -110,8 +110,9 @@ def place(
   tower_ends = np.cumsum([t.num_units for t in towers])
   if ends[-1] != tower_ends[-1] or not set(tower_ends) <= set(ends):
     raise ValueError(
-      f'pipeline.layers={tuple(units_P)} adds up to {ends[-1]}; it must make '
-      f'up the {" layers, then the ".join(map(_layers, towers))}.'
+      f'pipeline.layers={tuple(units_P)} adds up to {ends[-1]}. The parts must '
+      f'make up {", the next ones ".join(map(_layers, towers))}; none has '
+      'layers of two towers.'
     )
   tower_P = np.searchsorted(tower_ends, ends - units, side='right')
   first_P = ends - units - np.concatenate([[0], tower_ends])[tower_P]

@@ -39,15 +39,20 @@ class Plan:
     return instructions.make(self.table, self.place)
 
   def summary(self) -> str:
-    """What is run, in a line; the idle share is for F = B = W."""
-    table, idle = self.table, self.table.simulate().bubble_executed
+    """What is run, in a line."""
+    table, config = self.table, self.config
+    found = table.simulate()
     of = f' of {table.num_chunks} chunks' if table.num_chunks > 1 else ''
     text = (
-      f'{table.name}, {table.num_stages} stages{of} x '
-      f'{table.num_microbatches} microbatches, {idle:.0%} idle'
+      f'{config.schedule}, {table.num_stages} stages{of} x '
+      f'{table.num_microbatches} microbatches'
     )
-    if table.num_microbatches < 2 * table.num_stages:
-      text += f'; with {4 * table.num_stages} pipeline.microbatches it is less'
+    if config.uniform:
+      return f'{text}, uniform: {found.uniform:.1f} x the work'
+    text += f', {found.bubble_executed:.0%} idle if F, B and W last as long'
+    few = table.num_microbatches < 2 * table.num_stages
+    if few and not config.own_table:
+      text += '; more pipeline.microbatches leave less idle'
     return text
 
   def for_evaluation(self) -> 'Plan':
@@ -123,7 +128,7 @@ def _towers(model: common.TransformerConfig) -> list[placement_lib.Tower]:
 def _table(
   config: config_lib.PipelineConfig, num_stages: int, recompute: bool
 ) -> schedule_lib.Schedule:
-  if config.schedule.endswith('.csv'):
+  if config.own_table:
     return _own_table(config, num_stages, recompute)
   try:
     return _named(

@@ -9,6 +9,7 @@ An entry is the operation's letter, the microbatch and, where a stage has
 several, `.` and the chunk; an idle stage has none.
 """
 
+import functools
 import re
 
 import numpy as np
@@ -89,9 +90,15 @@ def read(path: str) -> schedule_lib.Schedule:
       'WORKDIR/schedule.csv; scripts/show_schedule.py --csv=FILE writes one.'
     )
   try:
-    return from_csv(file.read_text())
+    return _parsed(file.read_text())
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from error
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(text: str) -> schedule_lib.Schedule:
+  """As `from_csv`, once for a text: a search for layouts reads it often."""
+  return from_csv(text)
 
 
 def from_csv(text: str) -> schedule_lib.Schedule:

@@ -325,7 +325,7 @@ def test_a_table_of_ones_own(tmp_path):
     ({'schedule': 'zbh1'}, "pipeline.schedule: .*Did you mean 'zb_h1'"),
     ({'schedule': 'zb_v', 'chunks': 3}, 'pipeline.chunks=3'),
     ({'chunks': 4}, '8 parts of a pipeline for 4'),
-    ({'layers': (1, 2)}, r'adds up to 3; it must make up the 4 layers'),
+    ({'layers': (1, 2)}, 'adds up to 3. The parts must make up 4 layers'),
     ({'schedule': 'mine.csv'}, 'there is no such file'),
   ],
 )

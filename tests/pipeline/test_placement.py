@@ -57,7 +57,10 @@ def test_a_tower_on_every_stage_is_contiguous():
   [
     ((4, 4, 4), 'take 2 numbers, each 1 or more'),
     ((8, 0), 'take 2 numbers, each 1 or more'),
-    ((5, 4), r'adds up to 9; it must make up the 8 layers of the tower'),
+    (
+      (5, 4),
+      'adds up to 9. The parts must make up 8 layers of the tower; none',
+    ),
   ],
 )
 def test_layers_that_do_not_fit(units, message):

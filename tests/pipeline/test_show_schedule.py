@@ -92,6 +92,8 @@ def test_text_has_a_line_a_stage_and_the_costs_count():
     ((*_sizes('gpipe'), '--limit=2'), 'give both or neither'),
     ((*_sizes('generated'), '--limit=0'), 'the least that works is 1'),
     (('--schedule=no.csv',), 'no.csv: there is no such file'),
+    ((*_sizes('zb_h1'), '--placement=v'), 'of --schedule=generated alone'),
+    (('--schedule=no.csv', '--limit=3'), '--limit: no.csv says it itself'),
     (_sizes('no.csv'), '--stages: no.csv says it itself'),
     (_sizes('gpipe', 4, 0), 'microbatches=0; the nearest that works is 1'),
     ((*_sizes('zb_v'), '--chunks=3'), 'the nearest that works is 2'),

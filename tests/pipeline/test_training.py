@@ -1,6 +1,7 @@
 """Runs on stages: the same losses, checkpoints that know nothing of them."""
 
 import logging
+import re
 
 import jax
 import numpy as np
@@ -10,8 +11,8 @@ import tiny
 from t2x import config as config_lib
 from t2x import consistency
 from t2x import inference
+from t2x import mesh as mesh_lib
 from t2x import metrics
-from t2x import run_dir
 from t2x import train
 from t2x.pipeline import schedules
 
@@ -101,18 +102,38 @@ def test_a_run_keeps_a_table_of_ones_own(directory, tmp_path, caplog):
   config = tiny.experiment_of(directory, **settings, train__num_steps=1)
   with caplog.at_level(logging.INFO):
     train.train(config, workdir)
-  said = 'zb_h1, 2 stages x 2 microbatches, 14% idle; with 8 pipeline.microb'
+  said = 'own.csv, 2 stages x 2 microbatches, 14% idle if F, B and W last as'
   assert said in caplog.text
   kept = workdir / 'schedule.csv'
   assert kept.read_text() == file.read_text()
   # A change of the file is a change of the run, said and kept.
   file.write_text(schedules.gpipe(2, 2).to_csv())
-  changes = run_dir.check(str(workdir), config)
-  (name, (old, new)) = changes.popitem()
-  assert name == 'pipeline.schedule, line 1 of the table' and not changes
+  more = config_lib.override(config, {'train.num_steps': '2'})
+  train.train(more, workdir)
+  name = 'pipeline.schedule, line 1 of the table'
+  old, new = tiny.history(workdir)[-1][name]
   assert 'name=zb_h1' in old and 'name=gpipe' in new
-  # Without it the copy does; a run of another schedule has none.
-  again = config_lib.override(config, {'pipeline.schedule': str(kept)})
-  assert not consistency.check(again, 8)
-  train.train(tiny.experiment_of(directory, train__num_steps=1), workdir)
-  assert not kept.exists()
+  assert kept.read_text() == file.read_text()
+  # Without the file the copy does; a run without stages leaves it.
+  file.unlink()
+  with pytest.raises(ValueError, match='keeps a copy .* WORKDIR/schedule.csv'):
+    train.train(more, workdir)
+  consistency.check(
+    config_lib.override(more, {'pipeline.schedule': str(kept)}), 8
+  )
+  train.train(config_lib.override(more, {'mesh.pipe': '1'}), workdir)
+  assert kept.exists()
+
+
+@pytest.mark.parametrize(
+  'settings, said',
+  [
+    ({}, 'one_f_one_b, 2 stages x 2 microbatches, 25% idle .* more pipeline'),
+    ({'pipeline__uniform': True}, r'microbatches, uniform: 2\.\d x the work$'),
+    ({'pipeline__schedule': 'zb_v'}, 'zb_v, 2 stages of 2 chunks x 2 micro'),
+  ],
+)
+def test_a_pipeline_in_a_line(directory, settings, said):
+  config = tiny.experiment_of(directory, **RUN, **(STAGES | settings))
+  plan = consistency.pipeline(config, mesh_lib.sizes(config.mesh, 8))
+  assert plan is not None and re.search(said, plan.summary()), plan.summary()
