@@ -229,7 +229,7 @@ def test_no_layout_helps():
     (
       ['mesh.data=1', 'mesh.pipe=8', 'mesh.dcn.fsdp=2'],
       '8 parts of a pipeline for 4',
-      'mesh.data=8 mesh.pipe=1 mesh.dcn.fsdp=1',
+      'mesh.data=2 mesh.pipe=4 mesh.dcn.fsdp=1',
     ),
   ],
 )

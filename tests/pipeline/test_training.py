@@ -121,7 +121,9 @@ def test_a_run_keeps_a_table_of_ones_own(directory, tmp_path, caplog):
   consistency.check(
     config_lib.override(more, {'pipeline.schedule': str(kept)}), 8
   )
-  train.train(config_lib.override(more, {'mesh.pipe': '1'}), workdir)
+  train.train(
+    config_lib.override(more, {'mesh.pipe': '1', 'mesh.data': '4'}), workdir
+  )
   assert kept.exists()
 
 
