@@ -109,10 +109,10 @@ def place(
   ends = np.cumsum(units)
   tower_ends = np.cumsum([t.num_units for t in towers])
   if ends[-1] != tower_ends[-1] or not set(tower_ends) <= set(ends):
+    of_one = '; none has layers of two towers' if len(towers) > 1 else ''
     raise ValueError(
       f'pipeline.layers={tuple(units_P)} adds up to {ends[-1]}. The parts must '
-      f'make up {", the next ones ".join(map(_layers, towers))}; none has '
-      'layers of two towers.'
+      f'make up {", the next ones ".join(map(_layers, towers))}{of_one}.'
     )
   tower_P = np.searchsorted(tower_ends, ends - units, side='right')
   first_P = ends - units - np.concatenate([[0], tower_ends])[tower_P]

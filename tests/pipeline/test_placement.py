@@ -59,13 +59,23 @@ def test_a_tower_on_every_stage_is_contiguous():
     ((8, 0), 'take 2 numbers, each 1 or more'),
     (
       (5, 4),
-      'adds up to 9. The parts must make up 8 layers of the tower; none',
+      'adds up to 9. The parts must make up 8 layers of the tower.',
     ),
   ],
 )
 def test_layers_that_do_not_fit(units, message):
   with pytest.raises(ValueError, match=message):
     placement.place([_TOWER], units, schedules.one_f_one_b(2, 4))
+
+
+def test_a_part_lies_within_a_tower():
+  towers = [placement.Tower('encoder', 2), placement.Tower('decoder', 4)]
+  message = (
+    'adds up to 6. The parts must make up 2 layers of the encoder, the next '
+    'ones 4 layers of the decoder; none has layers of two towers.'
+  )
+  with pytest.raises(ValueError, match=message):
+    placement.place(towers, [3, 3], schedules.one_f_one_b(2, 4))
 
 
 def test_fewer_layers_than_parts():
