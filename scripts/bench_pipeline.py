@@ -171,10 +171,9 @@ def bench(args, devices, layouts, remat: str, tpu: bool) -> list[dict]:
       again, _ = compile_timed(more, mesh, **({} if tpu else QUICK))
       row['temporaries'] += figures(more, mesh, again)['temporaries']
     if not (rows or tpu):
-      same = remat == 'none'
-      row['model'] = (
-        row['flops'][0] if same else model_flops(args, text, devices)
-      )
+      row['model'] = row['flops'][0]
+      if remat != 'none':
+        row['model'] = model_flops(args, text, devices)
     rows.append(row)
     print(f'{remat}, {name}: {seconds:.0f} s', file=sys.stderr)
     if not tpu and args.rounds:

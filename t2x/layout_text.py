@@ -13,7 +13,6 @@ import math
 import re
 
 from t2x import config as config_lib
-from t2x import consistency
 from t2x import experiment
 from t2x import layouts
 from t2x import mesh as mesh_lib
@@ -96,14 +95,13 @@ class Layout:
         raise ValueError(f'{said} Change --layout or --num_devices.')
       layouts.fit(config, num)
     except ValueError as error:
-      said = ''
-      if not isinstance(error, consistency.PipelineError):
-        said = layouts.advice(
-          [config] if own is None else [own, config],
-          num,
-          any_number=num_devices is None,
-          write=self._text,
-        )
+      said = layouts.advice(
+        error,
+        [config] if own is None else [own, config],
+        num,
+        any_number=num_devices is None,
+        write=self._text,
+      )
       text = re.sub(
         r'--set (rules\.\w+)=(\w+)',
         lambda found: self._flag(config.mesh, {found[1]: found[2]}),

@@ -51,11 +51,9 @@ def check(
   """
   try:
     fit(config, num_devices, num_slices=num_slices)
-  except consistency.PipelineError:
-    raise
   except ValueError as error:
     configs = [config] if own is None else [own, config]
-    said = advice(configs, num_devices, num_slices=num_slices)
+    said = advice(error, configs, num_devices, num_slices=num_slices)
     raise type(error)(f'{error}{said}') from error
 
 
@@ -82,6 +80,7 @@ def set_text(asked: mesh_lib.MeshConfig, mesh: mesh_lib.MeshConfig) -> str:
 
 
 def advice(
+  error: ValueError,
   configs: Sequence[experiment.Experiment],
   num_devices: int,
   *,
@@ -92,6 +91,7 @@ def advice(
   """Returns what follows an error: the two nearest layouts that work, or ''.
 
   Args:
+    error: what was wrong; no layout mends a pipeline's own settings.
     configs: the experiment; then others, with more rows, whose layouts are
       sought where it has none.
     num_devices: all of them.
@@ -99,6 +99,8 @@ def advice(
     any_number: also other numbers of devices may be advised.
     write: from the mesh that was asked for and one that works, to text.
   """
+  if isinstance(error, consistency.PipelineError):
+    return ''
   for config in configs:
     found = nearest(
       config, num_devices, num_slices=num_slices, any_number=any_number
@@ -220,11 +222,9 @@ def _plainer(
   """Yields `asked`, then fewer stages, and without its parts over slices."""
   remain = -1 if num_slices > 1 or asked.dcn.data == -1 else 1
   dcn = mesh_lib.Dcn(data=remain)
-  most = max(asked.pipe, 1)
-  stages = [n for n in range(most, 0, -1) if most % n == 0]
+  fewer = [n for n in range(asked.pipe - 1, 0, -1) if asked.pipe % n == 0]
   for parts in dict.fromkeys((asked.dcn, dcn)):
-    for pipe in stages:
-      pipe = asked.pipe if pipe == most else pipe
+    for pipe in (asked.pipe, *fewer):
       yield dataclasses.replace(asked, pipe=pipe, dcn=parts)
 
 

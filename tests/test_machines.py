@@ -170,7 +170,7 @@ def test_tpu_options_are_known_to_the_compiler(chip, num_slices):
 
 @pytest.mark.parametrize('chip', _TOPOLOGIES)
 def test_exchanges_of_every_chip_are_counted(chip):
-  """Those of SparseCores (v5p, 7x) stand in computations of their own."""
+  """Those of SparseCores (v6e, 7x) stand in computations of their own."""
   devices = tpu.devices(_TOPOLOGIES[chip])
   mesh = mesh_lib.make(mesh_lib.MeshConfig(data=1, fsdp=-1), devices)
   text = tpu.compile_text(product_on(chip, 1), **machines.options_of(devices))

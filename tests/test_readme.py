@@ -64,6 +64,7 @@ def _shown() -> list[list[str]]:
 def test_scripts_that_show_or_verify_run(commands, tmp_path, monkeypatch):
   """One after the other: a later one may read what an earlier one wrote."""
   monkeypatch.delenv('XLA_FLAGS')
+  files = []
   for command in commands:
     _, script, *arguments = shlex.split(command)
     if 'verify' in script:  # With the model and data of the other tests.
@@ -86,10 +87,11 @@ def test_scripts_that_show_or_verify_run(commands, tmp_path, monkeypatch):
     assert result.returncode == 0, result.stderr
     if 'show' in script:
       assert result.stdout
-      for file in re.findall(r'--(?:html|svg|csv)=(\S+)', command):
-        assert (tmp_path / file).exists()
+      files += re.findall(r'--(?:html|svg|csv)=(\S+)', command)
     else:
       assert result.stdout.count(' yes ') == command.count('--layout')
+  assert bool(files) == any('show' in command for command in commands)
+  assert all((tmp_path / file).exists() for file in files)
 
 
 @pytest.mark.parametrize(

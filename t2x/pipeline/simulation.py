@@ -191,8 +191,8 @@ def simulate(
 def _of_any(schedule: schedule_lib.Schedule, cost_TS: np.ndarray) -> float:
   """The work of all kinds of operations that any stage does, by tick."""
   kinds = ops.kinds(training=schedule.training, recompute=schedule.recompute)
-  each = (np.where(schedule.operation_TS == kind, cost_TS, 0) for kind in kinds)
-  return float(sum(cost_TS.max(axis=1).sum() for cost_TS in each))
+  of = lambda kind: np.where(schedule.operation_TS == kind, cost_TS, 0)
+  return float(sum(of(kind).max(axis=1).sum() for kind in kinds))
 
 
 def _finish(schedule, part_TS, cost_TS) -> np.ndarray:
