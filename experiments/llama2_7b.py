@@ -11,7 +11,6 @@ Not trained here; tests build its shapes and shardings, on each machine too.
 import dataclasses
 
 from t2x import experiment
-from t2x import loss as loss_lib
 from t2x import machines
 from t2x import main
 from t2x import mesh
@@ -40,7 +39,6 @@ def get_config() -> experiment.Experiment:
       checkpoint_every=1000,
       log_every=10,
       remat='full',
-      loss=loss_lib.LossConfig(vocab_chunks=8),
     ),
     mesh=mesh.MeshConfig(data=1, fsdp=-1),
   )

@@ -143,6 +143,7 @@ LAYOUT_SETTINGS = (
   'train.loss.vocab_chunks',
   'train.loss.token_chunks',
   'model.attention.block',
+  'model.attention.kernel',
 )
 
 # Settings that may differ between a run and its continuation: those, and how

@@ -171,7 +171,7 @@ def _chunk_gradients(head, part, config: LossConfig):
     d_BTV = _where(s.is_token_V, d_BTV - even_BT[..., None], 0.0)
   dtype = x_BTD.dtype
   d_bias_V = None if head.bias_V is None else d_BTV.sum((0, 1))
-  # Summed over chunks and devices in float32.
+  # Summed over chunks in float32.
   scaled_BTD = head.scale * x_BTD.astype(jnp.float32)
   d_table_VD = param.weight_gradient(scaled_BTD, d_BTV, embed.LOGITS)
   table_VD = head.table_VD.astype(dtype)
@@ -233,18 +233,24 @@ def _all_gradients(
     sums, d_x = jax.lax.scan(body, start, _split(parts, config.token_chunks))
     (mean, d_head), d_x = sums, jnp.moveaxis(d_x, 0, 1).reshape(x_BTD.shape)
   if axes:
-    mean, d_head = _reduce(mean, d_head, axes, embed_axes)
+    mean, d_head = _reduce(mean, d_head, axes, embed_axes, x_BTD.dtype)
   return mean, (d_x, d_head)
 
 
-def _reduce(mean, d_head, axes, embed_axes):
-  """Sums over the devices that share a batch."""
-  table_VD = d_head.table_VD
+def _reduce(mean, d_head, axes, embed_axes, of_products):
+  """Sums over the devices that share a batch.
+
+  The table's gradient in the dtype of the products, as that of any matrix.
+  """
+  table_VD, dtype = d_head.table_VD, d_head.table_VD.dtype
+  if not sharding.reduces_in_float32():
+    table_VD = table_VD.astype(of_products)
   if embed_axes:
     table_VD = _scatter(table_VD, embed_axes)
   rest = tuple(a for a in axes if a not in embed_axes)
   table_VD = jax.lax.psum(table_VD, rest) if rest else table_VD
   mean, bias_V = jax.lax.psum((mean, d_head.bias_V), axes)
+  table_VD = table_VD.astype(dtype)
   return mean, dataclasses.replace(d_head, table_VD=table_VD, bias_V=bias_V)
 
 

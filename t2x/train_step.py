@@ -20,6 +20,7 @@ from t2x import optim_state
 from t2x import sharding
 from t2x import stack
 from t2x.layers import dropout
+from t2x.layers import param
 from t2x.pipeline import gradients as pipeline
 from t2x.pipeline import plan as plan_lib
 
@@ -333,6 +334,8 @@ def _accumulate(trained, rest, batch, total, key, config: StepConfig):
 def _loss(trained, rest, batch, total, key, config: StepConfig):
   """Returns the share of the loss that these rows make, and metrics."""
   model = combine(trained, rest)
+  if not sharding.reduces_in_float32():
+    model = param.weights_in(model, model.config.dtype)
   keys_B = dropout.row_keys(key, batch['rows'])
   x_BTD, stats = model.features(
     **model_inputs(model, batch), keys_B=keys_B, execution=config.execution

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from t2x import sharding
 from t2x import shards
 from t2x.attention import dense
+from t2x.attention import kernels
 from t2x.attention import mask as mask_lib
 
 
@@ -114,7 +115,7 @@ def _exchange(q_BTNH, k_BSKH, v_BSKH, mask, bias, dropout, *, axis, options):
     q_segments_BT=gather(mask.q_segments_BT),
     k_segments_BS=gather(mask.k_segments_BS),
   )
-  out = dense.attend(
+  out = kernels.attend(
     q,
     k,
     v,

@@ -8,6 +8,7 @@ from t2x import sharding
 from t2x import shards
 from t2x.attention import all_to_all
 from t2x.attention import dense
+from t2x.attention import kernels
 from t2x.attention import mask as mask_lib
 from t2x.attention import ring
 
@@ -40,7 +41,7 @@ def attend(
   kwargs = {'options': options, 'bias': bias, 'dropout': dropout}
   axes = shards.auto_axes('length')
   if len(axes) == 0:
-    return dense.attend(q_BTNH, k_BSKH, v_BSKH, mask, **kwargs)
+    return kernels.attend(q_BTNH, k_BSKH, v_BSKH, mask, **kwargs)
   if len(axes) > 1:
     raise sharding.ShardingError(
       f'rules.length={",".join(axes)}: attention splits a sequence over one '

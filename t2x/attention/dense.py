@@ -37,6 +37,7 @@ class Options:
   """What a score goes through before the softmax, and the block size.
 
   Attributes:
+    kernel: `auto`, `flash` or `blocks`; see `kernels.attend`.
     scale: factor of the scores; None means 1 / sqrt(head_dim).
     soft_cap: scores become cap * tanh(score / cap) (Gemma 2, 2024).
     block: queries to a block; None chooses.
@@ -44,6 +45,7 @@ class Options:
       what blocks see; the blocks of a range run in a loop. None is no limit.
   """
 
+  kernel: str = 'auto'
   scale: float | None = None
   soft_cap: float | None = None
   block: int | None = None

@@ -6,6 +6,7 @@ heads, K key/value heads, H head dim.
 
 import dataclasses
 from typing import ClassVar
+from typing import Literal
 
 from flax import nnx
 import jax
@@ -44,6 +45,9 @@ class Dense:
     soft_cap: bounds the scores by cap * tanh(score / cap).
     dropout: rate on the attention probabilities.
     block: queries to a block of the computation; None chooses.
+    kernel: `auto` takes the device's own kernel where it has one that serves
+      (t2x/attention/kernels.py), `flash` insists on it, `blocks` runs the same
+      program everywhere.
   """
 
   kind: ClassVar[str] = 'dense'
@@ -56,6 +60,7 @@ class Dense:
   soft_cap: float | None = None
   dropout: float = 0.0
   block: int | None = None
+  kernel: Literal['auto', 'flash', 'blocks'] = 'auto'
 
   def __post_init__(self):
     least = dict.fromkeys(('num_heads', 'num_kv_heads', 'head_dim', 'block'), 1)
@@ -157,7 +162,7 @@ class Attention(nnx.Module):
     into = lambda heads, factor=1.0: param.initializer(
       init, fan_in=embed, fan_out=heads * H, factor=factor
     )
-    make = lambda heads, axis, init: param.param(
+    make = lambda heads, axis, init: param.weight(
       rngs, (embed, heads, H), ('embed', axis, 'head_dim'), init
     )
     self.q_DNH = make(N, 'heads', into(N, H**-0.5 if folded else 1.0))
@@ -166,7 +171,7 @@ class Attention(nnx.Module):
     out = param.initializer(
       init, fan_in=N * H, fan_out=embed, factor=out_factor
     )
-    self.o_NHD = param.param(
+    self.o_NHD = param.weight(
       rngs, (N, H, embed), ('heads', 'head_dim', 'embed'), out
     )
     zeros = lambda shape, axes: param.param(rngs, shape, axes, param.zeros)
@@ -285,13 +290,15 @@ class Attention(nnx.Module):
         keys_B=keys_B, rate=config.dropout, heads_KG=self._heads()
       )
     options = dense.Options(
-      scale=config.scale, soft_cap=config.soft_cap, block=config.block
+      kernel=config.kernel,
+      scale=config.scale,
+      soft_cap=config.soft_cap,
+      block=config.block,
     )
     k_BSKH, v_BSKH = self._met(k_BSKH), self._met(v_BSKH)
     out_BTNH = context.attend(
       q_BTNH, k_BSKH, v_BSKH, mask, options=options, bias=bias, dropout=drop
     )
-    out_BTNH = checkpoint_name(out_BTNH, 'attention')
     out_BTD = param.project(out_BTNH, self.o_NHD, 'BTNH,NHD->BTD')
     out_BTD = branch.scatter(out_BTD, 'heads')
     return param.add_bias(out_BTD, self.o_bias_D)

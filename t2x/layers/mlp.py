@@ -70,9 +70,9 @@ class Mlp(nnx.Module):
     out = param.initializer(init, fan_in=F, fan_out=embed, factor=out_factor)
     axes = ('embed', 'mlp')
     gated = config.gated
-    self.gate_DF = param.param(rngs, (embed, F), axes, into) if gated else None
-    self.up_DF = param.param(rngs, (embed, F), axes, into)
-    self.down_FD = param.param(rngs, (F, embed), ('mlp', 'embed'), out)
+    self.gate_DF = param.weight(rngs, (embed, F), axes, into) if gated else None
+    self.up_DF = param.weight(rngs, (embed, F), axes, into)
+    self.down_FD = param.weight(rngs, (F, embed), ('mlp', 'embed'), out)
     bias = lambda size, axis: param.param(rngs, (size,), (axis,), param.zeros)
     self.up_bias_F = bias(F, 'mlp') if config.bias else None
     self.down_bias_D = bias(embed, None) if config.bias else None

@@ -116,10 +116,10 @@ class Moe(nnx.Module):
     )
     axes, shape = ('experts', 'embed', 'mlp'), (E, embed, F)
     self.gate_EDF = (
-      param.param(rngs, shape, axes, into) if config.gated else None
+      param.weight(rngs, shape, axes, into) if config.gated else None
     )
-    self.up_EDF = param.param(rngs, shape, axes, into)
-    self.down_EFD = param.param(
+    self.up_EDF = param.weight(rngs, shape, axes, into)
+    self.down_EFD = param.weight(
       rngs, (E, F, embed), ('experts', 'mlp', 'embed'), out
     )
     biased = config.bias

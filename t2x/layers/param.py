@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import math
+from typing import Any
 from typing import Literal
 
 from flax import nnx
@@ -83,6 +84,33 @@ def param(
   """Makes a float32 parameter with one logical axis name per dimension."""
   assert len(shape) == len(axes), (shape, axes)
   return nnx.Param(init(rngs.params(), tuple(shape)), axes=tuple(axes))
+
+
+def weight(
+  rngs: nnx.Rngs,
+  shape: Sequence[int],
+  axes: Sequence[str | None],
+  init: Initializer,
+) -> nnx.Param:
+  """Makes a parameter that is used in the dtype of the activations alone."""
+  value = param(rngs, shape, axes, init)[...]
+  return nnx.Param(value, axes=tuple(axes), weight=True)
+
+
+def weights_in(tree: Any, dtype: jax.typing.DTypeLike) -> Any:
+  """Returns a module with its weights in the dtype that they are used in.
+
+  Under `jax.grad` their gradients then have it too, from where they are made
+  until they are used: half the memory of a stack in bfloat16, and the same
+  numbers, since no more than that is in them.
+  """
+
+  def cast(x):
+    if not sharding.is_variable(x) or not x.get_metadata().get('weight'):
+      return x
+    return jax.tree.map(lambda value: value.astype(dtype), x)
+
+  return jax.tree.map(cast, tree, is_leaf=sharding.is_variable)
 
 
 def project(

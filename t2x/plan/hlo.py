@@ -8,6 +8,7 @@ import re
 # `/*index=5*/` stands before every fifth element of a tuple.
 _COMMENT = re.compile(r'/\*.*?\*/')
 _COMPUTATION = re.compile(r'(ENTRY )?%?([\w.\-]+) \(.*\{$')
+_END = re.compile(r'\}(, execution_thread=.*)?$')
 _INSTRUCTION = re.compile(r'\s+(ROOT )?%?([\w.\-]+) = ')
 _OPCODE = re.compile(r' ([a-z][a-z0-9\-]*)\(')
 _SHAPE = re.compile(r'\b([a-z]\w*)\[([\d,<=]*)\]')
@@ -89,29 +90,38 @@ def parse(text: str) -> Module:
   Raises:
     ValueError: the text holds no ENTRY computation.
   """
-  computations, entry, name, root = {}, None, None, ''
-  instructions: dict[str, Instruction] = {}
+  computations, entry, name = {}, None, None
+  lines: list[str] = []
   for line in text.splitlines():
     if name is None:
       start = _COMPUTATION.match(line)
       if start:
-        name, instructions = start[2], {}
+        name, lines = start[2], []
         entry = name if start[1] else entry
-    elif line.startswith('}'):  # Perhaps with an `execution_thread`.
-      computations[name] = Computation(name, instructions, root)
+    elif _END.match(line):
+      computations[name] = _computation(name, lines)
       name = None
-    else:
-      start = _INSTRUCTION.match(line)
-      if start:
-        rest = _COMMENT.sub('', line[start.end() :])
-        instructions[start[2]] = _instruction(start[2], rest)
-        root = start[2] if start[1] else root
+    elif _INSTRUCTION.match(line):
+      lines.append(line)
+    elif lines:  # A kernel's metadata has lines of its own.
+      lines[-1] += line
   if entry is None:
     raise ValueError(
       'The text has no ENTRY computation; give what compiled.as_text() '
       f'returns. It starts with {text[:60]!r}.'
     )
   return Module(computations, entry)
+
+
+def _computation(name: str, lines: list[str]) -> Computation:
+  instructions, root = {}, ''
+  for line in lines:
+    start = _INSTRUCTION.match(line)
+    assert start, line
+    rest = _COMMENT.sub('', line[start.end() :])
+    instructions[start[2]] = _instruction(start[2], rest)
+    root = start[2] if start[1] else root
+  return Computation(name, instructions, root)
 
 
 def _instruction(name: str, rest: str) -> Instruction:

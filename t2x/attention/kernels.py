@@ -1,0 +1,125 @@
+"""Attention by the device's own kernel where it has one that serves.
+
+Shape suffixes: B batch, T query position, S key position, N query heads, K
+key/value heads, H head dim.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from t2x import sharding
+from t2x import shards
+from t2x.attention import dense
+from t2x.attention import mask as mask_lib
+from t2x.attention import splash
+
+
+def attend(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  mask: mask_lib.Mask,
+  *,
+  options: dense.Options = dense.Options(),
+  bias: Any = None,
+  dropout: Any = None,
+) -> jax.Array:
+  """As `dense.attend`, by a kernel where `options.kernel` says so.
+
+  What the backward pass needs of the result is named `attention`, for `remat`.
+
+  Raises:
+    ValueError: `options.kernel` asks for one that cannot be.
+  """
+  why = None
+  if options.kernel != 'blocks':
+    why = why_not(q_BTNH, k_BSKH, mask, bias, dropout, platform())
+    if options.kernel == 'flash' and why:
+      raise ValueError(
+        f'attention.kernel=flash: {why}. Set it to auto, which takes the '
+        'kernel where it serves, and blocks elsewhere.'
+      )
+  if options.kernel == 'blocks' or why:
+    parts = {'options': options, 'bias': bias, 'dropout': dropout}
+    out = dense.attend(q_BTNH, k_BSKH, v_BSKH, mask, **parts)
+    return checkpoint_name(out, splash.NAME)
+  scale = options.scale
+  fn = functools.partial(
+    splash.attend,
+    scale=q_BTNH.shape[-1] ** -0.5 if scale is None else scale,
+    soft_cap=options.soft_cap,
+    block=options.block,
+  )
+  return _on_parts(fn, q_BTNH, k_BSKH, v_BSKH, mask)
+
+
+def platform() -> str:
+  """Returns where the active mesh is, or JAX's default device: cpu, tpu, gpu."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
+def why_not(
+  q_BTNH: Any,
+  k_BSKH: Any,
+  mask: mask_lib.Mask,
+  bias: Any,
+  dropout: Any,
+  platform: str,
+) -> str | None:
+  """Returns why no kernel serves here, or None where one does.
+
+  Args:
+    q_BTNH: queries, or their shape.
+    k_BSKH: keys, or their shape.
+    mask: what each query sees.
+    bias: as for `dense.attend`.
+    dropout: as for `dense.attend`.
+    platform: of the devices.
+  """
+  lengths = q_BTNH.shape[1], k_BSKH.shape[1]
+  if platform != 'tpu':
+    return f'there is no kernel for {platform} devices'
+  if bias is not None:
+    return 'a bias on the scores (relative positions, ALiBi) is not in it'
+  if dropout is not None:
+    return 'dropout on the scores is not in it'
+  if not mask.has_static_order or mask.prefix_B is not None:
+    return 'it takes causal masks, windows and segments alone, of whole rows'
+  if any(length % splash.LANES for length in lengths):
+    return (
+      f'{lengths[0]} queries and {lengths[1]} keys are not multiples of '
+      f'{splash.LANES}'
+    )
+  return None
+
+
+def _on_parts(fn, q_BTNH, k_BSKH, v_BSKH, mask):
+  """Applies `fn` on each device to its rows and heads.
+
+  The partitioner cannot cut a kernel, so every mesh axis is named.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = {*mesh.axis_names} - {*mesh.manual_axes}
+  if not sharding.is_active() or not axes:
+    return fn(q_BTNH, k_BSKH, v_BSKH, mask)
+  rows, heads = shards.auto_axes('batch'), shards.auto_axes('heads')
+  if shards.auto_axes('kv_heads') != heads:
+    # Each device's queries need their own keys beside them.
+    group = q_BTNH.shape[2] // k_BSKH.shape[2]
+    k_BSKH, v_BSKH = (jnp.repeat(a, group, 2) for a in (k_BSKH, v_BSKH))
+  split = P(rows, None, heads)
+  mask_spec = jax.tree.map(lambda _: P(rows), mask)
+  return jax.shard_map(
+    fn,
+    in_specs=(split, split, split, mask_spec),
+    out_specs=split,
+    axis_names=axes,
+    check_vma=False,
+  )(q_BTNH, k_BSKH, v_BSKH, mask)

@@ -1,0 +1,94 @@
+"""Attention on TPUs: jax's splash kernels, forward and backward.
+
+Blocks of scores live in the chip's vector memory and nowhere else; blocks that
+the mask hides are not visited (Dao et al., 2022; the kernel is
+jax.experimental.pallas.ops.tpu.splash_attention).
+
+Shape suffixes: B batch, T query position, S key position, N query heads, K
+key/value heads, H head dim.
+"""
+
+import jax
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_kernel as kernel_lib,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_mask as splash_mask,
+)
+import numpy as np
+
+from t2x.attention import mask as mask_lib
+
+LANES = 128  # Of a vector register: queries and keys come in multiples.
+_BLOCK = 512  # The side of a block of scores, where the length allows.
+NAME = 'attention'  # Of what the forward pass keeps, for `remat`.
+
+
+def block_size(length: int) -> int | None:
+  """Returns the side of a block that divides a length; None for none."""
+  sides = range(_BLOCK, 0, -LANES)
+  return next((side for side in sides if length % side == 0), None)
+
+
+def attend(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  mask: mask_lib.Mask,
+  *,
+  scale: float,
+  soft_cap: float | None = None,
+  block: int | None = None,
+  interpret: bool = False,
+) -> jax.Array:
+  """As `dense.attend`, of arrays that lie on this device.
+
+  Args:
+    q_BTNH: queries; T is a multiple of 128.
+    k_BSKH: keys; S too.
+    v_BSKH: values.
+    mask: in the order of the arrays; without a prefix.
+    scale: factor of the scores.
+    soft_cap: bounds them.
+    block: side of a block; None chooses.
+    interpret: run the kernel's text on any device, slowly.
+  """
+  T, N, S = *q_BTNH.shape[1:3], k_BSKH.shape[1]
+  heads = splash_mask.MultiHeadMask([_order(mask, T, S)] * N)
+  q_side, k_side = block or block_size(T), block or block_size(S)
+  assert q_side and k_side, (T, S)
+  kernel = kernel_lib.make_splash_mha(
+    heads,
+    block_sizes=kernel_lib.BlockSizes(
+      block_q=q_side,
+      block_kv=k_side,
+      block_q_dkv=q_side,
+      block_kv_dkv=k_side,
+      block_q_dq=q_side,
+      block_kv_dq=k_side,
+    ),
+    head_shards=1,
+    q_seq_shards=1,
+    attn_logits_soft_cap=soft_cap,
+    residual_checkpoint_name=NAME,
+    interpret=interpret,
+  )
+  segments = None
+  if mask.q_segments_BT is not None and mask.k_segments_BS is not None:
+    segments = kernel_lib.SegmentIds(mask.q_segments_BT, mask.k_segments_BS)
+  heads_first = lambda a: a.swapaxes(1, 2)
+  q_BTNH = q_BTNH * np.asarray(scale, q_BTNH.dtype)
+  out_BNTH = jax.vmap(kernel)(
+    *map(heads_first, (q_BTNH, k_BSKH, v_BSKH)), segments
+  )
+  return heads_first(out_BNTH)
+
+
+def _order(mask: mask_lib.Mask, T: int, S: int) -> splash_mask.Mask:
+  """Returns what a query sees by its place."""
+  if mask.window is not None:
+    reach = mask.window - 1
+    return splash_mask.LocalMask((T, S), (reach, 0 if mask.causal else reach), 0)
+  return splash_mask.CausalMask((T, S)) if mask.causal else (
+    splash_mask.FullMask((T, S))
+  )
