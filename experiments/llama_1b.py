@@ -11,6 +11,7 @@ is four sequences of 2,048 tokens on each of 16 devices. Not trained here.
 import dataclasses
 
 import llama2_7b
+
 from t2x import experiment
 from t2x import main
 from t2x.layers import attention

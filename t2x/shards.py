@@ -5,6 +5,7 @@ Everything else names logical axes and leaves the moves to the partitioner
 """
 
 from collections.abc import Callable
+import functools
 import math
 
 from flax import nnx
@@ -105,3 +106,24 @@ def manual_spec(variable: nnx.Variable, axes: tuple[str, ...]) -> P:
   spec = sharding.to_spec(names, sharding.active_rules())
   kept = [tuple(a for a in sharding.mesh_axes(e) if a in axes) for e in spec]
   return P(*(entry or None for entry in kept))
+
+
+def size(axes: tuple[str, ...]) -> int:
+  """Returns the devices of some mesh axes that are manual here."""
+  return math.prod(jax.lax.axis_size(a) for a in axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def sum_parts(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+  """psum of what leaves the `shard_map` whole.
+
+  Each device is given the same share of its gradient, 1 / size, so that their
+  sum, which `psum` would ask the devices for, is known.
+  """
+  return jax.lax.psum(x, axes)
+
+
+sum_parts.defvjp(
+  lambda x, axes: (sum_parts(x, axes), None),
+  lambda axes, _, grad: (grad * size(axes),),
+)

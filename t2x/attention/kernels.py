@@ -5,12 +5,11 @@ key/value heads, H head dim.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from t2x import sharding
@@ -60,7 +59,7 @@ def attend(
 
 
 def platform() -> str:
-  """Returns where the active mesh is, or JAX's default device: cpu, tpu, gpu."""
+  """Returns what the devices of the active mesh are, else JAX's default."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return jax.default_backend() if device is None else device.platform
 

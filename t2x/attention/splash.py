@@ -88,7 +88,11 @@ def _order(mask: mask_lib.Mask, T: int, S: int) -> splash_mask.Mask:
   """Returns what a query sees by its place."""
   if mask.window is not None:
     reach = mask.window - 1
-    return splash_mask.LocalMask((T, S), (reach, 0 if mask.causal else reach), 0)
-  return splash_mask.CausalMask((T, S)) if mask.causal else (
-    splash_mask.FullMask((T, S))
+    return splash_mask.LocalMask(
+      (T, S), (reach, 0 if mask.causal else reach), 0
+    )
+  return (
+    splash_mask.CausalMask((T, S))
+    if mask.causal
+    else (splash_mask.FullMask((T, S)))
   )

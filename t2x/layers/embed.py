@@ -4,12 +4,15 @@ Shape suffixes: B batch, T position, D embed, V vocabulary (padded).
 """
 
 import dataclasses
+import math
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from t2x import sharding
+from t2x import shards
 from t2x.layers import param
 
 LOGITS = 'BTD,VD->BTV'  # The head's product.
@@ -33,6 +36,9 @@ class Embed(nnx.Module):
     self.table_VD = param.param(rngs, (rows, embed), ('vocab', 'embed'), init)
 
   def __call__(self, tokens_BT: jax.Array, dtype) -> jax.Array:
+    x_BTD = _exchanged(self.table_VD, tokens_BT, dtype)
+    if x_BTD is not None:
+      return sharding.constrain(x_BTD, 'batch', 'norm_length', 'act_embed')
     # Gathering the embed dimension first keeps XLA from rematerialising the
     # whole table for every device.
     table_VD = self.table_VD[...].astype(dtype)
@@ -42,6 +48,56 @@ class Embed(nnx.Module):
     # the table: they must look up the same tokens, else it is gathered whole.
     x_BTD = sharding.constrain(x_BTD, 'batch', 'length', 'act_embed')
     return sharding.constrain(x_BTD, 'batch', 'norm_length', 'act_embed')
+
+
+def _exchanged(
+  table_VD: nnx.Param, tokens_BT: jax.Array, dtype
+) -> jax.Array | None:
+  """Looks up tokens where the columns are, and sends what was found.
+
+  Where mesh axes split both the rows of a batch and the columns of the table,
+  each device looks up its columns for the rows of all, and an all-to-all gives
+  it all columns of its own. The gradient comes back by another, and is summed
+  where it belongs. No device ever holds the table.
+
+  Returns:
+    (B, T, D), or None where the table is the less to send.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  embed, rows = shards.auto_axes('embed'), shards.auto_axes('batch')
+  length, vocab = shards.auto_axes('length'), shards.auto_axes('vocab')
+  if not embed or not {*embed} <= {*rows} or sharding.PIPE in mesh.manual_axes:
+    return None
+  (B, T), (V, D) = tokens_BT.shape, table_VD.shape
+  parts = lambda axes: math.prod(mesh.shape[a] for a in axes)
+  if B % parts(rows) or T % parts(length) or D % parts(embed):
+    return None
+  tokens = B // parts(rows) * T // parts(length)
+  size = jnp.dtype(dtype).itemsize
+  # Two activations, or the table and its float32 gradient.
+  if 2 * tokens * size >= V // parts(vocab) * (size + 4):
+    return None
+
+  def local(table_VD, tokens_BT):
+    tokens_BT = jax.lax.all_gather(tokens_BT, embed, axis=0, tiled=True)
+    if vocab:
+      num = table_VD.shape[0]
+      tokens_BT = tokens_BT - jax.lax.axis_index(vocab) * num
+      there_BT = (tokens_BT >= 0) & (tokens_BT < num)
+      tokens_BT = jnp.where(there_BT, tokens_BT, 0)
+    x_BTD = param.look_up(table_VD, tokens_BT).astype(dtype)
+    if vocab:
+      x_BTD = jnp.where(there_BT[..., None], x_BTD, 0)
+    x_BTD = jax.lax.all_to_all(x_BTD, embed, 0, 2, tiled=True)
+    return shards.sum_parts(x_BTD, vocab) if vocab else x_BTD
+
+  return jax.shard_map(
+    local,
+    in_specs=(P(vocab, embed), P(rows, length)),
+    out_specs=P(rows, length),
+    axis_names={*mesh.axis_names} - {*mesh.manual_axes},
+    check_vma=False,
+  )(table_VD[...], tokens_BT)
 
 
 @jax.tree_util.register_dataclass

@@ -15,7 +15,6 @@ of a token, P pairs of token and choice, D embed, F feed-forward.
 from collections.abc import Sequence
 import dataclasses
 import functools
-import math
 
 from flax import nnx
 import jax
@@ -160,30 +159,14 @@ def _local(weights: Weights, x_BTD, routed, *, axes: _Axes, config):
   parts = (*axes.held, *axes.hidden)
   summed = tuple(a for a in parts if a not in axes.fine)
   if summed:
-    out_BTD = jnp.asarray(_sum_parts(out_BTD, summed))
+    out_BTD = jnp.asarray(shards.sum_parts(out_BTD, summed))
   if axes.fine:
     same = tuple(a for a in axes.fine if a not in parts)
-    out_BTD = out_BTD / _size(same) if same else out_BTD
+    out_BTD = out_BTD / shards.size(same) if same else out_BTD
     out_BTD = jax.lax.psum_scatter(
       out_BTD, axes.fine, scatter_dimension=1, tiled=True
     )
   return out_BTD
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _sum_parts(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-  """psum of what leaves the `shard_map` whole.
-
-  Each device is given the same share of its gradient, 1 / size, so that their
-  sum, which `psum` would ask the devices for, is known.
-  """
-  return jax.lax.psum(x, axes)
-
-
-_sum_parts.defvjp(
-  lambda x, axes: (_sum_parts(x, axes), None),
-  lambda axes, _, grad: (grad * _size(axes),),
-)
 
 
 def _by_slots(weights: Weights, x_BTD, slots: routing.Slots, axes, config):
@@ -200,7 +183,7 @@ def _by_slots(weights: Weights, x_BTD, slots: routing.Slots, axes, config):
   x_BECD = jax.vmap(take)(x_BTD, tokens_BEC)
   if axes.length:
     # Each device has some of a row's tokens and computes some of its slots.
-    padding = -num_slots % _size(axes.length)
+    padding = -num_slots % shards.size(axes.length)
     x_BECD = jnp.pad(x_BECD, ((0, 0), (0, 0), (0, padding), (0, 0)))
     x_BECD = jax.lax.psum_scatter(
       x_BECD, axes.length, scatter_dimension=2, tiled=True
@@ -295,10 +278,6 @@ def _all_to_all(x, axes, split, concat):
 
 
 def _part(x, axes, dim):
-  size = x.shape[dim] // _size(axes)
+  size = x.shape[dim] // shards.size(axes)
   start = jax.lax.axis_index(axes) * size
   return jax.lax.dynamic_slice_in_dim(x, start, size, dim)
-
-
-def _size(axes: tuple[str, ...]) -> int:
-  return math.prod(jax.lax.axis_size(a) for a in axes)
