@@ -43,12 +43,15 @@ BATCH = {
 
 
 @functools.cache
-def devices(topology: str, num_slices: int = 1) -> tuple[Any, ...]:
+def devices(
+  topology: str, num_slices: int = 1, host: str | None = None
+) -> tuple[Any, ...]:
   """Returns the devices of a TPU topology.
 
   Args:
     topology: kind and shape of a slice; `v5e:2x4` has eight chips.
     num_slices: how many of them.
+    host: shape of the chips of one host, `2x4`; by default 2x2.
 
   Raises:
     ValueError: libtpu is not installed.
@@ -61,6 +64,9 @@ def devices(topology: str, num_slices: int = 1) -> tuple[Any, ...]:
   options = {}
   if num_slices > 1:
     options['num_slices'] = num_slices
+  if host is not None:
+    sides = [int(side) for side in host.split('x')]
+    options['chips_per_host_bounds'] = (*sides, 1, 1)[:3]
   if topology.startswith('v4'):  # One device a chip, as where they are rented.
     options['chip_config_name'] = 'megacore'
   for name, value in _ENVIRONMENT.items():

@@ -146,13 +146,8 @@ LAYOUT_SETTINGS = (
   'model.attention.kernel',
 )
 
-# Settings that may differ between a run and its continuation: those, and how
-# long it is, or when and with what help it is looked at.
-MAY_CHANGE = (
-  *LAYOUT_SETTINGS,
-  'train.num_steps',
-  'train.num_tokens',
-  'train.num_epochs',
+# When, and with what help, a run is looked at: no program changes by it.
+OUTER_SETTINGS = (
   'train.checkpoint_every',
   'train.keep_last',
   'train.keep_every',
@@ -164,4 +159,14 @@ MAY_CHANGE = (
   'data.data_dir',
   'data.num_threads',
   'data.num_workers',
+)
+
+# Settings that may differ between a run and its continuation: those, and how
+# long it is.
+MAY_CHANGE = (
+  *LAYOUT_SETTINGS,
+  'train.num_steps',
+  'train.num_tokens',
+  'train.num_epochs',
+  *OUTER_SETTINGS,
 )

@@ -47,6 +47,12 @@ def run(get_config: GetConfig, machines: Machines | None = None) -> None:
   flags.DEFINE_string(
     'profile_steps', None, 'FIRST:LAST step to record for the profiler.'
   )
+  flags.DEFINE_string(
+    'executable',
+    None,
+    'File of programs compiled ahead of time, by scripts/compile_step.py. Load '
+    'only files that you made.',
+  )
   define_process_flags()
   app_run(lambda: _train(get_config, machines or {}))
 
@@ -184,6 +190,7 @@ def _train(get_config: GetConfig, machines: Machines) -> None:
       directory,
       allow_config_change=values.allow_config_change,
       profile_steps=_steps(values.profile_steps),
+      executable=values.executable,
     )
   if processes.is_primary():
     print(

@@ -15,14 +15,15 @@ def is_remote(name: epath.PathLike) -> bool:
   return '://' in os.fspath(name)
 
 
-def write_whole(file: epath.Path, text: str) -> None:
+def write_whole(file: epath.Path, content: str | bytes) -> None:
   """Writes a file of which a crash leaves the old or the new, never a part."""
+  data = content.encode() if isinstance(content, str) else content
   if is_remote(file):  # An object is whole or not there.
-    file.write_text(text)
+    file.write_bytes(data)
     return
   temporary = file.with_name(f'{file.name}.tmp')
-  with open(temporary, 'w', encoding='utf-8') as f:
-    f.write(text)
+  with open(temporary, 'wb') as f:
+    f.write(data)
     f.flush()
     os.fsync(f.fileno())
   os.replace(temporary, file)

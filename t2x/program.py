@@ -6,6 +6,7 @@ with sharding.use(mesh, config.rules):
   state, metrics = program.step(state, program.place(batch))
 """
 
+from collections.abc import Mapping
 import dataclasses
 import functools
 from typing import Any
@@ -25,6 +26,7 @@ from t2x import processes
 from t2x import sharding
 from t2x import train_step
 from t2x import zigzag
+from t2x.data import pipeline as data_pipeline
 from t2x.models import model as model_lib
 from t2x.plan import divergence
 
@@ -40,6 +42,8 @@ class Program:
     batch_sharding: of every array of a batch.
     rows: the rows of a global batch that this process holds.
     learning_rate: step (from 0) -> learning rate.
+    check: raises for the text of a compiled program that must not run; None
+      where none needs it.
   """
 
   def __init__(
@@ -58,8 +62,7 @@ class Program:
     self._zigzag = consistency.zigzag(config, mesh.shape)
     self._target_parts = consistency.target_parts(config, mesh.shape)
     self.learning_rate = jax.jit(optim.make_schedule(config.optim, num_steps))
-    whole = NamedSharding(mesh, P())
-    self._key = jax.device_put(jax.random.key(config.train.seed), whole)
+    self._whole = whole = NamedSharding(mesh, P())
     tx = optim.make(config.optim, num_steps)
     self._define(jit_for(config, mesh), tx, step_config(config, mesh), whole)
 
@@ -94,9 +97,18 @@ class Program:
 
   def _checked(self, step_config):
     """Returns what wraps a function that a pipeline's stages run unlike."""
+    self.check = None
     if step_config.pipeline is None or self.config.pipeline.uniform:
       return lambda fn: fn
+    self.check = divergence.check
     return functools.partial(checked_lib.Checked, check=divergence.check)
+
+  @functools.cached_property
+  def _key(self) -> jax.Array:
+    # Not before it is needed: absent devices hold nothing.
+    with jax.transfer_guard('allow'):
+      key = jax.random.key(self.config.train.seed)
+      return jax.device_put(key, self._whole)
 
   def init_state(self) -> train_step.TrainState:
     """Draws the weights, on the devices that hold them."""
@@ -116,7 +128,43 @@ class Program:
 
   def lower_step(self, batch: train_step.Batch) -> jax.stages.Lowered:
     """Returns the step lowered for `batch`, arrays or sharded shapes."""
-    return self._step.lower(self.shapes, batch, self._key)
+    return self._step.lower(self.shapes, batch, self._key_shape())
+
+  def lowered(self) -> dict[str, jax.stages.Lowered]:
+    """Returns what a run compiles, by name, for full batches.
+
+    The mesh may be of absent devices, and is in use (`sharding.use`).
+    """
+    batch = self.batch_shapes()
+    own = self.config.train.step_config
+    model = train_step.averaged_model(self.shapes, own)
+    return {
+      'init': self._init.lower(self._key_shape()),
+      'step': self.lower_step(batch),
+      'evaluate': self._eval.lower(model, batch),
+    }
+
+  def replace(self, compiled: Mapping[str, jax.stages.Compiled]) -> None:
+    """Takes programs made of `lowered`, by the same names."""
+    self._init = compiled['init']
+    self._step = compiled['step']
+    self._eval = compiled['evaluate']
+
+  def batch_shapes(self) -> train_step.Batch:
+    """Returns what `place` makes of a batch's rows, as sharded shapes."""
+    shapes = {}
+    for name, (shape, dtype) in data_pipeline.batch_spec(self.config.data).items():
+      rows, length = shape
+      shapes[name] = jax.ShapeDtypeStruct(
+        (rows, length + self._padding(name, length)),
+        dtype,
+        sharding=self.batch_sharding,
+      )
+    return shapes
+
+  def _key_shape(self) -> jax.ShapeDtypeStruct:
+    key = jax.eval_shape(jax.random.key, 0)
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=self._whole)
 
   def evaluate(self, model: Any, batch: train_step.Batch):
     """Returns the sums of `train_step.eval_step`."""
@@ -132,9 +180,13 @@ class Program:
     """Pads the targets' side so that it can be split; orders it for a ring."""
     if name.startswith('encoder_'):
       return array
-    padding = -array.shape[1] % self._target_parts
+    padding = self._padding(name, array.shape[1])
     array = np.pad(array, ((0, 0), (0, padding)))
     return array[:, zigzag.index(array.shape[1], self._zigzag)]
+
+  def _padding(self, name: str, length: int) -> int:
+    is_source = name.startswith('encoder_')
+    return 0 if is_source else -length % self._target_parts
 
 
 def step_config(
@@ -150,12 +202,17 @@ def step_config(
 
 def jit_for(config: experiment.Experiment, mesh: jax.sharding.Mesh):
   """Returns `jax.jit` with the compiler's options for the mesh's devices."""
-  options = machines.options_of(
+  options = options_for(config, mesh)
+  return functools.partial(jax.jit, compiler_options=options or None)
+
+
+def options_for(config: experiment.Experiment, mesh: jax.sharding.Mesh):
+  """Returns the compiler's options for the mesh's devices, by name."""
+  return machines.options_of(
     [*mesh.devices.flat],
     config.compiler_options,
     diverge=mesh.shape[sharding.PIPE] > 1 and not config.pipeline.uniform,
   )
-  return functools.partial(jax.jit, compiler_options=options or None)
 
 
 def shapes_of(config: experiment.Experiment, mesh: AnyMesh):

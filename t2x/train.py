@@ -8,6 +8,7 @@ import signal
 import jax
 
 from t2x import consistency
+from t2x import executables
 from t2x import experiment
 from t2x import layouts
 from t2x import mesh as mesh_lib
@@ -30,6 +31,7 @@ def train(
   *,
   allow_config_change: bool = False,
   profile_steps: tuple[int, int] | None = None,
+  executable: str | None = None,
   show: bool = True,
 ) -> train_step.TrainState:
   """Trains to the end, going on from the newest checkpoint in `workdir`.
@@ -41,6 +43,7 @@ def train(
     workdir: where everything is kept, local or gs://.
     allow_config_change: go on although model, data, optimizer or seed differ.
     profile_steps: (first, last) step to record for TensorBoard's profiler.
+    executable: file of programs made ahead of time; see executables.py.
     show: show progress.
 
   Returns:
@@ -65,6 +68,8 @@ def train(
   num_steps = resolve_num_steps(config, corpus)
   with sharding.use(mesh, config.rules), _stop_signals() as stopping:
     run = run_lib.Run(config, workdir, mesh, corpus, num_steps)
+    if executable is not None:
+      run.program.replace(executables.load(executable, run.program))
     run.restore()
     # Only now, so that a run that cannot go on stays as it was.
     if processes.is_primary():

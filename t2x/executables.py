@@ -1,0 +1,234 @@
+"""Programs compiled ahead of time, kept in a file and loaded by a run.
+
+made = program.Program(config, mesh, num_steps=1000)   # of absent devices
+executables.save('step.t2x', made)                      # on any machine
+run.program.replace(executables.load('step.t2x', run.program))   # on the pod
+
+The file is a zip: manifest.json, and a payload for each program of
+`Program.lowered`. A run lowers its own programs, which takes seconds, and takes
+the file's where the lowered texts are the same, and versions, devices and
+options (fingerprint.py); or it refuses and says what differs.
+
+Trust: the manifest is JSON and the hashes in it find damage and mistakes. A
+payload is a pickle of `jax.experimental.serialize_executable` around machine
+code: it is unpickled once all else matches, and whoever wrote the file can run
+anything then. Load files that you made. No trees are kept: those of arguments
+and results are the run's own.
+"""
+
+from collections.abc import Callable
+import hashlib
+import io
+import json
+import logging
+import time
+from typing import Any
+import zipfile
+
+import jax
+from jax.experimental import serialize_executable
+
+from t2x import absent
+from t2x import fingerprint
+from t2x import paths
+from t2x import program as program_lib
+from t2x import sharding
+from t2x.data import config as data_config
+
+_log = logging.getLogger(__name__)
+
+FORMAT = 1  # Of the file; higher with each change that a reader must know.
+_MANIFEST = 'manifest.json'
+_AGAIN = (
+  'Compile again with scripts/compile_step.py, with what this run has, or '
+  'leave --executable out.'
+)
+
+
+def save(
+  file: str,
+  program: program_lib.Program,
+  *,
+  say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+  """Compiles what a run compiles, and writes it to one file.
+
+  Args:
+    file: to write, local or gs://; whole or not at all.
+    program: on a mesh of devices that may be absent.
+    say: takes a line for each program as it is done.
+
+  Returns:
+    The manifest.
+
+  Raises:
+    ValueError: rows have several lengths, each of which is a program.
+    DivergenceError: a pipeline's program that would wait forever.
+  """
+  _check_one_length(program)
+  manifest = {
+    'format': FORMAT,
+    'target': fingerprint.of_target(program),
+    'source': fingerprint.of_source(program.config),
+    'programs': {},
+  }
+  payloads = {}
+  for name, lowered in _lowered(program).items():
+    start = time.perf_counter()
+    compiled = absent.compile(lowered)
+    seconds = time.perf_counter() - start
+    if program.check is not None:
+      program.check(compiled.as_text() or '')
+    payloads[name], _, _ = serialize_executable.serialize(compiled)
+    manifest['programs'][name] = {
+      'lowered': fingerprint.of_lowered(lowered),
+      'payload': hashlib.sha256(payloads[name]).hexdigest(),
+      'compile_seconds': round(seconds, 2),
+      'memory_bytes': _memory(compiled),
+    }
+    say(
+      f'{name}: compiled in {seconds:.1f} s, {len(payloads[name]):,} bytes of '
+      'program'
+    )
+  _write(file, manifest, payloads)
+  return manifest
+
+
+def load(
+  file: str, program: program_lib.Program
+) -> dict[str, jax.stages.Compiled]:
+  """Returns the programs of a file, for `Program.replace`.
+
+  Args:
+    file: what `save` wrote; local or gs://, the same for every process.
+    program: of the run, on the devices that run it.
+
+  Raises:
+    ValueError: no such file, a damaged one, or one made for something else,
+      with what differs. Nothing of it was unpickled then.
+  """
+  start = time.perf_counter()
+  manifest, payloads = _read(file)
+  target = fingerprint.of_target(program)
+  found = fingerprint.target_differences(manifest['target'], target)
+  if found:
+    raise ValueError(_refusal(file, found))
+  lowered = _lowered(program)
+  made = manifest['programs']
+  unlike = [
+    name
+    for name, own in lowered.items()
+    if made[name]['lowered'] != fingerprint.of_lowered(own)
+  ]
+  if unlike:
+    raise ValueError(_refusal(file, _reasons(manifest, program, unlike)))
+  mesh = program.batch_sharding.mesh
+  assert isinstance(mesh, jax.sharding.Mesh)
+  loaded = {
+    name: _deserialize(payloads[name], own, [*mesh.devices.flat])
+    for name, own in lowered.items()
+  }
+  _log.info(
+    'Programs of %s loaded in %.1f s; they were compiled in %.1f s.',
+    file,
+    time.perf_counter() - start,
+    sum(entry['compile_seconds'] for entry in made.values()),
+  )
+  return loaded
+
+
+def _deserialize(payload, lowered, devices) -> jax.stages.Compiled:
+  return serialize_executable.deserialize_and_load(
+    payload,
+    jax.tree.structure(lowered.args_info),
+    lowered.out_tree,
+    backend=devices[0].client,
+    execution_devices=devices,
+  )
+
+
+def _lowered(program: program_lib.Program) -> dict[str, jax.stages.Lowered]:
+  mesh = program.batch_sharding.mesh
+  assert isinstance(mesh, jax.sharding.Mesh)
+  with sharding.use(mesh, program.config.rules):
+    return program.lowered()
+
+
+def _refusal(file: str, differences: list[str]) -> str:
+  return (
+    f'--executable={file} was made for another run: '
+    f'{fingerprint.sentence(differences)}. {_AGAIN}'
+  )
+
+
+def _reasons(manifest, program, unlike: list[str]) -> list[str]:
+  """Returns why programs differ, as far as it is known."""
+  source = fingerprint.of_source(program.config)
+  reasons = fingerprint.source_differences(manifest['source'], source)
+  if reasons:
+    return reasons
+  return [
+    f'the lowered {" and ".join(unlike)} differ, although settings, libraries '
+    'and the files of t2x are the same; code outside of them, or the number of '
+    'steps that a schedule is given, is not'
+  ]
+
+
+def _check_one_length(program: program_lib.Program) -> None:
+  buckets = data_config.buckets(program.config.data)
+  if len(buckets) > 1:
+    raise ValueError(
+      f'data.batching.buckets={",".join(map(str, buckets))}: each length is a '
+      'program of its own, and a file holds one. Set one length, or let the '
+      'run compile.'
+    )
+
+
+def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
+  """Returns the compiler's figures for one device; those that are not 0."""
+  stats = compiled.memory_analysis()
+  kinds = ('argument', 'output', 'alias', 'temp', 'generated_code')
+  sizes = {k: getattr(stats, f'{k}_size_in_bytes', 0) for k in kinds}
+  return {kind: size for kind, size in sizes.items() if size}
+
+
+def _write(file: str, manifest, payloads: dict[str, bytes]) -> None:
+  buffer = io.BytesIO()
+  with zipfile.ZipFile(
+    buffer, 'w', zipfile.ZIP_DEFLATED, compresslevel=1
+  ) as archive:
+    archive.writestr(_MANIFEST, json.dumps(manifest, indent=1))
+    for name, payload in payloads.items():
+      archive.writestr(name, payload)
+  path = paths.path(file)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  paths.write_whole(path, buffer.getvalue())
+
+
+def _read(file: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+  path = paths.path(file)
+  if not path.exists():
+    raise ValueError(
+      f'--executable={file}: there is no such file. scripts/compile_step.py '
+      'makes one; every process of a run reads it.'
+    )
+  try:
+    with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
+      manifest = json.loads(archive.read(_MANIFEST))
+      if manifest['format'] != FORMAT:
+        raise ValueError(
+          f'--executable={file} is of format {manifest["format"]}, and this '
+          f't2x reads format {FORMAT}. {_AGAIN}'
+        )
+      payloads = {name: archive.read(name) for name in manifest['programs']}
+    for name, payload in payloads.items():
+      if hashlib.sha256(payload).hexdigest() != (
+        manifest['programs'][name]['payload']
+      ):
+        raise zipfile.BadZipFile(f'{name} is not what was written')
+  except (zipfile.BadZipFile, KeyError, json.JSONDecodeError) as error:
+    raise ValueError(
+      f'--executable={file} is damaged, or no file of scripts/compile_step.py '
+      f'({error}). Copy it again, compile again, or leave --executable out.'
+    ) from error
+  return manifest, payloads
