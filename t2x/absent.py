@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import functools
 import importlib.util
 import os
+import re
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ _ENVIRONMENT = {
   'TPU_SKIP_MDS_QUERY': '1',
   'TPU_WORKER_HOSTNAMES': 'localhost',
 }
+_COUNT = '--xla_force_host_platform_device_count'
 # What a causal model reads of a batch of packed rows.
 BATCH = {
   'inputs': jnp.int32,
@@ -46,16 +48,19 @@ BATCH = {
 def devices(
   topology: str, num_slices: int = 1, host: str | None = None
 ) -> tuple[Any, ...]:
-  """Returns the devices of a TPU topology.
+  """Returns the devices of a TPU topology, or simulated ones.
 
   Args:
-    topology: kind and shape of a slice; `v5e:2x4` has eight chips.
+    topology: kind and shape of a slice; `v5e:2x4` has eight chips. `cpu:8` is
+      eight devices that this machine simulates, to try things out.
     num_slices: how many of them.
     host: shape of the chips of one host, `2x4`; by default 2x2.
 
   Raises:
-    ValueError: libtpu is not installed.
+    ValueError: libtpu is not installed, or there is no such topology.
   """
+  if topology.startswith('cpu:'):
+    return _simulated(topology, num_slices, host)
   if importlib.util.find_spec('libtpu') is None:
     raise ValueError(
       f'Compiling for {topology} needs the TPU compiler, libtpu, which is not '
@@ -65,14 +70,45 @@ def devices(
   if num_slices > 1:
     options['num_slices'] = num_slices
   if host is not None:
+    if not re.fullmatch(r'\d+x\d+(x\d+)?', host):
+      raise ValueError(
+        f'Chips of a host are given as sides of a square or block, such as '
+        f'2x4, and not as {host!r}.'
+      )
     sides = [int(side) for side in host.split('x')]
-    options['chips_per_host_bounds'] = (*sides, 1, 1)[:3]
+    options['chips_per_host_bounds'] = (*sides, 1)[:3]
   if topology.startswith('v4'):  # One device a chip, as where they are rented.
     options['chip_config_name'] = 'megacore'
   for name, value in _ENVIRONMENT.items():
     os.environ.setdefault(name, value)
-  found = topologies.get_topology_desc(topology, 'tpu', **options)
+  try:
+    found = topologies.get_topology_desc(topology, 'tpu', **options)
+  except jax.errors.JaxRuntimeError as error:
+    raise ValueError(
+      f'There are no devices {topology!r}: {error}. A topology is the kind of '
+      'chip and the shape of a slice, such as v5e:4x4 or v5p:2x2x4, of whole '
+      'hosts.'
+    ) from error
   return tuple(found.devices)
+
+
+def _simulated(topology: str, num_slices: int, host: str | None):
+  number = topology.removeprefix('cpu:')
+  if not number.isdigit() or int(number) < 1 or num_slices > 1 or host:
+    raise ValueError(
+      f'{topology}: simulated devices lie in one slice on one host and have a '
+      'number alone, as in cpu:8.'
+    )
+  given = os.environ.get('XLA_FLAGS', '')
+  if _COUNT not in given:  # Read when the first is touched.
+    os.environ['XLA_FLAGS'] = f'{given} {_COUNT}={number}'.strip()
+  found = tuple(jax.devices('cpu'))
+  if len(found) != int(number):
+    raise ValueError(
+      f'{topology}: this process simulates {len(found)} devices already. Give '
+      f'that number, or take {_COUNT} out of XLA_FLAGS ({given!r}).'
+    )
+  return found
 
 
 def lower_step(

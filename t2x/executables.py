@@ -1,7 +1,6 @@
 """Programs compiled ahead of time, kept in a file and loaded by a run.
 
-made = program.Program(config, mesh, num_steps=1000)   # of absent devices
-executables.save('step.t2x', made)                      # on any machine
+executables.save('step.t2x', config, mesh)    # on any machine
 run.program.replace(executables.load('step.t2x', run.program))   # on the pod
 
 The file is a zip: manifest.json, and a payload for each program of
@@ -17,6 +16,7 @@ and results are the run's own.
 """
 
 from collections.abc import Callable
+import contextlib
 import hashlib
 import io
 import json
@@ -24,11 +24,14 @@ import logging
 import time
 from typing import Any
 import zipfile
+import zlib
 
 import jax
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 
 from t2x import absent
+from t2x import experiment
 from t2x import fingerprint
 from t2x import paths
 from t2x import program as program_lib
@@ -40,14 +43,15 @@ _log = logging.getLogger(__name__)
 FORMAT = 1  # Of the file; higher with each change that a reader must know.
 _MANIFEST = 'manifest.json'
 _AGAIN = (
-  'Compile again with scripts/compile_step.py, with what this run has, or '
+  'Compile again by scripts/compile_step.py, for what is here, or '
   'leave --executable out.'
 )
 
 
 def save(
   file: str,
-  program: program_lib.Program,
+  config: experiment.Experiment,
+  mesh: jax.sharding.Mesh,
   *,
   say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -55,27 +59,31 @@ def save(
 
   Args:
     file: to write, local or gs://; whole or not at all.
-    program: on a mesh of devices that may be absent.
+    config: of the run.
+    mesh: of devices that may be absent.
     say: takes a line for each program as it is done.
 
   Returns:
     The manifest.
 
   Raises:
-    ValueError: rows have several lengths, each of which is a program.
+    ValueError: rows have several lengths, each of which is a program; or the
+      number of steps, which schedules depend on, is not known from the config.
     DivergenceError: a pipeline's program that would wait forever.
   """
-  _check_one_length(program)
+  _check_one_length(config)
+  program = program_lib.Program(config, mesh, num_steps=_num_steps(config))
   manifest = {
     'format': FORMAT,
     'target': fingerprint.of_target(program),
-    'source': fingerprint.of_source(program.config),
+    'source': fingerprint.of_source(config),
     'programs': {},
   }
   payloads = {}
   for name, lowered in _lowered(program).items():
     start = time.perf_counter()
-    compiled = absent.compile(lowered)
+    with _no_cache():
+      compiled = absent.compile(lowered)
     seconds = time.perf_counter() - start
     if program.check is not None:
       program.check(compiled.as_text() or '')
@@ -137,6 +145,24 @@ def load(
   return loaded
 
 
+@contextlib.contextmanager
+def _no_cache():
+  """Leaves JAX's persistent cache alone.
+
+  A program read from it cannot be written again: on CPUs its file loads, and
+  then lacks functions (jax 0.10.2).
+  """
+  name = 'jax_enable_compilation_cache'
+  before = getattr(jax.config, name)
+  jax.config.update(name, False)
+  compilation_cache.reset_cache()  # It asks once whether there is one.
+  try:
+    yield
+  finally:
+    jax.config.update(name, before)
+    compilation_cache.reset_cache()
+
+
 def _deserialize(payload, lowered, devices) -> jax.stages.Compiled:
   return serialize_executable.deserialize_and_load(
     payload,
@@ -174,14 +200,25 @@ def _reasons(manifest, program, unlike: list[str]) -> list[str]:
   ]
 
 
-def _check_one_length(program: program_lib.Program) -> None:
-  buckets = data_config.buckets(program.config.data)
+def _check_one_length(config: experiment.Experiment) -> None:
+  buckets = data_config.buckets(config.data)
   if len(buckets) > 1:
     raise ValueError(
       f'data.batching.buckets={",".join(map(str, buckets))}: each length is a '
       'program of its own, and a file holds one. Set one length, or let the '
       'run compile.'
     )
+
+
+def _num_steps(config: experiment.Experiment) -> int:
+  num_steps = experiment.num_steps(config)
+  if num_steps is None:
+    raise ValueError(
+      f'train.num_epochs={config.train.num_epochs}: how many steps that is, is '
+      'known once the corpus is read, and a schedule is part of the program. '
+      'Give --set train.num_epochs=none --set train.num_steps=N.'
+    )
+  return num_steps
 
 
 def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
@@ -220,13 +257,17 @@ def _read(file: str) -> tuple[dict[str, Any], dict[str, bytes]]:
           f'--executable={file} is of format {manifest["format"]}, and this '
           f't2x reads format {FORMAT}. {_AGAIN}'
         )
-      payloads = {name: archive.read(name) for name in manifest['programs']}
+      payloads = {name: archive.read(name) for name in program_lib.NAMES}
     for name, payload in payloads.items():
-      if hashlib.sha256(payload).hexdigest() != (
-        manifest['programs'][name]['payload']
-      ):
+      found = hashlib.sha256(payload).hexdigest()
+      if found != manifest['programs'][name]['payload']:
         raise zipfile.BadZipFile(f'{name} is not what was written')
-  except (zipfile.BadZipFile, KeyError, json.JSONDecodeError) as error:
+  except (
+    zipfile.BadZipFile,
+    zlib.error,
+    KeyError,
+    json.JSONDecodeError,
+  ) as error:
     raise ValueError(
       f'--executable={file} is damaged, or no file of scripts/compile_step.py '
       f'({error}). Copy it again, compile again, or leave --executable out.'

@@ -129,6 +129,16 @@ class Experiment:
   compiler_options: tuple[str, ...] = ()
 
 
+def num_steps(config: Experiment) -> int | None:
+  """Returns a run's steps; None where they depend on the corpus."""
+  train = config.train
+  if train.num_steps is not None:
+    return train.num_steps
+  if train.num_tokens is None:
+    return None
+  return -(-train.num_tokens // (config.data.batch_size * config.data.length))
+
+
 # Where and how the same numbers are computed: what a layout may say. A name
 # that ends with a dot stands for all that begin so.
 LAYOUT_SETTINGS = (

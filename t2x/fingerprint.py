@@ -90,7 +90,9 @@ def target_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
       f'device {i} of the mesh: {_place_text(a["mesh"][i])} in the file, '
       f'{_place_text(b["mesh"][i])} here'
     )
-  for name in ('versions', 'options', 'flags'):
+  # Those of another chip have other compilers and options anyhow.
+  same = a['kind'] == b['kind']
+  for name in ('versions', 'options', 'flags') if same else ():
     said += _pairs(then[name], now[name])
   return said
 
@@ -112,7 +114,10 @@ def source_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _pairs(then: Any, now: Any) -> list[str]:
   pairs = config_lib.differences(then, now).items()
-  return [f'{name}: {a} in the file, {b} here' for name, (a, b) in pairs]
+  text = lambda value: 'none' if value in ('', None) else value
+  return [
+    f'{name}: {text(a)} in the file, {text(b)} here' for name, (a, b) in pairs
+  ]
 
 
 def sentence(differences: list[str]) -> str:

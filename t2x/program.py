@@ -31,6 +31,8 @@ from t2x.models import model as model_lib
 from t2x.plan import divergence
 
 AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+# What `Program.lowered` returns and `Program.replace` takes.
+NAMES = ('init', 'step', 'evaluate')
 
 
 class Program:
@@ -153,7 +155,9 @@ class Program:
   def batch_shapes(self) -> train_step.Batch:
     """Returns what `place` makes of a batch's rows, as sharded shapes."""
     shapes = {}
-    for name, (shape, dtype) in data_pipeline.batch_spec(self.config.data).items():
+    for name, (shape, dtype) in data_pipeline.batch_spec(
+      self.config.data
+    ).items():
       rows, length = shape
       shapes[name] = jax.ShapeDtypeStruct(
         (rows, length + self._padding(name, length)),

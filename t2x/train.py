@@ -113,14 +113,12 @@ def _due(every: int, step: int) -> bool:
 
 def resolve_num_steps(config: experiment.Experiment, corpus) -> int:
   """Returns the run's length in steps."""
-  train = config.train
-  if train.num_steps is not None:
-    return train.num_steps
-  if train.num_tokens is not None:
-    return -(-train.num_tokens // (config.data.batch_size * config.data.length))
-  assert train.num_epochs is not None
+  known = experiment.num_steps(config)
+  if known is not None:
+    return known
+  assert config.train.num_epochs is not None
   epoch = pipeline.steps_per_epoch(corpus, config.data)
-  return max(math.ceil(train.num_epochs * epoch), 1)
+  return max(math.ceil(config.train.num_epochs * epoch), 1)
 
 
 @contextlib.contextmanager
