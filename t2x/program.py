@@ -96,6 +96,9 @@ class Program:
     self._eval = checked(
       jit(functools.partial(train_step.eval_step, config=step_config))
     )
+    self._runs: dict[str, Any] = dict(
+      zip(NAMES, (self._init, self._step, self._eval), strict=True)
+    )
 
   def _checked(self, step_config):
     """Returns what wraps a function that a pipeline's stages run unlike."""
@@ -114,11 +117,11 @@ class Program:
 
   def init_state(self) -> train_step.TrainState:
     """Draws the weights, on the devices that hold them."""
-    return self._init(self._key)
+    return self._runs['init'](self._key)
 
   def step(self, state: train_step.TrainState, batch: train_step.Batch):
     """Returns the next state and metrics; `state` is given up."""
-    return self._step(state, batch, self._key)
+    return self._runs['step'](state, batch, self._key)
 
   def gradients(self, state: train_step.TrainState, batch: train_step.Batch):
     """Returns the gradients and metrics of the next update; keeps `state`."""
@@ -148,9 +151,7 @@ class Program:
 
   def replace(self, compiled: Mapping[str, jax.stages.Compiled]) -> None:
     """Takes programs made of `lowered`, by the same names."""
-    self._init = compiled['init']
-    self._step = compiled['step']
-    self._eval = compiled['evaluate']
+    self._runs |= compiled
 
   def batch_shapes(self) -> train_step.Batch:
     """Returns what `place` makes of a batch's rows, as sharded shapes."""
@@ -172,7 +173,7 @@ class Program:
 
   def evaluate(self, model: Any, batch: train_step.Batch):
     """Returns the sums of `train_step.eval_step`."""
-    return self._eval(model, batch)
+    return self._runs['evaluate'](model, batch)
 
   def place(self, batch: dict[str, Any]) -> train_step.Batch:
     """Makes a global batch of this process's rows, as the mesh needs them."""
