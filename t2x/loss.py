@@ -127,6 +127,7 @@ def _reduce_chunks(x_BTD, head, targets_BT, num) -> _Sums:
   return jax.lax.scan(body, start, (jnp.arange(num), tables, biases))[0]
 
 
+@jax.named_scope('head')
 def mean_loss(
   x_BTD: jax.Array,
   head: embed.Head,

@@ -175,6 +175,7 @@ def gradients_at(
   return gradients(trained, rest, batch, key, config)
 
 
+@jax.named_scope('optimizer')
 def apply_gradients(
   state: TrainState,
   grads: Any,

@@ -32,7 +32,7 @@ _ORDER = (
   ('checkpoint', 'checkpoint_files', 'charts', 'progress', 'report_page'),
   ('checked',),
   ('metrics', 'program', 'run_dir'),
-  ('report', 'layouts', 'layout_text', 'absent', 'fingerprint'),
+  ('report', 'layouts', 'layout_text', 'absent', 'fingerprint', 'traced'),
   ('executables',),
   ('sharding_table', 'sharding_drawing', 'sharding_page'),
   ('run', 'inference'),

@@ -296,9 +296,10 @@ class Attention(nnx.Module):
       block=config.block,
     )
     k_BSKH, v_BSKH = self._met(k_BSKH), self._met(v_BSKH)
-    out_BTNH = context.attend(
-      q_BTNH, k_BSKH, v_BSKH, mask, options=options, bias=bias, dropout=drop
-    )
+    with jax.named_scope('scores'):
+      out_BTNH = context.attend(
+        q_BTNH, k_BSKH, v_BSKH, mask, options=options, bias=bias, dropout=drop
+      )
     out_BTD = param.project(out_BTNH, self.o_NHD, 'BTNH,NHD->BTD')
     out_BTD = branch.scatter(out_BTD, 'heads')
     return param.add_bias(out_BTD, self.o_bias_D)

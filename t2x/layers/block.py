@@ -136,6 +136,7 @@ class Block(nnx.Module):
     zigzag = context.mask.q_zigzag
     return dropout.dropout(x_BTD, self.dropout_rate, keys_B, zigzag)
 
+  @jax.named_scope('attention')
   def _attend(self, y_BTD, context, cache):
     if cache is None:
       return branch.run(_attention, self.attention, y_BTD, context), None
@@ -149,6 +150,7 @@ class Block(nnx.Module):
     )
     return out, dataclasses.replace(cache, own=own)
 
+  @jax.named_scope('cross')
   def _attend_cross(self, layer, y_BTD, context, cache):
     if cache is None:
       return branch.run(_cross_attention, layer, y_BTD, context)
@@ -157,6 +159,7 @@ class Block(nnx.Module):
       layer.queries(y_BTD), k_BSKH, v_BSKH, context.cross_mask
     )
 
+  @jax.named_scope('mlp')
   def _feed_forward(self, y_BTD, context, cache):
     if not isinstance(self.mlp, moe.Moe):
       return branch.run(_mlp, self.mlp, y_BTD, context), None

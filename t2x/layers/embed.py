@@ -119,7 +119,8 @@ class Head:
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     """Returns float32 logits (B, T, vocab_size), without the padding."""
-    logits_BTV = self.logits(x_BTD, self.table_VD, self.bias_V)
+    with jax.named_scope('head'):
+      logits_BTV = self.logits(x_BTD, self.table_VD, self.bias_V)
     return logits_BTV[..., : self.vocab_size]
 
   def logits(self, x_BTD, table_VD, bias_V):

@@ -152,12 +152,13 @@ class Moe(nnx.Module):
       router = dataclasses.replace(router, capacity=None)
     if real_BT is None:
       real_BT = jnp.ones(x_BTD.shape[:2], bool)
-    logits_BTE = param.project(
-      x_BTD.astype(jnp.float32),
-      self.router_DE,
-      'BTD,DE->BTE',
-      precision=jax.lax.Precision.HIGHEST,
-    )
+    with jax.named_scope('router'):
+      logits_BTE = param.project(
+        x_BTD.astype(jnp.float32),
+        self.router_DE,
+        'BTD,DE->BTE',
+        precision=jax.lax.Precision.HIGHEST,
+      )
     # A row is routed as a whole; its logits are few beside its activations.
     logits_BTE = sharding.constrain(logits_BTE, 'batch', None, None)
     real_BT = sharding.constrain(real_BT, 'batch', None)

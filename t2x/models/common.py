@@ -138,6 +138,7 @@ class Embeddings(nnx.Module):
       else None
     )
 
+  @jax.named_scope('embeddings')
   def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array):
     dtype = jnp.dtype(self.config.dtype)
     x_BTD = self.tokens(tokens_BT, dtype)

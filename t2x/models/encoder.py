@@ -180,6 +180,7 @@ class Encoder(nnx.Module):
     x_BTD, stats = self._encode(inputs, **kwargs)
     return self._transformed(x_BTD), stats
 
+  @jax.named_scope('head')
   def _transformed(self, x_BTD):
     """Applies the transform of the masked language model's head."""
     if self.transform is None or self.transform_norm is None:

@@ -55,7 +55,8 @@ def run(
     x_BTD, encoded_BSD = model.enter(name, batch, context, x_BTD)
     context = dataclasses.replace(context, encoded_BSD=encoded_BSD)
     tower = getattr(model, name)
-    x_BTD, _, stats = tower(x_BTD, context, execution=execution)
+    with jax.named_scope(name):
+      x_BTD, _, stats = tower(x_BTD, context, execution=execution)
     all_stats |= {f'{name}.{path}': value for path, value in stats.items()}
   assert x_BTD is not None, 'a model has a tower'
   return x_BTD, all_stats

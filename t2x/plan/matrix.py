@@ -65,21 +65,48 @@ def _convolution(scope: loops.Scope, instruction: hlo.Instruction) -> int:
   spatial = sorted(label for label in lhs if label.isdigit())
   flops = 2 * out['b'] * out['f'] * rhs['i']
   for i, label in enumerate(spatial):
-    get = lambda name, default, i=i: (
-      settings[name].split('x')[i] if name in settings else default
+    get = lambda name, default, i=i: int(
+      settings[name].split('x')[i].split('_')[0]
+      if name in settings
+      else default
     )
-    flops *= _overlaps(lhs[label], rhs[label], out[label], get)
+    flops *= overlaps(
+      lhs[label],
+      rhs[label],
+      out[label],
+      before=get('pad', 0),
+      stride=get('stride', 1),
+      spread=get('lhs_dilate', 1),
+      dilation=get('rhs_dilate', 1),
+    )
   return flops
 
 
-def _overlaps(size: int, kernel: int, out: int, get) -> int:
-  """Counts pairs of a kernel's and an output's position that meet an input."""
-  before = int(get('pad', '0_0').split('_')[0])
-  spread = int(get('lhs_dilate', 1))
-  starts = np.arange(out) * int(get('stride', 1)) - before
+def overlaps(
+  size: int,
+  kernel: int,
+  out: int,
+  *,
+  before: int,
+  stride: int,
+  spread: int,
+  dilation: int,
+) -> int:
+  """Counts pairs of a kernel's and an output's position that meet an input.
+
+  Args:
+    size: of the input, along one dimension.
+    kernel: its size.
+    out: size of the output.
+    before: padding in front of the input; negative cuts it.
+    stride: of the kernel.
+    spread: dilation of the input.
+    dilation: of the kernel.
+  """
+  starts = np.arange(out) * stride - before
   count = 0
   for k in range(kernel):
-    at = starts + k * int(get('rhs_dilate', 1))
+    at = starts + k * dilation
     inside = (at >= 0) & (at < (size - 1) * spread + 1) & (at % spread == 0)
     count += int(inside.sum())
   return count

@@ -1,0 +1,38 @@
+"""The train step of an experiment as a jaxpr: nothing compiled or allocated.
+
+jaxpr.count(traced.step(config)).total.flops
+
+It is that of one device. A mesh changes where products run and not how many
+there are, but for what the layout computes more than once: those of a pipeline
+in its bubbles, of ring attention in pairs that a mask hides.
+"""
+
+import functools
+
+import jax
+from jax.extend import core
+
+from t2x import experiment
+from t2x import optim
+from t2x import program
+from t2x import train_step
+from t2x.data import pipeline
+
+
+def step(config: experiment.Experiment) -> core.ClosedJaxpr:
+  """Returns one update on a whole batch (of the largest bucket), traced.
+
+  Args:
+    config: of the run; its mesh, rules and pipeline count for nothing.
+  """
+  batch = {
+    name: jax.ShapeDtypeStruct(shape, dtype)
+    for name, (shape, dtype) in pipeline.batch_spec(config.data).items()
+  }
+  fn = functools.partial(
+    train_step.train_step,
+    tx=optim.make(config.optim, 1),
+    config=config.train.step_config,
+  )
+  key = jax.eval_shape(jax.random.key, 0)
+  return jax.make_jaxpr(fn)(program.state_shapes(config), batch, key)

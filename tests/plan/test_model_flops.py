@@ -1,0 +1,188 @@
+"""What traced models cost, held to the formulas of `flops`."""
+
+import dataclasses
+import functools
+import math
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import shrunk
+
+from t2x import flops
+from t2x import loss
+from t2x import optim
+from t2x import stack
+from t2x import traced
+from t2x import train_step
+from t2x.attention import mask as mask_lib
+from t2x.layers import moe
+from t2x.layers import routing
+from t2x.models import encoder
+from t2x.models import encoder_decoder
+from t2x.models import model as model_lib
+from t2x.plan import jaxpr
+from t2x.plan import matrix
+
+_TX = optim.make(optim.Sgd(clip_norm=None), 10)
+_REMATS = {
+  remat: train_step.StepConfig(execution=stack.Execution(remat=remat))
+  for remat in ('none', 'full', 'dots')
+}
+_NONE = _REMATS['none']
+
+
+@functools.cache
+def _model(config):
+  return jax.eval_shape(lambda: model_lib.make(config, rngs=nnx.Rngs(0)))
+
+
+def _batch(config, length=shrunk.LENGTH, rows=shrunk.ROWS):
+  shape = rows, length
+  batch = {'inputs': jax.ShapeDtypeStruct(shape, jnp.int32)}
+  source = shrunk.source_length(config)
+  if source is not None:
+    batch['encoder_inputs'] = jax.ShapeDtypeStruct((rows, source), jnp.int32)
+  return batch
+
+
+@functools.cache
+def _forward(config, length=shrunk.LENGTH) -> jaxpr.Counted:
+  fn = lambda model, batch: model(**batch)
+  return jaxpr.count(jax.make_jaxpr(fn)(_model(config), _batch(config, length)))
+
+
+def _step_arguments(config, length, rows):
+  batch = _batch(config, length, rows)
+  batch |= {
+    'targets': batch['inputs'],
+    'weights': jax.ShapeDtypeStruct((rows, length), jnp.float32),
+  }
+  init = functools.partial(train_step.init_state, tx=_TX, config=_NONE)
+  key = jax.eval_shape(jax.random.key, 0)
+  return jax.eval_shape(init, _model(config)), batch, key
+
+
+@functools.cache
+def _train(
+  config, step=_NONE, length=shrunk.LENGTH, rows=shrunk.ROWS
+) -> jaxpr.Counted:
+  fn = functools.partial(train_step.train_step, tx=_TX, config=step)
+  args = _step_arguments(config, length, rows)
+  return jaxpr.count(jax.make_jaxpr(fn)(*args))
+
+
+# The parts of `flops.forward_parts` by the named scopes that make them.
+_SCOPES = {
+  'projections': ('attention',),
+  'scores and values': ('attention/scores',),
+  'cross-attention': ('cross', 'cross/scores'),
+  'mlp': ('mlp',),
+  'router': ('mlp/router',),
+  'head': ('head',),
+}
+
+
+def _parts(counted: jaxpr.Counted) -> dict[str, int]:
+  """Returns FLOPs by the parts of the formula."""
+  parts = {}
+  for source, cost in counted.sources.items():
+    tower, _, scope = source.partition('/')
+    scope = scope if tower in ('tower', 'encoder', 'decoder') else source
+    named = [part for part, scopes in _SCOPES.items() if scope in scopes]
+    assert named or not cost.flops, source
+    if cost.flops:
+      parts[named[0]] = parts.get(named[0], 0) + cost.flops
+  return parts
+
+
+def _computed(config, length=shrunk.LENGTH) -> dict[str, int]:
+  """Returns the formula's parts, and what a program computes beyond them."""
+  source = shrunk.source_length(config)
+  parts = flops.forward_parts(
+    config, shrunk.ROWS, length, source, skip_masked=False
+  )
+  # Logits of the rows that pad the vocabulary.
+  padded = math.ceil(config.vocab_size / 128) * 128 - config.vocab_size
+  parts['head'] += 2 * shrunk.ROWS * length * config.embed_dim * padded
+  for i in range(config.num_layers):
+    _, mlp = config.group[i % len(config.group)]
+    if isinstance(mlp, moe.MoeConfig):
+      parts['mlp'] += _empty_slots(mlp, length, config.embed_dim)
+  return parts
+
+
+def _empty_slots(mlp: moe.MoeConfig, length: int, D: int) -> int:
+  """FLOPs of an expert's slots beyond those that tokens can take.
+
+  An expert computes all its slots, taken or not. The formula counts experts of
+  a token: no more than it chose.
+  """
+  router = mlp.router
+  if router.capacity is None:
+    return 0
+  share = router.capacity * getattr(router, 'top_k', 1) / mlp.num_experts
+  slots = mlp.num_experts * min(length, math.ceil(share * length))
+  empty = slots - length * mlp.experts_of_token
+  products = 3 if mlp.gated else 2
+  return round(shrunk.ROWS * empty * products * 2 * D * mlp.hidden)
+
+
+@pytest.mark.parametrize('name', shrunk.CONFIGS)
+def test_a_forward_pass_has_the_products_of_the_formula(name):
+  config = shrunk.CONFIGS[name]
+  counted = _forward(config)
+  assert _parts(counted) == _computed(config)
+  assert counted.total.flops > 1e6
+
+
+@pytest.mark.parametrize('name', shrunk.CONFIGS)
+@pytest.mark.parametrize('remat', _REMATS)
+def test_a_step_has_three_forward_passes_and_what_remat_adds(name, remat):
+  config = shrunk.CONFIGS[name]
+  forward = _parts(_forward(config))
+  again = dict.fromkeys(forward, 0)
+  if remat == 'full':  # All of each layer, but for its dead last products.
+    again = forward | {'head': 0}
+    for part, dead in _dead(config).items():
+      again[part] -= dead
+  elif remat == 'dots':  # All products that are not with weights.
+    again |= {'scores and values': forward['scores and values']}
+    if 'cross-attention' in again:
+      again['cross-attention'] = _cross_scores(config)
+  expected = {part: 3 * n + again[part] for part, n in forward.items()}
+  assert _parts(_train(config, _REMATS[remat])) == expected
+
+
+def _dead(config) -> dict[str, int]:
+  """FLOPs of results that no gradient needs, in all layers of a forward pass.
+
+  What a layer adds last: down, beside which the parallel form adds the output
+  of attention. In post-norm order a norm reads their sum, and the outputs of
+  experts meet weights that have gradients: there nothing is dead.
+  """
+  if config.residual == 'post_norm':
+    return {}
+  D, rows, length = config.embed_dim, shrunk.ROWS, shrunk.LENGTH
+  dead = {'mlp': 0, 'projections': 0}
+  positions = [length] * config.num_layers
+  if isinstance(config, encoder_decoder.EncoderDecoderConfig):
+    num = config.num_encoder_layers or config.num_layers
+    positions += [shrunk.SOURCE] * num
+  for i, length in enumerate(positions):
+    kind, mlp = config.group[i % len(config.group)]
+    if not isinstance(mlp, moe.MoeConfig):
+      dead['mlp'] += 2 * rows * length * mlp.hidden * D
+    if config.residual == 'parallel':
+      N, H = kind.num_heads, kind.head_dim
+      dead['projections'] += 2 * rows * length * N * H * D
+  return dead
+
+
+def _cross_scores(config) -> int:
+  kind = config.attention
+  pairs = shrunk.LENGTH * shrunk.SOURCE
+  heads = kind.num_heads * kind.head_dim
+  return 4 * config.num_layers * shrunk.ROWS * heads * pairs
