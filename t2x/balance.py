@@ -39,6 +39,7 @@ def loads(stats: StatsByPath) -> LoadsByPath:
   }
 
 
+@jax.named_scope('balance')
 def losses(stats: StatsByPath, share_B: jax.Array) -> dict[str, jax.Array]:
   """Returns what routers add to the loss, summed over layers.
 

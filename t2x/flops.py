@@ -2,9 +2,10 @@
 
 Every product counts 2 x multiply-adds. Norms, activations, softmax and lookups
 are left out, as is work done twice (rematerialisation), so that the figure is
-the model's and not the program's. A backward pass costs two forward passes:
-each product gives one for the gradient of either factor (Kaplan et al., 2020;
-the ratio to the peak is the MFU of Chowdhery et al., 2022).
+the model's and not the program's, which plan/jaxpr.py counts; tests hold the
+two to each other. A backward pass costs two forward passes: each product gives
+one for the gradient of either factor (Kaplan et al., 2020; the ratio to the
+peak is the MFU of Chowdhery et al., 2022).
 
 Letters: B rows, T query positions, S key positions, D embed, N heads, K
 key/value heads, H head dim, F feed-forward, V vocabulary, w window.

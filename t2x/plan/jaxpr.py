@@ -15,7 +15,6 @@ from collections.abc import Iterable
 import dataclasses
 import math
 
-import jax
 from jax.extend import core
 from jax.extend import source_info_util
 from jax.interpreters import partial_eval
@@ -187,20 +186,24 @@ def _plain(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> core.Jaxpr:
 
 
 def _source(eqn: core.JaxprEqn, outer: str) -> str:
-  """Returns named scopes, less those of JAX (einsum, checkpoint)."""
-  stack = eqn.source_info.name_stack.stack
-  # Beside scopes there are transformations (jvp, transpose).
-  scopes = [part.name for part in stack if type(part).__name__ == 'Scope']
-  own = [
-    name
-    for name in scopes
-    if '->' not in name and name not in ('rematted_computation', 'checkpoint')
-  ]
-  # In the body of a checkpoint the scopes around it stand again.
-  around = outer.split('/') if outer else []
-  again = range(min(len(own), len(around)), 0, -1)
-  known = next((n for n in again if around[-n:] == own[:n]), 0)
-  return '/'.join([*around, *own[known:]])
+  """Returns named scopes, less those of JAX (einsum, checkpoint).
+
+  A checkpoint that is differentiated stands in its scopes twice; what repeats
+  is dropped.
+  """
+  path = outer.split('/') if outer else []
+  for part in eqn.source_info.name_stack.stack:
+    # Beside scopes there are transformations (jvp, transpose).
+    if type(part).__name__ != 'Scope' or '->' in part.name:
+      continue
+    if part.name in ('rematted_computation', 'checkpoint'):
+      continue
+    path.append(part.name)
+    for num in range(1, len(path) // 2 + 1):
+      if path[-num:] == path[-2 * num : -num]:
+        del path[-num:]
+        break
+  return '/'.join(path)
 
 
 def _where(eqn: core.JaxprEqn) -> str:

@@ -15,10 +15,10 @@ from t2x import flops
 from t2x import loss
 from t2x import optim
 from t2x import stack
-from t2x import traced
 from t2x import train_step
 from t2x.attention import mask as mask_lib
 from t2x.layers import moe
+from t2x.layers import position
 from t2x.layers import routing
 from t2x.models import encoder
 from t2x.models import encoder_decoder
@@ -82,6 +82,7 @@ _SCOPES = {
   'mlp': ('mlp',),
   'router': ('mlp/router',),
   'head': ('head',),
+  'balance': ('balance',),
 }
 
 
@@ -153,6 +154,15 @@ def test_a_step_has_three_forward_passes_and_what_remat_adds(name, remat):
     if 'cross-attention' in again:
       again['cross-attention'] = _cross_scores(config)
   expected = {part: 3 * n + again[part] for part, n in forward.items()}
+  if 'router' in forward:
+    # Two losses of each router meet the weights of the rows, which have no
+    # gradient; where experts choose, there is no balance to learn.
+    gradients = 1 if name == 'expert choice' else 2
+    layers = sum(
+      isinstance(config.group[i % len(config.group)][1], moe.MoeConfig)
+      for i in range(config.num_layers)
+    )
+    expected['balance'] = (2 + gradients) * layers * 2 * shrunk.ROWS
   assert _parts(_train(config, _REMATS[remat])) == expected
 
 
@@ -186,3 +196,115 @@ def _cross_scores(config) -> int:
   pairs = shrunk.LENGTH * shrunk.SOURCE
   heads = kind.num_heads * kind.head_dim
   return 4 * config.num_layers * shrunk.ROWS * heads * pairs
+
+
+@pytest.mark.parametrize('capacity, empty', [(0.5, 0), (1.0, 0), (1.25, 12)])
+def test_slots_are_computed_whether_or_not_they_are_taken(capacity, empty):
+  """24 tokens choose 2 of 4 experts; 1.25 leaves 15 slots an expert, not 12."""
+  router = routing.TokenChoice(capacity=capacity)
+  config = dataclasses.replace(
+    shrunk.CONFIGS['dropless'], mlp=shrunk.experts(router)
+  )
+  counted = _parts(_forward(config))
+  formula = flops.forward_parts(
+    config, shrunk.ROWS, shrunk.LENGTH, skip_masked=False
+  )
+  of_slot = 2 * 2 * 32 * 24  # Up and down.
+  more = 3 * shrunk.ROWS * empty * of_slot
+  assert counted['mlp'] - formula['mlp'] == more
+  assert counted == _computed(config)
+
+
+@pytest.mark.parametrize('name', ['pattern', 'bare encoder', 'gpt2_small'])
+def test_blocks_of_queries_meet_the_keys_in_their_reach(name):
+  config = shrunk.CONFIGS[name]
+  kinds = [dataclasses.replace(kind, block=8) for kind in config.kinds]
+  config = dataclasses.replace(
+    config,
+    attention=kinds[0],
+    attention_pattern=tuple(kinds) if config.attention_pattern else (),
+  )
+  causal = not isinstance(config, encoder.EncoderConfig)
+  expected = 0
+  for i in range(config.num_layers):
+    kind = kinds[i % len(kinds)]
+    heads = kind.num_heads * kind.head_dim
+    pairs = _pairs_of_blocks(causal, kind.mask_window)
+    expected += 4 * shrunk.ROWS * heads * pairs
+  found = _parts(_forward(config))['scores and values']
+  assert found == expected
+  whole = _parts(_forward(shrunk.CONFIGS[name]))['scores and values']
+  assert found < whole
+
+
+def _pairs_of_blocks(causal, window) -> int:
+  """Queries and keys of blocks that the whole mask leaves anything of."""
+  T = shrunk.LENGTH
+  mask = mask_lib.Mask(causal=causal, window=window)
+  seen = mask_lib.visible(mask, slice(0, T), slice(0, T))
+  pairs = 0
+  for rows in np.split(np.asarray(seen), T // 8):
+    keys = np.flatnonzero(rows.any(0))
+    pairs += 8 * (keys[-1] - keys[0] + 1)
+  return pairs
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'accumulate': 2},
+    {'loss': loss.LossConfig(token_chunks=4)},
+    {'execution': stack.Execution(scan=False)},
+    {'execution': stack.Execution(scan=False, remat='full')},
+  ],
+)
+def test_a_step_costs_the_same_however_it_is_cut(changes):
+  config = shrunk.CONFIGS['pattern']
+  step = dataclasses.replace(_NONE, **changes)
+  like = _REMATS[step.execution.remat]
+  assert _parts(_train(config, step)) == _parts(_train(config, like))
+
+
+def test_chunks_of_the_vocabulary_make_their_logits_twice():
+  config = shrunk.CONFIGS['pattern']
+  chunked = dataclasses.replace(_NONE, loss=loss.LossConfig(vocab_chunks=4))
+  forward = _parts(_forward(config))
+  more = {'head': 4 * forward['head']}
+  assert _parts(_train(config, chunked)) == _parts(_train(config)) | more
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['gpt3_175b', 't5_v1_1_base'])
+def test_the_compiled_step_has_the_products_of_its_jaxpr(name):
+  config = shrunk.CONFIGS[name]
+  step = _REMATS['full']
+  fn = functools.partial(train_step.train_step, tx=_TX, config=step)
+  args = _step_arguments(config, shrunk.LENGTH, shrunk.ROWS)
+  compiled = jax.jit(fn).lower(*args).compile()
+  counted = _train(config, step).total.flops
+  assert counted == matrix.matrix_flops(compiled.as_text())
+
+
+@pytest.mark.slow
+def test_gpt2_has_the_products_that_torch_counts():
+  transformers = pytest.importorskip('transformers')
+  torch = pytest.importorskip('torch')
+  from torch.utils import flop_counter  # Where torch is.
+
+  config = dataclasses.replace(
+    shrunk.CONFIGS['gpt2_small'], vocab_size=256, position=position.Learned()
+  )
+  theirs = transformers.GPT2Config(
+    vocab_size=256,
+    n_embd=32,
+    n_layer=3,
+    n_head=4,
+    n_inner=48,
+    attn_implementation='eager',
+  )
+  model = transformers.GPT2LMHeadModel(theirs).train()
+  tokens = torch.zeros((shrunk.ROWS, shrunk.LENGTH), dtype=torch.long)
+  counter = flop_counter.FlopCounterMode(display=False)
+  with counter:
+    model(tokens, labels=tokens).loss.backward()
+  assert counter.get_total_flops() == _train(config).total.flops
