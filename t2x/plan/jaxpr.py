@@ -4,16 +4,21 @@ closed = jax.make_jaxpr(fn)(*shapes)
 jaxpr.count(closed).total.flops
 
 What JAX's own dead-code elimination drops, as the compiler does, is not
-counted. The compiler can drop more: equal products are merged, and what does
-not change is taken out of loops; it never adds a product. A program without a
-mesh is that of one device; under one, axes that the compiler partitions do not
-show in a jaxpr, so that figures are always of all devices together.
+counted; of a `custom_vjp` that is not differentiated, all counts if any of its
+results is used. The compiler can drop more: equal products are merged, and what
+does not change is taken out of loops. It adds products where it has no other
+way: XLA for CPUs turns a ragged one into one with every group.
+
+A program without a mesh is that of one device; under one, axes that the
+compiler partitions do not show in a jaxpr, so that figures are always of all
+devices together.
 """
 
 from collections.abc import Callable
 from collections.abc import Iterable
 import dataclasses
 import math
+from typing import Any
 
 from jax.extend import core
 from jax.extend import source_info_util
@@ -244,7 +249,8 @@ def _size(aval) -> int:
 
 
 def _shapes(eqn: core.JaxprEqn) -> list[tuple[int, ...]]:
-  return [v.aval.shape for v in (*eqn.invars[:2], eqn.outvars[0])]
+  avals: list[Any] = [v.aval for v in (*eqn.invars[:2], eqn.outvars[0])]
+  return [aval.shape for aval in avals]
 
 
 def _dot(eqn: core.JaxprEqn) -> int:

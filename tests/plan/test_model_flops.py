@@ -39,39 +39,33 @@ def _model(config):
   return jax.eval_shape(lambda: model_lib.make(config, rngs=nnx.Rngs(0)))
 
 
-def _batch(config, length=shrunk.LENGTH, rows=shrunk.ROWS):
-  shape = rows, length
-  batch = {'inputs': jax.ShapeDtypeStruct(shape, jnp.int32)}
+def _batch(config):
+  tokens = lambda T: jax.ShapeDtypeStruct((shrunk.ROWS, T), jnp.int32)
   source = shrunk.source_length(config)
-  if source is not None:
-    batch['encoder_inputs'] = jax.ShapeDtypeStruct((rows, source), jnp.int32)
-  return batch
+  batch = {'inputs': tokens(shrunk.LENGTH)}
+  return batch | ({} if source is None else {'encoder_inputs': tokens(source)})
 
 
 @functools.cache
-def _forward(config, length=shrunk.LENGTH) -> jaxpr.Counted:
+def _forward(config) -> jaxpr.Counted:
   fn = lambda model, batch: model(**batch)
-  return jaxpr.count(jax.make_jaxpr(fn)(_model(config), _batch(config, length)))
+  return jaxpr.count(jax.make_jaxpr(fn)(_model(config), _batch(config)))
 
 
-def _step_arguments(config, length, rows):
-  batch = _batch(config, length, rows)
-  batch |= {
-    'targets': batch['inputs'],
-    'weights': jax.ShapeDtypeStruct((rows, length), jnp.float32),
-  }
+def _step_arguments(config):
+  batch = _batch(config)
+  targets = batch['inputs']
+  weights = jax.ShapeDtypeStruct(targets.shape, jnp.float32)
+  batch |= {'targets': targets, 'weights': weights}
   init = functools.partial(train_step.init_state, tx=_TX, config=_NONE)
   key = jax.eval_shape(jax.random.key, 0)
   return jax.eval_shape(init, _model(config)), batch, key
 
 
 @functools.cache
-def _train(
-  config, step=_NONE, length=shrunk.LENGTH, rows=shrunk.ROWS
-) -> jaxpr.Counted:
+def _train(config, step=_NONE) -> jaxpr.Counted:
   fn = functools.partial(train_step.train_step, tx=_TX, config=step)
-  args = _step_arguments(config, length, rows)
-  return jaxpr.count(jax.make_jaxpr(fn)(*args))
+  return jaxpr.count(jax.make_jaxpr(fn)(*_step_arguments(config)))
 
 
 # The parts of `flops.forward_parts` by the named scopes that make them.
@@ -99,9 +93,9 @@ def _parts(counted: jaxpr.Counted) -> dict[str, int]:
   return parts
 
 
-def _computed(config, length=shrunk.LENGTH) -> dict[str, int]:
+def _computed(config) -> dict[str, int]:
   """Returns the formula's parts, and what a program computes beyond them."""
-  source = shrunk.source_length(config)
+  length, source = shrunk.LENGTH, shrunk.source_length(config)
   parts = flops.forward_parts(
     config, shrunk.ROWS, length, source, skip_masked=False
   )
@@ -131,6 +125,9 @@ def _empty_slots(mlp: moe.MoeConfig, length: int, D: int) -> int:
   return round(shrunk.ROWS * empty * products * 2 * D * mlp.hidden)
 
 
+_slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize('name', shrunk.CONFIGS)
 def test_a_forward_pass_has_the_products_of_the_formula(name):
   config = shrunk.CONFIGS[name]
@@ -140,7 +137,7 @@ def test_a_forward_pass_has_the_products_of_the_formula(name):
 
 
 @pytest.mark.parametrize('name', shrunk.CONFIGS)
-@pytest.mark.parametrize('remat', _REMATS)
+@pytest.mark.parametrize('remat', [_slow('none'), 'full', _slow('dots')])
 def test_a_step_has_three_forward_passes_and_what_remat_adds(name, remat):
   config = shrunk.CONFIGS[name]
   forward = _parts(_forward(config))
@@ -256,6 +253,7 @@ def _pairs_of_blocks(causal, window) -> int:
     {'loss': loss.LossConfig(token_chunks=4)},
     {'execution': stack.Execution(scan=False)},
     {'execution': stack.Execution(scan=False, remat='full')},
+    {'execution': stack.Execution(scan=False, remat='dots')},
   ],
 )
 def test_a_step_costs_the_same_however_it_is_cut(changes):
@@ -279,8 +277,7 @@ def test_the_compiled_step_has_the_products_of_its_jaxpr(name):
   config = shrunk.CONFIGS[name]
   step = _REMATS['full']
   fn = functools.partial(train_step.train_step, tx=_TX, config=step)
-  args = _step_arguments(config, shrunk.LENGTH, shrunk.ROWS)
-  compiled = jax.jit(fn).lower(*args).compile()
+  compiled = jax.jit(fn).lower(*_step_arguments(config)).compile()
   counted = _train(config, step).total.flops
   assert counted == matrix.matrix_flops(compiled.as_text())
 
