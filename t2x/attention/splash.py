@@ -22,6 +22,9 @@ from t2x.attention import mask as mask_lib
 LANES = 128  # Of a vector register: queries and keys come in multiples.
 _BLOCK = 512  # The side of a block of scores, where the length allows.
 NAME = 'attention'  # Of what the forward pass keeps, for `remat`.
+# A kernel's text does not tell its FLOPs: its name ends with those of the
+# forward pass on one device, blocks that it visits counted whole.
+FLOPS = 'flash_flops_'
 
 
 def block_size(length: int) -> int | None:
@@ -78,10 +81,25 @@ def attend(
     segments = kernel_lib.SegmentIds(mask.q_segments_BT, mask.k_segments_BS)
   heads_first = lambda a: a.swapaxes(1, 2)
   q_BTNH = q_BTNH * np.asarray(scale, q_BTNH.dtype)
-  out_BNTH = jax.vmap(kernel)(
-    *map(heads_first, (q_BTNH, k_BSKH, v_BSKH)), segments
-  )
+  parts = map(heads_first, (q_BTNH, k_BSKH, v_BSKH))
+  pairs = visited(mask, T, S, q_side, k_side)
+  width = q_BTNH.shape[-1] + v_BSKH.shape[-1]
+  flops = 2 * q_BTNH.shape[0] * N * width * pairs
+  with jax.named_scope(f'{FLOPS}{flops}'):
+    out_BNTH = jax.vmap(kernel)(*parts, segments)
   return heads_first(out_BNTH)
+
+
+def visited(
+  mask: mask_lib.Mask, T: int, S: int, q_side: int, k_side: int
+) -> int:
+  """Returns the pairs of a query and a key in blocks that hold a seen one."""
+  pairs = 0
+  for start in range(0, T, q_side):
+    first, last = mask_lib.key_range(mask, start, start + q_side, S)
+    blocks = -(-last // k_side) - first // k_side
+    pairs += q_side * k_side * blocks
+  return pairs
 
 
 def _order(mask: mask_lib.Mask, T: int, S: int) -> splash_mask.Mask:

@@ -15,6 +15,7 @@ import numpy as np
 
 from t2x.plan import hlo
 from t2x.plan import loops
+from t2x.plan import overlap
 
 KINDS = (
   'all-gather',
@@ -43,6 +44,7 @@ class Collective:
     loops: how many loops are around it.
     dtype: as HLO writes it: `bf16`, `f32`, `s32`.
     op_name: path of the JAX operation that it came from, or ''.
+    hidden: whether products run while it does, see `overlap`.
   """
 
   kind: str
@@ -52,6 +54,7 @@ class Collective:
   loops: int
   dtype: str
   op_name: str = ''
+  hidden: bool = False
 
 
 def collectives(
@@ -80,9 +83,9 @@ def collectives(
     if kind == 'all-reduce' and _keeps_a_slice(scope, instruction):
       kind = 'reduce-scatter'
     axes = _axes(instruction, sizes)
-    name = instruction.op_name
+    name, hidden = instruction.op_name, overlap.is_hidden(scope, instruction)
     return [
-      Collective(kind, axes, size, 1, 0, dtype, name)
+      Collective(kind, axes, size, 1, 0, dtype, name, hidden)
       for dtype, size in _payload(kind, scope, instruction).items()
     ]
 

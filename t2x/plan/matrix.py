@@ -28,8 +28,14 @@ def matrix_flops(text: str, trips: loops.Trips | None = None) -> int:
 
 
 def _find(scope: loops.Scope, instruction: hlo.Instruction) -> list[int]:
+  flops = flops_of(scope, instruction)
+  return [flops] if flops else []
+
+
+def flops_of(scope: loops.Scope, instruction: hlo.Instruction) -> int:
+  """Returns the FLOPs of one instruction: 0 where it is no product."""
   if instruction.op == 'convolution':
-    return [_convolution(scope, instruction)]
+    return _convolution(scope, instruction)
   if instruction.op == 'dot':
     pattern = r'lhs_contracting_dims=\{([\d,]*)\}'
   elif re.search(
@@ -37,12 +43,12 @@ def _find(scope: loops.Scope, instruction: hlo.Instruction) -> list[int]:
   ):
     pattern = r'lhs_contracting_dimensions\W*:\[([^\]]*)\]'
   else:
-    return []
+    return 0
   dims = re.search(pattern, instruction.attributes)
   assert dims, instruction.attributes
   lhs = _dims(scope.type_of(instruction.operands[0]))
   contracted = [lhs[int(i)] for i in re.findall(r'\d+', dims[1])]
-  return [2 * math.prod(_dims(instruction.type)) * math.prod(contracted)]
+  return 2 * math.prod(_dims(instruction.type)) * math.prod(contracted)
 
 
 def _dims(type_: str) -> tuple[int, ...]:

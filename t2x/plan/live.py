@@ -1,0 +1,209 @@
+"""What fills a device's memory where a compiled program needs most of it.
+
+The buffers of a scheduled program are followed from where they are made to
+their last use, through tuples, loops and updates in place. The compiler does
+more to share memory, so that its own figure stands beside the sum; what is
+gained is the answer to what is there, by the operations that made it.
+"""
+
+import dataclasses
+import re
+
+from t2x.plan import hlo
+from t2x.plan import loops
+from t2x.plan import traffic
+
+# Their results are their operands.
+_SAME = {
+  'bitcast',
+  'copy-done',
+  'get-tuple-element',
+  'opt-barrier',
+  'tuple',
+  'while',
+}
+_ENTERED = ('call', 'conditional', 'while')
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+  """Some memory that the program takes for a while.
+
+  Attributes:
+    bytes: unpadded.
+    op_name: path of the JAX operation that filled it first, or ''.
+    type: as printed, of all that made it.
+  """
+
+  bytes: int
+  op_name: str
+  type: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Value:
+  """Buffers of an instruction's result: of each element of a tuple."""
+
+  parts: tuple['_Value', ...] | None
+  own: frozenset[int]
+
+  @property
+  def all(self) -> frozenset[int]:
+    if self.parts is None:
+      return self.own
+    return self.own.union(*(part.all for part in self.parts))
+
+
+_NONE = _Value(None, frozenset())
+
+
+def at_peak(text: str) -> list[Buffer]:
+  """Returns the temporary buffers that are there at the fullest moment.
+
+  Arguments of the program are left out, and so are results that take their
+  place.
+
+  Args:
+    text: of `compiled.as_text()`, of a scheduled program.
+  """
+  module = hlo.parse(text)
+  donated = _donated(text)
+  scope = loops.Scope(module, module.computations[module.entry])
+  return _Walk(scope, donated).peak()
+
+
+def _donated(text: str) -> set[int]:
+  """Returns the places of results that lie where an argument was."""
+  head = text.partition('\n')[0]
+  start = head.find('input_output_alias={')
+  if start < 0:
+    return set()
+  found = re.findall(r'\{(\d+)\}: \(', head[start:])
+  return {int(place) for place in found}
+
+
+class _Walk:
+  """One computation, from its first instruction to its last."""
+
+  def __init__(self, scope: loops.Scope, donated: set[int] = frozenset()):
+    self._scope = scope
+    self._list = [*scope.computation.instructions.values()]
+    self._values: dict[str, _Value] = {}
+    self._buffers: dict[int, Buffer] = {}
+    self._born: dict[int, int] = {}
+    self._last: dict[int, int] = {}
+    for place, instruction in enumerate(self._list):
+      self._values[instruction.name] = self._value(instruction, place)
+      for name in instruction.operands:
+        if name in self._values:
+          for buffer in self._values[name].all:
+            self._last[buffer] = place
+    self._keep(donated)
+
+  def _keep(self, donated: set[int]) -> None:
+    """Results stay; those in an argument's place take none."""
+    root = self._values[self._scope.computation.root]
+    parts = root.parts or (root,)
+    for place, part in enumerate(parts):
+      for buffer in part.all:
+        self._last[buffer] = len(self._list)
+        if place in donated and self._scope.parent is None:
+          self._born.pop(buffer, None)
+
+  def _new(self, instruction, place: int, type_: str) -> _Value:
+    size = traffic.main_bytes(type_)
+    if not size:
+      return _NONE
+    number = len(self._buffers)
+    self._buffers[number] = Buffer(size, instruction.op_name, type_)
+    self._born[number] = self._last[number] = place
+    return _Value(None, frozenset([number]))
+
+  def _value(self, instruction: hlo.Instruction, place: int) -> _Value:
+    op, operands = instruction.op, instruction.operands
+    given = [self._values.get(name, _NONE) for name in operands]
+    if op in ('parameter', 'constant'):
+      return _NONE  # The caller's.
+    if op == 'tuple':
+      return _Value(tuple(given), frozenset())
+    if op == 'get-tuple-element':
+      index = int(instruction.named('index'))
+      parts = given[0].parts
+      return parts[index] if parts is not None else given[0]
+    if op in _SAME:
+      return given[0] if given else _NONE
+    if op.endswith('-done'):
+      return given[0] if given else _NONE
+    if op == 'dynamic-update-slice':
+      return given[0]
+    updated = self._in_place(instruction)
+    if updated is not None:
+      return self._values.get(updated, _NONE)
+    if instruction.type.startswith('('):
+      types = _elements(instruction.type)
+      return _Value(
+        tuple(self._new(instruction, place, t) for t in types), frozenset()
+      )
+    return self._new(instruction, place, instruction.type)
+
+  def _in_place(self, instruction: hlo.Instruction) -> str | None:
+    """Returns the operand that a fusion updates, and gives back."""
+    if instruction.op != 'fusion' or instruction.type.startswith('('):
+      return None
+    inner = self._scope.enter(
+      instruction.callees[0], instruction, instruction.operands
+    )
+    updated, _ = traffic.updates(inner)
+    for name in updated:
+      literal = inner.computation.instructions[name].literal
+      return instruction.operands[int(literal)]
+    return None
+
+  def peak(self) -> list[Buffer]:
+    """Returns the buffers at the fullest moment, of those inside it too."""
+    starts: dict[int, list[int]] = {}
+    ends: dict[int, list[int]] = {}
+    for buffer, born in self._born.items():
+      starts.setdefault(born, []).append(buffer)
+      ends.setdefault(self._last[buffer], []).append(buffer)
+    live: dict[int, None] = {}
+    size = best = 0
+    found: list[Buffer] = []
+    for place, instruction in enumerate(self._list):
+      for buffer in starts.get(place, []):
+        live[buffer] = None
+        size += self._buffers[buffer].bytes
+      inner = self._inner(instruction)
+      now = size + sum(b.bytes for b in inner)
+      if now > best:
+        best = now
+        found = [self._buffers[b] for b in live] + inner
+      for buffer in ends.get(place, []):
+        if buffer in live:
+          del live[buffer]
+          size -= self._buffers[buffer].bytes
+    return found
+
+  def _inner(self, instruction: hlo.Instruction) -> list[Buffer]:
+    if instruction.op not in _ENTERED:
+      return []
+    peaks = [
+      _Walk(scope).peak() for scope in loops.called(self._scope, instruction)
+    ]
+    return max(peaks, key=lambda p: sum(b.bytes for b in p), default=[])
+
+
+def _elements(type_: str) -> list[str]:
+  """Splits a printed tuple of arrays, of which some may be tuples again."""
+  parts, depth, start = [], 0, 1
+  for i, letter in enumerate(type_):
+    if letter in '({[':
+      depth += 1
+    elif letter in ')}]':
+      depth -= 1
+    if (letter == ',' and depth == 1) or depth == 0:
+      parts.append(type_[start:i])
+      start = i + 1
+      if depth == 0:
+        break
+  return parts

@@ -1,0 +1,129 @@
+"""What a compiled program reads from a device's memory, and writes to it."""
+
+import re
+
+from t2x.plan import hlo
+from t2x.plan import loops
+
+# They name or pass on what is there already, or are counted where they start.
+_FREE = {
+  'after-all',
+  'bitcast',
+  'call',
+  'conditional',
+  'constant',
+  'get-tuple-element',
+  'iota',
+  'opt-barrier',
+  'parameter',
+  'partition-id',
+  'tuple',
+  'while',
+}
+_ELSEWHERE = re.compile(r':[^}]*S\([1-9]\d*\)')
+_ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?')
+_SLICES = ('dynamic-slice', 'slice', 'gather')
+
+
+def memory_bytes(text: str, trips: loops.Trips | None = None) -> int:
+  """Returns the bytes that one device reads from its memory and writes to it.
+
+  A fusion reads its operands and writes its results once. Of an operand that
+  it slices the slice counts, of one that it updates in place the update, and
+  nothing of what lies in a TPU's vector memory. An upper bound: what another
+  operation has just brought to a cache counts again.
+
+  Args:
+    text: of `compiled.as_text()`.
+    trips: of loops of which the text does not tell them.
+
+  Raises:
+    ValueError: a loop has an unknown number of trips.
+  """
+  found = loops.executed(hlo.parse(text), _find, lambda size: size, trips)
+  return round(sum(size * times for size, times, _ in found))
+
+
+def main_bytes(type_: str) -> int:
+  """Returns the bytes of a printed type that lie in the device's memory."""
+  total = 0
+  for dtype, dims, layout in _ARRAY.findall(type_):
+    if not _ELSEWHERE.search(layout):
+      sizes = tuple(int(d.strip('<=')) for d in dims.split(',') if d)
+      total += hlo.num_bytes(dtype, sizes)
+  return total
+
+
+def _find(scope: loops.Scope, instruction: hlo.Instruction) -> list[int]:
+  op = instruction.op
+  if op in _FREE or op.endswith('-done') or _in_fusion(scope):
+    return []
+  size = _of_fusion if op == 'fusion' else _of_operation
+  return [size(scope, instruction)]
+
+
+def _in_fusion(scope: loops.Scope | None) -> bool:
+  while scope is not None:
+    if scope.caller is not None and scope.caller.op == 'fusion':
+      return True
+    scope = scope.parent
+  return False
+
+
+def _of_operation(scope: loops.Scope, instruction: hlo.Instruction) -> int:
+  op, operands = instruction.op, instruction.operands
+  if op in _SLICES:
+    return 2 * main_bytes(instruction.type)
+  if op == 'dynamic-update-slice':
+    return 2 * main_bytes(scope.type_of(operands[1]))
+  read = sum(main_bytes(scope.type_of(name)) for name in operands)
+  if op.endswith('-start'):  # Its type names its operands again.
+    return max(read, main_bytes(instruction.type))
+  return read + main_bytes(instruction.type)
+
+
+def _of_fusion(scope: loops.Scope, instruction: hlo.Instruction) -> int:
+  inner = scope.enter(instruction.callees[0], instruction, instruction.operands)
+  body = inner.computation.instructions
+  users: dict[str, list[hlo.Instruction]] = {}
+  for user in body.values():
+    for name in user.operands:
+      users.setdefault(name, []).append(user)
+  updated, written = updates(inner)
+  total = written
+  if not updated:
+    total += main_bytes(instruction.type)
+  for name, parameter in body.items():
+    if parameter.op != 'parameter' or name in updated:
+      continue
+    own = main_bytes(
+      scope.type_of(instruction.operands[int(parameter.literal)])
+    )
+    used = users.get(name, [])
+    if used and all(user.op in _SLICES for user in used):
+      own = min(own, sum(main_bytes(user.type) for user in used))
+    total += own
+  return total
+
+
+def updates(inner: loops.Scope) -> tuple[set[str], int]:
+  """Returns the parameters that a fusion updates in place, and what it writes.
+
+  That is so where all its results are such updates.
+  """
+  body = inner.computation.instructions
+  root = body[inner.computation.root]
+  names = root.operands if root.op == 'tuple' else [root.name]
+  updated, written = set(), 0
+  for name in names:
+    _, made, _ = loops.resolve(inner, name)
+    if made.op != 'dynamic-update-slice' or made.name not in body:
+      return set(), 0
+    target = body[made.operands[0]]
+    while target.op in ('bitcast', 'copy', 'convert') and target.operands:
+      target = body[target.operands[0]]
+    if target.op != 'parameter':
+      return set(), 0
+    updated.add(target.name)
+    written += 2 * main_bytes(body[made.operands[1]].type)
+  return updated, written
