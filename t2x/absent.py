@@ -3,26 +3,30 @@
 mesh = mesh_lib.make(config.mesh, absent.devices('v5e:2x4'))
 compiled = absent.compile(absent.lower_step(config, mesh))
 
-Nothing is allocated. The TPU compiler (the extra `plan`) needs no TPU.
+Nothing is allocated. The TPU compiler (the extra `plan`) needs no TPU, the GPU
+compiler (`plan-gpu`) no GPU and no CUDA: `absent.devices('h100:8')`.
 """
 
 from collections.abc import Mapping
 import functools
 import importlib.util
+import math
 import os
 import re
 from typing import Any
 
 import jax
-from jax.experimental import topologies
+from jax.experimental import topologies as jax_topologies
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from t2x import experiment
+from t2x import gpu_targets
 from t2x import optim
 from t2x import program
 from t2x import sharding
+from t2x import topologies
 from t2x import train_step
 
 # Read where libtpu is loaded: no question to a cloud's metadata server, and
@@ -34,6 +38,8 @@ _ENVIRONMENT = {
   'TPU_WORKER_HOSTNAMES': 'localhost',
 }
 _COUNT = '--xla_force_host_platform_device_count'
+# XLA's GPU compiler comes as JAX's plugin for either CUDA.
+_CUDA = 'jax_plugins.xla_cuda13', 'jax_plugins.xla_cuda12'
 # What a causal model reads of a batch of packed rows.
 BATCH = {
   'inputs': jnp.int32,
@@ -48,48 +54,89 @@ BATCH = {
 def devices(
   topology: str, num_slices: int = 1, host: str | None = None
 ) -> tuple[Any, ...]:
-  """Returns the devices of a TPU topology, or simulated ones.
+  """Returns the devices of a topology, all in one program.
 
   Args:
-    topology: kind and shape of a slice; `v5e:2x4` has eight chips. `cpu:8` is
-      eight devices that this machine simulates, to try things out.
-    num_slices: how many of them.
-    host: shape of the chips of one host, `2x4`; by default 2x2.
+    topology: of a slice, as `topologies.parse` reads it: `v5e:2x4` is a TPU
+      slice of eight chips, `h100:8` a node of eight GPUs. `cpu:8` is eight
+      devices that this machine simulates, to try things out.
+    num_slices: how many of these slices or nodes; devices tell theirs by
+      `slice_index`.
+    host: shape of the chips of one TPU host, `2x4`; by default 2x2.
 
   Raises:
-    ValueError: libtpu is not installed, or there is no such topology.
+    ValueError: there is no such topology, or its compiler is not installed.
   """
   if topology.startswith('cpu:'):
     return _simulated(topology, num_slices, host)
+  wanted = topologies.parse(topology)
+  if num_slices < 1:
+    raise ValueError(f'num_slices={num_slices}; there is at least one slice.')
+  if host is not None and not re.fullmatch(r'\d+x\d+(x\d+)?', host):
+    raise ValueError(
+      f'Chips of a host are given as sides of a square or block, such as 2x4, '
+      f'and not as {host!r}.'
+    )
+  try:
+    if wanted.is_gpu:
+      return tuple(_gpus(wanted, num_slices).devices)
+    return tuple(_tpus(wanted, num_slices, host).devices)
+  except jax.errors.JaxRuntimeError as error:
+    first, *_ = str(error).splitlines()
+    raise ValueError(
+      f'The compiler for {topology} (num_slices={num_slices}) cannot describe '
+      f'it: {first}'
+    ) from None
+
+
+def _tpus(wanted: topologies.Topology, num_slices: int, host: str | None):
   if importlib.util.find_spec('libtpu') is None:
     raise ValueError(
-      f'Compiling for {topology} needs the TPU compiler, libtpu, which is not '
+      f'Compiling for {wanted} needs the TPU compiler, libtpu, which is not '
       "installed: pip install '.[plan]' (Linux on x86-64)."
     )
-  options = {}
+  options: dict[str, Any] = {}
   if num_slices > 1:
     options['num_slices'] = num_slices
+  if wanted.chip == 'v4':  # One device a chip, as where they are rented.
+    options['chip_config_name'] = 'megacore'
   if host is not None:
-    if not re.fullmatch(r'\d+x\d+(x\d+)?', host):
-      raise ValueError(
-        f'Chips of a host are given as sides of a square or block, such as '
-        f'2x4, and not as {host!r}.'
-      )
     sides = [int(side) for side in host.split('x')]
     options['chips_per_host_bounds'] = (*sides, 1)[:3]
-  if topology.startswith('v4'):  # One device a chip, as where they are rented.
-    options['chip_config_name'] = 'megacore'
+  elif math.prod(wanted.shape) == 1:  # By default hosts have four.
+    options['chips_per_host_bounds'] = (1, 1, 1)
   for name, value in _ENVIRONMENT.items():
     os.environ.setdefault(name, value)
-  try:
-    found = topologies.get_topology_desc(topology, 'tpu', **options)
-  except jax.errors.JaxRuntimeError as error:
+  return jax_topologies.get_topology_desc(wanted.libtpu, 'tpu', **options)
+
+
+def _gpus(wanted: topologies.Topology, num_slices: int):
+  if not any(map(_installed, _CUDA)):
     raise ValueError(
-      f'There are no devices {topology!r}: {error}. A topology is the kind of '
-      'chip and the shape of a slice, such as v5e:4x4 or v5p:2x2x4, of whole '
-      'hosts.'
-    ) from error
-  return tuple(found.devices)
+      f"Compiling for {wanted} needs XLA's GPU compiler, which is not "
+      "installed: pip install '.[plan-gpu]' (Linux; no GPU is needed)."
+    )
+  try:
+    return jax_topologies.get_topology_desc(
+      wanted.chip,
+      'cuda',
+      target_config=gpu_targets.text(wanted.chip),
+      topology=f'{num_slices}x1x{wanted.shape[0]}',
+    )
+  except NotImplementedError:  # JAX has not taken the plugin.
+    raise ValueError(
+      f"Compiling for {wanted} needs XLA's GPU compiler, which is installed "
+      'but was refused as JAX started, with a message of its own. Set '
+      'JAX_PLATFORMS=cpu, without which it looks for CUDA; the versions of '
+      f'jax-cuda13-plugin and jax-cuda13-pjrt must be {jax.__version__}.'
+    ) from None
+
+
+def _installed(module: str) -> bool:
+  try:
+    return importlib.util.find_spec(module) is not None
+  except ModuleNotFoundError:  # Of the package that it is in.
+    return False
 
 
 def _simulated(topology: str, num_slices: int, host: str | None):

@@ -16,6 +16,7 @@ _ROOT = pathlib.Path(__file__).parents[1]
 _ORDER = (
   ('config', 'checks', 'sharding', 'shards', 'mesh', 'paths', 'zigzag'),
   ('xla_options', 'machines'),
+  ('gpu_targets', 'topologies'),
   ('processes', 'last_words', 'watch', 'stragglers', 'cluster'),
   ('attention', 'layers'),
   ('stack',),
