@@ -126,13 +126,22 @@ def mismatch(config: MeshConfig, num_devices: int) -> str:
   )
 
 
+def slice_of(device: Any) -> int:
+  """Returns the number of the slice, or node of GPUs, that a device lies in."""
+  # XLA tells it of GPUs that are here and of absent ones; the `slice_index` of
+  # absent ones is always 0 (jax 0.10.2, 0.12.0.1).
+  if getattr(device, 'platform', '') == 'gpu' and hasattr(device, 'coords'):
+    return device.coords[0]
+  return getattr(device, 'slice_index', 0)
+
+
 def num_slices(devices: Sequence[Any]) -> int:
   """Returns the number of slices in which the devices lie.
 
   Raises:
     ValueError: the slices have different numbers of devices.
   """
-  counts = collections.Counter(getattr(d, 'slice_index', 0) for d in devices)
+  counts = collections.Counter(map(slice_of, devices))
   if len(set(counts.values())) > 1:
     raise ValueError(
       f'The slices have {", ".join(map(str, counts.values()))} devices; a mesh '
@@ -212,25 +221,52 @@ def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     devices: of any platform, also those of a described topology.
 
   Raises:
-    ValueError: the sizes do not match the number of devices or of slices.
+    ValueError: the sizes do not match the number of devices or of slices, or
+      the devices are an odd part of a TPU's slice.
   """
   devices = list(jax.devices() if devices is None else devices)
   shape = sizes(config, len(devices))
   slices = num_slices(devices)
   parts = dcn_sizes(config, shape, slices)
   within = [shape[axis] // parts[axis] for axis in AXES]
-  # `jax.make_mesh` places devices in the same way, but refuses several slices,
-  # and on most TPUs an axis that is not a whole side of the torus.
-  if slices == 1:
-    array = mesh_utils.create_device_mesh(
-      within, devices, allow_split_physical_axes=True
-    )
-  else:
-    array = mesh_utils.create_hybrid_device_mesh(
-      within,
-      [parts[axis] for axis in AXES],
-      devices,
-      allow_split_physical_axes=True,
-    )
+  array = _placed(devices, within, [parts[axis] for axis in AXES])
   array = np.transpose(array, [AXES.index(axis) for axis in _ORDER])
   return Mesh(array, _ORDER, axis_types=(AxisType.Auto,) * len(_ORDER))
+
+
+def _placed(devices, within: list[int], between: list[int]) -> np.ndarray:
+  """Returns devices by axis: parts within a slice, then between slices."""
+  slices = collections.defaultdict(list)
+  for device in devices:
+    slices[slice_of(device)].append(device)
+  for own in slices.values():
+    _check_box(own)
+  # `jax.make_mesh` places devices in the same way, but refuses several slices,
+  # and on most TPUs an axis that is not a whole side of the torus; JAX's hybrid
+  # meshes cannot tell nodes of absent GPUs apart.
+  array = np.stack(
+    [
+      mesh_utils.create_device_mesh(
+        within, slices[index], allow_split_physical_axes=True
+      )
+      for index in sorted(slices)
+    ]
+  ).reshape(between + within)
+  num = len(within)
+  axes = [axis for i in range(num) for axis in (i, num + i)]
+  return array.transpose(axes).reshape(np.multiply(between, within))
+
+
+def _check_box(devices: Sequence[Any]) -> None:
+  """Refuses a part of a TPU's slice that has no sides to place axes along."""
+  if devices[0].platform != 'tpu':
+    return
+  places = [(*d.coords, d.core_on_chip) for d in devices]
+  sides = np.ptp(places, axis=0) + 1
+  if math.prod(sides) != len(devices):
+    raise ValueError(
+      f'The {len(devices)} devices lie in a box of '
+      f'{"x".join(map(str, sides[:-1]))} chips and do not fill it, so that a '
+      'mesh has no links to lie along. Give all devices of a slice, or a box '
+      'of them.'
+    )
