@@ -13,10 +13,11 @@ import math
 from typing import Any
 
 import jax
-from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 from jax.sharding import Mesh
 import numpy as np
+
+from t2x import torus
 
 # Outermost first: the axes that talk most get the nearest neighbours.
 AXES = ('pipe', 'data', 'fsdp', 'expert', 'context', 'tensor')
@@ -222,51 +223,26 @@ def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
   Raises:
     ValueError: the sizes do not match the number of devices or of slices, or
-      the devices are an odd part of a TPU's slice.
+      cannot be laid along a TPU's torus.
   """
   devices = list(jax.devices() if devices is None else devices)
   shape = sizes(config, len(devices))
   slices = num_slices(devices)
   parts = dcn_sizes(config, shape, slices)
-  within = [shape[axis] // parts[axis] for axis in AXES]
-  array = _placed(devices, within, [parts[axis] for axis in AXES])
+  array = _placed(devices, shape, parts)
   array = np.transpose(array, [AXES.index(axis) for axis in _ORDER])
   return Mesh(array, _ORDER, axis_types=(AxisType.Auto,) * len(_ORDER))
 
 
-def _placed(devices, within: list[int], between: list[int]) -> np.ndarray:
+def _placed(devices, shape, parts) -> np.ndarray:
   """Returns devices by axis: parts within a slice, then between slices."""
   slices = collections.defaultdict(list)
   for device in devices:
     slices[slice_of(device)].append(device)
-  for own in slices.values():
-    _check_box(own)
-  # `jax.make_mesh` places devices in the same way, but refuses several slices,
-  # and on most TPUs an axis that is not a whole side of the torus; JAX's hybrid
-  # meshes cannot tell nodes of absent GPUs apart.
-  array = np.stack(
-    [
-      mesh_utils.create_device_mesh(
-        within, slices[index], allow_split_physical_axes=True
-      )
-      for index in sorted(slices)
-    ]
-  ).reshape(between + within)
-  num = len(within)
-  axes = [axis for i in range(num) for axis in (i, num + i)]
-  return array.transpose(axes).reshape(np.multiply(between, within))
-
-
-def _check_box(devices: Sequence[Any]) -> None:
-  """Refuses a part of a TPU's slice that has no sides to place axes along."""
-  if devices[0].platform != 'tpu':
-    return
-  places = [(*d.coords, d.core_on_chip) for d in devices]
-  sides = np.ptp(places, axis=0) + 1
-  if math.prod(sides) != len(devices):
-    raise ValueError(
-      f'The {len(devices)} devices lie in a box of '
-      f'{"x".join(map(str, sides[:-1]))} chips and do not fill it, so that a '
-      'mesh has no links to lie along. Give all devices of a slice, or a box '
-      'of them.'
-    )
+  within = {axis: shape[axis] // parts[axis] for axis in AXES}
+  # JAX's own hybrid meshes cannot tell nodes of absent GPUs apart.
+  array = np.stack([torus.place(slices[i], within) for i in sorted(slices)])
+  array = array.reshape([parts[axis] for axis in AXES] + [*within.values()])
+  num = len(AXES)
+  pairs = [dim for i in range(num) for dim in (i, num + i)]
+  return array.transpose(pairs).reshape([shape[axis] for axis in AXES])

@@ -14,7 +14,16 @@ _ROOT = pathlib.Path(__file__).parents[1]
 # order of the design, with what came since: `stack` stands below the models;
 # an experiment's config names the mesh and the step, `program` compiles it.
 _ORDER = (
-  ('config', 'checks', 'sharding', 'shards', 'mesh', 'paths', 'zigzag'),
+  (
+    'config',
+    'checks',
+    'sharding',
+    'shards',
+    'torus',
+    'mesh',
+    'paths',
+    'zigzag',
+  ),
   ('xla_options', 'machines'),
   ('gpu_targets', 'topologies'),
   ('processes', 'last_words', 'watch', 'stragglers', 'cluster'),

@@ -1,0 +1,20 @@
+"""Meshes of GPUs that are not here, for tests; see `t2x.absent`."""
+
+import pytest
+
+from t2x import absent
+from t2x import mesh as mesh_lib
+
+
+def devices(topology: str = 'h100:8', num_slices: int = 1):
+  """Returns the devices of nodes, or skips where their compiler is missing."""
+  pytest.importorskip(
+    'jax_plugins.xla_cuda13', reason='compiling for GPUs needs plan-gpu'
+  )
+  return absent.devices(topology, num_slices)
+
+
+def mesh(topology: str = 'h100:8', num_slices: int = 1, **sizes: int):
+  """Returns a mesh to compile for, or skips the test."""
+  nodes = devices(topology, num_slices)
+  return mesh_lib.make(mesh_lib.MeshConfig(**sizes), nodes)
