@@ -244,9 +244,8 @@ class Step:
   def __init__(self, config, mesh, compiled: jax.stages.Compiled):
     self._compiled = compiled
     made = program.Program(config, mesh, num_steps=1)
-    shape = config.data.batch_size, config.data.length
-    names = ('inputs', 'targets', 'segments', 'weights')
-    batch = {name: np.ones(shape, absent.BATCH[name]) for name in names}
+    shapes = made.batch_shapes()
+    batch = {name: np.ones(s.shape, s.dtype) for name, s in shapes.items()}
     positions = np.cumsum(batch['inputs'], 1, dtype=np.int32) - 1
     self._batch = made.place({**batch, 'positions': positions})
     self._key = jax.device_put(jax.random.key(0), NamedSharding(mesh, P()))

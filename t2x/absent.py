@@ -17,17 +17,12 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies as jax_topologies
-import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from t2x import experiment
 from t2x import gpu_targets
-from t2x import optim
 from t2x import program
 from t2x import sharding
 from t2x import topologies
-from t2x import train_step
 
 # Read where libtpu is loaded: no question to a cloud's metadata server, and
 # several processes at once.
@@ -40,14 +35,6 @@ _ENVIRONMENT = {
 _COUNT = '--xla_force_host_platform_device_count'
 # XLA's GPU compiler comes as JAX's plugin for either CUDA.
 _CUDA = 'jax_plugins.xla_cuda13', 'jax_plugins.xla_cuda12'
-# What a causal model reads of a batch of packed rows.
-BATCH = {
-  'inputs': jnp.int32,
-  'targets': jnp.int32,
-  'segments': jnp.int32,
-  'positions': jnp.int32,
-  'weights': jnp.float32,
-}
 
 
 @functools.cache
@@ -161,31 +148,15 @@ def _simulated(topology: str, num_slices: int, host: str | None):
 def lower_step(
   config: experiment.Experiment, mesh: jax.sharding.Mesh
 ) -> jax.stages.Lowered:
-  """Returns the train step of a decoder lowered, for packed causal rows.
+  """Returns the train step of a run lowered, for full batches.
 
   Args:
-    config: of the run; its step is that of `program.Program`.
+    config: of the run.
     mesh: of any devices.
   """
-  state, batch_sharding = program.shapes_of(config, mesh)
-  shape = config.data.batch_size, config.data.length
-  batch = {
-    name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding)
-    for name, dtype in BATCH.items()
-  }
-  whole = NamedSharding(mesh, P())
-  key = jax.eval_shape(jax.random.key, 0)
-  key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
-  step = functools.partial(
-    train_step.train_step,
-    tx=optim.make(config.optim, 1),
-    config=program.step_config(config, mesh),
-  )
-  shardings = jax.tree.map(lambda s: s.sharding, state)
-  jit = program.jit_for(config, mesh)
-  fn = jit(step, out_shardings=(shardings, whole), donate_argnums=0)
+  made = program.Program(config, mesh, num_steps=1)
   with sharding.use(mesh, config.rules):
-    return fn.lower(state, batch, key)
+    return made.lower_step(made.batch_shapes())
 
 
 def compile(
