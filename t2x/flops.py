@@ -11,6 +11,8 @@ Letters: B rows, T query positions, S key positions, D embed, N heads, K
 key/value heads, H head dim, F feed-forward, V vocabulary, w window.
 """
 
+from collections.abc import Mapping
+
 from t2x.layers import attention as attention_lib
 from t2x.layers import moe
 from t2x.models import common
@@ -60,6 +62,15 @@ def train_flops(
 ) -> int:
   """Returns the model FLOPs of one training step: 3 x forward."""
   return 3 * forward_flops(config, batch_rows, length, encoder_length)
+
+
+def arguments(
+  config: model_lib.ModelConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[model_lib.ModelConfig, int, int, int | None]:
+  """Returns what `train_flops` takes, for a batch of these shapes by name."""
+  rows, length = shapes['inputs']
+  _, source = shapes.get('encoder_inputs', (0, None))
+  return config, rows, length, source
 
 
 def forward_parts(

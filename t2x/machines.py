@@ -56,33 +56,109 @@ class Chip:
   Attributes:
     kinds: how its `device_kind` begins.
     memory: bytes of one JAX device; a TPU7x chip is two devices.
+    bandwidth: bytes/s that a device reads from its memory.
+    link: bytes/s one way over one link to a neighbour on the torus; of a GPU
+      over all its links into the node's switch.
+    network: bytes/s of a device to other slices or nodes.
     options: number of slices -> options of the compiler.
   """
 
   kinds: tuple[str, ...]
   memory: float
+  bandwidth: float
+  link: float
+  network: float
   options: Callable[[int], xla_options.Options]
 
 
-# Bytes as on the pages that flops.py names. The first match holds.
+# Memory, its bandwidth and the links as on the pages that flops.py names: a
+# page gives the sum over a chip's links (4 on v5e and v6e, 6 on the others) in
+# both directions. Between slices of TPUs: "How to Scale Your Model" (Google
+# DeepMind, 2025), the table of TPU specs. GPUs: data sheets of DGX systems,
+# NVLink one way and a network port for each GPU. The first match holds.
 CHIPS = {
-  'v4': Chip(kinds=('TPU v4',), memory=32e9, options=xla_options.v4),
+  'v4': Chip(
+    kinds=('TPU v4',),
+    memory=32e9,
+    bandwidth=1.2e12,
+    link=50e9,
+    network=6.25e9,
+    options=xla_options.v4,
+  ),
   'v5e': Chip(
-    kinds=('TPU v5 lite', 'TPU v5e'), memory=16e9, options=xla_options.v5e
+    kinds=('TPU v5 lite', 'TPU v5e'),
+    memory=16e9,
+    bandwidth=819e9,
+    link=50e9,
+    network=6.25e9,
+    options=xla_options.v5e,
   ),
   # v5p calls itself 'TPU v5'.
-  'v5p': Chip(kinds=('TPU v5',), memory=95e9, options=xla_options.v5p),
+  'v5p': Chip(
+    kinds=('TPU v5',),
+    memory=95e9,
+    bandwidth=2.765e12,
+    link=100e9,
+    network=6.25e9,
+    options=xla_options.v5p,
+  ),
   'v6e': Chip(
-    kinds=('TPU v6 lite', 'TPU v6e'), memory=32e9, options=xla_options.v6e
+    kinds=('TPU v6 lite', 'TPU v6e'),
+    memory=32e9,
+    bandwidth=1.638e12,
+    link=112e9,
+    network=12.5e9,
+    options=xla_options.v6e,
   ),
-  '7x': Chip(kinds=('TPU7x', 'TPU v7x'), memory=96e9, options=xla_options.v7x),
+  # Two devices share a chip's memory and links.
+  '7x': Chip(
+    kinds=('TPU7x', 'TPU v7x'),
+    memory=96e9,
+    bandwidth=3.69e12,
+    link=50e9,
+    network=6.25e9,
+    options=xla_options.v7x,
+  ),
   'a100-40': Chip(
-    kinds=('NVIDIA A100-SXM4-40GB',), memory=40e9, options=xla_options.gpu
+    kinds=('NVIDIA A100-SXM4-40GB',),
+    memory=40e9,
+    bandwidth=1.555e12,
+    link=300e9,
+    network=25e9,
+    options=xla_options.gpu,
   ),
-  'a100': Chip(kinds=('NVIDIA A100',), memory=80e9, options=xla_options.gpu),
-  'h100': Chip(kinds=('NVIDIA H100',), memory=80e9, options=xla_options.gpu),
-  'h200': Chip(kinds=('NVIDIA H200',), memory=141e9, options=xla_options.gpu),
-  'b200': Chip(kinds=('NVIDIA B200',), memory=180e9, options=xla_options.gpu),
+  'a100': Chip(
+    kinds=('NVIDIA A100',),
+    memory=80e9,
+    bandwidth=2.039e12,
+    link=300e9,
+    network=25e9,
+    options=xla_options.gpu,
+  ),
+  'h100': Chip(
+    kinds=('NVIDIA H100',),
+    memory=80e9,
+    bandwidth=3.35e12,
+    link=450e9,
+    network=50e9,
+    options=xla_options.gpu,
+  ),
+  'h200': Chip(
+    kinds=('NVIDIA H200',),
+    memory=141e9,
+    bandwidth=4.8e12,
+    link=450e9,
+    network=50e9,
+    options=xla_options.gpu,
+  ),
+  'b200': Chip(
+    kinds=('NVIDIA B200',),
+    memory=180e9,
+    bandwidth=8e12,
+    link=900e9,
+    network=50e9,
+    options=xla_options.gpu,
+  ),
 }
 
 

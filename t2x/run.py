@@ -10,7 +10,6 @@ import numpy as np
 
 from t2x import checkpoint
 from t2x import evaluate
-from t2x import experiment
 from t2x import flops
 from t2x import metrics as metrics_lib
 from t2x import processes
@@ -108,7 +107,7 @@ class Run:
       return
     with jax.transfer_guard('allow'):
       rate = float(self.program.learning_rate(step - 1))
-    step_flops = flops.train_flops(*_flops_shape(self.config, shapes))
+    step_flops = flops.train_flops(*flops.arguments(self.config.model, shapes))
     row = {
       'step': step,
       **metrics,
@@ -216,15 +215,8 @@ class Run:
     split = config.data.train_split
     epoch = pipeline.steps_per_epoch(self.corpus, config.data)
     spec = pipeline.batch_spec(config.data)
-    shape = _flops_shape(config, {name: s for name, (s, _) in spec.items()})
+    shape = flops.arguments(config.model, {n: s for n, (s, _) in spec.items()})
     return (
       f'{split}: {self.corpus.num_tokens(split):,} tokens, {epoch:,} steps an '
       f'epoch\n{flops.formula(*shape, peak=self._peak)}'
     )
-
-
-def _flops_shape(config: experiment.Experiment, shapes):
-  """Returns the arguments of `flops.train_flops` for a batch's shapes."""
-  rows, length = shapes['inputs']
-  _, source = shapes.get('encoder_inputs', (0, None))
-  return config.model, rows, length, source

@@ -97,6 +97,7 @@ def weight(
   return nnx.Param(value, axes=tuple(axes), weight=True)
 
 
+@jax.named_scope('weights')
 def weights_in(tree: Any, dtype: jax.typing.DTypeLike) -> Any:
   """Returns a module with its weights in the dtype that they are used in.
 

@@ -1,0 +1,87 @@
+"""The least time that a compiled step could take: a model, no measurement.
+
+Products at the chip's published FLOP/s, memory traffic at its bandwidth, and
+exchanges at the speed of the links (`links`) each take some time alone. A step
+takes the longest of the first two, and the exchanges that nothing hides, or all
+exchanges if those take longer (Williams et al., 2009, "Roofline").
+"""
+
+from collections.abc import Iterable
+import dataclasses
+from typing import Any
+
+from t2x import machines
+from t2x.plan import collectives
+from t2x.plan import links
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Roofline:
+  """Seconds of one step, on one device.
+
+  Attributes:
+    compute: of products.
+    memory: of reading and writing the device's memory.
+    network: of all exchanges.
+    exposed: of those beside which no product is scheduled.
+    idle: share of the time that a pipeline's stages wait for each other.
+  """
+
+  compute: float
+  memory: float
+  network: float
+  exposed: float
+  idle: float = 0.0
+
+  @property
+  def seconds(self) -> float:
+    """The least time of a step."""
+    busy = max(self.compute, self.memory) / (1.0 - self.idle)
+    return max(busy + self.exposed, self.network)
+
+  @property
+  def bound(self) -> str:
+    """What takes longest: compute, memory or network."""
+    times = {
+      'compute': self.compute,
+      'memory': self.memory,
+      'network': self.network,
+    }
+    return max(times, key=lambda name: times[name])
+
+
+def make(
+  *,
+  flops: float,
+  traffic: float,
+  found: Iterable[collectives.Collective],
+  mesh: Any,
+  chip: machines.Chip,
+  peak: float,
+  idle: float = 0.0,
+) -> Roofline:
+  """Returns the model's times.
+
+  Args:
+    flops: of products on one device, kernels included.
+    traffic: bytes read from its memory and written to it.
+    found: the exchanges of the program.
+    mesh: of real or absent devices.
+    chip: their kind.
+    peak: FLOP/s of one of them.
+    idle: share of the time that a pipeline's stages wait.
+  """
+  axes = links.axes_of(mesh)
+  network = exposed = 0.0
+  for c in found:
+    own = [axes[name] for name in c.axes]
+    time = float(c.times) * links.seconds(c.kind, c.bytes, own, chip)
+    network += time
+    exposed += 0.0 if c.hidden else time
+  return Roofline(
+    compute=flops / peak,
+    memory=traffic / chip.bandwidth,
+    network=network,
+    exposed=exposed,
+    idle=idle,
+  )

@@ -1,0 +1,183 @@
+"""Where the bytes of a device go: arguments, temporaries, and by module."""
+
+from collections.abc import Mapping
+import dataclasses
+import re
+from typing import Any
+
+from t2x import experiment
+from t2x import machines
+from t2x import sharding_table
+from t2x.plan import live
+
+# Scopes of the model's code; what else is in an operation's path is JAX's.
+_SCOPES = (
+  'attention',
+  'balance',
+  'cross',
+  'decoder',
+  'embeddings',
+  'encoder',
+  'head',
+  'mlp',
+  'optimizer',
+  'router',
+  'scores',
+  'tower',
+  'weights',
+)
+_GIB = 2**30
+_UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+  """Bytes on one device.
+
+  Attributes:
+    arguments: parameters, optimizer state and batch.
+    temporaries: the largest that exists at a time, beside them.
+    peak: of all at a time; None where the compiler refused the program.
+    host: bytes of them in the memory of the hosts.
+    limit: what a device has; None where it is not known.
+    state: part of the train state -> module -> bytes.
+    activations: what is there at the fullest moment, by what made it; the sum
+      is near the temporaries (`plan.live`).
+  """
+
+  arguments: float
+  temporaries: float
+  peak: float | None
+  host: float = 0.0
+  limit: float | None
+  state: Mapping[str, Mapping[str, float]]
+  activations: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+  @property
+  def needed(self) -> float:
+    """The peak, or what is known to be needed."""
+    return self.arguments + self.temporaries if self.peak is None else self.peak
+
+  @property
+  def fits(self) -> bool | None:
+    return None if self.limit is None else self.needed <= self.limit
+
+
+def of_compiled(
+  config: experiment.Experiment,
+  mesh: Any,
+  chip: str | None,
+  analysis: Any,
+  text: str,
+) -> Memory:
+  """Returns the compiler's figures of a program.
+
+  Args:
+    config: of the run.
+    mesh: that it was compiled for.
+    chip: a name of `machines.CHIPS`, or None.
+    analysis: `compiled.memory_analysis()`.
+    text: `compiled.as_text()`.
+  """
+  activations: dict[str, float] = {}
+  for buffer in live.at_peak(text):
+    name = source(buffer.op_name)
+    activations[name] = activations.get(name, 0.0) + buffer.bytes
+  host = sum(
+    getattr(analysis, f'host_{part}_size_in_bytes', 0)
+    for part in ('argument', 'temp')
+  )
+  return Memory(
+    arguments=analysis.argument_size_in_bytes,
+    temporaries=analysis.temp_size_in_bytes,
+    peak=analysis.peak_memory_in_bytes,
+    host=host,
+    limit=_limit(chip),
+    state=_state(config, mesh.size),
+    activations=_largest_first(activations),
+  )
+
+
+def of_refused(
+  config: experiment.Experiment, mesh: Any, chip: str | None, message: str
+) -> Memory:
+  """Returns what is known of a program for which memory was not enough.
+
+  Args:
+    config: of the run.
+    mesh: that it was compiled for.
+    chip: a name of `machines.CHIPS`, or None.
+    message: the compiler's, of which sizes are read.
+  """
+  state = _state(config, mesh.size)
+  sizes = [
+    float(number) * _UNITS[unit]
+    for number, unit in re.findall(r'([\d.]+)([KMGT])\b', message)
+  ]
+  arguments = sum(sum(part.values()) for part in state.values())
+  return Memory(
+    arguments=arguments,
+    temporaries=max(sizes, default=0.0),
+    peak=None,
+    limit=_limit(chip),
+    state=state,
+  )
+
+
+# TPUs keep a part for themselves: of 16 GiB programs have 15.75 on v5e.
+_USABLE = {'v5e': 15.75 * _GIB}
+
+
+def _limit(chip: str | None) -> float | None:
+  if chip is None:
+    return None
+  return _USABLE.get(chip, machines.CHIPS[chip].memory)
+
+
+def _state(config, num_devices: int) -> dict[str, dict[str, float]]:
+  table = sharding_table.make(config, num_devices)
+  result: dict[str, dict[str, float]] = {}
+  for group, rows in table.groups.items():
+    sums: dict[str, float] = {}
+    for row in rows:
+      name = module_of(row.path)
+      sums[name] = sums.get(name, 0.0) + row.bytes_per_device
+    result[group] = _largest_first(sums)
+  return result
+
+
+def _largest_first(sums: dict[str, float]) -> dict[str, float]:
+  return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+
+def module_of(path: str) -> str:
+  """Returns the module of an array of a train state, by its dotted path.
+
+  >>> module_of('tower.layers.group.0.attention.q_DNH')
+  'tower attention'
+  >>> module_of('1.mu.embeddings.tokens.table_VD')
+  'embeddings'
+  """
+  skipped = ('mu', 'nu', 'layers', 'group', 'remainder')
+  parts = [p for p in re.split(r'[.\[\]]+', path) if p and not p.isdigit()]
+  *modules, name = [p for p in parts if p not in (*skipped, 'value')]
+  return (
+    ' '.join(modules[:2] if modules[:1] != ['embeddings'] else modules[:1])
+    or name
+  )
+
+
+def source(op_name: str) -> str:
+  """Returns where in the model an operation was written, and in which pass.
+
+  >>> source('jit(train_step)/jvp(decoder)/while/body/mlp/BTD,DF->BTF/dot')
+  'decoder mlp'
+  >>> source('jit(train_step)/transpose(jvp(decoder))/while/body/mlp/mul')
+  'decoder mlp, gradient'
+  """
+  found = re.findall(r'[a-z_]+', op_name)
+  scopes = dict.fromkeys(part for part in found if part in _SCOPES)
+  name = ' '.join(scopes) or 'elsewhere'
+  again = 'rematted_computation' in op_name
+  backward = 'transpose(' in op_name and not again
+  return name + (', gradient' if backward else ', again' if again else '')
