@@ -44,6 +44,7 @@ def check(config: Experiment, num_devices: int) -> None:
   machines.check_overrides(config.compiler_options)
   sizes = mesh_lib.sizes(config.mesh, num_devices)
   sharding.check_rules(config.rules, sizes)
+  _check_offload(config, sizes)
   _check_pipeline(config, sizes)
   _check_rows(config, sizes)
   _check_context(config, sizes)
@@ -106,6 +107,26 @@ def _check_pipeline(config: Experiment, sizes: dict[str, int]) -> None:
       'other stages of the pipeline do something else. Set '
       'rules.context_attention=all_to_all, or pipeline.uniform=true, where all '
       'stages do the same, masked.'
+    )
+
+
+def _check_offload(config: Experiment, sizes: Mapping[str, int]) -> None:
+  """Layers are updated one by one, and stages keep what they choose."""
+  train = config.train
+  if _has_stages(sizes) and train.execution.kept['offload']:
+    raise PipelineError(
+      f'train.remat={train.remat}: the stages of a pipeline keep activations '
+      'on their devices. Set train.remat to none, full, dots or save:NAMES, '
+      'or mesh.pipe=1.'
+    )
+  split = sharding.mesh_axes(config.rules.layers)
+  parts = math.prod(sizes[a] for a in split) * sizes.get(sharding.PIPE, 1)
+  if train.offload == 'optimizer' and parts > 1:
+    raise PipelineError(
+      'train.offload=optimizer updates stacked layers one by one, and here '
+      f'they lie on different devices (mesh.pipe={sizes[sharding.PIPE]}, '
+      f'rules.layers={",".join(split) or "none"}). Set train.offload=none, or '
+      'mesh.pipe=1 and rules.layers=none.'
     )
 
 

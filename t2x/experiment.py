@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Literal
 
 from t2x import checks
 from t2x import loss as loss_lib
@@ -31,11 +32,14 @@ class TrainConfig:
     checkpoint_every: steps between checkpoints; 0 saves at the end alone.
     keep_last: newest checkpoints that are kept.
     keep_every: checkpoints at multiples of this are kept for good.
-    remat: what the backward pass recomputes: none, full, dots, save:NAMES.
+    remat: what the backward pass recomputes: none, full, dots, save:NAMES,
+      offload:NAMES (kept by the hosts).
     scan_layers: run layers as a scan, which compiles once, or unrolled.
     accumulate: microbatches a step; gradients are reduced over `data` once.
     accumulate_whole: keep whole gradients while accumulating (one reduction
       over `fsdp` too, more memory), instead of a reduce-scatter a microbatch.
+    offload: what lies in the hosts' memory between steps: none, optimizer (its
+      moments).
     ema_decay: of a moving average of the weights, which is then evaluated.
     trainable: regular expression on the dotted paths of trained parameters.
     max_skipped: updates in a row that a non-finite value may skip.
@@ -56,6 +60,7 @@ class TrainConfig:
   scan_layers: bool = True
   accumulate: int = 1
   accumulate_whole: bool = False
+  offload: Literal['none', 'optimizer'] = 'none'
   ema_decay: float | None = None
   trainable: str = '.*'
   max_skipped: int = 10
@@ -103,6 +108,7 @@ class TrainConfig:
     return train_step.StepConfig(
       accumulate=self.accumulate,
       accumulate_whole=self.accumulate_whole,
+      offload=self.offload,
       ema_decay=self.ema_decay,
       trainable=self.trainable,
       loss=self.loss,
@@ -150,6 +156,7 @@ LAYOUT_SETTINGS = (
   'train.scan_layers',
   'train.accumulate',
   'train.accumulate_whole',
+  'train.offload',
   'train.loss.vocab_chunks',
   'train.loss.token_chunks',
   'model.attention.block',

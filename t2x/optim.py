@@ -187,12 +187,26 @@ def make(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
   rate = make_schedule(config, num_steps)
   parts = []
   if config.clip_norm is not None:
-    parts.append(optax.clip_by_global_norm(config.clip_norm))
+    parts.append(_clip(config.clip_norm))
   parts.append(_scaling(config))
   if isinstance(config, Decayed) and config.weight_decay:
     parts.append(optax.add_decayed_weights(config.weight_decay, is_decayed))
   parts.append(optax.scale_by_learning_rate(rate))
   return optax.chain(*parts)
+
+
+def _clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
+  """`optax.clip_by_global_norm`, where the norm of all may be given."""
+
+  def update(updates, state, params=None, *, norm=None, **_):
+    del params
+    norm = optax.tree.norm(updates) if norm is None else norm
+    cut = lambda u: jnp.where(
+      norm < max_norm, u, u / norm.astype(u.dtype) * max_norm
+    )
+    return jax.tree.map(cut, updates), state
+
+  return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def _scaling(config: OptimConfig) -> optax.GradientTransformation:

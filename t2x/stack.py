@@ -12,6 +12,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from t2x.layers import param
@@ -30,7 +31,8 @@ class Execution:
     remat: what the backward pass recomputes: `none`; `full`, all but each
       layer's input; `dots`, all but products with weights; `save:A,B` all but
       the activations of these names (query, key, value, attention, mlp_up,
-      mlp_gate).
+      mlp_gate); `offload:A,B` the same, kept in the memory of the devices'
+      hosts, also each layer's input (layer_input); `save:A;offload:B` both.
     zigzag: devices over which the tokens of a causal row come in zigzag order
       (t2x/zigzag.py), in inputs, positions, segments and features alike.
   """
@@ -40,18 +42,32 @@ class Execution:
   zigzag: int = 1
 
   def __post_init__(self):
-    names = self.remat.partition(':')
     if self.remat in ('none', 'full', 'dots'):
       return
-    unknown = set(names[2].split(',')) - set(SAVED_NAMES)
-    if names[0] != 'save' or unknown:
+    kept = self.kept
+    names = [name for group in kept.values() for name in group]
+    once = len({*names}) == len(names)
+    known = {*names} <= {*SAVED_NAMES, INPUT} and INPUT not in kept['save']
+    kinds = [part.partition(':')[0] for part in self.remat.split(';')]
+    if not (once and known and kinds in _KINDS):
       raise ValueError(
-        f'remat={self.remat!r}; it is none, full, dots, or save:NAME,NAME '
-        f'with names among {", ".join(SAVED_NAMES)}.'
+        f'remat={self.remat!r}; it is none, full, dots, save:NAME,NAME, '
+        'offload:NAME,NAME, or both (save:NAME;offload:NAME), each name once, '
+        f'with names among {", ".join(SAVED_NAMES)}; offload also takes '
+        f'{INPUT}.'
       )
+
+  @property
+  def kept(self) -> dict[str, tuple[str, ...]]:
+    """Names of the activations that stay on the device and go to the host."""
+    parts = [part.partition(':') for part in self.remat.split(';')]
+    given = {kind: tuple(names.split(',')) for kind, _, names in parts}
+    return {kind: given.get(kind, ()) for kind in ('save', 'offload')}
 
 
 SAVED_NAMES = ('query', 'key', 'value', 'attention', 'mlp_up', 'mlp_gate')
+INPUT = 'layer_input'  # What remat calls a layer's input, to offload it.
+_KINDS = (['save'], ['offload'], ['save', 'offload'], ['offload', 'save'])
 
 
 class Stack(nnx.Module):
@@ -110,7 +126,7 @@ class Stack(nnx.Module):
       The activations, and what each layer gives out (its new cache, say), in
       the structure of `map_layers`.
     """
-    apply = _rematerialized(apply, execution.remat)
+    apply = _rematerialized(apply, execution)
     group_caches, rest_caches = caches if caches is not None else (None, None)
     size = len(self.group)
     repeats = (self.num_layers - len(self.remainder)) // max(size, 1)
@@ -179,7 +195,8 @@ def _split_backward(num, _, grads):
 _split.defvjp(_split_forward, _split_backward)
 
 
-def _rematerialized(apply: Apply, remat: str) -> Apply:
+def _rematerialized(apply: Apply, execution: Execution) -> Apply:
+  remat = execution.remat
   if remat == 'none':
     return apply
   policies = jax.checkpoint_policies
@@ -187,7 +204,19 @@ def _rematerialized(apply: Apply, remat: str) -> Apply:
     policy = policies.save_only_these_names(routing.CHOICE)
   elif remat == 'dots':
     policy = policies.save_only_these_names(param.PRODUCT, routing.CHOICE)
-  else:
-    names = remat.partition(':')[2].split(',')
+  elif not execution.kept['offload']:
+    names = execution.kept['save']
     policy = policies.save_only_these_names(*names, routing.CHOICE)
+  else:
+    policy = policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=[*execution.kept['save'], routing.CHOICE],
+      names_which_can_be_offloaded=[*execution.kept['offload']],
+      offload_src='device',
+      offload_dst='pinned_host',
+    )
+  if INPUT in execution.kept['offload']:
+    inner = apply
+    apply = lambda layer, x, cache, number: inner(
+      layer, ad_checkpoint.checkpoint_name(x, INPUT), cache, number
+    )
   return jax.checkpoint(apply, policy=policy)

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import re
 from typing import Any
+from typing import Literal
 
 from flax import nnx
 import jax
@@ -57,6 +58,7 @@ class StepConfig:
 
   accumulate: int = 1
   accumulate_whole: bool = False
+  offload: Literal['none', 'optimizer'] = 'none'
   ema_decay: float | None = None
   trainable: str = '.*'
   loss: loss_lib.LossConfig = loss_lib.LossConfig()
@@ -144,7 +146,13 @@ def state_shardings(state: TrainState, mesh, rules, config: StepConfig):
   rest = dataclasses.replace(state, opt_state=None)
   return dataclasses.replace(
     sharding.shardings(rest, mesh, rules),
-    opt_state=optim_state.shardings(state.opt_state, trained, mesh, rules),
+    opt_state=optim_state.shardings(
+      state.opt_state,
+      trained,
+      mesh,
+      rules,
+      offload=config.offload == 'optimizer',
+    ),
   )
 
 
@@ -188,12 +196,16 @@ def apply_gradients(
   trained, rest = partition(state.model, config.trainable)
   loads = sums['loads']
   grad_norm = optax.tree.norm(grads)
-  updates, opt_state = tx.update(grads, state.opt_state, trained)
-  new_trained = optax.apply_updates(trained, updates)
-
   finite = jnp.isfinite(sums['loss']) & jnp.isfinite(grad_norm)
   keep = functools.partial(jax.tree.map, lambda a, b: jnp.where(finite, a, b))
-  new_trained = keep(new_trained, trained)
+  if config.offload == 'optimizer':
+    new_trained, opt_state = optim_state.update_offloaded(
+      tx, grads, state.opt_state, trained, norm=grad_norm, finite=finite
+    )
+  else:
+    updates, opt_state = tx.update(grads, state.opt_state, trained)
+    opt_state = keep(opt_state, state.opt_state)
+    new_trained = keep(optax.apply_updates(trained, updates), trained)
   ema = state.ema
   if config.ema_decay is not None:
     d = config.ema_decay
@@ -203,7 +215,7 @@ def apply_gradients(
   new_state = TrainState(
     step=state.step + 1,
     model=combine(new_trained, keep(balance.update(rest, loads), rest)),
-    opt_state=keep(opt_state, state.opt_state),
+    opt_state=opt_state,
     ema=ema,
     num_skipped=num_skipped,
   )
