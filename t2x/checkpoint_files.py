@@ -147,6 +147,8 @@ def sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _bit_sum(array: jax.Array) -> jax.Array:
+  # It may lie in the host's memory, where TPUs do not compute.
+  array = jax.device_put(array, jax.memory.Space.Device)
   if jnp.issubdtype(array.dtype, jnp.bool_):
     array = array.astype(jnp.uint8)
   unsigned = jnp.dtype(f'uint{8 * array.dtype.itemsize}')

@@ -221,7 +221,7 @@ def _map(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
   )
 
 
-def _moved(opt_state: Any, space: jax.memory.Space) -> Any:
+def _moved(opt_state: Any, space: Any) -> Any:
   move = lambda _, x: jax.device_put(x, space) if _is_moment(x) else x
   return _map(move, opt_state)
 

@@ -1,6 +1,7 @@
 """Optimizer state and activations in the hosts' memory: the same training."""
 
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,11 +13,12 @@ from t2x import absent
 from t2x import checkpoint
 from t2x import consistency
 from t2x import mesh as mesh_lib
+from t2x import optim_state
 from t2x import program as program_lib
 from t2x import sharding
 from t2x import stack
 
-OPTIMIZER = {'train__offload': 'optimizer'}
+OPTIMIZER: dict[str, Any] = {'train__offload': 'optimizer'}
 ADAFACTOR = {'optim': 'adafactor', 'optim__min_factored': '4'}
 
 
@@ -58,9 +60,9 @@ def assert_close(got, want, **tolerance):
 
 
 def kinds_of(state):
-  """Returns the memory of each moment; counts have no dimensions."""
-  moments = [a for a in jax.tree.leaves(state.opt_state) if a.ndim]
-  return {a.sharding.memory_kind for a in moments}
+  """Returns the memories in which moments lie; not those of counts."""
+  moments = optim_state.named(state.opt_state).values()
+  return {p.get_value().sharding.memory_kind for p in moments}
 
 
 @pytest.mark.slow
