@@ -1,0 +1,79 @@
+r"""What a run would cost on a TPU or GPU pod, by its compiler, on a laptop.
+
+python scripts/plan.py --experiment=llama2_7b --topology=v5e:4x4 \
+    [--num_slices=2] [--layout=fsdp=16] [--set NAME=VALUE ...] \
+    [--html=FILE] [--json]
+
+Compiles the run's train step for the topology and prints, of one device: memory
+by part and module, and whether it fits; FLOPs of the model and of the program;
+what is sent, along which mesh axis, and whether products run beside it; the
+least time of a step by a roofline model; and warnings with a remedy.
+
+--topology is a kind of TPU and the shape of a slice in chips (v4, v5e, v5p,
+v6e, 7x: v5e:4x4, v5p:4x4x8), or a kind of GPU and their number in a node
+(h100:8); there are --num_slices of them. `cpu:8` are devices that this machine
+simulates. TPUs need the extra `plan`, GPUs `plan-gpu`; no accelerator is
+touched. Without --layout the experiment's own mesh is taken. --json prints the
+same as one object in the last line, --html writes a page.
+"""
+
+import json
+import os
+import pathlib
+
+# This machine's own accelerators are left alone.
+os.environ['JAX_PLATFORMS'] = 'cpu'
+
+from absl import flags
+
+from t2x import absent
+from t2x import catalog
+from t2x import layout_text
+from t2x import layouts
+from t2x import main as main_lib
+from t2x import mesh as mesh_lib
+from t2x import plan_advice
+from t2x import plan_page
+from t2x import plan_text
+from t2x import planning
+
+
+def main() -> None:
+  flags.DEFINE_string('experiment', None, 'Its name, or a path.')
+  flags.DEFINE_string('config', None, 'A saved config.json instead.')
+  flags.DEFINE_string('topology', None, 'v5e:4x4, v5p:4x4x8, h100:8, cpu:8.')
+  flags.DEFINE_integer('num_slices', 1, 'How many of them.', lower_bound=1)
+  flags.DEFINE_string('layout', None, 'Sizes: data=2,fsdp=2,tensor=2.')
+  flags.DEFINE_string('html', None, 'File to write the page to.')
+  flags.DEFINE_bool('json', False, 'Print one JSON object in the last line.')
+  main_lib.define_set_flag()
+  flags.mark_flags_as_required(['topology'])
+  main_lib.app_run(_main)
+
+
+def _main() -> None:
+  values = flags.FLAGS
+  config = main_lib.resolve(lambda: catalog.load(values.experiment))
+  name = pathlib.Path(values.experiment or values.config).stem
+  devices = absent.devices(values.topology, values.num_slices)
+  if values.layout is not None:
+    own, layout = config, layout_text.parse(values.layout)
+    config = layout.applied(config)
+    layout.check(config, len(devices), own=own)
+  else:
+    slices = mesh_lib.num_slices(devices)
+    layouts.check(config, len(devices), num_slices=slices)
+  plan = planning.make(config, values.topology, values.num_slices)
+  advice = plan_advice.of(config, plan)
+  print(plan_text.text(name, plan, advice))
+  if values.html:
+    file = pathlib.Path(values.html)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(plan_page.page(name, plan, advice), encoding='utf-8')
+    print(f'The page is {file}')
+  if values.json:
+    print(json.dumps(plan_text.to_json(plan, advice)))
+
+
+if __name__ == '__main__':
+  main()

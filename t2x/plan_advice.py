@@ -1,0 +1,198 @@
+"""What a plan warns of, and what would mend each."""
+
+from collections.abc import Iterator
+import math
+
+from t2x import experiment
+from t2x import planning
+from t2x import sharding_table
+from t2x.layers import attention
+from t2x.layers import moe
+
+_LANES = 128  # Columns of a TPU's matrix unit and of its vector registers.
+_LARGE = 0.05  # Of a device's memory.
+
+
+def of(config: experiment.Experiment, plan: planning.Plan) -> list[str]:
+  """Returns warnings, each with a remedy.
+
+  Args:
+    config: that was planned.
+    plan: its plan.
+  """
+  checks = (
+    _copies,
+    _padding,
+    _gathers,
+    _exposed,
+    _idle,
+    _precision,
+    _blocks,
+    _again,
+  )
+  return [line for check in checks for line in check(config, plan)]
+
+
+def _copies(config, plan) -> Iterator[str]:
+  """Parameters of which many devices hold all."""
+  table = sharding_table.make(config, math.prod(plan.sizes.values()))
+  limit = plan.memory.limit or plan.memory.needed
+  spare = sum(
+    row.spare_bytes
+    for rows in table.groups.values()
+    for row in rows
+    if row.copies > 1
+  )
+  if spare < _LARGE * limit:
+    return
+  row, *_ = sharding_table.largest_copies(table, 1)
+  over = sharding_table.copied_over(row, table)
+  axes = ', '.join(f'{axis}={size}' for axis, size in over.items())
+  yield (
+    f'copies of state take {sharding_table.bytes_text(spare)} of each device: '
+    f'{row.path} alone lies {row.copies} times, over {axes}. Give these '
+    'devices to mesh.fsdp, or name the axes in the rule of one of its '
+    'dimensions (rules.embed, rules.vocab, rules.mlp, rules.heads).'
+  )
+
+
+def _padding(config, plan) -> Iterator[str]:
+  if plan.chip is None or not plan.chip[0].isalnum() or _is_gpu(plan):
+    return
+  tensor = plan.sizes['tensor']
+  for kind in dict.fromkeys(config.model.kinds):
+    if kind.head_dim % _LANES:
+      filled = kind.head_dim / (-(-kind.head_dim // _LANES) * _LANES)
+      yield (
+        f'attention.head_dim={kind.head_dim} fills '
+        f'{sharding_table.percent(filled)} of the {_LANES} lanes of a TPU: '
+        'scores take as long as with 128. Fewer, wider heads cost the same.'
+      )
+      break
+  for mlp in dict.fromkeys(config.model.mlp_kinds):
+    width = mlp.hidden // tensor
+    if mlp.hidden % tensor == 0 and width % _LANES:
+      yield (
+        f'mlp.hidden={mlp.hidden} over tensor={tensor} leaves {width} columns '
+        f'to a device, no multiple of {_LANES}. Choose another mesh.tensor.'
+      )
+      break
+    if isinstance(mlp, moe.MoeConfig):
+      capacity = getattr(mlp.router, 'capacity_factor', None)
+      if capacity and capacity > 1.0:
+        share = 1.0 - 1.0 / capacity
+        yield (
+          f"at even balance {sharding_table.percent(share)} of the experts' "
+          f'slots stay empty (mlp.router.capacity_factor={capacity}) and are '
+          'computed all the same. A smaller factor drops more tokens where '
+          'balance is uneven.'
+        )
+
+
+def _is_gpu(plan) -> bool:
+  return plan.chip is not None and plan.chip[:1] in 'abh'
+
+
+def _gathers(config, plan) -> Iterator[str]:
+  num = config.train.accumulate
+  fsdp = plan.sizes['fsdp']
+  if num == 1 or fsdp == 1 or plan.sizes['pipe'] > 1:
+    return
+  gathered = sum(
+    row.bytes
+    for row in plan.sent
+    if row.kind == 'all-gather' and 'fsdp' in row.axes
+  )
+  yield (
+    f'all weights are gathered over fsdp={fsdp} in each of '
+    f'train.accumulate={num} microbatches, '
+    f'{sharding_table.bytes_text(gathered)} a step. Fewer microbatches with '
+    'train.remat=full (or train.loss.token_chunks) need fewer; '
+    'train.accumulate_whole=true reduces gradients once, for memory.'
+  )
+
+
+def _exposed(config, plan) -> Iterator[str]:
+  r = plan.roofline
+  if r is None or r.exposed < 0.1 * r.seconds:
+    return
+  row = max(plan.sent, key=lambda row: row.bytes - row.hidden)
+  share = r.exposed / r.seconds
+  axes = ','.join(row.axes) or '-'
+  yield (
+    f'{sharding_table.percent(share)} of the least time are exchanges beside '
+    f'no product, most of them {row.kind} along {axes} '
+    f'({sharding_table.bytes_text(row.bytes - row.hidden)}). '
+    + _remedy(row, plan)
+  )
+
+
+def _remedy(row, plan) -> str:
+  if 'tensor' in row.axes:
+    return (
+      'A smaller mesh.tensor sends less; '
+      'rules.norm_length=context,tensor splits what remains.'
+    )
+  if 'context' in row.axes:
+    return 'A smaller mesh.context, or the other rules.context_attention.'
+  if 'expert' in row.axes:
+    return 'A smaller mesh.expert sends less far.'
+  if plan.num_slices > 1:
+    return 'Keep mesh.fsdp within a slice, and mesh.data between them.'
+  return 'More tokens to a device hide more.'
+
+
+def _idle(config, plan) -> Iterator[str]:
+  if plan.roofline is None or plan.roofline.idle < 0.2:
+    return
+  yield (
+    f'stages wait {sharding_table.percent(plan.roofline.idle)} of the time. '
+    'More pipeline.microbatches, pipeline.schedule=interleaved or zb_h1, or a '
+    'smaller mesh.pipe.'
+  )
+
+
+def _precision(config, plan) -> Iterator[str]:
+  if plan.chip is not None and config.model.dtype == 'float32':
+    yield (
+      'activations are float32, at half the speed and twice the memory of '
+      'bfloat16. Set model.dtype=bfloat16.'
+    )
+
+
+def _blocks(config, plan) -> Iterator[str]:
+  """Attention that no kernel runs, on a chip that has one."""
+  if plan.chip is None or plan.refused or plan.flops.kernels:
+    return
+  if plan.sizes['context'] > 1:
+    return  # A ring has its own way.
+  yield (
+    'attention runs in blocks and not by the kernel of the chip, which takes '
+    'no biases on scores (T5, ALiBi), no dropout on them, no prefix, and '
+    f'lengths of multiples of {_LANES} alone. {_why(config)}'
+  ).strip()
+
+
+def _why(config) -> str:
+  if config.model.position is not None:
+    kind = type(config.model.position).__name__
+    if kind in ('RelativeBuckets', 'Alibi'):
+      return f'Here model.position is {kind}.'
+  dropout = [k.dropout for k in config.model.kinds if k.dropout]
+  if dropout:
+    return f'Here attention.dropout={dropout[0]}; 0 takes the kernel.'
+  if config.data.length % _LANES:
+    return f'Here data.length={config.data.length}.'
+  kinds: tuple[attention.AttentionConfig, ...] = config.model.kinds
+  if any(kind.kernel == 'blocks' for kind in kinds):
+    return 'Here attention.kernel=blocks.'
+  return ''
+
+
+def _again(config, plan) -> Iterator[str]:
+  if plan.flops.executed and plan.flops.ratio > 1.5:
+    yield (
+      f"the program computes {plan.flops.ratio:.2f} of the model's FLOPs. "
+      'Look at train.remat (full costs a third), the blocks that masks cut '
+      'through (attention.block), slots of experts, and uniform stages.'
+    )
