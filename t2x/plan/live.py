@@ -129,11 +129,11 @@ class _Walk:
     if op == 'get-tuple-element':
       index = int(instruction.named('index'))
       parts = given[0].parts
-      return parts[index] if parts is not None else given[0]
+      return given[0] if parts is None else parts[index]
     if op in _SAME:
       return given[0] if given else _NONE
-    if op.endswith('-done'):
-      return given[0] if given else _NONE
+    if op.endswith('-done'):  # One of what was started: which is not told.
+      return _spread(given[0] if given else _NONE, instruction.type)
     if op == 'dynamic-update-slice':
       return given[0]
     updated = self._in_place(instruction)
@@ -191,6 +191,14 @@ class _Walk:
       _Walk(scope).peak() for scope in loops.called(self._scope, instruction)
     ]
     return max(peaks, key=lambda p: sum(b.bytes for b in p), default=[])
+
+
+def _spread(value: _Value, type_: str) -> _Value:
+  """Returns a result of some type, each element of which may be all buffers."""
+  one = _Value(None, value.all)
+  if not type_.startswith('('):
+    return one
+  return _Value((one,) * len(_elements(type_)), frozenset())
 
 
 def _elements(type_: str) -> list[str]:

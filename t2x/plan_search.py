@@ -1,0 +1,301 @@
+"""Which layout to run on: many are estimated, the best few compiled.
+
+found = plan_search.candidates(config, devices)
+for candidate in plan_search.ranked(found)[:4]: ...
+
+Layouts (mesh sizes) x remat policies x microbatches that can be are estimated
+by `estimate` within seconds; of those that should fit, those with the least
+time are compiled, in processes of their own, and ranked by what the compiler
+says. What was compiled once is kept on disk.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from concurrent import futures
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import subprocess
+import tempfile
+import time
+from typing import Any
+
+from t2x import config as config_lib
+from t2x import consistency
+from t2x import estimate as estimate_lib
+from t2x import experiment
+from t2x import fingerprint
+from t2x import layouts
+from t2x import mesh as mesh_lib
+from t2x.layers import moe
+
+_REMATS = ('none', 'dots', 'full')
+_MOST_TENSOR = 8  # Past it the sums of activations are what a step waits for.
+_LONG = 8192  # Rows from which it may be worth splitting them.
+_MARGIN = 1.1  # Estimates are off by about a tenth.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+  """One way to run an experiment.
+
+  Attributes:
+    config: the experiment in this layout.
+    settings: what differs from the experiment, as for --set.
+    estimate: what it should cost.
+  """
+
+  config: experiment.Experiment
+  settings: tuple[str, ...]
+  estimate: estimate_lib.Estimate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+  """What the compiler says of a candidate.
+
+  Attributes:
+    candidate: it.
+    plan: as `plan_text.to_json`; None where time was up or it failed.
+    note: why there is none, or ''.
+  """
+
+  candidate: Candidate
+  plan: dict[str, Any] | None
+  note: str = ''
+
+
+def candidates(
+  config: experiment.Experiment, topology: str, num_slices: int = 1
+) -> list[Candidate]:
+  """Returns the ways to run that can be, estimated; the fastest that fit first.
+
+  Args:
+    config: the experiment; its rows and model stay.
+    topology: as for `absent.devices`.
+    num_slices: of it.
+  """
+  found = []
+  for own, settings in _ways(config, topology, num_slices):
+    try:
+      estimate = estimate_lib.of_topology(own, topology, num_slices)
+    except ValueError:  # A layout that cannot be.
+      continue
+    found.append(Candidate(config=own, settings=settings, estimate=estimate))
+  return sorted(found, key=_order)
+
+
+def _order(candidate: Candidate):
+  e = candidate.estimate
+  return not e.fits(_MARGIN), e.seconds if e.fits(_MARGIN) else e.memory.peak
+
+
+def _ways(
+  config: experiment.Experiment, topology: str, num_slices: int
+) -> Iterator[tuple[experiment.Experiment, tuple[str, ...]]]:
+  num = estimate_lib.num_devices(topology, num_slices)
+  for mesh in _meshes(config, num, num_slices):
+    parts = mesh.data * mesh.fsdp * mesh.expert
+    rows = config.data.batch_size
+    if rows % parts:
+      continue
+    for remat in _REMATS:
+      for settings in _microbatches(rows // parts, mesh):
+        settings = (*_text(mesh), f'train.remat={remat}', *settings)
+        try:
+          own = config_lib.override(
+            config, config_lib.parse_settings([*settings])
+          )
+          consistency.check(own, num)
+        except ValueError:
+          continue
+        yield own, settings
+
+
+def _meshes(config, num: int, num_slices: int) -> Iterator[mesh_lib.MeshConfig]:
+  model = config.model
+  experts = any(isinstance(m, moe.MoeConfig) for m in model.mlp_kinds)
+  for sizes in layouts.factorisations(num, 6):
+    data, fsdp, tensor, context, expert, pipe = sizes
+    if tensor > _MOST_TENSOR or (expert > 1 and not experts):
+      continue
+    if context > 1 and config.data.length < _LONG:
+      continue
+    if pipe > model.num_layers or (data % num_slices if num_slices > 1 else 0):
+      continue
+    yield mesh_lib.MeshConfig(
+      data=data,
+      fsdp=fsdp,
+      tensor=tensor,
+      context=context,
+      expert=expert,
+      pipe=pipe,
+      dcn=mesh_lib.Dcn(data=num_slices),
+    )
+
+
+def _text(mesh: mesh_lib.MeshConfig) -> Iterator[str]:
+  for axis in mesh_lib.AXES:
+    yield f'mesh.{axis}={getattr(mesh, axis)}'
+  if mesh.dcn.data != 1:
+    yield f'mesh.dcn.data={mesh.dcn.data}'
+
+
+def _microbatches(rows: int, mesh) -> Iterator[tuple[str, ...]]:
+  """Yields ways to cut a device's rows."""
+  counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if rows % n == 0]
+  if mesh.pipe == 1:
+    for n in counts:
+      yield (f'train.accumulate={n}',)
+    return
+  for n in counts:
+    if n < mesh.pipe:
+      continue
+    for schedule in ('one_f_one_b', 'interleaved', 'zb_h1'):
+      yield (
+        'train.accumulate=1',
+        f'pipeline.microbatches={n}',
+        f'pipeline.schedule={schedule}',
+      )
+
+
+# --- The best few, compiled. ---
+
+
+def compile_best(
+  found: Sequence[Candidate],
+  topology: str,
+  num_slices: int,
+  *,
+  command: Sequence[str],
+  cache: pathlib.Path,
+  most: int,
+  processes: int,
+  seconds: float,
+  say: Callable[[str], None],
+) -> list[Result]:
+  """Compiles candidates in order, several at a time; the fastest first.
+
+  Args:
+    found: candidates, the most promising first.
+    topology: as for `absent.devices`.
+    num_slices: of it.
+    command: that plans one: it is given --config, --topology, --num_slices
+      and --json, and prints a plan as its last line.
+    cache: directory of what was compiled before.
+    most: how many to compile.
+    processes: at a time.
+    seconds: after which none is waited for.
+    say: told what was compiled.
+  """
+  end = time.monotonic() + seconds
+
+  def one(candidate: Candidate) -> Result:
+    file = cache / f'{_key(candidate, topology, num_slices)}.json'
+    if file.is_file():
+      say(f'{_short(candidate)}: known')
+      return Result(candidate=candidate, plan=json.loads(file.read_text()))
+    left = end - time.monotonic()
+    if left <= 0:
+      return Result(candidate=candidate, plan=None, note='time was up')
+    with tempfile.TemporaryDirectory() as directory:
+      saved = pathlib.Path(directory) / 'config.json'
+      saved.write_text(config_lib.dumps(candidate.config))
+      flags = [f'--config={saved}', f'--topology={topology}']
+      flags += [f'--num_slices={num_slices}', '--json']
+      start = time.monotonic()
+      try:
+        done = subprocess.run(
+          [*command, *flags], capture_output=True, text=True, timeout=left
+        )
+      except subprocess.TimeoutExpired:
+        return Result(candidate=candidate, plan=None, note='time was up')
+    if done.returncode:
+      last = (done.stderr.strip() or done.stdout.strip()).splitlines()
+      note = last[-1] if last else f'exit status {done.returncode}'
+      return Result(candidate=candidate, plan=None, note=note)
+    text = done.stdout.strip().splitlines()[-1]
+    cache.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f'.{os.getpid()}')
+    part.write_text(text)
+    part.replace(file)
+    say(f'{_short(candidate)}: {time.monotonic() - start:.0f} s')
+    return Result(candidate=candidate, plan=json.loads(text))
+
+  with futures.ThreadPoolExecutor(processes) as pool:
+    results = list(pool.map(one, found[:most]))
+  return sorted(results, key=_compiled_order)
+
+
+def _compiled_order(result: Result):
+  plan = result.plan
+  if plan is None or not plan['roofline']:
+    return (2, 0.0)
+  return (0 if plan['fits'] else 1, plan['roofline']['seconds'])
+
+
+def _short(candidate: Candidate) -> str:
+  kept = [
+    s.removeprefix('mesh.')
+    for s in candidate.settings
+    if not s.endswith('=1') and not s.startswith('mesh.dcn')
+  ]
+  return ' '.join(kept)
+
+
+def _key(candidate: Candidate, topology: str, num_slices: int) -> str:
+  source = fingerprint.of_source(candidate.config)
+  outer = experiment.OUTER_SETTINGS
+  config = {
+    name: value
+    for name, value in config_lib.flatten(source['config']).items()
+    if not name.startswith(tuple(outer))
+  }
+  parts = [config, source['code'], fingerprint.compilers(), topology, num_slices]
+  text = json.dumps(parts, sort_keys=True, default=str)
+  return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def table(results: Sequence[Result]) -> list[list[str]]:
+  """Returns a row of cells for each result, under a header."""
+  rows = [
+    ['', 'settings', 'peak GiB', 'estimated', 'step', 'estimated', 'MFU', 'by']
+  ]
+  for i, result in enumerate(results, 1):
+    e, plan = result.candidate.estimate, result.plan
+    gib = lambda size: f'{size / 2**30:.2f}'
+    guess = [gib(e.memory.peak), f'{1000 * e.seconds:.0f} ms']
+    if plan is None or not plan['roofline']:
+      why = result.note or (plan and plan['refused']) or ''
+      cells = ['-', guess[0], '-', guess[1], '-', why[:60]]
+    else:
+      r = plan['roofline']
+      peak = gib(plan['memory']['peak_bytes'])
+      cells = [peak, guess[0], f'{1000 * r["seconds"]:.0f} ms', guess[1]]
+      cells += [f'{100 * r["mfu_limit"]:.1f}%', r['bound']]
+    rows.append([str(i), _short(result.candidate), *cells])
+  return rows
+
+
+def count(found: Sequence[Candidate]) -> tuple[int, int]:
+  """Returns how many were estimated, and how many of them should fit."""
+  return len(found), sum(c.estimate.fits(_MARGIN) for c in found)
+
+
+def chips_needed(found: Sequence[Candidate]) -> int | None:
+  """Returns about how many devices the leanest candidate would fit on.
+
+  Its state is taken to split further, its activations not.
+  """
+  if not found:
+    return None
+  e = min((c.estimate for c in found), key=lambda e: e.memory.peak)
+  if e.limit is None or e.memory.temporaries >= e.limit:
+    return None
+  state = e.memory.arguments * e.num_devices
+  need = _MARGIN * state / (e.limit - _MARGIN * e.memory.temporaries)
+  return 2 ** math.ceil(math.log2(max(need, 1.0)))
