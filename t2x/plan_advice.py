@@ -36,7 +36,7 @@ def of(config: experiment.Experiment, plan: planning.Plan) -> list[str]:
 def _copies(config, plan) -> Iterator[str]:
   """Parameters of which many devices hold all."""
   table = sharding_table.make(config, math.prod(plan.sizes.values()))
-  limit = plan.memory.limit or plan.memory.needed
+  limit = plan.memory.limit or plan.memory.peak
   spare = sum(
     row.spare_bytes
     for rows in table.groups.values()
@@ -78,13 +78,13 @@ def _padding(config, plan) -> Iterator[str]:
       )
       break
     if isinstance(mlp, moe.MoeConfig):
-      capacity = getattr(mlp.router, 'capacity_factor', None)
+      capacity = getattr(mlp.router, 'capacity', None)
       if capacity and capacity > 1.0:
         share = 1.0 - 1.0 / capacity
         yield (
           f"at even balance {sharding_table.percent(share)} of the experts' "
-          f'slots stay empty (mlp.router.capacity_factor={capacity}) and are '
-          'computed all the same. A smaller factor drops more tokens where '
+          f'slots stay empty (mlp.router.capacity={capacity}) and are '
+          'computed all the same. A smaller one drops more tokens where '
           'balance is uneven.'
         )
 

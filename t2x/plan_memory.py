@@ -37,7 +37,7 @@ class Memory:
   Attributes:
     arguments: parameters, optimizer state and batch.
     temporaries: the largest that exists at a time, beside them.
-    peak: of all at a time; None where the compiler refused the program.
+    peak: of all at a time; what the compiler asked for, where it refused.
     host: bytes of them in the memory of the hosts.
     limit: what a device has; None where it is not known.
     state: part of the train state -> module -> bytes.
@@ -47,20 +47,15 @@ class Memory:
 
   arguments: float
   temporaries: float
-  peak: float | None
+  peak: float
   host: float = 0.0
   limit: float | None
   state: Mapping[str, Mapping[str, float]]
   activations: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   @property
-  def needed(self) -> float:
-    """The peak, or what is known to be needed."""
-    return self.arguments + self.temporaries if self.peak is None else self.peak
-
-  @property
   def fits(self) -> bool | None:
-    return None if self.limit is None else self.needed <= self.limit
+    return None if self.limit is None else self.peak <= self.limit
 
 
 def of_compiled(
@@ -115,10 +110,11 @@ def of_refused(
     for number, unit in re.findall(r'([\d.]+)([KMGT])\b', message)
   ]
   arguments = sum(sum(part.values()) for part in state.values())
+  needed = max(sizes, default=arguments)
   return Memory(
     arguments=arguments,
-    temporaries=max(sizes, default=0.0),
-    peak=None,
+    temporaries=max(needed - arguments, 0.0),
+    peak=needed,
     limit=_limit(chip),
     state=state,
   )

@@ -66,7 +66,7 @@ def _tiles(plan: planning.Plan) -> str:
   memory, f = plan.memory, plan.flops
   figures = [
     ('memory', f'<span class="{color}">{verdict}</span>'),
-    ('peak', f'{plan_text.gib(memory.needed)} GiB'),
+    ('peak', f'{plan_text.gib(memory.peak)} GiB'),
     ('FLOPs of the model', plan_text.flops(f.model)),
   ]
   if f.executed:
@@ -106,9 +106,9 @@ def _memory(plan: planning.Plan) -> str:
   batch = memory.arguments - sum(groups.values())
   if batch > 1e5:
     parts.append(('batch', batch, _gib(batch)))
-  beside = memory.needed - memory.arguments
+  beside = memory.peak - memory.arguments
   parts.append(('temporaries at the peak', beside, _gib(beside)))
-  whole = max(memory.limit or 0.0, memory.needed)
+  whole = max(memory.limit or 0.0, memory.peak)
   limit = memory.limit
   of = (
     f'<p class="note">Of {_gib(limit)} that a device has.</p>' if limit else ''
@@ -167,8 +167,8 @@ def _times(plan: planning.Plan) -> str:
   )
   return (
     f'<div class="wide"><table class="rows"><tbody>{lines}</tbody></table>'
-    '</div><p class="note">A model by the published figures of the chip, and no '
-    f'measurement: bound by {r.bound}.{idle}</p>'
+    '</div><p class="note">A model by the published figures of the chip, and '
+    f'no measurement: bound by {r.bound}.{idle}</p>'
   )
 
 

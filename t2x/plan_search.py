@@ -255,7 +255,13 @@ def _key(candidate: Candidate, topology: str, num_slices: int) -> str:
     for name, value in config_lib.flatten(source['config']).items()
     if not name.startswith(tuple(outer))
   }
-  parts = [config, source['code'], fingerprint.compilers(), topology, num_slices]
+  parts = [
+    config,
+    source['code'],
+    fingerprint.compilers(),
+    topology,
+    num_slices,
+  ]
   text = json.dumps(parts, sort_keys=True, default=str)
   return hashlib.sha256(text.encode()).hexdigest()[:24]
 

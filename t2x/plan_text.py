@@ -77,8 +77,7 @@ def _memory(plan: planning.Plan) -> list[str]:
   ]
   if memory.host:
     rows.append(['in the memory of the hosts', gib(memory.host)])
-  if memory.peak is not None:
-    rows.append(['peak', gib(memory.peak)])
+  rows.append(['peak', gib(memory.peak)])
   lines = sharding_table.aligned(rows, '<>')
   return [*lines, _verdict(plan)]
 

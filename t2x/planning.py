@@ -90,7 +90,6 @@ class Plan:
     refused: what the compiler said of a program that it did not take.
     flops: of one step.
     sent: exchanges, the most bytes first.
-    in_loops: all-gathers of weights within loops, by the operation's name.
     roofline: the least time of a step.
     peak: FLOP/s of a device.
     formula: of the model's FLOPs.

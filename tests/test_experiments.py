@@ -27,7 +27,8 @@ def get_config(name):
 
 
 def test_the_list_is_complete():
-  real = {'llama2_7b', 'gpt2_small', 't5_base', 'bert_base'}
+  real = {'llama2_7b', 'llama_1b', 'mixtral_8x7b', 'gpt3_175b', 'gpt2_small'}
+  real |= {'t5_base', 't5_11b', 'bert_base'}
   assert {*_TINY, *_TOOLS, *real} <= set(_NAMES)
 
 
