@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from t2x import sharding
 from t2x import shards
@@ -11,6 +12,7 @@ from t2x.attention import dense
 from t2x.attention import kernels
 from t2x.attention import mask as mask_lib
 from t2x.attention import ring
+from t2x.attention import splash
 
 
 def attend(
@@ -48,5 +50,7 @@ def attend(
       'mesh axis. Set rules.length=context.'
     )
   exchanged = sharding.active_rules().context_attention == 'all_to_all'
-  fn = all_to_all.attend if exchanged else ring.attend
-  return fn(q_BTNH, k_BSKH, v_BSKH, mask, axes[0], **kwargs)
+  if exchanged:
+    return all_to_all.attend(q_BTNH, k_BSKH, v_BSKH, mask, axes[0], **kwargs)
+  out = ring.attend(q_BTNH, k_BSKH, v_BSKH, mask, axes[0], **kwargs)
+  return checkpoint_name(out, splash.NAME)

@@ -38,7 +38,9 @@ def attend(
   """
   why = None
   if options.kernel != 'blocks':
-    why = why_not(q_BTNH, k_BSKH, mask, bias, dropout, platform())
+    why = why_not(
+      q_BTNH, k_BSKH, mask, bias, dropout, platform(), options.block
+    )
     if options.kernel == 'flash' and why:
       raise ValueError(
         f'attention.kernel=flash: {why}. Set it to auto, which takes the '
@@ -71,6 +73,7 @@ def why_not(
   bias: Any,
   dropout: Any,
   platform: str,
+  block: int | None = None,
 ) -> str | None:
   """Returns why no kernel serves here, or None where one does.
 
@@ -81,6 +84,7 @@ def why_not(
     bias: as for `dense.attend`.
     dropout: as for `dense.attend`.
     platform: of the devices.
+    block: side of a block; None chooses.
   """
   lengths = q_BTNH.shape[1], k_BSKH.shape[1]
   if platform != 'tpu':
@@ -96,6 +100,15 @@ def why_not(
       f'{lengths[0]} queries and {lengths[1]} keys are not multiples of '
       f'{splash.LANES}'
     )
+  if mask.is_ordered and lengths[0] != lengths[1]:
+    return (
+      f'in an order, {lengths[0]} queries of {lengths[1]} keys are not in it'
+    )
+  if block and (block % splash.LANES or any(n % block for n in lengths)):
+    return (
+      f'attention.block={block} is no multiple of {splash.LANES} that divides '
+      f'{lengths[0]} queries and {lengths[1]} keys'
+    )
   return None
 
 
@@ -109,15 +122,22 @@ def _on_parts(fn, q_BTNH, k_BSKH, v_BSKH, mask):
   if not sharding.is_active() or not axes:
     return fn(q_BTNH, k_BSKH, v_BSKH, mask)
   rows, heads = shards.auto_axes('batch'), shards.auto_axes('heads')
-  if shards.auto_axes('kv_heads') != heads:
-    # Each device's queries need their own keys beside them.
-    group = q_BTNH.shape[2] // k_BSKH.shape[2]
-    k_BSKH, v_BSKH = (jnp.repeat(a, group, 2) for a in (k_BSKH, v_BSKH))
-  split = P(rows, None, heads)
+  kv_heads = shards.auto_axes('kv_heads')
+  group = q_BTNH.shape[2] // k_BSKH.shape[2]
+
+  def local(q_BTNH, k_BSKH, v_BSKH, mask):
+    if kv_heads != heads:
+      # Each device has all keys, of which its queries look at some.
+      num = q_BTNH.shape[2]
+      of_N = (jax.lax.axis_index(heads) * num + jnp.arange(num)) // group
+      k_BSKH, v_BSKH = (jnp.take(a, of_N, 2) for a in (k_BSKH, v_BSKH))
+    return fn(q_BTNH, k_BSKH, v_BSKH, mask)
+
+  split, keys = P(rows, None, heads), P(rows, None, kv_heads)
   mask_spec = jax.tree.map(lambda _: P(rows), mask)
   return jax.shard_map(
-    fn,
-    in_specs=(split, split, split, mask_spec),
+    local,
+    in_specs=(split, keys, keys, mask_spec),
     out_specs=split,
     axis_names=axes,
     check_vma=False,

@@ -15,7 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_mask as splash_mask,
 )
-import numpy as np
+import jax.numpy as jnp
 
 from t2x.attention import mask as mask_lib
 
@@ -50,7 +50,8 @@ def attend(
     q_BTNH: queries; T is a multiple of 128.
     k_BSKH: keys; S too.
     v_BSKH: values.
-    mask: in the order of the arrays; without a prefix.
+    mask: in the order of the arrays; without a prefix. In an ordered one each
+      query sees a key.
     scale: factor of the scores.
     soft_cap: bounds them.
     block: side of a block; None chooses.
@@ -80,14 +81,19 @@ def attend(
   if mask.q_segments_BT is not None and mask.k_segments_BS is not None:
     segments = kernel_lib.SegmentIds(mask.q_segments_BT, mask.k_segments_BS)
   heads_first = lambda a: a.swapaxes(1, 2)
-  q_BTNH = q_BTNH * np.asarray(scale, q_BTNH.dtype)
+  # The factor itself is not rounded to the dtype of the queries.
+  q_BTNH = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
   parts = map(heads_first, (q_BTNH, k_BSKH, v_BSKH))
   pairs = visited(mask, T, S, q_side, k_side)
   width = q_BTNH.shape[-1] + v_BSKH.shape[-1]
   flops = 2 * q_BTNH.shape[0] * N * width * pairs
   with jax.named_scope(f'{FLOPS}{flops}'):
-    out_BNTH = jax.vmap(kernel)(*parts, segments)
-  return heads_first(out_BNTH)
+    out_BTNH = heads_first(jax.vmap(kernel)(*parts, segments))
+  if segments is None or mask.is_ordered:
+    return out_BTNH
+  # The kernel gives a query that sees nothing the mean of what is hidden.
+  same_BTS = segments.q[:, :, None] == segments.kv[:, None, :]
+  return jnp.where(same_BTS.any(-1)[..., None, None], out_BTNH, 0)
 
 
 def visited(
@@ -112,5 +118,5 @@ def _order(mask: mask_lib.Mask, T: int, S: int) -> splash_mask.Mask:
   return (
     splash_mask.CausalMask((T, S))
     if mask.causal
-    else (splash_mask.FullMask((T, S)))
+    else splash_mask.FullMask((T, S))
   )

@@ -16,12 +16,13 @@ from t2x.plan import traffic
 # Their results are their operands.
 _SAME = {
   'bitcast',
-  'copy-done',
   'get-tuple-element',
   'opt-barrier',
   'tuple',
   'while',
 }
+# Which element of what starts an exchange or a copy is filled by it.
+_FILLED = {'copy-start': 0}
 _ENTERED = ('call', 'conditional', 'while')
 
 
@@ -132,32 +133,56 @@ class _Walk:
       return given[0] if parts is None else parts[index]
     if op in _SAME:
       return given[0] if given else _NONE
-    if op.endswith('-done'):  # One of what was started: which is not told.
-      return _spread(given[0] if given else _NONE, instruction.type)
+    if op.endswith('-start') and instruction.type.startswith('('):
+      return self._started(instruction, place, given)
+    if op.endswith('-done'):
+      return self._ended(op, given)
     if op == 'dynamic-update-slice':
       return given[0]
     updated = self._in_place(instruction)
-    if updated is not None:
-      return self._values.get(updated, _NONE)
-    if instruction.type.startswith('('):
-      types = _elements(instruction.type)
-      return _Value(
-        tuple(self._new(instruction, place, t) for t in types), frozenset()
-      )
-    return self._new(instruction, place, instruction.type)
+    if len(updated) == 1 and not instruction.type.startswith('('):
+      return self._values.get(updated[0], _NONE)
+    if updated:
+      parts = tuple(self._values.get(name, _NONE) for name in updated)
+      return _Value(parts, frozenset())
+    return self._array(instruction, place, instruction.type)
 
-  def _in_place(self, instruction: hlo.Instruction) -> str | None:
-    """Returns the operand that a fusion updates, and gives back."""
-    if instruction.op != 'fusion' or instruction.type.startswith('('):
-      return None
+  def _array(self, instruction, place: int, type_: str) -> _Value:
+    """New memory for an array, or for each element of a tuple."""
+    if not type_.strip().startswith('('):
+      return self._new(instruction, place, type_)
+    parts = [
+      self._array(instruction, place, t) for t in _elements(type_.strip())
+    ]
+    return _Value(tuple(parts), frozenset())
+
+  def _started(self, instruction, place: int, given: list[_Value]) -> _Value:
+    """What starts something names what it is given, and what it fills."""
+    if instruction.op == 'all-reduce-start':
+      return self._array(instruction, place, instruction.type)
+    types = _elements(instruction.type)
+    filled = _FILLED.get(instruction.op, 1)
+    kept = _Value(None, frozenset().union(*(value.all for value in given)))
+    parts = [kept] * len(types)
+    parts[filled] = self._array(instruction, place, types[filled])
+    return _Value(tuple(parts), frozenset())
+
+  def _ended(self, op: str, given: list[_Value]) -> _Value:
+    parts = given[0].parts if given else None
+    if parts is None or op == 'all-reduce-done':
+      return given[0] if given else _NONE
+    return parts[_FILLED.get(op.replace('-done', '-start'), 1)]
+
+  def _in_place(self, instruction: hlo.Instruction) -> list[str]:
+    """Returns the operands that a fusion updates, and gives back."""
+    if instruction.op != 'fusion':
+      return []
     inner = self._scope.enter(
       instruction.callees[0], instruction, instruction.operands
     )
     updated, _ = traffic.updates(inner)
-    for name in updated:
-      literal = inner.computation.instructions[name].literal
-      return instruction.operands[int(literal)]
-    return None
+    place = lambda name: int(inner.computation.instructions[name].literal)
+    return [instruction.operands[place(name)] for name in updated]
 
   def peak(self) -> list[Buffer]:
     """Returns the buffers at the fullest moment, of those inside it too."""
@@ -191,14 +216,6 @@ class _Walk:
       _Walk(scope).peak() for scope in loops.called(self._scope, instruction)
     ]
     return max(peaks, key=lambda p: sum(b.bytes for b in p), default=[])
-
-
-def _spread(value: _Value, type_: str) -> _Value:
-  """Returns a result of some type, each element of which may be all buffers."""
-  one = _Value(None, value.all)
-  if not type_.startswith('('):
-    return one
-  return _Value((one,) * len(_elements(type_)), frozenset())
 
 
 def _elements(type_: str) -> list[str]:

@@ -106,24 +106,24 @@ def _of_fusion(scope: loops.Scope, instruction: hlo.Instruction) -> int:
   return total
 
 
-def updates(inner: loops.Scope) -> tuple[set[str], int]:
+def updates(inner: loops.Scope) -> tuple[list[str], int]:
   """Returns the parameters that a fusion updates in place, and what it writes.
 
-  That is so where all its results are such updates.
+  That is so where all its results are such updates; in their order.
   """
   body = inner.computation.instructions
   root = body[inner.computation.root]
   names = root.operands if root.op == 'tuple' else [root.name]
-  updated, written = set(), 0
+  updated, written = [], 0
   for name in names:
     _, made, _ = loops.resolve(inner, name)
     if made.op != 'dynamic-update-slice' or made.name not in body:
-      return set(), 0
+      return [], 0
     target = body[made.operands[0]]
     while target.op in ('bitcast', 'copy', 'convert') and target.operands:
       target = body[target.operands[0]]
     if target.op != 'parameter':
-      return set(), 0
-    updated.add(target.name)
+      return [], 0
+    updated.append(target.name)
     written += 2 * main_bytes(body[made.operands[1]].type)
   return updated, written

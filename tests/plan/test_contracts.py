@@ -42,6 +42,7 @@ SQUARE = 2 * D * D  # Of each of the four projections of attention.
 LAYER = 4 * SQUARE + 2 * 2 * D * F
 TABLE = 2 * V * D
 NORMS = 4 * (2 * L + 1) * D  # float32
+TOKENS = 4 * ROWS * LENGTH  # The ids of the batch, which `fsdp` gathers.
 # Without it the compiler gathers a weight again if its uses lie far apart.
 FAR = ('xla_tpu_spmd_threshold_for_allgather_cse=',)
 # A few scalars are exchanged too: the loss, the gradient's norm.
@@ -91,10 +92,10 @@ def gathered(found):
 def test_data_parallel_reduces_each_gradient_once():
   found = step_of({'data': 8})
   assert {c.kind for c in found} == {'all-reduce'}
-  # Matrices in the compute dtype; the tables' rows and the norms' scales are
-  # summed over tokens in float32, and so over devices.
-  assert reduced(found, 'bf16') == near(L * LAYER)
-  assert reduced(found, 'f32') == near(2 * 2 * TABLE + NORMS)
+  # Matrices in the compute dtype, the head's too; the token table's rows and
+  # the norms' scales are summed over tokens in float32, and so over devices.
+  assert reduced(found, 'bf16') == near(L * LAYER + TABLE)
+  assert reduced(found, 'f32') == near(2 * TABLE + NORMS)
 
 
 def test_gradients_reduced_in_float32():
@@ -119,14 +120,19 @@ FSDP = {'data': 1, 'fsdp': 8}
 
 def test_fsdp_moves_three_passes_over_the_parameters():
   found = step_of(FSDP, 'full')
-  # A layer is gathered for the forward and for the backward pass, a table
-  # once. What is gathered is in the compute dtype.
-  assert gathered(found) == near(2 * L * LAYER + 2 * TABLE)
-  assert {c.dtype for c in found if c.kind == 'all-gather'} == {'bf16'}
-  assert reduced(found, 'bf16') == near(L * LAYER)
-  assert reduced(found, 'f32') == near(2 * 2 * TABLE + NORMS)
-  # A table's reduction in float32 weighs what two passes do.
-  assert collectives.total(found) == near(3 * (L * LAYER + 2 * TABLE) + NORMS)
+  # A layer is gathered for the forward and for the backward pass, the head
+  # once. What is gathered is in the compute dtype, but for the tokens.
+  assert gathered(found) == 2 * L * LAYER + TABLE + TOKENS
+  kinds = {c.dtype for c in found if c.kind == 'all-gather'}
+  assert kinds == {'bf16', 's32'}
+  assert reduced(found, 'bf16') == L * LAYER + TABLE
+  assert reduced(found, 'f32') == near(NORMS)
+  # Vectors of a device's tokens are sent instead of the token table, and their
+  # gradients come back to where it lies: no sum of it crosses the mesh.
+  vectors = 2 * (ROWS * LENGTH // 8) * D
+  assert collectives.total(found, 'all-to-all') == 2 * vectors
+  want = 3 * L * LAYER + 2 * TABLE + NORMS + TOKENS + 2 * vectors
+  assert collectives.total(found) == near(want, rel=1e-4)
 
 
 def test_asynchronous_gathers_are_in_what_is_counted():
@@ -140,16 +146,16 @@ def test_asynchronous_gathers_are_in_what_is_counted():
 def test_the_compiler_may_gather_far_weights_again():
   """Queries', keys' and values': used first forward, so last backward."""
   found = step_of(FSDP, 'full', overrides=FAR)
-  extra = gathered(found) - 2 * L * LAYER - 2 * TABLE
+  extra = gathered(found) - 2 * L * LAYER - TABLE - TOKENS
   assert extra in [num * L * SQUARE for num in range(4)]
 
 
 def test_fsdp_reduces_in_float32():
   found = step_of(FSDP, 'full', 'float32')
   assert reduced(found, 'bf16') == 0
-  assert reduced(found) == near(2 * (L * LAYER + 2 * TABLE) + NORMS)
+  assert reduced(found) == near(2 * (L * LAYER + TABLE) + NORMS)
   # Weights still cross the mesh in the compute dtype.
-  assert gathered(found) == near(2 * L * LAYER + 2 * TABLE)
+  assert gathered(found) == 2 * L * LAYER + TABLE + TOKENS
 
 
 # --- Tensor parallel. ---
