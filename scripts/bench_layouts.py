@@ -58,6 +58,7 @@ from t2x.layers import position
 from t2x.models import decoder
 from t2x.plan import collectives
 from t2x.plan import hlo
+from t2x.plan import kernels
 from t2x.plan import matrix
 from t2x.plan import theory
 
@@ -164,7 +165,7 @@ def bench_layouts(args, devices, tpu: bool) -> list[dict]:
     )
     text, memory = figures(compiled)
     found = collectives.collectives(text, mesh)
-    flops = matrix.matrix_flops(text)
+    flops = matrix.matrix_flops(text) + kernels.kernel_flops(text)
     first = rows[0]['flops'] if rows else flops
     rows.append(
       {

@@ -73,20 +73,20 @@ def at_peak(text: str) -> list[Buffer]:
   return _Walk(scope, donated).peak()
 
 
-def _donated(text: str) -> set[int]:
+def _donated(text: str) -> frozenset[int]:
   """Returns the places of results that lie where an argument was."""
   head = text.partition('\n')[0]
   start = head.find('input_output_alias={')
   if start < 0:
-    return set()
+    return frozenset()
   found = re.findall(r'\{(\d+)\}: \(', head[start:])
-  return {int(place) for place in found}
+  return frozenset(int(place) for place in found)
 
 
 class _Walk:
   """One computation, from its first instruction to its last."""
 
-  def __init__(self, scope: loops.Scope, donated: set[int] = frozenset()):
+  def __init__(self, scope: loops.Scope, donated: frozenset[int] = frozenset()):
     self._scope = scope
     self._list = [*scope.computation.instructions.values()]
     self._values: dict[str, _Value] = {}
@@ -101,7 +101,7 @@ class _Walk:
             self._last[buffer] = place
     self._keep(donated)
 
-  def _keep(self, donated: set[int]) -> None:
+  def _keep(self, donated: frozenset[int]) -> None:
     """Results stay; those in an argument's place take none."""
     root = self._values[self._scope.computation.root]
     parts = root.parts or (root,)

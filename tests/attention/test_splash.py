@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from t2x.attention import dense
-from t2x.attention import kernels
 from t2x.attention import mask as mask_lib
 from t2x.attention import reference
 from t2x.attention import splash
