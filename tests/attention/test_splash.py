@@ -1,6 +1,7 @@
 """The splash kernels, run as they are written, against the dense oracle."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from t2x.attention import dense
+from t2x.attention import kernels
 from t2x.attention import mask as mask_lib
 from t2x.attention import reference
 from t2x.attention import splash
@@ -94,3 +96,90 @@ def test_values_and_gradients_are_the_oracles(name):
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     assert np.abs(b).max() > 0.1
     np.testing.assert_allclose(a, b, atol=3e-5)
+
+
+# --- What is visited, and where the kernel serves. ---
+
+
+@pytest.mark.parametrize(
+  'mask',
+  [
+    Mask(),
+    Mask(causal=True),
+    Mask(causal=True, window=1),
+    Mask(causal=True, window=130),
+    Mask(causal=True, window=129),
+    Mask(window=257),
+  ],
+)
+@pytest.mark.parametrize('sides', [(128, 128), (256, 128), (128, 384)])
+def test_visited_blocks_are_those_with_a_seen_pair(mask, sides):
+  length = 768
+  i, j = np.indices((length, length))
+  seen = np.full((length, length), True)
+  if mask.causal:
+    seen &= j <= i
+  if mask.window:
+    seen &= abs(i - j) < mask.window
+  q_side, k_side = sides
+  blocks = seen.reshape(length // q_side, q_side, length // k_side, k_side)
+  want = blocks.any((1, 3)).sum() * q_side * k_side
+  assert splash.visited(mask, length, length, *sides) == want
+
+
+def test_the_chosen_block_divides():
+  assert [splash.block_size(n) for n in (128, 640, 768, 1024, 2048)] == [
+    128, 128, 384, 512, 512,
+  ]  # fmt: skip
+  assert splash.block_size(192) is None
+
+
+def why(mask=Mask(causal=True), T=T, S=None, **given):
+  shape = lambda length: jax.ShapeDtypeStruct((B, length, 2, H), jnp.float32)
+  kwargs = {'bias': None, 'dropout': None, 'platform': 'tpu', **given}
+  return kernels.why_not(shape(T), shape(S or T), mask, **kwargs)
+
+
+@pytest.mark.parametrize(
+  ('given', 'words'),
+  [
+    ({'platform': 'gpu'}, 'there is no kernel for gpu devices'),
+    ({'bias': abs}, 'a bias on the scores .* is not in it'),
+    ({'dropout': abs}, 'dropout on the scores is not in it'),
+    (
+      {'mask': Mask(causal=True, prefix_B=jnp.zeros(2))},
+      'causal masks, windows and segments alone, of whole rows',
+    ),
+    ({'mask': Mask(q_index_BT=jnp.zeros((1, T)))}, 'of whole rows'),
+    ({'mask': Mask(causal=True, q_zigzag=2, k_zigzag=2)}, 'of whole rows'),
+    ({'T': 192}, '192 queries and 192 keys are not multiples of 128'),
+    ({'T': 256, 'S': 128}, 'in an order, 256 queries of 128 keys'),
+    ({'block': 64}, 'attention.block=64 is no multiple of 128 that divides'),
+    ({'T': 384, 'block': 256}, 'divides 384 queries and 384 keys'),
+  ],
+)
+def test_why_no_kernel_serves(given, words):
+  assert re.search(words, why(**given) or '')
+
+
+def test_where_it_serves():
+  own = jnp.zeros((B, T))
+  segments = Mask(causal=True, q_segments_BT=own, k_segments_BS=own)
+  for given in (
+    {},
+    {'mask': segments},
+    {'mask': Mask(window=5)},
+    {'mask': Mask(), 'S': 128},
+    {'block': 128},
+  ):
+    assert why(**given) is None
+
+
+def test_flash_is_refused_where_it_cannot_be():
+  q = jnp.ones((1, 128, 1, H))
+  flash = dense.Options(kernel='flash')
+  with pytest.raises(
+    ValueError,
+    match='attention.kernel=flash: there is no kernel for cpu devices. Set it',
+  ):
+    kernels.attend(q, q, q, Mask(), options=flash)
