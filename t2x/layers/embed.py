@@ -95,7 +95,8 @@ def _exchanged(
     local,
     in_specs=(P(vocab, embed), P(rows, length)),
     out_specs=P(rows, length),
-    axis_names={*mesh.axis_names} - {*mesh.manual_axes},
+    # Else the gradient would be summed over axes of one device, too.
+    axis_names={*embed, *rows, *length, *vocab},
     check_vma=False,
   )(table_VD[...], tokens_BT)
 

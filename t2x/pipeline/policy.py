@@ -1,5 +1,6 @@
 """What a forward pass keeps for the backward pass, by `train.remat`."""
 
+import jax
 from jax.extend import core
 
 from t2x import stack
@@ -20,4 +21,24 @@ def keeps(remat: str, eqn: core.JaxprEqn) -> bool:
     return name == param.PRODUCT
   saved = remat.partition(':')[2].split(',')
   assert set(saved) <= set(stack.SAVED_NAMES), remat
-  return name in saved
+  names = _names(eqn)
+  return bool(names) and names <= {*saved}
+
+
+def _names(eqn: core.JaxprEqn) -> set[str]:
+  """Returns the names of what an equation makes.
+
+  A kernel's are inside a `shard_map`, which gives nothing else out.
+  """
+  if eqn.primitive.name == 'name':
+    return {eqn.params['name']}
+  return _inside(eqn) if eqn.primitive.name == 'shard_map' else set()
+
+
+def _inside(eqn: core.JaxprEqn) -> set[str]:
+  found = set()
+  for jaxpr in jax.core.jaxprs_in_params(eqn.params):
+    for inner in jaxpr.eqns:
+      is_name = inner.primitive.name == 'name'
+      found |= {inner.params['name']} if is_name else _inside(inner)
+  return found

@@ -1,6 +1,5 @@
 """Attention's kernel in programs compiled for TPU: once, on a device's own."""
 
-import dataclasses
 import functools
 import re
 
@@ -170,9 +169,6 @@ def test_what_attention_gives_is_saved_once():
   one = lambda shape: tuple(n for n in shape if n > 1)
   kept = lambda shape: [t for t, s in stacks if one(s) == one(shape)]
   assert kept(out) == ['bf16', 'bf16'] and kept(sums) == ['f32', 'f32']
-  # Besides them, each layer's input alone has tokens in it.
-  rest = [s for _, s in stacks if LENGTH in s and N not in s and D in s]
-  assert [one(s) for s in rest] == []
 
 
 @pytest.mark.slow
@@ -186,16 +182,17 @@ def test_gradients_of_weights_are_stacked_in_the_compute_dtype():
 
 
 @pytest.mark.slow
-def test_stages_run_it_once_for_each_microbatch():
+def test_stages_keep_what_it_gives():
+  """It is named inside a `shard_map`, where the stages' policy finds it."""
   config = experiment.Experiment(
-    model=dataclasses.replace(MODEL, num_layers=2),
+    model=MODEL,
     data=data.DataConfig(
       length=LENGTH, batch_size=ROWS, tokenizer=tokenizers.Bytes()
     ),
+    train=experiment.TrainConfig(remat='save:attention'),
     mesh=mesh_lib.MeshConfig(data=1, pipe=2, tensor=4),
     pipeline=pipeline_config.PipelineConfig(microbatches=2),
   )
   mesh = mesh_lib.make(config.mesh, tpu.devices('v5e:2x4'))
   text = tpu.compile_text(absent.lower_step(config, mesh))
-  print(calls(text))
   assert calls(text) == ['dkv', 'dq', 'fwd']
