@@ -51,13 +51,16 @@ def attend(
     out = dense.attend(q_BTNH, k_BSKH, v_BSKH, mask, **parts)
     return checkpoint_name(out, splash.NAME)
   scale = options.scale
-  fn = functools.partial(
-    splash.attend,
+  return splash.attend(
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    mask,
     scale=q_BTNH.shape[-1] ** -0.5 if scale is None else scale,
     soft_cap=options.soft_cap,
     block=options.block,
+    place=lambda fn: functools.partial(_on_parts, fn),
   )
-  return _on_parts(fn, q_BTNH, k_BSKH, v_BSKH, mask)
 
 
 def platform() -> str:
@@ -112,7 +115,7 @@ def why_not(
   return None
 
 
-def _on_parts(fn, q_BTNH, k_BSKH, v_BSKH, mask):
+def _on_parts(fn, q_BNTH, k_BKSH, v_BKSH, mask):
   """Applies `fn` on each device to its rows and heads.
 
   The partitioner cannot cut a kernel, so every mesh axis is named.
@@ -120,20 +123,20 @@ def _on_parts(fn, q_BTNH, k_BSKH, v_BSKH, mask):
   mesh = jax.sharding.get_abstract_mesh()
   axes = {*mesh.axis_names} - {*mesh.manual_axes}
   if not sharding.is_active() or not axes:
-    return fn(q_BTNH, k_BSKH, v_BSKH, mask)
+    return fn(q_BNTH, k_BKSH, v_BKSH, mask)
   rows, heads = shards.auto_axes('batch'), shards.auto_axes('heads')
   kv_heads = shards.auto_axes('kv_heads')
-  group = q_BTNH.shape[2] // k_BSKH.shape[2]
+  group = q_BNTH.shape[1] // k_BKSH.shape[1]
 
-  def local(q_BTNH, k_BSKH, v_BSKH, mask):
+  def local(q_BNTH, k_BKSH, v_BKSH, mask):
     if kv_heads != heads:
       # Each device has all keys, of which its queries look at some.
-      num = q_BTNH.shape[2]
+      num = q_BNTH.shape[1]
       of_N = (jax.lax.axis_index(heads) * num + jnp.arange(num)) // group
-      k_BSKH, v_BSKH = (jnp.take(a, of_N, 2) for a in (k_BSKH, v_BSKH))
-    return fn(q_BTNH, k_BSKH, v_BSKH, mask)
+      k_BKSH, v_BKSH = (jnp.take(a, of_N, 1) for a in (k_BKSH, v_BKSH))
+    return fn(q_BNTH, k_BKSH, v_BKSH, mask)
 
-  split, keys = P(rows, None, heads), P(rows, None, kv_heads)
+  split, keys = P(rows, heads), P(rows, kv_heads)
   mask_spec = jax.tree.map(lambda _: P(rows), mask)
   return jax.shard_map(
     local,
@@ -141,4 +144,4 @@ def _on_parts(fn, q_BTNH, k_BSKH, v_BSKH, mask):
     out_specs=split,
     axis_names=axes,
     check_vma=False,
-  )(q_BTNH, k_BSKH, v_BSKH, mask)
+  )(q_BNTH, k_BKSH, v_BKSH, mask)

@@ -8,6 +8,9 @@ Shape suffixes: B batch, T query position, S key position, N query heads, K
 key/value heads, H head dim.
 """
 
+from collections.abc import Callable
+import functools
+
 import jax
 from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_kernel as kernel_lib,
@@ -43,8 +46,9 @@ def attend(
   soft_cap: float | None = None,
   block: int | None = None,
   interpret: bool = False,
+  place: Callable[[Callable], Callable] = lambda fn: fn,
 ) -> jax.Array:
-  """As `dense.attend`, of arrays that lie on this device.
+  """As `dense.attend`.
 
   Args:
     q_BTNH: queries; T is a multiple of 128.
@@ -56,8 +60,28 @@ def attend(
     soft_cap: bounds them.
     block: side of a block; None chooses.
     interpret: run the kernel's text on any device, slowly.
+    place: runs a function of (q_BNTH, k_BKSH, v_BKSH, mask) on each device's
+      part. Nothing else is in it, so that what it is given and what it gives
+      are what the backward pass needs, without copies in another layout.
   """
-  T, N, S = *q_BTNH.shape[1:3], k_BSKH.shape[1]
+  # The factor itself is not rounded to the dtype of the queries.
+  q_BTNH = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
+  heads_first = lambda a: a.swapaxes(1, 2)
+  run = functools.partial(
+    _attend, soft_cap=soft_cap, block=block, interpret=interpret
+  )
+  parts = map(heads_first, (q_BTNH, k_BSKH, v_BSKH))
+  out_BTNH = heads_first(place(run)(*parts, mask))
+  q_BT, k_BS = mask.q_segments_BT, mask.k_segments_BS
+  if q_BT is None or k_BS is None or mask.is_ordered:
+    return out_BTNH
+  # The kernel gives a query that sees nothing the mean of what is hidden.
+  sees_BT = (q_BT[:, :, None] == k_BS[:, None, :]).any(-1)
+  return jnp.where(sees_BT[..., None, None], out_BTNH, 0)
+
+
+def _attend(q_BNTH, k_BKSH, v_BKSH, mask, *, soft_cap, block, interpret):
+  (B, N, T), S = q_BNTH.shape[:3], k_BKSH.shape[2]
   heads = splash_mask.MultiHeadMask([_order(mask, T, S)] * N)
   q_side, k_side = block or block_size(T), block or block_size(S)
   assert q_side and k_side, (T, S)
@@ -80,20 +104,10 @@ def attend(
   segments = None
   if mask.q_segments_BT is not None and mask.k_segments_BS is not None:
     segments = kernel_lib.SegmentIds(mask.q_segments_BT, mask.k_segments_BS)
-  heads_first = lambda a: a.swapaxes(1, 2)
-  # The factor itself is not rounded to the dtype of the queries.
-  q_BTNH = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
-  parts = map(heads_first, (q_BTNH, k_BSKH, v_BSKH))
   pairs = visited(mask, T, S, q_side, k_side)
-  width = q_BTNH.shape[-1] + v_BSKH.shape[-1]
-  flops = 2 * q_BTNH.shape[0] * N * width * pairs
+  flops = 2 * B * N * (q_BNTH.shape[-1] + v_BKSH.shape[-1]) * pairs
   with jax.named_scope(f'{FLOPS}{flops}'):
-    out_BTNH = heads_first(jax.vmap(kernel)(*parts, segments))
-  if segments is None or mask.is_ordered:
-    return out_BTNH
-  # The kernel gives a query that sees nothing the mean of what is hidden.
-  same_BTS = segments.q[:, :, None] == segments.kv[:, None, :]
-  return jnp.where(same_BTS.any(-1)[..., None, None], out_BTNH, 0)
+    return jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, segments)
 
 
 def visited(

@@ -1,6 +1,5 @@
 """What a forward pass keeps for the backward pass, by `train.remat`."""
 
-import jax
 from jax.extend import core
 
 from t2x import stack
@@ -37,7 +36,7 @@ def _names(eqn: core.JaxprEqn) -> set[str]:
 
 def _inside(eqn: core.JaxprEqn) -> set[str]:
   found = set()
-  for jaxpr in jax.core.jaxprs_in_params(eqn.params):
+  for jaxpr in core.jaxprs_in_params(eqn.params):
     for inner in jaxpr.eqns:
       is_name = inner.primitive.name == 'name'
       found |= {inner.params['name']} if is_name else _inside(inner)
