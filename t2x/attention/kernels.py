@@ -17,6 +17,7 @@ from t2x import shards
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
 from t2x.attention import splash
+from t2x.attention import triton
 
 
 def attend(
@@ -36,31 +37,31 @@ def attend(
   Raises:
     ValueError: `options.kernel` asks for one that cannot be.
   """
-  why = None
+  device, why = platform(), None
+  parts = {'options': options, 'bias': bias, 'dropout': dropout}
   if options.kernel != 'blocks':
-    why = why_not(
-      q_BTNH, k_BSKH, mask, bias, dropout, platform(), options.block
-    )
+    why = why_not(q_BTNH, k_BSKH, v_BSKH, mask, platform=device, **parts)
     if options.kernel == 'flash' and why:
       raise ValueError(
         f'attention.kernel=flash: {why}. Set it to auto, which takes the '
         'kernel where it serves, and blocks elsewhere.'
       )
   if options.kernel == 'blocks' or why:
-    parts = {'options': options, 'bias': bias, 'dropout': dropout}
     out = dense.attend(q_BTNH, k_BSKH, v_BSKH, mask, **parts)
     return checkpoint_name(out, splash.NAME)
-  scale = options.scale
-  return splash.attend(
-    q_BTNH,
-    k_BSKH,
-    v_BSKH,
-    mask,
-    scale=q_BTNH.shape[-1] ** -0.5 if scale is None else scale,
-    soft_cap=options.soft_cap,
-    block=options.block,
-    place=lambda fn: functools.partial(_on_parts, fn),
-  )
+  scale = q_BTNH.shape[-1] ** -0.5 if options.scale is None else options.scale
+  settings = {'scale': scale, 'block': options.block}
+  if device == 'tpu':
+    settings['soft_cap'] = options.soft_cap
+    place = lambda fn: functools.partial(_on_parts, fn)
+    return splash.attend(q_BTNH, k_BSKH, v_BSKH, mask, place=place, **settings)
+  flip = lambda a: a.swapaxes(1, 2)
+
+  def local(q_BNTH, k_BKSH, v_BKSH, mask):
+    arrays = map(flip, (q_BNTH, k_BKSH, v_BKSH))
+    return flip(triton.attend(*arrays, mask, **settings))
+
+  return flip(_on_parts(local, *map(flip, (q_BTNH, k_BSKH, v_BSKH)), mask))
 
 
 def platform() -> str:
@@ -72,25 +73,27 @@ def platform() -> str:
 def why_not(
   q_BTNH: Any,
   k_BSKH: Any,
+  v_BSKH: Any,
   mask: mask_lib.Mask,
-  bias: Any,
-  dropout: Any,
+  *,
   platform: str,
-  block: int | None = None,
+  options: dense.Options = dense.Options(),
+  bias: Any = None,
+  dropout: Any = None,
 ) -> str | None:
   """Returns why no kernel serves here, or None where one does.
 
   Args:
     q_BTNH: queries, or their shape.
     k_BSKH: keys, or their shape.
+    v_BSKH: values, or their shape.
     mask: what each query sees.
+    platform: of the devices.
+    options: as for `dense.attend`.
     bias: as for `dense.attend`.
     dropout: as for `dense.attend`.
-    platform: of the devices.
-    block: side of a block; None chooses.
   """
-  lengths = q_BTNH.shape[1], k_BSKH.shape[1]
-  if platform != 'tpu':
+  if platform not in ('tpu', 'gpu'):
     return f'there is no kernel for {platform} devices'
   if bias is not None:
     return 'a bias on the scores (relative positions, ALiBi) is not in it'
@@ -98,6 +101,10 @@ def why_not(
     return 'dropout on the scores is not in it'
   if not mask.has_static_order or mask.prefix_B is not None:
     return 'it takes causal masks, windows and segments alone, of whole rows'
+  if platform == 'gpu':
+    limits = {'soft_cap': options.soft_cap, 'block': options.block}
+    return triton.why_not(q_BTNH, k_BSKH, v_BSKH, mask, **limits)
+  lengths = q_BTNH.shape[1], k_BSKH.shape[1]
   if any(length % splash.LANES for length in lengths):
     return (
       f'{lengths[0]} queries and {lengths[1]} keys are not multiples of '
@@ -107,6 +114,7 @@ def why_not(
     return (
       f'in an order, {lengths[0]} queries of {lengths[1]} keys are not in it'
     )
+  block = options.block
   if block and (block % splash.LANES or any(n % block for n in lengths)):
     return (
       f'attention.block={block} is no multiple of {splash.LANES} that divides '

@@ -7,9 +7,10 @@ from t2x.plan import hlo
 from t2x.plan import loops
 
 _FORWARD = re.compile(splash.FLOPS + r'(\d+)')
-# Products of a backward kernel for each of the forward pass's two: scores, dP,
-# dV and dK, or scores, dP and dQ.
-_BACKWARD = {'dkv': 2.0, 'dq': 1.5}
+# Products of a TPU's backward kernel for each of the forward pass's two: scores,
+# dP, dV and dK, or scores, dP and dQ. A GPU's has a label of its own; the sums
+# that go before it are no products.
+_FACTORS = {'_dkv_': 2.0, '_dq_': 1.5, '_preprocess_': 0.0}
 
 
 def kernel_flops(text: str, trips: loops.Trips | None = None) -> int:
@@ -35,7 +36,7 @@ def flops_of(instruction: hlo.Instruction) -> float:
   if label is None:
     return 0.0
   own = instruction.op_name[label.end() :]
-  factor = next((n for part, n in _BACKWARD.items() if f'_{part}_' in own), 1.0)
+  factor = next((n for part, n in _FACTORS.items() if part in own), 1.0)
   return float(label[1]) * factor
 
 

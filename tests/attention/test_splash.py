@@ -134,16 +134,17 @@ def test_the_chosen_block_divides():
   assert splash.block_size(192) is None
 
 
-def why(mask=Mask(causal=True), T=T, S=None, **given):
+def why(mask=Mask(causal=True), T=T, S=None, block=None, **given):
   shape = lambda length: jax.ShapeDtypeStruct((B, length, 2, H), jnp.float32)
-  kwargs = {'bias': None, 'dropout': None, 'platform': 'tpu', **given}
-  return kernels.why_not(shape(T), shape(S or T), mask, **kwargs)
+  keys, options = shape(S or T), dense.Options(block=block)
+  kwargs = {'platform': 'tpu', 'options': options, **given}
+  return kernels.why_not(shape(T), keys, keys, mask, **kwargs)
 
 
 @pytest.mark.parametrize(
   ('given', 'words'),
   [
-    ({'platform': 'gpu'}, 'there is no kernel for gpu devices'),
+    ({'platform': 'cpu'}, 'there is no kernel for cpu devices'),
     ({'bias': abs}, 'a bias on the scores .* is not in it'),
     ({'dropout': abs}, 'dropout on the scores is not in it'),
     (

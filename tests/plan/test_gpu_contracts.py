@@ -39,7 +39,7 @@ def step_of(num_nodes=1, **sizes):
       vocab_size=V,
       num_layers=4,
       embed_dim=D,
-      attention=attention.Dense(num_heads=8, head_dim=D // 8),
+      attention=attention.Dense(num_heads=8, head_dim=D // 8, kernel='blocks'),
       mlp=mlp.MlpConfig(hidden=256, bias=False),
       norm=norm.RMSNorm(),
       position=position.Rotary(),
