@@ -103,7 +103,8 @@ def attend(
     interpret: run the kernel's text on any device, slowly.
   """
   assert why_not(q_BTNH, k_BSKH, v_BSKH, mask, block=block) is None
-  block = block or _sides(*q_BTNH.shape[1::2], q_BTNH.dtype)[0]
+  T, _, H = q_BTNH.shape[1:]
+  block = block or _sides(T, H, q_BTNH.dtype)[0]
   # The kernel has a key head for each query head.
   group = q_BTNH.shape[2] // k_BSKH.shape[2]
   if group > 1:
@@ -125,7 +126,7 @@ def _attend(scale, causal, block, interpret, q, k, v, segments):
 
 def _forward(scale, causal, block, interpret, q, k, v, segments):
   with jax.named_scope(_label(q.shape, causal, block, products=2)):
-    out, lse = kernel_lib.mha(
+    parts: Any = kernel_lib.mha(
       q,
       k,
       v,
@@ -133,7 +134,7 @@ def _forward(scale, causal, block, interpret, q, k, v, segments):
       return_residuals=True,
       **_settings(scale, causal, block, interpret),
     )
-  out, lse = (checkpoint_name(a, splash.NAME) for a in (out, lse))
+  out, lse = (checkpoint_name(a, splash.NAME) for a in parts)
   return out, (q, k, v, segments, out, lse)
 
 
@@ -143,7 +144,8 @@ def _backward(scale, causal, block, interpret, residuals, d_out):
   settings = _settings(scale, causal, block, interpret)
   with jax.named_scope(_label(q.shape, causal, _BACKWARD, products=7)):
     # The kernel's own rule, with the residuals that are named above.
-    return kernel_lib.mha.bwd(
+    rule: Any = kernel_lib.mha.bwd
+    return rule(
       settings['sm_scale'],
       settings['causal'],
       settings['block_sizes'],

@@ -113,6 +113,9 @@ def run(
   values = {name: w[...] for name, w in weights.items()}
   if not every:
     return body(values, x_BTD, routed)
+  # A kernel is cut by hand along every axis, those of one device too.
+  mesh = jax.sharding.get_abstract_mesh()
+  names = {*mesh.axis_names} - {*mesh.manual_axes}
   specs = {n: shards.manual_spec(w, every) for n, w in weights.items()}
   x_spec = P(axes.batch, (*axes.length, *axes.fine))
   # A slot's token may stand anywhere in its row; a choice is its token's own.
@@ -127,7 +130,7 @@ def run(
     local,
     in_specs=(specs, x_spec, routed_spec),
     out_specs=x_spec,
-    axis_names=set(every),
+    axis_names=names,
     check_vma=False,
   )(values, x_BTD, routed)
 
@@ -241,7 +244,7 @@ def _by_choices(weights: Weights, x_BTD, choices, axes, config):
     lambda bias_EF: bias_EF[experts_P],
     config,
   )
-  # What a ragged product leaves in rows of no group is not specified.
+  # Rows of no group are zeros, and may have a bias.
   used_P1 = (experts_P < num_experts)[:, None]
   weights_P1 = weights_BTJ.reshape(-1)[order_P][:, None]
   out_PD = jnp.where(used_P1, out_PD.astype(jnp.float32), 0.0) * weights_P1

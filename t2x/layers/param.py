@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from t2x import sharding
+from t2x.layers import grouped
 
 PRODUCT = 'product'  # What `project` calls its results, for `remat`.
 
@@ -218,12 +219,12 @@ def project_groups(
 
   Args:
     x_PD: the rows of group 0, then those of group 1, and so on; what comes
-      after the last group has no defined result.
+      after the last group gives zeros.
     weight: (E, D, F).
     sizes_E: rows of each group.
   """
   value = weight[...].astype(x_PD.dtype)
-  return checkpoint_name(jax.lax.ragged_dot(x_PD, value, sizes_E), PRODUCT)
+  return checkpoint_name(grouped.multiply(x_PD, value, sizes_E), PRODUCT)
 
 
 def _axes(spec: str) -> tuple[str, str, str]:

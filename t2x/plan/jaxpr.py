@@ -24,6 +24,7 @@ from jax.extend import core
 from jax.extend import source_info_util
 from jax.interpreters import partial_eval
 
+from t2x.plan import kernels
 from t2x.plan import matrix
 
 # The trips of a `while` loop by its source, as in `Counted`; None is unknown.
@@ -73,8 +74,8 @@ def count(closed: core.ClosedJaxpr, trips: Trips | None = None) -> Counted:
   bytes), and the body of a `shard_map`, whose shapes are those of a device,
   times the devices of the axes that it is manual over. A ragged product
   multiplies each row with one group's matrix, whatever the sizes of the groups.
-  A Pallas kernel runs its products once for each point of its grid, and moves
-  its operands and results once.
+  A Pallas kernel runs its products once for each point of its grid, where its
+  scopes do not tell them (`kernels`), and moves its operands and results once.
 
   Args:
     closed: of `jax.make_jaxpr(fn)(*args)`, or `jit(fn).trace(*args).jaxpr`.
@@ -171,7 +172,7 @@ def _equation(eqn: core.JaxprEqn, outer: str, trips: Trips | None) -> _Parts:
   if name in _PRODUCTS:
     flops = _PRODUCTS[name](eqn)
   elif name == 'pallas_call':
-    flops = _kernel(eqn, _sum(count_inner(inner[0]).values()).flops)
+    flops = _kernel(eqn, source, count_inner)
   else:
     flops = 0
     if any(_sum(count_inner(j).values()).flops for j in inner):
@@ -227,14 +228,19 @@ def _trips(eqn: core.JaxprEqn, source: str, trips: Trips | None) -> int:
   return num
 
 
-def _kernel(eqn: core.JaxprEqn, flops: int) -> int:
+def _kernel(eqn: core.JaxprEqn, source: str, count_inner: Callable) -> int:
+  """Returns the FLOPs that its scopes tell, else those of its grid."""
+  told = kernels.flops_named(f'{source}/{eqn.params["name"]}')
+  if told is not None:
+    return round(told)
   grid = eqn.params['grid_mapping'].grid
   if not all(isinstance(size, int) for size in grid):
     raise ValueError(
       f'The grid {grid} of the Pallas kernel at {_where(eqn)} has sizes that '
       'are not known before it runs. Give it a grid of constants.'
     )
-  return math.prod(grid) * flops
+  body = _sum(count_inner(_plain(eqn.params['jaxpr'])).values())
+  return math.prod(grid) * body.flops
 
 
 def _bytes(eqn: core.JaxprEqn) -> int:

@@ -6,15 +6,19 @@ from t2x.attention import splash
 from t2x.plan import hlo
 from t2x.plan import loops
 
-_FORWARD = re.compile(splash.FLOPS + r'(\d+)')
-# Products of a TPU's backward kernel for each of the forward pass's two: scores,
-# dP, dV and dK, or scores, dP and dQ. A GPU's has a label of its own; the sums
-# that go before it are no products.
+# Beside a kernel, its scopes hold calls of the compiler's own.
+_KERNEL = re.compile(r'target="(tpu_custom_call|__gpu\$xla\.gpu\.triton)"')
+_LABEL = re.compile(splash.FLOPS + r'(\d+)')
+# Products of a TPU's backward kernel of attention for each of the forward
+# pass's two: scores, dP, dV and dK, or scores, dP and dQ. A GPU's has a label
+# of its own; the sums that go before it are no products.
 _FACTORS = {'_dkv_': 2.0, '_dq_': 1.5, '_preprocess_': 0.0}
 
 
 def kernel_flops(text: str, trips: loops.Trips | None = None) -> int:
-  """Returns the FLOPs of the products in attention kernels, on one device.
+  """Returns the FLOPs of the products in kernels, on one device.
+
+  Those of attention, and of experts without a capacity.
 
   Args:
     text: of `compiled.as_text()`.
@@ -31,11 +35,21 @@ def flops_of(instruction: hlo.Instruction) -> float:
   """Returns the FLOPs of one instruction: 0 where it is no such kernel."""
   if instruction.op != 'custom-call':
     return 0.0
-  # Scopes end where the kernel's own names begin.
-  label = _FORWARD.search(instruction.op_name)
-  if label is None:
+  if not _KERNEL.search(instruction.attributes):
     return 0.0
-  own = instruction.op_name[label.end() :]
+  return flops_named(instruction.op_name) or 0.0
+
+
+def flops_named(path: str) -> float | None:
+  """Returns the FLOPs of a kernel by the scopes that it is in, if they tell.
+
+  Args:
+    path: the scopes, and the kernel's own names after them.
+  """
+  label = _LABEL.search(path)
+  if label is None:
+    return None
+  own = path[label.end() :]
   factor = next((n for part, n in _FACTORS.items() if part in own), 1.0)
   return float(label[1]) * factor
 
