@@ -234,12 +234,14 @@ def _by_choices(weights: Weights, x_BTD, choices, axes, config):
   order_P = jnp.argsort(own)[:most]
   experts_P = own[order_P]
   sizes_E = jnp.bincount(own, length=num_experts + 1)[:num_experts]
+  # Each choice is some device's.
+  num_rows = own.size // shards.size((*axes.moved, *axes.held))
   token_P = order_P // top_k
   x_ND = x_BTD.reshape(-1, D)
   out_PD = _feed_forward(
     weights,
     x_ND[token_P],
-    lambda x, w, spec: param.project_groups(x, w, sizes_E),
+    lambda x, w, spec: param.project_groups(x, w, sizes_E, num_rows),
     ('', ''),
     lambda bias_EF: bias_EF[experts_P],
     config,

@@ -33,6 +33,7 @@ def multiply(
   w_EDF: jax.Array,
   sizes_E: jax.Array,
   *,
+  num_rows: int | None = None,
   kernel: str | None = None,
   interpret: bool = False,
 ) -> jax.Array:
@@ -43,6 +44,8 @@ def multiply(
       and gradients of what comes after the last group are zeros.
     w_EDF: the matrices.
     sizes_E: rows of each group.
+    num_rows: how many are of a group, in the mean over devices, by which FLOPs
+      are counted; None is all.
     kernel: `tpu`, `gpu` or `xla`; None is that of the device, where it serves.
     interpret: run the kernel's text on any device, slowly.
 
@@ -57,7 +60,7 @@ def multiply(
   P = x_PD.shape[0]
   padding = -P % _rows_of_block(kernel, P)
   whole_PD = jnp.pad(x_PD, ((0, padding), (0, 0)))
-  call = _Call(kernel, interpret, P)
+  call = _Call(kernel, interpret, P if num_rows is None else num_rows)
   out_PF: Any = _multiply(call, whole_PD, w_EDF, sizes_E)
   return out_PF[:P]
 
@@ -85,14 +88,14 @@ def _of_groups(x_PD, sizes_E):
 
 
 class _Call(NamedTuple):
-  """Which kernel, and the rows that are not there to fill a block."""
+  """Which kernel, and of how many rows its FLOPs are."""
 
   kernel: str
   interpret: bool
   num_rows: int
 
   def label(self, D: int, F: int) -> str:
-    """Of the FLOPs where every row is of a group."""
+    """Returns the scope that tells the FLOPs."""
     return f'{splash.FLOPS}{2 * self.num_rows * D * F}'
 
 

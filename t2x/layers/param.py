@@ -213,7 +213,10 @@ def weight_gradient(
 
 
 def project_groups(
-  x_PD: jax.Array, weight: nnx.Param | jax.Array, sizes_E: jax.Array
+  x_PD: jax.Array,
+  weight: nnx.Param | jax.Array,
+  sizes_E: jax.Array,
+  num_rows: int | None = None,
 ) -> jax.Array:
   """Multiplies the rows of `x`, group by group, with matrices of their own.
 
@@ -222,9 +225,11 @@ def project_groups(
       after the last group gives zeros.
     weight: (E, D, F).
     sizes_E: rows of each group.
+    num_rows: of all groups, in the mean over devices; None is all of `x`.
   """
   value = weight[...].astype(x_PD.dtype)
-  return checkpoint_name(grouped.multiply(x_PD, value, sizes_E), PRODUCT)
+  product = grouped.multiply(x_PD, value, sizes_E, num_rows=num_rows)
+  return checkpoint_name(product, PRODUCT)
 
 
 def _axes(spec: str) -> tuple[str, str, str]:
