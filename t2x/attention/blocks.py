@@ -37,7 +37,7 @@ def apply(fn, queries, k_BSKH, v_BSKH, mask, *, block, runs, kept):
   mask = mask_lib.placed(mask, T, S)
   grouped = [a.reshape(B, T, K, N // K, *a.shape[3:]) for a in queries]
   outs, sums = [], []
-  for blocks in _runs(_blocks(T, S, mask, block, runs)):
+  for blocks in _runs(spans(T, S, mask, block, runs)):
     run = functools.partial(fn, keys=blocks[0][1])
     out, total = _over_run(run, grouped, k_BSKH, v_BSKH, mask, blocks, kept)
     outs.append(out)
@@ -85,7 +85,7 @@ def _over_run(fn, queries, k_BSKH, v_BSKH, mask, blocks, kept):
   return jax.tree.map(join, results)
 
 
-def _blocks(num_queries, num_keys, mask, block, runs):
+def spans(num_queries, num_keys, mask, block, runs):
   """Yields each block of queries with the range of keys in its reach."""
   block = block or _block_size(num_queries, mask)
   num = -(-num_queries // block)

@@ -27,7 +27,7 @@ from t2x.attention import mask as mask_lib
 from t2x.attention import ring_plan
 
 # Rows that fill a matrix unit; key ranges along the diagonal.
-_BLOCK, _RUNS = 128, 4
+BLOCK, RUNS = 128, 4
 
 
 def attend(
@@ -48,7 +48,7 @@ def attend(
   assert mask.q_index_BT is None and mask.k_index_BS is None, 'a cache?'
   # However long the pieces are, the scores of a few blocks exist at a time.
   options = dataclasses.replace(
-    options, block=options.block or _BLOCK, runs=_RUNS
+    options, block=options.block or BLOCK, runs=RUNS
   )
   return _attend((axis, options), (q_BTNH, k_BSKH, v_BSKH), bias, dropout, mask)
 

@@ -1,0 +1,275 @@
+"""FLOPs that one device executes in a step, from shapes alone.
+
+Of every product a backward pass makes two. What `train.remat` makes again comes
+on top: all that the gradients of a layer ask for and that is not kept.
+
+Letters: T queries, S keys, D embed, N heads, K key/value heads, H head dim, F
+feed-forward, E experts, C slots of an expert.
+"""
+
+from collections.abc import Mapping
+import math
+
+from t2x.attention import blocks
+from t2x.attention import ring
+from t2x.attention import ring_plan
+from t2x.attention import splash
+from t2x.layers import moe
+from t2x.layers import routing
+from t2x.models import encoder
+from t2x.plan import local as local_lib
+
+# Products of attention's backward pass over those of its forward pass: kernels
+# make the scores again twice, for queries and for keys; blocks keep them, or
+# make one product of two again.
+KERNEL_BACKWARD, BLOCKS_BACKWARD, AGAIN_BACKWARD = 3.5, 2.0, 2.5
+
+
+def flops(local: local_lib.Local) -> dict[str, float]:
+  """Returns the FLOPs of a step by part, of the stage that has the most."""
+  model, times = local.config.model, local.num_microbatches
+  parts: dict[str, float] = {}
+  for layer in local.layers:
+    own = of_layer(local, layer)
+    for name, num in passes(local, layer).items():
+      parts[name] = parts.get(name, 0.0) + num * own[name]
+  head = 2 * local.tokens * model.embed_dim * local.vocab
+  if isinstance(model, encoder.EncoderConfig) and model.masked_head:
+    head += 2 * local.tokens * model.embed_dim**2
+  # Chunks of the vocabulary are made again.
+  head *= 3 + (local.config.train.loss.vocab_chunks > 1)
+  return parts | {'head': times * head}
+
+
+def of_layer(
+  local: local_lib.Local, layer: local_lib.Layer
+) -> dict[str, float]:
+  """Returns forward, made again and backward of one layer and microbatch."""
+  made = products(local, layer)
+  scores = {name: n for name, n in made.items() if name.endswith('scores')}
+  again = made_again(local, layer)
+  return {
+    'forward': sum(made.values()),
+    'made again': sum(made[name] for name in again),
+    'backward': 2 * (sum(made.values()) - sum(scores.values()))
+    + sum(
+      backward_of_scores(local, layer, name.startswith('cross')) * n
+      for name, n in scores.items()
+    ),
+  }
+
+
+def passes(
+  local: local_lib.Local, layer: local_lib.Layer
+) -> dict[str, float]:
+  """Returns how often such layers run forward, again and backward."""
+  if local.plan is None:
+    num = layer.num * local.num_microbatches
+    return dict.fromkeys(('forward', 'made again', 'backward'), num)
+  place, told = local.plan.place, local.plan.told
+  (t,) = (i for i, x in enumerate(place.towers) if x.name == layer.tower)
+  # All layers of a group run as often as their unit.
+  times = local.config.train.accumulate
+  most = lambda name: times * int(told.trips(name, t).max())
+  again = 'recompute' if local.plan.table.recompute else 'backward'
+  return {
+    'forward': most('forward'),
+    'made again': most(again),
+    'backward': most('backward'),
+  }
+
+
+def products(
+  local: local_lib.Local, layer: local_lib.Layer
+) -> dict[str, float]:
+  """Returns the FLOPs of a layer's products, forward, of a microbatch."""
+  kind, D = layer.kind, local.config.model.embed_dim
+  tokens = local.rows * layer.queries / local.over('length')
+  N = kind.num_heads / local.over('heads')
+  K = kind.kv_heads / local.over('kv_heads')
+  of_heads = lambda tokens, heads: 2 * tokens * D * heads * kind.head_dim
+  made = {
+    'query': of_heads(tokens, N),
+    'key': of_heads(tokens, K),
+    'value': of_heads(tokens, K),
+    'scores': scores(local, layer),
+    'output': of_heads(tokens, N),
+  }
+  if layer.encoded is not None:
+    source = local.rows * layer.encoded / local.over('length')
+    made |= {
+      'cross_query': of_heads(tokens, N),
+      'cross_key': of_heads(source, K),
+      'cross_value': of_heads(source, K),
+      'cross_scores': scores(local, layer, cross=True),
+      'cross_output': of_heads(tokens, N),
+    }
+  return made | feed_forward(local, layer)
+
+
+def feed_forward(
+  local: local_lib.Local, layer: local_lib.Layer
+) -> dict[str, float]:
+  """Returns the FLOPs of the feed-forward layer's products, forward."""
+  mlp, D = layer.mlp, local.config.model.embed_dim
+  tokens = local.rows * layer.queries / local.over('length')
+  used = tokens
+  made = {}
+  if isinstance(mlp, moe.MoeConfig):
+    used = slots(local, layer) if mlp.router.capacity else used_choices(local, layer)
+    made['router'] = 2 * tokens * D * mlp.num_experts
+  one = 2 * used * D * mlp.hidden / local.over('mlp')
+  made |= {'mlp_gate': one} if mlp.gated else {}
+  return made | {'mlp_up': one, 'mlp_down': one}
+
+
+def slots(local: local_lib.Local, layer: local_lib.Layer) -> float:
+  """Returns the slots that a device computes, filled or not."""
+  mlp = layer.mlp
+  assert isinstance(mlp, moe.MoeConfig)
+  num = mlp.num_experts * slots_of_expert(layer)
+  # Axes of experts that split the rows too change no number of slots.
+  held = [a for a in local.axes('experts') if a not in local.axes('batch')]
+  return local.rows * num / local.size(tuple(held)) / local.over('length')
+
+
+def slots_of_expert(layer: local_lib.Layer) -> int:
+  """Returns C of a row."""
+  mlp = layer.mlp
+  assert isinstance(mlp, moe.MoeConfig)
+  router, E = mlp.router, mlp.num_experts
+  share = router.capacity / E
+  if isinstance(router, routing.TokenChoice):
+    share *= router.top_k
+  return min(layer.queries, math.ceil(share * layer.queries * (1 - 1e-9)))
+
+
+def used_choices(local: local_lib.Local, layer: local_lib.Layer) -> float:
+  """Returns the rows of ragged products, of routers without a capacity."""
+  mlp = layer.mlp
+  assert isinstance(mlp, moe.MoeConfig)
+  held = mlp.num_experts / local.over('experts')
+  moved = [a for a in local.axes('experts') if a in local.axes('batch')]
+  tokens = local.rows * layer.queries / local.over('length')
+  return (
+    tokens * local.size(tuple(moved)) * min(mlp.experts_of_token, held)
+  )
+
+
+# --- Attention. ---
+
+
+def way(
+  local: local_lib.Local, layer: local_lib.Layer, cross: bool = False
+) -> str:
+  """Returns who computes the scores: kernel, blocks, or a ring."""
+  if local.over('length') > 1 and (
+    local.config.rules.context_attention == 'ring'
+  ):
+    return 'ring'
+  kind = layer.kind
+  keys = layer.encoded if cross else layer.queries
+  assert keys is not None
+  lanes = layer.queries % splash.LANES or keys % splash.LANES
+  biased = local.has_bias and not cross
+  blocked = kind.kernel == 'blocks' or kind.dropout or biased or lanes
+  return 'blocks' if blocked else 'kernel'
+
+
+def scores(
+  local: local_lib.Local, layer: local_lib.Layer, cross: bool = False
+) -> float:
+  """Returns the FLOPs of scores and of their product with values, forward."""
+  kind = layer.kind
+  N = kind.num_heads / local.over('heads')
+  return 4 * local.rows * N * kind.head_dim * pairs(local, layer, cross)
+
+
+def pairs(
+  local: local_lib.Local, layer: local_lib.Layer, cross: bool
+) -> float:
+  """Returns the pairs of a row's queries and keys that a device computes."""
+  T, S = layer.queries, layer.encoded if cross else layer.queries
+  assert S is not None
+  mask = local_lib.mask_lib.Mask() if cross else layer.mask
+  C = local.over('length')
+  chosen = way(local, layer, cross)
+  if chosen == 'ring':
+    return _ring_pairs(local, layer, mask, T, S, C)
+  if chosen == 'kernel':
+    sides = [layer.kind.block or splash.block_size(n) or n for n in (T, S)]
+    return splash.visited(mask, T, S, *sides) / C
+  spans = blocks.spans(T, S, mask, layer.kind.block, None)
+  return sum((q.stop - q.start) * (k.stop - k.start) for q, k in spans) / C
+
+
+def _ring_pairs(local, layer, mask, T, S, C) -> float:
+  """The pairs of the device that has the most, on the diagonal in blocks."""
+  balanced = local.config.rules.balance_context and layer.causal
+  zigzag = C if balanced and layer.encoded is None else 1
+  mask = local_lib.dataclasses.replace(mask, q_zigzag=zigzag, k_zigzag=zigzag)
+  total = [0.0] * C
+  own = local_lib.mask_lib.Mask(causal=mask.causal, window=mask.window)
+  for step in ring_plan.plan(mask, T, S, C):
+    for slot in step.slots:
+      q_size = ring_plan.stretches(T, C, zigzag)[1]
+      k_size = ring_plan.stretches(S, C, zigzag)[1]
+      num = q_size * k_size
+      if slot.diagonal:
+        block = layer.kind.block or ring.BLOCK
+        spans = blocks.spans(q_size, k_size, own, block, ring.RUNS)
+        num = sum((q.stop - q.start) * (k.stop - k.start) for q, k in spans)
+      for device, seen in enumerate(slot.seen_C):
+        total[device] += num * (seen != ring_plan.NONE)
+  return max(total)
+
+
+def backward_of_scores(
+  local: local_lib.Local, layer: local_lib.Layer, cross: bool
+) -> float:
+  """Returns the FLOPs of the backward pass over those of the forward pass."""
+  chosen = way(local, layer, cross)
+  if chosen == 'kernel':
+    return KERNEL_BACKWARD
+  keys = layer.encoded if cross else layer.queries
+  assert keys is not None
+  kept = chosen == 'blocks' and keys <= blocks.KEEP_KEYS
+  return BLOCKS_BACKWARD if kept else AGAIN_BACKWARD
+
+
+# --- What is made again. ---
+
+
+def made_again(
+  local: local_lib.Local, layer: local_lib.Layer
+) -> tuple[str, ...]:
+  """Returns the products that `train.remat` has a backward pass repeat."""
+  remat, names = local.config.train.remat, set(products(local, layer))
+  if remat == 'none':
+    return ()
+  if remat == 'dots':
+    return tuple(sorted(n for n in names if n.endswith('scores')))
+  kept = set(remat.partition(':')[2].split(','))
+  kept |= {f'cross_{name}' for name in kept}
+  kept = {'scores' if n == 'attention' else n for n in kept}
+  kept = {'cross_scores' if n == 'cross_attention' else n for n in kept}
+  return tuple(sorted(names - kept - _unread(local, layer)))
+
+
+def _unread(local: local_lib.Local, layer: local_lib.Layer) -> set[str]:
+  """Returns products whose results no gradient of the layer asks for.
+
+  Those that are added to the residual stream at its end; but a norm after it
+  does, and so do the weights of experts.
+  """
+  residual = local.config.model.residual
+  if residual == 'post_norm':
+    return set()
+  last = {'output'} if residual == 'parallel' else set()
+  if not isinstance(layer.mlp, moe.MoeConfig):
+    last.add('mlp_down')
+  return last
+
+
+def total(parts: Mapping[str, float]) -> float:
+  return sum(parts.values())

@@ -1,0 +1,230 @@
+"""What one device has of a step: of its weights, and of a microbatch.
+
+Shape suffixes: none; letters are those of `flops`. A layer is described once
+for all that are like it.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from t2x import experiment
+from t2x import sharding
+from t2x import train_step
+from t2x.attention import mask as mask_lib
+from t2x.layers import attention as attention_lib
+from t2x.layers import embed
+from t2x.layers import moe
+from t2x.layers import position
+from t2x.models import encoder
+from t2x.models import encoder_decoder
+from t2x.pipeline import plan as plan_lib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weight:
+  """A parameter.
+
+  Attributes:
+    path: dotted, within the model.
+    axes: logical axis of each dimension.
+    in_layers: whether it belongs to a stack of layers.
+    cast: whether it is used in the dtype of the activations alone.
+    kept: elements that a device keeps.
+    used: elements of it that a device's products use: what `embed` splits is
+      gathered.
+  """
+
+  path: str
+  axes: tuple[str | None, ...]
+  in_layers: bool
+  cast: bool
+  kept: float
+  used: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layer:
+  """Layers that are alike.
+
+  Attributes:
+    tower: whose they are.
+    num: how many of a device run without stages: all of them.
+    kind: of their attention.
+    mlp: of their feed-forward.
+    queries: T of a whole row.
+    causal: whether a position sees the later ones.
+    encoded: S of what they look at besides; None for no cross-attention.
+  """
+
+  tower: str
+  num: int
+  kind: attention_lib.AttentionConfig
+  mlp: moe.FeedForwardConfig
+  queries: int
+  causal: bool
+  encoded: int | None
+
+  @property
+  def mask(self) -> mask_lib.Mask:
+    return mask_lib.Mask(causal=self.causal, window=self.kind.mask_window)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Local:
+  """One device's part.
+
+  Attributes:
+    config: the experiment.
+    sizes: of the mesh axes.
+    weights: all parameters.
+    plan: of a pipeline, or None.
+  """
+
+  config: experiment.Experiment
+  sizes: Mapping[str, int]
+  weights: tuple[Weight, ...]
+  plan: plan_lib.Plan | None
+
+  def axes(self, *names: str) -> tuple[str, ...]:
+    """Returns the mesh axes of more than one device of logical axes."""
+    rules = self.config.rules
+    found = [a for n in names for a in sharding.mesh_axes(getattr(rules, n))]
+    return tuple(a for a in dict.fromkeys(found) if self.sizes[a] > 1)
+
+  def size(self, axes: tuple[str, ...]) -> int:
+    return math.prod(self.sizes[a] for a in axes)
+
+  def over(self, *names: str) -> int:
+    """Returns over how many devices logical axes are split."""
+    return self.size(self.axes(*names))
+
+  @property
+  def itemsize(self) -> int:
+    """Bytes of an activation's number."""
+    return jnp.dtype(self.config.model.dtype).itemsize
+
+  @property
+  def by_hand(self) -> tuple[str, ...]:
+    """Mesh axes over which gradients are reduced once, after all."""
+    step = self.config.train.step_config
+    names = train_step.axes_by_hand(step, self.plan is not None)
+    return tuple(a for a in names if self.sizes[a] > 1)
+
+  @property
+  def num_microbatches(self) -> int:
+    """How often layers run in a step."""
+    own = self.plan.table.num_microbatches if self.plan else 1
+    return own * self.config.train.accumulate
+
+  @property
+  def rows(self) -> float:
+    """Rows of a microbatch."""
+    batch = self.config.data.batch_size
+    split = self.size(tuple(dict.fromkeys(self.axes('batch') + self.by_hand)))
+    return batch / split / self.num_microbatches
+
+  @property
+  def length(self) -> int:
+    """T of a whole row of what is predicted."""
+    data = self.config.data
+    return data.objective.target_length(data.length)
+
+  @property
+  def tokens(self) -> float:
+    """Predicted tokens of a microbatch."""
+    return self.rows * self.length / self.over('length')
+
+  @property
+  def vocab(self) -> float:
+    """Rows of the table that a device has."""
+    model = self.config.model
+    whole = embed.padded(model.vocab_size, model.vocab_multiple)
+    return whole / self.over('vocab')
+
+  @property
+  def layers(self) -> list[Layer]:
+    """Every sort of layer of every tower, in order of depth."""
+    model, data = self.config.model, self.config.data
+    if isinstance(model, encoder_decoder.EncoderDecoderConfig):
+      below = model.num_encoder_layers or model.num_layers
+      source = data.length
+      return [
+        *_layers(model, 'encoder', below, source, False, None),
+        *_layers(model, 'decoder', model.num_layers, self.length, True, source),
+      ]
+    causal = not isinstance(model, encoder.EncoderConfig)
+    return _layers(model, 'tower', model.num_layers, self.length, causal, None)
+
+  @property
+  def has_bias(self) -> bool:
+    """Whether positions are a bias on the scores."""
+    kinds = position.RelativeBuckets, position.Alibi
+    return isinstance(self.config.model.position, kinds)
+
+
+def _layers(model, tower, num, queries, causal, encoded) -> list[Layer]:
+  group = model.group
+  return [
+    Layer(
+      tower=tower,
+      num=len(range(i, num, len(group))),
+      kind=kind,
+      mlp=mlp,
+      queries=queries,
+      causal=causal,
+      encoded=encoded,
+    )
+    for i, (kind, mlp) in enumerate(group[:num])
+  ]
+
+
+def weights_of(
+  model: Any, rules: sharding.Rules, sizes: Mapping[str, int]
+) -> tuple[Weight, ...]:
+  """Returns the parameters of a model.
+
+  Args:
+    model: its sharded shapes.
+    rules: logical axis -> mesh axes.
+    sizes: of the mesh axes.
+  """
+  towers = tuple(f'{name}.layers.' for name in model.towers)
+  found = []
+  leaves = jax.tree_util.tree_leaves_with_path(
+    model, is_leaf=sharding.is_variable
+  )
+  for path, leaf in leaves:
+    if not sharding.is_variable(leaf):
+      continue
+    array, name = leaf.get_value(), sharding.path_name(path)
+    axes = sharding.axes_of(leaf, len(array.shape))
+    kept = math.prod(array.sharding.shard_shape(array.shape))
+    in_layers = name.startswith(towers)
+    found.append(
+      Weight(
+        path=name,
+        axes=axes,
+        in_layers=in_layers,
+        cast=bool(leaf.get_metadata().get('weight')),
+        kept=kept,
+        used=_used(array, axes, rules, sizes, in_layers),
+      )
+    )
+  return tuple(found)
+
+
+def _used(array, axes, rules, sizes, in_layers) -> float:
+  """Elements as products use them; a stage's share of its tower's layers."""
+  split = [
+    sharding.mesh_axes(getattr(rules, axis))
+    for axis in axes
+    if axis is not None and axis not in ('embed', 'layers')
+  ]
+  parts = math.prod(sizes[a] for names in split for a in names)
+  stages = sizes[sharding.PIPE] if in_layers else 1
+  return math.prod(array.shape) / parts / stages
