@@ -1,1 +1,199 @@
-"""placeholder"""
+"""What a train step costs on each device, from shapes: nothing is compiled.
+
+found = estimate.step(config, num_devices=256)
+print(estimate.text(found))
+
+Arguments are exact; FLOPs are those that the program executes, rematerialised
+ones and blocks of attention kernels included; bytes are counted as
+`plan/collectives` counts them; memory is what is there at the fullest moment.
+BUILD_NOTES.md says how far compiled programs were from it. It is for TPUs: how
+arrays are laid out, which attention runs, what the compiler makes of a
+reduce-scatter.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh
+import numpy as np
+
+from t2x import consistency
+from t2x import experiment
+from t2x import mesh as mesh_lib
+from t2x import program
+from t2x.data import pipeline as data_pipeline
+from t2x.plan import exchanged
+from t2x.plan import executed
+from t2x.plan import held
+from t2x.plan import local as local_lib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+  """One step, on the device that has the most to do.
+
+  Attributes:
+    sizes: of the mesh axes.
+    arguments: bytes by name: parameters, optimizer state, moving average,
+      batch; as a TPU lays them out.
+    moments: what else is there, at each of the moments that can be fullest.
+    flops: of matrix products, by name.
+    messages: what is exchanged.
+  """
+
+  sizes: Mapping[str, int]
+  arguments: dict[str, int]
+  moments: tuple[held.Moment, ...]
+  flops: dict[str, float]
+  messages: tuple[exchanged.Message, ...]
+
+  @property
+  def argument_bytes(self) -> int:
+    return sum(self.arguments.values())
+
+  @property
+  def fullest(self) -> held.Moment:
+    return max(self.moments, key=lambda moment: moment.bytes)
+
+  @property
+  def peak_bytes(self) -> float:
+    """Arguments, and what is there beside them at the fullest moment."""
+    return self.argument_bytes + self.fullest.bytes
+
+  @property
+  def temporary_bytes(self) -> float:
+    """What the compiler reserves, holes of its heap included."""
+    return held.HOLES * self.fullest.bytes
+
+  @property
+  def executed_flops(self) -> float:
+    return sum(self.flops.values())
+
+  def sent_bytes(
+    self, kind: str | None = None, axis: str | None = None
+  ) -> float:
+    """Returns the bytes of all messages, of a kind, or along an axis."""
+    return exchanged.total([*self.messages], kind, axis)
+
+
+def step(
+  config: experiment.Experiment,
+  num_devices: int | None = None,
+  *,
+  sizes: Mapping[str, int] | None = None,
+) -> Estimate:
+  """Returns the estimate of one update on a full batch.
+
+  Args:
+    config: the experiment; its mesh is used.
+    num_devices: all of them; by default what the mesh's sizes multiply to.
+    sizes: of the mesh axes, instead of those of `config.mesh`.
+
+  Raises:
+    ShardingError: a layout that cannot be.
+    ValueError: parts that do not fit each other or the devices.
+  """
+  if sizes is not None:
+    mesh = dataclasses.replace(config.mesh, **sizes)
+    config = dataclasses.replace(config, mesh=mesh)
+  given = [getattr(config.mesh, axis) for axis in mesh_lib.AXES]
+  if num_devices is None:
+    if -1 in given:
+      raise ValueError(
+        f'mesh={config.mesh}: one axis takes the devices that remain (-1), and '
+        'their number is not known. Give num_devices, or each axis its size.'
+      )
+    num_devices = math.prod(given)
+  consistency.check(config, num_devices)
+  whole = mesh_lib.sizes(config.mesh, num_devices)
+  state, batch_sharding = _shapes(config, whole)
+  local = local_lib.Local(
+    config=config,
+    sizes=whole,
+    weights=local_lib.weights_of(state.model, config.rules, whole),
+    plan=consistency.pipeline(config, whole),
+  )
+  return Estimate(
+    sizes=whole,
+    arguments=_arguments(config, state, batch_sharding),
+    moments=tuple(held.moments(local)),
+    flops=executed.flops(local),
+    messages=tuple(exchanged.messages(local)),
+  )
+
+
+def _shapes(config: experiment.Experiment, sizes: Mapping[str, int]):
+  """As `program.shapes_of`; the model is traced once for all layouts."""
+  mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+  train = config.train
+  shapes = _state_shapes(
+    config.model, config.optim, train.ema_decay, train.trainable
+  )
+  shardings, batch_sharding = program.shardings_of(config, shapes, mesh)
+  place = lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d)
+  return jax.tree.map(place, shapes, shardings), batch_sharding
+
+
+@functools.lru_cache(maxsize=8)
+def _state_shapes(model, optim, ema_decay, trainable) -> Any:
+  train = experiment.TrainConfig(ema_decay=ema_decay, trainable=trainable)
+  return program.state_shapes(
+    experiment.Experiment(model=model, optim=optim, train=train)
+  )
+
+
+def _arguments(config, state, batch_sharding) -> dict[str, int]:
+  """Bytes by name, as a TPU lays arrays out."""
+  groups = {
+    'parameters': state.model,
+    'optimizer state': state.opt_state,
+    'moving average': state.ema,
+    'counters': (state.step, state.num_skipped),
+  }
+  found = {
+    name: sum(map(_bytes, jax.tree.leaves(tree)))
+    for name, tree in groups.items()
+  }
+  found['batch'] = sum(
+    held.padded(batch_sharding.shard_shape(shape), dtype.itemsize)
+    for shape, dtype in data_pipeline.batch_spec(config.data).values()
+  )
+  return {name: size for name, size in found.items() if size}
+
+
+def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
+  assert leaf.sharding is not None
+  shape = leaf.sharding.shard_shape(leaf.shape)
+  return held.padded(shape, np.dtype(leaf.dtype).itemsize)
+
+
+# --- As text. ---
+
+
+def text(found: Estimate) -> str:
+  """Returns the parts as lines, the largest of each kind first."""
+  mega = lambda parts, unit: [
+    f'  {size / unit:12,.1f}  {name}'
+    for name, size in sorted(parts.items(), key=lambda item: -item[1])
+    if size
+  ]
+  sent: dict[str, float] = {}
+  for message in found.messages:
+    name = f'{message.part} ({message.kind} over {",".join(message.axes)})'
+    sent[name] = sent.get(name, 0.0) + message.bytes
+  fullest = found.fullest
+  return '\n'.join(
+    [
+      f'memory: {found.peak_bytes / 1e6:,.1f} MB at the fullest moment '
+      f'({fullest.name})',
+      *mega(found.arguments | fullest.parts, 1e6),
+      f'products: {found.executed_flops / 1e9:,.1f} GFLOP',
+      *mega(found.flops, 1e9),
+      f'exchanged: {found.sent_bytes() / 1e6:,.1f} MB',
+      *mega(sent, 1e6),
+    ]
+  )

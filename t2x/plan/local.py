@@ -32,18 +32,18 @@ class Weight:
   Attributes:
     path: dotted, within the model.
     axes: logical axis of each dimension.
+    shape: of the part that a device keeps.
     in_layers: whether it belongs to a stack of layers.
     cast: whether it is used in the dtype of the activations alone.
-    kept: elements that a device keeps.
     used: elements of it that a device's products use: what `embed` splits is
-      gathered.
+      gathered, what a stage keeps of others' layers is theirs.
   """
 
   path: str
   axes: tuple[str | None, ...]
+  shape: tuple[int, ...]
   in_layers: bool
   cast: bool
-  kept: float
   used: float
 
 
@@ -203,15 +203,14 @@ def weights_of(
       continue
     array, name = leaf.get_value(), sharding.path_name(path)
     axes = sharding.axes_of(leaf, len(array.shape))
-    kept = math.prod(array.sharding.shard_shape(array.shape))
     in_layers = name.startswith(towers)
     found.append(
       Weight(
         path=name,
         axes=axes,
+        shape=array.sharding.shard_shape(array.shape),
         in_layers=in_layers,
         cast=bool(leaf.get_metadata().get('weight')),
-        kept=kept,
         used=_used(array, axes, rules, sizes, in_layers),
       )
     )
