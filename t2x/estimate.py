@@ -67,7 +67,7 @@ class Estimate:
   @property
   def temporary_bytes(self) -> float:
     """What the compiler reserves, holes of its heap included."""
-    return held.HOLES * self.fullest.bytes
+    return max(map(held.reserved, self.moments))
 
   @property
   def executed_flops(self) -> float:

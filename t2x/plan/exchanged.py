@@ -202,6 +202,7 @@ def _of_layer(
   tokens = local.rows * layer.queries / local.over('length')
   size = c * tokens * D
   yield from _of_tensor(local, layer, num, size)
+  yield from _of_bias(local, layer, num)
   if local.over('length') > 1:
     yield from _of_context(local, layer, num, tokens)
   if isinstance(layer.mlp, moe.MoeConfig):
@@ -250,6 +251,21 @@ def _of_tensor(local, layer, num, size: float) -> Iterator[Message]:
       axes=axes,
       bytes=(num['forward'] + repeats + num['backward']) * size,
     )
+
+
+def _of_bias(local, layer, num) -> Iterator[Message]:
+  """The gradient of a bias on the scores, of every head and pair, float32."""
+  if not local.has_bias:
+    return
+  rows = tuple(a for a in local.axes('batch') if a not in local.by_hand)
+  heads = layer.kind.num_heads / local.over('heads')
+  size = 4 * heads * executed.pairs(local, layer, False)
+  yield Message(
+    part='attention',
+    kind='all-reduce',
+    axes=rows,
+    bytes=num['backward'] * size,
+  )
 
 
 def _of_context(local, layer, num, tokens: float) -> Iterator[Message]:

@@ -25,9 +25,10 @@ LANES, SUBLANES = 128, 8  # Of a tile, in which a TPU lays out arrays.
 # or up and a gradient), and of the embedding width (queries, keys, values,
 # attention's output, the stream, their gradients and copies in other layouts).
 GATED_HIDDEN, PLAIN_HIDDEN, EMBEDDED = 5, 2, 12
-# What the compiler reserves for temporaries over what is there at the fullest
-# moment: its heap has holes.
-HOLES = 1.33
+# The compiler's heap has holes, by what comes and goes in it: what it reserves
+# for temporaries over what is there at the fullest moment, as a share of that
+# without what is kept from the forward pass.
+HOLES = 0.42
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,12 @@ class Moment:
   @property
   def bytes(self) -> float:
     return sum(self.parts.values())
+
+
+def reserved(moment: Moment) -> float:
+  """Returns what a compiler reserves for a moment, holes included."""
+  passing = moment.bytes - moment.parts.get('activations', 0.0)
+  return moment.bytes + HOLES * passing
 
 
 def moments(local: local_lib.Local) -> list[Moment]:
