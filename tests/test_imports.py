@@ -43,6 +43,7 @@ _ORDER = (
   ('checked',),
   ('metrics', 'program', 'run_dir'),
   ('report', 'layouts', 'layout_text', 'absent', 'fingerprint', 'traced'),
+  ('estimate',),
   ('executables',),
   ('sharding_table', 'sharding_drawing', 'sharding_page'),
   ('run', 'inference'),

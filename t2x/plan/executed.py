@@ -251,8 +251,10 @@ def made_again(
     return tuple(sorted(n for n in names if n.endswith('scores')))
   kept = set(remat.partition(':')[2].split(','))
   kept |= {f'cross_{name}' for name in kept}
-  kept = {'scores' if n == 'attention' else n for n in kept}
-  kept = {'cross_scores' if n == 'cross_attention' else n for n in kept}
+  if 'attention' in kept:  # Blocks need what they kept besides their output.
+    for name, cross in (('scores', False), ('cross_scores', True)):
+      if name in names and way(local, layer, cross) == 'kernel':
+        kept.add(name)
   return tuple(sorted(names - kept - _unread(local, layer)))
 
 
