@@ -176,7 +176,7 @@ def with_bytes(
   shared = [x for x in everything if id(x) not in of_layers]
   fixed += 8 * sum(map(layout.elements, shared))
   fixed += _logits(model, batch, layout)
-  fixed += _messages(stacks, table, model, batch, layout)
+  fixed += messages(stacks, table, model, batch, layout)
   return result, math.ceil(fixed), math.ceil(moved)
 
 
@@ -192,8 +192,22 @@ def _logits(model, batch: Batch, layout: Layout) -> float:
   return 2 * 4 * num / batch.head_chunks
 
 
-def _messages(stacks, table, model, batch: Batch, layout: Layout) -> float:
-  """Activations of all towers, in as many slots as messages need."""
+def messages(
+  stacks: Sequence[cost_model.Stack],
+  table: schedule_lib.Schedule,
+  model: model_lib.ModelConfig,
+  batch: Batch,
+  layout: Layout,
+) -> float:
+  """Returns bytes of activations in as many slots as messages need.
+
+  Args:
+    stacks: of all towers.
+    table: the schedule.
+    model: its config.
+    batch: of a device.
+    layout: of activations.
+  """
   towers = [stack.tower for stack in stacks]
   even = placement_lib.even(towers, table.num_parts)
   place = placement_lib.place(towers, even, table)

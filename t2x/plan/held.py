@@ -17,6 +17,7 @@ from t2x.attention import blocks
 from t2x.layers import moe
 from t2x.plan import executed
 from t2x.plan import local as local_lib
+from t2x.plan import staged
 
 LANES, SUBLANES = 128, 8  # Of a tile, in which a TPU lays out arrays.
 
@@ -56,14 +57,16 @@ def reserved(moment: Moment) -> float:
 
 def moments(local: local_lib.Local) -> list[Moment]:
   """Returns what is there in the head, a layer's backward pass, the end."""
-  kept = _kept(local)
   table = _tables(local)
+  if local.plan is not None:
+    return _of_stage(local, table)
+  kept = _kept(local)
   logits = _logits(local)
   tied = local.config.model.tied_head != 'untied'
   # A tied table's gradient is made where that of the lookup is, at the end.
   waits = (
     {'logits': logits}
-    if tied and local.config.train.accumulate == 1 and local.plan is None
+    if tied and local.config.train.accumulate == 1
     else {"head table's gradient": table['gradient']}
   )
   sums = _sums(local)
@@ -94,6 +97,20 @@ def moments(local: local_lib.Local) -> list[Moment]:
     Moment(name='backward', parts=backward),
     Moment(name='optimizer', parts=optimizer),
   ]
+
+
+def _of_stage(local: local_lib.Local, table: dict[str, float]) -> list[Moment]:
+  between = staged.between_ticks(local)
+  head = {
+    **between,
+    'logits': _logits(local),
+    'head table': table['gathered'],
+    "head table's gradient": table['gradient'],
+  }
+  work = max(working_set(local, layer) for layer in local.layers)
+  gathered = 0.0 if local.config.pipeline.gather == 'once' else _gathered(local)
+  layer = {**between, 'layer': work, 'weights of a layer': gathered}
+  return [Moment(name='head', parts=head), Moment(name='layer', parts=layer)]
 
 
 def _width(local) -> int:
