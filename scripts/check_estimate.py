@@ -17,7 +17,6 @@ config, the versions of jax and libtpu), so that it can be stopped at any time;
 
 import argparse
 from collections.abc import Callable
-
 import hashlib
 from importlib import metadata
 import json
@@ -174,7 +173,9 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
     mark = 'held out' if row['held_out'] else ''
     print(f'{row["name"]:<77} {mark:<8}{ratios}')
   for half, found in errors(rows).items():
-    texts = [f'{100 * m:.1f}% {100 * w:.0f}%' for m, w in map(found.get, FIGURES)]
+    texts = [
+      f'{100 * m:.1f}% {100 * w:.0f}%' for m, w in map(found.get, FIGURES)
+    ]
     name = f'{half} ({found["number"]}): median and largest error'
     print(f'{name:<86}' + ''.join(f'{text:>13}' for text in texts))
 

@@ -30,6 +30,8 @@ from t2x.plan import exchanged
 from t2x.plan import executed
 from t2x.plan import held
 from t2x.plan import local as local_lib
+from t2x.plan import message as message_lib
+from t2x.plan import tiles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,7 @@ class Estimate:
   arguments: dict[str, int]
   moments: tuple[held.Moment, ...]
   flops: dict[str, float]
-  messages: tuple[exchanged.Message, ...]
+  messages: tuple[message_lib.Message, ...]
 
   @property
   def argument_bytes(self) -> int:
@@ -159,7 +161,7 @@ def _arguments(config, state, batch_sharding) -> dict[str, int]:
     for name, tree in groups.items()
   }
   found['batch'] = sum(
-    held.padded(batch_sharding.shard_shape(shape), dtype.itemsize)
+    tiles.padded(batch_sharding.shard_shape(shape), dtype.itemsize)
     for shape, dtype in data_pipeline.batch_spec(config.data).values()
   )
   return {name: size for name, size in found.items() if size}
@@ -168,7 +170,7 @@ def _arguments(config, state, batch_sharding) -> dict[str, int]:
 def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
   assert leaf.sharding is not None
   shape = leaf.sharding.shard_shape(leaf.shape)
-  return held.padded(shape, np.dtype(leaf.dtype).itemsize)
+  return tiles.padded(shape, np.dtype(leaf.dtype).itemsize)
 
 
 # --- As text. ---

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ from t2x.objectives import span_corruption
 from t2x.plan import jaxpr
 from t2x.plan import theory
 
-_SHAPE = dict(vocab_size=512, num_layers=4, embed_dim=64)
+_SHAPE: dict[str, Any] = {'vocab_size': 512, 'num_layers': 4, 'embed_dim': 64}
 _PLAIN = mlp.MlpConfig(hidden=128, bias=False)
 _GATED = mlp.MlpConfig(hidden=128, gated=True, activation='silu', bias=False)
 _EXPERTS = moe.MoeConfig(
@@ -138,7 +139,7 @@ def test_arguments_are_the_state_and_the_batch():
 
 
 def test_more_fsdp_keeps_and_holds_less():
-  wide = {'model__embed_dim': 2048, 'model__num_layers': 8}
+  wide: dict[str, Any] = {'model__embed_dim': 2048, 'model__num_layers': 8}
   some = [estimate.step(config_of(mesh__fsdp=n, **wide)) for n in (2, 4, 8)]
   for less, more in zip(some[1:], some):
     for name in ('parameters', 'optimizer state'):
@@ -171,8 +172,8 @@ def test_remat_trades_memory_for_products():
 )
 def test_exchanges_are_those_of_the_theory(layout):
   """For which there is a formula of plain decoders (plan/theory.py)."""
-  settings = {f'mesh__{axis}': size for axis, size in layout.items()}
-  config = config_of(**{'mesh__data': 1, **settings}, model__dtype='bfloat16')
+  settings: dict[str, Any] = {f'mesh__{axis}': size for axis, size in layout.items()}
+  config = config_of('decoder', model__dtype='bfloat16', **settings)
   model = dataclasses.replace(
     config.model,
     mlp=_PLAIN,

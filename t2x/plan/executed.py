@@ -7,10 +7,11 @@ Letters: T queries, S keys, D embed, N heads, K key/value heads, H head dim, F
 feed-forward, E experts, C slots of an expert.
 """
 
-from collections.abc import Mapping
+import dataclasses
 import math
 
 from t2x.attention import blocks
+from t2x.attention import mask as mask_lib
 from t2x.attention import ring
 from t2x.attention import ring_plan
 from t2x.attention import splash
@@ -59,9 +60,7 @@ def of_layer(
   }
 
 
-def passes(
-  local: local_lib.Local, layer: local_lib.Layer
-) -> dict[str, float]:
+def passes(local: local_lib.Local, layer: local_lib.Layer) -> dict[str, float]:
   """Returns how often such layers run forward, again and backward."""
   if local.plan is None:
     num = layer.num * local.num_microbatches
@@ -116,7 +115,9 @@ def feed_forward(
   used = tokens
   made = {}
   if isinstance(mlp, moe.MoeConfig):
-    used = slots(local, layer) if mlp.router.capacity else used_choices(local, layer)
+    used = (
+      slots(local, layer) if mlp.router.capacity else used_choices(local, layer)
+    )
     made['router'] = 2 * tokens * D * mlp.num_experts
   one = 2 * used * D * mlp.hidden / local.over('mlp')
   made |= {'mlp_gate': one} if mlp.gated else {}
@@ -138,6 +139,7 @@ def slots_of_expert(layer: local_lib.Layer) -> int:
   mlp = layer.mlp
   assert isinstance(mlp, moe.MoeConfig)
   router, E = mlp.router, mlp.num_experts
+  assert router.capacity is not None
   share = router.capacity / E
   if isinstance(router, routing.TokenChoice):
     share *= router.top_k
@@ -151,9 +153,7 @@ def used_choices(local: local_lib.Local, layer: local_lib.Layer) -> float:
   held = mlp.num_experts / local.over('experts')
   moved = [a for a in local.axes('experts') if a in local.axes('batch')]
   tokens = local.rows * layer.queries / local.over('length')
-  return (
-    tokens * local.size(tuple(moved)) * min(mlp.experts_of_token, held)
-  )
+  return tokens * local.size(tuple(moved)) * min(mlp.experts_of_token, held)
 
 
 # --- Attention. ---
@@ -185,13 +185,11 @@ def scores(
   return 4 * local.rows * N * kind.head_dim * pairs(local, layer, cross)
 
 
-def pairs(
-  local: local_lib.Local, layer: local_lib.Layer, cross: bool
-) -> float:
+def pairs(local: local_lib.Local, layer: local_lib.Layer, cross: bool) -> float:
   """Returns the pairs of a row's queries and keys that a device computes."""
   T, S = layer.queries, layer.encoded if cross else layer.queries
   assert S is not None
-  mask = local_lib.mask_lib.Mask() if cross else layer.mask
+  mask = mask_lib.Mask() if cross else layer.mask
   C = local.over('length')
   chosen = way(local, layer, cross)
   if chosen == 'ring':
@@ -207,9 +205,9 @@ def _ring_pairs(local, layer, mask, T, S, C) -> float:
   """The pairs of the device that has the most, on the diagonal in blocks."""
   balanced = local.config.rules.balance_context and layer.causal
   zigzag = C if balanced and layer.encoded is None else 1
-  mask = local_lib.dataclasses.replace(mask, q_zigzag=zigzag, k_zigzag=zigzag)
+  mask = dataclasses.replace(mask, q_zigzag=zigzag, k_zigzag=zigzag)
   total = [0.0] * C
-  own = local_lib.mask_lib.Mask(causal=mask.causal, window=mask.window)
+  own = mask_lib.Mask(causal=mask.causal, window=mask.window)
   for step in ring_plan.plan(mask, T, S, C):
     for slot in step.slots:
       q_size = ring_plan.stretches(T, C, zigzag)[1]
@@ -271,7 +269,3 @@ def _unread(local: local_lib.Local, layer: local_lib.Layer) -> set[str]:
   if not isinstance(layer.mlp, moe.MoeConfig):
     last.add('mlp_down')
   return last
-
-
-def total(parts: Mapping[str, float]) -> float:
-  return sum(parts.values())

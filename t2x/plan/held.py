@@ -3,23 +3,15 @@
 Arguments are there all along. Of the rest, the fullest of three moments counts:
 in the head, when all that the backward pass needs is kept and the logits are
 there; in the last layer's backward pass; and in the optimizer.
-
-What a layer keeps is what JAX keeps of it for each `train.remat`, as read from
-jaxprs: without remat norms keep three float32 arrays, an activation function
-all its steps.
 """
 
 import dataclasses
-import itertools
-import math
 
-from t2x.attention import blocks
 from t2x.layers import moe
-from t2x.plan import executed
 from t2x.plan import local as local_lib
+from t2x.plan import residuals
 from t2x.plan import staged
-
-LANES, SUBLANES = 128, 8  # Of a tile, in which a TPU lays out arrays.
+from t2x.plan import tiles
 
 # Arrays of a layer's backward pass that are there at once, counted in compiled
 # programs: of the feed-forward width (up, gate and hidden with two gradients,
@@ -117,12 +109,9 @@ def _width(local) -> int:
   return local.config.model.embed_dim
 
 
-# --- What is kept from the forward to the backward pass. ---
-
-
 def _kept(local: local_lib.Local) -> dict[str, float]:
   activations = sum(
-    layer.num * residuals(local, layer) for layer in local.layers
+    layer.num * residuals.of_layer(local, layer) for layer in local.layers
   )
   return {
     'activations': activations,
@@ -135,128 +124,7 @@ def _copies(local: local_lib.Local) -> float:
   if local.itemsize == 4:
     return 0.0
   cast = [w for w in local.weights if w.cast]
-  return sum(padded(w.shape, local.itemsize, as_given=True) for w in cast)
-
-
-def residuals(local: local_lib.Local, layer: local_lib.Layer) -> float:
-  """Returns the bytes that a layer keeps of one microbatch."""
-  remat, c = local.config.train.remat, local.itemsize
-  D = local.config.model.embed_dim
-  whole = local.rows * layer.queries
-  between = whole / local.over('norm_length')
-  tokens = whole / local.over('length')
-  if remat == 'none':
-    return _all_residuals(local, layer, tokens, between)
-  kept = c * between * D + _choice(local, layer)
-  names = remat.partition(':')[2].split(',')
-  if remat == 'dots':
-    names = ['query', 'key', 'value', 'output', 'mlp_up', 'mlp_gate', 'router']
-    if isinstance(layer.mlp, moe.MoeConfig):
-      names.append('mlp_down')
-  sizes = _sizes(local, layer, tokens)
-  for name in names:
-    kept += sizes.get(name, 0.0) + sizes.get(f'cross_{name}', 0.0)
-  return kept
-
-
-def _sizes(local, layer, tokens: float) -> dict[str, float]:
-  """Bytes of what a layer's products make, by name."""
-  kind, c, D = layer.kind, local.itemsize, local.config.model.embed_dim
-  H = kind.head_dim
-  N = kind.num_heads / local.over('heads')
-  K = kind.kv_heads / local.over('kv_heads')
-  source = local.rows * (layer.encoded or 0) / local.over('length')
-  sizes = {
-    'query': c * tokens * N * H,
-    'key': c * tokens * K * H,
-    'value': c * tokens * K * H,
-    'attention': c * tokens * N * H + 4 * tokens * N,
-    'output': c * tokens * D,
-  }
-  if layer.encoded is not None:
-    sizes |= {f'cross_{n}': sizes[n] for n in ('query', 'attention', 'output')}
-    sizes |= {f'cross_{n}': c * source * K * H for n in ('key', 'value')}
-  hidden = layer.mlp.hidden / local.over('mlp')
-  used = tokens
-  if isinstance(layer.mlp, moe.MoeConfig):
-    used = _used(local, layer)
-    sizes['router'] = 4 * tokens * layer.mlp.num_experts
-    sizes['mlp_down'] = c * used * D
-  sizes['mlp_up'] = c * used * hidden
-  if layer.mlp.gated:
-    sizes['mlp_gate'] = sizes['mlp_up']
-  return sizes
-
-
-def _used(local, layer) -> float:
-  """Rows of the experts' products."""
-  if layer.mlp.router.capacity:
-    return executed.slots(local, layer)
-  return executed.used_choices(local, layer)
-
-
-def _choice(local, layer) -> float:
-  """The router's choice, which no backward pass makes again."""
-  if not isinstance(layer.mlp, moe.MoeConfig):
-    return 0.0
-  if layer.mlp.router.capacity:
-    slots = executed.slots_of_expert(layer) * layer.mlp.num_experts
-    return 4 * local.rows * slots
-  return 4 * local.rows * layer.queries * layer.mlp.experts_of_token
-
-
-def _all_residuals(local, layer, tokens: float, between: float) -> float:
-  """Without remat: all that any gradient reads."""
-  c, D = local.itemsize, local.config.model.embed_dim
-  residual = local.config.model.residual
-  sizes = _sizes(local, layer, tokens)
-  cross = layer.encoded is not None
-  norms = 1 if residual == 'parallel' else 2 + cross
-  # The input in float32, twice more on its way, and the output.
-  kept = norms * (12 * between * D + c * tokens * D)
-  kept += _attention_residuals(local, layer, sizes, False)
-  kept += _attention_residuals(local, layer, sizes, True) if cross else 0.0
-  steps = _steps(layer.mlp)
-  kept += steps * sizes['mlp_up']
-  if isinstance(layer.mlp, moe.MoeConfig):
-    # Dispatched rows, what comes back in float32, and gathered experts.
-    used = _used(local, layer)
-    kept += (c + 4) * used * D + 4 * tokens * D + _choice(local, layer)
-    kept += _experts(local, layer)
-  return kept
-
-
-def _steps(mlp: moe.FeedForwardConfig) -> int:
-  """Arrays of the hidden width that gradients read."""
-  return {'relu': 2, 'silu': 4, 'gelu': 4, 'gelu_tanh': 6}[mlp.activation] + (
-    2 * mlp.gated
-  )
-
-
-def _attention_residuals(local, layer, sizes, cross: bool) -> float:
-  prefix = 'cross_' if cross else ''
-  query, attention = sizes[f'{prefix}query'], sizes[f'{prefix}attention']
-  kept = query + 2 * sizes[f'{prefix}key'] + attention + query
-  chosen = executed.way(local, layer, cross)
-  keys = layer.encoded if cross else layer.queries
-  if chosen == 'blocks' and keys <= blocks.KEEP_KEYS:
-    # Probabilities in float32 and as they are used, and the output as it was.
-    heads = layer.kind.num_heads / local.over('heads')
-    pairs = executed.pairs(local, layer, cross)
-    kept += (4 + local.itemsize) * local.rows * heads * pairs
-    kept += 4 / local.itemsize * query
-  return kept
-
-
-def _experts(local, layer) -> float:
-  """Experts of a layer as they are used, whole."""
-  return local.itemsize * sum(
-    w.used / _num_stacked(local) for w in local.weights if 'experts' in w.axes
-  )
-
-
-def _num_stacked(local) -> int:
-  return max(1, sum(layer.num for layer in local.layers))
+  return sum(tiles.padded(w.shape, local.itemsize, as_given=True) for w in cast)
 
 
 # --- Weights and their gradients. ---
@@ -269,7 +137,7 @@ def _split(local, weight) -> int:
 def _gradients(local) -> float:
   """Of the layers' weights, as devices keep them."""
   return sum(
-    padded(w.shape, local.itemsize if w.cast else 4)
+    tiles.padded(w.shape, local.itemsize if w.cast else 4)
     for w in local.weights
     if w.in_layers
   )
@@ -289,7 +157,7 @@ def _gathered(local) -> float:
   if local.over('embed') == 1:
     return 0.0
   used = sum(w.used for w in local.weights if w.in_layers and w.cast)
-  return local.itemsize * used / _num_stacked(local)
+  return local.itemsize * used / local.num_layers
 
 
 def _tables(local) -> dict[str, float]:
@@ -316,41 +184,10 @@ def working_set(local, layer) -> float:
   c, D = local.itemsize, local.config.model.embed_dim
   tokens = local.rows * layer.queries / local.over('length')
   hidden = layer.mlp.hidden / local.over('mlp')
-  rows = _used(local, layer) if isinstance(layer.mlp, moe.MoeConfig) else tokens
+  rows = (
+    residuals.used_rows(local, layer)
+    if isinstance(layer.mlp, moe.MoeConfig)
+    else tokens
+  )
   times = GATED_HIDDEN if layer.mlp.gated else PLAIN_HIDDEN
   return c * (times * rows * hidden + EMBEDDED * tokens * D)
-
-
-# --- Layouts. ---
-
-
-def padded(
-  shape: tuple[int, ...], itemsize: int, *, as_given: bool = False
-) -> int:
-  """Returns the bytes of an array as a TPU lays it out.
-
-  Its two minor dimensions come in tiles of 8 x 128. The compiler takes those
-  that fill them best, of arguments at least.
-
-  Args:
-    shape: of the array.
-    itemsize: bytes of a number.
-    as_given: the last two dimensions are the minor ones.
-  """
-  if len(shape) < 2:
-    tile = LANES * SUBLANES if shape else LANES
-    return itemsize * _up(math.prod(shape), tile)
-  pairs = [(shape[-1], shape[-2])]
-  if not as_given:
-    pairs = itertools.permutations(shape, 2)
-  return itemsize * min(_tiled(shape, *pair) for pair in pairs)
-
-
-def _tiled(shape: tuple[int, ...], lanes: int, rows: int) -> int:
-  tall = min(SUBLANES, 1 << (rows - 1).bit_length())
-  whole = math.prod(shape)
-  return whole // (lanes * rows) * _up(lanes, LANES) * _up(rows, tall)
-
-
-def _up(size: int, multiple: int) -> int:
-  return -(-size // multiple) * multiple

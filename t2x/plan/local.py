@@ -161,6 +161,11 @@ class Local:
     return _layers(model, 'tower', model.num_layers, self.length, causal, None)
 
   @property
+  def num_layers(self) -> int:
+    """Layers of all towers."""
+    return sum(layer.num for layer in self.layers)
+
+  @property
   def has_bias(self) -> bool:
     """Whether positions are a bias on the scores."""
     kinds = position.RelativeBuckets, position.Alibi
