@@ -58,6 +58,12 @@ def of_target(program: program_lib.Program) -> dict[str, Any]:
   }
 
 
+def compilers() -> dict[str, str]:
+  """Returns the versions of whatever may compile here."""
+  names = dict.fromkeys(sum(_COMPILERS.values(), ()))
+  return _versions((*names,))
+
+
 def of_source(config: experiment.Experiment) -> dict[str, Any]:
   """Returns what explains lowered texts that differ, as JSON."""
   return {

@@ -197,7 +197,7 @@ def _layouts(
   pipe = max(asked.pipe, 1)
   if num_devices % pipe:
     return
-  for sizes in _factorisations(num_devices // pipe, len(_AXES)):
+  for sizes in factorisations(num_devices // pipe, len(_AXES)):
     named = dict(zip(_AXES, sizes))
     yield dataclasses.replace(asked, **named, pipe=pipe)
 
@@ -236,14 +236,14 @@ def _count(num: int) -> str:
   return '1 device' if num == 1 else f'{num} devices'
 
 
-def _factorisations(total: int, num: int) -> Iterator[tuple[int, ...]]:
+def factorisations(total: int, num: int) -> Iterator[tuple[int, ...]]:
   """Yields the tuples of `num` sizes whose product is `total`."""
   if num == 1:
     yield (total,)
     return
   for size in range(1, total + 1):
     if total % size == 0:
-      for rest in _factorisations(total // size, num - 1):
+      for rest in factorisations(total // size, num - 1):
         yield (size, *rest)
 
 

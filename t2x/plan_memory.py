@@ -87,7 +87,7 @@ def of_compiled(
     temporaries=analysis.temp_size_in_bytes,
     peak=analysis.peak_memory_in_bytes,
     host=host,
-    limit=_limit(chip),
+    limit=limit_of(chip),
     state=_state(config, mesh.size),
     activations=_largest_first(activations),
   )
@@ -115,7 +115,7 @@ def of_refused(
     arguments=arguments,
     temporaries=max(needed - arguments, 0.0),
     peak=needed,
-    limit=_limit(chip),
+    limit=limit_of(chip),
     state=state,
   )
 
@@ -124,7 +124,8 @@ def of_refused(
 _USABLE = {'v5e': 15.75 * _GIB}
 
 
-def _limit(chip: str | None) -> float | None:
+def limit_of(chip: str | None) -> float | None:
+  """Returns the bytes that programs may use of a device, where known."""
   if chip is None:
     return None
   return _USABLE.get(chip, machines.CHIPS[chip].memory)

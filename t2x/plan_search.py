@@ -1,7 +1,7 @@
 """Which layout to run on: many are estimated, the best few compiled.
 
-found = plan_search.candidates(config, devices)
-for candidate in plan_search.ranked(found)[:4]: ...
+found = plan_search.candidates(config, 'v5e:4x4')
+results = plan_search.compile_best(found, 'v5e:4x4', 1, command=..., ...)
 
 Layouts (mesh sizes) x remat policies x microbatches that can be are estimated
 by `estimate` within seconds; of those that should fit, those with the least
@@ -24,19 +24,24 @@ import tempfile
 import time
 from typing import Any
 
+from t2x import absent
 from t2x import config as config_lib
 from t2x import consistency
 from t2x import estimate as estimate_lib
 from t2x import experiment
 from t2x import fingerprint
+from t2x import flops as flops_lib
 from t2x import layouts
+from t2x import machines
 from t2x import mesh as mesh_lib
+from t2x import plan_memory
 from t2x.layers import moe
+from t2x.plan import links
 
 _REMATS = ('none', 'dots', 'full')
 _MOST_TENSOR = 8  # Past it the sums of activations are what a step waits for.
 _LONG = 8192  # Rows from which it may be worth splitting them.
-_MARGIN = 1.1  # Estimates are off by about a tenth.
+MARGIN = 1.1  # Estimates are off by about a tenth.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,12 +51,16 @@ class Candidate:
   Attributes:
     config: the experiment in this layout.
     settings: what differs from the experiment, as for --set.
-    estimate: what it should cost.
+    peak: bytes that it should need on a device.
+    seconds: the least time of a step, of products and exchanges.
+    fits: whether the peak, with a margin, is within a device's memory.
   """
 
   config: experiment.Experiment
   settings: tuple[str, ...]
-  estimate: estimate_lib.Estimate
+  peak: float
+  seconds: float
+  fits: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,26 +87,73 @@ def candidates(
     config: the experiment; its rows and model stay.
     topology: as for `absent.devices`.
     num_slices: of it.
+
+  Raises:
+    ValueError: devices of which no figures are known.
   """
+  devices = absent.devices(topology, num_slices)
+  kind = devices[0].device_kind
+  chip = machines.chip_of(kind)
+  peak = flops_lib.peak_flops(kind, config.model.dtype)
+  if chip is None or peak is None:
+    raise ValueError(
+      f'--topology={topology}: no memory and speed are known of {kind!r}, so '
+      'that there is nothing to rank by. Name a kind of TPU or GPU.'
+    )
+  limit = plan_memory.limit_of(chip)
+  assert limit is not None
+  links_of: dict[Any, dict[str, links.Axis]] = {}
   found = []
-  for own, settings in _ways(config, topology, num_slices):
+  for own, settings in _ways(config, len(devices), num_slices):
     try:
-      estimate = estimate_lib.of_topology(own, topology, num_slices)
+      estimate = estimate_lib.step(own, len(devices))
+      if own.mesh not in links_of:
+        mesh = mesh_lib.make(own.mesh, devices)
+        links_of[own.mesh] = links.axes_of(mesh)
     except ValueError:  # A layout that cannot be.
       continue
-    found.append(Candidate(config=own, settings=settings, estimate=estimate))
+    seconds = _seconds(
+      own, estimate, links_of[own.mesh], machines.CHIPS[chip], peak
+    )
+    found.append(
+      Candidate(
+        config=own,
+        settings=settings,
+        peak=estimate.peak_bytes,
+        seconds=seconds,
+        fits=MARGIN * estimate.peak_bytes <= limit,
+      )
+    )
   return sorted(found, key=_order)
 
 
 def _order(candidate: Candidate):
-  e = candidate.estimate
-  return not e.fits(_MARGIN), e.seconds if e.fits(_MARGIN) else e.memory.peak
+  c = candidate
+  return not c.fits, c.seconds if c.fits else c.peak
+
+
+def _seconds(config, estimate, axes, chip, peak) -> float:
+  """Products, and what of exchanges is usually not hidden by them.
+
+  Gathers and reductions of weights are; sums of activations are what products
+  wait for.
+  """
+  network = exposed = 0.0
+  for m in estimate.messages:
+    own = [axes[name] for name in m.axes]
+    time = links.seconds(m.kind, m.bytes, own, chip)
+    network += time
+    if {*m.axes} & {'tensor', 'expert', 'context'}:
+      exposed += time
+  stages = consistency.pipeline(config, estimate.sizes)
+  idle = stages.table.simulate().bubble if stages is not None else 0.0
+  busy = estimate.executed_flops / peak / (1.0 - idle)
+  return max(busy + exposed, network)
 
 
 def _ways(
-  config: experiment.Experiment, topology: str, num_slices: int
+  config: experiment.Experiment, num: int, num_slices: int
 ) -> Iterator[tuple[experiment.Experiment, tuple[str, ...]]]:
-  num = estimate_lib.num_devices(topology, num_slices)
   for mesh in _meshes(config, num, num_slices):
     parts = mesh.data * mesh.fsdp * mesh.expert
     rows = config.data.batch_size
@@ -272,9 +328,9 @@ def table(results: Sequence[Result]) -> list[list[str]]:
     ['', 'settings', 'peak GiB', 'estimated', 'step', 'estimated', 'MFU', 'by']
   ]
   for i, result in enumerate(results, 1):
-    e, plan = result.candidate.estimate, result.plan
+    c, plan = result.candidate, result.plan
     gib = lambda size: f'{size / 2**30:.2f}'
-    guess = [gib(e.memory.peak), f'{1000 * e.seconds:.0f} ms']
+    guess = [gib(c.peak), f'{1000 * c.seconds:.0f} ms']
     if plan is None or not plan['roofline']:
       why = result.note or (plan and plan['refused']) or ''
       cells = ['-', guess[0], '-', guess[1], '-', why[:60]]
@@ -289,19 +345,38 @@ def table(results: Sequence[Result]) -> list[list[str]]:
 
 def count(found: Sequence[Candidate]) -> tuple[int, int]:
   """Returns how many were estimated, and how many of them should fit."""
-  return len(found), sum(c.estimate.fits(_MARGIN) for c in found)
+  return len(found), sum(c.fits for c in found)
 
 
-def chips_needed(found: Sequence[Candidate]) -> int | None:
-  """Returns about how many devices the leanest candidate would fit on.
+def nearest_fit(
+  found: Sequence[Candidate], config: experiment.Experiment
+) -> Candidate | None:
+  """Returns the candidate that fits with the fewest settings changed."""
+  own = config_lib.flatten(config_lib.to_json(config))
 
-  Its state is taken to split further, its activations not.
+  def changed(candidate):
+    settings = config_lib.parse_settings([*candidate.settings])
+    flat = config_lib.flatten(config_lib.to_json(candidate.config))
+    return sum(flat.get(name) != own.get(name) for name in settings)
+
+  fitting = [c for c in found if c.fits]
+  return min(fitting, key=lambda c: (changed(c), c.seconds), default=None)
+
+
+def chips_needed(
+  config: experiment.Experiment, num_devices: int, limit: float
+) -> int:
+  """Returns about how many devices hold the state and a row's activations.
+
+  A multiple of two of `num_devices`; the state is taken to split further, the
+  temporaries of the leanest layout not.
   """
-  if not found:
-    return None
-  e = min((c.estimate for c in found), key=lambda e: e.memory.peak)
-  if e.limit is None or e.memory.temporaries >= e.limit:
-    return None
-  state = e.memory.arguments * e.num_devices
-  need = _MARGIN * state / (e.limit - _MARGIN * e.memory.temporaries)
-  return 2 ** math.ceil(math.log2(max(need, 1.0)))
+  lean = config_lib.override(config, {'train.remat': 'full'})
+  estimate = estimate_lib.step(lean, num_devices)
+  state = estimate.argument_bytes * num_devices
+  room = limit / MARGIN - estimate.fullest.bytes
+  need = state / room if room > 0 else math.inf
+  factor = 2
+  while num_devices * factor < need and factor < 2**20:
+    factor *= 2
+  return num_devices * factor

@@ -172,7 +172,9 @@ def test_remat_trades_memory_for_products():
 )
 def test_exchanges_are_those_of_the_theory(layout):
   """For which there is a formula of plain decoders (plan/theory.py)."""
-  settings: dict[str, Any] = {f'mesh__{axis}': size for axis, size in layout.items()}
+  settings: dict[str, Any] = {
+    f'mesh__{axis}': size for axis, size in layout.items()
+  }
   config = config_of('decoder', model__dtype='bfloat16', **settings)
   model = dataclasses.replace(
     config.model,
