@@ -77,6 +77,21 @@ def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
   return [(dtype, sizes(dims)) for dtype, dims in _SHAPE.findall(text)]
 
 
+def elements(type_: str) -> list[str]:
+  """Returns the types in a printed tuple, or the one type that is no tuple."""
+  if not type_.startswith('('):
+    return [type_]
+  parts, depth, start = [], 0, 1
+  for i, letter in enumerate(type_):
+    depth += (letter in '({[') - (letter in ')}]')
+    if (letter == ',' and depth == 1) or not depth:
+      parts.append(type_[start:i].strip())
+      start = i + 1
+    if not depth:
+      break
+  return [part for part in parts if part]
+
+
 def num_bytes(dtype: str, dims: tuple[int, ...]) -> int:
   """Returns the bytes of an array, unpadded: `f8e4m3fn` takes 1 an element."""
   width = re.match(r'[a-z]+(\d+)', dtype)

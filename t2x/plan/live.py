@@ -139,12 +139,8 @@ class _Walk:
       return self._ended(op, given)
     if op == 'dynamic-update-slice':
       return given[0]
-    updated = self._in_place(instruction)
-    if len(updated) == 1 and not instruction.type.startswith('('):
-      return self._values.get(updated[0], _NONE)
-    if updated:
-      parts = tuple(self._values.get(name, _NONE) for name in updated)
-      return _Value(parts, frozenset())
+    if op == 'fusion':
+      return self._fused(instruction, place)
     return self._array(instruction, place, instruction.type)
 
   def _array(self, instruction, place: int, type_: str) -> _Value:
@@ -152,7 +148,7 @@ class _Walk:
     if not type_.strip().startswith('('):
       return self._new(instruction, place, type_)
     parts = [
-      self._array(instruction, place, t) for t in _elements(type_.strip())
+      self._array(instruction, place, t) for t in hlo.elements(type_.strip())
     ]
     return _Value(tuple(parts), frozenset())
 
@@ -160,7 +156,7 @@ class _Walk:
     """What starts something names what it is given, and what it fills."""
     if instruction.op == 'all-reduce-start':
       return self._array(instruction, place, instruction.type)
-    types = _elements(instruction.type)
+    types = hlo.elements(instruction.type)
     filled = _FILLED.get(instruction.op, 1)
     kept = _Value(None, frozenset().union(*(value.all for value in given)))
     parts = [kept] * len(types)
@@ -173,16 +169,24 @@ class _Walk:
       return given[0] if given else _NONE
     return parts[_FILLED.get(op.replace('-done', '-start'), 1)]
 
-  def _in_place(self, instruction: hlo.Instruction) -> list[str]:
-    """Returns the operands that a fusion updates, and gives back."""
-    if instruction.op != 'fusion':
-      return []
+  def _fused(self, instruction: hlo.Instruction, place: int) -> _Value:
+    """Results that update an operand in place are that operand."""
     inner = self._scope.enter(
       instruction.callees[0], instruction, instruction.operands
     )
+    parameters = inner.computation.instructions
+    parts = []
     updated, _ = traffic.updates(inner)
-    place = lambda name: int(inner.computation.instructions[name].literal)
-    return [instruction.operands[place(name)] for name in updated]
+    for type_, name in zip(
+      hlo.elements(instruction.type), updated, strict=True
+    ):
+      if name is None:
+        parts.append(self._array(instruction, place, type_))
+      else:
+        operand = instruction.operands[int(parameters[name].literal)]
+        parts.append(self._values.get(operand, _NONE))
+    whole = not instruction.type.startswith('(')
+    return parts[0] if whole else _Value(tuple(parts), frozenset())
 
   def peak(self) -> list[Buffer]:
     """Returns the buffers at the fullest moment, of those inside it too."""
@@ -216,19 +220,3 @@ class _Walk:
       _Walk(scope).peak() for scope in loops.called(self._scope, instruction)
     ]
     return max(peaks, key=lambda p: sum(b.bytes for b in p), default=[])
-
-
-def _elements(type_: str) -> list[str]:
-  """Splits a printed tuple of arrays, of which some may be tuples again."""
-  parts, depth, start = [], 0, 1
-  for i, letter in enumerate(type_):
-    if letter in '({[':
-      depth += 1
-    elif letter in ')}]':
-      depth -= 1
-    if (letter == ',' and depth == 1) or depth == 0:
-      parts.append(type_[start:i])
-      start = i + 1
-      if depth == 0:
-        break
-  return parts

@@ -89,10 +89,9 @@ def _of_fusion(scope: loops.Scope, instruction: hlo.Instruction) -> int:
   for user in body.values():
     for name in user.operands:
       users.setdefault(name, []).append(user)
-  updated, written = updates(inner)
-  total = written
-  if not updated:
-    total += main_bytes(instruction.type)
+  updated, total = updates(inner)
+  for type_, name in zip(hlo.elements(instruction.type), updated, strict=True):
+    total += 0 if name else main_bytes(type_)
   for name, parameter in body.items():
     if parameter.op != 'parameter' or name in updated:
       continue
@@ -106,24 +105,33 @@ def _of_fusion(scope: loops.Scope, instruction: hlo.Instruction) -> int:
   return total
 
 
-def updates(inner: loops.Scope) -> tuple[list[str], int]:
-  """Returns the parameters that a fusion updates in place, and what it writes.
+def updates(inner: loops.Scope) -> tuple[list[str | None], int]:
+  """Returns what a fusion updates in place, and the bytes that move there.
 
-  That is so where all its results are such updates; in their order.
+  That is the name of a parameter for each result, None where it is new memory.
   """
   body = inner.computation.instructions
   root = body[inner.computation.root]
+  if root.op != 'tuple' and root.type.startswith('('):
+    return [None] * len(hlo.elements(root.type)), 0
   names = root.operands if root.op == 'tuple' else [root.name]
-  updated, written = [], 0
+  updated, moved = [], 0
   for name in names:
-    _, made, _ = loops.resolve(inner, name)
-    if made.op != 'dynamic-update-slice' or made.name not in body:
-      return [], 0
-    target = body[made.operands[0]]
-    while target.op in ('bitcast', 'copy', 'convert') and target.operands:
-      target = body[target.operands[0]]
-    if target.op != 'parameter':
-      return [], 0
-    updated.append(target.name)
-    written += 2 * main_bytes(body[made.operands[1]].type)
-  return updated, written
+    made = _update(inner, name)
+    updated.append(made and _target(body, made))
+    if made and updated[-1]:
+      moved += 2 * main_bytes(body[made.operands[1]].type)
+  return updated, moved
+
+
+def _update(inner: loops.Scope, name: str) -> hlo.Instruction | None:
+  _, made, _ = loops.resolve(inner, name)
+  inside = made.name in inner.computation.instructions
+  return made if inside and made.op == 'dynamic-update-slice' else None
+
+
+def _target(body, made: hlo.Instruction) -> str | None:
+  target = body[made.operands[0]]
+  while target.op in ('bitcast', 'copy', 'convert') and target.operands:
+    target = body[target.operands[0]]
+  return target.name if target.op == 'parameter' else None

@@ -4,6 +4,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from t2x import train_step
 from t2x.layers import attention
@@ -32,6 +33,7 @@ def test_matrices_are_cast_and_nothing_else():
   assert found == want and len(found) == len(ends)
 
 
+@pytest.mark.slow
 def test_gradients_are_the_same_numbers(monkeypatch):
   model = decoder.Decoder(CONFIG, rngs=nnx.Rngs(0))
   config = train_step.StepConfig()

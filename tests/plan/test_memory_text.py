@@ -89,6 +89,36 @@ def test_a_loop_that_fills_a_stack_touches_a_row_each_time():
   assert traffic.memory_bytes(SCAN) == want
 
 
+def test_of_a_fusions_results_some_are_updates():
+  """A stack's row, in place, and what is new: as of a loop that keeps both."""
+  text = (
+    HEADER
+    + """
+%both (p: f32[7,64], q: f32[1,64], i: s32[]) -> (f32[7,64], f32[1,64]) {
+  %p = f32[7,64] parameter(0)
+  %q = f32[1,64] parameter(1)
+  %i = s32[] parameter(2)
+  %z = s32[] constant(0)
+  %y = f32[1,64] tanh(%q)
+  %u = f32[7,64] dynamic-update-slice(%p, %y, %i, %z)
+  ROOT %t = (f32[7,64], f32[1,64]) tuple(%u, %y)
+}
+
+ENTRY %main (p: f32[7,64], q: f32[1,64], i: s32[]) -> (f32[7,64], f32[1,64]) {
+  %p = f32[7,64] parameter(0)
+  %q = f32[1,64] parameter(1)
+  %i = s32[] parameter(2)
+  %s = f32[7,64] negate(%p)
+  ROOT %f = (f32[7,64], f32[1,64]) fusion(%s, %q, %i), kind=kLoop, calls=%both
+}
+"""
+  )
+  stack, row = 7 * 4 * 64, 4 * 64
+  # The negation; a row read, the update, the new row, the place.
+  assert traffic.memory_bytes(text) == 2 * stack + row + 2 * row + row + 4
+  assert sorted(b.bytes for b in live.at_peak(text)) == [row, stack]
+
+
 # --- Live buffers. ---
 
 
@@ -132,7 +162,9 @@ ENTRY %main (x: f32[8]) -> f32[64] {
   assert sum(peak) == 512
 
 
-@pytest.mark.parametrize('target', ['cpu', 'tpu'])
+@pytest.mark.parametrize(
+  'target', ['cpu', pytest.param('tpu', marks=pytest.mark.slow)]
+)
 def test_the_sum_is_near_the_compilers_own(target):
   """Of a program whose buffers do not fit a TPU's vector memory."""
 
