@@ -92,7 +92,7 @@ def test_a_loop_that_fills_a_stack_touches_a_row_each_time():
 def test_of_a_fusions_results_some_are_updates():
   """A stack's row, in place, and what is new: as of a loop that keeps both."""
   text = (
-    HEADER
+    'HloModule m, is_scheduled=true'
     + """
 %both (p: f32[7,64], q: f32[1,64], i: s32[]) -> (f32[7,64], f32[1,64]) {
   %p = f32[7,64] parameter(0)
