@@ -20,7 +20,7 @@ _STYLE = """
 .s2 { background: var(--s2); } .s3 { background: var(--s3); }
 .s4 { background: var(--s4); } .s5 { background: var(--s5); }
 .legend i { width: .8rem; height: .8rem; }
-.legend .s0 { background: none; }
+.legend span { background: none; }
 .rows td:nth-child(2) { text-align: left; }
 .rows .bar { display: inline-block; height: .7rem; vertical-align: middle; }
 .cell { width: 40%; min-width: 12rem; text-align: left; }

@@ -32,7 +32,7 @@ class Buffer:
 
   Attributes:
     bytes: unpadded.
-    op_name: path of the JAX operation that filled it first, or ''.
+    op_name: path of the JAX operation that filled or used it first, or ''.
     type: as printed, of all that made it.
   """
 
@@ -99,6 +99,7 @@ class _Walk:
         if name in self._values:
           for buffer in self._values[name].all:
             self._last[buffer] = place
+            self._name(buffer, instruction)
     self._keep(donated)
 
   def _keep(self, donated: frozenset[int]) -> None:
@@ -110,6 +111,12 @@ class _Walk:
         self._last[buffer] = len(self._list)
         if place in donated and self._scope.parent is None:
           self._born.pop(buffer, None)
+
+  def _name(self, buffer: int, user: hlo.Instruction) -> None:
+    """What the compiler made itself is named by what uses it first."""
+    own = self._buffers[buffer]
+    if '/' not in own.op_name and '/' in user.op_name:
+      self._buffers[buffer] = dataclasses.replace(own, op_name=user.op_name)
 
   def _new(self, instruction, place: int, type_: str) -> _Value:
     size = traffic.main_bytes(type_)
