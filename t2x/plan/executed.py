@@ -245,6 +245,8 @@ def made_again(
   remat, names = local.config.train.remat, set(products(local, layer))
   if remat == 'none':
     return ()
+  if remat == 'full' and local.plan is not None:
+    return tuple(sorted(names))  # A stage runs the whole forward pass again.
   if remat == 'dots':
     return tuple(sorted(n for n in names if n.endswith('scores')))
   kept = set(remat.partition(':')[2].split(','))

@@ -23,7 +23,9 @@ def of_layers(local: local_lib.Local) -> Iterator[message.Message]:
     split = tuple(a for a in local.axes('embed') if 'embed' in weight.axes)
     own = _own_axes(local, weight)
     rest = tuple(a for a in batch if a not in (*split, *own))
-    size = reduced if weight.cast or len(weight.axes) > 2 else 4
+    # Biases are added in the dtype of activations; norms are float32.
+    low = weight.cast or '_bias_' in weight.path
+    size = reduced if low else 4
     if split:
       times = 1 if whole else local.num_microbatches
       visits = 1 if once or whole else _visits(local, weight)
@@ -31,27 +33,35 @@ def of_layers(local: local_lib.Local) -> Iterator[message.Message]:
         part='gathers of weights',
         kind='all-gather',
         axes=split,
-        bytes=visits * c * weight.used,
+        bytes=visits * (c if low else 4) * weight.used,
       )
       yield message.Message(
         part='reductions of gradients',
         kind='reduce-scatter',
         axes=split,
-        bytes=times * size * weight.used * _windowed(local, split),
+        bytes=times * size * weight.used * _windowed(local, weight),
       )
     yield from _reduced(local, weight, rest, split, size)
 
 
-def _windowed(local: local_lib.Local, split: message.Axes) -> float:
-  """A reduce-scatter beside its product is passed on once more than needed."""
-  num = local.size(split)
+def _windowed(local: local_lib.Local, weight: local_lib.Weight) -> float:
+  """A reduce-scatter beside its product is passed on once more than needed.
+
+  Not that of experts, which asks for the exchange itself, nor in loops of
+  stages, of whose devices some do something else.
+  """
+  if local.plan is not None or 'experts' in weight.axes:
+    return 1.0
+  num = local.over('embed')
   return (num + 1) / num
 
 
 def _visits(local: local_lib.Local, weight: local_lib.Weight) -> float:
   """How often a weight is gathered: forward and backward."""
   if local.plan is None:
-    return 2 * local.num_microbatches
+    # Experts, gathered by hand, are kept where nothing is made again.
+    kept = 'experts' in weight.axes and local.config.train.remat == 'none'
+    return (1 if kept else 2) * local.num_microbatches
   again = local.plan.table.recompute
   return (2 + again) * local.num_microbatches
 
@@ -84,47 +94,96 @@ def _reduced(local, weight, rest: message.Axes, split: message.Axes, size: int):
 # --- Tables. ---
 
 
-def of_tables(local: local_lib.Local) -> Iterator[message.Message]:
-  """Token vectors, and the head."""
-  config, c = local.config, local.itemsize
-  D, V, tokens = config.model.embed_dim, local.vocab, local.tokens
-  times, length = local.num_microbatches, local.axes('length')
-  embed, batch = local.axes('embed'), local.axes('batch', 'length')
-  vocab, rest = local.axes('vocab'), tuple(a for a in batch if a not in embed)
-  late = tuple(a for a in rest if a in local.by_hand)
-  early = tuple(a for a in rest if a not in late)
-  say = lambda part, kind, axes, size: message.Message(
-    part=part, kind=kind, axes=axes, bytes=size
-  )
-  activation = c * tokens * D
-  for source in _looked_up(local):
-    size = c * local.rows * source * D / local.over('length')
-    if exchanged(local):
-      yield say('embeddings', 'all-to-all', embed, 2 * times * size)
-      yield say('embeddings', 'all-reduce', vocab, times * size)
-    else:
-      yield say('embeddings', 'all-gather', embed, times * c * V * D)
-      yield say('embeddings', 'reduce-scatter', embed, times * 4 * V * D)
-      yield say('embeddings', 'all-reduce', vocab, times * size)
-  yield say(
-    'embeddings', 'all-reduce', early, times * 4 * V * D / local.size(embed)
-  )
-  yield say('head', 'all-gather', embed, times * c * V * D)
-  yield say('head', 'reduce-scatter', embed, times * c * V * D)
-  yield say('head', 'all-reduce', early, times * c * V * D / local.size(embed))
-  yield say('head', 'all-reduce', vocab, times * activation)
-  # Between layers sequences are split more finely: gathered for the head, and
-  # for the gradient of the lookup.
-  fine = tuple(a for a in local.axes('norm_length') if a not in length)
-  yield say('head', 'all-gather', fine, times * activation)
-  yield say('embeddings', 'all-gather', fine, times * activation)
+def of_tables(local: local_lib.Local) -> list[message.Message]:
+  """Returns what token vectors and the head cost.
+
+  Of stages, the first has the one and the last the other: the dearer counts.
+  """
+  embeddings, head = _of_embeddings(local), _of_head(local)
+  size = lambda found: sum(m.bytes for m in found if local.size(m.axes) > 1)
+  used = embeddings + head
+  if local.plan is not None:
+    used = max(embeddings, head, key=size)
+  return used + _of_both(local)
+
+
+def _of_both(local: local_lib.Local) -> list[message.Message]:
+  """Sums after all microbatches; tables that all stages gather, once."""
+  embed, late = local.axes('embed'), local.by_hand
+  c, times = local.itemsize, local.num_microbatches
+  size = c * local.vocab * local.config.model.embed_dim
   tables = [w for w in local.weights if not w.in_layers and 'vocab' in w.axes]
-  if late:
-    kept = sum(w.used for w in tables) / local.size(embed)
-    yield say('reductions of gradients', 'all-reduce', late, 4 * kept)
+  kept = sum(w.used for w in tables) / local.size(embed)
+  once = local.plan is not None
+  looks_up = once or not exchanged(local)
+  gather = lambda part: message.Message(
+    part=part,
+    kind='all-gather',
+    axes=embed,
+    bytes=(1 if once else times) * size,
+  )
+  return [
+    *([gather('embeddings')] if looks_up else []),
+    gather('head'),
+    message.Message(
+      part='reductions of gradients',
+      kind='all-reduce',
+      axes=late,
+      bytes=4 * kept,
+    ),
+  ]
 
 
-def _looked_up(local: local_lib.Local) -> list[int]:
+def _of_embeddings(local: local_lib.Local) -> list[message.Message]:
+  c, D, V = local.itemsize, local.config.model.embed_dim, local.vocab
+  times, embed = local.num_microbatches, local.axes('embed')
+  vocab, early = local.axes('vocab'), _early(local)
+  say = lambda kind, axes, size: message.Message(
+    part='embeddings', kind=kind, axes=axes, bytes=times * size
+  )
+  found = []
+  for source in looked_up(local):
+    tokens = local.rows * source / local.over('length')
+    found.append(say('all-reduce', vocab, c * tokens * D))
+    if exchanged(local):
+      found.append(say('all-to-all', embed, 2 * c * tokens * D))
+    elif local.plan is not None:
+      # All gradients come to those that have a part of every vector.
+      found.append(say('all-gather', embed, 4 * tokens * local.size(embed) * D))
+    else:
+      found.append(say('reduce-scatter', embed, 4 * V * D))
+  found.append(say('all-gather', _fine(local), c * local.tokens * D))
+  found.append(say('all-reduce', early, 4 * V * D / local.size(embed)))
+  return found
+
+
+def _of_head(local: local_lib.Local) -> list[message.Message]:
+  c, D, V = local.itemsize, local.config.model.embed_dim, local.vocab
+  times, embed = local.num_microbatches, local.axes('embed')
+  say = lambda kind, axes, size: message.Message(
+    part='head', kind=kind, axes=axes, bytes=times * size
+  )
+  return [
+    say('reduce-scatter', embed, c * V * D),
+    say('all-reduce', _early(local), c * V * D / local.size(embed)),
+    say('all-reduce', local.axes('vocab'), c * local.tokens * D),
+    say('all-gather', _fine(local), c * local.tokens * D),
+  ]
+
+
+def _early(local: local_lib.Local) -> message.Axes:
+  """Axes that split tokens and no table, but for those by hand."""
+  out = (*local.axes('embed'), *local.by_hand)
+  return tuple(a for a in local.axes('batch', 'length') if a not in out)
+
+
+def _fine(local: local_lib.Local) -> message.Axes:
+  """Axes that split a sequence between layers alone."""
+  length = local.axes('length')
+  return tuple(a for a in local.axes('norm_length') if a not in length)
+
+
+def looked_up(local: local_lib.Local) -> list[int]:
   """Lengths of the rows that are looked up."""
   data = local.config.data
   return [local.length] + [data.length] * data.objective.has_encoder
@@ -148,38 +207,23 @@ def of_stages(local: local_lib.Local) -> Iterator[message.Message]:
   """Messages to neighbours; weights that move once a step, and shared ones."""
   plan = local.plan
   assert plan is not None
-  told, data = plan.told, local.config.data
-  c, D = local.itemsize, local.config.model.embed_dim
-  lengths = sum(_looked_up(local))
-  state = c * local.rows * lengths * D / local.over('length')
-  pipe = (sharding.PIPE,)
-  ticks = int(told.sends_down_T.sum() + told.sends_up_T.sum())
-  yield message.Message(
-    part='messages of stages',
-    kind='collective-permute',
-    axes=pipe,
-    bytes=local.config.train.accumulate * ticks * state,
+  told, c, D = plan.told, local.itemsize, local.config.model.embed_dim
+  tokens = local.rows * sum(looked_up(local)) / local.over('length')
+  say = lambda part, kind, size: message.Message(
+    part=part, kind=kind, axes=(sharding.PIPE,), bytes=size
   )
-  del data
+  ticks = int(told.sends_down_T.sum() + told.sends_up_T.sum())
+  times = local.config.train.accumulate
+  yield say(
+    'messages of stages', 'collective-permute', times * ticks * c * tokens * D
+  )
   for weight in local.weights:
-    if weight.in_layers:
-      if not plan.place.is_contiguous:
-        # As they are kept, float32, and their gradients.
-        kept = weight.used / local.size(
-          local.axes('embed') if 'embed' in weight.axes else ()
-        )
-        yield message.Message(
-          part='weights of stages',
-          kind='all-to-all',
-          axes=pipe,
-          bytes=2 * 4 * kept,
-        )
-      continue
     split = local.axes('embed') if 'embed' in weight.axes else ()
-    kept = 4 * weight.used / local.size(split)
-    yield message.Message(
-      part='weights of stages', kind='all-gather', axes=pipe, bytes=kept
-    )
-    yield message.Message(
-      part='weights of stages', kind='all-reduce', axes=pipe, bytes=kept
-    )
+    kept = weight.used / local.size(split)
+    if not weight.in_layers:
+      size = c if 'vocab' in weight.axes else 4
+      yield say('weights of stages', 'all-gather', size * kept)
+      yield say('weights of stages', 'all-reduce', 4 * kept)
+    elif not plan.place.is_contiguous:
+      # There as they are kept, float32, and their gradients back.
+      yield say('weights of stages', 'all-to-all', 2 * 4 * kept)
