@@ -173,9 +173,8 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
     mark = 'held out' if row['held_out'] else ''
     print(f'{row["name"]:<77} {mark:<8}{ratios}')
   for half, found in errors(rows).items():
-    texts = [
-      f'{100 * m:.1f}% {100 * w:.0f}%' for m, w in map(found.get, FIGURES)
-    ]
+    spreads = [found[name] for name in FIGURES]
+    texts = [f'{100 * m:.1f}% {100 * w:.0f}%' for m, w in spreads]
     name = f'{half} ({found["number"]}): median and largest error'
     print(f'{name:<86}' + ''.join(f'{text:>13}' for text in texts))
 

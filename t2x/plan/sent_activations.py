@@ -40,6 +40,8 @@ def _of_tensor(local, layer, num, size: float) -> Iterator[message.Message]:
     if not axes and not fine:
       continue
     repeats = num['made again'] if name in again else 0
+    if name == 'mlp_down' and isinstance(layer.mlp, moe.MoeConfig):
+      repeats = 0  # Of experts, what is made again is read before the sum.
     if fine:
       into = num['forward'] + num['backward']
       into += num['made again'] if again else 0
