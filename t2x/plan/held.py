@@ -15,9 +15,9 @@ from t2x.plan import tiles
 
 # Arrays of a layer's backward pass that are there at once, counted in compiled
 # programs: of the feed-forward width (up, gate and hidden with two gradients,
-# or up and a gradient), and of the embedding width (queries, keys, values,
-# attention's output, the stream, their gradients and copies in other layouts).
-GATED_HIDDEN, PLAIN_HIDDEN, EMBEDDED = 5, 2, 12
+# or up and a gradient), of all heads (queries, keys, values, attention's output
+# and a copy), and of the embedding width, within layers and between them.
+GATED_HIDDEN, PLAIN_HIDDEN, HEADS, WITHIN, BETWEEN = 5, 2, 5, 3, 4
 # The compiler's heap has holes, by what comes and goes in it: what it reserves
 # for temporaries over what is there at the fullest moment, as a share of that
 # without what is kept from the forward pass.
@@ -190,4 +190,10 @@ def working_set(local, layer) -> float:
     else tokens
   )
   times = GATED_HIDDEN if layer.mlp.gated else PLAIN_HIDDEN
-  return c * (times * rows * hidden + EMBEDDED * tokens * D)
+  heads = layer.kind.num_heads * layer.kind.head_dim / local.over('heads')
+  between = local.rows * layer.queries / local.over('norm_length')
+  return c * (
+    times * rows * hidden
+    + HEADS * tokens * heads
+    + (WITHIN * tokens + BETWEEN * between) * D
+  )
