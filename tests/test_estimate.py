@@ -184,7 +184,10 @@ def test_exchanges_are_those_of_the_theory(layout):
   config = dataclasses.replace(config, model=model)
   found = estimate.step(config)
   expected = theory.bytes_sent(config, found.sizes)
-  assert found.sent_bytes() == pytest.approx(expected, rel=0.15)
+  if 'data' in layout or 'context' in layout:
+    # There the gradient of the head is float32, as that of the other table.
+    expected -= 2 * 512 * 64 // layout.get('tensor', 1)
+  assert found.sent_bytes() == pytest.approx(expected, rel=0.01)
 
 
 def test_what_cannot_be_is_refused():
@@ -207,6 +210,31 @@ def test_a_compiled_program_of_a_billion_parameters():
   assert found.executed_flops == 63_144_609_185_792 + 7_559_142_440_960
   assert found.sent_bytes() == pytest.approx(6_290_153_516, rel=1e-3)
   assert found.peak_bytes == pytest.approx(2_820_047_360, rel=0.03)
-  text = estimate.text(found)
-  assert 'gathers of weights (all-gather over fsdp)' in text
-  assert text.startswith('memory: ')
+  lines = estimate.text(found)
+  assert 'gathers of weights (all-gather over fsdp)' in lines
+  assert lines.startswith('memory: ')
+
+
+def test_stages_share_the_layers_and_the_last_has_the_head():
+  whole = estimate.step(config_of(train__remat='none')).flops
+  settings = {'mesh__pipe': 4, 'pipeline__microbatches': 8}
+  staged = estimate.step(config_of('decoder', **settings)).flops
+  for name in ('forward', 'backward'):
+    assert staged[name] == whole[name] / 4
+  assert staged['head'] == whole['head']
+  full = estimate.step(config_of('decoder', train__remat='full', **settings))
+  assert full.flops['made again'] == staged['forward']
+
+
+def test_a_compiled_pipeline_of_a_billion_parameters():
+  """Figures of jax 0.10.2 and libtpu 0.0.42.1 for v5e 4x4."""
+  config = config_lib.override(
+    catalog.load('llama_1b'),
+    {'mesh.fsdp': '4', 'mesh.pipe': '4', 'data.batch_size': '32'},
+  )
+  own = dataclasses.replace(config.data, tokenizer=tokenizers.Bytes())
+  found = estimate.step(dataclasses.replace(config, data=own))
+  assert found.argument_bytes == pytest.approx(828_645_376, rel=1e-4)
+  assert found.executed_flops == 42_107_859_369_984
+  assert found.sent_bytes() == pytest.approx(6_523_000_000, rel=0.06)
+  assert found.peak_bytes == pytest.approx(3_277_230_592, rel=0.03)
