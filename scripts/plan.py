@@ -3,6 +3,9 @@ r"""What a run would cost on a TPU or GPU pod, by its compiler, on a laptop.
 python scripts/plan.py --experiment=llama2_7b --topology=v5e:4x4 \
     [--num_slices=2] [--layout=fsdp=16] [--set NAME=VALUE ...] \
     [--html=FILE] [--json]
+python scripts/plan.py --experiment=llama2_7b --topology=v5e:4x4 --search \
+    [--most=6] [--processes=2] [--seconds=900] [--cache=DIR]
+python scripts/plan.py --experiment=llama2_7b --topology=v5e:4x4 --estimate
 
 Compiles the run's train step for the topology and prints, of one device: memory
 by part and module, and whether it fits; FLOPs of the model and of the program;
@@ -15,11 +18,18 @@ v6e, 7x: v5e:4x4, v5p:4x4x8), or a kind of GPU and their number in a node
 simulates. TPUs need the extra `plan`, GPUs `plan-gpu`; no accelerator is
 touched. Without --layout the experiment's own mesh is taken. --json prints the
 same as one object in the last line, --html writes a page.
+
+--search looks for the layout, recomputation and microbatches that take the
+least time: all that can be are estimated, the --most promising compiled,
+--processes at a time, until --seconds are over. What was compiled is kept in
+--cache, so that the same command goes on. --estimate prints what a step should
+cost without compiling anything.
 """
 
 import json
 import os
 import pathlib
+import sys
 
 # This machine's own accelerators are left alone.
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -28,14 +38,17 @@ from absl import flags
 
 from t2x import absent
 from t2x import catalog
+from t2x import estimate
 from t2x import layout_text
 from t2x import layouts
 from t2x import main as main_lib
 from t2x import mesh as mesh_lib
 from t2x import plan_advice
 from t2x import plan_page
+from t2x import plan_search
 from t2x import plan_text
 from t2x import planning
+from t2x import sharding_table
 
 
 def main() -> None:
@@ -46,6 +59,12 @@ def main() -> None:
   flags.DEFINE_string('layout', None, 'Sizes: data=2,fsdp=2,tensor=2.')
   flags.DEFINE_string('html', None, 'File to write the page to.')
   flags.DEFINE_bool('json', False, 'Print one JSON object in the last line.')
+  flags.DEFINE_bool('estimate', False, 'Only estimate, in seconds.')
+  flags.DEFINE_bool('search', False, 'Look for the fastest layout.')
+  flags.DEFINE_integer('most', 6, 'Layouts to compile.', lower_bound=1)
+  flags.DEFINE_integer('processes', None, 'At a time; default one a core.')
+  flags.DEFINE_integer('seconds', 900, 'After which none is waited for.')
+  flags.DEFINE_string('cache', None, 'Default ~/.cache/t2x/plans.')
   main_lib.define_set_flag()
   flags.mark_flags_as_required(['topology'])
   main_lib.app_run(_main)
@@ -56,6 +75,9 @@ def _main() -> None:
   config = main_lib.resolve(lambda: catalog.load(values.experiment))
   name = pathlib.Path(values.experiment or values.config).stem
   devices = absent.devices(values.topology, values.num_slices)
+  if values.search:
+    _search(name, config)
+    return
   if values.layout is not None:
     own, layout = config, layout_text.parse(values.layout)
     config = layout.applied(config)
@@ -63,6 +85,9 @@ def _main() -> None:
   else:
     slices = mesh_lib.num_slices(devices)
     layouts.check(config, len(devices), num_slices=slices)
+  if values.estimate:
+    print(estimate.text(estimate.step(config, len(devices))))
+    return
   plan = planning.make(config, values.topology, values.num_slices)
   advice = plan_advice.of(config, plan)
   print(plan_text.text(name, plan, advice))
@@ -73,6 +98,40 @@ def _main() -> None:
     print(f'The page is {file}')
   if values.json:
     print(json.dumps(plan_text.to_json(plan, advice)))
+
+
+def _search(name: str, config) -> None:
+  values = flags.FLAGS
+  where = values.topology, values.num_slices
+  found = plan_search.candidates(config, *where)
+  num, fitting = plan_search.count(found)
+  _say(f'{num} ways to run {name} on {values.topology}; {fitting} should fit.')
+  if not found:
+    return
+  root = os.environ.get('T2X_DATA_DIR') or '~/.cache/t2x'
+  cache = values.cache or os.path.join(root, 'plans')
+  results = plan_search.compile_best(
+    found,
+    *where,
+    command=[sys.executable, os.path.abspath(__file__)],
+    cache=pathlib.Path(cache).expanduser(),
+    most=values.most,
+    processes=values.processes or os.cpu_count() or 1,
+    seconds=values.seconds,
+    say=_say,
+  )
+  print()
+  rows = plan_search.table(results)
+  print('\n'.join(sharding_table.aligned(rows, '<<>>>>>>')))
+  if values.json:
+    plans = [
+      {'settings': r.candidate.settings, 'plan': r.plan} for r in results
+    ]
+    print(json.dumps(plans))
+
+
+def _say(text: str) -> None:
+  print(text, flush=True)
 
 
 if __name__ == '__main__':

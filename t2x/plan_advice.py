@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import math
 
 from t2x import experiment
+from t2x import plan_search
 from t2x import planning
 from t2x import sharding_table
 from t2x.layers import attention
@@ -21,6 +22,7 @@ def of(config: experiment.Experiment, plan: planning.Plan) -> list[str]:
     plan: its plan.
   """
   checks = (
+    _too_large,
     _copies,
     _padding,
     _gathers,
@@ -31,6 +33,28 @@ def of(config: experiment.Experiment, plan: planning.Plan) -> list[str]:
     _again,
   )
   return [line for check in checks for line in check(config, plan)]
+
+
+def _too_large(config, plan) -> Iterator[str]:
+  """The least change with which it should fit, or how many chips it needs."""
+  if plan.fits is not False:
+    return
+  num = math.prod(plan.sizes.values())
+  found = plan_search.candidates(config, plan.topology, plan.num_slices)
+  nearest = plan_search.nearest_fit(found, config)
+  limit = plan.memory.limit
+  if nearest is None:
+    need = plan_search.chips_needed(config, num, limit)
+    yield (
+      f'it fits on {num} of these devices in no layout, recomputed or in '
+      f'microbatches: by estimate it needs {need:,} of them, or larger ones.'
+    )
+    return
+  changed = ' '.join(f'--set {s}' for s in plan_search.changes(nearest, config))
+  yield (
+    f'it should fit with {changed}: by estimate '
+    f'{nearest.peak / 2**30:.2f} of {limit / 2**30:.2f} GiB.'
+  )
 
 
 def _copies(config, plan) -> Iterator[str]:

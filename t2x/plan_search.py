@@ -352,15 +352,33 @@ def nearest_fit(
   found: Sequence[Candidate], config: experiment.Experiment
 ) -> Candidate | None:
   """Returns the candidate that fits with the fewest settings changed."""
-  own = config_lib.flatten(config_lib.to_json(config))
-
-  def changed(candidate):
-    settings = config_lib.parse_settings([*candidate.settings])
-    flat = config_lib.flatten(config_lib.to_json(candidate.config))
-    return sum(flat.get(name) != own.get(name) for name in settings)
-
   fitting = [c for c in found if c.fits]
-  return min(fitting, key=lambda c: (changed(c), c.seconds), default=None)
+  near = lambda c: (len(changes(c, config)), c.seconds)
+  return min(fitting, key=near, default=None)
+
+
+def changes(candidate: Candidate, config: experiment.Experiment) -> list[str]:
+  """Returns the settings in which a candidate differs from an experiment.
+
+  An axis that takes what remains (-1) is as before where it has that size.
+  """
+  flat = config_lib.flatten(config_lib.to_json(config))
+  changed = []
+  for text in candidate.settings:
+    name, _, value = text.partition('=')
+    if str(flat.get(name)) == value:
+      continue
+    if flat.get(name) == -1 and name.startswith('mesh.'):
+      rest = [s for s in candidate.settings if s.startswith('mesh.')]
+      others = [s for s in rest if not s.startswith(f'{name}=')]
+      same = all(
+        str(flat.get(s.partition('=')[0])) == s.partition('=')[2]
+        for s in others
+      )
+      if same:
+        continue
+    changed.append(text)
+  return changed
 
 
 def chips_needed(

@@ -25,6 +25,7 @@ heads, H head dim, F feed-forward, E experts, k experts of a token.
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import functools
 import math
 from typing import Any
 from typing import Literal
@@ -125,6 +126,13 @@ def stacks(
   return result
 
 
+@functools.lru_cache(maxsize=8)
+def _shapes(model: model_lib.ModelConfig):
+  """Returns the model's shapes: the same for all schedules and layouts."""
+  make = lambda key: model_lib.make(model, rngs=nnx.Rngs(key))
+  return jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0)))
+
+
 def with_bytes(
   stacks: Sequence[cost_model.Stack],
   table: schedule_lib.Schedule,
@@ -145,8 +153,7 @@ def with_bytes(
     Stacks, what a device needs whatever the placement, and what it needs
     besides where layers move.
   """
-  make = lambda key: model_lib.make(model, rngs=nnx.Rngs(key))
-  shapes = jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0)))
+  shapes = _shapes(model)
   itemsize = jnp.dtype(model.dtype).itemsize
   num_stages = table.num_stages
   result, of_layers, moved = [], set(), 0
