@@ -332,7 +332,7 @@ def table(results: Sequence[Result]) -> list[list[str]]:
     gib = lambda size: f'{size / 2**30:.2f}'
     guess = [gib(c.peak), f'{1000 * c.seconds:.0f} ms']
     if plan is None or not plan['roofline']:
-      why = result.note or (plan and plan['refused']) or ''
+      why = str(result.note or (plan and plan['refused']) or '')
       cells = ['-', guess[0], '-', guess[1], '-', why[:60]]
     else:
       r = plan['roofline']

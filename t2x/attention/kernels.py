@@ -58,10 +58,11 @@ def attend(
   flip = lambda a: a.swapaxes(1, 2)
 
   def local(q_BNTH, k_BKSH, v_BKSH, mask):
-    arrays = map(flip, (q_BNTH, k_BKSH, v_BKSH))
-    return flip(triton.attend(*arrays, mask, **settings))
+    q, k, v = map(flip, (q_BNTH, k_BKSH, v_BKSH))
+    return flip(triton.attend(q, k, v, mask, **settings))
 
-  return flip(_on_parts(local, *map(flip, (q_BTNH, k_BSKH, v_BSKH)), mask))
+  q, k, v = map(flip, (q_BTNH, k_BSKH, v_BSKH))
+  return flip(_on_parts(local, q, k, v, mask))
 
 
 def platform() -> str:
