@@ -55,10 +55,11 @@ def moments(local: local_lib.Local) -> list[Moment]:
   kept = _kept(local)
   logits = _logits(local)
   tied = local.config.model.tied_head != 'untied'
-  # A tied table's gradient is made where that of the lookup is, at the end.
+  # Reduced over `fsdp`, a tied table's gradient is made where that of the lookup
+  # is, at the end.
   waits = (
     {'logits': logits}
-    if tied and local.config.train.accumulate == 1
+    if tied and local.over('embed') > 1 and local.config.train.accumulate == 1
     else {"head table's gradient": table['gradient']}
   )
   sums = _sums(local)
@@ -120,11 +121,11 @@ def _kept(local: local_lib.Local) -> dict[str, float]:
 
 
 def _copies(local: local_lib.Local) -> float:
-  """Weights in the dtype of the products, laid out as their shape is."""
+  """Weights in the dtype of the products."""
   if local.itemsize == 4:
     return 0.0
   cast = [w for w in local.weights if w.cast]
-  return sum(tiles.padded(w.shape, local.itemsize, as_given=True) for w in cast)
+  return sum(tiles.padded(w.shape, local.itemsize) for w in cast)
 
 
 # --- Weights and their gradients. ---

@@ -6,25 +6,20 @@ import math
 LANES, SUBLANES = 128, 8
 
 
-def padded(
-  shape: tuple[int, ...], itemsize: int, *, as_given: bool = False
-) -> int:
+def padded(shape: tuple[int, ...], itemsize: int) -> int:
   """Returns the bytes of an array as a TPU lays it out.
 
-  Its two minor dimensions come in tiles of 8 x 128. The compiler takes those
-  that fill them best, of arguments at least.
+  Its two minor dimensions come in tiles of 8 x 128: the compiler takes those
+  that fill them best.
 
   Args:
     shape: of the array.
     itemsize: bytes of a number.
-    as_given: the last two dimensions are the minor ones.
   """
   if len(shape) < 2:
     tile = LANES * SUBLANES if shape else LANES
     return itemsize * _up(math.prod(shape), tile)
-  pairs = [(shape[-1], shape[-2])]
-  if not as_given:
-    pairs = itertools.permutations(shape, 2)
+  pairs = itertools.permutations(shape, 2)
   return itemsize * min(_tiled(shape, *pair) for pair in pairs)
 
 
