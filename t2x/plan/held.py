@@ -55,8 +55,8 @@ def moments(local: local_lib.Local) -> list[Moment]:
   kept = _kept(local)
   logits = _logits(local)
   tied = local.config.model.tied_head != 'untied'
-  # Reduced over `fsdp`, a tied table's gradient is made where that of the lookup
-  # is, at the end.
+  # Where `fsdp` reduces it, a tied table's gradient is made at the end, with
+  # that of the lookup.
   waits = (
     {'logits': logits}
     if tied and local.over('embed') > 1 and local.config.train.accumulate == 1
