@@ -103,7 +103,8 @@ def _of_context(local, layer, num, tokens: float) -> Iterator[message.Message]:
     )
     return
   size = 2 * c * tokens * kind.head_dim * own
-  hops = (C - 1) * (num['forward'] + repeats) + (2 * C - 1) * num['backward']
+  # What is made again meets the visitors of the backward pass: they come once.
+  hops = (C - 1) * num['forward'] + (2 * C - 1) * num['backward']
   yield message.Message(
     part='attention', kind='collective-permute', axes=axes, bytes=hops * size
   )
