@@ -7,6 +7,7 @@ from t2x.attention import blocks
 from t2x.layers import moe
 from t2x.plan import executed
 from t2x.plan import local as local_lib
+from t2x.plan import tiles
 
 
 def of_layer(local: local_lib.Local, layer: local_lib.Layer) -> float:
@@ -108,8 +109,13 @@ def _steps(mlp: moe.FeedForwardConfig) -> int:
 def _attention_residuals(local, layer, sizes, cross: bool) -> float:
   prefix = 'cross_' if cross else ''
   query, attention = sizes[f'{prefix}query'], sizes[f'{prefix}attention']
-  kept = query + 2 * sizes[f'{prefix}key'] + attention + query
+  kept = query + 2 * sizes[f'{prefix}key'] + attention
   chosen = executed.way(local, layer, cross)
+  if chosen == 'kernel':
+    # Kernels have heads outside, and each head's width fills its lanes.
+    H = layer.kind.head_dim
+    kept *= -(-H // tiles.LANES) * tiles.LANES / H
+  kept += query  # As the product after it reads it.
   keys = layer.encoded if cross else layer.queries
   if chosen == 'blocks' and keys <= blocks.KEEP_KEYS:
     # Probabilities in float32 and as they are used, and the output as it was.
