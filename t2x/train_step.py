@@ -340,7 +340,13 @@ def _accumulate(trained, rest, batch, total, key, config: StepConfig):
     lambda a: jnp.zeros(a.shape, jnp.float32),
     jax.eval_shape(micro, jax.tree.map(lambda a: a[0], parts)),
   )
-  add = lambda sums, part: (jax.tree.map(jnp.add, sums, micro(part)), None)
+
+  def add(sums, part):
+    # A TPU's compiler would take reductions of bfloat16 out of the loop, and
+    # fails where they are converted before they are added (libtpu 0.0.42).
+    new = jax.lax.optimization_barrier(micro(part))
+    return jax.tree.map(jnp.add, sums, new), None
+
   return jax.lax.scan(add, zeros, parts)[0]
 
 
