@@ -23,39 +23,25 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 
 from absl import flags
 
-from t2x import absent
-from t2x import catalog
 from t2x import executables
-from t2x import layout_text
-from t2x import layouts
 from t2x import main as main_lib
 from t2x import mesh as mesh_lib
+from t2x import target_flags
 
 
 def main() -> None:
-  flags.DEFINE_string('experiment', None, 'Its name, or a path.')
-  flags.DEFINE_string('config', None, 'A saved config.json instead.')
-  flags.DEFINE_string('topology', None, 'Kind and shape: v5e:4x4, or cpu:8.')
-  flags.DEFINE_integer('num_slices', 1, 'How many of them.', lower_bound=1)
+  target_flags.define()
   flags.DEFINE_string('host', None, 'Shape of the chips of a host: 2x4.')
-  flags.DEFINE_string('layout', None, 'Sizes: data=2,fsdp=2,tensor=2.')
   flags.DEFINE_string('out', None, 'File to write.')
-  main_lib.define_set_flag()
-  flags.mark_flags_as_required(['topology', 'out'])
+  flags.mark_flag_as_required('out')
   main_lib.app_run(_main)
 
 
 def _main() -> None:
   values = flags.FLAGS
-  config = main_lib.resolve(lambda: catalog.load(values.experiment))
-  devices = absent.devices(values.topology, values.num_slices, values.host)
-  if values.layout is not None:
-    own, layout = config, layout_text.parse(values.layout)
-    config = layout.applied(config)
-    layout.check(config, len(devices), own=own)
-  else:
-    slices = mesh_lib.num_slices(devices)
-    layouts.check(config, len(devices), num_slices=slices)
+  _, config = target_flags.experiment_of()
+  devices = target_flags.devices(values.host)
+  config = target_flags.laid_out(config, devices)
   manifest = executables.save(
     values.out, config, mesh_lib.make(config.mesh, devices), say=_say
   )

@@ -36,27 +36,19 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 
 from absl import flags
 
-from t2x import absent
-from t2x import catalog
 from t2x import estimate
-from t2x import layout_text
-from t2x import layouts
 from t2x import main as main_lib
-from t2x import mesh as mesh_lib
 from t2x import plan_advice
 from t2x import plan_page
 from t2x import plan_search
 from t2x import plan_text
 from t2x import planning
 from t2x import sharding_table
+from t2x import target_flags
 
 
 def main() -> None:
-  flags.DEFINE_string('experiment', None, 'Its name, or a path.')
-  flags.DEFINE_string('config', None, 'A saved config.json instead.')
-  flags.DEFINE_string('topology', None, 'v5e:4x4, v5p:4x4x8, h100:8, cpu:8.')
-  flags.DEFINE_integer('num_slices', 1, 'How many of them.', lower_bound=1)
-  flags.DEFINE_string('layout', None, 'Sizes: data=2,fsdp=2,tensor=2.')
+  target_flags.define()
   flags.DEFINE_string('html', None, 'File to write the page to.')
   flags.DEFINE_bool('json', False, 'Print one JSON object in the last line.')
   flags.DEFINE_bool('estimate', False, 'Only estimate, in seconds.')
@@ -65,26 +57,17 @@ def main() -> None:
   flags.DEFINE_integer('processes', None, 'At a time; default one a core.')
   flags.DEFINE_integer('seconds', 900, 'After which none is waited for.')
   flags.DEFINE_string('cache', None, 'Default ~/.cache/t2x/plans.')
-  main_lib.define_set_flag()
-  flags.mark_flags_as_required(['topology'])
   main_lib.app_run(_main)
 
 
 def _main() -> None:
   values = flags.FLAGS
-  config = main_lib.resolve(lambda: catalog.load(values.experiment))
-  name = pathlib.Path(values.experiment or values.config).stem
-  devices = absent.devices(values.topology, values.num_slices)
+  name, config = target_flags.experiment_of()
+  devices = target_flags.devices()
   if values.search:
     _search(name, config)
     return
-  if values.layout is not None:
-    own, layout = config, layout_text.parse(values.layout)
-    config = layout.applied(config)
-    layout.check(config, len(devices), own=own)
-  else:
-    slices = mesh_lib.num_slices(devices)
-    layouts.check(config, len(devices), num_slices=slices)
+  config = target_flags.laid_out(config, devices)
   if values.estimate:
     print(estimate.text(estimate.step(config, len(devices))))
     return

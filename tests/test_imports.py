@@ -46,10 +46,13 @@ _ORDER = (
   ('estimate',),
   ('executables',),
   ('sharding_table', 'sharding_drawing', 'sharding_page'),
+  ('plan_memory', 'planning', 'plan_search'),
+  ('plan_advice', 'plan_text', 'plan_page'),
   ('run', 'inference'),
   ('train',),
   ('deviation', 'verify', 'verify_report'),
   ('main',),
+  ('target_flags',),
 )
 # The packages that say what is computed know nothing of where it is.
 _FORBIDDEN = {

@@ -1,0 +1,61 @@
+"""The flags of scripts that compile an experiment for devices elsewhere."""
+
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from t2x import absent
+from t2x import catalog
+from t2x import experiment
+from t2x import layout_text
+from t2x import layouts
+from t2x import main as main_lib
+from t2x import mesh as mesh_lib
+
+
+def define() -> None:
+  """Defines the flags that say what runs, where, and in which layout."""
+  flags.DEFINE_string('experiment', None, 'Its name, or a path.')
+  flags.DEFINE_string('config', None, 'A saved config.json instead.')
+  flags.DEFINE_string('topology', None, 'v5e:4x4, v5p:4x4x8, h100:8, cpu:8.')
+  flags.DEFINE_integer('num_slices', 1, 'How many of them.', lower_bound=1)
+  flags.DEFINE_string('layout', None, 'Sizes: data=2,fsdp=2,tensor=2.')
+  main_lib.define_set_flag()
+  flags.mark_flag_as_required('topology')
+
+
+def experiment_of() -> tuple[str, experiment.Experiment]:
+  """Returns the name and the config, every --set applied."""
+  values = flags.FLAGS
+  config = main_lib.resolve(lambda: catalog.load(values.experiment))
+  return pathlib.Path(values.experiment or values.config).stem, config
+
+
+def laid_out(
+  config: experiment.Experiment, devices: tuple[Any, ...]
+) -> experiment.Experiment:
+  """Returns a config in the layout of --layout, or in its own.
+
+  Args:
+    config: of `experiment_of`.
+    devices: of `absent.devices`.
+
+  Raises:
+    ValueError: it cannot run so; with the nearest layouts that can.
+  """
+  text = flags.FLAGS.layout
+  if text is None:
+    slices = mesh_lib.num_slices(devices)
+    layouts.check(config, len(devices), num_slices=slices)
+    return config
+  layout = layout_text.parse(text)
+  own = layout.applied(config)
+  layout.check(own, len(devices), own=config)
+  return own
+
+
+def devices(host: str | None = None) -> tuple[Any, ...]:
+  """Returns the devices of --topology and --num_slices."""
+  values = flags.FLAGS
+  return absent.devices(values.topology, values.num_slices, host)
