@@ -34,9 +34,11 @@ import sys
 # This machine's own accelerators are left alone.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
+from absl import app
 from absl import flags
 
 from t2x import estimate
+from t2x import layouts
 from t2x import main as main_lib
 from t2x import plan_advice
 from t2x import plan_page
@@ -51,6 +53,7 @@ def main() -> None:
   target_flags.define()
   flags.DEFINE_string('html', None, 'File to write the page to.')
   flags.DEFINE_bool('json', False, 'Print one JSON object in the last line.')
+  flags.DEFINE_bool('advice', True, 'Warn of what could be mended.')
   flags.DEFINE_bool('estimate', False, 'Only estimate, in seconds.')
   flags.DEFINE_bool('search', False, 'Look for the fastest layout.')
   flags.DEFINE_integer('most', 6, 'Layouts to compile.', lower_bound=1)
@@ -64,6 +67,11 @@ def _main() -> None:
   values = flags.FLAGS
   name, config = target_flags.experiment_of()
   devices = target_flags.devices()
+  if values.search and (values.layout or values.html):
+    raise app.UsageError(
+      '--search looks for the layout and prints a table: leave out --layout '
+      'and --html.'
+    )
   if values.search:
     _search(name, config)
     return
@@ -72,7 +80,7 @@ def _main() -> None:
     print(estimate.text(estimate.step(config, len(devices))))
     return
   plan = planning.make(config, values.topology, values.num_slices)
-  advice = plan_advice.of(config, plan)
+  advice = plan_advice.of(config, plan) if values.advice else []
   print(plan_text.text(name, plan, advice))
   if values.html:
     file = pathlib.Path(values.html)
@@ -90,6 +98,7 @@ def _search(name: str, config) -> None:
   num, fitting = plan_search.count(found)
   _say(f'{num} ways to run {name} on {values.topology}; {fitting} should fit.')
   if not found:
+    layouts.check(config, len(target_flags.devices()))
     return
   root = os.environ.get('T2X_DATA_DIR') or '~/.cache/t2x'
   cache = values.cache or os.path.join(root, 'plans')

@@ -164,6 +164,8 @@ def _arguments(config, state, batch_sharding) -> dict[str, int]:
     tiles.padded(batch_sharding.shard_shape(shape), dtype.itemsize)
     for shape, dtype in data_pipeline.batch_spec(config.data).values()
   )
+  if config.train.offload == 'optimizer':  # On the hosts.
+    del found['optimizer state']
   return {name: size for name, size in found.items() if size}
 
 

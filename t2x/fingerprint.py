@@ -59,9 +59,9 @@ def of_target(program: program_lib.Program) -> dict[str, Any]:
 
 
 def compilers() -> dict[str, str]:
-  """Returns the versions of whatever may compile here."""
+  """Returns the versions of whatever may compile here, and its flags."""
   names = dict.fromkeys(sum(_COMPILERS.values(), ()))
-  return _versions((*names,))
+  return _versions((*names,)) | {name: _flags(name) for name in _FLAGS}
 
 
 def of_source(config: experiment.Experiment) -> dict[str, Any]:

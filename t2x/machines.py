@@ -90,7 +90,7 @@ CHIPS = {
     memory=16e9,
     bandwidth=819e9,
     link=50e9,
-    network=6.25e9,
+    network=3.125e9,
     options=xla_options.v5e,
   ),
   # v5p calls itself 'TPU v5'.
@@ -106,7 +106,7 @@ CHIPS = {
     kinds=('TPU v6 lite', 'TPU v6e'),
     memory=32e9,
     bandwidth=1.638e12,
-    link=112e9,
+    link=100e9,
     network=12.5e9,
     options=xla_options.v6e,
   ),

@@ -4,13 +4,15 @@ from collections.abc import Iterator
 import math
 
 from t2x import experiment
+from t2x import gpu_targets
 from t2x import plan_search
 from t2x import planning
 from t2x import sharding_table
-from t2x.layers import attention
 from t2x.layers import moe
+from t2x.layers import routing
 
 _LANES = 128  # Columns of a TPU's matrix unit and of its vector registers.
+_BLOCK = 32  # Queries to the least block of a GPU's kernel.
 _LARGE = 0.05  # Of a device's memory.
 
 
@@ -52,7 +54,7 @@ def _too_large(config, plan) -> Iterator[str]:
     return
   changed = ' '.join(f'--set {s}' for s in plan_search.changes(nearest, config))
   yield (
-    f'it should fit with {changed}: by estimate '
+    f'it should fit with {changed} (and no --layout): by estimate '
     f'{nearest.peak / 2**30:.2f} of {limit / 2**30:.2f} GiB.'
   )
 
@@ -69,7 +71,10 @@ def _copies(config, plan) -> Iterator[str]:
   )
   if spare < _LARGE * limit:
     return
-  row, *_ = sharding_table.largest_copies(table, 1)
+  large = sharding_table.largest_copies(table, 1)
+  if not large:
+    return
+  row = large[0]
   over = sharding_table.copied_over(row, table)
   axes = ', '.join(f'{axis}={size}' for axis, size in over.items())
   yield (
@@ -81,7 +86,7 @@ def _copies(config, plan) -> Iterator[str]:
 
 
 def _padding(config, plan) -> Iterator[str]:
-  if plan.chip is None or not plan.chip[0].isalnum() or _is_gpu(plan):
+  if plan.chip is None or plan.chip in gpu_targets.TARGETS:
     return
   tensor = plan.sizes['tensor']
   for kind in dict.fromkeys(config.model.kinds):
@@ -101,8 +106,10 @@ def _padding(config, plan) -> Iterator[str]:
         f'to a device, no multiple of {_LANES}. Choose another mesh.tensor.'
       )
       break
-    if isinstance(mlp, moe.MoeConfig):
-      capacity = getattr(mlp.router, 'capacity', None)
+    if isinstance(mlp, moe.MoeConfig) and isinstance(
+      mlp.router, routing.TokenChoice
+    ):
+      capacity = mlp.router.capacity
       if capacity and capacity > 1.0:
         share = 1.0 - 1.0 / capacity
         yield (
@@ -111,10 +118,6 @@ def _padding(config, plan) -> Iterator[str]:
           'computed all the same. A smaller one drops more tokens where '
           'balance is uneven.'
         )
-
-
-def _is_gpu(plan) -> bool:
-  return plan.chip is not None and plan.chip[:1] in 'abh'
 
 
 def _gathers(config, plan) -> Iterator[str]:
@@ -179,37 +182,39 @@ def _idle(config, plan) -> Iterator[str]:
 def _precision(config, plan) -> Iterator[str]:
   if plan.chip is not None and config.model.dtype == 'float32':
     yield (
-      'activations are float32, at half the speed and twice the memory of '
-      'bfloat16. Set model.dtype=bfloat16.'
+      'activations are float32, which take twice the memory of bfloat16, and '
+      'more time. Set model.dtype=bfloat16.'
     )
 
 
 def _blocks(config, plan) -> Iterator[str]:
   """Attention that no kernel runs, on a chip that has one."""
-  if plan.chip is None or plan.refused or plan.flops.kernels:
+  # A ring has its own way; small devices have no kernel.
+  if plan.chip is None or plan.sizes['context'] > 1:
     return
-  if plan.sizes['context'] > 1:
-    return  # A ring has its own way.
-  yield (
-    'attention runs in blocks and not by the kernel of the chip, which takes '
-    'no biases on scores (T5, ALiBi), no dropout on them, no prefix, and '
-    f'lengths of multiples of {_LANES} alone. {_why(config)}'
-  ).strip()
+  gpu = plan.chip in gpu_targets.TARGETS
+  why = _why(config, gpu)
+  if why:
+    yield f'attention runs in blocks, and not by a kernel: {why}'
 
 
-def _why(config) -> str:
-  if config.model.position is not None:
-    kind = type(config.model.position).__name__
-    if kind in ('RelativeBuckets', 'Alibi'):
-      return f'Here model.position is {kind}.'
-  dropout = [k.dropout for k in config.model.kinds if k.dropout]
-  if dropout:
-    return f'Here attention.dropout={dropout[0]}; 0 takes the kernel.'
-  if config.data.length % _LANES:
-    return f'Here data.length={config.data.length}.'
-  kinds: tuple[attention.AttentionConfig, ...] = config.model.kinds
-  if any(kind.kernel == 'blocks' for kind in kinds):
-    return 'Here attention.kernel=blocks.'
+def _why(config, gpu: bool) -> str:
+  kind = type(config.model.position).__name__
+  if kind in ('RelativeBuckets', 'Alibi'):
+    return f'model.position ({kind}) adds a bias to scores, which is not in it.'
+  kinds = config.model.kinds
+  if any(k.kernel == 'blocks' for k in kinds):
+    return 'attention.kernel=blocks. Set it to auto.'
+  if any(k.dropout for k in kinds):
+    return 'attention.dropout is not in it. Set it to 0.'
+  multiple = _BLOCK if gpu else _LANES
+  if config.data.length % multiple:
+    return (
+      f'it takes multiples of {multiple} tokens, and data.length='
+      f'{config.data.length}.'
+    )
+  if gpu and any(k.mask_window or k.soft_cap for k in kinds):
+    return 'windows and soft caps are not in the one for GPUs.'
   return ''
 
 

@@ -27,6 +27,7 @@ _SCOPES = (
   'weights',
 )
 _GIB = 2**30
+ON_HOSTS = ', on the hosts'
 _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
@@ -109,7 +110,7 @@ def of_refused(
     float(number) * _UNITS[unit]
     for number, unit in re.findall(r'([\d.]+)([KMGT])\b', message)
   ]
-  arguments = sum(sum(part.values()) for part in state.values())
+  arguments = sum(on_device(state).values())
   needed = max(sizes, default=arguments)
   return Memory(
     arguments=arguments,
@@ -124,6 +125,15 @@ def of_refused(
 _USABLE = {'v5e': 15.75 * _GIB}
 
 
+def on_device(state: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+  """Returns the sum of each part of `Memory.state` that devices hold."""
+  return {
+    group: sum(modules.values())
+    for group, modules in state.items()
+    if not group.endswith(ON_HOSTS)
+  }
+
+
 def limit_of(chip: str | None) -> float | None:
   """Returns the bytes that programs may use of a device, where known."""
   if chip is None:
@@ -134,7 +144,10 @@ def limit_of(chip: str | None) -> float | None:
 def _state(config, num_devices: int) -> dict[str, dict[str, float]]:
   table = sharding_table.make(config, num_devices)
   result: dict[str, dict[str, float]] = {}
+  offloaded = config.train.offload == 'optimizer'
   for group, rows in table.groups.items():
+    if offloaded and group == 'optimizer state':
+      group += ON_HOSTS
     sums: dict[str, float] = {}
     for row in rows:
       name = module_of(row.path)

@@ -6,6 +6,7 @@ One file without scripts; its style follows the reader's light or dark setting.
 from collections.abc import Iterable
 import html
 
+from t2x import plan_memory
 from t2x import plan_text
 from t2x import planning
 from t2x import report_page
@@ -101,7 +102,7 @@ def _stack(parts: list[tuple[str, float, str]], whole: float) -> str:
 
 def _memory(plan: planning.Plan) -> str:
   memory = plan.memory
-  groups = {n: sum(m.values()) for n, m in memory.state.items()}
+  groups = plan_memory.on_device(memory.state)
   parts = [(n, size, _gib(size)) for n, size in groups.items() if size > 1e5]
   batch = memory.arguments - sum(groups.values())
   if batch > 1e5:

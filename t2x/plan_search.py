@@ -36,6 +36,7 @@ from t2x import machines
 from t2x import mesh as mesh_lib
 from t2x import plan_memory
 from t2x.layers import moe
+from t2x.models import encoder_decoder
 from t2x.plan import links
 
 _REMATS = ('none', 'dots', 'full')
@@ -181,7 +182,7 @@ def _meshes(config, num: int, num_slices: int) -> Iterator[mesh_lib.MeshConfig]:
       continue
     if context > 1 and config.data.length < _LONG:
       continue
-    if pipe > model.num_layers or (data % num_slices if num_slices > 1 else 0):
+    if pipe > _depth(model) or (data % num_slices if num_slices > 1 else 0):
       continue
     yield mesh_lib.MeshConfig(
       data=data,
@@ -194,11 +195,18 @@ def _meshes(config, num: int, num_slices: int) -> Iterator[mesh_lib.MeshConfig]:
     )
 
 
+def _depth(model) -> int:
+  """Returns the layers of all towers."""
+  if isinstance(model, encoder_decoder.EncoderDecoderConfig):
+    return model.num_layers + (model.num_encoder_layers or model.num_layers)
+  return model.num_layers
+
+
 def _text(mesh: mesh_lib.MeshConfig) -> Iterator[str]:
   for axis in mesh_lib.AXES:
     yield f'mesh.{axis}={getattr(mesh, axis)}'
-  if mesh.dcn.data != 1:
-    yield f'mesh.dcn.data={mesh.dcn.data}'
+  for axis in mesh_lib.AXES:
+    yield f'mesh.dcn.{axis}={getattr(mesh.dcn, axis)}'
 
 
 def _microbatches(rows: int, mesh) -> Iterator[tuple[str, ...]]:
@@ -262,7 +270,7 @@ def compile_best(
       saved = pathlib.Path(directory) / 'config.json'
       saved.write_text(config_lib.dumps(candidate.config))
       flags = [f'--config={saved}', f'--topology={topology}']
-      flags += [f'--num_slices={num_slices}', '--json']
+      flags += [f'--num_slices={num_slices}', '--json', '--noadvice']
       start = time.monotonic()
       try:
         done = subprocess.run(
@@ -273,17 +281,19 @@ def compile_best(
     if done.returncode:
       last = (done.stderr.strip() or done.stdout.strip()).splitlines()
       note = last[-1] if last else f'exit status {done.returncode}'
+      note = note.removeprefix('error: ')
       return Result(candidate=candidate, plan=None, note=note)
-    text = done.stdout.strip().splitlines()[-1]
+    plan = json.loads(done.stdout.strip().splitlines()[-1])
     cache.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f'.{os.getpid()}')
-    part.write_text(text)
+    part.write_text(json.dumps(plan))
     part.replace(file)
     say(f'{_short(candidate)}: {time.monotonic() - start:.0f} s')
-    return Result(candidate=candidate, plan=json.loads(text))
+    return Result(candidate=candidate, plan=plan)
 
   with futures.ThreadPoolExecutor(processes) as pool:
-    results = list(pool.map(one, found[:most]))
+    chosen = [c for c in found if c.fits] or found
+    results = list(pool.map(one, chosen[:most]))
   return sorted(results, key=_compiled_order)
 
 
@@ -314,6 +324,7 @@ def _key(candidate: Candidate, topology: str, num_slices: int) -> str:
   parts = [
     config,
     source['code'],
+    source['libraries'],
     fingerprint.compilers(),
     topology,
     num_slices,
@@ -333,7 +344,7 @@ def table(results: Sequence[Result]) -> list[list[str]]:
     guess = [gib(c.peak), f'{1000 * c.seconds:.0f} ms']
     if plan is None or not plan['roofline']:
       why = str(result.note or (plan and plan['refused']) or '')
-      cells = ['-', guess[0], '-', guess[1], '-', why[:60]]
+      cells = ['-', guess[0], '-', guess[1], '-', why]
     else:
       r = plan['roofline']
       peak = gib(plan['memory']['peak_bytes'])
@@ -352,7 +363,8 @@ def nearest_fit(
   found: Sequence[Candidate], config: experiment.Experiment
 ) -> Candidate | None:
   """Returns the candidate that fits with the fewest settings changed."""
-  fitting = [c for c in found if c.fits]
+  # One without a change was planned, and does not fit whatever is estimated.
+  fitting = [c for c in found if c.fits and changes(c, config)]
   near = lambda c: (len(changes(c, config)), c.seconds)
   return min(fitting, key=near, default=None)
 

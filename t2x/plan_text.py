@@ -108,7 +108,7 @@ def _flops(plan: planning.Plan) -> list[str]:
   if f.executed:
     lines.append(
       f'  executed: {flops(f.executed_matmul)} in products, '
-      f"{flops(f.kernels)} in attention kernels: {f.ratio:.3f} of the model's"
+      f"{flops(f.kernels)} in kernels: {f.ratio:.3f} of the model's"
     )
   return lines + [f'  {line}' for line in plan.formula.splitlines()[1:3]]
 

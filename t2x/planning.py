@@ -40,7 +40,7 @@ class Flops:
   Attributes:
     model: the model's own, `flops.train_flops`, divided by the devices.
     executed_matmul: of the program's products, but for those in kernels.
-    kernels: of products in attention kernels.
+    kernels: of products in kernels, of attention and of experts' groups.
   """
 
   model: float
@@ -154,7 +154,8 @@ def make(
   try:
     compiled = absent.compile(lowered)
   except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
+    # Of the device's memory, and not of what a kernel has of the chip.
+    if not re.search('RESOURCE_EXHAUSTED.*hbm', str(error), re.I | re.S):
       raise
     return Plan(
       **given,
@@ -174,18 +175,23 @@ def _of_compiled(config, mesh, compiled: jax.stages.Compiled, given) -> Plan:
   assert text is not None, 'a compiled program has a text'
   stages = consistency.pipeline(config, mesh.shape)
   trips: Sequence[Any] = [None]
-  idle = 0.0
+  bubble = 0.0
   if stages is not None:
     if not config.pipeline.uniform:
       divergence.check(text)
     numbers = range(stages.table.num_stages)
     trips = [pipelines.trips(stages, number) for number in numbers]
-    idle = stages.table.simulate().bubble
+    if not config.pipeline.uniform:  # Else they compute all the while.
+      bubble = stages.table.simulate().bubble
   found = max(
     (collectives_lib.collectives(text, mesh, t) for t in trips),
     key=collectives_lib.total,
   )
   flops = _flops(config, mesh.size, text, trips)
+  # The mean of the stages takes a step less its bubble: of that the stage with
+  # the most to do waits less.
+  mean = sum(_executed(text, t) for t in trips) / len(trips)
+  idle = max(0.0, 1.0 - flops.executed / mean * (1.0 - bubble)) if mean else 0.0
   roofline = None
   if given['chip'] is not None and given['peak'] is not None:
     roofline = roofline_lib.make(
@@ -225,6 +231,10 @@ def _flops(config, num_devices, text, trips) -> Flops:
   products, own = max(executed, key=sum)
   model = flops_lib.train_flops(*_arguments(config)) / num_devices
   return Flops(model=model, executed_matmul=products, kernels=own)
+
+
+def _executed(text, trips) -> int:
+  return matrix.matrix_flops(text, trips) + kernels.kernel_flops(text, trips)
 
 
 def _sent(found) -> tuple[Sent, ...]:

@@ -102,6 +102,8 @@ def why_not(
     return 'dropout on the scores is not in it'
   if not mask.has_static_order or mask.prefix_B is not None:
     return 'it takes causal masks, windows and segments alone, of whole rows'
+  if platform == 'gpu' and mask.q_segments_BT is not mask.k_segments_BS:
+    return 'queries and keys with segments of their own are not in it'
   if platform == 'gpu':
     limits = {'soft_cap': options.soft_cap, 'block': options.block}
     return triton.why_not(q_BTNH, k_BSKH, v_BSKH, mask, **limits)

@@ -253,7 +253,9 @@ class Attention(nnx.Module):
       k_BTKH = position.rotate(k_BTKH, positions_BT, rotary)
     cache = cache.write(k_BTKH, v_BTKH, mask.q_index_BT)
     mask = self._windowed(mask)
-    return self.attend(q_BTNH, cache.k_BSKH, cache.v_BSKH, mask, bias), cache
+    keys = cache.k_BSKH, cache.v_BSKH
+    # There is no kernel for a few queries and a cache.
+    return self.attend(q_BTNH, *keys, mask, bias, kernel='blocks'), cache
 
   def _windowed(self, mask: mask_lib.Mask) -> mask_lib.Mask:
     """Adds the layer's window: a distance within one sequence."""
@@ -281,7 +283,9 @@ class Attention(nnx.Module):
     v_BSKH = sharding.constrain(checkpoint_name(v_BSKH, 'value'), *axes)
     return k_BSKH, v_BSKH
 
-  def attend(self, q_BTNH, k_BSKH, v_BSKH, mask, bias=None, keys_B=None):
+  def attend(
+    self, q_BTNH, k_BSKH, v_BSKH, mask, bias=None, keys_B=None, kernel=None
+  ):
     """Attends with given queries, keys and values; returns (B, T, D)."""
     config = self.config
     drop = None
@@ -290,7 +294,7 @@ class Attention(nnx.Module):
         keys_B=keys_B, rate=config.dropout, heads_KG=self._heads()
       )
     options = dense.Options(
-      kernel=config.kernel,
+      kernel=kernel or config.kernel,
       scale=config.scale,
       soft_cap=config.soft_cap,
       block=config.block,

@@ -156,7 +156,11 @@ class Block(nnx.Module):
       return branch.run(_cross_attention, layer, y_BTD, context)
     k_BSKH, v_BSKH = cache.cross.k_BSKH, cache.cross.v_BSKH
     return layer.attend(
-      layer.queries(y_BTD), k_BSKH, v_BSKH, context.cross_mask
+      layer.queries(y_BTD),
+      k_BSKH,
+      v_BSKH,
+      context.cross_mask,
+      kernel='blocks',
     )
 
   @jax.named_scope('mlp')

@@ -66,6 +66,8 @@ def _exchanged(
   mesh = jax.sharding.get_abstract_mesh()
   embed, rows = shards.auto_axes('embed'), shards.auto_axes('batch')
   length, vocab = shards.auto_axes('length'), shards.auto_axes('vocab')
+  if {*vocab} & {*rows, *length}:  # They must look up the same tokens.
+    return None
   if not embed or not {*embed} <= {*rows} or sharding.PIPE in mesh.manual_axes:
     return None
   (B, T), (V, D) = tokens_BT.shape, table_VD.shape

@@ -249,7 +249,8 @@ def made_again(
     return tuple(sorted(names))  # A stage runs the whole forward pass again.
   if remat == 'dots':
     return tuple(sorted(n for n in names if n.endswith('scores')))
-  kept = set(remat.partition(':')[2].split(','))
+  execution = local.config.train.execution
+  kept = {*execution.kept['save'], *execution.kept['offload']}
   kept |= {f'cross_{name}' for name in kept}
   if 'attention' in kept:  # Blocks need what they kept besides their output.
     for name, cross in (('scores', False), ('cross_scores', True)):

@@ -19,7 +19,7 @@ from t2x import machines
 from t2x import mesh as mesh_lib
 
 _FLAT_RING = 16  # On v5e and v6e only a side of 16 chips closes.
-_RING = 4  # On tori of three sides: cubes of four.
+_CUBE = 4  # Tori of three sides are made of cubes of four, or do not close.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,10 +62,14 @@ def _axis(line: Sequence[Any], devices: np.ndarray) -> Axis:
     [d.coords for d in devices.flat if mesh_lib.slice_of(d) == first]
   )
   extent = np.ptp(whole, axis=0) + 1
-  least = _RING if len(extent) == 3 and extent[2] > 1 else _FLAT_RING
+  if len(extent) == 3 and extent[2] > 1:
+    closed = all(n % _CUBE == 0 for n in extent)
+    closes = lambda n: closed
+  else:
+    closes = lambda n: n >= _FLAT_RING
   span = np.ptp(np.array([d.coords for d in own]), axis=0) + 1
   sides = tuple(
-    (int(n), bool(n == side and n >= least))
+    (int(n), bool(n == side and closes(n)))
     for n, side in zip(span, extent)
     if n > 1
   )

@@ -3,6 +3,7 @@
 For each `train.remat` what JAX keeps, as read from jaxprs.
 """
 
+from t2x import stack
 from t2x.attention import blocks
 from t2x.layers import moe
 from t2x.plan import executed
@@ -19,8 +20,11 @@ def of_layer(local: local_lib.Local, layer: local_lib.Layer) -> float:
   tokens = whole / local.over('length')
   if remat == 'none':
     return _all_residuals(local, layer, tokens, between)
-  kept = c * between * D + _choice(local, layer)
-  names = remat.partition(':')[2].split(',')
+  execution = local.config.train.execution
+  kept = _choice(local, layer)
+  if stack.INPUT not in execution.kept['offload']:
+    kept += c * between * D
+  names = [*execution.kept['save']]
   if remat == 'dots':
     names = ['query', 'key', 'value', 'output', 'mlp_up', 'mlp_gate', 'router']
     if isinstance(layer.mlp, moe.MoeConfig):

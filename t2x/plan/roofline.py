@@ -24,7 +24,7 @@ class Roofline:
     memory: of reading and writing the device's memory.
     network: of all exchanges.
     exposed: of those beside which no product is scheduled.
-    idle: share of the time that a pipeline's stages wait for each other.
+    idle: share of the time that the stage with the most to do waits for others.
   """
 
   compute: float
@@ -69,7 +69,7 @@ def make(
     mesh: of real or absent devices.
     chip: their kind.
     peak: FLOP/s of one of them.
-    idle: share of the time that a pipeline's stages wait.
+    idle: share of the time that this stage of a pipeline waits at least.
   """
   axes = links.axes_of(mesh)
   network = exposed = 0.0

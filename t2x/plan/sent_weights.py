@@ -197,6 +197,8 @@ def exchanged(local: local_lib.Local) -> bool:
     return False
   if local.plan is not None:
     return False
+  if {*local.axes('vocab')} & {*rows, *local.axes('length')}:
+    return False
   return 2 * local.tokens * c < local.vocab * (c + 4)
 
 

@@ -8,10 +8,14 @@ from t2x.plan import loops
 # They name or pass on what is there already, or are counted where they start.
 _FREE = {
   'after-all',
+  'async-start',
+  'async-update',
   'bitcast',
   'call',
+  'call-start',
   'conditional',
   'constant',
+  'custom-call-start',
   'get-tuple-element',
   'iota',
   'opt-barrier',
