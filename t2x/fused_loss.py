@@ -172,12 +172,16 @@ def _chunk_gradients(head, part, config: LossConfig):
   dtype = x_BTD.dtype
   d_bias_V = None if head.bias_V is None else d_BTV.sum((0, 1))
   # Factors in the dtype of products, which a TPU rounds to anyhow; GPUs would
-  # hold one of float32 beside the other. Summed over chunks in float32.
-  d_BTV = d_BTV.astype(dtype)
-  d_table_VD = param.weight_gradient(x_BTD, d_BTV, embed.LOGITS, jnp.float32)
+  # hold one of float32 beside the other, XLA for CPUs has no such product.
+  # Summed over chunks in float32.
+  factors = jnp.float32 if shards.platform() == 'cpu' else dtype
+  d_BTV = d_BTV.astype(factors)
+  d_table_VD = param.weight_gradient(
+    x_BTD.astype(factors), d_BTV, embed.LOGITS, jnp.float32
+  )
   d_table_VD = head.scale * d_table_VD
   table_VD = head.table_VD.astype(dtype)
-  d_x_BTD = jnp.einsum('BTV,VD->BTD', d_BTV, table_VD)
+  d_x_BTD = jnp.einsum('BTV,VD->BTD', d_BTV.astype(dtype), table_VD)
   d_head = dataclasses.replace(head, table_VD=d_table_VD, bias_V=d_bias_V)
   return mean, d_x_BTD * jnp.asarray(head.scale, dtype), d_head
 

@@ -127,3 +127,9 @@ sum_parts.defvjp(
   lambda x, axes: (sum_parts(x, axes), None),
   lambda axes, _, grad: (grad * size(axes),),
 )
+
+
+def platform() -> str:
+  """Returns what the devices of the active mesh are, else JAX's default."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform

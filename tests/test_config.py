@@ -293,7 +293,7 @@ _BAD_TRAIN = [
   ({'eval_every': -1}, 'train.eval_every=-1; it is 0 or more'),
   ({'ema_decay': 1.0}, r'train.ema_decay=1.0; it is in \(0, 1\)'),
   ({'trainable': '('}, r"train.trainable='\(' is no regular expression: miss"),
-  ({'remat': 'half'}, "remat='half'; it is none, full, dots, or save:NAME"),
+  ({'remat': 'half'}, "remat='half'; it is none, full, dots, save:NAME"),
 ]
 
 

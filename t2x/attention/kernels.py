@@ -37,7 +37,7 @@ def attend(
   Raises:
     ValueError: `options.kernel` asks for one that cannot be.
   """
-  device, why = platform(), None
+  device, why = shards.platform(), None
   parts = {'options': options, 'bias': bias, 'dropout': dropout}
   if options.kernel != 'blocks':
     why = why_not(q_BTNH, k_BSKH, v_BSKH, mask, platform=device, **parts)
@@ -63,12 +63,6 @@ def attend(
 
   q, k, v = map(flip, (q_BTNH, k_BSKH, v_BSKH))
   return flip(_on_parts(local, q, k, v, mask))
-
-
-def platform() -> str:
-  """Returns what the devices of the active mesh are, else JAX's default."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return jax.default_backend() if device is None else device.platform
 
 
 def why_not(

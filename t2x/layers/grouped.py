@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from t2x.attention import kernels
+from t2x import shards
 from t2x.attention import splash
 from t2x.layers import grouped_triton
 
@@ -67,7 +67,7 @@ def multiply(
 
 def _choose(x_PD: jax.Array, w_EDF: jax.Array) -> str:
   """Returns which kernel runs on the devices of the active mesh."""
-  platform, (_, D, F) = kernels.platform(), w_EDF.shape
+  platform, (_, D, F) = shards.platform(), w_EDF.shape
   if platform == 'tpu' and not (D % _LANES or F % _LANES):
     return 'tpu'
   if platform == 'gpu' and grouped_triton.serves(D, F):

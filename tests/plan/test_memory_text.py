@@ -270,7 +270,7 @@ def test_a_kernels_flops_are_in_its_name(name, factor):
   scope = f'jit(f)/{splash.FLOPS}1000/jit(g)/splash_mha_{name}/pallas_call'
   text = f"""ENTRY %main (x: f32[4,4]) -> f32[4,4] {{
   %x = f32[4,4] parameter(0)
-  ROOT %k = f32[4,4] custom-call(%x), metadata={{op_name="{scope}"}}
+  ROOT %k = f32[4,4] custom-call(%x), custom_call_target="tpu_custom_call", metadata={{op_name="{scope}"}}
 }}
 """
   assert kernels.kernel_flops(text) == 1000 * factor
