@@ -372,25 +372,24 @@ def nearest_fit(
 def changes(candidate: Candidate, config: experiment.Experiment) -> list[str]:
   """Returns the settings in which a candidate differs from an experiment.
 
-  An axis that takes what remains (-1) is as before where it has that size.
+  An axis that takes what remains (-1) is as before where the others are.
   """
   flat = config_lib.flatten(config_lib.to_json(config))
-  changed = []
-  for text in candidate.settings:
-    name, _, value = text.partition('=')
-    if str(flat.get(name)) == value:
-      continue
-    if flat.get(name) == -1 and name.startswith('mesh.'):
-      rest = [s for s in candidate.settings if s.startswith('mesh.')]
-      others = [s for s in rest if not s.startswith(f'{name}=')]
-      same = all(
-        str(flat.get(s.partition('=')[0])) == s.partition('=')[2]
-        for s in others
-      )
-      if same:
-        continue
-    changed.append(text)
-  return changed
+  asked = [(s, *s.partition('=')[::2]) for s in candidate.settings]
+  other = [
+    (text, name) for text, name, value in asked if str(flat.get(name)) != value
+  ]
+  rest = [
+    name for _, name in other if name.startswith('mesh.') and flat[name] == -1
+  ]
+  # Each of mesh and mesh.dcn may have one.
+  parent = lambda name: name.rpartition('.')[0]
+  alone = [
+    name
+    for name in rest
+    if sum(parent(o) == parent(name) for _, o in other) == 1
+  ]
+  return [text for text, name in other if name not in alone]
 
 
 def chips_needed(

@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_told_with_what_would():
   assert plan.fits is False and 'Ran out of memory' in plan.refused
   assert plan.memory.peak > plan.memory.limit
   first, *_ = plan_advice.of(config, plan)
-  assert first.startswith('it should fit with --set train.remat=full:')
+  assert first.startswith('it should fit with --set train.remat=full (and')
   assert 'does not fit: the compiler says' in plan_text.text('7b', plan)
 
 
@@ -153,8 +153,9 @@ def test_changes_leave_out_what_is_so_anyhow():
   tpu.devices('v5e:2x4')
   config = config_of(*_TINY, 'mesh.data=1', 'mesh.fsdp=-1')
   found = plan_search.candidates(config, 'v5e:2x4')
-  same = plan_search.nearest_fit(found, config)
-  assert plan_search.changes(same, config) == []
+  assert [] in [plan_search.changes(c, config) for c in found]
+  nearest = plan_search.nearest_fit(found, config)
+  assert 1 <= len(plan_search.changes(nearest, config)) <= 2
   other = next(
     c for c in found if {'mesh.fsdp=4', 'mesh.tensor=2'} <= {*c.settings}
   )

@@ -268,9 +268,10 @@ def test_a_tpus_exchange_in_fusions(computes):
 )
 def test_a_kernels_flops_are_in_its_name(name, factor):
   scope = f'jit(f)/{splash.FLOPS}1000/jit(g)/splash_mha_{name}/pallas_call'
+  target = 'custom_call_target="tpu_custom_call"'
   text = f"""ENTRY %main (x: f32[4,4]) -> f32[4,4] {{
   %x = f32[4,4] parameter(0)
-  ROOT %k = f32[4,4] custom-call(%x), custom_call_target="tpu_custom_call", metadata={{op_name="{scope}"}}
+  ROOT %k = f32[4,4] custom-call(%x), {target}, metadata={{op_name="{scope}"}}
 }}
 """
   assert kernels.kernel_flops(text) == 1000 * factor
