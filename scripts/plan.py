@@ -44,6 +44,7 @@ from t2x import plan_advice
 from t2x import plan_page
 from t2x import plan_search
 from t2x import plan_text
+from t2x import plan_trials
 from t2x import planning
 from t2x import sharding_table
 from t2x import target_flags
@@ -102,7 +103,7 @@ def _search(name: str, config) -> None:
     return
   root = os.environ.get('T2X_DATA_DIR') or '~/.cache/t2x'
   cache = values.cache or os.path.join(root, 'plans')
-  results = plan_search.compile_best(
+  results = plan_trials.compile_best(
     found,
     *where,
     command=[sys.executable, os.path.abspath(__file__)],
@@ -113,7 +114,7 @@ def _search(name: str, config) -> None:
     say=_say,
   )
   print()
-  rows = plan_search.table(results)
+  rows = plan_trials.table(results)
   print('\n'.join(sharding_table.aligned(rows, '<<>>>>>>')))
   if values.json:
     plans = [

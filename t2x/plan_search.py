@@ -1,27 +1,15 @@
-"""Which layout to run on: many are estimated, the best few compiled.
+"""Which layout to run on: all that can be, estimated.
 
 found = plan_search.candidates(config, 'v5e:4x4')
-results = plan_search.compile_best(found, 'v5e:4x4', 1, command=..., ...)
 
 Layouts (mesh sizes) x remat policies x microbatches that can be are estimated
-by `estimate` within seconds; of those that should fit, those with the least
-time are compiled, in processes of their own, and ranked by what the compiler
-says. What was compiled once is kept on disk.
+by `estimate` within seconds. `plan_trials` compiles the best.
 """
 
-from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
-from concurrent import futures
 import dataclasses
-import hashlib
-import json
 import math
-import os
-import pathlib
-import subprocess
-import tempfile
-import time
 from typing import Any
 
 from t2x import absent
@@ -29,7 +17,6 @@ from t2x import config as config_lib
 from t2x import consistency
 from t2x import estimate as estimate_lib
 from t2x import experiment
-from t2x import fingerprint
 from t2x import flops as flops_lib
 from t2x import layouts
 from t2x import machines
@@ -38,6 +25,7 @@ from t2x import plan_memory
 from t2x.layers import moe
 from t2x.models import encoder_decoder
 from t2x.plan import links
+from t2x.plan import roofline
 
 _REMATS = ('none', 'dots', 'full')
 _MOST_TENSOR = 8  # Past it the sums of activations are what a step waits for.
@@ -62,21 +50,6 @@ class Candidate:
   peak: float
   seconds: float
   fits: bool
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
-  """What the compiler says of a candidate.
-
-  Attributes:
-    candidate: it.
-    plan: as `plan_text.to_json`; None where time was up or it failed.
-    note: why there is none, or ''.
-  """
-
-  candidate: Candidate
-  plan: dict[str, Any] | None
-  note: str = ''
 
 
 def candidates(
@@ -148,8 +121,13 @@ def _seconds(config, estimate, axes, chip, peak) -> float:
       exposed += time
   stages = consistency.pipeline(config, estimate.sizes)
   idle = stages.table.simulate().bubble if stages is not None else 0.0
-  busy = estimate.executed_flops / peak / (1.0 - idle)
-  return max(busy + exposed, network)
+  return roofline.Roofline(
+    compute=estimate.executed_flops / peak,
+    memory=0.0,  # Not estimated.
+    network=network,
+    exposed=exposed,
+    idle=idle,
+  ).seconds
 
 
 def _ways(
@@ -225,133 +203,6 @@ def _microbatches(rows: int, mesh) -> Iterator[tuple[str, ...]]:
         f'pipeline.microbatches={n}',
         f'pipeline.schedule={schedule}',
       )
-
-
-# --- The best few, compiled. ---
-
-
-def compile_best(
-  found: Sequence[Candidate],
-  topology: str,
-  num_slices: int,
-  *,
-  command: Sequence[str],
-  cache: pathlib.Path,
-  most: int,
-  processes: int,
-  seconds: float,
-  say: Callable[[str], None],
-) -> list[Result]:
-  """Compiles candidates in order, several at a time; the fastest first.
-
-  Args:
-    found: candidates, the most promising first.
-    topology: as for `absent.devices`.
-    num_slices: of it.
-    command: that plans one: it is given --config, --topology, --num_slices
-      and --json, and prints a plan as its last line.
-    cache: directory of what was compiled before.
-    most: how many to compile.
-    processes: at a time.
-    seconds: after which none is waited for.
-    say: told what was compiled.
-  """
-  end = time.monotonic() + seconds
-
-  def one(candidate: Candidate) -> Result:
-    file = cache / f'{_key(candidate, topology, num_slices)}.json'
-    if file.is_file():
-      say(f'{_short(candidate)}: known')
-      return Result(candidate=candidate, plan=json.loads(file.read_text()))
-    left = end - time.monotonic()
-    if left <= 0:
-      return Result(candidate=candidate, plan=None, note='time was up')
-    with tempfile.TemporaryDirectory() as directory:
-      saved = pathlib.Path(directory) / 'config.json'
-      saved.write_text(config_lib.dumps(candidate.config))
-      flags = [f'--config={saved}', f'--topology={topology}']
-      flags += [f'--num_slices={num_slices}', '--json', '--noadvice']
-      start = time.monotonic()
-      try:
-        done = subprocess.run(
-          [*command, *flags], capture_output=True, text=True, timeout=left
-        )
-      except subprocess.TimeoutExpired:
-        return Result(candidate=candidate, plan=None, note='time was up')
-    if done.returncode:
-      last = (done.stderr.strip() or done.stdout.strip()).splitlines()
-      note = last[-1] if last else f'exit status {done.returncode}'
-      note = note.removeprefix('error: ')
-      return Result(candidate=candidate, plan=None, note=note)
-    plan = json.loads(done.stdout.strip().splitlines()[-1])
-    cache.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f'.{os.getpid()}')
-    part.write_text(json.dumps(plan))
-    part.replace(file)
-    say(f'{_short(candidate)}: {time.monotonic() - start:.0f} s')
-    return Result(candidate=candidate, plan=plan)
-
-  with futures.ThreadPoolExecutor(processes) as pool:
-    chosen = [c for c in found if c.fits] or found
-    results = list(pool.map(one, chosen[:most]))
-  return sorted(results, key=_compiled_order)
-
-
-def _compiled_order(result: Result):
-  plan = result.plan
-  if plan is None or not plan['roofline']:
-    return (2, 0.0)
-  return (0 if plan['fits'] else 1, plan['roofline']['seconds'])
-
-
-def _short(candidate: Candidate) -> str:
-  kept = [
-    s.removeprefix('mesh.')
-    for s in candidate.settings
-    if not s.endswith('=1') and not s.startswith('mesh.dcn')
-  ]
-  return ' '.join(kept)
-
-
-def _key(candidate: Candidate, topology: str, num_slices: int) -> str:
-  source = fingerprint.of_source(candidate.config)
-  outer = experiment.OUTER_SETTINGS
-  config = {
-    name: value
-    for name, value in config_lib.flatten(source['config']).items()
-    if not name.startswith(tuple(outer))
-  }
-  parts = [
-    config,
-    source['code'],
-    source['libraries'],
-    fingerprint.compilers(),
-    topology,
-    num_slices,
-  ]
-  text = json.dumps(parts, sort_keys=True, default=str)
-  return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-def table(results: Sequence[Result]) -> list[list[str]]:
-  """Returns a row of cells for each result, under a header."""
-  rows = [
-    ['', 'settings', 'peak GiB', 'estimated', 'step', 'estimated', 'MFU', 'by']
-  ]
-  for i, result in enumerate(results, 1):
-    c, plan = result.candidate, result.plan
-    gib = lambda size: f'{size / 2**30:.2f}'
-    guess = [gib(c.peak), f'{1000 * c.seconds:.0f} ms']
-    if plan is None or not plan['roofline']:
-      why = str(result.note or (plan and plan['refused']) or '')
-      cells = ['-', guess[0], '-', guess[1], '-', why]
-    else:
-      r = plan['roofline']
-      peak = gib(plan['memory']['peak_bytes'])
-      cells = [peak, guess[0], f'{1000 * r["seconds"]:.0f} ms', guess[1]]
-      cells += [f'{100 * r["mfu_limit"]:.1f}%', r['bound']]
-    rows.append([str(i), _short(result.candidate), *cells])
-  return rows
 
 
 def count(found: Sequence[Candidate]) -> tuple[int, int]:

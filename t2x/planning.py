@@ -162,7 +162,7 @@ def make(
       compile_seconds=time.perf_counter() - start,
       refused=_sentence(error),
       memory=plan_memory.of_refused(config, mesh, chip, str(error)),
-      flops=_flops(config, mesh.size, '', [None]),
+      flops=_flops(config, mesh.size, [(0, 0)]),
     )
   seconds = time.perf_counter() - start
   return _of_compiled(
@@ -187,10 +187,13 @@ def _of_compiled(config, mesh, compiled: jax.stages.Compiled, given) -> Plan:
     (collectives_lib.collectives(text, mesh, t) for t in trips),
     key=collectives_lib.total,
   )
-  flops = _flops(config, mesh.size, text, trips)
+  executed = [
+    (matrix.matrix_flops(text, t), kernels.kernel_flops(text, t)) for t in trips
+  ]
+  flops = _flops(config, mesh.size, executed)
   # The mean of the stages takes a step less its bubble: of that the stage with
   # the most to do waits less.
-  mean = sum(_executed(text, t) for t in trips) / len(trips)
+  mean = sum(map(sum, executed)) / len(executed)
   idle = max(0.0, 1.0 - flops.executed / mean * (1.0 - bubble)) if mean else 0.0
   roofline = None
   if given['chip'] is not None and given['peak'] is not None:
@@ -220,21 +223,11 @@ def _arguments(config: experiment.Experiment):
   return flops_lib.arguments(config.model, shapes)
 
 
-def _flops(config, num_devices, text, trips) -> Flops:
-  """Of the stage that computes most."""
-  executed = [(0, 0)]
-  if text:
-    executed = [
-      (matrix.matrix_flops(text, t), kernels.kernel_flops(text, t))
-      for t in trips
-    ]
+def _flops(config, num_devices, executed) -> Flops:
+  """Of the stage that computes most, of (products, kernels) of each."""
   products, own = max(executed, key=sum)
   model = flops_lib.train_flops(*_arguments(config)) / num_devices
   return Flops(model=model, executed_matmul=products, kernels=own)
-
-
-def _executed(text, trips) -> int:
-  return matrix.matrix_flops(text, trips) + kernels.kernel_flops(text, trips)
 
 
 def _sent(found) -> tuple[Sent, ...]:

@@ -28,9 +28,14 @@ def all_auto_axes() -> tuple[str, ...]:
   """Returns all mesh axes that `auto_axes` could return."""
   if not sharding.is_active():
     return ()
+  sizes = jax.sharding.get_abstract_mesh().shape
+  return tuple(a for a in free_axes() if sizes[a] > 1)
+
+
+def free_axes() -> tuple[str, ...]:
+  """Returns the mesh axes, of any size, that no `shard_map` is manual over."""
   mesh = jax.sharding.get_abstract_mesh()
-  auto = (a for a in mesh.axis_names if a not in mesh.manual_axes)
-  return tuple(a for a in auto if mesh.shape[a] > 1)
+  return tuple(a for a in mesh.axis_names if a not in mesh.manual_axes)
 
 
 def on_parts(fn: Callable, x: jax.Array, *axes: str | None) -> jax.Array:
@@ -48,13 +53,12 @@ def on_parts(fn: Callable, x: jax.Array, *axes: str | None) -> jax.Array:
   if not any(split):
     return fn(x)
   # All that remain are named, those of one device too (see `mesh`).
-  mesh = jax.sharding.get_abstract_mesh()
   spec = P(*split)
   return jax.shard_map(
     fn,
     in_specs=spec,
     out_specs=spec,
-    axis_names={*mesh.axis_names} - {*mesh.manual_axes},
+    axis_names={*free_axes()},
     check_vma=False,
   )(x)
 

@@ -46,7 +46,7 @@ _ORDER = (
   ('estimate',),
   ('executables',),
   ('sharding_table', 'sharding_drawing', 'sharding_page'),
-  ('plan_memory', 'planning', 'plan_search'),
+  ('plan_memory', 'planning', 'plan_search', 'plan_trials'),
   ('plan_advice', 'plan_text', 'plan_page'),
   ('run', 'inference'),
   ('train',),

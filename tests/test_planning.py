@@ -20,6 +20,7 @@ from t2x import plan_memory
 from t2x import plan_page
 from t2x import plan_search
 from t2x import plan_text
+from t2x import plan_trials
 from t2x import planning
 from t2x import sharding_table
 from t2x.plan import links
@@ -175,7 +176,7 @@ def test_the_best_are_compiled_once(tmp_path):
   config = config_of(*_TINY)
   found = plan_search.candidates(config, 'v5e:2x2')
   compile_best = functools.partial(
-    plan_search.compile_best,
+    plan_trials.compile_best,
     found,
     'v5e:2x2',
     1,
@@ -192,9 +193,9 @@ def test_the_best_are_compiled_once(tmp_path):
   (again,) = compile_best(say=said.append)
   assert again.plan == result.plan
   assert 'known' in said[1] and 'known' not in said[0]
-  header, row = plan_search.table([again])
+  header, row = plan_trials.table([again])
   assert len(header) == len(row) and row[2] != '-'
-  (late,) = plan_search.compile_best(
+  (late,) = plan_trials.compile_best(
     found[1:2],
     'v5e:2x2',
     1,

@@ -55,7 +55,6 @@ def attend(
       'attention.kernel=flash: a ring of devices runs blocks. Set it to auto, '
       'or rules.context_attention=all_to_all.'
     )
-  exchanged = sharding.active_rules().context_attention == 'all_to_all'
   if exchanged:
     return all_to_all.attend(q_BTNH, k_BSKH, v_BSKH, mask, axes[0], **kwargs)
   out = ring.attend(q_BTNH, k_BSKH, v_BSKH, mask, axes[0], **kwargs)

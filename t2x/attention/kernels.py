@@ -125,8 +125,7 @@ def _on_parts(fn, q_BNTH, k_BKSH, v_BKSH, mask):
 
   The partitioner cannot cut a kernel, so every mesh axis is named.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  axes = {*mesh.axis_names} - {*mesh.manual_axes}
+  axes = {*shards.free_axes()}
   if not sharding.is_active() or not axes:
     return fn(q_BNTH, k_BKSH, v_BKSH, mask)
   rows, heads = shards.auto_axes('batch'), shards.auto_axes('heads')

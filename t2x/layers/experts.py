@@ -114,8 +114,6 @@ def run(
   if not every:
     return body(values, x_BTD, routed)
   # A kernel is cut by hand along every axis, those of one device too.
-  mesh = jax.sharding.get_abstract_mesh()
-  names = {*mesh.axis_names} - {*mesh.manual_axes}
   specs = {n: shards.manual_spec(w, every) for n, w in weights.items()}
   x_spec = P(axes.batch, (*axes.length, *axes.fine))
   # A slot's token may stand anywhere in its row; a choice is its token's own.
@@ -130,7 +128,7 @@ def run(
     local,
     in_specs=(specs, x_spec, routed_spec),
     out_specs=x_spec,
-    axis_names=names,
+    axis_names={*shards.free_axes()},
     check_vma=False,
   )(values, x_BTD, routed)
 

@@ -29,16 +29,16 @@ def is_hidden(scope: loops.Scope, instruction: hlo.Instruction) -> bool:
     return _computes_until(parent, caller.name, '-done')
   if caller.op == 'fusion':
     # A TPU's exchange in several fusions: the first may compute too.
-    if _ends(scope.computation):
-      return False
-    return _computes_until(parent, caller.name, 'fusion', itself=True)
+    return _holds(scope.computation, 'AsyncCollectiveStart') and (
+      _computes_until(parent, caller.name, 'fusion', itself=True)
+    )
   return False
 
 
-def _ends(computation: hlo.Computation) -> bool:
-  return not any(
-    '"AsyncCollectiveStart"' in i.attributes
-    for i in computation.instructions.values()
+def _holds(computation: hlo.Computation, call: str) -> bool:
+  """Whether one of the compiler's own calls is in a computation."""
+  return any(
+    f'"{call}"' in i.attributes for i in computation.instructions.values()
   )
 
 
@@ -75,9 +75,8 @@ def _computes_until(
 
 def _is_done(scope: loops.Scope, instruction: hlo.Instruction) -> bool:
   return any(
-    '"AsyncCollectiveDone"' in part.attributes
+    _holds(inner.computation, 'AsyncCollectiveDone')
     for inner in loops.called(scope, instruction)
-    for part in inner.computation.instructions.values()
   )
 
 

@@ -302,3 +302,14 @@ def test_one_axis_splits_a_sequence():
   with sharding.use(mesh, rules):
     with pytest.raises(sharding.ShardingError, match='one mesh axis'):
       context.attend(q, q, q, Mask())
+
+
+def test_a_ring_has_no_kernel_to_insist_on():
+  q = jnp.ones((8, 64, 2, 8))
+  sizes = mesh_lib.MeshConfig(data=1, context=8)
+  flash = dense.Options(kernel='flash')
+  with sharding.use(mesh_lib.make(sizes), sharding.Rules()):
+    with pytest.raises(
+      ValueError, match='flash: a ring of devices runs blocks'
+    ):
+      context.attend(q, q, q, mask_lib.Mask(causal=True), options=flash)
