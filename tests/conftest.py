@@ -2,8 +2,10 @@
 
 import os
 
+import simulated
+
 # Before JAX is imported, by whichever test comes first.
-os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+os.environ['XLA_FLAGS'] = simulated.flags(8)
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 

@@ -12,6 +12,7 @@ import socket
 import time
 
 import jax
+import simulated
 import tiny
 
 from t2x import checkpoint_files
@@ -19,8 +20,6 @@ from t2x import main
 from t2x import mesh
 from t2x import run
 from t2x.data import pipeline
-
-_FOUR = '--xla_force_host_platform_device_count=4'
 
 
 def free_port() -> str:
@@ -41,7 +40,7 @@ def start_two(directory, workdir, monkeypatch, pause=0.0, **settings):
   flags = [f'--set={n.replace("__", ".")}={v}' for n, v in settings.items()]
   flags += [f'--coordinator=127.0.0.1:{free_port()}', '--num_processes=2']
   monkeypatch.setenv('PAUSE', str(pause))
-  monkeypatch.setenv('XLA_FLAGS', _FOUR)
+  monkeypatch.setenv('XLA_FLAGS', simulated.flags(4))
   return [
     tiny.start(
       directory,

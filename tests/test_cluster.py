@@ -14,6 +14,7 @@ import faulty
 import jax
 from jax._src.clusters import cloud_tpu_cluster
 import pytest
+import simulated
 import tiny
 
 from t2x import cluster
@@ -220,7 +221,7 @@ def test_slurm_variables_start_two_processes():
         'SLURM_PROCID': str(index),
         'SLURM_LOCALID': str(index),
         'PYTHONPATH': str(root),
-        'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
+        'XLA_FLAGS': simulated.flags(2),
       },
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,

@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import simulated
 import tiny
 
 from t2x import metrics
@@ -131,7 +132,7 @@ def test_a_killed_process_and_a_run_that_goes_on_with_fewer(
   train.train(config, str(workdir), show=False)  # Eight devices, one process.
   np.testing.assert_allclose(tiny.losses(workdir), expected, rtol=2e-6)
   monkeypatch.setenv('PAUSE', '0')
-  monkeypatch.setenv('XLA_FLAGS', '--xla_force_host_platform_device_count=4')
+  monkeypatch.setenv('XLA_FLAGS', simulated.flags(4))
   process = tiny.start(
     tmp_path, f'--workdir={four}', *_SETTINGS, '--set=mesh.fsdp=1'
   )

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 from optax.contrib import _muon
 import pytest
+import simulated
 import tiny
 
 from t2x import config as config_lib
@@ -492,7 +493,7 @@ ONE_LAYER = ('--set=train.scan_layers=false', '--set=optim=sgd')
 
 def test_script(directory, monkeypatch):
   """It simulates the devices itself, and says what it has found."""
-  monkeypatch.delenv('XLA_FLAGS')
+  monkeypatch.setenv('XLA_FLAGS', simulated.flags())
   code, output, error = start(
     directory,
     '--experiment=gpt2_tiny',
@@ -520,7 +521,7 @@ def test_script(directory, monkeypatch):
 
 
 def test_script_past_the_tolerance(directory, monkeypatch):
-  monkeypatch.delenv('XLA_FLAGS')
+  monkeypatch.setenv('XLA_FLAGS', simulated.flags())
   code, output, error = start(
     directory,
     '--experiment=gpt2_tiny',
