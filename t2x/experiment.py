@@ -10,7 +10,7 @@ from t2x import mesh as mesh_lib
 from t2x import optim as optim_lib
 from t2x import sharding
 from t2x import stack
-from t2x import train_step
+from t2x import train_state
 from t2x.data import config as data_config
 from t2x.models import decoder
 from t2x.models import model as model_lib
@@ -104,8 +104,8 @@ class TrainConfig:
     return stack.Execution(scan=self.scan_layers, remat=self.remat)
 
   @property
-  def step_config(self) -> train_step.StepConfig:
-    return train_step.StepConfig(
+  def step_config(self) -> train_state.StepConfig:
+    return train_state.StepConfig(
       accumulate=self.accumulate,
       accumulate_whole=self.accumulate_whole,
       offload=self.offload,

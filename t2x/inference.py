@@ -22,7 +22,7 @@ from t2x import paths
 from t2x import program as program_lib
 from t2x import run_dir
 from t2x import sharding
-from t2x import train_step
+from t2x import train_state
 from t2x.data import corpus as corpus_lib
 from t2x.data import pipeline
 from t2x.data import tokenizers
@@ -91,7 +91,7 @@ def load(
     )
   step, state, _ = restored
   tokenizer = tokenizers.load(paths.path(workdir) / 'tokenizer')
-  model = train_step.averaged_model(state, config.train.step_config)
+  model = train_state.averaged_model(state, config.train.step_config)
   return Trained(
     config=config, model=model, tokenizer=tokenizer, step=step, mesh=mesh
   )

@@ -24,6 +24,7 @@ from t2x import machines
 from t2x import optim
 from t2x import processes
 from t2x import sharding
+from t2x import train_state
 from t2x import train_step
 from t2x import zigzag
 from t2x.data import pipeline as data_pipeline
@@ -57,7 +58,7 @@ class Program:
   ):
     self.config = config
     self.shapes, self.batch_sharding = shapes_of(config, mesh)
-    self.trained, _ = train_step.partition(
+    self.trained, _ = train_state.partition(
       self.shapes.model, config.train.trainable
     )
     self.rows = local_rows(self.batch_sharding, config.data.batch_size)
@@ -115,19 +116,19 @@ class Program:
       key = jax.random.key(self.config.train.seed)
       return jax.device_put(key, self._whole)
 
-  def init_state(self) -> train_step.TrainState:
+  def init_state(self) -> train_state.TrainState:
     """Draws the weights, on the devices that hold them."""
     return self._runs['init'](self._key)
 
-  def step(self, state: train_step.TrainState, batch: train_step.Batch):
+  def step(self, state: train_state.TrainState, batch: train_step.Batch):
     """Returns the next state and metrics; `state` is given up."""
     return self._runs['step'](state, batch, self._key)
 
-  def gradients(self, state: train_step.TrainState, batch: train_step.Batch):
+  def gradients(self, state: train_state.TrainState, batch: train_step.Batch):
     """Returns the gradients and metrics of the next update; keeps `state`."""
     return self._gradients(state, batch, self._key)
 
-  def apply(self, state: train_step.TrainState, grads: Any, sums: Any):
+  def apply(self, state: train_state.TrainState, grads: Any, sums: Any):
     """Returns the next state and metrics of an update; keeps its arguments."""
     return self._apply(state, grads, sums)
 
@@ -142,7 +143,7 @@ class Program:
     """
     batch = self.batch_shapes()
     own = self.config.train.step_config
-    model = train_step.averaged_model(self.shapes, own)
+    model = train_state.averaged_model(self.shapes, own)
     return {
       'init': self._init.lower(self._key_shape()),
       'step': self.lower_step(batch),
@@ -196,7 +197,7 @@ class Program:
 
 def step_config(
   config: experiment.Experiment, mesh: AnyMesh
-) -> train_step.StepConfig:
+) -> train_state.StepConfig:
   """Returns what an update does on a mesh, the order of tokens included."""
   execution = consistency.execution_of(config, mesh.shape)
   pipeline = consistency.pipeline(config, mesh.shape)
@@ -238,7 +239,7 @@ def shapes_of(config: experiment.Experiment, mesh: AnyMesh):
   return shapes, batch_sharding
 
 
-def state_shapes(config: experiment.Experiment) -> train_step.TrainState:
+def state_shapes(config: experiment.Experiment) -> train_state.TrainState:
   """Returns the shapes of the state, which no layout changes."""
   tx = optim.make(config.optim, 1)
   key = jax.eval_shape(jax.random.key, 0)
@@ -246,7 +247,7 @@ def state_shapes(config: experiment.Experiment) -> train_step.TrainState:
 
 
 def shardings_of(
-  config: experiment.Experiment, shapes: train_step.TrainState, mesh: AnyMesh
+  config: experiment.Experiment, shapes: train_state.TrainState, mesh: AnyMesh
 ):
   """Returns the shardings of the state and of a batch.
 
@@ -262,7 +263,7 @@ def shardings_of(
   rules = config.rules
   if pipeline is not None and pipeline.place.is_contiguous:
     rules = dataclasses.replace(rules, layers=sharding.PIPE)
-  shardings = train_step.state_shardings(
+  shardings = train_state.state_shardings(
     shapes, mesh, rules, config.train.step_config
   )
   rows = (config.data.batch_size, config.data.length)
@@ -285,6 +286,6 @@ def local_rows(batch_sharding: NamedSharding, num_rows: int) -> np.ndarray:
   return np.unique([i for s in slices for i in range(*s.indices(num_rows))])
 
 
-def _init_state(config, tx, key: jax.Array) -> train_step.TrainState:
+def _init_state(config, tx, key: jax.Array) -> train_state.TrainState:
   model = model_lib.make(config.model, rngs=nnx.Rngs(key))
-  return train_step.init_state(model, tx, config.train.step_config)
+  return train_state.init_state(model, tx, config.train.step_config)

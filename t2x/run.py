@@ -16,7 +16,7 @@ from t2x import processes
 from t2x import program as program_lib
 from t2x import report
 from t2x import stragglers
-from t2x import train_step
+from t2x import train_state
 from t2x.data import pipeline
 
 _log = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class Run:
     """Returns `eval/NAME/...` of every evaluation split."""
     config = self.config
     row = {}
-    model = train_step.averaged_model(self.state, config.train.step_config)
+    model = train_state.averaged_model(self.state, config.train.step_config)
     for split in config.data.eval_splits:
       batches = pipeline.eval_batches(
         self.corpus,

@@ -17,7 +17,7 @@ from t2x import processes
 from t2x import run as run_lib
 from t2x import run_dir
 from t2x import sharding
-from t2x import train_step
+from t2x import train_state
 from t2x import watch
 from t2x.data import corpus as corpus_lib
 from t2x.data import pipeline
@@ -33,7 +33,7 @@ def train(
   profile_steps: tuple[int, int] | None = None,
   executable: str | None = None,
   show: bool = True,
-) -> train_step.TrainState:
+) -> train_state.TrainState:
   """Trains to the end, going on from the newest checkpoint in `workdir`.
 
   SIGTERM and the first SIGINT save a checkpoint and return.
@@ -82,7 +82,7 @@ def train(
       return _loop(run, stopping, _Profiler(workdir, profile_steps))
 
 
-def _loop(run: run_lib.Run, stopping, profiler) -> train_step.TrainState:
+def _loop(run: run_lib.Run, stopping, profiler) -> train_state.TrainState:
   config = run.config.train
   # Every process stops after the same step, whichever of them was asked to.
   any_process = processes.AnyProcess(run.mesh)
@@ -157,11 +157,11 @@ class _Profiler:
       jax.profiler.start_trace(self._folder)
       self._running = True
 
-  def after(self, step: int, state: train_step.TrainState) -> None:
+  def after(self, step: int, state: train_state.TrainState) -> None:
     if step >= self._last:
       self.stop(state)
 
-  def stop(self, state: train_step.TrainState) -> None:
+  def stop(self, state: train_state.TrainState) -> None:
     if self._running:
       jax.block_until_ready(state)
       jax.profiler.stop_trace()

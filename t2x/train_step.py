@@ -1,15 +1,11 @@
-"""The state of training and the pure function that advances it.
+"""The pure function that advances the state of training.
 
 Shape suffixes: B batch, M microbatch.
 """
 
-import dataclasses
 import functools
-import re
 from typing import Any
-from typing import Literal
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -19,151 +15,22 @@ from t2x import balance
 from t2x import loss as loss_lib
 from t2x import optim_state
 from t2x import sharding
-from t2x import stack
+from t2x import train_state
 from t2x.layers import dropout
 from t2x.layers import param
 from t2x.pipeline import gradients as pipeline
-from t2x.pipeline import plan as plan_lib
 
 Batch = dict[str, jax.Array]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-  """Everything that a checkpoint must hold to go on.
-
-  Attributes:
-    step: updates so far, skipped ones included.
-    model: float32 parameters.
-    opt_state: of the trainable parameters.
-    ema: moving average of the trainable parameters, or None.
-    num_skipped: updates skipped in a row because of a non-finite value.
-  """
-
-  step: jax.Array
-  model: Any
-  opt_state: Any
-  ema: Any
-  num_skipped: jax.Array
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepConfig:
-  """What one update does; see `t2x.experiment.TrainConfig` for each field.
-
-  Attributes:
-    pipeline: what stages run, on a mesh that has them.
-  """
-
-  accumulate: int = 1
-  accumulate_whole: bool = False
-  offload: Literal['none', 'optimizer'] = 'none'
-  ema_decay: float | None = None
-  trainable: str = '.*'
-  loss: loss_lib.LossConfig = loss_lib.LossConfig()
-  execution: stack.Execution = stack.Execution()
-  pipeline: plan_lib.Plan | None = None
-
-
-def partition(model: Any, pattern: str) -> tuple[Any, Any]:
-  """Splits a model into the part that is trained and the rest.
-
-  Args:
-    model: a module.
-    pattern: a regular expression that the dotted path of a trained parameter
-      matches in full. Integers and variables that are no `nnx.Param` are
-      never trained.
-
-  Returns:
-    Two modules of one structure; each leaf is None in one of them.
-
-  Raises:
-    ValueError: nothing matches; some paths are listed.
-  """
-  expression = re.compile(pattern)
-  paths = []
-
-  def chosen(path, x):
-    name = sharding.path_name(path).removesuffix('.value')
-    paths.append(name)
-    # Other variables (a router's balancing bias) have rules of their own.
-    ours = not sharding.is_variable(x) or isinstance(x, nnx.Param)
-    ours = ours and expression.fullmatch(name) is not None
-    floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
-    return jax.tree.map(lambda leaf: ours and floating(leaf), x)
-
-  mask = jax.tree_util.tree_map_with_path(
-    chosen, model, is_leaf=sharding.is_variable
-  )
-  if not any(jax.tree.leaves(mask)):
-    raise ValueError(
-      f'train.trainable={pattern!r} matches no parameter. Paths look like '
-      f'{", ".join(paths[:4])}.'
-    )
-  trained = jax.tree.map(lambda m, leaf: leaf if m else None, mask, model)
-  rest = jax.tree.map(lambda m, leaf: None if m else leaf, mask, model)
-  return trained, rest
-
-
-def combine(first: Any, second: Any) -> Any:
-  """Inverse of `partition`."""
-  return jax.tree.map(
-    lambda a, b: b if a is None else a,
-    first,
-    second,
-    is_leaf=lambda x: x is None,
-  )
-
-
-def averaged_model(state: TrainState, config: StepConfig) -> Any:
-  """Returns the model to use: the moving average where there is one."""
-  if state.ema is None:
-    return state.model
-  _, rest = partition(state.model, config.trainable)
-  return combine(state.ema, rest)
-
-
-def init_state(
-  model: Any, tx: optax.GradientTransformation, config: StepConfig
-) -> TrainState:
-  """Returns the state before the first step."""
-  trained, _ = partition(model, config.trainable)
-  # A copy: donation must not see one buffer twice.
-  copy = functools.partial(jax.tree.map, lambda x: x + 0)
-  return TrainState(
-    step=jnp.zeros((), jnp.int32),
-    model=model,
-    opt_state=tx.init(trained),
-    ema=copy(trained) if config.ema_decay is not None else None,
-    num_skipped=jnp.zeros((), jnp.int32),
-  )
-
-
-def state_shardings(state: TrainState, mesh, rules, config: StepConfig):
-  """Returns the sharding of every leaf of a state (of shapes)."""
-  trained, _ = partition(state.model, config.trainable)
-  rest = dataclasses.replace(state, opt_state=None)
-  return dataclasses.replace(
-    sharding.shardings(rest, mesh, rules),
-    opt_state=optim_state.shardings(
-      state.opt_state,
-      trained,
-      mesh,
-      rules,
-      offload=config.offload == 'optimizer',
-    ),
-  )
-
-
 def train_step(
-  state: TrainState,
+  state: train_state.TrainState,
   batch: Batch,
   key: jax.Array,
   *,
   tx: optax.GradientTransformation,
-  config: StepConfig,
-) -> tuple[TrainState, dict[str, jax.Array]]:
+  config: train_state.StepConfig,
+) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
   """Returns the next state and float32 metrics of one update.
 
   The loss is the sum of the tokens' losses over the weight of the whole
@@ -175,25 +42,28 @@ def train_step(
 
 
 def gradients_at(
-  state: TrainState, batch: Batch, key: jax.Array, config: StepConfig
+  state: train_state.TrainState,
+  batch: Batch,
+  key: jax.Array,
+  config: train_state.StepConfig,
 ) -> tuple[Any, dict[str, Any]]:
   """Returns the gradients and summed metrics of a state's next update."""
-  trained, rest = partition(state.model, config.trainable)
+  trained, rest = train_state.partition(state.model, config.trainable)
   key = jax.random.fold_in(key, state.step)
   return gradients(trained, rest, batch, key, config)
 
 
 @jax.named_scope('optimizer')
 def apply_gradients(
-  state: TrainState,
+  state: train_state.TrainState,
   grads: Any,
   sums: dict[str, Any],
   *,
   tx: optax.GradientTransformation,
-  config: StepConfig,
-) -> tuple[TrainState, dict[str, jax.Array]]:
+  config: train_state.StepConfig,
+) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
   """Returns the next state and metrics, of what `gradients_at` returned."""
-  trained, rest = partition(state.model, config.trainable)
+  trained, rest = train_state.partition(state.model, config.trainable)
   loads = sums['loads']
   grad_norm = optax.tree.norm(grads)
   finite = jnp.isfinite(sums['loss']) & jnp.isfinite(grad_norm)
@@ -212,9 +82,11 @@ def apply_gradients(
     mix = lambda e, p: jnp.where(finite, d * e + (1.0 - d) * p, e)
     ema = jax.tree.map(mix, state.ema, new_trained)
   num_skipped = jnp.where(finite, 0, state.num_skipped + 1)
-  new_state = TrainState(
+  new_state = train_state.TrainState(
     step=state.step + 1,
-    model=combine(new_trained, keep(balance.update(rest, loads), rest)),
+    model=train_state.combine(
+      new_trained, keep(balance.update(rest, loads), rest)
+    ),
     opt_state=opt_state,
     ema=ema,
     num_skipped=num_skipped,
@@ -224,7 +96,7 @@ def apply_gradients(
   return new_state, metrics | balance.metrics(loads)
 
 
-def eval_step(model: Any, batch: Batch, config: StepConfig):
+def eval_step(model: Any, batch: Batch, config: train_state.StepConfig):
   """Returns the sums of nll (nats), correct and weight over a batch.
 
   In the chunks of training, so that what trains can be evaluated.
@@ -239,7 +111,7 @@ def eval_step(model: Any, batch: Batch, config: StepConfig):
       None,
       config.pipeline.for_evaluation(),
       loss=config.loss,
-      combine=combine,
+      combine=train_state.combine,
     )
     return {
       'nll': sums['nll'],
@@ -262,7 +134,7 @@ def model_inputs(model: Any, batch: Batch) -> Batch:
   return {name: batch[name] for name in model.inputs if name in batch}
 
 
-def gradients(trained, rest, batch, key, config: StepConfig):
+def gradients(trained, rest, batch, key, config: train_state.StepConfig):
   """Returns gradients and summed metrics of a whole batch.
 
   Microbatch m holds the rows m, m + M, m + 2 M, ... of each device's share,
@@ -281,7 +153,7 @@ def gradients(trained, rest, batch, key, config: StepConfig):
       key,
       config.pipeline,
       loss=config.loss,
-      combine=combine,
+      combine=train_state.combine,
       accumulate=config.accumulate,
       manual=manual,
     )
@@ -303,7 +175,9 @@ def gradients(trained, rest, batch, key, config: StepConfig):
   )(trained, rest, batch, total, key)
 
 
-def axes_by_hand(config: StepConfig, staged: bool) -> tuple[str, ...]:
+def axes_by_hand(
+  config: train_state.StepConfig, staged: bool
+) -> tuple[str, ...]:
   """Mesh axes over which gradients are reduced by hand, after the loop.
 
   Args:
@@ -315,7 +189,7 @@ def axes_by_hand(config: StepConfig, staged: bool) -> tuple[str, ...]:
   return ('data', 'fsdp') if config.accumulate_whole else ('data',)
 
 
-def _manual_axes(config: StepConfig) -> tuple[str, ...]:
+def _manual_axes(config: train_state.StepConfig) -> tuple[str, ...]:
   """Those of `axes_by_hand` that split something on the active mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
@@ -324,7 +198,9 @@ def _manual_axes(config: StepConfig) -> tuple[str, ...]:
   return tuple(a for a in axes_by_hand(config, staged) if mesh.shape[a] > 1)
 
 
-def _accumulate(trained, rest, batch, total, key, config: StepConfig):
+def _accumulate(
+  trained, rest, batch, total, key, config: train_state.StepConfig
+):
   grad_fn = jax.value_and_grad(_loss, has_aux=True)
 
   def micro(part):
@@ -350,9 +226,9 @@ def _accumulate(trained, rest, batch, total, key, config: StepConfig):
   return jax.lax.scan(add, zeros, parts)[0]
 
 
-def _loss(trained, rest, batch, total, key, config: StepConfig):
+def _loss(trained, rest, batch, total, key, config: train_state.StepConfig):
   """Returns the share of the loss that these rows make, and metrics."""
-  model = combine(trained, rest)
+  model = train_state.combine(trained, rest)
   if not sharding.reduces_in_float32():
     model = param.weights_in(model, model.config.dtype)
   keys_B = dropout.row_keys(key, batch['rows'])

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from t2x import machines
 from t2x import optim
 from t2x import sharding
+from t2x import train_state
 from t2x import train_step
 from t2x.models import decoder
 
@@ -31,7 +32,7 @@ def shapes(mesh, model, config, *, rules=RULES, rows=32, length=16):
   """
 
   def init(key):
-    return train_step.init_state(
+    return train_state.init_state(
       decoder.Decoder(model, rngs=nnx.Rngs(key)), TX, config
     )
 
@@ -41,7 +42,7 @@ def shapes(mesh, model, config, *, rules=RULES, rows=32, length=16):
   key = jax.eval_shape(jax.random.key, 0)
   state = jax.eval_shape(init, key)
   state = jax.tree.map(
-    place, state, train_step.state_shardings(state, mesh, rules, config)
+    place, state, train_state.state_shardings(state, mesh, rules, config)
   )
   spec = sharding.to_spec(('batch', 'length'), rules, mesh=mesh)
   row = lambda dtype: jax.ShapeDtypeStruct(

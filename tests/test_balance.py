@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from t2x import optim
+from t2x import train_state
 from t2x import train_step
 from t2x.layers import attention
 from t2x.layers import mlp
@@ -31,7 +32,7 @@ CONFIG = decoder.DecoderConfig(
 )
 PATH = 'tower.layers.group.1.mlp'
 KEY = jax.random.key(1)
-STEP = train_step.StepConfig(ema_decay=0.5)
+STEP = train_state.StepConfig(ema_decay=0.5)
 jit = functools.partial(
   jax.jit, compiler_options={'xla_backend_optimization_level': 0}
 )
@@ -62,7 +63,7 @@ def make_batch():
 
 def step_of(config=STEP, optimizer=optim.AdamW(learning_rate=0.01), **changes):
   tx = optim.make(optimizer, 10)
-  state = train_step.init_state(make_model(), tx, config)
+  state = train_state.init_state(make_model(), tx, config)
   fn = jit(functools.partial(train_step.train_step, tx=tx, config=config))
   return state, *fn(state, {**make_batch(), **changes}, KEY)
 

@@ -17,6 +17,7 @@ import pytest
 from t2x import loss as loss_lib
 from t2x import mesh as mesh_lib
 from t2x import sharding
+from t2x import train_state
 from t2x import train_step
 from t2x.layers import attention
 from t2x.layers import embed
@@ -61,7 +62,7 @@ def step_collectives(mesh, config, **options):
 def plain_step(state, batch, key, *, tx, config):
   """Accumulation as one would write it first: a scan, left to the compiler."""
   once = dataclasses.replace(config, accumulate=1)
-  trained, rest = train_step.partition(state.model, config.trainable)
+  trained, rest = train_state.partition(state.model, config.trainable)
   split = lambda x: x.reshape(-1, ACCUMULATE, x.shape[1]).swapaxes(0, 1)
   parts = jax.tree.map(split, batch)
 
@@ -72,7 +73,7 @@ def plain_step(state, batch, key, *, tx, config):
   zeros = jax.tree.map(jnp.zeros_like, trained)
   grads, metrics = jax.lax.scan(add, zeros, parts)
   updates, opt_state = tx.update(grads, state.opt_state, trained)
-  model = train_step.combine(optax.apply_updates(trained, updates), rest)
+  model = train_state.combine(optax.apply_updates(trained, updates), rest)
   new = dataclasses.replace(state, model=model, opt_state=opt_state)
   return new, jax.tree.map(jnp.sum, metrics)
 
@@ -90,7 +91,7 @@ def gradient_bytes(mesh, config):
   )
 
 
-STEP = train_step.StepConfig(accumulate=ACCUMULATE)
+STEP = train_state.StepConfig(accumulate=ACCUMULATE)
 WHOLE = dataclasses.replace(STEP, accumulate_whole=True)
 MESHES = {
   'data8': {'data': 8},
@@ -187,7 +188,7 @@ def test_sums_become_gathers_and_scatters():
   """Of activations; what is left to sum in a layer are scales of norms."""
   mesh = mesh_of(data=1, tensor=8)
   rules = sharding.Rules(norm_length=('context', 'tensor'))
-  step = train_step.StepConfig()
+  step = train_state.StepConfig()
   activation = 4 * 32 * 16 * CONFIG.embed_dim  # float32, rows, tokens, width
   inside = lambda found, kind: [
     c for c in found if c.kind == kind and c.loops and c.bytes > 1024

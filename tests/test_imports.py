@@ -35,6 +35,7 @@ _ORDER = (
   ('balance',),
   ('flops',),
   ('pipeline',),
+  ('train_state',),
   ('train_step', 'evaluate'),
   ('experiment', 'interop', 'plan'),
   ('consistency',),
@@ -63,6 +64,7 @@ _FORBIDDEN = {
   'decode': {'data', 'optim', 'objectives', 'loss'},
   'layers': {'mesh'},
   'models': {'mesh'},
+  'train_state': {'mesh', 'data'},
   'train_step': {'mesh', 'data'},
 }
 

@@ -17,6 +17,7 @@ from t2x import machines
 from t2x import mesh as mesh_lib
 from t2x import optim
 from t2x import sharding
+from t2x import train_state
 from t2x import train_step
 from t2x import zigzag
 from t2x.layers import attention
@@ -47,7 +48,7 @@ MESHES = {
   'expert4_tensor2': {'data': 1, 'expert': 4, 'tensor': 2},
 }
 TX = optim.make(optim.AdamW(), 10)
-STEP = train_step.StepConfig(
+STEP = train_state.StepConfig(
   loss=loss_lib.LossConfig(label_smoothing=0.1, z_loss=1e-3)
 )
 
@@ -134,7 +135,7 @@ jit = functools.partial(
 
 def init(key, config):
   model = model_lib.make(config, rngs=nnx.Rngs(key))
-  return train_step.init_state(model, TX, STEP)
+  return train_state.init_state(model, TX, STEP)
 
 
 def packed(rng, rows, length):
@@ -177,7 +178,7 @@ def make_batch(kind):
 
 
 def loss_and_gradients(model, batch, key, config=STEP):
-  trained, rest = train_step.partition(model, config.trainable)
+  trained, rest = train_state.partition(model, config.trainable)
   return train_step.gradients(trained, rest, batch, key, config)
 
 
@@ -191,7 +192,7 @@ def state_of(kind):
 def shardings_of(kind, mesh):
   make = functools.partial(init, config=CONFIGS[kind])
   shapes = jax.eval_shape(make, jax.random.key(0))
-  return train_step.state_shardings(shapes, mesh, RULES, STEP)
+  return train_state.state_shardings(shapes, mesh, RULES, STEP)
 
 
 @functools.cache

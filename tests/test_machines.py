@@ -30,7 +30,7 @@ from t2x import main
 from t2x import mesh as mesh_lib
 from t2x import program
 from t2x import sharding
-from t2x import train_step
+from t2x import train_state
 from t2x import xla_options
 from t2x.layers import attention
 from t2x.layers import mlp
@@ -246,7 +246,7 @@ _NO_ASYNC = [
 
 def text_of(chip, overrides=(), **sizes):
   mesh = tpu.mesh(_TOPOLOGIES[chip], **sizes)
-  config = train_step.StepConfig()
+  config = train_state.StepConfig()
   return tpu.compile_text(
     lowered.lower(mesh, MODEL, config, rows=8, overrides=overrides)
   )

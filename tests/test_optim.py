@@ -19,7 +19,7 @@ from t2x import mesh as mesh_lib
 from t2x import optim
 from t2x import optim_state
 from t2x import sharding
-from t2x import train_step
+from t2x import train_state
 from t2x.layers import position
 from t2x.models import decoder
 
@@ -455,8 +455,8 @@ def test_frozen_parameters_have_no_state(kind):
   """A part that is left out is None, in gradients and in the state."""
   whole = stacked(0)
   pattern = r'layers\.(up_DF|q_bias_NH)|rest\.table_VD'
-  params, frozen = train_step.partition(whole, pattern)
-  grads, _ = train_step.partition(stacked(1), pattern)
+  params, frozen = train_state.partition(whole, pattern)
+  grads, _ = train_state.partition(stacked(1), pattern)
   tx = optim.make(CONFIGS[kind], 10)
   state = tx.init(params)
   new, state = updater(CONFIGS[kind])(params, grads, state)
@@ -468,7 +468,7 @@ def test_frozen_parameters_have_no_state(kind):
   assert 'up_DF' in text and 'table_VD' in text
   for name in ('q_DNH', 'down_FD', 'scale'):
     assert name not in text
-  new = values(train_step.combine(new, frozen))
+  new = values(train_state.combine(new, frozen))
   for name, before in values(whole).items():
     trained_here = any(n in name for n in ('up_DF', 'q_bias', 'table_VD'))
     assert (new[name] != before).any() == trained_here, name

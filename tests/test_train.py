@@ -21,7 +21,7 @@ from t2x import report
 from t2x import run as run_lib
 from t2x import sharding
 from t2x import train
-from t2x import train_step
+from t2x import train_state
 from t2x.data import corpus as corpus_lib
 from t2x.data import pipeline
 
@@ -351,7 +351,7 @@ def test_the_average_is_evaluated_and_the_rest_is_frozen(
   for name in trained:
     expected = 0.75 * before[name] + 0.25 * last[name]
     np.testing.assert_allclose(after[name], expected, rtol=1e-5, atol=1e-7)
-  averaged = train_step.averaged_model(states[-1], config.train.step_config)
+  averaged = train_state.averaged_model(states[-1], config.train.step_config)
   row = metrics.read_rows(tmp_path / 'run')[-1]
   loss = _evaluate(config, averaged)['loss']
   assert row['eval/train/loss'] == pytest.approx(loss, rel=1e-6)

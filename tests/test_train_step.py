@@ -14,6 +14,7 @@ from t2x import mesh as mesh_lib
 from t2x import optim
 from t2x import sharding
 from t2x import stack
+from t2x import train_state
 from t2x import train_step
 from t2x.layers import attention
 from t2x.layers import dropout
@@ -30,7 +31,7 @@ CONFIG = decoder.DecoderConfig(
   attention=attention.Dense(num_heads=2, head_dim=8, bias=True),
   mlp=mlp.MlpConfig(hidden=32),
 )
-STEP = train_step.StepConfig(
+STEP = train_state.StepConfig(
   ema_decay=0.75, loss=loss_lib.LossConfig(label_smoothing=0.1, z_loss=1e-3)
 )
 TX = optim.make(
@@ -60,7 +61,7 @@ def make_batch(seed=0):
 
 
 def make_state(config=STEP, model=None):
-  return train_step.init_state(model or make_model(), TX, config)
+  return train_state.init_state(model or make_model(), TX, config)
 
 
 @functools.cache
@@ -177,10 +178,10 @@ def test_moving_average():
     want = jax.tree.map(lambda e, p: 0.75 * e + 0.25 * p, want, state.model)
   for a, b in zip(jax.tree.leaves(state.ema), jax.tree.leaves(want)):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
-  assert_equal(train_step.averaged_model(state, STEP), state.ema)
+  assert_equal(train_state.averaged_model(state, STEP), state.ema)
   plain = dataclasses.replace(STEP, ema_decay=None)
   assert make_state(plain).ema is None
-  assert train_step.averaged_model(make_state(plain), plain) is make_model()
+  assert train_state.averaged_model(make_state(plain), plain) is make_model()
 
 
 def test_the_old_state_is_given_up():
@@ -213,18 +214,18 @@ class WithCodes(nnx.Module):
 @pytest.mark.parametrize('pattern', ['.*', r'tower\..*', r'.*\.scale'])
 def test_combine_is_the_inverse_of_partition(pattern):
   model = make_model()
-  trained, rest = train_step.partition(model, pattern)
+  trained, rest = train_state.partition(model, pattern)
   count = lambda tree: len(jax.tree.leaves(tree))
   assert count(trained) + count(rest) == count(model)
   assert (count(rest) == 0) == (pattern == '.*')
   for parts in [(trained, rest), (rest, trained)]:
-    again = train_step.combine(*parts)
+    again = train_state.combine(*parts)
     assert jax.tree.structure(again) == jax.tree.structure(model)
     assert_equal(again, model)
 
 
 def test_integers_are_never_trained():
-  trained, rest = train_step.partition(WithCodes(), '.*')
+  trained, rest = train_state.partition(WithCodes(), '.*')
   assert trained.codes.get_value() is None
   assert rest.weight.get_value() is None
   assert rest.codes.get_value().dtype == jnp.int8
@@ -236,7 +237,7 @@ def test_a_pattern_that_matches_nothing():
     r'embeddings\.positions\.table_PD, embeddings\.tokens\.table_VD, '
   )
   with pytest.raises(ValueError, match=message):
-    train_step.partition(make_model(), 'head')
+    train_state.partition(make_model(), 'head')
 
 
 def test_frozen_parameters_stay():
@@ -248,10 +249,10 @@ def test_frozen_parameters_stay():
     name = sharding.path_name(path)
     assert (a != b).any() == ('.mlp' in name), name
   size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
-  trained, _ = train_step.partition(state.model, config.trainable)
+  trained, _ = train_state.partition(state.model, config.trainable)
   assert size(state.ema) == size(trained)
   assert size(state.opt_state) < 2.1 * size(trained)
-  averaged = train_step.averaged_model(new, config)
+  averaged = train_state.averaged_model(new, config)
   assert_equal(averaged.embeddings, state.model.embeddings)
 
 
@@ -302,7 +303,7 @@ def test_evaluation_sums():
   """Sums, so that batches add up; the plain loss, without dropout."""
   model, batch = make_model(), make_batch()
   fn = jit(
-    functools.partial(train_step.eval_step, config=train_step.StepConfig())
+    functools.partial(train_step.eval_step, config=train_state.StepConfig())
   )
   got = fn(model, batch)
   log_probs = jax.nn.log_softmax(model(batch['inputs']))
@@ -323,7 +324,7 @@ def test_a_step_on_a_mesh_is_a_step_on_one_device():
   mesh = mesh_lib.make(mesh_lib.MeshConfig(data=2, fsdp=2, tensor=2))
   config = dataclasses.replace(STEP, accumulate=2)
   rules = sharding.Rules()
-  where = train_step.state_shardings(make_state(), mesh, rules, config)
+  where = train_state.state_shardings(make_state(), mesh, rules, config)
   fn = jit(
     functools.partial(train_step.train_step, tx=TX, config=config),
     out_shardings=(where, None),

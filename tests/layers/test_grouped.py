@@ -12,7 +12,7 @@ import tpu
 
 from t2x import absent
 from t2x import flops
-from t2x import train_step
+from t2x import train_state
 from t2x.layers import attention
 from t2x.layers import grouped
 from t2x.layers import moe
@@ -109,7 +109,7 @@ MODEL = decoder.DecoderConfig(
 
 def check(mesh, options=None):
   """Each choice of a token meets its expert's matrices alone, three times."""
-  step = train_step.StepConfig()
+  step = train_state.StepConfig()
   program = lowered.lower(mesh, MODEL, step, rows=16, length=64)
   text = absent.compile(program, options).as_text()
   assert text

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t2x import train_state
 from t2x import train_step
 from t2x.layers import attention
 from t2x.layers import mlp
@@ -36,8 +37,8 @@ def test_matrices_are_cast_and_nothing_else():
 @pytest.mark.slow
 def test_gradients_are_the_same_numbers(monkeypatch):
   model = decoder.Decoder(CONFIG, rngs=nnx.Rngs(0))
-  config = train_step.StepConfig()
-  trained, rest = train_step.partition(model, config.trainable)
+  config = train_state.StepConfig()
+  trained, rest = train_state.partition(model, config.trainable)
   tokens = jax.random.randint(jax.random.key(1), (4, 8), 0, 32)
   batch = {'inputs': tokens, 'targets': tokens[:, ::-1]}
   batch['weights'] = jnp.ones((4, 8))

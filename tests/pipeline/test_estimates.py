@@ -10,7 +10,7 @@ import pytest
 
 from t2x import loss as loss_lib
 from t2x import sharding
-from t2x import train_step
+from t2x import train_state
 from t2x.layers import attention
 from t2x.layers import mlp
 from t2x.layers import moe
@@ -90,7 +90,7 @@ def pieces_of(config):
     units,
     rows,
     jax.eval_shape(lambda: jax.random.key(0)),
-    combine=train_step.combine,
+    combine=train_state.combine,
     loss=loss_lib.LossConfig(),
     zigzag=1,
     remat='none',

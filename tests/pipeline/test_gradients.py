@@ -16,6 +16,7 @@ from t2x import machines
 from t2x import mesh as mesh_lib
 from t2x import sharding
 from t2x import stack
+from t2x import train_state
 from t2x import train_step
 from t2x.layers import attention
 from t2x.layers import mlp
@@ -115,8 +116,8 @@ def reference(name, trainable='.*', rows=ROWS):
   config = MODELS[name]
   make = jax.jit(lambda: model_lib.make(config, rngs=nnx.Rngs(0)))
   model = make()
-  step = train_step.StepConfig(loss=LOSS, trainable=trainable)
-  trained, rest = train_step.partition(model, trainable)
+  step = train_state.StepConfig(loss=LOSS, trainable=trainable)
+  trained, rest = train_state.partition(model, trainable)
   fn = jax.jit(
     functools.partial(train_step.gradients, config=step),
     compiler_options={'xla_backend_optimization_level': 0},
@@ -138,7 +139,7 @@ def step_config(name, mesh, schedule, *, remat='none', **kwargs):
   config = config_lib.PipelineConfig(**settings)
   execution = stack.Execution(remat=remat)
   plan = plan_lib.make(MODELS[name], config, execution, mesh.shape['pipe'])
-  return train_step.StepConfig(
+  return train_state.StepConfig(
     loss=LOSS, execution=execution, pipeline=plan, **own
   )
 
@@ -149,7 +150,7 @@ def placed(name, mesh, step, rows=ROWS):
   rules = RULES
   if step.pipeline.place.is_contiguous:
     rules = dataclasses.replace(rules, layers=sharding.PIPE)
-  parts = train_step.partition(model, step.trainable)
+  parts = train_state.partition(model, step.trainable)
   parts = [
     jax.device_put(part, sharding.shardings(part, mesh, rules))
     for part in parts
@@ -261,7 +262,7 @@ def test_half_of_what_is_stacked_cannot_be_trained():
   model = jax.eval_shape(
     lambda: model_lib.make(MODELS['experts'], rngs=nnx.Rngs(0))
   )
-  trained, _ = train_step.partition(model, step.trainable)
+  trained, _ = train_state.partition(model, step.trainable)
   message = 'group.0 than of tower.layers.remainder.0'
   with sharding.use(mesh, RULES), pytest.raises(ValueError, match=message):
     weights.Layout.of(trained, step.pipeline)
@@ -278,7 +279,7 @@ def test_evaluation_is_that_of_one_device(name):
   want = jax.jit(fn(plain))(model, batch)
   with sharding.use(mesh, RULES):
     trained, rest, batch = placed(name, mesh, step)
-    whole = train_step.combine(trained, rest)
+    whole = train_state.combine(trained, rest)
     got = jax.jit(fn(step), compiler_options=OPTIONS)(whole, batch)
   for key, value in want.items():
     np.testing.assert_allclose(got[key], value, rtol=1e-5)

@@ -13,7 +13,7 @@ import tpu
 from t2x import loss as loss_lib
 from t2x import sharding
 from t2x import stack
-from t2x import train_step
+from t2x import train_state
 from t2x.layers import attention
 from t2x.layers import mlp
 from t2x.layers import norm
@@ -54,7 +54,7 @@ def text_of(
   sizes, remat='none', reduce_dtype='compute', overrides=(), vocab_chunks=1
 ):
   rules = sharding.Rules(reduce_dtype=reduce_dtype)
-  step = train_step.StepConfig(
+  step = train_state.StepConfig(
     execution=stack.Execution(remat=remat),
     loss=loss_lib.LossConfig(vocab_chunks=vocab_chunks),
   )

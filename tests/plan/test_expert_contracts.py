@@ -7,7 +7,7 @@ import lowered
 import pytest
 import tpu
 
-from t2x import train_step
+from t2x import train_state
 from t2x.layers import attention
 from t2x.layers import mlp
 from t2x.layers import moe
@@ -45,7 +45,7 @@ def step_of(capacity, **sizes):
   )
   mesh = tpu.mesh(data=1, **sizes)
   program = lowered.lower(
-    mesh, model, train_step.StepConfig(), rows=ROWS, length=LENGTH
+    mesh, model, train_state.StepConfig(), rows=ROWS, length=LENGTH
   )
   return collectives.collectives(tpu.compile_text(program), mesh)
 
@@ -64,7 +64,7 @@ def test_experts_gradients_stay_where_the_experts_are():
   dense = dataclasses.replace(MODEL, mlp=mlp.MlpConfig(hidden=1, bias=False))
   mesh = tpu.mesh(data=1, expert=8)
   program = lowered.lower(
-    mesh, dense, train_step.StepConfig(), rows=ROWS, length=LENGTH
+    mesh, dense, train_state.StepConfig(), rows=ROWS, length=LENGTH
   )
   rest = collectives.collectives(tpu.compile_text(program), mesh)
   want = collectives.total(rest, 'all-reduce')

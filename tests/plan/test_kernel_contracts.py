@@ -15,7 +15,7 @@ from t2x import experiment
 from t2x import mesh as mesh_lib
 from t2x import sharding
 from t2x import stack
-from t2x import train_step
+from t2x import train_state
 from t2x.attention import context
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
@@ -122,7 +122,7 @@ MODEL = decoder.DecoderConfig(
 
 @functools.cache
 def step_of(remat='none', rules=sharding.Rules(), **sizes):
-  step = train_step.StepConfig(execution=stack.Execution(remat=remat))
+  step = train_state.StepConfig(execution=stack.Execution(remat=remat))
   program = lowered.lower(
     tpu.mesh(data=1, **sizes),
     MODEL,

@@ -15,6 +15,7 @@ from t2x import flops
 from t2x import loss
 from t2x import optim
 from t2x import stack
+from t2x import train_state
 from t2x import train_step
 from t2x.attention import mask as mask_lib
 from t2x.layers import moe
@@ -28,7 +29,7 @@ from t2x.plan import matrix
 
 _TX = optim.make(optim.Sgd(clip_norm=None), 10)
 _REMATS = {
-  remat: train_step.StepConfig(execution=stack.Execution(remat=remat))
+  remat: train_state.StepConfig(execution=stack.Execution(remat=remat))
   for remat in ('none', 'full', 'dots')
 }
 _NONE = _REMATS['none']
@@ -57,7 +58,7 @@ def _step_arguments(config):
   targets = batch['inputs']
   weights = jax.ShapeDtypeStruct(targets.shape, jnp.float32)
   batch |= {'targets': targets, 'weights': weights}
-  init = functools.partial(train_step.init_state, tx=_TX, config=_NONE)
+  init = functools.partial(train_state.init_state, tx=_TX, config=_NONE)
   key = jax.eval_shape(jax.random.key, 0)
   return jax.eval_shape(init, _model(config)), batch, key
 

@@ -11,7 +11,7 @@ from t2x import experiment
 from t2x import mesh as mesh_lib
 from t2x import sharding
 from t2x import stack
-from t2x import train_step
+from t2x import train_state
 from t2x.data import config as data
 from t2x.data import tokenizers
 from t2x.layers import attention
@@ -119,7 +119,7 @@ def test_what_is_saved_between_layers_is_split():
   """By the compiler's figures: what 8 more layers add to the temporaries."""
   rows, length, width = 64, 64, 64
   mesh = mesh_lib.make(mesh_lib.MeshConfig(data=2, tensor=4))
-  step = train_step.StepConfig(execution=stack.Execution(remat='full'))
+  step = train_state.StepConfig(execution=stack.Execution(remat='full'))
 
   def temporaries(rules, num_layers):
     program = lowered.lower(
@@ -157,7 +157,7 @@ def test_tpus_gather_and_scatter_activations():
     program = lowered.lower(
       mesh,
       model,
-      train_step.StepConfig(),
+      train_state.StepConfig(),
       rules=rules,
       rows=rows,
       length=length,
@@ -185,7 +185,7 @@ def beside(mesh, rules):
   program = lowered.lower(
     mesh,
     model_of(num_layers, width, 128, 1024, 'bfloat16'),
-    train_step.StepConfig(),
+    train_state.StepConfig(),
     rules=rules,
     rows=rows,
     length=length,
