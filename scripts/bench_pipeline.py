@@ -39,10 +39,10 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from t2x import absent
-from t2x import consistency
 from t2x import experiment
 from t2x import layout_text
 from t2x import mesh as mesh_lib
+from t2x import on_mesh
 from t2x import program
 from t2x import sharding
 from t2x import sharding_table
@@ -202,7 +202,7 @@ def figures(config, mesh, compiled: jax.stages.Compiled) -> dict[str, Any]:
   """Returns what is known of a program without running it."""
   text, memory = compiled.as_text(), compiled.memory_analysis()
   assert text is not None and memory is not None, 'no such figures here'
-  plan = consistency.pipeline(config, mesh.shape)
+  plan = on_mesh.pipeline(config, mesh.shape)
   trips: list[Any] = [None]
   row: dict[str, Any] = {}
   if plan is not None:

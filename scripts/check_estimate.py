@@ -34,10 +34,10 @@ import estimate_cases
 
 from t2x import absent
 from t2x import config as config_lib
-from t2x import consistency
 from t2x import estimate
 from t2x import experiment
 from t2x import mesh as mesh_lib
+from t2x import on_mesh
 from t2x.plan import collectives
 from t2x.plan import kernels
 from t2x.plan import matrix
@@ -113,7 +113,7 @@ def compiled_figures(
 
 def of_text(text: str, config: experiment.Experiment, mesh) -> dict[str, int]:
   """Returns products and bytes, of the stage that has the most."""
-  plan = consistency.pipeline(config, mesh.shape)
+  plan = on_mesh.pipeline(config, mesh.shape)
   trips: list[Any] = [None]
   if plan is not None:
     trips = [pipelines.trips(plan, s) for s in range(plan.table.num_stages)]

@@ -30,12 +30,12 @@ from absl import flags
 
 from t2x import catalog
 from t2x import config as config_lib
-from t2x import consistency
 from t2x import experiment
 from t2x import layout_text
 from t2x import layouts
 from t2x import main
 from t2x import mesh
+from t2x import on_mesh
 from t2x import sharding_page
 from t2x import sharding_table
 
@@ -92,7 +92,7 @@ def with_rows(config: experiment.Experiment, num_devices: int):
     sizes = mesh.sizes(config.mesh, num_devices)
   except ValueError:  # `layouts.check` says it, with what to do.
     return config, None
-  multiple = consistency.rows_multiple(config, sizes)
+  multiple = on_mesh.rows_multiple(config, sizes)
   rows = config.data.batch_size
   if rows % multiple == 0:
     return config, None

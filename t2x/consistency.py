@@ -5,16 +5,14 @@ before anything is built or compiled.
 """
 
 from collections.abc import Mapping
-import dataclasses
 import math
 
 from t2x import checks
 from t2x import experiment
 from t2x import machines
 from t2x import mesh as mesh_lib
+from t2x import on_mesh
 from t2x import sharding
-from t2x import stack
-from t2x import train_step
 from t2x.attention import all_to_all
 from t2x.data import config as data_config
 from t2x.data import pipeline as data_pipeline
@@ -27,15 +25,8 @@ from t2x.models import encoder
 from t2x.models import encoder_decoder
 from t2x.objectives import causal_lm
 from t2x.objectives import masked_lm
-from t2x.pipeline import estimates
-from t2x.pipeline import placement
-from t2x.pipeline import plan as plan_lib
 
 Experiment = experiment.Experiment
-
-
-class PipelineError(ValueError):
-  """Settings of a pipeline that do not fit: no other layout is advised."""
 
 
 def check(config: Experiment, num_devices: int) -> None:
@@ -56,49 +47,11 @@ def check(config: Experiment, num_devices: int) -> None:
   _check_chunks(config, sizes)
 
 
-def pipeline(
-  config: Experiment, sizes: Mapping[str, int]
-) -> plan_lib.Plan | None:
-  """Returns what the stages of a pipeline run; None without stages.
-
-  Args:
-    config: the experiment.
-    sizes: of the mesh axes.
-
-  Raises:
-    PartsError: fewer layers than parts; other stages may do.
-    PipelineError: a schedule that cannot be, or layers that do not fit it.
-  """
-  if not _has_stages(sizes):
-    return None
-  data, loss = config.data, config.train.loss
-  batch = estimates.Batch(
-    rows=data.batch_size / rows_multiple(config, sizes),
-    length=data.objective.target_length(data.length),
-    encoder_length=data.length if data.objective.has_encoder else None,
-    head_chunks=loss.vocab_chunks * loss.token_chunks,
-  )
-  layout = estimates.Layout(
-    sizes=sizes, rules=config.rules, gather=config.pipeline.gather
-  )
-  execution = execution_of(config, sizes)
-  num = sizes[sharding.PIPE]
-  try:
-    return plan_lib.make(
-      config.model, config.pipeline, execution, num, batch, layout
-    )
-  except placement.PartsError:
-    raise
-  except ValueError as error:
-    raise PipelineError(str(error)) from error
-
-
-def _has_stages(sizes: Mapping[str, int]) -> bool:
-  return sizes.get(sharding.PIPE, 1) > 1
-
-
 def _check_pipeline(config: Experiment, sizes: dict[str, int]) -> None:
-  if pipeline(config, sizes) is None or context_size(config, sizes) == 1:
+  if (
+    on_mesh.pipeline(config, sizes) is None
+    or on_mesh.context_size(config, sizes) == 1
+  ):
     return
   ring = config.rules.context_attention == 'ring'
   if ring and not config.pipeline.uniform:
@@ -113,8 +66,8 @@ def _check_pipeline(config: Experiment, sizes: dict[str, int]) -> None:
 def _check_offload(config: Experiment, sizes: Mapping[str, int]) -> None:
   """Layers are updated one by one, and stages keep what they choose."""
   train = config.train
-  if _has_stages(sizes) and train.execution.kept['offload']:
-    raise PipelineError(
+  if on_mesh.has_stages(sizes) and train.execution.kept['offload']:
+    raise on_mesh.PipelineError(
       f'train.remat={train.remat}: the stages of a pipeline keep activations '
       'on their devices. Set train.remat to none, full, dots or save:NAMES, '
       'or mesh.pipe=1.'
@@ -122,7 +75,7 @@ def _check_offload(config: Experiment, sizes: Mapping[str, int]) -> None:
   split = sharding.mesh_axes(config.rules.layers)
   parts = math.prod(sizes[a] for a in split) * sizes.get(sharding.PIPE, 1)
   if train.offload == 'optimizer' and parts > 1:
-    raise PipelineError(
+    raise on_mesh.PipelineError(
       'train.offload=optimizer updates stacked layers one by one, and here '
       f'they lie on different devices (mesh.pipe={sizes[sharding.PIPE]}, '
       f'rules.layers={",".join(split) or "none"}). Set train.offload=none, or '
@@ -132,12 +85,12 @@ def _check_offload(config: Experiment, sizes: Mapping[str, int]) -> None:
 
 def _check_rows(config: Experiment, sizes: dict[str, int]) -> None:
   rows = config.data.batch_size
-  need = rows_multiple(config, sizes)
+  need = on_mesh.rows_multiple(config, sizes)
   if rows % need:
-    axes = _row_axes(config, sizes)
+    axes = on_mesh.row_axes(config, sizes)
     by = ' x '.join(f'mesh.{a}={sizes[a]}' for a in axes if sizes.get(a, 1) > 1)
     micro, other = f'train.accumulate={config.train.accumulate}', ''
-    if _has_stages(sizes):
+    if on_mesh.has_stages(sizes):
       asked = config.pipeline.microbatches
       micro += f' x pipeline.microbatches={asked}'
       of_each, rest = divmod(rows * asked, need)
@@ -152,70 +105,12 @@ def _check_rows(config: Experiment, sizes: dict[str, int]) -> None:
     )
 
 
-def rows_multiple(config: Experiment, sizes: Mapping[str, int]) -> int:
-  """Returns what the rows of a batch must be a multiple of."""
-  parts = math.prod(sizes.get(axis, 1) for axis in _row_axes(config, sizes))
-  micro = config.pipeline.microbatches if _has_stages(sizes) else 1
-  return parts * config.train.accumulate * micro
-
-
-def _row_axes(config: Experiment, sizes: Mapping[str, int]) -> list[str]:
-  step = config.train.step_config
-  by_hand = train_step.axes_by_hand(step, _has_stages(sizes))
-  return sorted({*sharding.mesh_axes(config.rules.batch), *by_hand})
-
-
-def execution_of(
-  config: Experiment, sizes: Mapping[str, int]
-) -> stack.Execution:
-  """Returns how layers run on a mesh: also in which order tokens lie."""
-  order = zigzag(config, sizes)
-  return dataclasses.replace(config.train.execution, zigzag=order)
-
-
-def zigzag(config: Experiment, sizes: Mapping[str, int]) -> int:
-  """Returns over how many devices causal rows are dealt in zigzag order.
-
-  Args:
-    config: the experiment.
-    sizes: of the mesh axes.
-  """
-  rules = config.rules
-  balanced = rules.context_attention == 'ring' and rules.balance_context
-  if not balanced or isinstance(config.model, encoder.EncoderConfig):
-    return 1
-  return context_size(config, sizes)
-
-
-def context_size(config: Experiment, sizes: Mapping[str, int]) -> int:
-  """Returns over how many devices a row is split."""
-  return math.prod(sizes[a] for a in sharding.mesh_axes(config.rules.length))
-
-
-def _source_parts(config: Experiment, sizes: Mapping[str, int]) -> int:
-  """Returns what the tokens of a row must be a multiple of, in an encoder."""
-  fine = _fine_axes(config.rules)
-  return context_size(config, sizes) * math.prod(sizes[a] for a in fine)
-
-
-def _fine_axes(rules: sharding.Rules) -> set[str]:
-  """Returns the mesh axes that split a row only between layers."""
-  coarse = sharding.mesh_axes(rules.length)
-  return {*sharding.mesh_axes(rules.norm_length)} - {*coarse}
-
-
-def target_parts(config: Experiment, sizes: Mapping[str, int]) -> int:
-  """Returns what the targets of a row are padded to a multiple of."""
-  pieces = 1 if zigzag(config, sizes) == 1 else 2 * context_size(config, sizes)
-  return math.lcm(_source_parts(config, sizes), pieces)
-
-
 def _check_context(config: Experiment, sizes: dict[str, int]) -> None:
   has_encoder = config.data.objective.has_encoder
-  parts_of = _source_parts if has_encoder else target_parts
+  parts_of = on_mesh.source_parts if has_encoder else on_mesh.target_parts
   parts = parts_of(config, sizes)
   rules = config.rules
-  axes = {*sharding.mesh_axes(rules.length), *_fine_axes(rules)}
+  axes = {*sharding.mesh_axes(rules.length), *on_mesh.fine_axes(rules)}
   named = ' x '.join(f'mesh.{a}={sizes[a]}' for a in sorted(axes))
   for length in data_config.buckets(config.data):
     if length % parts:
@@ -224,7 +119,7 @@ def _check_context(config: Experiment, sizes: dict[str, int]) -> None:
         f'(rules.length, rules.norm_length): it must be a multiple of {parts}. '
         f'Set it to {-(-length // parts) * parts}, or change the mesh.'
       )
-  devices = context_size(config, sizes)
+  devices = on_mesh.context_size(config, sizes)
   if devices > 1 and config.rules.context_attention == 'all_to_all':
     split = sharding.mesh_axes(config.rules.kv_heads)
     parts = math.prod(sizes[a] for a in split)
@@ -252,7 +147,7 @@ def _check_activations(config: Experiment) -> None:
 
 def _check_groups(config: Experiment, sizes: dict[str, int]) -> None:
   """Query heads must find their key/value heads on their device."""
-  rules, fine = config.rules, _fine_axes(config.rules)
+  rules, fine = config.rules, on_mesh.fine_axes(config.rules)
   over = lambda axes: math.prod(
     sizes[a] for a in sharding.mesh_axes(axes) if a in fine
   )
@@ -304,8 +199,8 @@ def _check_chunks(config: Experiment, sizes: dict[str, int]) -> None:
     )
   for bucket in data_config.buckets(config.data):
     length = config.data.objective.target_length(bucket)
-    parts = target_parts(config, sizes)
-    length = -(-length // parts) * parts // context_size(config, sizes)
+    parts = on_mesh.target_parts(config, sizes)
+    length = -(-length // parts) * parts // on_mesh.context_size(config, sizes)
     if length % loss.token_chunks:
       raise ValueError(
         f'train.loss.token_chunks={loss.token_chunks} does not divide the '

@@ -24,6 +24,7 @@ import numpy as np
 from t2x import consistency
 from t2x import experiment
 from t2x import mesh as mesh_lib
+from t2x import on_mesh
 from t2x import program
 from t2x.data import pipeline as data_pipeline
 from t2x.plan import exchanged
@@ -117,7 +118,7 @@ def step(
     config=config,
     sizes=whole,
     weights=local_lib.weights_of(state.model, config.rules, whole),
-    plan=consistency.pipeline(config, whole),
+    plan=on_mesh.pipeline(config, whole),
   )
   return Estimate(
     sizes=whole,

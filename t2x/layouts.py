@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh
 from t2x import consistency
 from t2x import experiment
 from t2x import mesh as mesh_lib
+from t2x import on_mesh
 from t2x import program
 
 # Changed in this order where two layouts are as near.
@@ -99,7 +100,7 @@ def advice(
     any_number: also other numbers of devices may be advised.
     write: from the mesh that was asked for and one that works, to text.
   """
-  if isinstance(error, consistency.PipelineError):
+  if isinstance(error, on_mesh.PipelineError):
     return ''
   for config in configs:
     found = nearest(

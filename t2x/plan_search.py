@@ -21,6 +21,7 @@ from t2x import flops as flops_lib
 from t2x import layouts
 from t2x import machines
 from t2x import mesh as mesh_lib
+from t2x import on_mesh
 from t2x import plan_memory
 from t2x.layers import moe
 from t2x.models import encoder_decoder
@@ -119,7 +120,7 @@ def _seconds(config, estimate, axes, chip, peak) -> float:
     network += time
     if {*m.axes} & {'tensor', 'expert', 'context'}:
       exposed += time
-  stages = consistency.pipeline(config, estimate.sizes)
+  stages = on_mesh.pipeline(config, estimate.sizes)
   idle = stages.table.simulate().bubble if stages is not None else 0.0
   return roofline.Roofline(
     compute=estimate.executed_flops / peak,

@@ -22,6 +22,7 @@ from t2x import experiment
 from t2x import flops as flops_lib
 from t2x import machines
 from t2x import mesh as mesh_lib
+from t2x import on_mesh
 from t2x import plan_memory
 from t2x.data import pipeline as data_pipeline
 from t2x.plan import collectives as collectives_lib
@@ -173,7 +174,7 @@ def make(
 def _of_compiled(config, mesh, compiled: jax.stages.Compiled, given) -> Plan:
   text = compiled.as_text()
   assert text is not None, 'a compiled program has a text'
-  stages = consistency.pipeline(config, mesh.shape)
+  stages = on_mesh.pipeline(config, mesh.shape)
   trips: Sequence[Any] = [None]
   bubble = 0.0
   if stages is not None:

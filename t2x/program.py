@@ -18,9 +18,9 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from t2x import checked as checked_lib
-from t2x import consistency
 from t2x import experiment
 from t2x import machines
+from t2x import on_mesh
 from t2x import optim
 from t2x import processes
 from t2x import sharding
@@ -62,8 +62,8 @@ class Program:
       self.shapes.model, config.train.trainable
     )
     self.rows = local_rows(self.batch_sharding, config.data.batch_size)
-    self._zigzag = consistency.zigzag(config, mesh.shape)
-    self._target_parts = consistency.target_parts(config, mesh.shape)
+    self._zigzag = on_mesh.zigzag(config, mesh.shape)
+    self._target_parts = on_mesh.target_parts(config, mesh.shape)
     self.learning_rate = jax.jit(optim.make_schedule(config.optim, num_steps))
     self._whole = whole = NamedSharding(mesh, P())
     tx = optim.make(config.optim, num_steps)
@@ -199,8 +199,8 @@ def step_config(
   config: experiment.Experiment, mesh: AnyMesh
 ) -> train_state.StepConfig:
   """Returns what an update does on a mesh, the order of tokens included."""
-  execution = consistency.execution_of(config, mesh.shape)
-  pipeline = consistency.pipeline(config, mesh.shape)
+  execution = on_mesh.execution_of(config, mesh.shape)
+  pipeline = on_mesh.pipeline(config, mesh.shape)
   return dataclasses.replace(
     config.train.step_config, execution=execution, pipeline=pipeline
   )
@@ -259,7 +259,7 @@ def shardings_of(
   Raises:
     ShardingError: a layout that cannot be.
   """
-  pipeline = consistency.pipeline(config, mesh.shape)
+  pipeline = on_mesh.pipeline(config, mesh.shape)
   rules = config.rules
   if pipeline is not None and pipeline.place.is_contiguous:
     rules = dataclasses.replace(rules, layers=sharding.PIPE)

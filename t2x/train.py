@@ -12,6 +12,7 @@ from t2x import executables
 from t2x import experiment
 from t2x import layouts
 from t2x import mesh as mesh_lib
+from t2x import on_mesh
 from t2x import paths
 from t2x import processes
 from t2x import run as run_lib
@@ -75,7 +76,7 @@ def train(
     if processes.is_primary():
       run_dir.write(workdir, config, corpus, changes)
     run.open(show)
-    staged = consistency.pipeline(config, mesh.shape)
+    staged = on_mesh.pipeline(config, mesh.shape)
     if staged is not None:
       _log.info('Pipeline: %s.', staged.summary())
     with contextlib.closing(run), jax.transfer_guard('disallow'):

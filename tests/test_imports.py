@@ -38,6 +38,7 @@ _ORDER = (
   ('train_state',),
   ('train_step', 'evaluate'),
   ('experiment', 'interop', 'plan'),
+  ('on_mesh',),
   ('consistency',),
   ('catalog',),
   ('checkpoint', 'checkpoint_files', 'charts', 'progress', 'report_page'),

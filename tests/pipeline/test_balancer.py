@@ -12,6 +12,7 @@ import tiny
 from t2x import config as config_lib
 from t2x import consistency
 from t2x import mesh as mesh_lib
+from t2x import on_mesh
 from t2x import program as program_lib
 from t2x import sharding
 from t2x.pipeline import balancer
@@ -287,7 +288,7 @@ def plan_of(directory, **settings):
   config = tiny.experiment_of(directory, **PIPE | BALANCED | settings)
   sizes = mesh_lib.sizes(config.mesh, 8)
   consistency.check(config, 8)
-  return consistency.pipeline(config, sizes)
+  return on_mesh.pipeline(config, sizes)
 
 
 def test_a_large_vocabulary_takes_layers_from_the_last_stage(tmp_path):
@@ -352,7 +353,7 @@ def test_gradients_of_a_balanced_pipeline(tmp_path):
   staged = {'mesh__pipe': 2, 'pipeline__schedule': 'zb_h1'}
   config = tiny.experiment_of(tmp_path, **BALANCED | alone | staged)
   sizes = mesh_lib.sizes(config.mesh, 2)
-  plan = consistency.pipeline(config, sizes)
+  plan = on_mesh.pipeline(config, sizes)
   assert plan is not None and plan.place.units_P.tolist() == [4, 2]
   grads, sums = gradients_of(config, 2)
   single = tiny.experiment_of(tmp_path, model__num_layers=6, **alone)

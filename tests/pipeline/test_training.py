@@ -13,6 +13,7 @@ from t2x import consistency
 from t2x import inference
 from t2x import mesh as mesh_lib
 from t2x import metrics
+from t2x import on_mesh
 from t2x import train
 from t2x.pipeline import schedules
 
@@ -137,5 +138,5 @@ def test_a_run_keeps_a_table_of_ones_own(directory, tmp_path, caplog):
 )
 def test_a_pipeline_in_a_line(directory, settings, said):
   config = tiny.experiment_of(directory, **RUN, **(STAGES | settings))
-  plan = consistency.pipeline(config, mesh_lib.sizes(config.mesh, 8))
+  plan = on_mesh.pipeline(config, mesh_lib.sizes(config.mesh, 8))
   assert plan is not None and re.search(said, plan.summary()), plan.summary()

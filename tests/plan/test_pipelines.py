@@ -7,8 +7,8 @@ import pytest
 import tiny
 
 from t2x import absent
-from t2x import consistency
 from t2x import mesh as mesh_lib
+from t2x import on_mesh
 from t2x.pipeline import schedules
 from t2x.plan import matrix
 from t2x.plan import pipelines
@@ -38,7 +38,7 @@ def flops_of(tmp_path):
     # LLVM's optimisations cost half the time and change no count.
     options = {'xla_backend_optimization_level': 0}
     compiled = absent.compile(absent.lower_step(config, mesh), options)
-    text, plan = compiled.as_text(), consistency.pipeline(config, mesh.shape)
+    text, plan = compiled.as_text(), on_mesh.pipeline(config, mesh.shape)
     if plan is None:
       return [matrix.matrix_flops(text)]
     trips = [pipelines.trips(plan, stage) for stage in range(pipe)]

@@ -6,9 +6,9 @@ import pytest
 import tpu
 
 from t2x import absent
-from t2x import consistency
 from t2x import experiment
 from t2x import mesh as mesh_lib
+from t2x import on_mesh
 from t2x import sharding
 from t2x import stack
 from t2x import train_state
@@ -52,7 +52,7 @@ def ring_step(tpu_target, **rules):
   )
   devices = tpu.devices('v5e:2x4') if tpu_target else jax.devices()
   mesh = mesh_lib.make(config.mesh, devices)
-  assert consistency.zigzag(config, mesh.shape) == C
+  assert on_mesh.zigzag(config, mesh.shape) == C
   text = tpu.compile_text(
     absent.lower_step(config, mesh), **({} if tpu_target else FAST)
   )
