@@ -44,6 +44,8 @@ class Embed(nnx.Module):
     table_VD = self.table_VD[...].astype(dtype)
     table_VD = sharding.constrain(table_VD, 'vocab', 'act_embed')
     x_BTD = param.look_up(table_VD, tokens_BT)
+    if sharding.PIPE in jax.sharding.get_abstract_mesh().manual_axes:
+      x_BTD = _to_columns(x_BTD)
     # Devices that split a sequence between layers alone may each have rows of
     # the table: they must look up the same tokens, else it is gathered whole.
     x_BTD = sharding.constrain(x_BTD, 'batch', 'length', 'act_embed')
@@ -101,6 +103,29 @@ def _exchanged(
     axis_names={*embed, *rows, *length, *vocab},
     check_vma=False,
   )(table_VD[...], tokens_BT)
+
+
+@jax.custom_vjp
+def _to_columns(x_BTD: jax.Array) -> jax.Array:
+  """The identity, whose gradient goes to where the table's columns are.
+
+  Stages add up the gradient of their part of the table from one microbatch to
+  the next. Left to itself, XLA gathers whole vectors of all rows for it.
+  """
+  return x_BTD
+
+
+def _to_columns_backward(_, grad_BTD):
+  embed = shards.auto_axes('embed')
+  parts = shards.num_parts('embed')
+  if not embed or grad_BTD.shape[2] % parts:
+    return (grad_BTD,)
+  rows = tuple(a for a in shards.auto_axes('batch') if a not in embed)
+  spec = P(rows, shards.auto_axes('length'), embed)
+  return (jax.lax.with_sharding_constraint(grad_BTD, spec),)
+
+
+_to_columns.defvjp(lambda x_BTD: (x_BTD, None), _to_columns_backward)
 
 
 @jax.tree_util.register_dataclass

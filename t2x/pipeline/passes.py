@@ -177,7 +177,9 @@ def enter_backward(tick: tick_lib.Tick, carry: tick_lib.Carry, grad):
     def body(zero, active, loop, t=t, piece=piece):
       grad, shared = loop
       args = _entering(tick, inbox, t, zero)
-      d_y = grad[t], (grad[t - 1] if t else None)
+      # Else exchanges of what comes from above the loop are drawn above it.
+      came, _ = jax.lax.optimization_barrier((grad, zero))
+      d_y = came[t], (came[t - 1] if t else None)
       got = piece.at_once(*args, d_y, None)
       d_before, grads = got[3], got[5]
       shared = buffers.add_leaves(

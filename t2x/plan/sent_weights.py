@@ -148,8 +148,8 @@ def _of_embeddings(local: local_lib.Local) -> list[message.Message]:
     if exchanged(local):
       found.append(say('all-to-all', embed, 2 * c * tokens * D))
     elif local.plan is not None:
-      # All gradients come to those that have a part of every vector.
-      found.append(say('all-gather', embed, 4 * tokens * local.size(embed) * D))
+      # Gradients alone, to where the table's columns are.
+      found.append(say('all-to-all', embed, c * tokens * D))
     else:
       found.append(say('reduce-scatter', embed, 4 * V * D))
   found.append(say('all-gather', _fine(local), c * local.tokens * D))
