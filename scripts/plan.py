@@ -38,9 +38,12 @@ from absl import app
 from absl import flags
 
 from t2x import estimate
+from t2x import estimate_text
 from t2x import layouts
+from t2x import machines
 from t2x import main as main_lib
 from t2x import plan_advice
+from t2x import plan_memory
 from t2x import plan_page
 from t2x import plan_search
 from t2x import plan_text
@@ -58,8 +61,12 @@ def main() -> None:
   flags.DEFINE_bool('estimate', False, 'Only estimate, in seconds.')
   flags.DEFINE_bool('search', False, 'Look for the fastest layout.')
   flags.DEFINE_integer('most', 6, 'Layouts to compile.', lower_bound=1)
-  flags.DEFINE_integer('processes', None, 'At a time; default one a core.')
-  flags.DEFINE_integer('seconds', 900, 'After which none is waited for.')
+  flags.DEFINE_integer(
+    'processes', None, 'At a time; default one a core.', lower_bound=1
+  )
+  flags.DEFINE_integer(
+    'seconds', 900, 'After which none is waited for.', lower_bound=1
+  )
   flags.DEFINE_string('cache', None, 'Default ~/.cache/t2x/plans.')
   main_lib.app_run(_main)
 
@@ -73,12 +80,17 @@ def _main() -> None:
       '--search looks for the layout and prints a table: leave out --layout '
       'and --html.'
     )
+  if values.estimate and (values.search or values.html):
+    raise app.UsageError(
+      '--estimate prints what a step should cost in one layout: leave out '
+      '--search and --html.'
+    )
   if values.search:
-    _search(name, config)
+    _search(name, config, len(devices))
     return
   config = target_flags.laid_out(config, devices)
   if values.estimate:
-    print(estimate.text(estimate.step(config, len(devices))))
+    _estimate(name, config, devices)
     return
   plan = planning.make(config, values.topology, values.num_slices)
   advice = plan_advice.of(config, plan) if values.advice else []
@@ -92,15 +104,31 @@ def _main() -> None:
     print(json.dumps(plan_text.to_json(plan, advice)))
 
 
-def _search(name: str, config) -> None:
+def _estimate(name: str, config, devices) -> None:
+  values = flags.FLAGS
+  found = estimate.step(config, len(devices))
+  limit = plan_memory.limit_of(machines.chip_of(devices[0].device_kind))
+  where = values.topology, values.num_slices
+  print(plan_text.title(name, *where, found.sizes) + ', estimated\n')
+  print(estimate_text.text(found, limit))
+  if limit is not None and found.peak_bytes > limit:
+    said = plan_search.remedy(config, *where, len(devices), limit)
+    print(f'\nwarning: {said}')
+  if values.json:
+    print(json.dumps(estimate_text.to_json(found, limit)))
+
+
+def _search(name: str, config, num_devices: int) -> None:
   values = flags.FLAGS
   where = values.topology, values.num_slices
   found = plan_search.candidates(config, *where)
-  num, fitting = plan_search.count(found)
-  _say(f'{num} ways to run {name} on {values.topology}; {fitting} should fit.')
+  fitting = sum(c.fits for c in found)
+  ways = f'{len(found)} ways to run {name} on {values.topology}'
+  _say(f'{ways}; {fitting} should fit.')
   if not found:
-    layouts.check(config, len(target_flags.devices()))
+    layouts.check(config, num_devices)
     return
+  plan_trials.check(name, found, values.topology, num_devices)
   root = os.environ.get('T2X_DATA_DIR') or '~/.cache/t2x'
   cache = values.cache or os.path.join(root, 'plans')
   results = plan_trials.compile_best(
@@ -117,10 +145,10 @@ def _search(name: str, config) -> None:
   rows = plan_trials.table(results)
   print('\n'.join(sharding_table.aligned(rows, '<<>>>>>>')))
   if values.json:
-    plans = [
+    ranked = [
       {'settings': r.candidate.settings, 'plan': r.plan} for r in results
     ]
-    print(json.dumps(plans))
+    print(json.dumps({'ranked': ranked}))
 
 
 def _say(text: str) -> None:

@@ -32,6 +32,7 @@ _ENVIRONMENT = {
   'TPU_SKIP_MDS_QUERY': '1',
   'TPU_WORKER_HOSTNAMES': 'localhost',
 }
+_MOST = 1024  # Each has threads of its own.
 _COUNT = '--xla_force_host_platform_device_count'
 # XLA's GPU compiler comes as JAX's plugin for either CUDA.
 _CUDA = 'jax_plugins.xla_cuda13', 'jax_plugins.xla_cuda12'
@@ -132,6 +133,11 @@ def _simulated(topology: str, num_slices: int, host: str | None):
     raise ValueError(
       f'{topology}: simulated devices lie in one slice on one host and have a '
       'number alone, as in cpu:8.'
+    )
+  if int(number) > _MOST:
+    raise ValueError(
+      f'{topology}: a machine simulates at most {_MOST} devices. Name fewer, '
+      'or a topology of TPUs or GPUs, which are compiled for and not simulated.'
     )
   given = os.environ.get('XLA_FLAGS', '')
   if _COUNT not in given:  # Read when the first is touched.

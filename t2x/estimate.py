@@ -1,7 +1,7 @@
 """What a train step costs on each device, from shapes: nothing is compiled.
 
 found = estimate.step(config, num_devices=256)
-print(estimate.text(found))
+print(estimate_text.text(found))
 
 Arguments are exact; FLOPs are those that the program executes, rematerialised
 ones and blocks of attention kernels included; bytes are counted as
@@ -174,31 +174,3 @@ def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
   assert leaf.sharding is not None
   shape = leaf.sharding.shard_shape(leaf.shape)
   return tiles.padded(shape, np.dtype(leaf.dtype).itemsize)
-
-
-# --- As text. ---
-
-
-def text(found: Estimate) -> str:
-  """Returns the parts as lines, the largest of each kind first."""
-  mega = lambda parts, unit: [
-    f'  {size / unit:12,.1f}  {name}'
-    for name, size in sorted(parts.items(), key=lambda item: -item[1])
-    if size
-  ]
-  sent: dict[str, float] = {}
-  for message in found.messages:
-    name = f'{message.part} ({message.kind} over {",".join(message.axes)})'
-    sent[name] = sent.get(name, 0.0) + message.bytes
-  fullest = found.fullest
-  return '\n'.join(
-    [
-      f'memory: {found.peak_bytes / 1e6:,.1f} MB at the fullest moment '
-      f'({fullest.name})',
-      *mega(found.arguments | fullest.parts, 1e6),
-      f'products: {found.executed_flops / 1e9:,.1f} GFLOP',
-      *mega(found.flops, 1e9),
-      f'exchanged: {found.sent_bytes() / 1e6:,.1f} MB',
-      *mega(sent, 1e6),
-    ]
-  )

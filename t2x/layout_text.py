@@ -92,7 +92,7 @@ class Layout:
     num = self.num_devices if num_devices is None else num_devices
     try:
       if said := mesh_lib.mismatch(config.mesh, num):
-        raise ValueError(f'{said} Change --layout or --num_devices.')
+        raise ValueError(f'{said} Change --layout or the number of devices.')
       layouts.fit(config, num)
     except ValueError as error:
       said = layouts.advice(

@@ -42,20 +42,8 @@ def _too_large(config, plan) -> Iterator[str]:
   if plan.fits is not False:
     return
   num = math.prod(plan.sizes.values())
-  found = plan_search.candidates(config, plan.topology, plan.num_slices)
-  nearest = plan_search.nearest_fit(found, config)
-  limit = plan.memory.limit
-  if nearest is None:
-    need = plan_search.chips_needed(config, num, limit)
-    yield (
-      f'it fits on {num} of these devices in no layout, recomputed or in '
-      f'microbatches: by estimate it needs {need:,} of them, or larger ones.'
-    )
-    return
-  changed = ' '.join(f'--set {s}' for s in plan_search.changes(nearest, config))
-  yield (
-    f'it should fit with {changed} (and no --layout): by estimate '
-    f'{nearest.peak / 2**30:.2f} of {limit / 2**30:.2f} GiB.'
+  yield plan_search.remedy(
+    config, plan.topology, plan.num_slices, num, plan.memory.limit
   )
 
 
@@ -93,7 +81,7 @@ def _padding(config, plan) -> Iterator[str]:
     if kind.head_dim % _LANES:
       filled = kind.head_dim / (-(-kind.head_dim // _LANES) * _LANES)
       yield (
-        f'attention.head_dim={kind.head_dim} fills '
+        f'model.attention.head_dim={kind.head_dim} fills '
         f'{sharding_table.percent(filled)} of the {_LANES} lanes of a TPU: '
         'scores take as long as with 128. Fewer, wider heads cost the same.'
       )
@@ -223,5 +211,7 @@ def _again(config, plan) -> Iterator[str]:
     yield (
       f"the program computes {plan.flops.ratio:.2f} of the model's FLOPs. "
       'Look at train.remat (full costs a third), the blocks that masks cut '
-      'through (attention.block), slots of experts, and uniform stages.'
+      'through (model.attention.block), slots of experts, uniform stages, and '
+      'products of the optimizer (optim=muon), which mesh.data repeats and '
+      'mesh.fsdp splits.'
     )

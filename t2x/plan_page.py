@@ -40,7 +40,9 @@ def page(name: str, plan: planning.Plan, advice: Iterable[str] = ()) -> str:
     plan: the plan.
     advice: of `plan_advice.of`.
   """
-  title, _, where = plan_text.title(name, plan).partition(' on ')
+  title, _, where = plan_text.title(
+    name, plan.topology, plan.num_slices, plan.sizes
+  ).partition(' on ')
   body = [
     f'<p class="sub">{html.escape(where)}</p>',
     _tiles(plan),

@@ -43,6 +43,7 @@ class Candidate:
     settings: what differs from the experiment, as for --set.
     peak: bytes that it should need on a device.
     seconds: the least time of a step, of products and exchanges.
+    limit: bytes that a device has.
     fits: whether the peak, with a margin, is within a device's memory.
   """
 
@@ -50,6 +51,7 @@ class Candidate:
   settings: tuple[str, ...]
   peak: float
   seconds: float
+  limit: float
   fits: bool
 
 
@@ -96,6 +98,7 @@ def candidates(
         settings=settings,
         peak=estimate.peak_bytes,
         seconds=seconds,
+        limit=limit,
         fits=MARGIN * estimate.peak_bytes <= limit,
       )
     )
@@ -206,11 +209,6 @@ def _microbatches(rows: int, mesh) -> Iterator[tuple[str, ...]]:
       )
 
 
-def count(found: Sequence[Candidate]) -> tuple[int, int]:
-  """Returns how many were estimated, and how many of them should fit."""
-  return len(found), sum(c.fits for c in found)
-
-
 def nearest_fit(
   found: Sequence[Candidate], config: experiment.Experiment
 ) -> Candidate | None:
@@ -244,20 +242,57 @@ def changes(candidate: Candidate, config: experiment.Experiment) -> list[str]:
   return [text for text, name in other if name not in alone]
 
 
+def remedy(
+  config: experiment.Experiment,
+  topology: str,
+  num_slices: int,
+  num_devices: int,
+  limit: float,
+) -> str:
+  """Returns what to change of a run that does not fit, in a sentence.
+
+  The least change with which it should, or else how many chips it needs.
+  """
+  nearest = nearest_fit(candidates(config, topology, num_slices), config)
+  if nearest is None:
+    return too_large(config, num_devices, limit)
+  changed = ' '.join(f'--set {s}' for s in changes(nearest, config))
+  return (
+    f'it should fit with {changed} (and no --layout): by estimate '
+    f'{nearest.peak / 2**30:.2f} of {limit / 2**30:.2f} GiB.'
+  )
+
+
+def too_large(
+  config: experiment.Experiment, num_devices: int, limit: float
+) -> str:
+  """Returns that nothing fits, and what would, in a sentence."""
+  need = chips_needed(config, num_devices, limit)
+  how_many = f'{need:,} of them' if need else 'many more of them'
+  return (
+    f'it fits on {num_devices} of these devices in no layout, recomputed or in '
+    f'microbatches: by estimate it needs {how_many}, or larger ones.'
+  )
+
+
 def chips_needed(
   config: experiment.Experiment, num_devices: int, limit: float
-) -> int:
-  """Returns about how many devices hold the state and a row's activations.
+) -> int | None:
+  """Returns on how many devices a lean layout should fit: 2, 4, 8, ... times.
 
-  A multiple of two of `num_devices`; the state is taken to split further, the
-  temporaries of the leanest layout not.
+  Lean is a row at a time, recomputed, split by fsdp as far as there are rows
+  and by tensor parallelism then. None where 1,024 times are not enough.
   """
-  lean = config_lib.override(config, {'train.remat': 'full'})
-  estimate = estimate_lib.step(lean, num_devices)
-  state = estimate.argument_bytes * num_devices
-  room = limit / MARGIN - estimate.fullest.bytes
-  need = state / room if room > 0 else math.inf
-  factor = 2
-  while num_devices * factor < need and factor < 2**20:
-    factor *= 2
-  return num_devices * factor
+  rows = config.data.batch_size
+  for num in (num_devices << i for i in range(1, 11)):
+    fsdp = math.gcd(rows, num)
+    mesh = mesh_lib.MeshConfig(data=1, fsdp=fsdp, tensor=num // fsdp)
+    own = dataclasses.replace(config, mesh=mesh)
+    settings = {'train.remat': 'full', 'train.accumulate': str(rows // fsdp)}
+    try:
+      found = estimate_lib.step(config_lib.override(own, settings), num)
+    except ValueError:  # More parts than heads.
+      continue
+    if MARGIN * found.peak_bytes <= limit:
+      return num
+  return None

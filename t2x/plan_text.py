@@ -34,13 +34,13 @@ def layout(sizes: Mapping[str, int]) -> str:
   return ', '.join(axes) or 'one device'
 
 
-def title(name: str, plan: planning.Plan) -> str:
+def title(
+  name: str, topology: str, num_slices: int, sizes: Mapping[str, int]
+) -> str:
   """Returns what was planned, in a line."""
-  num = math.prod(plan.sizes.values())
-  slices = f'{plan.num_slices} x ' if plan.num_slices > 1 else ''
-  return (
-    f'{name} on {slices}{plan.topology} ({num:,} devices), {layout(plan.sizes)}'
-  )
+  num = math.prod(sizes.values())
+  slices = f'{num_slices} x ' if num_slices > 1 else ''
+  return f'{name} on {slices}{topology} ({num:,} devices), {layout(sizes)}'
 
 
 def text(name: str, plan: planning.Plan, advice=()) -> str:
@@ -51,7 +51,13 @@ def text(name: str, plan: planning.Plan, advice=()) -> str:
     plan: the plan.
     advice: of `plan_advice.of`.
   """
-  lines = [title(name, plan), '', *_memory(plan), '', *_flops(plan)]
+  lines = [
+    title(name, plan.topology, plan.num_slices, plan.sizes),
+    '',
+    *_memory(plan),
+    '',
+    *_flops(plan),
+  ]
   if plan.sent:
     lines += ['', *_sent(plan)]
   if plan.roofline is not None:

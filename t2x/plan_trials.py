@@ -24,6 +24,7 @@ from t2x import config as config_lib
 from t2x import experiment
 from t2x import fingerprint
 from t2x import plan_search
+from t2x import plan_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,31 @@ class Result:
   candidate: plan_search.Candidate
   plan: dict[str, Any] | None
   note: str = ''
+
+
+def check(
+  name: str,
+  found: Sequence[plan_search.Candidate],
+  topology: str,
+  num_devices: int,
+) -> None:
+  """Raises ValueError where all candidates are clearly too large.
+
+  Args:
+    name: of the experiment.
+    found: candidates, the leanest first where none should fit.
+    topology: that they are for.
+    num_devices: of it.
+  """
+  best = found[0]
+  if best.fits or best.peak <= plan_search.MARGIN * best.limit:
+    return
+  said = plan_search.too_large(best.config, num_devices, best.limit)
+  raise ValueError(
+    f'{name} on {topology}: {said} The leanest way ({short(best)}) takes '
+    f'{best.peak / 2**30:,.1f} GiB, and a device has '
+    f'{best.limit / 2**30:,.2f}.'
+  )
 
 
 def compile_best(
@@ -72,7 +98,7 @@ def compile_best(
   def one(candidate: plan_search.Candidate) -> Result:
     file = cache / f'{_key(candidate, topology, num_slices)}.json'
     if file.is_file():
-      say(f'{_short(candidate)}: known')
+      say(f'{short(candidate)}: known')
       return Result(candidate=candidate, plan=json.loads(file.read_text()))
     left = end - time.monotonic()
     if left <= 0:
@@ -99,7 +125,7 @@ def compile_best(
     part = file.with_suffix(f'.{os.getpid()}')
     part.write_text(json.dumps(plan))
     part.replace(file)
-    say(f'{_short(candidate)}: {time.monotonic() - start:.0f} s')
+    say(f'{short(candidate)}: {time.monotonic() - start:.0f} s')
     return Result(candidate=candidate, plan=plan)
 
   with futures.ThreadPoolExecutor(processes) as pool:
@@ -115,7 +141,8 @@ def _compiled_order(result: Result):
   return (0 if plan['fits'] else 1, plan['roofline']['seconds'])
 
 
-def _short(candidate: plan_search.Candidate) -> str:
+def short(candidate: plan_search.Candidate) -> str:
+  """Returns the settings that say something, in a line."""
   kept = [
     s.removeprefix('mesh.')
     for s in candidate.settings
@@ -154,14 +181,14 @@ def table(results: Sequence[Result]) -> list[list[str]]:
   for i, result in enumerate(results, 1):
     c, plan = result.candidate, result.plan
     gib = lambda size: f'{size / 2**30:.2f}'
-    guess = [gib(c.peak), f'{1000 * c.seconds:.0f} ms']
+    guess = [gib(c.peak), plan_text.time(c.seconds)]
     if plan is None or not plan['roofline']:
       why = str(result.note or (plan and plan['refused']) or '')
       cells = ['-', guess[0], '-', guess[1], '-', why]
     else:
       r = plan['roofline']
       peak = gib(plan['memory']['peak_bytes'])
-      cells = [peak, guess[0], f'{1000 * r["seconds"]:.0f} ms', guess[1]]
+      cells = [peak, guess[0], plan_text.time(r['seconds']), guess[1]]
       cells += [f'{100 * r["mfu_limit"]:.1f}%', r['bound']]
-    rows.append([str(i), _short(result.candidate), *cells])
+    rows.append([str(i), short(result.candidate), *cells])
   return rows

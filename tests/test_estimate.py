@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from t2x import catalog
 from t2x import config as config_lib
 from t2x import estimate
+from t2x import estimate_text
 from t2x import experiment
 from t2x import sharding
 from t2x import sharding_table
@@ -207,9 +209,14 @@ def test_a_compiled_program_of_a_billion_parameters():
   assert found.executed_flops == 63_144_609_185_792 + 7_559_142_440_960
   assert found.sent_bytes() == pytest.approx(6_290_153_516, rel=1e-3)
   assert found.peak_bytes == pytest.approx(2_820_047_360, rel=0.03)
-  lines = estimate.text(found)
+  lines = estimate_text.text(found, limit=2e9)
   assert 'gathers of weights (all-gather over fsdp)' in lines
-  assert lines.startswith('memory: ')
+  assert lines.startswith('memory of a device: 2.6')
+  assert 'should NOT fit: a device has 1.86 GiB' in lines
+  entry = json.loads(json.dumps(estimate_text.to_json(found, limit=16e9)))
+  assert entry['fits'] and entry['memory']['limit_bytes'] == 16e9
+  parts = entry['collectives']['parts']
+  assert sum(parts.values()) == pytest.approx(found.sent_bytes())
 
 
 def test_stages_share_the_layers_and_the_last_has_the_head():
@@ -233,5 +240,5 @@ def test_a_compiled_pipeline_of_a_billion_parameters():
   found = estimate.step(dataclasses.replace(config, data=own))
   assert found.argument_bytes == pytest.approx(828_645_376, rel=1e-4)
   assert found.executed_flops == 42_107_859_369_984
-  assert found.sent_bytes() == pytest.approx(6_523_000_000, rel=0.06)
-  assert found.peak_bytes == pytest.approx(3_277_230_592, rel=0.03)
+  assert found.sent_bytes() == pytest.approx(6_393_250_304, rel=0.06)
+  assert found.peak_bytes == pytest.approx(3_145_373_184, rel=0.05)

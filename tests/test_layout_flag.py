@@ -75,7 +75,8 @@ def test_a_number_of_devices_that_is_given_stays():
   parsed = layout_text.parse('data=3')
   config = parsed.applied(gpt2_tiny.get_config())
   message = (
-    r'needs 3 devices and there are 4\. Change --layout or --num_devices\. '
+    r'needs 3 devices and there are 4\. Change --layout or the number of '
+    r'devices\. '
     r'Layouts of 4 devices that work: --layout=data=4; '
     r'--layout=data=2,fsdp=2\.$'
   )

@@ -170,6 +170,18 @@ def test_nothing_to_rank_simulated_devices_by():
     plan_search.candidates(config_of(*_TINY), 'cpu:8')
 
 
+def test_what_cannot_fit_is_not_compiled():
+  tpu.devices('v5e:2x4')
+  found = plan_search.candidates(config_of(*_TINY), 'v5e:2x4')
+  plan_trials.check('tiny', found, 'v5e:2x4', 8)
+  small = [dataclasses.replace(c, limit=1e4, fits=False) for c in found]
+  message = (
+    'tiny on v5e:2x4: it fits on 8 of these devices in no layout.*many more'
+  )
+  with pytest.raises(ValueError, match=message):
+    plan_trials.check('tiny', small, 'v5e:2x4', 8)
+
+
 @pytest.mark.slow
 def test_the_best_are_compiled_once(tmp_path):
   tpu.devices('v5e:2x2')

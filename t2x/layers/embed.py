@@ -5,6 +5,7 @@ Shape suffixes: B batch, T position, D embed, V vocabulary (padded).
 
 import dataclasses
 import math
+from typing import Any
 
 from flax import nnx
 import jax
@@ -44,8 +45,6 @@ class Embed(nnx.Module):
     table_VD = self.table_VD[...].astype(dtype)
     table_VD = sharding.constrain(table_VD, 'vocab', 'act_embed')
     x_BTD = param.look_up(table_VD, tokens_BT)
-    if sharding.PIPE in jax.sharding.get_abstract_mesh().manual_axes:
-      x_BTD = _to_columns(x_BTD)
     # Devices that split a sequence between layers alone may each have rows of
     # the table: they must look up the same tokens, else it is gathered whole.
     x_BTD = sharding.constrain(x_BTD, 'batch', 'length', 'act_embed')
@@ -62,6 +61,10 @@ def _exchanged(
   it all columns of its own. The gradient comes back by another, and is summed
   where it belongs. No device ever holds the table.
 
+  Stages of a pipeline always do so: left to itself, the partitioner gathers
+  whole gradients of all rows for each part of a table, and where the
+  vocabulary is split as well it fails (libtpu 0.0.52).
+
   Returns:
     (B, T, D), or None where the table is the less to send.
   """
@@ -70,7 +73,10 @@ def _exchanged(
   length, vocab = shards.auto_axes('length'), shards.auto_axes('vocab')
   if {*vocab} & {*rows, *length}:  # They must look up the same tokens.
     return None
-  if not embed or not {*embed} <= {*rows} or sharding.PIPE in mesh.manual_axes:
+  if not {*embed} <= {*rows}:
+    return None
+  staged = sharding.PIPE in mesh.manual_axes
+  if not (embed or staged and vocab):
     return None
   (B, T), (V, D) = tokens_BT.shape, table_VD.shape
   parts = lambda axes: math.prod(mesh.shape[a] for a in axes)
@@ -79,11 +85,12 @@ def _exchanged(
   tokens = B // parts(rows) * T // parts(length)
   size = jnp.dtype(dtype).itemsize
   # Two activations, or the table and its float32 gradient.
-  if 2 * tokens * size >= V // parts(vocab) * (size + 4):
+  if not staged and 2 * tokens * size >= V // parts(vocab) * (size + 4):
     return None
 
-  def local(table_VD, tokens_BT):
-    tokens_BT = jax.lax.all_gather(tokens_BT, embed, axis=0, tiled=True)
+  def local(table_VD, tokens_BT) -> Any:
+    if embed:
+      tokens_BT = jax.lax.all_gather(tokens_BT, embed, axis=0, tiled=True)
     if vocab:
       num = table_VD.shape[0]
       tokens_BT = tokens_BT - jax.lax.axis_index(vocab) * num
@@ -92,7 +99,8 @@ def _exchanged(
     x_BTD = param.look_up(table_VD, tokens_BT).astype(dtype)
     if vocab:
       x_BTD = jnp.where(there_BT[..., None], x_BTD, 0)
-    x_BTD = jax.lax.all_to_all(x_BTD, embed, 0, 2, tiled=True)
+    if embed:
+      x_BTD = jax.lax.all_to_all(x_BTD, embed, 0, 2, tiled=True)
     return shards.sum_parts(x_BTD, vocab) if vocab else x_BTD
 
   return jax.shard_map(
@@ -103,29 +111,6 @@ def _exchanged(
     axis_names={*embed, *rows, *length, *vocab},
     check_vma=False,
   )(table_VD[...], tokens_BT)
-
-
-@jax.custom_vjp
-def _to_columns(x_BTD: jax.Array) -> jax.Array:
-  """The identity, whose gradient goes to where the table's columns are.
-
-  Stages add up the gradient of their part of the table from one microbatch to
-  the next. Left to itself, XLA gathers whole vectors of all rows for it.
-  """
-  return x_BTD
-
-
-def _to_columns_backward(_, grad_BTD):
-  embed = shards.auto_axes('embed')
-  parts = shards.num_parts('embed')
-  if not embed or grad_BTD.shape[2] % parts:
-    return (grad_BTD,)
-  rows = tuple(a for a in shards.auto_axes('batch') if a not in embed)
-  spec = P(rows, shards.auto_axes('length'), embed)
-  return (jax.lax.with_sharding_constraint(grad_BTD, spec),)
-
-
-_to_columns.defvjp(lambda x_BTD: (x_BTD, None), _to_columns_backward)
 
 
 @jax.tree_util.register_dataclass

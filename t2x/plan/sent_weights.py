@@ -115,7 +115,6 @@ def _of_both(local: local_lib.Local) -> list[message.Message]:
   tables = [w for w in local.weights if not w.in_layers and 'vocab' in w.axes]
   kept = sum(w.used for w in tables) / local.size(embed)
   once = local.plan is not None
-  looks_up = once or not exchanged(local)
   gather = lambda part: message.Message(
     part=part,
     kind='all-gather',
@@ -123,7 +122,7 @@ def _of_both(local: local_lib.Local) -> list[message.Message]:
     bytes=(1 if once else times) * size,
   )
   return [
-    *([gather('embeddings')] if looks_up else []),
+    *([] if exchanged(local) else [gather('embeddings')]),
     gather('head'),
     message.Message(
       part='reductions of gradients',
@@ -142,14 +141,13 @@ def _of_embeddings(local: local_lib.Local) -> list[message.Message]:
     part='embeddings', kind=kind, axes=axes, bytes=times * size
   )
   found = []
+  # A stage that recomputes looks up again.
+  forward = 1 if local.plan is None else 1 + local.plan.table.recompute
   for source in looked_up(local):
     tokens = local.rows * source / local.over('length')
-    found.append(say('all-reduce', vocab, c * tokens * D))
+    found.append(say('all-reduce', vocab, forward * c * tokens * D))
     if exchanged(local):
-      found.append(say('all-to-all', embed, 2 * c * tokens * D))
-    elif local.plan is not None:
-      # Gradients alone, to where the table's columns are.
-      found.append(say('all-to-all', embed, c * tokens * D))
+      found.append(say('all-to-all', embed, (forward + 1) * c * tokens * D))
     else:
       found.append(say('reduce-scatter', embed, 4 * V * D))
   found.append(say('all-gather', _fine(local), c * local.tokens * D))
@@ -195,11 +193,10 @@ def exchanged(local: local_lib.Local) -> bool:
   rows = local.axes('batch')
   if not embed or not {*embed} <= {*rows} - {*local.by_hand}:
     return False
-  if local.plan is not None:
-    return False
   if {*local.axes('vocab')} & {*rows, *local.axes('length')}:
     return False
-  return 2 * local.tokens * c < local.vocab * (c + 4)
+  staged = local.plan is not None
+  return staged or 2 * local.tokens * c < local.vocab * (c + 4)
 
 
 # --- Stages. ---
