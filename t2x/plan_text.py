@@ -81,6 +81,9 @@ def _memory(plan: planning.Plan) -> list[str]:
   rows += [
     [f'  {name}', gib(size)] for name, size in _large(memory.activations)
   ]
+  unused = memory.temporaries - sum(memory.activations.values())
+  if memory.activations and unused > memory.temporaries / 100:
+    rows.append(['  not in use at the fullest moment', gib(unused)])
   if memory.host:
     rows.append(['in the memory of the hosts', gib(memory.host)])
   rows.append(['peak', gib(memory.peak)])
