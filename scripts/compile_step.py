@@ -17,6 +17,7 @@ mesh is taken. Versions of jax, jaxlib and libtpu must be the pod's.
 """
 
 import os
+import sys
 
 # This machine's own accelerators are left alone.
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -33,12 +34,13 @@ def main() -> None:
   target_flags.define()
   flags.DEFINE_string('host', None, 'Shape of the chips of a host: 2x4.')
   flags.DEFINE_string('out', None, 'File to write.')
-  flags.mark_flag_as_required('out')
   main_lib.app_run(_main)
 
 
 def _main() -> None:
   values = flags.FLAGS
+  if not values.out:
+    sys.exit('error: --out=FILE is missing: where the programs are written.')
   _, config = target_flags.experiment_of()
   devices = target_flags.devices(values.host)
   config = target_flags.laid_out(config, devices)

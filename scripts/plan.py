@@ -34,7 +34,6 @@ import sys
 # This machine's own accelerators are left alone.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
-from absl import app
 from absl import flags
 
 from t2x import estimate
@@ -73,18 +72,15 @@ def main() -> None:
 
 def _main() -> None:
   values = flags.FLAGS
+  if values.search and (values.layout or values.html or values.estimate):
+    sys.exit(
+      'error: --search looks for the layout and prints a table: leave out '
+      '--layout, --html and --estimate.'
+    )
+  if values.estimate and values.html:
+    sys.exit('error: --estimate prints lines alone: leave out --html.')
   name, config = target_flags.experiment_of()
   devices = target_flags.devices()
-  if values.search and (values.layout or values.html):
-    raise app.UsageError(
-      '--search looks for the layout and prints a table: leave out --layout '
-      'and --html.'
-    )
-  if values.estimate and (values.search or values.html):
-    raise app.UsageError(
-      '--estimate prints what a step should cost in one layout: leave out '
-      '--search and --html.'
-    )
   if values.search:
     _search(name, config, len(devices))
     return

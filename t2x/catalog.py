@@ -20,7 +20,8 @@ def load(name: str | None) -> experiment.Experiment:
   Raises:
     ValueError: none is named, there is no such file, or it is no experiment.
   """
-  names = [p.stem for p in sorted(DIRECTORY.glob('*.py'))]
+  paths = sorted(DIRECTORY.glob('*.py'))
+  names = [p.stem for p in paths if _has_config(p)]
   if not name:
     raise ValueError(
       '--experiment=NAME is missing: name a file of experiments/ without its '
@@ -35,7 +36,7 @@ def load(name: str | None) -> experiment.Experiment:
       f'--experiment={name}: there is no {path}. Name a file of {DIRECTORY} '
       f'without its .py, or give the path of another.{hint}'
     )
-  if 'def get_config' not in path.read_text():
+  if not _has_config(path):
     raise ValueError(
       f'--experiment={name}: {path} has no get_config(), so it is a tool and '
       'no experiment.'
@@ -47,3 +48,7 @@ def load(name: str | None) -> experiment.Experiment:
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module.get_config()
+
+
+def _has_config(path: pathlib.Path) -> bool:
+  return 'def get_config' in path.read_text()

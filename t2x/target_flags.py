@@ -22,7 +22,6 @@ def define() -> None:
   flags.DEFINE_integer('num_slices', 1, 'How many of them.', lower_bound=1)
   flags.DEFINE_string('layout', None, 'Sizes: data=2,fsdp=2,tensor=2.')
   main_lib.define_set_flag()
-  flags.mark_flag_as_required('topology')
 
 
 def experiment_of() -> tuple[str, experiment.Experiment]:
@@ -58,4 +57,10 @@ def laid_out(
 def devices(host: str | None = None) -> tuple[Any, ...]:
   """Returns the devices of --topology and --num_slices."""
   values = flags.FLAGS
+  if not values.topology:
+    raise ValueError(
+      '--topology=NAME is missing: a kind of TPU and the shape of a slice '
+      '(v5e:4x4, v5p:4x4x8), a kind of GPU and how many a node has (h100:8), '
+      'or simulated devices (cpu:8).'
+    )
   return absent.devices(values.topology, values.num_slices, host)

@@ -274,6 +274,9 @@ def test_axes_lie_along_the_torus():
     (['--topology=v5x:4x4'], 'v5'),
     (['--topology=v5e:4x4', '--layout=fsdp=5'], 'fsdp'),
     (['--topology=v5e:4x4', '--set', 'mesh.fpsd=4'], "Did you mean 'fsdp'"),
+    (['--topology='], '--topology=NAME is missing'),
+    (['--topology=v5e:4x4', '--search', '--estimate'], 'leave out --layout'),
+    (['--topology=v5e:4x4', '--estimate', '--html=x'], 'leave out --html'),
   ],
 )
 def test_errors_are_a_line_each(flags, words):
