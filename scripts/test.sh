@@ -19,4 +19,4 @@ fi
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/pyright
-.venv/bin/pytest -n 2 --dist loadfile "$@"
+.venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -1,5 +1,6 @@
 """Eight simulated devices, strict shapes, and a shared compilation cache."""
 
+import collections
 import os
 
 import simulated
@@ -29,3 +30,11 @@ def _parsed_flags():
   # Grain reads absl flags.
   if not flags.FLAGS.is_parsed():
     flags.FLAGS(sys.argv[:1])
+
+
+def pytest_collection_modifyitems(items):
+  """Files with slow tests first: else one worker ends with them alone."""
+  slow = collections.Counter(
+    item.path for item in items if item.get_closest_marker('slow')
+  )
+  items.sort(key=lambda item: -slow[item.path])
