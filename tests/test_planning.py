@@ -116,7 +116,11 @@ def test_what_fits_in_no_layout_is_told_how_many_chips_it_needs():
   config = config_of('data.batch_size=4', experiment='llama2_7b')
   plan = planning.make(config, 'v5e:2x2')
   first, *_ = plan_advice.of(config, plan)
-  assert 'in no layout' in first and 'it needs 16 of them' in first
+  assert 'in no layout' in first and 'it needs 8 of them' in first
+  fits = lambda where: any(
+    c.fits for c in plan_search.candidates(config, where)
+  )
+  assert fits('v5e:2x4') and not fits('v5e:2x2')
 
 
 def test_simulated_devices_have_no_limit():
