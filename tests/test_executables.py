@@ -14,6 +14,7 @@ import zipfile
 import jax
 import numpy as np
 import pytest
+import simulated
 import tiny
 import tpu
 
@@ -205,7 +206,8 @@ def test_a_program_that_differs_under_the_same_settings(
     ),
     (
       lambda m: m['target']['flags'].update(XLA_FLAGS='--xla_new=1'),
-      r'run: XLA_FLAGS: --xla_new=1 in the file, (none|--\S+) here\. Compile',
+      'run: XLA_FLAGS: --xla_new=1 in the file, '
+      f'{simulated.flags() or "none"} here. Compile',
     ),
     (
       lambda m: m['target']['devices']['mesh'][4].update(id=2048, process=1),
