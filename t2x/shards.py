@@ -63,6 +63,33 @@ def on_parts(fn: Callable, x: jax.Array, *axes: str | None) -> jax.Array:
   )(x)
 
 
+def on_rows(fn: Callable, table: jax.Array, x_BT: jax.Array) -> jax.Array:
+  """Returns fn(table, x), (B, T, ...), of the rows that each device has.
+
+  Gradients of the table are summed over the devices after all of theirs.
+
+  Args:
+    fn: is given the whole table.
+    table: whole on every device.
+    x_BT: rows of a batch.
+  """
+  rows, length = auto_axes('batch'), auto_axes('length')
+  if not (rows or length):
+    return fn(table, x_BT)
+  return jax.shard_map(
+    fn,
+    in_specs=(P(), P(rows, length)),
+    out_specs=P(rows, length),
+    axis_names={*rows, *length},
+    check_vma=False,
+  )(table, x_BT)
+
+
+def in_stage() -> bool:
+  """Whether this is within a stage of a pipeline."""
+  return sharding.PIPE in jax.sharding.get_abstract_mesh().manual_axes
+
+
 def _axes_in_use(axis: str, *, manual: bool) -> tuple[str, ...]:
   axes, mesh = sharding.active_axes(axis), jax.sharding.get_abstract_mesh()
   return tuple(

@@ -75,7 +75,7 @@ def _exchanged(
     return None
   if not {*embed} <= {*rows}:
     return None
-  staged = sharding.PIPE in mesh.manual_axes
+  staged = shards.in_stage()
   if not (embed or staged and vocab):
     return None
   (B, T), (V, D) = tokens_BT.shape, table_VD.shape

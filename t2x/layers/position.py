@@ -129,10 +129,17 @@ class LearnedPositions(nnx.Module):
     self.table_PD = param.param(rngs, shape, (None, 'embed'), init)
 
   def __call__(self, positions_BT: jax.Array, dtype) -> jax.Array:
+    places_BT = positions_BT + self.config.offset
     # Whole before the look-up, as the token table: see layers/embed.py.
-    table_PD = self.table_PD[...].astype(dtype)
-    table_PD = sharding.constrain(table_PD, None, 'act_embed')
-    return param.look_up(table_PD, positions_BT + self.config.offset)
+    whole = lambda table_PD: sharding.constrain(table_PD, None, 'act_embed')
+    if not shards.in_stage():
+      return param.look_up(whole(self.table_PD[...].astype(dtype)), places_BT)
+    # Each device sums the gradients of its own rows: the partitioner would
+    # gather those of all rows here.
+    look_up = lambda table_PD, places: param.look_up(table_PD, places).astype(
+      dtype
+    )
+    return shards.on_rows(look_up, whole(self.table_PD[...]), places_BT)
 
 
 def sinusoidal(positions_BT: jax.Array, size: int) -> jax.Array:
