@@ -8,6 +8,7 @@ from typing import Any
 from t2x import experiment
 from t2x import machines
 from t2x import sharding_table
+from t2x.pipeline import tick
 from t2x.plan import live
 
 # Scopes of the model's code; what else is in an operation's path is JAX's.
@@ -19,6 +20,7 @@ _SCOPES = (
   'embeddings',
   'encoder',
   'head',
+  'messages',
   'mlp',
   'optimizer',
   'router',
@@ -26,6 +28,14 @@ _SCOPES = (
   'tower',
   'weights',
 )
+# What the loops of a stage's tick fill, beside what is a module's.
+_FILLED = {
+  'forward': 'kept by forward passes',
+  'recompute': 'kept by recomputation',
+  'backward': 'kept by backward passes',
+  'weight': 'gradients of weights',
+}
+_LOOP = re.compile(tick.LOOP + r'([a-z]+)_')
 _GIB = 2**30
 ON_HOSTS = ', on the hosts'
 _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
@@ -184,10 +194,14 @@ def source(op_name: str) -> str:
   'decoder mlp'
   >>> source('jit(train_step)/transpose(jvp(decoder))/while/body/mlp/mul')
   'decoder mlp, gradient'
+  >>> source('jit(train_step)/while/body/pipeline_loop_weight_tower/while/dus')
+  'gradients of weights'
   """
   found = re.findall(r'[a-z_]+', op_name)
   scopes = dict.fromkeys(part for part in found if part in _SCOPES)
-  name = ' '.join(scopes) or 'elsewhere'
+  loop = _LOOP.search(op_name)
+  filled = _FILLED.get(loop[1], 'elsewhere') if loop else 'elsewhere'
+  name = ' '.join(scopes) or filled
   again = 'rematted_computation' in op_name
   backward = 'transpose(' in op_name and not again
   return name + (', gradient' if backward else ', again' if again else '')

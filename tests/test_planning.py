@@ -300,3 +300,6 @@ def test_modules_of_paths():
   assert plan_memory.module_of('output.table_VD') == 'output'
   assert plan_memory.module_of('0.count') == 'count'
   assert plan_memory.source('') == 'elsewhere'
+  loop = 'while/body/pipeline_loop_recompute_tower/while/body/'
+  assert plan_memory.source(loop + 'update') == 'kept by recomputation'
+  assert plan_memory.source(loop + 'mlp/dot') == 'mlp'

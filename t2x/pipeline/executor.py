@@ -81,7 +81,8 @@ def _exchange(
   tick: tick_lib.Tick, carry: tick_lib.Carry, out, sends
 ) -> tick_lib.Carry:
   """Sends what a tick has made to where it is needed."""
-  inbox = buffers.write(carry.inbox, tick.own['from_self'], out, True)
+  put = jax.named_scope('messages')(buffers.write)
+  inbox = put(carry.inbox, tick.own['from_self'], out, True)
   num = tick.plan.table.num_stages
   ways = zip(sends, (1, -1), ('from_previous', 'from_next'))
   for sent, step, slot in ways if num > 1 else ():
@@ -93,5 +94,5 @@ def _exchange(
 
     # All devices know whether any sends.
     arrived = jax.lax.cond(sent, move, lambda: out)
-    inbox = buffers.write(inbox, tick.own[slot], arrived, True)
+    inbox = put(inbox, tick.own[slot], arrived, True)
   return dataclasses.replace(carry, inbox=inbox)

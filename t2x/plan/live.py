@@ -12,6 +12,7 @@ import re
 from t2x.plan import hlo
 from t2x.plan import loops
 from t2x.plan import traffic
+from t2x.plan import written
 
 # Their results are their operands.
 _SAME = {
@@ -32,7 +33,8 @@ class Buffer:
 
   Attributes:
     bytes: unpadded.
-    op_name: path of the JAX operation that filled or used it first, or ''.
+    op_name: path of the JAX operation that filled or used it first, or ''; of
+      a constant that a loop carries, what is written over it there.
     type: as printed, of all that made it.
   """
 
@@ -93,6 +95,7 @@ class _Walk:
     self._buffers: dict[int, Buffer] = {}
     self._born: dict[int, int] = {}
     self._last: dict[int, int] = {}
+    self._constant: set[int] = set()
     for place, instruction in enumerate(self._list):
       self._values[instruction.name] = self._value(instruction, place)
       for name in instruction.operands:
@@ -100,6 +103,8 @@ class _Walk:
           for buffer in self._values[name].all:
             self._last[buffer] = place
             self._name(buffer, instruction)
+      if instruction.op == 'while':
+        self._name_carried(instruction)
     self._keep(donated)
 
   def _keep(self, donated: frozenset[int]) -> None:
@@ -118,6 +123,16 @@ class _Walk:
     if '/' not in own.op_name and '/' in user.op_name:
       self._buffers[buffer] = dataclasses.replace(own, op_name=user.op_name)
 
+  def _name_carried(self, loop: hlo.Instruction) -> None:
+    """Zeros are named by what a loop puts in their place."""
+    parts = self._values[loop.operands[0]].parts or ()
+    for index, part in enumerate(parts):
+      for buffer in part.own & self._constant:
+        op_name = written.writer(self._scope.module, loop, index)
+        if op_name:
+          own = self._buffers[buffer]
+          self._buffers[buffer] = dataclasses.replace(own, op_name=op_name)
+
   def _new(self, instruction, place: int, type_: str) -> _Value:
     size = traffic.main_bytes(type_)
     if not size:
@@ -125,6 +140,8 @@ class _Walk:
     number = len(self._buffers)
     self._buffers[number] = Buffer(size, instruction.op_name, type_)
     self._born[number] = self._last[number] = place
+    if instruction.op == 'broadcast':
+      self._constant.add(number)
     return _Value(None, frozenset([number]))
 
   def _value(self, instruction: hlo.Instruction, place: int) -> _Value:

@@ -130,6 +130,55 @@ def test_a_stack_lives_once_and_a_donated_result_takes_nothing():
   assert sizes[:2] == [7 * 4 * 64, 4 * 64] and sum(sizes[2:]) <= 16
 
 
+def test_zeros_are_named_by_what_loops_write_over_them():
+  """Two loops, one in the other: both write, and one element stays."""
+  text = """HloModule m, is_scheduled=true
+%inner (q: (s32[], f32[7,64], f32[8])) -> (s32[], f32[7,64], f32[8]) {
+  %q = (s32[], f32[7,64], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%q), index=0
+  %v = f32[7,64] get-tuple-element(%q), index=1
+  %w = f32[8] get-tuple-element(%q), index=2
+  %s = f32[1,64] slice(%v), slice={[0:1], [0:64]}
+  %u = f32[7,64] dynamic-update-slice(%v, %s, %i, %i), metadata={op_name="a/in"}
+  ROOT %r = (s32[], f32[7,64], f32[8]) tuple(%i, %u, %w)
+}
+%more (q: (s32[], f32[7,64], f32[8])) -> pred[] {
+  %q = (s32[], f32[7,64], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%q), index=0
+  %n = s32[] constant(7)
+  ROOT %c = pred[] compare(%i, %n), direction=LT
+}
+%out (p: (s32[], f32[7,64], f32[8], f32[9])) -> (s32[], f32[7,64], f32[8],
+  f32[9]) {
+  %p = (s32[], f32[7,64], f32[8], f32[9]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %v = f32[7,64] get-tuple-element(%p), index=1
+  %w = f32[8] get-tuple-element(%p), index=2
+  %k = f32[9] get-tuple-element(%p), index=3
+  %h = f32[8] tanh(%w), metadata={op_name="a/out"}
+  %t = (s32[], f32[7,64], f32[8]) tuple(%i, %v, %h)
+  %l = (s32[], f32[7,64], f32[8]) while(%t), condition=%more, body=%inner
+  %x = f32[7,64] get-tuple-element(%l), index=1
+  %y = f32[8] get-tuple-element(%l), index=2
+  ROOT %r = (s32[], f32[7,64], f32[8], f32[9]) tuple(%i, %x, %y, %k)
+}
+ENTRY %main (i: s32[]) -> f32[7,64] {
+  %i = s32[] parameter(0)
+  %z = f32[] constant(0)
+  %a = f32[7,64] broadcast(%z), dimensions={}, metadata={op_name="a/zeros"}
+  %b = f32[8] broadcast(%z), dimensions={}, metadata={op_name="a/zeros"}
+  %c = f32[9] broadcast(%z), dimensions={}, metadata={op_name="a/zeros"}
+  %t = (s32[], f32[7,64], f32[8], f32[9]) tuple(%i, %a, %b, %c)
+  %l = (s32[], f32[7,64], f32[8], f32[9]) while(%t), condition=%more, body=%out
+  ROOT %o = f32[7,64] get-tuple-element(%l), index=1
+}
+"""
+  text = text.replace('f32[8],\n  f32[9]) {', 'f32[8], f32[9]) {')
+  found = {b.type: b.op_name for b in live.at_peak(text)}
+  assert found['f32[7,64]'] == 'a/in'
+  assert found['f32[8]'] == 'a/out' and found['f32[9]'] == 'a/zeros'
+
+
 def test_a_copy_takes_its_target_alone():
   text = """HloModule m, is_scheduled=true
 ENTRY %main (x: f32[64]) -> f32[64] {

@@ -10,6 +10,7 @@ from t2x import absent
 from t2x import mesh as mesh_lib
 from t2x import on_mesh
 from t2x.pipeline import schedules
+from t2x.plan import collectives
 from t2x.plan import matrix
 from t2x.plan import pipelines
 
@@ -22,10 +23,10 @@ _LAYERS = 8
 
 
 @pytest.fixture
-def flops_of(tmp_path):
-  """Returns the FLOPs of each stage of a step; 'pipe' names their number."""
+def compiled(tmp_path):
+  """Returns a step's text, its mesh and its plan; 'pipe' names the stages."""
 
-  def count(*, pipe=1, group=1, **settings):
+  def make(*, pipe=1, group=1, **settings):
     names = ('data', 'fsdp', 'tensor')
     sizes = dict.fromkeys((f'mesh__{n}' for n in names), 1)
     sizes |= {'mesh__pipe': pipe, 'model__num_layers': _LAYERS} | settings
@@ -33,12 +34,22 @@ def flops_of(tmp_path):
     kinds = (config.model.attention,) * group
     model = dataclasses.replace(config.model, attention_pattern=kinds)
     config = dataclasses.replace(config, model=model)
-    num = pipe * sizes['mesh__data']
+    num = pipe * sizes['mesh__data'] * sizes['mesh__fsdp']
     mesh = mesh_lib.make(config.mesh, jax.devices()[:num])
     # LLVM's optimisations cost half the time and change no count.
     options = {'xla_backend_optimization_level': 0}
-    compiled = absent.compile(absent.lower_step(config, mesh), options)
-    text, plan = compiled.as_text(), on_mesh.pipeline(config, mesh.shape)
+    program = absent.compile(absent.lower_step(config, mesh), options)
+    return program.as_text(), mesh, on_mesh.pipeline(config, mesh.shape)
+
+  return make
+
+
+@pytest.fixture
+def flops_of(compiled):
+  """Returns the FLOPs of each stage of a step."""
+
+  def count(*, pipe=1, **settings):
+    text, _, plan = compiled(pipe=pipe, **settings)
     if plan is None:
       return [matrix.matrix_flops(text)]
     trips = [pipelines.trips(plan, stage) for stage in range(pipe)]
@@ -93,3 +104,18 @@ def test_a_last_unit_of_fewer_layers(flops_of):
   found = flops_of(pipe=2, group=2, **settings)
   want = [4 * 2 * _LAYER, 4 * 3 * _LAYER + 3 * _HEAD]
   assert found == pytest.approx(want, rel=0.01)
+
+
+def test_gradients_of_tables_are_not_gathered(compiled):
+  """Of 8 rows of 32 tokens, width 16, on four devices a stage; 64 positions."""
+  settings = {'pipeline__schedule': 'gpipe', 'pipeline__microbatches': 2}
+  text, mesh, plan = compiled(pipe=2, mesh__fsdp=4, **settings)
+  sent = collectives.collectives(text, mesh, pipelines.trips(plan, 0))
+  found = [
+    (row.kind, row.bytes)
+    for row in sent
+    if 'enter_backward' in row.op_name and row.dtype == 'f32'
+  ]
+  # Token vectors travel, and the position table's gradients are summed.
+  rows = 8 // 2 // 4 * 32 * 16 * 4
+  assert sorted(found) == [('all-reduce', 64 * 16 * 4), ('all-to-all', rows)]
