@@ -102,7 +102,10 @@ _GIVEN = (
     16,
     'pipe=4,fsdp=2,pipeline.schedule=zb_h1,train.remat=none',
   ),
+  ('t5', 64, 'pipe=4,data=2,pipeline.microbatches=8,train.remat=full'),
+  # Held out at first, until its FLOPs were found to be wrong.
   ('t5', 64, 'pipe=2,data=4,pipeline.microbatches=4,train.remat=none'),
+  ('bert', 64, 'pipe=2,fsdp=4,pipeline.schedule=interleaved,train.remat=none'),
 )
 CASES = tuple(
   Case(model=model, rows=rows, layout=layout, held_out=bool(i % 2))

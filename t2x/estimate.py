@@ -37,15 +37,15 @@ from t2x.plan import tiles
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-  """One step, on the device that has the most to do.
+  """One step, on a device.
 
   Attributes:
     sizes: of the mesh axes.
     arguments: bytes by name: parameters, optimizer state, moving average,
       batch; as a TPU lays them out.
     moments: what else is there, at each of the moments that can be fullest.
-    flops: of matrix products, by name.
-    messages: what is exchanged.
+    flops: of matrix products, by name, of the stage that has the most.
+    messages: what is exchanged, by the stage that sends the most.
   """
 
   sizes: Mapping[str, int]
@@ -114,18 +114,22 @@ def step(
   consistency.check(config, num_devices)
   whole = mesh_lib.sizes(config.mesh, num_devices)
   state, batch_sharding = _shapes(config, whole)
+  plan = on_mesh.pipeline(config, whole)
   local = local_lib.Local(
     config=config,
     sizes=whole,
-    weights=local_lib.weights_of(state.model, config.rules, whole),
-    plan=on_mesh.pipeline(config, whole),
+    weights=local_lib.weights_of(state.model, config.rules, whole, plan),
+    plan=plan,
   )
+  stages = local.of_stages()
+  flops = [executed.flops(stage) for stage in stages]
+  messages = [exchanged.messages(stage) for stage in stages]
   return Estimate(
     sizes=whole,
     arguments=_arguments(config, state, batch_sharding),
     moments=tuple(held.moments(local)),
-    flops=executed.flops(local),
-    messages=tuple(exchanged.messages(local)),
+    flops=max(flops, key=lambda parts: sum(parts.values())),
+    messages=tuple(max(messages, key=exchanged.total)),
   )
 
 

@@ -5,13 +5,17 @@ import functools
 import json
 from typing import Any
 
+import jax
 import pytest
 
+from t2x import absent
 from t2x import catalog
 from t2x import config as config_lib
 from t2x import estimate
 from t2x import estimate_text
 from t2x import experiment
+from t2x import mesh as mesh_lib
+from t2x import on_mesh
 from t2x import sharding
 from t2x import sharding_table
 from t2x import traced
@@ -29,6 +33,8 @@ from t2x.models import encoder_decoder
 from t2x.objectives import masked_lm
 from t2x.objectives import span_corruption
 from t2x.plan import jaxpr
+from t2x.plan import matrix
+from t2x.plan import pipelines
 from t2x.plan import theory
 
 _SHAPE: dict[str, Any] = {'vocab_size': 512, 'num_layers': 4, 'embed_dim': 64}
@@ -230,6 +236,24 @@ def test_stages_share_the_layers_and_the_last_has_the_head():
   assert full.flops['made again'] == staged['forward']
 
 
+@pytest.mark.parametrize('remat', ['none', 'full'])
+def test_stages_of_two_towers_are_those_of_the_program(remat):
+  """One has the encoder and the other the decoder; compiled for CPUs."""
+  settings = {'mesh__pipe': 2, 'pipeline__microbatches': 4}
+  config = config_of('t5', train__remat=remat, **settings)
+  mesh = mesh_lib.make(config.mesh, jax.devices()[:2])
+  options = {'xla_backend_optimization_level': 0}
+  text = absent.compile(absent.lower_step(config, mesh), options).as_text()
+  plan = on_mesh.pipeline(config, mesh.shape)
+  assert plan is not None
+  own = [
+    matrix.matrix_flops(text, pipelines.trips(plan, stage)) for stage in (0, 1)
+  ]
+  found = estimate.step(config).executed_flops
+  # What an encoder's layers ask of their biases' gradients is no product.
+  assert found == pytest.approx(max(own), rel=0.01) and found > 1.2 * min(own)
+
+
 def test_a_compiled_pipeline_of_a_billion_parameters():
   """Figures of jax 0.10.2 and libtpu 0.0.42.1 for v5e 4x4."""
   config = config_lib.override(
@@ -240,5 +264,5 @@ def test_a_compiled_pipeline_of_a_billion_parameters():
   found = estimate.step(dataclasses.replace(config, data=own))
   assert found.argument_bytes == pytest.approx(828_645_376, rel=1e-4)
   assert found.executed_flops == 42_107_859_369_984
-  assert found.sent_bytes() == pytest.approx(6_393_250_304, rel=0.06)
-  assert found.peak_bytes == pytest.approx(3_145_373_184, rel=0.05)
+  assert found.sent_bytes() == pytest.approx(6_116_426_240, rel=1e-3)
+  assert found.peak_bytes == pytest.approx(3_145_373_184, rel=0.03)

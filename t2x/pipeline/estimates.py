@@ -38,8 +38,10 @@ import numpy as np
 from t2x import flops
 from t2x import sharding
 from t2x.attention import blocks
+from t2x.attention import splash
 from t2x.layers import embed
 from t2x.layers import moe
+from t2x.layers import position
 from t2x.models import encoder
 from t2x.models import model as model_lib
 from t2x.pipeline import cost_model
@@ -57,12 +59,14 @@ class Batch:
     length: tokens of each, before a mesh axis splits them.
     encoder_length: of the source, None without an encoder.
     head_chunks: in how many pieces the logits are made.
+    kernels: whether attention runs in a TPU's kernels, where it can.
   """
 
   rows: float
   length: int
   encoder_length: int | None = None
   head_chunks: int = 1
+  kernels: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -233,13 +237,16 @@ def _activations(model, tower, batch: Batch, layout: Layout):
   T = S if encodes else batch.length
   num, kept, left = jnp.dtype(model.dtype).itemsize, 0.0, 0.0
   for kind, mlp in model.group[: tower.group]:
-    attended = _attention(model, kind, T, T, causal, kind.mask_window, layout)
-    read, made, whole = attended
+    by_kernel = batch.kernels and takes_kernel(model, kind, T, T)
+    mask = None if by_kernel else (causal, kind.mask_window)
+    read, made, whole = _attention(model, kind, T, T, mask, layout)
     hidden_read, hidden_made = _feed_forward(model, mlp, T, layout)
     kept += num * (read + hidden_read) + 4 * whole
     left += num * (made + hidden_made)
     if tower.name == 'decoder':
-      read, made, whole = _attention(model, kind, T, S, False, None, layout)
+      by_kernel = batch.kernels and takes_kernel(model, kind, T, S, cross=True)
+      mask = None if by_kernel else (False, None)
+      read, made, whole = _attention(model, kind, T, S, mask, layout)
       kept += num * read + 4 * whole
       left += num * made
     if model.residual == 'post_norm':
@@ -248,18 +255,30 @@ def _activations(model, tower, batch: Batch, layout: Layout):
   return batch.rows * kept / split, batch.rows * left / split
 
 
-def _attention(model, kind, T, S, causal, window, layout: Layout):
-  """Numbers of a row: kept in the activations' dtype, left, in float32."""
+def takes_kernel(model, kind, T: int, S: int, cross: bool = False) -> bool:
+  """Whether a TPU's kernel serves attention; see `attention/kernels`."""
+  biased = isinstance(model.position, position.RelativeBuckets | position.Alibi)
+  refused = kind.kernel == 'blocks' or kind.dropout or biased and not cross
+  return not (refused or T % splash.LANES or S % splash.LANES)
+
+
+def _attention(model, kind, T, S, mask, layout: Layout):
+  """Numbers of a row: kept in the activations' dtype, left, in float32.
+
+  `mask` says whether it is causal, and its window; None where a kernel serves.
+  """
   D, H = model.embed_dim, kind.head_dim
   N = kind.num_heads / layout.over('heads')
   K = kind.kv_heads / layout.over('kv_heads')
   projected = T * N * H + 2 * S * K * H
-  whole = T * N * H
-  if S <= blocks.KEEP_KEYS:
-    # Blocks of 64 queries reach half a block further than each query.
-    reach = flops.pairs(T, S, causal, window) + 32 * T * causal
-    whole += N * min(reach, T * S)
-  # Its output is kept as it is, and as it was before it was normalised.
+  whole = T * N
+  if mask is not None:
+    # Its output is kept as it was before it was normalised, too.
+    whole = T * N * H
+    if S <= blocks.KEEP_KEYS:
+      # Blocks of 64 queries reach half a block further than each query.
+      reach = flops.pairs(T, S, *mask) + 32 * T * mask[0]
+      whole += N * min(reach, T * S)
   return projected + T * D + T * N * H, projected + T * D, whole
 
 

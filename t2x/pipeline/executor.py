@@ -88,11 +88,9 @@ def _exchange(
   for sent, step, slot in ways if num > 1 else ():
     pairs = [(s, (s + step) % num) for s in range(num)]
 
-    def move(pairs=pairs):
-      with jax.named_scope(EXCHANGE):
-        return jax.lax.ppermute(out, sharding.PIPE, pairs)
-
+    move = lambda pairs=pairs: jax.lax.ppermute(out, sharding.PIPE, pairs)
     # All devices know whether any sends.
-    arrived = jax.lax.cond(sent, move, lambda: out)
+    with jax.named_scope(f'{EXCHANGE}_{slot}'):
+      arrived = jax.lax.cond(sent, move, lambda: out)
     inbox = put(inbox, tick.own[slot], arrived, True)
   return dataclasses.replace(carry, inbox=inbox)

@@ -18,6 +18,7 @@ from t2x.attention import splash
 from t2x.layers import moe
 from t2x.layers import routing
 from t2x.models import encoder
+from t2x.pipeline import estimates
 from t2x.plan import local as local_lib
 
 # Products of attention's backward pass over those of its forward pass: kernels
@@ -27,8 +28,10 @@ KERNEL_BACKWARD, BLOCKS_BACKWARD, AGAIN_BACKWARD = 3.5, 2.0, 2.5
 
 
 def flops(local: local_lib.Local) -> dict[str, float]:
-  """Returns the FLOPs of a step by part, of the stage that has the most."""
+  """Returns the FLOPs of a step by part."""
   model, times = local.config.model, local.num_microbatches
+  if local.plan is not None:
+    times = local.runs('leave', local.plan.place.towers[-1].name)
   parts: dict[str, float] = {}
   for layer in local.layers:
     own = of_layer(local, layer)
@@ -65,16 +68,12 @@ def passes(local: local_lib.Local, layer: local_lib.Layer) -> dict[str, float]:
   if local.plan is None:
     num = layer.num * local.num_microbatches
     return dict.fromkeys(('forward', 'made again', 'backward'), num)
-  place, told = local.plan.place, local.plan.told
-  (t,) = (i for i, x in enumerate(place.towers) if x.name == layer.tower)
   # All layers of a group run as often as their unit.
-  times = local.config.train.accumulate
-  most = lambda name: times * int(told.trips(name, t).max())
   again = 'recompute' if local.plan.table.recompute else 'backward'
   return {
-    'forward': most('forward'),
-    'made again': most(again),
-    'backward': most('backward'),
+    'forward': local.runs('forward', layer.tower),
+    'made again': local.runs(again, layer.tower),
+    'backward': local.runs('backward', layer.tower),
   }
 
 
@@ -167,13 +166,12 @@ def way(
     local.config.rules.context_attention == 'ring'
   ):
     return 'ring'
-  kind = layer.kind
   keys = layer.encoded if cross else layer.queries
   assert keys is not None
-  lanes = layer.queries % splash.LANES or keys % splash.LANES
-  biased = local.has_bias and not cross
-  blocked = kind.kernel == 'blocks' or kind.dropout or biased or lanes
-  return 'blocks' if blocked else 'kernel'
+  served = estimates.takes_kernel(
+    local.config.model, layer.kind, layer.queries, keys, cross
+  )
+  return 'kernel' if served else 'blocks'
 
 
 def scores(

@@ -103,7 +103,13 @@ def _of_stage(local: local_lib.Local, table: dict[str, float]) -> list[Moment]:
   work = max(working_set(local, layer) for layer in local.layers)
   gathered = 0.0 if local.config.pipeline.gather == 'once' else _gathered(local)
   layer = {**between, 'layer': work, 'weights of a layer': gathered}
-  return [Moment(name='head', parts=head), Moment(name='layer', parts=layer)]
+  # Buffers of all ticks are there before the first and after the last.
+  move = {**between, 'weights that move': staged.on_the_move(local)}
+  return [
+    Moment(name='head', parts=head),
+    Moment(name='layer', parts=layer),
+    Moment(name='between stages', parts=move),
+  ]
 
 
 def _width(local) -> int:

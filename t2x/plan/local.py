@@ -22,6 +22,7 @@ from t2x.layers import moe
 from t2x.layers import position
 from t2x.models import encoder
 from t2x.models import encoder_decoder
+from t2x.pipeline import instructions
 from t2x.pipeline import plan as plan_lib
 
 
@@ -36,7 +37,7 @@ class Weight:
     in_layers: whether it belongs to a stack of layers.
     cast: whether it is used in the dtype of the activations alone.
     used: elements of it that a device's products use: what `embed` splits is
-      gathered, what a stage keeps of others' layers is theirs.
+      gathered, and a stage has as many slots as the fullest one needs.
   """
 
   path: str
@@ -45,6 +46,10 @@ class Weight:
   in_layers: bool
   cast: bool
   used: float
+
+  @property
+  def tower(self) -> str:
+    return self.path.partition('.')[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,12 +88,48 @@ class Local:
     sizes: of the mesh axes.
     weights: all parameters.
     plan: of a pipeline, or None.
+    stage: whose part it is, where there is a plan.
   """
 
   config: experiment.Experiment
   sizes: Mapping[str, int]
   weights: tuple[Weight, ...]
   plan: plan_lib.Plan | None
+  stage: int = 0
+
+  def of_stages(self) -> list['Local']:
+    """Returns this of every stage that has other work than those before it."""
+    if self.plan is None:
+      return [self]
+    towers = [tower.name for tower in self.plan.place.towers]
+    found = {}
+    for stage in range(self.plan.table.num_stages):
+      own = dataclasses.replace(self, stage=stage)
+      work = tuple(own.runs(n, t) for n in instructions.LOOPS for t in towers)
+      found.setdefault(work, own)
+    return [*found.values()]
+
+  def runs(self, loop: str, tower: str) -> int:
+    """Returns how often the stage runs a loop in a step.
+
+    Args:
+      loop: one of `instructions.LOOPS`: of a layer, it runs once for each of a
+        tower's units and each microbatch.
+      tower: its name; any for `leave`.
+    """
+    assert self.plan is not None
+    trips_S = self.plan.told.trips(loop, self._place_of(tower))
+    return self.config.train.accumulate * int(trips_S[self.stage])
+
+  def slots(self, tower: str) -> int:
+    """Returns for how many units of a tower each stage has room."""
+    assert self.plan is not None
+    return self.plan.place.unit_SN[self._place_of(tower)].shape[1]
+
+  def _place_of(self, tower: str) -> int:
+    assert self.plan is not None
+    names = [t.name for t in self.plan.place.towers]
+    return names.index(tower)
 
   def axes(self, *names: str) -> tuple[str, ...]:
     """Returns the mesh axes of more than one device of logical axes."""
@@ -189,7 +230,10 @@ def _layers(model, tower, num, queries, causal, encoded) -> list[Layer]:
 
 
 def weights_of(
-  model: Any, rules: sharding.Rules, sizes: Mapping[str, int]
+  model: Any,
+  rules: sharding.Rules,
+  sizes: Mapping[str, int],
+  plan: plan_lib.Plan | None = None,
 ) -> tuple[Weight, ...]:
   """Returns the parameters of a model.
 
@@ -197,7 +241,9 @@ def weights_of(
     model: its sharded shapes.
     rules: logical axis -> mesh axes.
     sizes: of the mesh axes.
+    plan: of a pipeline.
   """
+  shares = _shares(plan)
   towers = tuple(f'{name}.layers.' for name in model.towers)
   found = []
   leaves = jax.tree_util.tree_leaves_with_path(
@@ -209,6 +255,7 @@ def weights_of(
     array, name = leaf.get_value(), sharding.path_name(path)
     axes = sharding.axes_of(leaf, len(array.shape))
     in_layers = name.startswith(towers)
+    share = shares.get(name.partition('.')[0], 1.0) if in_layers else 1.0
     found.append(
       Weight(
         path=name,
@@ -216,19 +263,26 @@ def weights_of(
         shape=array.sharding.shard_shape(array.shape),
         in_layers=in_layers,
         cast=bool(leaf.get_metadata().get('weight')),
-        used=_used(array, axes, rules, sizes, in_layers),
+        used=share * _used(array, axes, rules, sizes),
       )
     )
   return tuple(found)
 
 
-def _used(array, axes, rules, sizes, in_layers) -> float:
-  """Elements as products use them; a stage's share of its tower's layers."""
+def _shares(plan: plan_lib.Plan | None) -> dict[str, float]:
+  """Returns the share of each tower's units for which a stage has slots."""
+  if plan is None:
+    return {}
+  towers = zip(plan.place.towers, plan.place.unit_SN)
+  return {t.name: unit_SN.shape[1] / t.num_units for t, unit_SN in towers}
+
+
+def _used(array, axes, rules, sizes) -> float:
+  """Elements as products use them, of all stages."""
   split = [
     sharding.mesh_axes(getattr(rules, axis))
     for axis in axes
     if axis is not None and axis not in ('embed', 'layers')
   ]
   parts = math.prod(sizes[a] for names in split for a in names)
-  stages = sizes[sharding.PIPE] if in_layers else 1
-  return math.prod(array.shape) / parts / stages
+  return math.prod(array.shape) / parts

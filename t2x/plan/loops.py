@@ -59,6 +59,7 @@ class Scope:
 Times = int | fractions.Fraction
 
 # The trips of a loop of which the program's text does not tell them, or None.
+# Of a conditional, how often its dearest branch runs each time; None is 1.
 Trips = Callable[[hlo.Instruction], Times | None]
 
 
@@ -87,9 +88,8 @@ def executed(
   Raises:
     ValueError: something of interest lies in a loop whose trips are unknown.
   """
-  count = lambda scope, loop: _trips_of(scope, loop, trips)
   scope = Scope(module, module.computations[module.entry])
-  return _walk(scope, find, cost, count)
+  return _walk(scope, find, cost, trips)
 
 
 def called(scope: Scope, instruction: hlo.Instruction) -> list[Scope]:
@@ -110,27 +110,30 @@ def called(scope: Scope, instruction: hlo.Instruction) -> list[Scope]:
   return [*map(enter, instruction.callees)]
 
 
-def _walk(scope, find, cost, count) -> list[Executed]:
+def _walk(scope, find, cost, trips) -> list[Executed]:
   result = []
   for instruction in scope.computation.instructions.values():
     result += [Executed(item, 1, 0) for item in find(scope, instruction)]
     parts = [
-      _walk(inner, find, cost, count) for inner in called(scope, instruction)
+      _walk(inner, find, cost, trips) for inner in called(scope, instruction)
     ]
     if not any(parts):
       continue
     if instruction.op == 'while':
-      num = count(scope, instruction)
+      num = _trips_of(scope, instruction, trips)
       result += _times(parts[0], num) + _times(parts[1], num + 1)
     elif instruction.op == 'conditional':
-      result += max(parts, key=lambda b: sum(cost(e[0]) * e[1] for e in b))
+      dearest = max(parts, key=lambda b: sum(cost(e[0]) * e[1] for e in b))
+      share = trips(instruction) if trips else None
+      result += _times(dearest, 1 if share is None else share, loops=0)
     else:
       result += sum(parts, [])
   return result
 
 
-def _times(found: list[Executed], num: Times) -> list[Executed]:
-  return [Executed(item, num * n, loops + 1) for item, n, loops in found]
+def _times(found: list[Executed], num: Times, loops: int = 1):
+  """Returns what was found, so many times, within more loops."""
+  return [Executed(item, num * n, inner + loops) for item, n, inner in found]
 
 
 def _trips_of(scope, loop, trips: Trips | None) -> Times:

@@ -15,6 +15,7 @@ import re
 
 import numpy as np
 
+from t2x.pipeline import executor
 from t2x.pipeline import instructions
 from t2x.pipeline import plan as plan_lib
 from t2x.pipeline import tick as tick_lib
@@ -29,7 +30,8 @@ def trips(plan: plan_lib.Plan, stage: int) -> loops.Trips:
   """Returns the trips of a stage's loops, for what counts a program.
 
   A loop of a tick is entered in every tick: its trips are the mean over them,
-  so that counts over all ticks are exact. None for other loops.
+  so that counts over all ticks are exact. So are those of the conditional in
+  which messages are sent. None for others.
 
   Args:
     plan: what the program runs.
@@ -43,6 +45,8 @@ def trips(plan: plan_lib.Plan, stage: int) -> loops.Trips:
 
   def of_loop(loop: hlo.Instruction) -> loops.Times | None:
     path, _, last = loop.op_name.rpartition('/')
+    if last == 'cond':
+      return _sending(plan, path)
     labels = _LABEL.findall(path)
     if last != 'while' or not labels or not path.endswith(labels[-1]):
       return None
@@ -53,6 +57,18 @@ def trips(plan: plan_lib.Plan, stage: int) -> loops.Trips:
     return _mean(plan, stage, *places[labels[-1]])
 
   return functools.cache(of_loop)
+
+
+def _sending(plan: plan_lib.Plan, path: str) -> loops.Times | None:
+  """Returns the share of the ticks in which messages go down, or up."""
+  ticks = {
+    'from_previous': plan.told.sends_down_T,
+    'from_next': plan.told.sends_up_T,
+  }
+  for slot, sends_T in ticks.items():
+    if path.endswith(f'{executor.EXCHANGE}_{slot}'):
+      return fractions.Fraction(int(sends_T.sum()), len(sends_T))
+  return None
 
 
 def _runs(plan: plan_lib.Plan, name: str, t: int) -> np.ndarray:

@@ -23,11 +23,10 @@ def of_layers(local: local_lib.Local) -> Iterator[message.Message]:
     split = tuple(a for a in local.axes('embed') if 'embed' in weight.axes)
     own = _own_axes(local, weight)
     rest = tuple(a for a in batch if a not in (*split, *own))
-    # Biases are added in the dtype of activations; norms are float32.
-    low = weight.cast or '_bias_' in weight.path
+    low = _is_low(weight)
     size = reduced if low else 4
     if split:
-      times = 1 if whole else local.num_microbatches
+      times = 1 if whole else _times(local, weight)
       visits = 1 if once or whole else _visits(local, weight)
       yield message.Message(
         part='gathers of weights',
@@ -42,6 +41,11 @@ def of_layers(local: local_lib.Local) -> Iterator[message.Message]:
         bytes=times * size * weight.used * _windowed(local, weight),
       )
     yield from _reduced(local, weight, rest, split, size)
+
+
+def _is_low(weight: local_lib.Weight) -> bool:
+  """Whether it is used in the dtype of activations; norms are float32."""
+  return weight.cast or '_bias_' in weight.path
 
 
 def _windowed(local: local_lib.Local, weight: local_lib.Weight) -> float:
@@ -62,8 +66,16 @@ def _visits(local: local_lib.Local, weight: local_lib.Weight) -> float:
     # Experts, gathered by hand, are kept where nothing is made again.
     kept = 'experts' in weight.axes and local.config.train.remat == 'none'
     return (1 if kept else 2) * local.num_microbatches
-  again = local.plan.table.recompute
-  return (2 + again) * local.num_microbatches
+  loops = ('forward', 'recompute', 'backward')
+  runs = sum(local.runs(loop, weight.tower) for loop in loops)
+  return runs / local.slots(weight.tower)
+
+
+def _times(local: local_lib.Local, weight: local_lib.Weight) -> float:
+  """How often a weight's gradient is made, of the share that is used."""
+  if local.plan is None or not weight.in_layers:
+    return local.num_microbatches
+  return local.runs('weight', weight.tower) / local.slots(weight.tower)
 
 
 def _own_axes(local: local_lib.Local, weight: local_lib.Weight) -> message.Axes:
@@ -80,7 +92,7 @@ def _reduced(local, weight, rest: message.Axes, split: message.Axes, size: int):
     part='reductions of gradients',
     kind='all-reduce',
     axes=early,
-    bytes=local.num_microbatches * size * kept,
+    bytes=_times(local, weight) * size * kept,
   )
   # What is summed over microbatches is float32.
   yield message.Message(
@@ -95,16 +107,8 @@ def _reduced(local, weight, rest: message.Axes, split: message.Axes, size: int):
 
 
 def of_tables(local: local_lib.Local) -> list[message.Message]:
-  """Returns what token vectors and the head cost.
-
-  Of stages, the first has the one and the last the other: the dearer counts.
-  """
-  embeddings, head = _of_embeddings(local), _of_head(local)
-  size = lambda found: sum(m.bytes for m in found if local.size(m.axes) > 1)
-  used = embeddings + head
-  if local.plan is not None:
-    used = max(embeddings, head, key=size)
-  return used + _of_both(local)
+  """Returns what token vectors and the head cost."""
+  return _of_embeddings(local) + _of_head(local) + _of_both(local)
 
 
 def _of_both(local: local_lib.Local) -> list[message.Message]:
@@ -135,29 +139,46 @@ def _of_both(local: local_lib.Local) -> list[message.Message]:
 
 def _of_embeddings(local: local_lib.Local) -> list[message.Message]:
   c, D, V = local.itemsize, local.config.model.embed_dim, local.vocab
-  times, embed = local.num_microbatches, local.axes('embed')
-  vocab, early = local.axes('vocab'), _early(local)
-  say = lambda kind, axes, size: message.Message(
-    part='embeddings', kind=kind, axes=axes, bytes=times * size
-  )
+  embed, vocab, early = local.axes('embed'), local.axes('vocab'), _early(local)
   found = []
-  # A stage that recomputes looks up again.
-  forward = 1 if local.plan is None else 1 + local.plan.table.recompute
-  for source in looked_up(local):
-    tokens = local.rows * source / local.over('length')
-    found.append(say('all-reduce', vocab, forward * c * tokens * D))
+  for length, forward, backward in looked_up(local):
+    say = lambda kind, axes, size: found.append(
+      message.Message(part='embeddings', kind=kind, axes=axes, bytes=size)
+    )
+    vectors = c * local.rows * length / local.over('length') * D
+    say('all-reduce', vocab, forward * vectors)
     if exchanged(local):
-      found.append(say('all-to-all', embed, (forward + 1) * c * tokens * D))
+      say('all-to-all', embed, (forward + backward) * vectors)
     else:
-      found.append(say('reduce-scatter', embed, 4 * V * D))
-  found.append(say('all-gather', _fine(local), c * local.tokens * D))
-  found.append(say('all-reduce', early, 4 * V * D / local.size(embed)))
+      say('reduce-scatter', embed, backward * 4 * V * D)
+    say('all-gather', _fine(local), forward * vectors)
+    say('all-reduce', early, backward * 4 * V * D / local.size(embed))
+    if local.plan is not None:
+      rows = tuple(dict.fromkeys((*embed, *early)))
+      positions = sum(w.used for w in local.weights if 'table_PD' in w.path)
+      say('all-reduce', rows, backward * 4 * positions)
   return found
+
+
+def looked_up(local: local_lib.Local) -> list[tuple[int, int, int]]:
+  """Returns (length, times, times of the gradient) of what is looked up."""
+  data, plan, num = local.config.data, local.plan, local.num_microbatches
+  lengths = [data.length] * data.objective.has_encoder + [local.length]
+  if plan is None:
+    return [(length, num, num) for length in lengths]
+  towers = [tower.name for tower in plan.place.towers]
+  runs = local.runs
+  return [
+    (length, runs('enter', tower), runs('enter_backward', tower))
+    for length, tower in zip(lengths, towers, strict=True)
+  ]
 
 
 def _of_head(local: local_lib.Local) -> list[message.Message]:
   c, D, V = local.itemsize, local.config.model.embed_dim, local.vocab
   times, embed = local.num_microbatches, local.axes('embed')
+  if local.plan is not None:
+    times = local.runs('leave', local.plan.place.towers[-1].name)
   say = lambda kind, axes, size: message.Message(
     part='head', kind=kind, axes=axes, bytes=times * size
   )
@@ -181,12 +202,6 @@ def _fine(local: local_lib.Local) -> message.Axes:
   return tuple(a for a in local.axes('norm_length') if a not in length)
 
 
-def looked_up(local: local_lib.Local) -> list[int]:
-  """Lengths of the rows that are looked up."""
-  data = local.config.data
-  return [local.length] + [data.length] * data.objective.has_encoder
-
-
 def exchanged(local: local_lib.Local) -> bool:
   """Whether token vectors travel and not the table; see `Embed`."""
   embed, c = local.axes('embed'), local.itemsize
@@ -207,7 +222,8 @@ def of_stages(local: local_lib.Local) -> Iterator[message.Message]:
   plan = local.plan
   assert plan is not None
   told, c, D = plan.told, local.itemsize, local.config.model.embed_dim
-  tokens = local.rows * sum(looked_up(local)) / local.over('length')
+  lengths = [length for length, *_ in looked_up(local)]
+  tokens = local.rows * sum(lengths) / local.over('length')
   say = lambda part, kind, size: message.Message(
     part=part, kind=kind, axes=(sharding.PIPE,), bytes=size
   )
@@ -224,5 +240,6 @@ def of_stages(local: local_lib.Local) -> Iterator[message.Message]:
       yield say('weights of stages', 'all-gather', size * kept)
       yield say('weights of stages', 'all-reduce', 4 * kept)
     elif not plan.place.is_contiguous:
-      # There as they are kept, float32, and their gradients back.
-      yield say('weights of stages', 'all-to-all', 2 * 4 * kept)
+      # There as they are used, and their gradients back in float32.
+      size = (c if _is_low(weight) else 4) + 4
+      yield say('weights of stages', 'all-to-all', size * kept)

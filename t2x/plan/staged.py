@@ -20,6 +20,7 @@ def between_ticks(local: local_lib.Local) -> dict[str, float]:
     length=local.length,
     encoder_length=data.length if data.objective.has_encoder else None,
     head_chunks=loss.vocab_chunks * loss.token_chunks,
+    kernels=True,
   )
   layout = estimates.Layout(
     sizes=local.sizes, rules=config.rules, gather=config.pipeline.gather
@@ -49,13 +50,16 @@ def _of_units(local, stacks) -> dict[str, float]:
     weights += unit * float(held)
     activations += part * float(units_P[begin:end].max())
     begin = end
-  parts = {'activations': activations, 'weights and gradients': weights}
-  if not plan.place.is_contiguous:
-    # As they come by the all-to-all, float32.
-    parts['weights that moved'] = 4 * sum(
-      w.used / _split(local, w) for w in local.weights if w.in_layers
-    )
-  return parts
+  return {'activations': activations, 'weights and gradients': weights}
+
+
+def on_the_move(local: local_lib.Local) -> float:
+  """Returns bytes of gradients, float32, on the way to where they are kept."""
+  assert local.plan is not None
+  if local.plan.place.is_contiguous:
+    return 0.0
+  layers = [w for w in local.weights if w.in_layers]
+  return 4 * sum(w.used / _split(local, w) for w in layers)
 
 
 def _of_shared(local) -> dict[str, float]:

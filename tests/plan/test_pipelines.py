@@ -119,3 +119,13 @@ def test_gradients_of_tables_are_not_gathered(compiled):
   # Token vectors travel, and the position table's gradients are summed.
   rows = 8 // 2 // 4 * 32 * 16 * 4
   assert sorted(found) == [('all-reduce', 64 * 16 * 4), ('all-to-all', rows)]
+
+
+def test_messages_are_counted_in_the_ticks_in_which_they_are_sent(compiled):
+  settings = {'pipeline__schedule': 'zb_v', 'pipeline__microbatches': 4}
+  text, mesh, plan = compiled(pipe=4, **settings)
+  sent = collectives.collectives(text, mesh, pipelines.trips(plan, 0))
+  times = [row.times for row in sent if row.kind == 'collective-permute']
+  ways = plan.told.sends_down_T, plan.told.sends_up_T
+  assert sorted(times) == sorted(int(sends_T.sum()) for sends_T in ways)
+  assert max(times) < plan.table.num_ticks
