@@ -214,6 +214,11 @@ class Attention(nnx.Module):
     x_BTD = branch.gather(x_BTD)
     q_BTNH = self.queries(x_BTD)
     if encoded_BSD is not None:
+      # Its gradients by keys and by values are added before they are summed
+      # over the devices that have other heads.
+      encoded_BSD = sharding.constrain(
+        encoded_BSD, 'batch', 'length', 'act_embed'
+      )
       k_BSKH, v_BSKH = self.keys_and_values(encoded_BSD)
       return self.attend(q_BTNH, k_BSKH, v_BSKH, mask, bias, keys_B)
     k_BSKH, v_BSKH = self.keys_and_values(x_BTD)

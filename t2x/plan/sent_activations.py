@@ -46,27 +46,23 @@ def _of_tensor(local, layer, num, size: float) -> Iterator[message.Message]:
       into = num['forward'] + num['backward']
       into += num['made again'] if again else 0
       out = num['forward'] + repeats + num['backward']
-      yield message.Message(
-        part='sums of activations',
-        kind='all-gather',
-        axes=fine,
-        bytes=into * size,
-      )
-      yield message.Message(
-        part='sums of activations',
-        kind='reduce-scatter',
-        axes=fine,
-        bytes=out * size,
-      )
+      yield _summed('all-gather', fine, into * size)
+      yield _summed('reduce-scatter', fine, out * size)
       continue
     if parallel and axis == 'mlp':
       continue  # Both branches are summed at once.
-    yield message.Message(
-      part='sums of activations',
-      kind='all-reduce',
-      axes=axes,
-      bytes=(num['forward'] + repeats + num['backward']) * size,
-    )
+    times = num['forward'] + repeats + num['backward']
+    yield _summed('all-reduce', axes, times * size)
+    if layer.encoded is not None and name == 'cross_output':
+      # What keys and values ask of the encoder.
+      source = size * layer.encoded / layer.queries
+      yield _summed('all-reduce', axes, num['backward'] * source)
+
+
+def _summed(kind: str, axes: message.Axes, size: float) -> message.Message:
+  return message.Message(
+    part='sums of activations', kind=kind, axes=axes, bytes=size
+  )
 
 
 def _of_bias(local, layer, num) -> Iterator[message.Message]:

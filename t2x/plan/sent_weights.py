@@ -141,7 +141,7 @@ def _of_embeddings(local: local_lib.Local) -> list[message.Message]:
   c, D, V = local.itemsize, local.config.model.embed_dim, local.vocab
   embed, vocab, early = local.axes('embed'), local.axes('vocab'), _early(local)
   found = []
-  for length, forward, backward in looked_up(local):
+  for i, (length, forward, backward) in enumerate(looked_up(local)):
     say = lambda kind, axes, size: found.append(
       message.Message(part='embeddings', kind=kind, axes=axes, bytes=size)
     )
@@ -149,7 +149,9 @@ def _of_embeddings(local: local_lib.Local) -> list[message.Message]:
     say('all-reduce', vocab, forward * vectors)
     if exchanged(local):
       say('all-to-all', embed, (forward + backward) * vectors)
-    else:
+    if i and local.plan is None:
+      backward = 0  # Gradients of both lookups are added, and reduced at once.
+    if not exchanged(local):
       say('reduce-scatter', embed, backward * 4 * V * D)
     say('all-gather', _fine(local), forward * vectors)
     say('all-reduce', early, backward * 4 * V * D / local.size(embed))
