@@ -28,6 +28,7 @@ def of(config: experiment.Experiment, plan: planning.Plan) -> list[str]:
     _copies,
     _padding,
     _gathers,
+    _gathers_by_sums,
     _exposed,
     _idle,
     _precision,
@@ -124,6 +125,28 @@ def _gathers(config, plan) -> Iterator[str]:
     f'{sharding_table.bytes_text(gathered)} a step. Fewer microbatches with '
     'train.remat=full (or train.loss.token_chunks) need fewer; '
     'train.accumulate_whole=true reduces gradients once, for memory.'
+  )
+
+
+def _gathers_by_sums(config, plan) -> Iterator[str]:
+  """Weights that a compiler sums into zeros instead of gathering them."""
+  fsdp = plan.sizes['fsdp']
+  if fsdp == 1 or plan.chip is None or plan.chip in gpu_targets.TARGETS:
+    return
+  along = {'all-gather': 0.0, 'all-reduce': 0.0}
+  for row in plan.sent:
+    if row.kind in along and row.axes == ('fsdp',):
+      along[row.kind] += row.bytes
+  weights = sum(plan.memory.state[sharding_table.PARAMETERS].values()) * fsdp
+  if along['all-gather'] > 0.5 * weights or along['all-reduce'] < weights:
+    return
+  part = next((n for n in range(2, fsdp) if fsdp % n == 0), fsdp)
+  yield (
+    f'the compiler gathers weights over fsdp={fsdp} by all-reduces of whole '
+    f'arrays, {sharding_table.bytes_text(along["all-reduce"])} a step, which '
+    'send twice as much as gathers. TPUs of three sides do so for an axis '
+    f'along all of them. With mesh.data={part} mesh.fsdp={fsdp // part} it may '
+    'gather.'
   )
 
 

@@ -123,6 +123,19 @@ def test_what_fits_in_no_layout_is_told_how_many_chips_it_needs():
   assert fits('v5e:2x4') and not fits('v5e:2x2')
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(('data', 'told'), [(1, True), (2, False)])
+def test_gathers_that_the_compiler_makes_sums_are_told(data, told):
+  """Along all three sides of a torus; half of it is gathered as it should."""
+  tpu.devices('v4:4x4x4')
+  sizes = f'mesh.data={data}', f'mesh.fsdp={64 // data}'
+  config = config_of(*_TINY, 'data.batch_size=64', *sizes)
+  advice = plan_advice.of(config, planning.make(config, 'v4:4x4x4'))
+  found = [a for a in advice if 'by all-reduces of whole arrays' in a]
+  assert len(found) == told
+  assert not told or 'With mesh.data=2 mesh.fsdp=32 it may' in found[0]
+
+
 def test_simulated_devices_have_no_limit():
   config = config_of(*_TINY, 'mesh.fsdp=8', 'mesh.data=1')
   plan = planning.make(config, 'cpu:8')
