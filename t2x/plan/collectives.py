@@ -83,6 +83,8 @@ def collectives(
     if kind == 'all-reduce' and _keeps_a_slice(scope, instruction):
       kind = 'reduce-scatter'
     axes = _axes(instruction, sizes)
+    if not axes:  # Of each device with itself.
+      return []
     name, hidden = instruction.op_name, overlap.is_hidden(scope, instruction)
     return [
       Collective(kind, axes, size, 1, 0, dtype, name, hidden)
