@@ -22,7 +22,7 @@ _STYLE = """
 .s4 { background: var(--s4); } .s5 { background: var(--s5); }
 .legend i { width: .8rem; height: .8rem; }
 .legend span { background: none; }
-.rows td:nth-child(2) { text-align: left; }
+.rows td:nth-child(2), .rows thead th:nth-child(2) { text-align: left; }
 .rows .bar { display: inline-block; height: .7rem; vertical-align: middle; }
 .cell { width: 40%; min-width: 12rem; text-align: left; }
 .warn { margin: .5rem 0; padding: .6rem .9rem; border-left: 4px solid var(--s1);
@@ -54,7 +54,7 @@ def page(name: str, plan: planning.Plan, advice: Iterable[str] = ()) -> str:
     body += ['<h2>Least time of a step</h2>', _times(plan)]
   if plan.sent:
     body += ['<h2>Sent by a device</h2>', _sent(plan)]
-  note = html.escape(' '.join(plan.formula.splitlines()[:3]))
+  note = '<br>'.join(map(html.escape, plan.formula.splitlines()[:3]))
   body += [f'<h2>FLOPs</h2><p class="note">{note}</p>']
   return report_page.PAGE.format(
     title=html.escape(f'Plan of {title}'),
@@ -177,7 +177,7 @@ def _times(plan: planning.Plan) -> str:
 
 def _sent(plan: planning.Plan) -> str:
   rows = ''.join(
-    f'<tr><th scope="row">{row.kind}</th><td>{",".join(row.axes) or "-"}</td>'
+    f'<tr><th scope="row">{row.kind}</th><td>{",".join(row.axes)}</td>'
     f'<td>{row.times:,.0f}</td><td>{sharding_table.bytes_text(row.bytes)}</td>'
     f'<td>{sharding_table.percent(row.hidden / row.bytes if row.bytes else 0)}'
     '</td></tr>'

@@ -135,7 +135,7 @@ def table(found: Iterable[Collective]) -> str:
   """Returns `summary` as lines of text."""
   rows = [('collective', 'axes', 'times', 'MB')]
   rows += [
-    (kind, ','.join(axes) or '-', f'{times}', f'{size / 1e6:.3f}')
+    (kind, ','.join(axes), f'{times}', f'{size / 1e6:.3f}')
     for (kind, axes), (times, size) in summary(found).items()
   ]
   widths = [max(len(row[i]) for row in rows) for i in range(4)]
