@@ -32,6 +32,7 @@ from t2x.plan import executed
 from t2x.plan import held
 from t2x.plan import local as local_lib
 from t2x.plan import message as message_lib
+from t2x.plan import parameters
 from t2x.plan import tiles
 
 
@@ -45,6 +46,7 @@ class Estimate:
       batch; as a TPU lays them out.
     moments: what else is there, at each of the moments that can be fullest.
     flops: of matrix products, by name, of the stage that has the most.
+    mean_flops: of all stages.
     messages: what is exchanged, by the stage that sends the most.
   """
 
@@ -52,6 +54,7 @@ class Estimate:
   arguments: dict[str, int]
   moments: tuple[held.Moment, ...]
   flops: dict[str, float]
+  mean_flops: float
   messages: tuple[message_lib.Message, ...]
 
   @property
@@ -118,17 +121,21 @@ def step(
   local = local_lib.Local(
     config=config,
     sizes=whole,
-    weights=local_lib.weights_of(state.model, config.rules, whole, plan),
+    weights=parameters.weights_of(state.model, config.rules, whole, plan),
     plan=plan,
   )
   stages = local.of_stages()
-  flops = [executed.flops(stage) for stage in stages]
-  messages = [exchanged.messages(stage) for stage in stages]
+  flops = [executed.flops(stage) for stage, _ in stages]
+  total = lambda parts: sum(parts.values())
+  num_stages = sum(num for _, num in stages)
+  messages = [exchanged.messages(stage) for stage, _ in stages]
   return Estimate(
     sizes=whole,
     arguments=_arguments(config, state, batch_sharding),
     moments=tuple(held.moments(local)),
-    flops=max(flops, key=lambda parts: sum(parts.values())),
+    flops=max(flops, key=total),
+    mean_flops=sum(n * total(f) for f, (_, n) in zip(flops, stages))
+    / num_stages,
     messages=tuple(max(messages, key=exchanged.total)),
   )
 

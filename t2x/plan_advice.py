@@ -7,6 +7,7 @@ from t2x import experiment
 from t2x import gpu_targets
 from t2x import plan_search
 from t2x import planning
+from t2x import sharding
 from t2x import sharding_table
 from t2x.layers import moe
 from t2x.layers import routing
@@ -130,8 +131,9 @@ def _gathers(config, plan) -> Iterator[str]:
 
 def _gathers_by_sums(config, plan) -> Iterator[str]:
   """Weights that a compiler sums into zeros instead of gathering them."""
-  fsdp = plan.sizes['fsdp']
-  if fsdp == 1 or plan.chip is None or plan.chip in gpu_targets.TARGETS:
+  fsdp, rule = plan.sizes['fsdp'], sharding.mesh_axes(config.rules.embed)
+  part = next((n for n in range(2, fsdp) if fsdp % n == 0), None)
+  if 'fsdp' not in rule or not part or plan.topology.count('x') < 2:
     return
   along = {'all-gather': 0.0, 'all-reduce': 0.0}
   for row in plan.sent:
@@ -141,12 +143,12 @@ def _gathers_by_sums(config, plan) -> Iterator[str]:
   # Float32 ones: bfloat16 halves are gathered once or twice.
   if along['all-gather'] > 0.2 * weights or along['all-reduce'] < 0.4 * weights:
     return
-  part = next((n for n in range(2, fsdp) if fsdp % n == 0), fsdp)
+  data = plan.sizes['data'] * part
   yield (
     f'the compiler gathers weights over fsdp={fsdp} by all-reduces of whole '
     f'arrays, {sharding_table.bytes_text(along["all-reduce"])} a step, which '
     'send twice as much as gathers. TPUs of three sides do so for an axis '
-    f'along all of them. With mesh.data={part} mesh.fsdp={fsdp // part} it may '
+    f'along all of them. With mesh.data={data} mesh.fsdp={fsdp // part} it may '
     'gather.'
   )
 

@@ -124,13 +124,15 @@ def _seconds(config, estimate, axes, chip, peak) -> float:
     if {*m.axes} & {'tensor', 'expert', 'context'}:
       exposed += time
   stages = on_mesh.pipeline(config, estimate.sizes)
-  idle = stages.table.simulate().bubble if stages is not None else 0.0
+  bubble = 0.0
+  if stages is not None and not config.pipeline.uniform:
+    bubble = stages.table.simulate().bubble
   return roofline.Roofline(
     compute=estimate.executed_flops / peak,
     memory=0.0,  # Not estimated.
     network=network,
     exposed=exposed,
-    idle=idle,
+    idle=roofline.idle(estimate.executed_flops, estimate.mean_flops, bubble),
   ).seconds
 
 

@@ -192,10 +192,8 @@ def _of_compiled(config, mesh, compiled: jax.stages.Compiled, given) -> Plan:
     (matrix.matrix_flops(text, t), kernels.kernel_flops(text, t)) for t in trips
   ]
   flops = _flops(config, mesh.size, executed)
-  # The mean of the stages takes a step less its bubble: of that the stage with
-  # the most to do waits less.
   mean = sum(map(sum, executed)) / len(executed)
-  idle = max(0.0, 1.0 - flops.executed / mean * (1.0 - bubble)) if mean else 0.0
+  idle = roofline_lib.idle(flops.executed, mean, bubble)
   roofline = None
   if given['chip'] is not None and given['peak'] is not None:
     roofline = roofline_lib.make(

@@ -64,12 +64,13 @@ def on_parts(fn: Callable, x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def on_rows(fn: Callable, table: jax.Array, x_BT: jax.Array) -> jax.Array:
-  """Returns fn(table, x), (B, T, ...), of the rows that each device has.
+  """Returns fn(table, x_BT), computed by each device for its own rows.
 
-  Gradients of the table are summed over the devices after all of theirs.
+  Each device sums the table's gradients of its rows; then those sums are added
+  over the devices.
 
   Args:
-    fn: is given the whole table.
+    fn: (table, x_BT of one device) -> (B, T, ...) of that device.
     table: whole on every device.
     x_BT: rows of a batch.
   """

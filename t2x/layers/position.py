@@ -134,8 +134,8 @@ class LearnedPositions(nnx.Module):
     whole = lambda table_PD: sharding.constrain(table_PD, None, 'act_embed')
     if not shards.in_stage():
       return param.look_up(whole(self.table_PD[...].astype(dtype)), places_BT)
-    # Each device sums the gradients of its own rows: the partitioner would
-    # gather those of all rows here.
+    # Each device sums the gradients of its own rows, and these are added in
+    # float32: the partitioner would gather those of all rows here.
     look_up = lambda table_PD, places: param.look_up(table_PD, places).astype(
       dtype
     )

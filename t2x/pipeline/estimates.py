@@ -238,15 +238,19 @@ def _activations(model, tower, batch: Batch, layout: Layout):
   num, kept, left = jnp.dtype(model.dtype).itemsize, 0.0, 0.0
   for kind, mlp in model.group[: tower.group]:
     by_kernel = batch.kernels and takes_kernel(model, kind, T, T)
-    mask = None if by_kernel else (causal, kind.mask_window)
-    read, made, whole = _attention(model, kind, T, T, mask, layout)
+    # Blocks of 64 queries reach half a block further than each query.
+    reach = flops.pairs(T, T, causal, kind.mask_window) + 32 * T * causal
+    read, made, whole = _attention(
+      model, kind, T, T, None if by_kernel else reach, layout
+    )
     hidden_read, hidden_made = _feed_forward(model, mlp, T, layout)
     kept += num * (read + hidden_read) + 4 * whole
     left += num * (made + hidden_made)
     if tower.name == 'decoder':
       by_kernel = batch.kernels and takes_kernel(model, kind, T, S, cross=True)
-      mask = None if by_kernel else (False, None)
-      read, made, whole = _attention(model, kind, T, S, mask, layout)
+      read, made, whole = _attention(
+        model, kind, T, S, None if by_kernel else T * S, layout
+      )
       kept += num * read + 4 * whole
       left += num * made
     if model.residual == 'post_norm':
@@ -259,26 +263,27 @@ def takes_kernel(model, kind, T: int, S: int, cross: bool = False) -> bool:
   """Whether a TPU's kernel serves attention; see `attention/kernels`."""
   biased = isinstance(model.position, position.RelativeBuckets | position.Alibi)
   refused = kind.kernel == 'blocks' or kind.dropout or biased and not cross
-  return not (refused or T % splash.LANES or S % splash.LANES)
+  block = kind.block or splash.LANES
+  whole = not (block % splash.LANES or T % block or S % block)
+  return whole and not refused
 
 
-def _attention(model, kind, T, S, mask, layout: Layout):
+def _attention(model, kind, T, S, pairs, layout: Layout):
   """Numbers of a row: kept in the activations' dtype, left, in float32.
 
-  `mask` says whether it is causal, and its window; None where a kernel serves.
+  `pairs` of queries and keys are those whose scores blocks make; None where a
+  kernel serves.
   """
   D, H = model.embed_dim, kind.head_dim
   N = kind.num_heads / layout.over('heads')
   K = kind.kv_heads / layout.over('kv_heads')
   projected = T * N * H + 2 * S * K * H
   whole = T * N
-  if mask is not None:
+  if pairs is not None:
     # Its output is kept as it was before it was normalised, too.
     whole = T * N * H
     if S <= blocks.KEEP_KEYS:
-      # Blocks of 64 queries reach half a block further than each query.
-      reach = flops.pairs(T, S, *mask) + 32 * T * mask[0]
-      whole += N * min(reach, T * S)
+      whole += N * min(pairs, T * S)
   return projected + T * D + T * N * H, projected + T * D, whole
 
 

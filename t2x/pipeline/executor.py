@@ -81,7 +81,7 @@ def _exchange(
   tick: tick_lib.Tick, carry: tick_lib.Carry, out, sends
 ) -> tick_lib.Carry:
   """Sends what a tick has made to where it is needed."""
-  put = jax.named_scope('messages')(buffers.write)
+  put = jax.named_scope('messages')(buffers.write)  # As plans name them.
   inbox = put(carry.inbox, tick.own['from_self'], out, True)
   num = tick.plan.table.num_stages
   ways = zip(sends, (1, -1), ('from_previous', 'from_next'))

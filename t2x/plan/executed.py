@@ -29,9 +29,7 @@ KERNEL_BACKWARD, BLOCKS_BACKWARD, AGAIN_BACKWARD = 3.5, 2.0, 2.5
 
 def flops(local: local_lib.Local) -> dict[str, float]:
   """Returns the FLOPs of a step by part."""
-  model, times = local.config.model, local.num_microbatches
-  if local.plan is not None:
-    times = local.runs('leave', local.plan.place.towers[-1].name)
+  model = local.config.model
   parts: dict[str, float] = {}
   for layer in local.layers:
     own = of_layer(local, layer)
@@ -42,7 +40,7 @@ def flops(local: local_lib.Local) -> dict[str, float]:
     head += 2 * local.tokens * model.embed_dim**2
   # Chunks of the vocabulary are made again.
   head *= 3 + (local.config.train.loss.vocab_chunks > 1)
-  return parts | {'head': times * head}
+  return parts | {'head': local.heads * head}
 
 
 def of_layer(
@@ -68,12 +66,12 @@ def passes(local: local_lib.Local, layer: local_lib.Layer) -> dict[str, float]:
   if local.plan is None:
     num = layer.num * local.num_microbatches
     return dict.fromkeys(('forward', 'made again', 'backward'), num)
-  # All layers of a group run as often as their unit.
+  runs = lambda loop: local.runs(loop, layer.tower, layer.member)
   again = 'recompute' if local.plan.table.recompute else 'backward'
   return {
-    'forward': local.runs('forward', layer.tower),
-    'made again': local.runs(again, layer.tower),
-    'backward': local.runs('backward', layer.tower),
+    'forward': runs('forward'),
+    'made again': runs(again),
+    'backward': runs('backward'),
   }
 
 

@@ -104,7 +104,7 @@ def _of_stage(local: local_lib.Local, table: dict[str, float]) -> list[Moment]:
   gathered = 0.0 if local.config.pipeline.gather == 'once' else _gathered(local)
   layer = {**between, 'layer': work, 'weights of a layer': gathered}
   # Buffers of all ticks are there before the first and after the last.
-  move = {**between, 'weights that move': staged.on_the_move(local)}
+  move = {**between, 'gradients that move': staged.on_the_move(local)}
   return [
     Moment(name='head', parts=head),
     Moment(name='layer', parts=layer),

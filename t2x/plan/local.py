@@ -7,9 +7,7 @@ for all that are like it.
 from collections.abc import Mapping
 import dataclasses
 import math
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from t2x import experiment
@@ -24,32 +22,8 @@ from t2x.models import encoder
 from t2x.models import encoder_decoder
 from t2x.pipeline import instructions
 from t2x.pipeline import plan as plan_lib
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Weight:
-  """A parameter.
-
-  Attributes:
-    path: dotted, within the model.
-    axes: logical axis of each dimension.
-    shape: of the part that a device keeps.
-    in_layers: whether it belongs to a stack of layers.
-    cast: whether it is used in the dtype of the activations alone.
-    used: elements of it that a device's products use: what `embed` splits is
-      gathered, and a stage has as many slots as the fullest one needs.
-  """
-
-  path: str
-  axes: tuple[str | None, ...]
-  shape: tuple[int, ...]
-  in_layers: bool
-  cast: bool
-  used: float
-
-  @property
-  def tower(self) -> str:
-    return self.path.partition('.')[0]
+from t2x.plan import parameters
+from t2x.plan import pipelines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +32,7 @@ class Layer:
 
   Attributes:
     tower: whose they are.
+    member: their place in a unit of the tower.
     num: how many of a device run without stages: all of them.
     kind: of their attention.
     mlp: of their feed-forward.
@@ -67,6 +42,7 @@ class Layer:
   """
 
   tower: str
+  member: int
   num: int
   kind: attention_lib.AttentionConfig
   mlp: moe.FeedForwardConfig
@@ -93,33 +69,47 @@ class Local:
 
   config: experiment.Experiment
   sizes: Mapping[str, int]
-  weights: tuple[Weight, ...]
+  weights: tuple[parameters.Weight, ...]
   plan: plan_lib.Plan | None
   stage: int = 0
 
-  def of_stages(self) -> list['Local']:
-    """Returns this of every stage that has other work than those before it."""
+  def of_stages(self) -> list[tuple['Local', int]]:
+    """Returns this of stages that have other work, and how many have it."""
     if self.plan is None:
-      return [self]
-    towers = [tower.name for tower in self.plan.place.towers]
-    found = {}
+      return [(self, 1)]
+    found: dict[tuple, list[Local]] = {}
     for stage in range(self.plan.table.num_stages):
       own = dataclasses.replace(self, stage=stage)
-      work = tuple(own.runs(n, t) for n in instructions.LOOPS for t in towers)
-      found.setdefault(work, own)
-    return [*found.values()]
+      work = tuple(
+        own.runs(loop, tower.name, member)
+        for loop in instructions.LOOPS
+        for tower in self.plan.place.towers
+        for member in range(tower.group)
+      )
+      found.setdefault(work, []).append(own)
+    return [(alike[0], len(alike)) for alike in found.values()]
 
-  def runs(self, loop: str, tower: str) -> int:
+  def runs(self, loop: str, tower: str, member: int = 0) -> float:
     """Returns how often the stage runs a loop in a step.
 
     Args:
       loop: one of `instructions.LOOPS`: of a layer, it runs once for each of a
         tower's units and each microbatch.
       tower: its name; any for `leave`.
+      member: a layer's place in its unit; the last unit may have fewer.
     """
     assert self.plan is not None
-    trips_S = self.plan.told.trips(loop, self._place_of(tower))
-    return self.config.train.accumulate * int(trips_S[self.stage])
+    times = pipelines.times(
+      self.plan, self.stage, loop, self._place_of(tower), member
+    )
+    return self.config.train.accumulate * float(times)
+
+  @property
+  def heads(self) -> float:
+    """How often the head runs in a step."""
+    if self.plan is None:
+      return self.num_microbatches
+    return self.runs('leave', self.plan.place.towers[-1].name)
 
   def slots(self, tower: str) -> int:
     """Returns for how many units of a tower each stage has room."""
@@ -203,8 +193,11 @@ class Local:
 
   @property
   def num_layers(self) -> int:
-    """Layers of all towers."""
-    return sum(layer.num for layer in self.layers)
+    """Layers of all towers for which a device has room."""
+    if self.plan is None:
+      return sum(layer.num for layer in self.layers)
+    towers = self.plan.place.towers
+    return sum(self.slots(tower.name) * tower.group for tower in towers)
 
   @property
   def has_bias(self) -> bool:
@@ -218,6 +211,7 @@ def _layers(model, tower, num, queries, causal, encoded) -> list[Layer]:
   return [
     Layer(
       tower=tower,
+      member=i,
       num=len(range(i, num, len(group))),
       kind=kind,
       mlp=mlp,
@@ -227,62 +221,3 @@ def _layers(model, tower, num, queries, causal, encoded) -> list[Layer]:
     )
     for i, (kind, mlp) in enumerate(group[:num])
   ]
-
-
-def weights_of(
-  model: Any,
-  rules: sharding.Rules,
-  sizes: Mapping[str, int],
-  plan: plan_lib.Plan | None = None,
-) -> tuple[Weight, ...]:
-  """Returns the parameters of a model.
-
-  Args:
-    model: its sharded shapes.
-    rules: logical axis -> mesh axes.
-    sizes: of the mesh axes.
-    plan: of a pipeline.
-  """
-  shares = _shares(plan)
-  towers = tuple(f'{name}.layers.' for name in model.towers)
-  found = []
-  leaves = jax.tree_util.tree_leaves_with_path(
-    model, is_leaf=sharding.is_variable
-  )
-  for path, leaf in leaves:
-    if not sharding.is_variable(leaf):
-      continue
-    array, name = leaf.get_value(), sharding.path_name(path)
-    axes = sharding.axes_of(leaf, len(array.shape))
-    in_layers = name.startswith(towers)
-    share = shares.get(name.partition('.')[0], 1.0) if in_layers else 1.0
-    found.append(
-      Weight(
-        path=name,
-        axes=axes,
-        shape=array.sharding.shard_shape(array.shape),
-        in_layers=in_layers,
-        cast=bool(leaf.get_metadata().get('weight')),
-        used=share * _used(array, axes, rules, sizes),
-      )
-    )
-  return tuple(found)
-
-
-def _shares(plan: plan_lib.Plan | None) -> dict[str, float]:
-  """Returns the share of each tower's units for which a stage has slots."""
-  if plan is None:
-    return {}
-  towers = zip(plan.place.towers, plan.place.unit_SN)
-  return {t.name: unit_SN.shape[1] / t.num_units for t, unit_SN in towers}
-
-
-def _used(array, axes, rules, sizes) -> float:
-  """Elements as products use them, of all stages."""
-  split = [
-    sharding.mesh_axes(getattr(rules, axis))
-    for axis in axes
-    if axis is not None and axis not in ('embed', 'layers')
-  ]
-  parts = math.prod(sizes[a] for names in split for a in names)
-  return math.prod(array.shape) / parts

@@ -31,7 +31,8 @@ def trips(plan: plan_lib.Plan, stage: int) -> loops.Trips:
 
   A loop of a tick is entered in every tick: its trips are the mean over them,
   so that counts over all ticks are exact. So are those of the conditional in
-  which messages are sent. None for others.
+  which messages are sent, of what only its branch that sends has. None for
+  others.
 
   Args:
     plan: what the program runs.
@@ -69,6 +70,26 @@ def _sending(plan: plan_lib.Plan, path: str) -> loops.Times | None:
     if path.endswith(f'{executor.EXCHANGE}_{slot}'):
       return fractions.Fraction(int(sends_T.sum()), len(sends_T))
   return None
+
+
+def times(
+  plan: plan_lib.Plan, stage: int, name: str, t: int, member: int = 0
+) -> loops.Times:
+  """Returns how often a stage runs a loop over all ticks.
+
+  Args:
+    plan: what is run.
+    stage: whose device is meant.
+    name: of `instructions.LOOPS`.
+    t: the tower.
+    member: a layer's place in its unit; of the last unit there may be fewer.
+  """
+  runs = int(_runs(plan, name, t)[:, stage].sum())
+  tower = plan.place.towers[t]
+  full = tower.num_layers % tower.group or tower.group
+  if member < full:
+    return runs
+  return runs * _share(plan, stage, name, t, member)
 
 
 def _runs(plan: plan_lib.Plan, name: str, t: int) -> np.ndarray:

@@ -50,6 +50,20 @@ class Roofline:
     return max(times, key=lambda name: times[name])
 
 
+def idle(most: float, mean: float, bubble: float) -> float:
+  """Returns the share of a step that the stage with the most to do waits.
+
+  The mean of the stages takes a step less its bubble: of that this one waits
+  less.
+
+  Args:
+    most: FLOPs of that stage.
+    mean: FLOPs of all stages, their mean.
+    bubble: share of the time that stages of equal work wait.
+  """
+  return max(0.0, 1.0 - most / mean * (1.0 - bubble)) if mean else 0.0
+
+
 def make(
   *,
   flops: float,

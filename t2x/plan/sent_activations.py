@@ -33,6 +33,10 @@ def _of_tensor(local, layer, num, size: float) -> Iterator[message.Message]:
   branches = [('heads', 'output'), ('mlp', 'mlp_down')]
   if layer.encoded is not None:
     branches.append(('heads', 'cross_output'))
+    # What keys and values ask of the encoder.
+    source = size * layer.encoded / layer.queries
+    axes = fine or local.axes('kv_heads')
+    yield _summed('all-reduce', axes, num['backward'] * source)
   for axis, name in branches:
     axes = local.axes(axis)
     if axis == 'mlp' and isinstance(layer.mlp, moe.MoeConfig):
@@ -53,10 +57,6 @@ def _of_tensor(local, layer, num, size: float) -> Iterator[message.Message]:
       continue  # Both branches are summed at once.
     times = num['forward'] + repeats + num['backward']
     yield _summed('all-reduce', axes, times * size)
-    if layer.encoded is not None and name == 'cross_output':
-      # What keys and values ask of the encoder.
-      source = size * layer.encoded / layer.queries
-      yield _summed('all-reduce', axes, num['backward'] * source)
 
 
 def _summed(kind: str, axes: message.Axes, size: float) -> message.Message:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from t2x import sharding
 from t2x.plan import local as local_lib
 from t2x.plan import message
+from t2x.plan import parameters
 
 
 def of_layers(local: local_lib.Local) -> Iterator[message.Message]:
@@ -16,7 +17,8 @@ def of_layers(local: local_lib.Local) -> Iterator[message.Message]:
   batch = local.axes('batch', 'length')
   # Stages gather a layer once a step, or for every visit.
   once = staged and config.pipeline.gather == 'once'
-  whole = config.train.accumulate_whole and config.train.accumulate > 1
+  # Weights are gathered before all microbatches, and reduced after them.
+  whole = {*local.axes('embed')} <= {*local.by_hand}
   for weight in local.weights:
     if not weight.in_layers:
       continue
@@ -43,12 +45,12 @@ def of_layers(local: local_lib.Local) -> Iterator[message.Message]:
     yield from _reduced(local, weight, rest, split, size)
 
 
-def _is_low(weight: local_lib.Weight) -> bool:
+def _is_low(weight: parameters.Weight) -> bool:
   """Whether it is used in the dtype of activations; norms are float32."""
   return weight.cast or '_bias_' in weight.path
 
 
-def _windowed(local: local_lib.Local, weight: local_lib.Weight) -> float:
+def _windowed(local: local_lib.Local, weight: parameters.Weight) -> float:
   """A reduce-scatter beside its product is passed on once more than needed.
 
   Not that of experts, which asks for the exchange itself, nor in loops of
@@ -60,25 +62,28 @@ def _windowed(local: local_lib.Local, weight: local_lib.Weight) -> float:
   return (num + 1) / num
 
 
-def _visits(local: local_lib.Local, weight: local_lib.Weight) -> float:
+def _visits(local: local_lib.Local, weight: parameters.Weight) -> float:
   """How often a weight is gathered: forward and backward."""
   if local.plan is None:
     # Experts, gathered by hand, are kept where nothing is made again.
     kept = 'experts' in weight.axes and local.config.train.remat == 'none'
     return (1 if kept else 2) * local.num_microbatches
   loops = ('forward', 'recompute', 'backward')
-  runs = sum(local.runs(loop, weight.tower) for loop in loops)
+  runs = (local.runs(loop, weight.tower, weight.member) for loop in loops)
+  return sum(runs) / local.slots(weight.tower)
+
+
+def _times(local: local_lib.Local, weight: parameters.Weight) -> float:
+  """How often a weight's gradient is made, of the share that is used."""
+  if local.plan is None:
+    return local.num_microbatches
+  runs = local.runs('weight', weight.tower, weight.member)
   return runs / local.slots(weight.tower)
 
 
-def _times(local: local_lib.Local, weight: local_lib.Weight) -> float:
-  """How often a weight's gradient is made, of the share that is used."""
-  if local.plan is None or not weight.in_layers:
-    return local.num_microbatches
-  return local.runs('weight', weight.tower) / local.slots(weight.tower)
-
-
-def _own_axes(local: local_lib.Local, weight: local_lib.Weight) -> message.Axes:
+def _own_axes(
+  local: local_lib.Local, weight: parameters.Weight
+) -> message.Axes:
   """Axes along which devices have other experts."""
   return local.axes('experts') if 'experts' in weight.axes else ()
 
@@ -156,13 +161,15 @@ def _of_embeddings(local: local_lib.Local) -> list[message.Message]:
     say('all-gather', _fine(local), forward * vectors)
     say('all-reduce', early, backward * 4 * V * D / local.size(embed))
     if local.plan is not None:
-      rows = tuple(dict.fromkeys((*embed, *early)))
+      rows = tuple(
+        a for a in local.axes('batch', 'length') if a not in local.by_hand
+      )
       positions = sum(w.used for w in local.weights if 'table_PD' in w.path)
       say('all-reduce', rows, backward * 4 * positions)
   return found
 
 
-def looked_up(local: local_lib.Local) -> list[tuple[int, int, int]]:
+def looked_up(local: local_lib.Local) -> list[tuple[int, float, float]]:
   """Returns (length, times, times of the gradient) of what is looked up."""
   data, plan, num = local.config.data, local.plan, local.num_microbatches
   lengths = [data.length] * data.objective.has_encoder + [local.length]
@@ -178,9 +185,7 @@ def looked_up(local: local_lib.Local) -> list[tuple[int, int, int]]:
 
 def _of_head(local: local_lib.Local) -> list[message.Message]:
   c, D, V = local.itemsize, local.config.model.embed_dim, local.vocab
-  times, embed = local.num_microbatches, local.axes('embed')
-  if local.plan is not None:
-    times = local.runs('leave', local.plan.place.towers[-1].name)
+  times, embed = local.heads, local.axes('embed')
   say = lambda kind, axes, size: message.Message(
     part='head', kind=kind, axes=axes, bytes=times * size
   )

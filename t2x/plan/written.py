@@ -2,7 +2,7 @@
 
 from t2x.plan import hlo
 
-_SAME = ('bitcast', 'copy', 'opt-barrier')
+_SAME = ('bitcast', 'copy')
 
 
 def writer(module: hlo.Module, loop: hlo.Instruction, index: int) -> str:

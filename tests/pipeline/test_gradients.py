@@ -192,6 +192,7 @@ CASES = [
   ('encoder_decoder', 'interleaved', {'pipe': 2, 'fsdp': 2, 'data': 2}, {}),
   ('experts', 'gpipe', {'pipe': 2, 'expert': 2}, {'remat': 'full'}),
   ('decoder', 'zb_v', {'pipe': 2}, {'uniform': True}),
+  ('decoder', 'gpipe', {'pipe': 2, 'fsdp': 2}, {}),
 ]
 SLOW = [
   ('decoder', 'breadth_first', {'pipe': 2, 'context': 2, 'tensor': 2}, {}),
