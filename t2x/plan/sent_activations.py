@@ -33,9 +33,9 @@ def _of_tensor(local, layer, num, size: float) -> Iterator[message.Message]:
   branches = [('heads', 'output'), ('mlp', 'mlp_down')]
   if layer.encoded is not None:
     branches.append(('heads', 'cross_output'))
-    # What keys and values ask of the encoder.
+    # What keys and values ask of the encoder; in parts, once for all layers.
     source = size * layer.encoded / layer.queries
-    axes = fine or local.axes('kv_heads')
+    axes = () if fine else local.axes('kv_heads')
     yield _summed('all-reduce', axes, num['backward'] * source)
   for axis, name in branches:
     axes = local.axes(axis)
