@@ -116,7 +116,15 @@ def app_run(main: Callable[[], None]) -> None:
         raise
       sys.exit(f'error: {error}')
 
-  app.run(guarded)
+  app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv):
+  """As absl does, whose own message spans four lines."""
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    sys.exit(f'error: {error} (--help lists the flags)')
 
 
 def is_own(error: BaseException) -> bool:

@@ -292,6 +292,7 @@ def test_axes_lie_along_the_torus():
     (['--topology=v5e:4x4', '--layout=fsdp=5'], 'fsdp'),
     (['--topology=v5e:4x4', '--set', 'mesh.fpsd=4'], "Did you mean 'fsdp'"),
     (['--topology='], '--topology=NAME is missing'),
+    (['--num_slices=0'], '--num_slices=0: 0 is not a positive integer'),
     (['--topology=v5e:4x4', '--search', '--estimate'], 'leave out --layout'),
     (['--topology=v5e:4x4', '--estimate', '--html=x'], 'leave out --html'),
   ],
