@@ -10,12 +10,14 @@ from collections.abc import Mapping
 import dataclasses
 import math
 import re
+from typing import Any
 
 import numpy as np
 
 from t2x.plan import hlo
 from t2x.plan import loops
 from t2x.plan import overlap
+from t2x.plan import slices
 
 KINDS = (
   'all-gather',
@@ -72,22 +74,28 @@ def collectives(
       collectives in it has an unknown number of trips.
   """
   module = hlo.parse(text)
-  sizes = dict(mesh.shape)
-  _check_devices(text, sizes)
+  sizes, places = dict(mesh.shape), _places(text, mesh)
   started = _started(module)
 
   def find(scope, instruction):
+    kind = slices.kind(instruction)
+    if kind:
+      hidden = slices.is_hidden(scope, instruction)
+      return made(kind, slices.axes(mesh), scope, instruction, hidden)
     kind = instruction.op.removesuffix('-start')
     if kind not in KINDS or _repeats(scope, instruction, started):
       return []
     if kind == 'all-reduce' and _keeps_a_slice(scope, instruction):
       kind = 'reduce-scatter'
-    axes = _axes(instruction, sizes)
+    axes = _axes(instruction, sizes, places)
     if not axes:  # Of each device with itself.
       return []
-    name, hidden = instruction.op_name, overlap.is_hidden(scope, instruction)
+    hidden = overlap.is_hidden(scope, instruction)
+    return made(kind, axes, scope, instruction, hidden)
+
+  def made(kind, axes, scope, instruction, hidden):
     return [
-      Collective(kind, axes, size, 1, 0, dtype, name, hidden)
+      Collective(kind, axes, size, 1, 0, dtype, instruction.op_name, hidden)
       for dtype, size in _payload(kind, scope, instruction).items()
     ]
 
@@ -145,15 +153,14 @@ def table(found: Iterable[Collective]) -> str:
   )
 
 
-def _check_devices(text: str, sizes: Mapping[str, int]) -> None:
+def _places(text: str, mesh: Any) -> np.ndarray:
+  """Returns where on the mesh the program's devices lie, (devices, axes)."""
   found = re.search(r'\bnum_partitions=(\d+)', text.partition('\n')[0])
   num = int(found[1]) if found else 1
-  if num != math.prod(sizes.values()):
-    raise ValueError(
-      f'The program is for {num} devices and the mesh has '
-      f'{math.prod(sizes.values())} ({dict(sizes)}). Give the mesh that it was '
-      'compiled for.'
-    )
+  shape = tuple(mesh.shape.values())
+  if num == math.prod(shape):
+    return np.array(list(np.ndindex(shape)))
+  return slices.places(mesh, num)
 
 
 def _payload(kind, scope, instruction) -> dict[str, int]:
@@ -236,13 +243,12 @@ def _users(computation: hlo.Computation, name: str) -> list[hlo.Instruction]:
 # --- The devices that a collective joins. ---
 
 
-def _axes(instruction: hlo.Instruction, sizes: Mapping[str, int]):
+def _axes(instruction: hlo.Instruction, sizes: Mapping[str, int], places):
   """Returns the mesh axes along which the devices of a group differ."""
-  shape = tuple(sizes.values())
-  moved = np.zeros(len(shape), bool)
-  for group in groups(instruction.attributes, math.prod(shape)):
-    places = np.array(np.unravel_index(group, shape))
-    moved |= (places != places[:, :1]).any(1)
+  moved = np.zeros(len(sizes), bool)
+  for group in groups(instruction.attributes, len(places)):
+    own = places[group]
+    moved |= (own != own[:1]).any(0)
   return tuple(axis for axis, m in zip(sizes, moved) if m)
 
 

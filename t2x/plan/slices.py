@@ -1,0 +1,84 @@
+"""Exchanges between slices of TPUs, in the program that each slice runs.
+
+The compiler makes one program for each slice, and sends to the others what
+goes between them by way of the hosts.
+"""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+from t2x import mesh as mesh_lib
+from t2x.plan import hlo
+from t2x.plan import loops
+from t2x.plan import overlap
+
+_KIND = re.compile(r'_xla_megascale_transfer_type="([A-Z_]+)"')
+_EXCHANGE = re.compile(r'_xla_host_transfer_rendezvous="([^"]+)"')
+
+
+def kind(instruction: hlo.Instruction) -> str | None:
+  """Returns the kind of exchange to which a slice sends; None for others."""
+  found = _KIND.search(instruction.attributes)
+  if instruction.op != 'send' or not found:
+    return None
+  return found[1].lower().replace('_', '-')
+
+
+def places(mesh: Any, num: int) -> np.ndarray:
+  """Returns where on the mesh the devices of a program of one slice lie.
+
+  Args:
+    mesh: of real or absent devices.
+    num: of the program's devices.
+
+  Returns:
+    (num, axes) indices.
+
+  Raises:
+    ValueError: a slice of the mesh has another number of devices.
+  """
+  shape = tuple(mesh.shape.values())
+  # An abstract mesh is one slice.
+  known = isinstance(mesh, jax.sharding.Mesh)
+  devices = mesh.devices if known else np.zeros(shape)
+  first = [
+    place
+    for place in np.ndindex(devices.shape)
+    if mesh_lib.slice_of(devices[place]) == mesh_lib.slice_of(devices.flat[0])
+  ]
+  if len(first) != num:
+    raise ValueError(
+      f'The program is for {num} devices and the mesh has '
+      f'{devices.size} ({dict(mesh.shape)}). Give the mesh that it was '
+      'compiled for.'
+    )
+  return np.array(first)
+
+
+def axes(mesh: Any) -> tuple[str, ...]:
+  """Returns the mesh axes along which slices lie side by side."""
+  of = np.vectorize(mesh_lib.slice_of)(mesh.devices)
+  return tuple(
+    name
+    for i, name in enumerate(mesh.axis_names)
+    if (of != np.take(of, [0], axis=i)).any()
+  )
+
+
+def is_hidden(scope: loops.Scope, send: hlo.Instruction) -> bool:
+  """Whether products run from a send to what comes back of it."""
+  name = _EXCHANGE.search(send.attributes)
+  own, begun = set(), False
+  for other in scope.computation.instructions.values():
+    found = _EXCHANGE.search(other.attributes)
+    if other.op == 'recv' and found and name and found[1] == name[1]:
+      own.add(other.name)
+    if begun and other.op == 'recv-done' and own & {*other.operands}:
+      return False
+    if begun and overlap.computes(scope, other):
+      return True
+    begun = begun or other.name == send.name
+  return False
