@@ -273,8 +273,8 @@ def too_large(
   how_many = f'{need:,} of them' if need else 'many more of them'
   return (
     f'it fits on {num_devices} of these devices in no layout, recomputed or in '
-    f'microbatches: by estimate and a tenth more it needs {how_many}, or larger '
-    'ones.'
+    f'microbatches: by estimate, and a tenth more, it needs {how_many} or '
+    'larger ones.'
   )
 
 
