@@ -218,9 +218,9 @@ def trip_count(scope: Scope, loop: hlo.Instruction) -> int | None:
     return None
   direction = compare.named('direction')
   left, right = compare.operands
-  place = _carried(inner, left)
+  place, ahead = _counter(inner, left)
   if place is None:
-    left, right, place = right, left, _carried(inner, right)
+    left, right, (place, ahead) = right, left, _counter(inner, right)
     direction = {'L': 'G', 'G': 'L'}.get(direction[0], 'N') + direction[1]
   if place is None:
     return None
@@ -229,7 +229,21 @@ def trip_count(scope: Scope, loop: hlo.Instruction) -> int | None:
   step = _step(body, place)
   if start is None or bound is None or not step:
     return None
-  return _trips(start, bound, step, direction)
+  return _trips(start + ahead, bound, step, direction)
+
+
+def _counter(scope: Scope, name: str) -> tuple[tuple[int, ...] | None, int]:
+  """Returns the element of the loop's tuple that is compared, and how far on.
+
+  Of a loop whose last trip was taken out of it, what it will be is compared.
+  """
+  inner, made, path = resolve(scope, name)
+  if made.op == 'add' and not path:
+    for own, other in (made.operands, made.operands[::-1]):
+      ahead = value(inner, other)
+      if ahead is not None and _carried(inner, own) is not None:
+        return _carried(inner, own), ahead
+  return _carried(scope, name), 0
 
 
 def _carried(scope: Scope, name: str) -> tuple[int, ...] | None:

@@ -8,8 +8,10 @@ import tpu
 from t2x import absent
 from t2x.attention import splash
 from t2x.plan import collectives
+from t2x.plan import hlo
 from t2x.plan import kernels
 from t2x.plan import live
+from t2x.plan import loops
 from t2x.plan import traffic
 
 HEADER = (
@@ -87,6 +89,21 @@ def test_a_loop_that_fills_a_stack_touches_a_row_each_time():
   start = number + 7 * row + 2 * row
   want = start + 7 * trip + 8 * condition
   assert traffic.memory_bytes(SCAN) == want
+
+
+def test_a_loop_whose_last_trip_was_taken_out():
+  """What the counter will be is compared: one trip fewer."""
+
+  def trips(text):
+    module = hlo.parse(text)
+    scope = loops.Scope(module, module.computations[module.entry])
+    return loops.trip_count(scope, scope.computation.instructions['w'])
+
+  assert trips(SCAN) == 7
+  compare = '  ROOT %more = pred[] compare(%i, %bound), direction=LT'
+  ahead = '  %one = s32[] constant(1)\n  %next = s32[] add(%i, %one)\n'
+  peeled = SCAN.replace(compare, ahead + compare.replace('%i,', '%next,'))
+  assert peeled != SCAN and trips(peeled) == 6
 
 
 def test_of_a_fusions_results_some_are_updates():
