@@ -119,8 +119,7 @@ def _search(name: str, config, num_devices: int) -> None:
   where = values.topology, values.num_slices
   found = plan_search.candidates(config, *where)
   fitting = sum(c.fits for c in found)
-  slices = f'{values.num_slices} x ' if values.num_slices > 1 else ''
-  ways = f'{len(found)} ways to run {name} on {slices}{values.topology}'
+  ways = f'{len(found)} ways to run {name} on {plan_text.where(*where)}'
   _say(f'{ways}; {fitting} should fit.')
   if not found:
     layouts.check(config, num_devices)

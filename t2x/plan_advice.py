@@ -10,6 +10,7 @@ from t2x import planning
 from t2x import sharding
 from t2x import sharding_table
 from t2x.layers import moe
+from t2x.layers import position
 from t2x.layers import routing
 
 _LANES = 128  # Columns of a TPU's matrix unit and of its vector registers.
@@ -213,8 +214,8 @@ def _blocks(config, plan) -> Iterator[str]:
 
 
 def _why(config, gpu: bool) -> str:
-  kind = type(config.model.position).__name__
-  if kind in ('RelativeBuckets', 'Alibi'):
+  if position.is_bias(config.model.position):
+    kind = type(config.model.position).__name__
     return f'model.position ({kind}) adds a bias to scores, which is not in it.'
   kinds = config.model.kinds
   if any(k.kernel == 'blocks' for k in kinds):

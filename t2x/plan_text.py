@@ -38,9 +38,13 @@ def title(
   name: str, topology: str, num_slices: int, sizes: Mapping[str, int]
 ) -> str:
   """Returns what was planned, in a line."""
-  num = math.prod(sizes.values())
-  slices = f'{num_slices} x ' if num_slices > 1 else ''
-  return f'{name} on {slices}{topology} ({num:,} devices), {layout(sizes)}'
+  num, place = math.prod(sizes.values()), where(topology, num_slices)
+  return f'{name} on {place} ({num:,} devices), {layout(sizes)}'
+
+
+def where(topology: str, num_slices: int) -> str:
+  """Returns `v5e:4x4`, or `2 x v5e:4x4` of several slices."""
+  return f'{num_slices} x {topology}' if num_slices > 1 else topology
 
 
 def text(name: str, plan: planning.Plan, advice=()) -> str:

@@ -112,6 +112,11 @@ class Alibi:
 PositionConfig = Sinusoidal | Learned | Rotary | RelativeBuckets | Alibi
 
 
+def is_bias(config: PositionConfig) -> bool:
+  """Whether positions are added to the scores of attention."""
+  return isinstance(config, RelativeBuckets | Alibi)
+
+
 class LearnedPositions(nnx.Module):
   """A table of position vectors."""
 

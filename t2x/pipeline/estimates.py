@@ -261,7 +261,7 @@ def _activations(model, tower, batch: Batch, layout: Layout):
 
 def takes_kernel(model, kind, T: int, S: int, cross: bool = False) -> bool:
   """Whether a TPU's kernel serves attention; see `attention/kernels`."""
-  biased = isinstance(model.position, position.RelativeBuckets | position.Alibi)
+  biased = position.is_bias(model.position)
   refused = kind.kernel == 'blocks' or kind.dropout or biased and not cross
   block = kind.block or splash.LANES
   whole = not (block % splash.LANES or T % block or S % block)

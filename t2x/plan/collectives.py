@@ -76,12 +76,14 @@ def collectives(
   module = hlo.parse(text)
   sizes, places = dict(mesh.shape), _places(text, mesh)
   started = _started(module)
+  is_slice = len(places) < math.prod(sizes.values())
+  between = slices.axes(mesh) if is_slice else ()
 
   def find(scope, instruction):
     kind = slices.kind(instruction)
     if kind:
       hidden = slices.is_hidden(scope, instruction)
-      return made(kind, slices.axes(mesh), scope, instruction, hidden)
+      return made(kind, between, scope, instruction, hidden)
     kind = instruction.op.removesuffix('-start')
     if kind not in KINDS or _repeats(scope, instruction, started):
       return []

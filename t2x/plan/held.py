@@ -137,10 +137,6 @@ def _copies(local: local_lib.Local) -> float:
 # --- Weights and their gradients. ---
 
 
-def _split(local, weight) -> int:
-  return local.over('embed') if 'embed' in weight.axes else 1
-
-
 def _gradients(local) -> float:
   """Of the layers' weights, as devices keep them."""
   return sum(
@@ -155,7 +151,7 @@ def _sums(local) -> dict[str, float]:
   if local.config.train.accumulate == 1:
     return {}
   whole = local.config.train.accumulate_whole
-  kept = sum(w.used / (1 if whole else _split(local, w)) for w in local.weights)
+  kept = sum(w.used / (1 if whole else local.split(w)) for w in local.weights)
   return {'sums of gradients': 4 * kept}
 
 

@@ -17,7 +17,6 @@ from t2x.attention import mask as mask_lib
 from t2x.layers import attention as attention_lib
 from t2x.layers import embed
 from t2x.layers import moe
-from t2x.layers import position
 from t2x.models import encoder
 from t2x.models import encoder_decoder
 from t2x.pipeline import instructions
@@ -134,6 +133,10 @@ class Local:
     """Returns over how many devices logical axes are split."""
     return self.size(self.axes(*names))
 
+  def split(self, weight: parameters.Weight) -> int:
+    """Returns over how many devices `embed` splits a parameter."""
+    return self.over('embed') if 'embed' in weight.axes else 1
+
   @property
   def itemsize(self) -> int:
     """Bytes of an activation's number."""
@@ -198,12 +201,6 @@ class Local:
       return sum(layer.num for layer in self.layers)
     towers = self.plan.place.towers
     return sum(self.slots(tower.name) * tower.group for tower in towers)
-
-  @property
-  def has_bias(self) -> bool:
-    """Whether positions are a bias on the scores."""
-    kinds = position.RelativeBuckets, position.Alibi
-    return isinstance(self.config.model.position, kinds)
 
 
 def _layers(model, tower, num, queries, causal, encoded) -> list[Layer]:

@@ -240,9 +240,9 @@ def _counter(scope: Scope, name: str) -> tuple[tuple[int, ...] | None, int]:
   inner, made, path = resolve(scope, name)
   if made.op == 'add' and not path:
     for own, other in (made.operands, made.operands[::-1]):
-      ahead = value(inner, other)
-      if ahead is not None and _carried(inner, own) is not None:
-        return _carried(inner, own), ahead
+      place, ahead = _carried(inner, own), value(inner, other)
+      if place is not None and ahead is not None:
+        return place, ahead
   return _carried(scope, name), 0
 
 

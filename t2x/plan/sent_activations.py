@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from t2x.layers import moe
+from t2x.layers import position
 from t2x.plan import executed
 from t2x.plan import local as local_lib
 from t2x.plan import message
@@ -67,7 +68,7 @@ def _summed(kind: str, axes: message.Axes, size: float) -> message.Message:
 
 def _of_bias(local, layer, num) -> Iterator[message.Message]:
   """The gradient of a bias on the scores, of every head and pair, float32."""
-  if not local.has_bias:
+  if not position.is_bias(local.config.model.position):
     return
   rows = tuple(a for a in local.axes('batch') if a not in local.by_hand)
   heads = layer.kind.num_heads / local.over('heads')

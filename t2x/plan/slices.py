@@ -70,11 +70,10 @@ def axes(mesh: Any) -> tuple[str, ...]:
 
 def is_hidden(scope: loops.Scope, send: hlo.Instruction) -> bool:
   """Whether products run from a send to what comes back of it."""
-  name = _EXCHANGE.search(send.attributes)
+  name = _EXCHANGE.findall(send.attributes)
   own, begun = set(), False
   for other in scope.computation.instructions.values():
-    found = _EXCHANGE.search(other.attributes)
-    if other.op == 'recv' and found and name and found[1] == name[1]:
+    if other.op == 'recv' and _EXCHANGE.findall(other.attributes) == name:
       own.add(other.name)
     if begun and other.op == 'recv-done' and own & {*other.operands}:
       return False

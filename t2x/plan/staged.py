@@ -59,16 +59,10 @@ def on_the_move(local: local_lib.Local) -> float:
   if local.plan.place.is_contiguous:
     return 0.0
   layers = [w for w in local.weights if w.in_layers]
-  return 4 * sum(w.used / _split(local, w) for w in layers)
+  return 4 * sum(w.used / local.split(w) for w in layers)
 
 
 def _of_shared(local) -> dict[str, float]:
   """Embeddings and head, whole along the stages, and their gradients."""
-  kept = sum(
-    w.used / _split(local, w) for w in local.weights if not w.in_layers
-  )
+  kept = sum(w.used / local.split(w) for w in local.weights if not w.in_layers)
   return {'tables of all stages': 4 * kept, 'their gradients': 4 * kept}
-
-
-def _split(local, weight) -> int:
-  return local.over('embed') if 'embed' in weight.axes else 1
