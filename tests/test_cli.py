@@ -284,7 +284,7 @@ def test_errors_on_the_command_line(tmp_path):
   ],
 )
 def test_how_a_command_ends(monkeypatch, arguments, error, message):
-  monkeypatch.setattr(main.app, 'run', lambda f: f(['name', *arguments]))
+  monkeypatch.setattr(main.app, 'run', lambda f, **_: f(['name', *arguments]))
 
   def command():
     raise error
