@@ -32,9 +32,6 @@ import time
 from typing import Any
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
-)
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +44,7 @@ from t2x import layout_text
 from t2x import mesh as mesh_lib
 from t2x import sharding
 from t2x import sharding_table
+from t2x import simulated
 from t2x.attention import context
 from t2x.attention import mask as mask_lib
 from t2x.data import config as data
@@ -61,6 +59,8 @@ from t2x.plan import hlo
 from t2x.plan import kernels
 from t2x.plan import matrix
 from t2x.plan import theory
+
+simulated.ask_for(8)
 
 NUM = 8
 LAYOUTS = (

@@ -29,9 +29,6 @@ import time
 from typing import Any
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
-)
 
 import jax
 from jax.sharding import NamedSharding
@@ -46,6 +43,7 @@ from t2x import on_mesh
 from t2x import program
 from t2x import sharding
 from t2x import sharding_table
+from t2x import simulated
 from t2x.data import config as data
 from t2x.data import tokenizers
 from t2x.layers import attention
@@ -57,6 +55,8 @@ from t2x.plan import divergence
 from t2x.plan import hlo
 from t2x.plan import matrix
 from t2x.plan import pipelines
+
+simulated.ask_for(8)
 
 # `rows` are those of a microbatch on a device.
 _SMALL = {'layers': 16, 'width': 256, 'hidden': 1024, 'heads': 4, 'rows': 1}

@@ -18,7 +18,6 @@ an object with a list `layouts`; of each, `layout`, `max_relative_deviation`,
 """
 
 import json
-import os
 import sys
 
 from absl import flags
@@ -29,10 +28,9 @@ from t2x import experiment
 from t2x import layout_text
 from t2x import main as main_lib
 from t2x import processes
+from t2x import simulated
 from t2x import verify
 from t2x import verify_report
-
-_COUNT = '--xla_force_host_platform_device_count'
 
 
 def main() -> None:
@@ -78,9 +76,7 @@ def _simulate(num: int) -> None:
   """Asks for so many devices of the CPU, before the first is touched."""
   if jax.config.values['jax_platforms'] is None:
     jax.config.update('jax_platforms', 'cpu')
-  given = os.environ.get('XLA_FLAGS', '')
-  if _COUNT not in given:
-    os.environ['XLA_FLAGS'] = f'{given} {_COUNT}={num}'.strip()
+  simulated.ask_for(num)
 
 
 def _show(

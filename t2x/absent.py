@@ -22,6 +22,7 @@ from t2x import experiment
 from t2x import gpu_targets
 from t2x import program
 from t2x import sharding
+from t2x import simulated
 from t2x import topologies
 
 # Read where libtpu is loaded: no question to a cloud's metadata server, and
@@ -33,7 +34,6 @@ _ENVIRONMENT = {
   'TPU_WORKER_HOSTNAMES': 'localhost',
 }
 _MOST = 1024  # Each has threads of its own.
-_COUNT = '--xla_force_host_platform_device_count'
 # XLA's GPU compiler comes as JAX's plugin for either CUDA.
 _CUDA = 'jax_plugins.xla_cuda13', 'jax_plugins.xla_cuda12'
 
@@ -139,14 +139,12 @@ def _simulated(topology: str, num_slices: int, host: str | None):
       f'{topology}: a machine simulates at most {_MOST} devices. Name fewer, '
       'or a topology of TPUs or GPUs, which are compiled for and not simulated.'
     )
-  given = os.environ.get('XLA_FLAGS', '')
-  if _COUNT not in given:  # Read when the first is touched.
-    os.environ['XLA_FLAGS'] = f'{given} {_COUNT}={number}'.strip()
+  simulated.ask_for(int(number))
   found = tuple(jax.devices('cpu'))
   if len(found) != int(number):
     raise ValueError(
       f'{topology}: this process simulates {len(found)} devices already. Give '
-      f'that number, or take {_COUNT} out of XLA_FLAGS ({given!r}).'
+      f'that number, or take {simulated.COUNT} out of XLA_FLAGS.'
     )
   return found
 

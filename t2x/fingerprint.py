@@ -18,6 +18,7 @@ from t2x import config as config_lib
 from t2x import experiment
 from t2x import mesh as mesh_lib
 from t2x import program as program_lib
+from t2x import simulated
 
 # What compiles and what loads. A program of one version is none of another.
 _COMPILERS = {
@@ -30,7 +31,7 @@ _LIBRARIES = ('flax', 'optax', 'numpy')
 # Read by compilers; the first also says how many devices are simulated, which
 # are compared by themselves.
 _FLAGS = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')
-_COUNT = r'--xla_force_host_platform_device_count=\S+'
+_COUNT = simulated.COUNT + r'=\S+'
 _MOST = 8  # Differences that a message lists.
 
 

@@ -16,6 +16,7 @@ from absl import logging as absl_logging
 from t2x import config as config_lib
 from t2x import experiment
 from t2x import machines as machines_lib
+from t2x import simulated
 
 GetConfig = Callable[[], experiment.Experiment]
 Machines = Mapping[str, machines_lib.Machine]
@@ -100,6 +101,7 @@ def app_run(main: Callable[[], None]) -> None:
         f'error: unexpected argument {argv[1]!r}; settings are written '
         '--set NAME=VALUE.'
       )
+    simulated.give_threads()
     logging.getLogger('t2x').setLevel(logging.INFO)
     if not flags.FLAGS['verbosity'].present:
       # Orbax logs every file that it writes, and with a traceback for each

@@ -44,6 +44,7 @@ from t2x import layouts as layouts_lib
 from t2x import mesh as mesh_lib
 from t2x import program as program_lib
 from t2x import sharding
+from t2x import simulated
 from t2x import train
 from t2x.data import corpus as corpus_lib
 from t2x.data import pipeline
@@ -109,7 +110,7 @@ def _devices(text: str, num: int) -> list[Any]:
       f'--layout={text} needs {num} devices, as many of each process, and '
       f'there are {processes} x {there} (processes x devices). Choose another '
       'layout, or simulate more devices: '
-      'XLA_FLAGS=--xla_force_host_platform_device_count=N.'
+      f'XLA_FLAGS={simulated.COUNT}=N.'
     )
   return [d for own in by_process for d in own[: num // processes]]
 

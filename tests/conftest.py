@@ -17,6 +17,10 @@ from absl import flags
 import jax
 import pytest
 
+from t2x import simulated as t2x_simulated
+
+t2x_simulated.give_threads()
+
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update(
   'jax_compilation_cache_dir',

@@ -20,6 +20,7 @@ _ORDER = (
     'sharding',
     'shards',
     'torus',
+    'simulated',
     'mesh',
     'paths',
     'zigzag',
