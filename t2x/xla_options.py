@@ -82,8 +82,6 @@ TPU_DCN: Options = {
   # ... gradients of other sizes than the stack they are kept in, too. Takes
   # some memory.
   'xla_tpu_data_parallel_opt_different_sized_ops': True,
-  # Waits for the reductions together and late, which are summed on the hosts.
-  'xla_tpu_enable_sunk_dcn_allreduce_done_with_host_reduction': True,
   # Gathers between slices for a layer during the layer before (weights that
   # `mesh.dcn.fsdp` splits).
   'xla_tpu_enable_ag_backward_pipelining': True,
