@@ -52,10 +52,14 @@ class Layout:
   def applied(self, config: experiment.Experiment) -> experiment.Experiment:
     """Returns `config` in this layout.
 
+    Its `mesh.dcn` stays, but for what settings say.
+
     Raises:
       ValueError: a setting that is none, or that no layout may have.
     """
-    config = dataclasses.replace(config, mesh=self.mesh)
+    # Which axes lie between slices is not a matter of sizes alone.
+    mesh = dataclasses.replace(self.mesh, dcn=config.mesh.dcn)
+    config = dataclasses.replace(config, mesh=mesh)
     for name in self.settings:
       self._check_known(config, name)
     try:
@@ -75,6 +79,7 @@ class Layout:
     config: experiment.Experiment,
     num_devices: int | None = None,
     *,
+    num_slices: int = 1,
     own: experiment.Experiment | None = None,
   ) -> None:
     """Refuses a config in this layout that cannot run.
@@ -83,6 +88,7 @@ class Layout:
       config: what `applied` returned.
       num_devices: by default what the sizes multiply to; then layouts of other
         numbers may be advised.
+      num_slices: in which they lie.
       own: the experiment whose layouts are advised first, as for
         `layouts.check`.
 
@@ -90,17 +96,20 @@ class Layout:
       ValueError: or a subclass; with the nearest layouts that do work.
     """
     num = self.num_devices if num_devices is None else num_devices
+    own_dcn = any(name.startswith('mesh.dcn.') for name in self.settings)
+    dcn = mesh_lib.Dcn() if own_dcn else config.mesh.dcn
     try:
       if said := mesh_lib.mismatch(config.mesh, num):
         raise ValueError(f'{said} Change --layout or the number of devices.')
-      layouts.fit(config, num)
+      layouts.fit(config, num, num_slices=num_slices)
     except ValueError as error:
       said = layouts.advice(
         error,
         [config] if own is None else [own, config],
         num,
+        num_slices=num_slices,
         any_number=num_devices is None,
-        write=self._text,
+        write=lambda _, mesh: self._text(dcn, mesh, num_slices),
       )
       text = re.sub(
         r'--set (rules\.\w+)=(\w+)',
@@ -126,12 +135,19 @@ class Layout:
       f'--layout={self.text}: there is no setting {name!r}. {hint}'
     )
 
-  def _text(self, asked: mesh_lib.MeshConfig, mesh: mesh_lib.MeshConfig) -> str:
-    """Returns the flag for another mesh, with the settings of this one."""
-    if mesh.dcn == asked.dcn:
-      return self._flag(mesh, {})
+  def _text(
+    self, dcn: mesh_lib.Dcn, mesh: mesh_lib.MeshConfig, num_slices: int
+  ) -> str:
+    """Returns the flag for another mesh, where `dcn` holds without it."""
     kept = {n: v for n, v in self.settings.items() if n[:5] != 'mesh.'}
-    return dataclasses.replace(self, settings=kept)._flag(mesh, {})
+    # In one slice, what remains is 1.
+    plain = lambda size: 1 if size == -1 and num_slices == 1 else size
+    between = {
+      f'mesh.dcn.{axis}': str(getattr(mesh.dcn, axis))
+      for axis in mesh_lib.AXES
+      if plain(getattr(mesh.dcn, axis)) != plain(getattr(dcn, axis))
+    }
+    return dataclasses.replace(self, settings=kept)._flag(mesh, between)
 
   def _flag(self, mesh: mesh_lib.MeshConfig, more: dict[str, str]) -> str:
     settings = {**self.settings, **more}

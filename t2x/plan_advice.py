@@ -5,6 +5,7 @@ import math
 
 from t2x import experiment
 from t2x import gpu_targets
+from t2x import mesh as mesh_lib
 from t2x import plan_search
 from t2x import planning
 from t2x import sharding
@@ -160,16 +161,23 @@ def _exposed(config, plan) -> Iterator[str]:
     return
   row = max(plan.sent, key=lambda row: row.bytes - row.hidden)
   share = r.exposed / r.seconds
-  axes = ','.join(row.axes)
   yield (
     f'{sharding_table.percent(share)} of the least time are exchanges beside '
-    f'no product, most of them {row.kind} along {axes} '
+    f'no product, most of them {row.kind} along {row.along} '
     f'({sharding_table.bytes_text(row.bytes - row.hidden)}). '
-    + _remedy(row, plan)
+    + _remedy(row, config, plan)
   )
 
 
-def _remedy(row, plan) -> str:
+def _remedy(row, config, plan) -> str:
+  slices = plan.num_slices
+  between = mesh_lib.dcn_sizes(config.mesh, plan.sizes, slices)
+  for axis in row.axes:
+    if row.between is not False and axis != 'data' and between[axis] > 1:
+      return (
+        f'Keep mesh.{axis} within a slice, and mesh.data between them '
+        f'(mesh.dcn.{axis}=1, mesh.dcn.data={slices}).'
+      )
   if 'tensor' in row.axes:
     return (
       'A smaller mesh.tensor sends less; '
@@ -179,8 +187,6 @@ def _remedy(row, plan) -> str:
     return 'A smaller mesh.context, or the other rules.context_attention.'
   if 'expert' in row.axes:
     return 'A smaller mesh.expert sends less far.'
-  if plan.num_slices > 1:
-    return 'Keep mesh.fsdp within a slice, and mesh.data between them.'
   return 'More tokens to a device hide more.'
 
 

@@ -177,7 +177,7 @@ def _times(plan: planning.Plan) -> str:
 
 def _sent(plan: planning.Plan) -> str:
   rows = ''.join(
-    f'<tr><th scope="row">{row.kind}</th><td>{",".join(row.axes)}</td>'
+    f'<tr><th scope="row">{row.kind}</th><td>{row.along}</td>'
     f'<td>{row.times:,.0f}</td><td>{sharding_table.bytes_text(row.bytes)}</td>'
     f'<td>{sharding_table.percent(row.hidden / row.bytes if row.bytes else 0)}'
     '</td></tr>'

@@ -132,7 +132,7 @@ def _sent(plan: planning.Plan) -> list[str]:
     if row.bytes < plan.sent[0].bytes / 1e4:
       continue
     rows.append(
-      [row.kind, ','.join(row.axes), f'{row.times:,.0f}']
+      [row.kind, row.along, f'{row.times:,.0f}']
       + [f'{row.bytes / 1e6:,.1f}', sharding_table.percent(_share(row))]
     )
   total = sum(row.bytes for row in plan.sent)

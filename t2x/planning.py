@@ -68,6 +68,8 @@ class Sent:
     times: how often one runs.
     bytes: on one device, in all.
     hidden: bytes of those beside which products are scheduled.
+    between: whether they go from one slice to others; None where all devices
+      share a program.
   """
 
   kind: str
@@ -75,6 +77,12 @@ class Sent:
   times: float
   bytes: float
   hidden: float
+  between: bool | None = None
+
+  @property
+  def along(self) -> str:
+    """The axes, in words."""
+    return ','.join(self.axes) + (' between slices' if self.between else '')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,16 +238,23 @@ def _flops(config, num_devices, executed) -> Flops:
 
 
 def _sent(found) -> tuple[Sent, ...]:
-  sums: dict[tuple[str, tuple[str, ...]], list[float]] = {}
+  sums: dict[tuple, list[float]] = {}
   for c in found:
-    row = sums.setdefault((c.kind, c.axes), [0.0, 0.0, 0.0])
+    row = sums.setdefault((c.kind, c.axes, c.between), [0.0, 0.0, 0.0])
     size = float(c.bytes * c.times)
     row[0] += float(c.times)
     row[1] += size
     row[2] += size if c.hidden else 0.0
   rows = [
-    Sent(kind=kind, axes=axes, times=times, bytes=size, hidden=hidden)
-    for (kind, axes), (times, size, hidden) in sums.items()
+    Sent(
+      kind=kind,
+      axes=axes,
+      times=times,
+      bytes=size,
+      hidden=hidden,
+      between=between,
+    )
+    for (kind, axes, between), (times, size, hidden) in sums.items()
   ]
   return tuple(sorted(rows, key=lambda row: -row.bytes))
 

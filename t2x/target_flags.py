@@ -44,13 +44,13 @@ def laid_out(
     ValueError: it cannot run so; with the nearest layouts that can.
   """
   text = flags.FLAGS.layout
+  slices = mesh_lib.num_slices(devices)
   if text is None:
-    slices = mesh_lib.num_slices(devices)
     layouts.check(config, len(devices), num_slices=slices)
     return config
   layout = layout_text.parse(text)
   own = layout.applied(config)
-  layout.check(own, len(devices), own=config)
+  layout.check(own, len(devices), num_slices=slices)
   return own
 
 

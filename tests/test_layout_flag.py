@@ -71,6 +71,44 @@ def test_advice_is_in_the_syntax_of_the_flag(module, layout, message, expected):
     parsed.check(parsed.applied(config))
 
 
+@pytest.mark.parametrize(
+  'layout, dcn, expected',
+  [
+    ('fsdp=4', 'data=3', ['data=2,fsdp=2,mesh.dcn.data=-1']),
+    ('data=2,fsdp=2,mesh.dcn.data=3', 'data=-1', ['data=2,fsdp=2']),
+    ('fsdp=4', 'data=-1', ['data=2,fsdp=2']),
+  ],
+)
+def test_axes_between_slices_stay(layout, dcn, expected):
+  """What --set says of them holds in a layout that says nothing."""
+  name, _, size = dcn.partition('=')
+  own = config_lib.override(
+    gpt2_tiny.get_config(),
+    {'data.batch_size': '8', f'mesh.dcn.{name}': size},
+  )
+  parsed = layout_text.parse(layout)
+  with pytest.raises(ValueError) as caught:
+    parsed.check(parsed.applied(own), 4, num_slices=2)
+  said = str(caught.value).partition('that work: ')[2]
+  first = said.partition(';')[0].removeprefix('--layout=')
+  assert [first] == expected, caught.value
+  other = layout_text.parse(first)
+  other.check(other.applied(own), 4, num_slices=2)
+
+
+def test_fsdp_between_slices():
+  own = config_lib.override(
+    gpt2_tiny.get_config(),
+    {'data.batch_size': '8', 'mesh.dcn.fsdp': '2', 'mesh.dcn.data': '1'},
+  )
+  parsed = layout_text.parse('fsdp=4')
+  config = parsed.applied(own)
+  assert config.mesh.dcn.fsdp == 2
+  parsed.check(config, 4, num_slices=2)
+  with pytest.raises(ValueError, match='needs 2 slices and the devices lie in'):
+    parsed.check(config, 4)
+
+
 def test_a_number_of_devices_that_is_given_stays():
   parsed = layout_text.parse('data=3')
   config = parsed.applied(gpt2_tiny.get_config())

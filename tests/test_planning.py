@@ -23,7 +23,6 @@ from t2x import plan_text
 from t2x import plan_trials
 from t2x import planning
 from t2x import sharding_table
-from t2x.plan import collectives
 from t2x.plan import links
 
 _SCRIPT = os.path.join(os.path.dirname(__file__), '..', 'scripts', 'plan.py')
@@ -135,31 +134,6 @@ def test_gathers_that_the_compiler_makes_sums_are_told(data, told):
   found = [a for a in advice if 'by all-reduces of whole arrays' in a]
   assert len(found) == told
   assert not told or 'With mesh.data=2 mesh.fsdp=32 it may' in found[0]
-
-
-@pytest.mark.slow
-def test_two_slices_send_to_each_other():
-  """Each has a program of its own; between them go gradients alone."""
-  tpu.devices('v5e:2x2', 2)
-  sizes = 'mesh.data=2', 'mesh.fsdp=4'
-  config = config_of(*_TINY, 'data.batch_size=16', *sizes)
-  plan = planning.make(config, 'v5e:2x2', 2)
-  found = estimate.step(config)
-  sent = lambda axis: sum(r.bytes for r in plan.sent if r.axes == (axis,))
-  assert {row.axes for row in plan.sent} == {('data',), ('fsdp',)}
-  (between,) = (row for row in plan.sent if row.axes == ('data',))
-  assert between.kind == 'all-reduce' and 0 < between.hidden < between.bytes
-  both = found.sent_bytes(axis='data')
-  assert between.bytes == pytest.approx(both, rel=0.15)
-  gathers = found.sent_bytes('all-gather', 'fsdp')
-  assert gathers < sent('fsdp') < 2 * found.sent_bytes(axis='fsdp')
-  # Over the data centre's network, and not over links of a torus.
-  seconds = between.bytes / machines.CHIPS['v5e'].network
-  assert plan.roofline.network > seconds
-  text = 'HloModule x, num_partitions=2\nENTRY %m () -> f32[] {\n}'
-  two = mesh.make(mesh.MeshConfig(**plan.sizes), tpu.devices('v5e:2x2', 2))
-  with pytest.raises(ValueError, match='is for 2 devices and the mesh has 8'):
-    collectives.collectives(text, two)
 
 
 def test_simulated_devices_have_no_limit():

@@ -6,7 +6,6 @@ total(found, kind='all-gather', axis='fsdp')  # Bytes, into each device.
 """
 
 from collections.abc import Iterable
-from collections.abc import Mapping
 import dataclasses
 import math
 import re
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from t2x.plan import groups
 from t2x.plan import hlo
 from t2x.plan import loops
 from t2x.plan import overlap
@@ -47,6 +47,8 @@ class Collective:
     dtype: as HLO writes it: `bf16`, `f32`, `s32`.
     op_name: path of the JAX operation that it came from, or ''.
     hidden: whether products run while it does, see `overlap`.
+    between: whether it goes from one slice to others, and not within one. None
+      in a program that all devices share.
   """
 
   kind: str
@@ -57,6 +59,7 @@ class Collective:
   dtype: str
   op_name: str = ''
   hidden: bool = False
+  between: bool | None = None
 
 
 def collectives(
@@ -77,27 +80,31 @@ def collectives(
   sizes, places = dict(mesh.shape), _places(text, mesh)
   started = _started(module)
   is_slice = len(places) < math.prod(sizes.values())
-  between = slices.axes(mesh) if is_slice else ()
 
   def find(scope, instruction):
     kind = slices.kind(instruction)
     if kind:
+      axes, num = slices.joined(instruction, mesh)
       hidden = slices.is_hidden(scope, instruction)
-      return made(kind, between, scope, instruction, hidden)
+      found = made(kind, axes, scope, instruction, hidden, True)
+      if kind == 'all-gather':  # What is sent, of what it returns.
+        return [dataclasses.replace(c, bytes=c.bytes * num) for c in found]
+      return found
     kind = instruction.op.removesuffix('-start')
     if kind not in KINDS or _repeats(scope, instruction, started):
       return []
     if kind == 'all-reduce' and _keeps_a_slice(scope, instruction):
       kind = 'reduce-scatter'
-    axes = _axes(instruction, sizes, places)
+    axes = groups.axes(instruction, sizes, places)
     if not axes:  # Of each device with itself.
       return []
     hidden = overlap.is_hidden(scope, instruction)
-    return made(kind, axes, scope, instruction, hidden)
+    between = False if is_slice else None
+    return made(kind, axes, scope, instruction, hidden, between)
 
-  def made(kind, axes, scope, instruction, hidden):
+  def made(kind, axes, scope, instruction, *how):
     return [
-      Collective(kind, axes, size, 1, 0, dtype, instruction.op_name, hidden)
+      Collective(kind, axes, size, 1, 0, dtype, instruction.op_name, *how)
       for dtype, size in _payload(kind, scope, instruction).items()
     ]
 
@@ -240,72 +247,3 @@ def _users(computation: hlo.Computation, name: str) -> list[hlo.Instruction]:
       part = user.op == 'get-tuple-element'
       users += _users(computation, user.name) if part else [user]
   return users
-
-
-# --- The devices that a collective joins. ---
-
-
-def _axes(instruction: hlo.Instruction, sizes: Mapping[str, int], places):
-  """Returns the mesh axes along which the devices of a group differ."""
-  moved = np.zeros(len(sizes), bool)
-  for group in groups(instruction.attributes, len(places)):
-    own = places[group]
-    moved |= (own != own[:1]).any(0)
-  return tuple(axis for axis, m in zip(sizes, moved) if m)
-
-
-def groups(attributes: str, num_devices: int) -> list[list[int]]:
-  """Returns the devices that a collective joins, in any of HLO's forms.
-
-  They are listed, `{{0,1},{2,3}}`, where `{}` is all; or the rows of a
-  transposed range, `[2,4]<=[4,2]T(1,0)`; or named axes of a mesh of the
-  compiler's own, `mesh['a'=2,'b'=4] {'b'}`. A permute's pairs count as groups.
-  """
-  start = re.search(r'(?:replica_groups|source_target_pairs)=', attributes)
-  assert start, attributes
-  text = attributes[start.end() :]
-  if text.startswith('mesh['):
-    return _named_groups(text)
-  if text.startswith('{}'):
-    return [list(range(num_devices))]
-  if text.startswith('{'):
-    found = re.findall(r'\{([\d,]+)\}', text[: text.index('}}') + 2])
-    return [_numbers(group) for group in found]
-  iota = re.match(r'\[([\d,]+)\](<=\[[\d,]+\](?:T\([\d,]+\))?)', text)
-  assert iota, text[:200]
-  return _range(iota[2]).reshape(_numbers(iota[1])).tolist()
-
-
-def _numbers(text: str) -> list[int]:
-  return [int(number) for number in text.split(',')]
-
-
-def _range(text: str) -> np.ndarray:
-  """Reads `[4,2]T(1,0)`: 0, 1, ... in a shape, transposed."""
-  shape, order = re.findall(r'\[([\d,]+)\](?:T\(([\d,]+)\))?', text)[0]
-  ids = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
-  return ids.transpose(_numbers(order)) if order else ids
-
-
-def _named_groups(text: str) -> list[list[int]]:
-  # mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a','b':(1)2}
-  found = re.match(
-    r'mesh\[(.*?)\](?:, device_ids=\((.*?\)?)\))? \{(.*?)\}', text
-  )
-  assert found, text[:200]
-  sizes = {a: int(n) for a, n in re.findall(r"'(\w+)'=(\d+)", found[1])}
-  num = math.prod(sizes.values())
-  ids = _range(found[2] if found[2] else f'[{num}]')
-  # Each joined axis, or a part of one: 'axis':(size before)size.
-  parts = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[3])
-  shape, joined = [], []
-  for axis, size in sizes.items():
-    done = 1
-    cuts = [(int(b or 1), int(n or size)) for a, b, n in parts if a == axis]
-    for before, length in sorted(cuts):
-      shape += [before // done, length]
-      joined.append(len(shape) - 1)
-      done = before * length
-    shape.append(size // done)
-  ids = np.moveaxis(ids.reshape(shape), joined, range(-len(joined), 0))
-  return ids.reshape(-1, math.prod(ids.shape[-len(joined) :])).tolist()

@@ -76,6 +76,20 @@ def _axis(line: Sequence[Any], devices: np.ndarray) -> Axis:
   return Axis(size=len(line), slices=slices, sides=sides)
 
 
+def reached(axis: Axis, between: bool | None) -> Axis:
+  """Returns the part of an axis along which an exchange goes.
+
+  Args:
+    axis: whole.
+    between: as `Collective.between`.
+  """
+  if between is None:
+    return axis
+  if between:
+    return Axis(size=axis.slices, slices=axis.slices)
+  return dataclasses.replace(axis, size=axis.within, slices=1)
+
+
 def seconds(
   kind: str,
   num_bytes: float,

@@ -88,7 +88,7 @@ def make(
   axes = links.axes_of(mesh)
   network = exposed = 0.0
   for c in found:
-    own = [axes[name] for name in c.axes]
+    own = [links.reached(axes[name], c.between) for name in c.axes]
     time = float(c.times) * links.seconds(c.kind, c.bytes, own, chip)
     network += time
     exposed += 0.0 if c.hidden else time

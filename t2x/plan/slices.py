@@ -16,6 +16,7 @@ from t2x.plan import loops
 from t2x.plan import overlap
 
 _KIND = re.compile(r'_xla_megascale_transfer_type="([A-Z_]+)"')
+_GROUP = re.compile(r'_xla_megascale_target=\{\{([\d,]+)\}')
 _EXCHANGE = re.compile(r'_xla_host_transfer_rendezvous="([^"]+)"')
 
 
@@ -58,14 +59,28 @@ def places(mesh: Any, num: int) -> np.ndarray:
   return np.array(first)
 
 
-def axes(mesh: Any) -> tuple[str, ...]:
-  """Returns the mesh axes along which slices lie side by side."""
-  of = np.vectorize(mesh_lib.slice_of)(mesh.devices)
-  return tuple(
-    name
-    for i, name in enumerate(mesh.axis_names)
-    if (of != np.take(of, [0], axis=i)).any()
-  )
+def joined(
+  instruction: hlo.Instruction, mesh: jax.sharding.Mesh
+) -> tuple[tuple[str, ...], int]:
+  """Returns the mesh axes along which a send goes, and among how many slices.
+
+  They are groups of devices, `{{100000,200000},...}`, or all slices,
+  `"{1,2}x{0:3}"`.
+  """
+  found = _GROUP.search(instruction.attributes)
+  ids = {int(n) for n in found[1].split(',')} if found else None
+  group = [
+    (place, device)
+    for place, device in np.ndenumerate(mesh.devices)
+    if ids is None or device.id in ids
+  ]
+  of = [mesh_lib.slice_of(device) for _, device in group]
+  if ids is None:  # One device of each slice.
+    group = [group[of.index(number)] for number in {*of}]
+  places = np.array([place for place, _ in group])
+  moved = (places != places[0]).any(0)
+  axes = tuple(a for a, differs in zip(mesh.axis_names, moved) if differs)
+  return axes, len({*of})
 
 
 def is_hidden(scope: loops.Scope, send: hlo.Instruction) -> bool:

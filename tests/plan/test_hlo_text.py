@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from t2x.plan import collectives
+from t2x.plan import groups
 from t2x.plan import hlo
 from t2x.plan import matrix
 
@@ -30,7 +31,7 @@ from t2x.plan import matrix
   ],
 )
 def test_groups_in_all_forms(text, want):
-  found = collectives.groups(f', {text}, dimensions={{0}}, channel_id=3', 4)
+  found = groups.joined(f', {text}, dimensions={{0}}, channel_id=3', 4)
   assert found == want
 
 
