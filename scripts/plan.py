@@ -140,6 +140,8 @@ def _search(name: str, config, num_devices: int) -> None:
   print()
   rows = plan_trials.table(results)
   print('\n'.join(sharding_table.aligned(rows, '<<>>>>>>')))
+  for note in plan_trials.notes(results):
+    print(note)
   if values.json:
     ranked = [
       {'settings': r.candidate.settings, 'plan': r.plan} for r in results

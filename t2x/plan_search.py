@@ -166,17 +166,28 @@ def _meshes(config, num: int, num_slices: int) -> Iterator[mesh_lib.MeshConfig]:
       continue
     if context > 1 and config.data.length < _LONG:
       continue
-    if pipe > _depth(model) or (data % num_slices if num_slices > 1 else 0):
+    if pipe > _depth(model):
       continue
-    yield mesh_lib.MeshConfig(
-      data=data,
-      fsdp=fsdp,
-      tensor=tensor,
-      context=context,
-      expert=expert,
-      pipe=pipe,
-      dcn=mesh_lib.Dcn(data=num_slices),
-    )
+    for dcn in _between(num_slices, data=data, fsdp=fsdp, pipe=pipe):
+      yield mesh_lib.MeshConfig(
+        data=data,
+        fsdp=fsdp,
+        tensor=tensor,
+        context=context,
+        expert=expert,
+        pipe=pipe,
+        dcn=dcn,
+      )
+
+
+def _between(num_slices: int, **sizes: int) -> Iterator[mesh_lib.Dcn]:
+  """Yields the axes that can lie between slices; others send too much."""
+  if num_slices == 1:
+    yield mesh_lib.Dcn(data=1)
+    return
+  for axis, size in sizes.items():
+    if size % num_slices == 0:
+      yield mesh_lib.Dcn(**{'data': 1, axis: num_slices})
 
 
 def _depth(model) -> int:

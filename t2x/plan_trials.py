@@ -146,7 +146,7 @@ def short(candidate: plan_search.Candidate) -> str:
   kept = [
     s.removeprefix('mesh.')
     for s in candidate.settings
-    if not s.endswith('=1') and not s.startswith('mesh.dcn')
+    if not s.endswith('=1') and not s.startswith('mesh.dcn.data')
   ]
   return ' '.join(kept)
 
@@ -183,8 +183,7 @@ def table(results: Sequence[Result]) -> list[list[str]]:
     gib = lambda size: f'{size / 2**30:.2f}'
     guess = [gib(c.peak), plan_text.time(c.seconds)]
     if plan is None or not plan['roofline']:
-      why = str(result.note or (plan and plan['refused']) or '')
-      cells = ['-', guess[0], '-', guess[1], '-', why]
+      cells = ['-', guess[0], '-', guess[1], '-', f'note {i}']
     else:
       r = plan['roofline']
       peak = gib(plan['memory']['peak_bytes'])
@@ -192,3 +191,12 @@ def table(results: Sequence[Result]) -> list[list[str]]:
       cells += [f'{100 * r["mfu_limit"]:.1f}%', r['bound']]
     rows.append([str(i), short(result.candidate), *cells])
   return rows
+
+
+def notes(results: Sequence[Result]) -> list[str]:
+  """Returns why those have no figures that have none, a line each."""
+  return [
+    f'note {i}: {result.note or (result.plan and result.plan["refused"])}'
+    for i, result in enumerate(results, 1)
+    if result.plan is None or not result.plan['roofline']
+  ]

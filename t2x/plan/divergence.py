@@ -55,8 +55,7 @@ def _permutes(
   """Yields permutes with what they lie in that devices may not run alike."""
   for instruction in scope.computation.instructions.values():
     if inside and instruction.op in _PERMUTES:
-      # All devices read the same in the table: whether anyone sends.
-      if executor.EXCHANGE not in instruction.op_name:
+      if not _is_exchange(instruction):
         yield instruction, inside
     within = inside
     if not inside and _may_differ(scope, instruction):
@@ -68,7 +67,13 @@ def _permutes(
 def _may_differ(scope: loops.Scope, instruction: hlo.Instruction) -> bool:
   """Whether devices may run what it holds unlike often."""
   if instruction.op != 'while':
-    return instruction.op == 'conditional'
+    # In the program of one of several slices, permutes have no name.
+    return instruction.op == 'conditional' and not _is_exchange(instruction)
   if tick.LOOP in instruction.op_name:
     return True
   return loops.trip_count(scope, instruction) is None
+
+
+def _is_exchange(instruction: hlo.Instruction) -> bool:
+  """Whether all devices read the same in the table: that one of them sends."""
+  return executor.EXCHANGE in instruction.op_name

@@ -16,7 +16,7 @@ from t2x.plan import loops
 from t2x.plan import overlap
 
 _KIND = re.compile(r'_xla_megascale_transfer_type="([A-Z_]+)"')
-_GROUP = re.compile(r'_xla_megascale_target=\{\{([\d,]+)\}')
+_GROUP = re.compile(r'_xla_megascale_target=\{\{([\d,>-]+)\}')
 _EXCHANGE = re.compile(r'_xla_host_transfer_rendezvous="([^"]+)"')
 
 
@@ -25,7 +25,8 @@ def kind(instruction: hlo.Instruction) -> str | None:
   found = _KIND.search(instruction.attributes)
   if instruction.op != 'send' or not found:
     return None
-  return found[1].lower().replace('_', '-')
+  name = found[1].lower().replace('_', '-')
+  return 'collective-permute' if name == 'one-to-one' else name
 
 
 def places(mesh: Any, num: int) -> np.ndarray:
@@ -68,7 +69,7 @@ def joined(
   `"{1,2}x{0:3}"`.
   """
   found = _GROUP.search(instruction.attributes)
-  ids = {int(n) for n in found[1].split(',')} if found else None
+  ids = {int(n) for n in re.findall(r'\d+', found[1])} if found else None
   group = [
     (place, device)
     for place, device in np.ndenumerate(mesh.devices)
