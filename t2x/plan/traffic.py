@@ -33,7 +33,7 @@ def memory_bytes(text: str, trips: loops.Trips | None = None) -> int:
   """Returns the bytes that one device reads from its memory and writes to it.
 
   A fusion reads its operands and writes its results once. Of an operand that
-  it slices the slice counts, of one that it updates in place the update, and
+  it slices, or a fusion within it, the slice counts, of one that it updates in place the update, and
   nothing of what lies in a TPU's vector memory. An upper bound: what another
   operation has just brought to a cache counts again.
 
@@ -89,10 +89,6 @@ def _of_operation(scope: loops.Scope, instruction: hlo.Instruction) -> int:
 def _of_fusion(scope: loops.Scope, instruction: hlo.Instruction) -> int:
   inner = scope.enter(instruction.callees[0], instruction, instruction.operands)
   body = inner.computation.instructions
-  users: dict[str, list[hlo.Instruction]] = {}
-  for user in body.values():
-    for name in user.operands:
-      users.setdefault(name, []).append(user)
   updated, total = updates(inner)
   for type_, name in zip(hlo.elements(instruction.type), updated, strict=True):
     total += 0 if name else main_bytes(type_)
@@ -102,11 +98,34 @@ def _of_fusion(scope: loops.Scope, instruction: hlo.Instruction) -> int:
     own = main_bytes(
       scope.type_of(instruction.operands[int(parameter.literal)])
     )
-    used = users.get(name, [])
-    if used and all(user.op in _SLICES for user in used):
-      own = min(own, sum(main_bytes(user.type) for user in used))
-    total += own
+    total += min(own, _read(inner, name, own))
   return total
+
+
+def _read(inner: loops.Scope, name: str, whole: int) -> int:
+  """Returns the bytes that a fusion, and those within it, read of an array."""
+  total = 0
+  users = [
+    user
+    for user in inner.computation.instructions.values()
+    if name in user.operands
+  ]
+  for user in users:
+    if user.op in _SLICES:
+      total += main_bytes(user.type)
+    elif user.op == 'bitcast':
+      total += _read(inner, user.name, whole)
+    elif user.op == 'fusion':
+      within = inner.enter(user.callees[0], user, user.operands)
+      total += sum(
+        _read(within, parameter.name, whole)
+        for parameter in within.computation.instructions.values()
+        if parameter.op == 'parameter'
+        and user.operands[int(parameter.literal)] == name
+      )
+    else:
+      return whole
+  return total if users else whole
 
 
 def updates(inner: loops.Scope) -> tuple[list[str | None], int]:

@@ -136,6 +136,43 @@ ENTRY %main (p: f32[7,64], q: f32[1,64], i: s32[]) -> (f32[7,64], f32[1,64]) {
   assert sorted(b.bytes for b in live.at_peak(text)) == [row, stack]
 
 
+def test_what_a_fusion_within_a_fusion_slices_is_read_as_a_slice():
+  """As a product whose operand is a row of a stack; the other is read whole."""
+  text = (
+    'HloModule m, is_scheduled=true'
+    + """
+%row (p: f32[7,64], i: s32[]) -> f32[64] {
+  %p = f32[7,64] parameter(0)
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  %s = f32[1,64] dynamic-slice(%p, %i, %z), dynamic_slice_sizes={1,64}
+  ROOT %b = f32[64] bitcast(%s)
+}
+
+%both (p: f32[7,64], q: f32[3,64], i: s32[]) -> f32[64] {
+  %p = f32[7,64] parameter(0)
+  %q = f32[3,64] parameter(1)
+  %i = s32[] parameter(2)
+  %x = f32[64] fusion(%p, %i), kind=kLoop, calls=%row
+  %y = f32[64] fusion(%q, %i), kind=kLoop, calls=%row
+  %w = f32[192] bitcast(%q)
+  %v = f32[64] reduce-precision(%w), exponent_bits=8, mantissa_bits=7
+  ROOT %o = f32[64] add(%x, %y)
+}
+
+ENTRY %main (p: f32[7,64], q: f32[3,64], i: s32[]) -> f32[64] {
+  %p = f32[7,64] parameter(0)
+  %q = f32[3,64] parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %f = f32[64] fusion(%p, %q, %i), kind=kOutput, calls=%both
+}
+"""
+  )
+  row = 4 * 64
+  # A row of the first, the second, which row, and the result.
+  assert traffic.memory_bytes(text) == row + 3 * row + 4 + row
+
+
 # --- Live buffers. ---
 
 
