@@ -44,6 +44,7 @@ from t2x import main as main_lib
 from t2x import plan_advice
 from t2x import plan_memory
 from t2x import plan_page
+from t2x import plan_remedy
 from t2x import plan_search
 from t2x import plan_text
 from t2x import plan_trials
@@ -108,7 +109,7 @@ def _estimate(name: str, config, devices) -> None:
   print(plan_text.title(name, *where, found.sizes) + ', estimated\n')
   print(estimate_text.text(found, limit))
   if limit is not None and found.peak_bytes > limit:
-    said = plan_search.remedy(config, *where, len(devices), limit)
+    said = plan_remedy.remedy(config, *where)
     print(f'\nwarning: {said}')
   if values.json:
     print(json.dumps(estimate_text.to_json(found, limit)))

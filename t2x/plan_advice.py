@@ -6,7 +6,7 @@ import math
 from t2x import experiment
 from t2x import gpu_targets
 from t2x import mesh as mesh_lib
-from t2x import plan_search
+from t2x import plan_remedy
 from t2x import planning
 from t2x import sharding
 from t2x import sharding_table
@@ -45,10 +45,7 @@ def _too_large(config, plan) -> Iterator[str]:
   """The least change with which it should fit, or how many chips it needs."""
   if plan.fits is not False:
     return
-  num = math.prod(plan.sizes.values())
-  yield plan_search.remedy(
-    config, plan.topology, plan.num_slices, num, plan.memory.limit
-  )
+  yield plan_remedy.remedy(config, plan.topology, plan.num_slices)
 
 
 def _copies(config, plan) -> Iterator[str]:

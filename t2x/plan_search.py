@@ -7,9 +7,7 @@ by `estimate` within seconds. `plan_trials` compiles the best.
 """
 
 from collections.abc import Iterator
-from collections.abc import Sequence
 import dataclasses
-import math
 from typing import Any
 
 from t2x import absent
@@ -29,6 +27,7 @@ from t2x.plan import links
 from t2x.plan import roofline
 
 _REMATS = ('none', 'dots', 'full')
+_SCHEDULES = ('one_f_one_b', 'interleaved', 'zb_h1')  # The leanest first.
 _MOST_TENSOR = 8  # Past it the sums of activations are what a step waits for.
 _LONG = 8192  # Rows from which it may be worth splitting them.
 MARGIN = 1.1  # Estimates are off by about a tenth.
@@ -55,6 +54,65 @@ class Candidate:
   fits: bool
 
 
+class Site:
+  """The devices that a run is to be on.
+
+  Attributes:
+    num_devices: of all slices.
+    num_slices: in which they lie.
+    limit: bytes that a device has.
+  """
+
+  def __init__(self, topology: str, num_slices: int, dtype: str):
+    """Makes one.
+
+    Args:
+      topology: as for `absent.devices`.
+      num_slices: of it.
+      dtype: of products, whose speed matters.
+
+    Raises:
+      ValueError: devices of which no figures are known.
+    """
+    self._devices = absent.devices(topology, num_slices)
+    self.num_devices, self.num_slices = len(self._devices), num_slices
+    kind = self._devices[0].device_kind
+    chip = machines.chip_of(kind)
+    peak = flops_lib.peak_flops(kind, dtype)
+    limit = plan_memory.limit_of(chip)
+    if chip is None or peak is None or limit is None:
+      raise ValueError(
+        f'--topology={topology}: no memory and speed are known of {kind!r}, so '
+        'that there is nothing to rank by. Name a kind of TPU or GPU.'
+      )
+    self.limit = limit
+    self._chip, self._peak = machines.CHIPS[chip], peak
+    self._links: dict[Any, dict[str, links.Axis]] = {}
+
+  def candidate(
+    self, config: experiment.Experiment, settings: tuple[str, ...]
+  ) -> Candidate | None:
+    """Returns an experiment with settings, estimated; None if it cannot be."""
+    try:
+      own = config_lib.override(config, config_lib.parse_settings([*settings]))
+      consistency.check(own, self.num_devices)
+      estimate = estimate_lib.step(own, self.num_devices)
+      if own.mesh not in self._links:
+        mesh = mesh_lib.make(own.mesh, self._devices)
+        self._links[own.mesh] = links.axes_of(mesh)
+    except ValueError:
+      return None
+    axes = self._links[own.mesh]
+    return Candidate(
+      config=own,
+      settings=settings,
+      peak=estimate.peak_bytes,
+      seconds=_seconds(own, estimate, axes, self._chip, self._peak),
+      limit=self.limit,
+      fits=MARGIN * estimate.peak_bytes <= self.limit,
+    )
+
+
 def candidates(
   config: experiment.Experiment, topology: str, num_slices: int = 1
 ) -> list[Candidate]:
@@ -68,41 +126,9 @@ def candidates(
   Raises:
     ValueError: devices of which no figures are known.
   """
-  devices = absent.devices(topology, num_slices)
-  kind = devices[0].device_kind
-  chip = machines.chip_of(kind)
-  peak = flops_lib.peak_flops(kind, config.model.dtype)
-  if chip is None or peak is None:
-    raise ValueError(
-      f'--topology={topology}: no memory and speed are known of {kind!r}, so '
-      'that there is nothing to rank by. Name a kind of TPU or GPU.'
-    )
-  limit = plan_memory.limit_of(chip)
-  assert limit is not None
-  links_of: dict[Any, dict[str, links.Axis]] = {}
-  found = []
-  for own, settings in _ways(config, len(devices), num_slices):
-    try:
-      estimate = estimate_lib.step(own, len(devices))
-      if own.mesh not in links_of:
-        mesh = mesh_lib.make(own.mesh, devices)
-        links_of[own.mesh] = links.axes_of(mesh)
-    except ValueError:  # A layout that cannot be.
-      continue
-    seconds = _seconds(
-      own, estimate, links_of[own.mesh], machines.CHIPS[chip], peak
-    )
-    found.append(
-      Candidate(
-        config=own,
-        settings=settings,
-        peak=estimate.peak_bytes,
-        seconds=seconds,
-        limit=limit,
-        fits=MARGIN * estimate.peak_bytes <= limit,
-      )
-    )
-  return sorted(found, key=_order)
+  site = Site(topology, num_slices, config.model.dtype)
+  made = (site.candidate(config, s) for s in ways(config, site))
+  return sorted((c for c in made if c is not None), key=_order)
 
 
 def _order(candidate: Candidate):
@@ -136,39 +162,39 @@ def _seconds(config, estimate, axes, chip, peak) -> float:
   ).seconds
 
 
-def _ways(
-  config: experiment.Experiment, num: int, num_slices: int
-) -> Iterator[tuple[experiment.Experiment, tuple[str, ...]]]:
-  for mesh in _meshes(config, num, num_slices):
-    parts = mesh.data * mesh.fsdp * mesh.expert
-    rows = config.data.batch_size
-    if rows % parts:
-      continue
+def ways(
+  config: experiment.Experiment, site: Site
+) -> Iterator[tuple[str, ...]]:
+  """Yields settings of layouts that may be, recomputation and microbatches."""
+  for mesh in _meshes(config, site):
     for remat in _REMATS:
-      for settings in _microbatches(rows // parts, mesh):
-        settings = (*_text(mesh), f'train.remat={remat}', *settings)
-        try:
-          own = config_lib.override(
-            config, config_lib.parse_settings([*settings])
-          )
-          consistency.check(own, num)
-        except ValueError:
-          continue
-        yield own, settings
+      for settings in _microbatches(config, mesh, _SCHEDULES):
+        yield *_text(mesh), f'train.remat={remat}', *settings
 
 
-def _meshes(config, num: int, num_slices: int) -> Iterator[mesh_lib.MeshConfig]:
-  model = config.model
+def lean_ways(
+  config: experiment.Experiment, site: Site
+) -> Iterator[tuple[str, ...]]:
+  """Yields of each mesh what takes the least memory."""
+  for mesh in _meshes(config, site):
+    # What mesh.data splits mesh.fsdp splits too, and the state.
+    cuts = [*_microbatches(config, mesh, _SCHEDULES[:1])]
+    if cuts and mesh.data in (1, site.num_slices):
+      yield *_text(mesh), 'train.remat=full', *cuts[-1]
+
+
+def _meshes(config, site: Site) -> Iterator[mesh_lib.MeshConfig]:
+  model, rows = config.model, config.data.batch_size
   experts = any(isinstance(m, moe.MoeConfig) for m in model.mlp_kinds)
-  for sizes in layouts.factorisations(num, 6):
+  for sizes in layouts.factorisations(site.num_devices, 6):
     data, fsdp, tensor, context, expert, pipe = sizes
     if tensor > _MOST_TENSOR or (expert > 1 and not experts):
       continue
     if context > 1 and config.data.length < _LONG:
       continue
-    if pipe > _depth(model):
+    if pipe > _depth(model) or rows % (data * fsdp * expert):
       continue
-    for dcn in _between(num_slices, data=data, fsdp=fsdp, pipe=pipe):
+    for dcn in _between(site.num_slices, data=data, fsdp=fsdp, pipe=pipe):
       yield mesh_lib.MeshConfig(
         data=data,
         fsdp=fsdp,
@@ -204,8 +230,9 @@ def _text(mesh: mesh_lib.MeshConfig) -> Iterator[str]:
     yield f'mesh.dcn.{axis}={getattr(mesh.dcn, axis)}'
 
 
-def _microbatches(rows: int, mesh) -> Iterator[tuple[str, ...]]:
+def _microbatches(config, mesh, schedules) -> Iterator[tuple[str, ...]]:
   """Yields ways to cut a device's rows."""
+  rows = config.data.batch_size // (mesh.data * mesh.fsdp * mesh.expert)
   counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if rows % n == 0]
   if mesh.pipe == 1:
     for n in counts:
@@ -214,99 +241,9 @@ def _microbatches(rows: int, mesh) -> Iterator[tuple[str, ...]]:
   for n in counts:
     if n < mesh.pipe:
       continue
-    for schedule in ('one_f_one_b', 'interleaved', 'zb_h1'):
+    for schedule in schedules:
       yield (
         'train.accumulate=1',
         f'pipeline.microbatches={n}',
         f'pipeline.schedule={schedule}',
       )
-
-
-def nearest_fit(
-  found: Sequence[Candidate], config: experiment.Experiment
-) -> Candidate | None:
-  """Returns the candidate that fits with the fewest settings changed."""
-  # One without a change was planned, and does not fit whatever is estimated.
-  fitting = [c for c in found if c.fits and changes(c, config)]
-  near = lambda c: (len(changes(c, config)), c.seconds)
-  return min(fitting, key=near, default=None)
-
-
-def changes(candidate: Candidate, config: experiment.Experiment) -> list[str]:
-  """Returns the settings in which a candidate differs from an experiment.
-
-  An axis that takes what remains (-1) is as before where the others are.
-  """
-  flat = config_lib.flatten(config_lib.to_json(config))
-  asked = [(s, *s.partition('=')[::2]) for s in candidate.settings]
-  other = [
-    (text, name) for text, name, value in asked if str(flat.get(name)) != value
-  ]
-  rest = [
-    name for _, name in other if name.startswith('mesh.') and flat[name] == -1
-  ]
-  # Each of mesh and mesh.dcn may have one.
-  parent = lambda name: name.rpartition('.')[0]
-  alone = [
-    name
-    for name in rest
-    if sum(parent(o) == parent(name) for _, o in other) == 1
-  ]
-  return [text for text, name in other if name not in alone]
-
-
-def remedy(
-  config: experiment.Experiment,
-  topology: str,
-  num_slices: int,
-  num_devices: int,
-  limit: float,
-) -> str:
-  """Returns what to change of a run that does not fit, in a sentence.
-
-  The least change with which it should, or else how many chips it needs.
-  """
-  nearest = nearest_fit(candidates(config, topology, num_slices), config)
-  if nearest is None:
-    return too_large(config, num_devices, limit)
-  changed = ' '.join(f'--set {s}' for s in changes(nearest, config))
-  return (
-    f'it should fit with {changed} (and no --layout): by estimate '
-    f'{nearest.peak / 2**30:.2f} of {limit / 2**30:.2f} GiB.'
-  )
-
-
-def too_large(
-  config: experiment.Experiment, num_devices: int, limit: float
-) -> str:
-  """Returns that nothing fits, and what would, in a sentence."""
-  need = chips_needed(config, num_devices, limit)
-  how_many = f'{need:,} of them' if need else 'many more of them'
-  return (
-    f'it fits on {num_devices} of these devices in no layout, recomputed or in '
-    f'microbatches: by estimate, and a tenth more, it needs {how_many} or '
-    'larger ones.'
-  )
-
-
-def chips_needed(
-  config: experiment.Experiment, num_devices: int, limit: float
-) -> int | None:
-  """Returns on how many devices a lean layout should fit: 2, 4, 8, ... times.
-
-  Lean is a row at a time, recomputed, split by fsdp as far as there are rows
-  and by tensor parallelism then. None where 1,024 times are not enough.
-  """
-  rows = config.data.batch_size
-  for num in (num_devices << i for i in range(1, 11)):
-    fsdp = math.gcd(rows, num)
-    mesh = mesh_lib.MeshConfig(data=1, fsdp=fsdp, tensor=num // fsdp)
-    own = dataclasses.replace(config, mesh=mesh)
-    settings = {'train.remat': 'full', 'train.accumulate': str(rows // fsdp)}
-    try:
-      found = estimate_lib.step(config_lib.override(own, settings), num)
-    except ValueError:  # More parts than heads.
-      continue
-    if MARGIN * found.peak_bytes <= limit:
-      return num
-  return None

@@ -23,6 +23,7 @@ from typing import Any
 from t2x import config as config_lib
 from t2x import experiment
 from t2x import fingerprint
+from t2x import plan_remedy
 from t2x import plan_search
 from t2x import plan_text
 
@@ -59,7 +60,7 @@ def check(
   best = found[0]
   if best.fits or best.peak <= plan_search.MARGIN * best.limit:
     return
-  said = plan_search.too_large(best.config, num_devices, best.limit)
+  said = plan_remedy.too_large(best.config, topology, num_devices, best.limit)
   raise ValueError(
     f'{name} on {topology}: {said} The leanest way ({short(best)}) takes '
     f'{best.peak / 2**30:,.1f} GiB, and a device has '

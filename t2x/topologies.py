@@ -100,6 +100,20 @@ def parse(name: str) -> Topology:
   return topology
 
 
+def largest(name: str) -> tuple[int, str]:
+  """Returns the devices of the largest slice or node of a kind, and its name.
+
+  Args:
+    name: of any topology of that kind, as for `parse`.
+  """
+  chip = parse(name).chip
+  if chip in TPUS:
+    shape, *_ = _nearest(TPUS[chip], TPUS[chip].max_chips)
+  else:
+    shape = (gpu_targets.TARGETS[chip].node_sizes[-1],)
+  return math.prod(shape), _names(chip, [shape])
+
+
 def _unknown(name: str, given: str) -> str:
   kinds = *TPUS, *gpu_targets.TARGETS
   close = difflib.get_close_matches(given, kinds, n=2)

@@ -49,7 +49,7 @@ _ORDER = (
   ('estimate',),
   ('executables',),
   ('sharding_table', 'sharding_drawing', 'sharding_page'),
-  ('plan_memory', 'planning', 'plan_search'),
+  ('plan_memory', 'planning', 'plan_search', 'plan_remedy'),
   ('plan_advice', 'plan_text', 'plan_page'),
   ('plan_trials',),
   ('estimate_text',),

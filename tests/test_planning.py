@@ -18,6 +18,7 @@ from t2x import mesh
 from t2x import plan_advice
 from t2x import plan_memory
 from t2x import plan_page
+from t2x import plan_remedy
 from t2x import plan_search
 from t2x import plan_text
 from t2x import plan_trials
@@ -171,13 +172,15 @@ def test_changes_leave_out_what_is_so_anyhow():
   tpu.devices('v5e:2x4')
   config = config_of(*_TINY, 'mesh.data=1', 'mesh.fsdp=-1')
   found = plan_search.candidates(config, 'v5e:2x4')
-  assert [] in [plan_search.changes(c, config) for c in found]
-  nearest = plan_search.nearest_fit(found, config)
-  assert 1 <= len(plan_search.changes(nearest, config)) <= 2
+  assert [] in [plan_remedy.changes(c.settings, config) for c in found]
+  site = plan_search.Site('v5e:2x4', 1, config.model.dtype)
+  nearest = plan_remedy.nearest_fit(config, site)
+  assert nearest is not None
+  assert len(plan_remedy.changes(nearest.settings, config)) == 1
   other = next(
     c for c in found if {'mesh.fsdp=4', 'mesh.tensor=2'} <= {*c.settings}
   )
-  said = plan_search.changes(other, config)
+  said = plan_remedy.changes(other.settings, config)
   assert {'mesh.fsdp=4', 'mesh.tensor=2'} <= {*said}
   assert 'mesh.data=1' not in said
 

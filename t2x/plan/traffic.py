@@ -33,9 +33,9 @@ def memory_bytes(text: str, trips: loops.Trips | None = None) -> int:
   """Returns the bytes that one device reads from its memory and writes to it.
 
   A fusion reads its operands and writes its results once. Of an operand that
-  it slices, or a fusion within it, the slice counts, of one that it updates in place the update, and
-  nothing of what lies in a TPU's vector memory. An upper bound: what another
-  operation has just brought to a cache counts again.
+  it slices, or a fusion within it, the slice counts, of one that it updates in
+  place the update, and nothing of what lies in a TPU's vector memory. An upper
+  bound: what another operation has just brought to a cache counts again.
 
   Args:
     text: of `compiled.as_text()`.
