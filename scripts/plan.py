@@ -78,6 +78,9 @@ def _main() -> None:
       'error: --search looks for the layout and prints a table: leave out '
       '--layout, --html and --estimate.'
     )
+  for name in ('most', 'processes', 'seconds', 'cache'):
+    if flags.FLAGS[name].present and not values.search:
+      sys.exit(f'error: --{name} is for --search: give both, or neither.')
   if values.estimate and values.html:
     sys.exit('error: --estimate prints lines alone: leave out --html.')
   name, config = target_flags.experiment_of()
@@ -89,6 +92,9 @@ def _main() -> None:
   if values.estimate:
     _estimate(name, config, devices)
     return
+  where = plan_text.where(values.topology, values.num_slices)
+  # The compiler says nothing until it is done.
+  print(f'Compiling for {where} ...', file=sys.stderr, flush=True)
   plan = planning.make(config, values.topology, values.num_slices)
   advice = plan_advice.of(config, plan) if values.advice else []
   print(plan_text.text(name, plan, advice))
@@ -98,7 +104,7 @@ def _main() -> None:
     file.write_text(plan_page.page(name, plan, advice), encoding='utf-8')
     print(f'The page is {file}')
   if values.json:
-    print(json.dumps(plan_text.to_json(plan, advice)))
+    print(json.dumps({'experiment': name, **plan_text.to_json(plan, advice)}))
 
 
 def _estimate(name: str, config, devices) -> None:
@@ -112,7 +118,12 @@ def _estimate(name: str, config, devices) -> None:
     said = plan_remedy.remedy(config, *where)
     print(f'\nwarning: {said}')
   if values.json:
-    print(json.dumps(estimate_text.to_json(found, limit)))
+    told = {
+      'experiment': name,
+      'topology': values.topology,
+      'num_slices': values.num_slices,
+    }
+    print(json.dumps({**told, **estimate_text.to_json(found, limit)}))
 
 
 def _search(name: str, config, num_devices: int) -> None:

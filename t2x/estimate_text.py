@@ -43,7 +43,7 @@ def to_json(
 ) -> dict[str, Any]:
   """Returns the same, in bytes and FLOPs of a device."""
   return {
-    'sizes': dict(found.sizes),
+    'mesh': dict(found.sizes),
     'memory': {
       'arguments_bytes': found.argument_bytes,
       'temporaries_bytes': found.temporary_bytes,

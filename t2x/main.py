@@ -18,6 +18,8 @@ from t2x import experiment
 from t2x import machines as machines_lib
 from t2x import simulated
 
+flags.disclaim_key_flags()  # They are the script's: --helpshort lists them.
+
 GetConfig = Callable[[], experiment.Experiment]
 Machines = Mapping[str, machines_lib.Machine]
 

@@ -54,6 +54,8 @@ def page(name: str, plan: planning.Plan, advice: Iterable[str] = ()) -> str:
     body += ['<h2>Least time of a step</h2>', _times(plan)]
   if plan.sent:
     body += ['<h2>Sent by a device</h2>', _sent(plan)]
+  if plan.stages:
+    body += ['<h2>Stages</h2>', _stages(plan)]
   note = '<br>'.join(map(html.escape, plan.formula.splitlines()[:3]))
   body += [f'<h2>FLOPs</h2><p class="note">{note}</p>']
   return report_page.PAGE.format(
@@ -108,7 +110,7 @@ def _memory(plan: planning.Plan) -> str:
   parts = [(n, size, _gib(size)) for n, size in groups.items() if size > 1e5]
   batch = memory.arguments - sum(groups.values())
   if batch > 1e5:
-    parts.append(('batch', batch, _gib(batch)))
+    parts.append(('batch and padding', batch, _gib(batch)))
   beside = memory.peak - memory.arguments
   parts.append(('temporaries at the peak', beside, _gib(beside)))
   whole = max(memory.limit or 0.0, memory.peak)
@@ -172,6 +174,22 @@ def _times(plan: planning.Plan) -> str:
     f'<div class="wide"><table class="rows"><tbody>{lines}</tbody></table>'
     '</div><p class="note">A model by the published figures of the chip, and '
     f'no measurement: bound by {r.bound}.{idle}</p>'
+  )
+
+
+def _stages(plan: planning.Plan) -> str:
+  rows = ''.join(
+    f'<tr><th scope="row">{i}</th><td>{plan_text.flops(stage.executed)}</td>'
+    f'<td>{sharding_table.bytes_text(stage.sent)}</td></tr>'
+    for i, stage in enumerate(plan.stages)
+  )
+  head = ''.join(
+    f'<th scope="col">{name}</th>' for name in ('stage', 'executed', 'sent')
+  )
+  return (
+    f'<p class="note">{html.escape(plan.schedule)}</p>'
+    f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
+    f'<tbody>{rows}</tbody></table></div>'
   )
 
 

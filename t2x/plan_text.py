@@ -19,6 +19,9 @@ def gib(num: float) -> str:
 
 
 def flops(num: float) -> str:
+  """Returns FLOPs to four digits: '109.3 TFLOP', '13.29 GFLOP'."""
+  if num < 1e11:
+    return f'{num / 1e9:,.4g} GFLOP'
   return f'{num / 1e12:,.4g} TFLOP'
 
 
@@ -64,6 +67,8 @@ def text(name: str, plan: planning.Plan, advice=()) -> str:
   ]
   if plan.sent:
     lines += ['', *_sent(plan)]
+  if plan.stages:
+    lines += ['', *_stages(plan)]
   if plan.roofline is not None:
     lines += ['', *_roofline(plan)]
   lines += ['', f'lowered and compiled in {plan.compile_seconds:.0f} s']
@@ -80,7 +85,9 @@ def _memory(plan: planning.Plan) -> list[str]:
       continue
     rows.append([group, gib(sum(modules.values()))])
     rows += [[f'  {name}', gib(size)] for name, size in _large(modules)]
-  rows.append(['all arguments, with the batch', gib(memory.arguments)])
+  rows.append(
+    ['all arguments, with the batch and padding', gib(memory.arguments)]
+  )
   rows.append(['temporaries', gib(memory.temporaries)])
   rows += [
     [f'  {name}', gib(size)] for name, size in _large(memory.activations)
@@ -90,7 +97,7 @@ def _memory(plan: planning.Plan) -> list[str]:
     rows.append(['  not in use at the fullest moment', gib(unused)])
   if memory.host:
     rows.append(['in the memory of the hosts', gib(memory.host)])
-  rows.append(['peak', gib(memory.peak)])
+  rows.append(['peak: the most that is in use at a time', gib(memory.peak)])
   lines = sharding_table.aligned(rows, '<>')
   return [*lines, _verdict(plan)]
 
@@ -142,6 +149,14 @@ def _sent(plan: planning.Plan) -> list[str]:
     ['all', '', '', f'{total / 1e6:,.1f}', sharding_table.percent(share)]
   )
   return sharding_table.aligned(rows, '<<>>>')
+
+
+def _stages(plan: planning.Plan) -> list[str]:
+  rows = [['stage', 'executed', 'sent']]
+  for i, stage in enumerate(plan.stages):
+    sent = sharding_table.bytes_text(stage.sent)
+    rows.append([f'{i}', flops(stage.executed), sent])
+  return [plan.schedule, *sharding_table.aligned(rows, '>>>')]
 
 
 def _share(row: planning.Sent) -> float:
@@ -198,6 +213,12 @@ def to_json(plan: planning.Plan, advice=()) -> dict[str, Any]:
       'bound': r.bound,
       'mfu_limit': plan.mfu_limit,
     },
+    'pipeline': {
+      'schedule': plan.schedule,
+      'stages': [dataclasses.asdict(stage) for stage in plan.stages],
+    }
+    if plan.stages
+    else None,
     'compile_seconds': plan.compile_seconds,
     'fits': plan.fits,
     'refused': plan.refused,

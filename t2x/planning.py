@@ -86,6 +86,19 @@ class Sent:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+  """What a device of one stage of a pipeline does in a step.
+
+  Attributes:
+    executed: FLOPs, of products and in kernels.
+    sent: bytes.
+  """
+
+  executed: float
+  sent: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
   """The answer; what the compiler could not tell is None.
 
@@ -102,6 +115,9 @@ class Plan:
     roofline: the least time of a step.
     peak: FLOP/s of a device.
     formula: of the model's FLOPs.
+    schedule: of the pipeline, in a line; '' without one.
+    stages: of the pipeline; none without one. Other figures are of the stage
+      that computes most, exchanges of the one that sends most.
   """
 
   topology: str
@@ -116,6 +132,8 @@ class Plan:
   roofline: roofline_lib.Roofline | None = None
   peak: float | None = None
   formula: str = ''
+  schedule: str = ''
+  stages: tuple[Stage, ...] = ()
 
   @property
   def fits(self) -> bool | None:
@@ -192,10 +210,8 @@ def _of_compiled(config, mesh, compiled: jax.stages.Compiled, given) -> Plan:
     trips = [pipelines.trips(stages, number) for number in numbers]
     if not config.pipeline.uniform:  # Else they compute all the while.
       bubble = stages.table.simulate().bubble
-  found = max(
-    (collectives_lib.collectives(text, mesh, t) for t in trips),
-    key=collectives_lib.total,
-  )
+  exchanges = [collectives_lib.collectives(text, mesh, t) for t in trips]
+  found = max(exchanges, key=collectives_lib.total)
   executed = [
     (matrix.matrix_flops(text, t), kernels.kernel_flops(text, t)) for t in trips
   ]
@@ -221,6 +237,12 @@ def _of_compiled(config, mesh, compiled: jax.stages.Compiled, given) -> Plan:
     flops=flops,
     sent=_sent(found),
     roofline=roofline,
+    schedule=stages.summary() if stages else '',
+    stages=tuple(
+      Stage(executed=sum(own), sent=collectives_lib.total(sent))
+      for own, sent in zip(executed, exchanges, strict=True)
+      if stages
+    ),
   )
 
 

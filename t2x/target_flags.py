@@ -13,6 +13,8 @@ from t2x import layouts
 from t2x import main as main_lib
 from t2x import mesh as mesh_lib
 
+flags.disclaim_key_flags()  # They are the script's: --helpshort lists them.
+
 
 def define() -> None:
   """Defines the flags that say what runs, where, and in which layout."""

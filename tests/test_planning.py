@@ -137,6 +137,31 @@ def test_gathers_that_the_compiler_makes_sums_are_told(data, told):
   assert not told or 'With mesh.data=2 mesh.fsdp=32 it may' in found[0]
 
 
+@pytest.mark.slow
+def test_a_pipelines_plan_tells_what_each_stage_does():
+  tpu.devices('v5e:2x2')
+  config = config_of(
+    *_TINY,
+    'mesh.data=1',
+    'mesh.pipe=2',
+    'mesh.fsdp=2',
+    'pipeline.microbatches=4',
+  )
+  plan = planning.make(config, 'v5e:2x2')
+  first, last = plan.stages
+  # The head is computed by the last alone, and all else by both.
+  assert last.executed == plan.flops.executed > 1.2 * first.executed
+  sent = sum(row.bytes for row in plan.sent)
+  assert max(first.sent, last.sent) == pytest.approx(sent)
+  text = plan_text.text('gpt2_tiny', plan).splitlines()
+  start = next(i for i, line in enumerate(text) if '2 stages x 4 micro' in line)
+  assert text[start].startswith('one_f_one_b')
+  assert text[start + 3].split()[:2] == ['1', f'{last.executed / 1e9:,.4g}']
+  found = plan_text.to_json(plan)['pipeline']
+  assert found['stages'][1] == {'executed': last.executed, 'sent': last.sent}
+  assert '2 stages x 4 microbatches' in plan_page.page('gpt2_tiny', plan)
+
+
 def test_simulated_devices_have_no_limit():
   config = config_of(*_TINY, 'mesh.fsdp=8', 'mesh.data=1')
   plan = planning.make(config, 'cpu:8')
