@@ -323,6 +323,7 @@ def test_axes_lie_along_the_torus():
     (['--num_slices=0'], '--num_slices=0: 0 is not a positive integer'),
     (['--topology=v5e:4x4', '--search', '--estimate'], 'leave out --layout'),
     (['--topology=v5e:4x4', '--estimate', '--html=x'], 'leave out --html'),
+    (['--topology=v5e:4x4', '--most=2'], '--most is for --search: give both'),
   ],
 )
 def test_errors_are_a_line_each(flags, words):

@@ -32,6 +32,19 @@ def test_names(name, chip, shape):
   assert topologies.parse(str(found)) == found
 
 
+@pytest.mark.parametrize(
+  ('name', 'expected'),
+  [
+    ('v5e:2x2', (256, 'v5e:16x16')),
+    ('v5p:2x2x1', (8960, 'v5p:16x20x28')),
+    ('h100:4', (8, 'h100:8')),
+  ],
+)
+def test_the_largest_of_a_kind(name, expected):
+  assert topologies.largest(name) == expected
+  topologies.parse(expected[1])
+
+
 def test_every_chip_has_topologies():
   kinds = {*topologies.TPUS, *topologies.gpu_targets.TARGETS}
   assert kinds == set(machines.CHIPS)

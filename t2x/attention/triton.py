@@ -9,12 +9,13 @@ key/value heads, H head dim.
 """
 
 import functools
+import importlib
 from typing import Any
+import warnings
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
-from jax.experimental.pallas.ops.gpu import attention as kernel_lib
 import jax.numpy as jnp
 
 from t2x.attention import mask as mask_lib
@@ -126,7 +127,7 @@ def _attend(scale, causal, block, interpret, q, k, v, segments):
 
 def _forward(scale, causal, block, interpret, q, k, v, segments):
   with jax.named_scope(_label(q.shape, causal, block, products=2)):
-    parts: Any = kernel_lib.mha(
+    parts: Any = _kernels().mha(
       q,
       k,
       v,
@@ -144,7 +145,7 @@ def _backward(scale, causal, block, interpret, residuals, d_out):
   settings = _settings(scale, causal, block, interpret)
   with jax.named_scope(_label(q.shape, causal, _BACKWARD, products=7)):
     # The kernel's own rule, with the residuals that are named above.
-    rule: Any = kernel_lib.mha.bwd
+    rule: Any = _kernels().mha.bwd
     return rule(
       settings['sm_scale'],
       settings['causal'],
@@ -164,8 +165,15 @@ def _backward(scale, causal, block, interpret, residuals, d_out):
 _attend.defvjp(_forward, _backward)
 
 
+def _kernels():
+  """Returns JAX's module, which says from jax 0.12 on that it is to go."""
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore', DeprecationWarning)
+    return importlib.import_module('jax.experimental.pallas.ops.gpu.attention')
+
+
 def _settings(scale, causal, block, interpret):
-  sides = kernel_lib.BlockSizes(
+  sides = _kernels().BlockSizes(
     block_q=block,
     block_k=block,
     block_q_dkv=_BACKWARD,
