@@ -93,10 +93,12 @@ def _main() -> None:
     _estimate(name, config, devices)
     return
   where = plan_text.where(values.topology, values.num_slices)
-  # The compiler says nothing until it is done.
-  print(f'Compiling for {where} ...', file=sys.stderr, flush=True)
+  if not values.json:  # The compiler says nothing until it is done.
+    print(f'Compiling for {where} ...', file=sys.stderr, flush=True)
   plan = planning.make(config, values.topology, values.num_slices)
-  advice = plan_advice.of(config, plan) if values.advice else []
+  advice = []
+  if values.advice:
+    advice = plan_advice.of(config, plan, target_flags.changed)
   print(plan_text.text(name, plan, advice))
   if values.html:
     file = pathlib.Path(values.html)
@@ -115,7 +117,7 @@ def _estimate(name: str, config, devices) -> None:
   print(plan_text.title(name, *where, found.sizes) + ', estimated\n')
   print(estimate_text.text(found, limit))
   if limit is not None and found.peak_bytes > limit:
-    said = plan_remedy.remedy(config, *where)
+    said = plan_remedy.remedy(config, *where, target_flags.changed)
     print(f'\nwarning: {said}')
   if values.json:
     told = {
@@ -134,7 +136,7 @@ def _search(name: str, config, num_devices: int) -> None:
   ways = f'{len(found)} ways to run {name} on {plan_text.where(*where)}'
   _say(f'{ways}; {fitting} should fit.')
   if not found:
-    layouts.check(config, num_devices)
+    layouts.check(config, num_devices, num_slices=values.num_slices)
     return
   plan_trials.check(name, found, values.topology, num_devices)
   root = os.environ.get('T2X_DATA_DIR') or '~/.cache/t2x'
@@ -156,9 +158,13 @@ def _search(name: str, config, num_devices: int) -> None:
     print(note)
   if values.json:
     ranked = [
-      {'settings': r.candidate.settings, 'plan': r.plan} for r in results
+      {
+        'settings': r.candidate.settings,
+        'plan': r.plan and {**r.plan, 'experiment': name},
+      }
+      for r in results
     ]
-    print(json.dumps({'ranked': ranked}))
+    print(json.dumps({'experiment': name, 'ranked': ranked}))
 
 
 def _say(text: str) -> None:

@@ -49,16 +49,21 @@ class Layout:
       )
     return math.prod(sizes)
 
-  def applied(self, config: experiment.Experiment) -> experiment.Experiment:
+  def applied(
+    self, config: experiment.Experiment, num_slices: int = 1
+  ) -> experiment.Experiment:
     """Returns `config` in this layout.
 
-    Its `mesh.dcn` stays, but for what settings say.
+    Args:
+      config: the experiment.
+      num_slices: in which the devices lie. Of several, its `mesh.dcn` stays,
+        but for what settings say.
 
     Raises:
       ValueError: a setting that is none, or that no layout may have.
     """
-    # Which axes lie between slices is not a matter of sizes alone.
-    mesh = dataclasses.replace(self.mesh, dcn=config.mesh.dcn)
+    dcn = config.mesh.dcn if num_slices > 1 else self.mesh.dcn
+    mesh = dataclasses.replace(self.mesh, dcn=dcn)
     config = dataclasses.replace(config, mesh=mesh)
     for name in self.settings:
       self._check_known(config, name)
@@ -80,6 +85,7 @@ class Layout:
     num_devices: int | None = None,
     *,
     num_slices: int = 1,
+    dcn: mesh_lib.Dcn | None = None,
     own: experiment.Experiment | None = None,
   ) -> None:
     """Refuses a config in this layout that cannot run.
@@ -89,6 +95,7 @@ class Layout:
       num_devices: by default what the sizes multiply to; then layouts of other
         numbers may be advised.
       num_slices: in which they lie.
+      dcn: what holds between them without this layout.
       own: the experiment whose layouts are advised first, as for
         `layouts.check`.
 
@@ -96,8 +103,7 @@ class Layout:
       ValueError: or a subclass; with the nearest layouts that do work.
     """
     num = self.num_devices if num_devices is None else num_devices
-    own_dcn = any(name.startswith('mesh.dcn.') for name in self.settings)
-    dcn = mesh_lib.Dcn() if own_dcn else config.mesh.dcn
+    before = dcn or mesh_lib.Dcn()
     try:
       if said := mesh_lib.mismatch(config.mesh, num):
         raise ValueError(f'{said} Change --layout or the number of devices.')
@@ -109,7 +115,7 @@ class Layout:
         num,
         num_slices=num_slices,
         any_number=num_devices is None,
-        write=lambda _, mesh: self._text(dcn, mesh, num_slices),
+        write=lambda _, mesh: self._text(before, mesh, num_slices),
       )
       text = re.sub(
         r'--set (rules\.\w+)=(\w+)',
@@ -148,6 +154,25 @@ class Layout:
       if plain(getattr(mesh.dcn, axis)) != plain(getattr(dcn, axis))
     }
     return dataclasses.replace(self, settings=kept)._flag(mesh, between)
+
+  def changed(self, settings: Sequence[str], mesh: mesh_lib.MeshConfig) -> str:
+    """Returns the flags for this layout with some settings changed.
+
+    Args:
+      settings: as for --set.
+      mesh: with those of them that are a mesh's.
+    """
+    pairs = [text.partition('=')[::2] for text in settings]
+    sizes = [f'mesh.{axis}' for axis in mesh_lib.AXES]
+    own = dict(self.settings)
+    others = []
+    for name, value in pairs:
+      if name in own or name.startswith('mesh.dcn.'):
+        own[name] = value
+      elif name not in sizes:
+        others.append(f'--set {name}={value}')
+    flag = dataclasses.replace(self, settings=own)._flag(mesh, {})
+    return ' '.join([flag, *others])
 
   def _flag(self, mesh: mesh_lib.MeshConfig, more: dict[str, str]) -> str:
     settings = {**self.settings, **more}

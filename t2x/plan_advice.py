@@ -19,15 +19,24 @@ _BLOCK = 32  # Queries to the least block of a GPU's kernel.
 _LARGE = 0.05  # Of a device's memory.
 
 
-def of(config: experiment.Experiment, plan: planning.Plan) -> list[str]:
+def of(
+  config: experiment.Experiment,
+  plan: planning.Plan,
+  write: plan_remedy.Write = plan_remedy.set_text,
+) -> list[str]:
   """Returns warnings, each with a remedy.
 
   Args:
     config: that was planned.
     plan: its plan.
+    write: flags for settings, as for `plan_remedy.remedy`.
   """
+  if plan.fits is False:
+    where = plan.topology, plan.num_slices
+    first = [plan_remedy.remedy(config, *where, write)]
+  else:
+    first = []
   checks = (
-    _too_large,
     _copies,
     _padding,
     _gathers,
@@ -38,14 +47,8 @@ def of(config: experiment.Experiment, plan: planning.Plan) -> list[str]:
     _blocks,
     _again,
   )
-  return [line for check in checks for line in check(config, plan)]
-
-
-def _too_large(config, plan) -> Iterator[str]:
-  """The least change with which it should fit, or how many chips it needs."""
-  if plan.fits is not False:
-    return
-  yield plan_remedy.remedy(config, plan.topology, plan.num_slices)
+  others = [line for check in checks for line in check(config, plan)]
+  return first + others
 
 
 def _copies(config, plan) -> Iterator[str]:
@@ -156,7 +159,7 @@ def _exposed(config, plan) -> Iterator[str]:
   r = plan.roofline
   if r is None or r.exposed < 0.1 * r.seconds:
     return
-  row = max(plan.sent, key=lambda row: row.bytes - row.hidden)
+  row = max(plan.sent, key=lambda row: row.exposed)
   share = r.exposed / r.seconds
   yield (
     f'{sharding_table.percent(share)} of the least time are exchanges beside '
@@ -172,8 +175,9 @@ def _remedy(row, config, plan) -> str:
   for axis in row.axes:
     if row.between is not False and axis != 'data' and between[axis] > 1:
       return (
-        f'Keep mesh.{axis} within a slice, and mesh.data between them '
-        f'(mesh.dcn.{axis}=1, mesh.dcn.data={slices}).'
+        f'Keep mesh.{axis} within a slice, and mesh.data between them: '
+        f'mesh.dcn.data={slices}, the other axes of mesh.dcn 1, and mesh.data '
+        f'a multiple of {slices}.'
       )
   if 'tensor' in row.axes:
     return (

@@ -3,12 +3,14 @@
 said = plan_remedy.remedy(config, 'v5e:4x4')
 """
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import math
 from typing import Any
 
+from t2x import absent
 from t2x import config as config_lib
 from t2x import estimate as estimate_lib
 from t2x import experiment
@@ -16,11 +18,19 @@ from t2x import mesh as mesh_lib
 from t2x import plan_search
 from t2x import topologies
 
+Write = Callable[[Sequence[str], mesh_lib.MeshConfig], str]
 _MOST = 200  # Ways that are estimated, a second for about thirty.
 
 
+def set_text(settings: Sequence[str], _: mesh_lib.MeshConfig) -> str:
+  return ' '.join(f'--set {setting}' for setting in settings)
+
+
 def remedy(
-  config: experiment.Experiment, topology: str, num_slices: int = 1
+  config: experiment.Experiment,
+  topology: str,
+  num_slices: int = 1,
+  write: Write = set_text,
 ) -> str:
   """Returns what to change of a run that does not fit, in a sentence.
 
@@ -30,6 +40,8 @@ def remedy(
     config: the run.
     topology: as for `absent.devices`.
     num_slices: of it.
+    write: from settings, and the mesh with those of them that are its, to
+      flags.
 
   Raises:
     ValueError: devices of which no figures are known.
@@ -38,9 +50,9 @@ def remedy(
   nearest = nearest_fit(config, site)
   if nearest is None:
     return too_large(config, topology, site.num_devices, site.limit)
-  changed = ' '.join(f'--set {s}' for s in changes(nearest.settings, config))
+  changed = changes(nearest.settings, config)
   return (
-    f'it should fit with {changed} (and no --layout): by estimate '
+    f'it should fit with {write(changed, nearest.config.mesh)}: by estimate '
     f'{nearest.peak / 2**30:.2f} of {site.limit / 2**30:.2f} GiB.'
   )
 
@@ -52,15 +64,13 @@ def nearest_fit(
 
   Of several the fastest. None where the leanest way of no mesh should fit.
   """
-  made = (
-    site.candidate(config, s) for s in plan_search.lean_ways(config, site)
-  )
-  lean = [c for c in made if c is not None and c.fits]
-  if not lean:
-    return None
   flat = config_lib.flatten(config_lib.to_json(config))
   count = lambda settings: len(_changed(settings, flat))
   # One without a change was planned, and does not fit whatever is estimated.
+  found = plan_search.leanest(config, site)
+  lean = [c for c in found if c.fits and count(c.settings)]
+  if not lean:
+    return None
   ways = sorted(plan_search.ways(config, site), key=count)
   ways = [settings for settings in ways if count(settings)][:_MOST]
   best: list[plan_search.Candidate] = []
@@ -78,27 +88,18 @@ def changes(
 ) -> list[str]:
   """Returns which of the settings differ from those of an experiment.
 
-  An axis that takes what remains (-1) is as before where the others are.
+  An axis that takes what remains (-1) follows from the others.
   """
   return _changed(settings, config_lib.flatten(config_lib.to_json(config)))
 
 
 def _changed(settings: Sequence[str], flat: Mapping[str, Any]) -> list[str]:
-  asked = [(s, *s.partition('=')[::2]) for s in settings]
-  other = [
-    (text, name) for text, name, value in asked if str(flat.get(name)) != value
+  pairs = [(text, *text.partition('=')[::2]) for text in settings]
+  return [
+    text
+    for text, name, value in pairs
+    if str(flat.get(name)) not in ('-1', value)
   ]
-  rest = [
-    name for _, name in other if name.startswith('mesh.') and flat[name] == -1
-  ]
-  # Each of mesh and mesh.dcn may have one.
-  parent = lambda name: name.rpartition('.')[0]
-  alone = [
-    name
-    for name in rest
-    if sum(parent(o) == parent(name) for _, o in other) == 1
-  ]
-  return [text for text, name in other if name not in alone]
 
 
 def too_large(
@@ -109,6 +110,8 @@ def too_large(
   how_many = 'many more of them'
   if need:
     most, name = topologies.largest(topology)
+    here = topologies.parse(topology).shape
+    most *= len(absent.devices(topology)) // math.prod(here)  # To a chip.
     how_many = f'{need:,} of them'
     if need > most:
       slices = -(-need // most)

@@ -12,7 +12,6 @@ from typing import Any
 
 from t2x import absent
 from t2x import config as config_lib
-from t2x import consistency
 from t2x import estimate as estimate_lib
 from t2x import experiment
 from t2x import flops as flops_lib
@@ -39,7 +38,7 @@ class Candidate:
 
   Attributes:
     config: the experiment in this layout.
-    settings: what differs from the experiment, as for --set.
+    settings: all that was chosen, as for --set.
     peak: bytes that it should need on a device.
     seconds: the least time of a step, of products and exchanges.
     limit: bytes that a device has.
@@ -95,7 +94,6 @@ class Site:
     """Returns an experiment with settings, estimated; None if it cannot be."""
     try:
       own = config_lib.override(config, config_lib.parse_settings([*settings]))
-      consistency.check(own, self.num_devices)
       estimate = estimate_lib.step(own, self.num_devices)
       if own.mesh not in self._links:
         mesh = mesh_lib.make(own.mesh, self._devices)
@@ -172,15 +170,24 @@ def ways(
         yield *_text(mesh), f'train.remat={remat}', *settings
 
 
-def lean_ways(
-  config: experiment.Experiment, site: Site
-) -> Iterator[tuple[str, ...]]:
-  """Yields of each mesh what takes the least memory."""
-  for mesh in _meshes(config, site):
-    # What mesh.data splits mesh.fsdp splits too, and the state.
+def leanest(config: experiment.Experiment, site: Site) -> list[Candidate]:
+  """Returns of each mesh the way that takes the least memory.
+
+  Without meshes whose mesh.fsdp could have what mesh.data has: it splits the
+  state too.
+  """
+  found, split = [], set()
+  for mesh in sorted(_meshes(config, site), key=lambda mesh: mesh.data):
+    parts = dataclasses.replace(mesh, data=1, fsdp=mesh.data * mesh.fsdp)
     cuts = [*_microbatches(config, mesh, _SCHEDULES[:1])]
-    if cuts and mesh.data in (1, site.num_slices):
-      yield *_text(mesh), 'train.remat=full', *cuts[-1]
+    if not cuts or parts in split:
+      continue
+    settings = *_text(mesh), 'train.remat=full', *cuts[-1]
+    candidate = site.candidate(config, settings)
+    if candidate is not None:
+      found.append(candidate)
+      split.add(parts)
+  return found
 
 
 def _meshes(config, site: Site) -> Iterator[mesh_lib.MeshConfig]:

@@ -68,6 +68,7 @@ class Sent:
     times: how often one runs.
     bytes: on one device, in all.
     hidden: bytes of those beside which products are scheduled.
+    exposed: seconds that the others take at least; 0 where no speed is known.
     between: whether they go from one slice to others; None where all devices
       share a program.
   """
@@ -77,6 +78,7 @@ class Sent:
   times: float
   bytes: float
   hidden: float
+  exposed: float
   between: bool | None = None
 
   @property
@@ -217,17 +219,16 @@ def _of_compiled(config, mesh, compiled: jax.stages.Compiled, given) -> Plan:
   ]
   flops = _flops(config, mesh.size, executed)
   mean = sum(map(sum, executed)) / len(executed)
-  idle = roofline_lib.idle(flops.executed, mean, bubble)
-  roofline = None
+  roofline, times = None, [0.0] * len(found)
   if given['chip'] is not None and given['peak'] is not None:
-    roofline = roofline_lib.make(
-      flops=flops.executed,
-      traffic=max(traffic.memory_bytes(text, t) for t in trips),
-      found=found,
-      mesh=mesh,
-      chip=machines.CHIPS[given['chip']],
-      peak=given['peak'],
-      idle=idle,
+    chip = machines.CHIPS[given['chip']]
+    times = roofline_lib.exchange_seconds(found, mesh, chip)
+    roofline = roofline_lib.Roofline(
+      compute=flops.executed / given['peak'],
+      memory=max(traffic.memory_bytes(text, t) for t in trips) / chip.bandwidth,
+      network=sum(times),
+      exposed=sum(t for c, t in zip(found, times) if not c.hidden),
+      idle=roofline_lib.idle(flops.executed, mean, bubble),
     )
   return Plan(
     **given,
@@ -235,7 +236,7 @@ def _of_compiled(config, mesh, compiled: jax.stages.Compiled, given) -> Plan:
       config, mesh, given['chip'], compiled.memory_analysis(), text
     ),
     flops=flops,
-    sent=_sent(found),
+    sent=_sent(found, times),
     roofline=roofline,
     schedule=stages.summary() if stages else '',
     stages=tuple(
@@ -259,14 +260,13 @@ def _flops(config, num_devices, executed) -> Flops:
   return Flops(model=model, executed_matmul=products, kernels=own)
 
 
-def _sent(found) -> tuple[Sent, ...]:
+def _sent(found, times) -> tuple[Sent, ...]:
   sums: dict[tuple, list[float]] = {}
-  for c in found:
-    row = sums.setdefault((c.kind, c.axes, c.between), [0.0, 0.0, 0.0])
+  for c, seconds in zip(found, times, strict=True):
+    row = sums.setdefault((c.kind, c.axes, c.between), [0.0] * 4)
     size = float(c.bytes * c.times)
-    row[0] += float(c.times)
-    row[1] += size
-    row[2] += size if c.hidden else 0.0
+    own = float(c.times), size, size * c.hidden, seconds * (not c.hidden)
+    row[:] = map(sum, zip(row, own))
   rows = [
     Sent(
       kind=kind,
@@ -274,9 +274,10 @@ def _sent(found) -> tuple[Sent, ...]:
       times=times,
       bytes=size,
       hidden=hidden,
+      exposed=exposed,
       between=between,
     )
-    for (kind, axes, between), (times, size, hidden) in sums.items()
+    for (kind, axes, between), (times, size, hidden, exposed) in sums.items()
   ]
   return tuple(sorted(rows, key=lambda row: -row.bytes))
 

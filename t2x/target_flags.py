@@ -1,5 +1,6 @@
 """The flags of scripts that compile an experiment for devices elsewhere."""
 
+from collections.abc import Sequence
 import pathlib
 from typing import Any
 
@@ -12,6 +13,7 @@ from t2x import layout_text
 from t2x import layouts
 from t2x import main as main_lib
 from t2x import mesh as mesh_lib
+from t2x import plan_remedy
 
 flags.disclaim_key_flags()  # They are the script's: --helpshort lists them.
 
@@ -51,8 +53,8 @@ def laid_out(
     layouts.check(config, len(devices), num_slices=slices)
     return config
   layout = layout_text.parse(text)
-  own = layout.applied(config)
-  layout.check(own, len(devices), num_slices=slices)
+  own = layout.applied(config, slices)
+  layout.check(own, len(devices), num_slices=slices, dcn=config.mesh.dcn)
   return own
 
 
@@ -66,3 +68,16 @@ def devices(host: str | None = None) -> tuple[Any, ...]:
       'or simulated devices (cpu:8).'
     )
   return absent.devices(values.topology, values.num_slices, host)
+
+
+def changed(settings: Sequence[str], mesh: mesh_lib.MeshConfig) -> str:
+  """Returns the flags that are to change for some settings.
+
+  Args:
+    settings: as for --set.
+    mesh: with those of them that are a mesh's.
+  """
+  text = flags.FLAGS.layout
+  if text is None:
+    return plan_remedy.set_text(settings, mesh)
+  return layout_text.parse(text).changed(settings, mesh)

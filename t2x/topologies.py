@@ -101,7 +101,7 @@ def parse(name: str) -> Topology:
 
 
 def largest(name: str) -> tuple[int, str]:
-  """Returns the devices of the largest slice or node of a kind, and its name.
+  """Returns the chips of the largest slice or node of a kind, and its name.
 
   Args:
     name: of any topology of that kind, as for `parse`.

@@ -88,12 +88,12 @@ def test_axes_between_slices_stay(layout, dcn, expected):
   )
   parsed = layout_text.parse(layout)
   with pytest.raises(ValueError) as caught:
-    parsed.check(parsed.applied(own), 4, num_slices=2)
+    parsed.check(parsed.applied(own, 2), 4, num_slices=2, dcn=own.mesh.dcn)
   said = str(caught.value).partition('that work: ')[2]
   first = said.partition(';')[0].removeprefix('--layout=')
   assert [first] == expected, caught.value
   other = layout_text.parse(first)
-  other.check(other.applied(own), 4, num_slices=2)
+  other.check(other.applied(own, 2), 4, num_slices=2)
 
 
 def test_fsdp_between_slices():
@@ -102,11 +102,18 @@ def test_fsdp_between_slices():
     {'data.batch_size': '8', 'mesh.dcn.fsdp': '2', 'mesh.dcn.data': '1'},
   )
   parsed = layout_text.parse('fsdp=4')
-  config = parsed.applied(own)
+  config = parsed.applied(own, num_slices=2)
   assert config.mesh.dcn.fsdp == 2
   parsed.check(config, 4, num_slices=2)
   with pytest.raises(ValueError, match='needs 2 slices and the devices lie in'):
     parsed.check(config, 4)
+  parsed.check(parsed.applied(own), 4)  # Of one slice nothing lies between.
+  wrong = layout_text.parse('data=4,mesh.dcn.data=3')
+  with pytest.raises(ValueError) as caught:
+    wrong.check(wrong.applied(own, 2), 4, num_slices=2, dcn=own.mesh.dcn)
+  _, _, said = str(caught.value).partition('that work: ')
+  first = layout_text.parse(said.partition(';')[0].removeprefix('--layout='))
+  first.check(first.applied(own, 2), 4, num_slices=2)
 
 
 def test_a_number_of_devices_that_is_given_stays():

@@ -85,11 +85,12 @@ def collectives(
     kind = slices.kind(instruction)
     if kind:
       axes, num = slices.joined(instruction, mesh)
+      # What is sent; an all-gather returns as much of each slice.
+      sent = _sizes(scope.type_of(instruction.operands[0]))
+      parts = num if kind == 'all-gather' else 1
+      given = {dtype: parts * size for dtype, size in sent.items()}
       hidden = slices.is_hidden(scope, instruction)
-      found = made(kind, axes, scope, instruction, hidden, True)
-      if kind == 'all-gather':  # What is sent, of what it returns.
-        return [dataclasses.replace(c, bytes=c.bytes * num) for c in found]
-      return found
+      return made(kind, axes, instruction, given, hidden, True)
     kind = instruction.op.removesuffix('-start')
     if kind not in KINDS or _repeats(scope, instruction, started):
       return []
@@ -100,12 +101,13 @@ def collectives(
       return []
     hidden = overlap.is_hidden(scope, instruction)
     between = False if is_slice else None
-    return made(kind, axes, scope, instruction, hidden, between)
+    given = _payload(kind, scope, instruction)
+    return made(kind, axes, instruction, given, hidden, between)
 
-  def made(kind, axes, scope, instruction, *how):
+  def made(kind, axes, instruction, given, *how):
     return [
       Collective(kind, axes, size, 1, 0, dtype, instruction.op_name, *how)
-      for dtype, size in _payload(kind, scope, instruction).items()
+      for dtype, size in given.items()
     ]
 
   found = loops.executed(module, find, lambda c: c.bytes, trips)

@@ -64,38 +64,13 @@ def idle(most: float, mean: float, bubble: float) -> float:
   return max(0.0, 1.0 - most / mean * (1.0 - bubble)) if mean else 0.0
 
 
-def make(
-  *,
-  flops: float,
-  traffic: float,
-  found: Iterable[collectives.Collective],
-  mesh: Any,
-  chip: machines.Chip,
-  peak: float,
-  idle: float = 0.0,
-) -> Roofline:
-  """Returns the model's times.
-
-  Args:
-    flops: of products on one device, kernels included.
-    traffic: bytes read from its memory and written to it.
-    found: the exchanges of the program.
-    mesh: of real or absent devices.
-    chip: their kind.
-    peak: FLOP/s of one of them.
-    idle: share of the time that this stage of a pipeline waits at least.
-  """
+def exchange_seconds(
+  found: Iterable[collectives.Collective], mesh: Any, chip: machines.Chip
+) -> list[float]:
+  """Returns the least time of each exchange, of all times that it runs."""
   axes = links.axes_of(mesh)
-  network = exposed = 0.0
+  times = []
   for c in found:
     own = [links.reached(axes[name], c.between) for name in c.axes]
-    time = float(c.times) * links.seconds(c.kind, c.bytes, own, chip)
-    network += time
-    exposed += 0.0 if c.hidden else time
-  return Roofline(
-    compute=flops / peak,
-    memory=traffic / chip.bandwidth,
-    network=network,
-    exposed=exposed,
-    idle=idle,
-  )
+    times.append(float(c.times) * links.seconds(c.kind, c.bytes, own, chip))
+  return times
