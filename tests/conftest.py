@@ -10,6 +10,7 @@ os.environ['XLA_FLAGS'] = simulated.flags(8)
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 
+import gc
 import sys
 import tempfile
 
@@ -27,6 +28,9 @@ jax.config.update(
   os.path.join(tempfile.gettempdir(), 't2x-test-compilation-cache'),
 )
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+# Tracing makes millions of objects that stay: an eighth of a test's time went
+# into looking at them again.
+gc.set_threshold(200_000, 20, 50)
 
 
 @pytest.fixture(scope='session', autouse=True)
