@@ -174,12 +174,13 @@ def _pass_on(
   number: int, children: list[subprocess.Popen], seen: list[int]
 ) -> None:
   """Hands a signal on; the second ends what has not heeded the first."""
+  first = not seen
+  seen.append(number)  # Now: the second may come before the first is said.
   for child in children:
     if child.poll() is None:
-      child.send_signal(signal.SIGKILL if seen else number)
-  if not seen:
+      child.send_signal(number if first else signal.SIGKILL)
+  if first:
     _say('processes save and end; the same signal again kills them.')
-  seen.append(number)
 
 
 def _say(text: str) -> None:
