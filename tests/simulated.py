@@ -2,7 +2,7 @@
 
 from importlib import metadata
 
-_COUNT = '--xla_force_host_platform_device_count'
+from t2x import simulated
 
 
 def flags(num_devices: int | None = None) -> str:
@@ -11,7 +11,7 @@ def flags(num_devices: int | None = None) -> str:
   Where XLA can still write loops for CPUs in its older way, it does so in half
   the time of the newer one. jax 0.11 and later have the newer one alone.
   """
-  chosen = [] if num_devices is None else [f'{_COUNT}={num_devices}']
+  chosen = [] if num_devices is None else [f'{simulated.COUNT}={num_devices}']
   if metadata.version('jaxlib').startswith('0.10.'):
     chosen.append('--xla_cpu_use_fusion_emitters=false')
   return ' '.join(chosen)

@@ -9,18 +9,9 @@ from t2x import layout_text
 from t2x import plan_remedy
 from t2x import plan_search
 
-_TINY = (
-  'model.num_layers=2',
-  'model.dtype=bfloat16',
-  'data.batch_size=8',
-  'data.length=128',
-  'optim=adamw',
-)
-
 
 def config_of(*settings):
-  parsed = config_lib.parse_settings([*_TINY, *settings])
-  return config_lib.override(catalog.load('gpt2_tiny'), parsed)
+  return tpu.config_of(*tpu.TINY, *settings)
 
 
 def site_of(limit=None):

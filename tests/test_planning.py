@@ -10,7 +10,6 @@ import sys
 import pytest
 import tpu
 
-from t2x import catalog
 from t2x import config as config_lib
 from t2x import estimate
 from t2x import machines
@@ -26,25 +25,15 @@ from t2x import sharding_table
 from t2x.plan import links
 
 _SCRIPT = os.path.join(os.path.dirname(__file__), '..', 'scripts', 'plan.py')
-_TINY = (
-  'model.num_layers=2',
-  'model.dtype=bfloat16',
-  'data.batch_size=8',
-  'data.length=128',
-  'optim=adamw',
-)
-
-
-def config_of(*settings, experiment='gpt2_tiny'):
-  config = catalog.load(experiment)
-  return config_lib.override(config, config_lib.parse_settings([*settings]))
 
 
 @functools.cache
 def planned():
   """Returns a config on four chips, and its plan."""
   tpu.devices('v5e:2x2')
-  config = config_of(*_TINY, 'mesh.fsdp=2', 'mesh.data=1', 'mesh.tensor=2')
+  config = tpu.config_of(
+    *tpu.TINY, 'mesh.fsdp=2', 'mesh.data=1', 'mesh.tensor=2'
+  )
   return config, planning.make(config, 'v5e:2x2')
 
 
@@ -99,7 +88,7 @@ def test_a_plan_as_text_json_and_page():
 @pytest.mark.slow
 def test_what_does_not_fit_is_told_with_what_would():
   tpu.devices('v5e:4x4')
-  config = config_of(
+  config = tpu.config_of(
     'train.remat=none', 'data.batch_size=64', experiment='llama2_7b'
   )
   plan = planning.make(config, 'v5e:4x4')
@@ -113,7 +102,7 @@ def test_what_does_not_fit_is_told_with_what_would():
 @pytest.mark.slow
 def test_what_fits_in_no_layout_is_told_how_many_chips_it_needs():
   tpu.devices('v5e:2x2')
-  config = config_of('data.batch_size=4', experiment='llama2_7b')
+  config = tpu.config_of('data.batch_size=4', experiment='llama2_7b')
   plan = planning.make(config, 'v5e:2x2')
   first, *_ = plan_advice.of(config, plan)
   assert 'in no layout' in first and 'it needs 8 of them' in first
@@ -129,7 +118,7 @@ def test_gathers_that_the_compiler_makes_sums_are_told(data, told):
   """Along all three sides of a torus; half of it is gathered as it should."""
   tpu.devices('v4:4x4x4')
   sizes = f'mesh.data={data}', f'mesh.fsdp={64 // data}'
-  config = config_of(*_TINY, 'data.batch_size=64', *sizes)
+  config = tpu.config_of(*tpu.TINY, 'data.batch_size=64', *sizes)
   advice = plan_advice.of(config, planning.make(config, 'v4:4x4x4'))
   found = [a for a in advice if 'by all-reduces of whole arrays' in a]
   assert len(found) == told
@@ -139,8 +128,8 @@ def test_gathers_that_the_compiler_makes_sums_are_told(data, told):
 @pytest.mark.slow
 def test_a_pipelines_plan_tells_what_each_stage_does():
   tpu.devices('v5e:2x2')
-  config = config_of(
-    *_TINY,
+  config = tpu.config_of(
+    *tpu.TINY,
     'mesh.data=1',
     'mesh.pipe=2',
     'mesh.fsdp=2',
@@ -162,7 +151,7 @@ def test_a_pipelines_plan_tells_what_each_stage_does():
 
 
 def test_simulated_devices_have_no_limit():
-  config = config_of(*_TINY, 'mesh.fsdp=8', 'mesh.data=1')
+  config = tpu.config_of(*tpu.TINY, 'mesh.fsdp=8', 'mesh.data=1')
   plan = planning.make(config, 'cpu:8')
   assert plan.fits is None and plan.roofline is None and plan.chip is None
   assert plan.flops.executed_matmul > plan.flops.model
@@ -174,7 +163,7 @@ def test_simulated_devices_have_no_limit():
 
 def test_candidates_can_all_run():
   tpu.devices('v5e:2x4')
-  config = config_of(*_TINY)
+  config = tpu.config_of(*tpu.TINY)
   found = plan_search.candidates(config, 'v5e:2x4')
   assert len(found) > 20
   assert len({c.settings for c in found}) == len(found)
@@ -194,12 +183,12 @@ def test_candidates_can_all_run():
 
 def test_nothing_to_rank_simulated_devices_by():
   with pytest.raises(ValueError, match='no memory and speed are known'):
-    plan_search.candidates(config_of(*_TINY), 'cpu:8')
+    plan_search.candidates(tpu.config_of(*tpu.TINY), 'cpu:8')
 
 
 def test_what_cannot_fit_is_not_compiled():
   tpu.devices('v5e:2x4')
-  found = plan_search.candidates(config_of(*_TINY), 'v5e:2x4')
+  found = plan_search.candidates(tpu.config_of(*tpu.TINY), 'v5e:2x4')
   plan_trials.check('tiny', found, 'v5e:2x4', 8)
   small = [dataclasses.replace(c, limit=1e4, fits=False) for c in found]
   message = (
@@ -212,7 +201,7 @@ def test_what_cannot_fit_is_not_compiled():
 @pytest.mark.slow
 def test_the_best_are_compiled_once(tmp_path):
   tpu.devices('v5e:2x2')
-  config = config_of(*_TINY)
+  config = tpu.config_of(*tpu.TINY)
   found = plan_search.candidates(config, 'v5e:2x2')
   compile_best = functools.partial(
     plan_trials.compile_best,

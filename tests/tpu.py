@@ -4,7 +4,27 @@ import jax
 import pytest
 
 from t2x import absent
+from t2x import catalog
+from t2x import config as config_lib
+from t2x import experiment as experiment_lib
 from t2x import mesh as mesh_lib
+
+# An experiment that compiles in seconds.
+TINY = (
+  'model.num_layers=2',
+  'model.dtype=bfloat16',
+  'data.batch_size=8',
+  'data.length=128',
+  'optim=adamw',
+)
+
+
+def config_of(
+  *settings: str, experiment: str = 'gpt2_tiny'
+) -> experiment_lib.Experiment:
+  """Returns an experiment with settings, as for --set."""
+  config = catalog.load(experiment)
+  return config_lib.override(config, config_lib.parse_settings([*settings]))
 
 
 def mesh(topology: str = 'v5e:2x4', num_slices: int = 1, **sizes: int):

@@ -165,6 +165,7 @@ def _backward(scale, causal, block, interpret, residuals, d_out):
 _attend.defvjp(_forward, _backward)
 
 
+@functools.cache
 def _kernels():
   """Returns JAX's module, which says from jax 0.12 on that it is to go."""
   with warnings.catch_warnings():

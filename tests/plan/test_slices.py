@@ -5,8 +5,6 @@ import dataclasses
 import pytest
 import tpu
 
-from t2x import catalog
-from t2x import config as config_lib
 from t2x import estimate
 from t2x import machines
 from t2x import mesh
@@ -16,18 +14,9 @@ from t2x.plan import hlo
 from t2x.plan import links
 from t2x.plan import slices
 
-_TINY = (
-  'model.num_layers=2',
-  'model.dtype=bfloat16',
-  'data.length=128',
-  'optim=adamw',
-  'data.batch_size=16',
-)
-
 
 def config_of(*settings):
-  parsed = config_lib.parse_settings([*_TINY, *settings])
-  return config_lib.override(catalog.load('gpt2_tiny'), parsed)
+  return tpu.config_of(*tpu.TINY, 'data.batch_size=16', *settings)
 
 
 @pytest.mark.slow
