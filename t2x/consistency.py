@@ -16,7 +16,7 @@ from t2x import sharding
 from t2x.attention import all_to_all
 from t2x.data import config as data_config
 from t2x.data import pipeline as data_pipeline
-from t2x.layers import attention
+from t2x.layers import attention_layer
 from t2x.layers import embed
 from t2x.layers import experts
 from t2x.layers import moe
@@ -156,7 +156,7 @@ def _check_groups(config: Experiment, sizes: dict[str, int]) -> None:
     # What does not divide is found where parameters are.
     if kind.num_heads % parts == 0 and kind.kv_heads % kv_parts == 0:
       num, held = kind.num_heads // parts, kind.kv_heads // kv_parts
-      attention.key_heads(kind, num, held)
+      attention_layer.key_heads(kind, num, held)
 
 
 def _check_experts(config: Experiment, sizes: dict[str, int]) -> None:

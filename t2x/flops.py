@@ -13,6 +13,7 @@ key/value heads, H head dim, F feed-forward, V vocabulary, w window.
 
 from collections.abc import Mapping
 
+from t2x.attention import patterns
 from t2x.layers import attention as attention_lib
 from t2x.layers import moe
 from t2x.models import common
@@ -154,9 +155,9 @@ def _tower(
   for i in range(num_layers):
     kind, mlp = config.group[i % len(config.group)]
     N, K, H = kind.num_heads, kind.kv_heads, kind.head_dim
-    scores = _attention(
-      kind, length, length, kind.mask_window, causal, skip_masked
-    )
+    pattern = patterns.ordered(causal=causal)
+    pattern &= kind.pattern(length, causal=causal)
+    scores = _attention(kind, length, length, pattern, skip_masked)
     layer = {
       'projections': 2 * length * D * H * (2 * N + 2 * K),
       'scores and values': scores,
@@ -182,36 +183,36 @@ def _cross(config, kind, T, S, skip_masked) -> int:
   """Queries and output over T, keys and values over S, scores T x S."""
   N, K, H = kind.num_heads, kind.kv_heads, kind.head_dim
   products = 2 * config.embed_dim * H * (2 * N * T + 2 * K * S)
-  return products + _attention(kind, T, S, None, False, skip_masked)
+  return products + _attention(kind, T, S, patterns.Everything(), skip_masked)
 
 
 def _attention(
   kind: attention_lib.AttentionConfig,
   T: int,
   S: int,
-  window: int | None,
-  causal: bool,
+  pattern: patterns.Pattern,
   skip_masked: bool,
 ) -> int:
   """Two products, queries with keys and weights with values."""
-  num = pairs(T, S, causal, window) if skip_masked else T * S
+  num = pairs(T, S, pattern) if skip_masked else T * S
   return int(4 * kind.num_heads * kind.head_dim * num)
 
 
-def pairs(T: int, S: int, causal: bool, window: int | None) -> float:
+def pairs(T: int, S: int, pattern: patterns.Pattern) -> float:
   """Returns how many pairs of query and key a layer's mask leaves.
 
   Causal attention counts as half, T * T / 2, and as w * T - w * w / 2 in a
   window of w: the area of the triangle and of the band, which leave out w / 2
-  of the pairs on their edges. Without a causal mask the count is exact.
+  of the pairs on their edges. Other patterns are counted.
   """
-  if causal:
-    w = min(window or T, T)
-    return w * T - w * w / 2
-  if window is None:
-    return T * S
-  reach = lambda i: min(S, i + window) - max(0, i - window + 1)
-  return sum(max(0, reach(i)) for i in range(T))
+  match pattern:
+    case patterns.Causal():
+      window = T
+    case patterns.And(patterns.Causal(), patterns.Window(size)):
+      window = min(size, T)
+    case _:
+      return patterns.count(pattern, T, S)
+  return window * T - window * window / 2
 
 
 # Dense bfloat16 and float32 FLOP/s of one JAX device, by the start of its
@@ -284,10 +285,11 @@ def formula(
   attended = 'T x S'
   if has_causal:
     attended = 'T*T/2 (causal attention counted as half)'
-  if any(kind.mask_window for kind in config.kinds):
-    attended += ', in a window w ' + (
-      'w*T - w*w/2' if has_causal else 'the keys within it'
-    )
+  kinds = {kind.kind for kind in config.kinds} - {'dense'}
+  if kinds == {'local'} and has_causal:
+    attended += ', in a window w w*T - w*w/2'
+  elif kinds:
+    attended += f', of {", ".join(sorted(kinds))} attention those that it sees'
   known = 'unknown here, so mfu is null'
   return '\n'.join(
     [

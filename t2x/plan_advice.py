@@ -235,8 +235,8 @@ def _why(config, gpu: bool) -> str:
       f'it takes multiples of {multiple} tokens, and data.length='
       f'{config.data.length}.'
     )
-  if gpu and any(k.mask_window or k.soft_cap for k in kinds):
-    return 'windows and soft caps are not in the one for GPUs.'
+  if gpu and any(k.kind != 'dense' or k.soft_cap for k in kinds):
+    return 'windows, other patterns and soft caps are not in the one for GPUs.'
   return ''
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from t2x import flops
 from t2x.attention import mask as mask_lib
+from t2x.attention import patterns
 from t2x.layers import attention
 from t2x.layers import mlp
 from t2x.layers import moe
@@ -61,20 +62,20 @@ _CONFIGS = {
   'window, T, S', [(None, 12, 12), (1, 12, 12), (5, 12, 12), (40, 12, 12)]
 )
 def test_causal_pairs_are_the_visible_ones_less_half_an_edge(window, T, S):
-  mask = mask_lib.Mask(causal=True, window=window)
+  mask = mask_lib.make(causal=True, window=window)
   seen = int(mask_lib.visible(mask, slice(0, T), slice(0, S)).sum())
   width = min(window or T, T)
-  assert flops.pairs(T, S, True, window) == seen - width / 2
+  assert flops.pairs(T, S, mask.pattern) == seen - width / 2
 
 
 def test_pairs_without_order_are_the_visible_ones():
   for window, (T, S) in itertools.product(
     (1, 3, 11, 40), ((12, 12), (5, 16), (16, 5))
   ):
-    mask = mask_lib.Mask(window=window)
+    mask = mask_lib.make(window=window)
     seen = mask_lib.visible(mask, slice(0, T), slice(0, S)).sum()
-    assert flops.pairs(T, S, False, window) == int(seen)
-  assert flops.pairs(3, 7, False, None) == 21
+    assert flops.pairs(T, S, mask.pattern) == int(seen)
+  assert flops.pairs(3, 7, patterns.Everything()) == 21
 
 
 def test_each_layer_of_a_pattern_counts_by_its_own_window():

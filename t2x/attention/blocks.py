@@ -99,7 +99,7 @@ def spans(num_queries, num_keys, mask, block, runs):
 
 def _block_size(num_queries: int, mask: mask_lib.Mask) -> int:
   """Small blocks skip more; many blocks compile slowly."""
-  if not (mask.causal or mask.window) and num_queries <= KEEP_KEYS:
+  if not mask.is_ordered and num_queries <= KEEP_KEYS:
     return num_queries
   least = -(-num_queries // _MAX_BLOCKS)
   return max(64, -(-least // 64) * 64)

@@ -16,6 +16,7 @@ from t2x import sharding
 from t2x import shards
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
+from t2x.attention import patterns
 from t2x.attention import splash
 from t2x.attention import triton
 
@@ -95,7 +96,7 @@ def why_not(
   if dropout is not None:
     return 'dropout on the scores is not in it'
   if not mask.has_static_order or mask.prefix_B is not None:
-    return 'it takes causal masks, windows and segments alone, of whole rows'
+    return 'prefixes, and tokens in another order, are not in it'
   if platform == 'gpu' and mask.q_segments_BT is not mask.k_segments_BS:
     return 'queries and keys with segments of their own are not in it'
   if platform == 'gpu':
@@ -111,6 +112,8 @@ def why_not(
     return (
       f'in an order, {lengths[0]} queries of {lengths[1]} keys are not in it'
     )
+  if not patterns.sees_itself(mask.pattern, lengths[0]):
+    return 'queries that do not see their own key are not in it'
   block = options.block
   if block and (block % splash.LANES or any(n % block for n in lengths)):
     return (

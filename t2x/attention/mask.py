@@ -4,29 +4,34 @@ Shape suffixes: B batch, T query position, S key position.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+import numpy as np
 
 from t2x import zigzag as zigzag_lib
+from t2x.attention import patterns
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mask:
-  """The keys that each query sees; all conditions hold together.
+  """The keys that each query sees.
+
+  `&` and `|` join masks as they join patterns; both sides are of the same
+  queries and keys, and segments hold for the whole.
 
   Order along the sequence is by index: `q_index_BT` and `k_index_BS` where
   given (a cache, a piece of a sequence), else 0, 1, 2, ... from the start of
   the arrays, which lets blocks that nothing sees be left out at trace time.
 
   Attributes:
-    causal: a query sees keys of its own index and before.
-    window: a query sees the `window` latest keys, itself included; both sides
-      (|distance| < window) where not causal.
-    prefix_B: keys of an index below this are seen by every query (prefix LM).
-    q_segments_BT: with `k_segments_BS`, keys of the same segment are seen.
+    pattern: what is seen by place; see patterns.py.
+    prefix_B: length of each row's prefix, for `patterns.Prefix`.
+    q_segments_BT: with `k_segments_BS`, only keys of the same segment are seen,
+      whatever the pattern says.
     k_segments_BS: see `q_segments_BT`.
     q_index_BT: index of each query in its sequence; B may be 1.
     k_index_BS: index of each key in its sequence; B may be 1.
@@ -36,9 +41,8 @@ class Mask:
     k_zigzag: the same of the keys.
   """
 
-  causal: bool = dataclasses.field(default=False, metadata={'static': True})
-  window: int | None = dataclasses.field(
-    default=None, metadata={'static': True}
+  pattern: patterns.Pattern = dataclasses.field(
+    default=patterns.Everything(), metadata={'static': True}
   )
   prefix_B: jax.Array | None = None
   q_segments_BT: jax.Array | None = None
@@ -56,15 +60,74 @@ class Mask:
 
   @property
   def is_ordered(self) -> bool:
-    """Whether the order of tokens matters to what is seen."""
-    return self.causal or self.window is not None
+    """Whether the place of tokens matters to what is seen."""
+    return not isinstance(self.pattern, patterns.Everything)
+
+  @property
+  def has_segments(self) -> bool:
+    return self.q_segments_BT is not None and self.k_segments_BS is not None
+
+  def __and__(self, other: 'Mask | patterns.Pattern') -> 'Mask':
+    other = _as_mask(other)
+    return _joined(self, other, self.pattern & other.pattern)
+
+  def __or__(self, other: 'Mask | patterns.Pattern') -> 'Mask':
+    other = _as_mask(other)
+    if self.has_segments != other.has_segments:
+      raise ValueError(
+        'One side of | has segments and the other has none: segments hold for '
+        'a whole mask. Join what the places see with |, then add the segments '
+        'with &.'
+      )
+    return _joined(self, other, self.pattern | other.pattern)
+
+
+def _as_mask(mask: Mask | patterns.Pattern) -> Mask:
+  return mask if isinstance(mask, Mask) else Mask(pattern=mask)
+
+
+def _joined(left: Mask, right: Mask, pattern: patterns.Pattern) -> Mask:
+  """Returns a mask with the arrays of both, which must not contradict."""
+  fields: dict[str, Any] = {'pattern': pattern}
+  for field in dataclasses.fields(Mask)[1:]:
+    a, b = getattr(left, field.name), getattr(right, field.name)
+    if a is not field.default and b is not field.default and a is not b:
+      raise ValueError(
+        f'Both masks have {field.name} of their own; give it to one of them, '
+        'or the same array to both.'
+      )
+    fields[field.name] = b if a is field.default else a
+  return Mask(**fields)
+
+
+def make(
+  *,
+  causal: bool = False,
+  window: int | None = None,
+  prefix_B: jax.Array | None = None,
+  **arrays,
+) -> Mask:
+  """Returns a mask of the usual parts: causal & window | prefix.
+
+  Args:
+    causal: a query sees keys of its own index and before.
+    window: a query sees keys at a distance below this.
+    prefix_B: keys of an index below this are seen by every query (prefix LM).
+    **arrays: other fields of `Mask`.
+  """
+  mask = Mask(pattern=patterns.ordered(causal=causal, window=window), **arrays)
+  if prefix_B is None:
+    return mask
+  prefix = Mask(pattern=patterns.Prefix(), prefix_B=prefix_B)
+  joined = mask.pattern | prefix.pattern
+  return dataclasses.replace(mask, pattern=joined, prefix_B=prefix_B)
 
 
 def self_attention(
   segments_BT: jax.Array | None, *, causal: bool, zigzag: int = 1
 ) -> Mask:
   """Returns the mask of a sequence that looks at itself."""
-  return Mask(
+  return make(
     causal=causal,
     q_segments_BT=segments_BT,
     k_segments_BS=segments_BT,
@@ -75,17 +138,13 @@ def self_attention(
 
 def key_range(mask: Mask, q_start: int, q_end: int, num_keys: int):
   """Returns (start, end) of the keys that any query of a block may see."""
-  start, end = 0, num_keys
   if not mask.has_static_order:
-    return start, end
-  if mask.causal and mask.prefix_B is None:
-    end = min(end, q_end)
-  if mask.window is not None and mask.prefix_B is None:
-    # Queries past the last key's window see nothing, of a range of one key.
-    start = min(max(0, q_start - mask.window + 1), num_keys - 1)
-    if not mask.causal:
-      end = min(end, q_end + mask.window - 1)
-  return start, max(end, start + 1)
+    return 0, num_keys
+  keys, at = np.arange(num_keys), lambda i: np.array([i])
+  some, _ = mask.pattern.reach((at(q_start), at(q_end - 1)), (keys, keys))
+  (seen,) = np.nonzero(some)
+  # Queries that see nothing have a range of one key, hidden when it runs.
+  return (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 1)
 
 
 def specs(mask: Mask, axis: str) -> Mask:
@@ -114,10 +173,16 @@ def placed(mask: Mask, num_queries: int, num_keys: int) -> Mask:
 
 def relative(mask: Mask, q_slice: slice, k_slice: slice) -> jax.Array:
   """Returns key index minus query index: (T, S), or (B, T, S)."""
+  q_index, k_index = _indices(mask, q_slice, k_slice)
+  return k_index[..., None, :] - q_index[..., :, None]
+
+
+def _indices(mask: Mask, q_slice: slice, k_slice: slice):
+  """Returns indices of a block's queries and keys, of as many dimensions."""
   q_index, k_index = q_index_of(mask, q_slice), k_index_of(mask, k_slice)
   if q_index.ndim != k_index.ndim:
     q_index, k_index = jnp.atleast_2d(q_index), jnp.atleast_2d(k_index)
-  return k_index[..., None, :] - q_index[..., :, None]
+  return q_index, k_index
 
 
 def visible(mask: Mask, q_slice: slice, k_slice: slice) -> jax.Array | None:
@@ -125,19 +190,14 @@ def visible(mask: Mask, q_slice: slice, k_slice: slice) -> jax.Array | None:
 
   This is also the oracle's mask, over one block that holds everything.
   """
-  distance = relative(mask, q_slice, k_slice)
   conditions = []
-  if mask.causal:
-    conditions.append(distance <= 0)
-  if mask.window is not None:
-    near = distance > -mask.window
-    conditions.append(near if mask.causal else near & (distance < mask.window))
-  if mask.prefix_B is not None and conditions:
-    k_index = jnp.atleast_2d(k_index_of(mask, k_slice))
-    in_prefix = k_index < mask.prefix_B[:, None]
-    order = _all(conditions)
-    order = order[None] if order.ndim == 2 else order
-    conditions = [order | in_prefix[:, None, :]]
+  if mask.is_ordered:
+    q_index, k_index = _indices(mask, q_slice, k_slice)
+    prefix = None if mask.prefix_B is None else mask.prefix_B[:, None, None]
+    if prefix is not None:
+      q_index, k_index = jnp.atleast_2d(q_index), jnp.atleast_2d(k_index)
+    q_index, k_index = q_index[..., :, None], k_index[..., None, :]
+    conditions.append(mask.pattern.sees(q_index, k_index, prefix))
   if mask.q_segments_BT is not None and mask.k_segments_BS is not None:
     q_segments = mask.q_segments_BT[:, q_slice]
     k_segments = mask.k_segments_BS[:, k_slice]

@@ -140,8 +140,8 @@ class _Place:
     q_start = self.of(self.q_starts[devices, slot.q_C])
     sources = (devices - step.shift) % self.size
     k_start = self.of(self.k_starts[sources, slot.k_C])
-    order = {'causal': mask.causal, 'window': mask.window}
-    if slot.diagonal and mask.prefix_B is None:
+    order = {'pattern': mask.pattern, 'prefix_B': mask.prefix_B}
+    if slot.diagonal and mask.pattern.is_relative:
       return mask_lib.Mask(**order, **segments, start=jnp.asarray(q_start))
     index = {
       'q_index_BT': (jnp.arange(self.q_size) + q_start)[None],
@@ -149,7 +149,7 @@ class _Place:
     }
     if (slot.seen_C != ring_plan.SOME).all():
       return mask_lib.Mask(**index, **segments)
-    return mask_lib.Mask(**order, **index, **segments, prefix_B=mask.prefix_B)
+    return mask_lib.Mask(**order, **index, **segments)
 
   def where_seen(self, slot: ring_plan.Slot, fn, args, empty):
     """Returns fn(*args); `empty`, without computing, where nothing is seen."""

@@ -87,18 +87,9 @@ def stretches(length, num_devices, zigzagged):
 
 def _seen(mask, q_start, q_size, k_start, k_size) -> int:
   """How much queries from `q_start` see of keys from `k_start`, by order."""
-  if not mask.is_ordered:
-    return ALL
-  # Key index minus query index: the smallest and the largest.
-  low = k_start - (q_start + q_size - 1)
-  high = k_start + k_size - 1 - q_start
-  window = mask.window or max(abs(low), abs(high)) + 1
-  least, most = 1 - window, 0 if mask.causal else window - 1
-  if least <= low and high <= most:
-    return ALL
-  # What order hides, a prefix may show.
-  some = high >= least and low <= most
-  return SOME if some or mask.prefix_B is not None else NONE
+  span = lambda start, size: (np.array(start), np.array(start + size - 1))
+  some, every = mask.pattern.reach(span(q_start, q_size), span(k_start, k_size))
+  return ALL if every else SOME if some else NONE
 
 
 def _slots(pairs) -> list[Slot]:

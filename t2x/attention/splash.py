@@ -19,8 +19,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_mask as splash_mask,
 )
 import jax.numpy as jnp
+import numpy as np
 
 from t2x.attention import mask as mask_lib
+from t2x.attention import patterns
 
 LANES = 128  # Of a vector register: queries and keys come in multiples.
 _BLOCK = 512  # The side of a block of scores, where the length allows.
@@ -114,23 +116,47 @@ def visited(
   mask: mask_lib.Mask, T: int, S: int, q_side: int, k_side: int
 ) -> int:
   """Returns the pairs of a query and a key in blocks that hold a seen one."""
-  pairs = 0
-  for start in range(0, T, q_side):
-    first, last = mask_lib.key_range(mask, start, start + q_side, S)
-    blocks = -(-last // k_side) - first // k_side
-    pairs += q_side * k_side * blocks
-  return pairs
+  q, k = np.arange(0, T, q_side)[:, None], np.arange(0, S, k_side)
+  some, _ = mask.pattern.reach((q, q + q_side - 1), (k, k + k_side - 1))
+  return int(some.sum()) * q_side * k_side
 
 
 def _order(mask: mask_lib.Mask, T: int, S: int) -> splash_mask.Mask:
-  """Returns what a query sees by its place."""
-  if mask.window is not None:
-    reach = mask.window - 1
-    return splash_mask.LocalMask(
-      (T, S), (reach, 0 if mask.causal else reach), 0
+  """Returns what a query sees by its place.
+
+  The usual orders are worked out in the kernel; it reads the blocks of others
+  that are seen in part.
+  """
+  match mask.pattern:
+    case patterns.Everything():
+      return splash_mask.FullMask((T, S))
+    case patterns.Causal():
+      return splash_mask.CausalMask((T, S))
+    case patterns.Window(size):
+      return splash_mask.LocalMask((T, S), (size - 1, size - 1), 0)
+    case patterns.And(patterns.Causal(), patterns.Window(size)):
+      return splash_mask.LocalMask((T, S), (size - 1, 0), 0)
+  return _Pattern(mask.pattern, (T, S))
+
+
+class _Pattern(splash_mask.Mask):
+  """Any pattern, read block by block."""
+
+  def __init__(self, pattern: patterns.Pattern, shape: tuple[int, int]):
+    self._key = pattern, shape
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self._key[1]
+
+  def __getitem__(self, idx) -> np.ndarray:
+    rows, columns = (
+      np.arange(length)[part] for length, part in zip(self.shape, idx)
     )
-  return (
-    splash_mask.CausalMask((T, S))
-    if mask.causal
-    else splash_mask.FullMask((T, S))
-  )
+    return self._key[0].sees(rows[:, None], columns, None)
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, _Pattern) and self._key == other._key
+
+  def __hash__(self) -> int:
+    return hash(self._key)

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from t2x.attention import mask as mask_lib
+from t2x.attention import patterns
 from t2x.attention import splash
 
 # Sides of a block of scores, the largest that serves first: products of the
@@ -51,8 +52,8 @@ def why_not(
   (_, T, _, H), S = q_BTNH.shape, k_BSKH.shape[1]
   if soft_cap is not None:
     return 'soft caps are not in the kernel for GPUs'
-  if mask.window is not None:
-    return 'windows are not in the kernel for GPUs'
+  if mask.pattern not in (patterns.Everything(), patterns.Causal()):
+    return 'windows and other patterns are not in the kernel for GPUs'
   if T != S:
     return (
       f'{T} queries and {S} keys: the kernel for GPUs takes a sequence that '
@@ -98,7 +99,7 @@ def attend(
     q_BTNH: queries.
     k_BSKH: keys; as many as queries.
     v_BSKH: values.
-    mask: in the order of the arrays; without a prefix.
+    mask: in the order of the arrays; causal or of everything.
     scale: factor of the scores.
     block: side of a block of the forward pass; None chooses.
     interpret: run the kernel's text on any device, slowly.
@@ -110,7 +111,7 @@ def attend(
   group = q_BTNH.shape[2] // k_BSKH.shape[2]
   if group > 1:
     k_BSKH, v_BSKH = (jnp.repeat(a, group, 2) for a in (k_BSKH, v_BSKH))
-  fn = functools.partial(_attend, scale, mask.causal, block, interpret)
+  fn = functools.partial(_attend, scale, mask.is_ordered, block, interpret)
   return fn(q_BTNH, k_BSKH, v_BSKH, mask.q_segments_BT)
 
 

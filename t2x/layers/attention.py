@@ -1,31 +1,14 @@
-"""Multi-head, multi-query and grouped-query attention layers.
+"""The kinds of attention, as configs; `attention_layer` runs them.
 
-Shape suffixes: B batch, T query position, S key position, D embed, N query
-heads, K key/value heads, H head dim.
+Letters: N query heads, K key/value heads, H head dim.
 """
 
 import dataclasses
 from typing import ClassVar
 from typing import Literal
 
-from flax import nnx
-import jax
-from jax.ad_checkpoint import checkpoint_name
-import jax.numpy as jnp
-
 from t2x import checks
-from t2x import sharding
-from t2x import shards
-from t2x import zigzag
-from t2x.attention import cache as cache_lib
-from t2x.attention import context
-from t2x.attention import dense
-from t2x.attention import mask as mask_lib
-from t2x.layers import branch
-from t2x.layers import dropout
-from t2x.layers import norm
-from t2x.layers import param
-from t2x.layers import position
+from t2x.attention import patterns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,9 +61,18 @@ class Dense:
   def kv_heads(self) -> int:
     return self.num_kv_heads or self.num_heads
 
-  @property
-  def mask_window(self) -> int | None:
-    return None
+  def pattern(self, length: int, *, causal: bool) -> patterns.Pattern:
+    """Returns what the kind leaves of the keys that the model's mask shows.
+
+    Args:
+      length: tokens of a sequence that looks at itself.
+      causal: the model's mask is causal.
+
+    Raises:
+      ValueError: it does not fit the length.
+    """
+    del length, causal
+    return patterns.Everything()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,240 +93,9 @@ class Local(Dense):
         'the window is 1 or more.'
       )
 
-  @property
-  def mask_window(self) -> int | None:
-    return self.window
+  def pattern(self, length: int, *, causal: bool) -> patterns.Pattern:
+    del length, causal
+    return patterns.Window(self.window)
 
 
 AttentionConfig = Dense | Local
-
-
-def key_heads(config: AttentionConfig, num: int, held: int) -> int:
-  """Returns how many key/value heads some neighbouring query heads look at.
-
-  Args:
-    config: of the layer.
-    num: query heads that a device has under sequence parallelism.
-    held: key/value heads that it has.
-
-  Raises:
-    ShardingError: they are not among those that the device has, or parts of
-      groups.
-  """
-  group = config.num_heads // config.kv_heads
-  needed = max(num // group, 1)
-  if (num % group and group % num) or needed > held:
-    raise sharding.ShardingError(
-      f'Under sequence parallelism a device has {num} of attention.num_heads='
-      f'{config.num_heads} and {held} of attention.num_kv_heads='
-      f'{config.kv_heads}, of which each serves {group} query heads: those '
-      'that a device has must be some whole groups, or lie within one, and '
-      'their key/value heads be there. Choose another mesh.tensor, the same '
-      'axes for rules.heads and rules.kv_heads, or rules.norm_length=context.'
-    )
-  return needed
-
-
-class Attention(nnx.Module):
-  """Attention over the sequence itself, or over another (cross-attention).
-
-  >>> layer = Attention(
-  ...     Dense(num_heads=4, num_kv_heads=2, head_dim=8), 32,
-  ...     init=param.Init(), out_factor=1.0, rngs=nnx.Rngs(0))
-  >>> x = jax.numpy.ones((2, 5, 32))
-  >>> layer(x, mask_lib.Mask(causal=True)).shape
-  (2, 5, 32)
-  """
-
-  def __init__(
-    self,
-    config: AttentionConfig,
-    embed: int,
-    *,
-    init: param.Init,
-    out_factor: float,
-    rngs: nnx.Rngs,
-  ):
-    self.config = config
-    N, K, H = config.num_heads, config.kv_heads, config.head_dim
-    # Where the scores are not divided by sqrt(H), the queries are drawn so.
-    folded = init.scale == 'fan_in' and config.scale == 1.0
-    into = lambda heads, factor=1.0: param.initializer(
-      init, fan_in=embed, fan_out=heads * H, factor=factor
-    )
-    make = lambda heads, axis, init: param.weight(
-      rngs, (embed, heads, H), ('embed', axis, 'head_dim'), init
-    )
-    self.q_DNH = make(N, 'heads', into(N, H**-0.5 if folded else 1.0))
-    self.k_DKH = make(K, 'kv_heads', into(K))
-    self.v_DKH = make(K, 'kv_heads', into(K))
-    out = param.initializer(
-      init, fan_in=N * H, fan_out=embed, factor=out_factor
-    )
-    self.o_NHD = param.weight(
-      rngs, (N, H, embed), ('heads', 'head_dim', 'embed'), out
-    )
-    zeros = lambda shape, axes: param.param(rngs, shape, axes, param.zeros)
-    heads = lambda n, axis: (
-      zeros((n, H), (axis, 'head_dim')) if config.bias else None
-    )
-    self.q_bias_NH = heads(N, 'heads')
-    self.k_bias_KH = heads(K, 'kv_heads')
-    self.v_bias_KH = heads(K, 'kv_heads')
-    self.o_bias_D = zeros((embed,), (None,)) if config.bias else None
-    qk_norm = lambda: norm.Norm(norm.RMSNorm(), H, rngs=rngs)
-    self.q_norm = qk_norm() if config.qk_norm else None
-    self.k_norm = qk_norm() if config.qk_norm else None
-
-  def __call__(
-    self,
-    x_BTD: jax.Array,
-    mask: mask_lib.Mask,
-    *,
-    positions_BT: jax.Array | None = None,
-    rotary: position.Rotary | None = None,
-    bias: dense.Bias | None = None,
-    keys_B: jax.Array | None = None,
-    encoded_BSD: jax.Array | None = None,
-  ) -> jax.Array:
-    """Attends to the sequence itself, or to `encoded_BSD`.
-
-    Args:
-      x_BTD: the queries' sequence, and the keys' unless `encoded_BSD` is set.
-      mask: what each query sees; the layer adds its own window.
-      positions_BT: positions for `rotary`; default 0, 1, 2, ...
-      rotary: rotation of queries and keys, if any.
-      bias: added to the scores.
-      keys_B: dropout keys of the rows; None means no dropout.
-      encoded_BSD: another sequence to look at.
-
-    Returns:
-      (B, T, D).
-    """
-    x_BTD = branch.gather(x_BTD)
-    q_BTNH = self.queries(x_BTD)
-    if encoded_BSD is not None:
-      # Its gradients by keys and by values are added before they are summed
-      # over the devices that have other heads.
-      encoded_BSD = sharding.constrain(
-        encoded_BSD, 'batch', 'length', 'act_embed'
-      )
-      k_BSKH, v_BSKH = self.keys_and_values(encoded_BSD)
-      return self.attend(q_BTNH, k_BSKH, v_BSKH, mask, bias, keys_B)
-    k_BSKH, v_BSKH = self.keys_and_values(x_BTD)
-    if rotary is not None:
-      if positions_BT is None:
-        place_T = zigzag.index(x_BTD.shape[1], mask.q_zigzag)
-        positions_BT = jnp.asarray(place_T)[None]
-      q_BTNH = position.rotate(q_BTNH, positions_BT, rotary)
-      k_BSKH = position.rotate(k_BSKH, positions_BT, rotary)
-    mask = self._windowed(mask)
-    return self.attend(q_BTNH, k_BSKH, v_BSKH, mask, bias, keys_B)
-
-  def step(
-    self,
-    x_BTD: jax.Array,
-    mask: mask_lib.Mask,
-    cache: cache_lib.Cache,
-    *,
-    positions_BT: jax.Array | None = None,
-    rotary: position.Rotary | None = None,
-    bias: dense.Bias | None = None,
-  ) -> tuple[jax.Array, cache_lib.Cache]:
-    """Attends to a cache, after adding this call's keys and values to it.
-
-    They go where `mask.q_index_BT` says; otherwise as `__call__`.
-
-    Returns:
-      (B, T, D), and the new cache.
-    """
-    assert mask.q_index_BT is not None, 'the queries of a step need an index'
-    if positions_BT is None:
-      positions_BT = mask.q_index_BT
-    q_BTNH = self.queries(x_BTD)
-    k_BTKH, v_BTKH = self.keys_and_values(x_BTD)
-    if rotary is not None:
-      q_BTNH = position.rotate(q_BTNH, positions_BT, rotary)
-      k_BTKH = position.rotate(k_BTKH, positions_BT, rotary)
-    cache = cache.write(k_BTKH, v_BTKH, mask.q_index_BT)
-    mask = self._windowed(mask)
-    keys = cache.k_BSKH, cache.v_BSKH
-    # There is no kernel for a few queries and a cache.
-    return self.attend(q_BTNH, *keys, mask, bias, kernel='blocks'), cache
-
-  def _windowed(self, mask: mask_lib.Mask) -> mask_lib.Mask:
-    """Adds the layer's window: a distance within one sequence."""
-    window = self.config.mask_window
-    return mask if window is None else dataclasses.replace(mask, window=window)
-
-  def queries(self, x_BTD: jax.Array) -> jax.Array:
-    q_BTNH = param.project(x_BTD, self.q_DNH, 'BTD,DNH->BTNH')
-    q_BTNH = param.add_bias(q_BTNH, self.q_bias_NH)
-    if self.q_norm is not None:
-      q_BTNH = self.q_norm(q_BTNH)
-    q_BTNH = checkpoint_name(q_BTNH, 'query')
-    return sharding.constrain(q_BTNH, 'batch', 'length', 'heads', None)
-
-  def keys_and_values(self, x_BSD: jax.Array):
-    """Returns keys and values (B, S, K, H) of a sequence."""
-    k_BSKH = param.project(x_BSD, self.k_DKH, 'BSD,DKH->BSKH')
-    v_BSKH = param.project(x_BSD, self.v_DKH, 'BSD,DKH->BSKH')
-    k_BSKH = param.add_bias(k_BSKH, self.k_bias_KH)
-    v_BSKH = param.add_bias(v_BSKH, self.v_bias_KH)
-    if self.k_norm is not None:
-      k_BSKH = self.k_norm(k_BSKH)
-    axes = ('batch', 'length', 'kv_heads', None)
-    k_BSKH = sharding.constrain(checkpoint_name(k_BSKH, 'key'), *axes)
-    v_BSKH = sharding.constrain(checkpoint_name(v_BSKH, 'value'), *axes)
-    return k_BSKH, v_BSKH
-
-  def attend(
-    self, q_BTNH, k_BSKH, v_BSKH, mask, bias=None, keys_B=None, kernel=None
-  ):
-    """Attends with given queries, keys and values; returns (B, T, D)."""
-    config = self.config
-    drop = None
-    if keys_B is not None and config.dropout:
-      drop = dropout.OfScores(
-        keys_B=keys_B, rate=config.dropout, heads_KG=self._heads()
-      )
-    options = dense.Options(
-      kernel=kernel or config.kernel,
-      scale=config.scale,
-      soft_cap=config.soft_cap,
-      block=config.block,
-    )
-    k_BSKH, v_BSKH = self._met(k_BSKH), self._met(v_BSKH)
-    with jax.named_scope('scores'):
-      out_BTNH = context.attend(
-        q_BTNH, k_BSKH, v_BSKH, mask, options=options, bias=bias, dropout=drop
-      )
-    out_BTD = param.project(out_BTNH, self.o_NHD, 'BTNH,NHD->BTD')
-    out_BTD = branch.scatter(out_BTD, 'heads')
-    return param.add_bias(out_BTD, self.o_bias_D)
-
-  def _heads(self) -> jax.Array:
-    """Returns the numbers of this device's heads."""
-    config = self.config
-    start, num = shards.manual_part('heads', config.num_heads)
-    group = config.num_heads // config.kv_heads
-    return (start + jnp.arange(num)).reshape(-1, min(group, num))
-
-  def _met(self, x_BSKH: jax.Array) -> jax.Array:
-    """Returns the key/value heads that this device's query heads look at.
-
-    Inside `branch.run` a device may have part of the query heads and, by
-    `rules.kv_heads`, all key/value heads.
-    """
-    config = self.config
-    start, num = shards.manual_part('heads', config.num_heads)
-    _, held = shards.manual_part('kv_heads', config.kv_heads)
-    needed = key_heads(config, num, held)
-    if needed == held:
-      return x_BSKH
-    first = start // (config.num_heads // config.kv_heads)
-    return jax.lax.dynamic_slice_in_dim(x_BSKH, first, needed, axis=2)
-
-  def empty_cache(self, batch: int, capacity: int, dtype) -> cache_lib.Cache:
-    K, H = self.config.kv_heads, self.config.head_dim
-    return cache_lib.empty(batch, capacity, K, H, H, dtype)

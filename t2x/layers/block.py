@@ -15,6 +15,7 @@ from t2x.attention import cache as cache_lib
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
 from t2x.layers import attention as attention_lib
+from t2x.layers import attention_layer
 from t2x.layers import branch
 from t2x.layers import dropout
 from t2x.layers import moe
@@ -82,10 +83,10 @@ class Block(nnx.Module):
     draw = {'init': init, 'out_factor': out_factor, 'rngs': rngs}
     make_norm = lambda: norm_lib.Norm(norm, embed, rngs=rngs)
     self.attention_norm = make_norm()
-    self.attention = attention_lib.Attention(attention, embed, **draw)
+    self.attention = attention_layer.Attention(attention, embed, **draw)
     self.cross_norm = make_norm() if cross else None
     self.cross = (
-      attention_lib.Attention(attention, embed, **draw) if cross else None
+      attention_layer.Attention(attention, embed, **draw) if cross else None
     )
     # The parallel form has one norm for both branches.
     self.mlp_norm = None if residual == 'parallel' else make_norm()

@@ -128,7 +128,7 @@ class Decoder(nnx.Module):
     Returns:
       Features (B, T, D), and the new caches.
     """
-    mask = mask_lib.Mask(causal=True, q_index_BT=index_BT)
+    mask = mask_lib.make(causal=True, q_index_BT=index_BT)
     context = block.Context(mask=mask, positions_BT=index_BT)
     x_BTD = self.embeddings(inputs, index_BT)
     x_BTD, caches, _ = self.tower(x_BTD, context, caches=caches)

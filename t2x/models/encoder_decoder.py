@@ -191,7 +191,7 @@ class EncoderDecoder(nnx.Module):
     `cross_mask` says what the targets see of the source.
     """
     context = block.Context(
-      mask=mask_lib.Mask(causal=True, q_index_BT=index_BT),
+      mask=mask_lib.make(causal=True, q_index_BT=index_BT),
       positions_BT=index_BT,
       cross_mask=cross_mask,
     )

@@ -38,6 +38,7 @@ import numpy as np
 from t2x import flops
 from t2x import sharding
 from t2x.attention import blocks
+from t2x.attention import patterns
 from t2x.attention import splash
 from t2x.layers import embed
 from t2x.layers import moe
@@ -239,7 +240,8 @@ def _activations(model, tower, batch: Batch, layout: Layout):
   for kind, mlp in model.group[: tower.group]:
     by_kernel = batch.kernels and takes_kernel(model, kind, T, T)
     # Blocks of 64 queries reach half a block further than each query.
-    reach = flops.pairs(T, T, causal, kind.mask_window) + 32 * T * causal
+    pattern = patterns.ordered(causal=causal) & kind.pattern(T, causal=causal)
+    reach = flops.pairs(T, T, pattern) + 32 * T * causal
     read, made, whole = _attention(
       model, kind, T, T, None if by_kernel else reach, layout
     )

@@ -203,7 +203,7 @@ def _ring_pairs(local, layer, mask, T, S, C) -> float:
   zigzag = C if balanced and layer.encoded is None else 1
   mask = dataclasses.replace(mask, q_zigzag=zigzag, k_zigzag=zigzag)
   total = [0.0] * C
-  own = mask_lib.Mask(causal=mask.causal, window=mask.window)
+  own = mask_lib.Mask(pattern=mask.pattern)
   for step in ring_plan.plan(mask, T, S, C):
     for slot in step.slots:
       q_size = ring_plan.stretches(T, C, zigzag)[1]

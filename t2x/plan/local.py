@@ -14,6 +14,7 @@ from t2x import experiment
 from t2x import sharding
 from t2x import train_step
 from t2x.attention import mask as mask_lib
+from t2x.attention import patterns
 from t2x.layers import attention as attention_lib
 from t2x.layers import embed
 from t2x.layers import moe
@@ -51,7 +52,9 @@ class Layer:
 
   @property
   def mask(self) -> mask_lib.Mask:
-    return mask_lib.Mask(causal=self.causal, window=self.kind.mask_window)
+    pattern = patterns.ordered(causal=self.causal)
+    pattern &= self.kind.pattern(self.queries, causal=self.causal)
+    return mask_lib.Mask(pattern=pattern)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -18,6 +18,7 @@ from t2x.attention import all_to_all
 from t2x.attention import context
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
+from t2x.attention import patterns
 from t2x.attention import reference
 from t2x.attention import ring_plan
 from t2x.layers import dropout
@@ -25,6 +26,7 @@ from t2x.layers import position
 
 B, T, H = 2, 32, 4
 Mask = mask_lib.Mask
+make_mask = mask_lib.make
 RULES = sharding.Rules()
 EXCHANGE = sharding.Rules(context_attention='all_to_all')
 jit = functools.partial(
@@ -59,24 +61,24 @@ def seen_by_segment(**kwargs):
 
 CASES = {
   'everything': Case(),
-  'causal': Case(mask=Mask(causal=True)),
+  'causal': Case(mask=make_mask(causal=True)),
   'causal, segments': Case(mask=seen_by_segment(causal=True)),
-  'window': Case(mask=Mask(causal=True, window=5)),
+  'window': Case(mask=make_mask(causal=True, window=5)),
   'long window': Case(mask=seen_by_segment(causal=True, window=19)),
-  'two-sided window': Case(mask=Mask(window=6)),
-  'prefix': Case(mask=Mask(causal=True, prefix_B=jnp.asarray([3, 21]))),
-  'grouped-query': Case(mask=Mask(causal=True), N=8, K=4),
+  'two-sided window': Case(mask=make_mask(window=6)),
+  'prefix': Case(mask=make_mask(causal=True, prefix_B=jnp.asarray([3, 21]))),
+  'grouped-query': Case(mask=make_mask(causal=True), N=8, K=4),
   'multi-query': Case(mask=seen_by_segment(causal=True), N=8, K=2),
   'cross': Case(
     mask=Mask(q_segments_BT=segments(T), k_segments_BS=segments(48, 1)), S=48
   ),
-  'relative bias': Case(mask=Mask(causal=True), bias='relative'),
+  'relative bias': Case(mask=make_mask(causal=True), bias='relative'),
   'relative, both sides': Case(mask=seen_by_segment(), bias='relative'),
-  'alibi': Case(mask=Mask(causal=True), bias='alibi'),
+  'alibi': Case(mask=make_mask(causal=True), bias='alibi'),
   'soft cap and scale': Case(
-    mask=Mask(causal=True), options=dense.Options(soft_cap=2.0, scale=1.0)
+    mask=make_mask(causal=True), options=dense.Options(soft_cap=2.0, scale=1.0)
   ),
-  'blocks': Case(mask=Mask(causal=True), options=dense.Options(block=3)),
+  'blocks': Case(mask=make_mask(causal=True), options=dense.Options(block=3)),
   # Several to a run, and several runs to a piece.
   'small blocks': Case(
     mask=seen_by_segment(causal=True),
@@ -85,9 +87,9 @@ CASES = {
     options=dense.Options(block=1),
     bias='relative',
   ),
-  'dropout': Case(mask=Mask(causal=True), drop=0.3),
+  'dropout': Case(mask=make_mask(causal=True), drop=0.3),
   'dropout, small blocks': Case(
-    mask=Mask(causal=True), options=dense.Options(block=1), drop=0.3
+    mask=make_mask(causal=True), options=dense.Options(block=1), drop=0.3
   ),
   'dropout, cross': Case(S=48, drop=0.3),
 }
@@ -99,7 +101,7 @@ def make_bias(case):
     return position.RelativeBias(
       config,
       case.N,
-      bidirectional=not case.mask.causal,
+      bidirectional=not patterns.has(case.mask.pattern, patterns.Causal),
       std=1.0,
       rngs=nnx.Rngs(0),
     )
@@ -151,7 +153,8 @@ def split(case, rules, devices, sizes):
   mask = case.mask
   if rules.context_attention == 'ring' and rules.balance_context:
     # Causal rows, and targets that look at a source.
-    own = devices if mask.causal or case.S != T else 1
+    causal = patterns.has(mask.pattern, patterns.Causal)
+    own = devices if causal or case.S != T else 1
     source = own if case.S == T else 1
     mask = dataclasses.replace(mask, q_zigzag=own, k_zigzag=source)
   q_order = zigzag.index(T, mask.q_zigzag)
@@ -229,19 +232,19 @@ def work(steps):
 
 
 def test_zigzag_gives_all_devices_the_same_work():
-  mask = Mask(causal=True, q_zigzag=4, k_zigzag=4)
+  mask = make_mask(causal=True, q_zigzag=4, k_zigzag=4)
   everything, something = work(ring_plan.plan(mask, 64, 64, 4))
   assert set(everything) == {7} and set(something) == {2}
-  plain, cut = work(ring_plan.plan(Mask(causal=True), 64, 64, 4))
+  plain, cut = work(ring_plan.plan(make_mask(causal=True), 64, 64, 4))
   assert list(plain) == [0, 1, 2, 3] and set(cut) == {1}
 
 
 def test_a_window_ends_the_ring():
   shifts = lambda mask: [s.shift for s in ring_plan.plan(mask, 64, 64, 8)]
-  assert shifts(Mask(causal=True, window=9)) == [0, 1]
-  assert shifts(Mask(causal=True, window=10)) == [0, 1, 2]
-  assert shifts(Mask(window=2)) == [0, 1, 7]
-  balanced = Mask(causal=True, window=5, q_zigzag=8, k_zigzag=8)
+  assert shifts(make_mask(causal=True, window=9)) == [0, 1]
+  assert shifts(make_mask(causal=True, window=10)) == [0, 1, 2]
+  assert shifts(make_mask(window=2)) == [0, 1, 7]
+  balanced = make_mask(causal=True, window=5, q_zigzag=8, k_zigzag=8)
   assert shifts(balanced) == [0, 1, 7]
 
 
@@ -249,11 +252,11 @@ def test_every_pair_is_planned_once():
   """By counting which (query, key) pairs the plan reaches."""
   for mask in (
     Mask(),
-    Mask(causal=True),
-    Mask(causal=True, window=7),
-    Mask(window=7),
-    Mask(causal=True, q_zigzag=4, k_zigzag=4),
-    Mask(causal=True, window=7, q_zigzag=4, k_zigzag=4),
+    make_mask(causal=True),
+    make_mask(causal=True, window=7),
+    make_mask(window=7),
+    make_mask(causal=True, q_zigzag=4, k_zigzag=4),
+    make_mask(causal=True, window=7, q_zigzag=4, k_zigzag=4),
   ):
     T, C = 32, 4
     reached = np.zeros((T, T), int)
@@ -312,4 +315,4 @@ def test_a_ring_has_no_kernel_to_insist_on():
     with pytest.raises(
       ValueError, match='flash: a ring of devices runs blocks'
     ):
-      context.attend(q, q, q, mask_lib.Mask(causal=True), options=flash)
+      context.attend(q, q, q, mask_lib.make(causal=True), options=flash)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import seen
 
 from t2x import zigzag
 from t2x.attention import blocks
@@ -25,11 +26,8 @@ def sees(mask, b, t, s):
   """Whether query t of row b sees key s, from the description's words."""
   i = t if mask.q_index_BT is None else int(mask.q_index_BT[b, t])
   j = s if mask.k_index_BS is None else int(mask.k_index_BS[b, s])
-  in_order = not mask.causal or j <= i
-  if mask.window is not None:
-    in_order = in_order and abs(i - j) < mask.window
-  if mask.prefix_B is not None:
-    in_order = in_order or j < int(mask.prefix_B[b])
+  prefix = 0 if mask.prefix_B is None else int(mask.prefix_B[b])
+  in_order = seen.by_place(mask.pattern, i, j, prefix)
   if mask.q_segments_BT is None:
     return in_order
   q, k = mask.q_segments_BT[b, t], mask.k_segments_BS[b, s]
@@ -48,17 +46,17 @@ def naive(q, k, v, mask, *, options=None, bias=None):
   lse = np.full((rows, T, N), -np.inf)
   for b in range(rows):
     for t in range(T):
-      seen = [s for s in range(k.shape[1]) if sees(mask, b, t, s)]
-      for n in range(N if seen else 0):
-        keys = k[b, seen, n // per_key_head]
+      near = [s for s in range(k.shape[1]) if sees(mask, b, t, s)]
+      for n in range(N if near else 0):
+        keys = k[b, near, n // per_key_head]
         scores = keys @ q[b, t, n] * scale
         if options.soft_cap:
           scores = options.soft_cap * np.tanh(scores / options.soft_cap)
         if bias is not None:
-          scores = scores + [bias(b, t, s, n) for s in seen]
+          scores = scores + [bias(b, t, s, n) for s in near]
         weights = np.exp(scores - scores.max())
         lse[b, t, n] = scores.max() + math.log(weights.sum())
-        values = v[b, seen, n // per_key_head]
+        values = v[b, near, n // per_key_head]
         out[b, t, n] = weights @ values / weights.sum()
   return out, lse
 
@@ -82,25 +80,28 @@ def table(*rows):
 
 SEGMENTS = table([1, 1, 1, 2, 2, 2, 2, 3, 3, 0, 0], [1] * 6 + [2] * 5)
 Mask = mask_lib.Mask
+make_mask = mask_lib.make
 
 CASES = {
   'everything': Case(),
-  'causal': Case(mask=Mask(causal=True)),
-  'one block': Case(mask=Mask(causal=True), options=dense.Options()),
-  'block of one': Case(mask=Mask(causal=True), options=dense.Options(block=1)),
-  'window': Case(mask=Mask(causal=True, window=3)),
-  'window of one': Case(mask=Mask(causal=True, window=1)),
-  'two-sided window': Case(mask=Mask(window=3)),
-  'prefix': Case(mask=Mask(causal=True, prefix_B=jnp.asarray([0, 7]))),
+  'causal': Case(mask=make_mask(causal=True)),
+  'one block': Case(mask=make_mask(causal=True), options=dense.Options()),
+  'block of one': Case(
+    mask=make_mask(causal=True), options=dense.Options(block=1)
+  ),
+  'window': Case(mask=make_mask(causal=True, window=3)),
+  'window of one': Case(mask=make_mask(causal=True, window=1)),
+  'two-sided window': Case(mask=make_mask(window=3)),
+  'prefix': Case(mask=make_mask(causal=True, prefix_B=jnp.asarray([0, 7]))),
   'prefix and window': Case(
-    mask=Mask(causal=True, window=2, prefix_B=jnp.asarray([3, 9]))
+    mask=make_mask(causal=True, window=2, prefix_B=jnp.asarray([3, 9]))
   ),
   'prefix and two-sided window': Case(
-    mask=Mask(window=2, prefix_B=jnp.asarray([3, 10]))
+    mask=make_mask(window=2, prefix_B=jnp.asarray([3, 10]))
   ),
   'segments': Case(mask=Mask(q_segments_BT=SEGMENTS, k_segments_BS=SEGMENTS)),
   'causal segments and window': Case(
-    mask=Mask(
+    mask=make_mask(
       causal=True,
       window=4,
       q_segments_BT=SEGMENTS,
@@ -108,34 +109,34 @@ CASES = {
     )
   ),
   'prefix and segments': Case(
-    mask=Mask(
+    mask=make_mask(
       causal=True,
       prefix_B=jnp.asarray([5, 8]),
       q_segments_BT=SEGMENTS,
       k_segments_BS=SEGMENTS,
     )
   ),
-  'grouped-query': Case(mask=Mask(causal=True), N=6, K=2),
-  'multi-query': Case(mask=Mask(causal=True, window=5), N=3, K=1),
-  'more keys, causal': Case(mask=Mask(causal=True), T=5, S=9),
-  'more queries, causal': Case(mask=Mask(causal=True), T=9, S=5),
+  'grouped-query': Case(mask=make_mask(causal=True), N=6, K=2),
+  'multi-query': Case(mask=make_mask(causal=True, window=5), N=3, K=1),
+  'more keys, causal': Case(mask=make_mask(causal=True), T=5, S=9),
+  'more queries, causal': Case(mask=make_mask(causal=True), T=9, S=5),
   'more queries, window': Case(
-    mask=Mask(causal=True, window=2), T=13, S=3, blind=True
+    mask=make_mask(causal=True, window=2), T=13, S=3, blind=True
   ),
   'queries somewhere': Case(
-    mask=Mask(causal=True, q_index_BT=table([4, 5, 6], [0, 1, 2])),
+    mask=make_mask(causal=True, q_index_BT=table([4, 5, 6], [0, 1, 2])),
     T=3,
     S=8,
     N=4,
     K=2,
   ),
   'queries somewhere, window': Case(
-    mask=Mask(causal=True, window=2, q_index_BT=table([7], [3])),
+    mask=make_mask(causal=True, window=2, q_index_BT=table([7], [3])),
     T=1,
     S=8,
   ),
   'queries and keys somewhere': Case(
-    mask=Mask(
+    mask=make_mask(
       causal=True,
       window=4,
       q_index_BT=table([8, 9, 10], [4, 5, 6]),
@@ -156,7 +157,7 @@ CASES = {
   ),
   'scale': Case(options=dense.Options(scale=1.0, block=4)),
   'soft cap': Case(
-    mask=Mask(causal=True), options=dense.Options(soft_cap=0.7, block=3)
+    mask=make_mask(causal=True), options=dense.Options(soft_cap=0.7, block=3)
   ),
 }
 
@@ -341,7 +342,7 @@ def test_merge_of_two_halves_is_the_whole():
   index = jnp.broadcast_to(jnp.arange(case.S), (B, case.S))
 
   def part(s):
-    mask = Mask(causal=True, q_index_BT=index, k_index_BS=index[:, s])
+    mask = make_mask(causal=True, q_index_BT=index, k_index_BS=index[:, s])
     return dense.attend_part(q, k[:, s], v[:, s], mask)
 
   # The first queries see nothing of the second half.
@@ -404,7 +405,7 @@ def test_blocks_and_orders_drop_the_same():
   whole = lambda mask, **kwargs: jax.jit(
     lambda *args: dense.attend(*args, mask, dropout=drop, **kwargs)
   )
-  mask = Mask(causal=True)
+  mask = make_mask(causal=True)
   want = whole(mask)(q, k, v)
   small = whole(mask, options=dense.Options(block=5))(q, k, v)
   np.testing.assert_allclose(small, want, atol=1e-6)
@@ -431,11 +432,11 @@ def flops(mask, length=512, block=64):
 def test_blocks_that_nothing_sees_cost_nothing():
   """Half and the diagonal; two blocks of eight; three of eight."""
   whole = flops(Mask())
-  assert flops(Mask(causal=True)) < 0.65 * whole
-  assert flops(Mask(causal=True, window=64)) < 0.32 * whole
-  assert flops(Mask(window=64)) < 0.45 * whole
+  assert flops(make_mask(causal=True)) < 0.65 * whole
+  assert flops(make_mask(causal=True, window=64)) < 0.32 * whole
+  assert flops(make_mask(window=64)) < 0.45 * whole
 
 
 def test_the_chosen_block_size_skips_too():
   whole = flops(Mask(), block=None)
-  assert flops(Mask(causal=True), block=None) < 0.65 * whole
+  assert flops(make_mask(causal=True), block=None) < 0.65 * whole

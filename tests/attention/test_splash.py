@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import seen
 
 from t2x.attention import dense
 from t2x.attention import kernels
@@ -16,6 +17,7 @@ from t2x.attention import splash
 
 B, T, H, BLOCK = 2, 256, 8, 128
 Mask = mask_lib.Mask
+make_mask = mask_lib.make
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,11 +41,11 @@ def segments(*lengths):
 _OWN = segments((100, 156), (30, 226))
 CASES = {
   'everything': Case(),
-  'causal': Case(mask=Mask(causal=True)),
-  'window': Case(mask=Mask(causal=True, window=50)),
-  'two-sided window': Case(mask=Mask(window=40)),
+  'causal': Case(mask=make_mask(causal=True)),
+  'window': Case(mask=make_mask(causal=True, window=50)),
+  'two-sided window': Case(mask=make_mask(window=40)),
   'causal segments, grouped': Case(
-    mask=Mask(causal=True, q_segments_BT=_OWN, k_segments_BS=_OWN), N=4
+    mask=make_mask(causal=True, q_segments_BT=_OWN, k_segments_BS=_OWN), N=4
   ),
   # The second row's second target has no source: its queries see nothing.
   'cross, some see nothing': Case(
@@ -51,7 +53,7 @@ CASES = {
     S=128,
   ),
   'soft cap and scale': Case(
-    mask=Mask(causal=True), scale=1.0, soft_cap=2.0, N=1, K=1
+    mask=make_mask(causal=True), scale=1.0, soft_cap=2.0, N=1, K=1
   ),
 }
 
@@ -105,24 +107,22 @@ def test_values_and_gradients_are_the_oracles(name):
   'mask',
   [
     Mask(),
-    Mask(causal=True),
-    Mask(causal=True, window=1),
-    Mask(causal=True, window=130),
-    Mask(causal=True, window=129),
-    Mask(window=257),
+    make_mask(causal=True),
+    make_mask(causal=True, window=1),
+    make_mask(causal=True, window=130),
+    make_mask(causal=True, window=129),
+    make_mask(window=257),
   ],
 )
 @pytest.mark.parametrize('sides', [(128, 128), (256, 128), (128, 384)])
 def test_visited_blocks_are_those_with_a_seen_pair(mask, sides):
   length = 768
-  i, j = np.indices((length, length))
-  seen = np.full((length, length), True)
-  if mask.causal:
-    seen &= j <= i
-  if mask.window:
-    seen &= abs(i - j) < mask.window
+  places = range(length)
+  visible = np.array(
+    [[seen.by_place(mask.pattern, i, j) for j in places] for i in places]
+  )
   q_side, k_side = sides
-  blocks = seen.reshape(length // q_side, q_side, length // k_side, k_side)
+  blocks = visible.reshape(length // q_side, q_side, length // k_side, k_side)
   want = blocks.any((1, 3)).sum() * q_side * k_side
   assert splash.visited(mask, length, length, *sides) == want
 
@@ -134,7 +134,7 @@ def test_the_chosen_block_divides():
   assert splash.block_size(192) is None
 
 
-def why(mask=Mask(causal=True), T=T, S=None, block=None, **given):
+def why(mask=make_mask(causal=True), T=T, S=None, block=None, **given):
   shape = lambda length: jax.ShapeDtypeStruct((B, length, 2, H), jnp.float32)
   keys, options = shape(S or T), dense.Options(block=block)
   kwargs = {'platform': 'tpu', 'options': options, **given}
@@ -148,11 +148,14 @@ def why(mask=Mask(causal=True), T=T, S=None, block=None, **given):
     ({'bias': abs}, 'a bias on the scores .* is not in it'),
     ({'dropout': abs}, 'dropout on the scores is not in it'),
     (
-      {'mask': Mask(causal=True, prefix_B=jnp.zeros(2))},
-      'causal masks, windows and segments alone, of whole rows',
+      {'mask': make_mask(causal=True, prefix_B=jnp.zeros(2))},
+      'prefixes, and tokens in another order, are not',
     ),
-    ({'mask': Mask(q_index_BT=jnp.zeros((1, T)))}, 'of whole rows'),
-    ({'mask': Mask(causal=True, q_zigzag=2, k_zigzag=2)}, 'of whole rows'),
+    ({'mask': Mask(q_index_BT=jnp.zeros((1, T)))}, 'in another order'),
+    (
+      {'mask': make_mask(causal=True, q_zigzag=2, k_zigzag=2)},
+      'in another order',
+    ),
     ({'T': 192}, '192 queries and 192 keys are not multiples of 128'),
     ({'T': 256, 'S': 128}, 'in an order, 256 queries of 128 keys'),
     ({'block': 64}, 'attention.block=64 is no multiple of 128 that divides'),
@@ -165,11 +168,11 @@ def test_why_no_kernel_serves(given, words):
 
 def test_where_it_serves():
   own = jnp.zeros((B, T))
-  segments = Mask(causal=True, q_segments_BT=own, k_segments_BS=own)
+  segments = make_mask(causal=True, q_segments_BT=own, k_segments_BS=own)
   for given in (
     {},
     {'mask': segments},
-    {'mask': Mask(window=5)},
+    {'mask': make_mask(window=5)},
     {'mask': Mask(), 'S': 128},
     {'block': 128},
   ):

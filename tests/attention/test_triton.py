@@ -97,7 +97,10 @@ def why_not(T=T, S=None, H=H, V=None, mask=None, dtype='bfloat16', **options):
   [
     ({}, None),
     ({'T': 96, 'dtype': 'float32', 'H': 256, 'block': 32}, None),
-    ({'mask': mask_lib.Mask(causal=True, window=8)}, 'windows are not'),
+    (
+      {'mask': mask_lib.make(causal=True, window=8)},
+      'windows and other patterns are not',
+    ),
     ({'soft_cap': 30.0}, 'soft caps are not'),
     ({'S': 128}, '64 queries and 128 keys'),
     ({'V': 32}, 'keys and values of 24 and 32 dims'),

@@ -10,17 +10,18 @@ import pytest
 
 from t2x.attention import mask as mask_lib
 from t2x.layers import attention
+from t2x.layers import attention_layer
 from t2x.layers import dropout
 from t2x.layers import param
 from t2x.layers import position
 
 B, T, D = 2, 6, 10
 BASE = attention.Dense(num_heads=4, num_kv_heads=2, head_dim=4)
-CAUSAL = mask_lib.Mask(causal=True)
+CAUSAL = mask_lib.make(causal=True)
 
 
 def make(config):
-  layer = attention.Attention(
+  layer = attention_layer.Attention(
     config, D, init=param.Init(std=0.5), out_factor=1.0, rngs=nnx.Rngs(0)
   )
   leaves, treedef = jax.tree.flatten(layer)
@@ -118,7 +119,7 @@ def test_cache_equals_no_cache():
 
   @jax.jit
   def step(x, index, cache):
-    mask = mask_lib.Mask(causal=True, q_index_BT=index)
+    mask = mask_lib.make(causal=True, q_index_BT=index)
     return layer.step(x, mask, cache, positions_BT=index, rotary=rotary)
 
   cache = layer.empty_cache(B, T + 2, jnp.float32)

@@ -12,6 +12,7 @@ from t2x import mesh as mesh_lib
 from t2x import sharding
 from t2x.attention import mask as mask_lib
 from t2x.layers import attention
+from t2x.layers import attention_layer
 from t2x.layers import branch
 from t2x.layers import dropout
 from t2x.layers import param
@@ -24,7 +25,7 @@ EXCHANGED = dataclasses.replace(RULES, context_attention='all_to_all')
 
 def run(layer, x_BTD, keys_B):
   apply = lambda layer, x_BTD, keys_B: layer(
-    x_BTD, mask_lib.Mask(causal=True), keys_B=keys_B
+    x_BTD, mask_lib.make(causal=True), keys_B=keys_B
   )
   return branch.run(apply, layer, x_BTD, keys_B)
 
@@ -55,7 +56,7 @@ def test_attention(heads, kv_heads, rules, sizes):
     num_heads=heads, num_kv_heads=kv_heads, head_dim=4, bias=True, dropout=0.3
   )
   init = param.Init(std=0.5)
-  layer = attention.Attention(
+  layer = attention_layer.Attention(
     config, D, init=init, out_factor=1.0, rngs=nnx.Rngs(0)
   )
   x_BTD = jax.random.normal(jax.random.key(1), (B, T, D))

@@ -227,7 +227,7 @@ def test_blocks_of_queries_meet_the_keys_in_their_reach(name):
   for i in range(config.num_layers):
     kind = kinds[i % len(kinds)]
     heads = kind.num_heads * kind.head_dim
-    pairs = _pairs_of_blocks(causal, kind.mask_window)
+    pairs = _pairs_of_blocks(causal, kind)
     expected += 4 * shrunk.ROWS * heads * pairs
   found = _parts(_forward(config))['scores and values']
   assert found == expected
@@ -235,10 +235,10 @@ def test_blocks_of_queries_meet_the_keys_in_their_reach(name):
   assert found < whole
 
 
-def _pairs_of_blocks(causal, window) -> int:
+def _pairs_of_blocks(causal, kind) -> int:
   """Queries and keys of blocks that the whole mask leaves anything of."""
   T = shrunk.LENGTH
-  mask = mask_lib.Mask(causal=causal, window=window)
+  mask = mask_lib.make(causal=causal) & kind.pattern(T, causal=causal)
   seen = mask_lib.visible(mask, slice(0, T), slice(0, T))
   pairs = 0
   for rows in np.split(np.asarray(seen), T // 8):

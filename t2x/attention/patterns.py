@@ -1,0 +1,329 @@
+"""The language of masks: which keys a query sees by its place, as a value.
+
+Patterns are joined with `&` and `|`. They are small and hashable, so that jit
+takes them as static, and read in two ways: for any pairs of a query and a key
+(`sees`, the dense mask), and for whole blocks of pairs, of which some or all
+may be seen (`reach`), which lets blocks be left out before anything runs.
+
+  >>> import numpy as np
+  >>> band = Causal() & (Window(2) | Global(1))
+  >>> places = np.arange(5)
+  >>> band.sees(places[:, None], places[None], None).astype(int)
+  array([[1, 0, 0, 0, 0],
+         [1, 1, 0, 0, 0],
+         [1, 1, 1, 0, 0],
+         [1, 0, 1, 1, 0],
+         [1, 0, 0, 1, 1]])
+
+Queries and keys are named by their index in the sequence. A span is the lowest
+and the highest index of a block, both included; arrays of spans broadcast.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+Span = tuple[np.ndarray, np.ndarray]
+Reach = tuple[np.ndarray, np.ndarray]  # Whether some, and whether all, is seen.
+_COUNTED = 64  # The side of the blocks whose pairs are counted one by one.
+
+
+class Pattern:
+  """What is seen by place.
+
+  Attributes:
+    is_relative: it depends on the distance of a query and a key alone.
+  """
+
+  is_relative: bool = True
+
+  def sees(self, q: Any, k: Any, prefix: Any) -> Any:
+    """Returns which pairs are seen.
+
+    Args:
+      q: indices of queries, numpy or jax, that broadcast with `k`.
+      k: indices of keys.
+      prefix: length of each row's prefix, that broadcasts with both, or None.
+    """
+    raise NotImplementedError
+
+  def reach(self, q: Span, k: Span) -> Reach:
+    """Returns whether some and whether all pairs of blocks are seen.
+
+    What is not known before it runs is some and not all; so may be what is
+    seen of none of the pairs of a block by two patterns together.
+    """
+    raise NotImplementedError
+
+  def __and__(self, other: 'Pattern') -> 'Pattern':
+    if isinstance(self, Everything) or self == other:
+      return other
+    return self if isinstance(other, Everything) else And(self, other)
+
+  def __or__(self, other: 'Pattern') -> 'Pattern':
+    if isinstance(self, Everything) or self == other:
+      return self
+    return other if isinstance(other, Everything) else Or(self, other)
+
+
+@dataclasses.dataclass(frozen=True)
+class And(Pattern):
+  """What both see."""
+
+  left: Pattern
+  right: Pattern
+
+  @property
+  def is_relative(self) -> bool:
+    return self.left.is_relative and self.right.is_relative
+
+  def sees(self, q, k, prefix):
+    return self.left.sees(q, k, prefix) & self.right.sees(q, k, prefix)
+
+  def reach(self, q, k):
+    some_a, all_a = self.left.reach(q, k)
+    some_b, all_b = self.right.reach(q, k)
+    return some_a & some_b, all_a & all_b
+
+
+@dataclasses.dataclass(frozen=True)
+class Or(Pattern):
+  """What one of the two sees, or both."""
+
+  left: Pattern
+  right: Pattern
+
+  @property
+  def is_relative(self) -> bool:
+    return self.left.is_relative and self.right.is_relative
+
+  def sees(self, q, k, prefix):
+    return self.left.sees(q, k, prefix) | self.right.sees(q, k, prefix)
+
+  def reach(self, q, k):
+    some_a, all_a = self.left.reach(q, k)
+    some_b, all_b = self.right.reach(q, k)
+    return some_a | some_b, all_a | all_b
+
+
+@dataclasses.dataclass(frozen=True)
+class Everything(Pattern):
+  """Every key."""
+
+  def sees(self, q, k, prefix):
+    return (q == q) & (k == k)
+
+  def reach(self, q, k):
+    some = np.broadcast_to(True, np.broadcast_shapes(q[0].shape, k[0].shape))
+    return some, some
+
+
+@dataclasses.dataclass(frozen=True)
+class Causal(Pattern):
+  """The query's own key and those before."""
+
+  def sees(self, q, k, prefix):
+    return k <= q
+
+  def reach(self, q, k):
+    return k[0] <= q[1], k[1] <= q[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Window(Pattern):
+  """Keys at a distance below `size` on both sides, the query's own included."""
+
+  size: int
+
+  def sees(self, q, k, prefix):
+    return (k > q - self.size) & (k < q + self.size)
+
+  def reach(self, q, k):
+    low, high = k[0] - q[1], k[1] - q[0]  # Of key index minus query index.
+    some = (low < self.size) & (high > -self.size)
+    return some, (low > -self.size) & (high < self.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dilated(Pattern):
+  """Every `step`-th key from the query's own on (Beltagy et al., 2020)."""
+
+  step: int
+
+  def sees(self, q, k, prefix):
+    return (k - q) % self.step == 0
+
+  def reach(self, q, k):
+    low, high = k[0] - q[1], k[1] - q[0]
+    # The first multiple of the step at or past the lowest distance.
+    some = -(-low // self.step) * self.step <= high
+    return some, some & (self.step == 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix(Pattern):
+  """Keys of the row's prefix, which all its queries see (prefix LM)."""
+
+  is_relative = False
+
+  def sees(self, q, k, prefix):
+    assert prefix is not None, 'the mask has no prefix_B'
+    return (q == q) & (k < prefix)
+
+  def reach(self, q, k):
+    some = np.broadcast_to(True, np.broadcast_shapes(q[0].shape, k[0].shape))
+    return some, ~some
+
+
+@dataclasses.dataclass(frozen=True)
+class Global(Pattern):
+  """The first `num` tokens see all and are seen by all."""
+
+  num: int
+  is_relative = False
+
+  def sees(self, q, k, prefix):
+    return (q < self.num) | (k < self.num)
+
+  def reach(self, q, k):
+    some = (q[0] < self.num) | (k[0] < self.num)
+    return some, (q[1] < self.num) | (k[1] < self.num)
+
+
+@dataclasses.dataclass(frozen=True)
+class Region(Pattern):
+  """Keys of the query's own stretch of `size` tokens."""
+
+  size: int
+  is_relative = False
+
+  def sees(self, q, k, prefix):
+    return q // self.size == k // self.size
+
+  def reach(self, q, k):
+    q, k = ((a // self.size, b // self.size) for a, b in (q, k))
+    some = (q[0] <= k[1]) & (k[0] <= q[1])
+    return some, some & (q[0] == q[1]) & (k[0] == k[1]) & (q[0] == k[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks(Pattern):
+  """Any pattern of whole blocks.
+
+  Attributes:
+    size: tokens to a side of a block.
+    rows: a string for each block of queries, with a 1 for each block of keys
+      that it sees and a 0 for each that it does not.
+  """
+
+  size: int
+  rows: tuple[str, ...]
+  is_relative = False
+
+  @property
+  def matrix(self) -> np.ndarray:
+    """Whether each block of queries sees each block of keys."""
+    return _matrix(self)
+
+  def _made(self) -> np.ndarray:
+    return np.array([[c == '1' for c in row] for row in self.rows], bool)
+
+  def sees(self, q, k, prefix):
+    matrix = self.matrix
+    rows, columns = matrix.shape
+    q, k = q // self.size, k // self.size
+    # Padding past the matrix sees nothing that counts.
+    q, k = q.clip(0, rows - 1), k.clip(0, columns - 1)
+    if isinstance(q, np.ndarray) and isinstance(k, np.ndarray):
+      return matrix[q, k]
+    return jnp.asarray(matrix)[q, k]
+
+  def reach(self, q, k):
+    sums = np.pad(self.matrix.astype(np.int64).cumsum(0).cumsum(1), (1, 0))
+    rows, columns = self.matrix.shape
+    (q_0, q_1), (k_0, k_1) = (
+      (np.clip(a // self.size, 0, n - 1), np.clip(b // self.size, 0, n - 1) + 1)
+      for (a, b), n in ((q, rows), (k, columns))
+    )
+    num = sums[q_1, k_1] - sums[q_0, k_1] - sums[q_1, k_0] + sums[q_0, k_0]
+    return num > 0, num == (q_1 - q_0) * (k_1 - k_0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomBlocks(Blocks):
+  """Each block of queries sees `num` blocks of keys, drawn once.
+
+  A causal one draws among the blocks up to its own, so that the first rows are
+  the same in longer sequences; then a row has no more than there are.
+
+  Attributes:
+    size: tokens to a side of a block.
+    num: blocks of keys that a block of queries sees.
+    num_blocks: of the sequence.
+    causal: draw among the blocks up to the query's own.
+    seed: of the draws.
+  """
+
+  rows: tuple[str, ...] = ()
+  num: int = 1
+  num_blocks: int = 1
+  causal: bool = False
+  seed: int = 0
+
+  def _made(self) -> np.ndarray:
+    matrix = np.zeros((self.num_blocks, self.num_blocks), bool)
+    for row in range(self.num_blocks):
+      among = row + 1 if self.causal else self.num_blocks
+      rng = np.random.default_rng((self.seed, row))
+      matrix[row, rng.permutation(among)[: self.num]] = True
+    return matrix
+
+
+@functools.lru_cache(maxsize=256)
+def _matrix(blocks: Blocks) -> np.ndarray:
+  return blocks._made()  # pylint: disable=protected-access
+
+
+def has(pattern: Pattern, kind: type[Pattern]) -> bool:
+  """Returns whether a pattern of this kind is part of another."""
+  if isinstance(pattern, And | Or):
+    return has(pattern.left, kind) or has(pattern.right, kind)
+  return isinstance(pattern, kind)
+
+
+def sees_itself(pattern: Pattern, length: int) -> bool:
+  """Returns whether every query sees its own key."""
+  places = np.arange(length)
+  return bool(np.all(pattern.reach((places, places), (places, places))[0]))
+
+
+@functools.lru_cache(maxsize=1024)
+def count(pattern: Pattern, num_queries: int, num_keys: int) -> int:
+  """Returns how many pairs of a query and a key are seen.
+
+  A prefix counts as empty.
+  """
+  starts = [np.arange(0, n, _COUNTED) for n in (num_queries, num_keys)]
+  q, k = (
+    (start, np.minimum(start + _COUNTED, n) - 1)
+    for start, n in zip(starts, (num_queries, num_keys))
+  )
+  across = lambda span: (span[0][:, None], span[1][:, None])
+  some, every = pattern.reach(across(q), k)
+  area = (q[1] - q[0] + 1)[:, None] * (k[1] - k[0] + 1)
+  total = int(area[every].sum())
+  inside = np.arange(_COUNTED)
+  for row, column in zip(*np.nonzero(some & ~every)):
+    i, j = (q[0][row] + inside)[:, None], k[0][column] + inside
+    seen = pattern.sees(i, j, np.zeros((), int))
+    total += int((seen & (i < num_queries) & (j < num_keys)).sum())
+  return total
+
+
+def ordered(*, causal: bool, window: int | None = None) -> Pattern:
+  """Returns causal order, a window, both or everything."""
+  pattern: Pattern = Causal() if causal else Everything()
+  return pattern if window is None else pattern & Window(window)
