@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from t2x.attention import mask as mask_lib
+from t2x.attention import pairs as pairs_lib
 
 _MAX_BLOCKS = 16
-KEEP_KEYS = 1024  # Up to here the backward pass keeps the probabilities.
+KEEP_KEYS = 512  # Up to here the backward pass keeps the probabilities.
 
 
 def apply(fn, queries, k_BSKH, v_BSKH, mask, *, block, runs, kept):
@@ -95,6 +96,39 @@ def spans(num_queries, num_keys, mask, block, runs):
     last = min(first + run, num_queries)
     reach = mask_lib.key_range(mask, first, last, num_keys)
     yield slice(start, min(start + block, num_queries)), slice(*reach)
+
+
+def are_scanned(
+  mask: mask_lib.Mask, num_queries: int, num_keys: int, block: int | None
+) -> bool:
+  """Whether `scanned` serves a mask better than `apply`.
+
+  Long sequences, whose scores nobody keeps, and patterns with gaps.
+  """
+  if not mask.has_static_order or mask.start is not None:
+    return False
+  if num_keys > KEEP_KEYS:
+    return True
+  steps = pairs_lib.plan(mask.pattern, num_queries, num_keys, block)
+  whole = _pairs_of(spans(num_queries, num_keys, mask, block, None))
+  return 2 * steps.pairs < whole
+
+
+def num_pairs(
+  mask: mask_lib.Mask,
+  num_queries: int,
+  num_keys: int,
+  block: int | None,
+  runs: int | None = None,
+) -> int:
+  """Returns the pairs of a query and a key that are computed, seen or not."""
+  if runs is None and are_scanned(mask, num_queries, num_keys, block):
+    return pairs_lib.plan(mask.pattern, num_queries, num_keys, block).pairs
+  return _pairs_of(spans(num_queries, num_keys, mask, block, runs))
+
+
+def _pairs_of(blocks) -> int:
+  return sum((q.stop - q.start) * (k.stop - k.start) for q, k in blocks)
 
 
 def _block_size(num_queries: int, mask: mask_lib.Mask) -> int:

@@ -175,7 +175,9 @@ def _attend_rows(
   for start in range(keys.start, keys.stop, _MAX_KEYS):
     part = slice(start, min(start + _MAX_KEYS, keys.stop))
     scores = _scores(q_BTKGH, k_BSKH[:, part], mask, options, rows, part, bias)
-    drop = _dropout_of(dropout, mask, rows, part)
+    drop = functools.partial(
+      dropped, dropout=dropout, mask=mask, rows=rows, keys=part
+    )
     result = _softmax_product(scores, v_BSKH[:, part], drop)
     total = result if total is None else merge(total, result)
   return total
@@ -193,27 +195,37 @@ def _weigh_rows(
     scores = _scores(q_BTKGH, k_BSKH[:, part], mask, options, rows, part, bias)
     weights = jnp.exp(scores - jnp.maximum(lse_BKGT, NEVER / 2)[..., None])
     total = total + weights.sum(-1).transpose(0, 3, 1, 2)
-    drop = _dropout_of(dropout, mask, rows, part)
+    drop = functools.partial(
+      dropped, dropout=dropout, mask=mask, rows=rows, keys=part
+    )
     out = out + _product(weights, v_BSKH[:, part], drop)
   return out, total
 
 
-def _dropout_of(dropout, mask, rows, part):
-  return dropout and functools.partial(
-    dropout,
-    q_index_BT=mask_lib.q_index_of(mask, rows),
-    k_index_BS=mask_lib.k_index_of(mask, part),
+def dropped(weights_BKGTS, dropout, mask, rows, keys):
+  """Returns what dropout leaves of a block's probabilities."""
+  if dropout is None:
+    return weights_BKGTS
+  q_index, k_index = (
+    mask_lib.q_index_of(mask, rows),
+    mask_lib.k_index_of(mask, keys),
   )
+  return dropout(weights_BKGTS, q_index_BT=q_index, k_index_BS=k_index)
 
 
 def _scores(q_BTKGH, k_BSKH, mask, options, rows, keys, bias):
   """Returns float32 scores (B, K, G, T, S), unseen keys at `NEVER`."""
   scores = jnp.einsum(
     'BTKGH,BSKH->BKGTS',
-    q_BTKGH * _scale(options, q_BTKGH),
+    q_BTKGH * scale_of(options, q_BTKGH),
     k_BSKH,
     preferred_element_type=jnp.float32,
   )
+  return shaped(scores, mask, options, rows, keys, bias)
+
+
+def shaped(scores, mask, options, rows, keys, bias):
+  """Caps a block's products (B, K, G, T, S), adds a bias, hides the unseen."""
   if options.soft_cap is not None:
     scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
   if bias is not None:
@@ -229,22 +241,21 @@ def _scores(q_BTKGH, k_BSKH, mask, options, rows, keys, bias):
   return jnp.where(seen[:, None, None], scores, NEVER)
 
 
-def _softmax_product(scores_BKGTS, v_BSKH, dropout):
+def _softmax_product(scores_BKGTS, v_BSKH, drop):
   """Returns (out (B, T, K, G, H), lse (B, T, K, G)), float32."""
   largest = jax.lax.stop_gradient(scores_BKGTS.max(-1, keepdims=True))
   # Where nothing is seen `largest` is NEVER: every weight must become 0.
   weights = jnp.exp(scores_BKGTS - jnp.maximum(largest, NEVER / 2))
   total_BKGT = weights.sum(-1)
-  out = _product(weights, v_BSKH, dropout)
+  out = _product(weights, v_BSKH, drop)
   safe_BKGT = jnp.maximum(total_BKGT, 1e-37)
   lse_BKGT = jnp.log(safe_BKGT) + largest[..., 0]
   to_BTKG = lambda x: x.transpose(0, 3, 1, 2)
   return out / to_BTKG(safe_BKGT)[..., None], to_BTKG(lse_BKGT)
 
 
-def _product(weights_BKGTS, v_BSKH, dropout):
-  if dropout is not None:
-    weights_BKGTS = dropout(weights_BKGTS)
+def _product(weights_BKGTS, v_BSKH, drop):
+  weights_BKGTS = drop(weights_BKGTS)
   return jnp.einsum(
     'BKGTS,BSKH->BTKGH',
     weights_BKGTS.astype(v_BSKH.dtype),
@@ -253,5 +264,5 @@ def _product(weights_BKGTS, v_BSKH, dropout):
   )
 
 
-def _scale(options: Options, q: jax.Array) -> float:
+def scale_of(options: Options, q: jax.Array) -> float:
   return q.shape[-1] ** -0.5 if options.scale is None else options.scale

@@ -14,9 +14,11 @@ from jax.sharding import PartitionSpec as P
 
 from t2x import sharding
 from t2x import shards
+from t2x.attention import blocks
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
 from t2x.attention import patterns
+from t2x.attention import scanned
 from t2x.attention import splash
 from t2x.attention import triton
 
@@ -48,6 +50,9 @@ def attend(
         'kernel where it serves, and blocks elsewhere.'
       )
   if options.kernel == 'blocks' or why:
+    lengths = q_BTNH.shape[1], k_BSKH.shape[1]
+    if blocks.are_scanned(mask, *lengths, options.block):
+      return scanned.attend(q_BTNH, k_BSKH, v_BSKH, mask, **parts)
     out = dense.attend(q_BTNH, k_BSKH, v_BSKH, mask, **parts)
     return checkpoint_name(out, splash.NAME)
   scale = q_BTNH.shape[-1] ** -0.5 if options.scale is None else options.scale

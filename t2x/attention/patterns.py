@@ -148,6 +148,22 @@ class Window(Pattern):
 
 
 @dataclasses.dataclass(frozen=True)
+class Below(Pattern):
+  """Keys of an index below `end`."""
+
+  end: int
+  is_relative = False
+
+  def sees(self, q, k, prefix):
+    return (q == q) & (k < self.end)
+
+  def reach(self, q, k):
+    some, every = k[0] < self.end, k[1] < self.end
+    shape = np.broadcast_shapes(q[0].shape, k[0].shape)
+    return np.broadcast_to(some, shape), np.broadcast_to(every, shape)
+
+
+@dataclasses.dataclass(frozen=True)
 class Dilated(Pattern):
   """Every `step`-th key from the query's own on (Beltagy et al., 2020)."""
 

@@ -193,8 +193,7 @@ def pairs(local: local_lib.Local, layer: local_lib.Layer, cross: bool) -> float:
   if chosen == 'kernel':
     sides = [layer.kind.block or splash.block_size(n) or n for n in (T, S)]
     return splash.visited(mask, T, S, *sides) / C
-  spans = blocks.spans(T, S, mask, layer.kind.block, None)
-  return sum((q.stop - q.start) * (k.stop - k.start) for q, k in spans) / C
+  return blocks.num_pairs(mask, T, S, layer.kind.block) / C
 
 
 def _ring_pairs(local, layer, mask, T, S, C) -> float:
@@ -211,8 +210,7 @@ def _ring_pairs(local, layer, mask, T, S, C) -> float:
       num = q_size * k_size
       if slot.diagonal:
         block = layer.kind.block or ring.BLOCK
-        spans = blocks.spans(q_size, k_size, own, block, ring.RUNS)
-        num = sum((q.stop - q.start) * (k.stop - k.start) for q, k in spans)
+        num = blocks.num_pairs(own, q_size, k_size, block, ring.RUNS)
       for device, seen in enumerate(slot.seen_C):
         total[device] += num * (seen != ring_plan.NONE)
   return max(total)
@@ -225,10 +223,18 @@ def backward_of_scores(
   chosen = way(local, layer, cross)
   if chosen == 'kernel':
     return KERNEL_BACKWARD
-  keys = layer.encoded if cross else layer.queries
-  assert keys is not None
-  kept = chosen == 'blocks' and keys <= blocks.KEEP_KEYS
+  kept = chosen == 'blocks' and keeps_scores(layer, cross)
   return BLOCKS_BACKWARD if kept else AGAIN_BACKWARD
+
+
+def keeps_scores(layer: local_lib.Layer, cross: bool) -> bool:
+  """Whether a backward pass in blocks finds the probabilities kept."""
+  T, S = layer.queries, layer.encoded if cross else layer.queries
+  assert S is not None
+  mask = mask_lib.Mask() if cross else layer.mask
+  return S <= blocks.KEEP_KEYS and not blocks.are_scanned(
+    mask, T, S, layer.kind.block
+  )
 
 
 # --- What is made again. ---

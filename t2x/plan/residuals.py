@@ -4,7 +4,6 @@ For each `train.remat` what JAX keeps, as read from jaxprs.
 """
 
 from t2x import stack
-from t2x.attention import blocks
 from t2x.layers import moe
 from t2x.plan import executed
 from t2x.plan import local as local_lib
@@ -120,8 +119,7 @@ def _attention_residuals(local, layer, sizes, cross: bool) -> float:
     H = layer.kind.head_dim
     kept *= -(-H // tiles.LANES) * tiles.LANES / H
   kept += query  # As the product after it reads it.
-  keys = layer.encoded if cross else layer.queries
-  if chosen == 'blocks' and keys <= blocks.KEEP_KEYS:
+  if chosen == 'blocks' and executed.keeps_scores(layer, cross):
     # Probabilities in float32 and as they are used, and the output as it was.
     heads = layer.kind.num_heads / local.over('heads')
     pairs = executed.pairs(local, layer, cross)

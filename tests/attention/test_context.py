@@ -56,7 +56,7 @@ def segments(length, seed=0):
 
 def seen_by_segment(**kwargs):
   own = segments(T)
-  return Mask(q_segments_BT=own, k_segments_BS=own, **kwargs)
+  return make_mask(q_segments_BT=own, k_segments_BS=own, **kwargs)
 
 
 CASES = {

@@ -1,0 +1,250 @@
+"""Softmax attention over the blocks that a pattern shows, one step at a time.
+
+Each step meets a block of queries with a few blocks of keys; what it makes is
+merged with what the block had before by a running maximum and sum (Milakov and
+Gimelshein, 2018). The backward pass takes the same steps again and works their
+probabilities out from the log-sum-exp (Dao et al., 2022), so that what is kept
+grows with the length alone.
+
+Shape suffixes: B batch, T query position, S key position, N query heads, K
+key/value heads, G query heads per key/value head, H head dim, P steps, C blocks
+of keys of a step, I blocks of queries, J blocks of keys.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+
+from t2x.attention import dense
+from t2x.attention import mask as mask_lib
+from t2x.attention import pairs as pairs_lib
+from t2x.attention import patterns
+from t2x.attention import splash
+
+
+def attend(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  mask: mask_lib.Mask,
+  *,
+  options: dense.Options = dense.Options(),
+  bias: Any = None,
+  dropout: Any = None,
+) -> jax.Array:
+  """As `dense.attend`, of sequences in their own order.
+
+  Args:
+    q_BTNH: queries.
+    k_BSKH: keys.
+    v_BSKH: values.
+    mask: what each query sees; without indices.
+    options: scale, cap and block size.
+    bias: as for `dense.attend`; a pytree.
+    dropout: as for `dense.attend`; a pytree.
+  """
+  assert mask.has_static_order and mask.start is None
+  return _attend(options, (q_BTNH, k_BSKH, v_BSKH), bias, dropout, mask)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(options, qkv, bias, dropout, mask):
+  return _forward(options, qkv, bias, dropout, mask)[0]
+
+
+class _Blocks:
+  """Cuts arrays into blocks, and reads those of a step."""
+
+  def __init__(self, q_shape, k_shape, mask, options):
+    (_, self.T, N, _), (_, self.S, self.K, _) = q_shape, k_shape
+    self.G = N // self.K
+    self.steps = pairs_lib.plan(mask.pattern, self.T, self.S, options.block)
+    self.I = -(-self.T // self.steps.q_size)
+    # Steps may go on past the last key by all blocks but one.
+    self.J = -(-self.S // self.steps.k_size) + self.steps.k_PC.shape[1]
+    self.mask = mask
+
+  def queries(self, a_BTN):
+    """(B, T, N, ...) to (I, B, K, G, block, ...)."""
+    a = _padded(a_BTN, self.I * self.steps.q_size)
+    rest = a.shape[3:]
+    a = a.reshape(a.shape[0], self.I, -1, self.K, self.G, *rest)
+    return jnp.moveaxis(a, (1, 2), (0, 4))
+
+  def of_queries(self, a):
+    """The way back of `queries`."""
+    a = jnp.moveaxis(a, (0, 4), (1, 2))
+    rest = a.shape[5:]
+    return a.reshape(a.shape[0], -1, self.K * self.G, *rest)[:, : self.T]
+
+  def keys(self, a_BSKH):
+    """(B, S, K, H) to (B, K, J, block, H)."""
+    a = _padded(a_BSKH, self.J * self.steps.k_size).swapaxes(1, 2)
+    return a.reshape(*a.shape[:2], self.J, -1, a.shape[-1])
+
+  def of_keys(self, a):
+    """The way back of `keys`."""
+    a = a.reshape(*a.shape[:2], -1, a.shape[-1])
+    return a.swapaxes(1, 2)[:, : self.S]
+
+  def read(self, a, blocks_C):
+    """Returns some blocks of keys, (B, K, C block, H)."""
+    if self.steps.is_sliced:
+      num = self.steps.k_PC.shape[1]
+      a = jax.lax.dynamic_slice_in_dim(a, blocks_C[0], num, 2)
+    else:
+      a = jnp.take(a, blocks_C, axis=2, mode='clip')
+    return a.reshape(*a.shape[:2], -1, a.shape[-1])
+
+  def add(self, a, new, blocks_C):
+    """Adds to some blocks of keys."""
+    new = new.reshape(*a.shape[:2], -1, *a.shape[3:]).astype(a.dtype)
+    if not self.steps.is_sliced:
+      return a.at[:, :, blocks_C].add(new, mode='drop')
+    old = jax.lax.dynamic_slice_in_dim(a, blocks_C[0], new.shape[2], 2)
+    return jax.lax.dynamic_update_slice_in_dim(a, old + new, blocks_C[0], 2)
+
+  def mask_of(self, row, blocks_C) -> mask_lib.Mask:
+    """Returns what the queries and keys of a step see of each other."""
+    mask, steps = self.mask, self.steps
+    q_index_T = row * steps.q_size + jnp.arange(steps.q_size)
+    inside_S = jnp.arange(steps.k_size)[None]
+    k_index_CS = blocks_C[:, None] * steps.k_size + inside_S
+    k_index_S = k_index_CS.reshape(-1)
+    pattern = mask.pattern
+    if (steps.k_PC.max() + 1) * steps.k_size > self.S:
+      pattern &= patterns.Below(self.S)
+    own = mask_lib.Mask(
+      pattern=pattern,
+      prefix_B=mask.prefix_B,
+      q_index_BT=q_index_T[None],
+      k_index_BS=k_index_S[None],
+    )
+    if not mask.has_segments:
+      return own
+    return dataclasses.replace(
+      own,
+      q_segments_BT=_at(mask.q_segments_BT, q_index_T),
+      k_segments_BS=_at(mask.k_segments_BS, k_index_S),
+    )
+
+
+def _padded(a, length):
+  return jnp.pad(
+    a, [(0, 0), (0, length - a.shape[1])] + [(0, 0)] * (a.ndim - 2)
+  )
+
+
+def _at(a_BT, index_T):
+  return jnp.take(a_BT, index_T, axis=1, mode='clip')
+
+
+def _get(a, i):
+  return jax.lax.dynamic_index_in_dim(a, i, 0, keepdims=False)
+
+
+def _set(a, value, i):
+  return jax.lax.dynamic_update_index_in_dim(a, value, i, 0)
+
+
+def _scores(q_BKGTH, k_BKSH, mask, options, bias):
+  scores = jnp.einsum(
+    'BKGTH,BKSH->BKGTS',
+    q_BKGTH * dense.scale_of(options, q_BKGTH),
+    k_BKSH,
+    preferred_element_type=jnp.float32,
+  )
+  whole = slice(0, scores.shape[-2]), slice(0, scores.shape[-1])
+  return dense.shaped(scores, mask, options, *whole, bias)
+
+
+def _product(weights_BKGTS, v_BKSH, mask, dropout):
+  whole = slice(0, weights_BKGTS.shape[-2]), slice(0, weights_BKGTS.shape[-1])
+  weights_BKGTS = dense.dropped(weights_BKGTS, dropout, mask, *whole)
+  return jnp.einsum(
+    'BKGTS,BKSH->BKGTH',
+    weights_BKGTS.astype(v_BKSH.dtype),
+    v_BKSH,
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _forward(options, qkv, bias, dropout, mask):
+  blocks = _Blocks(qkv[0].shape, qkv[1].shape, mask, options)
+  q, k, v = blocks.queries(qkv[0]), blocks.keys(qkv[1]), blocks.keys(qkv[2])
+  start = (
+    jnp.zeros((*q.shape[:-1], v.shape[-1]), jnp.float32),
+    jnp.full(q.shape[:-1], dense.NEVER, jnp.float32),
+    jnp.zeros(q.shape[:-1], jnp.float32),
+  )
+
+  def step(sums, at):
+    row, blocks_C = at
+    own = blocks.mask_of(row, blocks_C)
+    keys, values = (blocks.read(a, blocks_C) for a in (k, v))
+    scores = _scores(_get(q, row), keys, own, options, bias)
+    out, largest, total = (_get(a, row) for a in sums)
+    new = jnp.maximum(largest, scores.max(-1))
+    # Where nothing is seen `new` is NEVER: every weight must become 0.
+    weights = jnp.exp(scores - jnp.maximum(new, dense.NEVER / 2)[..., None])
+    shrink = jnp.exp(largest - new)
+    total = total * shrink + weights.sum(-1)
+    made = _product(weights, values, own, dropout)
+    out = out * shrink[..., None] + made
+    parts = zip(sums, (out, new, total), strict=True)
+    return tuple(_set(a, value, row) for a, value in parts), None
+
+  steps = blocks.steps.q_P, blocks.steps.k_PC
+  (out, largest, total), _ = jax.lax.scan(step, start, steps)
+  total = jnp.maximum(total, 1e-37)
+  out = blocks.of_queries(out / total[..., None]).astype(qkv[0].dtype)
+  out = checkpoint_name(out, splash.NAME)
+  lse = checkpoint_name(
+    blocks.of_queries(jnp.log(total) + largest), splash.NAME
+  )
+  return out, (qkv, bias, dropout, mask, out, lse)
+
+
+def _backward(options, residuals, d_out):
+  qkv, bias, dropout, mask, out, lse = residuals
+  blocks = _Blocks(qkv[0].shape, qkv[1].shape, mask, options)
+  d_out = d_out.astype(jnp.float32)
+  delta = (d_out * out.astype(jnp.float32)).sum(-1)
+  rows = tuple(blocks.queries(a) for a in (qkv[0], lse, d_out, delta))
+  k, v = blocks.keys(qkv[1]), blocks.keys(qkv[2])
+  zeros = lambda a: jnp.zeros(a.shape, jnp.float32)
+  start = zeros(rows[0]), zeros(k), zeros(v), jax.tree.map(zeros, bias)
+
+  def step(sums, at):
+    row, blocks_C = at
+    own = blocks.mask_of(row, blocks_C)
+    q, lse, d_out, delta = (_get(a, row) for a in rows)
+
+    def weigh(q, k, v, bias):
+      scores = _scores(q, k, own, options, bias)
+      lse_1 = jnp.maximum(lse, dense.NEVER / 2)[..., None]
+      weights = jnp.exp(scores - lse_1)
+      return _product(weights, v, own, dropout), weights.sum(-1)
+
+    keys, values = (blocks.read(a, blocks_C) for a in (k, v))
+    new = jax.vjp(weigh, q, keys, values, bias)[1]((d_out, -delta))
+    d_q, d_k, d_v, d_bias = sums
+    d_q = _set(d_q, _get(d_q, row) + new[0], row)
+    d_k, d_v = (
+      blocks.add(a, b, blocks_C) for a, b in zip((d_k, d_v), new[1:3])
+    )
+    return (d_q, d_k, d_v, jax.tree.map(jnp.add, d_bias, new[3])), None
+
+  steps = blocks.steps.q_P, blocks.steps.k_PC
+  (d_q, d_k, d_v, d_bias), _ = jax.lax.scan(step, start, steps)
+  d_bias = jax.tree.map(lambda a, b: a.astype(b.dtype), d_bias, bias)
+  d_qkv = blocks.of_queries(d_q), blocks.of_keys(d_k), blocks.of_keys(d_v)
+  d_qkv = tuple(a.astype(b.dtype) for a, b in zip(d_qkv, qkv, strict=True))
+  return d_qkv, d_bias, None, None
+
+
+_attend.defvjp(_forward, _backward)
