@@ -14,8 +14,10 @@ from t2x import mesh as mesh_lib
 from t2x import on_mesh
 from t2x import sharding
 from t2x.attention import all_to_all
+from t2x.attention import context
 from t2x.data import config as data_config
 from t2x.data import pipeline as data_pipeline
+from t2x.layers import attention
 from t2x.layers import attention_layer
 from t2x.layers import embed
 from t2x.layers import experts
@@ -37,6 +39,7 @@ def check(config: Experiment, num_devices: int) -> None:
   sharding.check_rules(config.rules, sizes)
   _check_offload(config, sizes)
   _check_pipeline(config, sizes)
+  _check_attention(config, sizes)
   _check_rows(config, sizes)
   _check_context(config, sizes)
   _check_activations(config)
@@ -81,6 +84,31 @@ def _check_offload(config: Experiment, sizes: Mapping[str, int]) -> None:
       f'rules.layers={",".join(split) or "none"}). Set train.offload=none, or '
       'mesh.pipe=1 and rules.layers=none.'
     )
+
+
+def _check_attention(config: Experiment, sizes: Mapping[str, int]) -> None:
+  """Kinds of attention say which rows and layouts they are for."""
+  packed = isinstance(config.data.batching, data_config.Pack)
+  splits = on_mesh.context_size(config, sizes) > 1
+  ring = splits and config.rules.context_attention == 'ring'
+  for kind in config.model.kinds:
+    kind.check_length(config.data.length)
+    if kind.mixes_rows and packed:
+      raise ValueError(
+        f'model.attention={kind.kind} mixes the keys of a whole row, and '
+        'data.batching=pack puts several documents into one, which would see '
+        'each other. Set data.batching=pad.'
+      )
+    if ring and not isinstance(kind, attention.Softmax):
+      raise sharding.ShardingError(
+        f'model.attention={kind.kind}: {context.NEEDS_EXCHANGE}'
+      )
+    if splits and getattr(kind, 'global_projections', False):
+      raise sharding.ShardingError(
+        'attention.global_projections=true takes the first tokens of whole '
+        f'rows, and mesh.context={sizes["context"]} splits them. Set it to '
+        'false, or mesh.context=1.'
+      )
 
 
 def _check_rows(config: Experiment, sizes: dict[str, int]) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 from t2x.attention import patterns
 from t2x.layers import attention as attention_lib
+from t2x.layers import kinds as kinds_lib
 from t2x.layers import moe
 from t2x.models import common
 from t2x.models import encoder
@@ -154,12 +155,14 @@ def _tower(
   D, layers = config.embed_dim, []
   for i in range(num_layers):
     kind, mlp = config.group[i % len(config.group)]
-    N, K, H = kind.num_heads, kind.kv_heads, kind.head_dim
-    pattern = patterns.ordered(causal=causal)
-    pattern &= kind.pattern(length, causal=causal)
-    scores = _attention(kind, length, length, pattern, skip_masked)
+    if isinstance(kind, attention_lib.Softmax):
+      pattern = kinds_lib.pattern_of(kind, length, causal)
+      scores = _attention(kind, length, length, pattern, skip_masked)
+    else:
+      scores = kinds_lib.mixing_flops(kind, length, D, causal)
+    width = kind.head_dim * kinds_lib.projected_heads(kind)
     layer = {
-      'projections': 2 * length * D * H * (2 * N + 2 * K),
+      'projections': 2 * length * D * width,
       'scores and values': scores,
     }
     for name, per_token in _feed_forward(mlp, D).items():
@@ -187,7 +190,7 @@ def _cross(config, kind, T, S, skip_masked) -> int:
 
 
 def _attention(
-  kind: attention_lib.AttentionConfig,
+  kind: kinds_lib.AttentionConfig,
   T: int,
   S: int,
   pattern: patterns.Pattern,

@@ -10,6 +10,7 @@ from t2x import plan_remedy
 from t2x import planning
 from t2x import sharding
 from t2x import sharding_table
+from t2x.layers import attention
 from t2x.layers import moe
 from t2x.layers import position
 from t2x.layers import routing
@@ -224,7 +225,7 @@ def _why(config, gpu: bool) -> str:
   if position.is_bias(config.model.position):
     kind = type(config.model.position).__name__
     return f'model.position ({kind}) adds a bias to scores, which is not in it.'
-  kinds = config.model.kinds
+  kinds = [k for k in config.model.kinds if isinstance(k, attention.Softmax)]
   if any(k.kernel == 'blocks' for k in kinds):
     return 'attention.kernel=blocks. Set it to auto.'
   if any(k.dropout for k in kinds):

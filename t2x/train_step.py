@@ -17,6 +17,7 @@ from t2x import optim_state
 from t2x import sharding
 from t2x import train_state
 from t2x.layers import dropout
+from t2x.layers import linear
 from t2x.layers import param
 from t2x.pipeline import gradients as pipeline
 
@@ -85,7 +86,7 @@ def apply_gradients(
   new_state = train_state.TrainState(
     step=state.step + 1,
     model=train_state.combine(
-      new_trained, keep(balance.update(rest, loads), rest)
+      new_trained, keep(_updated(rest, loads, state.step + 1), rest)
     ),
     opt_state=opt_state,
     ema=ema,
@@ -94,6 +95,11 @@ def apply_gradients(
   sums = {name: value for name, value in sums.items() if name != 'loads'}
   metrics = {**sums, 'grad_norm': grad_norm, 'num_skipped': num_skipped}
   return new_state, metrics | balance.metrics(loads)
+
+
+def _updated(rest: Any, loads: Any, step: jax.Array) -> Any:
+  """Returns what is not trained, after a step: it has rules of its own."""
+  return linear.redraw(balance.update(rest, loads), step)
 
 
 def eval_step(model: Any, batch: Batch, config: train_state.StepConfig):

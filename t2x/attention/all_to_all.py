@@ -9,6 +9,7 @@ key/value heads, G query heads per key/value head, H head dim. C is the number
 of devices.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import math
@@ -70,6 +71,47 @@ def attend(
   Raises:
     ShardingError: the heads do not divide.
   """
+
+  def whole_rows(extra, q, k, v, mask, heads_KG):
+    bias, dropout = extra
+    return kernels.attend(
+      q,
+      k,
+      v,
+      mask,
+      options=options,
+      bias=bias and _of_heads(bias, heads_KG.reshape(-1)),
+      dropout=dropout and dropout.of_heads(heads_KG),
+    )
+
+  extra = bias, dropout
+  return apply(whole_rows, extra, q_BTNH, k_BSKH, v_BSKH, mask, axis)
+
+
+def apply(
+  fn: Callable[..., jax.Array],
+  extra: Any,
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  mask: mask_lib.Mask,
+  axis: str,
+) -> jax.Array:
+  """Returns what `fn` makes of whole rows, on each device for some heads.
+
+  Args:
+    fn: takes `extra`, queries, keys, values, the mask and the numbers of the
+      heads (K, G).
+    extra: a pytree that every device has whole.
+    q_BTNH: queries, split along the sequence.
+    k_BSKH: keys.
+    v_BSKH: values.
+    mask: what each query sees.
+    axis: that splits the sequence.
+
+  Raises:
+    ShardingError: the heads do not divide.
+  """
   sizes = jax.sharding.get_abstract_mesh().shape
   parts = math.prod(sizes[a] for a in shards.auto_axes('kv_heads'))
   N, K = q_BTNH.shape[2], k_BSKH.shape[2]
@@ -77,17 +119,16 @@ def attend(
   k_BSKH, v_BSKH = (jnp.repeat(a, copies, 2) for a in (k_BSKH, v_BSKH))
   split = P(None, axis)
   mask_spec = mask_lib.specs(mask, axis)
-  fn = functools.partial(_exchange, axis=axis, options=options)
   return jax.shard_map(
-    fn,
-    in_specs=(split, split, split, mask_spec, P(), P()),
+    functools.partial(_exchange, fn, axis),
+    in_specs=(P(), split, split, split, mask_spec),
     out_specs=split,
     axis_names={axis},
     check_vma=False,
-  )(q_BTNH, k_BSKH, v_BSKH, mask, bias, dropout)
+  )(extra, q_BTNH, k_BSKH, v_BSKH, mask)
 
 
-def _exchange(q_BTNH, k_BSKH, v_BSKH, mask, bias, dropout, *, axis, options):
+def _exchange(fn, axis, extra, q_BTNH, k_BSKH, v_BSKH, mask):
   C, rank = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
   N, K = q_BTNH.shape[2], k_BSKH.shape[2]
   # Every C-th key/value head with its query heads, so that a split of the
@@ -115,15 +156,7 @@ def _exchange(q_BTNH, k_BSKH, v_BSKH, mask, bias, dropout, *, axis, options):
     q_segments_BT=gather(mask.q_segments_BT),
     k_segments_BS=gather(mask.k_segments_BS),
   )
-  out = kernels.attend(
-    q,
-    k,
-    v,
-    mask,
-    options=options,
-    bias=bias and _of_heads(bias, heads_KG.reshape(-1)),
-    dropout=dropout and dropout.of_heads(heads_KG),
-  )
+  out = fn(extra, q, k, v, mask, heads_KG)
   out = out.reshape(*out.shape[:2], K // C, 1, N // K, -1)
   out = exchange(out, split_axis=1, concat_axis=3)
   return out.reshape(*q_BTNH.shape[:3], -1)

@@ -15,6 +15,55 @@ from t2x.attention import ring
 from t2x.attention import splash
 
 
+def mix(
+  mixer: Any,
+  q_BTNH: jax.Array,
+  k_BTKH: jax.Array,
+  v_BTKH: jax.Array,
+  mask: mask_lib.Mask,
+) -> jax.Array:
+  """Returns mixer(q, k, v, mask) of whole rows, wherever they are.
+
+  Args:
+    mixer: what mixes values, a module; see `t2x/layers/kinds.py`.
+    q_BTNH: queries.
+    k_BTKH: keys.
+    v_BTKH: values.
+    mask: of a sequence that looks at itself.
+
+  Raises:
+    ShardingError: a mesh axis splits rows, and heads are not exchanged.
+  """
+  axes = shards.auto_axes('length')
+  if not axes:
+    return mixer(q_BTNH, k_BTKH, v_BTKH, mask)
+  axis = _one(axes)
+  if sharding.active_rules().context_attention != 'all_to_all':
+    raise sharding.ShardingError(NEEDS_EXCHANGE)
+
+  def whole_rows(mixer, q, k, v, mask, heads_KG):
+    return mixer(q, k, v, mask, heads_KG.reshape(-1))
+
+  return all_to_all.apply(whole_rows, mixer, q_BTNH, k_BTKH, v_BTKH, mask, axis)
+
+
+NEEDS_EXCHANGE = (
+  'a ring of devices passes keys of softmax attention on; of other kinds '
+  '(linear, performer, regional, linformer, nystromformer, convolution) each '
+  'device needs whole rows. Set rules.context_attention=all_to_all.'
+)
+
+
+def _one(axes: tuple[str, ...]) -> str:
+  axis, *more = axes
+  if more:
+    raise sharding.ShardingError(
+      f'rules.length={",".join(axes)}: attention splits a sequence over one '
+      'mesh axis. Set rules.length=context.'
+    )
+  return axis
+
+
 def attend(
   q_BTNH: jax.Array,
   k_BSKH: jax.Array,
@@ -42,13 +91,9 @@ def attend(
   """
   kwargs = {'options': options, 'bias': bias, 'dropout': dropout}
   axes = shards.auto_axes('length')
-  if len(axes) == 0:
+  if not axes:
     return kernels.attend(q_BTNH, k_BSKH, v_BSKH, mask, **kwargs)
-  if len(axes) > 1:
-    raise sharding.ShardingError(
-      f'rules.length={",".join(axes)}: attention splits a sequence over one '
-      'mesh axis. Set rules.length=context.'
-    )
+  axis = _one(axes)
   exchanged = sharding.active_rules().context_attention == 'all_to_all'
   if options.kernel == 'flash' and not exchanged:
     raise ValueError(
@@ -56,6 +101,6 @@ def attend(
       'or rules.context_attention=all_to_all.'
     )
   if exchanged:
-    return all_to_all.attend(q_BTNH, k_BSKH, v_BSKH, mask, axes[0], **kwargs)
-  out = ring.attend(q_BTNH, k_BSKH, v_BSKH, mask, axes[0], **kwargs)
+    return all_to_all.attend(q_BTNH, k_BSKH, v_BSKH, mask, axis, **kwargs)
+  out = ring.attend(q_BTNH, k_BSKH, v_BSKH, mask, axis, **kwargs)
   return checkpoint_name(out, splash.NAME)

@@ -21,6 +21,7 @@ from t2x.decode import loop
 from t2x.decode import prompts as prompts_lib
 from t2x.decode import sampling as sampling_lib
 from t2x.layers import dropout
+from t2x.layers import kinds
 from t2x.models import decoder
 
 _NEVER_ENDS = -1  # No token has this id.
@@ -211,6 +212,9 @@ def _check_model(model: Any) -> None:
       'EncoderDecoder predicts the next token from those before it. Train '
       'with model.kind decoder or encoder_decoder.'
     )
+  for kind in model.config.kinds:
+    if kind.decoding is None:
+      raise ValueError(kinds.no_decoding(kind))
 
 
 def _row_keys(keys_B, seed: int, num_prompts: int, num_rows: int) -> jax.Array:

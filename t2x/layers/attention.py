@@ -1,9 +1,15 @@
-"""The kinds of attention, as configs; `attention_layer` runs them.
+"""The kinds of softmax attention, as configs; `attention_layer` runs them.
 
-Letters: N query heads, K key/value heads, H head dim.
+All of them compute softmax(q k^T) v over the keys that a mask shows. What a
+kind adds to the model's mask is a pattern (t2x/attention/patterns.py). Others,
+with no scores to hide, are in linear, low_rank, regional and convolution, and
+more of these in sparse; t2x/layers/kinds.py lists them all.
+
+Letters: N query heads, K key/value heads, H head dim, T tokens of a sequence.
 """
 
 import dataclasses
+from typing import Any
 from typing import ClassVar
 from typing import Literal
 
@@ -12,8 +18,8 @@ from t2x.attention import patterns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Dense:
-  """Every query sees every key that the model's mask lets it see.
+class Heads:
+  """What every kind of attention has.
 
   Attributes:
     num_heads: query heads N.
@@ -22,34 +28,26 @@ class Dense:
       et al., 2023).
     head_dim: H.
     bias: add biases to queries, keys, values and output.
-    scale: factor of the scores; None means 1 / sqrt(H). T5 takes 1 and draws
-      its queries smaller instead.
     qk_norm: RMSNorm over each head's queries and keys (Dehghani et al., 2023).
-    soft_cap: bounds the scores by cap * tanh(score / cap).
-    dropout: rate on the attention probabilities.
-    block: queries to a block of the computation; None chooses.
-    kernel: `auto` takes the device's own kernel where it has one that serves
-      (t2x/attention/kernels.py), `flash` insists on it, `blocks` runs the same
-      program everywhere.
   """
 
-  kind: ClassVar[str] = 'dense'
   num_heads: int = 8
   num_kv_heads: int | None = None
   head_dim: int = 64
   bias: bool = False
-  scale: float | None = None
   qk_norm: bool = False
-  soft_cap: float | None = None
-  dropout: float = 0.0
-  block: int | None = None
-  kernel: Literal['auto', 'flash', 'blocks'] = 'auto'
+
+  kind: ClassVar[str] = ''
+  # Why no decoder can have it, or None. By what a decoder goes on token by
+  # token, or None where it cannot. Whether queries see other documents of their
+  # row.
+  not_causal: ClassVar[str | None] = None
+  decoding: ClassVar[str | None] = 'keys and values of all positions'
+  mixes_rows: ClassVar[bool] = False
 
   def __post_init__(self):
-    least = dict.fromkeys(('num_heads', 'num_kv_heads', 'head_dim', 'block'), 1)
+    least = dict.fromkeys(('num_heads', 'num_kv_heads', 'head_dim'), 1)
     checks.least(self, 'attention.', **least)
-    checks.positive(self, 'attention.', 'scale', 'soft_cap')
-    checks.share(self, 'attention.', 'dropout')
     if self.num_heads % self.kv_heads:
       raise ValueError(
         f'attention.num_heads={self.num_heads} must be a multiple of '
@@ -61,11 +59,43 @@ class Dense:
   def kv_heads(self) -> int:
     return self.num_kv_heads or self.num_heads
 
+  def check_length(self, length: int) -> None:
+    """Raises ValueError for sequences that the kind makes no sense for."""
+    del length
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Softmax(Heads):
+  """What every kind of softmax attention has.
+
+  Attributes:
+    scale: factor of the scores; None means 1 / sqrt(H). T5 takes 1 and draws
+      its queries smaller instead.
+    soft_cap: bounds the scores by cap * tanh(score / cap).
+    dropout: rate on the attention probabilities.
+    block: queries to a block of the computation; None chooses.
+    kernel: `auto` takes the device's own kernel where it has one that serves
+      (t2x/attention/kernels.py), `flash` insists on it, `blocks` runs the same
+      program everywhere.
+  """
+
+  scale: float | None = None
+  soft_cap: float | None = None
+  dropout: float = 0.0
+  block: int | None = None
+  kernel: Literal['auto', 'flash', 'blocks'] = 'auto'
+
+  def __post_init__(self):
+    super().__post_init__()
+    checks.least(self, 'attention.', block=1)
+    checks.positive(self, 'attention.', 'scale', 'soft_cap')
+    checks.share(self, 'attention.', 'dropout')
+
   def pattern(self, length: int, *, causal: bool) -> patterns.Pattern:
     """Returns what the kind leaves of the keys that the model's mask shows.
 
     Args:
-      length: tokens of a sequence that looks at itself.
+      length: T, of a sequence that looks at itself.
       causal: the model's mask is causal.
 
     Raises:
@@ -74,28 +104,62 @@ class Dense:
     del length, causal
     return patterns.Everything()
 
+  @property
+  def reach(self) -> int | None:
+    """Tokens back to the farthest key of a causal query; None for all."""
+    return None
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Local(Dense):
+class Dense(Softmax):
+  """Every query sees every key that the model's mask lets it see."""
+
+  kind: ClassVar[str] = 'dense'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Local(Softmax):
   """A sliding window of the `window` latest keys, the query's own included.
 
-  GPT-3's locally banded layers (Brown et al., 2020; Child et al., 2019).
+  An encoder sees as many on the other side. GPT-3's locally banded layers
+  (Brown et al., 2020; Child et al., 2019) are these, in
+  `model.attention_pattern` with dense ones.
   """
 
   kind: ClassVar[str] = 'local'
+  decoding: ClassVar[str | None] = 'keys and values of the window'
   window: int = 128
 
   def __post_init__(self):
     super().__post_init__()
-    if self.window < 1:
-      raise ValueError(
-        f'attention.window={self.window}; a query sees at least itself, so '
-        'the window is 1 or more.'
-      )
+    check_window(self)
 
   def pattern(self, length: int, *, causal: bool) -> patterns.Pattern:
     del length, causal
     return patterns.Window(self.window)
 
+  def check_length(self, length: int) -> None:
+    check_reach(self, self.window, length)
 
-AttentionConfig = Dense | Local
+  @property
+  def reach(self) -> int | None:
+    return self.window
+
+
+def check_window(config: Any) -> None:
+  """Raises ValueError for a `window` in which nothing is seen."""
+  if config.window < 1:
+    raise ValueError(
+      f'attention.window={config.window}; a query sees at least itself, so '
+      'the window is 1 or more.'
+    )
+
+
+def check_reach(config: Any, reach: int, length: int) -> None:
+  """Raises ValueError for a `window` that reaches further than a sequence."""
+  if reach > length:
+    raise ValueError(
+      f'attention.window={config.window} reaches {reach} tokens, more than the '
+      f'{length} of a sequence, so it would hide nothing. Lower it, or set '
+      'model.attention=dense.'
+    )

@@ -4,6 +4,9 @@ Shape suffixes: B batch, T query position, S key position, D embed, N query
 heads, K key/value heads, H head dim.
 """
 
+import dataclasses
+from typing import Any
+
 from flax import nnx
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -17,15 +20,19 @@ from t2x.attention import context
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
 from t2x.attention import patterns
+from t2x.attention import splash
 from t2x.layers import attention
 from t2x.layers import branch
+from t2x.layers import convolution
 from t2x.layers import dropout
+from t2x.layers import global_tokens
+from t2x.layers import kinds
 from t2x.layers import norm
 from t2x.layers import param
 from t2x.layers import position
 
 
-def key_heads(config: attention.AttentionConfig, num: int, held: int) -> int:
+def key_heads(config: attention.Heads, num: int, held: int) -> int:
   """Returns how many key/value heads some neighbouring query heads look at.
 
   Args:
@@ -51,6 +58,13 @@ def key_heads(config: attention.AttentionConfig, num: int, held: int) -> int:
   return needed
 
 
+def make(config: kinds.AttentionConfig, embed: int, **draw: Any) -> Any:
+  """Returns the layer that runs a kind; arguments as for `Attention`."""
+  if isinstance(config, convolution.Convolution):
+    return convolution.Convolve(config, embed, **draw)
+  return Attention(config, embed, **draw)
+
+
 class Attention(nnx.Module):
   """Attention over the sequence itself, or over another (cross-attention).
 
@@ -64,17 +78,17 @@ class Attention(nnx.Module):
 
   def __init__(
     self,
-    config: attention.AttentionConfig,
+    config: attention.Heads,
     embed: int,
     *,
     init: param.Init,
     out_factor: float,
     rngs: nnx.Rngs,
   ):
-    self.config = config
+    self.config: Any = config
     N, K, H = config.num_heads, config.kv_heads, config.head_dim
     # Where the scores are not divided by sqrt(H), the queries are drawn so.
-    folded = init.scale == 'fan_in' and config.scale == 1.0
+    folded = init.scale == 'fan_in' and getattr(config, 'scale', None) == 1.0
     into = lambda heads, factor=1.0: param.initializer(
       init, fan_in=embed, fan_out=heads * H, factor=factor
     )
@@ -101,6 +115,15 @@ class Attention(nnx.Module):
     qk_norm = lambda: norm.Norm(norm.RMSNorm(), H, rngs=rngs)
     self.q_norm = qk_norm() if config.qk_norm else None
     self.k_norm = qk_norm() if config.qk_norm else None
+    has_globals = getattr(config, 'global_projections', False)
+    self.global_tokens: Any = (
+      global_tokens.GlobalTokens(
+        lambda: make(N, 'heads', into(N)), lambda: heads(N, 'heads')
+      )
+      if has_globals
+      else None
+    )
+    self.mixer: Any = kinds.mixer(config, rngs=rngs)
 
   def __call__(
     self,
@@ -144,19 +167,24 @@ class Attention(nnx.Module):
         positions_BT = jnp.asarray(place_T)[None]
       q_BTNH = position.rotate(q_BTNH, positions_BT, rotary)
       k_BSKH = position.rotate(k_BSKH, positions_BT, rotary)
-    mask = self._narrowed(mask, x_BTD.shape[1])
-    return self.attend(q_BTNH, k_BSKH, v_BSKH, mask, bias, keys_B)
+    if self.mixer is not None:
+      return self._out(self._mixed(q_BTNH, k_BSKH, v_BSKH, mask))
+    parts = q_BTNH, k_BSKH, v_BSKH, self._narrowed(mask, x_BTD.shape[1])
+    out_BTNH = self._attend(*parts, bias, keys_B, None)
+    if self.global_tokens is not None:
+      out_BTNH = self._with_globals(out_BTNH, x_BTD, mask, keys_B)
+    return self._out(out_BTNH)
 
   def step(
     self,
     x_BTD: jax.Array,
     mask: mask_lib.Mask,
-    cache: cache_lib.Cache,
+    cache: Any,
     *,
     positions_BT: jax.Array | None = None,
     rotary: position.Rotary | None = None,
     bias: dense.Bias | None = None,
-  ) -> tuple[jax.Array, cache_lib.Cache]:
+  ) -> tuple[jax.Array, Any]:
     """Attends to a cache, after adding this call's keys and values to it.
 
     They go where `mask.q_index_BT` says; otherwise as `__call__`.
@@ -172,11 +200,31 @@ class Attention(nnx.Module):
     if rotary is not None:
       q_BTNH = position.rotate(q_BTNH, positions_BT, rotary)
       k_BTKH = position.rotate(k_BTKH, positions_BT, rotary)
-    cache = cache.write(k_BTKH, v_BTKH, mask.q_index_BT)
-    mask = self._narrowed(mask, cache.k_BSKH.shape[1])
-    keys = cache.k_BSKH, cache.v_BSKH
+    if self.mixer is not None:
+      mixer: Any = self.mixer
+      index_BT = mask.q_index_BT
+      out_BTNH, cache = mixer.step(q_BTNH, k_BTKH, v_BTKH, index_BT, cache)
+      return self._out(out_BTNH), cache
+    k_BSKH, v_BSKH, index_BS, cache = cache.extend(
+      k_BTKH, v_BTKH, mask.q_index_BT
+    )
+    mask = dataclasses.replace(mask, k_index_BS=index_BS)
+    mask = self._narrowed(mask, cache.capacity)
     # There is no kernel for a few queries and a cache.
-    return self.attend(q_BTNH, *keys, mask, bias, kernel='blocks'), cache
+    out_BTD = self.attend(q_BTNH, k_BSKH, v_BSKH, mask, bias, kernel='blocks')
+    return out_BTD, cache
+
+  def _with_globals(self, out_BTNH, x_BTD, mask, keys_B):
+    """Replaces the outputs of global tokens by those of their own weights."""
+    num, segments_BT = self.config.num_global, mask.q_segments_BT
+    whole = mask_lib.Mask(
+      q_segments_BT=None if segments_BT is None else segments_BT[:, :num],
+      k_segments_BS=mask.k_segments_BS,
+    )
+    q_BGNH, k_BSNH, v_BSNH = self.global_tokens(x_BTD, num)
+    keys_B = dropout.fold(keys_B, 1)
+    found = self._attend(q_BGNH, k_BSNH, v_BSNH, whole, None, keys_B, 'blocks')
+    return jnp.concatenate([found, out_BTNH[:, num:]], axis=1)
 
   def _narrowed(self, mask: mask_lib.Mask, length: int) -> mask_lib.Mask:
     """Adds what the layer's kind leaves of a sequence that sees itself."""
@@ -208,6 +256,11 @@ class Attention(nnx.Module):
     self, q_BTNH, k_BSKH, v_BSKH, mask, bias=None, keys_B=None, kernel=None
   ):
     """Attends with given queries, keys and values; returns (B, T, D)."""
+    parts = q_BTNH, k_BSKH, v_BSKH, mask
+    return self._out(self._attend(*parts, bias, keys_B, kernel))
+
+  def _attend(self, q_BTNH, k_BSKH, v_BSKH, mask, bias, keys_B, kernel):
+    """As `attend`; returns (B, T, N, H)."""
     config = self.config
     drop = None
     if keys_B is not None and config.dropout:
@@ -222,12 +275,21 @@ class Attention(nnx.Module):
     )
     k_BSKH, v_BSKH = self._met(k_BSKH), self._met(v_BSKH)
     with jax.named_scope('scores'):
-      out_BTNH = context.attend(
+      return context.attend(
         q_BTNH, k_BSKH, v_BSKH, mask, options=options, bias=bias, dropout=drop
       )
+
+  def _out(self, out_BTNH: jax.Array) -> jax.Array:
     out_BTD = param.project(out_BTNH, self.o_NHD, 'BTNH,NHD->BTD')
     out_BTD = branch.scatter(out_BTD, 'heads')
     return param.add_bias(out_BTD, self.o_bias_D)
+
+  def _mixed(self, q_BTNH, k_BSKH, v_BSKH, mask) -> jax.Array:
+    """Mixes the values of a kind without scores."""
+    k_BSKH, v_BSKH = self._met(k_BSKH), self._met(v_BSKH)
+    with jax.named_scope('scores'):
+      out_BTNH = context.mix(self.mixer, q_BTNH, k_BSKH, v_BSKH, mask)
+    return checkpoint_name(out_BTNH, splash.NAME)
 
   def _heads(self) -> jax.Array:
     """Returns the numbers of this device's heads."""
@@ -251,6 +313,16 @@ class Attention(nnx.Module):
     first = start // (config.num_heads // config.kv_heads)
     return jax.lax.dynamic_slice_in_dim(x_BSKH, first, needed, axis=2)
 
-  def empty_cache(self, batch: int, capacity: int, dtype) -> cache_lib.Cache:
-    K, H = self.config.kv_heads, self.config.head_dim
-    return cache_lib.empty(batch, capacity, K, H, H, dtype)
+  def empty_cache(self, batch: int, capacity: int, dtype) -> Any:
+    """Returns what `step` goes on from.
+
+    Raises:
+      ValueError: the kind cannot go on token by token.
+    """
+    config = self.config
+    K, H = config.kv_heads, config.head_dim
+    if config.decoding is None:
+      raise ValueError(kinds.no_decoding(config))
+    if self.mixer is not None:
+      return self.mixer.empty_cache(batch, capacity, K, H, dtype)
+    return cache_lib.empty(batch, capacity, K, H, H, dtype, config.reach)

@@ -4,6 +4,7 @@ Shape suffixes: B batch, T position, S encoder position, D embed.
 """
 
 import dataclasses
+from typing import Any
 from typing import Literal
 
 from flax import nnx
@@ -14,10 +15,10 @@ from t2x import sharding
 from t2x.attention import cache as cache_lib
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
-from t2x.layers import attention as attention_lib
 from t2x.layers import attention_layer
 from t2x.layers import branch
 from t2x.layers import dropout
+from t2x.layers import kinds
 from t2x.layers import moe
 from t2x.layers import norm as norm_lib
 from t2x.layers import param
@@ -57,7 +58,7 @@ class Context:
 class BlockCache:
   """A block's keys and values: its own, and those of the encoder's output."""
 
-  own: cache_lib.Cache
+  own: Any  # What the layer's kind goes on from.
   cross: cache_lib.Cache | None = None
 
 
@@ -66,7 +67,7 @@ class Block(nnx.Module):
 
   def __init__(
     self,
-    attention: attention_lib.AttentionConfig,
+    attention: kinds.AttentionConfig,
     mlp: moe.FeedForwardConfig,
     norm: norm_lib.NormConfig,
     embed: int,
@@ -83,10 +84,12 @@ class Block(nnx.Module):
     draw = {'init': init, 'out_factor': out_factor, 'rngs': rngs}
     make_norm = lambda: norm_lib.Norm(norm, embed, rngs=rngs)
     self.attention_norm = make_norm()
-    self.attention = attention_layer.Attention(attention, embed, **draw)
+    self.attention = attention_layer.make(attention, embed, **draw)
     self.cross_norm = make_norm() if cross else None
     self.cross = (
-      attention_layer.Attention(attention, embed, **draw) if cross else None
+      attention_layer.make(kinds.for_cross(attention), embed, **draw)
+      if cross
+      else None
     )
     # The parallel form has one norm for both branches.
     self.mlp_norm = None if residual == 'parallel' else make_norm()

@@ -20,6 +20,7 @@ from t2x.layers import attention as attention_lib
 from t2x.layers import block
 from t2x.layers import dropout as dropout_lib
 from t2x.layers import embed
+from t2x.layers import kinds as kinds_lib
 from t2x.layers import mlp as mlp_lib
 from t2x.layers import moe
 from t2x.layers import norm as norm_lib
@@ -60,8 +61,8 @@ class TransformerConfig:
   vocab_size: int = 8192
   num_layers: int = 4
   embed_dim: int = 256
-  attention: attention_lib.AttentionConfig = attention_lib.Dense()
-  attention_pattern: tuple[attention_lib.AttentionConfig, ...] = ()
+  attention: kinds_lib.AttentionConfig = attention_lib.Dense()
+  attention_pattern: tuple[kinds_lib.AttentionConfig, ...] = ()
   mlp: moe.FeedForwardConfig = mlp_lib.MlpConfig()
   mlp_pattern: tuple[moe.FeedForwardConfig, ...] = ()
   norm: norm_lib.NormConfig = norm_lib.LayerNorm()
@@ -81,6 +82,14 @@ class TransformerConfig:
     if isinstance(self.position, position_lib.Rotary):
       for kind in self.kinds:
         self.position.rotated(kind.head_dim)
+    if self.position and position_lib.is_bias(self.position):
+      for kind in self.kinds:
+        if not isinstance(kind, attention_lib.Softmax):
+          raise ValueError(
+            f'model.position={self.position.kind} adds to scores, and '
+            f'model.attention={kind.kind} has none. Choose rotary, learned or '
+            'sinusoidal positions.'
+          )
     if len({kind.num_heads for kind in self.kinds}) > 1:
       raise ValueError(
         'model.attention_pattern has layers of '
@@ -89,7 +98,7 @@ class TransformerConfig:
       )
 
   @property
-  def kinds(self) -> tuple[attention_lib.AttentionConfig, ...]:
+  def kinds(self) -> tuple[kinds_lib.AttentionConfig, ...]:
     return self.attention_pattern or (self.attention,)
 
   @property
@@ -99,7 +108,7 @@ class TransformerConfig:
   @property
   def group(
     self,
-  ) -> list[tuple[attention_lib.AttentionConfig, moe.FeedForwardConfig]]:
+  ) -> list[tuple[kinds_lib.AttentionConfig, moe.FeedForwardConfig]]:
     """Attention and feed-forward of each layer of the repeating group."""
     kinds, mlps = self.kinds, self.mlp_kinds
     size = math.lcm(len(kinds), len(mlps))
@@ -313,6 +322,17 @@ def make_head(config, table_VD, bias_V=None) -> embed.Head:
 
 def check_causal(config: TransformerConfig) -> None:
   """Raises ValueError for layers that would let a token see later ones."""
+  for kind in config.kinds:
+    if kind.not_causal is not None:
+      raise ValueError(
+        f'model.attention={kind.kind}: {kind.not_causal}, so a decoder would '
+        'see the future. It is for model.kind=encoder.'
+      )
+    if getattr(kind, 'global_projections', False):
+      raise ValueError(
+        'attention.global_projections=true is for model.kind=encoder: the '
+        'first tokens of a decoder see no later ones. Set it to false.'
+      )
   for kind in config.mlp_kinds:
     if isinstance(kind, moe.MoeConfig) and not kind.is_causal:
       raise ValueError(

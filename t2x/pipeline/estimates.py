@@ -38,9 +38,10 @@ import numpy as np
 from t2x import flops
 from t2x import sharding
 from t2x.attention import blocks
-from t2x.attention import patterns
 from t2x.attention import splash
+from t2x.layers import attention
 from t2x.layers import embed
+from t2x.layers import kinds
 from t2x.layers import moe
 from t2x.layers import position
 from t2x.models import encoder
@@ -240,8 +241,10 @@ def _activations(model, tower, batch: Batch, layout: Layout):
   for kind, mlp in model.group[: tower.group]:
     by_kernel = batch.kernels and takes_kernel(model, kind, T, T)
     # Blocks of 64 queries reach half a block further than each query.
-    pattern = patterns.ordered(causal=causal) & kind.pattern(T, causal=causal)
+    pattern = kinds.pattern_of(kind, T, causal)
     reach = flops.pairs(T, T, pattern) + 32 * T * causal
+    # What others keep grows with the length alone.
+    by_kernel |= not isinstance(kind, attention.Softmax)
     read, made, whole = _attention(
       model, kind, T, T, None if by_kernel else reach, layout
     )
@@ -263,6 +266,9 @@ def _activations(model, tower, batch: Batch, layout: Layout):
 
 def takes_kernel(model, kind, T: int, S: int, cross: bool = False) -> bool:
   """Whether a TPU's kernel serves attention; see `attention/kernels`."""
+  kind = kinds.for_cross(kind) if cross else kind
+  if not isinstance(kind, attention.Softmax):
+    return False
   biased = position.is_bias(model.position)
   refused = kind.kernel == 'blocks' or kind.dropout or biased and not cross
   block = kind.block or splash.LANES

@@ -15,6 +15,8 @@ from t2x.attention import mask as mask_lib
 from t2x.attention import ring
 from t2x.attention import ring_plan
 from t2x.attention import splash
+from t2x.layers import attention
+from t2x.layers import kinds
 from t2x.layers import moe
 from t2x.layers import routing
 from t2x.models import encoder
@@ -159,7 +161,10 @@ def used_choices(local: local_lib.Local, layer: local_lib.Layer) -> float:
 def way(
   local: local_lib.Local, layer: local_lib.Layer, cross: bool = False
 ) -> str:
-  """Returns who computes the scores: kernel, blocks, or a ring."""
+  """Returns who computes the scores: kernel, blocks, a ring, or a mixer."""
+  kind = layer.looks_by(cross)
+  if kind is None:
+    return 'mixer'
   if local.over('length') > 1 and (
     local.config.rules.context_attention == 'ring'
   ):
@@ -167,7 +172,7 @@ def way(
   keys = layer.encoded if cross else layer.queries
   assert keys is not None
   served = estimates.takes_kernel(
-    local.config.model, layer.kind, layer.queries, keys, cross
+    local.config.model, kind, layer.queries, keys, cross
   )
   return 'kernel' if served else 'blocks'
 
@@ -177,6 +182,10 @@ def scores(
 ) -> float:
   """Returns the FLOPs of scores and of their product with values, forward."""
   kind = layer.kind
+  if not (cross or isinstance(kind, attention.Softmax)):
+    D = local.config.model.embed_dim
+    flops = kinds.mixing_flops(kind, layer.queries, D, layer.causal)
+    return local.rows * flops / local.over('heads') / local.over('length')
   N = kind.num_heads / local.over('heads')
   return 4 * local.rows * N * kind.head_dim * pairs(local, layer, cross)
 
@@ -186,18 +195,21 @@ def pairs(local: local_lib.Local, layer: local_lib.Layer, cross: bool) -> float:
   T, S = layer.queries, layer.encoded if cross else layer.queries
   assert S is not None
   mask = mask_lib.Mask() if cross else layer.mask
-  C = local.over('length')
+  C, kind = local.over('length'), layer.looks_by(cross)
+  if kind is None:
+    return 0.0
   chosen = way(local, layer, cross)
   if chosen == 'ring':
-    return _ring_pairs(local, layer, mask, T, S, C)
+    return _ring_pairs(local, layer, mask, T, S, kind.block)
   if chosen == 'kernel':
-    sides = [layer.kind.block or splash.block_size(n) or n for n in (T, S)]
+    sides = [kind.block or splash.block_size(n) or n for n in (T, S)]
     return splash.visited(mask, T, S, *sides) / C
-  return blocks.num_pairs(mask, T, S, layer.kind.block) / C
+  return blocks.num_pairs(mask, T, S, kind.block) / C
 
 
-def _ring_pairs(local, layer, mask, T, S, C) -> float:
+def _ring_pairs(local, layer, mask, T, S, block) -> float:
   """The pairs of the device that has the most, on the diagonal in blocks."""
+  C, block = local.over('length'), block or ring.BLOCK
   balanced = local.config.rules.balance_context and layer.causal
   zigzag = C if balanced and layer.encoded is None else 1
   mask = dataclasses.replace(mask, q_zigzag=zigzag, k_zigzag=zigzag)
@@ -209,7 +221,6 @@ def _ring_pairs(local, layer, mask, T, S, C) -> float:
       k_size = ring_plan.stretches(S, C, zigzag)[1]
       num = q_size * k_size
       if slot.diagonal:
-        block = layer.kind.block or ring.BLOCK
         num = blocks.num_pairs(own, q_size, k_size, block, ring.RUNS)
       for device, seen in enumerate(slot.seen_C):
         total[device] += num * (seen != ring_plan.NONE)
@@ -231,10 +242,11 @@ def keeps_scores(layer: local_lib.Layer, cross: bool) -> bool:
   """Whether a backward pass in blocks finds the probabilities kept."""
   T, S = layer.queries, layer.encoded if cross else layer.queries
   assert S is not None
-  mask = mask_lib.Mask() if cross else layer.mask
-  return S <= blocks.KEEP_KEYS and not blocks.are_scanned(
-    mask, T, S, layer.kind.block
-  )
+  mask, kind = mask_lib.Mask() if cross else layer.mask, layer.looks_by(cross)
+  if kind is None:
+    return False
+  scanned = blocks.are_scanned(mask, T, S, kind.block)
+  return S <= blocks.KEEP_KEYS and not scanned
 
 
 # --- What is made again. ---

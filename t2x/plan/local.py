@@ -14,9 +14,9 @@ from t2x import experiment
 from t2x import sharding
 from t2x import train_step
 from t2x.attention import mask as mask_lib
-from t2x.attention import patterns
 from t2x.layers import attention as attention_lib
 from t2x.layers import embed
+from t2x.layers import kinds as kinds_lib
 from t2x.layers import moe
 from t2x.models import encoder
 from t2x.models import encoder_decoder
@@ -44,7 +44,7 @@ class Layer:
   tower: str
   member: int
   num: int
-  kind: attention_lib.AttentionConfig
+  kind: kinds_lib.AttentionConfig
   mlp: moe.FeedForwardConfig
   queries: int
   causal: bool
@@ -52,9 +52,13 @@ class Layer:
 
   @property
   def mask(self) -> mask_lib.Mask:
-    pattern = patterns.ordered(causal=self.causal)
-    pattern &= self.kind.pattern(self.queries, causal=self.causal)
+    pattern = kinds_lib.pattern_of(self.kind, self.queries, self.causal)
     return mask_lib.Mask(pattern=pattern)
+
+  def looks_by(self, cross: bool) -> attention_lib.Softmax | None:
+    """Returns the softmax attention of a layer; None where there is none."""
+    kind = kinds_lib.for_cross(self.kind) if cross else self.kind
+    return kind if isinstance(kind, attention_lib.Softmax) else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -1,0 +1,166 @@
+"""Attention by feature maps: sums over keys are made once and read by queries.
+
+With weights phi(q) . phi(k) for a feature map phi, the sum over keys of
+phi(k) v^T is all that a query needs to know (Katharopoulos et al., 2020). A
+causal one is scanned in chunks, with the state of the chunks before; the rows
+of packed documents start anew where a segment does.
+
+Shape suffixes: B batch, T position, N query heads, K key/value heads, G query
+heads per key/value head, F features, H head dim of values, C chunks.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+CHUNK = 128
+_TINY = 1e-30  # Where all weights are 0, the output is 0.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class State:
+  """What the keys of earlier positions leave, float32.
+
+  Attributes:
+    sum_BKFH: over keys, of features times values and, last, times 1.
+    segment_B: of the latest key; keys of others are forgotten.
+  """
+
+  sum_BKFH: jax.Array
+  segment_B: jax.Array
+
+
+def empty(batch: int, num_heads: int, features: int, dim: int) -> State:
+  """Returns the state of no keys, for values of `dim`."""
+  return State(
+    sum_BKFH=jnp.zeros((batch, num_heads, features, dim + 1), jnp.float32),
+    segment_B=jnp.zeros((batch,), jnp.int32),
+  )
+
+
+def attend(
+  q_BTNF: jax.Array,
+  k_BTKF: jax.Array,
+  v_BTKH: jax.Array,
+  segments_BT: jax.Array | None,
+  *,
+  causal: bool,
+  chunk: int = CHUNK,
+) -> jax.Array:
+  """Returns the mean of values, weighted by the products of features.
+
+  Args:
+    q_BTNF: features of queries, not negative in sum with those of keys.
+    k_BTKF: features of keys.
+    v_BTKH: values.
+    segments_BT: tokens see their own segment alone, whose tokens are
+      neighbours; None is one segment.
+    causal: tokens see those before and themselves.
+    chunk: tokens whose weights exist at a time.
+
+  Returns:
+    (B, T, N, H) in the dtype of the values.
+  """
+  q, k, v = _parts(q_BTNF, k_BTKF, v_BTKH)
+  if causal or segments_BT is not None:
+    segments_BT = _segments(segments_BT, q)
+    start = empty(q.shape[0], k.shape[2], k.shape[3], v.shape[-1] - 1)
+    sums, _ = _scan(q, k, v, segments_BT, start, chunk, own=True)
+    if not causal:
+      flip = lambda a: jnp.flip(a, 1)
+      q, k, v, segments_BT = (flip(a) for a in (q, k, v, segments_BT))
+      later, _ = _scan(q, k, v, segments_BT, start, chunk, own=False)
+      sums = sums + flip(later)
+  else:
+    state = jnp.einsum('BSKF,BSKH->BKFH', k, v)
+    sums = jnp.einsum('BTKGF,BKFH->BTKGH', q, state)
+  return _mean(sums, v_BTKH.dtype)
+
+
+def step(
+  q_BTNF: jax.Array,
+  k_BTKF: jax.Array,
+  v_BTKH: jax.Array,
+  is_real_BT: jax.Array,
+  state: State,
+  chunk: int = CHUNK,
+) -> tuple[jax.Array, State]:
+  """Goes on from a state, of one segment; keys that are not real are ignored.
+
+  Returns:
+    (B, T, N, H), and the new state.
+  """
+  q, k, v = _parts(q_BTNF, k_BTKF, v_BTKH)
+  k = k * is_real_BT[..., None, None]
+  segments_BT = jnp.broadcast_to(state.segment_B[:, None], q.shape[:2])
+  sums, state = _scan(q, k, v, segments_BT, state, chunk, own=True)
+  return _mean(sums, v_BTKH.dtype), state
+
+
+def _parts(q_BTNF, k_BTKF, v_BTKH):
+  """Groups queries by their key heads; values get a 1, for the sum."""
+  q, k, v = (a.astype(jnp.float32) for a in (q_BTNF, k_BTKF, v_BTKH))
+  (B, T, _, F), K = q.shape, k.shape[2]
+  v = jnp.concatenate([v, jnp.ones((*v.shape[:-1], 1), v.dtype)], axis=-1)
+  return q.reshape(B, T, K, -1, F), k, v
+
+
+def _segments(segments_BT, q):
+  if segments_BT is None:
+    return jnp.zeros(q.shape[:2], jnp.int32)
+  return segments_BT
+
+
+def _mean(sums, dtype):
+  B, T, K, G, H = sums.shape
+  mean = sums[..., :-1] / jnp.maximum(sums[..., -1:], _TINY)
+  return mean.reshape(B, T, K * G, H - 1).astype(dtype)
+
+
+def _scan(q, k, v, segments_BT, state: State, chunk, *, own: bool):
+  """Returns the sums (B, T, K, G, H + 1) over keys before, and the last state.
+
+  Args:
+    q: features of queries (B, T, K, G, F).
+    k: features of keys.
+    v: values and 1.
+    segments_BT: of tokens.
+    state: of the keys before the first.
+    chunk: tokens to a step.
+    own: a query's own key is among its keys.
+  """
+  T = q.shape[1]
+  chunk = min(chunk, T)
+  num = -(-T // chunk)
+
+  def cut(a, mode='constant'):
+    width = [(0, 0), (0, num * chunk - T)] + [(0, 0)] * (a.ndim - 2)
+    a = jnp.pad(a, width, mode=mode)
+    return jnp.moveaxis(a.reshape(a.shape[0], num, chunk, *a.shape[2:]), 1, 0)
+
+  before_TS = jnp.tril(jnp.ones((chunk, chunk), bool), 0 if own else -1)
+
+  # What is in a chunk is made again: only the states between chunks are kept.
+  @jax.checkpoint
+  def body(state, part):
+    q, k, v, segments_BT = part
+    goes_on_BT = segments_BT == state.segment_B[:, None]
+    sums = jnp.einsum('BTKGF,BKFH->BTKGH', q, state.sum_BKFH)
+    sums = sums * goes_on_BT[..., None, None, None]
+    weights = jnp.einsum('BTKGF,BSKF->BKGTS', q, k)
+    seen = segments_BT[:, :, None] == segments_BT[:, None, :]
+    seen = seen & before_TS[None]
+    weights = weights * seen[:, None, None]
+    sums = sums + jnp.einsum('BKGTS,BSKH->BTKGH', weights, v)
+    last_B = segments_BT[:, -1]
+    k = k * (segments_BT == last_B[:, None])[..., None, None]
+    old = state.sum_BKFH * (last_B == state.segment_B)[:, None, None, None]
+    new = old + jnp.einsum('BSKF,BSKH->BKFH', k, v)
+    return State(sum_BKFH=new, segment_B=last_B), sums
+
+  parts = cut(q), cut(k), cut(v), cut(segments_BT, 'edge')
+  state, sums = jax.lax.scan(body, state, parts)
+  sums = jnp.moveaxis(sums, 0, 1)
+  return sums.reshape(sums.shape[0], -1, *sums.shape[3:])[:, :T], state

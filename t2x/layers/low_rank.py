@@ -1,0 +1,236 @@
+"""Low-rank attention: Linformer and Nystromformer, for encoders.
+
+Both mix the keys of a whole row before a query looks at them. Padding (segment
+0) is left out; documents packed into one row would see each other.
+
+Shape suffixes: B batch, T position, N query heads, K key/value heads, G query
+heads per key/value head, H head dim, R rank or landmarks, W width.
+"""
+
+import dataclasses
+from typing import ClassVar
+from typing import Literal
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from t2x import checks
+from t2x.attention import mask as mask_lib
+from t2x.layers import attention
+from t2x.layers import param
+
+_NEVER = -1e30
+_WHOLE_ROW = 'it mixes the keys of a whole row, later ones too'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Linformer(attention.Heads):
+  """Keys and values of a row are projected to `rank` of them (Wang et al.,
+  2020).
+
+  Attributes:
+    rank: keys that are left of a row.
+    length: the longest row; a shorter one takes the first of its weights.
+    sharing: projections are shared by all heads (`heads`), or also by keys and
+      values (`key_value`).
+  """
+
+  kind: ClassVar[str] = 'linformer'
+  not_causal: ClassVar[str | None] = _WHOLE_ROW
+  decoding: ClassVar[str | None] = None
+  mixes_rows: ClassVar[bool] = True
+  rank: int = 128
+  length: int = 512
+  sharing: Literal['heads', 'key_value'] = 'heads'
+
+  def __post_init__(self):
+    super().__post_init__()
+    checks.least(self, 'attention.', rank=1, length=1)
+
+  def check_length(self, length: int) -> None:
+    if length > self.length:
+      raise ValueError(
+        f'attention.length={self.length}: Linformer has weights for so many '
+        f'tokens, and a row has {length}. Raise it.'
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Nystromformer(attention.Heads):
+  """The matrix of weights from a few of its rows and columns (Xiong et al.,
+  2021).
+
+  softmax(q k_l) pinv(softmax(q_l k_l)) softmax(q_l k) v, with landmarks q_l and
+  k_l the means of neighbouring queries and keys, plus a depthwise convolution
+  of the values.
+
+  Attributes:
+    landmarks: R.
+    iterations: of the pseudo-inverse (Razavi et al., 2014).
+    conv_width: taps of the convolution, an odd number; None for none.
+  """
+
+  kind: ClassVar[str] = 'nystromformer'
+  not_causal: ClassVar[str | None] = _WHOLE_ROW
+  decoding: ClassVar[str | None] = None
+  mixes_rows: ClassVar[bool] = True
+  landmarks: int = 64
+  iterations: int = 6
+  conv_width: int | None = 33
+
+  def __post_init__(self):
+    super().__post_init__()
+    checks.least(self, 'attention.', landmarks=1, iterations=1, conv_width=1)
+    if self.conv_width is not None and self.conv_width % 2 == 0:
+      raise ValueError(
+        f'attention.conv_width={self.conv_width}: it is odd, so that as many '
+        'values count on both sides.'
+      )
+
+  def check_length(self, length: int) -> None:
+    if self.landmarks > length:
+      raise ValueError(
+        f'attention.landmarks={self.landmarks} are more than the {length} '
+        'tokens of a row. Lower it.'
+      )
+
+
+class LinformerMixer(nnx.Module):
+  """Runs `Linformer`; see `kinds.Mixer`."""
+
+  def __init__(self, config: Linformer, *, rngs: nnx.Rngs):
+    self.config = config
+    shape = config.length, config.rank
+    make = lambda: param.param(
+      rngs, shape, (None, None), param.drawn('normal', config.rank**-0.5)
+    )
+    self.key_TR = make()
+    self.value_TR = make() if config.sharing == 'heads' else None
+
+  def __call__(self, q_BTNH, k_BTKH, v_BTKH, mask: mask_lib.Mask, heads_N=None):
+    del heads_N  # All heads share the projections.
+    T = k_BTKH.shape[1]
+    self.config.check_length(T)
+    real_BT = _is_real(mask, k_BTKH)
+    value_TR = self.key_TR if self.value_TR is None else self.value_TR
+
+    def project(x_BTKH, weight_TR):
+      x_BTKH = x_BTKH * real_BT[..., None, None].astype(x_BTKH.dtype)
+      weight = weight_TR[...][:T].astype(x_BTKH.dtype)
+      return jnp.einsum('BTKH,TR->BRKH', x_BTKH, weight)
+
+    k_BRKH, v_BRKH = project(k_BTKH, self.key_TR), project(v_BTKH, value_TR)
+    q_BTKGH = _grouped(q_BTNH, k_BTKH)
+    weights = _softmax(q_BTKGH * q_BTNH.shape[-1] ** -0.5, k_BRKH)
+    out = jnp.einsum('BKGTR,BRKH->BTKGH', weights.astype(v_BRKH.dtype), v_BRKH)
+    return out.reshape(*q_BTNH.shape[:3], -1)
+
+
+class NystromMixer(nnx.Module):
+  """Runs `Nystromformer`; see `kinds.Mixer`."""
+
+  def __init__(self, config: Nystromformer, *, rngs: nnx.Rngs):
+    self.config = config
+    self.conv_KW = (
+      param.param(
+        rngs,
+        (config.kv_heads, config.conv_width),
+        ('kv_heads', None),
+        param.drawn('normal', config.conv_width**-0.5),
+      )
+      if config.conv_width
+      else None
+    )
+
+  def __call__(self, q_BTNH, k_BTKH, v_BTKH, mask: mask_lib.Mask, heads_N=None):
+    T, R = q_BTNH.shape[1], self.config.landmarks
+    self.config.check_length(T)
+    real_BT = _is_real(mask, k_BTKH)
+    factor = q_BTNH.shape[-1] ** -0.25
+    q = _grouped(q_BTNH, k_BTKH).astype(jnp.float32) * factor
+    k, v = k_BTKH.astype(jnp.float32) * factor, v_BTKH.astype(jnp.float32)
+    # Of a row's tokens each landmark has as many, or one more.
+    of_TR = (jnp.arange(T) * R // T)[:, None] == jnp.arange(R)[None]
+    share_BTR = of_TR[None] * real_BT[..., None].astype(jnp.float32)
+    num_BR = share_BTR.sum(1)
+    share_BTR = share_BTR / jnp.maximum(num_BR, 1.0)[:, None]
+    q_l = jnp.einsum('BTKGH,BTR->BRKGH', q, share_BTR)
+    k_l = jnp.einsum('BTKH,BTR->BRKH', k, share_BTR)
+    whole = _softmax(q, k_l, num_BR > 0)
+    small = _softmax(q_l, k_l, num_BR > 0)
+    read = jnp.einsum('BKGRT,BTKH->BKGRH', _softmax(q_l, k, real_BT), v)
+    inverse = pseudo_inverse(small, self.config.iterations)
+    mixed = jnp.einsum('BKGRS,BKGSH->BKGRH', inverse, read)
+    out = jnp.einsum('BKGTR,BKGRH->BTKGH', whole, mixed)
+    if self.conv_KW is not None:
+      weight_KW = self.conv_KW[...]
+      if heads_N is not None:
+        group = q_BTNH.shape[2] // k_BTKH.shape[2]
+        weight_KW = jnp.take(weight_KW, heads_N[::group] // group, axis=0)
+      v = v * real_BT[..., None, None]
+      out = out + depthwise(v, weight_KW)[..., None, :]
+    return out.reshape(*q_BTNH.shape[:3], -1).astype(v_BTKH.dtype)
+
+
+def depthwise(v_BTKH: jax.Array, weight_KW: jax.Array) -> jax.Array:
+  """Returns a convolution along the sequence, one filter to a head."""
+  T, W = v_BTKH.shape[1], weight_KW.shape[1]
+  side = W // 2
+  padded = jnp.pad(v_BTKH, ((0, 0), (side, side), (0, 0), (0, 0)))
+  taps = (
+    padded[:, i : i + T] * weight_KW[None, None, :, i, None] for i in range(W)
+  )
+  return sum(taps, jnp.zeros_like(v_BTKH))
+
+
+def pseudo_inverse(matrix: jax.Array, iterations: int) -> jax.Array:
+  """Returns the Moore-Penrose inverse of stochastic matrices, about.
+
+  Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4 (Razavi et al., 2014), from
+  A^T over the largest sums of its columns and rows.
+  """
+  one = jnp.eye(matrix.shape[-1]).reshape(
+    (1,) * (matrix.ndim - 2) + matrix.shape[-2:]
+  )
+  largest = lambda axis: jnp.abs(matrix).sum(axis).max(-1)
+  scale = largest(-2) * largest(-1)
+  z = matrix.swapaxes(-1, -2) / scale[..., None, None]
+  for _ in range(iterations):
+    az = matrix @ z
+    z = 0.25 * z @ (13 * one - az @ (15 * one - az @ (7 * one - az)))
+  return z
+
+
+def _is_real(mask, k_BTKH):
+  segments_BT = mask.k_segments_BS
+  if segments_BT is None:
+    return jnp.ones(k_BTKH.shape[:2], bool)
+  return segments_BT != 0
+
+
+def _grouped(q_BTNH, k_BTKH):
+  B, T, _, H = q_BTNH.shape
+  return q_BTNH.reshape(B, T, k_BTKH.shape[2], -1, H)
+
+
+def _softmax(q_BTKGH, k_BRKH, seen_BR=None):
+  """Returns float32 weights (B, K, G, T, R)."""
+  scores = jnp.einsum(
+    'BTKGH,BRKH->BKGTR', q_BTKGH, k_BRKH, preferred_element_type=jnp.float32
+  )
+  if seen_BR is not None:
+    scores = jnp.where(seen_BR[:, None, None, None], scores, _NEVER)
+  return jax.nn.softmax(scores, axis=-1)
+
+
+def num_flops(config: Linformer | Nystromformer, length: int) -> int:
+  """Returns the FLOPs of a row's weights and values, as they are computed."""
+  N, K, H, T = config.num_heads, config.kv_heads, config.head_dim, length
+  if isinstance(config, Linformer):
+    return 4 * T * config.rank * H * (N + K)
+  R = config.landmarks
+  landmarks = 2 * T * R * H * (N + K)
+  factors = 2 * N * H * (2 * T * R + R * R) + 2 * N * H * (T * R + R * R)
+  inverse = 2 * N * R**3 * 4 * config.iterations
+  return landmarks + factors + 2 * N * H * T * R + inverse
