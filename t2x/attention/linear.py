@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 CHUNK = 128
-_TINY = 1e-30  # Where all weights are 0, the output is 0.
+_TINY = 1e-20  # Where the weights' sum is below, the output is about 0.
 
 
 @jax.tree_util.register_dataclass
@@ -115,7 +115,9 @@ def _segments(segments_BT, q):
 
 def _mean(sums, dtype):
   B, T, K, G, H = sums.shape
-  mean = sums[..., :-1] / jnp.maximum(sums[..., -1:], _TINY)
+  total = sums[..., -1:]
+  # Not the largest of the two, through whose inverse gradients would overflow.
+  mean = sums[..., :-1] / jnp.where(total > _TINY, total, 1.0)
   return mean.reshape(B, T, K * G, H - 1).astype(dtype)
 
 

@@ -185,7 +185,7 @@ def draw(key: jax.Array, dim: int, num: int, orthogonal: bool) -> jax.Array:
   key, own = jax.random.split(key)
   blocks = jax.random.normal(key, (-(-num // dim), dim, dim))
   q, r = jnp.linalg.qr(blocks)
-  # With the signs of R's diagonal every direction is as likely (Mezzadri, 2007).
+  # With R's signs all directions are as likely (Mezzadri, 2007).
   q = q * jnp.sign(jnp.diagonal(r, axis1=1, axis2=2))[:, None]
   directions = q.reshape(-1, dim)[:num]
   lengths = jnp.linalg.norm(jax.random.normal(own, (num, dim)), axis=1)
