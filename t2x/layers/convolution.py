@@ -102,22 +102,9 @@ class Convolve(nnx.Module):
     assert mask.has_static_order, 'neighbours in the arrays are neighbours'
     x_BTD = branch.gather(x_BTD)
     v_BTNH, taps_BTNW = self._values(x_BTD), self._taps(x_BTD)
-    T, W = x_BTD.shape[1], self.config.width
     causal = patterns.has(mask.pattern, patterns.Causal)
-    before = W - 1 if causal else W // 2
-    width = (before, W - 1 - before)
-    padded = jnp.pad(v_BTNH, ((0, 0), width, (0, 0), (0, 0)))
     segments_BT = mask.q_segments_BT
-    if segments_BT is not None:
-      segments_BS = jnp.pad(segments_BT, ((0, 0), width), constant_values=-1)
-    out_BTNH = jnp.zeros_like(v_BTNH)
-    for i in range(W):
-      tap = padded[:, i : i + T] * taps_BTNW[..., i, None].astype(v_BTNH.dtype)
-      if segments_BT is not None:
-        same_BT = segments_BS[:, i : i + T] == segments_BT
-        tap = jnp.where(same_BT[..., None, None], tap, 0)
-      out_BTNH = out_BTNH + tap
-    return self._out(out_BTNH)
+    return self._out(convolve(v_BTNH, taps_BTNW, segments_BT, causal=causal))
 
   def step(self, x_BTD: jax.Array, mask: mask_lib.Mask, cache, **unused):
     """Goes on from a cache; see `attention_layer.Attention.step`."""
@@ -164,6 +151,37 @@ class Convolve(nnx.Module):
   def _out(self, out_BTNH):
     out_BTD = param.project(out_BTNH, self.o_NHD, 'BTNH,NHD->BTD')
     return param.add_bias(branch.scatter(out_BTD, 'heads'), self.o_bias_D)
+
+
+def convolve(
+  v_BTNH: jax.Array,
+  taps_BTNW: jax.Array,
+  segments_BT: jax.Array | None,
+  *,
+  causal: bool,
+) -> jax.Array:
+  """Returns the sum of a token's neighbours, weighted by its taps.
+
+  Args:
+    v_BTNH: values.
+    taps_BTNW: of each token; the last one is its own if causal, else the
+      middle one.
+    segments_BT: neighbours of other segments count as 0.
+    causal: taps reach back, and not to both sides.
+  """
+  T, W = v_BTNH.shape[1], taps_BTNW.shape[-1]
+  before = W - 1 if causal else W // 2
+  width = (before, W - 1 - before)
+  padded = jnp.pad(v_BTNH, ((0, 0), width, (0, 0), (0, 0)))
+  out_BTNH = jnp.zeros_like(v_BTNH)
+  for i in range(W):
+    taps = taps_BTNW[..., i, None].astype(v_BTNH.dtype)
+    if segments_BT is not None:
+      near = jnp.pad(segments_BT, ((0, 0), width), constant_values=-1)
+      same_BT = near[:, i : i + T] == segments_BT
+      taps = jnp.where(same_BT[..., None, None], taps, 0)
+    out_BTNH = out_BTNH + padded[:, i : i + T] * taps
+  return out_BTNH
 
 
 def num_flops(config: Convolution, length: int, embed: int) -> int:
