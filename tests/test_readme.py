@@ -14,7 +14,7 @@ _ROOT = os.path.join(os.path.dirname(__file__), '..')
 with open(os.path.join(_ROOT, 'README.md'), encoding='utf-8') as _f:
   _TEXT = _f.read()
 _PAGES = _TEXT
-for _name in ('pipelines.md', 'planning.md'):
+for _name in ('attention.md', 'pipelines.md', 'planning.md'):
   with open(os.path.join(_ROOT, 'docs', _name), encoding='utf-8') as _f:
     _PAGES += _f.read()
 _BLOCKS = re.findall(r'^```(\w+)\n(.*?)^```', _PAGES, re.M | re.S)
@@ -28,7 +28,7 @@ _SNIPPETS = [block for language, block in _BLOCKS if language == 'python']
 
 
 def test_there_is_something_to_test():
-  assert len(_COMMANDS) >= 8 and len(_SNIPPETS) == 2
+  assert len(_COMMANDS) >= 8 and len(_SNIPPETS) == 3
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def test_moving_average():
     state, _ = step_fn()(state, make_batch(), KEY)
     want = jax.tree.map(lambda e, p: 0.75 * e + 0.25 * p, want, state.model)
   for a, b in zip(jax.tree.leaves(state.ema), jax.tree.leaves(want)):
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
   assert_equal(train_state.averaged_model(state, STEP), state.ema)
   plain = dataclasses.replace(STEP, ema_decay=None)
   assert make_state(plain).ema is None
@@ -192,7 +192,9 @@ def test_the_old_state_is_given_up():
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.model))
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.ema))
   want, _ = step_fn()(make_state(), make_batch(), KEY)
-  assert_equal(new, want)
+  # Another program, whose fusions round elsewhere.
+  for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_a_state_made_outside_jit_can_be_donated():
