@@ -226,7 +226,7 @@ def _check_chunks(config: Experiment, sizes: dict[str, int]) -> None:
       'model.vocab_multiple.'
     )
   for bucket in data_config.buckets(config.data):
-    length = config.data.objective.target_length(bucket)
+    length = data_config.num_targets(config.data, bucket)
     parts = on_mesh.target_parts(config, sizes)
     length = -(-length // parts) * parts // on_mesh.context_size(config, sizes)
     if length % loss.token_chunks:

@@ -28,6 +28,7 @@ def forward_flops(
   batch_rows: int,
   length: int,
   encoder_length: int | None = None,
+  num_targets: int | None = None,
   *,
   skip_masked: bool = True,
 ) -> int:
@@ -43,6 +44,7 @@ def forward_flops(
     batch_rows: B, of the whole batch.
     length: T, decoder positions for an encoder-decoder.
     encoder_length: S, needed for an encoder-decoder alone.
+    num_targets: positions of a row that reach the head; None is all.
     skip_masked: count a causal layer as half its scores and a window by its
       width, see `pairs`; else all T x S scores.
 
@@ -51,7 +53,12 @@ def forward_flops(
   """
   return sum(
     forward_parts(
-      config, batch_rows, length, encoder_length, skip_masked=skip_masked
+      config,
+      batch_rows,
+      length,
+      encoder_length,
+      num_targets,
+      skip_masked=skip_masked,
     ).values()
   )
 
@@ -61,18 +68,21 @@ def train_flops(
   batch_rows: int,
   length: int,
   encoder_length: int | None = None,
+  num_targets: int | None = None,
 ) -> int:
   """Returns the model FLOPs of one training step: 3 x forward."""
-  return 3 * forward_flops(config, batch_rows, length, encoder_length)
+  return 3 * forward_flops(
+    config, batch_rows, length, encoder_length, num_targets
+  )
 
 
 def arguments(
   config: model_lib.ModelConfig, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[model_lib.ModelConfig, int, int, int | None]:
+) -> tuple[model_lib.ModelConfig, int, int, int | None, int]:
   """Returns what `train_flops` takes, for a batch of these shapes by name."""
   rows, length = shapes['inputs']
   _, source = shapes.get('encoder_inputs', (0, None))
-  return config, rows, length, source
+  return config, rows, length, source, shapes['targets'][1]
 
 
 def forward_parts(
@@ -80,6 +90,7 @@ def forward_parts(
   batch_rows: int,
   length: int,
   encoder_length: int | None = None,
+  num_targets: int | None = None,
   *,
   skip_masked: bool = True,
 ) -> dict[str, int]:
@@ -89,7 +100,7 @@ def forward_parts(
   for layer in sum(layers.values(), []):
     for name, n in layer.items():
       parts[name] = parts.get(name, 0) + n
-  parts['head'] = head_flops(config, length)
+  parts['head'] = head_flops(config, num_targets or length)
   return {name: batch_rows * n for name, n in parts.items()}
 
 
@@ -113,12 +124,12 @@ def layer_flops(
   }
 
 
-def head_flops(config: model_lib.ModelConfig, length: int) -> int:
+def head_flops(config: model_lib.ModelConfig, num_targets: int) -> int:
   """Returns the FLOPs of the logits of one row, one forward pass."""
   D = config.embed_dim
-  flops = 2 * length * D * config.vocab_size
+  flops = 2 * num_targets * D * config.vocab_size
   if isinstance(config, encoder.EncoderConfig) and config.masked_head:
-    flops += 2 * length * D * D
+    flops += 2 * num_targets * D * D
   return flops
 
 
@@ -277,11 +288,12 @@ def formula(
   batch_rows: int,
   length: int,
   encoder_length: int | None = None,
+  num_targets: int | None = None,
   *,
   peak: float | None = None,
 ) -> str:
   """Returns the formula of the MFU, with this model's figures, in lines."""
-  parts = forward_parts(config, batch_rows, length, encoder_length)
+  parts = forward_parts(config, batch_rows, length, encoder_length, num_targets)
   total = sum(parts.values())
   terms = ' + '.join(f'{name} {_giga(n)}' for name, n in parts.items())
   has_causal = not isinstance(config, encoder.EncoderConfig)

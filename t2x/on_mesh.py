@@ -8,6 +8,7 @@ from t2x import experiment
 from t2x import sharding
 from t2x import stack
 from t2x import train_step
+from t2x.data import config as data_config
 from t2x.models import encoder
 from t2x.pipeline import estimates
 from t2x.pipeline import placement
@@ -39,6 +40,7 @@ def pipeline(
   batch = estimates.Batch(
     rows=data.batch_size / rows_multiple(config, sizes),
     length=data.objective.target_length(data.length),
+    num_targets=data_config.num_targets(data, data.length),
     encoder_length=data.length if data.objective.has_encoder else None,
     head_chunks=loss.vocab_chunks * loss.token_chunks,
   )

@@ -211,6 +211,12 @@ def make_batch(kind):
   }
   if kind.startswith('bert'):
     batch['token_types'] = rng.integers(0, 2, (ROWS, LENGTH)).astype(np.int32)
+    # Half of the tokens are predicted, anywhere in a row.
+    places = [rng.permutation(LENGTH)[: LENGTH // 2] for _ in range(ROWS)]
+    places = np.sort(np.array(places, np.int32), axis=1)
+    batch['target_positions'] = places
+    for name in ('targets', 'weights'):
+      batch[name] = np.take_along_axis(batch[name], places, axis=1)
   if kind.startswith('t5'):
     segments, positions = packed(rng, ROWS, LENGTH)
     batch |= {

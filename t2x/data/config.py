@@ -99,6 +99,11 @@ def buckets(config: DataConfig) -> tuple[int, ...]:
   return (config.length,)
 
 
+def num_targets(config: DataConfig, length: int) -> int:
+  """Returns the positions of a row of `length` that reach the head."""
+  return config.objective.lengths(length)['targets']
+
+
 def directory(config: DataConfig) -> str:
   """Returns where prepared data is kept."""
   default = os.environ.get('T2X_DATA_DIR') or '~/.cache/t2x'

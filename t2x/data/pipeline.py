@@ -8,7 +8,9 @@
 
 A batch holds `inputs`, `targets`, `weights` (float32), `segments` (0 is
 padding) and `positions`, each (batch, length) and int32 unless said; with an
-encoder also `encoder_inputs`, `encoder_segments` and `encoder_positions`.
+encoder also `encoder_inputs`, `encoder_segments` and `encoder_positions`. Where
+few tokens are predicted, `targets` and `weights` are of those alone, and
+`target_positions` says which they are.
 """
 
 from collections.abc import Generator
@@ -20,6 +22,7 @@ from t2x.data import batches as batches_lib
 from t2x.data import config as config_lib
 from t2x.data import corpus as corpus_lib
 from t2x.data import text_files
+from t2x.objectives import masked_lm
 from t2x.objectives import span_corruption
 
 _FOREVER = 2**48  # Steps; Grain wants a length.
@@ -49,6 +52,8 @@ def check(config: config_lib.DataConfig) -> None:
       f'The largest of data.batching.buckets={lengths} exceeds data.length='
       f'{config.length}. Raise data.length or leave that bucket out.'
     )
+  if isinstance(config.objective, masked_lm.MaskedLM):
+    config.objective.check(lengths[0])
   _check_sentinels(config)
 
 
@@ -111,20 +116,11 @@ def batch_spec(
 ) -> dict[str, tuple[tuple[int, int], np.dtype]]:
   """Returns shape and dtype of each array in a batch of the largest bucket."""
   length = config_lib.buckets(config)[-1]
-  target_length = config.objective.target_length(length)
-  names = ('inputs', 'targets', 'weights', 'segments', 'positions')
-  spec = {
-    name: (
-      (config.batch_size, target_length),
-      np.dtype(np.float32 if name == 'weights' else np.int32),
-    )
-    for name in names
+  dtype = lambda name: np.dtype(np.float32 if name == 'weights' else np.int32)
+  return {
+    name: ((config.batch_size, own), dtype(name))
+    for name, own in config.objective.lengths(length).items()
   }
-  if config.objective.has_encoder:
-    for name in ('inputs', 'segments', 'positions'):
-      shape = config.batch_size, length
-      spec[f'encoder_{name}'] = shape, np.dtype(np.int32)
-  return spec
 
 
 class _From:

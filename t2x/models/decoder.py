@@ -104,8 +104,9 @@ class Decoder(nnx.Module):
     assert positions_BT is not None
     return self.embeddings(batch['inputs'], positions_BT), None
 
-  def leave(self, x_BTD: jax.Array) -> jax.Array:
+  def leave(self, x_BTD: jax.Array, batch) -> jax.Array:
     """See `forward`."""
+    del batch
     return self.tower.end(x_BTD)
 
   @property

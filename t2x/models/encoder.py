@@ -60,7 +60,13 @@ class Encoder(nnx.Module):
   (2, 8, 99)
   """
 
-  inputs = ('inputs', 'segments', 'positions', 'token_types')
+  inputs = (
+    'inputs',
+    'segments',
+    'positions',
+    'token_types',
+    'target_positions',
+  )
   towers = ('tower',)
 
   def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
@@ -103,9 +109,9 @@ class Encoder(nnx.Module):
 
   def encode(self, inputs: jax.Array, **kwargs) -> jax.Array:
     """Returns the encoded sequence (B, T, D); arguments as for `features`."""
-    return self._encode(inputs, **kwargs)[0]
+    return self.tower.end(self._run(inputs, **kwargs)[0])
 
-  def _encode(
+  def _run(
     self,
     inputs: jax.Array,
     *,
@@ -115,15 +121,14 @@ class Encoder(nnx.Module):
     keys_B: jax.Array | None = None,
     execution: stack.Execution = stack.Execution(),
   ) -> tuple[jax.Array, dict[str, moe.Stats]]:
-    """Returns the encoded sequence and what the routers did."""
+    """Returns what `forward.run` does."""
     batch = {
       'inputs': inputs,
       'segments': segments,
       'positions': positions,
       'token_types': token_types,
     }
-    x_BTD, stats = forward.run(self, batch, keys_B=keys_B, execution=execution)
-    return self.tower.end(x_BTD), stats
+    return forward.run(self, batch, keys_B=keys_B, execution=execution)
 
   def context(self, tower: str, batch, keys_B, zigzag: int) -> block.Context:
     """See `forward`."""
@@ -152,16 +157,25 @@ class Encoder(nnx.Module):
       x_BTD = self.embed_norm(x_BTD)
     return x_BTD, None
 
-  def leave(self, x_BTD: jax.Array) -> jax.Array:
+  def leave(self, x_BTD: jax.Array, batch) -> jax.Array:
     """See `forward`."""
-    return self._transformed(self.tower.end(x_BTD))
+    x_BTD = self.tower.end(x_BTD)
+    positions_BM = batch.get('target_positions')
+    if positions_BM is not None:
+      # Mapped over rows, so that each is read where it is.
+      x_BTD = jax.vmap(lambda x_TD, at_M: x_TD[at_M])(x_BTD, positions_BM)
+    return self._transformed(x_BTD)
 
   def hidden(self, inputs: jax.Array, **kwargs) -> jax.Array:
     """Returns the features alone; arguments as for `features`."""
     return self.features(inputs, **kwargs)[0]
 
   def features(
-    self, inputs: jax.Array, **kwargs
+    self,
+    inputs: jax.Array,
+    *,
+    target_positions: jax.Array | None = None,
+    **kwargs,
   ) -> tuple[jax.Array, dict[str, moe.Stats]]:
     """Returns the features (B, T, D) that the masked head reads.
 
@@ -169,6 +183,8 @@ class Encoder(nnx.Module):
 
     Args:
       inputs: token ids (B, T).
+      target_positions: (B, M), the places of those tokens whose features are
+        asked for, (B, M, D); default all.
       **kwargs: segments (B, T), a token sees its own segment only, 0 is
         padding; positions (B, T), default 0, 1, 2, ...; token_types (B, T),
         sentence A or B, default 0; keys_B, dropout keys of the rows, None means
@@ -177,8 +193,8 @@ class Encoder(nnx.Module):
     Raises:
       ValueError: more tokens than the model has positions.
     """
-    x_BTD, stats = self._encode(inputs, **kwargs)
-    return self._transformed(x_BTD), stats
+    x_BTD, stats = self._run(inputs, **kwargs)
+    return self.leave(x_BTD, {'target_positions': target_positions}), stats
 
   @jax.named_scope('head')
   def _transformed(self, x_BTD):

@@ -172,8 +172,9 @@ class EncoderDecoder(nnx.Module):
     encoded_BSD = self.encoder.end(x_BTD)
     return self.embeddings(batch['inputs'], positions), encoded_BSD
 
-  def leave(self, x_BTD: jax.Array) -> jax.Array:
+  def leave(self, x_BTD: jax.Array, batch) -> jax.Array:
     """See `forward`."""
+    del batch
     return self.decoder.end(x_BTD)
 
   @property

@@ -9,7 +9,8 @@ A model names its towers (stacks of layers) in order of depth, and for each
                                          what its layers look at besides
                                          (`encoded_BSD`) or None;
 
-and leave(x), the features, of the output of the last.
+and leave(x, batch), the features that reach the head, of the output of the
+last.
 
 Shape suffixes: B batch, T position, D embed.
 """
@@ -67,4 +68,4 @@ def features(
 ) -> tuple[jax.Array, dict[str, moe.Stats]]:
   """Returns the features (B, T, D) that the head reads; otherwise as `run`."""
   x_BTD, stats = run(model, batch, **kwargs)
-  return model.leave(x_BTD), stats
+  return model.leave(x_BTD, batch), stats

@@ -33,6 +33,10 @@ class CausalLM:
     """Targets of a row of `length`."""
     return length
 
+  def lengths(self, length: int) -> dict[str, int]:
+    """How long the arrays of a batch are, by name."""
+    return rows_lib.lengths(length)
+
   def examples(
     self,
     source: rows_lib.Rows,

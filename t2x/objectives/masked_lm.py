@@ -1,6 +1,6 @@
 """Masked language modelling (Devlin et al., 2019).
 
-Shape suffixes: B rows, T tokens of a row.
+Shape suffixes: B rows, T tokens of a row, M tokens that are predicted.
 """
 
 import dataclasses
@@ -16,6 +16,9 @@ from t2x.objectives import vocab as vocab_lib
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskedLM:
   """Predicts a random `rate` of the tokens from all the others.
+
+  A row has as many chosen tokens as BERT's: the nearest number to the rate, one
+  at least. They alone reach the head, whose cost so falls with the rate.
 
   Of the chosen tokens, `mask_share` become <mask>, `random_share` a random
   token, and the rest stay as they are, so that the model cannot trust what it
@@ -57,6 +60,25 @@ class MaskedLM:
     """Targets of a row of `length`."""
     return length
 
+  def num_targets(self, length: int) -> int:
+    """Positions of a row that reach the head, up to a multiple of 8."""
+    return -(-max(round(self.rate * length), 1) // 8) * 8
+
+  def lengths(self, length: int) -> dict[str, int]:
+    """How long the arrays of a batch are, by name."""
+    few = dict.fromkeys(
+      ('targets', 'weights', 'target_positions'), self.num_targets(length)
+    )
+    return rows_lib.lengths(length) | few
+
+  def check(self, length: int) -> None:
+    """Raises ValueError where no token of a row would be predicted."""
+    if self.rate * length < 0.5:
+      raise ValueError(
+        f'data.objective.rate={self.rate} of data.length={length} leaves no '
+        'position to predict. Raise one of the two.'
+      )
+
   def examples(
     self,
     source: rows_lib.Rows,
@@ -66,11 +88,11 @@ class MaskedLM:
     length: int,
   ) -> dict[str, np.ndarray]:
     """Returns the batch of `source`; only text tokens are ever chosen."""
-    del length
     tokens_BT, segments_BT = source
     T = tokens_BT.shape[1]
     is_text_BT = (segments_BT != 0) & (tokens_BT >= vocab.first_text_id)
-    is_chosen_BT = is_text_BT & (noise.uniform(keys, T, stream=0) < self.rate)
+    is_chosen_BT = self._chosen(is_text_BT, noise.uniform(keys, T, stream=0))
+    places_BM, weights_BM = _places(is_chosen_BT, self.num_targets(length))
 
     num_text = vocab.size - vocab.first_text_id
     random_BT = vocab.first_text_id + np.floor(
@@ -84,8 +106,30 @@ class MaskedLM:
     noised_BT = np.where(is_random_BT, random_BT, noised_BT)
     return {
       'inputs': np.where(is_chosen_BT, noised_BT, tokens_BT).astype(np.int32),
-      'targets': tokens_BT,
-      'weights': is_chosen_BT.astype(np.float32),
+      'targets': np.take_along_axis(tokens_BT, places_BM, axis=1),
+      'weights': weights_BM,
+      'target_positions': places_BM,
       'segments': segments_BT,
       'positions': rows_lib.positions(segments_BT),
     }
+
+  def _chosen(self, is_text_BT, uniform_BT) -> np.ndarray:
+    """Chooses the tokens of each row that have the smallest numbers."""
+    num_text_B = is_text_BT.sum(1)
+    num_B = np.clip(np.round(self.rate * num_text_B), 1, num_text_B)
+    uniform_BT = np.where(is_text_BT, uniform_BT, 2.0)
+    last_B1 = np.sort(uniform_BT, axis=1)[
+      np.arange(len(num_B)), np.maximum(num_B.astype(int) - 1, 0)
+    ][:, None]
+    return is_text_BT & (uniform_BT <= last_B1)
+
+
+def _places(is_chosen_BT, num: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the places of the chosen tokens in order, and 1 for each."""
+  # A stable sort has the chosen ones first, each in its order.
+  places_BM = np.argsort(~is_chosen_BT, axis=1, kind='stable')[:, :num]
+  weights_BM = np.take_along_axis(is_chosen_BT, places_BM, axis=1)
+  return (
+    np.where(weights_BM, places_BM, 0).astype(np.int32),
+    weights_BM.astype(np.float32),
+  )

@@ -23,6 +23,18 @@ class Rows(NamedTuple):
   segments: np.ndarray
 
 
+def lengths(length: int) -> dict[str, int]:
+  """Returns how long each array of a batch is, where all are as long."""
+  names = 'inputs', 'targets', 'weights', 'segments', 'positions'
+  return dict.fromkeys(names, length)
+
+
+def encoder_decoder_lengths(length: int, target_length: int) -> dict[str, int]:
+  """Returns how long each array of an `encoder_decoder` batch is."""
+  names = 'encoder_inputs', 'encoder_segments', 'encoder_positions'
+  return lengths(target_length) | dict.fromkeys(names, length)
+
+
 def positions(segments_BT: np.ndarray) -> np.ndarray:
   """Returns (B, T) positions that restart at 0 in each segment.
 

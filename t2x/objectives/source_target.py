@@ -29,6 +29,11 @@ class SourceTarget:
     """Targets of a row of `length`."""
     return length
 
+  def lengths(self, length: int) -> dict[str, int]:
+    """How long the arrays of a batch are, by name."""
+    target_length = self.target_length(length)
+    return rows_lib.encoder_decoder_lengths(length, target_length)
+
   def examples(
     self,
     source: rows_lib.Rows,

@@ -50,7 +50,7 @@ class SpanCorruption:
   def source_length(self, length: int) -> int:
     """The most raw tokens whose corrupted form fits `length`."""
     raw = length
-    while self.lengths(raw + 1)[0] <= length:
+    while self.sides(raw + 1)[0] <= length:
       raw += 1
     return raw
 
@@ -60,7 +60,7 @@ class SpanCorruption:
 
   def target_length(self, length: int) -> int:
     """Targets of one long document, up to a multiple of 64."""
-    _, needed = self.lengths(self.source_length(length))
+    _, needed = self.sides(self.source_length(length))
     return -(-needed // 64) * 64
 
   def num_noise(self, num_tokens: int) -> tuple[int, int]:
@@ -71,10 +71,15 @@ class SpanCorruption:
     spans = max(round(dropped / self.mean_span), 1)
     return dropped, min(spans, num_tokens - dropped)
 
-  def lengths(self, num_tokens: int) -> tuple[int, int]:
+  def sides(self, num_tokens: int) -> tuple[int, int]:
     """Returns the encoder's and decoder's length for one document."""
     dropped, spans = self.num_noise(num_tokens)
     return num_tokens - dropped + spans + 1, dropped + spans + 1
+
+  def lengths(self, length: int) -> dict[str, int]:
+    """How long the arrays of a batch are, by name."""
+    target_length = self.target_length(length)
+    return rows_lib.encoder_decoder_lengths(length, target_length)
 
   def examples(
     self,
@@ -118,7 +123,7 @@ class SpanCorruption:
 
   def _num_fitting(self, num: int, room: list[int]) -> int:
     """The most of `num` tokens whose two sides fit into `room`."""
-    while num and any(n > r for n, r in zip(self.lengths(num), room)):
+    while num and any(n > r for n, r in zip(self.sides(num), room)):
       num -= 1
     return num
 

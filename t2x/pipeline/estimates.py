@@ -59,6 +59,7 @@ class Batch:
   Attributes:
     rows: sequences.
     length: tokens of each, before a mesh axis splits them.
+    num_targets: tokens of each that reach the head.
     encoder_length: of the source, None without an encoder.
     head_chunks: in how many pieces the logits are made.
     kernels: whether attention runs in a TPU's kernels, where it can.
@@ -66,6 +67,7 @@ class Batch:
 
   rows: float
   length: int
+  num_targets: int
   encoder_length: int | None = None
   head_chunks: int = 1
   kernels: bool = False
@@ -120,7 +122,7 @@ def stacks(
     recompute: forwards are run again.
   """
   layers = flops.layer_flops(model, batch.length, batch.encoder_length)
-  head = 3 * flops.head_flops(model, batch.length)
+  head = 3 * flops.head_flops(model, batch.num_targets)
   times = 4 if recompute else 3
   result = []
   for tower in towers:
@@ -201,7 +203,7 @@ def _variables(tree: Any) -> list[nnx.Variable]:
 def _logits(model, batch: Batch, layout: Layout) -> float:
   """Logits and their gradient, float32, of one chunk."""
   rows = embed.padded(model.vocab_size, model.vocab_multiple)
-  num = batch.rows * batch.length * rows / layout.over('length', 'vocab')
+  num = batch.rows * batch.num_targets * rows / layout.over('length', 'vocab')
   return 2 * 4 * num / batch.head_chunks
 
 

@@ -148,8 +148,8 @@ def _leave(combine, loss: loss_lib.LossConfig) -> cut.Function:
   def fn(params, x_BTD, side, rest):
     del side
     model = combine(params.shared, params.shared_frozen)
-    features_BTD = model.leave(x_BTD)
     rows = rest.rows
+    features_BTD = model.leave(x_BTD, rows)
     mean = loss_lib.mean_loss(
       features_BTD, model.head, rows['targets'], rows['weights'], loss
     )

@@ -37,9 +37,9 @@ def flops(local: local_lib.Local) -> dict[str, float]:
     own = of_layer(local, layer)
     for name, num in passes(local, layer).items():
       parts[name] = parts.get(name, 0.0) + num * own[name]
-  head = 2 * local.tokens * model.embed_dim * local.vocab
+  head = 2 * local.targets * model.embed_dim * local.vocab
   if isinstance(model, encoder.EncoderConfig) and model.masked_head:
-    head += 2 * local.tokens * model.embed_dim**2
+    head += 2 * local.targets * model.embed_dim**2
   # Chunks of the vocabulary are made again.
   head *= 3 + (local.config.train.loss.vocab_chunks > 1)
   return parts | {'head': local.heads * head}

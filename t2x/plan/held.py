@@ -179,7 +179,7 @@ def _logits(local) -> float:
   """Float32, of one chunk; their gradient takes their place."""
   loss = local.config.train.loss
   chunks = loss.token_chunks * loss.vocab_chunks
-  return 4 * local.tokens * local.vocab / chunks
+  return 4 * local.targets * local.vocab / chunks
 
 
 def working_set(local, layer) -> float:

@@ -14,6 +14,7 @@ from t2x import experiment
 from t2x import sharding
 from t2x import train_step
 from t2x.attention import mask as mask_lib
+from t2x.data import config as data_config
 from t2x.layers import attention as attention_lib
 from t2x.layers import embed
 from t2x.layers import kinds as kinds_lib
@@ -177,8 +178,15 @@ class Local:
 
   @property
   def tokens(self) -> float:
-    """Predicted tokens of a microbatch."""
+    """Tokens of a microbatch, of what is predicted."""
     return self.rows * self.length / self.over('length')
+
+  @property
+  def targets(self) -> float:
+    """Predicted tokens of a microbatch, which reach the head."""
+    data = self.config.data
+    num = data_config.num_targets(data, data.length)
+    return self.rows * num / self.over('length')
 
   @property
   def vocab(self) -> float:

@@ -192,8 +192,8 @@ def _of_head(local: local_lib.Local) -> list[message.Message]:
   return [
     say('reduce-scatter', embed, c * V * D),
     say('all-reduce', _early(local), c * V * D / local.size(embed)),
-    say('all-reduce', local.axes('vocab'), c * local.tokens * D),
-    say('all-gather', _fine(local), c * local.tokens * D),
+    say('all-reduce', local.axes('vocab'), c * local.targets * D),
+    say('all-gather', _fine(local), c * local.targets * D),
   ]
 
 
@@ -218,7 +218,7 @@ def exchanged(local: local_lib.Local) -> bool:
   if {*local.axes('vocab')} & {*rows, *local.axes('length')}:
     return False
   staged = local.plan is not None
-  return staged or 2 * local.tokens * c < local.vocab * (c + 4)
+  return staged or 2 * local.targets * c < local.vocab * (c + 4)
 
 
 # --- Stages. ---

@@ -5,6 +5,7 @@ flight keeps, weights where they are used and their float32 gradients, messages.
 What lives within a tick comes on top.
 """
 
+from t2x.data import config as data_config
 from t2x.pipeline import cost_model
 from t2x.pipeline import estimates
 from t2x.plan import local as local_lib
@@ -18,6 +19,7 @@ def between_ticks(local: local_lib.Local) -> dict[str, float]:
   batch = estimates.Batch(
     rows=local.rows,
     length=local.length,
+    num_targets=data_config.num_targets(data, data.length),
     encoder_length=data.length if data.objective.has_encoder else None,
     head_chunks=loss.vocab_chunks * loss.token_chunks,
     kernels=True,

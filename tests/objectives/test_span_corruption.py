@@ -96,7 +96,7 @@ def test_lengths_are_those_of_t5(length, raw, targets):
   # seqio's random_spans_helper(512, 0.15, 3, 1, 1) returns (568, 114).
   config = span_corruption.SpanCorruption()
   assert config.source_length(length) == raw
-  assert config.lengths(raw) == (length, targets)
+  assert config.sides(raw) == (length, targets)
   assert config.target_length(length) % 64 == 0
   assert 0 <= config.target_length(length) - targets < 64
 

@@ -56,7 +56,9 @@ WHOLE = estimates.Layout(sizes={'pipe': 2}, rules=sharding.Rules())
 def batch_of(config):
   encodes = isinstance(config, encoder_decoder.EncoderDecoderConfig)
   source = LENGTH // 2 if encodes else None
-  return estimates.Batch(rows=ROWS, length=LENGTH, encoder_length=source)
+  return estimates.Batch(
+    rows=ROWS, length=LENGTH, num_targets=LENGTH, encoder_length=source
+  )
 
 
 def shapes_of(config):
