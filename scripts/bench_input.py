@@ -17,6 +17,7 @@ from t2x.data import corpus as corpus_lib
 from t2x.data import pipeline
 from t2x.objectives import causal_lm
 from t2x.objectives import masked_lm
+from t2x.objectives import masking
 from t2x.objectives import span_corruption
 
 
@@ -27,16 +28,22 @@ def main() -> None:
   args = parser.parse_args()
   config = data.DataConfig(length=256, batch_size=8)
   corpus = corpus_lib.prepare(config)
-  objectives = (
-    causal_lm.CausalLM(),
-    masked_lm.MaskedLM(),
-    span_corruption.SpanCorruption(),
-  )
+  masked = lambda own: masked_lm.MaskedLM(masking=own)
+  objectives = {
+    'causal_lm': causal_lm.CausalLM(),
+    'masked_lm': masked_lm.MaskedLM(),
+    'masked words': masked(masking.Words()),
+    'masked spans': masked(masking.Spans()),
+    'masked phrases': masked(masking.Phrases()),
+    'masked hierarchy': masked(masking.Hierarchy(phrases=1.0)),
+    'masked rare': masked(masking.Rare()),
+    'span_corruption': span_corruption.SpanCorruption(),
+  }
   result = {}
-  for objective in objectives:
+  for name, objective in objectives.items():
     own = dataclasses.replace(config, objective=objective)
-    result[objective.kind] = round(tokens_per_second(corpus, own, args.steps))
-    print(f'{objective.kind:20}{result[objective.kind]:>14,} tokens/s')
+    result[name] = round(tokens_per_second(corpus, own, args.steps))
+    print(f'{name:20}{result[name]:>14,} tokens/s')
   if args.json:
     print(json.dumps(result))
 

@@ -6,6 +6,7 @@ the example since the start. A host therefore reads its own rows of any batch
 and nothing else, and the batches do not depend on the number of hosts.
 """
 
+import dataclasses
 import math
 
 import grain
@@ -14,7 +15,10 @@ import numpy as np
 from t2x.data import config as config_lib
 from t2x.data import corpus as corpus_lib
 from t2x.data import rows as rows_lib
+from t2x.data import words
+from t2x.objectives import masked_lm
 from t2x.objectives import noise
+from t2x.objectives import vocab as vocab_lib
 
 Batch = dict[str, np.ndarray]
 
@@ -110,19 +114,32 @@ class _Examples:
     self.layout = rows_lib.make(config, corpus.streams(split))
     self.range = _range(rows, config.batch_size)
     self._objective = config.objective
-    self._vocab = corpus.tokenizer.vocab
+    self._vocab = _vocab(corpus, config)
     self._seed = seed
 
   def __call__(
     self, group: int, rows: np.ndarray, examples: np.ndarray
   ) -> Batch:
     streams = self.layout.read(group, rows)
+    if isinstance(self._objective, masked_lm.MaskedLM):
+      if self._objective.static:
+        examples = group * 2**40 + rows
     return self._objective.examples(
       *streams,
       keys=noise.keys(self._seed, examples),
       vocab=self._vocab,
       length=self.layout.group_lengths()[group],
     )
+
+
+def _vocab(corpus, config) -> vocab_lib.Vocab:
+  """Returns the ids, with what the objective asks of the training text."""
+  tokenizer, objective = corpus.tokenizer, config.objective
+  if not isinstance(objective, masked_lm.MaskedLM):
+    return tokenizer.vocab
+  (stream,) = corpus.streams(config.train_split)
+  lexicon = words.lexicon(objective.masking, tokenizer, stream)
+  return dataclasses.replace(tokenizer.vocab, lexicon=lexicon)
 
 
 def _shuffled(num: int, seed: np.uint64) -> grain.MapDataset:

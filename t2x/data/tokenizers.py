@@ -15,6 +15,7 @@ import re
 from typing import ClassVar
 
 from etils import epath
+import numpy as np
 import sentencepiece
 
 from t2x import checks
@@ -90,6 +91,10 @@ class Tokenizer:
     """A hash of everything that decides which ids a text gets."""
     raise NotImplementedError
 
+  def word_marks(self) -> tuple[np.ndarray, np.ndarray]:
+    """Returns which ids begin a word, and which are words of their own."""
+    raise NotImplementedError
+
   def encode(self, text: str) -> list[int]:
     """Returns the ids of `text`, without a start or an end."""
     return self.encode_batch([text])[0]
@@ -159,6 +164,13 @@ class BytesTokenizer(Tokenizer):
   def fingerprint(self) -> str:
     return f'bytes-{self.config.num_sentinels}'
 
+  def word_marks(self) -> tuple[np.ndarray, np.ndarray]:
+    begins_V = np.zeros(self.vocab.size, bool)
+    begins_V[: self._first] = True
+    breaks_V = begins_V.copy()
+    breaks_V[[self._first + b for b in b' \t\r\n']] = True
+    return begins_V, breaks_V
+
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     return [[b + self._first for b in t.encode()] for t in texts]
 
@@ -187,6 +199,13 @@ class SentencePieceTokenizer(Tokenizer):
   @property
   def fingerprint(self) -> str:
     return hashlib.sha256(self._model).hexdigest()[:16]
+
+  def word_marks(self) -> tuple[np.ndarray, np.ndarray]:
+    size, first = self.vocab.size, self.vocab.first_text_id
+    pieces = [self._processor.id_to_piece(i) for i in range(size)]
+    is_special = np.arange(size) < first
+    begins_V = np.array([piece.startswith(_SPACE) for piece in pieces])
+    return begins_V | is_special, is_special
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     all_ids = self._processor.encode(list(texts), num_threads=2)

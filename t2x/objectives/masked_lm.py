@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from t2x.objectives import masking as masking_lib
 from t2x.objectives import noise
 from t2x.objectives import rows as rows_lib
 from t2x.objectives import vocab as vocab_lib
@@ -20,13 +21,17 @@ class MaskedLM:
   A row has as many chosen tokens as BERT's: the nearest number to the rate, one
   at least. They alone reach the head, whose cost so falls with the rate.
 
+  `masking` says which tokens are chosen together or more often than others.
+
   Of the chosen tokens, `mask_share` become <mask>, `random_share` a random
   token, and the rest stay as they are, so that the model cannot trust what it
   sees. Masks are drawn anew each time a row is visited (RoBERTa, Liu et al.,
-  2019).
+  2019), or once for each row if `static`, as BERT's data has them.
   """
 
   rate: float = 0.15
+  masking: masking_lib.Config = masking_lib.Tokens()
+  static: bool = False
   mask_share: float = 0.8
   random_share: float = 0.1
 
@@ -91,7 +96,17 @@ class MaskedLM:
     tokens_BT, segments_BT = source
     T = tokens_BT.shape[1]
     is_text_BT = (segments_BT != 0) & (tokens_BT >= vocab.first_text_id)
-    is_chosen_BT = self._chosen(is_text_BT, noise.uniform(keys, T, stream=0))
+    num_text_B = is_text_BT.sum(1)
+    num_B = np.clip(np.round(self.rate * num_text_B), 1, num_text_B)
+    is_chosen_BT = masking_lib.choose(
+      self.masking,
+      tokens_BT,
+      segments_BT,
+      is_text_BT,
+      num_B.astype(np.int64),
+      keys,
+      vocab.lexicon,
+    )
     places_BM, weights_BM = _places(is_chosen_BT, self.num_targets(length))
 
     num_text = vocab.size - vocab.first_text_id
@@ -112,16 +127,6 @@ class MaskedLM:
       'segments': segments_BT,
       'positions': rows_lib.positions(segments_BT),
     }
-
-  def _chosen(self, is_text_BT, uniform_BT) -> np.ndarray:
-    """Chooses the tokens of each row that have the smallest numbers."""
-    num_text_B = is_text_BT.sum(1)
-    num_B = np.clip(np.round(self.rate * num_text_B), 1, num_text_B)
-    uniform_BT = np.where(is_text_BT, uniform_BT, 2.0)
-    last_B1 = np.sort(uniform_BT, axis=1)[
-      np.arange(len(num_B)), np.maximum(num_B.astype(int) - 1, 0)
-    ][:, None]
-    return is_text_BT & (uniform_BT <= last_B1)
 
 
 def _places(is_chosen_BT, num: int) -> tuple[np.ndarray, np.ndarray]:

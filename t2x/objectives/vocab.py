@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from t2x.objectives import lexicon as lexicon_lib
+
 PAD = 0  # T5's ids for padding (also its decoder's start), end and unknown.
 EOS = 1
 UNK = 2
@@ -14,12 +16,17 @@ NUM_NAMED = 5  # Sentinels follow, then the ids that stand for text.
 class Vocab:
   """Special ids first, then `num_sentinels` sentinels, then text.
 
+  `lexicon` is what is known of the tokens, for objectives that ask.
+
   >>> Vocab(size=361, num_sentinels=100).first_text_id
   105
   """
 
   size: int
   num_sentinels: int = 100
+  lexicon: lexicon_lib.Lexicon | None = dataclasses.field(
+    default=None, compare=False
+  )
 
   @property
   def sentinel_ids(self) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from t2x.data import token_store
 from t2x.data import tokenizers
 from t2x.objectives import causal_lm
 from t2x.objectives import masked_lm
+from t2x.objectives import masking
 from t2x.objectives import source_target
 from t2x.objectives import span_corruption
 
@@ -21,6 +22,9 @@ VARIANTS = {
   'causal': {},
   'causal_padded': {'batching': config_lib.Pad(buckets=(16, 32, 64))},
   'masked': {'objective': masked_lm.MaskedLM()},
+  'masked runs': {
+    'objective': masked_lm.MaskedLM(masking=masking.Hierarchy(phrases=1.0))
+  },
   'span': {'objective': span_corruption.SpanCorruption()},
   'span_padded': {
     'objective': span_corruption.SpanCorruption(),
@@ -216,6 +220,16 @@ def test_rows_with_gaps_are_those_of_the_batch(tmp_path):
     batches_lib.TrainBatches(corpus, config, seed=0, rows=rows + 1)
 
 
+def _unmasked(batch):
+  """Yields the tokens of each row as they were, and the masked places."""
+  for row in range(len(batch['inputs'])):
+    real = batch['weights'][row] == 1
+    places = batch['target_positions'][row, real]
+    tokens = batch['inputs'][row].copy()
+    tokens[places] = batch['targets'][row, real]
+    yield tuple(tokens), tuple(places)
+
+
 def test_masks_change_from_epoch_to_epoch_but_not_in_evaluation(tmp_path):
   corpus = _corpus(tmp_path)
   config = _config(objective=masked_lm.MaskedLM())
@@ -223,12 +237,8 @@ def test_masks_change_from_epoch_to_epoch_but_not_in_evaluation(tmp_path):
   masks = {}
   for step in range(2 * batches.steps_per_epoch):
     batch = batches[step]
-    for row in range(len(batch['inputs'])):
-      real = batch['weights'][row] == 1
-      places = batch['target_positions'][row, real]
-      tokens = batch['inputs'][row].copy()
-      tokens[places] = batch['targets'][row, real]
-      masks.setdefault(tuple(tokens), set()).add(tuple(places))
+    for tokens, places in _unmasked(batch):
+      masks.setdefault(tokens, set()).add(places)
   assert max(map(len, masks.values())) > 1
   first, second = (
     _take(pipeline.eval_batches(corpus, config, 'validation'), 9)
@@ -236,6 +246,19 @@ def test_masks_change_from_epoch_to_epoch_but_not_in_evaluation(tmp_path):
   )
   for a, b in zip(first, second):
     _assert_equal(a, b)
+
+
+def test_static_masks_stay_with_their_rows(tmp_path):
+  corpus = _corpus(tmp_path)
+  config = _config(objective=masked_lm.MaskedLM(static=True))
+  batches = batches_lib.TrainBatches(corpus, config, seed=0)
+  masks = {}
+  for step in range(3 * batches.steps_per_epoch):
+    batch = batches[step]
+    for tokens, places in _unmasked(batch):
+      masks.setdefault(tokens, set()).add(places)
+  assert len(masks) > 20
+  assert max(map(len, masks.values())) == 1
 
 
 def test_no_two_examples_of_a_run_share_a_mask(tmp_path):

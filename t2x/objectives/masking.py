@@ -1,0 +1,247 @@
+"""Which tokens a masked language model predicts.
+
+A strategy cuts each row into units (tokens, words, runs of words, phrases) and
+gives every unit a number drawn from a hash of the row's key: units with the
+smallest numbers are chosen, as long as they fit the row's count. All of it is
+numpy over whole batches.
+
+Shape suffixes: B rows, T tokens of a row, U units of a row, V vocabulary.
+"""
+
+import dataclasses
+from typing import ClassVar
+from typing import Literal
+
+import numpy as np
+
+from t2x.objectives import lexicon as lexicon_lib
+from t2x.objectives import noise
+
+Level = Literal['tokens', 'words', 'spans', 'phrases']
+_STREAM = 16  # Of random numbers; those below are the objective's own.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokens:
+  """Single tokens (Devlin et al., 2019): pieces, with `Bytes` characters."""
+
+  kind: ClassVar[str] = 'tokens'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Words:
+  """All pieces of a word together (whole-word masking of BERT's release)."""
+
+  kind: ClassVar[str] = 'words'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spans:
+  """Runs of words whose number is geometric (SpanBERT, Joshi et al., 2020).
+
+  Attributes:
+    end: chance that a run ends after each word.
+    longest: words of a run; longer ones are not drawn (mean 3.8 with 0.2, 10).
+  """
+
+  kind: ClassVar[str] = 'spans'
+  end: float = 0.2
+  longest: int = 10
+
+  def __post_init__(self):
+    if not 0 < self.end <= 1:
+      raise ValueError(
+        f'data.objective.masking.end={self.end}; it is a chance above 0, at '
+        'most 1. SpanBERT uses 0.2.'
+      )
+    if self.longest < 1:
+      raise ValueError(
+        f'data.objective.masking.longest={self.longest}; it is 1 or more.'
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phrases:
+  """Tokens that come together more often than chance, as one unit.
+
+  PMI-masking (Levine et al., 2021): phrases of the training text with the
+  highest pointwise mutual information are masked whole, other tokens alone.
+
+  Attributes:
+    longest: tokens of a phrase.
+    most: phrases that are kept; None is as many as the vocabulary has tokens.
+    least_count: how often a phrase occurs at the least.
+  """
+
+  kind: ClassVar[str] = 'phrases'
+  longest: int = 4
+  most: int | None = None
+  least_count: int = 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hierarchy:
+  """Each row draws its level, from the smallest units to the largest.
+
+  Attributes:
+    tokens: weight of single tokens (characters with `Bytes`).
+    words: weight of whole words.
+    spans: weight of runs of words.
+    phrases: weight of phrases.
+    run: how runs are drawn.
+    phrase: which phrases there are.
+  """
+
+  kind: ClassVar[str] = 'hierarchy'
+  tokens: float = 1.0
+  words: float = 1.0
+  spans: float = 1.0
+  phrases: float = 0.0
+  run: Spans = Spans()
+  phrase: Phrases = Phrases()
+
+  def __post_init__(self):
+    weights = self.tokens, self.words, self.spans, self.phrases
+    if min(weights) < 0 or sum(weights) <= 0:
+      raise ValueError(
+        f'data.objective.masking: the weights tokens={self.tokens}, words='
+        f'{self.words}, spans={self.spans}, phrases={self.phrases} must not '
+        'be negative, and not all 0.'
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rare:
+  """Rare tokens more often: a word's chance grows as count^-power.
+
+  Attributes:
+    power: 0 is as whole words; 1 makes each type of word as likely.
+  """
+
+  kind: ClassVar[str] = 'rare'
+  power: float = 0.5
+
+
+Config = Tokens | Words | Spans | Phrases | Hierarchy | Rare
+
+
+def units(
+  config: Config,
+  tokens_BT: np.ndarray,
+  segments_BT: np.ndarray,
+  keys_B: np.ndarray,
+  lexicon: lexicon_lib.Lexicon | None,
+) -> np.ndarray:
+  """Returns the number of each token's unit in its row, from 0, (B, T)."""
+  if isinstance(config, Tokens):
+    T = tokens_BT.shape[1]
+    return np.broadcast_to(np.arange(T), tokens_BT.shape)
+  assert lexicon is not None, 'words and phrases are known from a corpus'
+  if isinstance(config, Hierarchy):
+    weights = config.tokens, config.words, config.spans, config.phrases
+    shares = np.cumsum(weights) / sum(weights)
+    drawn_B1 = noise.uniform(keys_B, 1, stream=_STREAM)
+    level_B1 = np.searchsorted(shares, drawn_B1, side='right')
+    parts = Tokens(), Words(), config.run, config.phrase
+    result = np.zeros(tokens_BT.shape, np.int64)
+    for number, (part, weight) in enumerate(zip(parts, weights)):
+      if weight:
+        own = units(part, tokens_BT, segments_BT, keys_B, lexicon)
+        result = np.where(level_B1 == number, own, result)
+    return result
+  find = lexicon_lib.word_starts
+  if isinstance(config, Phrases):
+    find = lexicon_lib.phrase_starts
+  starts_BT = find(tokens_BT, segments_BT, lexicon)
+  if isinstance(config, Spans):
+    starts_BT = _run_starts(starts_BT, segments_BT, keys_B, config)
+  return np.cumsum(starts_BT, axis=1) - 1
+
+
+def _run_starts(starts_BT, segments_BT, keys_B, config: Spans) -> np.ndarray:
+  """Keeps the starts of words that begin a run."""
+  chance = config.end * (1 - config.end) ** np.arange(config.longest)
+  bounds = np.cumsum(chance / chance.sum())
+  drawn_BT = noise.uniform(keys_B, starts_BT.shape[1], stream=_STREAM + 1)
+  lengths_BU = np.searchsorted(bounds, drawn_BT, side='right') + 1
+  # Words at which runs end, and so the first word of each run.
+  first_BU = np.cumsum(lengths_BU, axis=1)
+  word_BT = np.cumsum(starts_BT, axis=1) - 1
+  begins_BU = np.zeros((len(starts_BT), int(first_BU.max()) + 1), bool)
+  begins_BU[:, 0] = True
+  np.put_along_axis(begins_BU, first_BU, True, axis=1)
+  begins_BT = np.take_along_axis(begins_BU, word_BT.clip(min=0), axis=1)
+  is_document_BT = np.ones(starts_BT.shape, bool)
+  is_document_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+  return starts_BT & (begins_BT | is_document_BT)
+
+
+def choose(
+  config: Config,
+  tokens_BT: np.ndarray,
+  segments_BT: np.ndarray,
+  is_text_BT: np.ndarray,
+  num_B: np.ndarray,
+  keys_B: np.ndarray,
+  lexicon: lexicon_lib.Lexicon | None,
+) -> np.ndarray:
+  """Returns which tokens are chosen, at most `num_B` of each row, (B, T).
+
+  Units are taken in the order of their numbers; one that no longer fits is
+  passed over.
+  """
+  unit_BT = units(config, tokens_BT, segments_BT, keys_B, lexicon)
+  T = tokens_BT.shape[1]
+  drawn_BT = noise.uniform(keys_B, T, stream=0)
+  if isinstance(config, Rare):
+    assert lexicon is not None
+    count_BT = np.where(is_text_BT, lexicon.counts_V[tokens_BT] + 1.0, np.inf)
+    drawn_BT = _weighted(drawn_BT, unit_BT, count_BT, config.power)
+  drawn_BT = np.take_along_axis(drawn_BT, unit_BT, axis=1)
+  # Tokens that are not text are no part of their unit.
+  size_BT = _sums(is_text_BT, unit_BT)
+  chosen_BT = np.zeros(tokens_BT.shape, bool)
+  left_B = num_B.copy()
+  for _ in range(4):
+    open_BT = is_text_BT & ~chosen_BT & (size_BT <= left_B[:, None])
+    new_BT = open_BT & _first(open_BT, drawn_BT, unit_BT, left_B)
+    chosen_BT |= new_BT
+    left_B = num_B - chosen_BT.sum(1)
+    if not left_B.any():
+      break
+  return chosen_BT
+
+
+def _first(open_BT, drawn_BT, unit_BT, num_B):
+  """Returns the units that come first and fit together."""
+  order_BT = np.argsort(np.where(open_BT, drawn_BT, 2.0), axis=1, kind='stable')
+  rank_BT = np.empty_like(order_BT)
+  np.put_along_axis(rank_BT, order_BT, np.arange(order_BT.shape[1])[None], 1)
+  # A unit fits if its last token does.
+  late_BT = open_BT & (rank_BT >= num_B[:, None])
+  return _sums(late_BT, unit_BT) == 0
+
+
+def _sums(values_BT, unit_BT):
+  """Returns for each token the sum over its unit."""
+  rows = np.arange(len(values_BT))[:, None] * values_BT.shape[1]
+  place_BT = rows + unit_BT
+  sums = np.bincount(
+    place_BT.ravel(), weights=values_BT.ravel(), minlength=values_BT.size
+  )
+  return sums[place_BT]
+
+
+def _weighted(drawn_BT, unit_BT, count_BT, power):
+  """Numbers of units that come first as often as their weights say.
+
+  -log(u) / w (Efraimidis and Spirakis, 2006), with w = count^-power of a unit's
+  rarest token.
+  """
+  rows = np.broadcast_to(np.arange(len(count_BT))[:, None], count_BT.shape)
+  least_BU = np.full(count_BT.shape, np.inf)
+  np.minimum.at(least_BU, (rows, unit_BT), count_BT)
+  race_BU = -np.log1p(-drawn_BT) * least_BU**power
+  # To [0, 1], in the same order; what is no unit of text comes last.
+  with np.errstate(invalid='ignore'):
+    return np.where(np.isfinite(race_BU), race_BU / (1.0 + race_BU), 1.0)
