@@ -8,7 +8,9 @@ numpy over whole batches.
 Shape suffixes: B rows, T tokens of a row, U units of a row, V vocabulary.
 """
 
+from collections.abc import Callable
 import dataclasses
+import importlib
 from typing import ClassVar
 from typing import Literal
 
@@ -122,7 +124,40 @@ class Rare:
   power: float = 0.5
 
 
-Config = Tokens | Words | Spans | Phrases | Hierarchy | Rare
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scored:
+  """Words as often as a rule of your own says.
+
+  Attributes:
+    rule: `package.module:function`, of the tokens (B, T), their segments (B, T)
+      and the `Lexicon`; it returns a weight for each token, 0 for never. A
+      word's weight is the largest of its tokens'.
+  """
+
+  kind: ClassVar[str] = 'scored'
+  rule: str = ''
+
+  def __post_init__(self):
+    self.function()
+
+  def function(self) -> Callable[..., np.ndarray]:
+    """Returns the rule.
+
+    Raises:
+      ValueError: there is none of this name.
+    """
+    module, _, name = self.rule.partition(':')
+    try:
+      return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+      raise ValueError(
+        f'data.objective.masking.rule={self.rule!r} cannot be imported '
+        f'({error}). Name a function as package.module:function, of a module '
+        'that Python finds (PYTHONPATH).'
+      ) from error
+
+
+Config = Tokens | Words | Spans | Phrases | Hierarchy | Rare | Scored
 
 
 def units(
@@ -193,10 +228,10 @@ def choose(
   unit_BT = units(config, tokens_BT, segments_BT, keys_B, lexicon)
   T = tokens_BT.shape[1]
   drawn_BT = noise.uniform(keys_B, T, stream=0)
-  if isinstance(config, Rare):
-    assert lexicon is not None
-    count_BT = np.where(is_text_BT, lexicon.counts_V[tokens_BT] + 1.0, np.inf)
-    drawn_BT = _weighted(drawn_BT, unit_BT, count_BT, config.power)
+  weights_BT = _weights(config, tokens_BT, segments_BT, lexicon)
+  if weights_BT is not None:
+    drawn_BT, heavy_BU = _weighted(drawn_BT, unit_BT, weights_BT * is_text_BT)
+    is_text_BT = is_text_BT & np.take_along_axis(heavy_BU, unit_BT, axis=1)
   drawn_BT = np.take_along_axis(drawn_BT, unit_BT, axis=1)
   # Tokens that are not text are no part of their unit.
   size_BT = _sums(is_text_BT, unit_BT)
@@ -232,16 +267,31 @@ def _sums(values_BT, unit_BT):
   return sums[place_BT]
 
 
-def _weighted(drawn_BT, unit_BT, count_BT, power):
-  """Numbers of units that come first as often as their weights say.
+def _weights(config, tokens_BT, segments_BT, lexicon):
+  """Returns the weight of each token, or None where all are alike."""
+  if isinstance(config, Rare):
+    return (lexicon.counts_V[tokens_BT] + 1.0) ** -config.power
+  if not isinstance(config, Scored):
+    return None
+  weights_BT = np.asarray(config.function()(tokens_BT, segments_BT, lexicon))
+  if weights_BT.shape != tokens_BT.shape or not (weights_BT >= 0).all():
+    raise ValueError(
+      f'data.objective.masking.rule={config.rule!r} returned weights of shape '
+      f'{weights_BT.shape}, the least {weights_BT.min()}; it must return '
+      f'{tokens_BT.shape} numbers, none negative.'
+    )
+  return weights_BT.astype(float)
 
-  -log(u) / w (Efraimidis and Spirakis, 2006), with w = count^-power of a unit's
-  rarest token.
+
+def _weighted(drawn_BT, unit_BT, weights_BT):
+  """Numbers of units that come first as often as their weights say, (B, U).
+
+  -log(u) / w (Efraimidis and Spirakis, 2006), with w the largest weight of a
+  unit's tokens. And whether each unit has any weight.
   """
-  rows = np.broadcast_to(np.arange(len(count_BT))[:, None], count_BT.shape)
-  least_BU = np.full(count_BT.shape, np.inf)
-  np.minimum.at(least_BU, (rows, unit_BT), count_BT)
-  race_BU = -np.log1p(-drawn_BT) * least_BU**power
-  # To [0, 1], in the same order; what is no unit of text comes last.
-  with np.errstate(invalid='ignore'):
-    return np.where(np.isfinite(race_BU), race_BU / (1.0 + race_BU), 1.0)
+  rows = np.broadcast_to(np.arange(len(unit_BT))[:, None], unit_BT.shape)
+  largest_BU = np.zeros(unit_BT.shape)
+  np.maximum.at(largest_BU, (rows, unit_BT), weights_BT)
+  # To [0, 1], in the same order.
+  race_BU = -np.log1p(-drawn_BT) / np.maximum(largest_BU, 1e-300)
+  return race_BU / (1.0 + race_BU), largest_BU > 0

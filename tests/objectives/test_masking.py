@@ -134,6 +134,40 @@ def test_rare_words_come_more_often(power):
   assert share == pytest.approx(want, abs=4 * math.sqrt(0.25 / num))
 
 
+def even_alone(tokens_BT, segments_BT, lexicon):
+  """A rule: even tokens, those of the second document twice as often."""
+  del lexicon
+  return (tokens_BT % 2 == 0) * np.where(segments_BT == 2, 2.0, 1.0)
+
+
+def test_a_rule_of_ones_own():
+  every = np.ones(V, bool)
+  lexicon = lexicon_lib.Lexicon(
+    begins_V=every, breaks_V=~every, counts_V=LEXICON.counts_V
+  )
+  config = masking.Scored(rule=f'{__name__}:even_alone')
+  chosen = np.concatenate(
+    [choose(config, lexicon=lexicon, seed=s, num=1) for s in range(20)]
+  )
+  tokens, segments = np.tile(TOKENS, (20, 1)), np.tile(SEGMENTS, (20, 1))
+  assert not chosen[tokens % 2 == 1].any()
+  share = chosen[segments == 2].sum() / chosen.sum()
+  # 40 tokens of the first, 50 of the second, which weigh twice as much.
+  assert share == pytest.approx(100 / 140, abs=4 * math.sqrt(0.25 / 8000))
+
+
+def negative(tokens_BT, segments_BT, lexicon):
+  return -1.0 - 0 * tokens_BT
+
+
+def test_rules_that_cannot_be():
+  for rule in ('nowhere:rule', f'{__name__}:nothing', 'math'):
+    with pytest.raises(ValueError, match=f'rule={rule!r} cannot be imported'):
+      masking.Scored(rule=rule)
+  with pytest.raises(ValueError, match='the least -1.0; it must return'):
+    choose(masking.Scored(rule=f'{__name__}:negative'))
+
+
 # --- Phrases. ---
 
 
