@@ -83,7 +83,8 @@ def function_of(config, length: int):
     return lambda q, k, v: convolution.convolve(v, taps, None, causal=causal)
   mixer = kinds_lib.mixer(config, rngs=nnx.Rngs(0))
   if mixer is not None:
-    return lambda q, k, v: mixer(q, k, v, mask)
+    heads = jnp.arange(config.num_heads)
+    return lambda q, k, v: mixer(q, k, v, mask, heads)
   assert isinstance(config, attention.Softmax)
   mask = mask & config.pattern(length, causal=causal)
   options = dense.Options(kernel=config.kernel)

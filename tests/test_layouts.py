@@ -143,7 +143,7 @@ KINDS = {
   ),
   'bert of mixers': (
     low_rank.Linformer(**HEADS, rank=4, length=LENGTH),
-    low_rank.Nystromformer(**HEADS, landmarks=4, conv_width=3),
+    low_rank.Nystromformer(**HEADS, num_kv_heads=4, landmarks=4, conv_width=3),
     convolution.Convolution(**HEADS, width=3, dynamic=True, bias=True),
     linear.Linear(**HEADS),
   ),

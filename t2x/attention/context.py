@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
 
 from t2x import sharding
 from t2x import shards
@@ -21,8 +22,9 @@ def mix(
   k_BTKH: jax.Array,
   v_BTKH: jax.Array,
   mask: mask_lib.Mask,
+  heads_N: jax.Array,
 ) -> jax.Array:
-  """Returns mixer(q, k, v, mask) of whole rows, wherever they are.
+  """Returns mixer(q, k, v, mask, heads) of whole rows, wherever they are.
 
   Args:
     mixer: what mixes values, a module; see `t2x/layers/kinds.py`.
@@ -30,21 +32,24 @@ def mix(
     k_BTKH: keys.
     v_BTKH: values.
     mask: of a sequence that looks at itself.
+    heads_N: numbers of the query heads among all of the layer.
 
   Raises:
     ShardingError: a mesh axis splits rows, and heads are not exchanged.
   """
   axes = shards.auto_axes('length')
   if not axes:
-    return mixer(q_BTNH, k_BTKH, v_BTKH, mask)
+    return mixer(q_BTNH, k_BTKH, v_BTKH, mask, heads_N)
   axis = _one(axes)
   if sharding.active_rules().context_attention != 'all_to_all':
     raise sharding.ShardingError(NEEDS_EXCHANGE)
 
-  def whole_rows(mixer, q, k, v, mask, heads_KG):
-    return mixer(q, k, v, mask, heads_KG.reshape(-1))
+  def whole_rows(extra, q, k, v, mask, heads_KG):
+    mixer, heads_N = extra
+    return mixer(q, k, v, mask, jnp.take(heads_N, heads_KG.reshape(-1)))
 
-  return all_to_all.apply(whole_rows, mixer, q_BTNH, k_BTKH, v_BTKH, mask, axis)
+  extra = mixer, heads_N
+  return all_to_all.apply(whole_rows, extra, q_BTNH, k_BTKH, v_BTKH, mask, axis)
 
 
 NEEDS_EXCHANGE = (

@@ -40,7 +40,7 @@ class Options:
     kernel: `auto`, `flash` or `blocks`; see `kernels.attend`.
     scale: factor of the scores; None means 1 / sqrt(head_dim).
     soft_cap: scores become cap * tanh(score / cap) (Gemma 2, 2024).
-    block: queries to a block; None chooses.
+    block: queries to a block, and keys where blocks are scanned; None chooses.
     runs: at most so many ranges of keys are told apart where order decides
       what blocks see; the blocks of a range run in a loop. None is no limit.
   """

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 CHUNK = 128
-_TINY = 1e-20  # Where the weights' sum is below, the output is about 0.
+_TINY = 1e-30  # Where the weights' sum is below, the output is about 0.
 
 
 @jax.tree_util.register_dataclass
@@ -116,8 +116,10 @@ def _segments(segments_BT, q):
 def _mean(sums, dtype):
   B, T, K, G, H = sums.shape
   total = sums[..., -1:]
-  # Not the largest of the two, through whose inverse gradients would overflow.
-  mean = sums[..., :-1] / jnp.where(total > _TINY, total, 1.0)
+  # Scaled to 1 first: the square of a small sum, which its gradient divides by,
+  # would be 0.
+  scale = jax.lax.stop_gradient(1.0 / jnp.where(total > _TINY, total, 1.0))
+  mean = sums[..., :-1] * scale / jnp.where(total > _TINY, total * scale, 1.0)
   return mean.reshape(B, T, K * G, H - 1).astype(dtype)
 
 

@@ -60,13 +60,14 @@ def plan(
   """
   sides = _SIDES if block is None else ((block, block, 1.0),)
   longest = max(num_queries, num_keys)
+  # What is looked at, and the list of steps, must not grow without end.
+  larger = -(-longest // (_SIDES[0][1] * _MOST))
   best, least = None, np.inf
   for q_size, k_size, rate in sides:
-    if longest > k_size * _MOST and (q_size, k_size, rate) != sides[0]:
-      continue
     if block is None:
-      q_size = min(q_size, -(-num_queries // 8) * 8)
-      k_size = min(k_size, -(-num_keys // 8) * 8)
+      q_size, k_size = q_size * larger, k_size * larger
+    q_size = min(q_size, -(-num_queries // 8) * 8)
+    k_size = min(k_size, -(-num_keys // 8) * 8)
     steps, cost = _steps(pattern, num_queries, num_keys, q_size, k_size)
     if cost / rate < least:
       best, least = steps, cost / rate
@@ -88,19 +89,20 @@ def _steps(pattern, T, S, q_size, k_size):
     for num in range(1, max(_KEYS // k_size, 1) + 1)
   }
   num = min(costs, key=costs.__getitem__)
-  rows, blocks = [], []
-  for row, m in enumerate(met):
-    for start in range(0, len(m), num):
-      part = m[start : start + num]
-      rows.append(row)
-      more = np.arange(num - len(part))
-      # Slices go on past the end, where the pattern itself hides what comes.
-      rest = part[-1] + 1 + more if sliced else np.full(len(more), len(k))
-      blocks.append(np.concatenate([part, rest]))
+  rows = np.repeat(np.arange(len(met)), -(-counts // num))
+  # Of each step: which of its row's blocks come first, and all of its places.
+  first = np.concatenate([np.arange(0, c, num) for c in counts])
+  place = first[:, None] + np.arange(num)
+  start = (np.cumsum(counts) - counts)[rows, None]
+  columns = np.append(np.concatenate(met), 0)
+  found = columns[np.minimum(start + place, len(columns) - 1)]
+  is_met = place < counts[rows, None]
+  # Slices go on past the end, where the pattern itself hides what comes.
+  rest = columns[start] + place if sliced else np.full(place.shape, len(k))
   return Steps(
     q_size=q_size,
     k_size=k_size,
-    q_P=np.array(rows, np.int32),
-    k_PC=np.array(blocks, np.int32).reshape(-1, num),
+    q_P=rows.astype(np.int32),
+    k_PC=np.where(is_met, found, rest).astype(np.int32),
     is_sliced=sliced,
   ), costs[num]

@@ -258,7 +258,7 @@ class Blocks(Pattern):
     return jnp.asarray(matrix)[q, k]
 
   def reach(self, q, k):
-    sums = np.pad(self.matrix.astype(np.int64).cumsum(0).cumsum(1), (1, 0))
+    sums = _sums(self)
     rows, columns = self.matrix.shape
     (q_0, q_1), (k_0, k_1) = (
       (np.clip(a // self.size, 0, n - 1), np.clip(b // self.size, 0, n - 1) + 1)
@@ -298,7 +298,13 @@ class RandomBlocks(Blocks):
     return matrix
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=32)
+def _sums(blocks: Blocks) -> np.ndarray:
+  """Blocks that are seen up to each row and column."""
+  return np.pad(blocks.matrix.cumsum(0, np.int32).cumsum(1), (1, 0))
+
+
+@functools.lru_cache(maxsize=32)
 def _matrix(blocks: Blocks) -> np.ndarray:
   return blocks._made()  # pylint: disable=protected-access
 
@@ -322,6 +328,16 @@ def count(pattern: Pattern, num_queries: int, num_keys: int) -> int:
 
   A prefix counts as empty.
   """
+  if pattern.is_relative:
+    back, ahead = np.arange(1 - num_queries, 0), np.arange(num_keys)
+    # Pairs at each distance of a key from its query.
+    pairs = [
+      np.minimum(num_queries + back, num_keys),
+      np.minimum(num_keys - ahead, num_queries),
+    ]
+    at = np.concatenate([back, ahead])
+    seen = pattern.sees(np.zeros_like(at), at, None)
+    return int(np.concatenate(pairs)[np.broadcast_to(seen, at.shape)].sum())
   starts = [np.arange(0, n, _COUNTED) for n in (num_queries, num_keys)]
   q, k = (
     (start, np.minimum(start + _COUNTED, n) - 1)

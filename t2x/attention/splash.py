@@ -153,7 +153,13 @@ class _Pattern(splash_mask.Mask):
     rows, columns = (
       np.arange(length)[part] for length, part in zip(self.shape, idx)
     )
-    return self._key[0].sees(rows[:, None], columns, None)
+    pattern, shape = self._key[0], (len(rows), len(columns))
+    # Most blocks are hidden or seen as a whole.
+    ends = [(np.array(a[0]), np.array(a[-1])) for a in (rows, columns)]
+    some, every = pattern.reach(*ends)
+    if every or not some:
+      return np.broadcast_to(bool(every), shape)
+    return pattern.sees(rows[:, None], columns, None)
 
   def __eq__(self, other: object) -> bool:
     return isinstance(other, _Pattern) and self._key == other._key

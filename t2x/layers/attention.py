@@ -59,9 +59,24 @@ class Heads:
   def kv_heads(self) -> int:
     return self.num_kv_heads or self.num_heads
 
+  @property
+  def limit(self) -> int | None:
+    """Tokens of the longest sequence; None for any."""
+    return None
+
+  def check_limit(self, length: int) -> None:
+    """Raises ValueError for sequences longer than the kind is made for."""
+    if self.limit is not None and length > self.limit:
+      raise ValueError(
+        f'model.attention={self.kind} is made for {self.limit} tokens '
+        '(attention.length of linformer, attention.rows x sparse_block of '
+        f'block_sparse), and the sequence has {length}. Shorten it, or make '
+        'the kind for more.'
+      )
+
   def check_length(self, length: int) -> None:
-    """Raises ValueError for sequences that the kind makes no sense for."""
-    del length
+    """Raises ValueError for rows that the kind makes no sense for."""
+    self.check_limit(length)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +88,8 @@ class Softmax(Heads):
       its queries smaller instead.
     soft_cap: bounds the scores by cap * tanh(score / cap).
     dropout: rate on the attention probabilities.
-    block: queries to a block of the computation; None chooses.
+    block: queries, and where blocks are scanned keys, to a block of the
+      computation; None chooses.
     kernel: `auto` takes the device's own kernel where it has one that serves
       (t2x/attention/kernels.py), `flash` insists on it, `blocks` runs the same
       program everywhere.
@@ -97,9 +113,6 @@ class Softmax(Heads):
     Args:
       length: T, of a sequence that looks at itself.
       causal: the model's mask is causal.
-
-    Raises:
-      ValueError: it does not fit the length.
     """
     del length, causal
     return patterns.Everything()

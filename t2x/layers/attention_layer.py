@@ -167,6 +167,7 @@ class Attention(nnx.Module):
         positions_BT = jnp.asarray(place_T)[None]
       q_BTNH = position.rotate(q_BTNH, positions_BT, rotary)
       k_BSKH = position.rotate(k_BSKH, positions_BT, rotary)
+    self.config.check_limit(x_BTD.shape[1])
     if self.mixer is not None:
       return self._out(self._mixed(q_BTNH, k_BSKH, v_BSKH, mask))
     parts = q_BTNH, k_BSKH, v_BSKH, self._narrowed(mask, x_BTD.shape[1])
@@ -288,7 +289,8 @@ class Attention(nnx.Module):
     """Mixes the values of a kind without scores."""
     k_BSKH, v_BSKH = self._met(k_BSKH), self._met(v_BSKH)
     with jax.named_scope('scores'):
-      out_BTNH = context.mix(self.mixer, q_BTNH, k_BSKH, v_BSKH, mask)
+      heads_N = self._heads().reshape(-1)
+      out_BTNH = context.mix(self.mixer, q_BTNH, k_BSKH, v_BSKH, mask, heads_N)
     return checkpoint_name(out_BTNH, splash.NAME)
 
   def _heads(self) -> jax.Array:

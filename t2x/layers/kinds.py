@@ -43,7 +43,7 @@ class Mixer(Protocol):
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     mask: mask_lib.Mask,
-    heads_N: jax.Array | None = None,
+    heads_N: jax.Array,
   ) -> jax.Array:
     """Returns (B, T, N, H) of a sequence that looks at itself.
 
@@ -52,7 +52,7 @@ class Mixer(Protocol):
       k_BTKH: keys.
       v_BTKH: values.
       mask: causal or of everything, with segments or none.
-      heads_N: numbers of the query heads, where they are some of all.
+      heads_N: numbers of the query heads among all of the layer.
     """
     ...
 
@@ -106,7 +106,7 @@ def projected_heads(config: AttentionConfig) -> int:
 def pattern_of(
   config: AttentionConfig, length: int, causal: bool
 ) -> patterns.Pattern:
-  """Returns all that hides keys from a query; nothing where no scores are."""
+  """Returns the order and what a kind of softmax attention adds to it."""
   order = patterns.ordered(causal=causal)
   if not isinstance(config, attention.Softmax):
     return order

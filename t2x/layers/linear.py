@@ -43,7 +43,8 @@ class Performer(attention.Heads):
     relu        max(w . x, 0), of the arc-cosine kernel (Cho and Saul, 2009);
     polynomial  (w . x)^2, of |q|^2 |k|^2 + 2 (q . k)^2.
 
-  The error falls as 1 / sqrt(num_features).
+  The error falls as 1 / sqrt(num_features), and grows with |q|^2 and |k|^2:
+  where scores have a deviation beyond 5 or so, `qk_norm` helps.
 
   Attributes:
     num_features: F; about H log H is the paper's.
@@ -76,7 +77,7 @@ class Mixer(nnx.Module):
   def num_features(self) -> int:
     raise NotImplementedError
 
-  def __call__(self, q_BTNH, k_BTKH, v_BTKH, mask: mask_lib.Mask, heads_N=None):
+  def __call__(self, q_BTNH, k_BTKH, v_BTKH, mask: mask_lib.Mask, heads_N):
     """Returns (B, T, N, H); see `kinds.Mixer`."""
     del heads_N  # All heads have the same features.
     assert mask.has_static_order
@@ -89,7 +90,7 @@ class Mixer(nnx.Module):
     )
 
   def step(self, q_BTNH, k_BTKH, v_BTKH, index_BT, cache: 'StateCache'):
-    """Returns (B, T, N, H) and the new cache; see `kinds.Mixer`."""
+    """Goes on from a cache: returns (B, T, N, H), and the new one."""
     is_real_BT = jnp.broadcast_to(index_BT < cache.capacity, q_BTNH.shape[:2])
     out, state = linear_lib.step(
       self.features(q_BTNH, of_keys=False),
@@ -101,7 +102,7 @@ class Mixer(nnx.Module):
     return out, dataclasses.replace(cache, state=state)
 
   def empty_cache(self, batch, capacity, num_heads, head_dim, dtype):
-    """Returns the state of no keys; see `kinds.Mixer`."""
+    """Returns the state of no keys."""
     del dtype  # Sums of many keys are float32.
     state = linear_lib.empty(batch, num_heads, self.num_features, head_dim)
     return StateCache(state=state, capacity=capacity)
@@ -213,7 +214,10 @@ def redraw(model: Any, step: jax.Array) -> Any:
     layers = value.size // (dims * num)
 
     def drawn(step):
-      key = jax.random.fold_in(jax.random.key(number), step)
+      # Another seed's first draw has others after it.
+      bits = jax.lax.bitcast_convert_type(value.ravel()[0], jnp.uint32)
+      key = jax.random.fold_in(jax.random.key(number), bits)
+      key = jax.random.fold_in(key, step)
       make = lambda key: draw(key, dims, num, orthogonal)
       new = jax.vmap(make)(jax.random.split(key, layers))
       return new.reshape(value.shape).astype(value.dtype)

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from t2x import checks
+from t2x import shards
+from t2x.attention import dense
 from t2x.attention import mask as mask_lib
 from t2x.layers import attention
 from t2x.layers import param
 
-_NEVER = -1e30
 _WHOLE_ROW = 'it mixes the keys of a whole row, later ones too'
 
 
@@ -48,12 +49,9 @@ class Linformer(attention.Heads):
     super().__post_init__()
     checks.least(self, 'attention.', rank=1, length=1)
 
-  def check_length(self, length: int) -> None:
-    if length > self.length:
-      raise ValueError(
-        f'attention.length={self.length}: Linformer has weights for so many '
-        f'tokens, and a row has {length}. Raise it.'
-      )
+  @property
+  def limit(self) -> int:
+    return self.length
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,10 +106,9 @@ class LinformerMixer(nnx.Module):
     self.key_TR = make()
     self.value_TR = make() if config.sharing == 'heads' else None
 
-  def __call__(self, q_BTNH, k_BTKH, v_BTKH, mask: mask_lib.Mask, heads_N=None):
+  def __call__(self, q_BTNH, k_BTKH, v_BTKH, mask: mask_lib.Mask, heads_N):
     del heads_N  # All heads share the projections.
     T = k_BTKH.shape[1]
-    self.config.check_length(T)
     real_BT = _is_real(mask, k_BTKH)
     value_TR = self.key_TR if self.value_TR is None else self.value_TR
 
@@ -143,16 +140,18 @@ class NystromMixer(nnx.Module):
       else None
     )
 
-  def __call__(self, q_BTNH, k_BTKH, v_BTKH, mask: mask_lib.Mask, heads_N=None):
-    T, R = q_BTNH.shape[1], self.config.landmarks
-    self.config.check_length(T)
+  def __call__(self, q_BTNH, k_BTKH, v_BTKH, mask: mask_lib.Mask, heads_N):
+    T = q_BTNH.shape[1]
+    R = min(self.config.landmarks, T)
     real_BT = _is_real(mask, k_BTKH)
     factor = q_BTNH.shape[-1] ** -0.25
     q = _grouped(q_BTNH, k_BTKH).astype(jnp.float32) * factor
     k, v = k_BTKH.astype(jnp.float32) * factor, v_BTKH.astype(jnp.float32)
-    # Of a row's tokens each landmark has as many, or one more.
-    of_TR = (jnp.arange(T) * R // T)[:, None] == jnp.arange(R)[None]
-    share_BTR = of_TR[None] * real_BT[..., None].astype(jnp.float32)
+    # Of a row's real tokens each landmark has as many, or one more.
+    rank_BT = jnp.cumsum(real_BT, axis=1) - 1
+    num_B1 = jnp.maximum(real_BT.sum(1, keepdims=True), 1)
+    of_BTR = (rank_BT * R // num_B1)[..., None] == jnp.arange(R)[None, None]
+    share_BTR = (of_BTR & real_BT[..., None]).astype(jnp.float32)
     num_BR = share_BTR.sum(1)
     share_BTR = share_BTR / jnp.maximum(num_BR, 1.0)[:, None]
     q_l = jnp.einsum('BTKGH,BTR->BRKGH', q, share_BTR)
@@ -164,13 +163,18 @@ class NystromMixer(nnx.Module):
     mixed = jnp.einsum('BKGRS,BKGSH->BKGRH', inverse, read)
     out = jnp.einsum('BKGTR,BKGRH->BTKGH', whole, mixed)
     if self.conv_KW is not None:
-      weight_KW = self.conv_KW[...]
-      if heads_N is not None:
-        group = q_BTNH.shape[2] // k_BTKH.shape[2]
-        weight_KW = jnp.take(weight_KW, heads_N[::group] // group, axis=0)
       v = v * real_BT[..., None, None]
+      weight_KW = self._filters(heads_N, v.shape[2])
       out = out + depthwise(v, weight_KW)[..., None, :]
     return out.reshape(*q_BTNH.shape[:3], -1).astype(v_BTKH.dtype)
+
+  def _filters(self, heads_N, num: int) -> jax.Array:
+    """Returns the filters of `num` key heads, by their query heads' numbers."""
+    config, conv_KW = self.config, self.conv_KW
+    assert conv_KW is not None
+    first = heads_N.reshape(num, -1)[:, 0] * config.kv_heads // config.num_heads
+    start, _ = shards.manual_part('kv_heads', config.kv_heads)
+    return jnp.take(conv_KW[...], first - start, axis=0)
 
 
 def depthwise(v_BTKH: jax.Array, weight_KW: jax.Array) -> jax.Array:
@@ -220,7 +224,7 @@ def _softmax(q_BTKGH, k_BRKH, seen_BR=None):
     'BTKGH,BRKH->BKGTR', q_BTKGH, k_BRKH, preferred_element_type=jnp.float32
   )
   if seen_BR is not None:
-    scores = jnp.where(seen_BR[:, None, None, None], scores, _NEVER)
+    scores = jnp.where(seen_BR[:, None, None, None], scores, dense.NEVER)
   return jax.nn.softmax(scores, axis=-1)
 
 

@@ -70,7 +70,7 @@ class RegionalMixer(nnx.Module):
   def __init__(self, config: Regional):
     self.config = config
 
-  def __call__(self, q_BTNH, k_BTKH, v_BTKH, mask: mask_lib.Mask, heads_N=None):
+  def __call__(self, q_BTNH, k_BTKH, v_BTKH, mask: mask_lib.Mask, heads_N):
     del heads_N
     T, L = q_BTNH.shape[1], min(self.config.region, q_BTNH.shape[1])
     num = -(-T // L)

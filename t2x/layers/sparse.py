@@ -37,7 +37,7 @@ class Dilated(attention.Softmax):
 
   @property
   def reach(self) -> int:
-    return (self.window - 1) * self.dilation + 1
+    return _reach(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,22 +59,19 @@ class BlockSparse(attention.Softmax):
     super().__post_init__()
     checks.least(self, 'attention.', sparse_block=1)
     lengths = {len(row) for row in self.rows}
-    if lengths - {len(self.rows)} or {*''.join(self.rows)} - {'0', '1'}:
+    marks = {*''.join(self.rows)}
+    if lengths - {len(self.rows)} or marks not in (set(), {'0', '1'}, {'1'}):
       raise ValueError(
         f'attention.rows={",".join(self.rows)} must be a square matrix of 0 '
-        'and 1, a row for each block of queries: 100,110,111.'
+        'and 1, not all 0, a row for each block of queries: 100,110,111.'
       )
 
+  @property
+  def limit(self) -> int:
+    return self.sparse_block * len(self.rows)
+
   def pattern(self, length: int, *, causal: bool) -> patterns.Pattern:
-    del causal
-    covered = self.sparse_block * len(self.rows)
-    if length > covered:
-      raise ValueError(
-        f'attention.rows covers {len(self.rows)} blocks of attention.'
-        f'sparse_block={self.sparse_block}, {covered} tokens, and the sequence '
-        f'has {length}. Give {-(-length // self.sparse_block)} rows, or larger '
-        'blocks.'
-      )
+    del length, causal
     return patterns.Blocks(self.sparse_block, self.rows)
 
 
@@ -99,8 +96,6 @@ class Random(attention.Softmax):
     checks.least(self, 'attention.', sparse_block=1, num_random=1)
 
   def pattern(self, length: int, *, causal: bool) -> patterns.Pattern:
-    if not causal:
-      self.check_length(length)
     return _drawn(self, length, causal) | patterns.Region(self.sparse_block)
 
   def check_length(self, length: int) -> None:
@@ -136,8 +131,6 @@ class BigBird(attention.Softmax):
     checks.least(self, 'attention.', num_global=0, sparse_block=1, num_random=0)
 
   def pattern(self, length: int, *, causal: bool) -> patterns.Pattern:
-    if not causal:
-      self.check_length(length)
     pattern: patterns.Pattern = patterns.Window(self.window)
     if self.num_global:
       pattern |= patterns.Global(self.num_global)
@@ -175,6 +168,13 @@ class Longformer(attention.Softmax):
     super().__post_init__()
     attention.check_window(self)
     checks.least(self, 'attention.', num_global=0, dilation=1)
+    if self.global_projections and (self.qk_norm or not self.num_global):
+      raise ValueError(
+        f'attention.num_global={self.num_global}, qk_norm={self.qk_norm} with '
+        'attention.global_projections=true: its weights are for one global '
+        'token or more, and have no norm. Set num_global=1 or more, and '
+        'qk_norm=false.'
+      )
     if self.global_projections and self.kv_heads != self.num_heads:
       raise ValueError(
         f'attention.num_kv_heads={self.num_kv_heads} with attention.'
@@ -183,17 +183,20 @@ class Longformer(attention.Softmax):
       )
 
   def pattern(self, length: int, *, causal: bool) -> patterns.Pattern:
-    if not causal:
-      self.check_length(length)
-    reach = (self.window - 1) * self.dilation + 1
-    pattern: patterns.Pattern = patterns.Window(reach)
+    del length, causal
+    pattern: patterns.Pattern = patterns.Window(_reach(self))
     if self.dilation > 1:
       pattern &= patterns.Dilated(self.dilation)
     return pattern | patterns.Global(self.num_global)
 
   def check_length(self, length: int) -> None:
-    attention.check_reach(self, (self.window - 1) * self.dilation + 1, length)
+    attention.check_reach(self, _reach(self), length)
     _check_global(self, length)
+
+
+def _reach(config) -> int:
+  """Tokens back to the farthest key of a window with gaps."""
+  return (config.window - 1) * config.dilation + 1
 
 
 def _check_global(config, length: int) -> None:

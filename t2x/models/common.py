@@ -18,6 +18,7 @@ from t2x import stack
 from t2x import zigzag as zigzag_lib
 from t2x.layers import attention as attention_lib
 from t2x.layers import block
+from t2x.layers import convolution
 from t2x.layers import dropout as dropout_lib
 from t2x.layers import embed
 from t2x.layers import kinds as kinds_lib
@@ -90,6 +91,16 @@ class TransformerConfig:
             f'model.attention={kind.kind} has none. Choose rotary, learned or '
             'sinusoidal positions.'
           )
+    plain = (type(None), position_lib.Learned, position_lib.Sinusoidal)
+    if not isinstance(self.position, plain):
+      for kind in self.kinds:
+        if getattr(kind, 'global_projections', False):
+          raise ValueError(
+            'attention.global_projections=true takes learned or sinusoidal '
+            f'positions, as Longformer has, and model.position is '
+            f'{self.position.kind}. Set one of them, or global_projections='
+            'false.'
+          )
     if len({kind.num_heads for kind in self.kinds}) > 1:
       raise ValueError(
         'model.attention_pattern has layers of '
@@ -118,8 +129,10 @@ class TransformerConfig:
   def max_length(self) -> int | None:
     """Positions that the model can tell apart, or None for no limit."""
     position = self.position
-    learned = isinstance(position, position_lib.Learned)
-    return position.max_length if learned else None
+    limits = [kind.limit for kind in self.kinds]
+    if isinstance(position, position_lib.Learned):
+      limits.append(position.max_length)
+    return min((n for n in limits if n is not None), default=None)
 
 
 def table_distribution(init: param.Init) -> str:
@@ -339,6 +352,16 @@ def check_causal(config: TransformerConfig) -> None:
         'mlp.router=expert_choice lets later tokens decide which experts an '
         'earlier one has, so a decoder would see the future. Set '
         'model.mlp.router=token_choice.'
+      )
+
+
+def check_bidirectional(config: TransformerConfig) -> None:
+  """Raises ValueError for layers that cannot look to both sides."""
+  for kind in config.kinds:
+    if isinstance(kind, convolution.Convolution) and kind.width % 2 == 0:
+      raise ValueError(
+        f'attention.width={kind.width}: an encoder has as many taps on both '
+        'sides of a token. Set it to an odd number.'
       )
 
 

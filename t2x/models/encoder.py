@@ -45,6 +45,7 @@ class EncoderConfig(common.TransformerConfig):
 
   def __post_init__(self):
     super().__post_init__()
+    common.check_bidirectional(self)
     if self.next_sentence and not self.pooler:
       raise ValueError(
         'model.next_sentence=true needs model.pooler=true: its head reads '

@@ -34,6 +34,7 @@ class EncoderDecoderConfig(common.TransformerConfig):
   def __post_init__(self):
     super().__post_init__()
     common.check_causal(self)
+    common.check_bidirectional(self)
 
 
 class EncoderDecoder(nnx.Module):

@@ -67,7 +67,7 @@ class MaskedLM:
 
   def num_targets(self, length: int) -> int:
     """Positions of a row that reach the head, up to a multiple of 8."""
-    return -(-max(round(self.rate * length), 1) // 8) * 8
+    return min(-(-max(round(self.rate * length), 1) // 8) * 8, length)
 
   def lengths(self, length: int) -> dict[str, int]:
     """How long the arrays of a batch are, by name."""
@@ -81,7 +81,7 @@ class MaskedLM:
     if self.rate * length < 0.5:
       raise ValueError(
         f'data.objective.rate={self.rate} of data.length={length} leaves no '
-        'position to predict. Raise one of the two.'
+        'position to predict, rounded. Raise one of the two.'
       )
 
   def examples(

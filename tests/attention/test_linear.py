@@ -184,9 +184,21 @@ def test_orthogonal_features_are_so_and_err_less():
   assert error(True) < 0.9 * error(False)
 
 
+def test_small_sums_of_weights_have_gradients():
+  q, k, v = draw()
+  scale = 1e-13  # Of queries and of keys: sums of about 1e-25.
+  f = lambda scale, q, k, v: (
+    linear.attend(q * scale, k * scale, v, None, causal=True) ** 2
+  ).sum()
+  small = jax.grad(f, (1, 2, 3))(scale, q, k, v)
+  plain = jax.grad(f, (1, 2, 3))(1.0, q, k, v)
+  for a, b in zip(small, plain):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
 def test_large_keys_and_queries_stay_finite():
   x = 30 * jax.random.normal(jax.random.key(0), (1, 8, 2, 64))
   config = layers.Performer(num_heads=2, num_features=32)
   mixer = layers.PerformerMixer(config, rngs=nnx.Rngs(0))
-  out = mixer(x, x, x, mask_lib.make(causal=True))
+  out = mixer(x, x, x, mask_lib.make(causal=True), jnp.arange(2))
   assert np.isfinite(out).all()

@@ -335,6 +335,33 @@ def test_gradients_against_differences(name):
     assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0
 
 
+@pytest.mark.parametrize('name', ['linformer', 'nystromformer'])
+def test_padding_leaves_no_trace(name):
+  layer, x = make(KINDS[name]), inputs()
+  ids = jnp.asarray([[1] * 20 + [0] * 12] * B)
+  padded = run(layer, x, mask_lib.self_attention(ids, causal=False))
+  alone = run(layer, x[:, :20], mask_lib.Mask())
+  np.testing.assert_allclose(padded[:, :20], alone, atol=1e-5)
+
+
+def test_features_are_drawn_anew_when_it_is_time():
+  config = dataclasses.replace(KINDS['performer'], redraw_every=3)
+  first, second = make(config, seed=0), make(config, seed=1)
+  redraw = jax.jit(linear.redraw)
+  kept = redraw(first, jnp.asarray(4))
+  w = lambda layer: layer.mixer.w_HF[...]
+  np.testing.assert_array_equal(w(kept), w(first))
+  new = redraw(first, jnp.asarray(6))
+  assert (w(new) != w(first)).all()
+  np.testing.assert_array_equal(new.q_DNH[...], first.q_DNH[...])
+  # Others at the next time, and of another seed.
+  assert (w(redraw(new, jnp.asarray(9))) != w(new)).all()
+  assert (w(redraw(second, jnp.asarray(6))) != w(new)).all()
+  blocks = np.asarray(w(new)).T[:6]
+  products = blocks @ blocks.T
+  assert abs(products - np.diag(np.diag(products))).max() < 1e-4
+
+
 def test_patterns_are_checked_against_lengths():
   with pytest.raises(ValueError, match='num_global=2 tokens lie outside'):
     dataclasses.replace(KINDS['longformer'], window=1).check_length(1)
@@ -342,12 +369,15 @@ def test_patterns_are_checked_against_lengths():
     KINDS['local'].check_length(4)
   with pytest.raises(ValueError, match='num_random=2 blocks cannot be drawn'):
     KINDS['random'].check_length(4)
-  with pytest.raises(
-    ValueError, match='covers 8 blocks of attention.sparse_bl'
-  ):
-    make(KINDS['block_sparse'])(inputs(length=40), mask_lib.Mask())
-  with pytest.raises(ValueError, match='has weights for so many tokens, and a'):
-    KINDS['linformer'].check_length(T + 1)
+  for name in ('block_sparse', 'linformer'):
+    with pytest.raises(ValueError, match=f'{name} is made for 32 tokens .* 40'):
+      make(KINDS[name])(inputs(length=40), mask_lib.Mask())
+    with pytest.raises(ValueError, match=f'{name} is made for 32 tokens .* 33'):
+      KINDS[name].check_length(T + 1)
+  with pytest.raises(ValueError, match='not all 0'):
+    sparse.BlockSparse(rows=('00', '00'))
+  with pytest.raises(ValueError, match='num_global=0, qk_norm=False with'):
+    sparse.Longformer(num_global=0, global_projections=True)
   with pytest.raises(ValueError, match='square matrix of 0 and 1'):
     sparse.BlockSparse(rows=('10', '1'))
   with pytest.raises(ValueError, match='a convolution has no keys'):
