@@ -18,10 +18,10 @@ from t2x.attention import context
 from t2x.data import config as data_config
 from t2x.data import pipeline as data_pipeline
 from t2x.layers import attention
-from t2x.layers import attention_layer
 from t2x.layers import embed
 from t2x.layers import experts
 from t2x.layers import moe
+from t2x.layers import own_heads
 from t2x.models import decoder
 from t2x.models import encoder
 from t2x.models import encoder_decoder
@@ -184,7 +184,7 @@ def _check_groups(config: Experiment, sizes: dict[str, int]) -> None:
     # What does not divide is found where parameters are.
     if kind.num_heads % parts == 0 and kind.kv_heads % kv_parts == 0:
       num, held = kind.num_heads // parts, kind.kv_heads // kv_parts
-      attention_layer.key_heads(kind, num, held)
+      own_heads.key_heads(kind, num, held)
 
 
 def _check_experts(config: Experiment, sizes: dict[str, int]) -> None:

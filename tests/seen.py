@@ -1,5 +1,6 @@
 """What a mask shows, one pair at a time, in the words of its patterns."""
 
+from t2x.attention import block_patterns
 from t2x.attention import patterns
 
 
@@ -24,6 +25,6 @@ def by_place(pattern, i, j, prefix=0):
       return min(i, j) < num
     case patterns.Region(size):
       return i // size == j // size
-    case patterns.Blocks():
+    case block_patterns.Blocks():
       return bool(pattern.matrix[i // pattern.size, j // pattern.size])
   raise TypeError(pattern)

@@ -116,7 +116,7 @@ class _Blocks:
     k_index_CS = blocks_C[:, None] * steps.k_size + inside_S
     k_index_S = k_index_CS.reshape(-1)
     pattern = mask.pattern
-    if (steps.k_PC.max() + 1) * steps.k_size > self.S:
+    if (steps.k_PC.max(initial=0) + 1) * steps.k_size > self.S:
       pattern &= patterns.Below(self.S)
     own = mask_lib.Mask(
       pattern=pattern,

@@ -13,7 +13,6 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from t2x import sharding
-from t2x import shards
 from t2x import zigzag
 from t2x.attention import cache as cache_lib
 from t2x.attention import context
@@ -28,34 +27,9 @@ from t2x.layers import dropout
 from t2x.layers import global_tokens
 from t2x.layers import kinds
 from t2x.layers import norm
+from t2x.layers import own_heads
 from t2x.layers import param
 from t2x.layers import position
-
-
-def key_heads(config: attention.Heads, num: int, held: int) -> int:
-  """Returns how many key/value heads some neighbouring query heads look at.
-
-  Args:
-    config: of the layer.
-    num: query heads that a device has under sequence parallelism.
-    held: key/value heads that it has.
-
-  Raises:
-    ShardingError: they are not among those that the device has, or parts of
-      groups.
-  """
-  group = config.num_heads // config.kv_heads
-  needed = max(num // group, 1)
-  if (num % group and group % num) or needed > held:
-    raise sharding.ShardingError(
-      f'Under sequence parallelism a device has {num} of attention.num_heads='
-      f'{config.num_heads} and {held} of attention.num_kv_heads='
-      f'{config.kv_heads}, of which each serves {group} query heads: those '
-      'that a device has must be some whole groups, or lie within one, and '
-      'their key/value heads be there. Choose another mesh.tensor, the same '
-      'axes for rules.heads and rules.kv_heads, or rules.norm_length=context.'
-    )
-  return needed
 
 
 def make(config: kinds.AttentionConfig, embed: int, **draw: Any) -> Any:
@@ -266,7 +240,7 @@ class Attention(nnx.Module):
     drop = None
     if keys_B is not None and config.dropout:
       drop = dropout.OfScores(
-        keys_B=keys_B, rate=config.dropout, heads_KG=self._heads()
+        keys_B=keys_B, rate=config.dropout, heads_KG=own_heads.numbers(config)
       )
     options = dense.Options(
       kernel=kernel or config.kernel,
@@ -274,7 +248,7 @@ class Attention(nnx.Module):
       soft_cap=config.soft_cap,
       block=config.block,
     )
-    k_BSKH, v_BSKH = self._met(k_BSKH), self._met(v_BSKH)
+    k_BSKH, v_BSKH = (own_heads.met(a, config) for a in (k_BSKH, v_BSKH))
     with jax.named_scope('scores'):
       return context.attend(
         q_BTNH, k_BSKH, v_BSKH, mask, options=options, bias=bias, dropout=drop
@@ -287,33 +261,12 @@ class Attention(nnx.Module):
 
   def _mixed(self, q_BTNH, k_BSKH, v_BSKH, mask) -> jax.Array:
     """Mixes the values of a kind without scores."""
-    k_BSKH, v_BSKH = self._met(k_BSKH), self._met(v_BSKH)
+    config = self.config
+    k_BSKH, v_BSKH = (own_heads.met(a, config) for a in (k_BSKH, v_BSKH))
     with jax.named_scope('scores'):
-      heads_N = self._heads().reshape(-1)
+      heads_N = own_heads.numbers(config).reshape(-1)
       out_BTNH = context.mix(self.mixer, q_BTNH, k_BSKH, v_BSKH, mask, heads_N)
     return checkpoint_name(out_BTNH, splash.NAME)
-
-  def _heads(self) -> jax.Array:
-    """Returns the numbers of this device's heads."""
-    config = self.config
-    start, num = shards.manual_part('heads', config.num_heads)
-    group = config.num_heads // config.kv_heads
-    return (start + jnp.arange(num)).reshape(-1, min(group, num))
-
-  def _met(self, x_BSKH: jax.Array) -> jax.Array:
-    """Returns the key/value heads that this device's query heads look at.
-
-    Inside `branch.run` a device may have part of the query heads and, by
-    `rules.kv_heads`, all key/value heads.
-    """
-    config = self.config
-    start, num = shards.manual_part('heads', config.num_heads)
-    _, held = shards.manual_part('kv_heads', config.kv_heads)
-    needed = key_heads(config, num, held)
-    if needed == held:
-      return x_BSKH
-    first = start // (config.num_heads // config.kv_heads)
-    return jax.lax.dynamic_slice_in_dim(x_BSKH, first, needed, axis=2)
 
   def empty_cache(self, batch: int, capacity: int, dtype) -> Any:
     """Returns what `step` goes on from.

@@ -7,6 +7,7 @@ import dataclasses
 from typing import ClassVar
 
 from t2x import checks
+from t2x.attention import block_patterns
 from t2x.attention import patterns
 from t2x.layers import attention
 
@@ -72,7 +73,7 @@ class BlockSparse(attention.Softmax):
 
   def pattern(self, length: int, *, causal: bool) -> patterns.Pattern:
     del length, causal
-    return patterns.Blocks(self.sparse_block, self.rows)
+    return block_patterns.Blocks(self.sparse_block, self.rows)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -208,7 +209,7 @@ def _check_global(config, length: int) -> None:
 
 
 def _drawn(config, length: int, causal: bool) -> patterns.Pattern:
-  return patterns.RandomBlocks(
+  return block_patterns.RandomBlocks(
     config.sparse_block,
     num=config.num_random,
     num_blocks=-(-length // config.sparse_block),

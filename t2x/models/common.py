@@ -18,7 +18,6 @@ from t2x import stack
 from t2x import zigzag as zigzag_lib
 from t2x.layers import attention as attention_lib
 from t2x.layers import block
-from t2x.layers import convolution
 from t2x.layers import dropout as dropout_lib
 from t2x.layers import embed
 from t2x.layers import kinds as kinds_lib
@@ -27,6 +26,7 @@ from t2x.layers import moe
 from t2x.layers import norm as norm_lib
 from t2x.layers import param
 from t2x.layers import position as position_lib
+from t2x.models import layer_checks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,33 +80,7 @@ class TransformerConfig:
     sizes = ('vocab_size', 'num_layers', 'embed_dim', 'vocab_multiple')
     checks.least(self, 'model.', **dict.fromkeys(sizes, 1))
     checks.share(self, 'model.', 'dropout')
-    if isinstance(self.position, position_lib.Rotary):
-      for kind in self.kinds:
-        self.position.rotated(kind.head_dim)
-    if self.position and position_lib.is_bias(self.position):
-      for kind in self.kinds:
-        if not isinstance(kind, attention_lib.Softmax):
-          raise ValueError(
-            f'model.position={self.position.kind} adds to scores, and '
-            f'model.attention={kind.kind} has none. Choose rotary, learned or '
-            'sinusoidal positions.'
-          )
-    plain = (type(None), position_lib.Learned, position_lib.Sinusoidal)
-    if not isinstance(self.position, plain):
-      for kind in self.kinds:
-        if getattr(kind, 'global_projections', False):
-          raise ValueError(
-            'attention.global_projections=true takes learned or sinusoidal '
-            f'positions, as Longformer has, and model.position is '
-            f'{self.position.kind}. Set one of them, or global_projections='
-            'false.'
-          )
-    if len({kind.num_heads for kind in self.kinds}) > 1:
-      raise ValueError(
-        'model.attention_pattern has layers of '
-        f'{[kind.num_heads for kind in self.kinds]} heads; all have as many, '
-        'since they share their positions.'
-      )
+    layer_checks.check_positions(self)
 
   @property
   def kinds(self) -> tuple[kinds_lib.AttentionConfig, ...]:
@@ -331,38 +305,6 @@ def make_head(config, table_VD, bias_V=None) -> embed.Head:
     scale=config.embed_dim**-0.5 if scaled else 1.0,
     vocab_size=config.vocab_size,
   )
-
-
-def check_causal(config: TransformerConfig) -> None:
-  """Raises ValueError for layers that would let a token see later ones."""
-  for kind in config.kinds:
-    if kind.not_causal is not None:
-      raise ValueError(
-        f'model.attention={kind.kind}: {kind.not_causal}, so a decoder would '
-        'see the future. It is for model.kind=encoder.'
-      )
-    if getattr(kind, 'global_projections', False):
-      raise ValueError(
-        'attention.global_projections=true is for model.kind=encoder: the '
-        'first tokens of a decoder see no later ones. Set it to false.'
-      )
-  for kind in config.mlp_kinds:
-    if isinstance(kind, moe.MoeConfig) and not kind.is_causal:
-      raise ValueError(
-        'mlp.router=expert_choice lets later tokens decide which experts an '
-        'earlier one has, so a decoder would see the future. Set '
-        'model.mlp.router=token_choice.'
-      )
-
-
-def check_bidirectional(config: TransformerConfig) -> None:
-  """Raises ValueError for layers that cannot look to both sides."""
-  for kind in config.kinds:
-    if isinstance(kind, convolution.Convolution) and kind.width % 2 == 0:
-      raise ValueError(
-        f'attention.width={kind.width}: an encoder has as many taps on both '
-        'sides of a token. Set it to an odd number.'
-      )
 
 
 def positions_of(batch, prefix: str = '', zigzag: int = 1) -> jax.Array:

@@ -21,6 +21,7 @@ from t2x.layers import norm
 from t2x.layers import param
 from t2x.models import common
 from t2x.models import forward
+from t2x.models import layer_checks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class EncoderConfig(common.TransformerConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    common.check_bidirectional(self)
+    layer_checks.check_bidirectional(self)
     if self.next_sentence and not self.pooler:
       raise ValueError(
         'model.next_sentence=true needs model.pooler=true: its head reads '

@@ -18,6 +18,7 @@ from t2x.layers import embed
 from t2x.layers import moe
 from t2x.models import common
 from t2x.models import forward
+from t2x.models import layer_checks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,8 @@ class EncoderDecoderConfig(common.TransformerConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    common.check_causal(self)
-    common.check_bidirectional(self)
+    layer_checks.check_causal(self)
+    layer_checks.check_bidirectional(self)
 
 
 class EncoderDecoder(nnx.Module):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import seen
 
+from t2x.attention import block_patterns
 from t2x.attention import mask as mask_lib
 from t2x.attention import patterns
 from t2x.attention.patterns import Causal
@@ -23,15 +24,15 @@ PATTERNS = {
   'prefix': Causal() | patterns.Prefix(),
   'global': Global(2),
   'region': patterns.Region(5),
-  'blocks': patterns.Blocks(6, ('1001', '0100', '1110', '0001')),
-  'random': patterns.RandomBlocks(size=5, num=2, num_blocks=5, seed=3),
-  'random, causal': patterns.RandomBlocks(
+  'blocks': block_patterns.Blocks(6, ('1001', '0100', '1110', '0001')),
+  'random': block_patterns.RandomBlocks(size=5, num=2, num_blocks=5, seed=3),
+  'random, causal': block_patterns.RandomBlocks(
     size=5, num=2, num_blocks=5, causal=True
   ),
   'causal band and global': Causal() & (Window(4) | Global(3)),
   'bigbird': Window(3)
   | Global(2)
-  | patterns.RandomBlocks(size=4, num_blocks=6),
+  | block_patterns.RandomBlocks(size=4, num_blocks=6),
   'causal and dilated, or region': Causal() & Dilated(2) | patterns.Region(4),
 }
 PREFIX = 6
@@ -77,19 +78,21 @@ def test_reach_promises_no_more_than_is_so(name):
 
 
 def test_random_blocks_are_drawn_once_and_as_many_as_asked_for():
-  random = patterns.RandomBlocks(size=2, num=3, num_blocks=40)
+  random = block_patterns.RandomBlocks(size=2, num=3, num_blocks=40)
   assert (random.matrix.sum(1) == 3).all()
   assert len({tuple(row) for row in random.matrix}) > 35
-  other = patterns.RandomBlocks(size=2, num=3, num_blocks=40, seed=1)
+  other = block_patterns.RandomBlocks(size=2, num=3, num_blocks=40, seed=1)
   assert (other.matrix != random.matrix).any()
   # Each block is as likely: about 3 of 400 rows see it.
-  many = patterns.RandomBlocks(size=2, num=3, num_blocks=400).matrix.sum(0)
+  many = block_patterns.RandomBlocks(size=2, num=3, num_blocks=400).matrix.sum(
+    0
+  )
   assert many.mean() == 3 and many.max() < 15
 
 
 def test_causal_random_blocks_are_the_same_in_longer_sequences():
   short, long = (
-    patterns.RandomBlocks(size=2, num=3, num_blocks=n, causal=True).matrix
+    block_patterns.RandomBlocks(size=2, num=3, num_blocks=n, causal=True).matrix
     for n in (10, 30)
   )
   np.testing.assert_array_equal(long[:10, :10], short)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t2x.attention import block_patterns
 from t2x.attention import blocks
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
@@ -26,7 +27,7 @@ from t2x.plan import matrix
 
 B, H = 2, 4
 Mask = mask_lib.Mask
-_RANDOM = patterns.RandomBlocks(size=4, num=2, num_blocks=12)
+_RANDOM = block_patterns.RandomBlocks(size=4, num=2, num_blocks=12)
 _SEGMENTS = jnp.asarray(
   [[1] * 20 + [2] * 20 + [0] * 3, [1] * 9 + [2] * 14 + [3] * 20]
 )
@@ -61,7 +62,7 @@ CASES = {
   'bigbird, chosen blocks': of(Window(5) | Global(4) | _RANDOM, K=1),
   'region': of(patterns.Region(8)),
   'a row of blocks sees nothing': of(
-    patterns.Blocks(
+    block_patterns.Blocks(
       8, ('100001', '000000', '011000', '000001') + ('111111',) * 2
     )
   ),
@@ -208,7 +209,7 @@ def test_blocks_that_nothing_sees_are_left_out(name):
     (
       Window(192)
       | Global(64)
-      | patterns.RandomBlocks(64, num=3, num_blocks=128),
+      | block_patterns.RandomBlocks(64, num=3, num_blocks=128),
       0.15,
     ),
     (Causal() & Window(1024) & Dilated(4), 0.2),
@@ -223,7 +224,7 @@ def test_when_blocks_are_scanned():
   scanned_at = lambda mask, T: blocks.are_scanned(mask, T, T, None)
   causal = mask_lib.make(causal=True)
   assert scanned_at(causal, 1024) and not scanned_at(causal, 512)
-  sparse = Mask(pattern=patterns.Blocks(64, ('10000001',) * 8))
+  sparse = Mask(pattern=block_patterns.Blocks(64, ('10000001',) * 8))
   assert scanned_at(sparse, 512) and not scanned_at(sparse, 64)
   moved = mask_lib.make(causal=True, q_index_BT=jnp.zeros((1, 1024), int))
   assert not scanned_at(moved, 1024)

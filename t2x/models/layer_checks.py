@@ -1,0 +1,73 @@
+"""Which kinds of layers a model can have."""
+
+from typing import Any
+
+from t2x.layers import attention
+from t2x.layers import convolution
+from t2x.layers import moe
+from t2x.layers import position
+
+
+def check_positions(config: Any) -> None:
+  """Raises ValueError for kinds of attention that do not fit the positions.
+
+  Args:
+    config: a `TransformerConfig`.
+  """
+  own, kinds = config.position, config.kinds
+  if isinstance(own, position.Rotary):
+    for kind in kinds:
+      own.rotated(kind.head_dim)
+  if own and position.is_bias(own):
+    for kind in kinds:
+      if not isinstance(kind, attention.Softmax):
+        raise ValueError(
+          f'model.position={own.kind} adds to scores, and model.attention='
+          f'{kind.kind} has none. Choose rotary, learned or sinusoidal '
+          'positions.'
+        )
+  plain = own is None or isinstance(own, position.Learned | position.Sinusoidal)
+  if not plain and any(getattr(k, 'global_projections', False) for k in kinds):
+    raise ValueError(
+      'attention.global_projections=true takes learned or sinusoidal '
+      f'positions, as Longformer has, and model.position is {own.kind}. Set '
+      'one of them, or global_projections=false.'
+    )
+  if len({kind.num_heads for kind in kinds}) > 1:
+    raise ValueError(
+      'model.attention_pattern has layers of '
+      f'{[kind.num_heads for kind in kinds]} heads; all have as many, since '
+      'they share their positions.'
+    )
+
+
+def check_causal(config: Any) -> None:
+  """Raises ValueError for layers that would let a token see later ones."""
+  for kind in config.kinds:
+    if kind.not_causal is not None:
+      raise ValueError(
+        f'model.attention={kind.kind}: {kind.not_causal}, so a decoder would '
+        'see the future. It is for model.kind=encoder.'
+      )
+    if getattr(kind, 'global_projections', False):
+      raise ValueError(
+        'attention.global_projections=true is for model.kind=encoder: the '
+        'first tokens of a decoder see no later ones. Set it to false.'
+      )
+  for kind in config.mlp_kinds:
+    if isinstance(kind, moe.MoeConfig) and not kind.is_causal:
+      raise ValueError(
+        'mlp.router=expert_choice lets later tokens decide which experts an '
+        'earlier one has, so a decoder would see the future. Set '
+        'model.mlp.router=token_choice.'
+      )
+
+
+def check_bidirectional(config: Any) -> None:
+  """Raises ValueError for layers that cannot look to both sides."""
+  for kind in config.kinds:
+    if isinstance(kind, convolution.Convolution) and kind.width % 2 == 0:
+      raise ValueError(
+        f'attention.width={kind.width}: an encoder has as many taps on both '
+        'sides of a token. Set it to an odd number.'
+      )
