@@ -26,8 +26,9 @@ def check_positions(config: Any) -> None:
           f'{kind.kind} has none. Choose rotary, learned or sinusoidal '
           'positions.'
         )
-  plain = own is None or isinstance(own, position.Learned | position.Sinusoidal)
-  if not plain and any(getattr(k, 'global_projections', False) for k in kinds):
+  apart = any(getattr(kind, 'global_projections', False) for kind in kinds)
+  plain = isinstance(own, position.Learned | position.Sinusoidal)
+  if apart and own is not None and not plain:
     raise ValueError(
       'attention.global_projections=true takes learned or sinusoidal '
       f'positions, as Longformer has, and model.position is {own.kind}. Set '

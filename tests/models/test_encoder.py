@@ -1,14 +1,23 @@
 """Encoders whose head reads the predicted positions alone."""
 
+import dataclasses
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from t2x import flops
 from t2x import loss as loss_lib
 from t2x.layers import attention
+from t2x.layers import convolution
+from t2x.layers import linear
+from t2x.layers import low_rank
 from t2x.layers import mlp
+from t2x.layers import position
+from t2x.layers import sparse
+from t2x.models import decoder
 from t2x.models import encoder
 from t2x.objectives import masked_lm
 from t2x.plan import matrix
@@ -44,6 +53,34 @@ def counted(batch):
   make = lambda: encoder.Encoder(CONFIG, rngs=nnx.Rngs(0))
   compiled = jax.jit(loss).lower(jax.eval_shape(make), batch).compile()
   return matrix.matrix_flops(compiled.as_text())
+
+
+def test_kinds_that_do_not_fit():
+  make = lambda kind, **rest: dataclasses.replace(
+    CONFIG, attention=kind, **rest
+  )
+  with pytest.raises(ValueError, match='width=4: an encoder has as many taps'):
+    make(convolution.Convolution(num_heads=4, width=4))
+  with pytest.raises(
+    ValueError, match='relative adds to scores, and model.att'
+  ):
+    make(linear.Linear(num_heads=4), position=position.RelativeBuckets())
+  apart = sparse.Longformer(num_heads=4, global_projections=True)
+  with pytest.raises(ValueError, match='takes learned or sinusoidal positions'):
+    make(apart, position=position.Rotary())
+  assert make(apart).attention == apart
+
+
+@pytest.mark.parametrize(
+  'kind',
+  [
+    low_rank.Linformer(num_heads=4),
+    sparse.Longformer(num_heads=4, global_projections=True),
+  ],
+)
+def test_kinds_that_a_decoder_cannot_have(kind):
+  with pytest.raises(ValueError, match='model.kind=encoder'):
+    decoder.DecoderConfig(attention=kind)
 
 
 def test_predicted_positions_have_the_features_that_they_have_among_all():
