@@ -204,7 +204,7 @@ def _check_objective(config: Experiment) -> None:
   }[type(model)]
   if not fits:
     kinds = (
-      'span_corruption or source_target'
+      'span_corruption, denoising, ul2 or source_target'
       if encdec
       else (
         'causal_lm' if isinstance(model, decoder.DecoderConfig) else 'masked_lm'

@@ -7,12 +7,18 @@ from typing import ClassVar
 from t2x import checks
 from t2x.data import tokenizers
 from t2x.objectives import causal_lm
+from t2x.objectives import denoising
 from t2x.objectives import masked_lm
 from t2x.objectives import source_target
 from t2x.objectives import span_corruption
+from t2x.objectives import ul2
 
 TextObjective = (
-  causal_lm.CausalLM | masked_lm.MaskedLM | span_corruption.SpanCorruption
+  causal_lm.CausalLM
+  | masked_lm.MaskedLM
+  | span_corruption.SpanCorruption
+  | denoising.Denoising
+  | ul2.UL2
 )
 Objective = TextObjective | source_target.SourceTarget
 

@@ -24,6 +24,7 @@ from t2x.data import corpus as corpus_lib
 from t2x.data import text_files
 from t2x.objectives import masked_lm
 from t2x.objectives import span_corruption
+from t2x.objectives import ul2
 
 _FOREVER = 2**48  # Steps; Grain wants a length.
 _PREFETCH = 8  # Batches prepared ahead of the one that is used.
@@ -160,6 +161,16 @@ def _iterate(
 
 def _check_sentinels(config: config_lib.DataConfig) -> None:
   objective = config.objective
+  if isinstance(objective, ul2.UL2):
+    needed = objective.num_spans(config_lib.buckets(config)[-1])
+    needed += len(ul2.MODES)
+    if needed > config.tokenizer.num_sentinels:
+      raise ValueError(
+        f'data.length={config.length} with the denoisers of ul2 needs {needed} '
+        f'sentinels, its {len(ul2.MODES)} modes included, but data.tokenizer.'
+        f'num_sentinels={config.tokenizer.num_sentinels}. Raise it, or lower '
+        'data.length.'
+      )
   if not isinstance(objective, span_corruption.SpanCorruption):
     return
   _, spans = objective.num_noise(

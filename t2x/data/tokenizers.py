@@ -91,8 +91,11 @@ class Tokenizer:
     """A hash of everything that decides which ids a text gets."""
     raise NotImplementedError
 
-  def word_marks(self) -> tuple[np.ndarray, np.ndarray]:
-    """Returns which ids begin a word, and which are words of their own."""
+  def marks(self) -> dict[str, np.ndarray]:
+    """Returns which ids begin a word, are words of their own, end a sentence.
+
+    As the fields of `objectives.lexicon.Lexicon` of these names.
+    """
     raise NotImplementedError
 
   def encode(self, text: str) -> list[int]:
@@ -164,12 +167,14 @@ class BytesTokenizer(Tokenizer):
   def fingerprint(self) -> str:
     return f'bytes-{self.config.num_sentinels}'
 
-  def word_marks(self) -> tuple[np.ndarray, np.ndarray]:
+  def marks(self) -> dict[str, np.ndarray]:
     begins_V = np.zeros(self.vocab.size, bool)
     begins_V[: self._first] = True
     breaks_V = begins_V.copy()
     breaks_V[[self._first + b for b in b' \t\r\n']] = True
-    return begins_V, breaks_V
+    ends_V = np.zeros_like(begins_V)
+    ends_V[[self._first + b for b in b'.!?\n']] = True
+    return {'begins_V': begins_V, 'breaks_V': breaks_V, 'ends_V': ends_V}
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     return [[b + self._first for b in t.encode()] for t in texts]
@@ -200,12 +205,17 @@ class SentencePieceTokenizer(Tokenizer):
   def fingerprint(self) -> str:
     return hashlib.sha256(self._model).hexdigest()[:16]
 
-  def word_marks(self) -> tuple[np.ndarray, np.ndarray]:
+  def marks(self) -> dict[str, np.ndarray]:
     size, first = self.vocab.size, self.vocab.first_text_id
     pieces = [self._processor.id_to_piece(i) for i in range(size)]
     is_special = np.arange(size) < first
     begins_V = np.array([piece.startswith(_SPACE) for piece in pieces])
-    return begins_V | is_special, is_special
+    ends_V = np.array([piece.endswith(('.', '!', '?')) for piece in pieces])
+    return {
+      'begins_V': begins_V | is_special,
+      'breaks_V': is_special,
+      'ends_V': ends_V,
+    }
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     all_ids = self._processor.encode(list(texts), num_threads=2)

@@ -9,18 +9,17 @@ from t2x.objectives import masking
 
 
 def lexicon(
-  config: masking.Config,
+  config: masking.Config | None,
   tokenizer: tokenizers.Tokenizer,
   stream: token_store.Stream,
 ) -> lexicon_lib.Lexicon:
-  """Returns what a masking strategy asks for.
+  """Returns what a masking strategy or another objective asks for.
 
   Args:
-    config: the strategy.
+    config: the strategy, if there is one.
     tokenizer: of the corpus.
     stream: the training text.
   """
-  begins_V, breaks_V = tokenizer.word_marks()
   size, tokens = tokenizer.vocab_size, np.asarray(stream.tokens)
   phrases = ()
   config = config.phrase if isinstance(config, masking.Hierarchy) else config
@@ -35,8 +34,7 @@ def lexicon(
       least_count=config.least_count,
     )
   return lexicon_lib.Lexicon(
-    begins_V=begins_V,
-    breaks_V=breaks_V,
+    **tokenizer.marks(),
     counts_V=np.bincount(tokens, minlength=size),
     phrases=phrases,
   )

@@ -17,12 +17,14 @@ class Lexicon:
   Attributes:
     begins_V: the token begins a word.
     breaks_V: the token is a word of its own: white space between bytes.
+    ends_V: the token ends a sentence.
     counts_V: how often it occurs in the training text.
     phrases: for each length, from 2 on, the sorted hashes of its phrases.
   """
 
   begins_V: np.ndarray
   breaks_V: np.ndarray
+  ends_V: np.ndarray
   counts_V: np.ndarray
   phrases: tuple[np.ndarray, ...] = ()
 

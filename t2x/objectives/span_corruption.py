@@ -14,6 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from t2x.objectives import noise
+from t2x.objectives import noised
 from t2x.objectives import rows as rows_lib
 from t2x.objectives import vocab as vocab_lib
 
@@ -90,45 +91,25 @@ class SpanCorruption:
     length: int,
   ) -> dict[str, np.ndarray]:
     """Returns the encoder-decoder batch of `source`."""
-    shapes = [(len(keys), length), (len(keys), self.target_length(length))]
-    encoder, decoder = (
-      rows_lib.Rows(np.zeros(s, np.int32), np.zeros(s, np.int32))
-      for s in shapes
+    return noised.examples(
+      source,
+      noise.uniform(keys, 2 * source.tokens.shape[1]),
+      lengths=(length, self.target_length(length)),
+      sides=self.sides,
+      make=lambda text, uniform: self.corrupt(text, uniform, vocab),
+      vocab=vocab,
     )
-    uniform = noise.uniform(keys, 2 * source.tokens.shape[1])
-    for row in range(len(keys)):
-      self._fill_row(row, source, encoder, decoder, uniform[row], vocab)
-    return rows_lib.encoder_decoder(encoder, decoder)
 
-  def _fill_row(self, row, source, encoder, decoder, uniform, vocab):
-    """Corrupts each document of one row into what room there is."""
-    sides = encoder, decoder
-    used = [0, 0]
-    room = [side.tokens.shape[1] for side in sides]
-    segments = source.segments[row]
-    starts = np.flatnonzero(np.diff(segments, prepend=0) * (segments != 0))
-    for start in starts:
-      segment = segments[start]
-      end = start + np.count_nonzero(segments == segment)
-      text = source.tokens[row, start:end]
-      text = text[text >= vocab.first_text_id]
-      num = self._num_fitting(len(text), [r - u for r, u in zip(room, used)])
-      if not num:
-        continue
-      ids = self._corrupt(text[:num], uniform[2 * start : 2 * end], vocab)
-      for i, side in enumerate(sides):
-        to = slice(used[i], used[i] + len(ids[i]))
-        side.tokens[row, to], side.segments[row, to] = ids[i], segment
-        used[i] = to.stop
+  def corrupt(
+    self, text: np.ndarray, uniform: np.ndarray, vocab: vocab_lib.Vocab
+  ) -> noised.Pair:
+    """Returns the encoder's and the decoder's ids of one document.
 
-  def _num_fitting(self, num: int, room: list[int]) -> int:
-    """The most of `num` tokens whose two sides fit into `room`."""
-    while num and any(n > r for n, r in zip(self.sides(num), room)):
-      num -= 1
-    return num
-
-  def _corrupt(self, text, uniform, vocab) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the encoder's and the decoder's ids of one document."""
+    Args:
+      text: its tokens.
+      uniform: numbers in [0, 1), twice as many as tokens but for two.
+      vocab: names the sentinels.
+    """
     dropped, spans = self.num_noise(len(text))
     eos = np.array([vocab_lib.EOS])
     if not dropped:

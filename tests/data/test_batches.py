@@ -13,10 +13,12 @@ from t2x.data import pipeline
 from t2x.data import token_store
 from t2x.data import tokenizers
 from t2x.objectives import causal_lm
+from t2x.objectives import denoising
 from t2x.objectives import masked_lm
 from t2x.objectives import masking
 from t2x.objectives import source_target
 from t2x.objectives import span_corruption
+from t2x.objectives import ul2
 
 VARIANTS = {
   'causal': {},
@@ -28,6 +30,11 @@ VARIANTS = {
   'span': {'objective': span_corruption.SpanCorruption()},
   'span_padded': {
     'objective': span_corruption.SpanCorruption(),
+    'batching': config_lib.Pad(buckets=(32, 64)),
+  },
+  'denoising': {'objective': denoising.Denoising(rotate=0.5, mask=0.1)},
+  'ul2_padded': {
+    'objective': ul2.UL2(),
     'batching': config_lib.Pad(buckets=(32, 64)),
   },
   'pairs': {'objective': source_target.SourceTarget()},

@@ -17,6 +17,7 @@ BEGINS = (np.arange(V) % 5 < 3) | (np.arange(V) < FIRST)  # 3 of 5 begin a word.
 LEXICON = lexicon_lib.Lexicon(
   begins_V=BEGINS,
   breaks_V=np.arange(V) < FIRST,
+  ends_V=np.zeros(V, bool),
   counts_V=np.where(np.arange(V) % 2, 1, 400),
 )
 TOKENS = RNG.integers(FIRST, V, (B, T))
@@ -119,7 +120,10 @@ def test_levels_of_a_hierarchy_are_drawn_by_their_weights():
 def test_rare_words_come_more_often(power):
   every = np.ones(V, bool)
   lexicon = lexicon_lib.Lexicon(
-    begins_V=every, breaks_V=~every, counts_V=LEXICON.counts_V
+    begins_V=every,
+    breaks_V=~every,
+    ends_V=~every,
+    counts_V=LEXICON.counts_V,
   )
   config = masking.Rare(power=power)
   chosen = np.concatenate(
@@ -143,7 +147,10 @@ def even_alone(tokens_BT, segments_BT, lexicon):
 def test_a_rule_of_ones_own():
   every = np.ones(V, bool)
   lexicon = lexicon_lib.Lexicon(
-    begins_V=every, breaks_V=~every, counts_V=LEXICON.counts_V
+    begins_V=every,
+    breaks_V=~every,
+    ends_V=~every,
+    counts_V=LEXICON.counts_V,
   )
   config = masking.Scored(rule=f'{__name__}:even_alone')
   chosen = np.concatenate(
@@ -226,6 +233,7 @@ def test_a_phrase_is_one_unit():
   lexicon = lexicon_lib.Lexicon(
     begins_V=BEGINS,
     breaks_V=~BEGINS,
+    ends_V=~BEGINS,
     counts_V=LEXICON.counts_V,
     phrases=(hashes(110, 111), hashes(110, 111, 112)),
   )
