@@ -27,6 +27,7 @@ from t2x.models import encoder
 from t2x.models import encoder_decoder
 from t2x.objectives import causal_lm
 from t2x.objectives import masked_lm
+from t2x.objectives import prefix_lm
 
 Experiment = experiment.Experiment
 
@@ -98,6 +99,14 @@ def _check_attention(config: Experiment, sizes: Mapping[str, int]) -> None:
         f'model.attention={kind.kind} mixes the keys of a whole row, and '
         'data.batching=pack puts several documents into one, which would see '
         'each other. Set data.batching=pad.'
+      )
+    has_prefix = isinstance(config.data.objective, prefix_lm.PrefixLM)
+    if has_prefix and not isinstance(kind, attention.Softmax):
+      raise ValueError(
+        f'model.attention={kind.kind} has no prefix that is seen from both '
+        'sides: data.objective=prefix_lm is for softmax kinds (dense, local, '
+        'dilated, block_sparse, random, bigbird, longformer). Set another of '
+        'the two.'
       )
     if ring and not isinstance(kind, attention.Softmax):
       raise sharding.ShardingError(
@@ -198,7 +207,9 @@ def _check_objective(config: Experiment) -> None:
   objective, model = config.data.objective, config.model
   encdec = isinstance(model, encoder_decoder.EncoderDecoderConfig)
   fits = {
-    decoder.DecoderConfig: isinstance(objective, causal_lm.CausalLM),
+    decoder.DecoderConfig: isinstance(
+      objective, causal_lm.CausalLM | prefix_lm.PrefixLM
+    ),
     encoder.EncoderConfig: isinstance(objective, masked_lm.MaskedLM),
     encoder_decoder.EncoderDecoderConfig: objective.has_encoder,
   }[type(model)]
@@ -207,7 +218,9 @@ def _check_objective(config: Experiment) -> None:
       'span_corruption, denoising, ul2 or source_target'
       if encdec
       else (
-        'causal_lm' if isinstance(model, decoder.DecoderConfig) else 'masked_lm'
+        'causal_lm or prefix_lm'
+        if isinstance(model, decoder.DecoderConfig)
+        else 'masked_lm'
       )
     )
     raise ValueError(

@@ -100,7 +100,7 @@ def why_not(
     return 'a bias on the scores (relative positions, ALiBi) is not in it'
   if dropout is not None:
     return 'dropout on the scores is not in it'
-  if not mask.has_static_order or mask.prefix_B is not None:
+  if not mask.has_static_order or mask.prefix_BS is not None:
     return 'prefixes, and tokens in another order, are not in it'
   if platform == 'gpu' and mask.q_segments_BT is not mask.k_segments_BS:
     return 'queries and keys with segments of their own are not in it'

@@ -29,7 +29,8 @@ class Mask:
 
   Attributes:
     pattern: what is seen by place; see patterns.py.
-    prefix_B: length of each row's prefix, for `patterns.Prefix`.
+    prefix_BS: for `patterns.Prefix`, where the prefix of each key's document
+      ends, by index; S is 1 where a row has one.
     q_segments_BT: with `k_segments_BS`, only keys of the same segment are seen,
       whatever the pattern says.
     k_segments_BS: see `q_segments_BT`.
@@ -44,7 +45,7 @@ class Mask:
   pattern: patterns.Pattern = dataclasses.field(
     default=patterns.Everything(), metadata={'static': True}
   )
-  prefix_B: jax.Array | None = None
+  prefix_BS: jax.Array | None = None
   q_segments_BT: jax.Array | None = None
   k_segments_BS: jax.Array | None = None
   q_index_BT: jax.Array | None = None
@@ -118,9 +119,14 @@ def make(
   mask = Mask(pattern=patterns.ordered(causal=causal, window=window), **arrays)
   if prefix_B is None:
     return mask
-  prefix = Mask(pattern=patterns.Prefix(), prefix_B=prefix_B)
+  prefix = with_prefix(prefix_B[:, None])
   joined = mask.pattern | prefix.pattern
-  return dataclasses.replace(mask, pattern=joined, prefix_B=prefix_B)
+  return dataclasses.replace(mask, pattern=joined, prefix_BS=prefix.prefix_BS)
+
+
+def with_prefix(prefix_BS: jax.Array) -> Mask:
+  """Returns the mask of what a prefix shows, to join with others by |."""
+  return Mask(pattern=patterns.Prefix(), prefix_BS=prefix_BS)
 
 
 def self_attention(
@@ -150,8 +156,9 @@ def key_range(mask: Mask, q_start: int, q_end: int, num_keys: int):
 def specs(mask: Mask, axis: str) -> Mask:
   """Returns how a mesh axis that splits the sequence splits a mask's arrays."""
   split = jax.tree.map(lambda _: P(None, axis), mask)
-  prefix = None if mask.prefix_B is None else P()  # A number for each row.
-  return dataclasses.replace(split, prefix_B=prefix)
+  if mask.prefix_BS is None or mask.prefix_BS.shape[1] > 1:
+    return split
+  return dataclasses.replace(split, prefix_BS=P())  # A number for each row.
 
 
 def placed(mask: Mask, num_queries: int, num_keys: int) -> Mask:
@@ -193,7 +200,7 @@ def visible(mask: Mask, q_slice: slice, k_slice: slice) -> jax.Array | None:
   conditions = []
   if mask.is_ordered:
     q_index, k_index = _indices(mask, q_slice, k_slice)
-    prefix = None if mask.prefix_B is None else mask.prefix_B[:, None, None]
+    prefix = _prefix_of(mask, k_slice)
     if prefix is not None:
       q_index, k_index = jnp.atleast_2d(q_index), jnp.atleast_2d(k_index)
     q_index, k_index = q_index[..., :, None], k_index[..., None, :]
@@ -203,6 +210,15 @@ def visible(mask: Mask, q_slice: slice, k_slice: slice) -> jax.Array | None:
     k_segments = mask.k_segments_BS[:, k_slice]
     conditions.append(q_segments[:, :, None] == k_segments[:, None, :])
   return _all(conditions) if conditions else None
+
+
+def _prefix_of(mask: Mask, keys: slice) -> jax.Array | None:
+  """Returns where the prefixes of a block of keys end, (B, 1, S)."""
+  prefix_BS = mask.prefix_BS
+  if prefix_BS is None:
+    return None
+  part = prefix_BS if prefix_BS.shape[1] == 1 else prefix_BS[:, keys]
+  return part[:, None]
 
 
 def q_index_of(mask: Mask, part: slice) -> jax.Array:

@@ -45,7 +45,8 @@ class Pattern:
     Args:
       q: indices of queries, numpy or jax, that broadcast with `k`.
       k: indices of keys.
-      prefix: length of each row's prefix, that broadcasts with both, or None.
+      prefix: index at which the prefix of each key's document ends, that
+        broadcasts with both, or None.
     """
     raise NotImplementedError
 
@@ -180,12 +181,12 @@ class Dilated(Pattern):
 
 @dataclasses.dataclass(frozen=True)
 class Prefix(Pattern):
-  """Keys of the row's prefix, which all its queries see (prefix LM)."""
+  """Keys of a document's prefix, which all its queries see (prefix LM)."""
 
   is_relative = False
 
   def sees(self, q, k, prefix):
-    assert prefix is not None, 'the mask has no prefix_B'
+    assert prefix is not None, 'the mask has no prefix_BS'
     return (q == q) & (k < prefix)
 
   def reach(self, q, k):

@@ -127,11 +127,19 @@ class _Place:
   def k_pieces(self, x):
     return _pieces(x, self.k_starts.shape[1])
 
+  @property
+  def of_keys(self):
+    """What a mask knows of each key, which travels with it."""
+    prefix_BS = self.mask.prefix_BS
+    each = prefix_BS is not None and prefix_BS.shape[1] > 1
+    return self.mask.k_segments_BS, prefix_BS if each else None
+
   def mask_of(
-    self, step: ring_plan.Step, slot: ring_plan.Slot, k_segments
+    self, step: ring_plan.Step, slot: ring_plan.Slot, of_keys
   ) -> mask_lib.Mask:
     """Returns what one pair of pieces sees."""
     mask, devices = self.mask, np.arange(self.size)
+    k_segments, prefix = of_keys
     segments = {}
     if mask.q_segments_BT is not None and k_segments is not None:
       q_segments = self.q_pieces(mask.q_segments_BT)
@@ -140,7 +148,9 @@ class _Place:
     q_start = self.of(self.q_starts[devices, slot.q_C])
     sources = (devices - step.shift) % self.size
     k_start = self.of(self.k_starts[sources, slot.k_C])
-    order = {'pattern': mask.pattern, 'prefix_B': mask.prefix_B}
+    order = {'pattern': mask.pattern, 'prefix_BS': mask.prefix_BS}
+    if prefix is not None:
+      order['prefix_BS'] = _get(prefix, self.of(slot.k_C))
     if slot.diagonal and mask.pattern.is_relative:
       return mask_lib.Mask(**order, **segments, start=jnp.asarray(q_start))
     index = {
@@ -184,17 +194,17 @@ def _travel(static, qkv, bias, dropout, mask):
   """Returns the output and the log-sum-exp of this device's queries."""
   (axis, options), (q, k, v) = static, qkv
   place = _Place(axis, mask, q.shape[1], k.shape[1])
-  q, visitor = place.q_pieces(q), (k, v, mask.k_segments_BS)
+  q, visitor = place.q_pieces(q), (k, v, place.of_keys)
   out = jnp.zeros((*q.shape[:-1], v.shape[-1]), jnp.float32)
   lse = jnp.full(q.shape[:-1], dense.NEVER, jnp.float32)
   at = 0
   for step in place.steps:
     visitor, at = place.hop(visitor, step.shift - at), step.shift
-    k, v, segments = jax.tree.map(place.k_pieces, visitor)
+    k, v, of_keys = jax.tree.map(place.k_pieces, visitor)
     for slot in step.slots:
       q_piece, k_piece = place.of(slot.q_C), place.of(slot.k_C)
 
-      def met(q, k, v, mask=place.mask_of(step, slot, segments)):
+      def met(q, k, v, mask=place.mask_of(step, slot, of_keys)):
         part = {'options': options, 'bias': bias, 'dropout': dropout}
         return dense.attend_part(q, k, v, mask, **part)
 
@@ -215,20 +225,20 @@ def _travel_back(static, qkv, bias, dropout, mask, out, lse, d_out):
   queries = jax.tree.map(place.q_pieces, (q, lse, d_out, delta))
   d_q = jnp.zeros(queries[0].shape, jnp.float32)
   d_bias = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), bias)
-  visitor = k, v, mask.k_segments_BS
+  visitor = k, v, place.of_keys
   dtype = jnp.float32 if sharding.reduces_in_float32() else k.dtype
   zeros = lambda a: jnp.zeros(place.k_pieces(a).shape, dtype)
   d_kv, at = (zeros(k), zeros(v)), 0
   for step in place.steps:
     moved = place.hop((visitor, d_kv), step.shift - at)
     (visitor, d_kv), at = moved, step.shift
-    k, v, segments = jax.tree.map(place.k_pieces, visitor)
+    k, v, of_keys = jax.tree.map(place.k_pieces, visitor)
     d_kv = jax.tree.map(lambda a: a.astype(jnp.float32), d_kv)
     for slot in step.slots:
       q_piece, k_piece = place.of(slot.q_C), place.of(slot.k_C)
 
       def met(
-        q, lse, d_out, delta, k, v, mask=place.mask_of(step, slot, segments)
+        q, lse, d_out, delta, k, v, mask=place.mask_of(step, slot, of_keys)
       ):
         fn = lambda q, k, v, bias: dense.weighted(
           q, k, v, lse, mask, options=options, bias=bias, dropout=dropout

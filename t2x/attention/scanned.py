@@ -118,9 +118,12 @@ class _Blocks:
     pattern = mask.pattern
     if (steps.k_PC.max(initial=0) + 1) * steps.k_size > self.S:
       pattern &= patterns.Below(self.S)
+    prefix_BS = mask.prefix_BS
+    if prefix_BS is not None and prefix_BS.shape[1] > 1:
+      prefix_BS = _at(prefix_BS, k_index_S)
     own = mask_lib.Mask(
       pattern=pattern,
-      prefix_B=mask.prefix_B,
+      prefix_BS=prefix_BS,
       q_index_BT=q_index_T[None],
       k_index_BS=k_index_S[None],
     )

@@ -9,12 +9,14 @@ from t2x.data import tokenizers
 from t2x.objectives import causal_lm
 from t2x.objectives import denoising
 from t2x.objectives import masked_lm
+from t2x.objectives import prefix_lm
 from t2x.objectives import source_target
 from t2x.objectives import span_corruption
 from t2x.objectives import ul2
 
 TextObjective = (
   causal_lm.CausalLM
+  | prefix_lm.PrefixLM
   | masked_lm.MaskedLM
   | span_corruption.SpanCorruption
   | denoising.Denoising

@@ -11,6 +11,7 @@ import jax
 
 from t2x import stack
 from t2x.attention import mask as mask_lib
+from t2x.attention import patterns
 from t2x.layers import block
 from t2x.layers import embed
 from t2x.layers import moe
@@ -39,7 +40,7 @@ class Decoder(nnx.Module):
   (2, 8, 100)
   """
 
-  inputs = ('inputs', 'segments', 'positions')
+  inputs = ('inputs', 'segments', 'positions', 'prefix_ends')
   towers = ('tower',)
 
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
@@ -65,6 +66,7 @@ class Decoder(nnx.Module):
     *,
     segments: jax.Array | None = None,
     positions: jax.Array | None = None,
+    prefix_ends: jax.Array | None = None,
     keys_B: jax.Array | None = None,
     execution: stack.Execution = stack.Execution(),
   ) -> tuple[jax.Array, dict[str, moe.Stats]]:
@@ -76,6 +78,8 @@ class Decoder(nnx.Module):
       inputs: token ids (B, T).
       segments: (B, T); a token sees its own segment only. 0 is padding.
       positions: (B, T); default 0, 1, 2, ...
+      prefix_ends: (B, T), the place in its row where the prefix of each token's
+        document ends, which all its tokens see; default no prefix.
       keys_B: dropout keys of the rows; None means no dropout.
       execution: scan or unroll, what to recompute, and in which order the
         tokens of a row come.
@@ -83,7 +87,12 @@ class Decoder(nnx.Module):
     Raises:
       ValueError: more tokens than the model has positions.
     """
-    batch = {'inputs': inputs, 'segments': segments, 'positions': positions}
+    batch = {
+      'inputs': inputs,
+      'segments': segments,
+      'positions': positions,
+      'prefix_ends': prefix_ends,
+    }
     return forward.features(self, batch, keys_B=keys_B, execution=execution)
 
   def context(self, tower: str, batch, keys_B, zigzag: int) -> block.Context:
@@ -91,9 +100,13 @@ class Decoder(nnx.Module):
     del tower
     inputs = batch['inputs']
     common.check_length(self.config, inputs.shape[1])
-    segments = batch.get('segments')
+    segments, prefix_BS = batch.get('segments'), batch.get('prefix_ends')
+    mask = mask_lib.self_attention(segments, causal=True, zigzag=zigzag)
+    if prefix_BS is not None:
+      pattern = mask.pattern | patterns.Prefix()
+      mask = dataclasses.replace(mask, pattern=pattern, prefix_BS=prefix_BS)
     return block.Context(
-      mask=mask_lib.self_attention(segments, causal=True, zigzag=zigzag),
+      mask=mask,
       positions_BT=common.positions_of(batch, zigzag=zigzag),
       keys_B=keys_B,
     )

@@ -67,6 +67,12 @@ CASES = {
   'long window': Case(mask=seen_by_segment(causal=True, window=19)),
   'two-sided window': Case(mask=make_mask(window=6)),
   'prefix': Case(mask=make_mask(causal=True, prefix_B=jnp.asarray([3, 21]))),
+  'a prefix for each key': Case(
+    mask=make_mask(causal=True)
+    | mask_lib.with_prefix(
+      jnp.asarray([[5] * 9 + [17] * 23, [0] * 4 + [30] * 28])
+    )
+  ),
   'grouped-query': Case(mask=make_mask(causal=True), N=8, K=4),
   'multi-query': Case(mask=seen_by_segment(causal=True), N=8, K=2),
   'cross': Case(
@@ -147,6 +153,13 @@ def whole(case):
   return jax.device_get(jit(both(fn, weights))(args))
 
 
+def prefix_in(prefix_BS, k_order):
+  """The order of keys, where each key has its own."""
+  if prefix_BS is None or prefix_BS.shape[1] == 1:
+    return prefix_BS
+  return prefix_BS[:, k_order]
+
+
 def split(case, rules, devices, sizes):
   """The same where `devices` share each row."""
   (q, k, v, bias), weights = arguments(case)
@@ -164,6 +177,7 @@ def split(case, rules, devices, sizes):
     mask,
     q_segments_BT=at(mask.q_segments_BT, q_order),
     k_segments_BS=at(mask.k_segments_BS, k_order),
+    prefix_BS=prefix_in(mask.prefix_BS, k_order),
   )
   mesh = mesh_lib.make(
     mesh_lib.MeshConfig(context=devices, **{'data': 1, **sizes}),

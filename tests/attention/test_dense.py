@@ -14,6 +14,7 @@ from t2x import zigzag
 from t2x.attention import blocks
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
+from t2x.attention import patterns
 from t2x.attention import reference as oracle
 from t2x.layers import dropout
 from t2x.layers import position
@@ -26,7 +27,10 @@ def sees(mask, b, t, s):
   """Whether query t of row b sees key s, from the description's words."""
   i = t if mask.q_index_BT is None else int(mask.q_index_BT[b, t])
   j = s if mask.k_index_BS is None else int(mask.k_index_BS[b, s])
-  prefix = 0 if mask.prefix_B is None else int(mask.prefix_B[b])
+  prefix = 0
+  if mask.prefix_BS is not None:
+    row = mask.prefix_BS[b]
+    prefix = int(row[s] if len(row) > 1 else row[0])
   in_order = seen.by_place(mask.pattern, i, j, prefix)
   if mask.q_segments_BT is None:
     return in_order
@@ -93,6 +97,15 @@ CASES = {
   'window of one': Case(mask=make_mask(causal=True, window=1)),
   'two-sided window': Case(mask=make_mask(window=3)),
   'prefix': Case(mask=make_mask(causal=True, prefix_B=jnp.asarray([0, 7]))),
+  'a prefix for each document': Case(
+    mask=make_mask(causal=True, q_segments_BT=SEGMENTS, k_segments_BS=SEGMENTS)
+    | mask_lib.Mask(
+      pattern=patterns.Prefix(),
+      prefix_BS=table([2] * 3 + [5] * 4 + [8] * 2 + [0] * 2, [4] * 6 + [9] * 5),
+      q_segments_BT=SEGMENTS,
+      k_segments_BS=SEGMENTS,
+    )
+  ),
   'prefix and window': Case(
     mask=make_mask(causal=True, window=2, prefix_B=jnp.asarray([3, 9]))
   ),

@@ -109,7 +109,7 @@ def test_joining_with_everything_changes_nothing():
 def test_masks_join_with_their_arrays():
   ids = jnp.asarray([[1, 1, 2]])
   segments = mask_lib.Mask(q_segments_BT=ids, k_segments_BS=ids)
-  prefix = mask_lib.Mask(pattern=patterns.Prefix(), prefix_B=jnp.asarray([1]))
+  prefix = mask_lib.with_prefix(jnp.asarray([[1]]))
   joined = (mask_lib.make(causal=True) | prefix) & segments
   whole = slice(0, 3), slice(0, 3)
   want = np.array([[[1, 0, 0], [1, 1, 0], [0, 0, 1]]], bool)

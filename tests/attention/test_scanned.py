@@ -73,6 +73,12 @@ CASES = {
   'prefix': Case(
     mask=mask_lib.make(causal=True, prefix_B=jnp.asarray([5, 30]))
   ),
+  'a prefix for each key': Case(
+    mask=mask_lib.make(causal=True)
+    | mask_lib.with_prefix(
+      jnp.asarray([[6] * 20 + [28] * 23, [43] * 9 + [0] * 34])
+    )
+  ),
   'other lengths': of(patterns.Everything(), T=19, S=50, V=6),
   'soft cap and scale': of(
     Causal(), options=dense.Options(block=8, soft_cap=0.9, scale=0.7)

@@ -16,6 +16,7 @@ from t2x.objectives import causal_lm
 from t2x.objectives import denoising
 from t2x.objectives import masked_lm
 from t2x.objectives import masking
+from t2x.objectives import prefix_lm
 from t2x.objectives import source_target
 from t2x.objectives import span_corruption
 from t2x.objectives import ul2
@@ -23,6 +24,7 @@ from t2x.objectives import ul2
 VARIANTS = {
   'causal': {},
   'causal_padded': {'batching': config_lib.Pad(buckets=(16, 32, 64))},
+  'prefix': {'objective': prefix_lm.PrefixLM()},
   'masked': {'objective': masked_lm.MaskedLM()},
   'masked runs': {
     'objective': masked_lm.MaskedLM(masking=masking.Hierarchy(phrases=1.0))
