@@ -70,8 +70,8 @@ class Pattern:
 
 
 @dataclasses.dataclass(frozen=True)
-class And(Pattern):
-  """What both see."""
+class _Joined(Pattern):
+  """Two patterns together."""
 
   left: Pattern
   right: Pattern
@@ -79,34 +79,30 @@ class And(Pattern):
   @property
   def is_relative(self) -> bool:
     return self.left.is_relative and self.right.is_relative
+
+
+@dataclasses.dataclass(frozen=True)
+class And(_Joined):
+  """What both see."""
 
   def sees(self, q, k, prefix):
     return self.left.sees(q, k, prefix) & self.right.sees(q, k, prefix)
 
   def reach(self, q, k):
-    some_a, all_a = self.left.reach(q, k)
-    some_b, all_b = self.right.reach(q, k)
-    return some_a & some_b, all_a & all_b
+    left, right = self.left.reach(q, k), self.right.reach(q, k)
+    return left[0] & right[0], left[1] & right[1]
 
 
 @dataclasses.dataclass(frozen=True)
-class Or(Pattern):
+class Or(_Joined):
   """What one of the two sees, or both."""
-
-  left: Pattern
-  right: Pattern
-
-  @property
-  def is_relative(self) -> bool:
-    return self.left.is_relative and self.right.is_relative
 
   def sees(self, q, k, prefix):
     return self.left.sees(q, k, prefix) | self.right.sees(q, k, prefix)
 
   def reach(self, q, k):
-    some_a, all_a = self.left.reach(q, k)
-    some_b, all_b = self.right.reach(q, k)
-    return some_a | some_b, all_a | all_b
+    left, right = self.left.reach(q, k), self.right.reach(q, k)
+    return left[0] | right[0], left[1] | right[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +223,7 @@ class Region(Pattern):
 
 def has(pattern: Pattern, kind: type[Pattern]) -> bool:
   """Returns whether a pattern of this kind is part of another."""
-  if isinstance(pattern, And | Or):
+  if isinstance(pattern, _Joined):
     return has(pattern.left, kind) or has(pattern.right, kind)
   return isinstance(pattern, kind)
 
