@@ -15,12 +15,16 @@ from t2x.decode import generate
 from t2x.decode import loop
 from t2x.decode import sampling
 from t2x.layers import attention
+from t2x.layers import convolution
+from t2x.layers import linear
 from t2x.layers import mlp
 from t2x.layers import moe
 from t2x.layers import norm
 from t2x.layers import param
 from t2x.layers import position
+from t2x.layers import regional
 from t2x.layers import routing
+from t2x.layers import sparse
 from t2x.models import decoder
 from t2x.models import encoder
 from t2x.models import encoder_decoder
@@ -64,6 +68,23 @@ DECODERS = {
     'position': LEARNED,
   },
   'parallel': {'residual': 'parallel', 'position': ROTARY},
+  'kinds': {
+    'attention_pattern': (
+      linear.Performer(num_heads=4, head_dim=8, num_features=16),
+      convolution.Convolution(num_heads=4, head_dim=8, width=4),
+      sparse.BigBird(
+        num_heads=4,
+        head_dim=8,
+        window=4,
+        num_global=2,
+        sparse_block=8,
+        num_random=1,
+      ),
+      sparse.Dilated(num_heads=4, head_dim=8, window=3, dilation=2),
+    ),
+    'num_layers': 4,
+    'position': ROTARY,
+  },
   'experts': {
     'mlp': moe.MoeConfig(
       hidden=24,
@@ -379,3 +400,11 @@ def test_an_encoder_cannot_generate():
   model = encoder.Encoder(config, rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match='Encoder cannot generate: only a Dec'):
     run(model, PROMPTS, num_tokens=8)
+
+
+def test_a_kind_that_cannot_go_on():
+  kind = regional.Regional(num_heads=4, head_dim=8, region=8)
+  config = decoder.DecoderConfig(**(SHARED | {'attention': kind}))
+  model = decoder.Decoder(config, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match='regional has no incremental decoding'):
+    run(model, PROMPTS, num_tokens=2)
