@@ -20,6 +20,7 @@ from t2x.data import pipeline as data_pipeline
 from t2x.layers import attention
 from t2x.layers import embed
 from t2x.layers import experts
+from t2x.layers import kinds
 from t2x.layers import moe
 from t2x.layers import own_heads
 from t2x.models import decoder
@@ -104,9 +105,9 @@ def _check_attention(config: Experiment, sizes: Mapping[str, int]) -> None:
     if has_prefix and not isinstance(kind, attention.Softmax):
       raise ValueError(
         f'model.attention={kind.kind} has no prefix that is seen from both '
-        'sides: data.objective=prefix_lm is for softmax kinds (dense, local, '
-        'dilated, block_sparse, random, bigbird, longformer). Set another of '
-        'the two.'
+        'sides: data.objective=prefix_lm is for softmax kinds '
+        f'({", ".join(k.kind for k in kinds.all_of(kinds.SoftmaxConfig))}). '
+        'Set another of the two.'
       )
     if ring and not isinstance(kind, attention.Softmax):
       raise sharding.ShardingError(

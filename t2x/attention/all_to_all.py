@@ -155,19 +155,17 @@ def _exchange(fn, axis, extra, q_BTNH, k_BSKH, v_BSKH, mask):
     mask,
     q_segments_BT=gather(mask.q_segments_BT),
     k_segments_BS=gather(mask.k_segments_BS),
-    prefix_BS=_gathered_prefix(gather, mask.prefix_BS),
+    # A row's one prefix is whole on every device.
+    prefix_BS=(
+      mask.prefix_BS
+      if mask.own_prefix_BS is None
+      else gather(mask.own_prefix_BS)
+    ),
   )
   out = fn(extra, q, k, v, mask, heads_KG)
   out = out.reshape(*out.shape[:2], K // C, 1, N // K, -1)
   out = exchange(out, split_axis=1, concat_axis=3)
   return out.reshape(*q_BTNH.shape[:3], -1)
-
-
-def _gathered_prefix(gather, prefix_BS):
-  """A row's one prefix is whole on every device."""
-  if prefix_BS is None or prefix_BS.shape[1] == 1:
-    return prefix_BS
-  return gather(prefix_BS)
 
 
 def _of_heads(bias, heads_N):

@@ -55,7 +55,7 @@ def attend(
       return scanned.attend(q_BTNH, k_BSKH, v_BSKH, mask, **parts)
     out = dense.attend(q_BTNH, k_BSKH, v_BSKH, mask, **parts)
     return checkpoint_name(out, splash.NAME)
-  scale = q_BTNH.shape[-1] ** -0.5 if options.scale is None else options.scale
+  scale = dense.scale_of(options, q_BTNH)
   settings = {'scale': scale, 'block': options.block}
   if device == 'tpu':
     settings['soft_cap'] = options.soft_cap

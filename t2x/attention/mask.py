@@ -68,6 +68,13 @@ class Mask:
   def has_segments(self) -> bool:
     return self.q_segments_BT is not None and self.k_segments_BS is not None
 
+  @property
+  def own_prefix_BS(self) -> jax.Array | None:
+    """`prefix_BS` where each key has its own, else None."""
+    prefix_BS = self.prefix_BS
+    each = prefix_BS is not None and prefix_BS.shape[1] > 1
+    return prefix_BS if each else None
+
   def __and__(self, other: 'Mask | patterns.Pattern') -> 'Mask':
     other = _as_mask(other)
     return _joined(self, other, self.pattern & other.pattern)
@@ -119,9 +126,7 @@ def make(
   mask = Mask(pattern=patterns.ordered(causal=causal, window=window), **arrays)
   if prefix_B is None:
     return mask
-  prefix = with_prefix(prefix_B[:, None])
-  joined = mask.pattern | prefix.pattern
-  return dataclasses.replace(mask, pattern=joined, prefix_BS=prefix.prefix_BS)
+  return _with_prefix_shown(mask, prefix_B[:, None])
 
 
 def with_prefix(prefix_BS: jax.Array) -> Mask:
@@ -129,17 +134,28 @@ def with_prefix(prefix_BS: jax.Array) -> Mask:
   return Mask(pattern=patterns.Prefix(), prefix_BS=prefix_BS)
 
 
+def _with_prefix_shown(mask: Mask, prefix_BS: jax.Array) -> Mask:
+  """Adds a prefix within the segments, which hold for it too."""
+  pattern = mask.pattern | patterns.Prefix()
+  return dataclasses.replace(mask, pattern=pattern, prefix_BS=prefix_BS)
+
+
 def self_attention(
-  segments_BT: jax.Array | None, *, causal: bool, zigzag: int = 1
+  segments_BT: jax.Array | None,
+  *,
+  causal: bool,
+  zigzag: int = 1,
+  prefix_BS: jax.Array | None = None,
 ) -> Mask:
   """Returns the mask of a sequence that looks at itself."""
-  return make(
+  mask = make(
     causal=causal,
     q_segments_BT=segments_BT,
     k_segments_BS=segments_BT,
     q_zigzag=zigzag,
     k_zigzag=zigzag,
   )
+  return mask if prefix_BS is None else _with_prefix_shown(mask, prefix_BS)
 
 
 def key_range(mask: Mask, q_start: int, q_end: int, num_keys: int):
@@ -156,7 +172,7 @@ def key_range(mask: Mask, q_start: int, q_end: int, num_keys: int):
 def specs(mask: Mask, axis: str) -> Mask:
   """Returns how a mesh axis that splits the sequence splits a mask's arrays."""
   split = jax.tree.map(lambda _: P(None, axis), mask)
-  if mask.prefix_BS is None or mask.prefix_BS.shape[1] > 1:
+  if mask.prefix_BS is None or mask.own_prefix_BS is not None:
     return split
   return dataclasses.replace(split, prefix_BS=P())  # A number for each row.
 
@@ -214,11 +230,9 @@ def visible(mask: Mask, q_slice: slice, k_slice: slice) -> jax.Array | None:
 
 def _prefix_of(mask: Mask, keys: slice) -> jax.Array | None:
   """Returns where the prefixes of a block of keys end, (B, 1, S)."""
-  prefix_BS = mask.prefix_BS
-  if prefix_BS is None:
-    return None
-  part = prefix_BS if prefix_BS.shape[1] == 1 else prefix_BS[:, keys]
-  return part[:, None]
+  if mask.own_prefix_BS is not None:
+    return mask.own_prefix_BS[:, None, keys]
+  return None if mask.prefix_BS is None else mask.prefix_BS[:, None]
 
 
 def q_index_of(mask: Mask, part: slice) -> jax.Array:

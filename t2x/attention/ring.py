@@ -130,9 +130,7 @@ class _Place:
   @property
   def of_keys(self):
     """What a mask knows of each key, which travels with it."""
-    prefix_BS = self.mask.prefix_BS
-    each = prefix_BS is not None and prefix_BS.shape[1] > 1
-    return self.mask.k_segments_BS, prefix_BS if each else None
+    return self.mask.k_segments_BS, self.mask.own_prefix_BS
 
   def mask_of(
     self, step: ring_plan.Step, slot: ring_plan.Slot, of_keys

@@ -119,8 +119,8 @@ class _Blocks:
     if (steps.k_PC.max(initial=0) + 1) * steps.k_size > self.S:
       pattern &= patterns.Below(self.S)
     prefix_BS = mask.prefix_BS
-    if prefix_BS is not None and prefix_BS.shape[1] > 1:
-      prefix_BS = _at(prefix_BS, k_index_S)
+    if mask.own_prefix_BS is not None:
+      prefix_BS = _at(mask.own_prefix_BS, k_index_S)
     own = mask_lib.Mask(
       pattern=pattern,
       prefix_BS=prefix_BS,

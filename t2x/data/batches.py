@@ -16,7 +16,6 @@ from t2x.data import config as config_lib
 from t2x.data import corpus as corpus_lib
 from t2x.data import rows as rows_lib
 from t2x.data import words
-from t2x.objectives import denoising
 from t2x.objectives import masked_lm
 from t2x.objectives import noise
 from t2x.objectives import vocab as vocab_lib
@@ -135,12 +134,8 @@ class _Examples:
 
 def _vocab(corpus, config) -> vocab_lib.Vocab:
   """Returns the ids, with what the objective asks of the training text."""
-  tokenizer, objective = corpus.tokenizer, config.objective
-  if not isinstance(objective, masked_lm.MaskedLM | denoising.Denoising):
-    return tokenizer.vocab
-  (stream,) = corpus.streams(config.train_split)
-  masking = getattr(objective, 'masking', None)
-  lexicon = words.lexicon(masking, tokenizer, stream)
+  tokenizer, stream = corpus.tokenizer, corpus.streams(config.train_split)[0]
+  lexicon = words.lexicon(config.objective, tokenizer, stream)
   return dataclasses.replace(tokenizer.vocab, lexicon=lexicon)
 
 

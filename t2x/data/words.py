@@ -1,29 +1,54 @@
 """The lexicon of a corpus: what its training text says of each token."""
 
+import functools
+from typing import Any
+
 import numpy as np
 
 from t2x.data import token_store
 from t2x.data import tokenizers
+from t2x.objectives import denoising
 from t2x.objectives import lexicon as lexicon_lib
+from t2x.objectives import masked_lm
 from t2x.objectives import masking
 
 
 def lexicon(
-  config: masking.Config | None,
+  objective: Any,
   tokenizer: tokenizers.Tokenizer,
   stream: token_store.Stream,
-) -> lexicon_lib.Lexicon:
-  """Returns what a masking strategy or another objective asks for.
+) -> lexicon_lib.Lexicon | None:
+  """Returns what an objective asks of the training text, None for nothing.
 
   Args:
-    config: the strategy, if there is one.
+    objective: of the data.
     tokenizer: of the corpus.
     stream: the training text.
   """
+  match objective:
+    case masked_lm.MaskedLM(masking=masking.Tokens()):
+      return None
+    case masked_lm.MaskedLM(masking=masking.Hierarchy() as levels):
+      phrases = levels.phrase if levels.phrases else None
+      return _lexicon(phrases, tokenizer, stream)
+    case masked_lm.MaskedLM(masking=masking.Phrases() as phrases):
+      return _lexicon(phrases, tokenizer, stream)
+    case masked_lm.MaskedLM() | denoising.Denoising():
+      return _lexicon(None, tokenizer, stream)
+  return None
+
+
+# Asked for by training and again at each evaluation.
+@functools.lru_cache(maxsize=4)
+def _lexicon(
+  config: masking.Phrases | None,
+  tokenizer: tokenizers.Tokenizer,
+  stream: token_store.Stream,
+) -> lexicon_lib.Lexicon:
+  """Reads the whole text."""
   size, tokens = tokenizer.vocab_size, np.asarray(stream.tokens)
   phrases = ()
-  config = config.phrase if isinstance(config, masking.Hierarchy) else config
-  if isinstance(config, masking.Phrases):
+  if config is not None:
     is_inside = tokens >= tokenizer.vocab.first_text_id
     is_inside[1:] &= is_inside[:-1].copy()
     phrases = lexicon_lib.find_phrases(

@@ -164,8 +164,8 @@ def convolve(
 
   Args:
     v_BTNH: values.
-    taps_BTNW: of each token; the last one is its own if causal, else the
-      middle one.
+    taps_BTNW: of each token, B and T may be 1; the last one is its own if
+      causal, else the middle one.
     segments_BT: neighbours of other segments count as 0.
     causal: taps reach back, and not to both sides.
   """

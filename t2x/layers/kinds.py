@@ -1,5 +1,6 @@
 """All kinds of attention: their configs, and what runs each of them."""
 
+import typing
 from typing import Any
 from typing import Protocol
 
@@ -117,10 +118,14 @@ def no_decoding(config: Any) -> str:
   """Returns why a decoder of this kind cannot generate."""
   return (
     f'attention.kind={config.kind} has no incremental decoding: it trains and '
-    'evaluates, but cannot generate token by token. Kinds that can: dense, '
-    'local, dilated, block_sparse, random, bigbird, longformer, linear, '
-    'performer, convolution.'
+    'evaluates, but cannot generate token by token. Kinds that can: '
+    f'{", ".join(k.kind for k in all_of(AttentionConfig) if k.decoding)}.'
   )
+
+
+def all_of(union: Any) -> tuple[type[attention.Heads], ...]:
+  """Returns the kinds of a union of them, in its order."""
+  return typing.get_args(union)
 
 
 def mixing_flops(

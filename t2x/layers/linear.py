@@ -5,6 +5,7 @@ features, H head dim.
 """
 
 import dataclasses
+import itertools
 from typing import Any
 from typing import ClassVar
 from typing import Literal
@@ -200,7 +201,7 @@ def redraw(model: Any, step: jax.Array) -> Any:
     model: whole, or the part that is not trained.
     step: updates so far.
   """
-  place = iter(range(10**6))
+  place = itertools.count()
 
   def moved(x):
     if not isinstance(x, Projection):

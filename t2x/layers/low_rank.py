@@ -20,6 +20,7 @@ from t2x import shards
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
 from t2x.layers import attention
+from t2x.layers import convolution
 from t2x.layers import param
 
 _WHOLE_ROW = 'it mixes the keys of a whole row, later ones too'
@@ -164,8 +165,9 @@ class NystromMixer(nnx.Module):
     out = jnp.einsum('BKGTR,BKGRH->BTKGH', whole, mixed)
     if self.conv_KW is not None:
       v = v * real_BT[..., None, None]
-      weight_KW = self._filters(heads_N, v.shape[2])
-      out = out + depthwise(v, weight_KW)[..., None, :]
+      taps = self._filters(heads_N, v.shape[2])[None, None]
+      convolved = convolution.convolve(v, taps, None, causal=False)
+      out = out + convolved[..., None, :]
     return out.reshape(*q_BTNH.shape[:3], -1).astype(v_BTKH.dtype)
 
   def _filters(self, heads_N, num: int) -> jax.Array:
@@ -175,17 +177,6 @@ class NystromMixer(nnx.Module):
     first = heads_N.reshape(num, -1)[:, 0] * config.kv_heads // config.num_heads
     start, _ = shards.manual_part('kv_heads', config.kv_heads)
     return jnp.take(conv_KW[...], first - start, axis=0)
-
-
-def depthwise(v_BTKH: jax.Array, weight_KW: jax.Array) -> jax.Array:
-  """Returns a convolution along the sequence, one filter to a head."""
-  T, W = v_BTKH.shape[1], weight_KW.shape[1]
-  side = W // 2
-  padded = jnp.pad(v_BTKH, ((0, 0), (side, side), (0, 0), (0, 0)))
-  taps = (
-    padded[:, i : i + T] * weight_KW[None, None, :, i, None] for i in range(W)
-  )
-  return sum(taps, jnp.zeros_like(v_BTKH))
 
 
 def pseudo_inverse(matrix: jax.Array, iterations: int) -> jax.Array:

@@ -11,7 +11,6 @@ import jax
 
 from t2x import stack
 from t2x.attention import mask as mask_lib
-from t2x.attention import patterns
 from t2x.layers import block
 from t2x.layers import embed
 from t2x.layers import moe
@@ -101,12 +100,10 @@ class Decoder(nnx.Module):
     inputs = batch['inputs']
     common.check_length(self.config, inputs.shape[1])
     segments, prefix_BS = batch.get('segments'), batch.get('prefix_ends')
-    mask = mask_lib.self_attention(segments, causal=True, zigzag=zigzag)
-    if prefix_BS is not None:
-      pattern = mask.pattern | patterns.Prefix()
-      mask = dataclasses.replace(mask, pattern=pattern, prefix_BS=prefix_BS)
     return block.Context(
-      mask=mask,
+      mask=mask_lib.self_attention(
+        segments, causal=True, zigzag=zigzag, prefix_BS=prefix_BS
+      ),
       positions_BT=common.positions_of(batch, zigzag=zigzag),
       keys_B=keys_B,
     )

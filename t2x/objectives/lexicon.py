@@ -7,6 +7,8 @@ import dataclasses
 
 import numpy as np
 
+from t2x.objectives import segments as segments_lib
+
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -34,9 +36,7 @@ def word_starts(tokens_BT, segments_BT, lexicon: Lexicon) -> np.ndarray:
   breaks_BT = lexicon.breaks_V[tokens_BT]
   starts_BT = lexicon.begins_V[tokens_BT] | breaks_BT
   starts_BT[:, 1:] |= breaks_BT[:, :-1]
-  starts_BT[:, 1:] |= segments_BT[:, 1:] != segments_BT[:, :-1]
-  starts_BT[:, 0] = True
-  return starts_BT
+  return starts_BT | segments_lib.starts(segments_BT)
 
 
 def hashes(tokens: np.ndarray, num: int) -> np.ndarray:

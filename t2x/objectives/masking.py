@@ -18,6 +18,7 @@ import numpy as np
 
 from t2x.objectives import lexicon as lexicon_lib
 from t2x.objectives import noise
+from t2x.objectives import segments as segments_lib
 
 Level = Literal['tokens', 'words', 'spans', 'phrases']
 _STREAM = 16  # Of random numbers; those below are the objective's own.
@@ -206,9 +207,7 @@ def _run_starts(starts_BT, segments_BT, keys_B, config: Spans) -> np.ndarray:
   begins_BU[:, 0] = True
   np.put_along_axis(begins_BU, first_BU, True, axis=1)
   begins_BT = np.take_along_axis(begins_BU, word_BT.clip(min=0), axis=1)
-  is_document_BT = np.ones(starts_BT.shape, bool)
-  is_document_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
-  return starts_BT & (begins_BT | is_document_BT)
+  return starts_BT & (begins_BT | segments_lib.starts(segments_BT))
 
 
 def choose(

@@ -11,6 +11,7 @@ import numpy as np
 from t2x.objectives import causal_lm
 from t2x.objectives import noise
 from t2x.objectives import rows as rows_lib
+from t2x.objectives import segments as segments_lib
 from t2x.objectives import vocab as vocab_lib
 
 
@@ -76,7 +77,7 @@ class PrefixLM:
     place_T = np.arange(T)
     start_BT = place_T - positions_BT
     is_last_BT = np.ones(segments_BT.shape, bool)
-    is_last_BT[:, :-1] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    is_last_BT[:, :-1] = segments_lib.starts(segments_BT)[:, 1:]
     ends_BT = np.where(is_last_BT, place_T + 1, T)
     ends_BT = np.minimum.accumulate(ends_BT[:, ::-1], axis=1)[:, ::-1]
     # One number for each document: that of its first token.

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from t2x.objectives import segments as segments_lib
 from t2x.objectives import vocab as vocab_lib
 
 
@@ -43,8 +44,7 @@ def positions(segments_BT: np.ndarray) -> np.ndarray:
   """
   T = segments_BT.shape[1]
   index_T = np.arange(T, dtype=np.int32)
-  is_start_BT = np.ones(segments_BT.shape, bool)
-  is_start_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+  is_start_BT = segments_lib.starts(segments_BT)
   start_BT = np.maximum.accumulate(np.where(is_start_BT, index_T, 0), axis=1)
   return np.where(segments_BT != 0, index_T - start_BT, 0).astype(np.int32)
 
