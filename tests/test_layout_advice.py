@@ -208,7 +208,7 @@ def test_two_dimensions_of_an_activation_on_one_axis(settings, message):
 
 def test_no_layout_helps():
   config = with_settings(gpt2_tiny, 'data.objective=masked_lm')
-  with pytest.raises(ValueError, match=r'causal_lm, or another model\.$'):
+  with pytest.raises(ValueError, match=r'prefix_lm, or another model\.$'):
     layouts.check(config, 8)
   assert nearest(config, 8) == []
 
