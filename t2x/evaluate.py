@@ -28,8 +28,9 @@ def evaluate(
     batches: global batches; empty rows weigh nothing.
 
   Returns:
-    loss (nats a token), perplexity, accuracy, num_tokens. A split without a
-    single predicted token gives NaN.
+    loss (nats a token), perplexity, accuracy, num_tokens; of other terms than
+    the main one NAME_loss and NAME_accuracy. A split without a single predicted
+    token gives NaN.
   """
   sums = collections.Counter()
   running = {}
@@ -39,21 +40,22 @@ def evaluate(
     sums.update(_as_floats(running))
     running = eval_fn(model, batch)
   sums.update(_as_floats(running))
-  if not sums:
-    return {
-      'loss': math.nan,
-      'perplexity': math.nan,
-      'accuracy': math.nan,
-      'num_tokens': 0.0,
-    }
-  weight = sums['weight'] or math.nan
-  loss = sums['nll'] / weight
-  return {
+  names = [n.removesuffix('nll') for n in sums if f'_{n}'.endswith('_nll')]
+  loss, accuracy = (_mean(sums, '', what) for what in ('nll', 'accuracy'))
+  result = {
     'loss': loss,
     'perplexity': math.exp(min(loss, 700.0)),
-    'accuracy': sums['correct'] / weight,
-    'num_tokens': sums['weight'],
+    'accuracy': accuracy,
+    'num_tokens': float(sums['weight']),
   }
+  for name in filter(None, names):
+    result[f'{name}loss'] = _mean(sums, name, 'nll')
+    result[f'{name}accuracy'] = _mean(sums, name, 'accuracy')
+  return result
+
+
+def _mean(sums, name: str, what: str) -> float:
+  return sums[name + what] / (sums[f'{name}weight'] or math.nan)
 
 
 def _as_floats(values: dict[str, jax.Array]) -> dict[str, float]:

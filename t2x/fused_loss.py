@@ -14,6 +14,7 @@ Shape suffixes: B batch, T position, D embed, V vocabulary.
 import dataclasses
 import functools
 import math
+from typing import Any
 from typing import NamedTuple
 
 import jax
@@ -67,17 +68,17 @@ class LossConfig:
 
 
 class MeanLoss(NamedTuple):
-  """Weighted sums over all tokens, float32 scalars.
+  """A weighted sum over all tokens, and what it is made of, float32.
 
   Attributes:
-    objective: what is minimised, smoothing and z-loss included.
-    nll: minus the log-probabilities of the targets, in nats.
-    correct: the targets with the largest logit.
+    objective: what is minimised, smoothing and z-loss included; a scalar.
+    nll_BT: minus the log-probability of each target, in nats.
+    correct_BT: 1 where the target has the largest logit.
   """
 
   objective: jax.Array
-  nll: jax.Array
-  correct: jax.Array
+  nll_BT: jax.Array
+  correct_BT: jax.Array
 
 
 def objective(nll_BT, log_sum_BT, mean_logit_BT, config: LossConfig):
@@ -100,13 +101,12 @@ def mean_loss(
   weights_BT: jax.Array,
   config: LossConfig,
 ) -> MeanLoss:
-  """Returns weighted sums; only `objective` has a gradient."""
+  """Returns the weighted sum; only `objective` has a gradient."""
   fn = lambda part: _losses(head, part, config)[0]
   parts = (x_BTD, targets_BT, weights_BT)
   if config.token_chunks == 1:
     return fn(parts)
-  sums = jax.lax.map(fn, _split(parts, config.token_chunks))
-  return jax.tree.map(lambda a: a.sum(0), sums)
+  return _joined(jax.lax.map(fn, _split(parts, config.token_chunks)))
 
 
 class _Softmax(NamedTuple):
@@ -136,9 +136,7 @@ def _losses(head, part, config: LossConfig) -> tuple[MeanLoss, _Softmax]:
   mean_logit_BT = _where(is_token_V, logits_BTV, 0.0).sum(-1) / head.vocab_size
   objective_BT = objective(nll_BT, log_sum_BT, mean_logit_BT, config)
   correct_BT = (picked_BT >= largest_BT).astype(jnp.float32)
-  mean = MeanLoss(
-    *((a * weights_BT).sum() for a in (objective_BT, nll_BT, correct_BT))
-  )
+  mean = MeanLoss((objective_BT * weights_BT).sum(), nll_BT, correct_BT)
   return mean, _Softmax(
     exp_BTV, exp_sum_BT, log_sum_BT, is_target_BTV, is_token_V
   )
@@ -213,10 +211,14 @@ def _forward(x_BTD, head, targets_BT, weights_BT, config):
     embed_axes = ()
   tokens, columns = P(rows, length), P(None, embed_axes)
   head_spec = jax.tree.map(lambda _: P(), head)
+  mean_spec: Any = (P(), tokens, tokens)
   return jax.shard_map(
     functools.partial(fn, axes=axes, embed_axes=embed_axes),
     in_specs=(tokens, P(), tokens, tokens),
-    out_specs=(P(), (tokens, dataclasses.replace(head_spec, table_VD=columns))),
+    out_specs=(
+      MeanLoss(*mean_spec),
+      (tokens, dataclasses.replace(head_spec, table_VD=columns)),
+    ),
     axis_names=set(axes),
     check_vma=False,
   )(*args)
@@ -230,14 +232,14 @@ def _all_gradients(
     mean, d_x, d_head = _chunk_gradients(head, parts, config)
   else:
 
-    def body(sums, part):
-      mean, d_x, d_head = _chunk_gradients(head, part, config)
-      return jax.tree.map(jnp.add, sums, (mean, d_head)), d_x
+    def body(d_head, part):
+      mean, d_x, more = _chunk_gradients(head, part, config)
+      return jax.tree.map(jnp.add, d_head, more), (mean, d_x)
 
     zeros = lambda a: jnp.zeros(a.shape, jnp.float32)
-    start = MeanLoss(*[jnp.float32(0.0)] * 3), jax.tree.map(zeros, head)
-    sums, d_x = jax.lax.scan(body, start, _split(parts, config.token_chunks))
-    (mean, d_head), d_x = sums, jnp.moveaxis(d_x, 0, 1).reshape(x_BTD.shape)
+    start, parts = jax.tree.map(zeros, head), _split(parts, config.token_chunks)
+    d_head, (mean, d_x) = jax.lax.scan(body, start, parts)
+    mean, d_x = _joined(mean), jnp.moveaxis(d_x, 0, 1).reshape(x_BTD.shape)
   if axes:
     mean, d_head = _reduce(mean, d_head, axes, embed_axes, x_BTD.dtype)
   return mean, (d_x, d_head)
@@ -255,9 +257,10 @@ def _reduce(mean, d_head, axes, embed_axes, of_products):
     table_VD = _scatter(table_VD, embed_axes)
   rest = tuple(a for a in axes if a not in embed_axes)
   table_VD = jax.lax.psum(table_VD, rest) if rest else table_VD
-  mean, bias_V = jax.lax.psum((mean, d_head.bias_V), axes)
+  total, bias_V = jax.lax.psum((mean.objective, d_head.bias_V), axes)
   table_VD = table_VD.astype(dtype)
-  return mean, dataclasses.replace(d_head, table_VD=table_VD, bias_V=bias_V)
+  d_head = dataclasses.replace(d_head, table_VD=table_VD, bias_V=bias_V)
+  return mean._replace(objective=total), d_head
 
 
 def _scatter(table_VD, embed_axes):
@@ -273,6 +276,12 @@ def _split(arrays, num: int):
   """(B, T, ...) to (num, B, T / num, ...)."""
   split = lambda a: a.reshape(a.shape[0], num, -1, *a.shape[2:])
   return jax.tree.map(lambda a: jnp.moveaxis(split(a), 1, 0), arrays)
+
+
+def _joined(means: MeanLoss) -> MeanLoss:
+  """Puts the losses of chunks of tokens together."""
+  whole = lambda a: jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1)
+  return MeanLoss(means.objective.sum(), *map(whole, means[1:]))
 
 
 def _backward(config, residuals, grads: MeanLoss):

@@ -3,6 +3,7 @@
 Shape suffixes: B batch, T position, D embed, V vocabulary, C rows of a chunk.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from t2x import fused_loss
 from t2x import sharding
 from t2x.layers import embed
+from t2x.models import terms as terms_lib
 
 _NEVER = -1e30
 
@@ -127,6 +129,38 @@ def _reduce_chunks(x_BTD, head, targets_BT, num) -> _Sums:
   return jax.lax.scan(body, start, (jnp.arange(num), tables, biases))[0]
 
 
+def of_terms(
+  terms: terms_lib.Terms, config: LossConfig = LossConfig()
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Returns the loss that terms make, and what is measured, float32 scalars.
+
+  Args:
+    terms: by name; small ones are not cut into chunks.
+    config: smoothing, z-loss, chunks.
+
+  Returns:
+    The sum of the terms' weighted losses by their factors; and `nll` (nats) and
+    `accuracy`, weighted sums of the main term, of others as NAME_nll and
+    NAME_accuracy.
+  """
+  whole = dataclasses.replace(config, vocab_chunks=1, token_chunks=1)
+  loss, sums = jnp.float32(0.0), {}
+  for name, term in terms.items():
+    weights_BT = term.weights_BT
+    mean = mean_loss(
+      term.x_BTD,
+      term.head,
+      term.targets_BT,
+      weights_BT,
+      whole if term.is_small else config,
+    )
+    loss = loss + term.factor * mean.objective
+    prefix = f'{name}_' if name else ''
+    sums[f'{prefix}nll'] = (mean.nll_BT * weights_BT).sum()
+    sums[f'{prefix}accuracy'] = (mean.correct_BT * weights_BT).sum()
+  return loss, sums
+
+
 @jax.named_scope('head')
 def mean_loss(
   x_BTD: jax.Array,
@@ -135,7 +169,7 @@ def mean_loss(
   weights_BT: jax.Array,
   config: LossConfig = LossConfig(),
 ) -> MeanLoss:
-  """Returns weighted sums of the tokens' losses.
+  """Returns the weighted sum of the tokens' losses.
 
   Args:
     x_BTD: features.
@@ -149,7 +183,8 @@ def mean_loss(
   """
   if config.vocab_chunks > 1:
     losses = token_loss(x_BTD, head, targets_BT, config)
-    return MeanLoss(*((values * weights_BT).sum() for values in losses))
+    total = (losses.objective_BT * weights_BT).sum()
+    return MeanLoss(total, losses.nll_BT, losses.correct_BT)
   if x_BTD.shape[1] % config.token_chunks:
     raise ValueError(
       f'train.loss.token_chunks={config.token_chunks} does not divide the '

@@ -19,6 +19,7 @@ from t2x import train_state
 from t2x.layers import dropout
 from t2x.layers import linear
 from t2x.layers import param
+from t2x.models import forward
 from t2x.pipeline import gradients as pipeline
 
 Batch = dict[str, jax.Array]
@@ -103,11 +104,14 @@ def _updated(rest: Any, loads: Any, step: jax.Array) -> Any:
 
 
 def eval_step(model: Any, batch: Batch, config: train_state.StepConfig):
-  """Returns the sums of nll (nats), correct and weight over a batch.
+  """Returns the sums of nll (nats), accuracy and weight over a batch.
 
-  In the chunks of training, so that what trains can be evaluated.
+  Of other terms than the main one as NAME_nll, NAME_accuracy, NAME_weight. In
+  the chunks of training, so that what trains can be evaluated.
   """
-  weights = batch['weights']
+  weights = {
+    name.removesuffix('s'): batch[name].sum() for name in _weights(batch)
+  }
   if config.pipeline is not None:
     nothing = jax.tree.map(lambda _: None, model)
     _, sums = pipeline.run(
@@ -119,25 +123,18 @@ def eval_step(model: Any, batch: Batch, config: train_state.StepConfig):
       loss=config.loss,
       combine=train_state.combine,
     )
-    return {
-      'nll': sums['nll'],
-      'correct': sums['accuracy'],
-      'weight': weights.sum(),
-    }
-  x_BTD = model.hidden(**model_inputs(model, batch), execution=config.execution)
-  sums = loss_lib.mean_loss(
-    x_BTD, model.head, batch['targets'], weights, config.loss
-  )
-  return {
-    'nll': sums.nll,
-    'correct': sums.correct,
-    'weight': weights.sum(),
-  }
+    measured = ('_nll', '_accuracy')
+    sums = {n: s for n, s in sums.items() if f'_{n}'.endswith(measured)}
+    return sums | weights
+  execution = config.execution
+  x_BTD, _ = forward.run(model, batch, execution=execution)
+  terms = model.terms(x_BTD, batch, None, execution.zigzag)
+  return loss_lib.of_terms(terms, config.loss)[1] | weights
 
 
-def model_inputs(model: Any, batch: Batch) -> Batch:
-  """Returns the entries of a batch that the model takes."""
-  return {name: batch[name] for name in model.inputs if name in batch}
+def _weights(batch: Batch) -> list[str]:
+  """Returns the names of the weights in a batch, those of each term."""
+  return [name for name in batch if f'_{name}'.endswith('_weights')]
 
 
 def gradients(trained, rest, batch, key, config: train_state.StepConfig):
@@ -147,15 +144,18 @@ def gradients(trained, rest, batch, key, config: train_state.StepConfig):
   so that no row moves between devices. Gradients are summed over the loop on
   each device of the `data` axis and reduced over it once, after the loop.
   """
-  total = jnp.maximum(batch['weights'].sum(), 1e-9)
-  rows_B = jnp.arange(batch['weights'].shape[0])
-  batch = {**batch, 'rows': rows_B}
+  share = lambda a: a / jnp.maximum(a.sum(), 1e-9)
+  batch = {
+    **batch,
+    **{name: share(batch[name]) for name in _weights(batch)},
+    'rows': jnp.arange(batch['weights'].shape[0]),
+  }
   manual = _manual_axes(config)
   if config.pipeline is not None:
     return pipeline.run(
       trained,
       rest,
-      {**batch, 'weights': batch['weights'] / total},
+      batch,
       key,
       config.pipeline,
       loss=config.loss,
@@ -165,7 +165,7 @@ def gradients(trained, rest, batch, key, config: train_state.StepConfig):
     )
   fn = functools.partial(_accumulate, config=config)
   if not manual:
-    return fn(trained, rest, batch, total, key)
+    return fn(trained, rest, batch, key)
 
   def reduced(*args):
     return jax.lax.psum(fn(*args), manual)
@@ -173,12 +173,12 @@ def gradients(trained, rest, batch, key, config: train_state.StepConfig):
   batch_spec = jax.tree.map(lambda _: P(manual), batch)
   return jax.shard_map(
     reduced,
-    in_specs=(P(), P(), batch_spec, P(), P()),
+    in_specs=(P(), P(), batch_spec, P()),
     out_specs=P(),
     axis_names=set(manual),
     # Varying axes would be tracked and gradients reduced inside the loop.
     check_vma=False,
-  )(trained, rest, batch, total, key)
+  )(trained, rest, batch, key)
 
 
 def axes_by_hand(
@@ -204,13 +204,11 @@ def _manual_axes(config: train_state.StepConfig) -> tuple[str, ...]:
   return tuple(a for a in axes_by_hand(config, staged) if mesh.shape[a] > 1)
 
 
-def _accumulate(
-  trained, rest, batch, total, key, config: train_state.StepConfig
-):
+def _accumulate(trained, rest, batch, key, config: train_state.StepConfig):
   grad_fn = jax.value_and_grad(_loss, has_aux=True)
 
   def micro(part):
-    (_, sums), grads = grad_fn(trained, rest, part, total, key, config)
+    (_, sums), grads = grad_fn(trained, rest, part, key, config)
     return grads, sums
 
   num = config.accumulate
@@ -232,25 +230,21 @@ def _accumulate(
   return jax.lax.scan(add, zeros, parts)[0]
 
 
-def _loss(trained, rest, batch, total, key, config: train_state.StepConfig):
+def _loss(trained, rest, batch, key, config: train_state.StepConfig):
   """Returns the share of the loss that these rows make, and metrics."""
   model = train_state.combine(trained, rest)
   if not sharding.reduces_in_float32():
     model = param.weights_in(model, model.config.dtype)
   keys_B = dropout.row_keys(key, batch['rows'])
-  x_BTD, stats = model.features(
-    **model_inputs(model, batch), keys_B=keys_B, execution=config.execution
-  )
-  weights_BT = batch['weights'] / total
-  mean = loss_lib.mean_loss(
-    x_BTD, model.head, batch['targets'], weights_BT, config.loss
-  )
-  router_losses = balance.losses(stats, weights_BT.sum(1))
-  loss = mean.objective + sum(router_losses.values())
+  execution = config.execution
+  x_BTD, stats = forward.run(model, batch, keys_B=keys_B, execution=execution)
+  terms = model.terms(x_BTD, batch, keys_B, execution.zigzag)
+  loss, sums = loss_lib.of_terms(terms, config.loss)
+  router_losses = balance.losses(stats, batch['weights'].sum(1))
+  loss = loss + sum(router_losses.values())
   return loss, {
     'loss': loss,
-    'nll': mean.nll,
-    'accuracy': mean.correct,
+    **sums,
     **router_losses,
     'loads': balance.loads(stats),
   }

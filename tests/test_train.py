@@ -80,7 +80,7 @@ def test_one_batch_is_evaluated_at_a_time():
 
   def run(_, batch):
     events.append(('run', batch))
-    return {name: Sum(batch) for name in ('nll', 'correct', 'weight')}
+    return {name: Sum(batch) for name in ('nll', 'accuracy', 'weight')}
 
   means = evaluate.evaluate(run, None, iter([1.0, 2.0, 5.0]))
   assert means['num_tokens'] == 8.0 and means['loss'] == 1.0

@@ -316,7 +316,7 @@ def test_evaluation_sums():
   weights = batch['weights']
   np.testing.assert_allclose(got['nll'], -(picked * weights).sum(), rtol=1e-5)
   np.testing.assert_allclose(
-    got['correct'], (correct * weights).sum(), rtol=1e-5
+    got['accuracy'], (correct * weights).sum(), rtol=1e-5
   )
   np.testing.assert_allclose(got['weight'], weights.sum(), rtol=1e-6)
 

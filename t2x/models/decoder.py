@@ -17,6 +17,7 @@ from t2x.layers import moe
 from t2x.models import common
 from t2x.models import forward
 from t2x.models import layer_checks
+from t2x.models import terms as terms_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,6 @@ class Decoder(nnx.Module):
   (2, 8, 100)
   """
 
-  inputs = ('inputs', 'segments', 'positions', 'prefix_ends')
   towers = ('tower',)
 
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
@@ -119,6 +119,11 @@ class Decoder(nnx.Module):
     """See `forward`."""
     del batch
     return self.tower.end(x_BTD)
+
+  def terms(self, x_BTD, batch, keys_B, zigzag: int) -> terms_lib.Terms:
+    """See `forward`."""
+    del keys_B, zigzag
+    return terms_lib.of_tokens(self.leave(x_BTD, batch), self.head, batch)
 
   @property
   def head(self) -> embed.Head:

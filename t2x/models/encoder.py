@@ -22,6 +22,7 @@ from t2x.layers import param
 from t2x.models import common
 from t2x.models import forward
 from t2x.models import layer_checks
+from t2x.models import terms as terms_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,13 +63,6 @@ class Encoder(nnx.Module):
   (2, 8, 99)
   """
 
-  inputs = (
-    'inputs',
-    'segments',
-    'positions',
-    'token_types',
-    'target_positions',
-  )
   towers = ('tower',)
 
   def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
@@ -167,6 +161,11 @@ class Encoder(nnx.Module):
       # Mapped over rows, so that each is read where it is.
       x_BTD = jax.vmap(lambda x_TD, at_M: x_TD[at_M])(x_BTD, positions_BM)
     return self._transformed(x_BTD)
+
+  def terms(self, x_BTD, batch, keys_B, zigzag: int) -> terms_lib.Terms:
+    """See `forward`."""
+    del keys_B, zigzag
+    return terms_lib.of_tokens(self.leave(x_BTD, batch), self.head, batch)
 
   def hidden(self, inputs: jax.Array, **kwargs) -> jax.Array:
     """Returns the features alone; arguments as for `features`."""

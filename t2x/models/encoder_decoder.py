@@ -19,6 +19,7 @@ from t2x.layers import moe
 from t2x.models import common
 from t2x.models import forward
 from t2x.models import layer_checks
+from t2x.models import terms as terms_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,14 +49,6 @@ class EncoderDecoder(nnx.Module):
   (2, 8, 9)
   """
 
-  inputs = (
-    'inputs',
-    'segments',
-    'positions',
-    'encoder_inputs',
-    'encoder_segments',
-    'encoder_positions',
-  )
   towers = ('encoder', 'decoder')
 
   def __init__(self, config: EncoderDecoderConfig, *, rngs: nnx.Rngs):
@@ -178,6 +171,11 @@ class EncoderDecoder(nnx.Module):
     """See `forward`."""
     del batch
     return self.decoder.end(x_BTD)
+
+  def terms(self, x_BTD, batch, keys_B, zigzag: int) -> terms_lib.Terms:
+    """See `forward`."""
+    del keys_B, zigzag
+    return terms_lib.of_tokens(self.leave(x_BTD, batch), self.head, batch)
 
   @property
   def head(self) -> embed.Head:

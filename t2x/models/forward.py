@@ -10,7 +10,7 @@ A model names its towers (stacks of layers) in order of depth, and for each
                                          (`encoded_BSD`) or None;
 
 and leave(x, batch), the features that reach the head, of the output of the
-last.
+last, and terms(x, batch, keys_B, zigzag), what the loss is made of.
 
 Shape suffixes: B batch, T position, D embed.
 """

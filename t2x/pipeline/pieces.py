@@ -108,7 +108,8 @@ def make(
       )
     )
     state.append(x)
-  leave = cut.Cut(_leave(combine, loss), params, state[-1], None, rest)
+  leave = _leave(combine, loss, zigzag)
+  leave = cut.Cut(leave, params, state[-1], None, rest)
   return Pieces(tuple(enters), tuple(layers), leave, tuple(state))
 
 
@@ -144,23 +145,23 @@ def _layer(name: str, combine, zigzag: int) -> cut.Function:
   return fn
 
 
-def _leave(combine, loss: loss_lib.LossConfig) -> cut.Function:
+def _leave(combine, loss: loss_lib.LossConfig, zigzag: int) -> cut.Function:
   def fn(params, x_BTD, side, rest):
     del side
     model = combine(params.shared, params.shared_frozen)
-    rows = rest.rows
-    features_BTD = model.leave(x_BTD, rows)
-    mean = loss_lib.mean_loss(
-      features_BTD, model.head, rows['targets'], rows['weights'], loss
-    )
-    sums = {'loss': mean.objective, 'nll': mean.nll, 'accuracy': mean.correct}
-    return None, mean.objective, sums
+    terms = model.terms(x_BTD, rest.rows, _keys(rest), zigzag)
+    total, sums = loss_lib.of_terms(terms, loss)
+    return None, total, {'loss': total, **sums}
 
   return fn
 
 
 def _context(model, name, rest: Rest, zigzag: int):
-  keys_B = None
-  if rest.key is not None:
-    keys_B = dropout.row_keys(rest.key, rest.rows['rows'])
-  return model.context(name, rest.rows, keys_B, zigzag)
+  return model.context(name, rest.rows, _keys(rest), zigzag)
+
+
+def _keys(rest: Rest) -> jax.Array | None:
+  """Returns the dropout key of each row."""
+  if rest.key is None:
+    return None
+  return dropout.row_keys(rest.key, rest.rows['rows'])

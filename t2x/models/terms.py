@@ -1,0 +1,40 @@
+"""The parts of which a model's loss is made.
+
+Shape suffixes: B batch, T position, D embed.
+"""
+
+from typing import NamedTuple
+
+import jax
+
+from t2x.layers import embed
+
+MAIN = ''  # The name of the term that every model has.
+
+
+class Term(NamedTuple):
+  """Features, the head that turns them into logits, and what these should be.
+
+  Attributes:
+    x_BTD: features.
+    head: makes logits of them.
+    targets_BT: ids, of tokens or of classes.
+    weights_BT: weight of each, over those of the whole batch.
+    factor: of the term in the loss.
+    is_small: of a few classes, not of the vocabulary.
+  """
+
+  x_BTD: jax.Array
+  head: embed.Head
+  targets_BT: jax.Array
+  weights_BT: jax.Array
+  factor: float = 1.0
+  is_small: bool = False
+
+
+Terms = dict[str, Term]
+
+
+def of_tokens(x_BTD: jax.Array, head: embed.Head, batch) -> Terms:
+  """Returns the main term, of a batch's `targets`."""
+  return {MAIN: Term(x_BTD, head, batch['targets'], batch['weights'])}
