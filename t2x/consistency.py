@@ -28,6 +28,7 @@ from t2x.models import encoder
 from t2x.models import encoder_decoder
 from t2x.objectives import causal_lm
 from t2x.objectives import masked_lm
+from t2x.objectives import next_sentence
 from t2x.objectives import prefix_lm
 
 Experiment = experiment.Experiment
@@ -211,7 +212,9 @@ def _check_objective(config: Experiment) -> None:
     decoder.DecoderConfig: isinstance(
       objective, causal_lm.CausalLM | prefix_lm.PrefixLM
     ),
-    encoder.EncoderConfig: isinstance(objective, masked_lm.MaskedLM),
+    encoder.EncoderConfig: isinstance(
+      objective, masked_lm.MaskedLM | next_sentence.NextSentence
+    ),
     encoder_decoder.EncoderDecoderConfig: objective.has_encoder,
   }[type(model)]
   if not fits:
@@ -221,13 +224,20 @@ def _check_objective(config: Experiment) -> None:
       else (
         'causal_lm or prefix_lm'
         if isinstance(model, decoder.DecoderConfig)
-        else 'masked_lm'
+        else 'masked_lm or next_sentence'
       )
     )
     raise ValueError(
       f'data.objective={objective.kind} does not train a model of kind '
       f'{model.kind}. Set data.objective to {kinds}, or another model.'
     )
+  if isinstance(objective, next_sentence.NextSentence):
+    if not (isinstance(model, encoder.EncoderConfig) and model.next_sentence):
+      raise ValueError(
+        'data.objective=next_sentence needs a head that says whether B follows '
+        'A: set model.next_sentence=true and model.pooler=true (and model.'
+        'num_token_types=2, so that A and B look different).'
+      )
 
 
 def _check_chunks(config: Experiment, sizes: dict[str, int]) -> None:

@@ -16,7 +16,6 @@ from t2x.data import config as config_lib
 from t2x.data import corpus as corpus_lib
 from t2x.data import rows as rows_lib
 from t2x.data import words
-from t2x.objectives import masked_lm
 from t2x.objectives import noise
 from t2x.objectives import vocab as vocab_lib
 
@@ -111,22 +110,21 @@ class _Examples:
   """Makes examples of rows: reads them and applies the objective."""
 
   def __init__(self, corpus, config, split, seed, rows):
-    self.layout = rows_lib.make(config, corpus.streams(split))
+    self._vocab = _vocab(corpus, config)
+    self.layout = rows_lib.make(config, corpus.streams(split), self._vocab)
     self.range = _range(rows, config.batch_size)
     self._objective = config.objective
-    self._vocab = _vocab(corpus, config)
     self._seed = seed
 
   def __call__(
     self, group: int, rows: np.ndarray, examples: np.ndarray
   ) -> Batch:
-    streams = self.layout.read(group, rows)
-    if isinstance(self._objective, masked_lm.MaskedLM):
-      if self._objective.static:
-        examples = group * 2**40 + rows
+    if getattr(self._objective, 'static', False):
+      examples = group * 2**40 + rows
+    keys = noise.keys(self._seed, examples)
     return self._objective.examples(
-      *streams,
-      keys=noise.keys(self._seed, examples),
+      *self.layout.read(group, rows, keys),
+      keys=keys,
       vocab=self._vocab,
       length=self.layout.group_lengths()[group],
     )

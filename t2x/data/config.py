@@ -9,6 +9,7 @@ from t2x.data import tokenizers
 from t2x.objectives import causal_lm
 from t2x.objectives import denoising
 from t2x.objectives import masked_lm
+from t2x.objectives import next_sentence
 from t2x.objectives import prefix_lm
 from t2x.objectives import source_target
 from t2x.objectives import span_corruption
@@ -18,6 +19,8 @@ TextObjective = (
   causal_lm.CausalLM
   | prefix_lm.PrefixLM
   | masked_lm.MaskedLM
+  | next_sentence.NextSentence
+  | next_sentence.NextSentence
   | span_corruption.SpanCorruption
   | denoising.Denoising
   | ul2.UL2

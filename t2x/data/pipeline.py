@@ -23,6 +23,7 @@ from t2x.data import config as config_lib
 from t2x.data import corpus as corpus_lib
 from t2x.data import text_files
 from t2x.objectives import masked_lm
+from t2x.objectives import next_sentence
 from t2x.objectives import span_corruption
 from t2x.objectives import ul2
 
@@ -53,8 +54,20 @@ def check(config: config_lib.DataConfig) -> None:
       f'The largest of data.batching.buckets={lengths} exceeds data.length='
       f'{config.length}. Raise data.length or leave that bucket out.'
     )
-  if isinstance(config.objective, masked_lm.MaskedLM):
+  if isinstance(
+    config.objective, masked_lm.MaskedLM | next_sentence.NextSentence
+  ):
     config.objective.check(lengths[0])
+  plain = config_lib.Pad()
+  if (
+    isinstance(config.objective, next_sentence.NextSentence)
+    and config.batching != plain
+  ):
+    raise ValueError(
+      'data.objective=next_sentence puts two sentences into a row of data.'
+      f'length, and data.batching={config.batching}. Set data.batching=pad, '
+      'without buckets.'
+    )
   _check_sentinels(config)
 
 
@@ -117,7 +130,8 @@ def batch_spec(
 ) -> dict[str, tuple[tuple[int, int], np.dtype]]:
   """Returns shape and dtype of each array in a batch of the largest bucket."""
   length = config_lib.buckets(config)[-1]
-  dtype = lambda name: np.dtype(np.float32 if name == 'weights' else np.int32)
+  is_float = lambda name: name.endswith('weights')
+  dtype = lambda name: np.dtype(np.float32 if is_float(name) else np.int32)
   return {
     name: ((config.batch_size, own), dtype(name))
     for name, own in config.objective.lengths(length).items()

@@ -5,12 +5,15 @@ reads any rows of a group. Shape suffixes: B rows, T tokens of a row.
 """
 
 import functools
+from typing import Any
 from typing import Protocol
 
 import numpy as np
 
 from t2x.data import config as config_lib
+from t2x.data import sentences
 from t2x.data import token_store
+from t2x.objectives import next_sentence
 from t2x.objectives import rows as rows_lib
 from t2x.objectives import source_target
 from t2x.objectives import vocab as vocab_lib
@@ -29,13 +32,23 @@ class Layout(Protocol):
     """The number of rows in each group."""
     ...
 
-  def read(self, group: int, rows: np.ndarray) -> tuple[rows_lib.Rows, ...]:
-    """Returns these rows of each stream; a row of -1 is empty."""
+  def read(self, group: int, rows: np.ndarray, keys: np.ndarray) -> tuple:
+    """Returns what the objective takes of these rows.
+
+    Args:
+      group: the rows' group.
+      rows: their numbers; a row of -1 is empty.
+      keys: of what is drawn at random, one a row.
+    """
     ...
 
 
-def make(config: config_lib.DataConfig, streams: Streams) -> Layout:
+def make(
+  config: config_lib.DataConfig, streams: Streams, vocab: vocab_lib.Vocab
+) -> Layout:
   """Returns the layout that `config` asks for."""
+  if isinstance(config.objective, next_sentence.NextSentence):
+    return sentences.SentencePairs(config, streams[0], vocab)
   if isinstance(config.batching, config_lib.Pad):
     return Padded(config, streams)
   if isinstance(config.objective, source_target.SourceTarget):
@@ -48,7 +61,7 @@ class Windows:
 
   def __init__(
     self,
-    objective: config_lib.TextObjective,
+    objective: Any,
     length: int,
     stream: token_store.Stream,
   ):
@@ -64,8 +77,8 @@ class Windows:
     overlap = self._source_length - self._stride
     return (-(-(self._stream.num_tokens - overlap) // self._stride),)
 
-  def read(self, group: int, rows: np.ndarray) -> tuple[rows_lib.Rows, ...]:
-    del group  # There is one.
+  def read(self, group: int, rows: np.ndarray, keys: np.ndarray):
+    del group, keys  # There is one, and nothing is drawn.
     starts_B1 = rows[:, None] * self._stride
     index_BT = starts_B1 + np.arange(self._source_length)
     is_token_BT = (rows[:, None] >= 0) & (index_BT < self._stream.num_tokens)
@@ -120,7 +133,8 @@ class Padded:
   def group_sizes(self) -> tuple[int, ...]:
     return tuple(len(documents) for _, documents in self._groups)
 
-  def read(self, group: int, rows: np.ndarray) -> tuple[rows_lib.Rows, ...]:
+  def read(self, group: int, rows: np.ndarray, keys: np.ndarray):
+    del keys  # Nothing is drawn.
     length, documents = self._groups[group]
     source_length = self._objective.source_length(length)
     chosen = np.where(rows >= 0, documents[rows], -1)
@@ -163,8 +177,8 @@ class PackedPairs:
   def group_sizes(self) -> tuple[int, ...]:
     return (len(self._firsts) - 1,)
 
-  def read(self, group: int, rows: np.ndarray) -> tuple[rows_lib.Rows, ...]:
-    del group  # There is one.
+  def read(self, group: int, rows: np.ndarray, keys: np.ndarray):
+    del group, keys  # There is one, and nothing is drawn.
     firsts = np.where(rows >= 0, self._firsts[rows], -1)
     counts = np.where(rows >= 0, np.diff(self._firsts)[rows], 0)
     return tuple(

@@ -11,6 +11,7 @@ from t2x.objectives import denoising
 from t2x.objectives import lexicon as lexicon_lib
 from t2x.objectives import masked_lm
 from t2x.objectives import masking
+from t2x.objectives import next_sentence
 
 
 def lexicon(
@@ -33,6 +34,12 @@ def lexicon(
       return _lexicon(phrases, tokenizer, stream)
     case masked_lm.MaskedLM(masking=masking.Phrases() as phrases):
       return _lexicon(phrases, tokenizer, stream)
+    case next_sentence.NextSentence():
+      own = lexicon(objective.masked, tokenizer, stream)
+      return own or _lexicon(None, tokenizer, stream)
+    case next_sentence.NextSentence():
+      own = lexicon(objective.masked, tokenizer, stream)
+      return own or _lexicon(None, tokenizer, stream)
     case masked_lm.MaskedLM() | denoising.Denoising():
       return _lexicon(None, tokenizer, stream)
   return None

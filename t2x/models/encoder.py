@@ -163,9 +163,25 @@ class Encoder(nnx.Module):
     return self._transformed(x_BTD)
 
   def terms(self, x_BTD, batch, keys_B, zigzag: int) -> terms_lib.Terms:
-    """See `forward`."""
+    """See `forward`; `sentence` where a batch says what follows what."""
     del keys_B, zigzag
-    return terms_lib.of_tokens(self.leave(x_BTD, batch), self.head, batch)
+    terms = terms_lib.of_tokens(self.leave(x_BTD, batch), self.head, batch)
+    targets_BP = batch.get('sentence_targets')
+    if targets_BP is None:
+      return terms
+    assert self.next_sentence is not None, 'model.next_sentence is off'
+    x_B1D = self.pool(self.tower.end(x_BTD))[:, None]
+    # Where a mesh splits rows there is padding after the one target.
+    shape = (*targets_BP.shape, x_BTD.shape[-1])
+    return terms | {
+      'sentence': terms_lib.Term(
+        x_BTD=jnp.broadcast_to(x_B1D, shape),
+        head=self.next_sentence.head,
+        targets_BT=targets_BP,
+        weights_BT=batch['sentence_weights'],
+        is_small=True,
+      )
+    }
 
   def hidden(self, inputs: jax.Array, **kwargs) -> jax.Array:
     """Returns the features alone; arguments as for `features`."""
@@ -230,3 +246,11 @@ class Dense(nnx.Module):
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     y_BTE = param.project(x_BTD, self.kernel_DE, 'BTD,DE->BTE')
     return param.add_bias(y_BTE, self.bias_E)
+
+  @property
+  def head(self) -> embed.Head:
+    """The same product, for a loss."""
+    table_ED = self.kernel_DE[...].T
+    return embed.Head(
+      table_VD=table_ED, bias_V=self.bias_E[...], vocab_size=len(table_ED)
+    )

@@ -10,7 +10,9 @@ from t2x.data import rows as rows_lib
 from t2x.data import token_store
 from t2x.objectives import causal_lm
 from t2x.objectives import masked_lm
+from t2x.objectives import noise
 from t2x.objectives import source_target
+from t2x.objectives import vocab as vocab_lib
 
 LENGTHS = [5, 2, 17, 3, 30, 2, 9, 8, 8, 21]
 
@@ -33,7 +35,15 @@ def _config(**changes):
 
 
 def _read_all(layout, group=0):
-  return layout.read(group, np.arange(layout.group_sizes()[group]))
+  return _read(layout, group, np.arange(layout.group_sizes()[group]))
+
+
+def _read(layout, group, rows):
+  return layout.read(group, rows, noise.keys(0, rows))
+
+
+def _make(config, streams):
+  return rows_lib.make(config, streams, vocab_lib.Vocab(size=300))
 
 
 def test_stream_gives_back_what_was_written(tmp_path):
@@ -57,7 +67,7 @@ def test_stream_pickles_as_its_path(tmp_path):
 
 def test_windows_against_a_loop_over_tokens(tmp_path):
   documents = _documents()
-  layout = rows_lib.make(_config(), (_stream(tmp_path, documents),))
+  layout = _make(_config(), (_stream(tmp_path, documents),))
   (rows,) = _read_all(layout)
   flat = [(t, d) for d, ids in enumerate(documents) for t in ids]
   num_rows = 0
@@ -78,7 +88,7 @@ def test_windows_against_a_loop_over_tokens(tmp_path):
 def test_every_token_is_predicted_exactly_once(tmp_path, length):
   documents = _documents()
   config = _config(length=length)
-  layout = rows_lib.make(config, (_stream(tmp_path, documents),))
+  layout = _make(config, (_stream(tmp_path, documents),))
   (rows,) = _read_all(layout)
   batch = causal_lm.CausalLM().examples(
     rows, keys=np.zeros(0), vocab=None, length=length
@@ -90,7 +100,7 @@ def test_every_token_is_predicted_exactly_once(tmp_path, length):
 def test_masked_windows_hold_every_token_once(tmp_path):
   documents = _documents()
   config = _config(objective=masked_lm.MaskedLM())
-  (rows,) = _read_all(rows_lib.make(config, (_stream(tmp_path, documents),)))
+  (rows,) = _read_all(_make(config, (_stream(tmp_path, documents),)))
   assert rows.tokens.shape[1] == 8
   held = rows.tokens[rows.segments > 0]
   np.testing.assert_array_equal(held, np.concatenate(documents))
@@ -99,8 +109,8 @@ def test_masked_windows_hold_every_token_once(tmp_path):
 def test_minus_one_is_an_empty_row(tmp_path):
   streams = (_stream(tmp_path, _documents()),)
   for batching in (config_lib.Pack(), config_lib.Pad()):
-    layout = rows_lib.make(_config(batching=batching), streams)
-    (rows,) = layout.read(0, np.array([1, -1]))
+    layout = _make(_config(batching=batching), streams)
+    (rows,) = _read(layout, 0, np.array([1, -1]))
     assert rows.segments[0].any()
     assert not rows.segments[1].any() and not rows.tokens[1].any()
 
@@ -108,7 +118,7 @@ def test_minus_one_is_an_empty_row(tmp_path):
 def test_padding_gives_each_document_a_row_of_the_smallest_bucket(tmp_path):
   documents = _documents()
   config = _config(length=16, batching=config_lib.Pad(buckets=(4, 8, 16)))
-  layout = rows_lib.make(config, (_stream(tmp_path, documents),))
+  layout = _make(config, (_stream(tmp_path, documents),))
   assert layout.group_lengths() == (4, 8, 16)
   assert layout.group_sizes() == (4, 3, 3)  # A row holds one token more.
   seen = []
@@ -125,9 +135,7 @@ def test_padding_gives_each_document_a_row_of_the_smallest_bucket(tmp_path):
 def test_bucket_with_less_than_a_batch_joins_the_next(tmp_path):
   streams = (_stream(tmp_path, _documents()),)
   batching = config_lib.Pad(buckets=(1, 2, 4, 8, 16, 32))
-  layout = rows_lib.make(
-    _config(length=32, batch_size=3, batching=batching), streams
-  )
+  layout = _make(_config(length=32, batch_size=3, batching=batching), streams)
   assert layout.group_lengths() == (2, 8, 32)
   assert layout.group_sizes() == (3, 4, 3)
   assert sum(layout.group_sizes()) == len(LENGTHS)
@@ -143,7 +151,7 @@ def _pairs(path):
 def test_packed_pairs_are_whole_aligned_and_in_order(tmp_path):
   sources, targets, streams = _pairs(tmp_path)
   config = _config(length=10, objective=source_target.SourceTarget())
-  layout = rows_lib.make(config, streams)
+  layout = _make(config, streams)
   source, target = _read_all(layout)
   found = []
   for row in range(len(source.tokens)):
@@ -170,7 +178,7 @@ def test_padded_pairs_go_by_the_longer_side(tmp_path):
     objective=source_target.SourceTarget(),
     batching=config_lib.Pad(buckets=(4, 8, 16)),
   )
-  layout = rows_lib.make(config, streams)
+  layout = _make(config, streams)
   assert layout.group_sizes() == (2, 3, 3)
   source, target = _read_all(layout)
   assert source.tokens.shape == target.tokens.shape == (2, 4)

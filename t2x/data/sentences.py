@@ -1,0 +1,132 @@
+"""Rows of two sentences: where they come from, and what goes wrong on purpose.
+
+A document is cut into chunks of whole sentences that fit a row; a chunk is cut
+once more, into A and B, after any of its sentences.
+
+Shape suffixes: B rows, T tokens of a row, V vocabulary.
+"""
+
+import functools
+
+import numpy as np
+
+from t2x.data import config as config_lib
+from t2x.data import token_store
+from t2x.objectives import next_sentence
+from t2x.objectives import noise
+from t2x.objectives import rows as rows_lib
+from t2x.objectives import vocab as vocab_lib
+
+_STREAM = 32  # Of random numbers; those below are the masks'.
+
+
+class SentencePairs:
+  """One chunk of a document a row, some with another B.
+
+  Raises:
+    ValueError: negatives come from other documents, and there is one.
+  """
+
+  def __init__(
+    self,
+    config: config_lib.DataConfig,
+    stream: token_store.Stream,
+    vocab: vocab_lib.Vocab,
+  ):
+    assert isinstance(config.objective, next_sentence.NextSentence)
+    self._objective = config.objective
+    self._stream = stream
+    self._vocab = vocab
+    self._length = config.length
+    self._room = config.objective.source_length(config.length)
+    if self._objective.random and len(stream.offsets) < 3:
+      raise ValueError(
+        f'data.source={config.source!r} has {len(stream.offsets) - 1} document '
+        'in a split, and data.objective.random='
+        f'{self._objective.random} takes sentences of other documents. Give '
+        'more documents, or set random=0 and hard or swapped above 0.'
+      )
+
+  def group_lengths(self) -> tuple[int, ...]:
+    return (self._length,)
+
+  def group_sizes(self) -> tuple[int, ...]:
+    return (len(self._chunks),)
+
+  def read(self, group: int, rows: np.ndarray, keys: np.ndarray):
+    """Returns the rows, 1 for each token of B, and which B are wrong."""
+    del group  # There is one.
+    shape = len(rows), self._length
+    tokens_BT, segments_BT, types_BT = np.zeros((3, *shape), np.int32)
+    wrong_B = np.zeros(len(rows), bool)
+    draws = noise.uniform(keys, 5, stream=_STREAM)
+    for i in np.flatnonzero(rows >= 0):
+      first, second, wrong_B[i] = self._pair(int(rows[i]), draws[i])
+      ids = [vocab_lib.BOS, *first, vocab_lib.EOS, *second, vocab_lib.EOS]
+      tokens_BT[i, : len(ids)], segments_BT[i, : len(ids)] = ids, 1
+      types_BT[i, len(first) + 2 : len(ids)] = 1
+    return rows_lib.Rows(tokens_BT, segments_BT), types_BT, wrong_B
+
+  def _pair(self, row: int, draws) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Returns A, B, and whether B is wrong."""
+    start, stop, _ = self._chunks[row]
+    cut = self._cut(start, stop, draws[0])
+    tokens = self._stream.tokens
+    first, second = tokens[start:cut], tokens[cut:stop]
+    objective = self._objective
+    if draws[1] < objective.positive:
+      return first, second, False
+    shares = np.cumsum([objective.random, objective.hard, objective.swapped])
+    kind = np.searchsorted(shares / shares[-1], draws[2], side='right')
+    other = self._other(row, int(kind), draws[3])
+    if other is None:
+      return second, first, True
+    start, stop, _ = self._chunks[other]
+    return first, tokens[start:stop][: self._room - len(first)], True
+
+  def _cut(self, start: int, stop: int, draw: float) -> int:
+    """Returns a place after a sentence; of a lone one, after any token."""
+    low, high = np.searchsorted(self._ends, (start, stop - 1), side='right')
+    if low < high:
+      return int(self._ends[low + int(draw * (high - low))])
+    return start + 1 + int(draw * (stop - start - 1))
+
+  def _other(self, row: int, kind: int, draw: float) -> int | None:
+    """Returns the chunk of a wrong B, None where A and B are to be swapped."""
+    document = self._chunks[:, 2]
+    low, high = np.searchsorted(document, document[row] + np.array([0, 1]))
+    num = len(document) - (high - low)
+    if kind == 0 and num:
+      other = int(draw * num)
+      return other + (high - low) * (other >= low)
+    # Of the same document, neither this one nor what follows it.
+    away = [i for i in range(low, high) if i not in (row, row + 1)]
+    return away[int(draw * len(away))] if kind == 1 and away else None
+
+  @functools.cached_property
+  def _ends(self) -> np.ndarray:
+    """Where sentences end (the place after the last token), ascending."""
+    lexicon = self._vocab.lexicon
+    assert lexicon is not None, 'a lexicon knows where sentences end'
+    tokens = np.asarray(self._stream.tokens)
+    # A run of such tokens (an ellipsis) ends one sentence.
+    is_end = lexicon.ends_V[tokens]
+    is_end[:-1] &= ~is_end[1:].copy()
+    inside = np.flatnonzero(is_end) + 1
+    return np.union1d(inside, self._stream.offsets[1:] - 1)
+
+  @functools.cached_property
+  def _chunks(self) -> np.ndarray:
+    """Start, stop and document of each chunk."""
+    found, ends = [], self._ends
+    offsets = self._stream.offsets
+    for document in range(len(offsets) - 1):
+      # Without the tokens that start and end a document.
+      start, stop = int(offsets[document]) + 1, int(offsets[document + 1]) - 1
+      while stop - start > 1:
+        most = min(start + self._room, stop)
+        cut = int(ends[np.searchsorted(ends, most, side='right') - 1])
+        cut = cut if cut > start + 1 else most
+        found.append((start, cut, document))
+        start = cut
+    return np.array(found, np.int64).reshape(-1, 3)

@@ -1,0 +1,114 @@
+"""Next sentence and sentence order, with masked tokens: BERT's joint loss.
+
+Shape suffixes: B rows, T tokens of a row.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+from t2x.objectives import masked_lm
+from t2x.objectives import rows as rows_lib
+from t2x.objectives import vocab as vocab_lib
+
+FOLLOWS, WRONG = 0, 1  # The two classes, as BERT's release numbers them.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NextSentence:
+  """Says whether text B follows text A, and predicts masked tokens of both.
+
+  A row is <bos> A <eos> B <eos>, of one document that is cut after a sentence;
+  the model reads its first token. What replaces B, where it does not follow, is
+  drawn by the weights `random`, `hard` and `swapped`: random alone is the task
+  of BERT (Devlin et al., 2019), swapped alone the sentence order of ALBERT (Lan
+  et al., 2020), which topics do not give away, nor do they hard negatives.
+
+  Attributes:
+    masked: which tokens are predicted.
+    positive: share of the rows whose B follows A.
+    random: weight of a B from another document.
+    hard: weight of a B from elsewhere in the same document; of one that has no
+      other place, A and B are swapped.
+    swapped: weight of A and B in the wrong order.
+  """
+
+  masked: masked_lm.MaskedLM = masked_lm.MaskedLM()
+  positive: float = 0.5
+  random: float = 1.0
+  hard: float = 0.0
+  swapped: float = 0.0
+
+  kind: ClassVar[str] = 'next_sentence'
+  has_encoder: ClassVar[bool] = False
+  paired: ClassVar[bool] = False
+
+  def __post_init__(self):
+    if not 0 < self.positive < 1:
+      raise ValueError(
+        f'data.objective.positive={self.positive} must be between 0 and 1, '
+        'both excluded: with one class alone there is nothing to tell.'
+      )
+    negatives = self.random, self.hard, self.swapped
+    if min(negatives) < 0 or sum(negatives) <= 0:
+      raise ValueError(
+        f'data.objective: the weights random={self.random}, hard={self.hard}, '
+        f'swapped={self.swapped} must not be negative, and not all 0.'
+      )
+
+  @property
+  def static(self) -> bool:
+    return self.masked.static
+
+  def source_length(self, length: int) -> int:
+    """Raw tokens of A and B together, the most in a row of `length`."""
+    return length - 3
+
+  def target_length(self, length: int) -> int:
+    """Targets of a row of `length`."""
+    return length
+
+  def lengths(self, length: int) -> dict[str, int]:
+    """How long the arrays of a batch are, by name."""
+    own = {'token_types': length, 'sentence_targets': 1, 'sentence_weights': 1}
+    return self.masked.lengths(length) | own
+
+  def check(self, length: int) -> None:
+    """Raises ValueError where a row has no room for two sentences."""
+    if length < 8:
+      raise ValueError(
+        f'data.length={length} has no room for two sentences and three special '
+        'tokens. Set it to 8 or more.'
+      )
+    self.masked.check(length)
+
+  def examples(
+    self,
+    source: rows_lib.Rows,
+    types_BT: np.ndarray,
+    wrong_B: np.ndarray,
+    *,
+    keys: np.ndarray,
+    vocab: vocab_lib.Vocab,
+    length: int,
+  ) -> dict[str, np.ndarray]:
+    """Returns the batch of rows of two sentences.
+
+    Args:
+      source: rows as `t2x.data.sentences` makes them.
+      types_BT: 0 in A, 1 in B.
+      wrong_B: whether B does not follow A.
+      keys: of the rows.
+      vocab: of the tokenizer.
+      length: of a row.
+    """
+    batch = self.masked.examples(source, keys=keys, vocab=vocab, length=length)
+    is_row_B = source.segments[:, 0] != 0
+    return batch | {
+      'token_types': types_BT.astype(np.int32),
+      'sentence_targets': np.where(wrong_B, WRONG, FOLLOWS)[:, None].astype(
+        np.int32
+      ),
+      'sentence_weights': is_row_B[:, None].astype(np.float32),
+    }
