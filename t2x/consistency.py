@@ -49,6 +49,7 @@ def check(config: Experiment, num_devices: int) -> None:
   _check_groups(config, sizes)
   _check_experts(config, sizes)
   _check_objective(config)
+  _check_sampling(config, sizes)
   _check_lengths(config)
   _check_chunks(config, sizes)
 
@@ -231,6 +232,13 @@ def _check_objective(config: Experiment) -> None:
       f'data.objective={objective.kind} does not train a model of kind '
       f'{model.kind}. Set data.objective to {kinds}, or another model.'
     )
+  ahead = len(getattr(model, 'ahead', ()))
+  if ahead != getattr(objective, 'ahead', 0):
+    raise ValueError(
+      f'model.ahead has {ahead} heads, and the targets of data.objective='
+      f'{objective.kind} are for {getattr(objective, "ahead", 0)}. Set '
+      f'data.objective=causal_lm and data.objective.ahead={ahead}.'
+    )
   if isinstance(objective, next_sentence.NextSentence):
     if not (isinstance(model, encoder.EncoderConfig) and model.next_sentence):
       raise ValueError(
@@ -238,6 +246,23 @@ def _check_objective(config: Experiment) -> None:
         'A: set model.next_sentence=true and model.pooler=true (and model.'
         'num_token_types=2, so that A and B look different).'
       )
+
+
+def _check_sampling(config: Experiment, sizes: Mapping[str, int]) -> None:
+  if config.train.sampling is None:
+    return
+  if not config.data.objective.has_encoder:
+    raise ValueError(
+      f'train.sampling: data.objective={config.data.objective.kind} has no '
+      'decoder that reads targets beside an encoder. Set train.sampling=none, '
+      'or train an encoder_decoder.'
+    )
+  if on_mesh.has_stages(sizes):
+    raise on_mesh.PipelineError(
+      'train.sampling reads predictions of a first pass, which the stages of a '
+      f'pipeline do not have (mesh.pipe={sizes[sharding.PIPE]}). Set '
+      'train.sampling=none, or mesh.pipe=1.'
+    )
 
 
 def _check_chunks(config: Experiment, sizes: dict[str, int]) -> None:

@@ -8,6 +8,7 @@ from t2x import checks
 from t2x import loss as loss_lib
 from t2x import mesh as mesh_lib
 from t2x import optim as optim_lib
+from t2x import scheduled_sampling
 from t2x import sharding
 from t2x import stack
 from t2x import train_state
@@ -44,6 +45,8 @@ class TrainConfig:
     trainable: regular expression on the dotted paths of trained parameters.
     max_skipped: updates in a row that a non-finite value may skip.
     loss: smoothing, z-loss, chunks.
+    sampling: how often a decoder reads its own predictions in place of the true
+      targets, with an encoder; none of them if None.
   """
 
   num_steps: int | None = 1000
@@ -65,6 +68,7 @@ class TrainConfig:
   trainable: str = '.*'
   max_skipped: int = 10
   loss: loss_lib.LossConfig = loss_lib.LossConfig()
+  sampling: scheduled_sampling.ScheduledSampling | None = None
 
   def __post_init__(self):
     lengths = (self.num_steps, self.num_tokens, self.num_epochs)
@@ -113,6 +117,7 @@ class TrainConfig:
       trainable=self.trainable,
       loss=self.loss,
       execution=self.execution,
+      sampling=self.sampling,
     )
 
 

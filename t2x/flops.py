@@ -101,6 +101,9 @@ def forward_parts(
     for name, n in layer.items():
       parts[name] = parts.get(name, 0) + n
   parts['head'] = head_flops(config, num_targets or length)
+  for layer in _layers_ahead(config, length, skip_masked):
+    parts['heads ahead'] = parts.get('heads ahead', 0) + parts['head']
+    parts['heads ahead'] += sum(layer.values())
   return {name: batch_rows * n for name, n in parts.items()}
 
 
@@ -131,6 +134,14 @@ def head_flops(config: model_lib.ModelConfig, num_targets: int) -> int:
   if isinstance(config, encoder.EncoderConfig) and config.masked_head:
     flops += 2 * num_targets * D * D
   return flops
+
+
+def _layers_ahead(config, T, skip_masked) -> list[dict[str, int]]:
+  """Terms of the layer of each head that predicts further ahead."""
+  num = len(getattr(config, 'ahead', ()))
+  last = len(config.group)
+  tower = _tower(config, last, T, True, skip_masked) if num else [{}]
+  return num * tower[-1:]
 
 
 def _layers(config, T, S, skip_masked) -> dict[str, list[dict[str, int]]]:

@@ -13,6 +13,7 @@ import optax
 
 from t2x import loss as loss_lib
 from t2x import optim_state
+from t2x import scheduled_sampling
 from t2x import sharding
 from t2x import stack
 from t2x.pipeline import plan as plan_lib
@@ -43,6 +44,7 @@ class StepConfig:
   """What one update does; see `t2x.experiment.TrainConfig` for each field.
 
   Attributes:
+    sampling: how a decoder reads its own predictions, if it does.
     pipeline: what stages run, on a mesh that has them.
   """
 
@@ -53,6 +55,7 @@ class StepConfig:
   trainable: str = '.*'
   loss: loss_lib.LossConfig = loss_lib.LossConfig()
   execution: stack.Execution = stack.Execution()
+  sampling: scheduled_sampling.ScheduledSampling | None = None
   pipeline: plan_lib.Plan | None = None
 
 

@@ -14,6 +14,7 @@ import optax
 from t2x import balance
 from t2x import loss as loss_lib
 from t2x import optim_state
+from t2x import scheduled_sampling
 from t2x import sharding
 from t2x import train_state
 from t2x.layers import dropout
@@ -52,6 +53,10 @@ def gradients_at(
   """Returns the gradients and summed metrics of a state's next update."""
   trained, rest = train_state.partition(state.model, config.trainable)
   key = jax.random.fold_in(key, state.step)
+  if config.sampling is not None:
+    share = config.sampling.share_at(state.step)
+    rows = batch['inputs'].shape[:1]
+    batch = {**batch, 'sampled_share': jnp.broadcast_to(share, rows)}
   return gradients(trained, rest, batch, key, config)
 
 
@@ -237,6 +242,11 @@ def _loss(trained, rest, batch, key, config: train_state.StepConfig):
     model = param.weights_in(model, model.config.dtype)
   keys_B = dropout.row_keys(key, batch['rows'])
   execution = config.execution
+  if config.sampling is not None:
+    inputs = scheduled_sampling.replaced(
+      config.sampling, model, batch, keys_B, execution
+    )
+    batch = {**batch, 'inputs': inputs}
   x_BTD, stats = forward.run(model, batch, keys_B=keys_B, execution=execution)
   terms = model.terms(x_BTD, batch, keys_B, execution.zigzag)
   loss, sums = loss_lib.of_terms(terms, config.loss)

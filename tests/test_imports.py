@@ -33,7 +33,7 @@ _ORDER = (
   ('models',),
   ('fused_loss',),
   ('loss', 'objectives', 'optim', 'optim_state', 'data', 'decode'),
-  ('balance',),
+  ('balance', 'scheduled_sampling'),
   ('flops',),
   ('pipeline',),
   ('train_state',),

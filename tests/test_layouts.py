@@ -16,6 +16,7 @@ from t2x import loss as loss_lib
 from t2x import machines
 from t2x import mesh as mesh_lib
 from t2x import optim
+from t2x import scheduled_sampling
 from t2x import sharding
 from t2x import train_state
 from t2x import train_step
@@ -158,6 +159,17 @@ KINDS = {
     linear.Performer(**HEADS, num_features=8, function='gaussian'),
   ),
 }
+# Losses of several terms, and of two passes.
+CONFIGS |= {
+  'gpt2 ahead': dataclasses.replace(CONFIGS['gpt2'], ahead=(0.5, 0.25)),
+  'bert sentence': dataclasses.replace(
+    CONFIGS['bert'], pooler=True, next_sentence=True
+  ),
+  't5 sampled': CONFIGS['t5'],
+}
+SAMPLED = dataclasses.replace(
+  STEP, sampling=scheduled_sampling.ScheduledSampling(predict='sample')
+)
 for _name, _kinds in KINDS.items():
   _make = encoder.EncoderConfig if 'bert' in _name else decoder.DecoderConfig
   CONFIGS[_name] = _make(**_FOUR, attention_pattern=_kinds)
@@ -217,6 +229,17 @@ def make_batch(kind):
     batch['target_positions'] = places
     for name in ('targets', 'weights'):
       batch[name] = np.take_along_axis(batch[name], places, axis=1)
+  if kind == 'bert sentence':
+    targets = np.where(np.arange(LENGTH), 0, rng.integers(0, 2, (ROWS, 1)))
+    batch['sentence_targets'] = targets.astype(np.int32)
+    weights = np.zeros((ROWS, LENGTH), np.float32)
+    weights[:-2, 0] = 1.0  # One target; the others are padding.
+    batch['sentence_weights'] = weights
+  if kind == 'gpt2 ahead':
+    for name in ('ahead2', 'ahead3'):
+      batch[f'{name}_targets'] = tokens()
+      keep = rng.integers(0, 2, (ROWS, LENGTH)).astype(np.float32)
+      batch[f'{name}_weights'] = batch['weights'] * keep
   if kind.startswith('t5'):
     segments, positions = packed(rng, ROWS, LENGTH)
     batch |= {
@@ -229,6 +252,8 @@ def make_batch(kind):
 
 def loss_and_gradients(model, batch, key, config=STEP):
   trained, rest = train_state.partition(model, config.trainable)
+  if config.sampling is not None:
+    batch = {**batch, 'sampled_share': jnp.full(ROWS, 0.6)}
   return train_step.gradients(trained, rest, batch, key, config)
 
 
@@ -249,7 +274,9 @@ def shardings_of(kind, mesh):
 def on_one_device(kind):
   """Loss and gradients, without a mesh."""
   args = state_of(kind).model, make_batch(kind), jax.random.key(1)
-  return jax.device_get(jit(loss_and_gradients)(*args))
+  step = SAMPLED if kind == 't5 sampled' else STEP
+  fn = functools.partial(loss_and_gradients, config=step)
+  return jax.device_get(jit(fn)(*args))
 
 
 def on_mesh(kind, mesh, config=STEP, rules=RULES):
@@ -302,6 +329,14 @@ def assert_as_on_one_device(kind, result):
 def test_loss_and_gradients(kind, mesh):
   """With packing, dropout, uneven weights and rows of no weight."""
   result = on_mesh(kind, make_mesh(**MESHES[mesh]))
+  assert_as_on_one_device(kind, result)
+
+
+@pytest.mark.parametrize('mesh', ['data2_fsdp2_tensor2', 'context4_tensor2'])
+@pytest.mark.parametrize('kind', ['gpt2 ahead', 'bert sentence', 't5 sampled'])
+def test_terms_and_passes(kind, mesh):
+  step = SAMPLED if kind == 't5 sampled' else STEP
+  result = on_mesh(kind, make_mesh(**MESHES[mesh]), config=step)
   assert_as_on_one_device(kind, result)
 
 

@@ -206,6 +206,10 @@ class Tower(nnx.Module):
     }
     return x_BTD, caches, stats
 
+  def layer_on_top(self, rngs: nnx.Rngs) -> block.Block:
+    """Returns one more layer, like the last of the group, that is no part."""
+    return _make_block(self.config, *self.config.group[-1], 1.0, False, rngs)
+
   def begin(self, x_BTD: jax.Array, context: block.Context) -> jax.Array:
     """Dropout on the embeddings; its site lies past every layer's number."""
     keys_B = dropout_lib.fold(context.keys_B, self.layers.num_layers)

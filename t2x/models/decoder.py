@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 
 from t2x import stack
 from t2x.attention import mask as mask_lib
@@ -22,13 +23,27 @@ from t2x.models import terms as terms_lib
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig(common.TransformerConfig):
-  """See `TransformerConfig`."""
+  """See `TransformerConfig`.
+
+  Attributes:
+    ahead: weights in the loss of heads that predict the second next token, the
+      third, ...: each has one more layer on top of the stack and the final norm
+      and table in common (Gloeckle et al., 2024). Training alone runs them.
+  """
 
   kind: ClassVar[str] = 'decoder'
+  ahead: tuple[float, ...] = ()
 
   def __post_init__(self):
     super().__post_init__()
     layer_checks.check_causal(self)
+    if min(self.ahead, default=1.0) <= 0:
+      raise ValueError(f'model.ahead={self.ahead}; its weights are above 0.')
+    if self.ahead and isinstance(self.group[-1][1], moe.MoeConfig):
+      raise ValueError(
+        f'model.ahead={self.ahead}: heads with a layer of experts are not '
+        'balanced. Let the last of model.mlp_pattern be kind mlp.'
+      )
 
 
 class Decoder(nnx.Module):
@@ -48,6 +63,7 @@ class Decoder(nnx.Module):
     self.tower = common.Tower(
       config, config.num_layers, bidirectional=False, rngs=rngs
     )
+    self.ahead = nnx.List([self.tower.layer_on_top(rngs) for _ in config.ahead])
     untied = config.tied_head == 'untied'
     self.output = common.OutputTable(config, rngs=rngs) if untied else None
 
@@ -121,9 +137,23 @@ class Decoder(nnx.Module):
     return self.tower.end(x_BTD)
 
   def terms(self, x_BTD, batch, keys_B, zigzag: int) -> terms_lib.Terms:
-    """See `forward`."""
-    del keys_B, zigzag
-    return terms_lib.of_tokens(self.leave(x_BTD, batch), self.head, batch)
+    """See `forward`; `ahead2`, ... where a batch has their targets."""
+    terms = terms_lib.of_tokens(self.leave(x_BTD, batch), self.head, batch)
+    if not self.ahead:
+      return terms
+    context = self.context('tower', batch, keys_B, zigzag)
+    for i, (layer, factor) in enumerate(zip(self.ahead, self.config.ahead)):
+      name = f'ahead{i + 2}'
+      num = self.config.num_layers + 1 + i  # Of its dropout, past all others.
+      y_BTD, _, _ = self.tower.layer(layer, x_BTD, context, jnp.asarray(num))
+      terms[name] = terms_lib.Term(
+        x_BTD=self.tower.end(y_BTD),
+        head=self.head,
+        targets_BT=batch[f'{name}_targets'],
+        weights_BT=batch[f'{name}_weights'],
+        factor=factor,
+      )
+    return terms
 
   @property
   def head(self) -> embed.Head:
