@@ -1,16 +1,16 @@
 r"""The same small model on the same tokens, with each kind of attention.
 
-python scripts/compare_attention.py [--what=kinds|maskings] [--steps=200]
+python scripts/compare_attention.py [--what=kinds|maskings] [--steps=600]
     [--only=NAME,...] [--plot=FILE.png] [--json]
 
-An encoder of 4 layers, 128 wide, learns to predict masked tokens of the
-installed documentation, one document to a row of 256. `kinds` changes its
+An encoder of 2 layers, 128 wide, learns to predict masked tokens of the
+installed documentation, one document to a row of 128. `kinds` changes its
 attention, `maskings` which tokens it predicts (then also the task: losses of
 different maskings are not comparable, but for how they fall). For each: the
 held-out loss after so many steps (nats a predicted token), the median time of a
 step and the compiler's temporaries. Kinds look at about 64 tokens, where they
-choose. `--json` prints one object in the last line. Two cores take about a
-minute for each.
+choose. `--json` prints one object in the last line. Two cores take about three
+minutes for each.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from t2x.models import encoder
 from t2x.objectives import masked_lm
 from t2x.objectives import masking
 
-LENGTH, EVERY, SHOWN = 256, 10, 20  # Losses are means of so many steps.
+LENGTH, EVERY, SHOWN = 128, 10, 20  # Losses are means of so many steps.
 _HEADS: Any = {'num_heads': 8, 'head_dim': 16}
 _BLOCKS = tuple(
   ''.join('01'[j in (0, i - 1, i, i + 1)] for j in range(16)) for i in range(16)
@@ -83,7 +83,7 @@ def config_of(what: str, name: str, steps: int) -> experiment.Experiment:
   return experiment.Experiment(
     model=encoder.EncoderConfig(
       vocab_size=1024,
-      num_layers=4,
+      num_layers=2,
       embed_dim=128,
       attention=kind,
       mlp=mlp.MlpConfig(hidden=512, activation='gelu'),
@@ -93,7 +93,7 @@ def config_of(what: str, name: str, steps: int) -> experiment.Experiment:
     ),
     data=data.DataConfig(
       length=LENGTH,
-      batch_size=16,
+      batch_size=32,
       batching=data.Pad(),
       tokenizer=tokenizers.SentencePiece(vocab_size=1024),
       objective=masked_lm.MaskedLM(rate=0.4, masking=own),
@@ -201,7 +201,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description='Kinds and maskings, trained')
   parser.add_argument('--what', choices=['kinds', 'maskings'], default='kinds')
-  parser.add_argument('--steps', type=int, default=200)
+  parser.add_argument('--steps', type=int, default=600)
   parser.add_argument('--only', help='Names, with commas.')
   parser.add_argument('--plot', help='A picture to write.')
   parser.add_argument('--json', action='store_true')

@@ -88,6 +88,11 @@ MODELS['balanced'] = dataclasses.replace(
     num_experts=4, hidden=16, router=routing.TokenChoice(bias_rate=0.01)
   ),
 )
+# A loss of several terms.
+MODELS['ahead'] = dataclasses.replace(MODELS['decoder'], ahead=(0.5,))
+MODELS['sentences'] = dataclasses.replace(
+  MODELS['encoder'], pooler=True, next_sentence=True
+)
 LOSS = loss_lib.LossConfig(label_smoothing=0.1, z_loss=1e-3)
 
 
@@ -100,6 +105,12 @@ def batch_of(config, rows=ROWS):
     'weights': rng.random((rows, LENGTH)).astype(np.float32),
     'segments': np.where(np.arange(LENGTH) < 6, 1, 2) * np.ones((rows, 1), int),
   }
+  if config is MODELS['ahead']:
+    batch['ahead2_targets'] = ids(LENGTH)
+    batch['ahead2_weights'] = rng.random((rows, LENGTH)).astype(np.float32)
+  if config is MODELS['sentences']:
+    batch['sentence_targets'] = rng.integers(0, 2, (rows, 1))
+    batch['sentence_weights'] = np.ones((rows, 1), np.float32)
   if isinstance(config, encoder_decoder.EncoderDecoderConfig):
     return {
       'inputs': batch['inputs'],
@@ -193,6 +204,8 @@ CASES = [
   ('experts', 'gpipe', {'pipe': 2, 'expert': 2}, {'remat': 'full'}),
   ('decoder', 'zb_v', {'pipe': 2}, {'uniform': True}),
   ('decoder', 'gpipe', {'pipe': 2, 'fsdp': 2}, {}),
+  ('ahead', 'zb_h1', {'pipe': 2, 'data': 2}, {}),
+  ('sentences', 'one_f_one_b', {'pipe': 2}, {}),
 ]
 SLOW = [
   ('decoder', 'breadth_first', {'pipe': 2, 'context': 2, 'tensor': 2}, {}),
