@@ -10,6 +10,7 @@ Shape suffixes: B rows, T target position, V vocabulary.
 
 import dataclasses
 from typing import Any
+from typing import ClassVar
 from typing import Literal
 
 import jax
@@ -41,6 +42,8 @@ class ScheduledSampling:
   steps: int = 1
   shape: Literal['linear', 'sigmoid'] = 'linear'
   predict: Literal['best', 'sample'] = 'best'
+
+  kind: ClassVar[str] = 'scheduled'
 
   def __post_init__(self):
     checks.least(self, 'train.sampling.', start=0, steps=1)
