@@ -1,6 +1,6 @@
 r"""The same small model on the same tokens, with each kind of attention.
 
-python scripts/compare_attention.py [--what=kinds|maskings] [--steps=600]
+python scripts/compare_attention.py [--what=kinds|maskings] [--steps=400]
     [--only=NAME,...] [--plot=FILE.png] [--json]
 
 An encoder of 2 layers, 128 wide, learns to predict masked tokens of the
@@ -9,7 +9,7 @@ attention, `maskings` which tokens it predicts (then also the task: losses of
 different maskings are not comparable, but for how they fall). For each: the
 held-out loss after so many steps (nats a predicted token), the median time of a
 step and the compiler's temporaries. Kinds look at about 64 tokens, where they
-choose. `--json` prints one object in the last line. Two cores take about three
+choose. `--json` prints one object in the last line. Two cores take about two
 minutes for each.
 """
 
@@ -73,6 +73,7 @@ MASKINGS = {
   'phrases': masking.Phrases(),
   'hierarchy': masking.Hierarchy(phrases=1.0),
   'rare': masking.Rare(),
+  'by_loss': masking.ByLoss(),
 }
 
 
@@ -201,7 +202,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description='Kinds and maskings, trained')
   parser.add_argument('--what', choices=['kinds', 'maskings'], default='kinds')
-  parser.add_argument('--steps', type=int, default=600)
+  parser.add_argument('--steps', type=int, default=400)
   parser.add_argument('--only', help='Names, with commas.')
   parser.add_argument('--plot', help='A picture to write.')
   parser.add_argument('--json', action='store_true')

@@ -49,6 +49,7 @@ def check(config: Experiment, num_devices: int) -> None:
   _check_groups(config, sizes)
   _check_experts(config, sizes)
   _check_objective(config)
+  _check_masking(config, sizes)
   _check_sampling(config, sizes)
   _check_lengths(config)
   _check_chunks(config, sizes)
@@ -246,6 +247,15 @@ def _check_objective(config: Experiment) -> None:
         'A: set model.next_sentence=true and model.pooler=true (and model.'
         'num_token_types=2, so that A and B look different).'
       )
+
+
+def _check_masking(config: Experiment, sizes: Mapping[str, int]) -> None:
+  if config.step_config.masking is not None and on_mesh.has_stages(sizes):
+    raise on_mesh.PipelineError(
+      'data.objective.masking=by_loss asks for the loss of each token, which '
+      'the stages of a pipeline do not tell (mesh.pipe='
+      f'{sizes[sharding.PIPE]}). Set another masking, or mesh.pipe=1.'
+    )
 
 
 def _check_sampling(config: Experiment, sizes: Mapping[str, int]) -> None:

@@ -15,6 +15,7 @@ from t2x import train_state
 from t2x.data import config as data_config
 from t2x.models import decoder
 from t2x.models import model as model_lib
+from t2x.objectives import masking
 from t2x.pipeline import config as pipeline_config
 
 
@@ -138,6 +139,14 @@ class Experiment:
   rules: sharding.Rules = sharding.Rules()
   pipeline: pipeline_config.PipelineConfig = pipeline_config.PipelineConfig()
   compiler_options: tuple[str, ...] = ()
+
+  @property
+  def step_config(self) -> train_state.StepConfig:
+    """What a step does, on no mesh in particular."""
+    objective = self.data.objective
+    own = getattr(getattr(objective, 'masked', objective), 'masking', None)
+    by_loss = own if isinstance(own, masking.ByLoss) else None
+    return dataclasses.replace(self.train.step_config, masking=by_loss)
 
 
 def num_steps(config: Experiment) -> int | None:

@@ -91,7 +91,7 @@ def load(
     )
   step, state, _ = restored
   tokenizer = tokenizers.load(paths.path(workdir) / 'tokenizer')
-  model = train_state.averaged_model(state, config.train.step_config)
+  model = train_state.averaged_model(state, config.step_config)
   return Trained(
     config=config, model=model, tokenizer=tokenizer, step=step, mesh=mesh
   )

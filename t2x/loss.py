@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from t2x import fused_loss
+from t2x import loss_masking
 from t2x import sharding
 from t2x.layers import embed
 from t2x.models import terms as terms_lib
@@ -130,13 +131,16 @@ def _reduce_chunks(x_BTD, head, targets_BT, num) -> _Sums:
 
 
 def of_terms(
-  terms: terms_lib.Terms, config: LossConfig = LossConfig()
+  terms: terms_lib.Terms,
+  config: LossConfig = LossConfig(),
+  by_token: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Returns the loss that terms make, and what is measured, float32 scalars.
 
   Args:
     terms: by name; small ones are not cut into chunks.
     config: smoothing, z-loss, chunks.
+    by_token: measure the main term by tokens too, see `loss_masking`.
 
   Returns:
     The sum of the terms' weighted losses by their factors; and `nll` (nats) and
@@ -158,6 +162,10 @@ def of_terms(
     prefix = f'{name}_' if name else ''
     sums[f'{prefix}nll'] = (mean.nll_BT * weights_BT).sum()
     sums[f'{prefix}accuracy'] = (mean.correct_BT * weights_BT).sum()
+    if by_token and name == terms_lib.MAIN:
+      sums[loss_masking.NAME] = loss_masking.measured(
+        mean.nll_BT, term.targets_BT, weights_BT, len(term.head.table_VD)
+      )
   return loss, sums
 
 

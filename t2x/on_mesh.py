@@ -73,7 +73,7 @@ def rows_multiple(config: Experiment, sizes: Mapping[str, int]) -> int:
 
 def row_axes(config: Experiment, sizes: Mapping[str, int]) -> list[str]:
   """Returns the mesh axes over which rows are dealt."""
-  step = config.train.step_config
+  step = config.step_config
   by_hand = train_step.axes_by_hand(step, has_stages(sizes))
   return sorted({*sharding.mesh_axes(config.rules.batch), *by_hand})
 

@@ -142,7 +142,7 @@ class Program:
     The mesh may be of absent devices, and is in use (`sharding.use`).
     """
     batch = self.batch_shapes()
-    own = self.config.train.step_config
+    own = self.config.step_config
     model = train_state.averaged_model(self.shapes, own)
     return {
       'init': self._init.lower(self._key_shape()),
@@ -202,7 +202,7 @@ def step_config(
   execution = on_mesh.execution_of(config, mesh.shape)
   pipeline = on_mesh.pipeline(config, mesh.shape)
   return dataclasses.replace(
-    config.train.step_config, execution=execution, pipeline=pipeline
+    config.step_config, execution=execution, pipeline=pipeline
   )
 
 
@@ -264,7 +264,7 @@ def shardings_of(
   if pipeline is not None and pipeline.place.is_contiguous:
     rules = dataclasses.replace(rules, layers=sharding.PIPE)
   shardings = train_state.state_shardings(
-    shapes, mesh, rules, config.train.step_config
+    shapes, mesh, rules, config.step_config
   )
   rows = (config.data.batch_size, config.data.length)
   spec = sharding.to_spec(
@@ -288,4 +288,4 @@ def local_rows(batch_sharding: NamedSharding, num_rows: int) -> np.ndarray:
 
 def _init_state(config, tx, key: jax.Array) -> train_state.TrainState:
   model = model_lib.make(config.model, rngs=nnx.Rngs(key))
-  return train_state.init_state(model, tx, config.train.step_config)
+  return train_state.init_state(model, tx, config.step_config)

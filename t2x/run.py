@@ -126,7 +126,7 @@ class Run:
     """Returns `eval/NAME/...` of every evaluation split."""
     config = self.config
     row = {}
-    model = train_state.averaged_model(self.state, config.train.step_config)
+    model = train_state.averaged_model(self.state, config.step_config)
     for split in config.data.eval_splits:
       batches = pipeline.eval_batches(
         self.corpus,

@@ -32,7 +32,7 @@ def step(config: experiment.Experiment) -> core.ClosedJaxpr:
   fn = functools.partial(
     train_step.train_step,
     tx=optim.make(config.optim, 1),
-    config=config.train.step_config,
+    config=config.step_config,
   )
   key = jax.eval_shape(jax.random.key, 0)
   return jax.make_jaxpr(fn)(program.state_shapes(config), batch, key)

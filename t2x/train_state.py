@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import optax
 
 from t2x import loss as loss_lib
+from t2x import loss_masking
 from t2x import optim_state
 from t2x import scheduled_sampling
 from t2x import sharding
 from t2x import stack
+from t2x.objectives import masking as masking_lib
 from t2x.pipeline import plan as plan_lib
 
 
@@ -30,6 +32,7 @@ class TrainState:
     opt_state: of the trainable parameters.
     ema: moving average of the trainable parameters, or None.
     num_skipped: updates skipped in a row because of a non-finite value.
+    carried: what else steps hand on, by name.
   """
 
   step: jax.Array
@@ -37,6 +40,7 @@ class TrainState:
   opt_state: Any
   ema: Any
   num_skipped: jax.Array
+  carried: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,7 @@ class StepConfig:
   """What one update does; see `t2x.experiment.TrainConfig` for each field.
 
   Attributes:
+    masking: masks that each step draws by itself, if it does.
     sampling: how a decoder reads its own predictions, if it does.
     pipeline: what stages run, on a mesh that has them.
   """
@@ -55,6 +60,7 @@ class StepConfig:
   trainable: str = '.*'
   loss: loss_lib.LossConfig = loss_lib.LossConfig()
   execution: stack.Execution = stack.Execution()
+  masking: masking_lib.ByLoss | None = None
   sampling: scheduled_sampling.ScheduledSampling | None = None
   pipeline: plan_lib.Plan | None = None
 
@@ -130,7 +136,15 @@ def init_state(
     opt_state=tx.init(trained),
     ema=copy(trained) if config.ema_decay is not None else None,
     num_skipped=jnp.zeros((), jnp.int32),
+    carried=_carried(model, config),
   )
+
+
+def _carried(model: Any, config: StepConfig) -> dict[str, jax.Array]:
+  if config.masking is None:
+    return {}
+  rows = len(model.head.table_VD)
+  return {loss_masking.NAME: loss_masking.start(rows)}
 
 
 def state_shardings(state: TrainState, mesh, rules, config: StepConfig):

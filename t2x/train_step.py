@@ -13,6 +13,7 @@ import optax
 
 from t2x import balance
 from t2x import loss as loss_lib
+from t2x import loss_masking
 from t2x import optim_state
 from t2x import scheduled_sampling
 from t2x import sharding
@@ -53,6 +54,9 @@ def gradients_at(
   """Returns the gradients and summed metrics of a state's next update."""
   trained, rest = train_state.partition(state.model, config.trainable)
   key = jax.random.fold_in(key, state.step)
+  if config.masking is not None:
+    losses_V = state.carried[loss_masking.NAME]
+    batch = loss_masking.masked(config.masking, batch, losses_V, key)
   if config.sampling is not None:
     share = config.sampling.share_at(state.step)
     rows = batch['inputs'].shape[:1]
@@ -88,6 +92,7 @@ def apply_gradients(
     d = config.ema_decay
     mix = lambda e, p: jnp.where(finite, d * e + (1.0 - d) * p, e)
     ema = jax.tree.map(mix, state.ema, new_trained)
+  carried, sums = _carried(state, sums, config)
   num_skipped = jnp.where(finite, 0, state.num_skipped + 1)
   new_state = train_state.TrainState(
     step=state.step + 1,
@@ -97,10 +102,22 @@ def apply_gradients(
     opt_state=opt_state,
     ema=ema,
     num_skipped=num_skipped,
+    carried=keep(carried, state.carried),
   )
   sums = {name: value for name, value in sums.items() if name != 'loads'}
   metrics = {**sums, 'grad_norm': grad_norm, 'num_skipped': num_skipped}
   return new_state, metrics | balance.metrics(loads)
+
+
+def _carried(state: train_state.TrainState, sums, config):
+  """Returns what is carried on after a step, and the other sums."""
+  if config.masking is None:
+    return state.carried, sums
+  rest, name = dict(sums), loss_masking.NAME
+  losses_V = loss_masking.updated(
+    config.masking, state.carried[name], rest.pop(name)
+  )
+  return {**state.carried, name: losses_V}, rest
 
 
 def _updated(rest: Any, loads: Any, step: jax.Array) -> Any:
@@ -249,7 +266,8 @@ def _loss(trained, rest, batch, key, config: train_state.StepConfig):
     batch = {**batch, 'inputs': inputs}
   x_BTD, stats = forward.run(model, batch, keys_B=keys_B, execution=execution)
   terms = model.terms(x_BTD, batch, keys_B, execution.zigzag)
-  loss, sums = loss_lib.of_terms(terms, config.loss)
+  by_token = config.masking is not None
+  loss, sums = loss_lib.of_terms(terms, config.loss, by_token)
   router_losses = balance.losses(stats, batch['weights'].sum(1))
   loss = loss + sum(router_losses.values())
   return loss, {

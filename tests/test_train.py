@@ -351,7 +351,7 @@ def test_the_average_is_evaluated_and_the_rest_is_frozen(
   for name in trained:
     expected = 0.75 * before[name] + 0.25 * last[name]
     np.testing.assert_allclose(after[name], expected, rtol=1e-5, atol=1e-7)
-  averaged = train_state.averaged_model(states[-1], config.train.step_config)
+  averaged = train_state.averaged_model(states[-1], config.step_config)
   row = metrics.read_rows(tmp_path / 'run')[-1]
   loss = _evaluate(config, averaged)['loss']
   assert row['eval/train/loss'] == pytest.approx(loss, rel=1e-6)

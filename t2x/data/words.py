@@ -27,7 +27,7 @@ def lexicon(
     stream: the training text.
   """
   match objective:
-    case masked_lm.MaskedLM(masking=masking.Tokens()):
+    case masked_lm.MaskedLM(masking=masking.Tokens() | masking.ByLoss()):
       return None
     case masked_lm.MaskedLM(masking=masking.Hierarchy() as levels):
       phrases = levels.phrase if levels.phrases else None

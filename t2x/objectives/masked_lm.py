@@ -52,6 +52,11 @@ class MaskedLM:
         f'{self.random_share} must not be negative nor add up to more than 1; '
         'what they leave is kept unchanged.'
       )
+    if self.static and isinstance(self.masking, masking_lib.ByLoss):
+      raise ValueError(
+        'data.objective.static=true draws masks once, and masking=by_loss anew '
+        'at each step. Set one of them.'
+      )
 
   def source_length(self, length: int) -> int:
     """Raw tokens that one row of `length` is made from."""
@@ -74,7 +79,10 @@ class MaskedLM:
     few = dict.fromkeys(
       ('targets', 'weights', 'target_positions'), self.num_targets(length)
     )
-    return rows_lib.lengths(length) | few
+    # What a step needs to mask by itself.
+    by_loss = isinstance(self.masking, masking_lib.ByLoss)
+    more = ('originals', 'noised', 'maskable') if by_loss else ()
+    return rows_lib.lengths(length) | few | dict.fromkeys(more, length)
 
   def check(self, length: int) -> None:
     """Raises ValueError where no token of a row would be predicted."""
@@ -119,7 +127,7 @@ class MaskedLM:
       fate_BT < self.mask_share + self.random_share
     )
     noised_BT = np.where(is_random_BT, random_BT, noised_BT)
-    return {
+    batch = {
       'inputs': np.where(is_chosen_BT, noised_BT, tokens_BT).astype(np.int32),
       'targets': np.take_along_axis(tokens_BT, places_BM, axis=1),
       'weights': weights_BM,
@@ -127,6 +135,11 @@ class MaskedLM:
       'segments': segments_BT,
       'positions': rows_lib.positions(segments_BT),
     }
+    if isinstance(self.masking, masking_lib.ByLoss):
+      batch['originals'] = tokens_BT
+      batch['noised'] = noised_BT.astype(np.int32)
+      batch['maskable'] = is_text_BT.astype(np.int32)
+    return batch
 
 
 def _places(is_chosen_BT, num: int) -> tuple[np.ndarray, np.ndarray]:

@@ -158,7 +158,31 @@ class Scored:
       ) from error
 
 
-Config = Tokens | Words | Spans | Phrases | Hierarchy | Rare | Scored
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ByLoss:
+  """Tokens that are hard to predict more often.
+
+  Each step draws masks by a moving average of the loss of each token of the
+  vocabulary, which is part of the state of training. Evaluation masks tokens as
+  `Tokens`, so that its losses are comparable.
+
+  Attributes:
+    decay: of the average, at each step that predicts the token.
+    power: a token's chance grows as loss^power; 0 is as single tokens.
+  """
+
+  kind: ClassVar[str] = 'by_loss'
+  decay: float = 0.9
+  power: float = 1.0
+
+  def __post_init__(self):
+    if not 0 <= self.decay < 1:
+      raise ValueError(
+        f'data.objective.masking.decay={self.decay}; it is in [0, 1).'
+      )
+
+
+Config = Tokens | Words | Spans | Phrases | Hierarchy | Rare | Scored | ByLoss
 
 
 def units(
@@ -169,7 +193,7 @@ def units(
   lexicon: lexicon_lib.Lexicon | None,
 ) -> np.ndarray:
   """Returns the number of each token's unit in its row, from 0, (B, T)."""
-  if isinstance(config, Tokens):
+  if isinstance(config, Tokens | ByLoss):
     T = tokens_BT.shape[1]
     return np.broadcast_to(np.arange(T), tokens_BT.shape)
   assert lexicon is not None, 'words and phrases are known from a corpus'

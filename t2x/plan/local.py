@@ -153,7 +153,7 @@ class Local:
   @property
   def by_hand(self) -> tuple[str, ...]:
     """Mesh axes over which gradients are reduced once, after all."""
-    step = self.config.train.step_config
+    step = self.config.step_config
     names = train_step.axes_by_hand(step, self.plan is not None)
     return tuple(a for a in names if self.sizes[a] > 1)
 

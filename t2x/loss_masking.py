@@ -1,0 +1,87 @@
+"""Masks that follow the loss: tokens that are hard to predict, more often.
+
+The state of training holds a moving average of the loss of each token of the
+vocabulary. Each step draws its masks from it, on the devices; so they are a
+function of the seed, the step and the state, and go on with a checkpoint.
+
+Shape suffixes: B rows, T tokens of a row, M tokens that are predicted, V
+vocabulary.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from t2x.layers import dropout
+from t2x.objectives import masking
+
+NAME = 'token_loss'  # In what a state carries, and in a step's sums.
+_SITE = 2**30 + 1  # Of random numbers, past every layer's.
+
+
+def start(rows: int) -> jax.Array:
+  """Returns the averages before the first step: of tokens all as likely."""
+  return jnp.full((rows,), math.log(rows), jnp.float32)
+
+
+def masked(
+  config: masking.ByLoss,
+  batch: dict[str, jax.Array],
+  loss_V: jax.Array,
+  key: jax.Array,
+) -> dict[str, jax.Array]:
+  """Returns the batch with masks drawn anew.
+
+  A row's tokens are drawn without replacement, each with a weight of its
+  average loss to the power `config.power`: the largest of log(weight) + Gumbel
+  noise (Efraimidis and Spirakis, 2006). There are as many as before.
+
+  Args:
+    config: of the masks.
+    batch: of a masked language model, with what `MaskedLM` adds for this.
+    loss_V: moving average of each token's loss.
+    key: of this step.
+  """
+  tokens_BT, may_BT = batch['originals'], batch['maskable'] > 0
+  rows_B = jnp.arange(len(tokens_BT))
+  keys_B = dropout.fold(dropout.row_keys(key, rows_B), _SITE)
+  assert keys_B is not None
+  draw = lambda key: jax.random.gumbel(key, tokens_BT.shape[1:], jnp.float32)
+  loss_BT = jnp.maximum(loss_V[tokens_BT], 1e-6)
+  race_BT = config.power * jnp.log(loss_BT) + jax.vmap(draw)(keys_B)
+  race_BT = jnp.where(may_BT, race_BT, -jnp.inf)
+  weights_BM = batch['weights']
+  _, places_BM = jax.lax.top_k(race_BT, weights_BM.shape[1])
+  num_B1 = (weights_BM > 0).sum(1, keepdims=True)
+  chosen_BM = jnp.arange(weights_BM.shape[1])[None] < num_B1
+  # In the order of the row, as the host has them, those that are none last.
+  length = tokens_BT.shape[1]
+  places_BM = jnp.sort(jnp.where(chosen_BM, places_BM, length), axis=1)
+  places_BM = jnp.where(chosen_BM, places_BM, 0).astype(jnp.int32)
+  at = jax.vmap(lambda row_T, at_M: row_T[at_M])
+  put = jax.vmap(lambda at_M, is_M: jnp.zeros(length).at[at_M].add(is_M))
+  is_BT = put(places_BM, chosen_BM.astype(jnp.float32)) > 0
+  return batch | {
+    'inputs': jnp.where(is_BT, batch['noised'], tokens_BT),
+    'targets': at(tokens_BT, places_BM),
+    'target_positions': places_BM,
+    'weights': chosen_BM.astype(jnp.float32),
+  }
+
+
+def measured(nll_BM, targets_BM, weights_BM, rows: int) -> jax.Array:
+  """Returns the sum of losses and the number of each token, (2, V)."""
+  is_BM = (weights_BM > 0).astype(jnp.float32)
+  flat = targets_BM.reshape(-1)
+  both = jnp.stack([(nll_BM * is_BM).reshape(-1), is_BM.reshape(-1)])
+  return jnp.zeros((2, rows), jnp.float32).at[:, flat].add(both)
+
+
+def updated(config: masking.ByLoss, loss_V: jax.Array, sums: Any) -> jax.Array:
+  """Returns the averages after a step, of the tokens that it predicted."""
+  total_V, num_V = sums
+  mean_V = total_V / jnp.maximum(num_V, 1.0)
+  moved_V = config.decay * loss_V + (1.0 - config.decay) * mean_V
+  return jnp.where(num_V > 0, moved_V, loss_V)
