@@ -161,6 +161,12 @@ def _check_context(config: Experiment, sizes: dict[str, int]) -> None:
         f'Set it to {-(-length // parts) * parts}, or change the mesh.'
       )
   devices = on_mesh.context_size(config, sizes)
+  if devices > 1 and getattr(config.data.objective, 'dropped', False):
+    raise sharding.ShardingError(
+      f'data.objective.dropped=true leaves rows of which places are missing, '
+      f'and mesh.context={devices} splits rows. Set mesh.context=1 or '
+      'dropped=false.'
+    )
   if devices > 1 and config.rules.context_attention == 'all_to_all':
     split = sharding.mesh_axes(config.rules.kv_heads)
     parts = math.prod(sizes[a] for a in split)
@@ -239,6 +245,20 @@ def _check_objective(config: Experiment) -> None:
       f'model.ahead has {ahead} heads, and the targets of data.objective='
       f'{objective.kind} are for {getattr(objective, "ahead", 0)}. Set '
       f'data.objective=causal_lm and data.objective.ahead={ahead}.'
+    )
+  masked = getattr(objective, 'masked', objective)
+  dropped = getattr(masked, 'dropped', False)
+  if dropped != bool(getattr(model, 'query_layers', 0)):
+    raise ValueError(
+      f'data.objective.dropped={str(dropped).lower()} and model.query_layers='
+      f'{getattr(model, "query_layers", 0)}: tokens that are dropped from the '
+      'encoder are asked for by query layers. Set dropped=true and '
+      'query_layers to 1 or more, or false and 0.'
+    )
+  if dropped and masked is not objective:
+    raise ValueError(
+      'data.objective=next_sentence reads whole rows: set data.objective.masked'
+      '.dropped=false.'
     )
   if isinstance(objective, next_sentence.NextSentence):
     if not (isinstance(model, encoder.EncoderConfig) and model.next_sentence):

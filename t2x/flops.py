@@ -12,6 +12,7 @@ key/value heads, H head dim, F feed-forward, V vocabulary, w window.
 """
 
 from collections.abc import Mapping
+import functools
 
 from t2x.attention import patterns
 from t2x.layers import attention as attention_lib
@@ -19,7 +20,6 @@ from t2x.layers import kinds as kinds_lib
 from t2x.layers import moe
 from t2x.models import common
 from t2x.models import encoder
-from t2x.models import encoder_decoder
 from t2x.models import model as model_lib
 
 
@@ -96,7 +96,7 @@ def forward_parts(
 ) -> dict[str, int]:
   """Returns the terms of `forward_flops` by name."""
   parts = {}
-  layers = _layers(config, length, encoder_length, skip_masked)
+  layers = _layers(config, length, encoder_length, num_targets, skip_masked)
   for layer in sum(layers.values(), []):
     for name, n in layer.items():
       parts[name] = parts.get(name, 0) + n
@@ -108,7 +108,10 @@ def forward_parts(
 
 
 def layer_flops(
-  config: model_lib.ModelConfig, length: int, encoder_length: int | None = None
+  config: model_lib.ModelConfig,
+  length: int,
+  encoder_length: int | None = None,
+  num_targets: int | None = None,
 ) -> dict[str, list[int]]:
   """Returns the FLOPs of each layer of each tower: one row, one forward pass.
 
@@ -116,11 +119,12 @@ def layer_flops(
     config: of the model.
     length: T, decoder positions for an encoder-decoder.
     encoder_length: S, needed for an encoder-decoder alone.
+    num_targets: positions of a row that reach the head; None is all.
 
   Raises:
     ValueError: `encoder_length` is missing.
   """
-  layers = _layers(config, length, encoder_length, True)
+  layers = _layers(config, length, encoder_length, num_targets, True)
   return {
     tower: [sum(layer.values()) for layer in own]
     for tower, own in layers.items()
@@ -144,25 +148,26 @@ def _layers_ahead(config, T, skip_masked) -> list[dict[str, int]]:
   return num * tower[-1:]
 
 
-def _layers(config, T, S, skip_masked) -> dict[str, list[dict[str, int]]]:
+def _layers(
+  config, T, S, num_targets, skip_masked
+) -> dict[str, list[dict[str, int]]]:
   """Terms of each layer of each tower, of one row."""
-  num = config.num_layers
-  if not isinstance(config, encoder_decoder.EncoderDecoderConfig):
-    causal = not isinstance(config, encoder.EncoderConfig)
-    return {'tower': _tower(config, num, T, causal, skip_masked)}
+  depths, causal = config.depths, not isinstance(config, encoder.EncoderConfig)
+  tower = functools.partial(_tower, config, skip_masked=skip_masked)
+  if 'encoder' not in depths:
+    M = num_targets or T
+    layers = {'tower': tower(depths['tower'], T, causal)}
+    if 'queries' in depths:
+      layers['queries'] = tower(depths['queries'], M, False, looks_at=T)
+    return layers
   if S is None:
     raise ValueError(
       'encoder_length=None; an encoder-decoder needs the length of its source '
       'rows to count FLOPs.'
     )
-  below = config.num_encoder_layers or num
-  layers = _tower(config, num, T, True, skip_masked)
-  for i, layer in enumerate(layers):
-    kind, _ = config.group[i % len(config.group)]
-    layer['cross-attention'] = _cross(config, kind, T, S, skip_masked)
   return {
-    'encoder': _tower(config, below, S, False, skip_masked),
-    'decoder': layers,
+    'encoder': tower(depths['encoder'], S, False),
+    'decoder': tower(depths['decoder'], T, True, looks_at=S),
   }
 
 
@@ -172,8 +177,9 @@ def _tower(
   length: int,
   causal: bool,
   skip_masked: bool,
+  looks_at: int | None = None,
 ) -> list[dict[str, int]]:
-  """FLOPs of each layer of a stack over one row."""
+  """FLOPs of each layer of a stack over one row, which may see another."""
   D, layers = config.embed_dim, []
   for i in range(num_layers):
     kind, mlp = config.group[i % len(config.group)]
@@ -189,6 +195,9 @@ def _tower(
     }
     for name, per_token in _feed_forward(mlp, D).items():
       layer[name] = int(length * per_token)
+    if looks_at is not None:
+      cross = _cross(config, kind, length, looks_at, skip_masked)
+      layer['cross-attention'] = cross
     layers.append(layer)
   return layers
 

@@ -21,7 +21,6 @@ from t2x import mesh as mesh_lib
 from t2x import on_mesh
 from t2x import plan_memory
 from t2x.layers import moe
-from t2x.models import encoder_decoder
 from t2x.plan import links
 from t2x.plan import roofline
 
@@ -199,7 +198,7 @@ def _meshes(config, site: Site) -> Iterator[mesh_lib.MeshConfig]:
       continue
     if context > 1 and config.data.length < _LONG:
       continue
-    if pipe > _depth(model) or rows % (data * fsdp * expert):
+    if pipe > sum(model.depths.values()) or rows % (data * fsdp * expert):
       continue
     for dcn in _between(site.num_slices, data=data, fsdp=fsdp, pipe=pipe):
       yield mesh_lib.MeshConfig(
@@ -221,13 +220,6 @@ def _between(num_slices: int, **sizes: int) -> Iterator[mesh_lib.Dcn]:
   for axis, size in sizes.items():
     if size % num_slices == 0:
       yield mesh_lib.Dcn(**{'data': 1, axis: num_slices})
-
-
-def _depth(model) -> int:
-  """Returns the layers of all towers."""
-  if isinstance(model, encoder_decoder.EncoderDecoderConfig):
-    return model.num_layers + (model.num_encoder_layers or model.num_layers)
-  return model.num_layers
 
 
 def _text(mesh: mesh_lib.MeshConfig) -> Iterator[str]:

@@ -166,6 +166,13 @@ CONFIGS |= {
     CONFIGS['bert'], pooler=True, next_sentence=True
   ),
   't5 sampled': CONFIGS['t5'],
+  'bert dropped': dataclasses.replace(
+    CONFIGS['bert'],
+    num_token_types=0,
+    query_layers=1,
+    attention=attention.Local(**HEADS, window=6, bias=True),
+    position=position.RelativeBuckets(num_buckets=8, max_distance=16),
+  ),
 }
 SAMPLED = dataclasses.replace(
   STEP, sampling=scheduled_sampling.ScheduledSampling(predict='sample')
@@ -235,6 +242,8 @@ def make_batch(kind):
     weights = np.zeros((ROWS, LENGTH), np.float32)
     weights[:-2, 0] = 1.0  # One target; the others are padding.
     batch['sentence_weights'] = weights
+  if kind == 'bert dropped':
+    return dropped(rng, batch)
   if kind == 'gpt2 ahead':
     for name in ('ahead2', 'ahead3'):
       batch[f'{name}_targets'] = tokens()
@@ -248,6 +257,18 @@ def make_batch(kind):
       'encoder_positions': positions,
     }
   return batch
+
+
+def dropped(rng, batch):
+  """Half of each row is asked for, and not there."""
+  places = np.array([rng.permutation(LENGTH) for _ in range(ROWS)], np.int32)
+  left, asked = np.sort(places[:, ::2], 1), np.sort(places[:, 1::2], 1)
+  at = lambda name, where: np.take_along_axis(batch[name], where, axis=1)
+  result = {'places': left, 'query_places': asked}
+  for name in ('inputs', 'segments', 'positions'):
+    result |= {name: at(name, left), f'query_{name}': at(name, asked)}
+  weights = (result['query_segments'] > 0) * np.float32(0.7)
+  return result | {'targets': result['query_inputs'] + 1, 'weights': weights}
 
 
 def loss_and_gradients(model, batch, key, config=STEP):
@@ -338,6 +359,11 @@ def test_terms_and_passes(kind, mesh):
   step = SAMPLED if kind == 't5 sampled' else STEP
   result = on_mesh(kind, make_mesh(**MESHES[mesh]), config=step)
   assert_as_on_one_device(kind, result)
+
+
+def test_tokens_that_are_dropped():
+  result = on_mesh('bert dropped', make_mesh(**MESHES['data2_fsdp2_tensor2']))
+  assert_as_on_one_device('bert dropped', result)
 
 
 SEQUENCE = sharding.Rules(norm_length=('context', 'tensor'))

@@ -100,6 +100,11 @@ class TransformerConfig:
     return [(kinds[i % len(kinds)], mlps[i % len(mlps)]) for i in range(size)]
 
   @property
+  def depths(self) -> dict[str, int]:
+    """Layers of each stack, in order of depth, by the name of the tower."""
+    return {'tower': self.num_layers}
+
+  @property
   def max_length(self) -> int | None:
     """Positions that the model can tell apart, or None for no limit."""
     position = self.position

@@ -10,15 +10,19 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from t2x import checks
 from t2x import sharding
 from t2x import stack
 from t2x.attention import mask as mask_lib
+from t2x.layers import attention
 from t2x.layers import block
+from t2x.layers import dropout
 from t2x.layers import embed
 from t2x.layers import mlp
 from t2x.layers import moe
 from t2x.layers import norm
 from t2x.layers import param
+from t2x.layers import position
 from t2x.models import common
 from t2x.models import forward
 from t2x.models import layer_checks
@@ -36,6 +40,8 @@ class EncoderConfig(common.TransformerConfig):
     next_sentence: two-way head on the pooler's output.
     masked_head: transform (dense, activation, norm) and bias of the masked
       language model's head.
+    query_layers: layers of a second stack, whose tokens stand for those that
+      the first does not see and look at its output; see `MaskedLM.dropped`.
   """
 
   kind: ClassVar[str] = 'encoder'
@@ -44,15 +50,23 @@ class EncoderConfig(common.TransformerConfig):
   pooler: bool = False
   next_sentence: bool = False
   masked_head: bool = True
+  query_layers: int = 0
 
   def __post_init__(self):
     super().__post_init__()
     layer_checks.check_bidirectional(self)
+    checks.least(self, 'model.', query_layers=0)
     if self.next_sentence and not self.pooler:
       raise ValueError(
         'model.next_sentence=true needs model.pooler=true: its head reads '
         "the pooler's output."
       )
+
+  @property
+  def depths(self) -> dict[str, int]:
+    """See `TransformerConfig`."""
+    own = {'queries': self.query_layers} if self.query_layers else {}
+    return super().depths | own
 
 
 class Encoder(nnx.Module):
@@ -62,8 +76,6 @@ class Encoder(nnx.Module):
   >>> model(jax.numpy.ones((2, 8), int)).shape
   (2, 8, 99)
   """
-
-  towers = ('tower',)
 
   def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
     self.config = config
@@ -85,6 +97,14 @@ class Encoder(nnx.Module):
     self.tower = common.Tower(
       config, config.num_layers, bidirectional=True, rngs=rngs
     )
+    self.queries = (
+      common.Tower(
+        config, config.query_layers, bidirectional=True, cross=True, rngs=rngs
+      )
+      if config.query_layers
+      else None
+    )
+    self.towers = tuple(config.depths)
     self.pooler = Dense(D, D, init, rngs=rngs) if config.pooler else None
     self.next_sentence = (
       Dense(D, 2, init, rngs=rngs) if config.next_sentence else None
@@ -105,41 +125,55 @@ class Encoder(nnx.Module):
 
   def encode(self, inputs: jax.Array, **kwargs) -> jax.Array:
     """Returns the encoded sequence (B, T, D); arguments as for `features`."""
-    return self.tower.end(self._run(inputs, **kwargs)[0])
+    return self.tower.end(self._run(inputs, ('tower',), **kwargs)[0])
 
   def _run(
     self,
     inputs: jax.Array,
+    towers: tuple[str, ...] | None = None,
     *,
-    segments: jax.Array | None = None,
-    positions: jax.Array | None = None,
-    token_types: jax.Array | None = None,
     keys_B: jax.Array | None = None,
     execution: stack.Execution = stack.Execution(),
+    **more: jax.Array | None,
   ) -> tuple[jax.Array, dict[str, moe.Stats]]:
     """Returns what `forward.run` does."""
-    batch = {
-      'inputs': inputs,
-      'segments': segments,
-      'positions': positions,
-      'token_types': token_types,
-    }
-    return forward.run(self, batch, keys_B=keys_B, execution=execution)
+    batch = {'inputs': inputs, **more}
+    return forward.run(self, batch, towers, keys_B=keys_B, execution=execution)
 
   def context(self, tower: str, batch, keys_B, zigzag: int) -> block.Context:
     """See `forward`."""
-    del tower
-    inputs = batch['inputs']
-    common.check_length(self.config, inputs.shape[1])
+    common.check_length(self.config, batch['inputs'].shape[1])
+    prefix = 'query_' if tower == 'queries' else ''
+    segments, places = batch.get(f'{prefix}segments'), batch.get('places')
+    mask = mask_lib.self_attention(segments, causal=False)
+    cross = mask_lib.Mask()
+    if places is not None:  # Of a row that is not whole.
+      seen = batch['segments']
+      cross = mask_lib.Mask(q_segments_BT=segments, k_segments_BS=seen)
+      if self._asks_for_places:
+        own = batch[f'{prefix}places']
+        mask = dataclasses.replace(mask, q_index_BT=own, k_index_BS=own)
+    if tower == 'queries':
+      keys_B = dropout.fold(keys_B, _QUERIES)
     return block.Context(
-      mask=mask_lib.self_attention(batch.get('segments'), causal=False),
-      positions_BT=common.positions_of(batch),
+      mask=mask,
+      positions_BT=common.positions_of(batch, prefix),
       keys_B=keys_B,
+      cross_mask=cross,
     )
+
+  @property
+  def _asks_for_places(self) -> bool:
+    """Whether it matters to scores which tokens of a row are missing."""
+    own = self.config.position
+    plain = all(isinstance(k, attention.Dense) for k in self.config.kinds)
+    return not plain or (own is not None and position.is_bias(own))
 
   def enter(self, tower: str, batch, context: block.Context, x_BTD):
     """See `forward`."""
-    del tower
+    encoded_BSD = None
+    if tower == 'queries':
+      encoded_BSD, batch = self.tower.end(x_BTD), _query_batch(batch)
     inputs = batch['inputs']
     assert context.positions_BT is not None
     x_BTD = self.embeddings(inputs, context.positions_BT)
@@ -151,10 +185,12 @@ class Encoder(nnx.Module):
       x_BTD = x_BTD + param.look_up(table, types)
     if self.embed_norm is not None:
       x_BTD = self.embed_norm(x_BTD)
-    return x_BTD, None
+    return x_BTD, encoded_BSD
 
   def leave(self, x_BTD: jax.Array, batch) -> jax.Array:
     """See `forward`."""
+    if self.queries is not None:
+      return self._transformed(self.queries.end(x_BTD))
     x_BTD = self.tower.end(x_BTD)
     positions_BM = batch.get('target_positions')
     if positions_BM is not None:
@@ -205,7 +241,10 @@ class Encoder(nnx.Module):
       **kwargs: segments (B, T), a token sees its own segment only, 0 is
         padding; positions (B, T), default 0, 1, 2, ...; token_types (B, T),
         sentence A or B, default 0; keys_B, dropout keys of the rows, None means
-        no dropout; execution, scan or unroll, and what to recompute.
+        no dropout; execution, scan or unroll, and what to recompute. With
+        `query_layers` also what `MaskedLM.dropped` gives: places (B, T), and of
+        M queries, whose features are returned, query_inputs, query_positions,
+        query_segments, query_places (B, M).
 
     Raises:
       ValueError: more tokens than the model has positions.
@@ -231,6 +270,15 @@ class Encoder(nnx.Module):
   def head(self) -> embed.Head:
     table = self.output or self.embeddings.tokens
     return common.make_head(self.config, table.table_VD, self.output_bias_V)
+
+
+_QUERIES = 2**20  # Folds the keys of the second stack apart from the first's.
+
+
+def _query_batch(batch):
+  """Returns the part of a batch that the second stack reads, by plain names."""
+  assert 'token_types' not in batch, 'rows of dropped tokens have no types'
+  return {'inputs': batch['query_inputs']}
 
 
 class Dense(nnx.Module):

@@ -38,6 +38,12 @@ class EncoderDecoderConfig(common.TransformerConfig):
     layer_checks.check_causal(self)
     layer_checks.check_bidirectional(self)
 
+  @property
+  def depths(self) -> dict[str, int]:
+    """See `TransformerConfig`."""
+    below = self.num_encoder_layers or self.num_layers
+    return {'encoder': below, 'decoder': self.num_layers}
+
 
 class EncoderDecoder(nnx.Module):
   """An encoder, and a decoder that looks at its output.
@@ -56,7 +62,7 @@ class EncoderDecoder(nnx.Module):
     self.embeddings = common.Embeddings(config, rngs=rngs)
     self.encoder = common.Tower(
       config,
-      config.num_encoder_layers or config.num_layers,
+      config.depths['encoder'],
       bidirectional=True,
       rngs=rngs,
     )

@@ -27,11 +27,18 @@ class MaskedLM:
   token, and the rest stay as they are, so that the model cannot trust what it
   sees. Masks are drawn anew each time a row is visited (RoBERTa, Liu et al.,
   2019), or once for each row if `static`, as BERT's data has them.
+
+  If `dropped`, the encoder does not see the chosen tokens at all, neither
+  masked nor otherwise, and costs less by their rate; the model's `query_layers`
+  find what stood in their places (as of images, He et al., 2022, and of text,
+  Meng et al., 2024). A row of which more is left than rate x length says is cut
+  at its end.
   """
 
   rate: float = 0.15
   masking: masking_lib.Config = masking_lib.Tokens()
   static: bool = False
+  dropped: bool = False
   mask_share: float = 0.8
   random_share: float = 0.1
 
@@ -57,6 +64,11 @@ class MaskedLM:
         'data.objective.static=true draws masks once, and masking=by_loss anew '
         'at each step. Set one of them.'
       )
+    if self.dropped and isinstance(self.masking, masking_lib.ByLoss):
+      raise ValueError(
+        'data.objective.dropped=true takes tokens out of rows before a step, '
+        'and masking=by_loss chooses them in it. Set one of them.'
+      )
 
   def source_length(self, length: int) -> int:
     """Raw tokens that one row of `length` is made from."""
@@ -67,15 +79,24 @@ class MaskedLM:
     return length
 
   def target_length(self, length: int) -> int:
-    """Targets of a row of `length`."""
-    return length
+    """Positions of a row of `length` that the encoder sees."""
+    return self.num_left(length)
 
   def num_targets(self, length: int) -> int:
     """Positions of a row that reach the head, up to a multiple of 8."""
     return min(-(-max(round(self.rate * length), 1) // 8) * 8, length)
 
+  def num_left(self, length: int) -> int:
+    """Positions of a row that the encoder sees, up to a multiple of 8."""
+    if not self.dropped:
+      return length
+    return min(-(-(length - round(self.rate * length)) // 8) * 8, length)
+
   def lengths(self, length: int) -> dict[str, int]:
     """How long the arrays of a batch are, by name."""
+    if self.dropped:
+      left = dict.fromkeys(_SEEN, self.num_left(length))
+      return left | dict.fromkeys(_ASKED, self.num_targets(length))
     few = dict.fromkeys(
       ('targets', 'weights', 'target_positions'), self.num_targets(length)
     )
@@ -106,6 +127,9 @@ class MaskedLM:
     is_text_BT = (segments_BT != 0) & (tokens_BT >= vocab.first_text_id)
     num_text_B = is_text_BT.sum(1)
     num_B = np.clip(np.round(self.rate * num_text_B), 1, num_text_B)
+    if self.dropped:  # What is left has its room.
+      needed_B = (segments_BT != 0).sum(1) - self.num_left(T)
+      num_B = np.minimum(np.maximum(num_B, needed_B), num_text_B)
     is_chosen_BT = masking_lib.choose(
       self.masking,
       tokens_BT,
@@ -116,6 +140,10 @@ class MaskedLM:
       vocab.lexicon,
     )
     places_BM, weights_BM = _places(is_chosen_BT, self.num_targets(length))
+    if self.dropped:
+      is_left_BT = (segments_BT != 0) & ~is_chosen_BT
+      left_BT, is_left_BT = _places(is_left_BT, self.num_left(length))
+      return _without(source, (left_BT, is_left_BT), (places_BM, weights_BM))
 
     num_text = vocab.size - vocab.first_text_id
     random_BT = vocab.first_text_id + np.floor(
@@ -140,6 +168,41 @@ class MaskedLM:
       batch['noised'] = noised_BT.astype(np.int32)
       batch['maskable'] = is_text_BT.astype(np.int32)
     return batch
+
+
+_SEEN: tuple[str, ...] = 'inputs', 'segments', 'positions', 'places'
+_ASKED: tuple[str, ...] = (
+  'targets',
+  'weights',
+  'query_inputs',
+  'query_segments',
+  'query_positions',
+  'query_places',
+)
+
+
+def _without(source: rows_lib.Rows, left, asked) -> dict[str, np.ndarray]:
+  """Returns rows of what is left, and questions for the rest.
+
+  Args:
+    source: whole rows.
+    left: places of the tokens that are left, and 1 for each.
+    asked: the same of those that are predicted.
+  """
+  arrays = *source, rows_lib.positions(source.segments)
+
+  def at(where):
+    places, is_there = where
+    is_there = is_there.astype(np.int32)
+    taken = (np.take_along_axis(a, places, axis=1) * is_there for a in arrays)
+    return *taken, places
+
+  targets, *queries = at(asked)
+  batch = dict(zip(_SEEN, at(left)))
+  inputs = np.full_like(targets, vocab_lib.MASK)
+  return batch | dict(
+    zip(_ASKED, (targets, asked[1], inputs, *queries), strict=True)
+  )
 
 
 def _places(is_chosen_BT, num: int) -> tuple[np.ndarray, np.ndarray]:

@@ -121,7 +121,8 @@ def stacks(
     batch: gives the lengths.
     recompute: forwards are run again.
   """
-  layers = flops.layer_flops(model, batch.length, batch.encoder_length)
+  lengths = batch.length, batch.encoder_length, batch.num_targets
+  layers = flops.layer_flops(model, *lengths)
   head = 3 * flops.head_flops(model, batch.num_targets)
   times = 4 if recompute else 3
   result = []
@@ -227,18 +228,24 @@ def messages(
   even = placement_lib.even(towers, table.num_parts)
   place = placement_lib.place(towers, even, table)
   slots = instructions.make(table, place).inbox + 1
-  lengths = (batch.length, batch.encoder_length or 0)
-  tokens = batch.rows * sum(lengths[: len(towers)])
+  tokens = batch.rows * sum(_tokens(tower, batch) for tower in towers)
   itemsize = jnp.dtype(model.dtype).itemsize
   return slots * itemsize * tokens * model.embed_dim / layout.over('length')
 
 
+def _tokens(tower: placement_lib.Tower, batch: Batch) -> int:
+  """Tokens of a row of a tower."""
+  own = {'encoder': batch.encoder_length or 0, 'queries': batch.num_targets}
+  return own.get(tower.name, batch.length)
+
+
 def _activations(model, tower, batch: Batch, layout: Layout):
   """Bytes that a unit keeps, and those that its B leaves for W."""
-  S = batch.encoder_length or 0
   encodes = tower.name == 'encoder'
   causal = not encodes and not isinstance(model, encoder.EncoderConfig)
-  T = S if encodes else batch.length
+  T = _tokens(tower, batch)
+  looked_at = {'decoder': batch.encoder_length, 'queries': batch.length}
+  S = looked_at.get(tower.name)
   num, kept, left = jnp.dtype(model.dtype).itemsize, 0.0, 0.0
   for kind, mlp in model.group[: tower.group]:
     by_kernel = batch.kernels and takes_kernel(model, kind, T, T)
@@ -253,7 +260,7 @@ def _activations(model, tower, batch: Batch, layout: Layout):
     hidden_read, hidden_made = _feed_forward(model, mlp, T, layout)
     kept += num * (read + hidden_read) + 4 * whole
     left += num * (made + hidden_made)
-    if tower.name == 'decoder':
+    if S is not None:
       by_kernel = batch.kernels and takes_kernel(model, kind, T, S, cross=True)
       read, made, whole = _attention(
         model, kind, T, S, None if by_kernel else T * S, layout

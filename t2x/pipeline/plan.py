@@ -5,7 +5,6 @@ import functools
 
 from t2x import stack
 from t2x.models import common
-from t2x.models import encoder_decoder
 from t2x.models import model as model_lib
 from t2x.pipeline import balancer
 from t2x.pipeline import config as config_lib
@@ -119,10 +118,7 @@ def _towers(model: common.TransformerConfig) -> list[placement_lib.Tower]:
     group = min(len(model.group), num_layers)
     return placement_lib.Tower(name, num_layers, group)
 
-  if isinstance(model, encoder_decoder.EncoderDecoderConfig):
-    num = model.num_encoder_layers or model.num_layers
-    return [tower('encoder', num), tower('decoder', model.num_layers)]
-  return [tower('tower', model.num_layers)]
+  return [tower(name, num) for name, num in model.depths.items()]
 
 
 def _table(

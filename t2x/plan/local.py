@@ -20,7 +20,6 @@ from t2x.layers import embed
 from t2x.layers import kinds as kinds_lib
 from t2x.layers import moe
 from t2x.models import encoder
-from t2x.models import encoder_decoder
 from t2x.pipeline import instructions
 from t2x.pipeline import plan as plan_lib
 from t2x.plan import parameters
@@ -199,15 +198,22 @@ class Local:
   def layers(self) -> list[Layer]:
     """Every sort of layer of every tower, in order of depth."""
     model, data = self.config.model, self.config.data
-    if isinstance(model, encoder_decoder.EncoderDecoderConfig):
-      below = model.num_encoder_layers or model.num_layers
-      source = data.length
-      return [
-        *_layers(model, 'encoder', below, source, False, None),
-        *_layers(model, 'decoder', model.num_layers, self.length, True, source),
-      ]
-    causal = not isinstance(model, encoder.EncoderConfig)
-    return _layers(model, 'tower', model.num_layers, self.length, causal, None)
+    has_encoder = 'encoder' in model.depths
+    causal = has_encoder or not isinstance(model, encoder.EncoderConfig)
+    source = data.length if has_encoder else self.length
+    asked = data_config.num_targets(data, data.length)
+    # Tokens, whether they see earlier ones alone, what else they look at.
+    towers = {
+      'encoder': (source, False, None),
+      'tower': (self.length, causal, None),
+      'decoder': (self.length, True, source),
+      'queries': (asked, False, self.length),
+    }
+    layers = (
+      _layers(model, name, num, *towers[name])
+      for name, num in model.depths.items()
+    )
+    return sum(layers, [])
 
   @property
   def num_layers(self) -> int:

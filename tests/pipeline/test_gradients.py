@@ -93,6 +93,10 @@ MODELS['ahead'] = dataclasses.replace(MODELS['decoder'], ahead=(0.5,))
 MODELS['sentences'] = dataclasses.replace(
   MODELS['encoder'], pooler=True, next_sentence=True
 )
+# Two stacks, of which the second asks for tokens that the first has not.
+MODELS['dropped'] = dataclasses.replace(
+  MODELS['encoder'], num_token_types=0, query_layers=2
+)
 LOSS = loss_lib.LossConfig(label_smoothing=0.1, z_loss=1e-3)
 
 
@@ -108,6 +112,12 @@ def batch_of(config, rows=ROWS):
   if config is MODELS['ahead']:
     batch['ahead2_targets'] = ids(LENGTH)
     batch['ahead2_weights'] = rng.random((rows, LENGTH)).astype(np.float32)
+  if config is MODELS['dropped']:
+    places = np.arange(LENGTH) * np.ones((rows, 1), int)
+    batch |= {'places': places, 'query_places': places}
+    for name in ('inputs', 'segments'):
+      batch[f'query_{name}'] = batch[name]
+    batch['query_positions'] = places
   if config is MODELS['sentences']:
     batch['sentence_targets'] = rng.integers(0, 2, (rows, 1))
     batch['sentence_weights'] = np.ones((rows, 1), np.float32)
@@ -206,6 +216,7 @@ CASES = [
   ('decoder', 'gpipe', {'pipe': 2, 'fsdp': 2}, {}),
   ('ahead', 'zb_h1', {'pipe': 2, 'data': 2}, {}),
   ('sentences', 'one_f_one_b', {'pipe': 2}, {}),
+  ('dropped', 'one_f_one_b', {'pipe': 3}, {}),
 ]
 SLOW = [
   ('decoder', 'breadth_first', {'pipe': 2, 'context': 2, 'tensor': 2}, {}),
