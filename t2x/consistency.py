@@ -29,6 +29,7 @@ from t2x.models import encoder_decoder
 from t2x.objectives import causal_lm
 from t2x.objectives import masked_lm
 from t2x.objectives import next_sentence
+from t2x.objectives import permutation
 from t2x.objectives import prefix_lm
 
 Experiment = experiment.Experiment
@@ -161,17 +162,27 @@ def _check_context(config: Experiment, sizes: dict[str, int]) -> None:
         f'Set it to {-(-length // parts) * parts}, or change the mesh.'
       )
   devices = on_mesh.context_size(config, sizes)
-  if devices > 1 and getattr(config.data.objective, 'dropped', False):
-    raise sharding.ShardingError(
-      f'data.objective.dropped=true leaves rows of which places are missing, '
-      f'and mesh.context={devices} splits rows. Set mesh.context=1 or '
-      'dropped=false.'
-    )
+  if devices > 1:
+    _check_whole(config, devices)
   if devices > 1 and config.rules.context_attention == 'all_to_all':
     split = sharding.mesh_axes(config.rules.kv_heads)
     parts = math.prod(sizes[a] for a in split)
     for kind in config.model.kinds:
       all_to_all.repeats(kind.num_heads, kind.kv_heads, devices, parts)
+
+
+def _check_whole(config: Experiment, devices: int) -> None:
+  """Raises ShardingError for objectives whose rows cannot be split."""
+  objective, what = config.data.objective, None
+  if getattr(objective, 'dropped', False):
+    what = 'data.objective.dropped=true leaves rows of which places are missing'
+  if isinstance(objective, permutation.Permutation):
+    what = 'data.objective=permutation puts two streams into a row'
+  if what is not None:
+    raise sharding.ShardingError(
+      f'{what}, and mesh.context={devices} splits rows. Set mesh.context=1, or '
+      'another objective.'
+    )
 
 
 # What models constrain; those of plain feed-forward layers apart.
@@ -221,7 +232,8 @@ def _check_objective(config: Experiment) -> None:
       objective, causal_lm.CausalLM | prefix_lm.PrefixLM
     ),
     encoder.EncoderConfig: isinstance(
-      objective, masked_lm.MaskedLM | next_sentence.NextSentence
+      objective,
+      masked_lm.MaskedLM | next_sentence.NextSentence | permutation.Permutation,
     ),
     encoder_decoder.EncoderDecoderConfig: objective.has_encoder,
   }[type(model)]
@@ -232,7 +244,7 @@ def _check_objective(config: Experiment) -> None:
       else (
         'causal_lm or prefix_lm'
         if isinstance(model, decoder.DecoderConfig)
-        else 'masked_lm or next_sentence'
+        else 'masked_lm, next_sentence or permutation'
       )
     )
     raise ValueError(
@@ -245,6 +257,13 @@ def _check_objective(config: Experiment) -> None:
       f'model.ahead has {ahead} heads, and the targets of data.objective='
       f'{objective.kind} are for {getattr(objective, "ahead", 0)}. Set '
       f'data.objective=causal_lm and data.objective.ahead={ahead}.'
+    )
+  permuted = isinstance(objective, permutation.Permutation)
+  if permuted != getattr(model, 'two_stream', False):
+    raise ValueError(
+      f'data.objective={objective.kind} and model.two_stream='
+      f'{str(not permuted).lower()}: the second stream asks for the tokens of '
+      'data.objective=permutation, and of no other. Set both or neither.'
     )
   masked = getattr(objective, 'masked', objective)
   dropped = getattr(masked, 'dropped', False)

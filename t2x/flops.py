@@ -18,6 +18,7 @@ from t2x.attention import patterns
 from t2x.layers import attention as attention_lib
 from t2x.layers import kinds as kinds_lib
 from t2x.layers import moe
+from t2x.layers import transformer_xl
 from t2x.models import common
 from t2x.models import encoder
 from t2x.models import model as model_lib
@@ -156,6 +157,8 @@ def _layers(
   tower = functools.partial(_tower, config, skip_masked=skip_masked)
   if 'encoder' not in depths:
     M = num_targets or T
+    if getattr(config, 'two_stream', False) and num_targets:
+      return {'tower': tower(depths['tower'], T + num_targets, causal, keys=T)}
     layers = {'tower': tower(depths['tower'], T, causal)}
     if 'queries' in depths:
       layers['queries'] = tower(depths['queries'], M, False, looks_at=T)
@@ -178,19 +181,34 @@ def _tower(
   causal: bool,
   skip_masked: bool,
   looks_at: int | None = None,
+  keys: int | None = None,
 ) -> list[dict[str, int]]:
-  """FLOPs of each layer of a stack over one row, which may see another."""
+  """FLOPs of each layer of a stack over one row.
+
+  Args:
+    config: of the model.
+    num_layers: of the stack.
+    length: tokens of the row.
+    causal: whether they see earlier ones alone.
+    skip_masked: as for `forward_flops`.
+    looks_at: tokens of another row that they see too.
+    keys: the first tokens, which alone are seen; None is all.
+  """
   D, layers = config.embed_dim, []
   for i in range(num_layers):
     kind, mlp = config.group[i % len(config.group)]
+    seen = keys or length
     if isinstance(kind, attention_lib.Softmax):
-      pattern = kinds_lib.pattern_of(kind, length, causal)
-      scores = _attention(kind, length, length, pattern, skip_masked)
+      pattern = kinds_lib.pattern_of(kind, seen, causal)
+      scores = _attention(kind, length, seen, pattern, skip_masked)
+      if isinstance(kind, transformer_xl.TransformerXL):
+        num = pairs(length, seen, pattern) if skip_masked else length * seen
+        scores += transformer_xl.num_flops(kind, length, D, num)
     else:
       scores = kinds_lib.mixing_flops(kind, length, D, causal)
     width = kind.head_dim * kinds_lib.projected_heads(kind)
     layer = {
-      'projections': 2 * length * D * width,
+      'projections': 2 * length * D * width - _unseen(kind, length - seen, D),
       'scores and values': scores,
     }
     for name, per_token in _feed_forward(mlp, D).items():
@@ -200,6 +218,11 @@ def _tower(
       layer['cross-attention'] = cross
     layers.append(layer)
   return layers
+
+
+def _unseen(kind, num: int, D: int) -> int:
+  """FLOPs of the keys and values that nobody sees and nothing makes."""
+  return 4 * num * D * kind.kv_heads * kind.head_dim
 
 
 def _feed_forward(mlp: moe.FeedForwardConfig, D: int) -> dict[str, float]:

@@ -74,13 +74,16 @@ def _over_run(fn, queries, k_BSKH, v_BSKH, mask, blocks, kept):
   index_BT = jnp.atleast_2d(mask_lib.q_index_of(mask, slice(0, rows.stop)))
 
   def body(part):
-    queries, index_BT, segments_BT = part
+    queries, index_BT, segments_BT, ranks_BT = part
     own = dataclasses.replace(
-      mask, q_index_BT=index_BT, q_segments_BT=segments_BT
+      mask,
+      q_index_BT=index_BT,
+      q_segments_BT=segments_BT,
+      q_ranks_BT=ranks_BT,
     )
     return run(queries, own, block)
 
-  parts = (queries, index_BT, mask.q_segments_BT)
+  parts = (queries, index_BT, mask.q_segments_BT, mask.q_ranks_BT)
   results = jax.lax.map(body, jax.tree.map(cut, parts))
   join = lambda a: jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])
   return jax.tree.map(join, results)
@@ -106,6 +109,8 @@ def are_scanned(
   Long sequences, whose scores nobody keeps, and patterns with gaps.
   """
   if not mask.has_static_order or mask.start is not None:
+    return False
+  if mask.q_ranks_BT is not None:
     return False
   if num_keys > KEEP_KEYS:
     return True

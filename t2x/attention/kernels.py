@@ -100,7 +100,10 @@ def why_not(
     return 'a bias on the scores (relative positions, ALiBi) is not in it'
   if dropout is not None:
     return 'dropout on the scores is not in it'
-  if not mask.has_static_order or mask.prefix_BS is not None:
+  if q_BTNH.shape[-1] != v_BSKH.shape[-1]:
+    return 'keys that are wider than values are not in it'
+  own = mask.prefix_BS is not None or mask.q_ranks_BT is not None
+  if not mask.has_static_order or own:
     return 'prefixes, and tokens in another order, are not in it'
   if platform == 'gpu' and mask.q_segments_BT is not mask.k_segments_BS:
     return 'queries and keys with segments of their own are not in it'

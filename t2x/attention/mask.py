@@ -34,6 +34,9 @@ class Mask:
     q_segments_BT: with `k_segments_BS`, only keys of the same segment are seen,
       whatever the pattern says.
     k_segments_BS: see `q_segments_BT`.
+    q_ranks_BT: with `k_ranks_BS`, only keys of a rank not above the query's are
+      seen: an order other than that of places (XLNet, Yang et al., 2019).
+    k_ranks_BS: see `q_ranks_BT`.
     q_index_BT: index of each query in its sequence; B may be 1.
     k_index_BS: index of each key in its sequence; B may be 1.
     start: index of the first query and the first key, where none is given.
@@ -48,6 +51,8 @@ class Mask:
   prefix_BS: jax.Array | None = None
   q_segments_BT: jax.Array | None = None
   k_segments_BS: jax.Array | None = None
+  q_ranks_BT: jax.Array | None = None
+  k_ranks_BS: jax.Array | None = None
   q_index_BT: jax.Array | None = None
   k_index_BS: jax.Array | None = None
   start: jax.Array | None = None
@@ -225,6 +230,10 @@ def visible(mask: Mask, q_slice: slice, k_slice: slice) -> jax.Array | None:
     q_segments = mask.q_segments_BT[:, q_slice]
     k_segments = mask.k_segments_BS[:, k_slice]
     conditions.append(q_segments[:, :, None] == k_segments[:, None, :])
+  if mask.q_ranks_BT is not None and mask.k_ranks_BS is not None:
+    q_ranks = mask.q_ranks_BT[:, q_slice]
+    k_ranks = mask.k_ranks_BS[:, k_slice]
+    conditions.append(q_ranks[:, :, None] >= k_ranks[:, None, :])
   return _all(conditions) if conditions else None
 
 

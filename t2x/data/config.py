@@ -10,6 +10,7 @@ from t2x.objectives import causal_lm
 from t2x.objectives import denoising
 from t2x.objectives import masked_lm
 from t2x.objectives import next_sentence
+from t2x.objectives import permutation
 from t2x.objectives import prefix_lm
 from t2x.objectives import source_target
 from t2x.objectives import span_corruption
@@ -20,7 +21,9 @@ TextObjective = (
   | prefix_lm.PrefixLM
   | masked_lm.MaskedLM
   | next_sentence.NextSentence
+  | permutation.Permutation
   | next_sentence.NextSentence
+  | permutation.Permutation
   | span_corruption.SpanCorruption
   | denoising.Denoising
   | ul2.UL2

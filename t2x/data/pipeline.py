@@ -24,6 +24,7 @@ from t2x.data import corpus as corpus_lib
 from t2x.data import text_files
 from t2x.objectives import masked_lm
 from t2x.objectives import next_sentence
+from t2x.objectives import permutation
 from t2x.objectives import span_corruption
 from t2x.objectives import ul2
 
@@ -55,7 +56,8 @@ def check(config: config_lib.DataConfig) -> None:
       f'{config.length}. Raise data.length or leave that bucket out.'
     )
   if isinstance(
-    config.objective, masked_lm.MaskedLM | next_sentence.NextSentence
+    config.objective,
+    masked_lm.MaskedLM | next_sentence.NextSentence | permutation.Permutation,
   ):
     config.objective.check(lengths[0])
   plain = config_lib.Pad()

@@ -12,6 +12,7 @@ from t2x.objectives import lexicon as lexicon_lib
 from t2x.objectives import masked_lm
 from t2x.objectives import masking
 from t2x.objectives import next_sentence
+from t2x.objectives import permutation
 
 
 def lexicon(
@@ -40,6 +41,9 @@ def lexicon(
     case next_sentence.NextSentence():
       own = lexicon(objective.masked, tokenizer, stream)
       return own or _lexicon(None, tokenizer, stream)
+    case permutation.Permutation(masking=own):
+      masked = masked_lm.MaskedLM(masking=own)
+      return lexicon(masked, tokenizer, stream)
     case masked_lm.MaskedLM() | denoising.Denoising():
       return _lexicon(None, tokenizer, stream)
   return None

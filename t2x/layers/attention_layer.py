@@ -30,6 +30,7 @@ from t2x.layers import norm
 from t2x.layers import own_heads
 from t2x.layers import param
 from t2x.layers import position
+from t2x.layers import transformer_xl
 
 
 def make(config: kinds.AttentionConfig, embed: int, **draw: Any) -> Any:
@@ -97,6 +98,11 @@ class Attention(nnx.Module):
       if has_globals
       else None
     )
+    self.distances: Any = (
+      transformer_xl.Distances(config, embed, init=init, rngs=rngs)
+      if isinstance(config, transformer_xl.TransformerXL)
+      else None
+    )
     self.mixer: Any = kinds.mixer(config, rngs=rngs)
 
   def __call__(
@@ -109,6 +115,7 @@ class Attention(nnx.Module):
     bias: dense.Bias | None = None,
     keys_B: jax.Array | None = None,
     encoded_BSD: jax.Array | None = None,
+    num_keys: int | None = None,
   ) -> jax.Array:
     """Attends to the sequence itself, or to `encoded_BSD`.
 
@@ -120,6 +127,7 @@ class Attention(nnx.Module):
       bias: added to the scores.
       keys_B: dropout keys of the rows; None means no dropout.
       encoded_BSD: another sequence to look at.
+      num_keys: tokens that have keys, the first ones; default all.
 
     Returns:
       (B, T, D).
@@ -134,13 +142,12 @@ class Attention(nnx.Module):
       )
       k_BSKH, v_BSKH = self.keys_and_values(encoded_BSD)
       return self.attend(q_BTNH, k_BSKH, v_BSKH, mask, bias, keys_B)
-    k_BSKH, v_BSKH = self.keys_and_values(x_BTD)
-    if rotary is not None:
-      if positions_BT is None:
-        place_T = zigzag.index(x_BTD.shape[1], mask.q_zigzag)
-        positions_BT = jnp.asarray(place_T)[None]
-      q_BTNH = position.rotate(q_BTNH, positions_BT, rotary)
-      k_BSKH = position.rotate(k_BSKH, positions_BT, rotary)
+    k_BSKH, v_BSKH = self.keys_and_values(x_BTD[:, :num_keys])
+    if positions_BT is None:
+      place_T = zigzag.index(x_BTD.shape[1], mask.q_zigzag)
+      positions_BT = jnp.asarray(place_T)[None]
+    q_BTNH = self._placed_queries(q_BTNH, positions_BT, rotary)
+    k_BSKH = self._placed_keys(k_BSKH, positions_BT[:, :num_keys], rotary)
     self.config.check_limit(x_BTD.shape[1])
     if self.mixer is not None:
       return self._out(self._mixed(q_BTNH, k_BSKH, v_BSKH, mask))
@@ -172,8 +179,8 @@ class Attention(nnx.Module):
       positions_BT = mask.q_index_BT
     q_BTNH = self.queries(x_BTD)
     k_BTKH, v_BTKH = self.keys_and_values(x_BTD)
+    q_BTNH = self._placed_queries(q_BTNH, positions_BT, rotary)
     if rotary is not None:
-      q_BTNH = position.rotate(q_BTNH, positions_BT, rotary)
       k_BTKH = position.rotate(k_BTKH, positions_BT, rotary)
     if self.mixer is not None:
       mixer: Any = self.mixer
@@ -183,11 +190,30 @@ class Attention(nnx.Module):
     k_BSKH, v_BSKH, index_BS, cache = cache.extend(
       k_BTKH, v_BTKH, mask.q_index_BT
     )
+    if self.distances is not None:  # Kept narrow, by places that are known.
+      place_BS = jnp.arange(k_BSKH.shape[1])[None]
+      k_BSKH = self.distances.keys(k_BSKH, place_BS)
     mask = dataclasses.replace(mask, k_index_BS=index_BS)
     mask = self._narrowed(mask, cache.capacity)
     # There is no kernel for a few queries and a cache.
     out_BTD = self.attend(q_BTNH, k_BSKH, v_BSKH, mask, bias, kernel='blocks')
     return out_BTD, cache
+
+  def _placed_queries(self, q_BTNH, positions_BT, rotary):
+    """Returns queries that know where they stand."""
+    if self.distances is not None:
+      return self.distances.queries(q_BTNH, positions_BT)
+    if rotary is None:
+      return q_BTNH
+    return position.rotate(q_BTNH, positions_BT, rotary)
+
+  def _placed_keys(self, k_BSKH, positions_BS, rotary):
+    """Returns keys that know where they stand."""
+    if self.distances is not None:
+      return self.distances.keys(k_BSKH, positions_BS)
+    if rotary is None:
+      return k_BSKH
+    return position.rotate(k_BSKH, positions_BS, rotary)
 
   def _with_globals(self, out_BTNH, x_BTD, mask, keys_B):
     """Replaces the outputs of global tokens by those of their own weights."""
@@ -244,7 +270,7 @@ class Attention(nnx.Module):
       )
     options = dense.Options(
       kernel=kernel or config.kernel,
-      scale=config.scale,
+      scale=config.scale or config.head_dim**-0.5,
       soft_cap=config.soft_cap,
       block=config.block,
     )

@@ -40,6 +40,7 @@ class Context:
     keys_B: dropout key of each row; None means no dropout.
     encoded_BSD: the encoder's output, for cross-attention.
     cross_mask: what a position sees of `encoded_BSD`.
+    num_keys: tokens of the sequence that are seen, the first ones; None is all.
   """
 
   mask: mask_lib.Mask
@@ -51,6 +52,9 @@ class Context:
   keys_B: jax.Array | None = None
   encoded_BSD: jax.Array | None = None
   cross_mask: mask_lib.Mask = mask_lib.Mask()
+  num_keys: int | None = dataclasses.field(
+    default=None, metadata={'static': True}
+  )
 
 
 @jax.tree_util.register_dataclass
@@ -197,6 +201,7 @@ def _attention(layer, y_BTD, context):
     rotary=context.rotary,
     bias=context.bias,
     keys_B=dropout.fold(context.keys_B, 0),
+    num_keys=context.num_keys,
   )
 
 

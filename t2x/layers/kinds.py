@@ -15,9 +15,11 @@ from t2x.layers import linear
 from t2x.layers import low_rank
 from t2x.layers import regional
 from t2x.layers import sparse
+from t2x.layers import transformer_xl
 
 SoftmaxConfig = (
   attention.Dense
+  | transformer_xl.TransformerXL
   | attention.Local
   | sparse.Dilated
   | sparse.BlockSparse
@@ -79,7 +81,8 @@ def for_cross(config: AttentionConfig) -> SoftmaxConfig:
 
   Softmax attention over all of it; the patterns are for a sequence itself.
   """
-  if isinstance(config, attention.Softmax):
+  by_distance = isinstance(config, transformer_xl.TransformerXL)
+  if isinstance(config, attention.Softmax) and not by_distance:
     return config
   return attention.Dense(
     num_heads=config.num_heads,

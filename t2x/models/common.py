@@ -145,6 +145,11 @@ class Embeddings(nnx.Module):
     x_BTD = self.tokens(tokens_BT, dtype)
     if self.config.embed_scale:
       x_BTD = x_BTD * jnp.asarray(self.config.embed_dim**0.5, dtype)
+    return self.placed(x_BTD, positions_BT)
+
+  def placed(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    """Adds what says where a token stands, if anything is added."""
+    dtype = x_BTD.dtype
     if self.positions is not None:
       x_BTD = x_BTD + self.positions(positions_BT, dtype)
     elif isinstance(self.config.position, position_lib.Sinusoidal):

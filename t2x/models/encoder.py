@@ -26,6 +26,7 @@ from t2x.layers import position
 from t2x.models import common
 from t2x.models import forward
 from t2x.models import layer_checks
+from t2x.models import streams
 from t2x.models import terms as terms_lib
 
 
@@ -40,6 +41,9 @@ class EncoderConfig(common.TransformerConfig):
     next_sentence: two-way head on the pooler's output.
     masked_head: transform (dense, activation, norm) and bias of the masked
       language model's head.
+    output_bias: bias of the logits; a `masked_head` has one.
+    two_stream: the second stream of XLNet, for permutation language modelling;
+      see `objectives.permutation`.
     query_layers: layers of a second stack, whose tokens stand for those that
       the first does not see and look at its output; see `MaskedLM.dropped`.
   """
@@ -50,12 +54,16 @@ class EncoderConfig(common.TransformerConfig):
   pooler: bool = False
   next_sentence: bool = False
   masked_head: bool = True
+  output_bias: bool = False
+  two_stream: bool = False
   query_layers: int = 0
 
   def __post_init__(self):
     super().__post_init__()
     layer_checks.check_bidirectional(self)
     checks.least(self, 'model.', query_layers=0)
+    if self.two_stream:
+      layer_checks.check_two_stream(self)
     if self.next_sentence and not self.pooler:
       raise ValueError(
         'model.next_sentence=true needs model.pooler=true: its head reads '
@@ -116,7 +124,13 @@ class Encoder(nnx.Module):
     self.transform = Dense(D, D, init, rngs=rngs) if masked else None
     self.transform_norm = make_norm() if masked else None
     self.output_bias_V = (
-      param.param(rngs, (rows,), ('vocab',), param.zeros) if masked else None
+      param.param(rngs, (rows,), ('vocab',), param.zeros)
+      if masked or config.output_bias
+      else None
+    )
+    drawn = param.drawn('normal', config.init.std)
+    self.query_D = (
+      param.param(rngs, (D,), (None,), drawn) if config.two_stream else None
     )
 
   def __call__(self, inputs: jax.Array, **kwargs) -> jax.Array:
@@ -143,6 +157,8 @@ class Encoder(nnx.Module):
   def context(self, tower: str, batch, keys_B, zigzag: int) -> block.Context:
     """See `forward`."""
     common.check_length(self.config, batch['inputs'].shape[1])
+    if streams.are_in(batch):
+      return streams.context(batch, keys_B, self._asks_for_places)
     prefix = 'query_' if tower == 'queries' else ''
     segments, places = batch.get(f'{prefix}segments'), batch.get('places')
     mask = mask_lib.self_attention(segments, causal=False)
@@ -174,9 +190,17 @@ class Encoder(nnx.Module):
     encoded_BSD = None
     if tower == 'queries':
       encoded_BSD, batch = self.tower.end(x_BTD), _query_batch(batch)
-    inputs = batch['inputs']
-    assert context.positions_BT is not None
-    x_BTD = self.embeddings(inputs, context.positions_BT)
+    inputs, positions_BT = batch['inputs'], context.positions_BT
+    assert positions_BT is not None
+    T = inputs.shape[1]
+    x_BTD = self.embeddings(inputs, positions_BT[:, :T])
+    if streams.are_in(batch):
+      assert self.query_D is not None, 'model.two_stream is off'
+      asked_BM = positions_BT[:, T:]
+      shape = (*asked_BM.shape, x_BTD.shape[-1])
+      query_BMD = jnp.broadcast_to(self.query_D[...].astype(x_BTD.dtype), shape)
+      query_BMD = self.embeddings.placed(query_BMD, asked_BM)
+      x_BTD = jnp.concatenate([x_BTD, query_BMD], axis=1)
     if self.token_types is not None:
       types = batch.get('token_types')
       types = jnp.zeros_like(inputs) if types is None else types
@@ -191,6 +215,8 @@ class Encoder(nnx.Module):
     """See `forward`."""
     if self.queries is not None:
       return self._transformed(self.queries.end(x_BTD))
+    if streams.are_in(batch):
+      x_BTD = streams.asked(x_BTD, batch)
     x_BTD = self.tower.end(x_BTD)
     positions_BM = batch.get('target_positions')
     if positions_BM is not None:
@@ -244,13 +270,16 @@ class Encoder(nnx.Module):
         no dropout; execution, scan or unroll, and what to recompute. With
         `query_layers` also what `MaskedLM.dropped` gives: places (B, T), and of
         M queries, whose features are returned, query_inputs, query_positions,
-        query_segments, query_places (B, M).
+        query_segments, query_places (B, M). With `two_stream` what
+        `objectives.permutation` gives: ranks (B, T), and of queries
+        query_ranks, query_positions, query_segments, query_places (B, M).
 
     Raises:
       ValueError: more tokens than the model has positions.
     """
     x_BTD, stats = self._run(inputs, **kwargs)
-    return self.leave(x_BTD, {'target_positions': target_positions}), stats
+    batch = {'inputs': inputs, 'target_positions': target_positions, **kwargs}
+    return self.leave(x_BTD, batch), stats
 
   @jax.named_scope('head')
   def _transformed(self, x_BTD):

@@ -64,6 +64,30 @@ def check_causal(config: Any) -> None:
       )
 
 
+def check_two_stream(config: Any) -> None:
+  """Raises ValueError for what does not go by the ranks of tokens."""
+  for kind in config.kinds:
+    whole = not getattr(kind, 'global_projections', False)
+    if not (isinstance(kind, attention.Softmax) and whole):
+      raise ValueError(
+        f'model.two_stream=true hides tokens by the order of a permutation, '
+        f'which model.attention={kind.kind} has no place for. Choose dense, '
+        'transformer_xl or another softmax kind.'
+      )
+  for name in ('query_layers', 'num_token_types', 'next_sentence'):
+    if getattr(config, name):
+      raise ValueError(
+        f'model.two_stream=true and model.{name}={getattr(config, name)}: '
+        'the second stream has none. Set one of them to 0 or false.'
+      )
+  for mlp in config.mlp_kinds:
+    if isinstance(mlp, moe.MoeConfig):
+      raise ValueError(
+        'model.two_stream=true is for plain feed-forward layers. Set '
+        'model.mlp.kind=mlp.'
+      )
+
+
 def check_bidirectional(config: Any) -> None:
   """Raises ValueError for layers that cannot look to both sides."""
   for kind in config.kinds:

@@ -19,6 +19,7 @@ from t2x.layers import norm
 from t2x.layers import param
 from t2x.layers import position
 from t2x.layers import routing
+from t2x.layers import transformer_xl
 from t2x.models import decoder
 from t2x.models import encoder
 from t2x.models import encoder_decoder
@@ -104,6 +105,37 @@ def _roberta(bert: encoder.EncoderConfig) -> encoder.EncoderConfig:
     init=param.Init(distribution='normal', std=0.02),
     num_token_types=1,
     next_sentence=False,
+  )
+
+
+def xlnet_base() -> encoder.EncoderConfig:
+  """Yang et al., 2019: 117M (116,690,688 without the biases of segments)."""
+  return _xlnet(num_layers=12, embed_dim=768)
+
+
+def xlnet_large() -> encoder.EncoderConfig:
+  """Yang et al., 2019: 360M (360,194,048 without the biases of segments)."""
+  return _xlnet(num_layers=24, embed_dim=1024)
+
+
+def _xlnet(*, num_layers: int, embed_dim: int) -> encoder.EncoderConfig:
+  """N(0, 0.02), biases of scores of their own in each layer, as released."""
+  return encoder.EncoderConfig(
+    vocab_size=32000,
+    num_layers=num_layers,
+    embed_dim=embed_dim,
+    attention=transformer_xl.TransformerXL(
+      num_heads=embed_dim // 64, dropout=0.1
+    ),
+    mlp=mlp.MlpConfig(hidden=4 * embed_dim, activation='gelu', dropout=0.1),
+    norm=norm.LayerNorm(eps=1e-12),
+    residual='post_norm',
+    position=None,
+    init=param.Init(distribution='normal', std=0.02),
+    dropout=0.1,
+    masked_head=False,
+    output_bias=True,
+    two_stream=True,
   )
 
 

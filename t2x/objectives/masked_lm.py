@@ -113,6 +113,35 @@ class MaskedLM:
         'position to predict, rounded. Raise one of the two.'
       )
 
+  def chosen(
+    self,
+    source: rows_lib.Rows,
+    keys: np.ndarray,
+    vocab: vocab_lib.Vocab,
+    length: int,
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the places of the tokens to predict in order, and 1 for each."""
+    return _places(self._choose(source, keys, vocab), self.num_targets(length))
+
+  def _choose(self, source, keys, vocab) -> np.ndarray:
+    """Returns which tokens are predicted, (B, T); only text tokens are."""
+    tokens_BT, segments_BT = source
+    is_text_BT = _is_text(source, vocab)
+    num_text_B = is_text_BT.sum(1)
+    num_B = np.clip(np.round(self.rate * num_text_B), 1, num_text_B)
+    if self.dropped:  # What is left has its room.
+      needed_B = (segments_BT != 0).sum(1) - self.num_left(tokens_BT.shape[1])
+      num_B = np.minimum(np.maximum(num_B, needed_B), num_text_B)
+    return masking_lib.choose(
+      self.masking,
+      tokens_BT,
+      segments_BT,
+      is_text_BT,
+      num_B.astype(np.int64),
+      keys,
+      vocab.lexicon,
+    )
+
   def examples(
     self,
     source: rows_lib.Rows,
@@ -124,21 +153,7 @@ class MaskedLM:
     """Returns the batch of `source`; only text tokens are ever chosen."""
     tokens_BT, segments_BT = source
     T = tokens_BT.shape[1]
-    is_text_BT = (segments_BT != 0) & (tokens_BT >= vocab.first_text_id)
-    num_text_B = is_text_BT.sum(1)
-    num_B = np.clip(np.round(self.rate * num_text_B), 1, num_text_B)
-    if self.dropped:  # What is left has its room.
-      needed_B = (segments_BT != 0).sum(1) - self.num_left(T)
-      num_B = np.minimum(np.maximum(num_B, needed_B), num_text_B)
-    is_chosen_BT = masking_lib.choose(
-      self.masking,
-      tokens_BT,
-      segments_BT,
-      is_text_BT,
-      num_B.astype(np.int64),
-      keys,
-      vocab.lexicon,
-    )
+    is_chosen_BT = self._choose(source, keys, vocab)
     places_BM, weights_BM = _places(is_chosen_BT, self.num_targets(length))
     if self.dropped:
       is_left_BT = (segments_BT != 0) & ~is_chosen_BT
@@ -166,7 +181,7 @@ class MaskedLM:
     if isinstance(self.masking, masking_lib.ByLoss):
       batch['originals'] = tokens_BT
       batch['noised'] = noised_BT.astype(np.int32)
-      batch['maskable'] = is_text_BT.astype(np.int32)
+      batch['maskable'] = _is_text(source, vocab).astype(np.int32)
     return batch
 
 
@@ -203,6 +218,10 @@ def _without(source: rows_lib.Rows, left, asked) -> dict[str, np.ndarray]:
   return batch | dict(
     zip(_ASKED, (targets, asked[1], inputs, *queries), strict=True)
   )
+
+
+def _is_text(source: rows_lib.Rows, vocab: vocab_lib.Vocab) -> np.ndarray:
+  return (source.segments != 0) & (source.tokens >= vocab.first_text_id)
 
 
 def _places(is_chosen_BT, num: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,97 @@
+"""Transformer-XL's attention: scores by content and by distance.
+
+With content and position biases u and v, and R(d) the sines and cosines of a
+distance d, the score of a query q at place a and a key k at place b is
+
+  (q + u) . k + (q + v) . W R(a - b)          (Dai et al., 2019, section 3.3).
+
+Of the second term the angle is a difference, so it is a product of what the
+query and the key know: with s and c the coefficients W^T (q + v) of the sines
+and the cosines,
+
+  (s sin a + c cos a) . cos b + (c sin a - s cos a) . sin b.
+
+Queries and keys are widened by these, and whatever computes attention computes
+this one: in blocks, under any mask, order of tokens or layout.
+
+Shape suffixes: B batch, T query position, S key position, D embed, N query
+heads, K key/value heads, H head dim, F frequencies (D / 2).
+"""
+
+import dataclasses
+from typing import ClassVar
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from t2x.layers import attention
+from t2x.layers import param
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerXL(attention.Softmax):
+  """Every key, by its content and its distance; needs no other positions."""
+
+  kind: ClassVar[str] = 'transformer_xl'
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.kernel == 'flash':
+      raise ValueError(
+        'attention.kernel=flash: keys that are wider than values, as those of '
+        'transformer_xl, are not in it. Set it to auto.'
+      )
+
+
+class Distances(nnx.Module):
+  """Widens queries and keys of one layer."""
+
+  def __init__(
+    self,
+    config: TransformerXL,
+    embed: int,
+    *,
+    init: param.Init,
+    rngs: nnx.Rngs,
+  ):
+    N, H = config.num_heads, config.head_dim
+    drawn = param.initializer(init, fan_in=embed, fan_out=N * H)
+    self.r_DNH = param.weight(
+      rngs, (embed, N, H), ('embed', 'heads', 'head_dim'), drawn
+    )
+    bias = param.drawn('normal', init.std)
+    axes = ('heads', 'head_dim')
+    self.content_bias_NH = param.param(rngs, (N, H), axes, bias)
+    self.position_bias_NH = param.param(rngs, (N, H), axes, bias)
+
+  def queries(self, q_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    """Returns (B, T, N, H + D)."""
+    by_place = param.add_bias(q_BTNH, self.position_bias_NH)
+    r_DNH = self.r_DNH[...].astype(q_BTNH.dtype)
+    both = jnp.einsum('BTNH,DNH->BTND', by_place, r_DNH)
+    s, c = jnp.split(both.astype(jnp.float32), 2, axis=-1)
+    sin, cos = _waves(positions_BT, both.shape[-1])
+    wide = jnp.concatenate([s * sin + c * cos, c * sin - s * cos], axis=-1)
+    content = param.add_bias(q_BTNH, self.content_bias_NH)
+    return jnp.concatenate([content, wide.astype(content.dtype)], axis=-1)
+
+  def keys(self, k_BSKH: jax.Array, positions_BS: jax.Array) -> jax.Array:
+    """Returns (B, S, K, H + D)."""
+    sin, cos = _waves(positions_BS, self.r_DNH.shape[0])
+    wide = jnp.concatenate([cos, sin], axis=-1).astype(k_BSKH.dtype)
+    shape = (*k_BSKH.shape[:3], wide.shape[-1])
+    return jnp.concatenate([k_BSKH, jnp.broadcast_to(wide, shape)], axis=-1)
+
+
+def _waves(positions_BT, size: int) -> tuple[jax.Array, jax.Array]:
+  """Returns sines and cosines of places, (B, T, 1, F)."""
+  frequency_F = 10000.0 ** (-jnp.arange(0, size, 2) / size)
+  angle = positions_BT[..., None, None] * frequency_F[None, None, None]
+  return jnp.sin(angle), jnp.cos(angle)
+
+
+def num_flops(config: TransformerXL, length: int, embed: int, pairs: float):
+  """Returns the FLOPs of a row by which this is dearer than dense attention."""
+  N, H = config.num_heads, config.head_dim
+  return int(2 * N * embed * (length * H + pairs))
