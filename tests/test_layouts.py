@@ -33,6 +33,7 @@ from t2x.layers import position
 from t2x.layers import regional
 from t2x.layers import routing
 from t2x.layers import sparse
+from t2x.layers import transformer_xl
 from t2x.models import decoder
 from t2x.models import encoder
 from t2x.models import encoder_decoder
@@ -128,6 +129,10 @@ CONFIGS |= {
 _PLACED = {'mlp': PLAIN, 'position': position.Learned(max_length=LENGTH)}
 _FOUR = SHARED | {'num_layers': 4} | _PLACED
 KINDS = {
+  'gpt of distances': (
+    transformer_xl.TransformerXL(**HEADS, dropout=0.1),
+    transformer_xl.TransformerXL(**HEADS, num_kv_heads=4),
+  ),
   'gpt of patterns': (
     attention.Local(**HEADS, window=5, dropout=0.1),
     sparse.Dilated(**HEADS, window=3, dilation=2),
@@ -166,6 +171,16 @@ CONFIGS |= {
     CONFIGS['bert'], pooler=True, next_sentence=True
   ),
   't5 sampled': CONFIGS['t5'],
+  'bert permuted': encoder.EncoderConfig(
+    **SHARED,
+    attention=transformer_xl.TransformerXL(**HEADS, dropout=0.1),
+    mlp=mlp.MlpConfig(hidden=64),
+    residual='post_norm',
+    position=None,
+    masked_head=False,
+    output_bias=True,
+    two_stream=True,
+  ),
   'bert dropped': dataclasses.replace(
     CONFIGS['bert'],
     num_token_types=0,
@@ -244,6 +259,8 @@ def make_batch(kind):
     batch['sentence_weights'] = weights
   if kind == 'bert dropped':
     return dropped(rng, batch)
+  if kind == 'bert permuted':
+    return permuted(rng, batch)
   if kind == 'gpt2 ahead':
     for name in ('ahead2', 'ahead3'):
       batch[f'{name}_targets'] = tokens()
@@ -269,6 +286,20 @@ def dropped(rng, batch):
     result |= {name: at(name, left), f'query_{name}': at(name, asked)}
   weights = (result['query_segments'] > 0) * np.float32(0.7)
   return result | {'targets': result['query_inputs'] + 1, 'weights': weights}
+
+
+def permuted(rng, batch):
+  """Half of each row is predicted, in a random order."""
+  places = batch.pop('target_positions')
+  num = places.shape[1]
+  order = np.array([rng.permutation(num) for _ in range(ROWS)], np.int32)
+  ranks = np.zeros((ROWS, LENGTH), np.int32)
+  np.put_along_axis(ranks, places, order + 1, axis=1)
+  at = lambda name: np.take_along_axis(batch[name], places, axis=1)
+  asked = {f'query_{n}': at(n) for n in ('segments', 'positions')}
+  del batch['token_types']
+  asked |= {'query_ranks': order, 'query_places': places}
+  return batch | asked | {'ranks': ranks}
 
 
 def loss_and_gradients(model, batch, key, config=STEP):
@@ -361,9 +392,10 @@ def test_terms_and_passes(kind, mesh):
   assert_as_on_one_device(kind, result)
 
 
-def test_tokens_that_are_dropped():
-  result = on_mesh('bert dropped', make_mesh(**MESHES['data2_fsdp2_tensor2']))
-  assert_as_on_one_device('bert dropped', result)
+@pytest.mark.parametrize('kind', ['bert dropped', 'bert permuted'])
+def test_rows_that_are_no_texts(kind):
+  result = on_mesh(kind, make_mesh(**MESHES['data2_fsdp2_tensor2']))
+  assert_as_on_one_device(kind, result)
 
 
 SEQUENCE = sharding.Rules(norm_length=('context', 'tensor'))
@@ -402,11 +434,14 @@ EXCHANGED = dataclasses.replace(RULES, context_attention='all_to_all')
   'kind, mesh, rules',
   [
     ('gpt of patterns', 'context2_tensor4', RULES),
+    ('gpt of distances', 'context2_tensor4', RULES),
     ('gpt of mixers', 'context2_tensor4', EXCHANGED),
     ('bert of mixers', 'data2_fsdp2_context2', EXCHANGED),
     ('bert of globals', 'data2_fsdp2_tensor2', SEQUENCE),
     _slow('gpt of patterns', 'data2_fsdp2_tensor2', RULES),
     _slow('gpt of patterns', 'data2_fsdp2_context2', EXCHANGED),
+    _slow('gpt of distances', 'data2_fsdp2_tensor2', SEQUENCE),
+    _slow('gpt of distances', 'data2_fsdp2_context2', EXCHANGED),
     _slow('gpt of mixers', 'data2_fsdp2_tensor2', SEQUENCE),
     _slow('bert of mixers', 'context2_tensor4', EXCHANGED),
     _slow('bert of mixers', 'data2_fsdp2_tensor2', SEQUENCE),

@@ -19,12 +19,14 @@ from t2x.layers import low_rank
 from t2x.layers import param
 from t2x.layers import regional
 from t2x.layers import sparse
+from t2x.layers import transformer_xl
 
 B, T, D = 2, 32, 24
 _HEADS = {'num_heads': 4, 'head_dim': 6}
 _BLOCKS = ('11000000', '11100001', '01110000', '00111000') + ('11111111',) * 4
 KINDS = {
   'dense': attention.Dense(**_HEADS, num_kv_heads=2),
+  'transformer_xl': transformer_xl.TransformerXL(**_HEADS, num_kv_heads=2),
   'local': attention.Local(**_HEADS, window=5),
   'dilated': sparse.Dilated(**_HEADS, window=4, dilation=3),
   'block_sparse': sparse.BlockSparse(**_HEADS, sparse_block=4, rows=_BLOCKS),
@@ -185,6 +187,35 @@ def test_regional_against_loops(causal):
   segments = jnp.asarray(ids)
   got = run(layer, x, mask_lib.self_attention(segments, causal=causal))
   np.testing.assert_allclose(got, out(layer, want), atol=2e-5)
+
+
+@pytest.mark.parametrize('length', [T, 600])
+def test_transformer_xl_against_its_formula(length):
+  """With R(i - j) written out, also in rows that are scanned."""
+  layer = make(KINDS['transformer_xl'])
+  x = inputs(length=length)
+  got = run(layer, x, mask_lib.make(causal=True))
+  own = jax.device_get(layer)
+  q = np.einsum('btd,dnh->btnh', x, own.q_DNH[...])
+  k, v = (
+    np.repeat(np.einsum('btd,dkh->btkh', x, w[...]), 2, axis=2)
+    for w in (own.k_DKH, own.v_DKH)
+  )
+  distance = np.arange(length)[:, None] - np.arange(length)
+  frequency = 1 / 10000 ** (np.arange(0, D, 2) / D)
+  angle = distance[..., None] * frequency
+  waves = np.concatenate([np.sin(angle), np.cos(angle)], -1)
+  r = np.einsum('tsd,dnh->tsnh', waves, own.distances.r_DNH[...])
+  u = own.distances.content_bias_NH[...]
+  w = own.distances.position_bias_NH[...]
+  scores = np.einsum('btnh,bsnh->bnts', q + u, k)
+  scores += np.einsum('btnh,tsnh->bnts', q + w, r)
+  scores = np.where(distance >= 0, scores / 6**0.5, -np.inf)
+  weights = np.exp(scores - scores.max(-1, keepdims=True))
+  weights /= weights.sum(-1, keepdims=True)
+  want = np.einsum('bnts,bsnh->btnh', weights, v)
+  want = np.einsum('btnh,nhd->btd', want, own.o_NHD[...])
+  np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)
 
 
 def test_linformer_of_full_rank_is_dense():
