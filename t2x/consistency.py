@@ -11,6 +11,7 @@ from t2x import checks
 from t2x import experiment
 from t2x import machines
 from t2x import mesh as mesh_lib
+from t2x import objective_checks
 from t2x import on_mesh
 from t2x import sharding
 from t2x.attention import all_to_all
@@ -23,13 +24,6 @@ from t2x.layers import experts
 from t2x.layers import kinds
 from t2x.layers import moe
 from t2x.layers import own_heads
-from t2x.models import decoder
-from t2x.models import encoder
-from t2x.models import encoder_decoder
-from t2x.objectives import causal_lm
-from t2x.objectives import masked_lm
-from t2x.objectives import next_sentence
-from t2x.objectives import permutation
 from t2x.objectives import prefix_lm
 
 Experiment = experiment.Experiment
@@ -49,9 +43,7 @@ def check(config: Experiment, num_devices: int) -> None:
   _check_activations(config)
   _check_groups(config, sizes)
   _check_experts(config, sizes)
-  _check_objective(config)
-  _check_masking(config, sizes)
-  _check_sampling(config, sizes)
+  objective_checks.check(config, sizes)
   _check_lengths(config)
   _check_chunks(config, sizes)
 
@@ -94,7 +86,8 @@ def _check_offload(config: Experiment, sizes: Mapping[str, int]) -> None:
 
 def _check_attention(config: Experiment, sizes: Mapping[str, int]) -> None:
   """Kinds of attention say which rows and layouts they are for."""
-  packed = isinstance(config.data.batching, data_config.Pack)
+  parts = data_config.parts(config.data).values()
+  packed = any(isinstance(own.batching, data_config.Pack) for own in parts)
   splits = on_mesh.context_size(config, sizes) > 1
   ring = splits and config.rules.context_attention == 'ring'
   for kind in config.model.kinds:
@@ -105,7 +98,8 @@ def _check_attention(config: Experiment, sizes: Mapping[str, int]) -> None:
         'data.batching=pack puts several documents into one, which would see '
         'each other. Set data.batching=pad.'
       )
-    has_prefix = isinstance(config.data.objective, prefix_lm.PrefixLM)
+    objectives = [own.objective for own in parts]
+    has_prefix = any(isinstance(o, prefix_lm.PrefixLM) for o in objectives)
     if has_prefix and not isinstance(kind, attention.Softmax):
       raise ValueError(
         f'model.attention={kind.kind} has no prefix that is seen from both '
@@ -162,27 +156,11 @@ def _check_context(config: Experiment, sizes: dict[str, int]) -> None:
         f'Set it to {-(-length // parts) * parts}, or change the mesh.'
       )
   devices = on_mesh.context_size(config, sizes)
-  if devices > 1:
-    _check_whole(config, devices)
   if devices > 1 and config.rules.context_attention == 'all_to_all':
     split = sharding.mesh_axes(config.rules.kv_heads)
     parts = math.prod(sizes[a] for a in split)
     for kind in config.model.kinds:
       all_to_all.repeats(kind.num_heads, kind.kv_heads, devices, parts)
-
-
-def _check_whole(config: Experiment, devices: int) -> None:
-  """Raises ShardingError for objectives whose rows cannot be split."""
-  objective, what = config.data.objective, None
-  if getattr(objective, 'dropped', False):
-    what = 'data.objective.dropped=true leaves rows of which places are missing'
-  if isinstance(objective, permutation.Permutation):
-    what = 'data.objective=permutation puts two streams into a row'
-  if what is not None:
-    raise sharding.ShardingError(
-      f'{what}, and mesh.context={devices} splits rows. Set mesh.context=1, or '
-      'another objective.'
-    )
 
 
 # What models constrain; those of plain feed-forward layers apart.
@@ -222,96 +200,6 @@ def _check_experts(config: Experiment, sizes: dict[str, int]) -> None:
   if any(isinstance(kind, moe.MoeConfig) for kind in config.model.mlp_kinds):
     kept = lambda axes: [a for a in sharding.mesh_axes(axes) if sizes[a] > 1]
     experts.check_axes(*map(kept, (rules.experts, rules.batch, rules.length)))
-
-
-def _check_objective(config: Experiment) -> None:
-  objective, model = config.data.objective, config.model
-  encdec = isinstance(model, encoder_decoder.EncoderDecoderConfig)
-  fits = {
-    decoder.DecoderConfig: isinstance(
-      objective, causal_lm.CausalLM | prefix_lm.PrefixLM
-    ),
-    encoder.EncoderConfig: isinstance(
-      objective,
-      masked_lm.MaskedLM | next_sentence.NextSentence | permutation.Permutation,
-    ),
-    encoder_decoder.EncoderDecoderConfig: objective.has_encoder,
-  }[type(model)]
-  if not fits:
-    kinds = (
-      'span_corruption, denoising, ul2 or source_target'
-      if encdec
-      else (
-        'causal_lm or prefix_lm'
-        if isinstance(model, decoder.DecoderConfig)
-        else 'masked_lm, next_sentence or permutation'
-      )
-    )
-    raise ValueError(
-      f'data.objective={objective.kind} does not train a model of kind '
-      f'{model.kind}. Set data.objective to {kinds}, or another model.'
-    )
-  ahead = len(getattr(model, 'ahead', ()))
-  if ahead != getattr(objective, 'ahead', 0):
-    raise ValueError(
-      f'model.ahead has {ahead} heads, and the targets of data.objective='
-      f'{objective.kind} are for {getattr(objective, "ahead", 0)}. Set '
-      f'data.objective=causal_lm and data.objective.ahead={ahead}.'
-    )
-  permuted = isinstance(objective, permutation.Permutation)
-  if permuted != getattr(model, 'two_stream', False):
-    raise ValueError(
-      f'data.objective={objective.kind} and model.two_stream='
-      f'{str(not permuted).lower()}: the second stream asks for the tokens of '
-      'data.objective=permutation, and of no other. Set both or neither.'
-    )
-  masked = getattr(objective, 'masked', objective)
-  dropped = getattr(masked, 'dropped', False)
-  if dropped != bool(getattr(model, 'query_layers', 0)):
-    raise ValueError(
-      f'data.objective.dropped={str(dropped).lower()} and model.query_layers='
-      f'{getattr(model, "query_layers", 0)}: tokens that are dropped from the '
-      'encoder are asked for by query layers. Set dropped=true and '
-      'query_layers to 1 or more, or false and 0.'
-    )
-  if dropped and masked is not objective:
-    raise ValueError(
-      'data.objective=next_sentence reads whole rows: set data.objective.masked'
-      '.dropped=false.'
-    )
-  if isinstance(objective, next_sentence.NextSentence):
-    if not (isinstance(model, encoder.EncoderConfig) and model.next_sentence):
-      raise ValueError(
-        'data.objective=next_sentence needs a head that says whether B follows '
-        'A: set model.next_sentence=true and model.pooler=true (and model.'
-        'num_token_types=2, so that A and B look different).'
-      )
-
-
-def _check_masking(config: Experiment, sizes: Mapping[str, int]) -> None:
-  if config.step_config.masking is not None and on_mesh.has_stages(sizes):
-    raise on_mesh.PipelineError(
-      'data.objective.masking=by_loss asks for the loss of each token, which '
-      'the stages of a pipeline do not tell (mesh.pipe='
-      f'{sizes[sharding.PIPE]}). Set another masking, or mesh.pipe=1.'
-    )
-
-
-def _check_sampling(config: Experiment, sizes: Mapping[str, int]) -> None:
-  if config.train.sampling is None:
-    return
-  if not config.data.objective.has_encoder:
-    raise ValueError(
-      f'train.sampling: data.objective={config.data.objective.kind} has no '
-      'decoder that reads targets beside an encoder. Set train.sampling=none, '
-      'or train an encoder_decoder.'
-    )
-  if on_mesh.has_stages(sizes):
-    raise on_mesh.PipelineError(
-      'train.sampling reads predictions of a first pass, which the stages of a '
-      f'pipeline do not have (mesh.pipe={sizes[sharding.PIPE]}). Set '
-      'train.sampling=none, or mesh.pipe=1.'
-    )
 
 
 def _check_chunks(config: Experiment, sizes: dict[str, int]) -> None:

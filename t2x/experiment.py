@@ -11,6 +11,7 @@ from t2x import optim as optim_lib
 from t2x import scheduled_sampling
 from t2x import sharding
 from t2x import stack
+from t2x import task_weights
 from t2x import train_state
 from t2x.data import config as data_config
 from t2x.models import decoder
@@ -146,7 +147,9 @@ class Experiment:
     objective = self.data.objective
     own = getattr(getattr(objective, 'masked', objective), 'masking', None)
     by_loss = own if isinstance(own, masking.ByLoss) else None
-    return dataclasses.replace(self.train.step_config, masking=by_loss)
+    tasks = task_weights.tasks_of(objective)
+    step = self.train.step_config
+    return dataclasses.replace(step, masking=by_loss, tasks=tasks)
 
 
 def num_steps(config: Experiment) -> int | None:

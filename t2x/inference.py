@@ -78,7 +78,7 @@ def load(
   mesh = mesh_lib.make(config.mesh, devices)
   shapes, _ = program_lib.shapes_of(config, mesh)
   wanted = dataclasses.replace(
-    shapes, step=None, opt_state=None, num_skipped=None
+    shapes, step=None, opt_state=None, num_skipped=None, carried={}
   )
   saved = checkpoint.Checkpoints(workdir)
   restored = saved.restore(wanted, step, partial=True)
@@ -168,19 +168,15 @@ def evaluate_splits(
   program = program_lib.Program(config, trained.mesh, num_steps=1)
   result = {}
   with sharding.use(trained.mesh, config.rules):
-    for split in config.data.eval_splits:
-      batches = pipeline.eval_batches(
-        corpus,
-        config.data,
-        split,
-        rows=program.rows,
-        max_batches=max_batches,
-      )
+    sets = pipeline.eval_sets(
+      corpus, config.data, rows=program.rows, max_batches=max_batches
+    )
+    for title, split, batches in sets:
       batches = map(program.place, batches)
       metrics = evaluate.evaluate(program.evaluate, trained.model, batches)
       if max_batches is None:
         metrics |= evaluate.bits_per_byte(metrics, corpus, config.data, split)
-      result |= {f'eval/{split}/{k}': v for k, v in metrics.items()}
+      result |= {f'eval/{title}/{k}': v for k, v in metrics.items()}
   return result
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from t2x import fused_loss
 from t2x import loss_masking
 from t2x import sharding
+from t2x import task_weights
 from t2x.layers import embed
 from t2x.models import terms as terms_lib
 
@@ -133,14 +134,20 @@ def _reduce_chunks(x_BTD, head, targets_BT, num) -> _Sums:
 def of_terms(
   terms: terms_lib.Terms,
   config: LossConfig = LossConfig(),
+  *,
+  batch: dict[str, jax.Array] | None = None,
   by_token: bool = False,
+  num_tasks: int = 0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Returns the loss that terms make, and what is measured, float32 scalars.
 
   Args:
     terms: by name; small ones are not cut into chunks.
     config: smoothing, z-loss, chunks.
+    batch: of which the terms are, where tasks are told apart.
     by_token: measure the main term by tokens too, see `loss_masking`.
+    num_tasks: measure each term by so many tasks too: weighted sums of nll and
+      accuracy, and the share of the weights, (3, K), as NAME_by_task.
 
   Returns:
     The sum of the terms' weighted losses by their factors; and `nll` (nats) and
@@ -148,20 +155,29 @@ def of_terms(
     NAME_accuracy.
   """
   whole = dataclasses.replace(config, vocab_chunks=1, token_chunks=1)
-  loss, sums = jnp.float32(0.0), {}
+  loss, sums, batch = jnp.float32(0.0), {}, batch or {}
+  factors_B = batch.get(task_weights.FACTORS)
   for name, term in terms.items():
     weights_BT = term.weights_BT
+    scaled_BT = weights_BT
+    if factors_B is not None:
+      scaled_BT = weights_BT * factors_B[:, None]
     mean = mean_loss(
       term.x_BTD,
       term.head,
       term.targets_BT,
-      weights_BT,
+      scaled_BT,
       whole if term.is_small else config,
     )
     loss = loss + term.factor * mean.objective
     prefix = f'{name}_' if name else ''
     sums[f'{prefix}nll'] = (mean.nll_BT * weights_BT).sum()
     sums[f'{prefix}accuracy'] = (mean.correct_BT * weights_BT).sum()
+    if num_tasks:
+      parts = mean.nll_BT * weights_BT, mean.correct_BT * weights_BT, weights_BT
+      sums[f'{prefix}{task_weights.BY_TASK}'] = task_weights.by_task(
+        [part.sum(1) for part in parts], batch, num_tasks
+      )
     if by_token and name == terms_lib.MAIN:
       sums[loss_masking.NAME] = loss_masking.measured(
         mean.nll_BT, term.targets_BT, weights_BT, len(term.head.table_VD)

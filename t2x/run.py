@@ -127,21 +127,20 @@ class Run:
     config = self.config
     row = {}
     model = train_state.averaged_model(self.state, config.step_config)
-    for split in config.data.eval_splits:
-      batches = pipeline.eval_batches(
-        self.corpus,
-        config.data,
-        split,
-        rows=self.program.rows,
-        max_batches=config.train.eval_batches,
-      )
+    sets = pipeline.eval_sets(
+      self.corpus,
+      config.data,
+      rows=self.program.rows,
+      max_batches=config.train.eval_batches,
+    )
+    for title, split, batches in sets:
       batches = (batch for batch, _ in self._global(batches))
       metrics = evaluate.evaluate(self.program.evaluate, model, batches)
       if config.train.eval_batches is None:
         metrics |= evaluate.bits_per_byte(
           metrics, self.corpus, config.data, split
         )
-      row |= {f'eval/{split}/{name}': v for name, v in metrics.items()}
+      row |= {f'eval/{title}/{name}': v for name, v in metrics.items()}
     self._time = time.perf_counter()
     return row
 

@@ -17,6 +17,7 @@ from t2x import optim_state
 from t2x import scheduled_sampling
 from t2x import sharding
 from t2x import stack
+from t2x import task_weights
 from t2x.objectives import masking as masking_lib
 from t2x.pipeline import plan as plan_lib
 
@@ -49,6 +50,7 @@ class StepConfig:
 
   Attributes:
     masking: masks that each step draws by itself, if it does.
+    tasks: of a mixture, None where there is one.
     sampling: how a decoder reads its own predictions, if it does.
     pipeline: what stages run, on a mesh that has them.
   """
@@ -61,6 +63,7 @@ class StepConfig:
   loss: loss_lib.LossConfig = loss_lib.LossConfig()
   execution: stack.Execution = stack.Execution()
   masking: masking_lib.ByLoss | None = None
+  tasks: task_weights.Tasks | None = None
   sampling: scheduled_sampling.ScheduledSampling | None = None
   pipeline: plan_lib.Plan | None = None
 
@@ -141,10 +144,13 @@ def init_state(
 
 
 def _carried(model: Any, config: StepConfig) -> dict[str, jax.Array]:
-  if config.masking is None:
-    return {}
-  rows = len(model.head.table_VD)
-  return {loss_masking.NAME: loss_masking.start(rows)}
+  carried = {}
+  if config.masking is not None:
+    rows = len(model.head.table_VD)
+    carried[loss_masking.NAME] = loss_masking.start(rows)
+  if config.tasks is not None:
+    carried |= task_weights.start(config.tasks)
+  return carried
 
 
 def state_shardings(state: TrainState, mesh, rules, config: StepConfig):

@@ -17,11 +17,13 @@ from t2x import loss_masking
 from t2x import optim_state
 from t2x import scheduled_sampling
 from t2x import sharding
+from t2x import task_weights
 from t2x import train_state
 from t2x.layers import dropout
 from t2x.layers import linear
 from t2x.layers import param
 from t2x.models import forward
+from t2x.objectives import mixture
 from t2x.pipeline import gradients as pipeline
 
 Batch = dict[str, jax.Array]
@@ -57,6 +59,8 @@ def gradients_at(
   if config.masking is not None:
     losses_V = state.carried[loss_masking.NAME]
     batch = loss_masking.masked(config.masking, batch, losses_V, key)
+  if config.tasks is not None:
+    batch = task_weights.with_factors(config.tasks, batch, state.carried)
   if config.sampling is not None:
     share = config.sampling.share_at(state.step)
     rows = batch['inputs'].shape[:1]
@@ -110,14 +114,28 @@ def apply_gradients(
 
 
 def _carried(state: train_state.TrainState, sums, config):
-  """Returns what is carried on after a step, and the other sums."""
-  if config.masking is None:
-    return state.carried, sums
-  rest, name = dict(sums), loss_masking.NAME
-  losses_V = loss_masking.updated(
-    config.masking, state.carried[name], rest.pop(name)
+  """Returns what is carried on after a step, and the metrics of the sums."""
+  carried, name = state.carried, loss_masking.NAME
+  by_task = {n: s for n, s in sums.items() if n.endswith(task_weights.BY_TASK)}
+  rest = {n: s for n, s in sums.items() if n not in {name, *by_task}}
+  if config.masking is not None:
+    moved_V = loss_masking.updated(config.masking, carried[name], sums[name])
+    carried = {**carried, name: moved_V}
+  if config.tasks is not None:
+    factors_K = task_weights.factors(config.tasks, carried)
+    rest |= task_weights.metrics(config.tasks, by_task, factors_K)
+    carried = task_weights.updated(config.tasks, carried, by_task)
+  return carried, rest
+
+
+def measure(config: train_state.StepConfig):
+  """Returns `loss.of_terms` with what a step asks of it."""
+  return functools.partial(
+    loss_lib.of_terms,
+    config=config.loss,
+    by_token=config.masking is not None,
+    num_tasks=0 if config.tasks is None else len(config.tasks.names),
   )
-  return {**state.carried, name: losses_V}, rest
 
 
 def _updated(rest: Any, loads: Any, step: jax.Array) -> Any:
@@ -142,7 +160,7 @@ def eval_step(model: Any, batch: Batch, config: train_state.StepConfig):
       batch,
       None,
       config.pipeline.for_evaluation(),
-      loss=config.loss,
+      loss=functools.partial(loss_lib.of_terms, config=config.loss),
       combine=train_state.combine,
     )
     measured = ('_nll', '_accuracy')
@@ -180,7 +198,7 @@ def gradients(trained, rest, batch, key, config: train_state.StepConfig):
       batch,
       key,
       config.pipeline,
-      loss=config.loss,
+      loss=measure(config),
       combine=train_state.combine,
       accumulate=config.accumulate,
       manual=manual,
@@ -227,10 +245,16 @@ def _manual_axes(config: train_state.StepConfig) -> tuple[str, ...]:
 
 
 def _accumulate(trained, rest, batch, key, config: train_state.StepConfig):
-  grad_fn = jax.value_and_grad(_loss, has_aux=True)
+  probes_K = None
+  if config.tasks is not None and config.tasks.probes:
+    probes_K = jnp.zeros(len(config.tasks.names))
+  grad_fn = jax.value_and_grad(_loss, (0, 1), has_aux=True)
 
   def micro(part):
-    (_, sums), grads = grad_fn(trained, rest, part, key, config)
+    fn = grad_fn(trained, probes_K, rest, part, key, config)
+    (_, sums), (grads, squares_K) = fn
+    if squares_K is not None:
+      sums[task_weights.SQUARES] = squares_K
     return grads, sums
 
   num = config.accumulate
@@ -252,7 +276,7 @@ def _accumulate(trained, rest, batch, key, config: train_state.StepConfig):
   return jax.lax.scan(add, zeros, parts)[0]
 
 
-def _loss(trained, rest, batch, key, config: train_state.StepConfig):
+def _loss(trained, probes_K, rest, batch, key, config: train_state.StepConfig):
   """Returns the share of the loss that these rows make, and metrics."""
   model = train_state.combine(trained, rest)
   if not sharding.reduces_in_float32():
@@ -265,9 +289,11 @@ def _loss(trained, rest, batch, key, config: train_state.StepConfig):
     )
     batch = {**batch, 'inputs': inputs}
   x_BTD, stats = forward.run(model, batch, keys_B=keys_B, execution=execution)
+  if probes_K is not None:
+    numbers_B = batch[mixture.TASKS][:, 0]
+    x_BTD = task_weights.probed(x_BTD, probes_K, numbers_B)
   terms = model.terms(x_BTD, batch, keys_B, execution.zigzag)
-  by_token = config.masking is not None
-  loss, sums = loss_lib.of_terms(terms, config.loss, by_token)
+  loss, sums = measure(config)(terms, batch=batch)
   router_losses = balance.losses(stats, batch['weights'].sum(1))
   loss = loss + sum(router_losses.values())
   return loss, {

@@ -39,7 +39,7 @@ class TrainBatches:
     seed: int,
     rows: slice | np.ndarray | None = None,
   ):
-    self._make = _Examples(corpus, config, config.train_split, seed, rows)
+    self._make = Examples(corpus, config, config.train_split, seed, rows)
     self._batch_size = config.batch_size
     sizes = self._make.layout.group_sizes()
     if sum(sizes) < config.batch_size:
@@ -56,21 +56,21 @@ class TrainBatches:
     # Hashed, as Grain adds the epoch to the seed: with seeds as they are, the
     # second epoch of one run would be the first of another.
     seeds = noise.keys(seed, np.arange(len(sizes) + 1)) >> np.uint64(32)
-    self._batch_order = _shuffled(self.steps_per_epoch, seeds[0])
-    self._row_orders = [_shuffled(n, s) for n, s in zip(sizes, seeds[1:])]
+    self._batch_order = shuffled(self.steps_per_epoch, seeds[0])
+    self._row_orders = [shuffled(n, s) for n, s in zip(sizes, seeds[1:])]
 
   def __getitem__(self, step: int) -> Batch:
     group, batch = self._locate(step)
     places = batch * self._batch_size + self._make.range
     order = self._row_orders[group]
-    rows = np.array([_get(order, i) for i in places])
+    rows = np.array([get(order, i) for i in places])
     return self._make(group, rows, step * self._batch_size + self._make.range)
 
   def _locate(self, step: int) -> tuple[int, int]:
     """Returns the group of a step, and the batch's number in the group."""
     if len(self._counts) == 1:
       return 0, step
-    number = _get(self._batch_order, step)
+    number = get(self._batch_order, step)
     ends = np.cumsum(self._counts)
     group = int(np.searchsorted(ends, number, side='right'))
     in_group = number - (int(ends[group - 1]) if group else 0)
@@ -88,7 +88,7 @@ class EvalBatches:
     *,
     rows: slice | np.ndarray | None = None,
   ):
-    self._make = _Examples(corpus, config, split, _EVAL_SEED, rows)
+    self._make = Examples(corpus, config, split, _EVAL_SEED, rows)
     self._batch_size = config.batch_size
     self._sizes = self._make.layout.group_sizes()
     self._ends = np.cumsum(
@@ -106,7 +106,7 @@ class EvalBatches:
     return self._make(group, rows, index * self._batch_size + self._make.range)
 
 
-class _Examples:
+class Examples:
   """Makes examples of rows: reads them and applies the objective."""
 
   def __init__(self, corpus, config, split, seed, rows):
@@ -134,10 +134,11 @@ def _vocab(corpus, config) -> vocab_lib.Vocab:
   """Returns the ids, with what the objective asks of the training text."""
   tokenizer, stream = corpus.tokenizer, corpus.streams(config.train_split)[0]
   lexicon = words.lexicon(config.objective, tokenizer, stream)
-  return dataclasses.replace(tokenizer.vocab, lexicon=lexicon)
+  labels = words.labels(config, corpus)
+  return dataclasses.replace(tokenizer.vocab, lexicon=lexicon, labels=labels)
 
 
-def _shuffled(num: int, seed: np.uint64) -> grain.MapDataset:
+def shuffled(num: int, seed: np.uint64) -> grain.MapDataset:
   """An endless sequence: all of range(num), then again in another order."""
   return grain.MapDataset.range(num).shuffle(seed=int(seed)).repeat()
 
@@ -157,7 +158,7 @@ def _range(rows: slice | np.ndarray | None, batch_size: int) -> np.ndarray:
   return result
 
 
-def _get(sequence: grain.MapDataset, index: int | np.integer) -> int:
+def get(sequence: grain.MapDataset, index: int | np.integer) -> int:
   value = sequence[int(index)]
   assert value is not None  # Nothing is filtered.
   return value

@@ -4,31 +4,18 @@ import dataclasses
 import os
 from typing import ClassVar
 
+import numpy as np
+
 from t2x import checks
 from t2x.data import tokenizers
 from t2x.objectives import causal_lm
-from t2x.objectives import denoising
+from t2x.objectives import classification
 from t2x.objectives import masked_lm
+from t2x.objectives import mixture
 from t2x.objectives import next_sentence
 from t2x.objectives import permutation
-from t2x.objectives import prefix_lm
-from t2x.objectives import source_target
-from t2x.objectives import span_corruption
-from t2x.objectives import ul2
 
-TextObjective = (
-  causal_lm.CausalLM
-  | prefix_lm.PrefixLM
-  | masked_lm.MaskedLM
-  | next_sentence.NextSentence
-  | permutation.Permutation
-  | next_sentence.NextSentence
-  | permutation.Permutation
-  | span_corruption.SpanCorruption
-  | denoising.Denoising
-  | ul2.UL2
-)
-Objective = TextObjective | source_target.SourceTarget
+Objective = mixture.Single | mixture.Mixture
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +98,36 @@ def buckets(config: DataConfig) -> tuple[int, ...]:
   if isinstance(config.batching, Pad) and config.batching.buckets:
     return config.batching.buckets
   return (config.length,)
+
+
+def parts(config: DataConfig) -> dict[str, DataConfig]:
+  """Returns the data of each task of a mixture; else itself, without a name."""
+  if not isinstance(config.objective, mixture.Mixture):
+    return {'': config}
+  found = {}
+  for task in config.objective.tasks:
+    own = ('source', 'files', 'text_field', 'target_field')
+    given = {name: getattr(task, name) for name in own}
+    given = {name: value for name, value in given.items() if value is not None}
+    if isinstance(task.objective, ONE_A_ROW):
+      given['batching'] = Pad()
+    found[task.name] = dataclasses.replace(
+      config, objective=task.objective, **given
+    )
+  return found
+
+
+# They may leave no position of a row to predict.
+CHECKED = (
+  masked_lm.MaskedLM | next_sentence.NextSentence | permutation.Permutation
+)
+# Their rows are no pieces of documents that follow each other.
+ONE_A_ROW = next_sentence.NextSentence | classification.Classification
+
+
+def dtype_of(name: str) -> type:
+  """Returns the dtype of an array of a batch."""
+  return np.float32 if name.endswith('weights') else np.int32
 
 
 def num_targets(config: DataConfig, length: int) -> int:

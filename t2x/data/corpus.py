@@ -20,6 +20,7 @@ from t2x.data import config as config_lib
 from t2x.data import files
 from t2x.data import token_store
 from t2x.data import tokenizers
+from t2x.objectives import mixture
 from t2x.objectives import vocab as vocab_lib
 
 _log = logging.getLogger(__name__)
@@ -35,12 +36,15 @@ class Corpus:
   Attributes:
     tokenizer: what made the tokens.
     fingerprint: a hash of the documents and the tokenizer.
-    splits: for each split one stream of documents; two for pairs.
+    splits: for each split one stream of documents; two for pairs, and those of
+      all tasks for a mixture.
+    tasks: of a mixture, each by its name.
   """
 
   tokenizer: tokenizers.Tokenizer
   fingerprint: str
   splits: dict[str, tuple[token_store.Stream, ...]]
+  tasks: dict[str, 'Corpus'] = dataclasses.field(default_factory=dict)
 
   def streams(self, split: str) -> tuple[token_store.Stream, ...]:
     """Returns the streams of `split`, or raises a ValueError."""
@@ -76,6 +80,8 @@ def prepare(
     ValueError: if the source, a file, a field, a split or the tokenizer's
       settings cannot work; the message says what can.
   """
+  if isinstance(config.objective, mixture.Mixture):
+    return _prepare_tasks(config, tokenizer)
   root = pathlib.Path(config_lib.directory(config))
   with files.lock(str(config_lib.directory(config))):
     builder = open_builder(config)
@@ -96,6 +102,25 @@ def prepare(
         token_store.Stream(path, str(i)) for i in range(len(fields))
       )
   return Corpus(tokenizer=tokenizer, fingerprint=key, splits=splits)
+
+
+def _prepare_tasks(config, tokenizer) -> Corpus:
+  """Returns the corpora of a mixture; the first one's tokenizer reads all."""
+  found = {}
+  for name, own in config_lib.parts(config).items():
+    found[name] = prepare(own, tokenizer)
+    tokenizer = found[name].tokenizer
+  splits = {}
+  for name in dict.fromkeys([config.train_split, *config.eval_splits]):
+    streams = (own.streams(name) for own in found.values())
+    splits[name] = sum(streams, ())
+  prints = [(name, own.fingerprint) for name, own in found.items()]
+  return Corpus(
+    tokenizer=tokenizer,
+    fingerprint=_hash(prints),
+    splits=splits,
+    tasks=found,
+  )
 
 
 def check_source(config: config_lib.DataConfig) -> None:

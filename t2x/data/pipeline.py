@@ -14,6 +14,7 @@ few tokens are predicted, `targets` and `weights` are of those alone, and
 """
 
 from collections.abc import Generator
+from collections.abc import Iterator
 
 import grain
 import numpy as np
@@ -21,10 +22,9 @@ import numpy as np
 from t2x.data import batches as batches_lib
 from t2x.data import config as config_lib
 from t2x.data import corpus as corpus_lib
+from t2x.data import mixing
 from t2x.data import text_files
-from t2x.objectives import masked_lm
-from t2x.objectives import next_sentence
-from t2x.objectives import permutation
+from t2x.objectives import mixture
 from t2x.objectives import span_corruption
 from t2x.objectives import ul2
 
@@ -34,6 +34,15 @@ _PREFETCH = 8  # Batches prepared ahead of the one that is used.
 
 def check(config: config_lib.DataConfig) -> None:
   """Raises a ValueError for what is wrong before anything is built."""
+  if isinstance(config.objective, mixture.Mixture):
+    if len(config_lib.buckets(config)) > 1:
+      raise ValueError(
+        f'data.batching.buckets={config_lib.buckets(config)}: the rows of a '
+        'mixture are all as long. Set data.batching without buckets.'
+      )
+    for own in config_lib.parts(config).values():
+      check(own)
+    return
   corpus_lib.check_source(config)
   if config.source == 'text_files':
     text_files.find(config.files)
@@ -55,20 +64,15 @@ def check(config: config_lib.DataConfig) -> None:
       f'The largest of data.batching.buckets={lengths} exceeds data.length='
       f'{config.length}. Raise data.length or leave that bucket out.'
     )
-  if isinstance(
-    config.objective,
-    masked_lm.MaskedLM | next_sentence.NextSentence | permutation.Permutation,
-  ):
+  if isinstance(config.objective, config_lib.CHECKED):
     config.objective.check(lengths[0])
   plain = config_lib.Pad()
-  if (
-    isinstance(config.objective, next_sentence.NextSentence)
-    and config.batching != plain
-  ):
+  one = isinstance(config.objective, config_lib.ONE_A_ROW)
+  if one and config.batching != plain:
     raise ValueError(
-      'data.objective=next_sentence puts two sentences into a row of data.'
-      f'length, and data.batching={config.batching}. Set data.batching=pad, '
-      'without buckets.'
+      f'data.objective={config.objective.kind} puts one text into a row of '
+      f'data.length, and data.batching={config.batching}. Set data.batching='
+      'pad, without buckets.'
     )
   _check_sentinels(config)
 
@@ -96,7 +100,7 @@ def train_batches(
     ValueError: if the corpus has less than a batch of rows, or `rows` does not
       lie in the batch.
   """
-  batches = batches_lib.TrainBatches(corpus, config, seed=seed, rows=rows)
+  batches = _training(corpus, config, seed=seed, rows=rows)
   return _iterate(_From(batches, start_step), config)
 
 
@@ -105,16 +109,41 @@ def eval_batches(
   config: config_lib.DataConfig,
   split: str,
   *,
+  task: str = '',
   rows: slice | np.ndarray | None = None,
   max_batches: int | None = None,
 ) -> Generator[batches_lib.Batch, None, None]:
   """Returns each row of `split` once, in order; the last batch has empty rows.
 
-  Random draws are the same at each call. `rows` as for `train_batches`.
+  Random draws are the same at each call. `rows` as for `train_batches`; of a
+  mixture, the rows of `task`.
   """
-  batches = batches_lib.EvalBatches(corpus, config, split, rows=rows)
+  if task:
+    batches = mixing.TaskBatches(corpus, config, split, task, rows=rows)
+  else:
+    batches = batches_lib.EvalBatches(corpus, config, split, rows=rows)
   num = len(batches) if max_batches is None else max_batches
   return _iterate(_From(batches, 0, min(num, len(batches))), config)
+
+
+def eval_sets(
+  corpus: corpus_lib.Corpus,
+  config: config_lib.DataConfig,
+  *,
+  rows: slice | np.ndarray | None = None,
+  max_batches: int | None = None,
+) -> Iterator[tuple[str, str, Generator[batches_lib.Batch, None, None]]]:
+  """Yields title, split and batches of all that is evaluated.
+
+  The title is that of the split; of a task of a mixture SPLIT.TASK. Arguments
+  as for `eval_batches`.
+  """
+  few = {'rows': rows, 'max_batches': max_batches}
+  for split in config.eval_splits:
+    for task in config_lib.parts(config):
+      title = f'{split}.{task}' if task else split
+      batches = eval_batches(corpus, config, split, task=task, **few)
+      yield title, split, batches
 
 
 def steps_per_epoch(
@@ -124,7 +153,13 @@ def steps_per_epoch(
 
   With several buckets this holds up to half a batch of each.
   """
-  return batches_lib.TrainBatches(corpus, config, seed=0).steps_per_epoch
+  return _training(corpus, config, seed=0).steps_per_epoch
+
+
+def _training(corpus, config, **kwargs):
+  if isinstance(config.objective, mixture.Mixture):
+    return mixing.MixedBatches(corpus, config, **kwargs)
+  return batches_lib.TrainBatches(corpus, config, **kwargs)
 
 
 def batch_spec(
@@ -132,10 +167,9 @@ def batch_spec(
 ) -> dict[str, tuple[tuple[int, int], np.dtype]]:
   """Returns shape and dtype of each array in a batch of the largest bucket."""
   length = config_lib.buckets(config)[-1]
-  is_float = lambda name: name.endswith('weights')
-  dtype = lambda name: np.dtype(np.float32 if is_float(name) else np.int32)
+  dtype = config_lib.dtype_of
   return {
-    name: ((config.batch_size, own), dtype(name))
+    name: ((config.batch_size, own), np.dtype(dtype(name)))
     for name, own in config.objective.lengths(length).items()
   }
 

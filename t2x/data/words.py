@@ -5,8 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from t2x.data import config as config_lib
+from t2x.data import corpus as corpus_lib
 from t2x.data import token_store
 from t2x.data import tokenizers
+from t2x.objectives import classification
 from t2x.objectives import denoising
 from t2x.objectives import lexicon as lexicon_lib
 from t2x.objectives import masked_lm
@@ -47,6 +50,30 @@ def lexicon(
     case masked_lm.MaskedLM() | denoising.Denoising():
       return _lexicon(None, tokenizer, stream)
   return None
+
+
+def labels(
+  config: config_lib.DataConfig, corpus: corpus_lib.Corpus
+) -> tuple[tuple[int, ...], ...]:
+  """Returns the labels of the training text, where there are classes.
+
+  Raises:
+    ValueError: more or fewer than there are classes.
+  """
+  objective = config.objective
+  if not isinstance(objective, classification.Classification):
+    return ()
+  stream = corpus.streams(config.train_split)[1]
+  texts = np.split(np.asarray(stream.tokens), stream.offsets[1:-1])
+  found = sorted({classification.label_of(text) for text in texts})
+  if len(found) != objective.num_classes:
+    some = ', '.join(repr(corpus.tokenizer.decode(ids)) for ids in found[:8])
+    raise ValueError(
+      f'data.target_field={config.target_field!r} has {len(found)} labels '
+      f'({some}), and data.objective.num_classes={objective.num_classes}. Set '
+      'it to as many, or another field.'
+    )
+  return tuple(found)
 
 
 # Asked for by training and again at each evaluation.

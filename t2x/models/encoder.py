@@ -26,6 +26,7 @@ from t2x.layers import position
 from t2x.models import common
 from t2x.models import forward
 from t2x.models import layer_checks
+from t2x.models import pooled
 from t2x.models import streams
 from t2x.models import terms as terms_lib
 
@@ -39,6 +40,7 @@ class EncoderConfig(common.TransformerConfig):
     embed_norm: normalise the embeddings.
     pooler: dense layer with tanh over the first token.
     next_sentence: two-way head on the pooler's output.
+    classes: of heads on the pooler's output, how many classes each tells apart.
     masked_head: transform (dense, activation, norm) and bias of the masked
       language model's head.
     output_bias: bias of the logits; a `masked_head` has one.
@@ -53,6 +55,7 @@ class EncoderConfig(common.TransformerConfig):
   embed_norm: bool = False
   pooler: bool = False
   next_sentence: bool = False
+  classes: tuple[int, ...] = ()
   masked_head: bool = True
   output_bias: bool = False
   two_stream: bool = False
@@ -64,6 +67,15 @@ class EncoderConfig(common.TransformerConfig):
     checks.least(self, 'model.', query_layers=0)
     if self.two_stream:
       layer_checks.check_two_stream(self)
+    if min(self.classes, default=2) < 2:
+      raise ValueError(
+        f'model.classes={self.classes}: a head tells two classes or more apart.'
+      )
+    if self.classes and not self.pooler:
+      raise ValueError(
+        f'model.classes={self.classes} needs model.pooler=true: its heads read '
+        "the pooler's output."
+      )
     if self.next_sentence and not self.pooler:
       raise ValueError(
         'model.next_sentence=true needs model.pooler=true: its head reads '
@@ -113,15 +125,18 @@ class Encoder(nnx.Module):
       else None
     )
     self.towers = tuple(config.depths)
-    self.pooler = Dense(D, D, init, rngs=rngs) if config.pooler else None
+    self.pooler = pooled.Dense(D, D, init, rngs=rngs) if config.pooler else None
     self.next_sentence = (
-      Dense(D, 2, init, rngs=rngs) if config.next_sentence else None
+      pooled.Dense(D, 2, init, rngs=rngs) if config.next_sentence else None
+    )
+    self.classes = nnx.List(
+      [pooled.Dense(D, num, init, rngs=rngs) for num in config.classes]
     )
     untied = config.tied_head == 'untied'
     self.output = common.OutputTable(config, rngs=rngs) if untied else None
     masked = config.masked_head
     rows = embed.padded(config.vocab_size, config.vocab_multiple)
-    self.transform = Dense(D, D, init, rngs=rngs) if masked else None
+    self.transform = pooled.Dense(D, D, init, rngs=rngs) if masked else None
     self.transform_norm = make_norm() if masked else None
     self.output_bias_V = (
       param.param(rngs, (rows,), ('vocab',), param.zeros)
@@ -225,25 +240,10 @@ class Encoder(nnx.Module):
     return self._transformed(x_BTD)
 
   def terms(self, x_BTD, batch, keys_B, zigzag: int) -> terms_lib.Terms:
-    """See `forward`; `sentence` where a batch says what follows what."""
+    """See `forward`; and those of the pooled heads that a batch is for."""
     del keys_B, zigzag
     terms = terms_lib.of_tokens(self.leave(x_BTD, batch), self.head, batch)
-    targets_BP = batch.get('sentence_targets')
-    if targets_BP is None:
-      return terms
-    assert self.next_sentence is not None, 'model.next_sentence is off'
-    x_B1D = self.pool(self.tower.end(x_BTD))[:, None]
-    # Where a mesh splits rows there is padding after the one target.
-    shape = (*targets_BP.shape, x_BTD.shape[-1])
-    return terms | {
-      'sentence': terms_lib.Term(
-        x_BTD=jnp.broadcast_to(x_B1D, shape),
-        head=self.next_sentence.head,
-        targets_BT=targets_BP,
-        weights_BT=batch['sentence_weights'],
-        is_small=True,
-      )
-    }
+    return terms | pooled.terms(self, x_BTD, batch)
 
   def hidden(self, inputs: jax.Array, **kwargs) -> jax.Array:
     """Returns the features alone; arguments as for `features`."""
@@ -308,26 +308,3 @@ def _query_batch(batch):
   """Returns the part of a batch that the second stack reads, by plain names."""
   assert 'token_types' not in batch, 'rows of dropped tokens have no types'
   return {'inputs': batch['query_inputs']}
-
-
-class Dense(nnx.Module):
-  """x W + b, for heads."""
-
-  def __init__(
-    self, into: int, out: int, init: param.Initializer, *, rngs: nnx.Rngs
-  ):
-    # Heads are small: the output stays whole, the input follows `embed`.
-    self.kernel_DE = param.param(rngs, (into, out), ('embed', None), init)
-    self.bias_E = param.param(rngs, (out,), (None,), param.zeros)
-
-  def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    y_BTE = param.project(x_BTD, self.kernel_DE, 'BTD,DE->BTE')
-    return param.add_bias(y_BTE, self.bias_E)
-
-  @property
-  def head(self) -> embed.Head:
-    """The same product, for a loss."""
-    table_ED = self.kernel_DE[...].T
-    return embed.Head(
-      table_VD=table_ED, bias_V=self.bias_E[...], vocab_size=len(table_ED)
-    )

@@ -16,7 +16,8 @@ NUM_NAMED = 5  # Sentinels follow, then the ids that stand for text.
 class Vocab:
   """Special ids first, then `num_sentinels` sentinels, then text.
 
-  `lexicon` is what is known of the tokens, for objectives that ask.
+  `lexicon` is what is known of the tokens, and `labels` what the classes of
+  texts are called (ids), for objectives that ask.
 
   >>> Vocab(size=361, num_sentinels=100).first_text_id
   105
@@ -26,6 +27,9 @@ class Vocab:
   num_sentinels: int = 100
   lexicon: lexicon_lib.Lexicon | None = dataclasses.field(
     default=None, compare=False
+  )
+  labels: tuple[tuple[int, ...], ...] = dataclasses.field(
+    default=(), compare=False
   )
 
   @property

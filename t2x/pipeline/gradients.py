@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
-from t2x import loss as loss_lib
+from t2x.pipeline import pieces
 from t2x.pipeline import plan as plan_lib
 from t2x.pipeline import stage
 from t2x.pipeline import weights
@@ -25,7 +25,7 @@ def run(
   key: jax.Array | None,
   plan: plan_lib.Plan,
   *,
-  loss: loss_lib.LossConfig,
+  loss: pieces.Loss,
   combine: Combine,
   accumulate: int = 1,
   manual: tuple[str, ...] = (),
@@ -38,7 +38,7 @@ def run(
     batch: its `weights` are over those of the whole batch.
     key: of dropout, or None.
     plan: what is run.
-    loss: how tokens make the loss.
+    loss: of terms and their batch, what they make and measure.
     combine: puts a trained and another part together.
     accumulate: times that the table is run, each with its share of the rows.
     manual: mesh axes over which gradients are reduced once, after all.

@@ -16,12 +16,15 @@ import jax
 import jax.numpy as jnp
 
 from t2x import balance
-from t2x import loss as loss_lib
 from t2x.layers import dropout
 from t2x.pipeline import cut
 
 # What parts are run with, of one microbatch.
 Rows = dict[str, jax.Array]
+
+
+# `loss.of_terms` with its settings.
+Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
 class Rest(NamedTuple):
@@ -64,7 +67,7 @@ def make(
   key: jax.Array,
   *,
   combine: Callable[[Any, Any], Any],
-  loss: loss_lib.LossConfig,
+  loss: Loss,
   zigzag: int,
   remat: str,
 ) -> Pieces:
@@ -77,7 +80,7 @@ def make(
     rows: shapes of a microbatch.
     key: shape of the step's dropout key.
     combine: puts a trained and another part together.
-    loss: how tokens make the loss.
+    loss: of terms and their batch, what they make and measure.
     zigzag: order of the tokens of a row.
     remat: what the backward pass recomputes.
   """
@@ -145,12 +148,12 @@ def _layer(name: str, combine, zigzag: int) -> cut.Function:
   return fn
 
 
-def _leave(combine, loss: loss_lib.LossConfig, zigzag: int) -> cut.Function:
+def _leave(combine, loss: Loss, zigzag: int) -> cut.Function:
   def fn(params, x_BTD, side, rest):
     del side
     model = combine(params.shared, params.shared_frozen)
     terms = model.terms(x_BTD, rest.rows, _keys(rest), zigzag)
-    total, sums = loss_lib.of_terms(terms, loss)
+    total, sums = loss(terms, batch=rest.rows)
     return None, total, {'loss': total, **sums}
 
   return fn

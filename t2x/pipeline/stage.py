@@ -25,7 +25,7 @@ class Stage:
   Args:
     plan: what is run.
     layouts: of the trained parameters and of the others; see `weights`.
-    loss: how tokens make the loss.
+    loss: of terms and their batch, what they make and measure.
     combine: puts a trained and another part of the model together.
     manual: mesh axes over which gradients are reduced once, after all.
     trained: this device's share of the parameters with gradients.
@@ -188,10 +188,12 @@ class Stage:
     return grads, shared
 
   def _no_sums(self, pieces) -> dict[str, jax.Array]:
-    names = {'loss', *pieces.leave.other}
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    shapes = {'loss': scalar, **pieces.leave.other}
     for piece in sum(pieces.layers, ()):
-      names |= {*piece.other[0]} if piece.other else set()
-    return {name: jnp.float32(0.0) for name in sorted(names)}
+      shapes |= dict.fromkeys(piece.other[0] if piece.other else (), scalar)
+    zeros = lambda s: jnp.zeros(s.shape, s.dtype)
+    return {name: zeros(shapes[name]) for name in sorted(shapes)}
 
   def _grads(self, end: tick.Carry) -> Any:
     """Returns gradients where and as the parameters are kept."""

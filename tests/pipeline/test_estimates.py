@@ -93,7 +93,7 @@ def pieces_of(config):
     rows,
     jax.eval_shape(lambda: jax.random.key(0)),
     combine=train_state.combine,
-    loss=loss_lib.LossConfig(),
+    loss=loss_lib.of_terms,
     zigzag=1,
     remat='none',
   )

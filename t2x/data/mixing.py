@@ -1,0 +1,111 @@
+"""Batches of a mixture: each row is of one task, found by its number."""
+
+import math
+
+import numpy as np
+
+from t2x.data import batches as batches_lib
+from t2x.data import config as config_lib
+from t2x.data import corpus as corpus_lib
+from t2x.objectives import mixture
+from t2x.objectives import noise
+
+
+class MixedBatches:
+  """`batches[step]` is this host's part of the batch of any step.
+
+  A task goes through its rows in an order of its own, once before any comes
+  again. As for one task, nothing depends on the number of hosts; nor does what
+  is read depend on rates.
+  """
+
+  def __init__(
+    self,
+    corpus: corpus_lib.Corpus,
+    config: config_lib.DataConfig,
+    *,
+    seed: int,
+    rows: slice | np.ndarray | None = None,
+  ):
+    assert isinstance(config.objective, mixture.Mixture)
+    parts = config_lib.parts(config)
+    self._parts = [
+      batches_lib.Examples(corpus.tasks[name], own, own.train_split, seed, rows)
+      for name, own in parts.items()
+    ]
+    sizes = [part.layout.group_sizes()[0] for part in self._parts]
+    for name, size in zip(parts, sizes):
+      if not size:
+        raise ValueError(
+          f'Task {name!r} has no row in split {config.train_split!r}. Give it '
+          'more text, or leave it out of data.objective.tasks.'
+        )
+    self.steps_per_epoch = math.ceil(sum(sizes) / config.batch_size)
+    self._shares = config.objective.shares(sizes)
+    seeds = noise.keys(seed, np.arange(len(sizes))) >> np.uint64(32)
+    self._orders = [
+      batches_lib.shuffled(n, s) for n, s in zip(sizes, seeds, strict=True)
+    ]
+    self._config = config
+
+  def __getitem__(self, step: int) -> batches_lib.Batch:
+    examples = step * self._config.batch_size + self._parts[0].range
+    tasks, numbers = mixture.split(examples, self._shares)
+    batch = empty(self._config, len(examples))
+    for task, part in enumerate(self._parts):
+      (own,) = np.nonzero(tasks == task)
+      if len(own):
+        order = self._orders[task]
+        rows = np.array([batches_lib.get(order, i) for i in numbers[own]])
+        fill(batch, own, task, part(0, rows, examples[own]))
+    return batch
+
+
+class TaskBatches:
+  """`batches[i]` is this host's part of one pass over one task's split."""
+
+  def __init__(
+    self,
+    corpus: corpus_lib.Corpus,
+    config: config_lib.DataConfig,
+    split: str,
+    task: str,
+    *,
+    rows: slice | np.ndarray | None = None,
+  ):
+    parts = config_lib.parts(config)
+    self._config, self._number = config, [*parts].index(task)
+    self._batches = batches_lib.EvalBatches(
+      corpus.tasks[task], parts[task], split, rows=rows
+    )
+
+  def __len__(self) -> int:
+    return len(self._batches)
+
+  def __getitem__(self, index: int) -> batches_lib.Batch:
+    own = self._batches[index]
+    num = len(own['inputs'])
+    batch = empty(self._config, num)
+    fill(batch, np.arange(num), self._number, own)
+    return batch
+
+
+def empty(config: config_lib.DataConfig, num: int) -> batches_lib.Batch:
+  """Returns rows of nothing, with the arrays of every task."""
+  lengths = config.objective.lengths(config.length)
+  return {
+    name: np.zeros((num, own), config_lib.dtype_of(name))
+    for name, own in lengths.items()
+  }
+
+
+def fill(
+  batch: batches_lib.Batch,
+  places: np.ndarray,
+  task: int,
+  rows: batches_lib.Batch,
+) -> None:
+  """Puts rows of a task into a batch; what it has not weighs nothing."""
+  batch[mixture.TASKS][places] = task
+  for name, array in rows.items():
+    batch[name][places, : array.shape[1]] = array

@@ -1,0 +1,172 @@
+"""Whether what is predicted fits the model, the step and the mesh."""
+
+from collections.abc import Mapping
+import dataclasses
+
+from t2x import experiment
+from t2x import on_mesh
+from t2x import sharding
+from t2x.data import config as data_config
+from t2x.models import decoder
+from t2x.models import encoder
+from t2x.models import encoder_decoder
+from t2x.objectives import causal_lm
+from t2x.objectives import classification
+from t2x.objectives import masked_lm
+from t2x.objectives import next_sentence
+from t2x.objectives import permutation
+from t2x.objectives import prefix_lm
+
+Experiment = experiment.Experiment
+
+
+def check(config: Experiment, sizes: Mapping[str, int]) -> None:
+  """Raises ValueError for objectives that cannot be trained so.
+
+  Args:
+    config: of the run.
+    sizes: of the mesh axes.
+  """
+  _check_masking(config, sizes)
+  _check_weighting(config, sizes)
+  _check_sampling(config, sizes)
+  devices = on_mesh.context_size(config, sizes)
+  for data in data_config.parts(config.data).values():
+    own = dataclasses.replace(config, data=data)
+    _check_model(own)
+    _check_heads(own)
+    if devices > 1:
+      _check_whole(own, devices)
+
+
+def _check_model(config: Experiment) -> None:
+  """The objective is one of the model's."""
+  objective, model = config.data.objective, config.model
+  encdec = isinstance(model, encoder_decoder.EncoderDecoderConfig)
+  fits = {
+    decoder.DecoderConfig: isinstance(
+      objective, causal_lm.CausalLM | prefix_lm.PrefixLM
+    ),
+    encoder.EncoderConfig: isinstance(
+      objective,
+      masked_lm.MaskedLM
+      | next_sentence.NextSentence
+      | permutation.Permutation
+      | classification.Classification,
+    ),
+    encoder_decoder.EncoderDecoderConfig: objective.has_encoder,
+  }[type(model)]
+  if not fits:
+    kinds = (
+      'span_corruption, denoising, ul2 or source_target'
+      if encdec
+      else (
+        'causal_lm or prefix_lm'
+        if isinstance(model, decoder.DecoderConfig)
+        else 'masked_lm, next_sentence, permutation or classification'
+      )
+    )
+    raise ValueError(
+      f'data.objective={objective.kind} does not train a model of kind '
+      f'{model.kind}. Set data.objective to {kinds}, or another model.'
+    )
+
+
+def _check_heads(config: Experiment) -> None:
+  """The model has what the objective's targets are for."""
+  objective, model = config.data.objective, config.model
+  ahead = len(getattr(model, 'ahead', ()))
+  if ahead != getattr(objective, 'ahead', 0):
+    raise ValueError(
+      f'model.ahead has {ahead} heads, and the targets of data.objective='
+      f'{objective.kind} are for {getattr(objective, "ahead", 0)}. Set '
+      f'data.objective=causal_lm and data.objective.ahead={ahead}.'
+    )
+  if isinstance(objective, classification.Classification):
+    classes = getattr(model, 'classes', ())
+    own = classes[objective.head] if objective.head < len(classes) else 0
+    if own != objective.num_classes:
+      raise ValueError(
+        f'data.objective=classification tells {objective.num_classes} classes '
+        f'apart by head {objective.head} of model.classes={classes}. Set that '
+        f'one to {objective.num_classes}, and model.pooler=true.'
+      )
+  permuted = isinstance(objective, permutation.Permutation)
+  if permuted != getattr(model, 'two_stream', False):
+    raise ValueError(
+      f'data.objective={objective.kind} and model.two_stream='
+      f'{str(not permuted).lower()}: the second stream asks for the tokens of '
+      'data.objective=permutation, and of no other. Set both or neither.'
+    )
+  masked = getattr(objective, 'masked', objective)
+  dropped = getattr(masked, 'dropped', False)
+  if dropped != bool(getattr(model, 'query_layers', 0)):
+    raise ValueError(
+      f'data.objective.dropped={str(dropped).lower()} and model.query_layers='
+      f'{getattr(model, "query_layers", 0)}: tokens that are dropped from the '
+      'encoder are asked for by query layers. Set dropped=true and '
+      'query_layers to 1 or more, or false and 0.'
+    )
+  if dropped and masked is not objective:
+    raise ValueError(
+      'data.objective=next_sentence reads whole rows: set data.objective.masked'
+      '.dropped=false.'
+    )
+  if isinstance(objective, next_sentence.NextSentence):
+    if not (isinstance(model, encoder.EncoderConfig) and model.next_sentence):
+      raise ValueError(
+        'data.objective=next_sentence needs a head that says whether B follows '
+        'A: set model.next_sentence=true and model.pooler=true (and model.'
+        'num_token_types=2, so that A and B look different).'
+      )
+
+
+def _check_masking(config: Experiment, sizes: Mapping[str, int]) -> None:
+  if config.step_config.masking is not None and on_mesh.has_stages(sizes):
+    raise on_mesh.PipelineError(
+      'data.objective.masking=by_loss asks for the loss of each token, which '
+      'the stages of a pipeline do not tell (mesh.pipe='
+      f'{sizes[sharding.PIPE]}). Set another masking, or mesh.pipe=1.'
+    )
+
+
+def _check_weighting(config: Experiment, sizes: Mapping[str, int]) -> None:
+  tasks = config.step_config.tasks
+  if tasks is not None and tasks.probes and on_mesh.has_stages(sizes):
+    raise on_mesh.PipelineError(
+      'data.objective.weighting=grad_norm asks for the gradients of each task, '
+      'which the stages of a pipeline do not tell apart (mesh.pipe='
+      f'{sizes[sharding.PIPE]}). Set weighting to fixed or uncertainty, or '
+      'mesh.pipe=1.'
+    )
+
+
+def _check_sampling(config: Experiment, sizes: Mapping[str, int]) -> None:
+  if config.train.sampling is None:
+    return
+  if not config.data.objective.has_encoder:
+    raise ValueError(
+      f'train.sampling: data.objective={config.data.objective.kind} has no '
+      'decoder that reads targets beside an encoder. Set train.sampling=none, '
+      'or train an encoder_decoder.'
+    )
+  if on_mesh.has_stages(sizes):
+    raise on_mesh.PipelineError(
+      'train.sampling reads predictions of a first pass, which the stages of a '
+      f'pipeline do not have (mesh.pipe={sizes[sharding.PIPE]}). Set '
+      'train.sampling=none, or mesh.pipe=1.'
+    )
+
+
+def _check_whole(config: Experiment, devices: int) -> None:
+  """Raises ShardingError for objectives whose rows cannot be split."""
+  objective, what = config.data.objective, None
+  if getattr(objective, 'dropped', False):
+    what = 'data.objective.dropped=true leaves rows of which places are missing'
+  if isinstance(objective, permutation.Permutation):
+    what = 'data.objective=permutation puts two streams into a row'
+  if what is not None:
+    raise sharding.ShardingError(
+      f'{what}, and mesh.context={devices} splits rows. Set mesh.context=1, or '
+      'another objective.'
+    )
