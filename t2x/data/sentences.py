@@ -125,7 +125,8 @@ class SentencePairs:
       start, stop = int(offsets[document]) + 1, int(offsets[document + 1]) - 1
       while stop - start > 1:
         most = min(start + self._room, stop)
-        cut = int(ends[np.searchsorted(ends, most, side='right') - 1])
+        last = np.searchsorted(ends, most, side='right') - 1
+        cut = int(ends[last]) if last >= 0 else 0
         cut = cut if cut > start + 1 else most
         found.append((start, cut, document))
         start = cut

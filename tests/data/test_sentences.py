@@ -27,6 +27,8 @@ def documents():
     ids = [vocab_lib.BOS]
     for _ in range(rng.integers(1, 12)):
       ids += [*(next(words) for _ in range(rng.integers(3, 10))), DOT]
+    if not found:  # No sentence ends, and it is longer than a row.
+      ids[1:] = [next(words) for _ in range(3 * LENGTH)]
     found.append(np.array([*ids, vocab_lib.EOS], np.uint32))
   return found
 
