@@ -183,10 +183,8 @@ def test_a_task_is_evaluated_alone_and_whole(shared):
   _, config, corpus = shared
   sets = pipeline.eval_sets(corpus, config.data)
   for number, (title, split, batches) in enumerate(sets):
-    assert (title, split) == (
-      f'train.{["masks", "pairs", "sorts"][number]}',
-      'train',
-    )
+    name = config.data.objective.tasks[number].name
+    assert (title, split) == (f'train.{name}', 'train')
     rows = list(batches)
     assert all((b['tasks'] == number).all() for b in rows)
     if number == 2:

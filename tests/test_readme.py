@@ -14,7 +14,7 @@ _ROOT = os.path.join(os.path.dirname(__file__), '..')
 with open(os.path.join(_ROOT, 'README.md'), encoding='utf-8') as _f:
   _TEXT = _f.read()
 _PAGES = _TEXT
-for _name in ('attention.md', 'pipelines.md', 'planning.md'):
+for _name in ('attention.md', 'objectives.md', 'pipelines.md', 'planning.md'):
   with open(os.path.join(_ROOT, 'docs', _name), encoding='utf-8') as _f:
     _PAGES += _f.read()
 _BLOCKS = re.findall(r'^```(\w+)\n(.*?)^```', _PAGES, re.M | re.S)
