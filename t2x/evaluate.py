@@ -29,8 +29,8 @@ def evaluate(
 
   Returns:
     loss (nats a token), perplexity, accuracy, num_tokens; of other terms than
-    the main one NAME_loss and NAME_accuracy. A split without a single predicted
-    token gives NaN.
+    the main one NAME_loss and NAME_accuracy, where there are targets of them. A
+    split without a single target gives NaN.
   """
   sums = collections.Counter()
   running = {}
@@ -41,6 +41,7 @@ def evaluate(
     running = eval_fn(model, batch)
   sums.update(_as_floats(running))
   names = [n.removesuffix('nll') for n in sums if f'_{n}'.endswith('_nll')]
+  others = [name for name in names if name and sums[f'{name}weight']]
   loss, accuracy = (_mean(sums, '', what) for what in ('nll', 'accuracy'))
   result = {
     'loss': loss,
@@ -48,7 +49,9 @@ def evaluate(
     'accuracy': accuracy,
     'num_tokens': float(sums['weight']),
   }
-  for name in filter(None, names):
+  if others and not sums['weight']:  # A task without the main term.
+    result = {}
+  for name in others:
     result[f'{name}loss'] = _mean(sums, name, 'nll')
     result[f'{name}accuracy'] = _mean(sums, name, 'accuracy')
   return result

@@ -17,6 +17,7 @@ from t2x.objectives import mixture
 _LOG, _WEIGHTS, _FIRST = 'task_log_variances', 'task_weights', 'task_first'
 BY_TASK = 'by_task'  # The last part of the names of sums by task.
 SQUARES = 'squares_by_task'
+ROWS = 'rows_by_task'
 FACTORS = 'task_factors'  # In a batch: the weight of each row's task, (B,).
 
 
@@ -90,6 +91,12 @@ def with_factors(tasks: Tasks, batch, carried) -> dict[str, jax.Array]:
   return {**batch, FACTORS: factors(tasks, carried)[numbers_B]}
 
 
+def rates(batch, num: int) -> jax.Array:
+  """Returns the share of each task in the rows of a batch, (K,)."""
+  rows = len(batch[mixture.TASKS])
+  return by_task([jnp.full(rows, 1.0 / rows)], batch, num)[0]
+
+
 def by_task(values_B: list[jax.Array], batch, num: int) -> jax.Array:
   """Returns sums over the rows of each task, one row for each value."""
   is_task_KB = jnp.arange(num)[:, None] == batch[mixture.TASKS][:, 0][None]
@@ -135,7 +142,7 @@ def updated(
     sums: by task: of each term (3, K) as `loss.of_terms` has them, and the
       squared norms (K,) where they are asked for.
   """
-  terms = [value for name, value in sums.items() if name != SQUARES]
+  terms = [value for value in sums.values() if value.ndim == 2]
   shares = jnp.stack([value[2] for value in terms])
   means = jnp.stack([value[0] / jnp.maximum(value[2], 1e-9) for value in terms])
   loss_K, share_K = means.sum(0), shares.max(0)
@@ -177,7 +184,7 @@ def metrics(tasks: Tasks, sums: dict[str, Any], factors_K: jax.Array):
   """Returns figures of each task: means of its rows, and its weight.
 
   TASK/nll (nats) and TASK/accuracy of the main term, TASK/TERM_nll of others;
-  NaN where a batch has none of it.
+  NaN where a batch has none of it. TASK/rate is its share of the rows.
   """
   found = {}
   for k, name in enumerate(tasks.names):
@@ -187,4 +194,5 @@ def metrics(tasks: Tasks, sums: dict[str, Any], factors_K: jax.Array):
       found[f'{name}/{prefix}nll'] = nll / share
       found[f'{name}/{prefix}accuracy'] = correct / share
     found[f'{name}/weight'] = factors_K[k]
+    found[f'{name}/rate'] = sums[ROWS][k]
   return found

@@ -65,7 +65,11 @@ def gradients_at(
     share = config.sampling.share_at(state.step)
     rows = batch['inputs'].shape[:1]
     batch = {**batch, 'sampled_share': jnp.broadcast_to(share, rows)}
-  return gradients(trained, rest, batch, key, config)
+  grads, sums = gradients(trained, rest, batch, key, config)
+  if config.tasks is not None:
+    num = len(config.tasks.names)
+    sums = {**sums, task_weights.ROWS: task_weights.rates(batch, num)}
+  return grads, sums
 
 
 @jax.named_scope('optimizer')

@@ -346,6 +346,12 @@ def test_a_run_of_a_mixture(shared, tmp_path):
   last = rows[-1]
   for name in ('masks/nll', 'pairs/sentence_nll', 'sorts/class0_accuracy'):
     assert rows[0][name] is not None
+  # Over a run the rates are those that were asked for.
+  for name, rate in (('masks', 0.5), ('pairs', 0.25), ('sorts', 0.25)):
+    mean = np.mean([row[f'{name}/rate'] for row in rows])
+    np.testing.assert_allclose(mean, rate, atol=2 / (30 * SIZE))
+  assert not any('non_finite' in row for row in rows)
+  assert 'eval/train.sorts/loss' not in last
   assert last['masks/nll'] < rows[0]['masks/nll'] - 0.5
   assert last['eval/train.masks/loss'] < rows[0]['masks/nll']
   assert {
