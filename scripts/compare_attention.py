@@ -44,6 +44,7 @@ from t2x.objectives import masked_lm
 from t2x.objectives import masking
 
 LENGTH, EVERY, SHOWN = 128, 10, 20  # Losses are means of so many steps.
+SPLIT = 'validation'
 _HEADS: Any = {'num_heads': 8, 'head_dim': 16}
 _BLOCKS = tuple(
   ''.join('01'[j in (0, i - 1, i, i + 1)] for j in range(16)) for i in range(16)
@@ -124,9 +125,7 @@ def run(config: experiment.Experiment, corpus, mesh) -> dict[str, Any]:
       losses.append(float(metrics['nll']))
       times.append(time.perf_counter() - start)
     batches.close()
-    held_out = pipeline.eval_batches(
-      corpus, config.data, 'validation', max_batches=8
-    )
+    held_out = pipeline.eval_batches(corpus, config.data, SPLIT, max_batches=8)
     found = evaluate_lib.evaluate(
       program.evaluate, state.model, map(program.place, held_out)
     )

@@ -101,11 +101,26 @@ def forward_parts(
   for layer in sum(layers.values(), []):
     for name, n in layer.items():
       parts[name] = parts.get(name, 0) + n
-  parts['head'] = head_flops(config, num_targets or length)
+  parts |= top_flops(config, length, num_targets, skip_masked=skip_masked)
+  return {name: batch_rows * n for name, n in parts.items()}
+
+
+def top_flops(
+  config: model_lib.ModelConfig,
+  length: int,
+  num_targets: int | None = None,
+  *,
+  skip_masked: bool = True,
+) -> dict[str, int]:
+  """Returns the FLOPs of what stands on the last layer: one row, forward.
+
+  Arguments as for `forward_flops`.
+  """
+  parts = {'head': head_flops(config, num_targets or length)}
   for layer in _layers_ahead(config, length, skip_masked):
     parts['heads ahead'] = parts.get('heads ahead', 0) + parts['head']
     parts['heads ahead'] += sum(layer.values())
-  return {name: batch_rows * n for name, n in parts.items()}
+  return parts
 
 
 def layer_flops(

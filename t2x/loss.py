@@ -154,7 +154,6 @@ def of_terms(
     `accuracy`, weighted sums of the main term, of others as NAME_nll and
     NAME_accuracy.
   """
-  whole = dataclasses.replace(config, vocab_chunks=1, token_chunks=1)
   loss, sums, batch = jnp.float32(0.0), {}, batch or {}
   factors_B = batch.get(task_weights.FACTORS)
   for name, term in terms.items():
@@ -162,12 +161,12 @@ def of_terms(
     scaled_BT = weights_BT
     if factors_B is not None:
       scaled_BT = weights_BT * factors_B[:, None]
-    mean = mean_loss(
-      term.x_BTD,
-      term.head,
-      term.targets_BT,
-      scaled_BT,
-      whole if term.is_small else config,
+    parts = term.x_BTD, term.head, term.targets_BT, scaled_BT
+    # Classes are no vocabulary: no mesh axis splits them.
+    mean = (
+      _small_loss(*parts, config)
+      if term.is_small
+      else mean_loss(*parts, config)
     )
     loss = loss + term.factor * mean.objective
     prefix = f'{name}_' if name else ''
@@ -183,6 +182,18 @@ def of_terms(
         mean.nll_BT, term.targets_BT, weights_BT, len(term.head.table_VD)
       )
   return loss, sums
+
+
+@jax.named_scope('head')
+def _small_loss(x_BTD, head, targets_BT, weights_BT, config) -> MeanLoss:
+  """As `mean_loss`, of a head of a few classes, at once."""
+  whole = dataclasses.replace(config, vocab_chunks=1, token_chunks=1)
+  return _of_tokens(token_loss(x_BTD, head, targets_BT, whole), weights_BT)
+
+
+def _of_tokens(losses: TokenLoss, weights_BT: jax.Array) -> MeanLoss:
+  total = (losses.objective_BT * weights_BT).sum()
+  return MeanLoss(total, losses.nll_BT, losses.correct_BT)
 
 
 @jax.named_scope('head')
@@ -206,9 +217,7 @@ def mean_loss(
     ValueError: the chunks do not divide the vocabulary or the sequence.
   """
   if config.vocab_chunks > 1:
-    losses = token_loss(x_BTD, head, targets_BT, config)
-    total = (losses.objective_BT * weights_BT).sum()
-    return MeanLoss(total, losses.nll_BT, losses.correct_BT)
+    return _of_tokens(token_loss(x_BTD, head, targets_BT, config), weights_BT)
   if x_BTD.shape[1] % config.token_chunks:
     raise ValueError(
       f'train.loss.token_chunks={config.token_chunks} does not divide the '

@@ -119,6 +119,11 @@ def _check_heads(config: Experiment) -> None:
         'A: set model.next_sentence=true and model.pooler=true (and model.'
         'num_token_types=2, so that A and B look different).'
       )
+    if model.num_token_types == 1:
+      raise ValueError(
+        'model.num_token_types=1: A and B of data.objective=next_sentence '
+        'would look alike. Set it to 2, or to 0.'
+      )
 
 
 def _check_masking(config: Experiment, sizes: Mapping[str, int]) -> None:

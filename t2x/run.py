@@ -192,8 +192,12 @@ class Run:
     share = len(rows) / self.config.data.batch_size
     with contextlib.closing(batches):
       for batch in batches:
+        # Of a second stream each token stands in the first one already.
+        twice = 'query_segments' if 'ranks' in batch else ''
         num_tokens = sum(
-          np.count_nonzero(v) for k, v in batch.items() if 'segments' in k
+          np.count_nonzero(v)
+          for k, v in batch.items()
+          if 'segments' in k and k != twice
         )
         yield self.program.place(batch), num_tokens / share
 

@@ -99,8 +99,13 @@ def rates(batch, num: int) -> jax.Array:
 
 def by_task(values_B: list[jax.Array], batch, num: int) -> jax.Array:
   """Returns sums over the rows of each task, one row for each value."""
-  is_task_KB = jnp.arange(num)[:, None] == batch[mixture.TASKS][:, 0][None]
-  return jnp.stack(values_B) @ is_task_KB.T.astype(jnp.float32)
+  return _sums(jnp.stack(values_B), batch[mixture.TASKS][:, 0], num)
+
+
+def _sums(values_XB: jax.Array, numbers_B: jax.Array, num: int) -> jax.Array:
+  """Returns sums by task, (X, K); a product would round on accelerators."""
+  is_task_KB = jnp.arange(num)[:, None] == numbers_B[None]
+  return jnp.where(is_task_KB[None], values_XB[:, None], 0.0).sum(-1)
 
 
 @jax.custom_vjp
@@ -124,8 +129,7 @@ def _probed_forward(x_BTD, probes_K, numbers_B):
 def _probed_backward(residuals, d_BTD):
   probes_K, numbers_B = residuals
   squares_B = jnp.square(d_BTD.astype(jnp.float32)).sum((1, 2))
-  is_task_KB = jnp.arange(len(probes_K))[:, None] == numbers_B[None]
-  return d_BTD, is_task_KB.astype(jnp.float32) @ squares_B, None
+  return d_BTD, _sums(squares_B[None], numbers_B, len(probes_K))[0], None
 
 
 probed.defvjp(_probed_forward, _probed_backward)
@@ -158,7 +162,9 @@ def updated(
       first_K = carried[_FIRST]
       first_K = jnp.where((first_K == 0) & there_K, loss_K, first_K)
       weights_K = carried[_WEIGHTS]
-      norm_K = jnp.sqrt(sums[SQUARES]) / jnp.maximum(share_K, 1e-9)
+      # Of a mean over n rows each has 1 / n of the gradient.
+      norm_K = jnp.sqrt(sums[SQUARES] * sums[ROWS])
+      norm_K /= jnp.maximum(share_K, 1e-9)
       moved_K = _balanced(weighting, weights_K, norm_K, loss_K / first_K)
       moved_K *= sum(tasks.weights) / moved_K.sum()
       # A batch that lacks a task says nothing of it.

@@ -23,6 +23,7 @@ from t2x.layers import dropout
 from t2x.layers import linear
 from t2x.layers import param
 from t2x.models import forward
+from t2x.models import terms as terms_lib
 from t2x.objectives import mixture
 from t2x.pipeline import gradients as pipeline
 
@@ -154,7 +155,8 @@ def eval_step(model: Any, batch: Batch, config: train_state.StepConfig):
   the chunks of training, so that what trains can be evaluated.
   """
   weights = {
-    name.removesuffix('s'): batch[name].sum() for name in _weights(batch)
+    name.removesuffix('s'): batch[name].sum()
+    for name in terms_lib.weight_names(batch)
   }
   if config.pipeline is not None:
     nothing = jax.tree.map(lambda _: None, model)
@@ -176,11 +178,6 @@ def eval_step(model: Any, batch: Batch, config: train_state.StepConfig):
   return loss_lib.of_terms(terms, config.loss)[1] | weights
 
 
-def _weights(batch: Batch) -> list[str]:
-  """Returns the names of the weights in a batch, those of each term."""
-  return [name for name in batch if f'_{name}'.endswith('_weights')]
-
-
 def gradients(trained, rest, batch, key, config: train_state.StepConfig):
   """Returns gradients and summed metrics of a whole batch.
 
@@ -191,7 +188,7 @@ def gradients(trained, rest, batch, key, config: train_state.StepConfig):
   share = lambda a: a / jnp.maximum(a.sum(), 1e-9)
   batch = {
     **batch,
-    **{name: share(batch[name]) for name in _weights(batch)},
+    **{name: share(batch[name]) for name in terms_lib.weight_names(batch)},
     'rows': jnp.arange(batch['weights'].shape[0]),
   }
   manual = _manual_axes(config)
@@ -298,7 +295,7 @@ def _loss(trained, probes_K, rest, batch, key, config: train_state.StepConfig):
     x_BTD = task_weights.probed(x_BTD, probes_K, numbers_B)
   terms = model.terms(x_BTD, batch, keys_B, execution.zigzag)
   loss, sums = measure(config)(terms, batch=batch)
-  router_losses = balance.losses(stats, batch['weights'].sum(1))
+  router_losses = balance.losses(stats, terms_lib.row_shares(batch))
   loss = loss + sum(router_losses.values())
   return loss, {
     'loss': loss,

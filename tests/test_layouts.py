@@ -168,7 +168,7 @@ KINDS = {
 CONFIGS |= {
   'gpt2 ahead': dataclasses.replace(CONFIGS['gpt2'], ahead=(0.5, 0.25)),
   'bert sentence': dataclasses.replace(
-    CONFIGS['bert'], pooler=True, next_sentence=True
+    CONFIGS['bert'], pooler=True, next_sentence=True, classes=(3,)
   ),
   't5 sampled': CONFIGS['t5'],
   'bert permuted': encoder.EncoderConfig(
@@ -186,7 +186,6 @@ CONFIGS |= {
     num_token_types=0,
     query_layers=1,
     attention=attention.Local(**HEADS, window=6, bias=True),
-    position=position.RelativeBuckets(num_buckets=8, max_distance=16),
   ),
 }
 SAMPLED = dataclasses.replace(
@@ -257,6 +256,8 @@ def make_batch(kind):
     weights = np.zeros((ROWS, LENGTH), np.float32)
     weights[:-2, 0] = 1.0  # One target; the others are padding.
     batch['sentence_weights'] = weights
+    batch['class0_targets'] = (targets + rng.integers(0, 2, 1)).astype(np.int32)
+    batch['class0_weights'] = weights
   if kind == 'bert dropped':
     return dropped(rng, batch)
   if kind == 'bert permuted':

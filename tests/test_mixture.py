@@ -304,18 +304,20 @@ def test_probes_are_norms_of_gradients():
   np.testing.assert_allclose(squares, want, rtol=1e-5)
 
 
-def moved(weighting, losses, squares=None, steps=4000):
-  """Weights after many steps of these losses, of tasks that are as frequent."""
+def moved(weighting, losses, norms=None, rates=(0.5, 0.5), steps=4000):
+  """Weights after many steps of these losses, and norms of a row's gradient."""
   tasks = task_weights.Tasks(
     names=('a', 'b'), weights=(1.0, 1.0), terms=((), ()), weighting=weighting
   )
-  losses, share = jnp.asarray(losses), jnp.full(2, 0.5)
+  losses, share = jnp.asarray(losses), jnp.asarray(rates)
 
   def step(carried, _):
     sums = {'by_task': jnp.stack([losses * share, share, share])}
-    if squares is not None:
-      factors = task_weights.factors(tasks, carried)
-      sums[task_weights.SQUARES] = jnp.asarray(squares) * (factors * share) ** 2
+    if norms is not None:
+      # A batch of 100 rows; its loss is a mean, to which each adds 1 / 100.
+      each = task_weights.factors(tasks, carried) * jnp.asarray(norms) / 100
+      sums[task_weights.SQUARES] = 100 * share * each**2
+      sums[task_weights.ROWS] = share
     return task_weights.updated(tasks, carried, sums), None
 
   end, _ = jax.lax.scan(step, task_weights.start(tasks), length=steps)
@@ -327,9 +329,11 @@ def test_uncertainty_rests_at_one_over_twice_the_loss():
   np.testing.assert_allclose(got, [1 / 8, 1.0], rtol=1e-3)
 
 
-def test_grad_norm_makes_norms_equal():
+@pytest.mark.parametrize('rates', [(0.5, 0.5), (0.8, 0.2)])
+def test_grad_norm_makes_norms_equal(rates):
   """Of gradients of length 3 and 1; both tasks train as fast."""
-  got = moved(mixture.GradNorm(learning_rate=1e-3), [2.0, 5.0], [9.0, 1.0])
+  weighting = mixture.GradNorm(learning_rate=1e-3)
+  got = moved(weighting, [2.0, 5.0], [3.0, 1.0], rates)
   np.testing.assert_allclose(got.sum(), 2.0, rtol=1e-5)
   np.testing.assert_allclose(got[1] / got[0], 3.0, rtol=0.02)
 
@@ -366,6 +370,8 @@ def test_messages(shared):
   change = lambda **more: dataclasses.replace(objective, **more)
   task = objective.tasks[0]
   of = lambda **more: dataclasses.replace(task, **more)
+  with pytest.raises(ValueError, match='grow by factors'):
+    change(tasks=(of(weight=0.0), of(name='b')), weighting=mixture.GradNorm())
   for tasks, message in (
     ((task,), 'two tasks or more'),
     ((task, task), 'name of its own'),

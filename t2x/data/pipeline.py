@@ -35,13 +35,18 @@ _PREFETCH = 8  # Batches prepared ahead of the one that is used.
 def check(config: config_lib.DataConfig) -> None:
   """Raises a ValueError for what is wrong before anything is built."""
   if isinstance(config.objective, mixture.Mixture):
-    if len(config_lib.buckets(config)) > 1:
+    if config_lib.buckets(config) != (config.length,):
       raise ValueError(
         f'data.batching.buckets={config_lib.buckets(config)}: the rows of a '
         'mixture are all as long. Set data.batching without buckets.'
       )
-    for own in config_lib.parts(config).values():
-      check(own)
+    for name, own in config_lib.parts(config).items():
+      try:
+        check(own)
+      except ValueError as error:
+        raise ValueError(
+          f'Task {name!r} of data.objective.tasks: {error}'
+        ) from error
     return
   corpus_lib.check_source(config)
   if config.source == 'text_files':
@@ -50,8 +55,9 @@ def check(config: config_lib.DataConfig) -> None:
     needs = 'needs' if config.objective.paired else 'reads one text and has no'
     raise ValueError(
       f'data.target_field={config.target_field!r}: objective '
-      f'{config.objective.kind!r} {needs} a target field. Set '
-      'data.target_field and data.objective=source_target, or neither.'
+      f'{config.objective.kind!r} {needs} a target field (the label, for '
+      'classification). Set data.target_field and an objective of pairs '
+      '(source_target, classification), or neither.'
     )
   if config.source == 'installed_docs' and config.target_field is not None:
     raise ValueError(
@@ -151,7 +157,8 @@ def steps_per_epoch(
 ) -> int:
   """Returns the steps in which every training row is used once.
 
-  With several buckets this holds up to half a batch of each.
+  With several buckets this holds up to half a batch of each; of a mixture these
+  are as many rows, dealt by the tasks' rates.
   """
   return _training(corpus, config, seed=0).steps_per_epoch
 

@@ -59,7 +59,7 @@ class SentencePairs:
     shape = len(rows), self._length
     tokens_BT, segments_BT, types_BT = np.zeros((3, *shape), np.int32)
     wrong_B = np.zeros(len(rows), bool)
-    draws = noise.uniform(keys, 5, stream=_STREAM)
+    draws = noise.uniform(keys, 4, stream=_STREAM)
     for i in np.flatnonzero(rows >= 0):
       first, second, wrong_B[i] = self._pair(int(rows[i]), draws[i])
       ids = [vocab_lib.BOS, *first, vocab_lib.EOS, *second, vocab_lib.EOS]

@@ -41,9 +41,6 @@ def lexicon(
     case next_sentence.NextSentence():
       own = lexicon(objective.masked, tokenizer, stream)
       return own or _lexicon(None, tokenizer, stream)
-    case next_sentence.NextSentence():
-      own = lexicon(objective.masked, tokenizer, stream)
-      return own or _lexicon(None, tokenizer, stream)
     case permutation.Permutation(masking=own):
       masked = masked_lm.MaskedLM(masking=own)
       return lexicon(masked, tokenizer, stream)
@@ -66,6 +63,13 @@ def labels(
   stream = corpus.streams(config.train_split)[1]
   texts = np.split(np.asarray(stream.tokens), stream.offsets[1:-1])
   found = sorted({classification.label_of(text) for text in texts})
+  longest, room = max(map(len, found)), objective.source_length(config.length)
+  if longest > room:
+    raise ValueError(
+      f'data.target_field={config.target_field!r} has a label of {longest} '
+      f'tokens, and rows of data.length={config.length} hold {room}. Shorten '
+      'labels, or raise data.length.'
+    )
   if len(found) != objective.num_classes:
     some = ', '.join(repr(corpus.tokenizer.decode(ids)) for ids in found[:8])
     raise ValueError(

@@ -148,10 +148,11 @@ class Attention(nnx.Module):
       positions_BT = jnp.asarray(place_T)[None]
     q_BTNH = self._placed_queries(q_BTNH, positions_BT, rotary)
     k_BSKH = self._placed_keys(k_BSKH, positions_BT[:, :num_keys], rotary)
-    self.config.check_limit(x_BTD.shape[1])
+    length = num_keys or x_BTD.shape[1]
+    self.config.check_limit(length)
     if self.mixer is not None:
       return self._out(self._mixed(q_BTNH, k_BSKH, v_BSKH, mask))
-    parts = q_BTNH, k_BSKH, v_BSKH, self._narrowed(mask, x_BTD.shape[1])
+    parts = q_BTNH, k_BSKH, v_BSKH, self._narrowed(mask, length)
     out_BTNH = self._attend(*parts, bias, keys_B, None)
     if self.global_tokens is not None:
       out_BTNH = self._with_globals(out_BTNH, x_BTD, mask, keys_B)

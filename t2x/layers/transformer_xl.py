@@ -68,8 +68,7 @@ class Distances(nnx.Module):
   def queries(self, q_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
     """Returns (B, T, N, H + D)."""
     by_place = param.add_bias(q_BTNH, self.position_bias_NH)
-    r_DNH = self.r_DNH[...].astype(q_BTNH.dtype)
-    both = jnp.einsum('BTNH,DNH->BTND', by_place, r_DNH)
+    both = param.project(by_place, self.r_DNH, 'BTNH,DNH->BTND')
     s, c = jnp.split(both.astype(jnp.float32), 2, axis=-1)
     sin, cos = _waves(positions_BT, both.shape[-1])
     wide = jnp.concatenate([s * sin + c * cos, c * sin - s * cos], axis=-1)

@@ -28,7 +28,7 @@ class DecoderConfig(common.TransformerConfig):
   Attributes:
     ahead: weights in the loss of heads that predict the second next token, the
       third, ...: each has one more layer on top of the stack and the final norm
-      and table in common (Gloeckle et al., 2024). Training alone runs them.
+      and table in common (Gloeckle et al., 2024). Generation leaves them out.
   """
 
   kind: ClassVar[str] = 'decoder'

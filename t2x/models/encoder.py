@@ -65,6 +65,8 @@ class EncoderConfig(common.TransformerConfig):
     super().__post_init__()
     layer_checks.check_bidirectional(self)
     checks.least(self, 'model.', query_layers=0)
+    if self.query_layers:
+      layer_checks.check_query_layers(self)
     if self.two_stream:
       layer_checks.check_two_stream(self)
     if min(self.classes, default=2) < 2:

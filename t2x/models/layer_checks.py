@@ -6,6 +6,8 @@ from t2x.layers import attention
 from t2x.layers import convolution
 from t2x.layers import moe
 from t2x.layers import position
+from t2x.layers import sparse
+from t2x.layers import transformer_xl
 
 
 def check_positions(config: Any) -> None:
@@ -18,6 +20,15 @@ def check_positions(config: Any) -> None:
   if isinstance(own, position.Rotary):
     for kind in kinds:
       own.rotated(kind.head_dim)
+  by_distance = [
+    kind for kind in kinds if isinstance(kind, transformer_xl.TransformerXL)
+  ]
+  added = position.Learned | position.Sinusoidal
+  if by_distance and own is not None and not isinstance(own, added):
+    raise ValueError(
+      f'model.position={own.kind} and model.attention=transformer_xl, which '
+      'has positions of its own. Set model.position=none.'
+    )
   if own and position.is_bias(own):
     for kind in kinds:
       if not isinstance(kind, attention.Softmax):
@@ -61,6 +72,28 @@ def check_causal(config: Any) -> None:
         'mlp.router=expert_choice lets later tokens decide which experts an '
         'earlier one has, so a decoder would see the future. Set '
         'model.mlp.router=token_choice.'
+      )
+
+
+def check_query_layers(config: Any) -> None:
+  """Raises ValueError where tokens that are dropped could not be asked for."""
+  plain = isinstance(config.position, position.Learned | position.Sinusoidal)
+  if not plain:
+    kind = config.position.kind if config.position else 'none'
+    raise ValueError(
+      f'model.query_layers={config.query_layers} ask by where a token stood, '
+      f'which model.position={kind} adds to no token: all of them would ask '
+      'the same. Set model.position to learned or sinusoidal.'
+    )
+  whole = (sparse.BlockSparse, sparse.Random, sparse.BigBird)
+  for kind in config.kinds:
+    softmax = isinstance(kind, attention.Softmax)
+    own = getattr(kind, 'global_projections', False)
+    if not softmax or own or isinstance(kind, whole):
+      raise ValueError(
+        f'model.query_layers={config.query_layers} leave rows of which tokens '
+        f'are missing, and model.attention={kind.kind} goes by whole rows. '
+        'Choose dense, local or another kind whose pattern goes by distance.'
       )
 
 

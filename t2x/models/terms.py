@@ -6,6 +6,7 @@ Shape suffixes: B batch, T position, D embed.
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from t2x.layers import embed
 
@@ -33,6 +34,21 @@ class Term(NamedTuple):
 
 
 Terms = dict[str, Term]
+
+
+def weight_names(batch) -> list[str]:
+  """Returns the names of the weights in a batch, those of each term."""
+  return [name for name in batch if f'_{name}'.endswith('_weights')]
+
+
+def row_shares(batch) -> jax.Array:
+  """Returns what each row is of the weights of a batch, each term alike, (B,).
+
+  Args:
+    batch: its weights are over those of the whole batch.
+  """
+  each = [batch[name].sum(1) for name in weight_names(batch)]
+  return jnp.stack(each).mean(0)
 
 
 def of_tokens(x_BTD: jax.Array, head: embed.Head, batch) -> Terms:

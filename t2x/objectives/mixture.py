@@ -69,9 +69,9 @@ class Fixed:
 class Uncertainty:
   """Weights of 1 / sigma^2 (Kendall et al., 2018).
 
-  The loss is the sum over tasks of exp(-s) L + s / 2, with s = log sigma^2 of
-  each, which follows its gradient: at rest a task weighs 1 / (2 L). Given
-  weights are factors besides.
+  With s = log sigma^2 a task weighs exp(-s), and s follows the gradient of
+  exp(-s) L + s / 2, where L is the mean loss of its targets (nats): at rest it
+  weighs 1 / (2 L), however often it comes. Given weights are factors besides.
 
   Attributes:
     learning_rate: of s.
@@ -88,7 +88,8 @@ class GradNorm:
   A task's gradient, taken at the features that its heads share, is to have the
   mean norm of all tasks times its inverse training rate (loss over first loss,
   over the mean of that) to the power alpha; the weights follow the gradient of
-  the distance, and add up to those that are given.
+  the distance, and add up to those that are given. They stay where a batch
+  lacks a task. Of a task with several heads the norm is that of all together.
 
   Attributes:
     alpha: how strongly slow tasks are preferred; 0 makes all norms equal.
@@ -143,6 +144,13 @@ class Mixture:
           f'data.objective.tasks: {what} of {dict(zip(names, values))} must '
           'not be negative, nor add up to 0.'
         )
+    used = [min(task.rate, task.weight) for task in self.tasks]
+    if isinstance(self.weighting, GradNorm) and min(used) <= 0:
+      raise ValueError(
+        f'data.objective.weighting=grad_norm: rate and weight of each of '
+        f'{names} must be above 0, since weights grow by factors. Leave a task '
+        'out, or set weighting=fixed.'
+      )
     sides = {task.objective.has_encoder for task in self.tasks}
     if len(sides) > 1:
       raise ValueError(

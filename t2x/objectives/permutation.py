@@ -54,8 +54,8 @@ class Permutation:
     return length
 
   def target_length(self, length: int) -> int:
-    """Positions of a row of `length` in both streams."""
-    return length + self._masked.num_targets(length)
+    """Positions of a row of `length` in the first stream."""
+    return length
 
   def lengths(self, length: int) -> dict[str, int]:
     """How long the arrays of a batch are, by name."""

@@ -44,6 +44,7 @@ from t2x.layers import embed
 from t2x.layers import kinds
 from t2x.layers import moe
 from t2x.layers import position
+from t2x.layers import transformer_xl
 from t2x.models import encoder
 from t2x.models import model as model_lib
 from t2x.pipeline import cost_model
@@ -123,7 +124,9 @@ def stacks(
   """
   lengths = batch.length, batch.encoder_length, batch.num_targets
   layers = flops.layer_flops(model, *lengths)
-  head = 3 * flops.head_flops(model, batch.num_targets)
+  head = 3 * sum(
+    flops.top_flops(model, batch.length, batch.num_targets).values()
+  )
   times = 4 if recompute else 3
   result = []
   for tower in towers:
@@ -228,22 +231,23 @@ def messages(
   even = placement_lib.even(towers, table.num_parts)
   place = placement_lib.place(towers, even, table)
   slots = instructions.make(table, place).inbox + 1
-  tokens = batch.rows * sum(_tokens(tower, batch) for tower in towers)
+  tokens = batch.rows * sum(_tokens(model, tower, batch) for tower in towers)
   itemsize = jnp.dtype(model.dtype).itemsize
   return slots * itemsize * tokens * model.embed_dim / layout.over('length')
 
 
-def _tokens(tower: placement_lib.Tower, batch: Batch) -> int:
+def _tokens(model, tower: placement_lib.Tower, batch: Batch) -> int:
   """Tokens of a row of a tower."""
   own = {'encoder': batch.encoder_length or 0, 'queries': batch.num_targets}
-  return own.get(tower.name, batch.length)
+  both = batch.num_targets if getattr(model, 'two_stream', False) else 0
+  return own.get(tower.name, batch.length + both)
 
 
 def _activations(model, tower, batch: Batch, layout: Layout):
   """Bytes that a unit keeps, and those that its B leaves for W."""
   encodes = tower.name == 'encoder'
   causal = not encodes and not isinstance(model, encoder.EncoderConfig)
-  T = _tokens(tower, batch)
+  T = _tokens(model, tower, batch)
   looked_at = {'decoder': batch.encoder_length, 'queries': batch.length}
   S = looked_at.get(tower.name)
   num, kept, left = jnp.dtype(model.dtype).itemsize, 0.0, 0.0
@@ -276,6 +280,8 @@ def _activations(model, tower, batch: Batch, layout: Layout):
 def takes_kernel(model, kind, T: int, S: int, cross: bool = False) -> bool:
   """Whether a TPU's kernel serves attention; see `attention/kernels`."""
   kind = kinds.for_cross(kind) if cross else kind
+  if isinstance(kind, transformer_xl.TransformerXL):
+    return False  # Its keys are wider than its values.
   if not isinstance(kind, attention.Softmax):
     return False
   biased = position.is_bias(model.position)
@@ -294,7 +300,8 @@ def _attention(model, kind, T, S, pairs, layout: Layout):
   D, H = model.embed_dim, kind.head_dim
   N = kind.num_heads / layout.over('heads')
   K = kind.kv_heads / layout.over('kv_heads')
-  projected = T * N * H + 2 * S * K * H
+  wide = isinstance(kind, transformer_xl.TransformerXL) * D
+  projected = T * N * (H + wide) + S * K * (2 * H + wide)
   whole = T * N
   if pairs is not None:
     # Its output is kept as it was before it was normalised, too.

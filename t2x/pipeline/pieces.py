@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from t2x import balance
 from t2x.layers import dropout
+from t2x.models import terms as terms_lib
 from t2x.pipeline import cut
 
 # What parts are run with, of one microbatch.
@@ -139,7 +140,7 @@ def _layer(name: str, combine, zigzag: int) -> cut.Function:
     x_BTD, _, stats = tower.layer(layer, x_BTD, context, rest.number)
     if stats is None:
       return x_BTD, None, None
-    share_B = rest.rows['weights'].sum(1)
+    share_B = terms_lib.row_shares(rest.rows)
     stats = {'': jax.tree.map(lambda a: a[None], stats)}
     losses = balance.losses(stats, share_B)
     load = jax.tree.map(lambda a: a[0], balance.loads(stats)[''])

@@ -202,10 +202,11 @@ class Local:
     causal = has_encoder or not isinstance(model, encoder.EncoderConfig)
     source = data.length if has_encoder else self.length
     asked = data_config.num_targets(data, data.length)
+    own = self.length + asked * getattr(model, 'two_stream', False)
     # Tokens, whether they see earlier ones alone, what else they look at.
     towers = {
       'encoder': (source, False, None),
-      'tower': (self.length, causal, None),
+      'tower': (own, causal, None),
       'decoder': (self.length, True, source),
       'queries': (asked, False, self.length),
     }

@@ -109,7 +109,8 @@ def test_the_encoder_is_that_of_whole_rows_in_which_nobody_sees_the_dropped(
   kind,
 ):
   """Also by place: windows and distances are those of the whole row."""
-  model = make(dataclasses.replace(CONFIG, **KINDS[kind]))
+  config = dataclasses.replace(CONFIG, query_layers=0)
+  model = make(dataclasses.replace(config, **KINDS[kind]))
   tokens, segments = source()
   batch = batch_of()
   hidden = np.zeros_like(segments)
@@ -140,6 +141,17 @@ def test_queries_see_their_document_alone():
   np.testing.assert_array_equal(np.asarray(got)[own], np.asarray(want)[own])
   second = batch['query_segments'] == 2
   assert (np.asarray(got)[second] != np.asarray(want)[second]).any()
+
+
+def test_queries_ask_for_different_tokens():
+  model, batch = make(CONFIG), batch_of()
+  names = set(batch) - {'targets', 'weights'}
+  inputs = {name: batch[name] for name in names}
+  features = np.asarray(jit(lambda m: m.features(**inputs)[0])(model))
+  for row in range(ROWS):
+    own = features[row][batch['query_segments'][row] == 1]
+    apart = np.abs(own[:, None] - own[None]).max(-1)
+    assert (apart[~np.eye(len(own), dtype=bool)] > 1e-3).all()
 
 
 def counted(config, batch):
@@ -191,6 +203,11 @@ def test_messages(tmp_path):
     consistency.check(make(data__objective__dropped=True), 8)
   with pytest.raises(ValueError, match='asked for by query layers'):
     consistency.check(make(model__query_layers=1), 8)
+  with pytest.raises(ValueError, match='all of them would ask the same'):
+    make(**fine, model__position='rotary')
+  for kind in ('linear', 'bigbird', 'random'):
+    with pytest.raises(ValueError, match='goes by whole rows'):
+      make(**fine, model__attention=kind)
   with pytest.raises(ValueError, match='places are missing'):
     consistency.check(make(**fine, mesh__context=2, mesh__data=1), 8)
   with pytest.raises(ValueError, match='Set one of them'):
