@@ -27,7 +27,6 @@ def check(config: Experiment, sizes: Mapping[str, int]) -> None:
     config: of the run.
     sizes: of the mesh axes.
   """
-  _check_masking(config, sizes)
   _check_weighting(config, sizes)
   _check_sampling(config, sizes)
   devices = on_mesh.context_size(config, sizes)
@@ -124,15 +123,6 @@ def _check_heads(config: Experiment) -> None:
         'model.num_token_types=1: A and B of data.objective=next_sentence '
         'would look alike. Set it to 2, or to 0.'
       )
-
-
-def _check_masking(config: Experiment, sizes: Mapping[str, int]) -> None:
-  if config.step_config.masking is not None and on_mesh.has_stages(sizes):
-    raise on_mesh.PipelineError(
-      'data.objective.masking=by_loss asks for the loss of each token, which '
-      'the stages of a pipeline do not tell (mesh.pipe='
-      f'{sizes[sharding.PIPE]}). Set another masking, or mesh.pipe=1.'
-    )
 
 
 def _check_weighting(config: Experiment, sizes: Mapping[str, int]) -> None:
