@@ -87,7 +87,7 @@ def _check_offload(config: Experiment, sizes: Mapping[str, int]) -> None:
 def _check_attention(config: Experiment, sizes: Mapping[str, int]) -> None:
   """Kinds of attention say which rows and layouts they are for."""
   parts = data_config.parts(config.data).values()
-  packed = any(isinstance(own.batching, data_config.Pack) for own in parts)
+  packed = any(isinstance(own.batching, data_config.FULL) for own in parts)
   splits = on_mesh.context_size(config, sizes) > 1
   ring = splits and config.rules.context_attention == 'ring'
   for kind in config.model.kinds:

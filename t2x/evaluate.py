@@ -16,9 +16,10 @@ Batch = dict[str, Any]
 
 
 def evaluate(
-  eval_fn: Callable[[Any, Batch], dict[str, jax.Array]],
+  eval_fn: Callable[..., dict[str, Any]],
   model: Any,
   batches: Iterable[Batch],
+  memory: Any = None,
 ) -> dict[str, float]:
   """Returns token-weighted means over all batches.
 
@@ -26,6 +27,7 @@ def evaluate(
     eval_fn: the compiled `train_step.eval_step`.
     model: its first argument.
     batches: global batches; empty rows weigh nothing.
+    memory: of the first batch, for models that remember.
 
   Returns:
     loss (nats a token), perplexity, accuracy, num_tokens; of other terms than
@@ -38,7 +40,9 @@ def evaluate(
     # One at a time: nothing orders the exchanges of two that are under way, and
     # processes that take them in different orders wait for each other for ever.
     sums.update(_as_floats(running))
-    running = eval_fn(model, batch)
+    given = () if memory is None else (memory,)
+    running = eval_fn(model, batch, *given)
+    memory = running.pop('memory', None)
   sums.update(_as_floats(running))
   names = [n.removesuffix('nll') for n in sums if f'_{n}'.endswith('_nll')]
   others = [name for name in names if name and sums[f'{name}weight']]
@@ -78,7 +82,7 @@ def bits_per_byte(
   that every token is predicted.
   """
   causal = isinstance(config.objective, causal_lm.CausalLM)
-  if not causal or not isinstance(config.batching, data_config.Pack):
+  if not causal or not isinstance(config.batching, data_config.FULL):
     return {}
   num_bytes = corpus.num_bytes(split)
   nats = metrics['loss'] * metrics['num_tokens']

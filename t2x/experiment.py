@@ -149,7 +149,11 @@ class Experiment:
     by_loss = own if isinstance(own, masking.ByLoss) else None
     tasks = task_weights.tasks_of(objective)
     step = self.train.step_config
-    return dataclasses.replace(step, masking=by_loss, tasks=tasks)
+    length = self.model.memory
+    memory = (self.data.batch_size, length) if length else None
+    return dataclasses.replace(
+      step, masking=by_loss, tasks=tasks, memory=memory
+    )
 
 
 def num_steps(config: Experiment) -> int | None:

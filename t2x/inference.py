@@ -173,7 +173,9 @@ def evaluate_splits(
     )
     for title, split, batches in sets:
       batches = map(program.place, batches)
-      metrics = evaluate.evaluate(program.evaluate, trained.model, batches)
+      metrics = evaluate.evaluate(
+        program.evaluate, trained.model, batches, program.empty_memory()
+      )
       if max_batches is None:
         metrics |= evaluate.bits_per_byte(metrics, corpus, config.data, split)
       result |= {f'eval/{title}/{k}': v for k, v in metrics.items()}

@@ -27,6 +27,7 @@ def check(config: Experiment, sizes: Mapping[str, int]) -> None:
     config: of the run.
     sizes: of the mesh axes.
   """
+  _check_memory(config, sizes)
   _check_weighting(config, sizes)
   _check_sampling(config, sizes)
   devices = on_mesh.context_size(config, sizes)
@@ -123,6 +124,36 @@ def _check_heads(config: Experiment) -> None:
         'model.num_token_types=1: A and B of data.objective=next_sentence '
         'would look alike. Set it to 2, or to 0.'
       )
+
+
+def _check_memory(config: Experiment, sizes: Mapping[str, int]) -> None:
+  model, data = config.model, config.data
+  if not model.memory:
+    return
+  two_stream = getattr(model, 'two_stream', False)
+  one_way = isinstance(data.objective, causal_lm.CausalLM)
+  if not isinstance(data.batching, data_config.Stream):
+    raise ValueError(
+      f'model.memory={model.memory} is of the rows before, and data.batching='
+      f'{data.batching.kind} shuffles rows. Set data.batching=stream.'
+    )
+  if not (two_stream or one_way):
+    raise ValueError(
+      f'model.memory={model.memory} is for data.objective=causal_lm or '
+      f'permutation, and it is {data.objective.kind}. Set memory to 0.'
+    )
+  fine = on_mesh.fine_axes(config.rules)
+  split = on_mesh.context_size(config, sizes) > 1
+  split |= any(sizes.get(axis, 1) > 1 for axis in fine)
+  if split or on_mesh.has_stages(sizes) or config.train.accumulate > 1:
+    raise sharding.ShardingError(
+      f'model.memory={model.memory} is of whole rows of a whole batch, and '
+      f'mesh.context={sizes.get("context", 1)}, mesh.pipe='
+      f'{sizes.get(sharding.PIPE, 1)}, train.accumulate='
+      f'{config.train.accumulate}, rules.norm_length='
+      f'{config.rules.norm_length}. Set those to 1 (norm_length to context), '
+      'or memory to 0.'
+    )
 
 
 def _check_weighting(config: Experiment, sizes: Mapping[str, int]) -> None:

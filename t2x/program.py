@@ -13,6 +13,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
@@ -28,6 +29,7 @@ from t2x import train_state
 from t2x import train_step
 from t2x import zigzag
 from t2x.data import pipeline as data_pipeline
+from t2x.models import memory
 from t2x.models import model as model_lib
 from t2x.plan import divergence
 
@@ -147,7 +149,7 @@ class Program:
     return {
       'init': self._init.lower(self._key_shape()),
       'step': self.lower_step(batch),
-      'evaluate': self._eval.lower(model, batch),
+      'evaluate': self._eval.lower(model, batch, *self._remembered()),
     }
 
   def replace(self, compiled: Mapping[str, jax.stages.Compiled]) -> None:
@@ -172,9 +174,26 @@ class Program:
     key = jax.eval_shape(jax.random.key, 0)
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=self._whole)
 
-  def evaluate(self, model: Any, batch: train_step.Batch):
+  def evaluate(self, model: Any, batch: train_step.Batch, *memory: Any):
     """Returns the sums of `train_step.eval_step`."""
-    return self._runs['evaluate'](model, batch)
+    return self._runs['evaluate'](model, batch, *memory)
+
+  def empty_memory(self) -> Any:
+    """Returns the memory of an evaluation's first batch, None without one."""
+    if not self._remembered():
+      return None
+    (shapes,) = self._remembered()
+    of = lambda dtype: -1 if dtype == jnp.int32 else 0
+    fill = lambda s: jnp.full(s.shape, of(s.dtype), s.dtype)
+    shardings = jax.tree.map(lambda s: s.sharding, shapes)
+    make = jax.jit(lambda: jax.tree.map(fill, shapes), out_shardings=shardings)
+    with jax.transfer_guard('allow'):
+      return make()
+
+  def _remembered(self) -> tuple[Any, ...]:
+    """Returns the shapes of what the model remembers, if it does."""
+    carried = self.shapes.carried
+    return (carried[memory.NAME],) if memory.NAME in carried else ()
 
   def place(self, batch: dict[str, Any]) -> train_step.Batch:
     """Makes a global batch of this process's rows, as the mesh needs them."""

@@ -18,6 +18,7 @@ from t2x import scheduled_sampling
 from t2x import sharding
 from t2x import stack
 from t2x import task_weights
+from t2x.models import memory as memory_lib
 from t2x.objectives import masking as masking_lib
 from t2x.pipeline import plan as plan_lib
 
@@ -41,7 +42,7 @@ class TrainState:
   opt_state: Any
   ema: Any
   num_skipped: jax.Array
-  carried: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+  carried: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,7 @@ class StepConfig:
 
   Attributes:
     masking: masks that each step draws by itself, if it does.
+    memory: rows and tokens of what a model remembers, None if it does not.
     tasks: of a mixture, None where there is one.
     sampling: how a decoder reads its own predictions, if it does.
     pipeline: what stages run, on a mesh that has them.
@@ -63,6 +65,7 @@ class StepConfig:
   loss: loss_lib.LossConfig = loss_lib.LossConfig()
   execution: stack.Execution = stack.Execution()
   masking: masking_lib.ByLoss | None = None
+  memory: tuple[int, int] | None = None
   tasks: task_weights.Tasks | None = None
   sampling: scheduled_sampling.ScheduledSampling | None = None
   pipeline: plan_lib.Plan | None = None
@@ -143,13 +146,15 @@ def init_state(
   )
 
 
-def _carried(model: Any, config: StepConfig) -> dict[str, jax.Array]:
-  carried = {}
+def _carried(model: Any, config: StepConfig) -> dict[str, Any]:
+  carried: dict[str, Any] = {}
   if config.masking is not None:
     rows = len(model.head.table_VD)
     carried[loss_masking.NAME] = loss_masking.start(rows)
   if config.tasks is not None:
     carried |= task_weights.start(config.tasks)
+  if config.memory is not None:
+    carried[memory_lib.NAME] = memory_lib.empty(model, *config.memory)
   return carried
 
 
@@ -157,8 +162,13 @@ def state_shardings(state: TrainState, mesh, rules, config: StepConfig):
   """Returns the sharding of every leaf of a state (of shapes)."""
   trained, _ = partition(state.model, config.trainable)
   rest = dataclasses.replace(state, opt_state=None)
+  rest = sharding.shardings(rest, mesh, rules)
+  if config.memory is not None:
+    name = memory_lib.NAME
+    memory = memory_lib.shardings(state.carried[name], mesh, rules)
+    rest = dataclasses.replace(rest, carried={**rest.carried, name: memory})
   return dataclasses.replace(
-    sharding.shardings(rest, mesh, rules),
+    rest,
     opt_state=optim_state.shardings(
       state.opt_state,
       trained,

@@ -23,6 +23,7 @@ from t2x.layers import dropout
 from t2x.layers import linear
 from t2x.layers import param
 from t2x.models import forward
+from t2x.models import memory as memory_lib
 from t2x.models import terms as terms_lib
 from t2x.objectives import mixture
 from t2x.pipeline import gradients as pipeline
@@ -66,6 +67,8 @@ def gradients_at(
     share = config.sampling.share_at(state.step)
     rows = batch['inputs'].shape[:1]
     batch = {**batch, 'sampled_share': jnp.broadcast_to(share, rows)}
+  if config.memory is not None:
+    batch = {**batch, memory_lib.NAME: state.carried[memory_lib.NAME]}
   grads, sums = gradients(trained, rest, batch, key, config)
   if config.tasks is not None:
     num = len(config.tasks.names)
@@ -122,10 +125,13 @@ def _carried(state: train_state.TrainState, sums, config):
   """Returns what is carried on after a step, and the metrics of the sums."""
   carried, name = state.carried, loss_masking.NAME
   by_task = {n: s for n, s in sums.items() if n.endswith(task_weights.BY_TASK)}
-  rest = {n: s for n, s in sums.items() if n not in {name, *by_task}}
+  own = {name, memory_lib.NAME, *by_task}
+  rest = {n: s for n, s in sums.items() if n not in own}
   if config.masking is not None:
     moved_V = loss_masking.updated(config.masking, carried[name], sums[name])
     carried = {**carried, name: moved_V}
+  if config.memory is not None:
+    carried = {**carried, memory_lib.NAME: sums[memory_lib.NAME]}
   if config.tasks is not None:
     factors_K = task_weights.factors(config.tasks, carried)
     rest |= task_weights.metrics(config.tasks, by_task, factors_K)
@@ -148,11 +154,18 @@ def _updated(rest: Any, loads: Any, step: jax.Array) -> Any:
   return linear.redraw(balance.update(rest, loads), step)
 
 
-def eval_step(model: Any, batch: Batch, config: train_state.StepConfig):
+def eval_step(
+  model: Any,
+  batch: Batch,
+  memory: dict[str, Any] | None = None,
+  *,
+  config: train_state.StepConfig,
+):
   """Returns the sums of nll (nats), accuracy and weight over a batch.
 
   Of other terms than the main one as NAME_nll, NAME_accuracy, NAME_weight. In
-  the chunks of training, so that what trains can be evaluated.
+  the chunks of training, so that what trains can be evaluated. With `memory`,
+  of the batch before, also the `memory` for the next.
   """
   weights = {
     name.removesuffix('s'): batch[name].sum()
@@ -173,9 +186,16 @@ def eval_step(model: Any, batch: Batch, config: train_state.StepConfig):
     sums = {n: s for n, s in sums.items() if f'_{n}'.endswith(measured)}
     return sums | weights
   execution = config.execution
-  x_BTD, _ = forward.run(model, batch, execution=execution)
+  more = {}
+  if config.memory is None:
+    x_BTD, _ = forward.run(model, batch, execution=execution)
+  else:
+    x_BTD, _, memory = forward.recall(
+      model, batch, memory or {}, execution=execution
+    )
+    more = {memory_lib.NAME: memory}
   terms = model.terms(x_BTD, batch, None, execution.zigzag)
-  return loss_lib.of_terms(terms, config.loss)[1] | weights
+  return loss_lib.of_terms(terms, config.loss)[1] | weights | more
 
 
 def gradients(trained, rest, batch, key, config: train_state.StepConfig):
@@ -289,12 +309,19 @@ def _loss(trained, probes_K, rest, batch, key, config: train_state.StepConfig):
       config.sampling, model, batch, keys_B, execution
     )
     batch = {**batch, 'inputs': inputs}
-  x_BTD, stats = forward.run(model, batch, keys_B=keys_B, execution=execution)
+  more = {'keys_B': keys_B, 'execution': execution}
+  if config.memory is None:
+    x_BTD, stats = forward.run(model, batch, **more)
+  else:
+    memory = batch[memory_lib.NAME]
+    x_BTD, stats, memory = forward.recall(model, batch, memory, **more)
   if probes_K is not None:
     numbers_B = batch[mixture.TASKS][:, 0]
     x_BTD = task_weights.probed(x_BTD, probes_K, numbers_B)
   terms = model.terms(x_BTD, batch, keys_B, execution.zigzag)
   loss, sums = measure(config)(terms, batch=batch)
+  if config.memory is not None:
+    sums = {**sums, memory_lib.NAME: memory}
   router_losses = balance.losses(stats, terms_lib.row_shares(batch))
   loss = loss + sum(router_losses.values())
   return loss, {

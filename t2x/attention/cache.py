@@ -42,6 +42,26 @@ class Cache:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+  """Keys and values of the last tokens of the rows before, without gradient.
+
+  They are kept as they come, before they are told where they stand.
+  """
+
+  k_BMKH: jax.Array
+  v_BMKH: jax.Array
+
+  def followed_by(self, k_BTKH, v_BTKH):
+    """Returns keys and values of both, and the memory of the last of them."""
+    join = lambda old, new: jnp.concatenate([old.astype(new.dtype), new], 1)
+    k_BSKH, v_BSKH = join(self.k_BMKH, k_BTKH), join(self.v_BMKH, v_BTKH)
+    length = self.k_BMKH.shape[1]
+    last = lambda a: jax.lax.stop_gradient(a[:, -length:])
+    return k_BSKH, v_BSKH, Memory(k_BMKH=last(k_BSKH), v_BMKH=last(v_BSKH))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class WindowCache:
   """The latest keys and values of each row: that of index i in slot i modulo S.
 

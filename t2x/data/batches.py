@@ -60,11 +60,17 @@ class TrainBatches:
     self._row_orders = [shuffled(n, s) for n, s in zip(sizes, seeds[1:])]
 
   def __getitem__(self, step: int) -> Batch:
+    examples = step * self._batch_size + self._make.range
+    if self._make.in_order:
+      # What does not fill a step is left out; all begin anew together.
+      num = self._make.layout.group_sizes()[0] // self._batch_size
+      place = step % num
+      return self._make(0, self._make.range * num + place, examples, place)
     group, batch = self._locate(step)
     places = batch * self._batch_size + self._make.range
     order = self._row_orders[group]
     rows = np.array([get(order, i) for i in places])
-    return self._make(group, rows, step * self._batch_size + self._make.range)
+    return self._make(group, rows, examples)
 
   def _locate(self, step: int) -> tuple[int, int]:
     """Returns the group of a step, and the batch's number in the group."""
@@ -99,11 +105,16 @@ class EvalBatches:
     return int(self._ends[-1])
 
   def __getitem__(self, index: int) -> Batch:
+    examples = index * self._batch_size + self._make.range
+    if self._make.in_order:
+      rows = self._make.range * len(self) + index
+      rows = np.where(rows < self._sizes[0], rows, -1)
+      return self._make(0, rows, examples, index)
     group = int(np.searchsorted(self._ends, index, side='right'))
     first = int(self._ends[group - 1]) if group else 0
     rows = (index - first) * self._batch_size + self._make.range
     rows = np.where(rows < self._sizes[group], rows, -1)
-    return self._make(group, rows, index * self._batch_size + self._make.range)
+    return self._make(group, rows, examples)
 
 
 class Examples:
@@ -114,20 +125,30 @@ class Examples:
     self.layout = rows_lib.make(config, corpus.streams(split), self._vocab)
     self.range = _range(rows, config.batch_size)
     self._objective = config.objective
+    self.in_order = isinstance(config.batching, config_lib.Stream)
     self._seed = seed
 
   def __call__(
-    self, group: int, rows: np.ndarray, examples: np.ndarray
+    self,
+    group: int,
+    rows: np.ndarray,
+    examples: np.ndarray,
+    place: int | None = None,
   ) -> Batch:
     if getattr(self._objective, 'static', False):
       examples = group * 2**40 + rows
     keys = noise.keys(self._seed, examples)
-    return self._objective.examples(
+    batch = self._objective.examples(
       *self.layout.read(group, rows, keys),
       keys=keys,
       vocab=self._vocab,
       length=self.layout.group_lengths()[group],
     )
+    if self.in_order:
+      assert isinstance(self.layout, rows_lib.Windows)
+      goes_on = self.layout.continues(rows) & bool(place)
+      batch['continues'] = goes_on[:, None].astype(np.int32)
+    return batch
 
 
 def _vocab(corpus, config) -> vocab_lib.Vocab:

@@ -26,6 +26,20 @@ class Pack:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Stream:
+  """As `Pack`, in order: row b of a step goes on where row b ended before.
+
+  For models that remember (`model.memory`). Each of the rows of a batch reads a
+  part of the split from start to end, then again.
+  """
+
+  kind: ClassVar[str] = 'stream'
+
+
+FULL = Pack | Stream  # Documents follow each other in a row.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Pad:
   """One document a row, cut to the row and padded to the smallest bucket.
 
@@ -82,7 +96,7 @@ class DataConfig:
   length: int = 256
   batch_size: int = 32
   tokenizer: tokenizers.Config = tokenizers.SentencePiece()
-  batching: Pack | Pad = Pack()
+  batching: Pack | Stream | Pad = Pack()
   objective: Objective = causal_lm.CausalLM()
   num_threads: int = 1
   num_workers: int = 0

@@ -64,6 +64,13 @@ def check(config: config_lib.DataConfig) -> None:
       f'data.target_field={config.target_field!r}: installed_docs holds no '
       'pairs. Set data.source=text_files with .jsonl files, or a TFDS name.'
     )
+  in_order = isinstance(config.batching, config_lib.Stream)
+  if in_order and not hasattr(config.objective, 'stride'):
+    raise ValueError(
+      'data.batching=stream reads a text from start to end, and data.'
+      f'objective={config.objective.kind} has other rows. Set data.batching='
+      'pack.'
+    )
   lengths = config_lib.buckets(config)
   if lengths[-1] > config.length:
     raise ValueError(
@@ -175,9 +182,12 @@ def batch_spec(
   """Returns shape and dtype of each array in a batch of the largest bucket."""
   length = config_lib.buckets(config)[-1]
   dtype = config_lib.dtype_of
+  lengths = config.objective.lengths(length)
+  if isinstance(config.batching, config_lib.Stream):
+    lengths = lengths | {'continues': 1}
   return {
     name: ((config.batch_size, own), np.dtype(dtype(name)))
-    for name, own in config.objective.lengths(length).items()
+    for name, own in lengths.items()
   }
 
 

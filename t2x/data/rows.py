@@ -77,6 +77,13 @@ class Windows:
     overlap = self._source_length - self._stride
     return (-(-(self._stream.num_tokens - overlap) // self._stride),)
 
+  def continues(self, rows: np.ndarray) -> np.ndarray:
+    """Returns whether each row goes on with the document of the one before."""
+    start = np.maximum(rows, 1) * self._stride
+    ends = self._stream.offsets[1:]
+    of = lambda token: np.searchsorted(ends, token, side='right')
+    return (rows > 0) & (of(start - 1) == of(start))
+
   def read(self, group: int, rows: np.ndarray, keys: np.ndarray):
     del group, keys  # There is one, and nothing is drawn.
     starts_B1 = rows[:, None] * self._stride

@@ -158,6 +158,45 @@ class Attention(nnx.Module):
       out_BTNH = self._with_globals(out_BTNH, x_BTD, mask, keys_B)
     return self._out(out_BTNH)
 
+  def recall(
+    self,
+    x_BTD: jax.Array,
+    mask: mask_lib.Mask,
+    memory: cache_lib.Memory,
+    *,
+    positions_BT: jax.Array,
+    rotary: position.Rotary | None = None,
+    bias: dense.Bias | None = None,
+    keys_B: jax.Array | None = None,
+    num_keys: int | None = None,
+  ) -> tuple[jax.Array, cache_lib.Memory]:
+    """Attends to what rows before had, and to the sequence itself.
+
+    Its own keys follow those of the memory, in `mask` too; otherwise as
+    `__call__`.
+
+    Returns:
+      (B, T, D), and the memory for the next rows.
+    """
+    length = memory.k_BMKH.shape[1]
+    before_BM = jnp.broadcast_to(
+      jnp.arange(-length, 0)[None], (len(positions_BT), length)
+    )
+    places_BS = jnp.concatenate([before_BM, positions_BT[:, :num_keys]], 1)
+    own = self.keys_and_values(x_BTD[:, :num_keys])
+    k_BSKH, v_BSKH, memory = memory.followed_by(*own)
+    q_BTNH = self._placed_queries(self.queries(x_BTD), positions_BT, rotary)
+    k_BSKH = self._placed_keys(k_BSKH, places_BS, rotary)
+    mask = self._narrowed(mask, num_keys or x_BTD.shape[1])
+    out = self.attend(q_BTNH, k_BSKH, v_BSKH, mask, bias, keys_B, 'blocks')
+    return out, memory
+
+  def empty_memory(self, batch: int, length: int, dtype) -> cache_lib.Memory:
+    """Returns what `recall` goes on from in the first rows."""
+    shape = batch, length, self.config.kv_heads, self.config.head_dim
+    zeros = jnp.zeros(shape, dtype)
+    return cache_lib.Memory(k_BMKH=zeros, v_BMKH=zeros)
+
   def step(
     self,
     x_BTD: jax.Array,

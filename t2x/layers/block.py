@@ -148,6 +148,9 @@ class Block(nnx.Module):
   def _attend(self, y_BTD, context, cache):
     if cache is None:
       return branch.run(_attention, self.attention, y_BTD, context), None
+    if isinstance(cache.own, cache_lib.Memory):
+      out, own = _recall(self.attention, y_BTD, context, cache.own)
+      return out, dataclasses.replace(cache, own=own)
     out, own = self.attention.step(
       y_BTD,
       context.mask,
@@ -179,7 +182,8 @@ class Block(nnx.Module):
     real_BT = None if segments_BT is None else segments_BT != 0
     # With a cache the arrays are a piece of their rows, or have rows of other
     # lengths beside them: what an expert has room for is not known.
-    drop = cache is None
+    steps = cache is not None and not isinstance(cache.own, cache_lib.Memory)
+    drop = not steps
     return self.mlp(y_BTD, real_BT, context.mask.q_zigzag, drop=drop)
 
   def empty_cache(self, batch, capacity, dtype, encoded_BSD=None):
@@ -197,6 +201,20 @@ def _attention(layer, y_BTD, context):
   return layer(
     y_BTD,
     context.mask,
+    positions_BT=context.positions_BT,
+    rotary=context.rotary,
+    bias=context.bias,
+    keys_B=dropout.fold(context.keys_B, 0),
+    num_keys=context.num_keys,
+  )
+
+
+def _recall(layer, y_BTD, context, memory):
+  y_BTD = sharding.constrain(y_BTD, 'batch', 'length', 'act_embed')
+  return layer.recall(
+    y_BTD,
+    context.mask,
+    memory,
     positions_BT=context.positions_BT,
     rotary=context.rotary,
     bias=context.bias,

@@ -57,6 +57,8 @@ class TransformerConfig:
     vocab_multiple: the table's rows are padded to a multiple of this, so that
       mesh axes divide them; padded logits are masked everywhere.
     dtype: of activations; parameters stay float32.
+    memory: tokens of the rows before that a row sees, where it goes on with
+      their document (`data.batching=stream`); see `t2x.models.memory`.
   """
 
   vocab_size: int = 8192
@@ -75,11 +77,15 @@ class TransformerConfig:
   tied_head: Literal['tied', 'tied_scaled', 'untied'] = 'tied'
   vocab_multiple: int = 128
   dtype: Literal['float32', 'bfloat16'] = 'float32'
+  memory: int = 0
 
   def __post_init__(self):
     sizes = ('vocab_size', 'num_layers', 'embed_dim', 'vocab_multiple')
     checks.least(self, 'model.', **dict.fromkeys(sizes, 1))
     checks.share(self, 'model.', 'dropout')
+    checks.least(self, 'model.', memory=0)
+    if self.memory:
+      layer_checks.check_memory(self)
     layer_checks.check_positions(self)
 
   @property
@@ -263,6 +269,15 @@ class Tower(nnx.Module):
     dtype = jnp.dtype(self.config.dtype)
     return self.layers.map_layers(
       lambda layer: layer.empty_cache(batch, capacity, dtype, encoded_BSD)
+    )
+
+  def empty_memory(self, batch: int, length: int):
+    """Returns memories of nothing for all layers."""
+    dtype = jnp.dtype(self.config.dtype)
+    return self.layers.map_layers(
+      lambda layer: block.BlockCache(
+        own=layer.attention.empty_memory(batch, length, dtype)
+      )
     )
 
 

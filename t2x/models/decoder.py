@@ -18,6 +18,7 @@ from t2x.layers import moe
 from t2x.models import common
 from t2x.models import forward
 from t2x.models import layer_checks
+from t2x.models import memory
 from t2x.models import terms as terms_lib
 
 
@@ -116,10 +117,13 @@ class Decoder(nnx.Module):
     inputs = batch['inputs']
     common.check_length(self.config, inputs.shape[1])
     segments, prefix_BS = batch.get('segments'), batch.get('prefix_ends')
+    mask = mask_lib.self_attention(
+      segments, causal=True, zigzag=zigzag, prefix_BS=prefix_BS
+    )
+    if memory.SEGMENTS in batch:
+      mask = memory.mask_of(batch, mask, causal=True)
     return block.Context(
-      mask=mask_lib.self_attention(
-        segments, causal=True, zigzag=zigzag, prefix_BS=prefix_BS
-      ),
+      mask=mask,
       positions_BT=common.positions_of(batch, zigzag=zigzag),
       keys_B=keys_B,
     )

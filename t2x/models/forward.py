@@ -23,6 +23,7 @@ import jax
 
 from t2x import stack
 from t2x.layers import moe
+from t2x.models import memory as memory_lib
 
 
 def run(
@@ -61,6 +62,38 @@ def run(
     all_stats |= {f'{name}.{path}': value for path, value in stats.items()}
   assert x_BTD is not None, 'a model has a tower'
   return x_BTD, all_stats
+
+
+def recall(
+  model: Any,
+  batch: dict[str, Any],
+  memory: dict[str, Any],
+  *,
+  keys_B: jax.Array | None = None,
+  execution: stack.Execution = stack.Execution(),
+) -> tuple[jax.Array, dict[str, moe.Stats], dict[str, Any]]:
+  """Runs a model of one tower that remembers the rows before.
+
+  Args:
+    model: with `config.memory`.
+    batch: its inputs by name.
+    memory: of the rows before; see `t2x.models.memory`.
+    keys_B: as for `run`.
+    execution: as for `run`.
+
+  Returns:
+    What `run` does, and the memory for the next rows.
+  """
+  batch, (name,) = memory_lib.seen(batch, memory), model.towers
+  context = model.context(name, batch, keys_B, execution.zigzag)
+  x_BTD, _ = model.enter(name, batch, context, None)
+  tower = getattr(model, name)
+  with jax.named_scope(name):
+    x_BTD, layers, stats = tower(
+      x_BTD, context, caches=memory['layers'], execution=execution
+    )
+  stats = {f'{name}.{path}': value for path, value in stats.items()}
+  return x_BTD, stats, memory_lib.kept(batch, layers)
 
 
 def features(

@@ -75,6 +75,28 @@ def check_causal(config: Any) -> None:
       )
 
 
+def check_memory(config: Any) -> None:
+  """Raises ValueError for layers that know no distance to earlier rows."""
+  own = config.position
+  if isinstance(own, position.Learned | position.Sinusoidal):
+    raise ValueError(
+      f'model.memory={config.memory} tokens of earlier rows stand before the '
+      f'first position of model.position={own.kind}. Set model.position to '
+      'rotary, relative_buckets, alibi or none.'
+    )
+  whole = (sparse.BlockSparse, sparse.Random, sparse.BigBird, sparse.Longformer)
+  for kind in config.kinds:
+    if not isinstance(kind, attention.Softmax) or isinstance(kind, whole):
+      raise ValueError(
+        f'model.memory={config.memory}: model.attention={kind.kind} goes by '
+        'whole rows. Choose dense, transformer_xl, local or dilated.'
+      )
+  if config.kind == 'encoder_decoder' or getattr(config, 'query_layers', 0):
+    raise ValueError(
+      f'model.memory={config.memory} is for models of one stack. Set it to 0.'
+    )
+
+
 def check_query_layers(config: Any) -> None:
   """Raises ValueError where tokens that are dropped could not be asked for."""
   plain = isinstance(config.position, position.Learned | position.Sinusoidal)

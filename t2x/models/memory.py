@@ -1,0 +1,105 @@
+"""Segment memory: keys and values of the rows before (Dai et al., 2019).
+
+Row b of a step goes on where row b of the step before ended, and sees the last
+tokens of its document there. What is remembered has no gradient.
+
+Shape suffixes: B batch, M tokens that are remembered, T tokens of a row.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from t2x import sharding
+from t2x.attention import mask as mask_lib
+from t2x.attention import patterns
+
+NAME = 'memory'
+SEGMENTS = 'memory_segments'  # In a batch: 1 where a row sees it, else -1.
+CONTINUES = 'continues'  # In a batch: 1 where a row goes on with a document.
+
+
+def empty(model: Any, rows: int, length: int) -> dict[str, Any]:
+  """Returns the memory of nothing.
+
+  Args:
+    model: with one stack.
+    rows: of a batch.
+    length: tokens that are remembered.
+  """
+  segments_BM = jnp.full((rows, length), -1, jnp.int32)
+  return {
+    'layers': model.tower.empty_memory(rows, length),
+    'segments': segments_BM,
+  }
+
+
+def shardings(memory: dict[str, Any], mesh: Any, rules: sharding.Rules) -> Any:
+  """Returns how a mesh splits a memory: by rows and by heads.
+
+  Args:
+    memory: arrays or shapes.
+    mesh: of devices, or of sizes alone.
+    rules: logical axis -> mesh axes.
+  """
+
+  def of(leaf):
+    # (layers,) B, M, K, H; or the segments' (B, M).
+    axes = ('batch', None, 'kv_heads', None)[: leaf.ndim]
+    axes = (None,) * (leaf.ndim - len(axes)) + axes
+    if leaf.ndim == 2:
+      axes = ('batch', None)
+    spec = sharding.to_spec(
+      axes, rules, shape=leaf.shape, mesh=mesh, name='memory'
+    )
+    return NamedSharding(mesh, spec)
+
+  return jax.tree.map(of, memory)
+
+
+def seen(batch: dict[str, jax.Array], memory: dict[str, Any]):
+  """Returns a batch that knows what of a memory each row sees."""
+  continues_B1 = batch[CONTINUES][:, :1] > 0
+  segments_BM = jnp.where(continues_B1, memory['segments'], -1)
+  return {**batch, SEGMENTS: segments_BM}
+
+
+def kept(batch: dict[str, jax.Array], layers: Any) -> dict[str, Any]:
+  """Returns the memory for the next rows.
+
+  Args:
+    batch: what `seen` returned.
+    layers: keys and values of each layer.
+  """
+  segments_BT, before_BM = batch['segments'], batch[SEGMENTS]
+  length = before_BM.shape[1]
+  # Of the row's own numbering the last document's, which is the next one's 1.
+  last_B1 = segments_BT[:, -1:]
+  both = jnp.concatenate([before_BM, segments_BT], axis=1)[:, -length:]
+  stays = (both == last_B1) & (last_B1 > 0)
+  return {'layers': layers, 'segments': jnp.where(stays, 1, -1)}
+
+
+def mask_of(
+  batch: dict[str, jax.Array], mask: mask_lib.Mask, *, causal: bool
+) -> mask_lib.Mask:
+  """Returns a mask whose keys are those of memory, then the row's own."""
+  before_BM, length = batch[SEGMENTS], batch['segments'].shape[1]
+  place_T = jnp.arange(length)[None]
+  q_place = place_T
+  if mask.q_index_BT is not None:
+    q_place = mask.q_index_BT
+  join = lambda a, b: jnp.concatenate([a, b], axis=1)
+  before_M = jnp.arange(-before_BM.shape[1], 0)[None]
+  ranks = mask.k_ranks_BS
+  return mask_lib.Mask(
+    pattern=patterns.ordered(causal=causal),
+    q_segments_BT=mask.q_segments_BT,
+    k_segments_BS=join(before_BM, batch['segments']),
+    q_ranks_BT=mask.q_ranks_BT,
+    k_ranks_BS=None if ranks is None else join(0 * before_BM, ranks),
+    q_index_BT=q_place,
+    k_index_BS=join(before_M, place_T),
+  )
