@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from t2x.models import encoder
+from t2x.models import forward
+from t2x.models import memory
 from t2x.models import presets
 from t2x.objectives import masking
 from t2x.objectives import noise
@@ -119,6 +121,43 @@ def test_two_streams():
   fn = jax.jit(lambda model: model(**{name: batch[name] for name in names}))
   got = np.asarray(fn(ours))
   np.testing.assert_allclose(got[asked], want[asked], rtol=1e-4, atol=1e-4)
+
+
+def test_memory():
+  """A second row after the first: their states, our keys and values."""
+  ours, theirs = both()
+  config = dataclasses.replace(ours.config, memory=T)
+  tokens = batch_of()['inputs']
+  first, second = tokens[:, : T // 2], tokens[:, T // 2 :]
+  with torch.no_grad():
+    before = theirs(torch.tensor(first).long(), use_mems=True)
+    want = theirs(
+      torch.tensor(second).long(), mems=before.mems, use_mems=True
+    ).logits.numpy()
+  model = encoder.Encoder(config, rngs=nnx.Rngs(0))
+  model = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(ours))
+  empty = memory.empty(model, B, T)
+
+  def run(model, tokens, memory, goes_on):
+    ones = np.ones(tokens.shape, np.int32)
+    batch = {
+      'inputs': tokens,
+      'segments': ones,
+      'positions': np.cumsum(ones, 1) - 1,
+      'continues': np.full((B, 1), goes_on),
+      # One stream: nothing is asked for.
+      'ranks': 0 * ones,
+      'query_ranks': -np.ones((B, 1), np.int32),
+    }
+    for name in ('segments', 'positions', 'places'):
+      batch[f'query_{name}'] = np.zeros((B, 1), np.int32)
+    x, _, memory = forward.recall(model, batch, memory)
+    return model.head(model.tower.end(x[:, : tokens.shape[1]])), memory
+
+  fn = jax.jit(run, static_argnums=3)
+  _, kept = fn(model, first, empty, 0)
+  got, _ = fn(model, second, kept, 1)
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_sizes():
