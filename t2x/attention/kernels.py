@@ -100,8 +100,6 @@ def why_not(
     return 'a bias on the scores (relative positions, ALiBi) is not in it'
   if dropout is not None:
     return 'dropout on the scores is not in it'
-  if q_BTNH.shape[-1] != v_BSKH.shape[-1]:
-    return 'keys that are wider than values are not in it'
   own = mask.prefix_BS is not None or mask.q_ranks_BT is not None
   if not mask.has_static_order or own:
     return 'prefixes, and tokens in another order, are not in it'
@@ -110,6 +108,8 @@ def why_not(
   if platform == 'gpu':
     limits = {'soft_cap': options.soft_cap, 'block': options.block}
     return triton.why_not(q_BTNH, k_BSKH, v_BSKH, mask, **limits)
+  if q_BTNH.shape[-1] != v_BSKH.shape[-1]:
+    return 'keys that are wider than values are not in it'
   lengths = q_BTNH.shape[1], k_BSKH.shape[1]
   if any(length % splash.LANES for length in lengths):
     return (
