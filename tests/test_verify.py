@@ -121,11 +121,12 @@ def local_mean(patch):
   """Each device takes the mean of its own rows; then the mean of these."""
   real = train_step._accumulate
 
-  def accumulate(trained, rest, batch, total, key, config):
+  def accumulate(trained, rest, batch, key, config):
     axes = train_step._manual_axes(config)
     if axes:
       total = batch['weights'].sum() * jax.lax.axis_size(axes)
-    return real(trained, rest, batch, total, key, config)
+      batch = {**batch, 'weights': batch['weights'] / total}
+    return real(trained, rest, batch, key, config)
 
   patch.setattr(train_step, '_accumulate', accumulate)
 
