@@ -88,6 +88,9 @@ def _check_attention(config: Experiment, sizes: Mapping[str, int]) -> None:
   """Kinds of attention say which rows and layouts they are for."""
   parts = data_config.parts(config.data).values()
   packed = any(isinstance(own.batching, data_config.FULL) for own in parts)
+  has_prefix = any(
+    isinstance(own.objective, prefix_lm.PrefixLM) for own in parts
+  )
   splits = on_mesh.context_size(config, sizes) > 1
   ring = splits and config.rules.context_attention == 'ring'
   for kind in config.model.kinds:
@@ -98,8 +101,6 @@ def _check_attention(config: Experiment, sizes: Mapping[str, int]) -> None:
         'data.batching=pack puts several documents into one, which would see '
         'each other. Set data.batching=pad.'
       )
-    objectives = [own.objective for own in parts]
-    has_prefix = any(isinstance(o, prefix_lm.PrefixLM) for o in objectives)
     if has_prefix and not isinstance(kind, attention.Softmax):
       raise ValueError(
         f'model.attention={kind.kind} has no prefix that is seen from both '

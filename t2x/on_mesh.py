@@ -39,7 +39,7 @@ def pipeline(
   data, loss = config.data, config.train.loss
   batch = estimates.Batch(
     rows=data.batch_size / rows_multiple(config, sizes),
-    length=data.objective.target_length(data.length),
+    length=data_config.target_length(data),
     num_targets=data_config.num_targets(data, data.length),
     encoder_length=data.length if data.objective.has_encoder else None,
     head_chunks=loss.vocab_chunks * loss.token_chunks,

@@ -185,17 +185,21 @@ def eval_step(
     measured = ('_nll', '_accuracy')
     sums = {n: s for n, s in sums.items() if f'_{n}'.endswith(measured)}
     return sums | weights
-  execution = config.execution
-  more = {}
+  x_BTD, _, memory = _run(model, batch, memory, None, config)
+  terms = model.terms(x_BTD, batch, None, config.execution.zigzag)
+  return loss_lib.of_terms(terms, config.loss)[1] | weights | memory
+
+
+def _run(model, batch, memory, keys_B, config: train_state.StepConfig):
+  """Returns the last layer's output, routers' figures, and a new memory.
+
+  The memory stands under its name, in a dict that is empty without one.
+  """
+  more = {'keys_B': keys_B, 'execution': config.execution}
   if config.memory is None:
-    x_BTD, _ = forward.run(model, batch, execution=execution)
-  else:
-    x_BTD, _, memory = forward.recall(
-      model, batch, memory or {}, execution=execution
-    )
-    more = {memory_lib.NAME: memory}
-  terms = model.terms(x_BTD, batch, None, execution.zigzag)
-  return loss_lib.of_terms(terms, config.loss)[1] | weights | more
+    return *forward.run(model, batch, **more), {}
+  x_BTD, stats, memory = forward.recall(model, batch, memory, **more)
+  return x_BTD, stats, {memory_lib.NAME: memory}
 
 
 def gradients(trained, rest, batch, key, config: train_state.StepConfig):
@@ -309,24 +313,19 @@ def _loss(trained, probes_K, rest, batch, key, config: train_state.StepConfig):
       config.sampling, model, batch, keys_B, execution
     )
     batch = {**batch, 'inputs': inputs}
-  more = {'keys_B': keys_B, 'execution': execution}
-  if config.memory is None:
-    x_BTD, stats = forward.run(model, batch, **more)
-  else:
-    memory = batch[memory_lib.NAME]
-    x_BTD, stats, memory = forward.recall(model, batch, memory, **more)
+  memory = batch.get(memory_lib.NAME)
+  x_BTD, stats, memory = _run(model, batch, memory, keys_B, config)
   if probes_K is not None:
     numbers_B = batch[mixture.TASKS][:, 0]
     x_BTD = task_weights.probed(x_BTD, probes_K, numbers_B)
   terms = model.terms(x_BTD, batch, keys_B, execution.zigzag)
   loss, sums = measure(config)(terms, batch=batch)
-  if config.memory is not None:
-    sums = {**sums, memory_lib.NAME: memory}
   router_losses = balance.losses(stats, terms_lib.row_shares(batch))
   loss = loss + sum(router_losses.values())
   return loss, {
     'loss': loss,
     **sums,
+    **memory,
     **router_losses,
     'loads': balance.loads(stats),
   }

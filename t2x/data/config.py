@@ -144,6 +144,11 @@ def dtype_of(name: str) -> type:
   return np.float32 if name.endswith('weights') else np.int32
 
 
+def target_length(config: DataConfig) -> int:
+  """Returns the positions of a whole row that layers compute; a decoder's."""
+  return config.objective.lengths(config.length)['inputs']
+
+
 def num_targets(config: DataConfig, length: int) -> int:
   """Returns the positions of a row of `length` that reach the head."""
   return config.objective.lengths(length)['targets']

@@ -107,7 +107,7 @@ class Padded:
 
   def __init__(self, config: config_lib.DataConfig, streams: Streams):
     self._streams = streams
-    self._objective = config.objective
+    self._objective: Any = config.objective  # Of one task.
     self._batch_size = config.batch_size
     self._buckets = config_lib.buckets(config)
 

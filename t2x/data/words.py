@@ -61,8 +61,7 @@ def labels(
   if not isinstance(objective, classification.Classification):
     return ()
   stream = corpus.streams(config.train_split)[1]
-  texts = np.split(np.asarray(stream.tokens), stream.offsets[1:-1])
-  found = sorted({classification.label_of(text) for text in texts})
+  found = _labels(stream)
   longest, room = max(map(len, found)), objective.source_length(config.length)
   if longest > room:
     raise ValueError(
@@ -77,7 +76,14 @@ def labels(
       f'({some}), and data.objective.num_classes={objective.num_classes}. Set '
       'it to as many, or another field.'
     )
-  return tuple(found)
+  return found
+
+
+# Asked for by training and again at each evaluation.
+@functools.lru_cache(maxsize=4)
+def _labels(stream: token_store.Stream) -> tuple[tuple[int, ...], ...]:
+  texts = np.split(np.asarray(stream.tokens), stream.offsets[1:-1])
+  return tuple(sorted({classification.label_of(text) for text in texts}))
 
 
 # Asked for by training and again at each evaluation.

@@ -39,10 +39,6 @@ class CausalLM:
     """Raw tokens from the start of one row to the start of the next."""
     return length
 
-  def target_length(self, length: int) -> int:
-    """Targets of a row of `length`."""
-    return length
-
   def lengths(self, length: int) -> dict[str, int]:
     """How long the arrays of a batch are, by name."""
     names = [f'{name}_{what}' for name in self._names for what in _ARRAYS]

@@ -41,10 +41,6 @@ class Classification:
     """Raw tokens of each side of a row of `length`."""
     return length - 1
 
-  def target_length(self, length: int) -> int:
-    """Positions of a row of `length`."""
-    return length
-
   def lengths(self, length: int) -> dict[str, int]:
     """How long the arrays of a batch are, by name.
 

@@ -59,10 +59,6 @@ class Denoising:
     """Raw tokens from the start of one row to the start of the next."""
     return length
 
-  def target_length(self, length: int) -> int:
-    """Targets of a row of `length`: all of its text."""
-    return length
-
   def lengths(self, length: int) -> dict[str, int]:
     """How long the arrays of a batch are, by name."""
     return rows_lib.encoder_decoder_lengths(length, length)

@@ -78,19 +78,15 @@ class MaskedLM:
     """Raw tokens from the start of one row to the start of the next."""
     return length
 
-  def target_length(self, length: int) -> int:
-    """Positions of a row of `length` that the encoder sees."""
-    return self.num_left(length)
-
   def num_targets(self, length: int) -> int:
     """Positions of a row that reach the head, up to a multiple of 8."""
-    return min(-(-max(round(self.rate * length), 1) // 8) * 8, length)
+    return _room(max(round(self.rate * length), 1), length)
 
   def num_left(self, length: int) -> int:
     """Positions of a row that the encoder sees, up to a multiple of 8."""
     if not self.dropped:
       return length
-    return min(-(-(length - round(self.rate * length)) // 8) * 8, length)
+    return _room(length - round(self.rate * length), length)
 
   def lengths(self, length: int) -> dict[str, int]:
     """How long the arrays of a batch are, by name."""
@@ -218,6 +214,11 @@ def _without(source: rows_lib.Rows, left, asked) -> dict[str, np.ndarray]:
   return batch | dict(
     zip(_ASKED, (targets, asked[1], inputs, *queries), strict=True)
   )
+
+
+def _room(num: int, length: int) -> int:
+  """Returns places for `num` tokens of a row, a multiple of 8 that fits it."""
+  return min(-(-num // 8) * 8, length)
 
 
 def _is_text(source: rows_lib.Rows, vocab: vocab_lib.Vocab) -> np.ndarray:

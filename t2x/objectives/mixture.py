@@ -172,14 +172,6 @@ class Mixture:
   def has_encoder(self) -> bool:
     return self.tasks[0].objective.has_encoder
 
-  def source_length(self, length: int) -> int:
-    """Raw tokens of the longest row of `length`."""
-    return max(t.objective.source_length(length) for t in self.tasks)
-
-  def target_length(self, length: int) -> int:
-    """Targets of the longest row of `length`."""
-    return max(t.objective.target_length(length) for t in self.tasks)
-
   def lengths(self, length: int) -> dict[str, int]:
     """How long the arrays of a batch are, by name: the longest of any task."""
     found = {TASKS: 1}

@@ -65,10 +65,6 @@ class NextSentence:
     """Raw tokens of A and B together, the most in a row of `length`."""
     return length - 3
 
-  def target_length(self, length: int) -> int:
-    """Targets of a row of `length`."""
-    return length
-
   def lengths(self, length: int) -> dict[str, int]:
     """How long the arrays of a batch are, by name."""
     own = {'token_types': length, 'sentence_targets': 1, 'sentence_weights': 1}

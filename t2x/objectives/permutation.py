@@ -53,10 +53,6 @@ class Permutation:
     """Raw tokens from the start of one row to the start of the next."""
     return length
 
-  def target_length(self, length: int) -> int:
-    """Positions of a row of `length` in the first stream."""
-    return length
-
   def lengths(self, length: int) -> dict[str, int]:
     """How long the arrays of a batch are, by name."""
     seen: tuple[str, ...] = ('inputs', 'segments', 'positions', 'ranks')

@@ -49,10 +49,6 @@ class PrefixLM:
     """Raw tokens from the start of one row to the start of the next."""
     return length
 
-  def target_length(self, length: int) -> int:
-    """Targets of a row of `length`."""
-    return length
-
   def lengths(self, length: int) -> dict[str, int]:
     """How long the arrays of a batch are, by name."""
     return rows_lib.lengths(length) | {'prefix_ends': length}

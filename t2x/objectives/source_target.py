@@ -25,14 +25,9 @@ class SourceTarget:
     """Raw tokens of each side of a row of `length`."""
     return length
 
-  def target_length(self, length: int) -> int:
-    """Targets of a row of `length`."""
-    return length
-
   def lengths(self, length: int) -> dict[str, int]:
     """How long the arrays of a batch are, by name."""
-    target_length = self.target_length(length)
-    return rows_lib.encoder_decoder_lengths(length, target_length)
+    return rows_lib.encoder_decoder_lengths(length, length)
 
   def examples(
     self,

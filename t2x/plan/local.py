@@ -172,8 +172,7 @@ class Local:
   @property
   def length(self) -> int:
     """T of a whole row of what is predicted."""
-    data = self.config.data
-    return data.objective.target_length(data.length)
+    return data_config.target_length(self.config.data)
 
   @property
   def tokens(self) -> float:
