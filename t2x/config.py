@@ -17,10 +17,13 @@ from collections.abc import Sequence
 import dataclasses
 import difflib
 import json
+import logging
 import math
 import types
 import typing
 from typing import Any
+
+_log = logging.getLogger(__name__)
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, str]:
@@ -48,13 +51,17 @@ def override(config: Any, settings: Mapping[str, str]) -> Any:
   matters and no half-set config is ever checked. Choosing another kind for a
   union field keeps the values of the fields that both kinds share.
 
+  A config's `overruled` names fields that others, where they are not empty,
+  stand for.
+
   Args:
     config: a frozen dataclass.
     settings: dotted name -> text; the text is parsed by the annotation.
 
   Raises:
     ValueError: an unknown name (the closest one is suggested), a value that
-      does not fit the annotation, or whatever the configs themselves refuse.
+      does not fit the annotation, a field that is overruled, or whatever the
+      configs themselves refuse.
   """
   tree: dict[str, Any] = {}
   for name, text in settings.items():
@@ -104,6 +111,8 @@ def _build(cls: type, old: Any, tree: dict[str, Any], path: str) -> Any:
   fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
   hints = typing.get_type_hints(cls)
   values = {n: getattr(old, n) for n in fields if hasattr(old, n)}
+  if dataclasses.is_dataclass(old) and not isinstance(old, cls):
+    _tell_lost(old, cls, path)
   for name, subtree in tree.items():
     if name == '' or (name == 'kind' and hasattr(cls, 'kind')):
       continue
@@ -111,7 +120,28 @@ def _build(cls: type, old: Any, tree: dict[str, Any], path: str) -> Any:
       raise ValueError(_unknown_message(cls, name, _join(path, name), fields))
     current = values.get(name, _default(fields[name]))
     values[name] = _rebuild(hints[name], current, subtree, _join(path, name))
-  return cls(**values)
+  result = cls(**values)
+  for name, by in getattr(cls, 'overruled', {}).items():
+    if name in tree and (items := getattr(result, by)):
+      name, by = _join(path, name), _join(path, by)
+      raise ValueError(
+        f'{name!r} is set, and no layer would read it, since {by!r} has '
+        f'{len(items)} items. Set {by}.0 to {by}.{len(items) - 1}, or {by}=().'
+      )
+  return result
+
+
+def _tell_lost(old: Any, cls: type, path: str) -> None:
+  """Logs the values of another kind that the new one has no field for."""
+  kept = {f.name for f in dataclasses.fields(cls)}
+  lost = [
+    f'{f.name}={getattr(old, f.name)}'
+    for f in dataclasses.fields(old)
+    if f.name not in kept and getattr(old, f.name) != _default(f)
+  ]
+  if lost:
+    kind = getattr(cls, 'kind', cls.__name__)
+    _log.warning('%s=%s leaves out %s.', path, kind, ', '.join(lost))
 
 
 def _rebuild_tuple(hint, value, tree, path):

@@ -117,7 +117,8 @@ def _check_heads(config: Experiment) -> None:
       raise ValueError(
         'data.objective=next_sentence needs a head that says whether B follows '
         'A: set model.next_sentence=true and model.pooler=true (and model.'
-        'num_token_types=2, so that A and B look different).'
+        'num_token_types=2, or attention.num_token_types=2 of transformer_xl, '
+        'so that A and B look different).'
       )
     if model.num_token_types == 1:
       raise ValueError(

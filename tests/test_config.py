@@ -17,7 +17,9 @@ from t2x import experiment
 from t2x import optim
 from t2x.data import tokenizers
 from t2x.layers import attention
+from t2x.layers import linear
 from t2x.layers import norm
+from t2x.models import decoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,6 +212,36 @@ def test_an_experiment_takes_settings_at_any_depth():
   )
   new = config.override(old, {'optim': 'lion', 'optim.b2': '0.6'}).optim
   assert new == optim.Lion(learning_rate=0.5, b1=0.7, b2=0.6, weight_decay=0.2)
+
+
+def test_a_setting_that_no_layer_would_read_is_refused():
+  kinds = attention.Dense(), attention.Local(window=8)
+  model = decoder.DecoderConfig(attention_pattern=kinds)
+  old = experiment.Experiment(model=model)
+  message = (
+    "'model.attention' is set, and no layer would read it, since "
+    "'model.attention_pattern' has 2 items. Set model.attention_pattern.0 to "
+    r'model.attention_pattern.1, or model.attention_pattern=\(\).'
+  )
+  for settings in (
+    {'model.attention': 'linear'},
+    {'model.attention.kernel': 'blocks'},
+    {'model.attention': 'local', 'model.attention_pattern.1.window': '4'},
+  ):
+    with pytest.raises(ValueError, match=message):
+      config.override(old, settings)
+  settings = {'model.attention': 'linear', 'model.attention_pattern': '()'}
+  assert config.override(old, settings).model.kinds == (linear.Linear(),)
+  settings = {'model.attention_pattern.1.window': '4'}
+  assert config.override(old, settings).model.kinds[1].window == 4
+
+
+def test_what_another_kind_has_no_field_for_is_told(caplog):
+  model = decoder.DecoderConfig(attention=attention.Dense(dropout=0.1))
+  old = experiment.Experiment(model=model)
+  assert config.override(old, {'model.attention': 'local'}) and not caplog.text
+  config.override(old, {'model.attention': 'linear'})
+  assert 'model.attention=linear leaves out dropout=0.1.' in caplog.text
 
 
 def _experiments():

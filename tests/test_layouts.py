@@ -168,7 +168,11 @@ KINDS = {
 CONFIGS |= {
   'gpt2 ahead': dataclasses.replace(CONFIGS['gpt2'], ahead=(0.5, 0.25)),
   'bert sentence': dataclasses.replace(
-    CONFIGS['bert'], pooler=True, next_sentence=True, classes=(3,)
+    CONFIGS['bert'],
+    pooler=True,
+    next_sentence=True,
+    classes=(3,),
+    attention=transformer_xl.TransformerXL(**HEADS, num_token_types=2),
   ),
   't5 sampled': CONFIGS['t5'],
   'bert permuted': encoder.EncoderConfig(

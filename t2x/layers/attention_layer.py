@@ -111,6 +111,7 @@ class Attention(nnx.Module):
     mask: mask_lib.Mask,
     *,
     positions_BT: jax.Array | None = None,
+    types_BT: jax.Array | None = None,
     rotary: position.Rotary | None = None,
     bias: dense.Bias | None = None,
     keys_B: jax.Array | None = None,
@@ -123,6 +124,7 @@ class Attention(nnx.Module):
       x_BTD: the queries' sequence, and the keys' unless `encoded_BSD` is set.
       mask: what each query sees; the layer adds its own pattern.
       positions_BT: positions for `rotary`; default 0, 1, 2, ...
+      types_BT: sentences, for kinds whose scores tell them apart.
       rotary: rotation of queries and keys, if any.
       bias: added to the scores.
       keys_B: dropout keys of the rows; None means no dropout.
@@ -146,8 +148,10 @@ class Attention(nnx.Module):
     if positions_BT is None:
       place_T = zigzag.index(x_BTD.shape[1], mask.q_zigzag)
       positions_BT = jnp.asarray(place_T)[None]
-    q_BTNH = self._placed_queries(q_BTNH, positions_BT, rotary)
-    k_BSKH = self._placed_keys(k_BSKH, positions_BT[:, :num_keys], rotary)
+    own_BS = None if types_BT is None else types_BT[:, :num_keys]
+    q_BTNH = self._placed_queries(q_BTNH, positions_BT, rotary, types_BT)
+    places_BS = positions_BT[:, :num_keys]
+    k_BSKH = self._placed_keys(k_BSKH, places_BS, rotary, own_BS)
     length = num_keys or x_BTD.shape[1]
     self.config.check_limit(length)
     if self.mixer is not None:
@@ -239,18 +243,18 @@ class Attention(nnx.Module):
     out_BTD = self.attend(q_BTNH, k_BSKH, v_BSKH, mask, bias, kernel='blocks')
     return out_BTD, cache
 
-  def _placed_queries(self, q_BTNH, positions_BT, rotary):
+  def _placed_queries(self, q_BTNH, positions_BT, rotary, types_BT=None):
     """Returns queries that know where they stand."""
     if self.distances is not None:
-      return self.distances.queries(q_BTNH, positions_BT)
+      return self.distances.queries(q_BTNH, positions_BT, types_BT)
     if rotary is None:
       return q_BTNH
     return position.rotate(q_BTNH, positions_BT, rotary)
 
-  def _placed_keys(self, k_BSKH, positions_BS, rotary):
+  def _placed_keys(self, k_BSKH, positions_BS, rotary, types_BS=None):
     """Returns keys that know where they stand."""
     if self.distances is not None:
-      return self.distances.keys(k_BSKH, positions_BS)
+      return self.distances.keys(k_BSKH, positions_BS, types_BS)
     if rotary is None:
       return k_BSKH
     return position.rotate(k_BSKH, positions_BS, rotary)

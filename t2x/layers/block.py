@@ -35,6 +35,7 @@ class Context:
   Attributes:
     mask: what a position sees of its own sequence.
     positions_BT: positions, for rotary encodings.
+    types_BT: sentences of the tokens, for kinds whose scores tell them apart.
     rotary: the rotary encoding, if any.
     bias: bias of the self-attention scores, a module shared by the layers.
     keys_B: dropout key of each row; None means no dropout.
@@ -45,6 +46,7 @@ class Context:
 
   mask: mask_lib.Mask
   positions_BT: jax.Array | None = None
+  types_BT: jax.Array | None = None
   rotary: position.Rotary | None = dataclasses.field(
     default=None, metadata={'static': True}
   )
@@ -202,6 +204,7 @@ def _attention(layer, y_BTD, context):
     y_BTD,
     context.mask,
     positions_BT=context.positions_BT,
+    types_BT=context.types_BT,
     rotary=context.rotary,
     bias=context.bias,
     keys_B=dropout.fold(context.keys_B, 0),

@@ -14,8 +14,13 @@ and the cosines,
 Queries and keys are widened by these, and whatever computes attention computes
 this one: in blocks, under any mask, order of tokens or layout.
 
+XLNet adds (q + w) . e, where e is one vector for a key of the query's sentence
+and another for all others (Yang et al., 2019, section 2.5): a column for each
+sentence, in which a key has 1 or 0.
+
 Shape suffixes: B batch, T query position, S key position, D embed, N query
-heads, K key/value heads, H head dim, F frequencies (D / 2).
+heads, K key/value heads, H head dim, F frequencies (D / 2), C token types, Z
+the own type or another.
 """
 
 import dataclasses
@@ -25,18 +30,27 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from t2x import checks
 from t2x.layers import attention
 from t2x.layers import param
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerXL(attention.Softmax):
-  """Every key, by its content and its distance; needs no other positions."""
+  """Every key, by its content and its distance; needs no other positions.
+
+  Attributes:
+    num_token_types: sentences (A, B, ...) that the scores of an encoder tell
+      apart, where a batch says which is which; 0 for none.
+  """
+
+  num_token_types: int = 0
 
   kind: ClassVar[str] = 'transformer_xl'
 
   def __post_init__(self):
     super().__post_init__()
+    checks.least(self, 'attention.', num_token_types=0)
     if self.kernel == 'flash':
       raise ValueError(
         'attention.kernel=flash: keys that are wider than values, as those of '
@@ -64,21 +78,51 @@ class Distances(nnx.Module):
     axes = ('heads', 'head_dim')
     self.content_bias_NH = param.param(rngs, (N, H), axes, bias)
     self.position_bias_NH = param.param(rngs, (N, H), axes, bias)
+    self.num_types = C = config.num_token_types
+    self.type_bias_NH = param.param(rngs, (N, H), axes, bias) if C else None
+    # Of a key of the query's own type, and of any other.
+    self.types_ZNH = (
+      param.param(rngs, (2, N, H), (None, *axes), bias) if C else None
+    )
 
-  def queries(self, q_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """Returns (B, T, N, H + D)."""
+  def queries(
+    self,
+    q_BTNH: jax.Array,
+    positions_BT: jax.Array,
+    types_BT: jax.Array | None = None,
+  ) -> jax.Array:
+    """Returns (B, T, N, H + D), with types (B, T, N, H + D + C)."""
     by_place = param.add_bias(q_BTNH, self.position_bias_NH)
     both = param.project(by_place, self.r_DNH, 'BTNH,DNH->BTND')
     s, c = jnp.split(both.astype(jnp.float32), 2, axis=-1)
     sin, cos = _waves(positions_BT, both.shape[-1])
     wide = jnp.concatenate([s * sin + c * cos, c * sin - s * cos], axis=-1)
     content = param.add_bias(q_BTNH, self.content_bias_NH)
-    return jnp.concatenate([content, wide.astype(content.dtype)], axis=-1)
+    parts = [content, wide.astype(content.dtype)]
+    if self.types_ZNH is not None and types_BT is not None:
+      by_type = param.add_bias(q_BTNH, self.type_bias_NH)
+      table_ZNH = self.types_ZNH[...].astype(by_type.dtype)
+      scores_BTNZ = jnp.einsum('BTNH,ZNH->BTNZ', by_type, table_ZNH)
+      own_BT1C = jax.nn.one_hot(types_BT, self.num_types, dtype=bool)[
+        :, :, None
+      ]
+      parts.append(
+        jnp.where(own_BT1C, scores_BTNZ[..., :1], scores_BTNZ[..., 1:])
+      )
+    return jnp.concatenate(parts, axis=-1)
 
-  def keys(self, k_BSKH: jax.Array, positions_BS: jax.Array) -> jax.Array:
-    """Returns (B, S, K, H + D)."""
+  def keys(
+    self,
+    k_BSKH: jax.Array,
+    positions_BS: jax.Array,
+    types_BS: jax.Array | None = None,
+  ) -> jax.Array:
+    """Returns (B, S, K, H + D), with types (B, S, K, H + D + C)."""
     sin, cos = _waves(positions_BS, self.r_DNH.shape[0])
-    wide = jnp.concatenate([cos, sin], axis=-1).astype(k_BSKH.dtype)
+    parts = [cos, sin]
+    if self.types_ZNH is not None and types_BS is not None:
+      parts.append(jax.nn.one_hot(types_BS, self.num_types)[:, :, None])
+    wide = jnp.concatenate(parts, axis=-1).astype(k_BSKH.dtype)
     shape = (*k_BSKH.shape[:3], wide.shape[-1])
     return jnp.concatenate([k_BSKH, jnp.broadcast_to(wide, shape)], axis=-1)
 

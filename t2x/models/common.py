@@ -6,6 +6,7 @@ Shape suffixes: B batch, T position, D embed, V vocabulary.
 import dataclasses
 import functools
 import math
+from typing import ClassVar
 from typing import Literal
 
 from flax import nnx
@@ -78,6 +79,11 @@ class TransformerConfig:
   vocab_multiple: int = 128
   dtype: Literal['float32', 'bfloat16'] = 'float32'
   memory: int = 0
+
+  overruled: ClassVar[dict[str, str]] = {
+    'attention': 'attention_pattern',
+    'mlp': 'mlp_pattern',
+  }
 
   def __post_init__(self):
     sizes = ('vocab_size', 'num_layers', 'embed_dim', 'vocab_multiple')

@@ -191,6 +191,7 @@ class Encoder(nnx.Module):
     return block.Context(
       mask=mask,
       positions_BT=common.positions_of(batch, prefix),
+      types_BT=batch.get('token_types'),
       keys_B=keys_B,
       cross_mask=cross,
     )

@@ -54,12 +54,17 @@ def check_positions(config: Any) -> None:
 
 
 def check_causal(config: Any) -> None:
-  """Raises ValueError for layers that would let a token see later ones."""
+  """Raises ValueError for layers that a decoder cannot have."""
   for kind in config.kinds:
     if kind.not_causal is not None:
       raise ValueError(
         f'model.attention={kind.kind}: {kind.not_causal}, so a decoder would '
         'see the future. It is for model.kind=encoder.'
+      )
+    if getattr(kind, 'num_token_types', 0):
+      raise ValueError(
+        f'attention.num_token_types={kind.num_token_types} is for model.kind='
+        'encoder: rows of a decoder have no sentences A and B. Set it to 0.'
       )
     if getattr(kind, 'global_projections', False):
       raise ValueError(

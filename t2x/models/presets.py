@@ -109,12 +109,12 @@ def _roberta(bert: encoder.EncoderConfig) -> encoder.EncoderConfig:
 
 
 def xlnet_base() -> encoder.EncoderConfig:
-  """Yang et al., 2019: 117M (116,690,688 without the biases of segments)."""
+  """Yang et al., 2019: 117M (116,718,336)."""
   return _xlnet(num_layers=12, embed_dim=768)
 
 
 def xlnet_large() -> encoder.EncoderConfig:
-  """Yang et al., 2019: 360M (360,194,048 without the biases of segments)."""
+  """Yang et al., 2019: 360M (360,267,776)."""
   return _xlnet(num_layers=24, embed_dim=1024)
 
 
@@ -125,7 +125,7 @@ def _xlnet(*, num_layers: int, embed_dim: int) -> encoder.EncoderConfig:
     num_layers=num_layers,
     embed_dim=embed_dim,
     attention=transformer_xl.TransformerXL(
-      num_heads=embed_dim // 64, dropout=0.1
+      num_heads=embed_dim // 64, dropout=0.1, num_token_types=3
     ),
     mlp=mlp.MlpConfig(hidden=4 * embed_dim, activation='gelu', dropout=0.1),
     norm=norm.LayerNorm(eps=1e-12),

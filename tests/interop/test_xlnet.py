@@ -64,6 +64,8 @@ def copy(ours, theirs):
       put(to.r, attention.distances.r_DNH[...])
       put(to.r_w_bias, attention.distances.content_bias_NH[...])
       put(to.r_r_bias, attention.distances.position_bias_NH[...])
+      put(to.r_s_bias, attention.distances.type_bias_NH[...])
+      put(to.seg_embed, attention.distances.types_ZNH[...])
       put(to.layer_norm.weight, own.attention_norm.scale[...])
       put(to.layer_norm.bias, own.attention_norm.bias[...])
       put(layer.ff.layer_norm.weight, own.mlp_norm.scale[...])
@@ -89,10 +91,18 @@ def batch_of():
 def test_one_stream():
   ours, theirs = both()
   tokens = batch_of()['inputs']
-  with torch.no_grad():
-    want = theirs(torch.tensor(tokens).long()).logits.numpy()
-  got = jax.jit(lambda model: model(tokens))(ours)
-  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+  # Sentences A and B, and the last token of a kind of its own, as released.
+  types = np.sort(np.random.default_rng(1).integers(0, 2, (B, T)))
+  types[:, -1] = 2
+  fn = jax.jit(lambda model, **more: model(tokens, **more))
+  found = []
+  for more in ({}, {'token_types': types}):
+    theirs_more = {'token_type_ids': torch.tensor(types)} if more else {}
+    with torch.no_grad():
+      want = theirs(torch.tensor(tokens).long(), **theirs_more).logits.numpy()
+    found.append(np.asarray(fn(ours, **more)))
+    np.testing.assert_allclose(found[-1], want, rtol=1e-4, atol=1e-4)
+  assert np.abs(found[0] - found[1]).max() > 0.1
 
 
 def test_two_streams():
@@ -161,7 +171,7 @@ def test_memory():
 
 
 def test_sizes():
-  """As the other library counts, but for what tells segments apart."""
+  """As the other library counts."""
   for preset, size in (
     (presets.xlnet_base, (768, 12, 12, 3072)),
     (presets.xlnet_large, (1024, 24, 16, 4096)),
@@ -173,8 +183,7 @@ def test_sizes():
     with torch.device('meta'):
       theirs = transformers.XLNetLMHeadModel(config)
     num = sum(p.numel() for p in theirs.parameters())
-    of_segments = layers * 3 * width
     make = functools.partial(encoder.Encoder, preset())
     shapes = jax.eval_shape(lambda make=make: make(rngs=nnx.Rngs(0)))
     ours = sum(x.size for x in jax.tree.leaves(shapes))
-    assert ours == num - of_segments
+    assert ours == num
