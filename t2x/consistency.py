@@ -87,19 +87,24 @@ def _check_offload(config: Experiment, sizes: Mapping[str, int]) -> None:
 def _check_attention(config: Experiment, sizes: Mapping[str, int]) -> None:
   """Kinds of attention say which rows and layouts they are for."""
   parts = data_config.parts(config.data).values()
-  packed = any(isinstance(own.batching, data_config.FULL) for own in parts)
+  packed = [
+    own.batching.kind
+    for own in parts
+    if isinstance(own.batching, data_config.FULL)
+  ]
   has_prefix = any(
     isinstance(own.objective, prefix_lm.PrefixLM) for own in parts
   )
   splits = on_mesh.context_size(config, sizes) > 1
   ring = splits and config.rules.context_attention == 'ring'
   for kind in config.model.kinds:
-    kind.check_length(config.data.length)
+    # A memory is looked at from the row, by distance.
+    kind.check_length(config.data.length + config.model.memory)
     if kind.mixes_rows and packed:
       raise ValueError(
         f'model.attention={kind.kind} mixes the keys of a whole row, and '
-        'data.batching=pack puts several documents into one, which would see '
-        'each other. Set data.batching=pad.'
+        f'data.batching={packed[0]} puts several documents into one, which '
+        'would see each other. Set data.batching=pad.'
       )
     if has_prefix and not isinstance(kind, attention.Softmax):
       raise ValueError(

@@ -19,29 +19,26 @@ def evaluate(
   eval_fn: Callable[..., dict[str, Any]],
   model: Any,
   batches: Iterable[Batch],
-  memory: Any = None,
 ) -> dict[str, float]:
   """Returns token-weighted means over all batches.
 
   Args:
-    eval_fn: the compiled `train_step.eval_step`.
+    eval_fn: `Program.evaluate`.
     model: its first argument.
     batches: global batches; empty rows weigh nothing.
-    memory: of the first batch, for models that remember.
 
   Returns:
     loss (nats a token), perplexity, accuracy, num_tokens; of other terms than
     the main one NAME_loss and NAME_accuracy, where there are targets of them. A
     split without a single target gives NaN.
   """
-  sums = collections.Counter()
+  sums, memory = collections.Counter(), None
   running = {}
   for batch in batches:
     # One at a time: nothing orders the exchanges of two that are under way, and
     # processes that take them in different orders wait for each other for ever.
     sums.update(_as_floats(running))
-    given = () if memory is None else (memory,)
-    running = eval_fn(model, batch, *given)
+    running = eval_fn(model, batch, memory)
     memory = running.pop('memory', None)
   sums.update(_as_floats(running))
   names = [n.removesuffix('nll') for n in sums if f'_{n}'.endswith('_nll')]

@@ -173,9 +173,7 @@ def evaluate_splits(
     )
     for title, split, batches in sets:
       batches = map(program.place, batches)
-      metrics = evaluate.evaluate(
-        program.evaluate, trained.model, batches, program.empty_memory()
-      )
+      metrics = evaluate.evaluate(program.evaluate, trained.model, batches)
       if max_batches is None:
         metrics |= evaluate.bits_per_byte(metrics, corpus, config.data, split)
       result |= {f'eval/{title}/{k}': v for k, v in metrics.items()}

@@ -131,17 +131,21 @@ def _check_memory(config: Experiment, sizes: Mapping[str, int]) -> None:
   model, data = config.model, config.data
   if not model.memory:
     return
-  two_stream = getattr(model, 'two_stream', False)
-  one_way = isinstance(data.objective, causal_lm.CausalLM)
+  fits = causal_lm.CausalLM | permutation.Permutation
+  if not isinstance(data.objective, fits):
+    raise ValueError(
+      f'model.memory={model.memory} is for data.objective=causal_lm or '
+      f'permutation, and it is {data.objective.kind}. Set memory to 0.'
+    )
   if not isinstance(data.batching, data_config.Stream):
     raise ValueError(
       f'model.memory={model.memory} is of the rows before, and data.batching='
       f'{data.batching.kind} shuffles rows. Set data.batching=stream.'
     )
-  if not (two_stream or one_way):
+  if getattr(model, 'ahead', ()):
     raise ValueError(
-      f'model.memory={model.memory} is for data.objective=causal_lm or '
-      f'permutation, and it is {data.objective.kind}. Set memory to 0.'
+      f'model.memory={model.memory} and model.ahead={model.ahead}: the heads '
+      'for further tokens have no memory. Set one of them to none.'
     )
   fine = on_mesh.fine_axes(config.rules)
   split = on_mesh.context_size(config, sizes) > 1

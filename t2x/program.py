@@ -13,7 +13,6 @@ from typing import Any
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
@@ -29,7 +28,7 @@ from t2x import train_state
 from t2x import train_step
 from t2x import zigzag
 from t2x.data import pipeline as data_pipeline
-from t2x.models import memory
+from t2x.models import memory as memory_lib
 from t2x.models import model as model_lib
 from t2x.plan import divergence
 
@@ -174,26 +173,38 @@ class Program:
     key = jax.eval_shape(jax.random.key, 0)
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=self._whole)
 
-  def evaluate(self, model: Any, batch: train_step.Batch, *memory: Any):
-    """Returns the sums of `train_step.eval_step`."""
-    return self._runs['evaluate'](model, batch, *memory)
+  def evaluate(
+    self, model: Any, batch: train_step.Batch, memory: Any = None
+  ) -> dict[str, Any]:
+    """Returns the sums of `train_step.eval_step`.
 
-  def empty_memory(self) -> Any:
-    """Returns the memory of an evaluation's first batch, None without one."""
-    if not self._remembered():
-      return None
-    (shapes,) = self._remembered()
-    of = lambda dtype: -1 if dtype == jnp.int32 else 0
-    fill = lambda s: jnp.full(s.shape, of(s.dtype), s.dtype)
-    shardings = jax.tree.map(lambda s: s.sharding, shapes)
-    make = jax.jit(lambda: jax.tree.map(fill, shapes), out_shardings=shardings)
-    with jax.transfer_guard('allow'):
-      return make()
+    Args:
+      model: its parameters may be the moving averages.
+      batch: global.
+      memory: that of the batch before, for models that remember; None at the
+        first.
+    """
+    given = [self._nothing if memory is None else memory]
+    given *= len(self._remembered())
+    return self._runs['evaluate'](model, batch, *given)
+
+  @functools.cached_property
+  def _nothing(self) -> Any:
+    """The memory of an evaluation's first batch."""
+    for shapes in self._remembered():
+      shardings = jax.tree.map(lambda s: s.sharding, shapes)
+      with jax.transfer_guard('allow'):
+        return jax.jit(
+          lambda shapes=shapes: memory_lib.like(shapes),
+          out_shardings=shardings,
+        )()
+    return None
 
   def _remembered(self) -> tuple[Any, ...]:
     """Returns the shapes of what the model remembers, if it does."""
     carried = self.shapes.carried
-    return (carried[memory.NAME],) if memory.NAME in carried else ()
+    name = memory_lib.NAME
+    return (carried[name],) if name in carried else ()
 
   def place(self, batch: dict[str, Any]) -> train_step.Batch:
     """Makes a global batch of this process's rows, as the mesh needs them."""

@@ -135,9 +135,7 @@ class Run:
     )
     for title, split, batches in sets:
       batches = (batch for batch, _ in self._global(batches))
-      metrics = evaluate.evaluate(
-        self.program.evaluate, model, batches, self.program.empty_memory()
-      )
+      metrics = evaluate.evaluate(self.program.evaluate, model, batches)
       if config.train.eval_batches is None:
         metrics |= evaluate.bits_per_byte(
           metrics, self.corpus, config.data, split

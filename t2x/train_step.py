@@ -105,6 +105,10 @@ def apply_gradients(
     mix = lambda e, p: jnp.where(finite, d * e + (1.0 - d) * p, e)
     ema = jax.tree.map(mix, state.ema, new_trained)
   carried, sums = _carried(state, sums, config)
+  carried = keep(carried, state.carried)
+  if config.memory is not None:  # What stayed is not of the row before.
+    shown = memory_lib.shown_if(finite, carried[memory_lib.NAME])
+    carried = {**carried, memory_lib.NAME: shown}
   num_skipped = jnp.where(finite, 0, state.num_skipped + 1)
   new_state = train_state.TrainState(
     step=state.step + 1,
@@ -114,7 +118,7 @@ def apply_gradients(
     opt_state=opt_state,
     ema=ema,
     num_skipped=num_skipped,
-    carried=keep(carried, state.carried),
+    carried=carried,
   )
   sums = {name: value for name, value in sums.items() if name != 'loads'}
   metrics = {**sums, 'grad_norm': grad_norm, 'num_skipped': num_skipped}
@@ -176,7 +180,7 @@ def eval_step(
     _, sums = pipeline.run(
       nothing,
       model,
-      batch,
+      terms_lib.with_row_shares(batch),
       None,
       config.pipeline.for_evaluation(),
       loss=functools.partial(loss_lib.of_terms, config=config.loss),
@@ -215,6 +219,7 @@ def gradients(trained, rest, batch, key, config: train_state.StepConfig):
     **{name: share(batch[name]) for name in terms_lib.weight_names(batch)},
     'rows': jnp.arange(batch['weights'].shape[0]),
   }
+  batch = terms_lib.with_row_shares(batch)
   manual = _manual_axes(config)
   if config.pipeline is not None:
     return pipeline.run(
@@ -320,7 +325,7 @@ def _loss(trained, probes_K, rest, batch, key, config: train_state.StepConfig):
     x_BTD = task_weights.probed(x_BTD, probes_K, numbers_B)
   terms = model.terms(x_BTD, batch, keys_B, execution.zigzag)
   loss, sums = measure(config)(terms, batch=batch)
-  router_losses = balance.losses(stats, terms_lib.row_shares(batch))
+  router_losses = balance.losses(stats, batch[terms_lib.ROW_SHARES])
   loss = loss + sum(router_losses.values())
   return loss, {
     'loss': loss,

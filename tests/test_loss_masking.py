@@ -149,7 +149,8 @@ def test_layouts_and_continuation(tmp_path):
   theirs = jax.device_get(other.carried[loss_masking.NAME])
   np.testing.assert_allclose(theirs, mine, rtol=1e-5)
 
-  stages = one | {'mesh__pipe': 2, 'pipeline__microbatches': 4}
+  stages = {'mesh__data': 2, 'mesh__fsdp': 2, 'mesh__tensor': 1}
+  stages |= {'mesh__pipe': 2, 'pipeline__microbatches': 2}
   other, split, _ = trained(tmp_path, **stages)
   np.testing.assert_allclose(split, losses, rtol=1e-5)
   theirs = jax.device_get(other.carried[loss_masking.NAME])

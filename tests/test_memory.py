@@ -16,6 +16,7 @@ from t2x import evaluate
 from t2x import mesh as mesh_lib
 from t2x import program as program_lib
 from t2x import sharding
+from t2x import stack
 from t2x import train_state
 from t2x import train_step
 from t2x.data import batches as batches_lib
@@ -24,11 +25,14 @@ from t2x.data import pipeline
 from t2x.layers import attention
 from t2x.layers import linear
 from t2x.layers import mlp
+from t2x.layers import moe
 from t2x.layers import position
 from t2x.layers import transformer_xl
 from t2x.models import decoder
 from t2x.models import forward
 from t2x.models import memory as memory_lib
+from t2x.objectives import causal_lm
+from t2x.objectives import mixture
 from t2x.objectives import rows as rows_lib
 
 VOCAB, ROWS, LENGTH = 50, 3, 12
@@ -51,6 +55,18 @@ KINDS = {
   },
   'buckets': {'position': position.RelativeBuckets(num_buckets=8)},
   'window': {'attention': attention.Local(**HEADS, window=7)},
+  # Two layers that repeat, one that is left, and experts.
+  'groups': {
+    'attention_pattern': (
+      attention.Dense(**HEADS, num_kv_heads=2),
+      attention.Local(**HEADS, num_kv_heads=1, window=9),
+    ),
+    'mlp': moe.MoeConfig(hidden=16, num_experts=4),
+  },
+}
+EXECUTIONS = {
+  'groups': stack.Execution(scan=False, remat='full'),
+  'buckets': stack.Execution(remat='full'),
 }
 jit = functools.partial(
   jax.jit, compiler_options={'xla_backend_optimization_level': 0}
@@ -88,10 +104,10 @@ def pieces(num=3):
     }
 
 
-def run(config, num=3):
+def run(config, num=3, execution=stack.Execution()):
   """Features row by row, each with the memory of those before."""
   model = make(config)
-  fn = jit(lambda m, b, memory: forward.recall(m, b, memory))
+  fn = jit(functools.partial(forward.recall, execution=execution))
   memory, found = memory_lib.empty(model, ROWS, config.memory), []
   for batch in pieces(num):
     x, _, memory = fn(model, batch, memory)
@@ -108,7 +124,9 @@ def test_rows_that_go_on_are_one_row(kind):
   whole = jit(
     lambda m: m.hidden(tokens, segments=segments, positions=positions)
   )(make(config))
-  np.testing.assert_allclose(run(config), whole, rtol=1e-4, atol=2e-5)
+  execution = EXECUTIONS.get(kind, stack.Execution())
+  got = run(config, execution=execution)
+  np.testing.assert_allclose(got, whole, rtol=1e-4, atol=2e-5)
   without = run(dataclasses.replace(config, memory=1))
   assert np.abs(without - whole)[2, LENGTH:].max() > 1e-2
 
@@ -186,27 +204,31 @@ def test_rows_follow_each_other(tmp_path):
   config = experiment_of(tmp_path)
   corpus = corpus_lib.prepare(config.data)
   (stream,) = corpus.streams('train')
-  batches = batches_lib.TrainBatches(corpus, config.data, seed=0)
-  num = batches.steps_per_epoch
+  training = batches_lib.TrainBatches(corpus, config.data, seed=0)
+  num = training.steps_per_epoch
   starts = {*stream.offsets[:-1].tolist()}
-  for lane in range(8):
-    first = lane * (batches._make.layout.group_sizes()[0] // 8) * 32
-    at = first
-    for step in range(3):
-      batch = batches[step]
-      tokens = np.asarray(stream.tokens[at : at + 32])
-      np.testing.assert_array_equal(batch['inputs'][lane], tokens)
-      goes_on = step > 0 and at not in starts
-      assert batch['continues'][lane, 0] == goes_on
-      at += 32
-  length = batches._make.layout.group_sizes()[0] // 8
-  np.testing.assert_array_equal(batches[length]['inputs'], batches[0]['inputs'])
-  assert not batches[length]['continues'].any() and num >= length
-  # An evaluation reads all of it once.
-  rows = [*pipeline.eval_batches(corpus, config.data, 'train')]
-  assert sum(b['weights'].sum() for b in rows) == stream.num_tokens - len(
-    starts
+  evaluated = [*pipeline.eval_batches(corpus, config.data, 'train')]
+  assert len(evaluated) == num and (num - 1) * 8 * 32 < stream.num_tokens
+  for batches in ([training[step] for step in range(num)], evaluated):
+    # The parts of the batch, one after the other, are the text.
+    joined = np.stack([b['inputs'] for b in batches], axis=1).ravel()
+    np.testing.assert_array_equal(
+      joined[: stream.num_tokens], stream.tokens[: stream.num_tokens]
+    )
+    assert not joined[stream.num_tokens :].any()
+    for step, lane in np.ndindex(num, 8):
+      at = (lane * num + step) * 32
+      goes_on = step > 0 and at not in starts and at < stream.num_tokens
+      assert batches[step]['continues'][lane, 0] == goes_on
+    weight = sum(b['weights'].sum() for b in batches)
+    assert weight == stream.num_tokens - len(starts)
+  np.testing.assert_array_equal(training[num]['inputs'], training[0]['inputs'])
+  assert not training[num]['continues'].any()
+  short = dataclasses.replace(
+    config.data, batch_size=training._make.layout.group_sizes()[0]
   )
+  with pytest.raises(ValueError, match='none would ever go on'):
+    batches_lib.TrainBatches(corpus, short, seed=0)
 
 
 def trained(directory, num_steps=3, state=None, **settings):
@@ -225,10 +247,7 @@ def trained(directory, num_steps=3, state=None, **settings):
       losses.append(float(metrics['loss']))
     sets = pipeline.eval_batches(corpus, config.data, 'train', max_batches=3)
     found = evaluate.evaluate(
-      program.evaluate,
-      state.model,
-      map(program.place, sets),
-      program.empty_memory(),
+      program.evaluate, state.model, map(program.place, sets)
     )
   return state, losses, found, program
 
@@ -257,12 +276,48 @@ def test_layouts_continuation_and_evaluation(tmp_path):
     np.testing.assert_array_equal(a, b)
 
 
+def test_a_skipped_step_hides_what_was_before(tmp_path):
+  """Else the next rows would take it for the end of the skipped ones."""
+  state, _, _, program = trained(tmp_path, num_steps=2, **ONE)
+  corpus = corpus_lib.prepare(program.config.data)
+  batches = batches_lib.TrainBatches(corpus, program.config.data, seed=0)
+  grads, sums = program.gradients(state, batches[2])
+  for loss, is_shown in ((sums['loss'], True), (np.float32('nan'), False)):
+    after, _ = program.apply(state, grads, {**sums, 'loss': loss})
+    memory = jax.device_get(after.carried[memory_lib.NAME])
+    assert (memory['segments'] > 0).any() == is_shown
+    before = jax.device_get(state.carried[memory_lib.NAME]['layers'])
+    same = [
+      np.array_equal(a, b)
+      for a, b in zip(
+        jax.tree.leaves(memory['layers']), jax.tree.leaves(before), strict=True
+      )
+    ]
+    assert all(same) != is_shown
+
+
+def test_compiled_programs_hand_a_memory_on(tmp_path):
+  """What an evaluation gives lies where the next one looks for it."""
+  state, _, found, program = trained(tmp_path, num_steps=1)
+  config = program.config
+  corpus = corpus_lib.prepare(config.data)
+  mesh = mesh_lib.make(config.mesh)
+  with sharding.use(mesh, config.rules):
+    lowered = program.lowered()['evaluate']
+    program.replace({'evaluate': lowered.compile()})
+    sets = pipeline.eval_batches(corpus, config.data, 'train', max_batches=3)
+    again = evaluate.evaluate(
+      program.evaluate, state.model, map(program.place, sets)
+    )
+  assert again == found
+
+
 def test_an_evaluation_goes_on_from_batch_to_batch(tmp_path):
   """Its loss is that of the model's own passes, one after the other."""
   state, _, found, program = trained(tmp_path, num_steps=1, **ONE)
   config = program.config
   corpus = corpus_lib.prepare(config.data)
-  memory, total, num = program.empty_memory(), 0.0, 0.0
+  memory, total, num = memory_lib.empty(state.model, 8, 24), 0.0, 0.0
   step = dataclasses.replace(train_state.StepConfig(), memory=(8, 24))
   fn = jit(functools.partial(train_step.eval_step, config=step))
   for batch in pipeline.eval_batches(
@@ -283,6 +338,10 @@ def test_messages(tmp_path):
     ({'train__accumulate': 2}, 'of whole rows of a whole batch'),
     ({'mesh__context': 2, 'mesh__data': 1}, 'of whole rows of a whole batch'),
     ({'data__objective': 'prefix_lm'}, 'is for data.objective=causal_lm'),
+    (
+      {'model__ahead': (0.3,), 'data__objective__ahead': 1},
+      'the heads for further tokens have no memory',
+    ),
   ):
     with pytest.raises(ValueError, match=message):
       consistency.check(
@@ -297,6 +356,25 @@ def test_messages(tmp_path):
         ),
         8,
       )
+  # A window may reach into the memory, and no further.
+  for window in (40, 60):
+    config = experiment_of(
+      tmp_path, model__attention='local', model__attention__window=window
+    )
+    if window == 40:
+      consistency.check(config, 8)
+      continue
+    with pytest.raises(ValueError, match='more than the 56 of a sequence'):
+      consistency.check(config, 8)
+  pairs = experiment_of(tmp_path, model__memory=0, data__objective='denoising')
+  with pytest.raises(ValueError, match='denoising has other rows'):
+    pipeline.check(pairs.data)
+  task = mixture.Task(name='one', objective=causal_lm.CausalLM())
+  mixed = dataclasses.replace(
+    pairs.data, objective=mixture.Mixture(tasks=(task,))
+  )
+  with pytest.raises(ValueError, match='=mixture are of several'):
+    pipeline.check(mixed)
   with pytest.raises(ValueError, match='before the first position'):
     dataclasses.replace(CONFIG, position=position.Learned())
   with pytest.raises(ValueError, match='goes by whole rows'):

@@ -53,6 +53,13 @@ class TrainBatches:
     whole = math.ceil if len(sizes) == 1 else round
     self._counts = [whole(s / config.batch_size) for s in sizes]
     self.steps_per_epoch = sum(self._counts)
+    if self._make.in_order and self.steps_per_epoch < 2:
+      raise ValueError(
+        f'data.batching=stream: split {config.train_split!r} has {sum(sizes)} '
+        f'rows of data.length={config.length}, one for each of data.batch_size='
+        f'{config.batch_size}, so none would ever go on. Give more text, or '
+        'lower data.length or data.batch_size.'
+      )
     # Hashed, as Grain adds the epoch to the seed: with seeds as they are, the
     # second epoch of one run would be the first of another.
     seeds = noise.keys(seed, np.arange(len(sizes) + 1)) >> np.uint64(32)
@@ -62,10 +69,8 @@ class TrainBatches:
   def __getitem__(self, step: int) -> Batch:
     examples = step * self._batch_size + self._make.range
     if self._make.in_order:
-      # What does not fill a step is left out; all begin anew together.
-      num = self._make.layout.group_sizes()[0] // self._batch_size
-      place = step % num
-      return self._make(0, self._make.range * num + place, examples, place)
+      place = step % self.steps_per_epoch  # All begin anew together.
+      return self._make.at(place, self.steps_per_epoch, examples)
     group, batch = self._locate(step)
     places = batch * self._batch_size + self._make.range
     order = self._row_orders[group]
@@ -107,9 +112,7 @@ class EvalBatches:
   def __getitem__(self, index: int) -> Batch:
     examples = index * self._batch_size + self._make.range
     if self._make.in_order:
-      rows = self._make.range * len(self) + index
-      rows = np.where(rows < self._sizes[0], rows, -1)
-      return self._make(0, rows, examples, index)
+      return self._make.at(index, len(self), examples)
     group = int(np.searchsorted(self._ends, index, side='right'))
     first = int(self._ends[group - 1]) if group else 0
     rows = (index - first) * self._batch_size + self._make.range
@@ -128,27 +131,36 @@ class Examples:
     self.in_order = isinstance(config.batching, config_lib.Stream)
     self._seed = seed
 
+  def at(self, place: int, num: int, examples: np.ndarray) -> Batch:
+    """Returns a batch whose row b reads the b-th part of a split in order.
+
+    Args:
+      place: of the batch among those of a pass.
+      num: batches of a pass, the rows of a part.
+      examples: their numbers since the start.
+    """
+    rows = self.range * num + place
+    rows = np.where(rows < self.layout.group_sizes()[0], rows, -1)
+    assert isinstance(self.layout, rows_lib.Windows)
+    goes_on = self.layout.continues(rows) & (place > 0)
+    own = {'continues': goes_on[:, None].astype(np.int32)}
+    return self(0, rows, examples) | own
+
   def __call__(
     self,
     group: int,
     rows: np.ndarray,
     examples: np.ndarray,
-    place: int | None = None,
   ) -> Batch:
     if getattr(self._objective, 'static', False):
       examples = group * 2**40 + rows
     keys = noise.keys(self._seed, examples)
-    batch = self._objective.examples(
+    return self._objective.examples(
       *self.layout.read(group, rows, keys),
       keys=keys,
       vocab=self._vocab,
       length=self.layout.group_lengths()[group],
     )
-    if self.in_order:
-      assert isinstance(self.layout, rows_lib.Windows)
-      goes_on = self.layout.continues(rows) & bool(place)
-      batch['continues'] = goes_on[:, None].astype(np.int32)
-    return batch
 
 
 def _vocab(corpus, config) -> vocab_lib.Vocab:

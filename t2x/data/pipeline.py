@@ -34,7 +34,13 @@ _PREFETCH = 8  # Batches prepared ahead of the one that is used.
 
 def check(config: config_lib.DataConfig) -> None:
   """Raises a ValueError for what is wrong before anything is built."""
+  in_order = isinstance(config.batching, config_lib.Stream)
   if isinstance(config.objective, mixture.Mixture):
+    if in_order:
+      raise ValueError(
+        'data.batching=stream reads one text from start to end, and the rows '
+        'of data.objective=mixture are of several. Set data.batching=pack.'
+      )
     if config_lib.buckets(config) != (config.length,):
       raise ValueError(
         f'data.batching.buckets={config_lib.buckets(config)}: the rows of a '
@@ -64,7 +70,6 @@ def check(config: config_lib.DataConfig) -> None:
       f'data.target_field={config.target_field!r}: installed_docs holds no '
       'pairs. Set data.source=text_files with .jsonl files, or a TFDS name.'
     )
-  in_order = isinstance(config.batching, config_lib.Stream)
   if in_order and not hasattr(config.objective, 'stride'):
     raise ValueError(
       'data.batching=stream reads a text from start to end, and data.'
@@ -126,8 +131,9 @@ def eval_batches(
   rows: slice | np.ndarray | None = None,
   max_batches: int | None = None,
 ) -> Generator[batches_lib.Batch, None, None]:
-  """Returns each row of `split` once, in order; the last batch has empty rows.
+  """Returns each row of `split` once, in order; empty rows fill the batches.
 
+  With data.batching=stream row b goes on where it was in the batch before.
   Random draws are the same at each call. `rows` as for `train_batches`; of a
   mixture, the rows of `task`.
   """

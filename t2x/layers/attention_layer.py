@@ -192,8 +192,7 @@ class Attention(nnx.Module):
     q_BTNH = self._placed_queries(self.queries(x_BTD), positions_BT, rotary)
     k_BSKH = self._placed_keys(k_BSKH, places_BS, rotary)
     mask = self._narrowed(mask, num_keys or x_BTD.shape[1])
-    out = self.attend(q_BTNH, k_BSKH, v_BSKH, mask, bias, keys_B, 'blocks')
-    return out, memory
+    return self.attend(q_BTNH, k_BSKH, v_BSKH, mask, bias, keys_B), memory
 
   def empty_memory(self, batch: int, length: int, dtype) -> cache_lib.Memory:
     """Returns what `recall` goes on from in the first rows."""

@@ -184,8 +184,7 @@ class Block(nnx.Module):
     real_BT = None if segments_BT is None else segments_BT != 0
     # With a cache the arrays are a piece of their rows, or have rows of other
     # lengths beside them: what an expert has room for is not known.
-    steps = cache is not None and not isinstance(cache.own, cache_lib.Memory)
-    drop = not steps
+    drop = cache is None or isinstance(cache.own, cache_lib.Memory)
     return self.mlp(y_BTD, real_BT, context.mask.q_zigzag, drop=drop)
 
   def empty_cache(self, batch, capacity, dtype, encoded_BSD=None):

@@ -121,7 +121,7 @@ class Decoder(nnx.Module):
       segments, causal=True, zigzag=zigzag, prefix_BS=prefix_BS
     )
     if memory.SEGMENTS in batch:
-      mask = memory.mask_of(batch, mask, causal=True)
+      mask = memory.mask_of(batch, mask)
     return block.Context(
       mask=mask,
       positions_BT=common.positions_of(batch, zigzag=zigzag),

@@ -6,6 +6,7 @@ tokens of its document there. What is remembered has no gradient.
 Shape suffixes: B batch, M tokens that are remembered, T tokens of a row.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -14,7 +15,6 @@ from jax.sharding import NamedSharding
 
 from t2x import sharding
 from t2x.attention import mask as mask_lib
-from t2x.attention import patterns
 
 NAME = 'memory'
 SEGMENTS = 'memory_segments'  # In a batch: 1 where a row sees it, else -1.
@@ -29,11 +29,21 @@ def empty(model: Any, rows: int, length: int) -> dict[str, Any]:
     rows: of a batch.
     length: tokens that are remembered.
   """
-  segments_BM = jnp.full((rows, length), -1, jnp.int32)
   return {
     'layers': model.tower.empty_memory(rows, length),
-    'segments': segments_BM,
+    'segments': jnp.full((rows, length), -1, jnp.int32),
   }
+
+
+def like(shapes: dict[str, Any]) -> dict[str, Any]:
+  """Returns the memory of nothing of the same shapes."""
+  return shown_if(False, jax.tree.map(jnp.zeros_like, shapes))
+
+
+def shown_if(condition: Any, memory: dict[str, Any]) -> dict[str, Any]:
+  """Returns a memory of which nothing is seen unless `condition` holds."""
+  segments_BM = jnp.where(condition, memory['segments'], -1)
+  return {**memory, 'segments': segments_BM}
 
 
 def shardings(memory: dict[str, Any], mesh: Any, rules: sharding.Rules) -> Any:
@@ -46,17 +56,18 @@ def shardings(memory: dict[str, Any], mesh: Any, rules: sharding.Rules) -> Any:
   """
 
   def of(leaf):
-    # (layers,) B, M, K, H; or the segments' (B, M).
-    axes = ('batch', None, 'kv_heads', None)[: leaf.ndim]
-    axes = (None,) * (leaf.ndim - len(axes)) + axes
-    if leaf.ndim == 2:
-      axes = ('batch', None)
     spec = sharding.to_spec(
-      axes, rules, shape=leaf.shape, mesh=mesh, name='memory'
+      _axes(leaf), rules, shape=leaf.shape, mesh=mesh, name='memory'
     )
     return NamedSharding(mesh, spec)
 
   return jax.tree.map(of, memory)
+
+
+def _axes(leaf) -> tuple[str | None, ...]:
+  """Those of (layers,) B, M, K, H; of the segments B, M."""
+  axes = ('batch', None, 'kv_heads', None)[: leaf.ndim]
+  return (None,) * (leaf.ndim - len(axes)) + axes
 
 
 def seen(batch: dict[str, jax.Array], memory: dict[str, Any]):
@@ -79,12 +90,11 @@ def kept(batch: dict[str, jax.Array], layers: Any) -> dict[str, Any]:
   last_B1 = segments_BT[:, -1:]
   both = jnp.concatenate([before_BM, segments_BT], axis=1)[:, -length:]
   stays = (both == last_B1) & (last_B1 > 0)
-  return {'layers': layers, 'segments': jnp.where(stays, 1, -1)}
+  memory = {'layers': layers, 'segments': jnp.where(stays, 1, -1)}
+  return jax.tree.map(lambda a: sharding.constrain(a, *_axes(a)), memory)
 
 
-def mask_of(
-  batch: dict[str, jax.Array], mask: mask_lib.Mask, *, causal: bool
-) -> mask_lib.Mask:
+def mask_of(batch: dict[str, jax.Array], mask: mask_lib.Mask) -> mask_lib.Mask:
   """Returns a mask whose keys are those of memory, then the row's own."""
   before_BM, length = batch[SEGMENTS], batch['segments'].shape[1]
   place_T = jnp.arange(length)[None]
@@ -94,11 +104,9 @@ def mask_of(
   join = lambda a, b: jnp.concatenate([a, b], axis=1)
   before_M = jnp.arange(-before_BM.shape[1], 0)[None]
   ranks = mask.k_ranks_BS
-  return mask_lib.Mask(
-    pattern=patterns.ordered(causal=causal),
-    q_segments_BT=mask.q_segments_BT,
+  return dataclasses.replace(
+    mask,
     k_segments_BS=join(before_BM, batch['segments']),
-    q_ranks_BT=mask.q_ranks_BT,
     k_ranks_BS=None if ranks is None else join(0 * before_BM, ranks),
     q_index_BT=q_place,
     k_index_BS=join(before_M, place_T),

@@ -47,7 +47,7 @@ def context(batch, keys_B, by_place: bool) -> block.Context:
       mask, q_index_BT=both_places, k_index_BS=place_BT
     )
   if remembers:
-    mask = memory.mask_of(batch, mask, causal=False)
+    mask = memory.mask_of(batch, mask)
   return block.Context(
     mask=mask,
     positions_BT=both('positions'),

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from t2x.layers import embed
 
 MAIN = ''  # The name of the term that every model has.
+ROW_SHARES = 'row_shares'  # In a batch; see `with_row_shares`.
 
 
 class Term(NamedTuple):
@@ -41,14 +42,17 @@ def weight_names(batch) -> list[str]:
   return [name for name in batch if f'_{name}'.endswith('_weights')]
 
 
-def row_shares(batch) -> jax.Array:
-  """Returns what each row is of the weights of a batch, each term alike, (B,).
+def with_row_shares(batch):
+  """Adds `row_shares` (B,): what a row is of the weights of the whole batch.
+
+  Each term that has any counts alike.
 
   Args:
-    batch: its weights are over those of the whole batch.
+    batch: the whole of it, its weights over their sum.
   """
   each = [batch[name].sum(1) for name in weight_names(batch)]
-  return jnp.stack(each).mean(0)
+  there = sum((share_B.sum() > 0).astype(jnp.float32) for share_B in each)
+  return {**batch, ROW_SHARES: sum(each) / jnp.maximum(there, 1.0)}
 
 
 def of_tokens(x_BTD: jax.Array, head: embed.Head, batch) -> Terms:

@@ -140,9 +140,8 @@ def _layer(name: str, combine, zigzag: int) -> cut.Function:
     x_BTD, _, stats = tower.layer(layer, x_BTD, context, rest.number)
     if stats is None:
       return x_BTD, None, None
-    share_B = terms_lib.row_shares(rest.rows)
     stats = {'': jax.tree.map(lambda a: a[None], stats)}
-    losses = balance.losses(stats, share_B)
+    losses = balance.losses(stats, rest.rows[terms_lib.ROW_SHARES])
     load = jax.tree.map(lambda a: a[0], balance.loads(stats)[''])
     return x_BTD, sum(losses.values()), (losses, load)
 
