@@ -142,10 +142,11 @@ def _check_memory(config: Experiment, sizes: Mapping[str, int]) -> None:
       f'model.memory={model.memory} is of the rows before, and data.batching='
       f'{data.batching.kind} shuffles rows. Set data.batching=stream.'
     )
-  if getattr(model, 'ahead', ()):
+  ahead = getattr(model, 'ahead', ())
+  if ahead:
     raise ValueError(
-      f'model.memory={model.memory} and model.ahead={model.ahead}: the heads '
-      'for further tokens have no memory. Set one of them to none.'
+      f'model.memory={model.memory} and model.ahead={ahead}: the heads for '
+      'further tokens have no memory. Set memory to 0, or ahead to ().'
     )
   fine = on_mesh.fine_axes(config.rules)
   split = on_mesh.context_size(config, sizes) > 1

@@ -340,7 +340,7 @@ def test_messages(tmp_path):
     ({'data__objective': 'prefix_lm'}, 'is for data.objective=causal_lm'),
     (
       {'model__ahead': (0.3,), 'data__objective__ahead': 1},
-      'the heads for further tokens have no memory',
+      'for further tokens have no memory',
     ),
   ):
     with pytest.raises(ValueError, match=message):

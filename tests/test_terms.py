@@ -25,6 +25,7 @@ from t2x.layers import position
 from t2x.models import decoder
 from t2x.models import encoder
 from t2x.models import encoder_decoder
+from t2x.models import terms as terms_lib
 from t2x.objectives import causal_lm
 from t2x.objectives import noise
 from t2x.objectives import rows as rows_lib
@@ -297,3 +298,22 @@ def test_loss_of_sentences_and_masked_tokens():
   np.testing.assert_allclose(sums['nll'], masked, rtol=1e-5)
   np.testing.assert_allclose(sums['sentence_nll'], sentence, rtol=1e-5)
   np.testing.assert_allclose(sums['loss'], masked + sentence, rtol=1e-5)
+
+
+def test_rows_share_what_terms_there_are():
+  rng = np.random.default_rng(0)
+  weights = rng.uniform(size=(ROWS, LENGTH)).astype(np.float32)
+  main = {'weights': weights / weights.sum()}
+  nothing = {'class0_weights': np.zeros((ROWS, 1), np.float32)}
+  alone, beside = (
+    terms_lib.with_row_shares(batch)[terms_lib.ROW_SHARES]
+    for batch in (main, main | nothing)
+  )
+  np.testing.assert_allclose(alone, main['weights'].sum(1), rtol=1e-6)
+  np.testing.assert_allclose(beside, alone, rtol=1e-6)
+  first = np.zeros((ROWS, 1), np.float32)
+  first[0] = 1.0
+  both = terms_lib.with_row_shares(main | {'class0_weights': first})
+  np.testing.assert_allclose(
+    both[terms_lib.ROW_SHARES], (alone + first[:, 0]) / 2, rtol=1e-6
+  )

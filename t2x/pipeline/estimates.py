@@ -286,7 +286,7 @@ def takes_kernel(model, kind, T: int, S: int, cross: bool = False) -> bool:
     return False
   biased = position.is_bias(model.position)
   refused = kind.kernel == 'blocks' or kind.dropout or biased and not cross
-  refused |= bool(model.memory)  # Keys that have places of their own.
+  refused = refused or model.memory  # Keys that have places of their own.
   block = kind.block or splash.LANES
   whole = not (block % splash.LANES or T % block or S % block)
   return whole and not refused

@@ -76,13 +76,13 @@ def copy(ours, theirs):
       put(layer.ff.layer_2.bias, own.mlp.down_bias_D[...])
 
 
-def batch_of():
-  rng = np.random.default_rng(0)
+def batch_of(seed=0):
+  rng = np.random.default_rng(seed)
   tokens = rng.integers(105, VOCAB, (B, T)).astype(np.int32)
   objective = permutation.Permutation(rate=0.4, masking=masking.Tokens())
   return objective.examples(
     rows_lib.Rows(tokens, np.ones((B, T), np.int32)),
-    keys=noise.keys(0, np.arange(B)),
+    keys=noise.keys(seed, np.arange(B)),
     vocab=vocab_lib.Vocab(size=VOCAB),
     length=T,
   )
@@ -105,10 +105,8 @@ def test_one_stream():
   assert np.abs(found[0] - found[1]).max() > 0.1
 
 
-def test_two_streams():
-  """Their mask says, pair by pair, what the ranks say."""
-  ours, theirs = both()
-  batch = batch_of()
+def masks_of(batch):
+  """Their masks, which say pair by pair what the ranks say."""
   ranks, asked = batch['ranks'], batch['weights'] > 0
   num = asked.shape[1]
   # 1 where i does not see j; in their first stream each sees itself too.
@@ -121,12 +119,19 @@ def test_two_streams():
         hidden[row, i, j] = 0
     for m in np.flatnonzero(asked[row]):
       target[row, m, batch['query_places'][row, m]] = 1
+  return {
+    'perm_mask': torch.tensor(hidden),
+    'target_mapping': torch.tensor(target),
+  }
+
+
+def test_two_streams():
+  ours, theirs = both()
+  batch = batch_of()
+  asked = batch['weights'] > 0
+  tokens = torch.tensor(batch['inputs']).long()
   with torch.no_grad():
-    want = theirs(
-      torch.tensor(batch['inputs']).long(),
-      perm_mask=torch.tensor(hidden),
-      target_mapping=torch.tensor(target),
-    ).logits.numpy()
+    want = theirs(tokens, **masks_of(batch)).logits.numpy()
   names = set(batch) - {'targets', 'weights'}
   fn = jax.jit(lambda model: model(**{name: batch[name] for name in names}))
   got = np.asarray(fn(ours))
@@ -136,38 +141,34 @@ def test_two_streams():
 def test_memory():
   """A second row after the first: their states, our keys and values."""
   ours, theirs = both()
-  config = dataclasses.replace(ours.config, memory=T)
-  tokens = batch_of()['inputs']
-  first, second = tokens[:, : T // 2], tokens[:, T // 2 :]
+  config = dataclasses.replace(ours.config, memory=2 * T)
+  rows = batch_of(), batch_of(seed=1)
+  found = []
+  mems = None
   with torch.no_grad():
-    before = theirs(torch.tensor(first).long(), use_mems=True)
-    want = theirs(
-      torch.tensor(second).long(), mems=before.mems, use_mems=True
-    ).logits.numpy()
+    for batch in rows:
+      asked = masks_of(batch)
+      tokens = torch.tensor(batch['inputs']).long()
+      seen = theirs(tokens, mems=mems, use_mems=True, **asked)
+      mems = seen.mems
+      found.append(seen.logits.numpy())
   model = encoder.Encoder(config, rngs=nnx.Rngs(0))
   model = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(ours))
-  empty = memory.empty(model, B, T)
+  kept = memory.empty(model, B, config.memory)
 
-  def run(model, tokens, memory, goes_on):
-    ones = np.ones(tokens.shape, np.int32)
-    batch = {
-      'inputs': tokens,
-      'segments': ones,
-      'positions': np.cumsum(ones, 1) - 1,
-      'continues': np.full((B, 1), goes_on),
-      # One stream: nothing is asked for.
-      'ranks': 0 * ones,
-      'query_ranks': -np.ones((B, 1), np.int32),
-    }
-    for name in ('segments', 'positions', 'places'):
-      batch[f'query_{name}'] = np.zeros((B, 1), np.int32)
+  @jax.jit
+  def run(model, batch, memory):
     x, _, memory = forward.recall(model, batch, memory)
-    return model.head(model.tower.end(x[:, : tokens.shape[1]])), memory
+    return model.head(model.leave(x, batch)), memory
 
-  fn = jax.jit(run, static_argnums=3)
-  _, kept = fn(model, first, empty, 0)
-  got, _ = fn(model, second, kept, 1)
-  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+  for number, (batch, want) in enumerate(zip(rows, found)):
+    goes_on = np.full((B, 1), int(number > 0))
+    got, kept = run(model, {**batch, 'continues': goes_on}, kept)
+    asked = batch['weights'] > 0
+    got = np.asarray(got)[asked]
+    np.testing.assert_allclose(got, want[asked], rtol=1e-4, atol=1e-4)
+  alone, _ = run(model, {**rows[1], 'continues': 0 * goes_on}, kept)
+  assert np.abs(np.asarray(alone)[asked] - got).max() > 0.01
 
 
 def test_sizes():
