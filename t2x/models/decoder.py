@@ -20,6 +20,7 @@ from t2x.models import forward
 from t2x.models import layer_checks
 from t2x.models import memory
 from t2x.models import terms as terms_lib
+from t2x.models import tower as tower_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class Decoder(nnx.Module):
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
     self.config = config
     self.embeddings = common.Embeddings(config, rngs=rngs)
-    self.tower = common.Tower(
+    self.tower = tower_lib.Tower(
       config, config.num_layers, bidirectional=False, rngs=rngs
     )
     self.ahead = nnx.List([self.tower.layer_on_top(rngs) for _ in config.ahead])

@@ -29,6 +29,7 @@ from t2x.models import layer_checks
 from t2x.models import pooled
 from t2x.models import streams
 from t2x.models import terms as terms_lib
+from t2x.models import tower as tower_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,11 +117,11 @@ class Encoder(nnx.Module):
     )
     make_norm = lambda: norm.Norm(config.norm, D, rngs=rngs)
     self.embed_norm = make_norm() if config.embed_norm else None
-    self.tower = common.Tower(
+    self.tower = tower_lib.Tower(
       config, config.num_layers, bidirectional=True, rngs=rngs
     )
     self.queries = (
-      common.Tower(
+      tower_lib.Tower(
         config, config.query_layers, bidirectional=True, cross=True, rngs=rngs
       )
       if config.query_layers

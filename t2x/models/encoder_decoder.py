@@ -20,6 +20,7 @@ from t2x.models import common
 from t2x.models import forward
 from t2x.models import layer_checks
 from t2x.models import terms as terms_lib
+from t2x.models import tower as tower_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,13 +61,13 @@ class EncoderDecoder(nnx.Module):
   def __init__(self, config: EncoderDecoderConfig, *, rngs: nnx.Rngs):
     self.config = config
     self.embeddings = common.Embeddings(config, rngs=rngs)
-    self.encoder = common.Tower(
+    self.encoder = tower_lib.Tower(
       config,
       config.depths['encoder'],
       bidirectional=True,
       rngs=rngs,
     )
-    self.decoder = common.Tower(
+    self.decoder = tower_lib.Tower(
       config, config.num_layers, bidirectional=False, cross=True, rngs=rngs
     )
     untied = config.tied_head == 'untied'
