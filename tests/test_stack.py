@@ -12,7 +12,7 @@ from t2x.layers import attention
 from t2x.layers import block
 from t2x.layers import dropout
 from t2x.layers import mlp
-from t2x.models import tower
+from t2x.models import common
 from t2x.models import decoder
 
 D, LENGTH = 16, 8
