@@ -366,7 +366,9 @@ def test_messages(tmp_path):
       continue
     with pytest.raises(ValueError, match='more than the 56 of a sequence'):
       consistency.check(config, 8)
-  pairs = experiment_of(tmp_path, model__memory=0, data__objective='denoising')
+  pairs = tiny.experiment_of(
+    tmp_path, data__batching='stream', data__objective='denoising'
+  )
   with pytest.raises(ValueError, match='denoising has other rows'):
     pipeline.check(pairs.data)
   task = mixture.Task(name='one', objective=causal_lm.CausalLM())
