@@ -367,9 +367,9 @@ def test_messages(tmp_path):
     with pytest.raises(ValueError, match='more than the 56 of a sequence'):
       consistency.check(config, 8)
   pairs = tiny.experiment_of(
-    tmp_path, data__batching='stream', data__objective='denoising'
+    tmp_path, data__batching='stream', data__objective='next_sentence'
   )
-  with pytest.raises(ValueError, match='denoising has other rows'):
+  with pytest.raises(ValueError, match='next_sentence has other rows'):
     pipeline.check(pairs.data)
   task = mixture.Task(name='one', objective=causal_lm.CausalLM())
   mixed = dataclasses.replace(
