@@ -371,9 +371,9 @@ def test_messages(tmp_path):
   )
   with pytest.raises(ValueError, match='next_sentence has other rows'):
     pipeline.check(pairs.data)
-  task = mixture.Task(name='one', objective=causal_lm.CausalLM())
+  tasks = [mixture.Task(name=n, objective=causal_lm.CausalLM()) for n in 'ab']
   mixed = dataclasses.replace(
-    pairs.data, objective=mixture.Mixture(tasks=(task,))
+    pairs.data, objective=mixture.Mixture(tasks=tuple(tasks))
   )
   with pytest.raises(ValueError, match='=mixture are of several'):
     pipeline.check(mixed)
