@@ -1,30 +1,23 @@
 """The comparison of kinds and maskings, on a small text."""
 
 import dataclasses
-import importlib.util
 import json
-import pathlib
 import sys
 
+import compare_attention
 import pytest
 import tiny
 
 from t2x import optim
 from t2x.data import tokenizers
 
-_SCRIPT = pathlib.Path(__file__).parents[1] / 'scripts/compare_attention.py'
-
 
 @pytest.fixture
-def script(tmp_path, monkeypatch):
-  spec = importlib.util.spec_from_file_location('compare_attention', _SCRIPT)
-  assert spec and spec.loader
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  whole = module.config_of
-  monkeypatch.setattr(module, 'LENGTH', 32)
+def small(tmp_path, monkeypatch):
+  whole = compare_attention.config_of
+  monkeypatch.setattr(compare_attention, 'LENGTH', 32)
 
-  def small(*args):
+  def config_of(*args):
     config = whole(*args)
     data = dataclasses.replace(
       config.data,
@@ -39,14 +32,13 @@ def script(tmp_path, monkeypatch):
     adam = optim.AdamW(learning_rate=1e-2)  # Compiles sooner than Muon.
     return dataclasses.replace(config, data=data, model=model, optim=adam)
 
-  monkeypatch.setattr(module, 'config_of', small)
-  monkeypatch.setattr(module, 'SPLIT', 'train')
-  return module
+  monkeypatch.setattr(compare_attention, 'config_of', config_of)
+  monkeypatch.setattr(compare_attention, 'SPLIT', 'train')
 
 
-def run(script, monkeypatch, capsys, *arguments):
-  monkeypatch.setattr(sys, 'argv', [str(_SCRIPT), *arguments])
-  script.main()
+def run(monkeypatch, capsys, *arguments):
+  monkeypatch.setattr(sys, 'argv', ['compare_attention.py', *arguments])
+  compare_attention.main()
   return capsys.readouterr().out
 
 
@@ -55,11 +47,11 @@ def run(script, monkeypatch, capsys, *arguments):
   [('kinds', 'dense,convolution'), ('maskings', 'words,by_loss')],
 )
 def test_a_table_a_picture_and_an_object(
-  script, monkeypatch, capsys, tmp_path, what, names
+  small, monkeypatch, capsys, tmp_path, what, names
 ):
   plot = tmp_path / 'plot.png'
   arguments = (f'--what={what}', f'--only={names}', '--steps=20', '--json')
-  out = run(script, monkeypatch, capsys, *arguments, f'--plot={plot}')
+  out = run(monkeypatch, capsys, *arguments, f'--plot={plot}')
   found = json.loads(out.splitlines()[-1])
   assert found['steps'] == 20 and plot.stat().st_size > 10_000
   for name in names.split(','):
@@ -67,6 +59,9 @@ def test_a_table_a_picture_and_an_object(
     assert f'{own["loss"]:.3f}' in out and len(own['losses']) == 20
     assert own['losses'][-1] < own['losses'][0] - 0.3
     assert own['seconds'] > 0 and own['temporaries_bytes'] > 2**16
+    # Words are also asked for tokens; masks by loss are tokens.
+    assert (own['tokens_loss'] != own['loss']) == (name == 'words')
+  assert ('of tokens' in out) == (what == 'maskings')
   # The same rows and weights: kinds begin alike, and do not end so.
   one, other = (found[what][name]['losses'] for name in names.split(','))
   assert one[-1] != other[-1]
@@ -74,11 +69,11 @@ def test_a_table_a_picture_and_an_object(
     assert abs(one[0] - other[0]) < 0.2
 
 
-def test_messages(script, monkeypatch, capsys):
+def test_messages(monkeypatch, capsys):
   for argument, message in (
     ('--only=dens', 'no dens among the kinds'),
     ('--steps=3', 'means of 20 steps'),
   ):
     with pytest.raises(SystemExit):
-      run(script, monkeypatch, capsys, argument)
+      run(monkeypatch, capsys, argument)
     assert message in capsys.readouterr().err

@@ -1,25 +1,17 @@
 """Runs beside one another, from what they left."""
 
-import importlib.util
 import json
-import pathlib
 import sys
 
+import compare_runs
 import pytest
-
-_SCRIPT = pathlib.Path(__file__).parents[1] / 'scripts/compare_runs.py'
 
 
 @pytest.fixture
 def compare(monkeypatch, capsys):
-  spec = importlib.util.spec_from_file_location('compare_runs', _SCRIPT)
-  assert spec and spec.loader
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-
   def run(*arguments):
-    monkeypatch.setattr(sys, 'argv', [str(_SCRIPT), *map(str, arguments)])
-    module.main()
+    monkeypatch.setattr(sys, 'argv', ['compare_runs.py', *map(str, arguments)])
+    compare_runs.main()
     return capsys.readouterr().out
 
   return run
