@@ -1,6 +1,7 @@
 """Runs beside one another, from what they left."""
 
 import json
+import pathlib
 import sys
 
 import compare_runs
@@ -49,6 +50,25 @@ def test_runs_of_one_name_keep_their_paths(compare, tmp_path):
   runs = [write(tmp_path / name / 'run', 0.05) for name in 'ab']
   out = compare(*runs)
   assert all(f'{run} ' in out for run in runs)
+
+
+def test_the_commands_of_the_pages(compare, tmp_path, monkeypatch):
+  root = pathlib.Path(__file__).parents[1]
+  pages = [root / 'README.md', *(root / 'docs').glob('*.md')]
+  lines = [line for page in pages for line in page.read_text().splitlines()]
+  start = 'python scripts/compare_runs.py '
+  commands = [line for line in lines if line.startswith(start)]
+  monkeypatch.chdir(tmp_path)
+  for number, command in enumerate(commands):
+    arguments = command.removeprefix(start).split()
+    for argument in arguments:
+      if argument.startswith('runs/') and not pathlib.Path(argument).exists():
+        write(pathlib.Path(argument), 0.01)
+    plot = f'--plot=runs/{number}.png'
+    assert plot.split('=')[0] in command
+    out = compare(*[a for a in arguments if '--plot' not in a], plot)
+    assert f'wrote runs/{number}.png' in out
+  assert commands
 
 
 def test_messages(compare, tmp_path, capsys):
