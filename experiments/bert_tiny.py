@@ -6,8 +6,8 @@ Expected: after its 600 steps (five minutes on two CPU cores) a held-out loss
 near 3.86 nats a masked token, from 5.30 after 150, where it knows little more
 than how frequent tokens are.
 
-Masked prediction takes off late: only chosen tokens teach. So 40% are chosen
-(Wettig et al., 2023), pieces are short, and positions relative.
+Masked prediction takes off late: only chosen tokens teach. So four of ten are
+chosen (Wettig et al., 2023), pieces are short, and positions relative.
 """
 
 from t2x import experiment

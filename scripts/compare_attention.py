@@ -175,6 +175,7 @@ def plot(result: dict[str, Any], what: str, path: str) -> None:
     mean = np.convolve(own['losses'], np.ones(SHOWN) / SHOWN, 'valid')
     step = np.arange(len(mean)) + SHOWN
     style: Any = {'color': colors(number), 'label': name, 'linewidth': 1.5}
+    style['marker'] = '.' if len(step) < 2 * EVERY else None
     axes[0].plot(step[::EVERY], mean[::EVERY], **style)
     axes[1].plot((step * own['seconds'])[::EVERY], mean[::EVERY], **style)
   axes[0].set(xlabel='step', ylabel=f'loss, mean of {SHOWN} steps')

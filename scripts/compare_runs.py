@@ -1,12 +1,14 @@
 r"""Runs beside one another: where each stands, and their curves in one picture.
 
-python scripts/compare_runs.py RUN RUN ... [--metric=loss] [--plot=FILE.png]
+python scripts/compare_runs.py RUN RUN ... [--metric=nll] [--plot=FILE.png]
     [--json]
 
 RUN is the workdir of a run, finished or not. `--metric` is a name in the rows
 of metrics.jsonl; its curve is a line (a mean over neighbouring steps), and its
-evaluations, `eval/SPLIT/METRIC`, are dots. `--json` prints one object in the
-last line.
+evaluations, `eval/SPLIT/METRIC`, are dots. The default is the loss of tokens,
+`nll` in training and `loss` in evaluations: what training minimises, its
+`loss`, has other terms and weights from run to run. `--json` prints one object
+in the last line.
 """
 
 import argparse
@@ -36,16 +38,15 @@ def read(workdir: str, metric: str) -> dict[str, Any]:
     )
   rows = metrics.read_rows(path)
   known = list(dict.fromkeys(name for row in rows for name in row))
-  is_eval = lambda name: (
-    name.startswith('eval/') and name.endswith(f'/{metric}')
-  )
+  end = '/loss' if metric == 'nll' else f'/{metric}'
+  is_eval = lambda name: name.startswith('eval/') and name.endswith(end)
   named = {
     name: [(r['step'], r[name]) for r in rows if r.get(name) is not None]
     for name in known
     if name == metric or is_eval(name)
   }
   if not any(named.values()):
-    names = sorted({name.split('/')[-1] for name in known})
+    names = sorted({n.split('/')[-1] if 'eval/' in n else n for n in known})
     raise ValueError(
       f'--metric={metric}: {workdir} has no such values, but of '
       f'{", ".join(names)}.'
@@ -120,7 +121,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description='Runs beside one another')
   parser.add_argument('runs', nargs='+', metavar='RUN')
-  parser.add_argument('--metric', default='loss')
+  parser.add_argument('--metric', default='nll')
   parser.add_argument('--plot', help='A picture to write.')
   parser.add_argument('--json', action='store_true')
   args = parser.parse_args()

@@ -41,14 +41,14 @@ class Series:
 def smooth(points: Sequence[Point], reach: int) -> list[Point]:
   """Averages each value with up to `reach` on either side.
 
-  As many on one side as on the other, but at the end, so that the line does
-  not lag behind a loss that falls.
+  As many on one side as on the other, so that the line does not lag behind a
+  loss that falls; fewer towards both ends.
   """
   sums = list(itertools.accumulate((v for _, v in points), initial=0.0))
   result = []
   for i, (step, _) in enumerate(points):
-    side = min(i, reach)
-    start, stop = i - side, min(i + side + 1, len(points))
+    side = min(i, reach, len(points) - 1 - i)
+    start, stop = i - side, i + side + 1
     result.append((step, (sums[stop] - sums[start]) / (stop - start)))
   return result
 

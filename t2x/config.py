@@ -113,6 +113,14 @@ def _build(cls: type, old: Any, tree: dict[str, Any], path: str) -> Any:
   values = {n: getattr(old, n) for n in fields if hasattr(old, n)}
   if dataclasses.is_dataclass(old) and not isinstance(old, cls):
     _tell_lost(old, cls, path)
+  for name, by in getattr(cls, 'overruled', {}).items():
+    items = values.get(by)
+    if name in tree and items and '' not in tree.get(by, {}):
+      name, by = _join(path, name), _join(path, by)
+      raise ValueError(
+        f'{name!r} is set, and no layer would read it, since {by!r} has '
+        f'{len(items)} items. Set {by}.0 to {by}.{len(items) - 1}, or {by}=().'
+      )
   for name, subtree in tree.items():
     if name == '' or (name == 'kind' and hasattr(cls, 'kind')):
       continue
@@ -120,15 +128,7 @@ def _build(cls: type, old: Any, tree: dict[str, Any], path: str) -> Any:
       raise ValueError(_unknown_message(cls, name, _join(path, name), fields))
     current = values.get(name, _default(fields[name]))
     values[name] = _rebuild(hints[name], current, subtree, _join(path, name))
-  result = cls(**values)
-  for name, by in getattr(cls, 'overruled', {}).items():
-    if name in tree and (items := getattr(result, by)):
-      name, by = _join(path, name), _join(path, by)
-      raise ValueError(
-        f'{name!r} is set, and no layer would read it, since {by!r} has '
-        f'{len(items)} items. Set {by}.0 to {by}.{len(items) - 1}, or {by}=().'
-      )
-  return result
+  return cls(**values)
 
 
 def _tell_lost(old: Any, cls: type, path: str) -> None:
@@ -149,10 +149,12 @@ def _rebuild_tuple(hint, value, tree, path):
   item_hint = _item_hint(hint)
   for name, subtree in tree.items():
     if not name.isdigit() or int(name) >= len(items):
-      raise ValueError(
-        f'{_join(path, name)!r}: {path!r} has {len(items)} items; name one '
-        f'by its index, 0 to {len(items) - 1}.'
+      known = (
+        f'has {len(items)} items; name one by its index, 0 to {len(items) - 1}.'
+        if items
+        else 'is empty: list its items in Python, in the experiment.'
       )
+      raise ValueError(f'{_join(path, name)!r}: {path!r} {known}')
     index = int(name)
     items[index] = _rebuild(item_hint, items[index], subtree, f'{path}.{name}')
   return tuple(items)

@@ -80,7 +80,8 @@ def _check_heads(config: Experiment) -> None:
     raise ValueError(
       f'model.ahead has {ahead} heads, and the targets of data.objective='
       f'{objective.kind} are for {getattr(objective, "ahead", 0)}. Set '
-      f'data.objective=causal_lm and data.objective.ahead={ahead}.'
+      f'data.objective=causal_lm and data.objective.ahead={ahead}, or '
+      'model.ahead to a weight for each (model.ahead=0.3).'
     )
   if isinstance(objective, classification.Classification):
     classes = getattr(model, 'classes', ())

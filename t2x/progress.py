@@ -81,7 +81,11 @@ def _make_bar():
 def _summary(row: Mapping[str, Any]) -> str:
   tokens = row.get('tokens_per_second')
   speed = '' if tokens is None else f'  {tokens:,.0f} tokens/s'
-  return f'loss {_number(row, "loss")}{speed}'
+  # Where terms are weighted, the loss alone does not say what is learned.
+  names = [n for n in row if f'_{n}'.endswith('_nll') and '/' not in n]
+  is_all = row.get('loss') == row.get('nll') or None in map(row.get, names)
+  terms = '' if is_all else ''.join(f'  {n} {_number(row, n)}' for n in names)
+  return f'loss {_number(row, "loss")}{terms}{speed}'
 
 
 def _eval_lines(row: Mapping[str, Any]) -> list[str]:

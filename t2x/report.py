@@ -149,6 +149,8 @@ def _charts(rows: Sequence[Mapping[str, Any]]) -> str:
   rates = line('learning rate', 'learning_rate')
   busiest = line('busiest expert', 'expert_load_max')
   figures += [
+    charts.draw('Loss by term', _ending(rows, 'nll')),
+    charts.draw('Weights of tasks', _ending(rows, '/weight')),
     charts.draw('Gradient norm', [norms], log=True),
     charts.draw('Learning rate', [rates]),
     charts.draw("Busiest expert's load, as a multiple of the mean", [busiest]),
@@ -157,6 +159,20 @@ def _charts(rows: Sequence[Mapping[str, Any]]) -> str:
   ]
   body = '\n'.join(filter(None, figures))
   return f'<div class="charts">{body}</div>' if body else ''
+
+
+def _ending(rows: Sequence[Mapping[str, Any]], end: str) -> list[charts.Series]:
+  """Returns smoothed lines of the training metrics so named, if several."""
+  names = dict.fromkeys(name for row in rows for name in row)
+  names = [n for n in names if n.endswith(end) and not n.startswith('eval/')]
+  found = {name: _points(rows, name) for name in names}
+  found = {name: points for name, points in found.items() if points}
+  if len(found) < 2:
+    return []
+  return [
+    charts.Series(name=n, points=charts.smooth(p, len(p) // 100 + 1), color=i)
+    for i, (n, p) in enumerate(found.items())
+  ]
 
 
 def _noisy(name: str, points: Sequence[charts.Point]) -> list[charts.Series]:

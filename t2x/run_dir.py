@@ -16,6 +16,7 @@ from etils import epath
 
 from t2x import config as config_lib
 from t2x import experiment
+from t2x import metrics
 from t2x import paths
 from t2x.data import corpus as corpus_lib
 from t2x.data import tokenizers
@@ -48,8 +49,8 @@ def check(
     Dotted name -> (old, new) of every setting that differs.
 
   Raises:
-    ValueError: model, data, optimizer or seed differ and `allow_change` is
-      False; every difference is listed.
+    ValueError: model, data, optimizer or seed differ, steps were taken and
+      `allow_change` is False; every difference is listed.
   """
   file = paths.path(workdir) / 'config.json'
   if not file.exists():
@@ -57,7 +58,7 @@ def check(
   changes = config_lib.differences(_read(file), config_lib.to_json(config))
   changes |= _change_of_table(workdir, config)
   fixed = {n: c for n, c in changes.items() if not _may_change(n)}
-  if fixed and not allow_change:
+  if fixed and not allow_change and _has_steps(workdir):
     lines = [f'  {n}: {old!r} -> {new!r}' for n, (old, new) in fixed.items()]
     raise ValueError(
       f'{workdir} holds a run with other settings:\n'
@@ -66,6 +67,14 @@ def check(
       '--allow_config_change.'
     )
   return changes
+
+
+def _has_steps(workdir: str) -> bool:
+  """Whether there is anything that other settings would spoil."""
+  root = paths.path(workdir)
+  saved = root / 'checkpoints'
+  found = saved.exists() and any(p.name.isdigit() for p in saved.iterdir())
+  return found or bool(metrics.read_rows(root))
 
 
 def write(
@@ -136,7 +145,7 @@ def read_tokenizer(
 def check_corpus(workdir: str, fingerprint: str, *, allow_change: bool) -> None:
   """Raises ValueError if a run would go on with another text."""
   file = paths.path(workdir) / 'corpus.json'
-  if not file.exists() or allow_change:
+  if not file.exists() or allow_change or not _has_steps(workdir):
     return
   old = json.loads(file.read_text())['id']
   if old != fingerprint:

@@ -17,9 +17,9 @@ def test_thinning_keeps_the_extremes():
 def test_smoothing_averages_both_sides():
   line = [(i, 3.0 * i) for i in range(20)]
   # A straight line stays: no lag.
-  assert charts.smooth(line, 4)[:16] == line[:16]
+  assert charts.smooth(line, 4) == line
   assert charts.smooth([(0, 0.0), (1, 6.0), (2, 0.0)], 1) == [
     (0, 0.0),
     (1, 2.0),
-    (2, 3.0),
+    (2, 0.0),
   ]

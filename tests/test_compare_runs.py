@@ -21,12 +21,12 @@ def compare(monkeypatch, capsys):
 def write(workdir, slope, num=40):
   workdir.mkdir(parents=True)
   rows = [
-    {'step': step, 'loss': 5.0 - slope * step, 'step_seconds': 3.0}
+    {'step': step, 'nll': 5.0 - slope * step, 'step_seconds': 3.0}
     for step in range(1, num + 1)
   ]
   for row in rows[19::20]:
-    row['eval/validation/loss'] = row['loss'] + 0.25
-  rows[4]['loss'] = None  # Not finite.
+    row['eval/validation/loss'] = row['nll'] + 0.25
+  rows[4]['nll'] = None  # Not finite.
   text = ''.join(json.dumps(row) + '\n' for row in rows)
   (workdir / 'metrics.jsonl').write_text(text)
   return workdir
@@ -37,13 +37,13 @@ def test_table_picture_and_object(compare, tmp_path):
   plot = tmp_path / 'plot.png'
   out = compare(one, f'{two}/', f'--plot={plot}', '--json')
   table = [line.split() for line in out.splitlines()[:3]]
-  assert table[0] == ['steps', 'minutes', 'loss', 'eval/validation/loss']
+  assert table[0] == ['steps', 'minutes', 'nll', 'eval/validation/loss']
   assert table[1] == ['one', '40', '2.0', '3', '3.25']
   assert table[2] == ['two', '20', '1.0', '3', '3.25']
   assert plot.stat().st_size > 10_000
   found = json.loads(out.splitlines()[-1])['runs']
   assert found['two']['points']['eval/validation/loss'] == [[20, 3.25]]
-  assert len(found['one']['points']['loss']) == 39
+  assert len(found['one']['points']['nll']) == 39
 
 
 def test_runs_of_one_name_keep_their_paths(compare, tmp_path):
@@ -75,7 +75,10 @@ def test_messages(compare, tmp_path, capsys):
   run = write(tmp_path / 'run', 0.05)
   for arguments, message in (
     ([tmp_path], 'has no metrics.jsonl: name the workdir of a run'),
-    ([run, '--metric=los'], 'no such values, but of loss, step, step_seconds'),
+    (
+      [run, '--metric=los'],
+      'no such values, but of loss, nll, step, step_seconds',
+    ),
     ([], 'the following arguments are required: RUN'),
   ):
     with pytest.raises(SystemExit):

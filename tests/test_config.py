@@ -226,6 +226,7 @@ def test_a_setting_that_no_layer_would_read_is_refused():
   for settings in (
     {'model.attention': 'linear'},
     {'model.attention.kernel': 'blocks'},
+    {'model.attention.window': '8'},  # Which its own kind has not.
     {'model.attention': 'local', 'model.attention_pattern.1.window': '4'},
   ):
     with pytest.raises(ValueError, match=message):

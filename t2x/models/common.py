@@ -212,8 +212,13 @@ def check_length(config: TransformerConfig, length: int) -> None:
   """Raises ValueError if the positions do not reach `length` tokens."""
   limit = config.max_length
   if limit is not None and length > limit:
+    by_kind = [k.kind for k in config.kinds if k.limit == limit]
+    what = (
+      f'attention.length={limit} of model.attention={by_kind[0]}'
+      if by_kind
+      else f'model.position.max_length={limit} positions that the model has'
+    )
     raise ValueError(
-      f'A sequence of {length} tokens is longer than the '
-      f'model.position.max_length={limit} positions that the model has. '
-      'Shorten it, or build the model with more positions.'
+      f'A sequence of {length} tokens is longer than the {what}. Shorten it, '
+      'or build the model with more.'
     )

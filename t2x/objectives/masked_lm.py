@@ -146,7 +146,14 @@ class MaskedLM:
     vocab: vocab_lib.Vocab,
     length: int,
   ) -> dict[str, np.ndarray]:
-    """Returns the batch of `source`; only text tokens are ever chosen."""
+    """Returns the batch of `source`; only text tokens are ever chosen.
+
+    Args:
+      source: `rows.Rows`, tokens and segments (B, length), 0 is padding.
+      keys: of what is drawn, uint64 (B,): `noise.keys(seed, numbers)`.
+      vocab: ids; with a lexicon for maskings that know words.
+      length: of a row, T.
+    """
     tokens_BT, segments_BT = source
     T = tokens_BT.shape[1]
     is_chosen_BT = self._choose(source, keys, vocab)

@@ -11,6 +11,7 @@ Shape suffixes: B rows, T tokens of a row, U units of a row, V vocabulary.
 from collections.abc import Callable
 import dataclasses
 import importlib
+import inspect
 from typing import ClassVar
 from typing import Literal
 
@@ -130,16 +131,24 @@ class Scored:
   """Words as often as a rule of your own says.
 
   Attributes:
-    rule: `package.module:function`, of the tokens (B, T), their segments (B, T)
-      and the `Lexicon`; it returns a weight for each token, 0 for never. A
-      word's weight is the largest of its tokens'.
+    rule: `package.module:function`. It is called with the tokens (B, T), their
+      segments (B, T) and the `lexicon.Lexicon` of the training text, all NumPy
+      arrays, and returns a weight for each token, (B, T), 0 for never. A word's
+      weight is the largest of its tokens'.
   """
 
   kind: ClassVar[str] = 'scored'
   rule: str = ''
 
   def __post_init__(self):
-    self.function()
+    try:
+      inspect.signature(self.function()).bind(None, None, None)
+    except TypeError as error:
+      raise ValueError(
+        f'data.objective.masking.rule={self.rule!r} is called with tokens, '
+        f'segments and a lexicon, and does not take them ({error}). Name a '
+        'function of three arguments.'
+      ) from error
 
   def function(self) -> Callable[..., np.ndarray]:
     """Returns the rule.
@@ -302,6 +311,12 @@ def _weights(config, tokens_BT, segments_BT, lexicon):
       f'data.objective.masking.rule={config.rule!r} returned weights of shape '
       f'{weights_BT.shape}, the least {weights_BT.min()}; it must return '
       f'{tokens_BT.shape} numbers, none negative.'
+    )
+  if segments_BT.any() and not weights_BT.any():
+    raise ValueError(
+      f'data.objective.masking.rule={config.rule!r} gave every token of a '
+      'batch the weight 0, so nothing would be predicted. Let it return weights '
+      'above 0.'
     )
   return weights_BT.astype(float)
 
