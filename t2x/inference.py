@@ -11,6 +11,8 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from t2x import checkpoint
 from t2x import config as config_lib
@@ -41,6 +43,8 @@ class Trained:
     tokenizer: the run's own.
     step: of the checkpoint.
     mesh: where the model is.
+    labels: of each class head, in the order of its classes, by the name of its
+      term.
   """
 
   config: experiment.Experiment
@@ -48,6 +52,7 @@ class Trained:
   tokenizer: tokenizers.Tokenizer
   step: int
   mesh: jax.sharding.Mesh
+  labels: dict[str, list[str]]
 
 
 def load(
@@ -93,7 +98,12 @@ def load(
   tokenizer = tokenizers.load(paths.path(workdir) / 'tokenizer')
   model = train_state.averaged_model(state, config.step_config)
   return Trained(
-    config=config, model=model, tokenizer=tokenizer, step=step, mesh=mesh
+    config=config,
+    model=model,
+    tokenizer=tokenizer,
+    step=step,
+    mesh=mesh,
+    labels=run_dir.read_labels(workdir),
   )
 
 
@@ -152,6 +162,43 @@ def generate_text(
     )
   decode = tokenizer.decode_marked if answers else tokenizer.decode
   return [decode(tokens) for tokens in result.tokens]
+
+
+def classify(
+  trained: Trained, texts: Sequence[str], *, head: int = 0
+) -> list[dict[str, float]]:
+  """Returns the probability of each label of each text.
+
+  Args:
+    trained: an encoder with `model.classes`.
+    texts: cut to the length that the model was trained on.
+    head: which of `model.classes`.
+
+  Raises:
+    ValueError: no head, or none that was trained.
+  """
+  labels = trained.labels.get(f'class{head}')
+  if labels is None:
+    raise ValueError(
+      f'The run has labels for {sorted(trained.labels)}, and none for head '
+      f'{head}. Train one with data.objective=classification.'
+    )
+  tokenizer, length = trained.tokenizer, trained.config.data.length
+  ids_BT = np.full((len(texts), length), tokenizer.pad_id, np.int32)
+  for row, ids in zip(ids_BT, tokenizer.encode_batch(texts)):
+    ids = [tokenizer.bos_id, *ids, tokenizer.eos_id][:length]
+    row[: len(ids)] = ids
+
+  @jax.jit
+  def probabilities(model, ids_BT):
+    segments_BT = (ids_BT != tokenizer.pad_id).astype(jnp.int32)
+    pooled_BD = model.pool(model.encode(ids_BT, segments=segments_BT))
+    logits_B1E = model.classes[head](pooled_BD[:, None])
+    return jax.nn.softmax(logits_B1E[:, 0].astype(jnp.float32))
+
+  with sharding.use(trained.mesh, trained.config.rules):
+    found_BE = jax.device_get(probabilities(trained.model, ids_BT))
+  return [dict(zip(labels, map(float, row))) for row in found_BE]
 
 
 def evaluate_splits(

@@ -1,7 +1,8 @@
 """What a run leaves in its workdir besides checkpoints and metrics.
 
-config.json, versions.json, history.jsonl (changed settings), tokenizer/, and
-schedule.csv, the last table of one's own that its stages ran.
+config.json, versions.json, history.jsonl (changed settings), tokenizer/,
+schedule.csv, the last table of one's own that its stages ran, and labels.json,
+the labels of each class head in the order of its classes.
 """
 
 import importlib.metadata as importlib_metadata
@@ -20,6 +21,7 @@ from t2x import metrics
 from t2x import paths
 from t2x.data import corpus as corpus_lib
 from t2x.data import tokenizers
+from t2x.data import words
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ _PACKAGES = (
 
 
 _TABLE = 'schedule.csv'
+LABELS = 'labels.json'
 Changes = dict[str, tuple[Any, Any]]
 
 
@@ -97,6 +100,9 @@ def write(
   table = _own_table(config)
   if table is not None:
     paths.write_whole(root / _TABLE, table)
+  labels = words.label_texts(config.data, corpus)
+  if labels:
+    paths.write_whole(root / LABELS, json.dumps(labels, indent=1) + '\n')
   _write_versions(root / 'versions.json')
   if read_tokenizer(workdir, changes) is None:
     corpus.tokenizer.save(root / 'tokenizer')
@@ -134,9 +140,10 @@ def read_tokenizer(
 ) -> tokenizers.Tokenizer | None:
   """Returns the tokenizer that a run reads on with.
 
-  None before the run has started, and where `changes` ask for another.
+  None before the run has taken steps, and where `changes` ask for another.
   """
   started = (paths.path(workdir) / 'corpus.json').exists()
+  started = started and _has_steps(workdir)
   if not started or any(n.startswith('data.tokenizer') for n in changes or ()):
     return None
   return tokenizers.load(paths.path(workdir) / 'tokenizer')
@@ -155,6 +162,12 @@ def check_corpus(workdir: str, fingerprint: str, *, allow_change: bool) -> None:
       'text, use another --workdir, or go on all the same with '
       '--allow_config_change.'
     )
+
+
+def read_labels(workdir: str) -> dict[str, list[str]]:
+  """Returns the labels of each class head, by the name of its term."""
+  file = paths.path(workdir) / LABELS
+  return json.loads(file.read_text()) if file.exists() else {}
 
 
 def read_config(workdir: str) -> experiment.Experiment:

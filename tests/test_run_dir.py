@@ -18,6 +18,7 @@ def run(tmp_path):
   config = tiny.experiment_of(tmp_path)
   workdir = tmp_path / 'run'
   _write(workdir, config)
+  (workdir / 'metrics.jsonl').write_text('{"step": 1, "loss": 5.0}\n')
   return workdir, config
 
 
@@ -216,6 +217,19 @@ def test_another_text_is_refused(run):
   message = 'holds a run on another text: its corpus was a text and is now ano'
   with pytest.raises(ValueError, match=message):
     run_dir.check_corpus(str(workdir), 'another', allow_change=False)
+
+
+def test_a_run_without_a_step_takes_any_settings(run):
+  workdir, config = run
+  (workdir / 'metrics.jsonl').unlink()
+  new = _set(config, 'model.embed_dim=32')
+  changes = run_dir.check(str(workdir), new)
+  assert list(changes) == ['model.embed_dim']
+  run_dir.check_corpus(str(workdir), 'another', allow_change=False)
+  assert run_dir.read_tokenizer(str(workdir)) is None
+  (workdir / 'checkpoints' / '5').mkdir(parents=True)
+  with pytest.raises(ValueError, match='other settings'):
+    run_dir.check(str(workdir), new)
 
 
 def test_a_new_workdir_has_no_tokenizer(run, tmp_path):

@@ -238,15 +238,21 @@ def _tokenize(source, fields, tokenizer, path: pathlib.Path) -> None:
 
 def _chunks(source, fields) -> Iterator[list[list[str]]]:
   """Yields for some documents at a time the texts of each field."""
+  features = source.dataset_info.features
   for start in range(0, len(source), _CHUNK):
     # One batched read costs a fifth of single ones.
     examples = source.__getitems__(
       list(range(start, min(start + _CHUNK, len(source))))
     )
-    yield [[_text(e[field], field) for e in examples] for field in fields]
+    yield [
+      [_text(e[field], field, features[field]) for e in examples]
+      for field in fields
+    ]
 
 
-def _text(value, field: str) -> str:
+def _text(value, field: str, feature) -> str:
+  if isinstance(feature, tfds.features.ClassLabel):
+    return feature.int2str(int(value))
   if isinstance(value, str):
     return value
   if not isinstance(value, bytes):

@@ -137,13 +137,16 @@ def _field(record, field: str, setting: str, place: str) -> str:
       f'{place}: no field {field!r}; it has {sorted(record)}. Set '
       f'data.{setting} to one of these.'
     )
-  if not isinstance(record[field], str):
+  value = record[field]
+  if setting == 'target_field' and isinstance(value, int):
+    value = str(value)  # Classes by number.
+  if not isinstance(value, str):
     raise ValueError(
       f'{place}: field {field!r} must be text, found '
-      f'{type(record[field]).__name__}. Set data.{setting} to a text field.'
+      f'{type(value).__name__}. Set data.{setting} to a text field.'
     )
   try:
-    record[field].encode('utf-8')
+    value.encode('utf-8')
   except UnicodeEncodeError as error:
     raise ValueError(
       f'{place}: field {field!r} holds half of a surrogate pair at character '

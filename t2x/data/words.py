@@ -79,6 +79,20 @@ def labels(
   return found
 
 
+def label_texts(
+  config: config_lib.DataConfig, corpus: corpus_lib.Corpus
+) -> dict[str, list[str]]:
+  """Returns the labels in the order of their classes, by the head's term."""
+  found = {}
+  for name, own in config_lib.parts(config).items():
+    part = corpus.tasks[name] if name else corpus
+    ids = labels(own, part)
+    if isinstance(own.objective, classification.Classification):
+      decode = corpus.tokenizer.decode
+      found[own.objective.name] = [decode(label) for label in ids]
+  return found
+
+
 # Asked for by training and again at each evaluation.
 @functools.lru_cache(maxsize=4)
 def _labels(stream: token_store.Stream) -> tuple[tuple[int, ...], ...]:

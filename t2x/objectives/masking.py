@@ -315,7 +315,7 @@ def _weights(config, tokens_BT, segments_BT, lexicon):
   if segments_BT.any() and not weights_BT.any():
     raise ValueError(
       f'data.objective.masking.rule={config.rule!r} gave every token of a '
-      'batch the weight 0, so nothing would be predicted. Let it return weights '
+      'batch the weight 0, so nothing would be predicted. Let it return some '
       'above 0.'
     )
   return weights_BT.astype(float)

@@ -13,6 +13,8 @@ from t2x.data import config as config_lib
 from t2x.data import corpus as corpus_lib
 from t2x.data import pipeline
 from t2x.data import tokenizers
+from t2x.data import words
+from t2x.objectives import classification
 from t2x.objectives import source_target
 
 
@@ -183,7 +185,12 @@ class LocalPairs(tfds.core.GeneratorBasedBuilder):
 
   def _info(self):
     text = tfds.features.Text()
-    features = {'question': text, 'answer': text, 'number': np.int64}
+    features = {
+      'question': text,
+      'answer': text,
+      'number': np.int64,
+      'parity': tfds.features.ClassLabel(names=['even', 'odd']),
+    }
     return tfds.core.DatasetInfo(
       builder=self, features=tfds.features.FeaturesDict(features)
     )
@@ -196,7 +203,15 @@ class LocalPairs(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, num):
     for i in range(num):
-      yield i, {'question': _text(i), 'answer': _text(-i % 999), 'number': i}
+      yield (
+        i,
+        {
+          'question': _text(i),
+          'answer': _text(-i % 999),
+          'number': i,
+          'parity': i % 2,
+        },
+      )
 
 
 def _tfds_config(tmp_path, **changes):
@@ -216,14 +231,32 @@ def test_any_tfds_dataset(tmp_path):
   assert 'word' in corpus.tokenizer.decode(batch['inputs'][0])
 
 
+def test_classes_of_a_tfds_dataset_are_their_names(tmp_path):
+  config = _tfds_config(
+    tmp_path,
+    target_field='parity',
+    objective=classification.Classification(),
+    batching=config_lib.Pad(),
+  )
+  pipeline.check(config)
+  corpus = corpus_lib.prepare(config)
+  assert words.label_texts(config, corpus) == {'class0': ['even', 'odd']}
+  number = {_text(i)[:20]: i for i in range(9)}
+  for batch in pipeline.eval_batches(corpus, config, 'test'):
+    for row, found in zip(batch['inputs'], batch['class0_targets'][:, 0]):
+      if row.any():
+        text = corpus.tokenizer.decode(row.tolist())
+        assert found == number[text[:20]] % 2
+
+
 def test_tfds_errors(tmp_path):
   def fails(match, **changes):
     with pytest.raises(ValueError, match=match):
       corpus_lib.prepare(_tfds_config(tmp_path, **changes))
 
   fails(
-    r"no field 'text'; it has \['answer', 'number', 'question'\]. Set "
-    'data.text_field',
+    r"no field 'text'; it has \['answer', 'number', 'parity', 'question'\]. "
+    'Set data.text_field',
     text_field='text',
   )
   fails("Field 'number' must be text, found int", text_field='number')
