@@ -78,7 +78,8 @@ def test_one_batch_is_evaluated_at_a_time():
       events.append(('read', self.value))
       return np.asarray(self.value, dtype)
 
-  def run(_, batch):
+  def run(_, batch, memory):
+    assert memory is None
     events.append(('run', batch))
     return {name: Sum(batch) for name in ('nll', 'accuracy', 'weight')}
 

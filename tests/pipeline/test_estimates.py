@@ -82,6 +82,7 @@ def pieces_of(config):
     'targets': array(LENGTH, jnp.int32),
     'weights': array(LENGTH, jnp.float32),
     'rows': jax.ShapeDtypeStruct((ROWS,), jnp.int32),
+    'row_shares': jax.ShapeDtypeStruct((ROWS,), jnp.float32),
   }
   source = batch_of(config).encoder_length
   if source is not None:
