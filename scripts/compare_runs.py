@@ -63,7 +63,7 @@ def read(workdir: str, metric: str) -> dict[str, Any]:
 def show(runs: dict[str, dict[str, Any]]) -> None:
   names = list(dict.fromkeys(n for run in runs.values() for n in run['last']))
   wide = max(map(len, runs)) + 2
-  columns = [f'{name:>{len(name) + 2}}' for name in names]
+  columns = [f'{name:>{max(len(name), 7) + 2}}' for name in names]
   print(f'{"":{wide}}{"steps":>8}{"minutes":>9}{"".join(columns)}')
   for title, run in runs.items():
     cells = (
