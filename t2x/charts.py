@@ -42,12 +42,15 @@ def smooth(points: Sequence[Point], reach: int) -> list[Point]:
   """Averages each value with up to `reach` on either side.
 
   As many on one side as on the other, so that the line does not lag behind a
-  loss that falls; fewer towards both ends.
+  loss that falls; fewer towards both ends. Where there are enough, the last
+  reach / 2 are left out, whose means would be of few.
   """
   sums = list(itertools.accumulate((v for _, v in points), initial=0.0))
   result = []
-  for i, (step, _) in enumerate(points):
-    side = min(i, reach, len(points) - 1 - i)
+  num = len(points)
+  ends = num - reach // 2 if num > 2 * reach else num
+  for i, (step, _) in enumerate(points[:ends]):
+    side = min(i, reach, num - 1 - i)
     start, stop = i - side, i + side + 1
     result.append((step, (sums[stop] - sums[start]) / (stop - start)))
   return result
