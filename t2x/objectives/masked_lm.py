@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from t2x.objectives import choosing
 from t2x.objectives import masking as masking_lib
 from t2x.objectives import noise
 from t2x.objectives import rows as rows_lib
@@ -128,7 +129,7 @@ class MaskedLM:
     if self.dropped:  # What is left has its room.
       needed_B = (segments_BT != 0).sum(1) - self.num_left(tokens_BT.shape[1])
       num_B = np.minimum(np.maximum(num_B, needed_B), num_text_B)
-    return masking_lib.choose(
+    return choosing.choose(
       self.masking,
       tokens_BT,
       segments_BT,

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from t2x.objectives import choosing
 from t2x.objectives import lexicon as lexicon_lib
 from t2x.objectives import masking
 from t2x.objectives import noise
@@ -32,12 +33,12 @@ def choose(config, tokens=TOKENS, lexicon=LEXICON, seed=0, num=NUM):
   num_B = np.full(len(tokens), num)
   segments, is_text = SEGMENTS[: len(tokens)], IS_TEXT[: len(tokens)]
   args = tokens, segments, is_text, num_B, keys, lexicon
-  return masking.choose(config, *args)
+  return choosing.choose(config, *args)
 
 
 def units(config, seed=0, lexicon=LEXICON):
   keys = noise.keys(seed, np.arange(B))
-  return masking.units(config, TOKENS, SEGMENTS, keys, lexicon)
+  return choosing.units(config, TOKENS, SEGMENTS, keys, lexicon)
 
 
 def words():
@@ -167,7 +168,26 @@ def negative(tokens_BT, segments_BT, lexicon):
   return -1.0 - 0 * tokens_BT
 
 
+def nothing_at_all(tokens_BT, segments_BT, lexicon):
+  return 0.0 * tokens_BT
+
+
+def of_two(tokens_BT, segments_BT):
+  return 1.0 + 0 * tokens_BT
+
+
+def test_a_rule_that_chooses_nothing_is_told(caplog):
+  rule = f'{__name__}:nothing_at_all'
+  for _ in range(2):
+    assert not choose(masking.Scored(rule=rule)).any()
+  assert caplog.text.count('so none is predicted') == 1
+
+
 def test_rules_that_cannot_be():
+  with pytest.raises(ValueError, match='Name a function of three arguments'):
+    masking.Scored(rule=f'{__name__}:of_two')
+  with pytest.raises(ValueError, match='not a callable object'):
+    masking.Scored(rule=f'{__name__}:V')
   for rule in ('nowhere:rule', f'{__name__}:nothing', 'math'):
     with pytest.raises(ValueError, match=f'rule={rule!r} cannot be imported'):
       masking.Scored(rule=rule)
@@ -238,7 +258,7 @@ def test_a_phrase_is_one_unit():
     phrases=(hashes(110, 111), hashes(110, 111, 112)),
   )
   keys = noise.keys(0, np.arange(B))
-  unit = masking.units(masking.Phrases(), tokens, SEGMENTS, keys, lexicon)
+  unit = choosing.units(masking.Phrases(), tokens, SEGMENTS, keys, lexicon)
   assert (unit[:, 10] == unit[:, 12]).all()
   assert (unit[:, 12] + 1 == unit[:, 13]).all()
   assert (unit[:, 39] + 1 == unit[:, 40]).all()
