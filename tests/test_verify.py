@@ -483,7 +483,8 @@ _SCRIPT = str(_SCRIPTS / 'verify_layouts.py')
 
 def start(directory, *arguments, script=_SCRIPT):
   """Starts a script with small settings, and returns what it said."""
-  settings = [f'--set={n}={v}' for n, v in tiny.small(directory).items()]
+  small = tiny.small(directory, ' '.join(arguments))
+  settings = [f'--set={n}={v}' for n, v in small.items()]
   process = tiny.start(directory, *arguments, *settings, script=script)
   output, error = process.communicate(timeout=300)
   return process.returncode, output, error
@@ -633,7 +634,7 @@ EXPERT_SWEEP = (
 )
 def test_tiny_experiments(name, layouts, optimizer, directory):
   """Packing and dropout included; the script runs all layouts of all."""
-  settings = {n: str(v) for n, v in tiny.small(directory).items()}
+  settings = {n: str(v) for n, v in tiny.small(directory, name).items()}
   config = importlib.import_module(name).get_config()
   config = config_lib.override(config, settings | {'optim': optimizer})
   layouts = layout_text.parse_all(layouts)

@@ -151,7 +151,12 @@ _SMALL = {
 }
 
 
-def small(directory: pathlib.Path) -> dict[str, object]:
-  """Settings that make an experiment tiny, of data in `directory`."""
+def small(directory: pathlib.Path, name: str = '') -> dict[str, object]:
+  """Settings that make experiment `name` tiny, of data in `directory`."""
   files = write_corpus(directory / 'corpus')
-  return _SMALL | {'data.files': files, 'data.data_dir': directory / 'data'}
+  own = {'data.files': files, 'data.data_dir': directory / 'data'}
+  settings = _SMALL | own
+  if 'moe_tiny' in name:  # Its layers are of two kinds.
+    hidden = settings.pop('model.mlp.hidden')
+    settings |= {f'model.mlp_pattern.{i}.hidden': hidden for i in range(2)}
+  return settings
