@@ -41,7 +41,7 @@ def read(workdir: str, metric: str) -> dict[str, Any]:
   end = '/loss' if metric == 'nll' else f'/{metric}'
   is_eval = lambda name: name.startswith('eval/') and name.endswith(end)
   named = {
-    name: [(r['step'], r[name]) for r in rows if r.get(name) is not None]
+    name: report.points(rows, name)
     for name in known
     if name == metric or is_eval(name)
   }

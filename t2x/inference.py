@@ -6,6 +6,7 @@ inference.generate_text(trained, ['The function'], num_tokens=20)
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import json
 import math
 from typing import Any
@@ -183,22 +184,27 @@ def classify(
       f'The run has labels for {sorted(trained.labels)}, and none for head '
       f'{head}. Train one with data.objective=classification.'
     )
-  tokenizer, length = trained.tokenizer, trained.config.data.length
-  ids_BT = np.full((len(texts), length), tokenizer.pad_id, np.int32)
-  for row, ids in zip(ids_BT, tokenizer.encode_batch(texts)):
-    ids = [tokenizer.bos_id, *ids, tokenizer.eos_id][:length]
-    row[: len(ids)] = ids
+  tokenizer, data = trained.tokenizer, trained.config.data
+  size, found = data.batch_size, []
+  for start in range(0, len(texts), size):
+    ids_BT = np.full((size, data.length), tokenizer.pad_id, np.int32)
+    encoded = tokenizer.encode_batch(texts[start : start + size])
+    for row, ids in zip(ids_BT, encoded):
+      ids = [tokenizer.bos_id, *ids, tokenizer.eos_id][: data.length]
+      row[: len(ids)] = ids
+    with sharding.use(trained.mesh, trained.config.rules):
+      chances_BE = _chances(trained.model, ids_BT, head, tokenizer.pad_id)
+    found += jax.device_get(chances_BE)[: len(encoded)].tolist()
+  return [dict(zip(labels, row)) for row in found]
 
-  @jax.jit
-  def probabilities(model, ids_BT):
-    segments_BT = (ids_BT != tokenizer.pad_id).astype(jnp.int32)
-    pooled_BD = model.pool(model.encode(ids_BT, segments=segments_BT))
-    logits_B1E = model.classes[head](pooled_BD[:, None])
-    return jax.nn.softmax(logits_B1E[:, 0].astype(jnp.float32))
 
-  with sharding.use(trained.mesh, trained.config.rules):
-    found_BE = jax.device_get(probabilities(trained.model, ids_BT))
-  return [dict(zip(labels, map(float, row))) for row in found_BE]
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _chances(model, ids_BT, head: int, pad_id: int) -> jax.Array:
+  """Returns the probabilities of the classes of a head (B, E)."""
+  segments_BT = (ids_BT != pad_id).astype(jnp.int32)
+  pooled_BD = model.pool(model.encode(ids_BT, segments=segments_BT))
+  logits_B1E = model.classes[head](pooled_BD[:, None])
+  return jax.nn.softmax(logits_B1E[:, 0].astype(jnp.float32))
 
 
 def evaluate_splits(

@@ -184,21 +184,21 @@ class Program:
       memory: that of the batch before, for models that remember; None at the
         first.
     """
-    given = [self._nothing if memory is None else memory]
-    given *= len(self._remembered())
+    if memory is None:
+      memory = self._nothing
+    given = () if memory is None else (memory,)
     return self._runs['evaluate'](model, batch, *given)
 
   @functools.cached_property
   def _nothing(self) -> Any:
-    """The memory of an evaluation's first batch."""
-    for shapes in self._remembered():
-      shardings = jax.tree.map(lambda s: s.sharding, shapes)
-      with jax.transfer_guard('allow'):
-        return jax.jit(
-          lambda shapes=shapes: memory_lib.like(shapes),
-          out_shardings=shardings,
-        )()
-    return None
+    """The memory of an evaluation's first batch, None without one."""
+    if not self._remembered():
+      return None
+    (shapes,) = self._remembered()
+    shardings = jax.tree.map(lambda s: s.sharding, shapes)
+    make = functools.partial(memory_lib.like, shapes)
+    with jax.transfer_guard('allow'):
+      return jax.jit(make, out_shardings=shardings)()
 
   def _remembered(self) -> tuple[Any, ...]:
     """Returns the shapes of what the model remembers, if it does."""

@@ -79,17 +79,17 @@ def headlines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
   """Returns the run's figures as (name, value)."""
   last = rows[-1]['step'] if rows else 0
   figures = [('steps', f'{last:,}')]
-  losses = _points(rows, 'loss')
+  losses = points(rows, 'loss')
   if losses:
     figures.insert(0, ('final training loss', _number(losses[-1][1])))
     tail = [value for _, value in losses[-(len(losses) // 50 + 1) :]]
     if len(tail) > 1:
       name = f'mean of the last {len(tail)}'
       figures.insert(1, (name, _number(statistics.fmean(tail))))
-  speeds = [value for _, value in _points(rows, 'tokens_per_second')]
+  speeds = [value for _, value in points(rows, 'tokens_per_second')]
   if speeds:
     figures.append(('tokens/s, median', f'{statistics.median(speeds):,.0f}'))
-  uses = [value for _, value in _points(rows, 'mfu')]
+  uses = [value for _, value in points(rows, 'mfu')]
   if uses:
     figures.append(('MFU, median', f'{statistics.median(uses):.1%}'))
   seconds = training_seconds(rows)
@@ -104,7 +104,7 @@ def headlines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 def training_seconds(rows: Sequence[Mapping[str, Any]]) -> float:
   """Returns the time spent in steps; a row stands for those since the last."""
   total, previous = 0.0, 0
-  for step, seconds in _points(rows, 'step_seconds'):
+  for step, seconds in points(rows, 'step_seconds'):
     total += seconds * (step - previous)
     previous = step
   return total
@@ -118,13 +118,14 @@ def eval_points(
   for name in dict.fromkeys(name for row in rows for name in row):
     if name.startswith('eval/'):
       _, title, metric = name.split('/', 2)
-      points = _points(rows, name)
-      if points:
-        result.setdefault(metric, {})[title] = points
+      found = points(rows, name)
+      if found:
+        result.setdefault(metric, {})[title] = found
   return result
 
 
-def _points(rows: Sequence[Mapping[str, Any]], name: str) -> list[charts.Point]:
+def points(rows: Sequence[Mapping[str, Any]], name: str) -> list[charts.Point]:
+  """Returns step and value of a metric, where rows have it."""
   return [(r['step'], r[name]) for r in rows if r.get(name) is not None]
 
 
@@ -132,7 +133,7 @@ def _charts(rows: Sequence[Mapping[str, Any]]) -> str:
   """Returns all figures that the rows have values for."""
   evals = eval_points(rows)
   eval_losses = _eval_series(evals.pop('loss', {}))
-  training = _noisy('training', _points(rows, 'loss'))
+  training = _noisy('training', points(rows, 'loss'))
   figures = [
     charts.draw('Loss', training + eval_losses, focus=True),
     charts.draw('Evaluation loss', eval_losses),
@@ -142,10 +143,10 @@ def _charts(rows: Sequence[Mapping[str, Any]]) -> str:
     title = f'Evaluation {metric.replace("_", " ")}'
     figures.append(charts.draw(title, _eval_series(sets)))
   line = lambda name, metric: charts.Series(
-    name=name, points=_points(rows, metric)
+    name=name, points=points(rows, metric)
   )
   norms = line('norm', 'grad_norm')
-  speeds = _noisy('each step', _points(rows, 'tokens_per_second'))
+  speeds = _noisy('each step', points(rows, 'tokens_per_second'))
   rates = line('learning rate', 'learning_rate')
   busiest = line('busiest expert', 'expert_load_max')
   figures += [
@@ -165,21 +166,23 @@ def _ending(rows: Sequence[Mapping[str, Any]], end: str) -> list[charts.Series]:
   """Returns smoothed lines of the training metrics so named, if several."""
   names = dict.fromkeys(name for row in rows for name in row)
   names = [n for n in names if n.endswith(end) and not n.startswith('eval/')]
-  found = {name: _points(rows, name) for name in names}
-  found = {name: points for name, points in found.items() if points}
+  found = {name: found for name in names if (found := points(rows, name))}
   if len(found) < 2:
     return []
   return [
-    charts.Series(name=n, points=charts.smooth(p, len(p) // 100 + 1), color=i)
+    charts.Series(name=n, points=_smoothed(p), color=i)
     for i, (n, p) in enumerate(found.items())
   ]
 
 
-def _noisy(name: str, points: Sequence[charts.Point]) -> list[charts.Series]:
-  reach = len(points) // 100 + 1
+def _smoothed(found: Sequence[charts.Point]) -> list[charts.Point]:
+  return charts.smooth(found, len(found) // 100 + 1)
+
+
+def _noisy(name: str, found: Sequence[charts.Point]) -> list[charts.Series]:
   return [
-    charts.Series(name=name, points=points, faint=True),
-    charts.Series(name='smoothed', points=charts.smooth(points, reach)),
+    charts.Series(name=name, points=found, faint=True),
+    charts.Series(name='smoothed', points=_smoothed(found)),
   ]
 
 

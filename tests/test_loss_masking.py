@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import tiny
 
-from t2x import checkpoint
 from t2x import loss_masking
 from t2x import mesh as mesh_lib
 from t2x import program as program_lib
@@ -158,13 +157,8 @@ def test_layouts_and_continuation(tmp_path):
 
   # Interrupted after two steps, the third has the same masks.
   before, _, _ = trained(tmp_path, num_steps=2, **one)
-  saved = checkpoint.Checkpoints(tmp_path / 'run', keep_last=1, keep_every=None)
-  saved.save(2, before, {'step': 2})
-  saved.wait()
-  restored = saved.restore(program.shapes)
-  assert restored is not None
-  saved.close()
-  again, last, _ = trained(tmp_path, num_steps=1, state=restored[1], **one)
+  restored = tiny.saved_and_restored(tmp_path / 'run', before, program.shapes)
+  again, last, _ = trained(tmp_path, num_steps=1, state=restored, **one)
   assert last == losses[2:]
   np.testing.assert_array_equal(again.carried[loss_masking.NAME], mine)
 

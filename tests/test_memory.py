@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tiny
 
-from t2x import checkpoint
 from t2x import consistency
 from t2x import evaluate
 from t2x import mesh as mesh_lib
@@ -264,13 +263,8 @@ def test_layouts_continuation_and_evaluation(tmp_path):
   assert len(parts.device_set) == 8 and not parts.is_fully_replicated
 
   before, _, _, _ = trained(tmp_path, num_steps=2, **ONE)
-  saved = checkpoint.Checkpoints(tmp_path / 'run', keep_last=1, keep_every=None)
-  saved.save(2, before, {'step': 2})
-  saved.wait()
-  restored = saved.restore(program.shapes)
-  assert restored is not None
-  saved.close()
-  last, end, _, _ = trained(tmp_path, num_steps=1, state=restored[1], **ONE)
+  restored = tiny.saved_and_restored(tmp_path / 'run', before, program.shapes)
+  last, end, _, _ = trained(tmp_path, num_steps=1, state=restored, **ONE)
   assert end == losses[2:]
   for a, b in zip(jax.tree.leaves(last), jax.tree.leaves(state), strict=True):
     np.testing.assert_array_equal(a, b)

@@ -13,6 +13,7 @@ import time
 
 import jax
 
+from t2x import checkpoint
 from t2x import config as config_lib
 from t2x import experiment
 from t2x import main
@@ -117,6 +118,18 @@ def losses(workdir) -> list[float]:
   rows = metrics.read_rows(workdir)
   assert [row['step'] for row in rows] == list(range(1, len(rows) + 1))
   return [row['loss'] for row in rows]
+
+
+def saved_and_restored(workdir, state, shapes):
+  """Returns a train state after it was a checkpoint."""
+  saved = checkpoint.Checkpoints(workdir, keep_last=1, keep_every=None)
+  step = int(state.step)
+  saved.save(step, state, {'step': step})
+  saved.wait()
+  restored = saved.restore(shapes)
+  assert restored is not None and restored[0] == step
+  saved.close()
+  return restored[1]
 
 
 def saved_steps(workdir) -> list[int]:

@@ -147,10 +147,7 @@ class Examples:
     return self(0, rows, examples) | own
 
   def __call__(
-    self,
-    group: int,
-    rows: np.ndarray,
-    examples: np.ndarray,
+    self, group: int, rows: np.ndarray, examples: np.ndarray
   ) -> Batch:
     if getattr(self._objective, 'static', False):
       examples = group * 2**40 + rows

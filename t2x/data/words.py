@@ -84,11 +84,10 @@ def label_texts(
 ) -> dict[str, list[str]]:
   """Returns the labels in the order of their classes, by the head's term."""
   found = {}
+  decode = corpus.tokenizer.decode
   for name, own in config_lib.parts(config).items():
-    part = corpus.tasks[name] if name else corpus
-    ids = labels(own, part)
     if isinstance(own.objective, classification.Classification):
-      decode = corpus.tokenizer.decode
+      ids = labels(own, corpus.tasks[name] if name else corpus)
       found[own.objective.name] = [decode(label) for label in ids]
   return found
 

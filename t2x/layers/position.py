@@ -117,6 +117,11 @@ def is_bias(config: PositionConfig) -> bool:
   return isinstance(config, RelativeBuckets | Alibi)
 
 
+def is_added(config: PositionConfig | None) -> bool:
+  """Whether positions are added to the embeddings of tokens."""
+  return isinstance(config, Learned | Sinusoidal)
+
+
 class LearnedPositions(nnx.Module):
   """A table of position vectors."""
 

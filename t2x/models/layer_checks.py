@@ -23,8 +23,7 @@ def check_positions(config: Any) -> None:
   by_distance = [
     kind for kind in kinds if isinstance(kind, transformer_xl.TransformerXL)
   ]
-  added = position.Learned | position.Sinusoidal
-  if by_distance and own is not None and not isinstance(own, added):
+  if by_distance and own is not None and not position.is_added(own):
     raise ValueError(
       f'model.position={own.kind} and model.attention=transformer_xl, which '
       'has positions of its own. Set model.position=none.'
@@ -38,8 +37,7 @@ def check_positions(config: Any) -> None:
           'positions.'
         )
   apart = any(getattr(kind, 'global_projections', False) for kind in kinds)
-  plain = isinstance(own, position.Learned | position.Sinusoidal)
-  if apart and own is not None and not plain:
+  if apart and own is not None and not position.is_added(own):
     raise ValueError(
       'attention.global_projections=true takes learned or sinusoidal '
       f'positions, as Longformer has, and model.position is {own.kind}. Set '
@@ -83,7 +81,7 @@ def check_causal(config: Any) -> None:
 def check_memory(config: Any) -> None:
   """Raises ValueError for layers that know no distance to earlier rows."""
   own = config.position
-  if isinstance(own, position.Learned | position.Sinusoidal):
+  if position.is_added(own):
     raise ValueError(
       f'model.memory={config.memory} tokens of earlier rows stand before the '
       f'first position of model.position={own.kind}. Set model.position to '
@@ -104,8 +102,7 @@ def check_memory(config: Any) -> None:
 
 def check_query_layers(config: Any) -> None:
   """Raises ValueError where tokens that are dropped could not be asked for."""
-  plain = isinstance(config.position, position.Learned | position.Sinusoidal)
-  if not plain:
+  if not position.is_added(config.position):
     kind = config.position.kind if config.position else 'none'
     raise ValueError(
       f'model.query_layers={config.query_layers} ask by where a token stood, '

@@ -41,7 +41,12 @@ def like(shapes: dict[str, Any]) -> dict[str, Any]:
 
 
 def shown_if(condition: Any, memory: dict[str, Any]) -> dict[str, Any]:
-  """Returns a memory of which nothing is seen unless `condition` holds."""
+  """Returns a memory of which nothing is seen unless `condition` holds.
+
+  Args:
+    condition: of all rows, or of each (B, 1).
+    memory: of the rows before.
+  """
   segments_BM = jnp.where(condition, memory['segments'], -1)
   return {**memory, 'segments': segments_BM}
 
@@ -73,8 +78,7 @@ def _axes(leaf) -> tuple[str | None, ...]:
 def seen(batch: dict[str, jax.Array], memory: dict[str, Any]):
   """Returns a batch that knows what of a memory each row sees."""
   continues_B1 = batch[CONTINUES][:, :1] > 0
-  segments_BM = jnp.where(continues_B1, memory['segments'], -1)
-  return {**batch, SEGMENTS: segments_BM}
+  return {**batch, SEGMENTS: shown_if(continues_B1, memory)['segments']}
 
 
 def kept(batch: dict[str, jax.Array], layers: Any) -> dict[str, Any]:
