@@ -159,6 +159,18 @@ class Stack(nnx.Module):
       rest_given.append(out)
     return x, (group_given, tuple(rest_given))
 
+  def apart(self) -> 'Stack':
+    """Returns the same layers, each with arrays of its own: all a remainder."""
+    leaves, treedef = jax.tree.flatten(self)
+    result = treedef.unflatten(leaves)
+    size = len(self.group)
+    repeats = (self.num_layers - len(self.remainder)) // max(size, 1)
+    members = [unstack(member, repeats) for member in self.group]
+    layers = [layer for repeat in zip(*members) for layer in repeat]
+    result.group = nnx.List([])
+    result.remainder = nnx.List([*layers, *self.remainder])
+    return result
+
   def map_layers(self, fn: Callable[[Any], Any]) -> Any:
     """Returns fn(layer) of every layer, as `caches` are arranged."""
     group = tuple(jax.vmap(fn)(member) for member in self.group)

@@ -1,5 +1,8 @@
 """Keys and values kept from earlier positions; values, never mutated.
 
+They lie with a head's positions side by side, (B, K, S, H), as the products of
+a step read them: a step reads all of a cache and writes one position of it.
+
 Shape suffixes: B batch, T query position, S slot, K key/value heads, H head
 dim.
 """
@@ -14,15 +17,65 @@ _NEVER = 2**30  # The index of an empty slot: after every query.
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Entries:
+  """Vectors by row, head and slot, plain or as int8 with a scale for each.
+
+  Attributes:
+    data_BKSH: the vectors.
+    scale_BKS: what int8 vectors are multiplied by, float32; else None.
+  """
+
+  data_BKSH: jax.Array
+  scale_BKS: jax.Array | None = None
+
+  @property
+  def size(self) -> int:
+    return self.data_BKSH.shape[2]
+
+  def put(self, new_BTKH: jax.Array, slot_BT: jax.Array) -> 'Entries':
+    """Writes at each row's own slots; what is past the end is lost."""
+    new_BKTH = jnp.swapaxes(new_BTKH, 1, 2)
+    if self.scale_BKS is None:
+      return Entries(data_BKSH=_put(self.data_BKSH, new_BKTH, slot_BT))
+    data_BKTH, scale_BKT = _quantized(new_BKTH)
+    return Entries(
+      data_BKSH=_put(self.data_BKSH, data_BKTH, slot_BT),
+      scale_BKS=_put(self.scale_BKS, scale_BKT, slot_BT),
+    )
+
+  def read(self, dtype) -> jax.Array:
+    """Returns (B, S, K, H)."""
+    # The transposition is undone by that of the product that follows.
+    data_BSKH = jnp.swapaxes(self.data_BKSH, 1, 2)
+    if self.scale_BKS is None:
+      return data_BSKH
+    scale_BSK = jnp.swapaxes(self.scale_BKS, 1, 2)
+    return (data_BSKH * scale_BSK[..., None]).astype(dtype)
+
+
+def _quantized(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns int8 vectors along the last dimension, and their scales.
+
+  The largest entry of a vector becomes 127 (symmetric, as in LLM.int8(),
+  Dettmers et al., 2022).
+  """
+  x = x.astype(jnp.float32)
+  scale = jnp.abs(x).max(-1, initial=0.0) / 127
+  safe = jnp.where(scale == 0, 1.0, scale)
+  return jnp.round(x / safe[..., None]).astype(jnp.int8), scale
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Cache:
   """Keys and values by index in the sequence, `capacity` of them a row."""
 
-  k_BSKH: jax.Array
-  v_BSKH: jax.Array
+  k: Entries
+  v: Entries
 
   @property
   def capacity(self) -> int:
-    return self.k_BSKH.shape[1]
+    return self.k.size
 
   def extend(self, k_BTKH, v_BTKH, index_BT: jax.Array):
     """Adds T entries at each row's own indices.
@@ -33,11 +86,12 @@ class Cache:
       Keys, values and their indices (B, S), or None for 0, 1, 2, ..., of all
       positions; and the new cache.
     """
-    new = Cache(
-      k_BSKH=_put(self.k_BSKH, k_BTKH, index_BT),
-      v_BSKH=_put(self.v_BSKH, v_BTKH, index_BT),
-    )
-    return new.k_BSKH, new.v_BSKH, None, new
+    new = Cache(k=self.k.put(k_BTKH, index_BT), v=self.v.put(v_BTKH, index_BT))
+    return *new.read(k_BTKH.dtype), None, new
+
+  def read(self, dtype) -> tuple[jax.Array, jax.Array]:
+    """Returns keys and values (B, S, K, H)."""
+    return self.k.read(dtype), self.v.read(dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -66,14 +120,14 @@ class WindowCache:
   """The latest keys and values of each row: that of index i in slot i modulo S.
 
   Attributes:
-    k_BSKH: keys.
-    v_BSKH: values.
+    k: keys.
+    v: values.
     index_BS: where the entry of each slot stands in its row.
     capacity: entries at or past it are dropped, as in `Cache`.
   """
 
-  k_BSKH: jax.Array
-  v_BSKH: jax.Array
+  k: Entries
+  v: Entries
   index_BS: jax.Array
   capacity: int = dataclasses.field(metadata={'static': True})
 
@@ -81,34 +135,52 @@ class WindowCache:
     """As `Cache.extend`; the keys are those of before and the new ones."""
     index_BT = jnp.broadcast_to(index_BT, k_BTKH.shape[:2])
     is_real_BT = index_BT < self.capacity
-    k_BTKH = k_BTKH.astype(self.k_BSKH.dtype)
-    v_BTKH = v_BTKH.astype(self.v_BSKH.dtype)
-    join = lambda old, new: jnp.concatenate([old, new], axis=1)
-    keys = join(self.k_BSKH, k_BTKH)
-    values = join(self.v_BSKH, v_BTKH)
+    join = lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], 1)
+    keys = join(self.k.read(k_BTKH.dtype), k_BTKH)
+    values = join(self.v.read(v_BTKH.dtype), v_BTKH)
     new_index_BT = jnp.where(is_real_BT, index_BT, _NEVER)
     index = join(self.index_BS, new_index_BT)
     # Of entries that would share a slot only the latest is written.
-    size = self.k_BSKH.shape[1]
+    size = self.k.size
     latest_B1 = jnp.where(is_real_BT, index_BT, -1).max(1, keepdims=True)
     kept_BT = is_real_BT & (index_BT > latest_B1 - size)
     slot_BT = jnp.where(kept_BT, index_BT % size, size)
     new = WindowCache(
-      k_BSKH=_put(self.k_BSKH, k_BTKH, slot_BT),
-      v_BSKH=_put(self.v_BSKH, v_BTKH, slot_BT),
-      index_BS=_put(self.index_BS, new_index_BT, slot_BT),
+      k=self.k.put(k_BTKH, slot_BT),
+      v=self.v.put(v_BTKH, slot_BT),
+      index_BS=_put(self.index_BS[:, None], new_index_BT[:, None], slot_BT)[
+        :, 0
+      ],
       capacity=self.capacity,
     )
     return keys, values, index, new
 
 
-def _put(old, new, index_BT):
-  """Writes entries at each row's own places; those past the end are lost."""
+def _put(old, new, slot_BT):
+  """Writes (B, K, T, ...) at each row's own slots of (B, K, S, ...)."""
   # Mapped over rows: an index array of rows would make the partitioner gather
   # the batch.
-  index_BT = jnp.broadcast_to(index_BT, new.shape[:2])
-  write = jax.vmap(lambda a, b, index: a.at[index].set(b, mode='drop'))
-  return write(old, new.astype(old.dtype), index_BT)
+  slot_BT = jnp.broadcast_to(slot_BT, (new.shape[0], new.shape[2]))
+  if slot_BT.size == 1:
+    # A second one that is lost: XLA turns the write of a single entry into an
+    # update that it fuses with every use, each with a copy of the cache.
+    new = jnp.concatenate([new, new], axis=2)
+    slot_BT = jnp.concatenate([slot_BT, jnp.full((1, 1), old.shape[2])], 1)
+  write = jax.vmap(lambda a, b, slot: a.at[:, slot].set(b, mode='drop'))
+  return write(old, new.astype(old.dtype), slot_BT)
+
+
+def of(k_BSKH: jax.Array, v_BSKH: jax.Array, dtype) -> Cache:
+  """Returns a cache that is full, of another sequence's keys and values."""
+  return Cache(k=_entries(k_BSKH, dtype), v=_entries(v_BSKH, dtype))
+
+
+def _entries(x_BSKH: jax.Array, dtype) -> Entries:
+  x_BKSH = jnp.swapaxes(x_BSKH, 1, 2)
+  if jnp.dtype(dtype) != jnp.int8:
+    return Entries(data_BKSH=x_BKSH.astype(dtype))
+  data_BKSH, scale_BKS = _quantized(x_BKSH)
+  return Entries(data_BKSH=data_BKSH, scale_BKS=scale_BKS)
 
 
 def empty(
@@ -128,16 +200,27 @@ def empty(
     num_heads: K.
     key_dim: H of keys.
     value_dim: H of values.
-    dtype: of the entries.
+    dtype: of the entries; int8 keeps a scale for each vector too.
     reach: positions back to the farthest key that is seen; None for all.
   """
   slots = capacity if reach is None else min(reach, capacity)
-  zeros = lambda dim: jnp.zeros((batch, slots, num_heads, dim), dtype)
+  k, v = (
+    _zeros((batch, num_heads, slots, dim), dtype)
+    for dim in (key_dim, value_dim)
+  )
   if slots == capacity:
-    return Cache(k_BSKH=zeros(key_dim), v_BSKH=zeros(value_dim))
+    return Cache(k=k, v=v)
   return WindowCache(
-    k_BSKH=zeros(key_dim),
-    v_BSKH=zeros(value_dim),
+    k=k,
+    v=v,
     index_BS=jnp.full((batch, slots), _NEVER, jnp.int32),
     capacity=capacity,
+  )
+
+
+def _zeros(shape, dtype) -> Entries:
+  scaled = jnp.dtype(dtype) == jnp.int8
+  return Entries(
+    data_BKSH=jnp.zeros(shape, dtype),
+    scale_BKS=jnp.zeros(shape[:3], jnp.float32) if scaled else None,
   )

@@ -58,6 +58,7 @@ def generate(
   capacity: int | None = None,
   num_rows: int | None = None,
   chunk: int = 64,
+  cache_dtype: str | None = None,
 ) -> Generation:
   """Goes on with the prompts or, with an encoder-decoder, answers them.
 
@@ -89,6 +90,8 @@ def generate(
     num_rows: rows that the prompts are padded to. None takes a power of two,
       at least 4.
     chunk: how many tokens of the prompts run at a time.
+    cache_dtype: of cached keys and values, by default the model's; `int8` keeps
+      a scale for each vector and changes the numbers a little.
 
   Returns:
     The new tokens and their log-probabilities.
@@ -126,6 +129,7 @@ def generate(
     capacity=capacity,
     limit=limit,
     chunk=chunk,
+    cache_dtype=prompts_lib.cache_dtype(cache_dtype),
     pad_id=pad_id,
     start_id=start,
   )
@@ -152,6 +156,7 @@ class _Plan:
   capacity: int | None
   limit: int | None
   chunk: int
+  cache_dtype: str | None
   pad_id: int
   start_id: int
 
@@ -166,7 +171,13 @@ def _begin_text(model, rows, plan: _Plan) -> dict[str, Any]:
   last_B = np.zeros(plan.num_rows, np.int32)
   last_B[: len(rows)] = np.array(lengths) - 1
   return {
-    'caches': loop.prefill(model, tokens_BS, last_B, chunk=plan.chunk),
+    'caches': loop.prefill(
+      model,
+      tokens_BS,
+      last_B,
+      chunk=plan.chunk,
+      cache_dtype=plan.cache_dtype,
+    ),
     'token_B': tokens_BS[np.arange(plan.num_rows), last_B],
     'index_B': last_B,
     'capacity': capacity,
@@ -185,7 +196,13 @@ def _begin_answer(model, rows, plan: _Plan) -> dict[str, Any]:
   source_BS = prompts_lib.pad(rows, shape, plan.pad_id)
   segments_BS = prompts_lib.pad([[1] * n for n in lengths], shape, 0)
   return {
-    'caches': loop.encode(model, source_BS, segments_BS, capacity=capacity),
+    'caches': loop.encode(
+      model,
+      source_BS,
+      segments_BS,
+      capacity=capacity,
+      cache_dtype=plan.cache_dtype,
+    ),
     'token_B': np.full(plan.num_rows, plan.start_id, np.int32),
     'index_B': np.zeros(plan.num_rows, np.int32),
     'capacity': capacity,

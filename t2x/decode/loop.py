@@ -24,13 +24,14 @@ from t2x.models import encoder_decoder
 Model = decoder.Decoder | encoder_decoder.EncoderDecoder
 
 
-@functools.partial(jax.jit, static_argnames='chunk')
+@functools.partial(jax.jit, static_argnames=('chunk', 'cache_dtype'))
 def prefill(
   model: decoder.Decoder,
   tokens_BS: jax.Array,
   last_B: jax.Array,
   *,
   chunk: int,
+  cache_dtype: str | None = None,
 ) -> Any:
   """Returns caches of every prompt but its last token, which `decode` feeds.
 
@@ -40,6 +41,7 @@ def prefill(
       the capacity of the caches.
     last_B: index of each prompt's last token.
     chunk: tokens that run at a time.
+    cache_dtype: of keys and values; None is the model's.
   """
   num_rows, capacity = tokens_BS.shape
 
@@ -52,17 +54,18 @@ def prefill(
     return model.step(tokens_BC, index_BC, caches)[1]
 
   num_chunks = (last_B.max() + chunk - 1) // chunk
-  caches = model.empty_caches(num_rows, capacity)
+  caches = model.empty_caches(num_rows, capacity, cache_dtype)
   return jax.lax.fori_loop(0, num_chunks, run_chunk, caches)
 
 
-@functools.partial(jax.jit, static_argnames='capacity')
+@functools.partial(jax.jit, static_argnames=('capacity', 'cache_dtype'))
 def encode(
   model: encoder_decoder.EncoderDecoder,
   source_BS: jax.Array,
   segments_BS: jax.Array,
   *,
   capacity: int,
+  cache_dtype: str | None = None,
 ) -> Any:
   """Encodes sources; returns empty caches of targets that look at them.
 
@@ -71,9 +74,11 @@ def encode(
     source_BS: source tokens, padded on the right.
     segments_BS: 1, and 0 for padding.
     capacity: positions for the target.
+    cache_dtype: as for `prefill`; of the source's keys and values too.
   """
   encoded_BSD = model.encode(source_BS, segments=segments_BS)
-  return model.empty_caches(source_BS.shape[0], capacity, encoded_BSD)
+  rows = source_BS.shape[0]
+  return model.empty_caches(rows, capacity, encoded_BSD, cache_dtype)
 
 
 @jax.tree_util.register_dataclass

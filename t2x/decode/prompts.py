@@ -12,6 +12,7 @@ import numpy as np
 # Smaller shapes save little and cost a compilation each.
 _MIN_CHUNKS = 4
 _MIN_ROWS = 4
+_CACHE_DTYPES = ('float32', 'bfloat16', 'int8')
 
 
 def check_settings(
@@ -164,6 +165,16 @@ def num_rows(given: int | None, needed: int, parts: int) -> int:
       f'{needed}, or none to let it be chosen.'
     )
   return _whole(given or max(_power_of_two(needed), _MIN_ROWS), parts)
+
+
+def cache_dtype(given: str | None) -> str | None:
+  """Returns `given`, or raises ValueError if a cache cannot have it."""
+  if given not in (None, *_CACHE_DTYPES):
+    raise ValueError(
+      f'cache_dtype={given!r}; it is one of {", ".join(_CACHE_DTYPES)}, or '
+      "none for the model's own."
+    )
+  return given
 
 
 def pad(rows: Sequence[Any], shape: tuple[int, int], fill: int) -> np.ndarray:

@@ -167,7 +167,7 @@ class Block(nnx.Module):
   def _attend_cross(self, layer, y_BTD, context, cache):
     if cache is None:
       return branch.run(_cross_attention, layer, y_BTD, context)
-    k_BSKH, v_BSKH = cache.cross.k_BSKH, cache.cross.v_BSKH
+    k_BSKH, v_BSKH = cache.cross.read(y_BTD.dtype)
     return layer.attend(
       layer.queries(y_BTD),
       k_BSKH,
@@ -193,9 +193,7 @@ class Block(nnx.Module):
     if self.cross is None or encoded_BSD is None:
       return BlockCache(own=own)
     k_BSKH, v_BSKH = self.cross.keys_and_values(encoded_BSD)
-    return BlockCache(
-      own=own, cross=cache_lib.Cache(k_BSKH=k_BSKH, v_BSKH=v_BSKH)
-    )
+    return BlockCache(own=own, cross=cache_lib.of(k_BSKH, v_BSKH, dtype))
 
 
 def _attention(layer, y_BTD, context):

@@ -165,9 +165,13 @@ class Decoder(nnx.Module):
     table = self.output or self.embeddings.tokens
     return common.make_head(self.config, table.table_VD)
 
-  def empty_caches(self, batch: int, capacity: int):
-    """Returns caches for `capacity` positions of `batch` rows."""
-    return self.tower.empty_caches(batch, capacity)
+  def empty_caches(self, batch: int, capacity: int, dtype=None):
+    """Returns caches for `capacity` positions of `batch` rows.
+
+    `dtype` is that of keys and values, by default the model's; int8 keeps a
+    scale for each vector.
+    """
+    return self.tower.empty_caches(batch, capacity, dtype=dtype)
 
   def step(self, inputs: jax.Array, index_BT: jax.Array, caches):
     """Extends cached sequences by the tokens at `index_BT`.

@@ -189,9 +189,11 @@ class EncoderDecoder(nnx.Module):
     table = self.output or self.embeddings.tokens
     return common.make_head(self.config, table.table_VD)
 
-  def empty_caches(self, batch: int, capacity: int, encoded_BSD: jax.Array):
-    """Returns caches; the cross-attention's are computed here, once."""
-    return self.decoder.empty_caches(batch, capacity, encoded_BSD)
+  def empty_caches(
+    self, batch: int, capacity: int, encoded_BSD: jax.Array, dtype=None
+  ):
+    """As of a `Decoder`; the cross-attention's are computed here, once."""
+    return self.decoder.empty_caches(batch, capacity, encoded_BSD, dtype)
 
   def step(self, inputs: jax.Array, index_BT: jax.Array, caches, cross_mask):
     """Extends cached targets by the tokens at `index_BT`; see `Decoder.step`.

@@ -120,9 +120,11 @@ class Tower(nnx.Module):
       x_BTD = self.final_norm(x_BTD)
     return sharding.constrain(x_BTD, 'batch', 'length', 'act_embed')
 
-  def empty_caches(self, batch: int, capacity: int, encoded_BSD=None):
-    """Returns empty caches for all layers."""
-    dtype = jnp.dtype(self.config.dtype)
+  def empty_caches(
+    self, batch: int, capacity: int, encoded_BSD=None, dtype=None
+  ):
+    """Returns empty caches for all layers; int8 halves bfloat16's."""
+    dtype = jnp.dtype(dtype or self.config.dtype)
     return self.layers.map_layers(
       lambda layer: layer.empty_cache(batch, capacity, dtype, encoded_BSD)
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 from flax import nnx
 import jax
@@ -13,6 +14,7 @@ from t2x import mesh as mesh_lib
 from t2x import sharding
 from t2x.decode import generate
 from t2x.decode import loop
+from t2x.decode import prepared
 from t2x.decode import sampling
 from t2x.layers import attention
 from t2x.layers import convolution
@@ -408,3 +410,66 @@ def test_a_kind_that_cannot_go_on():
   model = decoder.Decoder(config, rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match='regional has no incremental decoding'):
     run(model, PROMPTS, num_tokens=2)
+
+
+@pytest.mark.parametrize('name', ['learned', 'dense_and_local', 't5'])
+def test_a_prepared_model_writes_the_same(name):
+  model = make(name)
+  apart = prepared.prepare(model)
+  stacks = [getattr(apart, tower).layers for tower in apart.towers]
+  assert all(
+    len(stack.remainder) == stack.num_layers and not stack.group
+    for stack in stacks
+  )
+  assert getattr(model, model.towers[0]).layers.group, 'It is left as it was.'
+  ours = run(model, PROMPTS, num_tokens=6)
+  again = run(apart, PROMPTS, num_tokens=6)
+  assert ours.tokens == again.tokens
+  for one, other in zip(ours.log_probs, again.log_probs):
+    np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['grouped_query', 'dense_and_local', 't5'])
+def test_int8_caches_are_small_and_close(name):
+  model = make(name)
+  whole = run(model, PROMPTS, num_tokens=4)
+  small = run(model, PROMPTS, num_tokens=4, cache_dtype='int8')
+  first = lambda result: [row[0] for row in result.log_probs]
+  np.testing.assert_allclose(first(small), first(whole), atol=0.05)
+  assert small.log_probs != whole.log_probs
+  encoded = (jnp.ones((2, 8, 32)),) if name == 't5' else ()
+  sizes = [
+    sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
+    for dtype in ('int8', 'float32')
+    for caches in [model.empty_caches(2, 64, *encoded, dtype=dtype)]
+  ]
+  # One byte instead of four, and four more for each vector of eight.
+  assert sizes[0] < 0.45 * sizes[1]
+
+
+@pytest.mark.parametrize('rows', [1, 4])
+def test_no_step_copies_a_cache(rows):
+  """A step writes one position; a copy would cost as much as reading all."""
+  model = prepared.prepare(make())
+  lowered = loop.decode.lower(
+    model,
+    model.empty_caches(rows, 64),
+    token_B=jnp.zeros(rows, jnp.int32),
+    index_B=jnp.zeros(rows, jnp.int32),
+    ended_B=jnp.zeros(rows, bool),
+    keys_B=jax.random.split(jax.random.key(0), rows),
+    num_tokens=jnp.int32(8),
+    eos_id=jnp.int32(-1),
+    pad_id=jnp.int32(0),
+    capacity=64,
+    sampling=GREEDY,
+  )
+  # As users compile it, unlike the rest of this file.
+  jax.config.update('jax_disable_most_optimizations', False)
+  try:
+    text = lowered.compile().as_text()
+  finally:
+    jax.config.update('jax_disable_most_optimizations', True)
+  assert f'f32[{rows},4,64,8]' in text
+  copies = re.findall(rf'= f32\[(?:{rows},)?4,64,8\]\S* copy\(', text)
+  assert not copies
