@@ -151,7 +151,8 @@ def generate_text(
   if answers:
     ids = [[*tokenizer.encode_marked(p), tokenizer.eos_id] for p in prompts]
   else:
-    ids = [[tokenizer.bos_id, *p] for p in tokenizer.encode_batch(prompts)]
+    before = tokenizer.prefix_ids
+    ids = [[*before, *p] for p in tokenizer.encode_batch(prompts)]
   # One token at a time: there is no length to split.
   rules = dataclasses.replace(
     trained.config.rules, length=None, norm_length=None
@@ -196,7 +197,8 @@ def classify(
     ids_BT = np.full((size, data.length), tokenizer.pad_id, np.int32)
     encoded = tokenizer.encode_batch(texts[start : start + size])
     for row, ids in zip(ids_BT, encoded):
-      ids = [tokenizer.bos_id, *ids, tokenizer.eos_id][: data.length]
+      ids = [*tokenizer.prefix_ids, *ids, *tokenizer.suffix_ids]
+      ids = ids[: data.length]
       row[: len(ids)] = ids
     with sharding.use(trained.mesh, trained.config.rules):
       chances_BE = _chances(trained.model, ids_BT, head, tokenizer.pad_id)

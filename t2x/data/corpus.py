@@ -21,7 +21,6 @@ from t2x.data import files
 from t2x.data import token_store
 from t2x.data import tokenizers
 from t2x.objectives import mixture
-from t2x.objectives import vocab as vocab_lib
 
 _log = logging.getLogger(__name__)
 
@@ -206,6 +205,8 @@ def _fingerprint(builder) -> str:
 
 def _tokenizer(config, builder, fields, content, root) -> tokenizers.Tokenizer:
   """Returns the tokenizer of this corpus, trained on its training split."""
+  if isinstance(config.tokenizer, tokenizers.Pretrained):
+    return tokenizers.read(config.tokenizer)
   key = _hash(content, fields, config.train_split, config.tokenizer)
   path = root / 'tokenizers' / key
   if not path.exists():
@@ -221,13 +222,13 @@ def _tokenizer(config, builder, fields, content, root) -> tokenizers.Tokenizer:
 def _tokenize(source, fields, tokenizer, path: pathlib.Path) -> None:
   """Writes the streams of one split."""
   # A pair needs no start: the decoder begins with padding, as T5's does.
-  start = [] if len(fields) > 1 else [vocab_lib.BOS]
+  start = [] if len(fields) > 1 else [tokenizer.bos_id]
 
   def encoded(field) -> Iterator[tuple[list[np.ndarray], int]]:
     for (texts,) in _chunks(source, (field,)):
       all_ids = tokenizer.encode_batch(texts)
       documents = [
-        np.array([*start, *ids, vocab_lib.EOS], np.uint32) for ids in all_ids
+        np.array([*start, *ids, tokenizer.eos_id], np.uint32) for ids in all_ids
       ]
       yield documents, sum(len(t.encode()) for t in texts)
 

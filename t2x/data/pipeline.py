@@ -24,6 +24,7 @@ from t2x.data import config as config_lib
 from t2x.data import corpus as corpus_lib
 from t2x.data import mixing
 from t2x.data import text_files
+from t2x.data import tokenizers
 from t2x.objectives import mixture
 from t2x.objectives import span_corruption
 from t2x.objectives import ul2
@@ -234,14 +235,15 @@ def _iterate(
 
 def _check_sentinels(config: config_lib.DataConfig) -> None:
   objective = config.objective
+  num_sentinels = tokenizers.num_sentinels(config.tokenizer)
   if isinstance(objective, ul2.UL2):
     needed = objective.num_spans(config_lib.buckets(config)[-1])
     needed += len(ul2.MODES)
-    if needed > config.tokenizer.num_sentinels:
+    if needed > num_sentinels:
       raise ValueError(
         f'data.length={config.length} with the denoisers of ul2 needs {needed} '
         f'sentinels, its {len(ul2.MODES)} modes included, but data.tokenizer.'
-        f'num_sentinels={config.tokenizer.num_sentinels}. Raise it, or lower '
+        f'num_sentinels={num_sentinels}. Raise it, or lower '
         'data.length.'
       )
   if not isinstance(objective, span_corruption.SpanCorruption):
@@ -249,11 +251,11 @@ def _check_sentinels(config: config_lib.DataConfig) -> None:
   _, spans = objective.num_noise(
     objective.source_length(config_lib.buckets(config)[-1])
   )
-  if spans > config.tokenizer.num_sentinels:
+  if spans > num_sentinels:
     raise ValueError(
       f'data.length={config.length} with data.objective.rate='
       f'{objective.rate} and mean_span={objective.mean_span} drops {spans} '
       'spans, but data.tokenizer.num_sentinels='
-      f'{config.tokenizer.num_sentinels}. Raise it or mean_span, or lower '
+      f'{num_sentinels}. Raise it or mean_span, or lower '
       'data.length.'
     )

@@ -62,7 +62,8 @@ class SentencePairs:
     draws = noise.uniform(keys, 4, stream=_STREAM)
     for i in np.flatnonzero(rows >= 0):
       first, second, wrong_B[i] = self._pair(int(rows[i]), draws[i])
-      ids = [vocab_lib.BOS, *first, vocab_lib.EOS, *second, vocab_lib.EOS]
+      bos, eos = self._vocab.bos, self._vocab.eos
+      ids = [bos, *first, eos, *second, eos]
       tokens_BT[i, : len(ids)], segments_BT[i, : len(ids)] = ids, 1
       types_BT[i, len(first) + 2 : len(ids)] = 1
     return rows_lib.Rows(tokens_BT, segments_BT), types_BT, wrong_B

@@ -1,7 +1,7 @@
-"""Text to ids and back: SentencePiece BPE, or plain bytes.
+"""Text to ids and back: SentencePiece BPE, plain bytes, or one of others.
 
-Both give back the text that they were given, whitespace included, and share
-their special ids (see `objectives.vocab`).
+The first two give back the text that they were given, whitespace included, and
+share their special ids (see `objectives.vocab`).
 """
 
 from collections.abc import Iterable
@@ -59,21 +59,39 @@ class Bytes:
     checks.least(self, 'data.tokenizer.', num_sentinels=0)
 
 
-Config = SentencePiece | Bytes
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrained:
+  """The tokenizer of a checkpoint of others; see `t2x.data.pretrained`.
+
+  Attributes:
+    directory: with its files, as Hugging Face keeps them.
+  """
+
+  directory: str = ''
+
+  kind: ClassVar[str] = 'pretrained'
+
+
+Config = SentencePiece | Bytes | Pretrained
+
+FILES = 'files'  # Where `save` puts those of others.
 
 
 class Tokenizer:
-  """What both tokenizers share.
+  """What all tokenizers share.
 
   Attributes:
     config: the settings it was made with.
     vocab: its size and special ids.
   """
 
-  pad_id = vocab_lib.PAD
-  eos_id = vocab_lib.EOS
-  bos_id = vocab_lib.BOS
-  mask_id = vocab_lib.MASK
+  pad_id: int = vocab_lib.PAD
+  eos_id: int = vocab_lib.EOS
+  bos_id: int = vocab_lib.BOS
+  mask_id: int | None = vocab_lib.MASK
+  # What stands before and after a text that a model reads.
+  prefix_ids: tuple[int, ...] = (vocab_lib.BOS,)
+  suffix_ids: tuple[int, ...] = (vocab_lib.EOS,)
 
   config: Config
   vocab: vocab_lib.Vocab
@@ -157,7 +175,7 @@ class BytesTokenizer(Tokenizer):
   """
 
   def __init__(self, config: Bytes):
-    self.config = config
+    self.config: Bytes = config
     self._first = vocab_lib.NUM_NAMED + config.num_sentinels
     self.vocab = vocab_lib.Vocab(
       size=self._first + 256, num_sentinels=config.num_sentinels
@@ -246,10 +264,43 @@ def load(directory: epath.PathLike) -> Tokenizer:
       'directory that a tokenizer was saved to, such as that of a run.'
     )
   settings = json.loads(path.read_text())
-  if settings.pop('kind') == Bytes.kind:
+  kind = settings.pop('kind')
+  if kind == Bytes.kind:
     return BytesTokenizer(Bytes(**settings))
+  if kind == Pretrained.kind:
+    return read(Pretrained(**settings), path.parent / FILES)
   model = (path.parent / 'tokenizer.model').read_bytes()
   return SentencePieceTokenizer(SentencePiece(**settings), model)
+
+
+def read(
+  config: Pretrained, directory: epath.PathLike | None = None
+) -> Tokenizer:
+  """Returns the tokenizer of others that a directory holds.
+
+  Args:
+    config: its settings.
+    directory: where its files are, if not where the settings say.
+
+  Raises:
+    ValueError: there is none, its library is not installed, or a file is
+      damaged.
+  """
+  from t2x.data import pretrained  # It is made of what is above.
+
+  if not (directory or config.directory):
+    raise ValueError(
+      'data.tokenizer.directory is empty: name the directory with the '
+      "tokenizer's files."
+    )
+  return pretrained.PretrainedTokenizer(config, directory or config.directory)
+
+
+def num_sentinels(config: Config) -> int:
+  """Returns how many sentinels the tokenizer of a config has."""
+  if isinstance(config, Pretrained):
+    return len(read(config).sentinel_ids)
+  return config.num_sentinels
 
 
 def train(config: Config, texts: Iterable[str]) -> Tokenizer:
@@ -261,6 +312,8 @@ def train(config: Config, texts: Iterable[str]) -> Tokenizer:
   """
   if isinstance(config, Bytes):
     return BytesTokenizer(config)
+  if isinstance(config, Pretrained):
+    return read(config)
   model = io.BytesIO()
   control = [
     '<mask>',

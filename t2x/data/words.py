@@ -16,6 +16,7 @@ from t2x.objectives import masked_lm
 from t2x.objectives import masking
 from t2x.objectives import next_sentence
 from t2x.objectives import permutation
+from t2x.objectives import vocab as vocab_lib
 
 
 def lexicon(
@@ -61,7 +62,7 @@ def labels(
   if not isinstance(objective, classification.Classification):
     return ()
   stream = corpus.streams(config.train_split)[1]
-  found = _labels(stream)
+  found = _labels(stream, corpus.tokenizer.vocab)
   longest, room = max(map(len, found)), objective.source_length(config.length)
   if longest > room:
     raise ValueError(
@@ -94,9 +95,11 @@ def label_texts(
 
 # Asked for by training and again at each evaluation.
 @functools.lru_cache(maxsize=4)
-def _labels(stream: token_store.Stream) -> tuple[tuple[int, ...], ...]:
+def _labels(
+  stream: token_store.Stream, vocab: vocab_lib.Vocab
+) -> tuple[tuple[int, ...], ...]:
   texts = np.split(np.asarray(stream.tokens), stream.offsets[1:-1])
-  return tuple(sorted({classification.label_of(text) for text in texts}))
+  return tuple(sorted({classification.label_of(text, vocab) for text in texts}))
 
 
 # Asked for by training and again at each evaluation.
@@ -110,7 +113,7 @@ def _lexicon(
   size, tokens = tokenizer.vocab_size, np.asarray(stream.tokens)
   phrases = ()
   if config is not None:
-    is_inside = tokens >= tokenizer.vocab.first_text_id
+    is_inside = tokenizer.vocab.is_text(tokens)
     is_inside[1:] &= is_inside[:-1].copy()
     phrases = lexicon_lib.find_phrases(
       tokens,

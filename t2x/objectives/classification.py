@@ -67,7 +67,7 @@ class Classification:
     del keys  # Nothing is drawn.
     is_row_B1 = source.segments[:, :1] != 0
     lead = lambda a, first: np.concatenate([first, a], axis=1)
-    start = np.where(is_row_B1, vocab_lib.BOS, vocab_lib.PAD).astype(np.int32)
+    start = np.where(is_row_B1, vocab.bos, vocab_lib.PAD).astype(np.int32)
     segments_BT = lead(source.segments, is_row_B1.astype(np.int32))
     classes = [_class(row, vocab) for row in target.tokens]
     nothing = np.zeros((len(classes), 1), np.int32)
@@ -84,14 +84,14 @@ class Classification:
     }
 
 
-def label_of(tokens: np.ndarray) -> tuple[int, ...]:
+def label_of(tokens: np.ndarray, vocab: vocab_lib.Vocab) -> tuple[int, ...]:
   """Returns a label's ids, without padding and end."""
-  is_end = np.isin(tokens, (vocab_lib.PAD, vocab_lib.EOS))
+  is_end = np.isin(tokens, (vocab_lib.PAD, vocab.eos))
   return tuple(int(token) for token in tokens[~is_end])
 
 
 def _class(tokens: np.ndarray, vocab: vocab_lib.Vocab) -> int:
-  label = label_of(tokens)
+  label = label_of(tokens, vocab)
   if not label:
     return 0  # Of an empty row.
   if label not in vocab.labels:

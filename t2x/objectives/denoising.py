@@ -72,32 +72,31 @@ class Denoising:
     length: int,
   ) -> dict[str, np.ndarray]:
     """Returns the encoder-decoder batch of `source`."""
-    lexicon = vocab.lexicon
-    ends_V = None if lexicon is None else lexicon.ends_V
     return noised.examples(
       source,
       noise.uniform(keys, source.tokens.shape[1]),
       lengths=(length, length),
       sides=lambda num: (num + 1, num + 1),
-      make=lambda text, uniform: self._noised(text, uniform, ends_V),
+      make=lambda text, uniform: self._noised(text, uniform, vocab),
       vocab=vocab,
     )
 
-  def _noised(self, text, uniform, ends_V) -> noised.Pair:
+  def _noised(self, text, uniform, vocab) -> noised.Pair:
     """Returns a document's noised ids, and its own."""
     rng = np.random.default_rng(int(uniform[0] * 2**53))
     ids = text
     if self.permute:
-      assert ends_V is not None, 'where sentences end is known from a corpus'
-      ids = _permuted(ids, ends_V, rng)
+      assert vocab.lexicon, 'where sentences end is known from a corpus'
+      ids = _permuted(ids, vocab.lexicon.ends_V, rng)
     if rng.random() < self.rotate:
       ids = np.roll(ids, -rng.integers(len(ids)))
     if self.infill:
-      ids = _infilled(ids, self.infill, self.mean_span, rng)
+      ids = _infilled(ids, self.infill, self.mean_span, vocab.mask_id, rng)
     fate = rng.random(len(ids))
-    ids = np.where(fate < self.mask, vocab_lib.MASK, ids)
+    if self.mask:
+      ids = np.where(fate < self.mask, vocab.mask_id, ids)
     ids = ids[rng.random(len(ids)) >= self.delete]
-    end = [vocab_lib.EOS]
+    end = [vocab.eos]
     return np.append(ids, end), np.append(text, end)
 
 
@@ -108,8 +107,8 @@ def _permuted(ids, ends_V, rng):
   return np.concatenate([sentences[i] for i in rng.permutation(len(sentences))])
 
 
-def _infilled(ids, share, mean, rng):
-  """Replaces runs of Poisson lengths by one <mask> each.
+def _infilled(ids, share, mean, mask, rng):
+  """Replaces runs of Poisson lengths by one `mask` each.
 
   Never longer than it was: masks of runs of 0 take the room that others left.
   """
@@ -129,8 +128,8 @@ def _infilled(ids, share, mean, rng):
   for start, length in zip(starts, runs):
     is_kept[start : start + length] = False
   ids = ids.copy()
-  ids[starts] = vocab_lib.MASK
+  ids[starts] = mask
   is_kept[starts] = True
   ids = ids[is_kept]
   places = rng.integers(0, len(ids) + 1, inserted)
-  return np.insert(ids, places, vocab_lib.MASK)
+  return np.insert(ids, places, mask)

@@ -162,14 +162,12 @@ class MaskedLM:
     if self.dropped:
       is_left_BT = (segments_BT != 0) & ~is_chosen_BT
       left_BT, is_left_BT = _places(is_left_BT, self.num_left(length))
-      return _without(source, (left_BT, is_left_BT), (places_BM, weights_BM))
+      left, asked = (left_BT, is_left_BT), (places_BM, weights_BM)
+      return _without(source, left, asked, vocab.mask_id)
 
-    num_text = vocab.size - vocab.first_text_id
-    random_BT = vocab.first_text_id + np.floor(
-      noise.uniform(keys, T, stream=1) * num_text
-    )
+    random_BT = vocab.draw(noise.uniform(keys, T, stream=1))
     fate_BT = noise.uniform(keys, T, stream=2)
-    noised_BT = np.where(fate_BT < self.mask_share, vocab_lib.MASK, tokens_BT)
+    noised_BT = np.where(fate_BT < self.mask_share, vocab.mask_id, tokens_BT)
     is_random_BT = (fate_BT >= self.mask_share) & (
       fate_BT < self.mask_share + self.random_share
     )
@@ -200,7 +198,9 @@ _ASKED: tuple[str, ...] = (
 )
 
 
-def _without(source: rows_lib.Rows, left, asked) -> dict[str, np.ndarray]:
+def _without(
+  source: rows_lib.Rows, left, asked, mask: int
+) -> dict[str, np.ndarray]:
   """Returns rows of what is left, and questions for the rest.
 
   Args:
@@ -218,7 +218,7 @@ def _without(source: rows_lib.Rows, left, asked) -> dict[str, np.ndarray]:
 
   targets, *queries = at(asked)
   batch = dict(zip(_SEEN, at(left)))
-  inputs = np.full_like(targets, vocab_lib.MASK)
+  inputs = np.full_like(targets, mask)
   return batch | dict(
     zip(_ASKED, (targets, asked[1], inputs, *queries), strict=True)
   )
@@ -230,7 +230,7 @@ def _room(num: int, length: int) -> int:
 
 
 def _is_text(source: rows_lib.Rows, vocab: vocab_lib.Vocab) -> np.ndarray:
-  return (source.segments != 0) & (source.tokens >= vocab.first_text_id)
+  return (source.segments != 0) & vocab.is_text(source.tokens)
 
 
 def _places(is_chosen_BT, num: int) -> tuple[np.ndarray, np.ndarray]:

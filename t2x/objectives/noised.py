@@ -59,7 +59,7 @@ def _documents(tokens, segments, uniform, lengths, sides, make, vocab):
     segment = segments[start]
     end = start + np.count_nonzero(segments == segment)
     text = tokens[start:end]
-    text = text[text >= vocab.first_text_id]
+    text = text[vocab.is_text(text)]
     num, room = len(text), [n - u for n, u in zip(lengths, used)]
     while num and any(n > r for n, r in zip(sides(num), room)):
       num -= 1

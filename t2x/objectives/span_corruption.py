@@ -111,7 +111,7 @@ class SpanCorruption:
       vocab: names the sentinels.
     """
     dropped, spans = self.num_noise(len(text))
-    eos = np.array([vocab_lib.EOS])
+    eos = np.array([vocab.eos])
     if not dropped:
       return np.append(text, eos), eos
     half = len(uniform) // 2

@@ -146,7 +146,7 @@ def _split(denoiser, text, uniform, choice, vocab) -> noised.Pair:
   if denoiser.mode == 'S':
     dropped = round(choice[-2] * 2 * denoiser.rate * len(text))
     cut = len(text) - min(max(dropped, 1), len(text))
-    sentinel, end = vocab.sentinel_ids[0], vocab_lib.EOS
+    sentinel, end = vocab.sentinel_ids[0], vocab.eos
     encoder = np.concatenate([text[:cut], [sentinel, end]])
     decoder = np.concatenate([[sentinel], text[cut:], [end]])
   else:
