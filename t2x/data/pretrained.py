@@ -38,8 +38,8 @@ FILES = (
 _ROLES = ('bos', 'eos', 'pad', 'mask', 'cls', 'sep', 'unk')
 # Taken where no file says more.
 _USUAL = {
-  'cls': ('[CLS]', '<cls>'),
-  'sep': ('[SEP]', '<sep>'),
+  'cls': ('[CLS]', '<cls>', '<s>'),
+  'sep': ('[SEP]', '<sep>', '</s>'),
   'bos': ('<s>', '<|begin_of_text|>', '<|endoftext|>'),
   'eos': ('</s>', '<|end_of_text|>', '<|endoftext|>'),
   'pad': ('[PAD]', '<pad>'),
@@ -121,9 +121,7 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
     return self._backend.encode(list(texts))
 
   def encode_marked(self, text: str) -> list[int]:
-    if self._backend.reads_special:
-      return self.encode(text)
-    return super().encode_marked(text)
+    return self.encode(text)  # It knows its sentinels.
 
   def decode(self, ids: Iterable[int]) -> str:
     size, special = self.vocab.size, self._special
@@ -149,8 +147,6 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
 
 class _Fast:
   """A tokenizer of the library `tokenizers`."""
-
-  reads_special = True
 
   def __init__(self, tokenizer: Any):
     self._tokenizer = tokenizer
@@ -191,8 +187,6 @@ class _Fast:
 class _Pieces:
   """A SentencePiece model; T5 adds its sentinels behind the vocabulary."""
 
-  reads_special = False
-
   def __init__(self, model: bytes, num_extra: int, names: dict[str, str]):
     self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     own = self._processor.vocab_size()
@@ -201,9 +195,16 @@ class _Pieces:
     self._extra = {
       f'<extra_id_{i}>': self.size - 1 - i for i in range(num_extra)
     }
-    control = {i for i in range(own) if self._processor.is_control(i)}
-    self.special = control | set(self._extra.values())
-    self._names = names
+    named = {
+      self._processor.id_to_piece(i): i
+      for i in range(own)
+      if self._processor.is_control(i) or self._processor.is_unknown(i)
+    }
+    self._named = named | self._extra
+    self.special = set(self._named.values())
+    self._around = 'bos' in names and self._processor.bos_id() >= 0
+    found = sorted(self._named, key=len, reverse=True)
+    self._pattern = re.compile(f'({"|".join(map(re.escape, found))})')
 
   def id_of(self, name: str) -> int | None:
     if name in self._extra:
@@ -220,12 +221,19 @@ class _Pieces:
 
   def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
     # Llama begins a text with a token of its own, T5 has none and ends it.
-    if 'bos' in self._names and self._processor.bos_id() >= 0:
+    if self._around:
       return (self._processor.bos_id(),), ()
     return (), (self._processor.eos_id(),)
 
   def encode(self, texts: list[str]) -> list[list[int]]:
-    return self._processor.encode(texts)
+    return [self._encode(text) for text in texts]
+
+  def _encode(self, text: str) -> list[int]:
+    parts = self._pattern.split(text)
+    ids = self._processor.encode(parts[0])
+    for name, part in zip(parts[1::2], parts[2::2]):
+      ids += [self._named[name], *self._processor.encode(part)]
+    return ids
 
   def decode(self, ids: list[int]) -> str:
     return self._processor.decode(ids)
@@ -255,7 +263,7 @@ def _backend(root: epath.Path, names: dict[str, str]) -> Any:
     tokenizer.no_truncation()
     return _Fast(tokenizer)
   if (root / 'vocab.txt').exists():
-    return _Fast(_wordpiece(root))
+    return _Fast(_wordpiece(root, names))
   if (root / 'vocab.json').exists() and (root / 'merges.txt').exists():
     return _Fast(_byte_level(root, names))
   raise ValueError(
@@ -264,14 +272,25 @@ def _backend(root: epath.Path, names: dict[str, str]) -> Any:
   )
 
 
-def _wordpiece(root: epath.Path) -> Any:
+def _wordpiece(root: epath.Path, names: dict[str, str]) -> Any:
   """BERT's, from a vocabulary of one token a line."""
   library: Any = importlib.import_module('tokenizers')
   lines = (root / 'vocab.txt').read_text().split('\n')
   vocab = {line.rstrip('\r'): i for i, line in enumerate(lines) if line}
   settings = _json(root / _SETTINGS)
+  special = {
+    f'{role}_token': names.get(role, f'[{role.upper()}]')
+    for role in ('cls', 'sep', 'unk', 'pad', 'mask')
+  }
+  for role in ('cls_token', 'sep_token', 'unk_token'):
+    if special[role] not in vocab:
+      raise ValueError(
+        f'{root / "vocab.txt"} lacks {special[role]}, the {role}. Name the '
+        f'one that it has in {_SETTINGS}, or copy the file again.'
+      )
   made = library.BertWordPieceTokenizer(
     vocab,
+    **special,
     lowercase=settings.get('do_lower_case', True),
     strip_accents=settings.get('strip_accents'),
     handle_chinese_chars=settings.get('tokenize_chinese_chars', True),
@@ -306,8 +325,8 @@ def _byte_level(root: epath.Path, names: dict[str, str]) -> Any:
   )
   if 'cls' in names and 'sep' in names:
     made._tokenizer.post_processor = library.processors.RobertaProcessing(
-      sep=(names['sep'], vocab[names['sep']]),
-      cls=(names['cls'], vocab[names['cls']]),
+      (names['sep'], vocab[names['sep']]),
+      (names['cls'], vocab[names['cls']]),
       add_prefix_space=False,
     )
   return made._tokenizer

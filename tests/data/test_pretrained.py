@@ -1,0 +1,155 @@
+"""Tokenizers of others: the ids, and what surrounds a text, are theirs."""
+
+import json
+
+import hf_files
+import numpy as np
+import pytest
+
+from t2x.data import config as data_config
+from t2x.data import corpus as corpus_lib
+from t2x.data import pipeline
+from t2x.data import tokenizers
+from t2x.objectives import masked_lm
+
+NAMES = list(hf_files.MAKERS)
+
+
+@pytest.fixture(scope='module')
+def directories(tmp_path_factory):
+  root = tmp_path_factory.mktemp('tokenizers')
+  return {name: make(root / name) for name, make in hf_files.MAKERS.items()}
+
+
+def read(directory):
+  return tokenizers.read(tokenizers.Pretrained(directory=str(directory)))
+
+
+def theirs_of(name, directory):
+  transformers = pytest.importorskip('transformers')
+  bpe = lambda: (str(directory / 'vocab.json'), str(directory / 'merges.txt'))
+  if name == 'bert':
+    return transformers.BertTokenizer(str(directory / 'vocab.txt'))
+  if name == 'gpt2':
+    return transformers.GPT2Tokenizer(*bpe())
+  if name == 'roberta':
+    return transformers.RobertaTokenizer(*bpe())
+  if name == 't5':
+    return transformers.T5Tokenizer.from_pretrained(directory)
+  return transformers.LlamaTokenizer.from_pretrained(directory)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize('saved', [False, True])
+@pytest.mark.parametrize('name', NAMES)
+def test_ids_are_those_of_transformers(directories, tmp_path, name, saved):
+  """From the first files and from the tokenizer.json that it writes."""
+  directory = directories[name]
+  theirs = theirs_of(name, directory)
+  if saved:
+    directory = tmp_path / 'saved'
+    theirs.save_pretrained(directory)
+    assert (directory / 'tokenizer.json').exists()
+  ours = read(directory)
+  special = [ours.eos_id, ours.bos_id]
+  marked = f'a {theirs.convert_ids_to_tokens(ours.eos_id)} b'
+  texts = [*hf_files.TEXTS, *hf_files.PROBES, marked]
+  if name == 't5':
+    texts += ['a <extra_id_0> b', 'x<extra_id_41>y', '<extra_id_99>']
+  if name == 'llama' and not saved:
+    # SentencePiece puts a space before texts that have one, too.
+    texts = [text for text in texts if not text.startswith(' ')]
+    texts.remove(marked)
+  # Warnings of long texts are theirs.
+  want = [theirs(text, add_special_tokens=False)['input_ids'] for text in texts]
+  assert ours.encode_batch(texts) == want
+  assert name == 'llama' or {i for ids in want for i in ids} & set(special)
+  around = [*ours.prefix_ids, *ours.encode('a text'), *ours.suffix_ids]
+  assert around == theirs('a text')['input_ids']
+  assert ours.vocab_size == len(theirs)
+  for ids in want[:50]:
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_saved_copy_is_the_same(directories, tmp_path, name):
+  ours = read(directories[name])
+  ours.save(tmp_path / 'kept')
+  again = tokenizers.load(tmp_path / 'kept')
+  assert again.encode_batch(hf_files.TEXTS) == ours.encode_batch(hf_files.TEXTS)
+  assert again.vocab == ours.vocab and again.config == ours.config
+  ends = lambda tokenizer: (tokenizer.prefix_ids, tokenizer.suffix_ids)
+  assert ends(again) == ends(ours)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_special_ids_lie_where_the_files_say(directories, name):
+  ours = read(directories[name])
+  special = {ours.eos_id, ours.bos_id} | set(ours.sentinel_ids)
+  ids = np.arange(ours.vocab_size)
+  assert not ours.vocab.is_text(ids)[list(special)].any()
+  assert ours.vocab.is_text(ids).sum() >= ours.vocab_size - 110
+  drawn = ours.vocab.draw(np.linspace(0, 1, 5000, endpoint=False))
+  assert set(drawn) == set(ids[ours.vocab.is_text(ids)])
+  assert ours.decode(special) == ''
+  assert len(ours.sentinel_ids) == (100 if name == 't5' else 0)
+  if name == 't5':
+    assert ours.sentinel_ids[:2] == (ours.vocab_size - 1, ours.vocab_size - 2)
+    text = ours.decode_marked(ours.encode_marked('one <extra_id_3> two'))
+    assert '<extra_id_3>' in text and text.startswith('one')
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_marks_tell_where_words_begin(directories, name):
+  ours = read(directories[name])
+  begins_V = ours.marks()['begins_V']
+  ids = ours.encode('a word and another one')
+  assert begins_V[ids][1:].sum() == 4
+
+
+def test_a_model_is_trained_on_them(directories, tmp_path):
+  """Masks are the tokenizer's own, documents begin and end with its ids."""
+  (tmp_path / 'a.txt').write_text('\n\n'.join(hf_files.TEXTS))
+  config = data_config.DataConfig(
+    source='text_files',
+    files=str(tmp_path / '*.txt'),
+    data_dir=str(tmp_path / 'data'),
+    tokenizer=tokenizers.Pretrained(directory=str(directories['bert'])),
+    objective=masked_lm.MaskedLM(random_share=0.0, mask_share=1.0),
+    eval_splits=(),
+    length=32,
+    batch_size=4,
+  )
+  corpus = corpus_lib.prepare(config)
+  ours = read(directories['bert'])
+  assert corpus.tokenizer.fingerprint == ours.fingerprint
+  batch = next(pipeline.train_batches(corpus, config, seed=0))
+  hidden = np.take_along_axis(batch['inputs'], batch['target_positions'], 1)
+  assert (hidden[batch['weights'] > 0] == ours.mask_id).all()
+  starts = batch['inputs'][(batch['positions'] == 0) & (batch['segments'] > 0)]
+  assert ours.bos_id in starts
+
+
+def test_messages(directories, tmp_path):
+  with pytest.raises(ValueError, match='data.tokenizer.directory is empty'):
+    tokenizers.read(tokenizers.Pretrained())
+  with pytest.raises(ValueError, match='No tokenizer in .*spiece.model'):
+    read(tmp_path)
+  (tmp_path / 'tokenizer.json').write_text('{')
+  with pytest.raises(ValueError, match='tokenizer.json cannot be read'):
+    read(tmp_path)
+  (tmp_path / 'tokenizer_config.json').write_text('no')
+  with pytest.raises(ValueError, match='tokenizer_config.json is not JSON'):
+    read(tmp_path)
+  gpt2 = read(directories['gpt2'])
+  with pytest.raises(ValueError, match='no mask token'):
+    assert gpt2.vocab.mask_id
+  words = tmp_path / 'words'
+  words.mkdir()
+  (words / 'vocab.txt').write_text('a\nb\n##c\n[UNK]\n')
+  with pytest.raises(ValueError, match=r'vocab.txt lacks \[CLS\]'):
+    read(words)
+  (words / 'vocab.txt').write_text('a\nb\n##c\n[UNK]\n[CLS]\n[SEP]\n')
+  names = {'eos_token': {'content': 'b'}}
+  (words / 'special_tokens_map.json').write_text(json.dumps(names))
+  assert read(words).eos_id == 1
