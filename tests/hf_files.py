@@ -70,6 +70,7 @@ def llama(directory: pathlib.Path) -> pathlib.Path:
     'bos_token': '<s>',
     'eos_token': '</s>',
     'unk_token': '<unk>',
+    'add_bos_token': True,
   }
   (directory / 'tokenizer_config.json').write_text(json.dumps(settings))
   return directory

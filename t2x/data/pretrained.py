@@ -187,7 +187,7 @@ class _Fast:
 class _Pieces:
   """A SentencePiece model; T5 adds its sentinels behind the vocabulary."""
 
-  def __init__(self, model: bytes, num_extra: int, names: dict[str, str]):
+  def __init__(self, model: bytes, num_extra: int, settings: dict[str, Any]):
     self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     own = self._processor.vocab_size()
     self.size = own + num_extra
@@ -202,7 +202,11 @@ class _Pieces:
     }
     self._named = named | self._extra
     self.special = set(self._named.values())
-    self._around = 'bos' in names and self._processor.bos_id() >= 0
+    bos, eos = self._processor.bos_id(), self._processor.eos_id()
+    # Llama begins a text with a token of its own; T5 has none and ends it.
+    begins = settings.get('add_bos_token', bos >= 0)
+    ends = settings.get('add_eos_token', bos < 0)
+    self._around = (bos,) if begins else (), (eos,) if ends else ()
     found = sorted(self._named, key=len, reverse=True)
     self._pattern = re.compile(f'({"|".join(map(re.escape, found))})')
 
@@ -220,10 +224,7 @@ class _Pieces:
     return piece.startswith(_SPACES)
 
   def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    # Llama begins a text with a token of its own, T5 has none and ends it.
-    if self._around:
-      return (self._processor.bos_id(),), ()
-    return (), (self._processor.eos_id(),)
+    return self._around
 
   def encode(self, texts: list[str]) -> list[list[int]]:
     return [self._encode(text) for text in texts]
@@ -243,7 +244,8 @@ def _backend(root: epath.Path, names: dict[str, str]) -> Any:
   """Reads whichever files there are."""
   for name in _SPM:
     if (root / name).exists() and not (root / 'tokenizer.json').exists():
-      return _Pieces((root / name).read_bytes(), _num_extra(root), names)
+      model, settings = (root / name).read_bytes(), _json(root / _SETTINGS)
+      return _Pieces(model, _num_extra(root), settings)
   try:
     import tokenizers as library
   except ImportError:

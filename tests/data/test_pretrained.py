@@ -126,8 +126,8 @@ def test_a_model_is_trained_on_them(directories, tmp_path):
   batch = next(pipeline.train_batches(corpus, config, seed=0))
   hidden = np.take_along_axis(batch['inputs'], batch['target_positions'], 1)
   assert (hidden[batch['weights'] > 0] == ours.mask_id).all()
-  starts = batch['inputs'][(batch['positions'] == 0) & (batch['segments'] > 0)]
-  assert ours.bos_id in starts
+  tokens = corpus.streams('train')[0].tokens
+  assert (tokens[0], tokens[-1]) == (ours.bos_id, ours.eos_id)
 
 
 def test_messages(directories, tmp_path):
