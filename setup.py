@@ -26,6 +26,8 @@ EXTRAS = {
   'tpu': ['jax[tpu]'],
   'gpu': ['jax[cuda13]'],
   'gcs': ['gcsfs>=2024.6'],
+  # Checkpoints of others: their weights and tokenizers.
+  'huggingface': ['safetensors>=0.5', 'tokenizers>=0.21'],
   'notebook': ['ipykernel>=6.29', 'jupyterlab>=4.2'],
   'test': [
     'ipykernel>=6.29',
@@ -36,7 +38,9 @@ EXTRAS = {
     'pytest>=8.3',
     'pytest-xdist>=3.6',
     'ruff>=0.9',
+    'safetensors>=0.5',
     'tensorboard>=2.18',
+    'tokenizers>=0.21',
   ],
   # The TPU compiler, which needs no TPU.
   'plan': ['libtpu'],

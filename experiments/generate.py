@@ -38,7 +38,7 @@ def generate() -> None:
   config = sampling.SamplingConfig(
     temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value
   )
-  prompts = inference.read_prompts(_PROMPT.value, _PROMPT_FILE.value)
+  prompts = inference.read_lines(_PROMPT.value, _PROMPT_FILE.value, 'prompt')
   main.use_compilation_cache()
   trained = inference.load(
     main.workdir(), step=_STEP.value, settings=flags.FLAGS.set

@@ -31,7 +31,10 @@ from t2x.data import pipeline
 from t2x.data import tokenizers
 from t2x.decode import generate as generate_lib
 from t2x.decode import prepared
+from t2x.decode import prompts as prompts_lib
 from t2x.decode import sampling as sampling_lib
+from t2x.interop import huggingface
+from t2x.models import decoder
 from t2x.models import encoder_decoder
 
 
@@ -68,7 +71,7 @@ def load(
   """Restores a run's model, by default onto one device.
 
   Args:
-    workdir: of the run.
+    workdir: of the run, or the directory of a checkpoint of Hugging Face.
     step: of the checkpoint; default the newest.
     settings: as for --set; `mesh.tensor=8` spreads the model.
 
@@ -76,19 +79,16 @@ def load(
     ValueError: no run, no such checkpoint, or a setting that cannot be.
   """
   workdir = str(paths.path(workdir))
-  config = run_dir.read_config(workdir)
-  config = dataclasses.replace(config, mesh=mesh_lib.MeshConfig(data=1))
-  config = config_lib.override(config, config_lib.parse_settings(settings))
-  devices = _devices(config.mesh)
-  # Rows that training deals to microbatches matter to nobody here.
-  train = dataclasses.replace(config.train, accumulate=1)
-  layouts.check(
-    dataclasses.replace(config, train=train),
-    len(devices),
-    num_slices=mesh_lib.num_slices(devices),
-  )
-  mesh = mesh_lib.make(config.mesh, devices)
-  shapes, _ = program_lib.shapes_of(config, mesh)
+  if huggingface.is_one(workdir):
+    found = huggingface.read(workdir)
+    config = huggingface.experiment_of(found, workdir)
+    config, mesh, shapes = _placed(config, settings)
+    model = jax.device_put(
+      found.model, jax.tree.map(lambda x: x.sharding, shapes.model)
+    )
+    own = {'config': config, 'mesh': mesh, 'labels': {}}
+    return Trained(model=model, tokenizer=found.tokenizer, step=0, **own)
+  config, mesh, shapes = _placed(run_dir.read_config(workdir), settings)
   wanted = dataclasses.replace(
     shapes, step=None, opt_state=None, num_skipped=None, carried={}
   )
@@ -112,6 +112,23 @@ def load(
     mesh=mesh,
     labels=run_dir.read_labels(workdir),
   )
+
+
+def _placed(config: experiment.Experiment, settings: Sequence[str]):
+  """Returns the config with its settings, its mesh, and the state's shapes."""
+  config = dataclasses.replace(config, mesh=mesh_lib.MeshConfig(data=1))
+  config = config_lib.override(config, config_lib.parse_settings(settings))
+  devices = _devices(config.mesh)
+  # Rows that training deals to microbatches matter to nobody here.
+  train = dataclasses.replace(config.train, accumulate=1)
+  layouts.check(
+    dataclasses.replace(config, train=train),
+    len(devices),
+    num_slices=mesh_lib.num_slices(devices),
+  )
+  mesh = mesh_lib.make(config.mesh, devices)
+  shapes, _ = program_lib.shapes_of(config, mesh)
+  return config, mesh, shapes
 
 
 def generate_text(
@@ -170,6 +187,65 @@ def generate_text(
     )
   decode = tokenizer.decode_marked if answers else tokenizer.decode
   return [decode(tokens) for tokens in result.tokens]
+
+
+def embed(trained: Trained, texts: Sequence[str]) -> np.ndarray:
+  """Returns a vector for each text: the mean over its tokens, of length 1.
+
+  As Sentence-BERT has it (Reimers and Gurevych, 2019): the encoder's output
+  over all tokens, those before and after the text included.
+
+  Args:
+    trained: an encoder, or an encoder-decoder.
+    texts: cut to the length that the model was trained on.
+
+  Returns:
+    float32 (number of texts, D).
+
+  Raises:
+    ValueError: no texts, or the model is a decoder.
+  """
+  model = trained.model
+  if isinstance(model, decoder.Decoder):
+    raise ValueError(
+      'A decoder has no vector of a whole text, since only its last token sees '
+      'all of it. Embed with an encoder or an encoder-decoder.'
+    )
+  if not texts:
+    raise ValueError('There is no text to embed: give one at least.')
+  tokenizer, length = trained.tokenizer, trained.config.data.length
+  before, after = tokenizer.prefix_ids, tokenizer.suffix_ids
+  if isinstance(model, encoder_decoder.EncoderDecoder):
+    before, after = (), (tokenizer.eos_id,)
+  room = length - len(before) - len(after)
+  encoded = tokenizer.encode_batch(texts)
+  rows = [[*before, *ids[:room], *after] for ids in encoded]
+  found = np.zeros((len(rows), trained.config.model.embed_dim), np.float32)
+  # Rows of one length run together; few lengths, so few programs.
+  sizes = [min(prompts_lib.power_of_two(max(len(r), 16)), length) for r in rows]
+  for size in sorted(set(sizes)):
+    numbers = [i for i, own in enumerate(sizes) if own == size]
+    for start in range(0, len(numbers), _EMBEDDED):
+      part = numbers[start : start + _EMBEDDED]
+      shape = prompts_lib.power_of_two(len(part)), size
+      ids_BT = prompts_lib.pad([rows[i] for i in part], shape, 0)
+      ones = [[1] * len(rows[i]) for i in part]
+      segments_BT = prompts_lib.pad(ones, shape, 0)
+      with sharding.use(trained.mesh, trained.config.rules):
+        vectors_BD = _mean_vectors(model, ids_BT, segments_BT)
+      found[part] = jax.device_get(vectors_BD)[: len(part)]
+  return found
+
+
+_EMBEDDED = 32  # Texts at a time.
+
+
+@jax.jit
+def _mean_vectors(model, ids_BT, segments_BT) -> jax.Array:
+  x_BTD = model.encode(ids_BT, segments=segments_BT).astype(jnp.float32)
+  mean_BD = (x_BTD * segments_BT[..., None]).sum(1)
+  norm_B1 = jnp.linalg.norm(mean_BD, axis=-1, keepdims=True)
+  return mean_BD / jnp.maximum(norm_B1, 1e-12)
 
 
 def classify(
@@ -241,21 +317,21 @@ def evaluate_splits(
   return result
 
 
-def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
-  """Returns the prompts of the command line and of a file, one a line.
+def read_lines(given: Sequence[str], file: str | None, flag: str) -> list[str]:
+  """Returns the texts of --FLAG and those of --FLAG_file, one a line.
 
   Raises:
     ValueError: there is none, or no such file.
   """
-  result = list(prompts)
+  result = list(given)
   if file is not None:
     path = paths.path(file)
     if not path.exists():
-      raise ValueError(f'--prompt_file={file}: there is no such file.')
+      raise ValueError(f'--{flag}_file={file}: there is no such file.')
     result += [line for line in path.read_text().splitlines() if line]
   if not result:
     raise ValueError(
-      "There is no prompt: give --prompt='...' or --prompt_file."
+      f"There is no {flag}: give --{flag}='...' or --{flag}_file."
     )
   return result
 

@@ -103,7 +103,7 @@ def write(
   labels = words.label_texts(config.data, corpus)
   if labels:
     paths.write_whole(root / LABELS, json.dumps(labels, indent=1) + '\n')
-  _write_versions(root / 'versions.json')
+  write_versions(workdir)
   if read_tokenizer(workdir, changes) is None:
     corpus.tokenizer.save(root / 'tokenizer')
   # Last: its presence says that the tokenizer is whole.
@@ -218,8 +218,9 @@ def _may_change(name: str) -> bool:
   )
 
 
-def _write_versions(file: Any) -> None:
-  new = versions()
+def write_versions(workdir: str) -> None:
+  """Writes the versions of Python, of packages, and the git revision."""
+  file, new = paths.path(workdir) / 'versions.json', versions()
   if file.exists():
     old = _read(file)
     for name, pair in config_lib.differences(old, new).items():

@@ -45,6 +45,14 @@ class TrainState:
   carried: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def of_model(model: Any) -> TrainState:
+  """Returns the part of a state that using a model needs."""
+  none: Any = None
+  return TrainState(
+    step=none, model=model, opt_state=none, ema=none, num_skipped=none
+  )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepConfig:
   """What one update does; see `t2x.experiment.TrainConfig` for each field.

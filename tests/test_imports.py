@@ -57,6 +57,7 @@ _ORDER = (
   ('plan_trials',),
   ('estimate_text',),
   ('run', 'inference'),
+  ('conversion',),
   ('train',),
   ('deviation', 'verify', 'verify_report'),
   ('main',),

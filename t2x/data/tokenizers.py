@@ -225,7 +225,7 @@ class SentencePieceTokenizer(Tokenizer):
 
   def marks(self) -> dict[str, np.ndarray]:
     size, first = self.vocab.size, self.vocab.first_text_id
-    pieces = [self._processor.id_to_piece(i) for i in range(size)]
+    pieces = self.pieces()
     is_special = np.arange(size) < first
     begins_V = np.array([piece.startswith(_SPACE) for piece in pieces])
     ends_V = np.array([piece.endswith(('.', '!', '?')) for piece in pieces])
@@ -234,6 +234,10 @@ class SentencePieceTokenizer(Tokenizer):
       'breaks_V': is_special,
       'ends_V': ends_V,
     }
+
+  def pieces(self) -> list[str]:
+    """Returns the piece of each id."""
+    return [self._processor.id_to_piece(i) for i in range(self.vocab.size)]
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     all_ids = self._processor.encode(list(texts), num_threads=2)

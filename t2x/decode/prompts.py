@@ -144,7 +144,7 @@ def capacity(
         f'{needed}. Give at least {needed}, or none to let it be chosen.'
       )
     return _whole(given, chunk)
-  size = max(_power_of_two(-(-needed // chunk)), _MIN_CHUNKS) * chunk
+  size = max(power_of_two(-(-needed // chunk)), _MIN_CHUNKS) * chunk
   return size if limit is None else min(size, _whole(limit, chunk))
 
 
@@ -164,7 +164,7 @@ def num_rows(given: int | None, needed: int, parts: int) -> int:
       f'num_rows={given}, and there are {needed} prompts. Give at least '
       f'{needed}, or none to let it be chosen.'
     )
-  return _whole(given or max(_power_of_two(needed), _MIN_ROWS), parts)
+  return _whole(given or max(power_of_two(needed), _MIN_ROWS), parts)
 
 
 def cache_dtype(given: str | None) -> str | None:
@@ -185,7 +185,7 @@ def pad(rows: Sequence[Any], shape: tuple[int, int], fill: int) -> np.ndarray:
   return result_BS
 
 
-def _power_of_two(number: int) -> int:
+def power_of_two(number: int) -> int:
   """Returns the least power of two that is not below `number`."""
   return 1 << (number - 1).bit_length()
 

@@ -7,6 +7,7 @@
 ('gpt2', 768)
 """
 
+from collections.abc import Collection
 from collections.abc import Mapping
 import dataclasses
 from typing import Any
@@ -54,6 +55,27 @@ def to_t2x(hf: Hf) -> tuple[str, model.ModelConfig]:
       f'model_type={kind!r}; t2x reads {", ".join(_TRANSLATIONS)}.'
     )
   return _TRANSLATIONS[kind](hf)
+
+
+def with_parts(
+  config: model.ModelConfig, names: Collection[str]
+) -> model.ModelConfig:
+  """Returns the config with the heads that a file has weights of.
+
+  Released files of BERT and RoBERTa hold more than their `architectures` say
+  (a pooler, the sentence head), or a body alone.
+  """
+  if not isinstance(config, encoder.EncoderConfig):
+    return config
+  has = lambda *ends: any(name.endswith(ends) for name in names)
+  return dataclasses.replace(
+    config,
+    pooler=has('pooler.dense.weight'),
+    next_sentence=has('cls.seq_relationship.weight'),
+    masked_head=has(
+      'cls.predictions.transform.dense.weight', 'lm_head.dense.weight'
+    ),
+  )
 
 
 def _bert(hf: Hf) -> tuple[str, encoder.EncoderConfig]:

@@ -26,7 +26,7 @@ from t2x.interop import released
 from t2x.interop import tables
 from t2x.models import model as model_lib
 
-Tensors = Mapping[str, np.ndarray]
+Tensors = Mapping[str, Any]  # Of what has a shape and becomes an array.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +96,7 @@ def from_t2x(
   model: model_lib.Model,
   *,
   bare: bool = False,
+  copies: bool = True,
 ) -> dict[str, np.ndarray]:
   """Returns the model's parameters under Hugging Face's names.
 
@@ -105,9 +106,10 @@ def from_t2x(
     model: the model.
     bare: leave out the heads and the prefix, as the classes without a head
       (BertModel, GPT2Model, LlamaModel) have it.
+    copies: with the copies of tied weights, which files leave out.
 
   Returns:
-    Name -> float32 array, with a copy for each name of a tied weight.
+    Name -> float32 array.
   """
   table = _family(family)
   slots, _ = _slots(table, config)
@@ -122,8 +124,9 @@ def from_t2x(
     name: np.concatenate([parts[i] for i in sorted(parts)], dims[name])
     for name, parts in pieces.items()
   }
-  for copy, name in _copies(table, config, tensors).items():
-    tensors[copy] = tensors[name]
+  if copies:
+    tied = _copies(table, config, tensors)
+    tensors |= {copy: tensors[name] for copy, name in tied.items()}
   if not bare:
     return tensors
   return {

@@ -1,0 +1,80 @@
+"""Checkpoints of Hugging Face to runs, and runs to checkpoints.
+
+conversion.to_run('path/of/gpt2', 'runs/gpt2')
+conversion.from_run('runs/mine', 'path/of/mine')
+"""
+
+import json
+
+import jax
+import numpy as np
+
+from t2x import checkpoint
+from t2x import config as config_lib
+from t2x import inference
+from t2x import paths
+from t2x import run_dir
+from t2x import train_state
+from t2x.interop import huggingface
+
+_HF = 'huggingface.json'  # The config.json that a run came with.
+
+
+def is_run(directory: str) -> bool:
+  """Whether a run has left checkpoints in a directory."""
+  return (paths.path(directory) / 'checkpoints').exists()
+
+
+def to_run(directory: str, workdir: str) -> int:
+  """Makes a run, at its step 0, of a checkpoint of Hugging Face.
+
+  Args:
+    directory: of the checkpoint.
+    workdir: of the run, new or empty; may be gs://.
+
+  Returns:
+    The number of parameters.
+
+  Raises:
+    ValueError: see `huggingface.read`; or there is something in `workdir`.
+  """
+  root = paths.path(workdir)
+  if root.exists() and any(root.iterdir()):
+    raise ValueError(
+      f'{workdir} is there already and nothing is written over. Name a new '
+      '--to, or remove it.'
+    )
+  found = huggingface.read(directory)
+  config = huggingface.experiment_of(found, directory)
+  root.mkdir(parents=True, exist_ok=True)
+  found.tokenizer.save(root / 'tokenizer')
+  paths.write_whole(root / _HF, json.dumps(found.hf, indent=2) + '\n')
+  run_dir.write_versions(workdir)
+  paths.write_whole(root / 'config.json', config_lib.dumps(config))
+  state = train_state.of_model(found.model)
+  saved = checkpoint.Checkpoints(workdir)
+  done = saved.save(0, state, {}) and saved.wait()
+  saved.close()
+  if not done:
+    raise ValueError(f'The checkpoint could not be written to {workdir}.')
+  return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(found.model))
+
+
+def from_run(workdir: str, directory: str, step: int | None = None) -> str:
+  """Writes a run's model as `transformers` loads it.
+
+  Args:
+    workdir: of the run.
+    directory: new, or empty.
+    step: of the checkpoint; default the newest.
+
+  Returns:
+    The family that computes the same, such as gpt2.
+
+  Raises:
+    ValueError: see `inference.load` and `huggingface.write`.
+  """
+  trained = inference.load(workdir, step=step)
+  file = paths.path(workdir) / _HF
+  hf = json.loads(file.read_text()) if file.exists() else None
+  return huggingface.write(directory, trained.model, trained.tokenizer, hf=hf)

@@ -1,0 +1,203 @@
+"""From a config of t2x to a Hugging Face config.json: the way back of configs.
+
+>>> from t2x.models import presets
+>>> family, hf = from_t2x(presets.gpt2_small())
+>>> family, hf['n_embd']
+('gpt2', 768)
+"""
+
+from typing import Any
+
+from t2x import config as config_lib
+from t2x.interop import configs
+from t2x.layers import moe
+from t2x.layers import position
+from t2x.models import decoder
+from t2x.models import encoder
+from t2x.models import encoder_decoder
+from t2x.models import model as model_lib
+
+_ACTIVATIONS = {
+  'relu': 'relu',
+  'gelu': 'gelu',
+  'gelu_tanh': 'gelu_new',
+  'silu': 'silu',
+}
+# They change no number that a trained model computes.
+_NEUTRAL = ('dropout', 'kernel', 'block', 'vocab_multiple', 'dtype', 'std')
+# Files say by their weights which of these they have.
+_PARTS = ('pooler', 'next_sentence', 'masked_head')
+
+
+def from_t2x(config: model_lib.ModelConfig) -> tuple[str, dict[str, Any]]:
+  """Translates a model's config.
+
+  Args:
+    config: of a model that one of Hugging Face's families computes as well.
+
+  Returns:
+    The family, for `names.from_t2x`, and the dictionary of a config.json.
+
+  Raises:
+    ValueError: the nearest family computes something else; every setting that
+      it lacks is named.
+  """
+  if isinstance(config, encoder.EncoderConfig):
+    hf = _bert(config)
+  elif isinstance(config, encoder_decoder.EncoderDecoderConfig):
+    hf = _t5(config)
+  elif isinstance(config.position, position.Rotary):
+    hf = _llama(config)
+  else:
+    hf = _gpt2(config)
+  family, again = configs.to_t2x(hf)
+  lacking = {
+    name: pair
+    for name, pair in config_lib.differences(
+      config_lib.to_json(config), config_lib.to_json(again)
+    ).items()
+    if name.rpartition('.')[2] not in (*_NEUTRAL, *_PARTS)
+    and not name.startswith('init')
+  }
+  if lacking:
+    lines = [
+      f'  model.{name}={ours!r}, and there {theirs!r}'
+      for name, (ours, theirs) in lacking.items()
+    ]
+    raise ValueError(
+      f'No class of Hugging Face computes this model; the nearest is {family}, '
+      'which differs in\n' + '\n'.join(lines)
+    )
+  return family, hf
+
+
+def same(config: model_lib.ModelConfig, hf: configs.Hf) -> bool:
+  """Whether a config.json describes exactly the model of `config`."""
+  ours, theirs = map(config_lib.to_json, (config, configs.to_t2x(hf)[1]))
+  return not set(config_lib.differences(ours, theirs)) - set(_PARTS)
+
+
+def _bert(config: encoder.EncoderConfig) -> dict[str, Any]:
+  place = config.position
+  offset = place.offset if isinstance(place, position.Learned) else 0
+  length = place.max_length if isinstance(place, position.Learned) else 0
+  prefix = 'Roberta' if offset else 'Bert'
+  kind = 'ForMaskedLM' if config.masked_head else 'Model'
+  kind = 'ForPreTraining' if config.next_sentence else kind
+  return {
+    'model_type': prefix.lower(),
+    'architectures': [prefix + kind],
+    **({'pad_token_id': offset - 1} if offset else {}),
+    'vocab_size': config.vocab_size,
+    'num_hidden_layers': config.num_layers,
+    'hidden_size': config.embed_dim,
+    'num_attention_heads': config.attention.num_heads,
+    'intermediate_size': config.mlp.hidden,
+    'hidden_act': _ACTIVATIONS.get(config.mlp.activation, 'gelu'),
+    'layer_norm_eps': config.norm.eps,
+    'max_position_embeddings': length + offset,
+    'type_vocab_size': config.num_token_types,
+    'initializer_range': config.init.std,
+    'hidden_dropout_prob': config.dropout,
+    'attention_probs_dropout_prob': _dropout(config),
+  }
+
+
+def _gpt2(config: decoder.DecoderConfig) -> dict[str, Any]:
+  return {
+    'model_type': 'gpt2',
+    'architectures': ['GPT2LMHeadModel'],
+    'vocab_size': config.vocab_size,
+    'n_layer': config.num_layers,
+    'n_embd': config.embed_dim,
+    'n_head': config.attention.num_heads,
+    'n_inner': config.mlp.hidden,
+    'n_positions': config.max_length or 1024,
+    'activation_function': _ACTIVATIONS.get(config.mlp.activation, 'gelu_new'),
+    'layer_norm_epsilon': config.norm.eps,
+    'initializer_range': config.init.std,
+    'resid_pdrop': config.dropout,
+    'embd_pdrop': config.dropout,
+    'attn_pdrop': _dropout(config),
+  }
+
+
+def _t5(config: encoder_decoder.EncoderDecoderConfig) -> dict[str, Any]:
+  gated = config.mlp.gated
+  act = _ACTIVATIONS.get(config.mlp.activation, 'relu')
+  # By 'gated-gelu' T5 means the approximation.
+  act = 'gelu' if act == 'gelu_new' and gated else act
+  place = config.position
+  buckets = isinstance(place, position.RelativeBuckets)
+  return {
+    'model_type': 't5',
+    'architectures': ['T5ForConditionalGeneration'],
+    'is_encoder_decoder': True,
+    'decoder_start_token_id': 0,
+    'vocab_size': config.vocab_size,
+    'num_layers': config.num_encoder_layers or config.num_layers,
+    'num_decoder_layers': config.num_layers,
+    'd_model': config.embed_dim,
+    'd_kv': config.attention.head_dim,
+    'd_ff': config.mlp.hidden,
+    'num_heads': config.attention.num_heads,
+    'feed_forward_proj': f'gated-{act}' if gated else act,
+    'layer_norm_epsilon': config.norm.eps,
+    'relative_attention_num_buckets': place.num_buckets if buckets else 32,
+    'relative_attention_max_distance': place.max_distance if buckets else 128,
+    'dropout_rate': config.dropout,
+    'tie_word_embeddings': config.tied_head != 'untied',
+  }
+
+
+def _llama(config: decoder.DecoderConfig) -> dict[str, Any]:
+  heads = config.attention
+  rotary = config.position
+  assert isinstance(rotary, position.Rotary)
+  hf = {
+    'model_type': 'llama',
+    'architectures': ['LlamaForCausalLM'],
+    'vocab_size': config.vocab_size,
+    'num_hidden_layers': config.num_layers,
+    'hidden_size': config.embed_dim,
+    'num_attention_heads': heads.num_heads,
+    'num_key_value_heads': heads.num_kv_heads or heads.num_heads,
+    'head_dim': heads.head_dim,
+    'intermediate_size': config.mlp.hidden,
+    'hidden_act': _ACTIVATIONS.get(config.mlp.activation, 'silu'),
+    'attention_bias': heads.bias,
+    'mlp_bias': False,
+    'rms_norm_eps': config.norm.eps,
+    'rope_theta': rotary.base,
+    'rope_scaling': _scaling(rotary.scaling),
+    'max_position_embeddings': 2048,
+    'initializer_range': config.init.std,
+    'attention_dropout': _dropout(config),
+    'tie_word_embeddings': config.tied_head == 'tied',
+  }
+  if isinstance(config.mlp, moe.MoeConfig):
+    hf |= {
+      'model_type': 'mixtral',
+      'architectures': ['MixtralForCausalLM'],
+      'num_local_experts': config.mlp.num_experts,
+      'num_experts_per_tok': getattr(config.mlp.router, 'top_k', 2),
+      'router_aux_loss_coef': getattr(config.mlp.router, 'balance_loss', 0.0),
+      'sliding_window': None,
+    }
+  return hf
+
+
+def _scaling(scaling: position.Llama3Scaling | None) -> dict[str, Any] | None:
+  if scaling is None:
+    return None
+  return {
+    'rope_type': 'llama3',
+    'factor': scaling.factor,
+    'low_freq_factor': scaling.low_frequency_factor,
+    'high_freq_factor': scaling.high_frequency_factor,
+    'original_max_position_embeddings': scaling.original_length,
+  }
+
+
+def _dropout(config: model_lib.ModelConfig) -> float:
+  return getattr(config.attention, 'dropout', 0.0)

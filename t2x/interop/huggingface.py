@@ -1,0 +1,144 @@
+"""Whole checkpoints of Hugging Face: config, weights and tokenizer.
+
+found = huggingface.read('path/of/gpt2')
+huggingface.write('path/of/mine', found.model, found.tokenizer)
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import pathlib
+from typing import Any
+
+from t2x import experiment
+from t2x.data import config as data_config
+from t2x.data import pretrained
+from t2x.data import tokenizers
+from t2x.interop import checkpoint_dir
+from t2x.interop import configs
+from t2x.interop import exported
+from t2x.interop import names
+from t2x.interop import tokenizer_file
+from t2x.models import encoder
+from t2x.models import encoder_decoder
+from t2x.models import model as model_lib
+from t2x.objectives import causal_lm
+from t2x.objectives import masked_lm
+from t2x.objectives import span_corruption
+
+is_one = checkpoint_dir.is_one
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+  """What a directory holds.
+
+  Attributes:
+    family: how its weights are named, a key of `tables.FAMILIES`.
+    hf: its config.json.
+    model: float32, on one device.
+    tokenizer: its own.
+  """
+
+  family: str
+  hf: dict[str, Any]
+  model: model_lib.Model
+  tokenizer: tokenizers.Tokenizer
+
+
+def read(directory: str) -> Checkpoint:
+  """Reads a BERT, RoBERTa, GPT-2, T5, Llama or Mixtral.
+
+  Args:
+    directory: with config.json, safetensors and the tokenizer's files.
+
+  Raises:
+    ValueError: a file is missing or damaged, or weights, config and tokenizer
+      do not fit each other; see `checkpoint_dir`, `configs` and `names`.
+  """
+  hf = checkpoint_dir.read_config(directory)
+  try:
+    family, config = configs.to_t2x(hf)
+  except KeyError as error:
+    raise ValueError(
+      f'{directory}/config.json lacks {error.args[0]!r}. Copy it again.'
+    ) from None
+  tokenizer = tokenizers.read(tokenizers.Pretrained(directory=str(directory)))
+  if tokenizer.vocab_size > config.vocab_size:
+    raise ValueError(
+      f'{directory}: the tokenizer has {tokenizer.vocab_size} ids, and the '
+      f'model {config.vocab_size}. They are of different checkpoints.'
+    )
+  tensors = checkpoint_dir.read_tensors(directory)
+  config = configs.with_parts(config, tensors)
+  model = names.to_t2x(family, config, tensors)
+  return Checkpoint(family=family, hf=hf, model=model, tokenizer=tokenizer)
+
+
+def write(
+  directory: str,
+  model: model_lib.Model,
+  tokenizer: tokenizers.Tokenizer | None = None,
+  *,
+  hf: Mapping[str, Any] | None = None,
+  shard_bytes: int | None = None,
+) -> str:
+  """Writes a model as `transformers` loads it.
+
+  Args:
+    directory: new, or empty.
+    model: of a config that one of the families computes.
+    tokenizer: written beside it.
+    hf: the config.json that the model came with; it is kept where it still
+      describes the model.
+    shard_bytes: the most of a file of weights; default 5 GB.
+
+  Returns:
+    The family.
+
+  Raises:
+    ValueError: no family computes the model, or the directory is not empty.
+  """
+  checkpoint_dir.check_new(directory)
+  config = model.config
+  family, made = exported.from_t2x(config)
+  ids = {} if tokenizer is None else _ids(tokenizer)
+  if hf is None or not exported.same(config, hf):
+    hf = {**made, **ids}
+  tensors = names.from_t2x(family, config, model, copies=False)
+  limit = {} if shard_bytes is None else {'shard_bytes': shard_bytes}
+  checkpoint_dir.write(directory, hf, tensors, **limit)
+  if isinstance(tokenizer, pretrained.PretrainedTokenizer):
+    tokenizer.export(directory)
+  elif tokenizer is not None:
+    tokenizer_file.write(directory, tokenizer)
+  return family
+
+
+def experiment_of(found: Checkpoint, directory: str) -> experiment.Experiment:
+  """Returns the settings of a run that would have made a checkpoint."""
+  config = found.model.config
+  objective: Any = causal_lm.CausalLM()
+  if isinstance(config, encoder.EncoderConfig):
+    objective = masked_lm.MaskedLM()
+  elif isinstance(config, encoder_decoder.EncoderDecoderConfig):
+    objective = span_corruption.SpanCorruption()
+  own = ('max_position_embeddings', 'n_positions')
+  lengths = [found.hf[name] for name in own if found.hf.get(name)]
+  return experiment.Experiment(
+    model=config,
+    data=data_config.DataConfig(
+      tokenizer=tokenizers.Pretrained(
+        directory=str(pathlib.Path(directory).absolute())
+      ),
+      length=config.max_length or min(lengths, default=512),
+      objective=objective,
+    ),
+  )
+
+
+def _ids(tokenizer: tokenizers.Tokenizer) -> dict[str, int]:
+  return {
+    'bos_token_id': tokenizer.bos_id,
+    'eos_token_id': tokenizer.eos_id,
+    'pad_token_id': tokenizer.pad_id,
+  }
