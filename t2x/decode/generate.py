@@ -18,13 +18,15 @@ import numpy as np
 
 from t2x import sharding
 from t2x.decode import loop
+from t2x.decode import processors
 from t2x.decode import prompts as prompts_lib
 from t2x.decode import sampling as sampling_lib
 from t2x.layers import dropout
 from t2x.layers import kinds
 from t2x.models import decoder
 
-_NEVER_ENDS = -1  # No token has this id.
+Sampling = sampling_lib.SamplingConfig
+_NONE = processors.NONE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,10 +50,10 @@ def generate(
   prompts: Sequence[Sequence[int]],
   *,
   num_tokens: int,
-  sampling: sampling_lib.SamplingConfig | None = None,
+  sampling: Sampling | Sequence[Sampling] | None = None,
   seed: int = 0,
   keys_B: jax.Array | None = None,
-  eos_id: int | None = None,
+  eos_id: int | Sequence[int] | None = None,
   pad_id: int = 0,
   start_id: int | None = None,
   max_length: int | None = None,
@@ -75,11 +77,13 @@ def generate(
     model: a `Decoder` or an `EncoderDecoder`.
     prompts: token ids of each row: a text to go on with, or a source.
     num_tokens: the most new tokens of a row.
-    sampling: how tokens are drawn; None means from the model's distribution.
-      Another config compiles the loop once more.
+    sampling: how tokens are drawn, for all rows or for each; None means from
+      the model's distribution. Other values share a compiled program as long
+      as they ask for the same processors.
     seed: what row i draws depends on `seed`, on i and on its prompt alone.
     keys_B: a key for each prompt, instead of `seed`.
-    eos_id: the token that ends a row; None always goes on to `num_tokens`.
+    eos_id: the token that ends a row, or several of them; None always goes on
+      to `num_tokens`.
     pad_id: fills rows up; no other token sees it.
     start_id: the first token of an answer, by default `pad_id` as in T5; with a
       decoder, what an empty prompt becomes, which is else an error.
@@ -102,7 +106,9 @@ def generate(
   """
   _check_model(model)
   vocab_size = model.config.vocab_size
-  ids = {'eos_id': eos_id, 'pad_id': pad_id, 'start_id': start_id}
+  ends = prompts_lib.ends(eos_id)
+  ids = {'pad_id': pad_id, 'start_id': start_id}
+  ids |= {f'eos_id[{i}]' if i else 'eos_id': end for i, end in enumerate(ends)}
   prompts_lib.check_settings(
     {'num_tokens': num_tokens, 'chunk': chunk, 'max_length': max_length},
     vocab_size=vocab_size,
@@ -122,7 +128,9 @@ def generate(
   check([len(row) for row in rows], num_tokens, limit, more)
   num_rows = prompts_lib.num_rows(num_rows, len(rows), _row_parts())
   keys_B = _row_keys(keys_B, seed, len(rows), num_rows)
+  settings = _settings(sampling, len(rows), num_rows, vocab_size)
   start = pad_id if start_id is None else start_id
+  width = max(4, prompts_lib.power_of_two(max(len(ends), 1)))
   plan = _Plan(
     num_tokens=num_tokens,
     num_rows=num_rows,
@@ -141,8 +149,11 @@ def generate(
     ended_B=np.arange(num_rows) >= len(rows),
     num_tokens=np.int32(num_tokens),
     pad_id=np.int32(pad_id),
-    eos_id=np.int32(_NEVER_ENDS if eos_id is None else eos_id),
-    sampling=sampling or sampling_lib.SamplingConfig(),
+    ends_BE=prompts_lib.pad([ends] * num_rows, (num_rows, width), _NONE),
+    settings=settings,
+    history=sampling_lib.begin(
+      settings, [*rows, *[[]] * (num_rows - len(rows))], vocab_size
+    ),
   )
   return _to_lists(state, len(rows))
 
@@ -220,6 +231,18 @@ def _to_lists(state: loop.State, num_prompts: int) -> Generation:
     log_probs=cut(log_probs_BN),
     ended=np.asarray(state.ended_B)[:num_prompts].tolist(),
   )
+
+
+def _settings(sampling, num_prompts, num_rows, vocab_size):
+  """Returns the settings of each row as arrays."""
+  if sampling is None or isinstance(sampling, Sampling):
+    sampling = [sampling or Sampling()] * num_prompts
+  if len(sampling) != num_prompts:
+    raise ValueError(
+      f'sampling has {len(sampling)} settings and there are {num_prompts} '
+      'prompts; give one for all, or one for each.'
+    )
+  return sampling_lib.rows(sampling, num_rows, vocab_size)
 
 
 def _check_model(model: Any) -> None:

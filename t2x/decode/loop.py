@@ -95,6 +95,7 @@ class State:
     tokens_BN: new tokens.
     log_probs_BN: their log-probabilities.
     caches: keys and values of the tokens before the latest.
+    history: what processors know of each row's text.
   """
 
   number: jax.Array
@@ -105,12 +106,13 @@ class State:
   tokens_BN: jax.Array
   log_probs_BN: jax.Array
   caches: Any
+  history: sampling_lib.History
 
 
 # `num_tokens` and the ids are traced: another value is the same program. The
 # caches are donated, and returned so that the loop can work in their memory.
 @functools.partial(
-  jax.jit, static_argnames=('capacity', 'sampling'), donate_argnames='caches'
+  jax.jit, static_argnames='capacity', donate_argnames='caches'
 )
 def decode(
   model: Model,
@@ -121,10 +123,11 @@ def decode(
   ended_B: jax.Array,
   keys_B: jax.Array,
   num_tokens: jax.Array,
-  eos_id: jax.Array,
+  ends_BE: jax.Array,
   pad_id: jax.Array,
   capacity: int,
-  sampling: sampling_lib.SamplingConfig,
+  settings: sampling_lib.Rows,
+  history: sampling_lib.History,
   source_segments_BS: jax.Array | None = None,
 ) -> State:
   """Draws up to `num_tokens` tokens a row, until every row has ended.
@@ -137,10 +140,11 @@ def decode(
     ended_B: rows that are padding.
     keys_B: a key for each row.
     num_tokens: the most new tokens, not above `capacity`.
-    eos_id: the token that ends a row.
+    ends_BE: the tokens that end each row.
     pad_id: what a row that has ended goes on with.
     capacity: of the caches.
-    sampling: how tokens are drawn.
+    settings: how tokens are drawn.
+    history: what processors know of the prompts.
     source_segments_BS: what an encoder-decoder's targets see: where this is 1.
 
   Returns:
@@ -156,6 +160,7 @@ def decode(
     tokens_BN=empty(jnp.int32),
     log_probs_BN=empty(jnp.float32),
     caches=caches,
+    history=history,
   )
 
   def goes_on(state):
@@ -165,9 +170,16 @@ def decode(
     logits_BV, caches = _next_logits(model, state, source_segments_BS)
     fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
     keys = fold_in(keys_B, state.number)
-    token_B = sampling_lib.sample(logits_BV, keys, sampling)
+    token_B = sampling_lib.sample(
+      logits_BV,
+      keys,
+      settings,
+      state.history,
+      number_B=jnp.broadcast_to(state.number, keys.shape),
+      ends_BE=ends_BE,
+    )
     token_B = jnp.where(state.ended_B, pad_id, token_B)
-    return _append(state, token_B, logits_BV, caches, eos_id)
+    return _append(state, token_B, logits_BV, caches, ends_BE)
 
   state = jax.lax.while_loop(goes_on, extend, state)
   return dataclasses.replace(
@@ -193,10 +205,10 @@ def _next_logits(model, state, source_segments_BS):
   return model.head(x_B1D)[:, 0], caches
 
 
-def _append(state, token_B, logits_BV, caches, eos_id) -> State:
-  log_probs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
-  log_prob_B1 = jnp.take_along_axis(log_probs_BV, token_B[:, None], axis=-1)
-  ended_B = state.ended_B | (token_B == eos_id)
+def _append(state, token_B, logits_BV, caches, ends_BE) -> State:
+  logit_B1 = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)
+  log_prob_B1 = logit_B1 - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
+  ended_B = state.ended_B | (token_B[:, None] == ends_BE).any(-1)
   put = lambda array_BN, new_B1: jax.lax.dynamic_update_slice_in_dim(
     array_BN, new_B1, state.number, axis=1
   )
@@ -209,4 +221,5 @@ def _append(state, token_B, logits_BV, caches, eos_id) -> State:
     tokens_BN=put(state.tokens_BN, token_B[:, None]),
     log_probs_BN=put(state.log_probs_BN, log_prob_B1),
     caches=caches,
+    history=state.history.add(token_B),
   )

@@ -36,6 +36,13 @@ def check_settings(
       )
 
 
+def ends(eos_id: int | Sequence[int] | None) -> list[int]:
+  """Returns the tokens that end a row."""
+  if eos_id is None:
+    return []
+  return list(eos_id) if isinstance(eos_id, Sequence) else [eos_id]
+
+
 def to_rows(
   prompts: Sequence[Sequence[int]], vocab_size: int, start_id: int | None
 ) -> list[np.ndarray]:

@@ -1,35 +1,62 @@
-"""From logits to tokens: temperature, top-k, top-p, in this order.
+"""From logits to tokens, by settings of each row.
 
-Every function is pure and works on rows: a row's result depends on its own
-logits and its own key, never on the rest of the batch.
+The processors run in this order: bias, repetition, presence and frequency,
+banned words, least length; then temperature, top-k, top-p, min-p, typical. It
+is that of Hugging Face's `generate`, so that the same settings mean the same.
+A row's result depends on its own logits, settings and key, never on the rest
+of the batch; and a program holds those processors alone that a row asks for.
 
-Shape suffixes: B batch, V vocabulary.
+Shape suffixes: B batch, V vocabulary, M words, W tokens of a word, E ends.
 """
 
+from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from t2x.decode import processors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
   """How the next token is drawn; the default is the model's distribution.
 
-  >>> SamplingConfig(temperature=0.8, top_p=0.9)
-  SamplingConfig(temperature=0.8, top_k=None, top_p=0.9)
+  >>> SamplingConfig(temperature=0.8, top_p=0.9).top_p
+  0.9
 
   Attributes:
     temperature: logits are divided by it; 0 takes the most likely token.
     top_k: only the k most likely tokens stay; None keeps all.
     top_p: of these, only the smallest set of the most likely tokens whose
       probabilities sum to at least p stays; None keeps all.
+    min_p: only tokens of at least p times the largest probability stay.
+    typical_p: only tokens whose surprise is nearest to the entropy stay, the
+      smallest set that sums to at least p.
+    repetition_penalty: divides positive logits of tokens that the prompt or
+      the text holds, and multiplies negative ones.
+    presence_penalty: is subtracted from logits of tokens already written.
+    frequency_penalty: the same, times how often they were.
+    min_tokens: so many tokens come before an end token may.
+    bias: token id -> added to its logit; -inf bans it.
+    banned: words, as token ids, that are never completed.
   """
 
   temperature: float = 1.0
   top_k: int | None = None
   top_p: float | None = None
+  min_p: float | None = None
+  typical_p: float | None = None
+  repetition_penalty: float = 1.0
+  presence_penalty: float = 0.0
+  frequency_penalty: float = 0.0
+  min_tokens: int = 0
+  bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+  banned: Sequence[Sequence[int]] = ()
 
   def __post_init__(self):
     if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -42,75 +69,266 @@ class SamplingConfig:
         f'sampling.top_k={self.top_k}; it must be 1 or more, or none to keep '
         'every token.'
       )
-    if self.top_p is not None and not 0 < self.top_p <= 1:
+    for name in ('top_p', 'min_p', 'typical_p'):
+      value = getattr(self, name)
+      if value is not None and not 0 < value <= 1:
+        raise ValueError(
+          f'sampling.{name}={value}; it must be in (0, 1], or none to keep '
+          'every token.'
+        )
+    if not 0 < self.repetition_penalty < math.inf:
       raise ValueError(
-        f'sampling.top_p={self.top_p}; it must be in (0, 1], or none to keep '
-        'every token.'
+        f'sampling.repetition_penalty={self.repetition_penalty}; it must be '
+        'above 0; 1 changes nothing.'
+      )
+    for name in ('presence_penalty', 'frequency_penalty'):
+      if not math.isfinite(getattr(self, name)):
+        raise ValueError(
+          f'sampling.{name}={getattr(self, name)}; it must be a number; 0 '
+          'changes nothing.'
+        )
+    if self.min_tokens < 0:
+      raise ValueError(
+        f'sampling.min_tokens={self.min_tokens}; it is 0 or more.'
+      )
+    if any(math.isnan(x) or x == math.inf for x in self.bias.values()):
+      raise ValueError(
+        'sampling.bias holds what is no number, or inf; -inf bans a token.'
+      )
+    if any(not len(word) for word in self.banned):
+      raise ValueError(
+        'sampling.banned holds a word without tokens, which would ban all.'
       )
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows:
+  """Settings of each row, as arrays; None where no row asks for them.
+
+  Attributes are those of `SamplingConfig`; a temperature of None is 0
+  everywhere. `words_BMW` are flush right; `most_k` is at least every k.
+  """
+
+  temperature_B: Any = None
+  top_k_B: Any = None
+  top_p_B: Any = None
+  min_p_B: Any = None
+  typical_B: Any = None
+  repetition_B: Any = None
+  presence_B: Any = None
+  frequency_B: Any = None
+  min_tokens_B: Any = None
+  bias_BV: Any = None
+  words_BMW: Any = None
+  most_k: int | None = dataclasses.field(
+    default=None, metadata={'static': True}
+  )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class History:
+  """What processors know of each row's text; None where none asks.
+
+  Attributes:
+    prompt_BV: whether the prompt holds a token.
+    counts_BV: how often a token was written.
+    recent_BW: the latest tokens, the last one last.
+  """
+
+  prompt_BV: Any = None
+  counts_BV: Any = None
+  recent_BW: Any = None
+
+  def add(self, token_B: jax.Array) -> 'History':
+    """Returns the history with one more token of each row."""
+    counts_BV, recent_BW = self.counts_BV, self.recent_BW
+    if counts_BV is not None:
+      count = jax.vmap(lambda row, token: row.at[token].add(1))
+      counts_BV = count(counts_BV, token_B)
+    if recent_BW is not None:
+      recent_BW = jnp.concatenate([recent_BW, token_B[:, None]], 1)[:, 1:]
+    return dataclasses.replace(self, counts_BV=counts_BV, recent_BW=recent_BW)
+
+
+def rows(
+  configs: Sequence[SamplingConfig], num_rows: int, vocab_size: int
+) -> Rows:
+  """Returns the settings of a batch.
+
+  Args:
+    configs: of each row, or one for all.
+    num_rows: of the padded batch.
+    vocab_size: what ids must stay below.
+
+  Raises:
+    ValueError: a bias or a banned word with an id outside the vocabulary.
+  """
+  configs = [configs[min(i, len(configs) - 1)] for i in range(num_rows)]
+  for config in configs:
+    _check_ids(config, vocab_size)
+  plain = SamplingConfig()
+
+  def column(name: str, dtype, empty: Any = None):
+    values = [getattr(config, name) for config in configs]
+    if all(value == getattr(plain, name) for value in values):
+      return None
+    return np.array([empty if v is None else v for v in values], dtype)
+
+  temperature_B = np.array([c.temperature for c in configs], np.float32)
+  counts = [
+    column(f'{n}_penalty', np.float32) for n in ('presence', 'frequency')
+  ]
+  if any(column is not None for column in counts):
+    zeros = np.zeros(num_rows, np.float32)
+    counts = [zeros if column is None else column for column in counts]
+  ks = [config.top_k for config in configs if config.top_k is not None]
+  return Rows(
+    temperature_B=temperature_B if temperature_B.any() else None,
+    top_k_B=column('top_k', np.int32, vocab_size),
+    # Rounded up, so that few programs serve every k.
+    most_k=_up(max(ks)) if len(ks) == num_rows else None,
+    top_p_B=column('top_p', np.float32, 1.0),
+    min_p_B=column('min_p', np.float32, 0.0),
+    typical_B=column('typical_p', np.float32, 1.0),
+    repetition_B=column('repetition_penalty', np.float32),
+    presence_B=counts[0],
+    frequency_B=counts[1],
+    min_tokens_B=column('min_tokens', np.int32),
+    bias_BV=_bias(configs, vocab_size),
+    words_BMW=_words(configs),
+  )
+
+
+def _check_ids(config: SamplingConfig, vocab_size: int) -> None:
+  words = (i for word in config.banned for i in word)
+  for name, ids in (('bias', config.bias), ('banned', words)):
+    for i in ids:
+      if not 0 <= i < vocab_size:
+        raise ValueError(
+          f'sampling.{name} names the token id {i}, and the vocabulary has '
+          f'{vocab_size} tokens, 0 to {vocab_size - 1}.'
+        )
+
+
+def _bias(configs, vocab_size: int) -> np.ndarray | None:
+  if not any(config.bias for config in configs):
+    return None
+  bias_BV = np.zeros((len(configs), vocab_size), np.float32)
+  for row, config in zip(bias_BV, configs):
+    row[list(config.bias)] = list(config.bias.values())
+  return bias_BV
+
+
+def _words(configs) -> np.ndarray | None:
+  """Returns banned words; numbers and lengths are rounded up to few shapes."""
+  longest = max((len(w) for c in configs for w in c.banned), default=0)
+  if not longest:
+    return None
+  most = max(len(config.banned) for config in configs)
+  shape = len(configs), _up(most), _up(longest)
+  words_BMW = np.full(shape, processors.NONE, np.int32)
+  for words_MW, config in zip(words_BMW, configs):
+    for row, word in zip(words_MW, config.banned):
+      row[-len(word) :] = word
+  return words_BMW
+
+
+def _up(number: int) -> int:
+  return 1 << (number - 1).bit_length()
+
+
+def begin(settings: Rows, prompts: Sequence[Any], vocab_size: int) -> History:
+  """Returns the history of rows that have their prompts alone."""
+  shape = len(prompts), vocab_size
+  prompt_BV = counts_BV = recent_BW = None
+  if settings.repetition_B is not None:
+    prompt_BV = np.zeros(shape, bool)
+    for row, prompt in zip(prompt_BV, prompts):
+      row[np.asarray(prompt, int)] = True
+  if settings.repetition_B is not None or settings.presence_B is not None:
+    counts_BV = np.zeros(shape, np.int32)
+  if settings.words_BMW is not None:
+    size = settings.words_BMW.shape[-1] - 1
+    recent_BW = np.full((len(prompts), size), processors.NONE, np.int32)
+    for row, prompt in zip(recent_BW, prompts):
+      last = prompt[len(prompt) - min(size, len(prompt)) :]
+      row[size - len(last) :] = last
+  return History(prompt_BV=prompt_BV, counts_BV=counts_BV, recent_BW=recent_BW)
+
+
 def sample(
-  logits_BV: jax.Array, keys_B: jax.Array, config: SamplingConfig
+  logits_BV: jax.Array,
+  keys_B: jax.Array,
+  settings: Rows,
+  history: History = History(),
+  *,
+  number_B: jax.Array | None = None,
+  ends_BE: jax.Array | None = None,
 ) -> jax.Array:
   """Draws one token for each row.
 
   Args:
     logits_BV: float32, without the padding of the vocabulary.
     keys_B: a key for each row; unused where the temperature is 0.
-    config: what to draw from.
+    settings: of each row.
+    history: of each row.
+    number_B: tokens that each row has written, where `min_tokens` is asked.
+    ends_BE: the tokens that end each row, likewise.
 
   Returns:
     Token ids (B,), int32. At temperature 0 the lowest id of equal ones.
   """
-  if config.temperature == 0:
-    return logits_BV.argmax(-1).astype(jnp.int32)
-  logits_BV = truncate(logits_BV, config)
-  draw = jax.vmap(jax.random.categorical)
-  return draw(keys_B, logits_BV).astype(jnp.int32)
+  logits_BV = shaped(logits_BV, settings, history, number_B, ends_BE)
+  if settings.temperature_B is None:
+    return processors.largest(logits_BV)
+  uniform_B = jax.vmap(jax.random.uniform)(keys_B)
+  drawn_B = processors.draw(truncated(logits_BV, settings), uniform_B)
+  best_B = processors.largest(logits_BV)
+  return jnp.where(settings.temperature_B > 0, drawn_B, best_B)
 
 
-def truncate(logits_BV: jax.Array, config: SamplingConfig) -> jax.Array:
-  """Returns the logits that `sample` draws from, for a positive temperature.
-
-  Tokens that are left out have -inf; the others are not normalised.
-  """
-  logits_BV = temperature(logits_BV, config.temperature)
-  if config.top_k is not None:
-    logits_BV = top_k(logits_BV, config.top_k)
-  # Rounding must not cut the tail where p = 1 asks for everything.
-  if config.top_p is not None and config.top_p < 1:
-    logits_BV = top_p(logits_BV, config.top_p)
+def shaped(
+  logits_BV: jax.Array,
+  settings: Rows,
+  history: History = History(),
+  number_B: jax.Array | None = None,
+  ends_BE: jax.Array | None = None,
+) -> jax.Array:
+  """Returns logits after what depends on the text: bias to least length."""
+  if settings.bias_BV is not None:
+    logits_BV = processors.biased(logits_BV, settings.bias_BV)
+  if settings.repetition_B is not None:
+    seen_BV = history.prompt_BV | (history.counts_BV > 0)
+    logits_BV = processors.repetition(logits_BV, seen_BV, settings.repetition_B)
+  if settings.presence_B is not None:
+    logits_BV = processors.frequency(
+      logits_BV, history.counts_BV, settings.presence_B, settings.frequency_B
+    )
+  if settings.words_BMW is not None:
+    logits_BV = processors.without_words(
+      logits_BV, history.recent_BW, settings.words_BMW
+    )
+  if settings.min_tokens_B is not None:
+    assert number_B is not None and ends_BE is not None
+    is_short_B = number_B < settings.min_tokens_B
+    logits_BV = processors.min_length(logits_BV, is_short_B, ends_BE)
   return logits_BV
 
 
-def temperature(logits_BV: jax.Array, value: float) -> jax.Array:
-  """Divides by a positive temperature; the largest logit becomes 0."""
-  # Shifted first, so that a tiny temperature overflows to -inf, not to NaN.
-  return (logits_BV - logits_BV.max(-1, keepdims=True)) / value
+def truncated(logits_BV: jax.Array, settings: Rows) -> jax.Array:
+  """Returns the logits that are drawn from: temperature to typical.
 
-
-def top_k(logits_BV: jax.Array, k: int) -> jax.Array:
-  """Sets all but the k largest logits to -inf (Fan et al., 2018).
-
-  Tokens that equal the k-th stay too: nothing tells them apart.
+  Tokens that are left out have -inf; the others are not normalised.
   """
-  largest_BK, _ = jax.lax.top_k(logits_BV, min(k, logits_BV.shape[-1]))
-  return _at_least(logits_BV, largest_BK[:, -1:])
-
-
-def top_p(logits_BV: jax.Array, p: float) -> jax.Array:
-  """Keeps the most likely tokens up to a mass of p (Holtzman et al., 2020).
-
-  A token stays if those before it, most likely first, sum to less than p: the
-  one that crosses p stays, and there is always one. Tokens that equal the last
-  one stay too.
-  """
-  sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-  probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
-  before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
-  kept_BV = jnp.where(before_BV < p, sorted_BV, jnp.inf)
-  return _at_least(logits_BV, kept_BV.min(-1, keepdims=True))
-
-
-def _at_least(logits_BV: jax.Array, least_B1: jax.Array) -> jax.Array:
-  return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
+  logits_BV = processors.temperature(logits_BV, settings.temperature_B)
+  if settings.top_k_B is not None:
+    logits_BV = processors.top_k(logits_BV, settings.top_k_B, settings.most_k)
+  if settings.top_p_B is not None:
+    logits_BV = processors.top_p(logits_BV, settings.top_p_B)
+  if settings.min_p_B is not None:
+    logits_BV = processors.min_p(logits_BV, settings.min_p_B)
+  if settings.typical_B is not None:
+    logits_BV = processors.typical(logits_BV, settings.typical_B)
+  return logits_BV

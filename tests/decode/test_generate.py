@@ -266,7 +266,10 @@ def test_two_compilations_whatever_the_lengths():
   for number, row_lengths in enumerate(lengths):
     prompts = [[1] * length for length in row_lengths]
     settings = {'num_tokens': 5 + number, 'eos_id': [None, 3][number % 2]}
-    generate.generate(model, prompts, seed=number, **settings)
+    own = sampling.SamplingConfig(
+      temperature=0.5 + number, top_k=5 + number, top_p=0.9 - number / 10
+    )
+    generate.generate(model, prompts, seed=number, sampling=own, **settings)
   assert np.subtract(programs(), before).tolist() == [1, 1]
 
 
@@ -295,10 +298,12 @@ def test_loop_stops_when_every_row_has_ended():
     'num_tokens': np.int32(60),
     'pad_id': np.int32(0),
     'capacity': 64,
-    'sampling': GREEDY,
+    'settings': sampling.rows([GREEDY], 1, VOCAB),
+    'history': sampling.History(),
   }
   caches = loop.prefill(model, prompt, np.array([2]), chunk=16)
-  state = loop.decode(model, caches, eos_id=np.int32(eos), **settings)
+  ends_BE = np.array([[eos]], np.int32)
+  state = loop.decode(model, caches, ends_BE=ends_BE, **settings)
   assert int(state.number) <= 4
   assert int(state.count_B[0]) == int(state.number) - 1
 
@@ -459,10 +464,11 @@ def test_no_step_copies_a_cache(rows):
     ended_B=jnp.zeros(rows, bool),
     keys_B=jax.random.split(jax.random.key(0), rows),
     num_tokens=jnp.int32(8),
-    eos_id=jnp.int32(-1),
+    ends_BE=jnp.zeros((rows, 0), jnp.int32),
     pad_id=jnp.int32(0),
     capacity=64,
-    sampling=GREEDY,
+    settings=sampling.rows([GREEDY], rows, VOCAB),
+    history=sampling.History(),
   )
   # As users compile it, unlike the rest of this file.
   jax.config.update('jax_disable_most_optimizations', False)

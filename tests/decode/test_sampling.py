@@ -1,13 +1,12 @@
 """Sampling: masks against plain numpy, frequencies against the distribution."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
 
+from t2x.decode import processors
 from t2x.decode import sampling
 
 CONFIGS = [
@@ -19,12 +18,27 @@ CONFIGS = [
   sampling.SamplingConfig(temperature=2.0, top_k=9, top_p=0.6),
 ]
 
-sample = jax.jit(sampling.sample, static_argnums=2)
+
+@jax.jit
+def drawn(logits, keys, settings):
+  return sampling.sample(logits, keys, settings)
 
 
-@functools.partial(jax.jit, static_argnums=1)
+def sample(logits, keys, config):
+  return drawn(logits, keys, sampling.rows([config], *logits.shape))
+
+
+@jax.jit
+def truncated(logits, settings):
+  return sampling.truncated(logits, settings)
+
+
+def truncate(logits, config):
+  return truncated(logits, sampling.rows([config], *logits.shape))
+
+
 def softmax_of_truncated(logits, config):
-  return jax.nn.softmax(sampling.truncate(logits, config))
+  return jax.nn.softmax(truncate(logits, config))
 
 
 def naive_distribution(logits, config):
@@ -68,11 +82,11 @@ def test_truncation_equals_naive_version(config, ties):
 def test_ties_stay_together():
   logits = jnp.array([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]])
   kept = lambda x: np.flatnonzero(np.isfinite(np.asarray(x)[0])).tolist()
-  assert kept(sampling.top_k(logits, 1)) == [1]
-  assert kept(sampling.top_k(logits, 2)) == [1, 2, 3, 4]
-  assert kept(sampling.top_p(logits, 0.4)) == [1]
-  assert kept(sampling.top_p(logits, 0.6)) == [1, 2, 3, 4]
-  assert kept(sampling.top_k(logits, 100)) == [0, 1, 2, 3, 4, 5]
+  assert kept(processors.top_k(logits, jnp.array([1]))) == [1]
+  assert kept(processors.top_k(logits, jnp.array([2]))) == [1, 2, 3, 4]
+  assert kept(processors.top_p(logits, jnp.array([0.4]))) == [1]
+  assert kept(processors.top_p(logits, jnp.array([0.6]))) == [1, 2, 3, 4]
+  assert kept(processors.top_k(logits, jnp.array([100]))) == [0, 1, 2, 3, 4, 5]
 
 
 def test_top_k_comes_before_top_p():
@@ -80,7 +94,7 @@ def test_top_k_comes_before_top_p():
   logits = jnp.log(jnp.array([[0.3, 0.28, 0.22, 0.2]]))
   both = sampling.SamplingConfig(top_k=2, top_p=0.5)
   alone = sampling.SamplingConfig(top_p=0.5)
-  count = lambda c: int(jnp.isfinite(sampling.truncate(logits, c)).sum())
+  count = lambda c: int(jnp.isfinite(truncate(logits, c)).sum())
   assert (count(both), count(alone)) == (1, 2)
 
 
