@@ -47,7 +47,7 @@ EXTRAS = {
   # The GPU compiler, which needs no GPU: JAX's plugin of JAX's own version. It
   # compiles without CUDA, and without its runtime says so at every start.
   'plan-gpu': ['jax[cuda13-local]', 'nvidia-cuda-runtime>=13.0'],
-  'bench': ['psutil>=6.0', 'torch==2.13.0'],
+  'bench': ['psutil>=6.0', 'torch==2.13.0', 'transformers>=5.0'],
   # Other libraries that tests compare with, and an emulated object store.
   'reference': [
     'gcp-storage-emulator>=2026.7',

@@ -144,9 +144,28 @@ def project(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _product(x, weight, spec, dtype, precision):
   weight = weight.astype(x.dtype)
+  spec, x, weight = _merged(spec, x, weight)
   return jnp.einsum(
     spec, x, weight, preferred_element_type=dtype, precision=precision
   )
+
+
+def _merged(spec: str, x: jax.Array, weight: jax.Array):
+  """Makes one dimension of those that single tokens contract.
+
+  XLA transposes a weight with two contracted dimensions before the product on
+  CPUs: for one token of each row that takes four times as long as the product.
+  """
+  x_axes, w_axes, out = _axes(spec)
+  both = ''.join(a for a in x_axes if a in w_axes)
+  ends = x_axes.endswith(both) and w_axes.startswith(both)
+  if len(both) < 2 or not ends or x.shape[1] != 1:
+    return spec, x, weight
+  x = x.reshape(*x.shape[: -len(both)], -1)
+  weight = weight.reshape(x.shape[-1], *weight.shape[len(both) :])
+  first = both[0]
+  spec = f'{x_axes.replace(both, first)},{w_axes.replace(both, first)}->{out}'
+  return spec, x, weight
 
 
 def _product_forward(x, weight, spec, dtype, precision):

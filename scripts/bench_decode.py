@@ -1,0 +1,216 @@
+r"""Speed of writing token by token, against `transformers` on PyTorch.
+
+python scripts/bench_decode.py [--rounds=5] [--json] [--what=peer,flat,...]
+
+GPT-2 small (124M, random weights, float32), on this machine's CPU:
+
+peer      greedy, prompt of 64, 128 new tokens, 1 and 16 rows; `transformers`
+          with its cache, in subprocesses that take turns
+flat      milliseconds a token at position 960 by those at position 64
+sampling  milliseconds a token with temperature, top-k and top-p, by greedy
+
+Prints medians over rounds; with --json one object in the last line, in which
+`ratio.batch_1` and `ratio.batch_16` are t2x / transformers in tokens/s, and the
+others are as said above.
+
+Needs: bash scripts/setup.sh bench
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+PROMPT, NEW, VOCAB = 64, 128, 50257
+BATCHES = (1, 16)
+CONFIG = {
+  'model_type': 'gpt2',
+  'vocab_size': VOCAB,
+  'n_embd': 768,
+  'n_layer': 12,
+  'n_head': 12,
+  'n_positions': 1024,
+}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description='decoding speed')
+  parser.add_argument('--rounds', type=int, default=5)
+  parser.add_argument('--json', action='store_true')
+  parser.add_argument('--what', default='peer,flat,sampling')
+  parser.add_argument('--worker')
+  args = parser.parse_args()
+  workers = {
+    't2x': run_t2x,
+    'transformers': run_transformers,
+    'flat': run_flat,
+    'sampling': run_sampling,
+  }
+  if args.worker:
+    print(json.dumps(workers[args.worker]()))
+    return
+  wanted = args.what.split(',')
+  for name in wanted:
+    if name not in ('peer', 'flat', 'sampling'):
+      parser.error(f'--what={name}; it is of peer, flat, sampling')
+  if 'peer' in wanted:
+    for package in ('torch', 'transformers'):
+      if importlib.util.find_spec(package) is None:
+        sys.exit(f'{package} is missing: bash scripts/setup.sh bench')
+  found: dict[str, list[dict[str, float]]] = {}
+  for number in range(args.rounds):
+    names = [n for n in wanted if n != 'peer']
+    if 'peer' in wanted:
+      pair = ['t2x', 'transformers']
+      names += pair if number % 2 == 0 else pair[::-1]
+    for name in names:
+      found.setdefault(name, []).append(run_worker(name))
+      print(f'round {number + 1} {name}: {found[name][-1]}', file=sys.stderr)
+  report(found, args.json)
+
+
+def run_worker(name: str) -> dict[str, float]:
+  command = [sys.executable, __file__, f'--worker={name}']
+  env = {'JAX_PLATFORMS': 'cpu', **os.environ}
+  out = subprocess.run(command, env=env, check=True, capture_output=True)
+  return json.loads(out.stdout.decode().splitlines()[-1])
+
+
+def report(found, as_json: bool) -> None:
+  result = {}
+  for name, rows in found.items():
+    for key in rows[0]:
+      values = [row[key] for row in rows]
+      print(
+        f'{name + " " + key:32}{statistics.median(values):10.2f}'
+        f'   {min(values):.2f} to {max(values):.2f}'
+      )
+      result[f'{name}.{key}'] = round(statistics.median(values), 3)
+  if 't2x' in found:
+    for key in found['t2x'][0]:
+      pairs = zip(found['t2x'], found['transformers'])
+      ratios = [ours[key] / theirs[key] for ours, theirs in pairs]
+      result[f'ratio.{key}'] = round(statistics.median(ratios), 3)
+      print(
+        f'{"ratio " + key:32}{statistics.median(ratios):10.2f}'
+        f'   {min(ratios):.2f} to {max(ratios):.2f}'
+      )
+  if as_json:
+    print(json.dumps(result))
+
+
+def prompts(rows: int, length: int = PROMPT):
+  import numpy as np
+
+  return np.random.default_rng(0).integers(0, VOCAB, (rows, length))
+
+
+def seconds(run) -> float:
+  start = time.perf_counter()
+  run()
+  return time.perf_counter() - start
+
+
+def our_model():
+  from flax import nnx
+  import jax
+
+  from t2x.decode import prepared
+  from t2x.interop import configs
+  from t2x.models import model as model_lib
+
+  _, config = configs.to_t2x(CONFIG)
+  model = prepared.prepare(model_lib.make(config, rngs=nnx.Rngs(0)))
+  return jax.block_until_ready(model)
+
+
+def write(model, rows: int, new: int, *, length=PROMPT, **settings) -> None:
+  from t2x.decode import generate
+  from t2x.decode import sampling
+
+  config = settings.pop('sampling', sampling.SamplingConfig(temperature=0))
+  found = generate.generate(
+    model,
+    prompts(rows, length).tolist(),
+    num_tokens=new,
+    num_rows=rows,
+    sampling=config,
+    **settings,
+  )
+  assert all(len(row) == new for row in found.tokens)
+
+
+def run_t2x() -> dict[str, float]:
+  model = our_model()
+  result = {}
+  for rows in BATCHES:
+    run = lambda rows=rows: write(model, rows, NEW)
+    run()  # Compiles.
+    result[f'batch_{rows}'] = rows * NEW / seconds(run)
+  return result
+
+
+def run_transformers() -> dict[str, float]:
+  import torch
+  import transformers
+
+  torch.manual_seed(0)
+  config = transformers.GPT2Config(eos_token_id=None, pad_token_id=0)
+  model: Any = transformers.GPT2LMHeadModel(config).eval()
+  result = {}
+  for rows in BATCHES:
+    ids = torch.tensor(prompts(rows))
+
+    def run(ids=ids, new=NEW):
+      with torch.no_grad():
+        out = model.generate(ids, max_new_tokens=new, do_sample=False)
+      assert out.shape[1] == PROMPT + new
+
+    run(new=8)
+    result[f'batch_{rows}'] = rows * NEW / seconds(run)
+  return result
+
+
+def run_flat() -> dict[str, float]:
+  """Both with the capacity of 1,024 positions that the later one needs."""
+  model, new = our_model(), 48
+
+  def a_token(length):
+    run = lambda new: write(model, 1, new, length=length, capacity=1024)
+    run(1)
+    return (seconds(lambda: run(new + 1)) - seconds(lambda: run(1))) / new
+
+  early, late = a_token(64), a_token(960)
+  return {
+    'ms_at_64': early * 1e3,
+    'ms_at_960': late * 1e3,
+    'ratio': late / early,
+  }
+
+
+def run_sampling() -> dict[str, float]:
+  from t2x.decode import sampling
+
+  model, result = our_model(), {}
+  drawn = sampling.SamplingConfig(temperature=0.8, top_k=50, top_p=0.95)
+  nucleus = sampling.SamplingConfig(temperature=0.8, top_p=0.95)
+  for rows in BATCHES:
+    times = {}
+    for name, config in (('greedy', None), ('drawn', drawn), ('p', nucleus)):
+      own = {} if config is None else {'sampling': config}
+      run = lambda new, own=own, rows=rows: write(model, rows, new, **own)
+      run(1)
+      once = seconds(lambda run=run: run(1))
+      times[name] = seconds(lambda run=run: run(65)) - once
+    result[f'batch_{rows}'] = times['drawn'] / times['greedy']
+    result[f'batch_{rows}_top_p_alone'] = times['p'] / times['greedy']
+  return result
+
+
+if __name__ == '__main__':
+  main()
