@@ -126,10 +126,9 @@ def top_k(
     place_B = jnp.minimum(k_B, min(most, V)) - 1
     least_B1 = jnp.take_along_axis(largest_BK, place_B[:, None], axis=1)
     return _where(logits_BV, logits_BV >= least_B1)
-  keys_BV = _ordered(logits_BV)
   ones_BV = jnp.ones_like(logits_BV)
-  least_B = _least(keys_BV, ones_BV, k_B.astype(jnp.float32))
-  return _where(logits_BV, keys_BV >= least_B[:, None])
+  least_B = _least(logits_BV, ones_BV, k_B.astype(jnp.float32))
+  return _where(logits_BV, logits_BV >= least_B[:, None])
 
 
 def top_p(logits_BV: jax.Array, p_B: jax.Array) -> jax.Array:
@@ -140,10 +139,10 @@ def top_p(logits_BV: jax.Array, p_B: jax.Array) -> jax.Array:
   one stay too. 1 keeps all.
   """
   weights_BV, total_B = _weights(logits_BV)
-  keys_BV = _ordered(weights_BV)
-  least_B = _least(keys_BV, weights_BV, p_B * total_B)
+  least_B = _least(weights_BV, weights_BV, p_B * total_B)
   # Rounding must not cut the tail where p = 1 asks for everything.
-  is_kept_BV = (keys_BV >= least_B[:, None]) | (p_B >= 1)[:, None]
+  least_B = jnp.where(p_B >= 1, -1.0, least_B)
+  is_kept_BV = weights_BV >= least_B[:, None]
   return _where(logits_BV, is_kept_BV)
 
 
@@ -168,10 +167,9 @@ def typical(logits_BV: jax.Array, p_B: jax.Array) -> jax.Array:
   surprise_BV = jnp.where(finite_BV, -log_probs_BV, 0.0)
   entropy_B1 = (probs_BV * surprise_BV).sum(-1, keepdims=True)
   distance_BV = jnp.where(finite_BV, jnp.abs(surprise_BV - entropy_B1), jnp.inf)
-  keys_BV = _ordered(-distance_BV)
-  least_B = _least(keys_BV, weights_BV, p_B * total_B)
-  is_kept_BV = (keys_BV >= least_B[:, None]) | (p_B >= 1)[:, None]
-  return _where(logits_BV, is_kept_BV)
+  least_B = _least(-distance_BV, weights_BV, p_B * total_B)
+  least_B = jnp.where(p_B >= 1, -jnp.inf, least_B)
+  return _where(logits_BV, -distance_BV >= least_B[:, None])
 
 
 def draw(logits_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
@@ -223,31 +221,36 @@ def _weights(logits_BV):
   return weights_BV, weights_BV.sum(-1)
 
 
-def _ordered(x: jax.Array) -> jax.Array:
-  """Returns int32s in the order of float32s."""
-  bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
-  # Those of negative numbers grow as the numbers fall; -0.0 equals 0.0.
-  return jnp.where(bits < 0, jnp.int32(-(2**31)) - bits, bits)
+def _least(x_BV, weights_BV, limit_B) -> jax.Array:
+  """Returns the least float of each row above which weights sum below a limit.
 
-
-def _least(keys_BV, weights_BV, limit_B) -> jax.Array:
-  """Returns the smallest key of each row above which weights sum below a limit.
-
-  Keys are halved between the smallest and the largest of a row, at most 32
-  times: each time one sum over the vocabulary.
+  The interval between the smallest and the largest x of a row is halved, by the
+  order of floats as integers: 32 times, each one sum over the vocabulary.
   """
 
-  def halve(bounds):
+  def halve(_, bounds):
     low_B, high_B = bounds
     # The mean without overflow.
     middle_B = (low_B & high_B) + ((low_B ^ high_B) >> 1)
-    above_BV = jnp.where(keys_BV > middle_B[:, None], weights_BV, 0.0)
+    above_BV = jnp.where(x_BV > _float(middle_B)[:, None], weights_BV, 0.0)
     is_enough_B = above_BV.sum(-1) < limit_B
     return (
       jnp.where(is_enough_B, low_B, middle_B + 1),
       jnp.where(is_enough_B, middle_B, high_B),
     )
 
-  bounds = keys_BV.min(-1), keys_BV.max(-1)
-  going = lambda bounds: (bounds[0] < bounds[1]).any()
-  return jax.lax.while_loop(going, halve, bounds)[0]
+  bounds = _integer(x_BV.min(-1)), _integer(x_BV.max(-1))
+  return _float(jax.lax.fori_loop(0, 32, halve, bounds)[0])
+
+
+def _integer(x: jax.Array) -> jax.Array:
+  """Returns int32s in the order of float32s."""
+  bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+  # Those of negative numbers grow as the numbers fall; -0.0 equals 0.0.
+  return jnp.where(bits < 0, jnp.int32(-(2**31)) - bits, bits)
+
+
+def _float(order: jax.Array) -> jax.Array:
+  """The inverse of `_integer`."""
+  bits = jnp.where(order < 0, jnp.int32(-(2**31)) - order, order)
+  return jax.lax.bitcast_convert_type(bits, jnp.float32)
