@@ -167,7 +167,9 @@ def decode(
     return (state.number < num_tokens) & ~state.ended_B.all()
 
   def extend(state):
-    logits_BV, caches = _next_logits(model, state, source_segments_BS)
+    logits_BV, caches = next_logits(
+      model, state.token_B, state.index_B, state.caches, source_segments_BS
+    )
     fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
     keys = fold_in(keys_B, state.number)
     token_B = sampling_lib.sample(
@@ -192,16 +194,16 @@ def decode(
   )
 
 
-def _next_logits(model, state, source_segments_BS):
+def next_logits(model, token_B, index_B, caches, source_segments_BS):
   """Returns logits (B, V) after the latest token, and the new caches."""
-  inputs_B1, index_B1 = state.token_B[:, None], state.index_B[:, None]
+  inputs_B1, index_B1 = token_B[:, None], index_B[:, None]
   if source_segments_BS is None:
-    x_B1D, caches = model.step(inputs_B1, index_B1, state.caches)
+    x_B1D, caches = model.step(inputs_B1, index_B1, caches)
   else:
     mask = mask_lib.Mask(
       q_segments_BT=jnp.ones_like(inputs_B1), k_segments_BS=source_segments_BS
     )
-    x_B1D, caches = model.step(inputs_B1, index_B1, state.caches, mask)
+    x_B1D, caches = model.step(inputs_B1, index_B1, caches, mask)
   return model.head(x_B1D)[:, 0], caches
 
 

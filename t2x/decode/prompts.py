@@ -174,14 +174,13 @@ def num_rows(given: int | None, needed: int, parts: int) -> int:
   return _whole(given or max(power_of_two(needed), _MIN_ROWS), parts)
 
 
-def cache_dtype(given: str | None) -> str | None:
-  """Returns `given`, or raises ValueError if a cache cannot have it."""
+def check_cache_dtype(given: str | None) -> None:
+  """Raises ValueError if a cache cannot have it."""
   if given not in (None, *_CACHE_DTYPES):
     raise ValueError(
       f'cache_dtype={given!r}; it is one of {", ".join(_CACHE_DTYPES)}, or '
       "none for the model's own."
     )
-  return given
 
 
 def pad(rows: Sequence[Any], shape: tuple[int, int], fill: int) -> np.ndarray:
