@@ -22,6 +22,7 @@ main.define_set_flag()
 
 
 def embed() -> None:
+  from t2x import encoding
   from t2x import inference
 
   texts = inference.read_lines(_TEXT.value, _TEXT_FILE.value, 'text')
@@ -29,7 +30,7 @@ def embed() -> None:
   trained = inference.load(
     main.workdir(), step=_STEP.value, settings=flags.FLAGS.set
   )
-  vectors = inference.embed(trained, texts)
+  vectors = encoding.embed(trained, texts)
   print(json.dumps([[float(f'{x:.7g}') for x in v] for v in vectors]))
 
 

@@ -3,9 +3,13 @@ r"""Text from a trained run.
 python experiments/generate.py --workdir=RUN --prompt='The function returns' \
     --prompt='A list of' --num_tokens=64 --temperature=0.8 --top_p=0.9 --seed=0
 
+RUN is a run, or the directory of a GPT-2, Llama, Mixtral or T5 of Hugging Face.
 Prompts may also come from a file, one a line: --prompt_file=FILE. An
 encoder-decoder reads the prompt as its source and answers it; there
 <extra_id_0>, <extra_id_1>, ... stand for spans to fill in.
+
+With --num_beams=4 nothing is drawn: beam search finds the likeliest texts, and
+--num_best=2 prints two of each prompt with their scores.
 """
 
 from absl import flags
@@ -19,6 +23,31 @@ _NUM_TOKENS = flags.DEFINE_integer('num_tokens', 64, 'The most new tokens.')
 _TEMPERATURE = flags.DEFINE_float('temperature', 1.0, '0 takes the likeliest.')
 _TOP_K = flags.DEFINE_integer('top_k', None, 'Draw from the k likeliest.')
 _TOP_P = flags.DEFINE_float('top_p', None, 'Draw from this probability mass.')
+_MIN_P = flags.DEFINE_float('min_p', None, 'Least share of the largest chance.')
+_TYPICAL_P = flags.DEFINE_float(
+  'typical_p', None, 'Draw what is about as surprising as expected.'
+)
+_REPETITION = flags.DEFINE_float(
+  'repetition_penalty', 1.0, 'Above 1 weakens tokens that are there already.'
+)
+_PRESENCE = flags.DEFINE_float(
+  'presence_penalty', 0.0, 'Subtracted from logits of tokens written before.'
+)
+_FREQUENCY = flags.DEFINE_float(
+  'frequency_penalty', 0.0, 'The same, times how often.'
+)
+_MIN_TOKENS = flags.DEFINE_integer('min_tokens', 0, 'Before a text may end.')
+_BANNED = flags.DEFINE_multi_string(
+  'banned', [], 'A word that is never written; may repeat.'
+)
+_STOP = flags.DEFINE_multi_string(
+  'stop', [], 'A text ends before this; may repeat.'
+)
+_NUM_BEAMS = flags.DEFINE_integer('num_beams', 1, 'Search instead of drawing.')
+_NUM_BEST = flags.DEFINE_integer('num_best', 1, 'Texts that a search prints.')
+_LENGTH_PENALTY = flags.DEFINE_float(
+  'length_penalty', 1.0, 'Of a search; above 0 favours longer texts.'
+)
 _SEED = flags.DEFINE_integer('seed', 0, 'Of what is drawn.')
 _MAX_LENGTH = flags.DEFINE_integer(
   'max_length', None, 'Tokens of a sequence; default as in training.'
@@ -35,27 +64,70 @@ main.define_set_flag()
 def generate() -> None:
   from t2x import inference
 
-  config = sampling.SamplingConfig(
-    temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value
-  )
   prompts = inference.read_lines(_PROMPT.value, _PROMPT_FILE.value, 'prompt')
+  _sampling()  # What is wrong is said before a model is loaded.
+  beams = _beams()
   main.use_compilation_cache()
   trained = inference.load(
     main.workdir(), step=_STEP.value, settings=flags.FLAGS.set
   )
-  texts = inference.generate_text(
-    trained,
-    prompts,
-    num_tokens=_NUM_TOKENS.value,
-    sampling=config,
-    seed=_SEED.value,
-    ignore_end=_IGNORE_END.value,
-    max_length=_MAX_LENGTH.value,
-  )
-  for prompt, text in zip(prompts, texts):
-    print(f'--- {prompt}\n{text}\n')
+  banned = inference.word_ids(trained.tokenizer, _BANNED.value)
+  config = _sampling(banned)
+  common = {'num_tokens': _NUM_TOKENS.value, 'max_length': _MAX_LENGTH.value}
+  if beams is not None:
+    found = inference.search_text(
+      trained,
+      prompts,
+      beams=beams,
+      num_best=_NUM_BEST.value,
+      sampling=config,
+      **common,
+    )
+    for prompt, texts in zip(prompts, found):
+      for text, score in texts:
+        print(f'--- {prompt}  (score {score:.4f})\n{text}\n')
+    prompts = [p for p, texts in zip(prompts, found) for _ in texts]
+    texts = [text for texts in found for text, _ in texts]
+  else:
+    texts = inference.generate_text(
+      trained,
+      prompts,
+      sampling=config,
+      seed=_SEED.value,
+      ignore_end=_IGNORE_END.value,
+      stop=_STOP.value,
+      **common,
+    )
+    for prompt, text in zip(prompts, texts):
+      print(f'--- {prompt}\n{text}\n')
   if _OUTPUT.value:
     inference.write_samples(_OUTPUT.value, prompts, texts)
+
+
+def _sampling(banned=()) -> sampling.SamplingConfig:
+  return sampling.SamplingConfig(
+    temperature=_TEMPERATURE.value,
+    top_k=_TOP_K.value,
+    top_p=_TOP_P.value,
+    min_p=_MIN_P.value,
+    typical_p=_TYPICAL_P.value,
+    repetition_penalty=_REPETITION.value,
+    presence_penalty=_PRESENCE.value,
+    frequency_penalty=_FREQUENCY.value,
+    min_tokens=_MIN_TOKENS.value,
+    banned=banned,
+  )
+
+
+def _beams():
+  """Returns the settings of a search, or None where tokens are drawn."""
+  from t2x.decode import beams
+
+  if _NUM_BEAMS.value == 1 and _NUM_BEST.value == 1:
+    return None
+  return beams.BeamConfig(
+    num_beams=_NUM_BEAMS.value, length_penalty=_LENGTH_PENALTY.value
+  )
 
 
 if __name__ == '__main__':

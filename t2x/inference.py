@@ -12,8 +12,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from t2x import checkpoint
 from t2x import config as config_lib
@@ -29,13 +27,14 @@ from t2x import train_state
 from t2x.data import corpus as corpus_lib
 from t2x.data import pipeline
 from t2x.data import tokenizers
+from t2x.decode import beams as beams_lib
 from t2x.decode import generate as generate_lib
 from t2x.decode import prepared
-from t2x.decode import prompts as prompts_lib
 from t2x.decode import sampling as sampling_lib
 from t2x.interop import huggingface
-from t2x.models import decoder
 from t2x.models import encoder_decoder
+
+Sampling = sampling_lib.SamplingConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,10 +135,11 @@ def generate_text(
   prompts: Sequence[str],
   *,
   num_tokens: int,
-  sampling: sampling_lib.SamplingConfig | None = None,
+  sampling: Sampling | Sequence[Sampling] | None = None,
   seed: int = 0,
   ignore_end: bool = False,
   max_length: int | None = None,
+  stop: Sequence[str] = (),
 ) -> list[str]:
   """Returns the text that follows each prompt (or answers it).
 
@@ -148,147 +148,127 @@ def generate_text(
     prompts: texts; an encoder-decoder takes them as sources, in which
       <extra_id_0>, <extra_id_1>, ... stand for its sentinels.
     num_tokens: the most new tokens of each.
-    sampling: temperature, top-k and top-p.
+    sampling: temperature, top-k, penalties, ..., for all prompts or for each.
     seed: of what is drawn.
     ignore_end: go on past the end token.
     max_length: the most tokens of a sequence, new ones included; default the
       length that the model was trained on.
+    stop: a text ends before the first of these.
 
   Raises:
     ValueError: a prompt longer than the context, or a model that is an
       encoder.
   """
-  if max_length is None:
-    max_length = trained.config.data.length
-  tokenizer = trained.tokenizer
-  answers = isinstance(
-    trained.config.model, encoder_decoder.EncoderDecoderConfig
-  )
-  # As in training: a decoder's text begins with BOS, a source ends with EOS.
-  if answers:
-    ids = [[*tokenizer.encode_marked(p), tokenizer.eos_id] for p in prompts]
-  else:
-    before = tokenizer.prefix_ids
-    ids = [[*before, *p] for p in tokenizer.encode_batch(prompts)]
-  # One token at a time: there is no length to split.
-  rules = dataclasses.replace(
-    trained.config.rules, length=None, norm_length=None
-  )
-  with sharding.use(trained.mesh, rules):
+  if any(not end for end in stop):
+    raise ValueError("stop holds '', which would end every text at once.")
+  with _decoding(trained):
     result = generate_lib.generate(
       trained.writer,
-      ids,
+      prompt_ids(trained, prompts),
       num_tokens=num_tokens,
-      max_length=max_length,
       sampling=sampling,
       seed=seed,
-      eos_id=None if ignore_end else tokenizer.eos_id,
-      pad_id=tokenizer.pad_id,
+      **_options(trained, ignore_end, max_length),
     )
-  decode = tokenizer.decode_marked if answers else tokenizer.decode
-  return [decode(tokens) for tokens in result.tokens]
+  return [_cut(_decoded(trained, tokens), stop) for tokens in result.tokens]
 
 
-def embed(trained: Trained, texts: Sequence[str]) -> np.ndarray:
-  """Returns a vector for each text: the mean over its tokens, of length 1.
-
-  As Sentence-BERT has it (Reimers and Gurevych, 2019): the encoder's output
-  over all tokens, those before and after the text included.
+def search_text(
+  trained: Trained,
+  prompts: Sequence[str],
+  *,
+  num_tokens: int,
+  beams: beams_lib.BeamConfig = beams_lib.BeamConfig(),
+  num_best: int = 1,
+  sampling: Sampling | None = None,
+  max_length: int | None = None,
+) -> list[list[tuple[str, float]]]:
+  """Returns the best texts of each prompt with their scores, by beam search.
 
   Args:
-    trained: an encoder, or an encoder-decoder.
-    texts: cut to the length that the model was trained on.
-
-  Returns:
-    float32 (number of texts, D).
-
-  Raises:
-    ValueError: no texts, or the model is a decoder.
-  """
-  model = trained.model
-  if isinstance(model, decoder.Decoder):
-    raise ValueError(
-      'A decoder has no vector of a whole text, since only its last token sees '
-      'all of it. Embed with an encoder or an encoder-decoder.'
-    )
-  if not texts:
-    raise ValueError('There is no text to embed: give one at least.')
-  tokenizer, length = trained.tokenizer, trained.config.data.length
-  before, after = tokenizer.prefix_ids, tokenizer.suffix_ids
-  if isinstance(model, encoder_decoder.EncoderDecoder):
-    before, after = (), (tokenizer.eos_id,)
-  room = length - len(before) - len(after)
-  encoded = tokenizer.encode_batch(texts)
-  rows = [[*before, *ids[:room], *after] for ids in encoded]
-  found = np.zeros((len(rows), trained.config.model.embed_dim), np.float32)
-  # Rows of one length run together; few lengths, so few programs.
-  sizes = [min(prompts_lib.power_of_two(max(len(r), 16)), length) for r in rows]
-  for size in sorted(set(sizes)):
-    numbers = [i for i, own in enumerate(sizes) if own == size]
-    for start in range(0, len(numbers), _EMBEDDED):
-      part = numbers[start : start + _EMBEDDED]
-      shape = prompts_lib.power_of_two(len(part)), size
-      ids_BT = prompts_lib.pad([rows[i] for i in part], shape, 0)
-      ones = [[1] * len(rows[i]) for i in part]
-      segments_BT = prompts_lib.pad(ones, shape, 0)
-      with sharding.use(trained.mesh, trained.config.rules):
-        vectors_BD = _mean_vectors(model, ids_BT, segments_BT)
-      found[part] = jax.device_get(vectors_BD)[: len(part)]
-  return found
-
-
-_EMBEDDED = 32  # Texts at a time.
-
-
-@jax.jit
-def _mean_vectors(model, ids_BT, segments_BT) -> jax.Array:
-  x_BTD = model.encode(ids_BT, segments=segments_BT).astype(jnp.float32)
-  mean_BD = (x_BTD * segments_BT[..., None]).sum(1)
-  norm_B1 = jnp.linalg.norm(mean_BD, axis=-1, keepdims=True)
-  return mean_BD / jnp.maximum(norm_B1, 1e-12)
-
-
-def classify(
-  trained: Trained, texts: Sequence[str], *, head: int = 0
-) -> list[dict[str, float]]:
-  """Returns the probability of each label of each text.
-
-  Args:
-    trained: an encoder with `model.classes`.
-    texts: cut to the length that the model was trained on.
-    head: which of `model.classes`.
+    trained: what `load` returned.
+    prompts: as for `generate_text`.
+    num_tokens: the most new tokens of each.
+    beams: how many, and when the search ends.
+    num_best: texts of each prompt.
+    sampling: penalties, banned words and least length.
+    max_length: as for `generate_text`.
 
   Raises:
-    ValueError: no head, or none that was trained.
+    ValueError: as `generate.beam_search`.
   """
-  labels = trained.labels.get(f'class{head}')
-  if labels is None:
-    raise ValueError(
-      f'The run has labels for {sorted(trained.labels)}, and none for head '
-      f'{head}. Train one with data.objective=classification.'
+  with _decoding(trained):
+    result = generate_lib.beam_search(
+      trained.writer,
+      prompt_ids(trained, prompts),
+      num_tokens=num_tokens,
+      beams=beams,
+      num_best=num_best,
+      sampling=sampling,
+      **_options(trained, False, max_length),
     )
-  tokenizer, data = trained.tokenizer, trained.config.data
-  size, found = data.batch_size, []
-  for start in range(0, len(texts), size):
-    ids_BT = np.full((size, data.length), tokenizer.pad_id, np.int32)
-    encoded = tokenizer.encode_batch(texts[start : start + size])
-    for row, ids in zip(ids_BT, encoded):
-      ids = [*tokenizer.prefix_ids, *ids, *tokenizer.suffix_ids]
-      ids = ids[: data.length]
-      row[: len(ids)] = ids
-    with sharding.use(trained.mesh, trained.config.rules):
-      chances_BE = _chances(trained.model, ids_BT, head, tokenizer.pad_id)
-    found += jax.device_get(chances_BE)[: len(encoded)].tolist()
-  return [dict(zip(labels, row)) for row in found]
+  return [
+    [(_decoded(trained, ids), score) for ids, score in zip(tokens, scores)]
+    for tokens, scores in zip(result.tokens, result.scores)
+  ]
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _chances(model, ids_BT, head: int, pad_id: int) -> jax.Array:
-  """Returns the probabilities of the classes of a head (B, E)."""
-  segments_BT = (ids_BT != pad_id).astype(jnp.int32)
-  pooled_BD = model.pool(model.encode(ids_BT, segments=segments_BT))
-  logits_B1E = model.classes[head](pooled_BD[:, None])
-  return jax.nn.softmax(logits_B1E[:, 0].astype(jnp.float32))
+def prompt_ids(trained: Trained, prompts: Sequence[str]) -> list[list[int]]:
+  """Returns what the model reads: ids as in training.
+
+  A decoder's text begins with the tokenizer's start, a source ends with EOS.
+  """
+  tokenizer = trained.tokenizer
+  if _answers(trained):
+    return [[*tokenizer.encode_marked(p), tokenizer.eos_id] for p in prompts]
+  before = tokenizer.prefix_ids
+  return [[*before, *ids] for ids in tokenizer.encode_batch(prompts)]
+
+
+def word_ids(tokenizer: tokenizers.Tokenizer, words: Sequence[str]):
+  """Returns the ids of words as they begin a text and as they follow a space.
+
+  What `SamplingConfig.banned` takes.
+  """
+  forms = [form for word in words for form in (word, f' {word}')]
+  found = [tuple(ids) for ids in tokenizer.encode_batch(forms) if ids]
+  return tuple(dict.fromkeys(found))
+
+
+def _answers(trained: Trained) -> bool:
+  config = trained.config.model
+  return isinstance(config, encoder_decoder.EncoderDecoderConfig)
+
+
+def _decoded(trained: Trained, tokens: Sequence[int]) -> str:
+  tokenizer = trained.tokenizer
+  if _answers(trained):
+    return tokenizer.decode_marked(tokens)
+  return tokenizer.decode(tokens)
+
+
+def _cut(text: str, stop: Sequence[str]) -> str:
+  """Returns the text before the first of the ends."""
+  places = [text.find(end) for end in stop if end in text]
+  return text[: min(places)] if places else text
+
+
+def _decoding(trained: Trained):
+  # One token at a time: there is no length to split.
+  rules = trained.config.rules
+  rules = dataclasses.replace(rules, length=None, norm_length=None)
+  return sharding.use(trained.mesh, rules)
+
+
+def _options(trained: Trained, ignore_end: bool, max_length: int | None):
+  """Returns what the tokenizer and the training say of decoding."""
+  tokenizer = trained.tokenizer
+  return {
+    'eos_id': None if ignore_end else tokenizer.eos_id,
+    'pad_id': tokenizer.pad_id,
+    'start_id': None if _answers(trained) else tokenizer.bos_id,
+    'max_length': max_length or trained.config.data.length,
+  }
 
 
 def evaluate_splits(

@@ -176,6 +176,20 @@ def test_generating(run):
   ) as info:
     inference.generate_text(trained, ['a', 'b' * 100], num_tokens=8)
   assert main.is_own(info.value)
+  long = {'num_tokens': 12, 'ignore_end': True}
+  (text,) = inference.generate_text(trained, ['the run'], **long)
+  middle = text[len(text) // 2]
+  (stopped,) = inference.generate_text(
+    trained, ['the run'], stop=['never there', middle], **long
+  )
+  assert stopped == text[: text.index(middle)] != text
+  with pytest.raises(ValueError, match="stop holds ''"):
+    inference.generate_text(trained, ['a'], num_tokens=4, stop=[''])
+  found = inference.search_text(trained, ['a'], num_tokens=4, num_best=2)
+  assert len(found[0]) == 2 and found[0][0][1] >= found[0][1][1]
+  words = inference.word_ids(trained.tokenizer, ['run'])
+  encode = trained.tokenizer.encode
+  assert words == (tuple(encode('run')), tuple(encode(' run')))
   # Past the length of training, but not past the positions that there are.
   inference.generate_text(trained, ['b' * 39], num_tokens=4, max_length=64)
   with pytest.raises(ValueError, match='may hold 64.* a model with more pos'):

@@ -57,7 +57,7 @@ _ORDER = (
   ('plan_trials',),
   ('estimate_text',),
   ('run', 'inference'),
-  ('conversion',),
+  ('conversion', 'encoding'),
   ('train',),
   ('deviation', 'verify', 'verify_report'),
   ('main',),

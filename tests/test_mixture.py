@@ -13,6 +13,7 @@ import tiny
 
 from t2x import config as config_lib
 from t2x import consistency
+from t2x import encoding
 from t2x import inference
 from t2x import mesh as mesh_lib
 from t2x import metrics as metrics_lib
@@ -367,13 +368,13 @@ def test_a_run_of_a_mixture(shared, tmp_path):
   trained = inference.load(str(tmp_path / 'run'))
   assert trained.labels == {'class0': ['a', 'b']}
   texts = [f'{i} is {("even", "odd")[i % 2]}.' for i in range(40)]
-  found = inference.classify(trained, texts)
+  found = encoding.classify(trained, texts)
   assert all(abs(sum(one.values()) - 1) < 1e-5 for one in found)
   nll = np.mean([-np.log(p['ab'[i % 2]]) for i, p in enumerate(found)])
   want = last['eval/train.sorts/class0_loss']
   np.testing.assert_allclose(nll, want, rtol=5e-3)
   with pytest.raises(ValueError, match='none for head 1'):
-    inference.classify(trained, texts, head=1)
+    encoding.classify(trained, texts, head=1)
 
 
 def test_messages(shared):

@@ -5,6 +5,8 @@ from typing import Any
 from flax import nnx
 import jax
 
+from t2x.decode import loop
+
 
 class _Columns(nnx.Module):
   """A head's table whose tokens are columns in memory."""
@@ -38,7 +40,7 @@ def prepare(model: Any) -> Any:
   Returns:
     The model; only `generate` and plain calls take it, checkpoints do not.
   """
-  if jax.default_backend() != 'cpu':
+  if jax.default_backend() != 'cpu' or not isinstance(model, loop.Model):
     return model
   leaves, treedef = jax.tree.flatten(model)
   result = treedef.unflatten(leaves)

@@ -12,6 +12,7 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from t2x import conversion
+from t2x import encoding
 from t2x import inference
 from t2x.data import tokenizers
 from t2x.interop import checkpoint_dir
@@ -252,7 +253,7 @@ def test_embeddings(checkpoints):
   directory, theirs = checkpoints['bert']
   tokenizer = transformers.BertTokenizer(str(directory / 'vocab.txt'))
   texts = ['A short one.', 'Another text, and it is a longer one: ' * 2, 'word']
-  got = inference.embed(inference.load(str(directory)), texts)
+  got = encoding.embed(inference.load(str(directory)), texts)
   np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1.0, rtol=1e-6)
   for text, vector in zip(texts, got):
     batch = tokenizer(text, return_tensors='pt', truncation=True, max_length=34)
