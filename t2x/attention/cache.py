@@ -139,7 +139,10 @@ class WindowCache:
     keys = join(self.k.read(k_BTKH.dtype), k_BTKH)
     values = join(self.v.read(v_BTKH.dtype), v_BTKH)
     new_index_BT = jnp.where(is_real_BT, index_BT, _NEVER)
-    index = join(self.index_BS, new_index_BT)
+    # What was written there before did not count: see `slack` of `empty`.
+    first_B1 = new_index_BT.min(1, keepdims=True)
+    old_BS = jnp.where(self.index_BS < first_B1, self.index_BS, _NEVER)
+    index = join(old_BS, new_index_BT)
     # Of entries that would share a slot only the latest is written.
     size = self.k.size
     latest_B1 = jnp.where(is_real_BT, index_BT, -1).max(1, keepdims=True)
@@ -191,6 +194,7 @@ def empty(
   value_dim: int,
   dtype: jnp.dtype,
   reach: int | None = None,
+  slack: int = 0,
 ) -> Cache | WindowCache:
   """Returns a cache of zeros; a mask by index keeps them unseen.
 
@@ -202,8 +206,10 @@ def empty(
     value_dim: H of values.
     dtype: of the entries; int8 keeps a scale for each vector too.
     reach: positions back to the farthest key that is seen; None for all.
+    slack: tokens written at a time that may turn out not to count: a window
+      keeps as many more, whose places they take.
   """
-  slots = capacity if reach is None else min(reach, capacity)
+  slots = capacity if reach is None else min(reach + slack, capacity)
   k, v = (
     _zeros((batch, num_heads, slots, dim), dtype)
     for dim in (key_dim, value_dim)

@@ -84,18 +84,18 @@ class Request:
     """The prompts of all rows, none for those that pad the batch."""
     return [*self.rows, *[[]] * (self.num_rows - len(self.rows))]
 
-  def start(self, room: int = 0) -> dict[str, Any]:
+  def start(self, slack: int = 0) -> dict[str, Any]:
     """Computes the caches of the prompts.
 
     Args:
-      room: positions that the caches have beyond what the tokens need.
+      slack: tokens of a step that may turn out not to count.
 
     Returns:
       Arguments of `loop.decode`: caches, token_B, index_B, capacity, and with
       an encoder source_segments_BS.
     """
     continues = isinstance(self.model, decoder.Decoder)
-    return (_text if continues else _answer)(self, self.num_tokens + room)
+    return _text(self, slack) if continues else _answer(self)
 
 
 def check(
@@ -165,12 +165,12 @@ def check_model(model: Any) -> None:
       raise ValueError(kinds.no_decoding(kind))
 
 
-def _text(request: Request, new: int) -> dict[str, Any]:
+def _text(request: Request, slack: int) -> dict[str, Any]:
   """Returns where decoding goes on from: after the prompts."""
   rows, num_rows, own = request.rows, request.num_rows, request.options
   lengths = [len(row) for row in rows]
   capacity = prompts_lib.capacity(
-    own.capacity, max(lengths) + new, request.limit, own.chunk
+    own.capacity, max(lengths) + request.num_tokens, request.limit, own.chunk
   )
   tokens_BS = prompts_lib.pad(rows, (num_rows, capacity), own.pad_id)
   last_B = np.zeros(num_rows, np.int32)
@@ -181,6 +181,7 @@ def _text(request: Request, new: int) -> dict[str, Any]:
     last_B,
     chunk=own.chunk,
     cache_dtype=own.cache_dtype,
+    slack=slack,
   )
   return {
     'caches': caches,
@@ -190,11 +191,12 @@ def _text(request: Request, new: int) -> dict[str, Any]:
   }
 
 
-def _answer(request: Request, new: int) -> dict[str, Any]:
+def _answer(request: Request) -> dict[str, Any]:
   """Returns where decoding goes on from: a start token, with the sources."""
   rows, num_rows, own = request.rows, request.num_rows, request.options
   lengths = [len(row) for row in rows]
   limit = request.limit
+  new = request.num_tokens
   capacity = prompts_lib.capacity(own.capacity, new, limit, own.chunk)
   length = prompts_lib.capacity(None, max(lengths), limit, own.chunk)
   # The encoder refuses more positions than it has, padding or not.

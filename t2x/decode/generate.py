@@ -85,9 +85,9 @@ def generate(
   own = begin_lib.Options(**options)
   request = begin_lib.check(model, prompts, num_tokens, own)
   num_rows, vocab_size = request.num_rows, model.config.vocab_size
-  configs = _configs(sampling, len(prompts))
+  configs = configs_of(sampling, len(prompts))
   settings = sampling_lib.rows(configs, num_rows, vocab_size)
-  keys_B = _row_keys(keys_B, seed, len(prompts), num_rows)
+  keys_B = row_keys(keys_B, seed, len(prompts), num_rows)
   state = loop.decode(
     model,
     **request.start(),
@@ -182,7 +182,7 @@ def _to_lists(state: loop.State, num_prompts: int) -> Generation:
   )
 
 
-def _configs(sampling, num_prompts: int) -> Sequence[Sampling]:
+def configs_of(sampling, num_prompts: int) -> Sequence[Sampling]:
   """Returns the settings of each prompt."""
   if sampling is None or isinstance(sampling, Sampling):
     return [sampling or Sampling()] * num_prompts
@@ -194,7 +194,8 @@ def _configs(sampling, num_prompts: int) -> Sequence[Sampling]:
   return sampling
 
 
-def _row_keys(keys_B, seed: int, num_prompts: int, num_rows: int) -> jax.Array:
+def row_keys(keys_B, seed: int, num_prompts: int, num_rows: int) -> jax.Array:
+  """Returns a key for each row, from those of the prompts or from a seed."""
   if keys_B is None:
     return dropout.row_keys(jax.random.key(seed), jnp.arange(num_rows))
   if keys_B.shape != (num_prompts,):

@@ -24,7 +24,7 @@ from t2x.models import encoder_decoder
 Model = decoder.Decoder | encoder_decoder.EncoderDecoder
 
 
-@functools.partial(jax.jit, static_argnames=('chunk', 'cache_dtype'))
+@functools.partial(jax.jit, static_argnames=('chunk', 'cache_dtype', 'slack'))
 def prefill(
   model: decoder.Decoder,
   tokens_BS: jax.Array,
@@ -32,6 +32,7 @@ def prefill(
   *,
   chunk: int,
   cache_dtype: str | None = None,
+  slack: int = 0,
 ) -> Any:
   """Returns caches of every prompt but its last token, which `decode` feeds.
 
@@ -42,20 +43,26 @@ def prefill(
     last_B: index of each prompt's last token.
     chunk: tokens that run at a time.
     cache_dtype: of keys and values; None is the model's.
+    slack: see `Decoder.empty_caches`.
   """
   num_rows, capacity = tokens_BS.shape
 
   def run_chunk(number, caches):
-    start = number * chunk
-    tokens_BC = jax.lax.dynamic_slice_in_dim(tokens_BS, start, chunk, axis=1)
-    index_1C = (start + jnp.arange(chunk))[None]
-    # A cache drops what is written at its capacity, so padding leaves no trace.
-    index_BC = jnp.where(index_1C < last_B[:, None], index_1C, capacity)
+    tokens_BC, index_BC = chunk_of(tokens_BS, last_B, number, chunk)
     return model.step(tokens_BC, index_BC, caches)[1]
 
   num_chunks = (last_B.max() + chunk - 1) // chunk
-  caches = model.empty_caches(num_rows, capacity, cache_dtype)
+  caches = model.empty_caches(num_rows, capacity, cache_dtype, slack)
   return jax.lax.fori_loop(0, num_chunks, run_chunk, caches)
+
+
+def chunk_of(tokens_BS, last_B, number, chunk: int):
+  """Returns a chunk of the prompts (B, C), and where its tokens stand."""
+  start, capacity = number * chunk, tokens_BS.shape[1]
+  tokens_BC = jax.lax.dynamic_slice_in_dim(tokens_BS, start, chunk, axis=1)
+  index_1C = (start + jnp.arange(chunk))[None]
+  # A cache drops what is written at its capacity, so padding leaves no trace.
+  return tokens_BC, jnp.where(index_1C < last_B[:, None], index_1C, capacity)
 
 
 @functools.partial(jax.jit, static_argnames=('capacity', 'cache_dtype'))

@@ -337,7 +337,9 @@ class Attention(nnx.Module):
       out_BTNH = context.mix(self.mixer, q_BTNH, k_BSKH, v_BSKH, mask, heads_N)
     return checkpoint_name(out_BTNH, splash.NAME)
 
-  def empty_cache(self, batch: int, capacity: int, dtype) -> Any:
+  def empty_cache(
+    self, batch: int, capacity: int, dtype, slack: int = 0
+  ) -> Any:
     """Returns what `step` goes on from.
 
     Raises:
@@ -349,4 +351,5 @@ class Attention(nnx.Module):
       raise ValueError(kinds.no_decoding(config))
     if self.mixer is not None:
       return self.mixer.empty_cache(batch, capacity, K, H, dtype)
-    return cache_lib.empty(batch, capacity, K, H, H, dtype, config.reach)
+    reach = config.reach
+    return cache_lib.empty(batch, capacity, K, H, H, dtype, reach, slack)

@@ -187,9 +187,9 @@ class Block(nnx.Module):
     drop = cache is None or isinstance(cache.own, cache_lib.Memory)
     return self.mlp(y_BTD, real_BT, context.mask.q_zigzag, drop=drop)
 
-  def empty_cache(self, batch, capacity, dtype, encoded_BSD=None):
+  def empty_cache(self, batch, capacity, dtype, encoded_BSD=None, slack=0):
     """Returns an empty cache; cross-attention's keys are computed once."""
-    own = self.attention.empty_cache(batch, capacity, dtype)
+    own = self.attention.empty_cache(batch, capacity, dtype, slack)
     if self.cross is None or encoded_BSD is None:
       return BlockCache(own=own)
     k_BSKH, v_BSKH = self.cross.keys_and_values(encoded_BSD)

@@ -125,12 +125,11 @@ class Convolve(nnx.Module):
     weights = jnp.where(seen_BTS[:, :, None], weights, 0).astype(v_BSNH.dtype)
     return self._out(jnp.einsum('BTNS,BSNH->BTNH', weights, v_BSNH)), cache
 
-  def empty_cache(self, batch: int, capacity: int, dtype):
+  def empty_cache(self, batch: int, capacity: int, dtype, slack: int = 0):
     """Returns a cache of the values that taps reach."""
     N, H = self.config.num_heads, self.config.head_dim
-    return cache_lib.empty(
-      batch, capacity, N, 0, H, dtype, reach=self.config.width
-    )
+    reach = self.config.width
+    return cache_lib.empty(batch, capacity, N, 0, H, dtype, reach, slack)
 
   def _values(self, x_BTD):
     product = lambda weight, bias: param.add_bias(

@@ -165,13 +165,25 @@ class Decoder(nnx.Module):
     table = self.output or self.embeddings.tokens
     return common.make_head(self.config, table.table_VD)
 
-  def empty_caches(self, batch: int, capacity: int, dtype=None):
+  def empty_caches(self, batch: int, capacity: int, dtype=None, slack: int = 0):
     """Returns caches for `capacity` positions of `batch` rows.
 
-    `dtype` is that of keys and values, by default the model's; int8 keeps a
-    scale for each vector.
+    Args:
+      batch: rows.
+      capacity: positions of each.
+      dtype: of keys and values, by default the model's; int8 keeps a scale for
+        each vector.
+      slack: tokens of a step that may turn out not to count.
     """
-    return self.tower.empty_caches(batch, capacity, dtype=dtype)
+    return self.tower.empty_caches(batch, capacity, dtype=dtype, slack=slack)
+
+  def empty_ahead(self, batch: int, capacity: int, slack: int = 0):
+    """Returns caches of the heads for further tokens."""
+    dtype = jnp.dtype(self.config.dtype)
+    return tuple(
+      layer.empty_cache(batch, capacity, dtype, slack=slack)
+      for layer in self.ahead
+    )
 
   def step(self, inputs: jax.Array, index_BT: jax.Array, caches):
     """Extends cached sequences by the tokens at `index_BT`.
@@ -184,8 +196,36 @@ class Decoder(nnx.Module):
     Returns:
       Features (B, T, D), and the new caches.
     """
-    mask = mask_lib.make(causal=True, q_index_BT=index_BT)
-    context = block.Context(mask=mask, positions_BT=index_BT)
+    x_BTD, caches = self.step_below(inputs, index_BT, caches)
+    return self.tower.end(x_BTD), caches
+
+  def step_below(self, inputs: jax.Array, index_BT: jax.Array, caches):
+    """As `step`, with features that are not normalised: what heads read."""
+    context = _step_context(index_BT)
     x_BTD = self.embeddings(inputs, index_BT)
     x_BTD, caches, _ = self.tower(x_BTD, context, caches=caches)
-    return self.tower.end(x_BTD), caches
+    return x_BTD, caches
+
+  def step_ahead(self, x_BTD: jax.Array, index_BT: jax.Array, caches):
+    """Extends the heads for further tokens.
+
+    Args:
+      x_BTD: what `step_below` returned.
+      index_BT: where each token stands in its row.
+      caches: of `empty_ahead`.
+
+    Returns:
+      Features (B, T, D) of each head, and the new caches.
+    """
+    context, features, new = _step_context(index_BT), [], []
+    for i, (layer, cache) in enumerate(zip(self.ahead, caches)):
+      num = jnp.asarray(self.config.num_layers + 1 + i)
+      y_BTD, cache, _ = self.tower.layer(layer, x_BTD, context, num, cache)
+      features.append(self.tower.end(y_BTD))
+      new.append(cache)
+    return features, tuple(new)
+
+
+def _step_context(index_BT: jax.Array) -> block.Context:
+  mask = mask_lib.make(causal=True, q_index_BT=index_BT)
+  return block.Context(mask=mask, positions_BT=index_BT)

@@ -121,12 +121,14 @@ class Tower(nnx.Module):
     return sharding.constrain(x_BTD, 'batch', 'length', 'act_embed')
 
   def empty_caches(
-    self, batch: int, capacity: int, encoded_BSD=None, dtype=None
+    self, batch: int, capacity: int, encoded_BSD=None, dtype=None, slack=0
   ):
     """Returns empty caches for all layers; int8 halves bfloat16's."""
     dtype = jnp.dtype(dtype or self.config.dtype)
     return self.layers.map_layers(
-      lambda layer: layer.empty_cache(batch, capacity, dtype, encoded_BSD)
+      lambda layer: layer.empty_cache(
+        batch, capacity, dtype, encoded_BSD, slack
+      )
     )
 
   def empty_memory(self, batch: int, length: int):
