@@ -56,7 +56,11 @@ class ModelDraft:
     def one(carry, number):
       token_B, index_B, caches = carry
       x, caches = self.model.step(token_B[:, None], index_B[:, None], caches)
-      probs_BV = probs(self.model.head(x)[:, 0], settings)
+      logits_BV = self.model.head(x)[:, 0]
+      if settings.temperature_B is None:
+        new_B = best(logits_BV, settings)
+        return (new_B, index_B + 1, caches), (new_B, None)
+      probs_BV = probs(logits_BV, settings)
       new_B = processors.draw(jnp.log(probs_BV), key(number))
       return (new_B, index_B + 1, caches), (new_B, probs_BV)
 
@@ -64,8 +68,10 @@ class ModelDraft:
     (_, _, state), (tokens_KB, probs_KBV) = jax.lax.scan(
       one, (token_B, index_B, state), jnp.arange(self.num + 1)
     )
-    probs_BKV = jnp.moveaxis(probs_KBV, 0, 1)[:, : self.num]
-    return tokens_KB.T[:, : self.num], probs_BKV, state
+    tokens_BK = tokens_KB.T[:, : self.num]
+    if probs_KBV is None:
+      return tokens_BK, None, state
+    return tokens_BK, jnp.moveaxis(probs_KBV, 0, 1)[:, : self.num], state
 
   def after(self, state, model, x_BCD, index_BC, num_B):
     """Returns the state after the model has checked a draft."""
@@ -92,6 +98,9 @@ class HeadsDraft:
     del text_BS, token_B, index_B
     caches, logits_BKV = state
     num = logits_BKV.shape[1]
+    if settings.temperature_B is None:
+      heads = [best(logits_BKV[:, k], settings) for k in range(num)]
+      return jnp.stack(heads, axis=1), None, state
     probs_BKV = jnp.stack(
       [probs(logits_BKV[:, k], settings) for k in range(num)], axis=1
     )
@@ -177,11 +186,14 @@ def _prefill_heads(model, prompt_BS, last_B, chunk, slack):
   return jax.lax.fori_loop(0, num_chunks, run_chunk, (below, heads))[1]
 
 
+def best(logits_BV, settings: sampling_lib.Rows) -> jax.Array:
+  """Returns the token that temperature 0 takes."""
+  return processors.largest(sampling_lib.shaped(logits_BV, settings))
+
+
 def probs(logits_BV, settings: sampling_lib.Rows) -> jax.Array:
   """Returns what a token is drawn from; at temperature 0 it is certain."""
+  best_BV = jax.nn.one_hot(best(logits_BV, settings), logits_BV.shape[-1])
   logits_BV = sampling_lib.shaped(logits_BV, settings)
-  best_BV = jax.nn.one_hot(processors.largest(logits_BV), logits_BV.shape[-1])
-  if settings.temperature_B is None:
-    return best_BV
   probs_BV = jax.nn.softmax(sampling_lib.truncated(logits_BV, settings))
   return jnp.where(settings.temperature_B[:, None] > 0, probs_BV, best_BV)

@@ -140,16 +140,24 @@ def decode(
     index_BC = state.index_B[:, None] + jnp.arange(num + 1)[None]
     x_BCD, caches = model.step_below(inputs_BC, index_BC, state.caches)
     logits_BCV = model.head(model.tower.end(x_BCD))
-    p_BCV = jnp.stack(
-      [drafts.probs(logits_BCV[:, c], settings) for c in range(num + 1)], axis=1
+    of = lambda fn: jnp.stack(
+      [fn(logits_BCV[:, c], settings) for c in range(num + 1)], axis=1
     )
-    chance_BK = _chances(p_BCV, q_BKV, tokens_BK)
+    if settings.temperature_B is None:
+      best_BC = of(drafts.best)
+      chance_BK = (tokens_BK == best_BC[:, :-1]).astype(jnp.float32)
+    else:
+      p_BCV = of(drafts.probs)
+      chance_BK = _chances(p_BCV, q_BKV, tokens_BK)
     if forced is not None:
       chance_BK = jnp.full_like(chance_BK, forced)
     uniform_BK = jnp.stack([uniform(100 + k) for k in range(num)], axis=1)
     is_kept_BK = jnp.cumprod(uniform_BK < chance_BK, axis=1).astype(bool)
     num_B = is_kept_BK.sum(1)
-    next_B = _next(p_BCV, q_BKV, tokens_BK, num_B, uniform(99))
+    if settings.temperature_B is None:
+      next_B = jnp.take_along_axis(best_BC, num_B[:, None], axis=1)[:, 0]
+    else:
+      next_B = _next(p_BCV, q_BKV, tokens_BK, num_B, uniform(99))
     own = draft.after(own, model, x_BCD, index_BC, num_B)
     new_BC = jnp.concatenate([tokens_BK, tokens_BK[:, -1:]], axis=1)
     new_BC = jnp.where(
