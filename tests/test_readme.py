@@ -14,7 +14,13 @@ _ROOT = os.path.join(os.path.dirname(__file__), '..')
 with open(os.path.join(_ROOT, 'README.md'), encoding='utf-8') as _f:
   _TEXT = _f.read()
 _PAGES = _TEXT
-for _name in ('attention.md', 'objectives.md', 'pipelines.md', 'planning.md'):
+for _name in (
+  'attention.md',
+  'objectives.md',
+  'pipelines.md',
+  'planning.md',
+  'inference.md',
+):
   with open(os.path.join(_ROOT, 'docs', _name), encoding='utf-8') as _f:
     _PAGES += _f.read()
 _BLOCKS = re.findall(r'^```(\w+)\n(.*?)^```', _PAGES, re.M | re.S)
@@ -28,7 +34,7 @@ _SNIPPETS = [block for language, block in _BLOCKS if language == 'python']
 
 
 def test_there_is_something_to_test():
-  assert len(_COMMANDS) >= 8 and len(_SNIPPETS) == 3
+  assert len(_COMMANDS) >= 8 and len(_SNIPPETS) == 4
 
 
 @pytest.mark.parametrize(
@@ -36,7 +42,8 @@ def test_there_is_something_to_test():
 )
 def test_experiment_commands_are_accepted(command):
   arguments = shlex.split(command)[1:]
-  tool = {'experiments/generate.py', 'experiments/evaluate.py'}
+  tools = 'generate', 'evaluate', 'embed'
+  tool = {f'experiments/{name}.py' for name in tools}
   check = '--help' if arguments[0] in tool else '--print_config'
   result = subprocess.run(
     [sys.executable, *arguments, check],
@@ -45,7 +52,8 @@ def test_experiment_commands_are_accepted(command):
     text=True,
   )
   if check == '--help':  # absl prints the flags and exits with 1.
-    assert '--num_tokens' in result.stdout or '--split' in result.stdout
+    shown = '--num_tokens', '--split', '--text'
+    assert any(flag in result.stdout for flag in shown)
     for argument in arguments[1:]:
       assert argument.split('=')[0] in result.stdout
   else:
@@ -115,7 +123,7 @@ def test_scripts_parse(command):
   subprocess.run(['bash', '-n', script], cwd=_ROOT, check=True)
 
 
-@pytest.mark.parametrize('index', range(2))
+@pytest.mark.parametrize('index', [0, 1, -1])
 def test_code_runs(index):
   exec(compile(_SNIPPETS[index], 'README.md', 'exec'), {'__name__': 'readme'})
 
