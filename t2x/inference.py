@@ -49,6 +49,7 @@ class Trained:
     mesh: where the model is.
     labels: of each class head, in the order of its classes, by the name of its
       term.
+    temperature: that makes its probabilities true; see `calibration`.
   """
 
   config: experiment.Experiment
@@ -57,6 +58,7 @@ class Trained:
   step: int
   mesh: jax.sharding.Mesh
   labels: dict[str, list[str]]
+  temperature: float = 1.0
 
   @functools.cached_property
   def writer(self) -> Any:
@@ -110,6 +112,7 @@ def load(
     step=step,
     mesh=mesh,
     labels=run_dir.read_labels(workdir),
+    temperature=run_dir.read_temperature(workdir),
   )
 
 
@@ -166,7 +169,7 @@ def generate_text(
       trained.writer,
       prompt_ids(trained, prompts),
       num_tokens=num_tokens,
-      sampling=sampling,
+      sampling=_calibrated(trained, sampling),
       seed=seed,
       **_options(trained, ignore_end, max_length),
     )
@@ -204,13 +207,22 @@ def search_text(
       num_tokens=num_tokens,
       beams=beams,
       num_best=num_best,
-      sampling=sampling,
+      sampling=_calibrated(trained, sampling),
       **_options(trained, False, max_length),
     )
   return [
     [(_decoded(trained, ids), score) for ids, score in zip(tokens, scores)]
     for tokens, scores in zip(result.tokens, result.scores)
   ]
+
+
+def _calibrated(trained: Trained, sampling: Any) -> Any:
+  """Returns settings under which the model's probabilities are true."""
+  if isinstance(sampling, Sequence):
+    return [_calibrated(trained, config) for config in sampling]
+  return dataclasses.replace(
+    sampling or Sampling(), calibration=trained.temperature
+  )
 
 
 def prompt_ids(trained: Trained, prompts: Sequence[str]) -> list[list[int]]:

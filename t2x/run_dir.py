@@ -40,6 +40,7 @@ _PACKAGES = (
 
 _TABLE = 'schedule.csv'
 LABELS = 'labels.json'
+CALIBRATION = 'calibration.json'
 Changes = dict[str, tuple[Any, Any]]
 
 
@@ -168,6 +169,12 @@ def read_labels(workdir: str) -> dict[str, list[str]]:
   """Returns the labels of each class head, by the name of its term."""
   file = paths.path(workdir) / LABELS
   return json.loads(file.read_text()) if file.exists() else {}
+
+
+def read_temperature(workdir: str) -> float:
+  """Returns what the run's logits are divided by; see `calibration`."""
+  file = paths.path(workdir) / CALIBRATION
+  return float(_read(file)['temperature']) if file.exists() else 1.0
 
 
 def read_config(workdir: str) -> experiment.Experiment:

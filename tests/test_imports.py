@@ -57,7 +57,7 @@ _ORDER = (
   ('plan_trials',),
   ('estimate_text',),
   ('run', 'inference'),
-  ('conversion', 'encoding'),
+  ('conversion', 'encoding', 'calibration'),
   ('train',),
   ('deviation', 'verify', 'verify_report'),
   ('main',),

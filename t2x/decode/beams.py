@@ -179,6 +179,7 @@ def search(
     logits_RV, caches = loop.next_logits(
       model, token_R, index_R, caches, segments_RS
     )
+    logits_RV = sampling_lib.calibrated(logits_RV, settings)
     log_probs_RV = jax.nn.log_softmax(logits_RV.astype(jnp.float32), axis=-1)
     ends_RE = jnp.broadcast_to(ends_E[None], (len(token_R), len(ends_E)))
     log_probs_RV = sampling_lib.shaped(

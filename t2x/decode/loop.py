@@ -177,6 +177,7 @@ def decode(
     logits_BV, caches = next_logits(
       model, state.token_B, state.index_B, state.caches, source_segments_BS
     )
+    logits_BV = sampling_lib.calibrated(logits_BV, settings)
     fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
     keys = fold_in(keys_B, state.number)
     token_B = sampling_lib.sample(

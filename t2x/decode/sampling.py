@@ -44,6 +44,8 @@ class SamplingConfig:
     min_tokens: so many tokens come before an end token may.
     bias: token id -> added to its logit; -inf bans it.
     banned: words, as token ids, that are never completed.
+    calibration: logits are divided by it before all else, and the
+      log-probabilities that are reported as well; see `t2x.calibration`.
   """
 
   temperature: float = 1.0
@@ -57,12 +59,18 @@ class SamplingConfig:
   min_tokens: int = 0
   bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
   banned: Sequence[Sequence[int]] = ()
+  calibration: float = 1.0
 
   def __post_init__(self):
     if not (math.isfinite(self.temperature) and self.temperature >= 0):
       raise ValueError(
         f'sampling.temperature={self.temperature}; it must be 0 (the most '
         'likely token) or a positive number (1 is the model itself).'
+      )
+    if not 0 < self.calibration < math.inf:
+      raise ValueError(
+        f'sampling.calibration={self.calibration}; it must be above 0; 1 '
+        'leaves the model as it is.'
       )
     if self.top_k is not None and self.top_k < 1:
       raise ValueError(
@@ -121,6 +129,7 @@ class Rows:
   min_tokens_B: Any = None
   bias_BV: Any = None
   words_BMW: Any = None
+  calibration_B: Any = None
   most_k: int | None = dataclasses.field(
     default=None, metadata={'static': True}
   )
@@ -198,6 +207,7 @@ def rows(
     min_tokens_B=column('min_tokens', np.int32),
     bias_BV=_bias(configs, vocab_size),
     words_BMW=_words(configs),
+    calibration_B=column('calibration', np.float32),
   )
 
 
@@ -256,6 +266,13 @@ def begin(settings: Rows, prompts: Sequence[Any], vocab_size: int) -> History:
       last = prompt[len(prompt) - min(size, len(prompt)) :]
       row[size - len(last) :] = last
   return History(prompt_BV=prompt_BV, counts_BV=counts_BV, recent_BW=recent_BW)
+
+
+def calibrated(logits_BV: jax.Array, settings: Rows) -> jax.Array:
+  """Returns the logits of the model after its calibration."""
+  if settings.calibration_B is None:
+    return logits_BV
+  return logits_BV / settings.calibration_B[:, None]
 
 
 def sample(
