@@ -164,8 +164,31 @@ def generate_text(
   """
   if any(not end for end in stop):
     raise ValueError("stop holds '', which would end every text at once.")
+  result = generation(
+    trained,
+    prompts,
+    num_tokens=num_tokens,
+    sampling=sampling,
+    seed=seed,
+    ignore_end=ignore_end,
+    max_length=max_length,
+  )
+  return [_cut(decoded(trained, tokens), stop) for tokens in result.tokens]
+
+
+def generation(
+  trained: Trained,
+  prompts: Sequence[str],
+  *,
+  num_tokens: int,
+  sampling: Sampling | Sequence[Sampling] | None = None,
+  seed: int = 0,
+  ignore_end: bool = False,
+  max_length: int | None = None,
+) -> generate_lib.Generation:
+  """As `generate_text`; returns tokens and their log-probabilities."""
   with _decoding(trained):
-    result = generate_lib.generate(
+    return generate_lib.generate(
       trained.writer,
       prompt_ids(trained, prompts),
       num_tokens=num_tokens,
@@ -173,7 +196,6 @@ def generate_text(
       seed=seed,
       **_options(trained, ignore_end, max_length),
     )
-  return [_cut(_decoded(trained, tokens), stop) for tokens in result.tokens]
 
 
 def search_text(
@@ -211,7 +233,7 @@ def search_text(
       **_options(trained, False, max_length),
     )
   return [
-    [(_decoded(trained, ids), score) for ids, score in zip(tokens, scores)]
+    [(decoded(trained, ids), score) for ids, score in zip(tokens, scores)]
     for tokens, scores in zip(result.tokens, result.scores)
   ]
 
@@ -252,7 +274,8 @@ def _answers(trained: Trained) -> bool:
   return isinstance(config, encoder_decoder.EncoderDecoderConfig)
 
 
-def _decoded(trained: Trained, tokens: Sequence[int]) -> str:
+def decoded(trained: Trained, tokens: Sequence[int]) -> str:
+  """Returns the text of tokens that a model wrote."""
   tokenizer = trained.tokenizer
   if _answers(trained):
     return tokenizer.decode_marked(tokens)

@@ -58,6 +58,7 @@ _ORDER = (
   ('estimate_text',),
   ('run', 'inference'),
   ('conversion', 'encoding', 'calibration'),
+  ('uncertainty',),
   ('train',),
   ('deviation', 'verify', 'verify_report'),
   ('main',),
