@@ -12,6 +12,8 @@ With --num_beams=4 nothing is drawn: beam search finds the likeliest texts, and
 --num_best=2 prints two of each prompt with their scores.
 """
 
+import sys
+
 from absl import flags
 
 from t2x import main
@@ -125,6 +127,19 @@ def _beams():
 
   if _NUM_BEAMS.value == 1 and _NUM_BEST.value == 1:
     return None
+  given = flags.FLAGS
+  drawing = ('temperature', 'top_k', 'top_p', 'min_p', 'typical_p')
+  for name in (*drawing, 'stop', 'ignore_end', 'seed'):
+    if given[name].present:
+      sys.exit(
+        f'error: --{name} has no place in a search, which draws nothing and '
+        'ends by itself. Leave it out, or --num_beams.'
+      )
+  if _NUM_BEST.value > _NUM_BEAMS.value:
+    sys.exit(
+      f'error: --num_best={_NUM_BEST.value} of --num_beams={_NUM_BEAMS.value}: '
+      'a search finds as many texts as it has beams. Raise --num_beams.'
+    )
   return beams.BeamConfig(
     num_beams=_NUM_BEAMS.value, length_penalty=_LENGTH_PENALTY.value
   )

@@ -15,6 +15,7 @@ from t2x import inference
 from t2x import paths
 from t2x import run_dir
 from t2x import train_state
+from t2x.data import tokenizers
 from t2x.interop import huggingface
 
 _HF = 'huggingface.json'  # The config.json that a run came with.
@@ -45,19 +46,22 @@ def to_run(directory: str, workdir: str) -> int:
       '--to, or remove it.'
     )
   found = huggingface.read(directory)
-  config = huggingface.experiment_of(found, directory)
+  model = found.model  # What does not fit is said before anything is written.
+  # Of its own copy, which stays with the run.
+  own = root / 'tokenizer' / tokenizers.FILES
+  config = huggingface.experiment_of(found, own)
   root.mkdir(parents=True, exist_ok=True)
   found.tokenizer.save(root / 'tokenizer')
   paths.write_whole(root / _HF, json.dumps(found.hf, indent=2) + '\n')
   run_dir.write_versions(workdir)
   paths.write_whole(root / 'config.json', config_lib.dumps(config))
-  state = train_state.of_model(found.model)
+  state = train_state.of_model(model)
   saved = checkpoint.Checkpoints(workdir)
   done = saved.save(0, state, {}) and saved.wait()
   saved.close()
   if not done:
     raise ValueError(f'The checkpoint could not be written to {workdir}.')
-  return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(found.model))
+  return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(model))
 
 
 def from_run(workdir: str, directory: str, step: int | None = None) -> str:

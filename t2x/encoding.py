@@ -13,6 +13,7 @@ import numpy as np
 
 from t2x import inference
 from t2x import sharding
+from t2x.decode import begin as begin_lib
 from t2x.decode import prompts as prompts_lib
 from t2x.models import decoder
 from t2x.models import encoder_decoder
@@ -58,11 +59,11 @@ def embed(trained: inference.Trained, texts: Sequence[str]) -> np.ndarray:
     numbers = [i for i, own in enumerate(sizes) if own == size]
     for start in range(0, len(numbers), _EMBEDDED):
       part = numbers[start : start + _EMBEDDED]
-      shape = prompts_lib.power_of_two(len(part)), size
-      ids_BT = prompts_lib.pad([rows[i] for i in part], shape, 0)
-      ones = [[1] * len(rows[i]) for i in part]
-      segments_BT = prompts_lib.pad(ones, shape, 0)
-      with sharding.use(trained.mesh, trained.config.rules):
+      with inference.decoding(trained):
+        num = prompts_lib.num_rows(None, len(part), begin_lib.row_parts())
+        ids_BT = prompts_lib.pad([rows[i] for i in part], (num, size), 0)
+        ones = [[1] * len(rows[i]) for i in part]
+        segments_BT = prompts_lib.pad(ones, (num, size), 0)
         vectors_BD = _mean_vectors(model, ids_BT, segments_BT)
       found[part] = jax.device_get(vectors_BD)[: len(part)]
   return found
@@ -98,22 +99,22 @@ def classify(
   tokenizer, data = trained.tokenizer, trained.config.data
   size, found = data.batch_size, []
   for start in range(0, len(texts), size):
-    ids_BT = np.full((size, data.length), tokenizer.pad_id, np.int32)
     encoded = tokenizer.encode_batch(texts[start : start + size])
-    for row, ids in zip(ids_BT, encoded):
-      ids = [*tokenizer.prefix_ids, *ids, *tokenizer.suffix_ids]
-      ids = ids[: data.length]
-      row[: len(ids)] = ids
+    # As in training.
+    before, after = tokenizer.bos_id, tokenizer.eos_id
+    rows = [[before, *ids, after][: data.length] for ids in encoded]
+    shape = size, data.length
+    ids_BT = prompts_lib.pad(rows, shape, tokenizer.pad_id)
+    segments_BT = prompts_lib.pad([[1] * len(row) for row in rows], shape, 0)
     with sharding.use(trained.mesh, trained.config.rules):
-      chances_BE = _chances(trained.model, ids_BT, head, tokenizer.pad_id)
+      chances_BE = _chances(trained.model, ids_BT, segments_BT, head)
     found += jax.device_get(chances_BE)[: len(encoded)].tolist()
   return [dict(zip(labels, row)) for row in found]
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _chances(model, ids_BT, head: int, pad_id: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=3)
+def _chances(model, ids_BT, segments_BT, head: int) -> jax.Array:
   """Returns the probabilities of the classes of a head (B, E)."""
-  segments_BT = (ids_BT != pad_id).astype(jnp.int32)
   pooled_BD = model.pool(model.encode(ids_BT, segments=segments_BT))
   logits_B1E = model.classes[head](pooled_BD[:, None])
   return jax.nn.softmax(logits_B1E[:, 0].astype(jnp.float32))

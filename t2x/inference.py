@@ -33,6 +33,7 @@ from t2x.decode import prepared
 from t2x.decode import sampling as sampling_lib
 from t2x.interop import huggingface
 from t2x.models import encoder_decoder
+from t2x.objectives import vocab as vocab_lib
 
 Sampling = sampling_lib.SamplingConfig
 
@@ -85,7 +86,8 @@ def load(
     config = huggingface.experiment_of(found, workdir)
     config, mesh, shapes = _placed(config, settings)
     model = jax.device_put(
-      found.model, jax.tree.map(lambda x: x.sharding, shapes.model)
+      found.build(config.model),
+      jax.tree.map(lambda x: x.sharding, shapes.model),
     )
     own = {'config': config, 'mesh': mesh, 'labels': {}}
     return Trained(model=model, tokenizer=found.tokenizer, step=0, **own)
@@ -173,7 +175,8 @@ def generate_text(
     ignore_end=ignore_end,
     max_length=max_length,
   )
-  return [_cut(decoded(trained, tokens), stop) for tokens in result.tokens]
+  texts = decoded(trained, prompts, result.tokens)
+  return [_cut(text, stop) for text in texts]
 
 
 def generation(
@@ -187,7 +190,7 @@ def generation(
   max_length: int | None = None,
 ) -> generate_lib.Generation:
   """As `generate_text`; returns tokens and their log-probabilities."""
-  with _decoding(trained):
+  with decoding(trained):
     return generate_lib.generate(
       trained.writer,
       prompt_ids(trained, prompts),
@@ -222,7 +225,7 @@ def search_text(
   Raises:
     ValueError: as `generate.beam_search`.
   """
-  with _decoding(trained):
+  with decoding(trained):
     result = generate_lib.beam_search(
       trained.writer,
       prompt_ids(trained, prompts),
@@ -232,10 +235,11 @@ def search_text(
       sampling=_calibrated(trained, sampling),
       **_options(trained, False, max_length),
     )
-  return [
-    [(decoded(trained, ids), score) for ids, score in zip(tokens, scores)]
-    for tokens, scores in zip(result.tokens, result.scores)
-  ]
+  found = []
+  for prompt, tokens, scores in zip(prompts, result.tokens, result.scores):
+    texts = decoded(trained, [prompt] * len(tokens), tokens)
+    found.append(list(zip(texts, scores)))
+  return found
 
 
 def _calibrated(trained: Trained, sampling: Any) -> Any:
@@ -248,9 +252,10 @@ def _calibrated(trained: Trained, sampling: Any) -> Any:
 
 
 def prompt_ids(trained: Trained, prompts: Sequence[str]) -> list[list[int]]:
-  """Returns what the model reads: ids as in training.
+  """Returns what the model reads.
 
-  A decoder's text begins with the tokenizer's start, a source ends with EOS.
+  A decoder's text begins as its tokenizer's texts do (with BOS, but for
+  GPT-2's), a source ends with EOS.
   """
   tokenizer = trained.tokenizer
   if _answers(trained):
@@ -274,12 +279,29 @@ def _answers(trained: Trained) -> bool:
   return isinstance(config, encoder_decoder.EncoderDecoderConfig)
 
 
-def decoded(trained: Trained, tokens: Sequence[int]) -> str:
-  """Returns the text of tokens that a model wrote."""
+def decoded(
+  trained: Trained, prompts: Sequence[str], tokens: Sequence[Sequence[int]]
+) -> list[str]:
+  """Returns the texts of tokens that a model wrote after prompts."""
   tokenizer = trained.tokenizer
   if _answers(trained):
-    return tokenizer.decode_marked(tokens)
-  return tokenizer.decode(tokens)
+    return [tokenizer.decode_marked(ids) for ids in tokens]
+  return [
+    _after(tokenizer, before, ids)
+    for before, ids in zip(prompt_ids(trained, prompts), tokens)
+  ]
+
+
+def _after(tokenizer: tokenizers.Tokenizer, before: list[int], ids) -> str:
+  """Returns what ids add to a text.
+
+  By itself their text may lack its first space, which some tokenizers take for
+  the start of a text.
+  """
+  start, whole = tokenizer.decode(before), tokenizer.decode([*before, *ids])
+  if whole.startswith(start):
+    return whole[len(start) :]
+  return tokenizer.decode(ids)
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:
@@ -288,7 +310,8 @@ def _cut(text: str, stop: Sequence[str]) -> str:
   return text[: min(places)] if places else text
 
 
-def _decoding(trained: Trained):
+def decoding(trained: Trained):
+  """Returns the context in which a model writes on its mesh."""
   # One token at a time: there is no length to split.
   rules = trained.config.rules
   rules = dataclasses.replace(rules, length=None, norm_length=None)
@@ -301,7 +324,8 @@ def _options(trained: Trained, ignore_end: bool, max_length: int | None):
   return {
     'eos_id': None if ignore_end else tokenizer.eos_id,
     'pad_id': tokenizer.pad_id,
-    'start_id': None if _answers(trained) else tokenizer.bos_id,
+    # As training's targets begin, whatever the tokenizer pads with.
+    'start_id': vocab_lib.PAD if _answers(trained) else tokenizer.bos_id,
     'max_length': max_length or trained.config.data.length,
   }
 

@@ -283,18 +283,14 @@ def _drawn(trained, prompts, num_tokens, sampling, seed, stop_below):
   result = inference.generation(
     trained, prompts, num_tokens=num_tokens, sampling=sampling, seed=seed
   )
-  return [
-    _stopped(trained, tokens, log_probs, stop_below)
-    for tokens, log_probs in zip(result.tokens, result.log_probs)
-  ]
-
-
-def _stopped(trained, tokens, log_probs, stop_below: float):
   least = math.log(stop_below) if stop_below else -math.inf
-  doubtful = [i for i, own in enumerate(log_probs) if own < least]
-  end = doubtful[0] if doubtful else len(tokens)
-  mean = sum(log_probs[:end]) / end if end else -math.inf
-  return inference.decoded(trained, tokens[:end]), mean
+  tokens, means = [], []
+  for ids, log_probs in zip(result.tokens, result.log_probs):
+    doubtful = [i for i, own in enumerate(log_probs) if own < least]
+    end = doubtful[0] if doubtful else len(ids)
+    tokens.append(ids[:end])
+    means.append(sum(log_probs[:end]) / end if end else -math.inf)
+  return list(zip(inference.decoded(trained, prompts, tokens), means))
 
 
 def _check(models, texts, passes: int) -> None:

@@ -43,6 +43,13 @@ class Entries:
       scale_BKS=_put(self.scale_BKS, scale_BKT, slot_BT),
     )
 
+  def seen(self, new_BTKH: jax.Array) -> jax.Array:
+    """Returns new vectors as `read` would after `put`."""
+    if self.scale_BKS is None:
+      return new_BTKH.astype(self.data_BKSH.dtype)
+    data_BTKH, scale_BTK = _quantized(new_BTKH)
+    return (data_BTKH * scale_BTK[..., None]).astype(new_BTKH.dtype)
+
   def read(self, dtype) -> jax.Array:
     """Returns (B, S, K, H)."""
     # The transposition is undone by that of the product that follows.
@@ -136,8 +143,8 @@ class WindowCache:
     index_BT = jnp.broadcast_to(index_BT, k_BTKH.shape[:2])
     is_real_BT = index_BT < self.capacity
     join = lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], 1)
-    keys = join(self.k.read(k_BTKH.dtype), k_BTKH)
-    values = join(self.v.read(v_BTKH.dtype), v_BTKH)
+    keys = join(self.k.read(k_BTKH.dtype), self.k.seen(k_BTKH))
+    values = join(self.v.read(v_BTKH.dtype), self.v.seen(v_BTKH))
     new_index_BT = jnp.where(is_real_BT, index_BT, _NEVER)
     # What was written there before did not count: see `slack` of `empty`.
     first_B1 = new_index_BT.min(1, keepdims=True)

@@ -235,7 +235,11 @@ def _iterate(
 
 def _check_sentinels(config: config_lib.DataConfig) -> None:
   objective = config.objective
+  if not isinstance(objective, ul2.UL2 | span_corruption.SpanCorruption):
+    return
   num_sentinels = tokenizers.num_sentinels(config.tokenizer)
+  if num_sentinels is None:
+    return
   if isinstance(objective, ul2.UL2):
     needed = objective.num_spans(config_lib.buckets(config)[-1])
     needed += len(ul2.MODES)

@@ -21,7 +21,11 @@ import sentencepiece
 from t2x.data import tokenizers
 from t2x.objectives import vocab as vocab_lib
 
-_SPM = ('spiece.model', 'tokenizer.model', 'sentencepiece.bpe.model')
+# XLM-R's sentencepiece.bpe.model is read with other ids than its own.
+_SPM = ('spiece.model', 'tokenizer.model')
+_TEMPLATE = 'chat_template.jinja'
+_ADDED = 'added_tokens.json'
+_MOST_EXTRA = 10_000
 _MAP = 'special_tokens_map.json'
 _SETTINGS = 'tokenizer_config.json'
 FILES = (
@@ -32,8 +36,8 @@ FILES = (
   *_SPM,
   _MAP,
   _SETTINGS,
-  'added_tokens.json',
-  'chat_template.jinja',
+  _ADDED,
+  _TEMPLATE,
 )
 _ROLES = ('bos', 'eos', 'pad', 'mask', 'cls', 'sep', 'unk')
 # Taken where no file says more.
@@ -62,6 +66,7 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
     self._root = epath.Path(directory)
     self._names = _special_names(self._root)
     self._backend = _backend(self._root, self._names)
+    self._check_added()
     ids = {
       role: self._backend.id_of(name) for role, name in self._names.items()
     }
@@ -90,6 +95,16 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
       special=tuple(sorted(self._special)),
     )
 
+  def _check_added(self) -> None:
+    """Raises ValueError for tokens that only tokenizer.json would explain."""
+    for name, i in _json(self._root / _ADDED).items():
+      if self._backend.id_of(name) != i:
+        raise ValueError(
+          f'{self._root / _ADDED} adds {name!r} as id {i}, and the other files '
+          'do not say how. Write a tokenizer.json with transformers: '
+          'AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR).'
+        )
+
   def _sentinels(self) -> tuple[int, ...]:
     """Returns the ids of <extra_id_0>, <extra_id_1>, ..."""
     found = []
@@ -99,9 +114,10 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
 
   @property
   def fingerprint(self) -> str:
-    found = hashlib.sha256()
+    # By what decides ids; `export` may add the file of the names.
+    found = hashlib.sha256(json.dumps(self._names, sort_keys=True).encode())
     for name in FILES:
-      if (self._root / name).exists():
+      if name not in (_MAP, _TEMPLATE) and (self._root / name).exists():
         found.update(name.encode() + (self._root / name).read_bytes())
     return found.hexdigest()[:16]
 
@@ -150,7 +166,8 @@ class _Fast:
 
   def __init__(self, tokenizer: Any):
     self._tokenizer = tokenizer
-    self.size = tokenizer.get_vocab_size()
+    # Ids may have gaps, such as an empty line of vocab.txt.
+    self.size = max(tokenizer.get_vocab().values()) + 1
     added = tokenizer.get_added_tokens_decoder()
     self.special = {i for i, token in added.items() if token.special}
     pieces = tokenizer.get_vocab()
@@ -326,6 +343,12 @@ def _byte_level(root: epath.Path, names: dict[str, str]) -> Any:
     ]
   )
   if 'cls' in names and 'sep' in names:
+    for role in ('cls', 'sep'):
+      if names[role] not in vocab:
+        raise ValueError(
+          f'{root / "vocab.json"} lacks {names[role]}, the {role}_token that '
+          f'{_MAP} or {_SETTINGS} names. Copy the files again.'
+        )
     made._tokenizer.post_processor = library.processors.RobertaProcessing(
       (names['sep'], vocab[names['sep']]),
       (names['cls'], vocab[names['cls']]),
@@ -361,13 +384,23 @@ def _num_extra(root: epath.Path) -> int:
   """Returns how many sentinels T5 has added."""
   settings = _json(root / _SETTINGS)
   if 'extra_ids' in settings:
-    return int(settings['extra_ids'])
+    return _few(root, int(settings['extra_ids']))
   text = json.dumps(settings) + json.dumps(_json(root / _MAP))
   numbers = re.findall(r'<extra_id_(\d+)>', text)
   if numbers:
-    return max(map(int, numbers)) + 1
-  # The file that only T5 has; it comes with a hundred.
-  return 100 if (root / 'spiece.model').exists() else 0
+    return _few(root, max(map(int, numbers)) + 1)
+  # T5's comes with a hundred; ALBERT's and XLNet's have the same name.
+  is_t5 = 't5' in settings.get('tokenizer_class', 't5').lower()
+  return 100 if is_t5 and (root / 'spiece.model').exists() else 0
+
+
+def _few(root: epath.Path, number: int) -> int:
+  if not 0 <= number <= _MOST_EXTRA:
+    raise ValueError(
+      f'{root / _SETTINGS} asks for {number} tokens <extra_id_N>; at most '
+      f'{_MOST_EXTRA} make sense.'
+    )
+  return number
 
 
 def _json(file: epath.Path) -> dict[str, Any]:

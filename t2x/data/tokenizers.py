@@ -148,7 +148,7 @@ class Tokenizer:
     return ids
 
   def decode_marked(self, ids: Iterable[int]) -> str:
-    """Inverse of `encode_marked`."""
+    """Inverse of `encode_marked`, but for spaces that a tokenizer drops."""
     sentinels = self.sentinel_ids
     parts = []
     for is_mark, run in itertools.groupby(ids, lambda i: i in sentinels):
@@ -300,9 +300,14 @@ def read(
   return pretrained.PretrainedTokenizer(config, directory or config.directory)
 
 
-def num_sentinels(config: Config) -> int:
-  """Returns how many sentinels the tokenizer of a config has."""
+def num_sentinels(config: Config) -> int | None:
+  """Returns how many sentinels a tokenizer has; None if its files are gone.
+
+  A run has a copy of its own.
+  """
   if isinstance(config, Pretrained):
+    if config.directory and not epath.Path(config.directory).exists():
+      return None
     return len(read(config).sentinel_ids)
   return config.num_sentinels
 

@@ -17,6 +17,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from t2x import sharding
 from t2x.decode import loop
@@ -113,8 +114,8 @@ class _Beams:
   open_B: jax.Array
 
 
-def _empty(batch: int, width: int, length: int) -> _Beams:
-  shape = batch, width
+def _empty(live_B: jax.Array, width: int, length: int) -> _Beams:
+  shape = len(live_B), width
   none = jnp.full(shape, _NEVER)
   return _Beams(
     tokens_BWN=jnp.zeros((*shape, length), jnp.int32),
@@ -125,7 +126,7 @@ def _empty(batch: int, width: int, length: int) -> _Beams:
     counts_BW=jnp.zeros(shape, jnp.int32),
     is_done_BW=jnp.zeros(shape, bool),
     ended_BW=jnp.zeros(shape, bool),
-    open_B=jnp.ones(batch, bool),
+    open_B=live_B,
   )
 
 
@@ -136,6 +137,7 @@ def search(
   *,
   token_B: jax.Array,
   index_B: jax.Array,
+  live_B: jax.Array,
   num_tokens: jax.Array,
   ends_E: jax.Array,
   capacity: int,
@@ -151,6 +153,7 @@ def search(
     caches: of the tokens before `token_B`.
     token_B: the token of each prompt to go on from.
     index_B: where it stands.
+    live_B: prompts; the other rows pad the batch.
     num_tokens: the most new tokens, not above `capacity`.
     ends_E: tokens that end a text; -1 is none.
     capacity: of the caches.
@@ -167,12 +170,12 @@ def search(
   rows = lambda a: jnp.repeat(a, G * W, axis=0)
   caches = _map_rows(rows, caches)
   segments_RS = None if source_segments_BS is None else rows(source_segments_BS)
-  groups = tuple(_empty(B, W, capacity) for _ in range(G))
+  groups = tuple(_empty(live_B, W, capacity) for _ in range(G))
   first = (jnp.int32(0), rows(token_B), rows(index_B), groups, caches, history)
 
   def goes_on(state):
     number, _, _, groups, _, _ = state
-    return (number < num_tokens) & _any_open(groups, config)
+    return (number < num_tokens) & _any_open(groups, live_B, config)
 
   def extend(state):
     number, token_R, index_R, groups, caches, history = state
@@ -277,12 +280,13 @@ def _closed(beams, length, num_tokens, config: BeamConfig) -> _Beams:
   return dataclasses.replace(beams, open_B=beams.open_B & may_B)
 
 
-def _any_open(groups, config: BeamConfig):
+def _any_open(groups, live_B, config: BeamConfig):
   """Whether any prompt's search goes on."""
   opens = [beams.open_B.any() for beams in groups]
   if config.early_stopping == 'first':
     opens = [
-      is_open & ~beams.is_done_BW.all() for is_open, beams in zip(opens, groups)
+      is_open & ~(beams.is_done_BW | ~live_B[:, None]).all()
+      for is_open, beams in zip(opens, groups)
     ]
   return functools.reduce(jnp.logical_or, opens)
 
@@ -342,15 +346,17 @@ class Hypotheses:
 
 
 def to_lists(beams: _Beams, num_prompts: int, num: int) -> Hypotheses:
-  """Returns the best `num` texts of each prompt."""
+  """Returns the best `num` texts of each prompt, or as many as there are."""
   found = jax.device_get(beams)
   prompts = range(num_prompts)
   counts, tokens = found.counts_BW, found.done_BWN
+  # There may be fewer: a short text has few forms, and tokens may be banned.
+  there = [np.flatnonzero(found.is_done_BW[b])[:num] for b in prompts]
+  of = lambda array_BW: [array_BW[b, there[b]].tolist() for b in prompts]
   return Hypotheses(
     tokens=[
-      [tokens[b, w, : counts[b, w]].tolist() for w in range(num)]
-      for b in prompts
+      [tokens[b, w, : counts[b, w]].tolist() for w in there[b]] for b in prompts
     ],
-    scores=found.scores_BW[:num_prompts, :num].tolist(),
-    ended=found.ended_BW[:num_prompts, :num].tolist(),
+    scores=of(found.scores_BW),
+    ended=of(found.ended_BW),
   )

@@ -81,8 +81,19 @@ class Request:
 
   @property
   def histories(self) -> list[Any]:
-    """The prompts of all rows, none for those that pad the batch."""
+    """What each row's text begins with: its prompt, or the start of an answer.
+
+    A source is no part of the text.
+    """
+    if not isinstance(self.model, decoder.Decoder):
+      return [[self.start_id]] * self.num_rows
     return [*self.rows, *[[]] * (self.num_rows - len(self.rows))]
+
+  @property
+  def start_id(self) -> int:
+    """The first token of an answer."""
+    own = self.options
+    return own.pad_id if own.start_id is None else own.start_id
 
   def start(self, slack: int = 0) -> dict[str, Any]:
     """Computes the caches of the prompts.
@@ -140,7 +151,7 @@ def check(
   continues = isinstance(model, decoder.Decoder)
   check = prompts_lib.check_text if continues else prompts_lib.check_answer
   check([len(row) for row in rows], num_tokens, limit, more)
-  num_rows = prompts_lib.num_rows(options.num_rows, len(rows), _row_parts())
+  num_rows = prompts_lib.num_rows(options.num_rows, len(rows), row_parts())
   return Request(
     model=model,
     rows=rows,
@@ -211,17 +222,16 @@ def _answer(request: Request) -> dict[str, Any]:
     capacity=capacity,
     cache_dtype=own.cache_dtype,
   )
-  start = own.pad_id if own.start_id is None else own.start_id
   return {
     'caches': caches,
-    'token_B': np.full(num_rows, start, np.int32),
+    'token_B': np.full(num_rows, request.start_id, np.int32),
     'index_B': np.zeros(num_rows, np.int32),
     'capacity': capacity,
     'source_segments_BS': segments_BS,
   }
 
 
-def _row_parts() -> int:
+def row_parts() -> int:
   """Returns the fewest rows that the active rules can split."""
   mesh = jax.sharding.get_abstract_mesh()
   for parts in range(1, mesh.size):

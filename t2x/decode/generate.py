@@ -161,6 +161,7 @@ def beam_search(
   found = beams_lib.search(
     model,
     **request.start(),
+    live_B=np.arange(request.num_rows) < len(prompts),
     num_tokens=np.int32(num_tokens),
     ends_E=np.array(request.ends, np.int32),
     config=beams,

@@ -212,6 +212,12 @@ def rows(
 
 
 def _check_ids(config: SamplingConfig, vocab_size: int) -> None:
+  banned = {i for i, value in config.bias.items() if value == -math.inf}
+  banned |= {word[0] for word in config.banned if len(word) == 1}
+  if len(banned) >= vocab_size:
+    raise ValueError(
+      f'sampling.bias and banned leave none of {vocab_size} tokens to draw.'
+    )
   words = (i for word in config.banned for i in word)
   for name, ids in (('bias', config.bias), ('banned', words)):
     for i in ids:

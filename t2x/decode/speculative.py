@@ -3,7 +3,8 @@
 A draft proposes K tokens, the model reads them all at once, and as many stay as
 it would have written itself: by the test of Leviathan et al. (2023) what is
 written has exactly the model's distribution, whatever the draft, and at
-temperature 0 it is the model's own text.
+temperature 0 it is the model's own text (but for ties that rounding decides: a
+pass of several tokens sums in another order than one of a single token).
 
 Shape suffixes: B batch, K drafted tokens, C = K + 1 of a pass, S positions, D
 embed, V vocabulary.
@@ -236,7 +237,8 @@ def _written(state, new_BC, num_B, logits_BCV, ends_BE, num_tokens) -> State:
     text_BS=put(state.text_BS, target_BC, new_BC),
     log_probs_BS=put(state.log_probs_BS, target_BC, log_probs_BC),
     proposed_B=state.proposed_B + is_live_B * (C - 1),
-    accepted_B=state.accepted_B + is_live_B * num_B,
+    # Those past an end or the limit were for nothing.
+    accepted_B=state.accepted_B + is_live_B * jnp.minimum(num_B, move_B),
   )
 
 
@@ -348,6 +350,10 @@ def _check(model: Any, draft: drafts.Draft) -> None:
       'Train it with some, such as model.ahead=0.5, or take another draft.'
     )
   if isinstance(draft, drafts.ModelDraft):
+    if not isinstance(draft.model, decoder.Decoder):
+      raise ValueError(
+        f'{type(draft.model).__name__} cannot draft: only a Decoder can.'
+      )
     begin_lib.check_model(draft.model)
     ours, theirs = (m.config.vocab_size for m in (model, draft.model))
     if ours != theirs:
@@ -376,7 +382,8 @@ def _check_sampling(config: Sampling) -> None:
     'min_tokens',
     'banned',
   ):
-    if getattr(config, name) != getattr(plain, name):
+    value = getattr(config, name)
+    if value != getattr(plain, name) and value not in ([], ()):
       raise ValueError(
         f'sampling.{name}={getattr(config, name)!r} depends on the text so '
         'far, which a draft does not know. Leave it out, or use generate.'

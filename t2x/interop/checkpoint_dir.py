@@ -90,16 +90,17 @@ class Tensor:
   def __init__(self, file: pathlib.Path, name: str):
     with _open(file) as f:
       part = f.get_slice(name)
-      self.shape, kind = tuple(part.get_shape()), part.get_dtype()
-    if kind not in _FLOATS:
-      raise ValueError(
-        f'{name} in {file} is of type {kind}; t2x reads {", ".join(_FLOATS)}. '
-        'Take a checkpoint that is not quantised.'
-      )
+      self.shape, self._kind = tuple(part.get_shape()), part.get_dtype()
     self._file, self._name = file, name
 
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
     del copy
+    # Not before it is asked for: files hold buffers of integers that nobody is.
+    if self._kind not in _FLOATS:
+      raise ValueError(
+        f'{self._name} in {self._file} is of type {self._kind}; t2x reads '
+        f'{", ".join(_FLOATS)}. Take a checkpoint that is not quantised.'
+      )
     with _open(self._file) as f:
       array = f.get_tensor(self._name)
     return array if dtype is None else array.astype(dtype)
@@ -190,7 +191,8 @@ def _indexed(root: pathlib.Path) -> dict[str, pathlib.Path]:
     raise ValueError(f'{root / _INDEX} has no weight_map of names to files.')
   for file in index.values():
     # It comes from elsewhere: it may not make us read another directory.
-    if not isinstance(file, str) or pathlib.PurePath(file).name != file:
+    own = isinstance(file, str) and pathlib.PurePath(file).name == file
+    if not own or file in ('.', '..'):
       raise ValueError(
         f'{root / _INDEX} names the file {file!r}, which is not one of its own '
         'directory. Do not use this checkpoint unless you know why.'

@@ -6,7 +6,8 @@ huggingface.write('path/of/mine', found.model, found.tokenizer)
 
 from collections.abc import Mapping
 import dataclasses
-import pathlib
+import functools
+import os
 from typing import Any
 
 from t2x import experiment
@@ -35,14 +36,29 @@ class Checkpoint:
   Attributes:
     family: how its weights are named, a key of `tables.FAMILIES`.
     hf: its config.json.
-    model: float32, on one device.
+    config: of the model.
+    tensors: its weights, read when they are asked for.
     tokenizer: its own.
   """
 
   family: str
   hf: dict[str, Any]
-  model: model_lib.Model
+  config: model_lib.ModelConfig
+  tensors: checkpoint_dir.Tensors
   tokenizer: tokenizers.Tokenizer
+
+  @functools.cached_property
+  def model(self) -> model_lib.Model:
+    """The model, float32, on one device."""
+    return self.build(self.config)
+
+  def build(self, config: model_lib.ModelConfig) -> model_lib.Model:
+    """Returns the model of a config that says more, such as another dtype.
+
+    Raises:
+      ValueError: the weights do not fit it.
+    """
+    return names.to_t2x(self.family, config, self.tensors)
 
 
 def read(directory: str) -> Checkpoint:
@@ -69,9 +85,13 @@ def read(directory: str) -> Checkpoint:
       f'model {config.vocab_size}. They are of different checkpoints.'
     )
   tensors = checkpoint_dir.read_tensors(directory)
-  config = configs.with_parts(config, tensors)
-  model = names.to_t2x(family, config, tensors)
-  return Checkpoint(family=family, hf=hf, model=model, tokenizer=tokenizer)
+  return Checkpoint(
+    family=family,
+    hf=hf,
+    config=configs.with_parts(config, tensors),
+    tensors=tensors,
+    tokenizer=tokenizer,
+  )
 
 
 def write(
@@ -104,19 +124,24 @@ def write(
   ids = {} if tokenizer is None else _ids(tokenizer)
   if hf is None or not exported.same(config, hf):
     hf = {**made, **ids}
+  is_own = not isinstance(tokenizer, pretrained.PretrainedTokenizer)
+  # Whatever may fail comes before the weights are written.
+  file = tokenizer_file.make(tokenizer) if tokenizer and is_own else None
   tensors = names.from_t2x(family, config, model, copies=False)
   limit = {} if shard_bytes is None else {'shard_bytes': shard_bytes}
   checkpoint_dir.write(directory, hf, tensors, **limit)
   if isinstance(tokenizer, pretrained.PretrainedTokenizer):
     tokenizer.export(directory)
-  elif tokenizer is not None:
-    tokenizer_file.write(directory, tokenizer)
+  elif file is not None:
+    tokenizer_file.write(directory, file)
   return family
 
 
-def experiment_of(found: Checkpoint, directory: str) -> experiment.Experiment:
+def experiment_of(
+  found: Checkpoint, tokenizer_directory: Any
+) -> experiment.Experiment:
   """Returns the settings of a run that would have made a checkpoint."""
-  config = found.model.config
+  config = found.config
   objective: Any = causal_lm.CausalLM()
   if isinstance(config, encoder.EncoderConfig):
     objective = masked_lm.MaskedLM()
@@ -128,7 +153,7 @@ def experiment_of(found: Checkpoint, directory: str) -> experiment.Experiment:
     model=config,
     data=data_config.DataConfig(
       tokenizer=tokenizers.Pretrained(
-        directory=str(pathlib.Path(directory).absolute())
+        directory=os.path.abspath(tokenizer_directory)
       ),
       length=config.max_length or min(lengths, default=512),
       objective=objective,

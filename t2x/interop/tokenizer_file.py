@@ -25,8 +25,8 @@ _PROBES = (
 )
 
 
-def write(directory: str, tokenizer: tokenizers_lib.Tokenizer) -> None:
-  """Writes tokenizer.json and tokenizer_config.json.
+def make(tokenizer: tokenizers_lib.Tokenizer) -> Any:
+  """Returns the same tokenizer as one of the library's.
 
   Raises:
     ValueError: the library is not installed, or gives other ids.
@@ -46,6 +46,11 @@ def write(directory: str, tokenizer: tokenizers_lib.Tokenizer) -> None:
         f'The tokenizer cannot be written as tokenizer.json: {text!r} becomes '
         f'{theirs} there, and {ours} here.'
       )
+  return made
+
+
+def write(directory: str, made: Any) -> None:
+  """Writes tokenizer.json and tokenizer_config.json of what `make` returned."""
   root = pathlib.Path(directory)
   made.save(str(root / 'tokenizer.json'))
   roles = {'pad': 0, 'eos': 1, 'unk': 2, 'bos': 3, 'mask': 4}

@@ -78,6 +78,7 @@ def test_a_saved_copy_is_the_same(directories, tmp_path, name):
   again = tokenizers.load(tmp_path / 'kept')
   assert again.encode_batch(hf_files.TEXTS) == ours.encode_batch(hf_files.TEXTS)
   assert again.vocab == ours.vocab and again.config == ours.config
+  assert again.fingerprint == ours.fingerprint, 'A run goes on with its copy.'
   ends = lambda tokenizer: (tokenizer.prefix_ids, tokenizer.suffix_ids)
   assert ends(again) == ends(ours)
 
@@ -150,6 +151,32 @@ def test_messages(directories, tmp_path):
   with pytest.raises(ValueError, match=r'vocab.txt lacks \[CLS\]'):
     read(words)
   (words / 'vocab.txt').write_text('a\nb\n##c\n[UNK]\n[CLS]\n[SEP]\n')
+  (words / 'vocab.txt').write_text('a\nb\n\n##c\n[UNK]\n[CLS]\n[SEP]\nlast\n')
+  gap = read(words)
+  assert gap.vocab_size == 8 and gap.decode(gap.encode('a last')) == 'a last'
+  (words / 'vocab.txt').write_text('a\nb\n##c\n[UNK]\n[CLS]\n[SEP]\n')
+  (words / 'added_tokens.json').write_text(json.dumps({'<|im_start|>': 6}))
+  with pytest.raises(ValueError, match=r"adds '<\|im_start\|>' as id 6"):
+    read(words)
+  (words / 'added_tokens.json').write_text(json.dumps({'[SEP]': 5}))
   names = {'eos_token': {'content': 'b'}}
   (words / 'special_tokens_map.json').write_text(json.dumps(names))
   assert read(words).eos_id == 1
+
+
+def test_no_file_asks_for_a_billion_tokens(directories, tmp_path):
+  import shutil
+
+  copy = shutil.copytree(directories['t5'], tmp_path / 'copy')
+  settings = {'additional_special_tokens': ['<extra_id_999999999>']}
+  (copy / 'tokenizer_config.json').write_text(json.dumps(settings))
+  with pytest.raises(ValueError, match='asks for 1000000000 tokens'):
+    read(copy)
+  settings = {'tokenizer_class': 'AlbertTokenizer'}
+  (copy / 'tokenizer_config.json').write_text(json.dumps(settings))
+  assert not read(copy).sentinel_ids
+
+
+def test_a_directory_that_is_gone_is_not_asked_for_sentinels(tmp_path):
+  config = tokenizers.Pretrained(directory=str(tmp_path / 'gone'))
+  assert tokenizers.num_sentinels(config) is None

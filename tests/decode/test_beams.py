@@ -132,18 +132,19 @@ def test_texts_and_scores_are_those_of_transformers(
 
 
 @pytest.mark.reference
-def test_processors_are_those_of_transformers():
+@pytest.mark.parametrize('kind', ['gpt2', 't5'])
+def test_processors_are_those_of_transformers(kind):
   words = [[11], [3, 4]]
   settings = sampling.SamplingConfig(
     repetition_penalty=1.4, min_tokens=4, banned=words
   )
   got = generate.beam_search(
-    ours('gpt2'), PROMPTS, num_tokens=10, beams=Config(num_beams=3), num_best=2,
-    sampling=settings, eos_id=end_of('gpt2'), chunk=16,
+    ours(kind), PROMPTS, num_tokens=10, beams=Config(num_beams=3), num_best=2,
+    sampling=settings, eos_id=end_of(kind), chunk=16,
   )  # fmt: skip
   for i, prompt in enumerate(PROMPTS):
     texts, scores = their_beams(
-      'gpt2', prompt, 2, num_beams=3, max_new_tokens=10, min_new_tokens=4,
+      kind, prompt, 2, num_beams=3, max_new_tokens=10, min_new_tokens=4,
       repetition_penalty=1.4, bad_words_ids=words,
     )  # fmt: skip
     assert got.tokens[i] == texts
@@ -272,3 +273,34 @@ def test_messages():
   drawing = sampling.SamplingConfig(top_k=3)
   with pytest.raises(ValueError, match='beam_search draws nothing'):
     generate.beam_search(tiny(), [[1]], num_tokens=2, sampling=drawing)
+
+
+def test_only_texts_that_there_are_come_back():
+  found = generate.beam_search(
+    tiny(), [[1, 3]], num_tokens=1, num_best=9, beams=Config(num_beams=9),
+    chunk=16,
+  )  # fmt: skip
+  assert sorted(found.tokens[0]) == [[t] for t in range(6)]
+  assert min(found.scores[0]) > -100 and len(found.ended[0]) == 6
+
+
+def test_rows_that_pad_the_batch_do_not_keep_a_search_going():
+  """One prompt whose text ends at once, and three rows of padding."""
+  ends = list(range(6))
+  steps = []
+  original = beams_lib.loop.next_logits
+
+  def counted(*args):
+    jax.debug.callback(lambda: steps.append(1))
+    return original(*args)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(beams_lib.loop, 'next_logits', counted)
+    beams_lib.search.clear_cache()
+    generate.beam_search(
+      tiny(), [[1, 3]], num_tokens=9, eos_id=ends[:5], chunk=16,
+      beams=Config(num_beams=2, early_stopping='first'),
+    )  # fmt: skip
+    jax.effects_barrier()
+  beams_lib.search.clear_cache()
+  assert 1 <= len(steps) <= 3

@@ -351,11 +351,11 @@ def test_sharded_equals_one_device(name):
 def test_rows_are_padded_to_what_the_rules_split():
   config = mesh_lib.MeshConfig(data=4, tensor=2)
   mesh = mesh_lib.make(config, jax.devices()[:8])
-  assert begin._row_parts() == 1
+  assert begin.row_parts() == 1
   with sharding.use(mesh, sharding.Rules()):
-    assert begin._row_parts() == 4
+    assert begin.row_parts() == 4
   with sharding.use(mesh, sharding.Rules(batch=('data', 'tensor'))):
-    assert begin._row_parts() == 8
+    assert begin.row_parts() == 8
 
 
 @pytest.mark.parametrize(

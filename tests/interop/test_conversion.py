@@ -223,7 +223,7 @@ def test_bytes_as_a_file_of_the_other_library(tmp_path):
   from t2x.interop import tokenizer_file
 
   tokenizer = tokenizers.BytesTokenizer(tokenizers.Bytes())
-  tokenizer_file.write(str(tmp_path), tokenizer)
+  tokenizer_file.write(str(tmp_path), tokenizer_file.make(tokenizer))
   other = transformers.AutoTokenizer.from_pretrained(tmp_path)
   for text in [*hf_files.TEXTS, *hf_files.PROBES]:
     assert other(text, add_special_tokens=False)['input_ids'] == (
@@ -458,3 +458,53 @@ def test_a_released_file_holds_more_than_its_class(checkpoints, tmp_path):
   again = transformers.BertForPreTraining.from_pretrained(tmp_path / 'back')
   for key, value in full.state_dict().items():
     torch.testing.assert_close(again.state_dict()[key], value, rtol=0, atol=0)
+
+
+def test_a_run_stays_whole_when_its_source_is_gone(checkpoints, tmp_path):
+  import shutil
+
+  source = shutil.copytree(checkpoints['t5'][0], tmp_path / 'source')
+  conversion.to_run(str(source), str(tmp_path / 'run'))
+  shutil.rmtree(source)
+  trained = inference.load(str(tmp_path / 'run'))
+  texts = inference.generate_text(trained, ['A text.'], num_tokens=3)
+  assert len(texts) == 1
+
+
+def test_settings_of_the_model_apply_to_a_directory(checkpoints):
+  directory, theirs = checkpoints['llama']
+  settings = ['model.dtype=bfloat16', 'model.vocab_multiple=256']
+  trained = inference.load(str(directory), settings=settings)
+  assert trained.model.config.dtype == 'bfloat16'
+  assert trained.model.embeddings.tokens.table_VD.shape[0] % 256 == 0
+  ids = ids_for('llama', 400)
+  got = our_logits(trained.model, ids)
+  np.testing.assert_allclose(got, their_logits(theirs, ids), atol=0.3)
+  with pytest.raises(ValueError, match='do not fit the llama model'):
+    inference.load(str(directory), settings=['model.num_layers=3'])
+
+
+def test_buffers_of_integers_are_ignored(checkpoints, tmp_path):
+  found = huggingface.read(str(checkpoints['bert'][0]))
+  copy = tmp_path / 'copy'
+  huggingface.write(str(copy), found.model, found.tokenizer)
+  arrays = safetensors_numpy.load_file(copy / 'model.safetensors')
+  arrays['bert.embeddings.position_ids'] = np.arange(34)[None]
+  safetensors_numpy.save_file(arrays, copy / 'model.safetensors')
+  again = huggingface.read(str(copy))
+  jax.tree.map(np.testing.assert_array_equal, again.model, found.model)
+
+
+def test_a_tokenizer_that_cannot_be_written_leaves_nothing(
+  checkpoints, tmp_path, monkeypatch
+):
+  from t2x.interop import tokenizer_file
+
+  found = huggingface.read(str(checkpoints['gpt2'][0]))
+  own = tokenizers.BytesTokenizer(tokenizers.Bytes())
+  monkeypatch.setattr(
+    tokenizer_file, '_letters', lambda: list(map(chr, range(300, 556)))
+  )
+  with pytest.raises(ValueError, match='cannot be written as tokenizer.json'):
+    huggingface.write(str(tmp_path / 'out'), found.model, own)
+  assert not (tmp_path / 'out').exists()
