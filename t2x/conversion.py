@@ -18,8 +18,6 @@ from t2x import train_state
 from t2x.data import tokenizers
 from t2x.interop import huggingface
 
-_HF = 'huggingface.json'  # The config.json that a run came with.
-
 
 def is_run(directory: str) -> bool:
   """Whether a run has left checkpoints in a directory."""
@@ -52,7 +50,8 @@ def to_run(directory: str, workdir: str) -> int:
   config = huggingface.experiment_of(found, own)
   root.mkdir(parents=True, exist_ok=True)
   found.tokenizer.save(root / 'tokenizer')
-  paths.write_whole(root / _HF, json.dumps(found.hf, indent=2) + '\n')
+  text = json.dumps(found.hf, indent=2) + '\n'
+  paths.write_whole(root / run_dir.HUGGINGFACE, text)
   run_dir.write_versions(workdir)
   paths.write_whole(root / 'config.json', config_lib.dumps(config))
   state = train_state.of_model(model)
@@ -79,6 +78,5 @@ def from_run(workdir: str, directory: str, step: int | None = None) -> str:
     ValueError: see `inference.load` and `huggingface.write`.
   """
   trained = inference.load(workdir, step=step)
-  file = paths.path(workdir) / _HF
-  hf = json.loads(file.read_text()) if file.exists() else None
+  hf = run_dir.read_huggingface(workdir)
   return huggingface.write(directory, trained.model, trained.tokenizer, hf=hf)

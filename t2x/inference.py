@@ -51,6 +51,7 @@ class Trained:
     labels: of each class head, in the order of its classes, by the name of its
       term.
     temperature: that makes its probabilities true; see `calibration`.
+    ends: tokens that end a text, where there are more than the tokenizer's.
   """
 
   config: experiment.Experiment
@@ -60,6 +61,7 @@ class Trained:
   mesh: jax.sharding.Mesh
   labels: dict[str, list[str]]
   temperature: float = 1.0
+  ends: tuple[int, ...] = ()
 
   @functools.cached_property
   def writer(self) -> Any:
@@ -90,6 +92,7 @@ def load(
       jax.tree.map(lambda x: x.sharding, shapes.model),
     )
     own = {'config': config, 'mesh': mesh, 'labels': {}}
+    own['ends'] = huggingface.ends(found.hf)
     return Trained(model=model, tokenizer=found.tokenizer, step=0, **own)
   config, mesh, shapes = _placed(run_dir.read_config(workdir), settings)
   wanted = dataclasses.replace(
@@ -115,6 +118,7 @@ def load(
     mesh=mesh,
     labels=run_dir.read_labels(workdir),
     temperature=run_dir.read_temperature(workdir),
+    ends=huggingface.ends(run_dir.read_huggingface(workdir) or {}),
   )
 
 
@@ -322,7 +326,7 @@ def _options(trained: Trained, ignore_end: bool, max_length: int | None):
   """Returns what the tokenizer and the training say of decoding."""
   tokenizer = trained.tokenizer
   return {
-    'eos_id': None if ignore_end else tokenizer.eos_id,
+    'eos_id': None if ignore_end else trained.ends or tokenizer.eos_id,
     'pad_id': tokenizer.pad_id,
     # As training's targets begin, whatever the tokenizer pads with.
     'start_id': vocab_lib.PAD if _answers(trained) else tokenizer.bos_id,

@@ -41,6 +41,7 @@ _PACKAGES = (
 _TABLE = 'schedule.csv'
 LABELS = 'labels.json'
 CALIBRATION = 'calibration.json'
+HUGGINGFACE = 'huggingface.json'  # The config.json that a run came with.
 Changes = dict[str, tuple[Any, Any]]
 
 
@@ -169,6 +170,12 @@ def read_labels(workdir: str) -> dict[str, list[str]]:
   """Returns the labels of each class head, by the name of its term."""
   file = paths.path(workdir) / LABELS
   return json.loads(file.read_text()) if file.exists() else {}
+
+
+def read_huggingface(workdir: str) -> dict[str, Any] | None:
+  """Returns the config.json of Hugging Face that a run came with, if it did."""
+  file = paths.path(workdir) / HUGGINGFACE
+  return _read(file) if file.exists() else None
 
 
 def read_temperature(workdir: str) -> float:

@@ -161,6 +161,15 @@ def experiment_of(
   )
 
 
+def ends(hf: Mapping[str, Any]) -> tuple[int, ...]:
+  """Returns the tokens that end a text, where a config.json names several.
+
+  Llama 3 has one for a text and one for a turn.
+  """
+  given = hf.get('eos_token_id')
+  return tuple(given) if isinstance(given, list) else ()
+
+
 def _ids(tokenizer: tokenizers.Tokenizer) -> dict[str, int]:
   return {
     'bos_token_id': tokenizer.bos_id,

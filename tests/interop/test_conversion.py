@@ -508,3 +508,19 @@ def test_a_tokenizer_that_cannot_be_written_leaves_nothing(
   with pytest.raises(ValueError, match='cannot be written as tokenizer.json'):
     huggingface.write(str(tmp_path / 'out'), found.model, own)
   assert not (tmp_path / 'out').exists()
+
+
+def test_several_tokens_may_end_a_text(checkpoints, tmp_path):
+  import shutil
+
+  copy = shutil.copytree(checkpoints['llama'][0], tmp_path / 'copy')
+  edit(copy / 'config.json', lambda c: c.update(eos_token_id=[2, 41]))
+  conversion.to_run(str(copy), str(tmp_path / 'run'))
+  for directory in (copy, tmp_path / 'run'):
+    trained = inference.load(str(directory))
+    assert trained.ends == (2, 41)
+    assert inference._options(trained, False, None)['eos_id'] == (2, 41)
+  conversion.from_run(str(tmp_path / 'run'), str(tmp_path / 'back'))
+  config = json.loads((tmp_path / 'back' / 'config.json').read_text())
+  assert config['eos_token_id'] == [2, 41]
+  assert not inference.load(str(checkpoints['gpt2'][0])).ends
