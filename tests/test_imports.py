@@ -57,7 +57,7 @@ _ORDER = (
   ('plan_trials',),
   ('estimate_text',),
   ('run', 'inference'),
-  ('conversion', 'encoding', 'calibration'),
+  ('conversion', 'encoding', 'calibration', 'streaming'),
   ('uncertainty',),
   ('train',),
   ('deviation', 'verify', 'verify_report'),
