@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import pathlib
+import subprocess
+import sys
 
-import convert_hf
 import hf_files
 import jax
 import numpy as np
@@ -132,23 +133,21 @@ def test_there_and_back(checkpoints, tmp_path, name):
   assert one(hf_files.TEXTS[:20]) == other(hf_files.TEXTS[:20])
 
 
-def test_the_command_and_what_it_says(
-  checkpoints, tmp_path, monkeypatch, capsys
-):
-  from absl.testing import flagsaver
-
+def test_the_command_and_what_it_says(checkpoints, tmp_path):
   directory, _ = checkpoints['gpt2']
   workdir, back = str(tmp_path / 'run'), str(tmp_path / 'back')
-  flags = convert_hf.flags.FLAGS
-  if not flags.is_parsed():
-    flags.mark_as_parsed()
-  with flagsaver.flagsaver(**{'from': str(directory), 'to': workdir}):
-    convert_hf.convert()
-  with flagsaver.flagsaver(**{'from': workdir, 'to': back}):
-    convert_hf.convert()
-  printed = capsys.readouterr().out
-  assert 'a run of ' in printed and 'holds a gpt2' in printed
+  script = pathlib.Path(__file__).parents[2] / 'scripts' / 'convert_hf.py'
+  run = lambda *flags: subprocess.run(
+    [sys.executable, str(script), *flags], capture_output=True, text=True
+  )
+  there = run(f'--from={directory}', f'--to={workdir}')
+  assert there.returncode == 0 and 'a run of ' in there.stdout, there.stderr
+  back_again = run(f'--from={workdir}', f'--to={back}')
+  assert 'holds a gpt2' in back_again.stdout, back_again.stderr
   assert checkpoint_dir.is_one(back)
+  wrong = run(f'--from={workdir}', f'--to={back}')
+  assert wrong.returncode == 1 and wrong.stderr.startswith('error: ')
+  assert 'nothing is written over' in wrong.stderr
   text = inference.generate_text(
     inference.load(workdir), ['A text'], num_tokens=3
   )
