@@ -166,11 +166,11 @@ class _Fast:
 
   def __init__(self, tokenizer: Any):
     self._tokenizer = tokenizer
+    pieces = tokenizer.get_vocab()
     # Ids may have gaps, such as an empty line of vocab.txt.
-    self.size = max(tokenizer.get_vocab().values()) + 1
+    self.size = max(pieces.values()) + 1
     added = tokenizer.get_added_tokens_decoder()
     self.special = {i for i, token in added.items() if token.special}
-    pieces = tokenizer.get_vocab()
     self._continues = any(piece.startswith('##') for piece in pieces)
 
   def id_of(self, name: str) -> int | None:

@@ -193,7 +193,8 @@ def best(logits_BV, settings: sampling_lib.Rows) -> jax.Array:
 
 def probs(logits_BV, settings: sampling_lib.Rows) -> jax.Array:
   """Returns what a token is drawn from; at temperature 0 it is certain."""
-  best_BV = jax.nn.one_hot(best(logits_BV, settings), logits_BV.shape[-1])
   logits_BV = sampling_lib.shaped(logits_BV, settings)
+  best_B = processors.largest(logits_BV)
+  best_BV = jax.nn.one_hot(best_B, logits_BV.shape[-1])
   probs_BV = jax.nn.softmax(sampling_lib.truncated(logits_BV, settings))
   return jnp.where(settings.temperature_B[:, None] > 0, probs_BV, best_BV)

@@ -11,9 +11,7 @@ import jax
 import jax.numpy as jnp
 
 NONE = -1  # No token has this id: it fills up words and ends.
-_MOST_SORTED = (
-  256  # Up to here the k largest are had cheaper by a partial sort.
-)
+_MOST_SORTED = 256  # Up to here a partial sort finds the k largest sooner.
 
 
 def biased(logits_BV: jax.Array, bias_BV: jax.Array) -> jax.Array:
@@ -71,12 +69,7 @@ def without_words(
   begun_BMW = (words_BMW[..., :-1] == recent_BW[:, None]) | (
     words_BMW[..., :-1] == NONE
   )
-  last_BM = words_BMW[..., -1]
-  banned_BM = begun_BMW.all(-1) & (last_BM != NONE)
-  V = logits_BV.shape[-1]
-  place_BM = jnp.where(banned_BM, last_BM, V)
-  ban = jax.vmap(lambda row, place: row.at[place].set(-jnp.inf, mode='drop'))
-  return ban(logits_BV, place_BM)
+  return _without(logits_BV, words_BMW[..., -1], begun_BMW.all(-1))
 
 
 def min_length(
@@ -89,10 +82,7 @@ def min_length(
     is_short_B: rows that may not end yet.
     ends_BE: tokens that end each row, `NONE` for fewer.
   """
-  V = logits_BV.shape[-1]
-  place_BE = jnp.where(is_short_B[:, None] & (ends_BE != NONE), ends_BE, V)
-  ban = jax.vmap(lambda row, place: row.at[place].set(-jnp.inf, mode='drop'))
-  return ban(logits_BV, place_BE)
+  return _without(logits_BV, ends_BE, is_short_B[:, None])
 
 
 def temperature(logits_BV: jax.Array, value_B: jax.Array) -> jax.Array:
@@ -209,6 +199,14 @@ def largest(logits_BV: jax.Array) -> jax.Array:
   is_largest_BV = logits_BV == logits_BV.max(-1, keepdims=True)
   place_BV = jnp.where(is_largest_BV, jnp.arange(V, dtype=jnp.int32)[None], V)
   return jnp.minimum(place_BV.min(-1), V - 1)
+
+
+def _without(logits_BV, tokens_BM, is_banned_BM):
+  """Bans some of the tokens of each row; `NONE` is no token."""
+  V = logits_BV.shape[-1]
+  place_BM = jnp.where(is_banned_BM & (tokens_BM != NONE), tokens_BM, V)
+  ban = jax.vmap(lambda row, place: row.at[place].set(-jnp.inf, mode='drop'))
+  return ban(logits_BV, place_BM)
 
 
 def _where(logits_BV, is_kept_BV):

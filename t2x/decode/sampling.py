@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t2x.decode import processors
+from t2x.decode import prompts as prompts_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,7 +198,7 @@ def rows(
     temperature_B=temperature_B if temperature_B.any() else None,
     top_k_B=column('top_k', np.int32, vocab_size),
     # Rounded up, so that few programs serve every k.
-    most_k=_up(max(ks)) if len(ks) == num_rows else None,
+    most_k=prompts_lib.power_of_two(max(ks)) if len(ks) == num_rows else None,
     top_p_B=column('top_p', np.float32, 1.0),
     min_p_B=column('min_p', np.float32, 0.0),
     typical_B=column('typical_p', np.float32, 1.0),
@@ -243,16 +244,13 @@ def _words(configs) -> np.ndarray | None:
   if not longest:
     return None
   most = max(len(config.banned) for config in configs)
-  shape = len(configs), _up(most), _up(longest)
+  up = prompts_lib.power_of_two
+  shape = len(configs), up(most), up(longest)
   words_BMW = np.full(shape, processors.NONE, np.int32)
   for words_MW, config in zip(words_BMW, configs):
     for row, word in zip(words_MW, config.banned):
       row[-len(word) :] = word
   return words_BMW
-
-
-def _up(number: int) -> int:
-  return 1 << (number - 1).bit_length()
 
 
 def begin(settings: Rows, prompts: Sequence[Any], vocab_size: int) -> History:
@@ -274,11 +272,11 @@ def begin(settings: Rows, prompts: Sequence[Any], vocab_size: int) -> History:
   return History(prompt_BV=prompt_BV, counts_BV=counts_BV, recent_BW=recent_BW)
 
 
-def calibrated(logits_BV: jax.Array, settings: Rows) -> jax.Array:
-  """Returns the logits of the model after its calibration."""
+def calibrated(logits: jax.Array, settings: Rows) -> jax.Array:
+  """Returns the logits (B, V) or (B, T, V) of a model after its calibration."""
   if settings.calibration_B is None:
-    return logits_BV
-  return logits_BV / settings.calibration_B[:, None]
+    return logits
+  return logits / settings.calibration_B.reshape(-1, *[1] * (logits.ndim - 1))
 
 
 def sample(

@@ -141,8 +141,7 @@ def decode(
     index_BC = state.index_B[:, None] + jnp.arange(num + 1)[None]
     x_BCD, caches = model.step_below(inputs_BC, index_BC, state.caches)
     logits_BCV = model.head(model.tower.end(x_BCD))
-    if settings.calibration_B is not None:
-      logits_BCV = logits_BCV / settings.calibration_B[:, None, None]
+    logits_BCV = sampling_lib.calibrated(logits_BCV, settings)
     of = lambda fn: jnp.stack(
       [fn(logits_BCV[:, c], settings) for c in range(num + 1)], axis=1
     )
