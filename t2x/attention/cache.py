@@ -43,6 +43,25 @@ class Entries:
       scale_BKS=_put(self.scale_BKS, scale_BKT, slot_BT),
     )
 
+  def put_at(self, new_BTKH, page_BT, place_BT) -> 'Entries':
+    """Writes at places of pages; what is past the last page is lost."""
+    if self.scale_BKS is None:
+      data_BTKH, scale_BTK = new_BTKH, None
+    else:
+      data_BTKH, scale_BTK = _quantized(new_BTKH)
+    if page_BT.size == 1:  # As in `_put`.
+      twice = lambda a: jnp.concatenate([a, a], axis=1)
+      data_BTKH, place_BT = twice(data_BTKH), twice(place_BT)
+      scale_BTK = None if scale_BTK is None else twice(scale_BTK)
+      lost = jnp.full_like(page_BT, len(self.data_BKSH))
+      page_BT = jnp.concatenate([page_BT, lost], axis=1)
+    write = lambda old, new: old.at[page_BT, :, place_BT].set(
+      new.astype(old.dtype), mode='drop'
+    )
+    return jax.tree.map(
+      write, self, Entries(data_BKSH=data_BTKH, scale_BKS=scale_BTK)
+    )
+
   def seen(self, new_BTKH: jax.Array) -> jax.Array:
     """Returns new vectors as `read` would after `put`."""
     if self.scale_BKS is None:
@@ -218,7 +237,7 @@ def empty(
   """
   slots = capacity if reach is None else min(reach + slack, capacity)
   k, v = (
-    _zeros((batch, num_heads, slots, dim), dtype)
+    zeros((batch, num_heads, slots, dim), dtype)
     for dim in (key_dim, value_dim)
   )
   if slots == capacity:
@@ -231,7 +250,8 @@ def empty(
   )
 
 
-def _zeros(shape, dtype) -> Entries:
+def zeros(shape: tuple[int, ...], dtype) -> Entries:
+  """Returns vectors of zeros, (B, K, S, H)."""
   scaled = jnp.dtype(dtype) == jnp.int8
   return Entries(
     data_BKSH=jnp.zeros(shape, dtype),

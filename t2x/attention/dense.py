@@ -254,6 +254,38 @@ def _softmax_product(scores_BKGTS, v_BSKH, drop):
   return out / to_BTKG(safe_BKGT)[..., None], to_BTKG(lse_BKGT)
 
 
+def no_sums(shape: tuple[int, ...], dim: int):
+  """Returns what `added` goes on from before any key was seen.
+
+  Args:
+    shape: of the queries, (..., T).
+    dim: H of the values.
+  """
+  return (
+    jnp.zeros((*shape, dim), jnp.float32),
+    jnp.full(shape, NEVER, jnp.float32),
+    jnp.zeros(shape, jnp.float32),
+  )
+
+
+def added(sums, scores, product: Callable[[jax.Array], jax.Array]):
+  """Adds some keys to running sums (Milakov and Gimelshein, 2018).
+
+  Args:
+    sums: weighted values (..., T, H) and weights (..., T) relative to the
+      largest score so far, which comes between them.
+    scores: of these keys, (..., T, S).
+    product: maps their weights (..., T, S) to weighted values (..., T, H).
+  """
+  out, largest, total = sums
+  new = jnp.maximum(largest, scores.max(-1))
+  # Where nothing is seen `new` is NEVER: every weight must become 0.
+  weights = jnp.exp(scores - jnp.maximum(new, NEVER / 2)[..., None])
+  shrink = jnp.exp(largest - new)
+  total = total * shrink + weights.sum(-1)
+  return out * shrink[..., None] + product(weights), new, total
+
+
 def _product(weights_BKGTS, v_BSKH, drop):
   weights_BKGTS = drop(weights_BKGTS)
   return jnp.einsum(

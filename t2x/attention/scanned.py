@@ -179,26 +179,17 @@ def _product(weights_BKGTS, v_BKSH, mask, dropout):
 def _forward(options, qkv, bias, dropout, mask):
   blocks = _Blocks(qkv[0].shape, qkv[1].shape, mask, options)
   q, k, v = blocks.queries(qkv[0]), blocks.keys(qkv[1]), blocks.keys(qkv[2])
-  start = (
-    jnp.zeros((*q.shape[:-1], v.shape[-1]), jnp.float32),
-    jnp.full(q.shape[:-1], dense.NEVER, jnp.float32),
-    jnp.zeros(q.shape[:-1], jnp.float32),
-  )
+  start = dense.no_sums(q.shape[:-1], v.shape[-1])
 
   def step(sums, at):
     row, blocks_C = at
     own = blocks.mask_of(row, blocks_C)
     keys, values = (blocks.read(a, blocks_C) for a in (k, v))
     scores = _scores(_get(q, row), keys, own, options, bias)
-    out, largest, total = (_get(a, row) for a in sums)
-    new = jnp.maximum(largest, scores.max(-1))
-    # Where nothing is seen `new` is NEVER: every weight must become 0.
-    weights = jnp.exp(scores - jnp.maximum(new, dense.NEVER / 2)[..., None])
-    shrink = jnp.exp(largest - new)
-    total = total * shrink + weights.sum(-1)
-    made = _product(weights, values, own, dropout)
-    out = out * shrink[..., None] + made
-    parts = zip(sums, (out, new, total), strict=True)
+    before = tuple(_get(a, row) for a in sums)
+    product = lambda weights: _product(weights, values, own, dropout)
+    after = dense.added(before, scores, product)
+    parts = zip(sums, after, strict=True)
     return tuple(_set(a, value, row) for a, value in parts), None
 
   steps = blocks.steps.q_P, blocks.steps.k_PC

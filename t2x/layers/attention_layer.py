@@ -18,6 +18,7 @@ from t2x.attention import cache as cache_lib
 from t2x.attention import context
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
+from t2x.attention import paged
 from t2x.attention import patterns
 from t2x.attention import splash
 from t2x.layers import attention
@@ -230,6 +231,9 @@ class Attention(nnx.Module):
       index_BT = mask.q_index_BT
       out_BTNH, cache = mixer.step(q_BTNH, k_BTKH, v_BTKH, index_BT, cache)
       return self._out(out_BTNH), cache
+    if isinstance(cache, paged.PagedCache):
+      cache = cache.extend(k_BTKH, v_BTKH, mask.q_index_BT)
+      return self._step_paged(q_BTNH, mask, cache, bias), cache
     k_BSKH, v_BSKH, index_BS, cache = cache.extend(
       k_BTKH, v_BTKH, mask.q_index_BT
     )
@@ -241,6 +245,19 @@ class Attention(nnx.Module):
     # There is no kernel for a few queries and a cache.
     out_BTD = self.attend(q_BTNH, k_BSKH, v_BSKH, mask, bias, kernel='blocks')
     return out_BTD, cache
+
+  def _step_paged(self, q_BTNH, mask, cache, bias) -> jax.Array:
+    with jax.named_scope('scores'):
+      out_BTNH = paged.attend(
+        q_BTNH,
+        cache,
+        self._narrowed(mask, cache.capacity),
+        options=self._options(),
+        bias=bias,
+        reach=self.config.reach,
+        keys=lambda k_BSKH, index_BS: self._placed_keys(k_BSKH, index_BS, None),
+      )
+    return self._out(out_BTNH)
 
   def _placed_queries(self, q_BTNH, positions_BT, rotary, types_BT=None):
     """Returns queries that know where they stand."""
@@ -311,17 +328,21 @@ class Attention(nnx.Module):
       drop = dropout.OfScores(
         keys_B=keys_B, rate=config.dropout, heads_KG=own_heads.numbers(config)
       )
-    options = dense.Options(
-      kernel=kernel or config.kernel,
-      scale=config.scale or config.head_dim**-0.5,
-      soft_cap=config.soft_cap,
-      block=config.block,
-    )
+    options = self._options(kernel)
     k_BSKH, v_BSKH = (own_heads.met(a, config) for a in (k_BSKH, v_BSKH))
     with jax.named_scope('scores'):
       return context.attend(
         q_BTNH, k_BSKH, v_BSKH, mask, options=options, bias=bias, dropout=drop
       )
+
+  def _options(self, kernel: str | None = None) -> dense.Options:
+    config = self.config
+    return dense.Options(
+      kernel=kernel or config.kernel,
+      scale=config.scale or config.head_dim**-0.5,
+      soft_cap=config.soft_cap,
+      block=config.block,
+    )
 
   def _out(self, out_BTNH: jax.Array) -> jax.Array:
     out_BTD = param.project(out_BTNH, self.o_NHD, 'BTNH,NHD->BTD')
@@ -336,6 +357,11 @@ class Attention(nnx.Module):
       heads_N = own_heads.numbers(config).reshape(-1)
       out_BTNH = context.mix(self.mixer, q_BTNH, k_BSKH, v_BSKH, mask, heads_N)
     return checkpoint_name(out_BTNH, splash.NAME)
+
+  def empty_pages(self, num_pages: int, size: int, dtype) -> paged.PagedCache:
+    """Returns pages that `step` goes on from; see `paged.empty`."""
+    config = self.config
+    return paged.empty(num_pages, size, config.kv_heads, config.head_dim, dtype)
 
   def empty_cache(
     self, batch: int, capacity: int, dtype, slack: int = 0

@@ -187,6 +187,15 @@ class Block(nnx.Module):
     drop = cache is None or isinstance(cache.own, cache_lib.Memory)
     return self.mlp(y_BTD, real_BT, context.mask.q_zigzag, drop=drop)
 
+  def empty_pages(self, num_pages: int, size: int, dtype) -> BlockCache:
+    """Returns empty pages for the keys and values of rows that share them.
+
+    Raises:
+      ValueError: the kind keeps something else than keys.
+    """
+    kinds.check_pages(self.attention.config)
+    return BlockCache(own=self.attention.empty_pages(num_pages, size, dtype))
+
   def empty_cache(self, batch, capacity, dtype, encoded_BSD=None, slack=0):
     """Returns an empty cache; cross-attention's keys are computed once."""
     own = self.attention.empty_cache(batch, capacity, dtype, slack)

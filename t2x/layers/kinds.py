@@ -126,6 +126,18 @@ def no_decoding(config: Any) -> str:
   )
 
 
+def check_pages(config: Any) -> None:
+  """Raises ValueError if rows of this kind cannot come and go in one batch."""
+  if config.decoding is None:
+    raise ValueError(no_decoding(config))
+  if not isinstance(config, attention.Softmax):
+    raise ValueError(
+      f'attention.kind={config.kind} keeps a state for each row and no keys, '
+      'which is what pages hold: it cannot be served. It writes in batches '
+      'that begin together: experiments/generate.py.'
+    )
+
+
 def all_of(union: Any) -> tuple[type[attention.Heads], ...]:
   """Returns the kinds of a union of them, in its order."""
   return typing.get_args(union)

@@ -177,6 +177,19 @@ class Decoder(nnx.Module):
     """
     return self.tower.empty_caches(batch, capacity, dtype=dtype, slack=slack)
 
+  def empty_pages(self, num_pages: int, size: int, dtype=None):
+    """Returns caches in pages that rows share.
+
+    Args:
+      num_pages: of each layer.
+      size: positions of a page, a power of two.
+      dtype: as for `empty_caches`.
+
+    Raises:
+      ValueError: a layer keeps a state and no keys.
+    """
+    return self.tower.empty_pages(num_pages, size, dtype)
+
   def empty_ahead(self, batch: int, capacity: int, slack: int = 0):
     """Returns caches of the heads for further tokens."""
     dtype = jnp.dtype(self.config.dtype)

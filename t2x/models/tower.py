@@ -131,6 +131,13 @@ class Tower(nnx.Module):
       )
     )
 
+  def empty_pages(self, num_pages: int, size: int, dtype=None):
+    """Returns empty pages for all layers; see `paged.empty`."""
+    dtype = jnp.dtype(dtype or self.config.dtype)
+    return self.layers.map_layers(
+      lambda layer: layer.empty_pages(num_pages, size, dtype)
+    )
+
   def empty_memory(self, batch: int, length: int):
     """Returns memories of nothing for all layers."""
     dtype = jnp.dtype(self.config.dtype)

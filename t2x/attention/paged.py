@@ -1,0 +1,177 @@
+"""Keys and values in pages that rows share: caches of rows that come and go.
+
+The entries of a row lie in pages of a common pool; a table says which page
+holds each of its blocks (Kwon et al., 2023, PagedAttention). Attention takes
+the blocks of all rows one after the other and merges what they give by a
+running maximum and sum, so that no row's keys are ever put together, one
+program serves every length, and a step costs what its longest row needs.
+
+Shape suffixes: B batch, T query position, P pages, O place in a page, N blocks
+of a row, S keys of a step, L layers, N query heads where it stands before H, K
+key/value heads, G query heads per key/value head, H head dim.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from t2x.attention import cache as cache_lib
+from t2x.attention import dense
+from t2x.attention import mask as mask_lib
+
+# Keys of a row that one step of the loop reads: fewer pay for the loop, more
+# leave the processor's caches.
+STEP = 64
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PagedCache:
+  """The pages of one layer, for all rows.
+
+  Attributes:
+    k: keys, (P, K, O, H).
+    v: values.
+    pages_BN: the page of each block of a row; None between steps, which set
+      it (`with_tables`).
+  """
+
+  k: cache_lib.Entries
+  v: cache_lib.Entries
+  pages_BN: jax.Array | None = None
+
+  @property
+  def capacity(self) -> int:
+    """Positions of a row; what is written at it is lost."""
+    assert self.pages_BN is not None
+    return self.pages_BN.shape[1] * self.k.size
+
+  def extend(self, k_BTKH, v_BTKH, index_BT: jax.Array) -> 'PagedCache':
+    """Adds T entries at each row's own indices, in its own pages."""
+    assert self.pages_BN is not None
+    index_BT = jnp.broadcast_to(index_BT, k_BTKH.shape[:2])
+    block_BT, place_BT = jnp.divmod(index_BT, self.k.size)
+    pages_BN, num_pages = self.pages_BN, self.k.data_BKSH.shape[0]
+    page_BT = jnp.take_along_axis(pages_BN, block_BT, axis=1, mode='clip')
+    page_BT = jnp.where(index_BT < self.capacity, page_BT, num_pages)
+    put = lambda entries, new: entries.put_at(new, page_BT, place_BT)
+    return dataclasses.replace(
+      self, k=put(self.k, k_BTKH), v=put(self.v, v_BTKH)
+    )
+
+
+def attend(
+  q_BTNH: jax.Array,
+  cache: PagedCache,
+  mask: mask_lib.Mask,
+  *,
+  options: dense.Options,
+  bias: dense.Bias | None = None,
+  reach: int | None = None,
+  keys: Callable[[jax.Array, jax.Array], jax.Array] = lambda k, index: k,
+) -> jax.Array:
+  """As `dense.attend`, over the pages of a cache.
+
+  Args:
+    q_BTNH: queries.
+    cache: holds the queries' own entries already.
+    mask: what each query sees, with `q_index_BT`; an index at or past the
+      capacity is padding, whose result means nothing.
+    options: scale and cap.
+    bias: as for `dense.attend`.
+    reach: positions back to the farthest key that is seen; None for all.
+    keys: what is done to keys (B, S, K, H) that stand at an index (B, S).
+  """
+  B, T, N, H = q_BTNH.shape
+  size, K = cache.k.size, cache.k.data_BKSH.shape[1]
+  assert cache.pages_BN is not None and mask.q_index_BT is not None
+  index_BT = jnp.broadcast_to(mask.q_index_BT, (B, T))
+  is_real_BT = index_BT < cache.capacity
+  step = max(STEP // size, 1) * size
+  last_B = jnp.where(is_real_BT, index_BT, 0).max(1) // step
+  first_B = jnp.zeros_like(last_B)
+  if reach is not None:
+    nearest_B = jnp.where(is_real_BT, index_BT, cache.capacity).min(1)
+    first_B = jnp.clip(nearest_B - reach + 1, 0) // step
+    first_B = jnp.minimum(first_B, last_B)
+  q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+  q_BTKGH = q_BTKGH * dense.scale_of(options, q_BTKGH)
+
+  def add(number, sums):
+    start_B = (first_B + number) * step
+    index_BS = start_B[:, None] + jnp.arange(step)[None]
+    pages = _pages(cache, index_BS[:, ::size] // size)
+    k_BSKH, v_BSKH = pages(cache.k, q_BTNH.dtype), pages(cache.v, q_BTNH.dtype)
+    scores = jnp.einsum(
+      'BTKGH,BSKH->BKGTS',
+      q_BTKGH,
+      keys(k_BSKH, index_BS),
+      preferred_element_type=jnp.float32,
+    )
+    own = dataclasses.replace(mask, q_index_BT=index_BT, k_index_BS=index_BS)
+    whole = slice(0, T), slice(0, step)
+    scores = dense.shaped(scores, own, options, *whole, bias)
+    product = lambda w: jnp.einsum(
+      'BKGTS,BSKH->BKGTH',
+      w.astype(v_BSKH.dtype),
+      v_BSKH,
+      preferred_element_type=jnp.float32,
+    )
+    return dense.added(sums, scores, product)
+
+  # Past a row's last block are keys that its mask hides, of whatever page.
+  num = (last_B - first_B).max() + 1
+  start = dense.no_sums((B, K, N // K, T), cache.v.data_BKSH.shape[-1])
+  out, _, total = jax.lax.fori_loop(0, num, add, start)
+  out = out / jnp.maximum(total, 1e-37)[..., None]
+  return jnp.moveaxis(out, 3, 1).reshape(B, T, N, -1).astype(q_BTNH.dtype)
+
+
+def _pages(cache: PagedCache, blocks_BN: jax.Array):
+  """Returns what reads some blocks of each row, (B, S, K, H)."""
+  assert cache.pages_BN is not None
+  page_BN = jnp.take_along_axis(cache.pages_BN, blocks_BN, axis=1, mode='clip')
+
+  def join(a):
+    a = jnp.moveaxis(a[page_BN], 1, 2)  # (B, K, N, O, ...)
+    return a.reshape(*a.shape[:2], -1, *a.shape[4:])
+
+  def read(entries: cache_lib.Entries, dtype):
+    return jax.tree.map(join, entries).read(dtype)
+
+  return read
+
+
+def empty(
+  num_pages: int, size: int, num_heads: int, dim: int, dtype
+) -> PagedCache:
+  """Returns pages of zeros; a mask by index keeps them unseen.
+
+  Args:
+    num_pages: P.
+    size: positions of a page, a power of two.
+    num_heads: K.
+    dim: H.
+    dtype: of the entries; int8 keeps a scale for each vector too.
+  """
+  zeros = lambda: cache_lib.zeros((num_pages, num_heads, size, dim), dtype)
+  return PagedCache(k=zeros(), v=zeros())
+
+
+def with_tables(caches: Any, pages_BN: jax.Array | None) -> Any:
+  """Returns caches whose layers find the rows' blocks in a table."""
+
+  def place(cache):
+    if not isinstance(cache, PagedCache):
+      return cache
+    table = pages_BN
+    layers = cache.k.data_BKSH.shape[:-4]  # Of a stack of layers.
+    if table is not None and layers:
+      table = jnp.broadcast_to(table, (*layers, *table.shape))
+    return dataclasses.replace(cache, pages_BN=table)
+
+  is_leaf = lambda x: isinstance(x, PagedCache)
+  return jax.tree.map(place, caches, is_leaf=is_leaf)
