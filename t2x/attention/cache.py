@@ -237,8 +237,7 @@ def empty(
   """
   slots = capacity if reach is None else min(reach + slack, capacity)
   k, v = (
-    zeros((batch, num_heads, slots, dim), dtype)
-    for dim in (key_dim, value_dim)
+    zeros((batch, num_heads, slots, dim), dtype) for dim in (key_dim, value_dim)
   )
   if slots == capacity:
     return Cache(k=k, v=v)

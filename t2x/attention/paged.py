@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from t2x import sharding
 from t2x.attention import cache as cache_lib
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
@@ -161,6 +162,25 @@ def empty(
   return PagedCache(k=zeros(), v=zeros())
 
 
+def placed(caches: Any) -> Any:
+  """Says where pages lie: their heads as `rules.kv_heads` says."""
+
+  def place(cache):
+    if not isinstance(cache, PagedCache):
+      return cache
+    axes = None, 'kv_heads', None, None
+    place = lambda a, n: sharding.constrain(
+      a, *[None] * (a.ndim - n), *axes[:n]
+    )
+    own = lambda e: cache_lib.Entries(
+      data_BKSH=place(e.data_BKSH, 4),
+      scale_BKS=None if e.scale_BKS is None else place(e.scale_BKS, 3),
+    )
+    return dataclasses.replace(cache, k=own(cache.k), v=own(cache.v))
+
+  return jax.tree.map(place, caches, is_leaf=_is_paged)
+
+
 def with_tables(caches: Any, pages_BN: jax.Array | None) -> Any:
   """Returns caches whose layers find the rows' blocks in a table."""
 
@@ -173,5 +193,8 @@ def with_tables(caches: Any, pages_BN: jax.Array | None) -> Any:
       table = jnp.broadcast_to(table, (*layers, *table.shape))
     return dataclasses.replace(cache, pages_BN=table)
 
-  is_leaf = lambda x: isinstance(x, PagedCache)
-  return jax.tree.map(place, caches, is_leaf=is_leaf)
+  return jax.tree.map(place, caches, is_leaf=_is_paged)
+
+
+def _is_paged(x: Any) -> bool:
+  return isinstance(x, PagedCache)

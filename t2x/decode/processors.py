@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 NONE = -1  # No token has this id: it fills up words and ends.
-_MOST_SORTED = 256  # Up to here a partial sort finds the k largest sooner.
+MOST_SORTED = 256  # Up to here a partial sort finds the k largest sooner.
 
 
 def biased(logits_BV: jax.Array, bias_BV: jax.Array) -> jax.Array:
@@ -111,7 +111,7 @@ def top_k(
     most: no k is above it; None if that is not known.
   """
   V = logits_BV.shape[-1]
-  if most is not None and most <= _MOST_SORTED:
+  if most is not None and most <= MOST_SORTED:
     largest_BK, _ = jax.lax.top_k(logits_BV, min(most, V))
     place_B = jnp.minimum(k_B, min(most, V)) - 1
     least_B1 = jnp.take_along_axis(largest_BK, place_B[:, None], axis=1)

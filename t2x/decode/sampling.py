@@ -212,6 +212,41 @@ def rows(
   )
 
 
+def few(settings: Rows, vocab_size: int) -> Rows:
+  """Returns settings that draw the same, in one of few forms.
+
+  Where one of several settings is asked for, its companions are given as well,
+  with values that change nothing. Banned words apart there are eight forms:
+  greedy; drawn; with top-p and min-p; these two with a small and with a large
+  top-k; and everything.
+  """
+  plain = {field.name: None for field in dataclasses.fields(Rows)}
+  rare = ('typical_B', 'repetition_B', 'presence_B', 'frequency_B')
+  rare = (*rare, 'min_tokens_B', 'bias_BV')
+  common = ('top_p_B', 'min_p_B')
+  given = lambda names: any(getattr(settings, n) is not None for n in names)
+  if settings.temperature_B is None and not given(rare):
+    kept = 'words_BMW', 'calibration_B'
+    return Rows(**plain | {name: getattr(settings, name) for name in kept})
+  B = len(jax.tree.leaves(settings)[0])
+  full = lambda value, kind: np.full(B, value, kind)
+  neutral: dict[str, Any] = {}
+  if given((*common, *rare)):
+    neutral |= {name: full(x, np.float32) for name, x in zip(common, (1, 0))}
+  if given(rare):
+    zeros = ('temperature_B', 'presence_B', 'frequency_B')
+    neutral |= {name: full(0, np.float32) for name in zeros}
+    ones = ('typical_B', 'repetition_B')
+    neutral |= {name: full(1, np.float32) for name in ones}
+    neutral['top_k_B'] = full(vocab_size, np.int32)
+    neutral['min_tokens_B'] = full(0, np.int32)
+    neutral['bias_BV'] = np.zeros((B, vocab_size), np.float32)
+  new = {n: x for n, x in neutral.items() if getattr(settings, n) is None}
+  is_sorted = (settings.most_k or math.inf) <= processors.MOST_SORTED
+  most_k = processors.MOST_SORTED if is_sorted and not given(rare) else None
+  return dataclasses.replace(settings, most_k=most_k, **new)
+
+
 def _check_ids(config: SamplingConfig, vocab_size: int) -> None:
   banned = {i for i, value in config.bias.items() if value == -math.inf}
   banned |= {word[0] for word in config.banned if len(word) == 1}

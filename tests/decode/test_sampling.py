@@ -157,3 +157,36 @@ def test_a_row_draws_the_same_alone_and_in_any_batch():
 def test_messages(settings, message):
   with pytest.raises(ValueError, match=message):
     sampling.SamplingConfig(**settings)
+
+
+@pytest.mark.parametrize('number', range(8))
+def test_few_forms_draw_the_same(number):
+  """Companions that are given as well change nothing."""
+  rng = np.random.default_rng(number)
+  configs = [
+    sampling.SamplingConfig(
+      temperature=float(rng.choice([0, 0.7])) if number else 0,
+      top_k=int(rng.choice([3, 300])) if number & 1 else None,
+      top_p=0.8 if number & 2 and rng.random() < 0.5 else None,
+      repetition_penalty=1.5 if number & 4 and rng.random() < 0.5 else 1.0,
+    )
+    for _ in range(6)
+  ]
+  V = 40
+  plain = sampling.rows(configs, 6, V)
+  few = sampling.few(plain, V)
+  logits_BV = jnp.asarray(rng.normal(size=(6, V)) * 3, jnp.float32)
+  keys_B = jax.random.split(jax.random.key(number), 6)
+  prompts = [[1, 2, 3]] * 6
+  tokens = [
+    sampling.sample(
+      logits_BV,
+      keys_B,
+      settings,
+      sampling.begin(settings, prompts, V),
+      number_B=jnp.zeros(6, jnp.int32),
+      ends_BE=jnp.full((6, 1), -1),
+    ).tolist()
+    for settings in (plain, few)
+  ]
+  assert tokens[0] == tokens[1]

@@ -1,0 +1,474 @@
+"""Texts that come and go: rows of one batch that begin and end by themselves.
+
+Each step reads some tokens of the prompts that wait and writes one token of
+every row that is read (Yu et al., 2022, Orca; Agrawal et al., 2023, on prompts
+in chunks). Keys and values lie in pages, which rows that begin alike share. A
+row's text is what `generate` writes for it alone, whatever else is in the
+batch.
+
+Shape suffixes: B rows of a step, C chunk of a prompt, N blocks of a row, V
+vocabulary, E ends, W words of 32 tokens.
+"""
+
+import collections
+from collections.abc import Sequence
+import dataclasses
+from typing import Any
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from t2x.decode import begin
+from t2x.decode import pages as pages_lib
+from t2x.decode import processors
+from t2x.decode import prompts as prompts_lib
+from t2x.decode import sampling as sampling_lib
+from t2x.decode import steps
+from t2x.layers import kinds
+from t2x.models import decoder
+
+Sampling = sampling_lib.SamplingConfig
+
+
+class Control(Protocol):
+  """Says which tokens may come next in one text; see `t2x.control`."""
+
+  def allowed(self) -> np.ndarray:
+    """Returns uint32 words with a bit for each token that may be next."""
+    ...
+
+  def advance(self, token: int) -> None:
+    """Goes on with a token."""
+    ...
+
+  @property
+  def is_done(self) -> bool:
+    """Whether the text is complete and nothing may follow but its end."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+  """Sizes of an engine.
+
+  Attributes:
+    num_slots: rows that are written at a time.
+    page_size: positions of a page, a power of two; prompts are shared by whole
+      pages.
+    num_pages: of the pool; None takes as many as all slots at full length
+      need. With fewer, requests wait for pages.
+    max_length: tokens of a row, new ones included; None takes the model's.
+    max_waiting: requests that wait for a slot; more are refused.
+    chunks: sizes in which prompts are read; each is a compiled program.
+    read: tokens of prompts that are read, at least, before the rows that write
+      get their next token: more favours those who wait, fewer those who write.
+    cache_dtype: as in `begin.Options`.
+    num_top: most alternatives of a token that a request may ask for.
+  """
+
+  num_slots: int = 16
+  page_size: int = 32
+  num_pages: int | None = None
+  max_length: int | None = None
+  max_waiting: int = 256
+  chunks: tuple[int, ...] = (16, 64)
+  read: int = 64
+  cache_dtype: str | None = None
+  num_top: int = 20
+
+  def __post_init__(self):
+    counts = {
+      name: getattr(self, name)
+      for name in ('num_slots', 'page_size', 'num_pages', 'max_length', 'read')
+    }
+    prompts_lib.check_settings(counts, vocab_size=0, ids={})
+    if self.page_size & (self.page_size - 1):
+      raise ValueError(
+        f'page_size={self.page_size}; it must be a power of two, such as 32.'
+      )
+    if not self.chunks or min(self.chunks) < 1:
+      raise ValueError(f'chunks={self.chunks}; give sizes of 1 or more.')
+    prompts_lib.check_cache_dtype(self.cache_dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+  """A text that is asked for.
+
+  Attributes:
+    prompt: its tokens so far, at least one.
+    num_tokens: the most new tokens.
+    sampling: how they are drawn.
+    seed: of what is drawn.
+    row: tells texts of one seed apart, as the rows of `generate`.
+    ends: tokens that end the text.
+    num_top: likeliest tokens that are told beside each new one.
+    control: what may come next; None for anything.
+  """
+
+  prompt: Sequence[int]
+  num_tokens: int
+  sampling: Sampling = Sampling()
+  seed: int = 0
+  row: int = 0
+  ends: Sequence[int] = ()
+  num_top: int = 0
+  control: Control | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class Text:
+  """One text as it comes about.
+
+  Attributes:
+    request: what was asked for.
+    tokens: new tokens, without the one that ended it.
+    log_probs: of each, under the model itself.
+    top: the likeliest tokens in the place of each new one, with their
+      log-probabilities, where they are asked for.
+    num_shared: tokens of the prompt that another text had read.
+    reason: why it is over: `stop` (an end token, or a control that is done),
+      `length`, `cancelled`; None while it goes on.
+  """
+
+  request: Request
+  tokens: list[int] = dataclasses.field(default_factory=list)
+  log_probs: list[float] = dataclasses.field(default_factory=list)
+  top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+  num_shared: int = 0
+  reason: str | None = None
+  _lease: pages_lib.Lease | None = None
+  _read: int = 0  # Positions whose entries are written.
+  _counts_V: np.ndarray | None = None
+
+  @property
+  def all_tokens(self) -> list[int]:
+    return [*self.request.prompt, *self.tokens]
+
+
+class Overloaded(ValueError):
+  """So many requests wait that no more are taken."""
+
+
+class Engine:
+  """Runs a model for requests that come and go; not for several threads.
+
+  >>> from flax import nnx
+  >>> config = decoder.DecoderConfig(vocab_size=9, num_layers=2)
+  >>> engine = Engine(decoder.Decoder(config, rngs=nnx.Rngs(0)))
+  >>> texts = [engine.add(Request(prompt=[1, n], num_tokens=n)) for n in (2, 3)]
+  >>> while engine.is_busy:
+  ...   _ = engine.step()
+  >>> [len(text.tokens) for text in texts]
+  [2, 3]
+  """
+
+  def __init__(
+    self, model: decoder.Decoder, config: EngineConfig = EngineConfig()
+  ):
+    """Makes the pool.
+
+    Args:
+      model: a decoder, best as `prepared.prepare` returns it.
+      config: sizes.
+
+    Raises:
+      ValueError: another model, or one with layers that keep no keys; no
+        length is known; too few pages for one row.
+    """
+    if not isinstance(model, decoder.Decoder):
+      raise ValueError(
+        f'{type(model).__name__} cannot be served: rows that come and go need '
+        'a decoder. An encoder-decoder answers in batches: '
+        'experiments/generate.py.'
+      )
+    for kind in model.config.kinds:
+      kinds.check_pages(kind)
+    self.model, self.config = model, config
+    limits = model.config.max_length, config.max_length
+    length = min((n for n in limits if n is not None), default=None)
+    if length is None:
+      raise ValueError(
+        'The positions of the model have no limit: give max_length, the most '
+        'tokens of a text, prompt and new ones.'
+      )
+    self.max_length: int = length
+    size = config.page_size
+    self._blocks = -(-length // size)
+    num_pages = config.num_pages or config.num_slots * self._blocks
+    if num_pages < self._blocks:
+      raise ValueError(
+        f'num_pages={num_pages} of {size} positions; one text of max_length='
+        f'{length} tokens needs {self._blocks}.'
+      )
+    self.pages = pages_lib.Pages(num_pages, size)
+    self._parts = begin.row_parts()
+    self._waiting: collections.deque[Text] = collections.deque()
+    self._reading: Text | None = None
+    self._writing: list[Text] = []
+    self._settings: tuple[Any, Any] = (None, None)
+    self.counts = collections.Counter()
+    self._caches = steps.empty_pages(model, num_pages, size, config.cache_dtype)
+
+  @property
+  def is_busy(self) -> bool:
+    return bool(self._waiting or self._reading or self._writing)
+
+  @property
+  def num_waiting(self) -> int:
+    return len(self._waiting)
+
+  @property
+  def num_running(self) -> int:
+    return len(self._writing) + (self._reading is not None)
+
+  def check(self, request: Request) -> None:
+    """Raises ValueError if a request cannot be met by this engine."""
+    vocab_size = self.model.config.vocab_size
+    counts = {'num_tokens': request.num_tokens}
+    ids = {f'ends[{i}]': end for i, end in enumerate(request.ends)}
+    prompts_lib.check_settings(counts, vocab_size=vocab_size, ids=ids)
+    rows = prompts_lib.to_rows([request.prompt], vocab_size, None)
+    prompts_lib.check_text(
+      [len(row) for row in rows],
+      request.num_tokens,
+      self.max_length,
+      'serve with more max_length, where the model has the positions',
+    )
+    if not 0 <= request.num_top <= self.config.num_top:
+      raise ValueError(
+        f'num_top={request.num_top}; it must be 0 to {self.config.num_top}.'
+      )
+    sampling_lib.rows([request.sampling], 1, vocab_size)
+
+  def add(self, request: Request) -> Text:
+    """Takes a request; its text comes about in the steps that follow.
+
+    Raises:
+      ValueError: it cannot be met.
+      Overloaded: too many wait.
+    """
+    self.check(request)
+    if len(self._waiting) >= self.config.max_waiting:
+      raise Overloaded(
+        f'{len(self._waiting)} requests wait, and max_waiting='
+        f'{self.config.max_waiting}. Ask again later.'
+      )
+    text = Text(request)
+    self._waiting.append(text)
+    return text
+
+  def cancel(self, text: Text) -> None:
+    """Ends a text; its slot and its pages are free at once."""
+    if text.reason is None:
+      self._end(text, 'cancelled')
+
+  def step(self) -> list[Text]:
+    """Reads some of the prompts, and writes a token of each text.
+
+    Returns:
+      The texts that have a new token or are over.
+    """
+    budget = self.config.read
+    while budget > 0 and (text := self._next_to_read()):
+      budget -= self._read_chunk(text)
+    return self._write()
+
+  def warm(self) -> None:
+    """Compiles what most requests need, before any comes."""
+    for size in self.config.chunks:
+      self._run_chunk([0] * size, 0, size, [])
+    for rows in self._row_sizes():
+      for sampling in (Sampling(temperature=0), Sampling(top_p=0.9)):
+        text = Text(Request(prompt=[0], num_tokens=1, sampling=sampling))
+        self._run_rows([text], rows)
+
+  def _next_to_read(self) -> Text | None:
+    """Returns the text whose prompt is being read; one at a time.
+
+    So that of many that begin alike, one is read, and the others share it.
+    """
+    if self._reading is None and self._waiting:
+      if len(self._writing) < self.config.num_slots:
+        text = self._waiting[0]
+        prompt = text.request.prompt
+        # The last token is written and never read.
+        length = len(prompt) + text.request.num_tokens - 1
+        text._lease = self.pages.lend(prompt, length)
+        if text._lease is not None:
+          self._waiting.popleft()
+          self._reading = text
+          text.num_shared = text._read = text._lease.num_shared
+          self.counts['prompt_tokens'] += len(prompt)
+          self.counts['shared_tokens'] += text.num_shared
+    return self._reading
+
+  def _read_chunk(self, text: Text) -> int:
+    """Reads on in a prompt, up to its last token; returns what it cost."""
+    prompt, lease = text.request.prompt, text._lease
+    assert lease is not None
+    left = len(prompt) - 1 - text._read
+    size = 0
+    if left:
+      fitting = [size for size in self.config.chunks if size >= left]
+      size = min(fitting, default=max(self.config.chunks))
+      part = prompt[text._read : text._read + min(size, left)]
+      self._run_chunk(part, text._read, size, lease.pages)
+      text._read += len(part)
+    if text._read == len(prompt) - 1:
+      self.pages.fill(lease, prompt[:-1])
+      self._reading = None
+      self._writing.append(text)
+    return size
+
+  def _run_chunk(self, tokens, start: int, size: int, pages) -> None:
+    # One row, but on meshes that split rows.
+    rows = self._parts
+    tokens_BC = prompts_lib.pad([tokens], (rows, size), 0)
+    # What is written past the last block is lost.
+    index_BC = np.full((rows, size), self._blocks * self.pages.size, np.int32)
+    if pages:
+      index_BC[0, : len(tokens)] = start + np.arange(len(tokens))
+    pages_BN = prompts_lib.pad([pages], (rows, self._blocks), 0)
+    self._caches = steps.read(
+      self.model, self._caches, tokens_BC, index_BC, pages_BN
+    )
+
+  def _write(self) -> list[Text]:
+    texts = list(self._writing)
+    if not texts:
+      return []
+    rows = min(n for n in self._row_sizes() if n >= len(texts))
+    token_B, log_prob_B, top = self._run_rows(texts, rows)
+    for number, text in enumerate(texts):
+      self._take(text, int(token_B[number]), float(log_prob_B[number]))
+      if text.request.num_top:
+        values, ids = (a[number][: text.request.num_top] for a in top)
+        text.top.append(list(zip(ids.tolist(), values.tolist())))
+    self.counts['steps'] += 1
+    self.counts['tokens'] += len(texts)
+    return texts
+
+  def _take(self, text: Text, token: int, log_prob: float) -> None:
+    """Adds a token to a text, which may end with it."""
+    request = text.request
+    if token in request.ends:
+      self._end(text, 'stop')
+      return
+    text.tokens.append(token)
+    text.log_probs.append(log_prob)
+    if text._counts_V is not None:
+      text._counts_V[token] += 1
+    if request.control is not None:
+      request.control.advance(token)
+    if request.control is not None and request.control.is_done:
+      self._end(text, 'stop')
+    elif len(text.tokens) == request.num_tokens:
+      self._end(text, 'length')
+
+  def _end(self, text: Text, reason: str) -> None:
+    text.reason = reason
+    if text in self._waiting:
+      self._waiting.remove(text)
+    if text is self._reading:
+      self._reading = None
+    lease = text._lease
+    if text in self._writing and lease is not None:
+      self._writing.remove(text)
+      # Of the latest token there is no entry.
+      self.pages.fill(lease, text.all_tokens[:-1])
+    if lease is not None:
+      self.pages.release(lease)
+
+  def _row_sizes(self) -> list[int]:
+    """Returns the numbers of rows that programs are compiled for."""
+    most = -(-self.config.num_slots // self._parts) * self._parts
+    sizes = [most]
+    while sizes[0] > self._parts:
+      sizes.insert(0, -(-(sizes[0] // 4 or 1) // self._parts) * self._parts)
+    return sizes
+
+  def _run_rows(self, texts: Sequence[Text], rows: int):
+    """Returns the next token of each text, and what is told beside it."""
+    requests = [text.request for text in texts]
+    all_tokens = [text.all_tokens for text in texts]
+    full = self._blocks * self.pages.size
+    column = lambda values, fill=0: np.array(
+      [*values, *[fill] * (rows - len(texts))], np.int32
+    )
+    leased = [text._lease.pages if text._lease else [] for text in texts]
+    logits_BV, self._caches = steps.write(
+      self.model,
+      self._caches,
+      column(tokens[-1] for tokens in all_tokens),
+      column(
+        (len(t) - 1 if pages else full for t, pages in zip(all_tokens, leased)),
+        full,
+      ),
+      prompts_lib.pad(leased, (rows, self._blocks), 0),
+    )
+    settings, ends_BE = self._settings_of(requests, rows)
+    seeds = [request.seed % 2**32 for request in requests]
+    token_B, log_prob_B = steps.choose(
+      logits_BV,
+      settings,
+      self._history(texts, settings, all_tokens, rows),
+      np.array([*seeds, *[0] * (rows - len(seeds))], np.uint32),
+      column(request.row for request in requests),
+      column(len(text.tokens) for text in texts),
+      ends_BE,
+      _allowed(requests, rows),
+    )
+    top: Any = None
+    if any(request.num_top for request in requests):
+      top = steps.alternatives(logits_BV, settings, self.config.num_top)
+    return jax.device_get((token_B, log_prob_B, top))
+
+  def _settings_of(self, requests: Sequence[Request], rows: int):
+    """Returns the settings of a step; made anew where its rows change."""
+    key = (rows, *map(id, requests))
+    if self._settings[0] != key:
+      vocab_size = self.model.config.vocab_size
+      configs = [request.sampling for request in requests]
+      settings = sampling_lib.rows(configs, rows, vocab_size)
+      settings = sampling_lib.few(settings, vocab_size)
+      width = max(4, *(len(request.ends) for request in requests))
+      ends_BE = prompts_lib.pad(
+        [request.ends for request in requests],
+        (rows, prompts_lib.power_of_two(width)),
+        processors.NONE,
+      )
+      # Requests are kept, or another one might come to have an id of theirs.
+      self._settings = key, (settings, ends_BE, requests)
+    settings, ends_BE, _ = self._settings[1]
+    return settings, ends_BE
+
+  def _history(self, texts, settings, all_tokens, rows: int):
+    vocab_size = self.model.config.vocab_size
+    prompts = [*all_tokens, *[[]] * (rows - len(texts))]
+    history = sampling_lib.begin(settings, prompts, vocab_size)
+    if history.counts_BV is None:
+      return history
+    for row_V, text in zip(history.counts_BV, texts):
+      if text._counts_V is None:
+        counts = np.bincount(text.tokens or [0], minlength=vocab_size)
+        text._counts_V = counts.astype(np.int32) * bool(text.tokens)
+      row_V[:] = text._counts_V
+    return history
+
+
+def _allowed(requests: Sequence[Request], rows: int) -> np.ndarray | None:
+  """Returns the bits of the tokens that may come next, or None for all."""
+  masks = [
+    None if request.control is None else request.control.allowed()
+    for request in requests
+  ]
+  given = [mask for mask in masks if mask is not None]
+  if not given:
+    return None
+  allowed_BW = np.full((rows, len(given[0])), 0xFFFFFFFF, np.uint32)
+  for row_W, mask in zip(allowed_BW, masks):
+    if mask is not None:
+      row_W[:] = mask
+  return allowed_BW

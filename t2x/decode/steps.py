@@ -1,0 +1,104 @@
+"""The compiled programs of the engine.
+
+One for each size of a chunk, one for each number of rows, and small ones that
+draw a token; none depends on the lengths of texts or on who is in the batch.
+
+Shape suffixes: B rows, C chunk, N blocks of a row, V vocabulary, E ends, W
+words of 32 tokens.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from t2x import sharding
+from t2x.attention import paged
+from t2x.decode import loop
+from t2x.decode import sampling as sampling_lib
+from t2x.models import decoder
+
+
+@functools.partial(jax.jit, static_argnames=('num', 'size', 'dtype'))
+def empty_pages(model: decoder.Decoder, num: int, size: int, dtype=None) -> Any:
+  """Returns the pages of all layers; see `Decoder.empty_pages`."""
+  return paged.placed(model.empty_pages(num, size, dtype))
+
+
+@functools.partial(jax.jit, donate_argnames='caches')
+def read(model: decoder.Decoder, caches, tokens_BC, index_BC, pages_BN) -> Any:
+  """Returns caches that hold some more tokens of prompts."""
+  caches = paged.with_tables(caches, pages_BN)
+  caches = model.step(tokens_BC, index_BC, caches)[1]
+  return paged.placed(paged.with_tables(caches, None))
+
+
+@functools.partial(jax.jit, donate_argnames='caches')
+def write(model: decoder.Decoder, caches, token_B, index_B, pages_BN):
+  """Returns logits (B, V) after the latest token of each row, and caches."""
+  caches = paged.with_tables(caches, pages_BN)
+  logits_BV, caches = loop.next_logits(model, token_B, index_B, caches, None)
+  return logits_BV, paged.placed(paged.with_tables(caches, None))
+
+
+@jax.jit
+def choose(
+  logits_BV: jax.Array,
+  settings: sampling_lib.Rows,
+  history: sampling_lib.History,
+  seed_B: jax.Array,
+  row_B: jax.Array,
+  number_B: jax.Array,
+  ends_BE: jax.Array,
+  allowed_BW: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+  """Draws the next token of each row.
+
+  Args:
+    logits_BV: of the model.
+    settings: of each row.
+    history: of each row.
+    seed_B: of each row, uint32.
+    row_B: numbers that tell rows of one seed apart.
+    number_B: tokens that each row has written.
+    ends_BE: tokens that end each row.
+    allowed_BW: bits of the tokens that may come, uint32; None is all.
+
+  Returns:
+    Tokens and their log-probabilities under the model itself, (B,).
+  """
+  logits_BV = sampling_lib.calibrated(logits_BV, settings)
+  key = lambda seed, row, number: jax.random.fold_in(
+    jax.random.fold_in(jax.random.key(seed), row), number
+  )
+  token_B = sampling_lib.sample(
+    logits_BV if allowed_BW is None else masked(logits_BV, allowed_BW),
+    jax.vmap(key)(seed_B, row_B, number_B),
+    settings,
+    history,
+    number_B=number_B,
+    ends_BE=ends_BE,
+  )
+  logit_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
+  log_prob_B = logit_B - jax.nn.logsumexp(logits_BV, axis=-1)
+  # Whole on every device, so that each host can read them.
+  whole = lambda a: sharding.constrain(a, None)
+  return whole(token_B), whole(log_prob_B)
+
+
+def masked(logits_BV: jax.Array, allowed_BW: jax.Array) -> jax.Array:
+  """Bans the tokens whose bits are not set, the lowest bit first."""
+  V = logits_BV.shape[-1]
+  bits = jnp.arange(32, dtype=jnp.uint32)[None, None]
+  allowed_BV = ((allowed_BW[..., None] >> bits) & 1).reshape(len(logits_BV), -1)
+  return jnp.where(allowed_BV[:, :V] > 0, logits_BV, -jnp.inf)
+
+
+@functools.partial(jax.jit, static_argnames='num')
+def alternatives(logits_BV: jax.Array, settings: sampling_lib.Rows, num: int):
+  """Returns log-probabilities and ids of the likeliest tokens, (B, num)."""
+  logits_BV = sampling_lib.calibrated(logits_BV, settings)
+  log_probs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+  found = jax.lax.top_k(log_probs_BV, min(num, logits_BV.shape[-1]))
+  return jax.tree.map(lambda a: sharding.constrain(a, None, None), found)
