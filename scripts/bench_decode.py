@@ -8,6 +8,9 @@ peer      greedy, prompt of 64, 128 new tokens, 1 and 16 rows; `transformers`
           with its cache, in subprocesses that take turns
 flat      milliseconds a token at position 960 by those at position 64
 sampling  milliseconds a token with temperature, top-k and top-p, by greedy
+engine    tokens/s of 64 requests of mixed lengths through 16 slots of the
+          engine, by one after the other; and, where requests come at random at
+          70% of that rate, time to the first token and between tokens
 draft     tokens/s with a draft of a tenth of the parameters of whose tokens 80%
           are accepted, drawn at random, by those of plain greedy decoding
 
@@ -30,6 +33,7 @@ from typing import Any
 
 PROMPT, NEW, VOCAB = 64, 128, 50257
 BATCHES = (1, 16)
+WHAT = ('peer', 'flat', 'sampling', 'draft', 'engine')
 CONFIG = {
   'model_type': 'gpt2',
   'vocab_size': VOCAB,
@@ -44,7 +48,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description='decoding speed')
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--json', action='store_true')
-  parser.add_argument('--what', default='peer,flat,sampling,draft')
+  parser.add_argument('--what', default=','.join(WHAT))
   parser.add_argument('--worker')
   args = parser.parse_args()
   workers = {
@@ -53,14 +57,15 @@ def main() -> None:
     'flat': run_flat,
     'sampling': run_sampling,
     'draft': run_draft,
+    'engine': run_engine,
   }
   if args.worker:
     print(json.dumps(workers[args.worker]()))
     return
   wanted = args.what.split(',')
   for name in wanted:
-    if name not in ('peer', 'flat', 'sampling', 'draft'):
-      parser.error(f'--what={name}; it is of peer, flat, sampling, draft')
+    if name not in WHAT:
+      parser.error(f'--what={name}; it is of {", ".join(WHAT)}')
   if 'peer' in wanted:
     for package in ('torch', 'transformers'):
       if importlib.util.find_spec(package) is None:
@@ -213,6 +218,89 @@ def run_sampling() -> dict[str, float]:
     result[f'batch_{rows}'] = times['drawn'] / times['greedy']
     result[f'batch_{rows}_top_p_alone'] = times['p'] / times['greedy']
   return result
+
+
+def requests(num: int):
+  """Prompts of 16 to 128 tokens, 16 to 128 new ones; none begin alike."""
+  import numpy as np
+
+  from t2x.decode import engine
+  from t2x.decode import sampling
+
+  rng = np.random.default_rng(0)
+  return [
+    engine.Request(
+      prompt=rng.integers(0, VOCAB, rng.integers(16, 129)).tolist(),
+      num_tokens=int(rng.integers(16, 129)),
+      sampling=sampling.SamplingConfig(temperature=0),
+    )
+    for _ in range(num)
+  ]
+
+
+def run_engine() -> dict[str, float]:
+  import numpy as np
+
+  from t2x.decode import engine as engine_lib
+  from t2x.decode import generate
+
+  model, wanted = our_model(), requests(64)
+  total = sum(request.num_tokens for request in wanted)
+  engine = engine_lib.Engine(model)
+  engine.warm()
+
+  def together():
+    texts = [engine.add(request) for request in wanted]
+    while engine.is_busy:
+      engine.step()
+    assert sum(len(text.tokens) for text in texts) == total
+    engine.forget()
+
+  def in_turn(wanted):
+    for request in wanted:
+      generate.generate(
+        model,
+        [request.prompt],
+        num_tokens=request.num_tokens,
+        num_rows=1,
+        capacity=256,
+        sampling=request.sampling,
+      )
+
+  in_turn(wanted[:1])
+  rates = {
+    'together': total / seconds(together),
+    'in_turn': total / seconds(lambda: in_turn(wanted)),
+  }
+  rates['ratio'] = rates['together'] / rates['in_turn']
+  # Arrivals of a Poisson process.
+  mean = total / len(wanted) / (0.7 * rates['together'])
+  arrivals = np.random.default_rng(1).exponential(mean, len(wanted)).cumsum()
+  first, between = under_load(engine, wanted, arrivals.tolist())
+  for name, values in (('first', first), ('between', between)):
+    for q in (50, 99):
+      rates[f'{name}_p{q}_ms'] = float(np.percentile(values, q)) * 1e3
+  return rates
+
+
+def under_load(engine, wanted, arrivals):
+  """Returns seconds to each text's first token, and between its tokens."""
+  start = time.perf_counter()
+  now = lambda: time.perf_counter() - start
+  pending = list(zip(arrivals, wanted))
+  last: dict[Any, float] = {}
+  first, between = [], []
+  while pending or engine.is_busy:
+    while pending and pending[0][0] <= now():
+      arrival, request = pending.pop(0)
+      last[engine.add(request)] = arrival
+    if not engine.is_busy:
+      time.sleep(max(0.0, pending[0][0] - now()))
+      continue
+    for text in engine.step():
+      (between if len(text.tokens) > 1 else first).append(now() - last[text])
+      last[text] = now()
+  return first, between
 
 
 def run_draft() -> dict[str, float]:

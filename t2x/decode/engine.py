@@ -275,6 +275,10 @@ class Engine:
       budget -= self._read_chunk(text)
     return self._write()
 
+  def forget(self) -> None:
+    """Leaves nothing of texts that are over for others to share."""
+    self.pages.forget()
+
   def warm(self) -> None:
     """Compiles what most requests need, before any comes."""
     for size in self.config.chunks:

@@ -123,6 +123,11 @@ class Pages:
           self._free.move_to_end(page, last=False)
     lease.pages = []
 
+  def forget(self) -> None:
+    """Shares nothing of what was told so far."""
+    self._page_of.clear()
+    self._digest = [None] * self.num_pages
+
   def _take(self) -> int:
     page, _ = self._free.popitem(last=False)
     digest, self._digest[page] = self._digest[page], None
