@@ -53,6 +53,20 @@ _USUAL = {
 _SPACES = ('\u2581', '\u0120')  # How SentencePiece and GPT-2 write a space.
 
 
+def _letters() -> dict[str, int]:
+  """Returns the byte of each letter of a byte-level BPE (Radford et al., 2019).
+
+  Bytes that can be printed are their own letters; the others follow at 256.
+  """
+  printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [byte for byte in range(256) if byte not in printed]
+  found = {chr(byte): byte for byte in printed}
+  return found | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _letters()
+
+
 class PretrainedTokenizer(tokenizers.Tokenizer):
   """Ids of a checkpoint's own tokenizer, special tokens in the text included.
 
@@ -113,6 +127,22 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
     return tuple(found)
 
   @property
+  def token_names(self) -> dict[str, str]:
+    """What special tokens are called, by `bos_token`, `eos_token`, ..."""
+    return {f'{role}_token': name for role, name in self._names.items()}
+
+  @property
+  def chat_template(self) -> str | None:
+    """How a conversation becomes a prompt, in Jinja; None where none says."""
+    if (self._root / _TEMPLATE).exists():
+      return (self._root / _TEMPLATE).read_text()
+    given = _json(self._root / _SETTINGS).get('chat_template')
+    if isinstance(given, list):  # Several, with names.
+      named = {one.get('name'): one.get('template') for one in given}
+      given = named.get('default')
+    return given if isinstance(given, str) else None
+
+  @property
   def fingerprint(self) -> str:
     # By what decides ids; `export` may add the file of the names.
     found = hashlib.sha256(json.dumps(self._names, sort_keys=True).encode())
@@ -145,6 +175,12 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
       [int(i) for i in ids if 0 <= i < size and i not in special]
     )
 
+  def token_bytes(self) -> list[bytes]:
+    return [
+      b'' if i in self._special else self._backend.bytes_of(i)
+      for i in range(self.vocab.size)
+    ]
+
   def save(self, directory: epath.PathLike) -> None:
     super().save(directory)
     self.export(epath.Path(directory) / tokenizers.FILES)
@@ -157,8 +193,8 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
       if (self._root / name).exists():
         (directory / name).write_bytes((self._root / name).read_bytes())
     if not (directory / _MAP).exists():
-      names = {f'{role}_token': name for role, name in self._names.items()}
-      (directory / _MAP).write_text(json.dumps(names, indent=2) + '\n')
+      names = json.dumps(self.token_names, indent=2)
+      (directory / _MAP).write_text(names + '\n')
 
 
 class _Fast:
@@ -172,12 +208,26 @@ class _Fast:
     added = tokenizer.get_added_tokens_decoder()
     self.special = {i for i, token in added.items() if token.special}
     self._continues = any(piece.startswith('##') for piece in pieces)
+    model = json.loads(tokenizer.to_str())
+    self._is_bytes = '"ByteLevel"' in json.dumps(model.get('decoder'))
 
   def id_of(self, name: str) -> int | None:
     return self._tokenizer.token_to_id(name)
 
   def piece(self, i: int) -> str:
     return self._tokenizer.id_to_token(i) or ''
+
+  def bytes_of(self, i: int) -> bytes:
+    piece = self.piece(i)
+    if self._is_bytes:
+      # An added token is text, and not the letters that stand for its bytes.
+      if all(letter in _BYTE_OF for letter in piece):
+        return bytes(_BYTE_OF[letter] for letter in piece)
+      return piece.encode()
+    if self._continues:
+      joins = piece.startswith('##')
+      return (piece[2:] if joins else f' {piece}').encode()
+    return tokenizers.piece_bytes(piece)
 
   def begins(self, piece: str) -> bool:
     if self._continues:
@@ -236,6 +286,9 @@ class _Pieces:
   def piece(self, i: int) -> str:
     own = self._processor.vocab_size()
     return self._processor.id_to_piece(i) if i < own else ''
+
+  def bytes_of(self, i: int) -> bytes:
+    return tokenizers.piece_bytes(self.piece(i))
 
   def begins(self, piece: str) -> bool:
     return piece.startswith(_SPACES)

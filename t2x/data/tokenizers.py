@@ -128,6 +128,10 @@ class Tokenizer:
     """Returns the text of `ids`; special ids add nothing to it."""
     raise NotImplementedError
 
+  def token_bytes(self) -> list[bytes]:
+    """Returns what each id adds to a text, in UTF-8; nothing if special."""
+    raise NotImplementedError
+
   def encode_marked(self, text: str) -> list[int]:
     """Returns the ids of `text`, where <extra_id_N> is the N-th sentinel.
 
@@ -203,6 +207,9 @@ class BytesTokenizer(Tokenizer):
     )
     return data.decode(errors='replace')
 
+  def token_bytes(self) -> list[bytes]:
+    return [b''] * self._first + [bytes([b]) for b in range(256)]
+
 
 class SentencePieceTokenizer(Tokenizer):
   """A trained SentencePiece model."""
@@ -254,9 +261,20 @@ class SentencePieceTokenizer(Tokenizer):
     first, size = self.vocab.first_text_id, self.vocab.size
     return self._processor.decode([int(i) for i in ids if first <= i < size])
 
+  def token_bytes(self) -> list[bytes]:
+    first = self.vocab.first_text_id
+    return [b''] * first + [piece_bytes(p) for p in self.pieces()[first:]]
+
   def save(self, directory: epath.PathLike) -> None:
     super().save(directory)
     (epath.Path(directory) / 'tokenizer.model').write_bytes(self._model)
+
+
+def piece_bytes(piece: str) -> bytes:
+  """Returns what a piece of SentencePiece adds to a text."""
+  if re.fullmatch('<0x[0-9A-F]{2}>', piece):
+    return bytes([int(piece[3:5], 16)])
+  return piece.replace(_SPACE, ' ').encode()
 
 
 def load(directory: epath.PathLike) -> Tokenizer:

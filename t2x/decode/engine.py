@@ -39,7 +39,11 @@ class Control(Protocol):
     ...
 
   def advance(self, token: int) -> None:
-    """Goes on with a token."""
+    """Goes on with a token.
+
+    Raises:
+      ValueError: nothing can go on from here; the text ends as `error`.
+    """
     ...
 
   @property
@@ -129,7 +133,8 @@ class Text:
       log-probabilities, where they are asked for.
     num_shared: tokens of the prompt that another text had read.
     reason: why it is over: `stop` (an end token, or a control that is done),
-      `length`, `cancelled`; None while it goes on.
+      `length`, `cancelled`, `error`; None while it goes on.
+    error: what is wrong with its control.
   """
 
   request: Request
@@ -138,6 +143,7 @@ class Text:
   top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
   num_shared: int = 0
   reason: str | None = None
+  error: str = ''
   _lease: pages_lib.Lease | None = None
   _read: int = 0  # Positions whose entries are written.
   _counts_V: np.ndarray | None = None
@@ -202,14 +208,21 @@ class Engine:
         f'num_pages={num_pages} of {size} positions; one text of max_length='
         f'{length} tokens needs {self._blocks}.'
       )
-    self.pages = pages_lib.Pages(num_pages, size)
+    self.num_pages: int = num_pages
     self._parts = begin.row_parts()
+    self.counts = collections.Counter()
+    self.restart()
+
+  def restart(self) -> None:
+    """Forgets all texts, and makes the pages anew."""
+    size, dtype = self.config.page_size, self.config.cache_dtype
+    self.pages = pages_lib.Pages(self.num_pages, size)
     self._waiting: collections.deque[Text] = collections.deque()
     self._reading: Text | None = None
     self._writing: list[Text] = []
     self._settings: tuple[Any, Any] = (None, None)
-    self.counts = collections.Counter()
-    self._caches = steps.empty_pages(model, num_pages, size, config.cache_dtype)
+    self._caches = None  # Freed before others are made.
+    self._caches = steps.empty_pages(self.model, self.num_pages, size, dtype)
 
   @property
   def is_busy(self) -> bool:
@@ -286,7 +299,7 @@ class Engine:
     for rows in self._row_sizes():
       for sampling in (Sampling(temperature=0), Sampling(top_p=0.9)):
         text = Text(Request(prompt=[0], num_tokens=1, sampling=sampling))
-        self._run_rows([text], rows)
+        self._run_rows([text], rows, [None])
 
   def _next_to_read(self) -> Text | None:
     """Returns the text whose prompt is being read; one at a time.
@@ -340,19 +353,27 @@ class Engine:
     )
 
   def _write(self) -> list[Text]:
+    masks, broken = [], []
+    for text in list(self._writing):
+      control = text.request.control
+      try:
+        masks.append(None if control is None else control.allowed())
+      except ValueError as error:
+        self._break(text, error)
+        broken.append(text)
     texts = list(self._writing)
     if not texts:
-      return []
+      return broken
     rows = min(n for n in self._row_sizes() if n >= len(texts))
-    token_B, log_prob_B, top = self._run_rows(texts, rows)
+    token_B, log_prob_B, top = self._run_rows(texts, rows, masks)
     for number, text in enumerate(texts):
       self._take(text, int(token_B[number]), float(log_prob_B[number]))
-      if text.request.num_top:
+      if len(text.top) < len(text.tokens) and text.request.num_top:
         values, ids = (a[number][: text.request.num_top] for a in top)
         text.top.append(list(zip(ids.tolist(), values.tolist())))
     self.counts['steps'] += 1
     self.counts['tokens'] += len(texts)
-    return texts
+    return broken + texts
 
   def _take(self, text: Text, token: int, log_prob: float) -> None:
     """Adds a token to a text, which may end with it."""
@@ -364,12 +385,21 @@ class Engine:
     text.log_probs.append(log_prob)
     if text._counts_V is not None:
       text._counts_V[token] += 1
-    if request.control is not None:
-      request.control.advance(token)
-    if request.control is not None and request.control.is_done:
+    control = request.control
+    if control is not None:
+      try:
+        control.advance(token)
+      except ValueError as error:
+        self._break(text, error)
+        return
+    if control is not None and control.is_done:
       self._end(text, 'stop')
     elif len(text.tokens) == request.num_tokens:
       self._end(text, 'length')
+
+  def _break(self, text: Text, error: ValueError) -> None:
+    text.error = str(error)
+    self._end(text, 'error')
 
   def _end(self, text: Text, reason: str) -> None:
     text.reason = reason
@@ -393,7 +423,7 @@ class Engine:
       sizes.insert(0, -(-(sizes[0] // 4 or 1) // self._parts) * self._parts)
     return sizes
 
-  def _run_rows(self, texts: Sequence[Text], rows: int):
+  def _run_rows(self, texts: Sequence[Text], rows: int, masks):
     """Returns the next token of each text, and what is told beside it."""
     requests = [text.request for text in texts]
     all_tokens = [text.all_tokens for text in texts]
@@ -422,7 +452,7 @@ class Engine:
       column(request.row for request in requests),
       column(len(text.tokens) for text in texts),
       ends_BE,
-      _allowed(requests, rows),
+      _allowed(masks, rows),
     )
     top: Any = None
     if any(request.num_top for request in requests):
@@ -462,12 +492,8 @@ class Engine:
     return history
 
 
-def _allowed(requests: Sequence[Request], rows: int) -> np.ndarray | None:
+def _allowed(masks, rows: int) -> np.ndarray | None:
   """Returns the bits of the tokens that may come next, or None for all."""
-  masks = [
-    None if request.control is None else request.control.allowed()
-    for request in requests
-  ]
   given = [mask for mask in masks if mask is not None]
   if not given:
     return None

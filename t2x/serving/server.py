@@ -1,0 +1,121 @@
+"""Runs the interface of `app` for a trained model."""
+
+import dataclasses
+import logging
+import socket as socket_lib
+
+from t2x import inference
+from t2x.decode import engine as engine_lib
+from t2x.serving import app as app_lib
+from t2x.serving import chat as chat_lib
+from t2x.serving import metrics as metrics_lib
+from t2x.serving import runner as runner_lib
+from t2x.serving import writer as writer_lib
+
+_LOG = logging.getLogger(__name__)
+_LOOPBACK = ('127.0.0.1', 'localhost', '::1')
+
+
+def bind(host: str, port: int) -> socket_lib.socket:
+  """Returns a socket that listens, before anything that takes long.
+
+  Raises:
+    ValueError: the address is taken, or not this machine's.
+  """
+  family = socket_lib.AF_INET6 if ':' in host else socket_lib.AF_INET
+  try:
+    return socket_lib.create_server((host, port), family=family, backlog=2048)
+  except (OSError, OverflowError) as error:
+    reason = getattr(error, 'strerror', None) or error
+    raise ValueError(
+      f'Cannot listen on {host} port {port}: {reason}. Give another --port, or '
+      '0 for a free one.'
+    ) from None
+
+
+def make(
+  trained: inference.Trained,
+  *,
+  name: str = 'model',
+  engine: engine_lib.EngineConfig = engine_lib.EngineConfig(),
+  template: str | None = None,
+  max_tokens: int = 4096,
+  app: app_lib.AppConfig = app_lib.AppConfig(),
+):
+  """Returns the application (ASGI) of a model, compiled and ready.
+
+  Args:
+    trained: what `inference.load` returned.
+    name: by which clients call the model.
+    engine: sizes; `max_length` is by default the length of training.
+    template: of chats, in Jinja; default the tokenizer's own.
+    max_tokens: the most new tokens of a text.
+    app: what the server allows.
+
+  Raises:
+    ValueError: the model cannot be served, or the template cannot be read.
+  """
+  chat = chat_lib.Chat(trained.tokenizer, template)
+  length = engine.max_length or trained.config.data.length
+  engine = dataclasses.replace(engine, max_length=length)
+  metrics = metrics_lib.Metrics()
+  context = lambda: inference.decoding(trained)
+  with context():
+    made = engine_lib.Engine(trained.writer, engine)
+    made.warm()
+  runner = runner_lib.Runner(made, context, observe=metrics.observe)
+  metrics.watch(runner)
+  writer = writer_lib.Writer(
+    trained,
+    name,
+    chat=chat,
+    limits=writer_lib.Limits(max_tokens=max_tokens),
+    max_length=made.max_length,
+  )
+  return app_lib.make(writer, runner, metrics, app)
+
+
+def serve(
+  trained: inference.Trained,
+  socket: socket_lib.socket,
+  *,
+  name: str,
+  engine: engine_lib.EngineConfig,
+  template: str | None,
+  max_tokens: int,
+  max_body: int,
+  api_key: str | None,
+) -> None:
+  """Serves until it is stopped; arguments as for `make` and `AppConfig`."""
+  import uvicorn
+
+  host, port = socket.getsockname()[:2]
+  is_local = host in _LOOPBACK
+  if not is_local and api_key is None:
+    _LOG.warning(
+      'Anyone who reaches %s may use this server: set T2X_API_KEY.', host
+    )
+  config = app_lib.AppConfig(
+    api_key=api_key,
+    max_body=max_body,
+    hosts=_LOOPBACK if is_local else ('*',),
+  )
+  made = make(
+    trained,
+    name=name,
+    engine=engine,
+    template=template,
+    max_tokens=max_tokens,
+    app=config,
+  )
+  shown = f'[{host}]' if ':' in host else host
+  print(f'{name} is served at http://{shown}:{port}', flush=True)
+  server = uvicorn.Server(
+    uvicorn.Config(
+      made,
+      log_level='warning',
+      access_log=False,
+      timeout_graceful_shutdown=5,
+    )
+  )
+  server.run(sockets=[socket])

@@ -1,0 +1,245 @@
+"""From the body of a request to texts of the engine."""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import secrets
+from typing import Any
+
+from t2x import control as control_lib
+from t2x import inference
+from t2x import streaming
+from t2x.decode import engine as engine_lib
+from t2x.serving import answers
+from t2x.serving import chat as chat_lib
+from t2x.serving import protocol
+from t2x.serving import runner as runner_lib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+  """What one request may ask for.
+
+  Attributes:
+    max_tokens: new tokens of a text.
+    max_texts: texts, of all its prompts.
+  """
+
+  max_tokens: int = 4096
+  max_texts: int = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+  """What a body asks for.
+
+  Attributes:
+    requests: for the engine, one for each text.
+    prefixes: what the text of each begins with before any token (`echo`).
+    stops: strings before which each text ends.
+    num_prompt: tokens of all prompts.
+    num_top: alternatives that are told of each token; None tells not even its
+      own log-probability.
+  """
+
+  requests: Sequence[engine_lib.Request]
+  prefixes: Sequence[str]
+  stops: Sequence[str]
+  num_prompt: int
+  num_top: int | None
+
+
+class Writer:
+  """Turns bodies into requests, and tokens into text.
+
+  Attributes:
+    name: of the model.
+    token_bytes: what each token adds to a text.
+  """
+
+  def __init__(
+    self,
+    trained: inference.Trained,
+    name: str,
+    *,
+    chat: chat_lib.Chat,
+    limits: Limits = Limits(),
+    max_length: int,
+  ):
+    """Prepares.
+
+    Args:
+      trained: what writes.
+      name: by which clients call it.
+      chat: makes prompts of conversations.
+      limits: of one request.
+      max_length: tokens of a text in the engine.
+    """
+    self.name = name
+    self._trained, self._chat, self._limits = trained, chat, limits
+    self._max_length = max_length
+    vocab_size = trained.config.model.vocab_size
+    self.token_bytes = trained.tokenizer.token_bytes()
+    self.token_bytes += [b''] * (vocab_size - len(self.token_bytes))
+    self._ends = trained.ends or (trained.tokenizer.eos_id,)
+
+  @functools.cached_property
+  def _rules(self) -> control_lib.Rules:
+    size = self._trained.config.model.vocab_size
+    return control_lib.Rules(self._trained.tokenizer, size, self._ends)
+
+  def job(self, body: protocol.CompletionBody | protocol.ChatBody) -> Job:
+    """Returns what a body asks for; may take a while.
+
+    Raises:
+      ValueError: it asks for something that cannot be.
+    """
+    if isinstance(body, protocol.ChatBody):
+      messages = [
+        {'role': message.role, 'content': message.text}
+        for message in body.messages
+      ]
+      prompts = [self._chat.prompt_ids(messages)]
+      wanted = body.max_completion_tokens or body.max_tokens
+      num_top = body.top_logprobs if body.logprobs else None
+      stops, prefixes = [*body.stops, *self._chat.stops], ['']
+    else:
+      prompts, prefixes = self._prompts(body)
+      wanted, num_top = body.max_tokens, body.logprobs
+      stops = body.stops
+    if len(prompts) * body.n > self._limits.max_texts:
+      raise ValueError(
+        f'{len(prompts)} prompts times n={body.n} are '
+        f'{len(prompts) * body.n} texts; one request may ask for '
+        f'{self._limits.max_texts}.'
+      )
+    seed = secrets.randbits(32) if body.seed is None else body.seed
+    rule = self._rule(body)
+    made = []
+    for number, prompt in enumerate(prompts):
+      for choice in range(body.n):
+        made.append(
+          engine_lib.Request(
+            prompt=prompt,
+            num_tokens=self._num_tokens(wanted, len(prompt)),
+            sampling=self._sampling(body),
+            seed=seed,
+            row=number * body.n + choice,
+            ends=() if body.ignore_eos and rule is None else self._ends,
+            num_top=num_top or 0,
+            control=None if rule is None else rule.copy(),
+          )
+        )
+    return Job(
+      requests=made,
+      prefixes=[prefix for prefix in prefixes for _ in range(body.n)],
+      stops=stops,
+      num_prompt=sum(map(len, prompts)),
+      num_top=num_top,
+    )
+
+  def start(self, job: Job, runner: runner_lib.Runner) -> list[answers.Choice]:
+    """Begins to write; called on the event loop.
+
+    Raises:
+      ValueError: a request cannot be met.
+      engine.Overloaded: too many wait.
+    """
+    streams = runner.submit(list(job.requests))
+    found = []
+    for index, (stream, prefix) in enumerate(zip(streams, job.prefixes)):
+      text = streaming.TextStream(
+        self._trained.tokenizer, stream.request.prompt, job.stops
+      )
+      found.append(answers.Choice(index, stream, text, prefix))
+    return found
+
+  def _prompts(self, body: protocol.CompletionBody):
+    """Returns the tokens of the prompts, and what `echo` says of them."""
+    tokenizer = self._trained.tokenizer
+    given: Any = body.prompt
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+      given = [given]
+    if not given:
+      raise ValueError('prompt is an empty list; give a text.')
+    texts = [prompt for prompt in given if isinstance(prompt, str)]
+    if texts:
+      found = inference.prompt_ids(self._trained, texts)
+      if not all(found):
+        raise ValueError(
+          'prompt is empty, and texts of this model begin with no token of '
+          'their own: give it a few letters to go on from.'
+        )
+    else:
+      found = [list(prompt) for prompt in given]
+      size = self._trained.config.model.vocab_size
+      wrong = [i for ids in found for i in ids if not 0 <= i < size]
+      if wrong:
+        raise ValueError(
+          f'prompt has the token id {wrong[0]}, and the vocabulary has {size} '
+          f'tokens, 0 to {size - 1}.'
+        )
+    if not body.echo:
+      return found, [''] * len(found)
+    if body.logprobs is not None:
+      raise ValueError(
+        'echo with logprobs would tell log-probabilities of the prompt, which '
+        'this server does not compute: leave one of them out.'
+      )
+    return found, texts or [tokenizer.decode(ids) for ids in found]
+
+  def _num_tokens(self, wanted: int | None, length: int) -> int:
+    most = self._limits.max_tokens
+    if wanted is None:
+      return max(min(most, self._max_length - length), 1)
+    if wanted > most:
+      raise ValueError(
+        f'max_tokens={wanted}; this server writes at most {most} new tokens.'
+      )
+    return wanted
+
+  def _sampling(self, body: protocol.Common) -> engine_lib.Sampling:
+    bias = {}
+    for token, value in body.logit_bias.items():
+      if not token.isdecimal():
+        raise ValueError(
+          f'logit_bias names {token!r}; its keys are token ids, as in "50256".'
+        )
+      # -100 bans a token, as elsewhere.
+      bias[int(token)] = float('-inf') if value <= -100 else value
+    banned = inference.word_ids(self._trained.tokenizer, body.banned_words)
+    off = lambda value, neutral: None if value == neutral else value
+    return engine_lib.Sampling(
+      temperature=body.temperature,
+      top_k=None if body.top_k in (None, -1, 0) else body.top_k,
+      top_p=off(body.top_p, 1.0),
+      min_p=off(body.min_p, 0.0),
+      typical_p=off(body.typical_p, 1.0),
+      repetition_penalty=body.repetition_penalty,
+      presence_penalty=body.presence_penalty,
+      frequency_penalty=body.frequency_penalty,
+      min_tokens=body.min_tokens,
+      bias=bias,
+      banned=banned,
+      calibration=self._trained.temperature,
+    )
+
+  def _rule(self, body: protocol.Common) -> control_lib.Rule | None:
+    """Returns what the texts must be, or None for anything."""
+    form = body.response_format
+    given: dict[str, Any] = {'regex': body.regex, 'grammar': body.grammar}
+    if form is not None and form.type != 'text':
+      given['response_format'] = form
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+      raise ValueError(f'{" and ".join(names)} are given; a text has one rule.')
+    if body.regex is not None:
+      return self._rules.regex(body.regex)
+    if body.grammar is not None:
+      return self._rules.grammar(body.grammar)
+    if not names:
+      return None
+    assert form is not None
+    if form.json_schema is None:
+      return self._rules.json_object()
+    return self._rules.json_schema(form.json_schema.own)
