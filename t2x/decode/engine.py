@@ -229,6 +229,11 @@ class Engine:
     return bool(self._waiting or self._reading or self._writing)
 
   @property
+  def most(self) -> int:
+    """Texts that may be written or wait at a time."""
+    return self.config.num_slots + self.config.max_waiting
+
+  @property
   def num_waiting(self) -> int:
     return len(self._waiting)
 
@@ -263,10 +268,12 @@ class Engine:
       Overloaded: too many wait.
     """
     self.check(request)
-    if len(self._waiting) >= self.config.max_waiting:
+    if self.num_waiting + self.num_running >= self.most:
       raise Overloaded(
-        f'{len(self._waiting)} requests wait, and max_waiting='
-        f'{self.config.max_waiting}. Ask again later.'
+        f'{self.num_waiting + self.num_running} texts are being written or '
+        f'wait, and no more than {self.most} are taken (num_slots='
+        f'{self.config.num_slots}, max_waiting={self.config.max_waiting}). Ask '
+        'again later.'
       )
     text = Text(request)
     self._waiting.append(text)

@@ -118,8 +118,7 @@ class Runner:
     """
     for request in requests:
       self.engine.check(request)
-    config = self.engine.config
-    most = config.num_slots + config.max_waiting
+    most = self.engine.most
     with self._lock:
       if self._pending + len(requests) > most:
         raise engine_lib.Overloaded(

@@ -225,7 +225,7 @@ def test_memory_returns_to_where_it_was(url):
   def num_left():
     gc.collect()
     kinds = (engine_lib.Text, runner.Stream)
-    return sum(isinstance(one, kinds) for one in gc.get_objects())
+    return sum(type(one) in kinds for one in gc.get_objects())
 
   # What the last step's settings hold on to, and no more.
   serving_run.wait_until(lambda: num_left() <= 2)
