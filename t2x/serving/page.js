@@ -31,6 +31,11 @@ function tell(message) {
   byId('error').hidden = !message;
 }
 
+function askForKey() {
+  document.querySelector('details').open = true;
+  byId('key').focus();
+}
+
 // Spaces and ends of lines, made visible.
 function shown(piece) {
   return piece.replaceAll(' ', '\u00b7').replaceAll('\n', '\u21b5') || '\u2205';
@@ -131,6 +136,7 @@ async function write() {
       body: JSON.stringify(wanted),
       signal: running.signal,
     });
+    if (response.status === 401) askForKey();
     if (!response.ok) {
       throw new Error((await response.json()).error.message);
     }
@@ -169,6 +175,7 @@ async function write() {
 
 async function about() {
   const response = await fetch('/v1/models', { headers: headers() });
+  if (response.status === 401) askForKey();
   if (!response.ok) return;
   const [model] = (await response.json()).data;
   byId('model').textContent = model.id;
