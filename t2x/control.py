@@ -142,6 +142,10 @@ class Rule:
       )
     return words
 
+  def raised(self) -> dict[int, float]:
+    """Raises no tokens."""
+    return {}
+
   def allows(self, token: int) -> bool:
     """Whether a token may be next."""
     return bool(self.allowed()[token // 32] >> np.uint32(token % 32) & 1)

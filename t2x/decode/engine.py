@@ -7,49 +7,32 @@ row's text is what `generate` writes for it alone, whatever else is in the
 batch.
 
 Shape suffixes: B rows of a step, C chunk of a prompt, N blocks of a row, V
-vocabulary, E ends, W words of 32 tokens.
+vocabulary, E ends.
 """
 
 import collections
 from collections.abc import Sequence
 import dataclasses
+import functools
 from typing import Any
-from typing import Protocol
 
 import jax
 import numpy as np
 
 from t2x.decode import begin
 from t2x.decode import pages as pages_lib
-from t2x.decode import processors
 from t2x.decode import prompts as prompts_lib
+from t2x.decode import rows as rows_lib
 from t2x.decode import sampling as sampling_lib
 from t2x.decode import steps
+from t2x.decode import texts as texts_lib
 from t2x.layers import kinds
 from t2x.models import decoder
 
 Sampling = sampling_lib.SamplingConfig
-
-
-class Control(Protocol):
-  """Says which tokens may come next in one text; see `t2x.control`."""
-
-  def allowed(self) -> np.ndarray:
-    """Returns uint32 words with a bit for each token that may be next."""
-    ...
-
-  def advance(self, token: int) -> None:
-    """Goes on with a token.
-
-    Raises:
-      ValueError: nothing can go on from here; the text ends as `error`.
-    """
-    ...
-
-  @property
-  def is_done(self) -> bool:
-    """Whether the text is complete and nothing may follow but its end."""
-    ...
+Request = texts_lib.Request
+Text = texts_lib.Text
+Overloaded = texts_lib.Overloaded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,67 +77,6 @@ class EngineConfig:
     if not self.chunks or min(self.chunks) < 1:
       raise ValueError(f'chunks={self.chunks}; give sizes of 1 or more.')
     prompts_lib.check_cache_dtype(self.cache_dtype)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-  """A text that is asked for.
-
-  Attributes:
-    prompt: its tokens so far, at least one.
-    num_tokens: the most new tokens.
-    sampling: how they are drawn.
-    seed: of what is drawn.
-    row: tells texts of one seed apart, as the rows of `generate`.
-    ends: tokens that end the text.
-    num_top: likeliest tokens that are told beside each new one.
-    control: what may come next; None for anything.
-  """
-
-  prompt: Sequence[int]
-  num_tokens: int
-  sampling: Sampling = Sampling()
-  seed: int = 0
-  row: int = 0
-  ends: Sequence[int] = ()
-  num_top: int = 0
-  control: Control | None = None
-
-
-@dataclasses.dataclass(eq=False)
-class Text:
-  """One text as it comes about.
-
-  Attributes:
-    request: what was asked for.
-    tokens: new tokens, without the one that ended it.
-    log_probs: of each, under the model itself.
-    top: the likeliest tokens in the place of each new one, with their
-      log-probabilities, where they are asked for.
-    num_shared: tokens of the prompt that another text had read.
-    reason: why it is over: `stop` (an end token, or a control that is done),
-      `length`, `cancelled`, `error`; None while it goes on.
-    error: what is wrong with its control.
-  """
-
-  request: Request
-  tokens: list[int] = dataclasses.field(default_factory=list)
-  log_probs: list[float] = dataclasses.field(default_factory=list)
-  top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
-  num_shared: int = 0
-  reason: str | None = None
-  error: str = ''
-  _lease: pages_lib.Lease | None = None
-  _read: int = 0  # Positions whose entries are written.
-  _counts_V: np.ndarray | None = None
-
-  @property
-  def all_tokens(self) -> list[int]:
-    return [*self.request.prompt, *self.tokens]
-
-
-class Overloaded(ValueError):
-  """So many requests wait that no more are taken."""
 
 
 class Engine:
@@ -220,7 +142,7 @@ class Engine:
     self._waiting: collections.deque[Text] = collections.deque()
     self._reading: Text | None = None
     self._writing: list[Text] = []
-    self._settings: tuple[Any, Any] = (None, None)
+    self._settings = rows_lib.Settings(self.model.config.vocab_size)
     self._caches = None  # Freed before others are made.
     self._caches = steps.empty_pages(self.model, self.num_pages, size, dtype)
 
@@ -319,28 +241,28 @@ class Engine:
         prompt = text.request.prompt
         # The last token is written and never read.
         length = len(prompt) + text.request.num_tokens - 1
-        text._lease = self.pages.lend(prompt, length)
-        if text._lease is not None:
+        text.lease = self.pages.lend(prompt, length)
+        if text.lease is not None:
           self._waiting.popleft()
           self._reading = text
-          text.num_shared = text._read = text._lease.num_shared
+          text.num_shared = text.num_read = text.lease.num_shared
           self.counts['prompt_tokens'] += len(prompt)
           self.counts['shared_tokens'] += text.num_shared
     return self._reading
 
   def _read_chunk(self, text: Text) -> int:
     """Reads on in a prompt, up to its last token; returns what it cost."""
-    prompt, lease = text.request.prompt, text._lease
+    prompt, lease = text.request.prompt, text.lease
     assert lease is not None
-    left = len(prompt) - 1 - text._read
+    left = len(prompt) - 1 - text.num_read
     size = 0
     if left:
       fitting = [size for size in self.config.chunks if size >= left]
       size = min(fitting, default=max(self.config.chunks))
-      part = prompt[text._read : text._read + min(size, left)]
-      self._run_chunk(part, text._read, size, lease.pages)
-      text._read += len(part)
-    if text._read == len(prompt) - 1:
+      part = prompt[text.num_read : text.num_read + min(size, left)]
+      self._run_chunk(part, text.num_read, size, lease.pages)
+      text.num_read += len(part)
+    if text.num_read == len(prompt) - 1:
       self.pages.fill(lease, prompt[:-1])
       self._reading = None
       self._writing.append(text)
@@ -364,7 +286,7 @@ class Engine:
     for text in list(self._writing):
       control = text.request.control
       try:
-        masks.append(None if control is None else control.allowed())
+        masks.append(control and (control.allowed(), control.raised()))
       except ValueError as error:
         self._break(text, error)
         broken.append(text)
@@ -390,8 +312,8 @@ class Engine:
       return
     text.tokens.append(token)
     text.log_probs.append(log_prob)
-    if text._counts_V is not None:
-      text._counts_V[token] += 1
+    if text.counts_V is not None:
+      text.counts_V[token] += 1
     control = request.control
     if control is not None:
       try:
@@ -414,7 +336,7 @@ class Engine:
       self._waiting.remove(text)
     if text is self._reading:
       self._reading = None
-    lease = text._lease
+    lease = text.lease
     if text in self._writing and lease is not None:
       self._writing.remove(text)
       # Of the latest token there is no entry.
@@ -433,79 +355,32 @@ class Engine:
   def _run_rows(self, texts: Sequence[Text], rows: int, masks):
     """Returns the next token of each text, and what is told beside it."""
     requests = [text.request for text in texts]
-    all_tokens = [text.all_tokens for text in texts]
-    full = self._blocks * self.pages.size
-    column = lambda values, fill=0: np.array(
-      [*values, *[fill] * (rows - len(texts))], np.int32
-    )
-    leased = [text._lease.pages if text._lease else [] for text in texts]
+    lengths = [len(text.all_tokens) for text in texts]
+    pages = [text.lease.pages if text.lease else [] for text in texts]
+    full = self._blocks * self.pages.size  # What is written there is lost.
+    places = [n - 1 if own else full for n, own in zip(lengths, pages)]
+    column = functools.partial(rows_lib.column, rows=rows)
     logits_BV, self._caches = steps.write(
       self.model,
       self._caches,
-      column(tokens[-1] for tokens in all_tokens),
-      column(
-        (len(t) - 1 if pages else full for t, pages in zip(all_tokens, leased)),
-        full,
-      ),
-      prompts_lib.pad(leased, (rows, self._blocks), 0),
+      column(text.all_tokens[-1] for text in texts),
+      column(places, fill=full),
+      prompts_lib.pad(pages, (rows, self._blocks), 0),
     )
-    settings, ends_BE = self._settings_of(requests, rows)
-    seeds = [request.seed % 2**32 for request in requests]
+    settings, ends_BE = self._settings.of(requests, rows)
+    vocab_size = self.model.config.vocab_size
+    seeds = (request.seed % 2**32 for request in requests)
     token_B, log_prob_B = steps.choose(
       logits_BV,
       settings,
-      self._history(texts, settings, all_tokens, rows),
-      np.array([*seeds, *[0] * (rows - len(seeds))], np.uint32),
+      rows_lib.history(texts, settings, rows, vocab_size),
+      column(seeds, dtype=np.uint32),
       column(request.row for request in requests),
       column(len(text.tokens) for text in texts),
       ends_BE,
-      _allowed(masks, rows),
+      rows_lib.controls(masks, rows),
     )
     top: Any = None
     if any(request.num_top for request in requests):
       top = steps.alternatives(logits_BV, settings, self.config.num_top)
     return jax.device_get((token_B, log_prob_B, top))
-
-  def _settings_of(self, requests: Sequence[Request], rows: int):
-    """Returns the settings of a step; made anew where its rows change."""
-    key = (rows, *map(id, requests))
-    if self._settings[0] != key:
-      vocab_size = self.model.config.vocab_size
-      configs = [request.sampling for request in requests]
-      settings = sampling_lib.rows(configs, rows, vocab_size)
-      settings = sampling_lib.few(settings, vocab_size)
-      width = max(4, *(len(request.ends) for request in requests))
-      ends_BE = prompts_lib.pad(
-        [request.ends for request in requests],
-        (rows, prompts_lib.power_of_two(width)),
-        processors.NONE,
-      )
-      # Requests are kept, or another one might come to have an id of theirs.
-      self._settings = key, (settings, ends_BE, requests)
-    settings, ends_BE, _ = self._settings[1]
-    return settings, ends_BE
-
-  def _history(self, texts, settings, all_tokens, rows: int):
-    vocab_size = self.model.config.vocab_size
-    prompts = [*all_tokens, *[[]] * (rows - len(texts))]
-    history = sampling_lib.begin(settings, prompts, vocab_size)
-    if history.counts_BV is None:
-      return history
-    for row_V, text in zip(history.counts_BV, texts):
-      if text._counts_V is None:
-        counts = np.bincount(text.tokens or [0], minlength=vocab_size)
-        text._counts_V = counts.astype(np.int32) * bool(text.tokens)
-      row_V[:] = text._counts_V
-    return history
-
-
-def _allowed(masks, rows: int) -> np.ndarray | None:
-  """Returns the bits of the tokens that may come next, or None for all."""
-  given = [mask for mask in masks if mask is not None]
-  if not given:
-    return None
-  allowed_BW = np.full((rows, len(given[0])), 0xFFFFFFFF, np.uint32)
-  for row_W, mask in zip(allowed_BW, masks):
-    if mask is not None:
-      row_W[:] = mask
-  return allowed_BW

@@ -7,6 +7,7 @@ Shape suffixes: B rows, C chunk, N blocks of a row, V vocabulary, E ends, W
 words of 32 tokens.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -18,6 +19,32 @@ from t2x.attention import paged
 from t2x.decode import loop
 from t2x.decode import sampling as sampling_lib
 from t2x.models import decoder
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Controls:
+  """What is said of the next token of each row.
+
+  Attributes:
+    allowed_BW: bits of the tokens that may come, uint32, the lowest first.
+    raised_BM: tokens whose logits are raised, -1 for fewer.
+    amounts_BM: by how much.
+  """
+
+  allowed_BW: Any
+  raised_BM: Any
+  amounts_BM: Any
+
+  def __call__(self, logits_BV: jax.Array) -> jax.Array:
+    """Returns the logits that are drawn from."""
+    B, V = logits_BV.shape
+    raise_ = lambda row, at, by: row.at[at].add(by, mode='drop')
+    place_BM = jnp.where(self.raised_BM < 0, V, self.raised_BM)
+    logits_BV = jax.vmap(raise_)(logits_BV, place_BM, self.amounts_BM)
+    bits = jnp.arange(32, dtype=jnp.uint32)[None, None]
+    allowed_BV = ((self.allowed_BW[..., None] >> bits) & 1).reshape(B, -1)
+    return jnp.where(allowed_BV[:, :V] > 0, logits_BV, -jnp.inf)
 
 
 @functools.partial(jax.jit, static_argnames=('num', 'size', 'dtype'))
@@ -51,7 +78,7 @@ def choose(
   row_B: jax.Array,
   number_B: jax.Array,
   ends_BE: jax.Array,
-  allowed_BW: jax.Array | None,
+  controls: Controls | None,
 ) -> tuple[jax.Array, jax.Array]:
   """Draws the next token of each row.
 
@@ -63,7 +90,7 @@ def choose(
     row_B: numbers that tell rows of one seed apart.
     number_B: tokens that each row has written.
     ends_BE: tokens that end each row.
-    allowed_BW: bits of the tokens that may come, uint32; None is all.
+    controls: of each row; None where no row has one.
 
   Returns:
     Tokens and their log-probabilities under the model itself, (B,).
@@ -73,7 +100,7 @@ def choose(
     jax.random.fold_in(jax.random.key(seed), row), number
   )
   token_B = sampling_lib.sample(
-    logits_BV if allowed_BW is None else masked(logits_BV, allowed_BW),
+    logits_BV if controls is None else controls(logits_BV),
     jax.vmap(key)(seed_B, row_B, number_B),
     settings,
     history,
@@ -85,14 +112,6 @@ def choose(
   # Whole on every device, so that each host can read them.
   whole = lambda a: sharding.constrain(a, None)
   return whole(token_B), whole(log_prob_B)
-
-
-def masked(logits_BV: jax.Array, allowed_BW: jax.Array) -> jax.Array:
-  """Bans the tokens whose bits are not set, the lowest bit first."""
-  V = logits_BV.shape[-1]
-  bits = jnp.arange(32, dtype=jnp.uint32)[None, None]
-  allowed_BV = ((allowed_BW[..., None] >> bits) & 1).reshape(len(logits_BV), -1)
-  return jnp.where(allowed_BV[:, :V] > 0, logits_BV, -jnp.inf)
 
 
 @functools.partial(jax.jit, static_argnames='num')

@@ -230,6 +230,9 @@ class Even:
   def allowed(self):
     return np.full(-(-VOCAB // 32), 0x55555555, np.uint32)
 
+  def raised(self):
+    return {}
+
   def advance(self, token):
     self.tokens.append(token)
 

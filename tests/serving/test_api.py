@@ -34,7 +34,9 @@ def url(trained):
 
 @pytest.fixture(scope='module')
 def client(url):
-  return openai.OpenAI(base_url=f'{url}/v1', api_key='none', max_retries=0)
+  key = {'api_key': 'none', 'max_retries': 0}
+  with openai.OpenAI(base_url=f'{url}/v1', **key) as client:
+    yield client
 
 
 def greedy(trained, prompt, num):
@@ -311,5 +313,5 @@ def test_names_and_keys(trained):
     assert other.status_code == 400
     assert httpx.get(f'{url}/v1/models').status_code == 401
     assert httpx.get(f'{url}/health').status_code == 200
-    own = openai.OpenAI(base_url=f'{url}/v1', api_key='secret')
-    assert own.models.list().data[0].id == 'tiny'
+    with openai.OpenAI(base_url=f'{url}/v1', api_key='secret') as own:
+      assert own.models.list().data[0].id == 'tiny'

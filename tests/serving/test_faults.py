@@ -131,7 +131,7 @@ def test_too_many_are_told_to_come_back(url, trained):
       assert error.response.headers['retry-after'] == '1'
       return None
 
-  with concurrent.futures.ThreadPoolExecutor(40) as pool:
+  with client, concurrent.futures.ThreadPoolExecutor(40) as pool:
     found = list(pool.map(ask, prompts))
   taken = [i for i, text in enumerate(found) if text is not None]
   assert 12 <= len(taken) < 40

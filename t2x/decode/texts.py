@@ -1,0 +1,100 @@
+"""Texts that an engine is asked for, and what comes of them."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+from typing import Protocol
+
+import numpy as np
+
+from t2x.decode import pages as pages_lib
+from t2x.decode import sampling as sampling_lib
+
+
+class Control(Protocol):
+  """Says which tokens may come next in one text; see `t2x.control`."""
+
+  def allowed(self) -> np.ndarray:
+    """Returns uint32 words with a bit for each token that may be next."""
+    ...
+
+  def advance(self, token: int) -> None:
+    """Goes on with a token.
+
+    Raises:
+      ValueError: nothing can go on from here; the text ends as `error`.
+    """
+    ...
+
+  def raised(self) -> Mapping[int, float]:
+    """Returns what is added to the logits of some tokens."""
+    ...
+
+  @property
+  def is_done(self) -> bool:
+    """Whether the text is complete and nothing may follow but its end."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+  """A text that is asked for.
+
+  Attributes:
+    prompt: its tokens so far, at least one.
+    num_tokens: the most new tokens.
+    sampling: how they are drawn.
+    seed: of what is drawn.
+    row: tells texts of one seed apart, as the rows of `generate`.
+    ends: tokens that end the text.
+    num_top: likeliest tokens that are told beside each new one.
+    control: what may come next; None for anything.
+  """
+
+  prompt: Sequence[int]
+  num_tokens: int
+  sampling: sampling_lib.SamplingConfig = sampling_lib.SamplingConfig()
+  seed: int = 0
+  row: int = 0
+  ends: Sequence[int] = ()
+  num_top: int = 0
+  control: Control | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class Text:
+  """One text as it comes about.
+
+  Attributes:
+    request: what was asked for.
+    tokens: new tokens, without the one that ended it.
+    log_probs: of each, under the model itself.
+    top: the likeliest tokens in the place of each new one, with their
+      log-probabilities, where they are asked for.
+    num_shared: tokens of the prompt that another text had read.
+    reason: why it is over: `stop` (an end token, or a control that is done),
+      `length`, `cancelled`, `error`; None while it goes on.
+    error: what is wrong with its control.
+    lease: of its pages.
+    num_read: positions whose entries are written.
+    counts_V: how often each token was written, where a setting asks.
+  """
+
+  request: Request
+  tokens: list[int] = dataclasses.field(default_factory=list)
+  log_probs: list[float] = dataclasses.field(default_factory=list)
+  top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+  num_shared: int = 0
+  reason: str | None = None
+  error: str = ''
+  lease: pages_lib.Lease | None = None
+  num_read: int = 0
+  counts_V: np.ndarray | None = None
+
+  @property
+  def all_tokens(self) -> list[int]:
+    return [*self.request.prompt, *self.tokens]
+
+
+class Overloaded(ValueError):
+  """So many requests wait that no more are taken."""
