@@ -12,7 +12,9 @@ With --num_beams=4 nothing is drawn: beam search finds the likeliest texts, and
 --num_best=2 prints two of each prompt with their scores.
 """
 
+import pathlib
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -50,6 +52,16 @@ _NUM_BEST = flags.DEFINE_integer('num_best', 1, 'Texts that a search prints.')
 _LENGTH_PENALTY = flags.DEFINE_float(
   'length_penalty', 1.0, 'Of a search; above 0 favours longer texts.'
 )
+_REGEX = flags.DEFINE_string('regex', None, 'What the text must match.')
+_GRAMMAR = flags.DEFINE_string(
+  'grammar_file', None, 'Of a context-free grammar, in Lark, that it must meet.'
+)
+_SCHEMA = flags.DEFINE_string(
+  'schema_file', None, 'Of a JSON schema that it must meet.'
+)
+_KEYWORD = flags.DEFINE_multi_string(
+  'keyword', [], 'A word that the text must hold; may repeat.'
+)
 _SEED = flags.DEFINE_integer('seed', 0, 'Of what is drawn.')
 _MAX_LENGTH = flags.DEFINE_integer(
   'max_length', None, 'Tokens of a sequence; default as in training.'
@@ -68,14 +80,13 @@ def generate() -> None:
 
   prompts = inference.read_lines(_PROMPT.value, _PROMPT_FILE.value, 'prompt')
   _sampling()  # What is wrong is said before a model is loaded.
-  beams = _beams()
+  beams, wanted = _beams(), _wanted()
   main.use_compilation_cache()
   trained = inference.load(
     main.workdir(), step=_STEP.value, settings=flags.FLAGS.set
   )
   banned = inference.word_ids(trained.tokenizer, _BANNED.value)
   config = _sampling(banned)
-  common = {'num_tokens': _NUM_TOKENS.value, 'max_length': _MAX_LENGTH.value}
   if beams is not None:
     found = inference.search_text(
       trained,
@@ -83,7 +94,8 @@ def generate() -> None:
       beams=beams,
       num_best=_NUM_BEST.value,
       sampling=config,
-      **common,
+      num_tokens=_NUM_TOKENS.value,
+      max_length=_MAX_LENGTH.value,
     )
     for prompt, texts in zip(prompts, found):
       for text, score in texts:
@@ -91,19 +103,49 @@ def generate() -> None:
     prompts = [p for p, texts in zip(prompts, found) for _ in texts]
     texts = [text for texts in found for text, _ in texts]
   else:
-    texts = inference.generate_text(
-      trained,
-      prompts,
-      sampling=config,
-      seed=_SEED.value,
-      ignore_end=_IGNORE_END.value,
-      stop=_STOP.value,
-      **common,
-    )
+    texts = _drawn(trained, prompts, config, wanted)
     for prompt, text in zip(prompts, texts):
       print(f'--- {prompt}\n{text}\n')
   if _OUTPUT.value:
     inference.write_samples(_OUTPUT.value, prompts, texts)
+
+
+def _drawn(trained, prompts, config, wanted) -> list[str]:
+  """Returns a text for each prompt, held to what is wanted."""
+  from t2x import inference
+
+  common = {
+    'num_tokens': _NUM_TOKENS.value,
+    'sampling': config,
+    'seed': _SEED.value,
+    'max_length': _MAX_LENGTH.value,
+    'stop': _STOP.value,
+  }
+  if wanted:
+    from t2x import control
+
+    made = control.Controls(trained).make(
+      num_tokens=_NUM_TOKENS.value, **wanted
+    )
+    return control.generate_text(trained, prompts, made, **common)
+  return inference.generate_text(
+    trained, prompts, ignore_end=_IGNORE_END.value, **common
+  )
+
+
+def _wanted() -> dict[str, Any]:
+  """Returns what the texts are held to, by the names of `Controls.make`."""
+  wanted: dict[str, Any] = {}
+  if _REGEX.value is not None:
+    wanted['regex'] = _REGEX.value
+  for name, flag in (('grammar', _GRAMMAR), ('json_schema', _SCHEMA)):
+    if flag.value is not None:
+      wanted[name] = pathlib.Path(flag.value).read_text()
+  if _KEYWORD.value:
+    wanted['keywords'] = _KEYWORD.value
+  if wanted and _IGNORE_END.value:
+    sys.exit('error: --ignore_end: a text that is held to a rule ends with it.')
+  return wanted
 
 
 def _sampling(banned=()) -> sampling.SamplingConfig:

@@ -1,7 +1,7 @@
 """What a text must be: a regular expression, a JSON schema, a grammar.
 
-rules = Rules(trained.tokenizer, trained.config.model.vocab_size)
-request = engine.Request(..., control=rules.regex('[0-9]{4}'))
+control = Controls(trained).make(num_tokens=20, regex='[0-9]{4}')
+texts = generate_text(trained, ['The year'], control, num_tokens=20)
 
 The library llguidance follows the grammar and says which tokens may come next;
 the engine bans the others. A text holds to its rule from its first token to its
@@ -12,12 +12,17 @@ tokens is the beginning of such a text.
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import functools
 import json
 from typing import Any
 
 import numpy as np
 
+from t2x import inference
+from t2x import keywords as keywords_lib
+from t2x import streaming
 from t2x.data import tokenizers
+from t2x.decode import engine as engine_lib
 
 
 class Rules:
@@ -64,6 +69,11 @@ class Rules:
         tokenizer=tokenizer,
       )
     )
+    # The library lets one of them through where nothing else may come.
+    is_written_V = np.zeros(-(-vocab_size // 32) * 32, bool)
+    is_written_V[[*set(range(vocab_size)) - silent, *self.ends]] = True
+    written = np.packbits(is_written_V, bitorder='little').view(np.uint32)
+    self._written_W: np.ndarray = written
     self._tokenizer = self._library.LLTokenizer(
       wrapper, n_vocab=vocab_size, eos_token=list(self.ends)
     )
@@ -110,7 +120,7 @@ class Rules:
 
   def _rule(self, what: str, grammar: str) -> 'Rule':
     matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0)
-    rule = Rule(what, matcher, self._size, self.ends)
+    rule = Rule(what, matcher, self._written_W, self.ends)
     rule.allowed()
     return rule
 
@@ -118,11 +128,12 @@ class Rules:
 class Rule:
   """Follows one text; what `engine.Request.control` takes."""
 
-  def __init__(self, what: str, matcher: Any, size: int, ends: Sequence[int]):
+  def __init__(
+    self, what: str, matcher: Any, written_W: np.ndarray, ends: Sequence[int]
+  ):
     """Begins before the first token; see `Rules`."""
     self._what, self._matcher, self._ends = what, matcher, ends
-    self._size = size
-    self._words = np.zeros(-(-size // 32), np.uint32)
+    self._written_W = written_W
     self._is_done = False
     self._check()
 
@@ -132,15 +143,16 @@ class Rule:
     Raises:
       ValueError: there is none: the text can neither go on nor end.
     """
-    words = self._words
-    self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+    words_W = np.zeros_like(self._written_W)
+    self._matcher.unsafe_compute_mask_ptr(words_W.ctypes.data, words_W.nbytes)
     self._check()
-    if not words.any():
+    words_W &= self._written_W
+    if not words_W.any():
       raise ValueError(
         f'{self._what} cannot be met: after this text it asks for something '
         'that no token of the vocabulary begins.'
       )
-    return words
+    return words_W
 
   def raised(self) -> dict[int, float]:
     """Raises no tokens."""
@@ -175,7 +187,8 @@ class Rule:
 
   def copy(self) -> 'Rule':
     """Returns the rule after the same text, to be followed apart."""
-    return Rule(self._what, self._matcher.deep_copy(), self._size, self._ends)
+    matcher = self._matcher.deep_copy()
+    return Rule(self._what, matcher, self._written_W, self._ends)
 
   def _check(self) -> None:
     if self._matcher.is_error():
@@ -209,3 +222,117 @@ def _library() -> Any:
       "pip install '.[serve]'."
     ) from None
   return llguidance
+
+
+class Controls:
+  """Makes what a text of one model is held to."""
+
+  def __init__(self, trained: inference.Trained):
+    self._trained = trained
+    self._size = trained.config.model.vocab_size
+
+  @functools.cached_property
+  def rules(self) -> Rules:
+    return Rules(self._trained.tokenizer, self._size, self._trained.end_ids)
+
+  def make(
+    self,
+    *,
+    num_tokens: int,
+    regex: str | None = None,
+    grammar: str | None = None,
+    json_schema: Mapping[str, Any] | str | None = None,
+    keywords: Sequence[str] = (),
+  ) -> Rule | keywords_lib.Keywords | None:
+    """Returns a control at the beginning of a text, or None for none.
+
+    Args:
+      num_tokens: the most new tokens of the text.
+      regex: see `Rules.regex`.
+      grammar: see `Rules.grammar`.
+      json_schema: see `Rules.json_schema`.
+      keywords: words that it must hold; see `Keywords`.
+
+    Raises:
+      ValueError: more than one is given, or one that cannot be met.
+    """
+    given = {
+      'regex': regex,
+      'grammar': grammar,
+      'json_schema': json_schema,
+      'keywords': keywords or None,
+    }
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+      raise ValueError(f'{" and ".join(names)} are given; a text has one rule.')
+    if not names:
+      return None
+    if keywords:
+      if not all(word.strip() for word in keywords):
+        raise ValueError('A keyword has no tokens: it is empty.')
+      tokenizer = self._trained.tokenizer
+      return keywords_lib.Keywords(
+        [inference.word_ids(tokenizer, [word]) for word in keywords],
+        num_tokens=num_tokens,
+        vocab_size=self._size,
+        ends=self._trained.end_ids,
+      )
+    return getattr(self.rules, names[0])(given[names[0]])
+
+
+def generate_text(
+  trained: inference.Trained,
+  prompts: Sequence[str],
+  control: Rule | keywords_lib.Keywords | None,
+  *,
+  num_tokens: int,
+  sampling: inference.Sampling | None = None,
+  seed: int = 0,
+  max_length: int | None = None,
+  stop: Sequence[str] = (),
+) -> list[str]:
+  """Returns texts that hold to what a control says.
+
+  Args:
+    trained: what `inference.load` returned, with a decoder.
+    prompts: texts to go on with.
+    control: of each text, at its beginning; see `Controls`. None is none.
+    num_tokens: the most new tokens of each.
+    sampling: as for `inference.generate_text`.
+    seed: of what is drawn.
+    max_length: as for `inference.generate_text`.
+    stop: as for `inference.generate_text`.
+
+  Raises:
+    ValueError: as `Engine`; a control cannot be followed.
+  """
+  drawn: Any = inference.calibrated(trained, sampling)
+  config = engine_lib.EngineConfig(
+    num_slots=min(len(prompts), 16),
+    max_waiting=len(prompts),
+    max_length=max_length or trained.config.data.length,
+  )
+  with inference.decoding(trained):
+    engine = engine_lib.Engine(trained.writer, config)
+    texts = [
+      engine.add(
+        engine_lib.Request(
+          prompt=prompt,
+          num_tokens=num_tokens,
+          sampling=drawn,
+          seed=seed,
+          row=row,
+          ends=trained.end_ids,
+          control=control and control.copy(),
+        )
+      )
+      for row, prompt in enumerate(inference.prompt_ids(trained, prompts))
+    ]
+    while engine.is_busy:
+      engine.step()
+  for text in texts:
+    if text.error:
+      raise ValueError(text.error)
+  tokens = [text.tokens for text in texts]
+  found = inference.decoded(trained, prompts, tokens)
+  return [streaming.cut(text, stop) for text in found]

@@ -23,6 +23,7 @@ from t2x import paths
 from t2x import program as program_lib
 from t2x import run_dir
 from t2x import sharding
+from t2x import streaming
 from t2x import train_state
 from t2x.data import corpus as corpus_lib
 from t2x.data import pipeline
@@ -62,6 +63,11 @@ class Trained:
   labels: dict[str, list[str]]
   temperature: float = 1.0
   ends: tuple[int, ...] = ()
+
+  @property
+  def end_ids(self) -> tuple[int, ...]:
+    """The tokens that end a text."""
+    return self.ends or (self.tokenizer.eos_id,)
 
   @functools.cached_property
   def writer(self) -> Any:
@@ -168,8 +174,7 @@ def generate_text(
     ValueError: a prompt longer than the context, or a model that is an
       encoder.
   """
-  if any(not end for end in stop):
-    raise ValueError("stop holds '', which would end every text at once.")
+  streaming.check_stop(stop)
   result = generation(
     trained,
     prompts,
@@ -180,7 +185,7 @@ def generate_text(
     max_length=max_length,
   )
   texts = decoded(trained, prompts, result.tokens)
-  return [_cut(text, stop) for text in texts]
+  return [streaming.cut(text, stop) for text in texts]
 
 
 def generation(
@@ -199,7 +204,7 @@ def generation(
       trained.writer,
       prompt_ids(trained, prompts),
       num_tokens=num_tokens,
-      sampling=_calibrated(trained, sampling),
+      sampling=calibrated(trained, sampling),
       seed=seed,
       **_options(trained, ignore_end, max_length),
     )
@@ -236,7 +241,7 @@ def search_text(
       num_tokens=num_tokens,
       beams=beams,
       num_best=num_best,
-      sampling=_calibrated(trained, sampling),
+      sampling=calibrated(trained, sampling),
       **_options(trained, False, max_length),
     )
   found = []
@@ -246,10 +251,10 @@ def search_text(
   return found
 
 
-def _calibrated(trained: Trained, sampling: Any) -> Any:
+def calibrated(trained: Trained, sampling: Any) -> Any:
   """Returns settings under which the model's probabilities are true."""
   if isinstance(sampling, Sequence):
-    return [_calibrated(trained, config) for config in sampling]
+    return [calibrated(trained, config) for config in sampling]
   return dataclasses.replace(
     sampling or Sampling(), calibration=trained.temperature
   )
@@ -308,12 +313,6 @@ def _after(tokenizer: tokenizers.Tokenizer, before: list[int], ids) -> str:
   return tokenizer.decode(ids)
 
 
-def _cut(text: str, stop: Sequence[str]) -> str:
-  """Returns the text before the first of the ends."""
-  places = [text.find(end) for end in stop if end in text]
-  return text[: min(places)] if places else text
-
-
 def decoding(trained: Trained):
   """Returns the context in which a model writes on its mesh."""
   # One token at a time: there is no length to split.
@@ -326,7 +325,7 @@ def _options(trained: Trained, ignore_end: bool, max_length: int | None):
   """Returns what the tokenizer and the training say of decoding."""
   tokenizer = trained.tokenizer
   return {
-    'eos_id': None if ignore_end else trained.ends or tokenizer.eos_id,
+    'eos_id': None if ignore_end else trained.end_ids,
     'pad_id': tokenizer.pad_id,
     # As training's targets begin, whatever the tokenizer pads with.
     'start_id': vocab_lib.PAD if _answers(trained) else tokenizer.bos_id,

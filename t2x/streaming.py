@@ -17,6 +17,18 @@ from t2x.data import tokenizers
 _BROKEN = '\ufffd'  # What stands for a part of a character.
 
 
+def check_stop(stop: Sequence[str]) -> None:
+  """Raises ValueError if a stop string is empty."""
+  if any(not end for end in stop):
+    raise ValueError("stop holds '', which would end every text at once.")
+
+
+def cut(text: str, stop: Sequence[str]) -> str:
+  """Returns the text before the first of the stop strings."""
+  places = [text.find(end) for end in stop if end in text]
+  return text[: min(places)] if places else text
+
+
 class TextStream:
   """Turns one row's tokens into text piece by piece.
 
@@ -43,8 +55,7 @@ class TextStream:
     Raises:
       ValueError: a stop string is empty.
     """
-    if any(not end for end in stop):
-      raise ValueError("stop holds '', which would end every text at once.")
+    check_stop(stop)
     self._tokenizer = tokenizer
     self._ids = list(before)
     # Tokens from `_from` on are decoded; those up to `_read` were told.
@@ -86,10 +97,10 @@ class TextStream:
   def _released(self, text: str) -> str:
     """Holds back what may be the start of a stop string."""
     text = self._held + text
-    places = [text.find(end) for end in self._stop if end in text]
-    if places:
+    before = cut(text, self._stop)
+    if before != text:
       self.stopped, self._held = True, ''
-      return text[: min(places)]
+      return before
     most = max(map(len, self._stop), default=1) - 1
     for size in range(min(most, len(text)), 0, -1):
       tail = text[-size:]

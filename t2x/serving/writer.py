@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import dataclasses
-import functools
 import secrets
 from typing import Any
 
@@ -81,12 +80,8 @@ class Writer:
     vocab_size = trained.config.model.vocab_size
     self.token_bytes = trained.tokenizer.token_bytes()
     self.token_bytes += [b''] * (vocab_size - len(self.token_bytes))
-    self._ends = trained.ends or (trained.tokenizer.eos_id,)
-
-  @functools.cached_property
-  def _rules(self) -> control_lib.Rules:
-    size = self._trained.config.model.vocab_size
-    return control_lib.Rules(self._trained.tokenizer, size, self._ends)
+    self._ends = trained.end_ids
+    self._controls = control_lib.Controls(trained)
 
   def job(self, body: protocol.CompletionBody | protocol.ChatBody) -> Job:
     """Returns what a body asks for; may take a while.
@@ -114,20 +109,21 @@ class Writer:
         f'{self._limits.max_texts}.'
       )
     seed = secrets.randbits(32) if body.seed is None else body.seed
-    rule = self._rule(body)
     made = []
     for number, prompt in enumerate(prompts):
+      num_tokens = self._num_tokens(wanted, len(prompt))
+      control = self._control(body, num_tokens)
       for choice in range(body.n):
         made.append(
           engine_lib.Request(
             prompt=prompt,
-            num_tokens=self._num_tokens(wanted, len(prompt)),
+            num_tokens=num_tokens,
             sampling=self._sampling(body),
             seed=seed,
             row=number * body.n + choice,
-            ends=() if body.ignore_eos and rule is None else self._ends,
+            ends=() if body.ignore_eos and control is None else self._ends,
             num_top=num_top or 0,
-            control=None if rule is None else rule.copy(),
+            control=control and control.copy(),
           )
         )
     return Job(
@@ -224,22 +220,17 @@ class Writer:
       calibration=self._trained.temperature,
     )
 
-  def _rule(self, body: protocol.Common) -> control_lib.Rule | None:
-    """Returns what the texts must be, or None for anything."""
+  def _control(self, body: protocol.Common, num_tokens: int) -> Any:
+    """Returns what the texts are held to, or None."""
     form = body.response_format
-    given: dict[str, Any] = {'regex': body.regex, 'grammar': body.grammar}
+    schema = None
     if form is not None and form.type != 'text':
-      given['response_format'] = form
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) > 1:
-      raise ValueError(f'{" and ".join(names)} are given; a text has one rule.')
-    if body.regex is not None:
-      return self._rules.regex(body.regex)
-    if body.grammar is not None:
-      return self._rules.grammar(body.grammar)
-    if not names:
-      return None
-    assert form is not None
-    if form.json_schema is None:
-      return self._rules.json_object()
-    return self._rules.json_schema(form.json_schema.own)
+      schema = {'type': 'object'}
+      schema = schema if form.json_schema is None else form.json_schema.own
+    return self._controls.make(
+      num_tokens=num_tokens,
+      regex=body.regex,
+      grammar=body.grammar,
+      json_schema=schema,
+      keywords=body.keywords,
+    )

@@ -201,6 +201,24 @@ def test_rules(client):
   )
 
 
+def test_keywords(client):
+  """They are in the text, however unlikely."""
+  ask = lambda words, num: client.completions.create(
+    model='tiny',
+    prompt='the run',
+    max_tokens=num,
+    n=4,
+    seed=2,
+    extra_body={'keywords': words},
+  )
+  found = ask(['zebra', 'no step'], 24)
+  assert all('zebra' in choice.text for choice in found.choices)
+  assert all('no step' in choice.text for choice in found.choices)
+  assert len({choice.text for choice in found.choices}) > 1
+  with pytest.raises(openai.BadRequestError, match='5 tokens, and the text'):
+    ask(['zebra'], 4)
+
+
 def test_models_health_and_metrics(client, url):
   (model,) = client.models.list().data
   assert model.id == 'tiny'
