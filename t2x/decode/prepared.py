@@ -42,6 +42,8 @@ def prepare(model: Any) -> Any:
   """
   if jax.default_backend() != 'cpu' or not isinstance(model, loop.Model):
     return model
+  if not model.towers:  # Steered: of models that are prepared themselves.
+    return model
   leaves, treedef = jax.tree.flatten(model)
   result = treedef.unflatten(leaves)
   for name in model.towers:
