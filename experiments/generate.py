@@ -10,6 +10,9 @@ encoder-decoder reads the prompt as its source and answers it; there
 
 With --num_beams=4 nothing is drawn: beam search finds the likeliest texts, and
 --num_best=2 prints two of each prompt with their scores.
+
+--regex, --schema_file, --grammar_file and --keyword say what a text must be or
+hold; --expert=RUN steers it towards the texts of another run.
 """
 
 import pathlib
@@ -62,6 +65,13 @@ _SCHEMA = flags.DEFINE_string(
 _KEYWORD = flags.DEFINE_multi_string(
   'keyword', [], 'A word that the text must hold; may repeat.'
 )
+_EXPERT = flags.DEFINE_string(
+  'expert', None, 'A run that the text is steered towards.'
+)
+_ANTI_EXPERT = flags.DEFINE_string(
+  'anti_expert', None, 'A run that it is steered away from, with --expert.'
+)
+_STRENGTH = flags.DEFINE_float('strength', 2.0, 'How much --expert steers.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of what is drawn.')
 _MAX_LENGTH = flags.DEFINE_integer(
   'max_length', None, 'Tokens of a sequence; default as in training.'
@@ -81,10 +91,13 @@ def generate() -> None:
   prompts = inference.read_lines(_PROMPT.value, _PROMPT_FILE.value, 'prompt')
   _sampling()  # What is wrong is said before a model is loaded.
   beams, wanted = _beams(), _wanted()
+  if _ANTI_EXPERT.value and not _EXPERT.value:
+    sys.exit('error: --anti_expert needs --expert, what to write instead.')
   main.use_compilation_cache()
   trained = inference.load(
     main.workdir(), step=_STEP.value, settings=flags.FLAGS.set
   )
+  trained = _steered(trained)
   banned = inference.word_ids(trained.tokenizer, _BANNED.value)
   config = _sampling(banned)
   if beams is not None:
@@ -108,6 +121,19 @@ def generate() -> None:
       print(f'--- {prompt}\n{text}\n')
   if _OUTPUT.value:
     inference.write_samples(_OUTPUT.value, prompts, texts)
+
+
+def _steered(trained):
+  """Returns the run, steered where an expert is given."""
+  from t2x import inference
+  from t2x import steering
+
+  if _EXPERT.value is None:
+    return trained
+  expert = inference.load(_EXPERT.value)
+  anti = _ANTI_EXPERT.value
+  anti = None if anti is None else inference.load(anti)
+  return steering.experts(trained, expert, anti, strength=_STRENGTH.value)
 
 
 def _drawn(trained, prompts, config, wanted) -> list[str]:

@@ -36,7 +36,7 @@ class Keywords:
     num_tokens: int,
     vocab_size: int,
     ends: Sequence[int],
-    strength: float = 4.0,
+    strength: float = 10.0,
   ):
     """Begins before the first token.
 
@@ -45,8 +45,8 @@ class Keywords:
       num_tokens: of the text.
       vocab_size: of the model.
       ends: tokens that end a text.
-      strength: what is added to the logit of a token that goes on with a word
-        when as many tokens are left as the words need; 0 raises none.
+      strength: what is added to the logit of a token that begins a word when
+        as many tokens are left as the words need; 0 raises none.
 
     Raises:
       ValueError: a word without tokens, or more than the text has room for.
@@ -94,7 +94,10 @@ class Keywords:
       return {}
     needed = self._needed(self._places, self.missing)
     amount = self._strength * needed / max(self._left, 1)
-    return dict.fromkeys(self._next(), amount)
+    raised = dict.fromkeys(self._next(), amount)
+    # What was begun is finished: half a word is of no use.
+    begun = self._next(begun=True)
+    return raised | dict.fromkeys(begun, max(amount, self._strength / 2))
 
   def advance(self, token: int) -> None:
     """Goes on with a token."""
@@ -111,13 +114,13 @@ class Keywords:
   def _words(self) -> int:
     return -(-self._size // 32)
 
-  def _next(self) -> set[int]:
-    """Returns the tokens that begin a missing word, or go on with it."""
+  def _next(self, begun: bool = False) -> set[int]:
+    """Returns tokens that go on with a missing word, or that begin one."""
     return {
       token
       for (number, form), place in zip(self._forms, self._places)
-      if number in self.missing
-      for token in (form[0], form[place])
+      if number in self.missing and (place or not begun)
+      for token in ({form[place]} if begun else {form[0], form[place]})
     }
 
   def _after(self, token: int) -> tuple[list[int], list[int]]:

@@ -59,6 +59,7 @@ _ORDER = (
   ('estimate_text',),
   ('run', 'inference'),
   ('conversion', 'encoding', 'calibration', 'control'),
+  ('steering',),
   ('uncertainty', 'serving'),
   ('train',),
   ('deviation', 'verify', 'verify_report'),

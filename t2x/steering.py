@@ -1,0 +1,80 @@
+"""Runs whose texts other runs steer; see `t2x.decode.steered`."""
+
+from collections.abc import Sequence
+import dataclasses
+
+from t2x import inference
+from t2x.decode import steered
+
+
+def experts(
+  trained: inference.Trained,
+  expert: inference.Trained,
+  anti_expert: inference.Trained | None = None,
+  *,
+  strength: float = 2.0,
+) -> inference.Trained:
+  """Returns a run that writes rather as an expert than as an anti-expert.
+
+  Such as runs that went on from the same one with texts that are wanted, and
+  with texts that are not (Liu et al., 2021).
+
+  Args:
+    trained: whose texts are steered.
+    expert: of the same tokenizer.
+    anti_expert: of the same tokenizer; None takes `trained`.
+    strength: 0 leaves the texts as they are.
+
+  Raises:
+    ValueError: tokenizers or vocabularies differ, or one is no decoder.
+  """
+  others = [expert] if anti_expert is None else [expert, anti_expert]
+  _check(trained, others)
+  writers = [one.writer for one in (trained, *others)]
+  model = steered.Experts(*writers, strength=strength)
+  return dataclasses.replace(trained, model=model)
+
+
+def gedi(
+  trained: inference.Trained,
+  wanted: inference.Trained,
+  other: inference.Trained,
+  *,
+  wanted_prefix: str = '',
+  other_prefix: str = '',
+  strength: float = 30.0,
+) -> inference.Trained:
+  """Returns a run that writes what class-conditional runs hold to be wanted.
+
+  Args:
+    trained: whose texts are steered.
+    wanted: a run on texts of the wanted class.
+    other: a run on others; with prefixes it may be the same.
+    wanted_prefix: text that stood before those of the wanted class.
+    other_prefix: the same of the others, of as many tokens.
+    strength: 0 leaves the texts as they are.
+
+  Raises:
+    ValueError: as `experts`; prefixes of different lengths.
+  """
+  _check(trained, [wanted, other])
+  encode = trained.tokenizer.encode
+  model = steered.Gedi(
+    *(one.writer for one in (trained, wanted, other)),
+    wanted_prefix=encode(wanted_prefix),
+    other_prefix=encode(other_prefix),
+    strength=strength,
+  )
+  return dataclasses.replace(trained, model=model)
+
+
+def _check(
+  trained: inference.Trained, others: Sequence[inference.Trained]
+) -> None:
+  prints = [one.tokenizer.fingerprint for one in (trained, *others)]
+  if len(set(prints)) > 1:
+    raise ValueError(
+      'The runs have different tokenizers, so that their tokens mean different '
+      'things. Train those that steer with the tokenizer of the one that they '
+      'steer.'
+    )
