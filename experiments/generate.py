@@ -107,6 +107,7 @@ def generate() -> None:
       beams=beams,
       num_best=_NUM_BEST.value,
       sampling=config,
+      keywords=_KEYWORD.value,
       num_tokens=_NUM_TOKENS.value,
       max_length=_MAX_LENGTH.value,
     )
@@ -197,7 +198,8 @@ def _beams():
     return None
   given = flags.FLAGS
   drawing = ('temperature', 'top_k', 'top_p', 'min_p', 'typical_p')
-  for name in (*drawing, 'stop', 'ignore_end', 'seed'):
+  rules = ('regex', 'grammar_file', 'schema_file')
+  for name in (*drawing, *rules, 'stop', 'ignore_end', 'seed'):
     if given[name].present:
       sys.exit(
         f'error: --{name} has no place in a search, which draws nothing and '

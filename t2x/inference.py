@@ -218,6 +218,7 @@ def search_text(
   beams: beams_lib.BeamConfig = beams_lib.BeamConfig(),
   num_best: int = 1,
   sampling: Sampling | None = None,
+  keywords: Sequence[str] = (),
   max_length: int | None = None,
 ) -> list[list[tuple[str, float]]]:
   """Returns the best texts of each prompt with their scores, by beam search.
@@ -229,6 +230,7 @@ def search_text(
     beams: how many, and when the search ends.
     num_best: texts of each prompt.
     sampling: penalties, banned words and least length.
+    keywords: words that each text must hold.
     max_length: as for `generate_text`.
 
   Raises:
@@ -242,6 +244,7 @@ def search_text(
       beams=beams,
       num_best=num_best,
       sampling=calibrated(trained, sampling),
+      words=[word_ids(trained.tokenizer, [word]) for word in keywords],
       **_options(trained, False, max_length),
     )
   found = []

@@ -4,15 +4,14 @@ Until all are there, the end is banned and the tokens that go on with one are
 raised, the more the fewer tokens are left (after Pascual et al., 2021); where
 only just enough are left, nothing else may come. A word is there when its
 tokens are, one after the other, in one of its forms. Beam search has its own
-(`t2x.decode.keywords`).
+(`t2x.decode.required`).
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-# A word: its forms, such as with and without a space before it.
-Word = Sequence[Sequence[int]]
+from t2x.decode import required
 
 
 class Keywords:
@@ -31,7 +30,7 @@ class Keywords:
 
   def __init__(
     self,
-    words: Sequence[Word],
+    words: Sequence[required.Word],
     *,
     num_tokens: int,
     vocab_size: int,
@@ -56,21 +55,12 @@ class Keywords:
       for number, word in enumerate(words)
       for form in word
     ]
-    if any(not form for _, form in self._forms) or not all(words):
-      raise ValueError(
-        'A keyword has no tokens; give words of a letter or more.'
-      )
+    required.check(words, num_tokens)
     self._shortest = [min(map(len, word)) for word in words]
-    if sum(self._shortest) > num_tokens:
-      raise ValueError(
-        f'The {len(words)} keywords have {sum(self._shortest)} tokens, and the '
-        f'text may have {num_tokens} new ones. Ask for fewer words or more '
-        'tokens.'
-      )
     self._left, self._strength = num_tokens, strength
     self._ends = np.array(ends, int)
     self._size = vocab_size
-    self._back = [_borders(form) for _, form in self._forms]
+    self._back = [required.borders(form) for _, form in self._forms]
     self._places = [0] * len(self._forms)
     self.missing = list(range(len(words)))
 
@@ -129,10 +119,7 @@ class Keywords:
     for (number, form), back, place in zip(
       self._forms, self._back, self._places
     ):
-      # Knuth, Morris and Pratt, 1977.
-      while place and form[place] != token:
-        place = back[place - 1]
-      place += form[place] == token
+      place = required.after(form, back, place, token)
       if place == len(form):
         found.add(number)
         place = 0
@@ -146,14 +133,3 @@ class Keywords:
       if number in missing and place:
         saved = max(saved, self._shortest[number] - (len(form) - place))
     return sum(self._shortest[number] for number in missing) - saved
-
-
-def _borders(form: Sequence[int]) -> list[int]:
-  """Returns for each prefix the longest proper one that also ends it."""
-  result, place = [0], 0
-  for token in form[1:]:
-    while place and form[place] != token:
-      place = result[place - 1]
-    place += form[place] == token
-    result.append(place)
-  return result

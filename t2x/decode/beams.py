@@ -17,13 +17,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from t2x import sharding
+from t2x.decode import hypotheses
 from t2x.decode import loop
+from t2x.decode import required
 from t2x.decode import sampling as sampling_lib
-
-_NEVER = -1e9  # The score of what is not there; finite, as it is summed.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,48 +86,6 @@ class BeamConfig:
     return length**self.length_penalty
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Beams:
-  """Beams of one group, of every prompt.
-
-  Attributes:
-    tokens_BWN: of the running beams.
-    sums_BW: their log-probabilities.
-    done_BWN: the best texts that ended.
-    scores_BW: theirs, divided by their length.
-    counts_BW: their tokens, the end left out.
-    is_done_BW: which of them are there.
-    ended_BW: whether they met an end token.
-    open_B: whether a running beam may still become one of them.
-  """
-
-  tokens_BWN: jax.Array
-  sums_BW: jax.Array
-  done_BWN: jax.Array
-  scores_BW: jax.Array
-  counts_BW: jax.Array
-  is_done_BW: jax.Array
-  ended_BW: jax.Array
-  open_B: jax.Array
-
-
-def _empty(live_B: jax.Array, width: int, length: int) -> _Beams:
-  shape = len(live_B), width
-  none = jnp.full(shape, _NEVER)
-  return _Beams(
-    tokens_BWN=jnp.zeros((*shape, length), jnp.int32),
-    # All beams are the prompt, so that only one of them counts at first.
-    sums_BW=none.at[:, 0].set(0.0),
-    done_BWN=jnp.zeros((*shape, length), jnp.int32),
-    scores_BW=none,
-    counts_BW=jnp.zeros(shape, jnp.int32),
-    is_done_BW=jnp.zeros(shape, bool),
-    ended_BW=jnp.zeros(shape, bool),
-    open_B=live_B,
-  )
-
-
 @functools.partial(jax.jit, static_argnames=('capacity', 'config'))
 def search(
   model: loop.Model,
@@ -145,7 +101,8 @@ def search(
   settings: sampling_lib.Rows,
   history: sampling_lib.History,
   source_segments_BS: jax.Array | None = None,
-) -> _Beams:
+  words: required.Words | None = None,
+) -> hypotheses.Beams:
   """Searches; arguments are as of `loop.decode`.
 
   Args:
@@ -162,6 +119,7 @@ def search(
       weakens tokens does.
     history: of R rows.
     source_segments_BS: as of `loop.decode`.
+    words: that each text must hold; None for none.
 
   Returns:
     The beams of all groups; `done_BWN` is (B, G * W, N), best first.
@@ -170,7 +128,8 @@ def search(
   rows = lambda a: jnp.repeat(a, G * W, axis=0)
   caches = _map_rows(rows, caches)
   segments_RS = None if source_segments_BS is None else rows(source_segments_BS)
-  groups = tuple(_empty(live_B, W, capacity) for _ in range(G))
+  own = None if words is None else required.begin(words, (B, W))
+  groups = tuple(hypotheses.empty(live_B, W, capacity, own) for _ in range(G))
   first = (jnp.int32(0), rows(token_B), rows(index_B), groups, caches, history)
 
   def goes_on(state):
@@ -200,8 +159,9 @@ def search(
         log_probs_BGWV[:, g] - config.diversity * taken_BV[:, None]
       )
       step = number, num_tokens, ends_E
-      groups[g], parent_BW, token_BW = _advance(
-        groups[g], log_probs_BWV, step, config
+      parts = groups[g], log_probs_BWV, step, config
+      groups[g], parent_BW, token_BW = (
+        _advance(*parts) if words is None else required.advance(*parts, words)
       )
       count = jax.vmap(lambda row, token: row.at[token].add(1.0))
       taken_BV = count(taken_BV, token_BW)
@@ -216,10 +176,10 @@ def search(
     return number + 1, token_R, index_R + 1, tuple(groups), caches, history
 
   *_, groups, _, _ = jax.lax.while_loop(goes_on, extend, first)
-  return _whole(groups)
+  return hypotheses.whole(groups)
 
 
-def _advance(beams: _Beams, log_probs_BWV, step, config: BeamConfig):
+def _advance(beams: hypotheses.Beams, log_probs_BWV, step, config: BeamConfig):
   """Returns beams with one more token, which one each came from, its token."""
   number, num_tokens, ends_E = step
   B, W, V = log_probs_BWV.shape
@@ -228,56 +188,23 @@ def _advance(beams: _Beams, log_probs_BWV, step, config: BeamConfig):
   sums_BWV = log_probs_BWV + beams.sums_BW[..., None]
   sums_BC, place_BC = jax.lax.top_k(sums_BWV.reshape(B, -1), num)
   parent_BC, token_BC = place_BC // V, place_BC % V
-  tokens_BCN = _at(beams.tokens_BWN, parent_BC)
+  tokens_BCN = hypotheses.take(beams.tokens_BWN, parent_BC)
   tokens_BCN = jax.lax.dynamic_update_slice_in_dim(
     tokens_BCN, token_BC[..., None].astype(jnp.int32), number, axis=2
   )
   is_end_BC = jnp.isin(token_BC, ends_E)
   stops_BC = is_end_BC | (number + 1 >= num_tokens)
-  on_BW, keep_BW = jax.lax.top_k(sums_BC + stops_BC * _NEVER, W)
+  on_BW, keep_BW = jax.lax.top_k(sums_BC + stops_BC * hypotheses.NEVER, W)
   running = dataclasses.replace(
-    beams, tokens_BWN=_at(tokens_BCN, keep_BW), sums_BW=on_BW
+    beams, tokens_BWN=hypotheses.take(tokens_BCN, keep_BW), sums_BW=on_BW
   )
   # Of candidates past the first W none ends: they only fill up the others.
   stops_BC = stops_BC & (jnp.arange(num) < W)[None]
-  scores_BC = sums_BC / config.divisor(number + 1)
-  if config.early_stopping == 'first':
-    scores_BC += beams.is_done_BW.all(-1, keepdims=True) * _NEVER
-  scores_BC += ~beams.open_B[:, None] * _NEVER + ~stops_BC * _NEVER
-  running = _collected(
-    running, tokens_BCN, scores_BC, stops_BC, is_end_BC, number + 1
+  running = hypotheses.ended(
+    running, (tokens_BCN, sums_BC, stops_BC, is_end_BC), step, config
   )
-  running = _closed(running, number + 1, num_tokens, config)
   at = lambda a: jnp.take_along_axis(a, keep_BW, axis=1)
   return running, at(parent_BC), at(token_BC).astype(jnp.int32)
-
-
-def _collected(beams, tokens_BCN, scores_BC, stops_BC, is_end_BC, length):
-  """Puts candidates that end among the best that have."""
-  W = beams.scores_BW.shape[1]
-  join = lambda a, b: jnp.concatenate([a, b], axis=1)
-  scores_BW, best_BW = jax.lax.top_k(join(beams.scores_BW, scores_BC), W)
-  at = lambda a, b: jnp.take_along_axis(join(a, b), best_BW, axis=1)
-  return dataclasses.replace(
-    beams,
-    done_BWN=_at(join(beams.done_BWN, tokens_BCN), best_BW),
-    scores_BW=scores_BW,
-    counts_BW=at(beams.counts_BW, length - is_end_BC.astype(jnp.int32)),
-    is_done_BW=at(beams.is_done_BW, stops_BC),
-    ended_BW=at(beams.ended_BW, is_end_BC),
-  )
-
-
-def _closed(beams, length, num_tokens, config: BeamConfig) -> _Beams:
-  """Tells whether a running beam may still become one of the best."""
-  longest = config.early_stopping == 'never' and config.length_penalty > 0
-  most = config.divisor(num_tokens if longest else length)
-  best_B = beams.sums_BW[:, 0] / most
-  worst_BW = jnp.where(
-    beams.is_done_BW, beams.scores_BW.min(-1, keepdims=True), _NEVER
-  )
-  may_B = (best_B[:, None] > worst_BW).any(-1)
-  return dataclasses.replace(beams, open_B=beams.open_B & may_B)
 
 
 def _any_open(groups, live_B, config: BeamConfig):
@@ -289,25 +216,6 @@ def _any_open(groups, live_B, config: BeamConfig):
       for is_open, beams in zip(opens, groups)
     ]
   return functools.reduce(jnp.logical_or, opens)
-
-
-def _whole(groups) -> _Beams:
-  """Joins groups, best first; whole on every device."""
-  join = lambda *leaves: jnp.concatenate(leaves, axis=1)
-  named = lambda name: [getattr(beams, name) for beams in groups]
-  fields = [f.name for f in dataclasses.fields(_Beams) if f.name != 'open_B']
-  joined = {name: join(*named(name)) for name in fields}
-  order_BW = jnp.argsort(-joined['scores_BW'], axis=1, stable=True)
-  joined = {name: _at(a, order_BW) for name, a in joined.items()}
-  joined = {
-    name: sharding.constrain(a, *[None] * a.ndim) for name, a in joined.items()
-  }
-  return _Beams(open_B=groups[0].open_B, **joined)
-
-
-def _at(a: jax.Array, index_BC: jax.Array) -> jax.Array:
-  """Takes entries of the second dimension, each prompt its own."""
-  return jax.vmap(lambda row, index: row[index])(a, index_BC)
 
 
 def _map_rows(fn, caches, cross: bool = True):
@@ -327,36 +235,4 @@ def _map_rows(fn, caches, cross: bool = True):
   return (
     tuple(of_layer(cache, jax.vmap(fn)) for cache in group),
     tuple(of_layer(cache, fn) for cache in rest),
-  )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Hypotheses:
-  """What a search returns, for each prompt its texts, best first.
-
-  Attributes:
-    tokens: new tokens, without prompt and end.
-    scores: sums of log-probabilities divided by what their length costs.
-    ended: whether each met an end token before `num_tokens`.
-  """
-
-  tokens: list[list[list[int]]]
-  scores: list[list[float]]
-  ended: list[list[bool]]
-
-
-def to_lists(beams: _Beams, num_prompts: int, num: int) -> Hypotheses:
-  """Returns the best `num` texts of each prompt, or as many as there are."""
-  found = jax.device_get(beams)
-  prompts = range(num_prompts)
-  counts, tokens = found.counts_BW, found.done_BWN
-  # There may be fewer: a short text has few forms, and tokens may be banned.
-  there = [np.flatnonzero(found.is_done_BW[b])[:num] for b in prompts]
-  of = lambda array_BW: [array_BW[b, there[b]].tolist() for b in prompts]
-  return Hypotheses(
-    tokens=[
-      [tokens[b, w, : counts[b, w]].tolist() for w in there[b]] for b in prompts
-    ],
-    scores=of(found.scores_BW),
-    ended=of(found.ended_BW),
   )

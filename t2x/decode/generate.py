@@ -18,7 +18,9 @@ import numpy as np
 
 from t2x.decode import beams as beams_lib
 from t2x.decode import begin as begin_lib
+from t2x.decode import hypotheses
 from t2x.decode import loop
+from t2x.decode import required
 from t2x.decode import sampling as sampling_lib
 from t2x.layers import dropout
 
@@ -110,8 +112,9 @@ def beam_search(
   beams: beams_lib.BeamConfig = beams_lib.BeamConfig(),
   num_best: int = 1,
   sampling: Sampling | None = None,
+  words: Sequence[required.Word] = (),
   **options: Any,
-) -> beams_lib.Hypotheses:
+) -> hypotheses.Hypotheses:
   """Searches for the continuations, or answers, of highest score.
 
   >>> from flax import nnx
@@ -130,14 +133,15 @@ def beam_search(
     num_best: texts of each prompt that are returned.
     sampling: bias, penalties, banned words and least length; they act on the
       log-probabilities, as in Hugging Face's beam search.
+    words: that each text must hold, each as token ids in one form or several.
     **options: as for `generate`.
 
   Returns:
     The best texts of each prompt, best first.
 
   Raises:
-    ValueError: as `generate`; more texts are asked for than there are beams, or
-      the settings draw tokens.
+    ValueError: as `generate`; more texts are asked for than there are beams,
+      the settings draw tokens, or there is no room for the words.
   """
   if not 1 <= num_best <= beams.num_beams:
     raise ValueError(
@@ -152,6 +156,12 @@ def beam_search(
       'beam_search draws nothing: leave temperature, top_k, top_p, min_p and '
       'typical_p of its sampling as they are, or use generate.'
     )
+  if words and beams.num_groups > 1:
+    raise ValueError(
+      f'beams.num_groups={beams.num_groups} with words that must be there: '
+      'beams are shared out among those already. Leave one of them out.'
+    )
+  required.check(words, num_tokens)
   own = begin_lib.Options(**options)
   request = begin_lib.check(model, prompts, num_tokens, own)
   vocab_size = model.config.vocab_size
@@ -167,8 +177,9 @@ def beam_search(
     config=beams,
     settings=settings,
     history=sampling_lib.begin(settings, histories, vocab_size),
+    words=required.make(words) if words else None,
   )
-  return beams_lib.to_lists(found, len(prompts), num_best)
+  return hypotheses.to_lists(found, len(prompts), num_best)
 
 
 def _to_lists(state: loop.State, num_prompts: int) -> Generation:
