@@ -37,10 +37,13 @@ EXTRAS = {
     'starlette>=0.41',
     'uvicorn>=0.32',
   ],
+  # Programs of jax.export in files: scripts/export_model.py.
+  'export': ['flatbuffers>=24.3'],
   # Tests that drive a page, in a browser that is installed.
   'browser': ['playwright>=1.45'],
   'notebook': ['ipykernel>=6.29', 'jupyterlab>=4.2'],
   'test': [
+    'flatbuffers>=24.3',
     'httpx>=0.27',
     'ipykernel>=6.29',
     'jinja2>=3.1',

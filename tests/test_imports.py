@@ -59,7 +59,7 @@ _ORDER = (
   ('estimate_text',),
   ('run', 'inference'),
   ('conversion', 'encoding', 'calibration', 'control'),
-  ('steering',),
+  ('steering', 'artefact', 'artefact_run'),
   ('uncertainty', 'serving'),
   ('train',),
   ('deviation', 'verify', 'verify_report'),

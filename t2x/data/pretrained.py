@@ -51,20 +51,7 @@ _USUAL = {
   'unk': ('[UNK]', '<unk>'),
 }
 _SPACES = ('\u2581', '\u0120')  # How SentencePiece and GPT-2 write a space.
-
-
-def _letters() -> dict[str, int]:
-  """Returns the byte of each letter of a byte-level BPE (Radford et al., 2019).
-
-  Bytes that can be printed are their own letters; the others follow at 256.
-  """
-  printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  others = [byte for byte in range(256) if byte not in printed]
-  found = {chr(byte): byte for byte in printed}
-  return found | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF = _letters()
+_BYTE_OF = {letter: i for i, letter in enumerate(tokenizers.byte_letters())}
 
 
 class PretrainedTokenizer(tokenizers.Tokenizer):

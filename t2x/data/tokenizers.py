@@ -270,6 +270,13 @@ class SentencePieceTokenizer(Tokenizer):
     (epath.Path(directory) / 'tokenizer.model').write_bytes(self._model)
 
 
+def byte_letters() -> list[str]:
+  """Returns the letter that stands for each byte (Radford et al., 2019)."""
+  plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = iter(range(256, 512))
+  return [chr(b if b in plain else next(others)) for b in range(256)]
+
+
 def piece_bytes(piece: str) -> bytes:
   """Returns what a piece of SentencePiece adds to a text."""
   if re.fullmatch('<0x[0-9A-F]{2}>', piece):

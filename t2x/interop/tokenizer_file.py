@@ -77,7 +77,7 @@ def _made(library: Any, tokenizer: tokenizers_lib.Tokenizer) -> Any:
 
 def _bytes(library: Any, names: list[str]) -> Any:
   """One id a byte: GPT-2's letters for bytes, and nothing to merge."""
-  table = _letters()
+  table = tokenizers_lib.byte_letters()
   vocab = {name: i for i, name in enumerate(names)}
   vocab |= {table[b]: len(names) + b for b in range(256)}
   made = library.Tokenizer(library.models.BPE(vocab=vocab, merges=[]))
@@ -86,13 +86,6 @@ def _bytes(library: Any, names: list[str]) -> Any:
   )
   made.decoder = library.decoders.ByteLevel()
   return made
-
-
-def _letters() -> list[str]:
-  """Returns the letter that stands for each byte (Radford et al., 2019)."""
-  plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  others = iter(range(256, 512))
-  return [chr(b if b in plain else next(others)) for b in range(256)]
 
 
 def _pieces(library: Any, names: list[str], pieces: list[str]) -> Any:
