@@ -121,6 +121,13 @@ def top_k(
   return _where(logits_BV, logits_BV >= least_B[:, None])
 
 
+def largest_few(logits_BV: jax.Array, num: int) -> tuple[jax.Array, jax.Array]:
+  """Returns the `num` largest logits and their tokens, by token, (B, num)."""
+  found = jax.lax.top_k(logits_BV, min(num, logits_BV.shape[-1]))
+  token_BC, few_BC = jax.lax.sort(found[::-1], dimension=-1, num_keys=1)
+  return few_BC, token_BC
+
+
 def top_p(logits_BV: jax.Array, p_B: jax.Array) -> jax.Array:
   """Keeps the most likely tokens up to a mass of p (Holtzman et al., 2020).
 

@@ -216,9 +216,9 @@ def few(settings: Rows, vocab_size: int) -> Rows:
   """Returns settings that draw the same, in one of few forms.
 
   Where one of several settings is asked for, its companions are given as well,
-  with values that change nothing. Banned words apart there are eight forms:
-  greedy; drawn; with top-p and min-p; these two with a small and with a large
-  top-k; and everything.
+  with values that change nothing. Banned words apart there are ten forms:
+  greedy; drawn; with top-p and min-p; these two with a top-k up to 64, up to
+  256 and above; and everything.
   """
   plain = {field.name: None for field in dataclasses.fields(Rows)}
   rare = ('typical_B', 'repetition_B', 'presence_B', 'frequency_B')
@@ -242,8 +242,10 @@ def few(settings: Rows, vocab_size: int) -> Rows:
     neutral['min_tokens_B'] = full(0, np.int32)
     neutral['bias_BV'] = np.zeros((B, vocab_size), np.float32)
   new = {n: x for n, x in neutral.items() if getattr(settings, n) is None}
-  is_sorted = (settings.most_k or math.inf) <= processors.MOST_SORTED
-  most_k = processors.MOST_SORTED if is_sorted and not given(rare) else None
+  most_k = None
+  if settings.most_k is not None and not given(rare):
+    sizes = (64, processors.MOST_SORTED)
+    most_k = next((n for n in sizes if settings.most_k <= n), None)
   return dataclasses.replace(settings, most_k=most_k, **new)
 
 
@@ -340,7 +342,14 @@ def sample(
   if settings.temperature_B is None:
     return processors.largest(logits_BV)
   uniform_B = jax.vmap(jax.random.uniform)(keys_B)
-  drawn_B = processors.draw(truncated(logits_BV, settings), uniform_B)
+  if (settings.most_k or math.inf) <= processors.MOST_SORTED:
+    assert settings.most_k is not None
+    # All that follows has a few tokens to look at, still in their order.
+    few_BC, token_BC = processors.largest_few(logits_BV, settings.most_k)
+    place_B = processors.draw(truncated(few_BC, settings), uniform_B)
+    drawn_B = jnp.take_along_axis(token_BC, place_B[:, None], axis=1)[:, 0]
+  else:
+    drawn_B = processors.draw(truncated(logits_BV, settings), uniform_B)
   best_B = processors.largest(logits_BV)
   return jnp.where(settings.temperature_B > 0, drawn_B, best_B)
 

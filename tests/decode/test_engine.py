@@ -155,7 +155,7 @@ def test_few_programs_serve_whatever_comes():
     program._cache_size() - size for program, size in zip(programs, before)
   )
   assert read <= 2 and write <= 2  # Two sizes of a chunk; 4 rows and 1.
-  assert choose <= 2 * 8 * 2  # Eight forms, with and without banned words.
+  assert choose <= 2 * 10 * 2  # Ten forms, with and without banned words.
 
 
 def test_many_texts_through_few_pages():

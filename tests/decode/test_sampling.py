@@ -159,6 +159,21 @@ def test_messages(settings, message):
     sampling.SamplingConfig(**settings)
 
 
+def test_a_few_candidates_draw_what_all_tokens_would():
+  """Whether a neighbour keeps everything, which rules candidates out."""
+  rng = np.random.default_rng(0)
+  logits_BV = jnp.asarray(rng.normal(size=(64, 5000)) * 3, jnp.float32)
+  keys_B = jax.random.split(jax.random.key(1), 64)
+  small = sampling.SamplingConfig(top_k=40, top_p=0.9, temperature=0.8)
+  draw = lambda configs: sampling.sample(
+    logits_BV, keys_B, sampling.rows(configs, 64, 5000)
+  )
+  alone = draw([small])
+  beside = draw([small] * 63 + [sampling.SamplingConfig()])
+  assert alone[:63].tolist() == beside[:63].tolist()
+  assert len(set(alone.tolist())) > 30
+
+
 @pytest.mark.parametrize('number', range(8))
 def test_few_forms_draw_the_same(number):
   """Companions that are given as well change nothing."""
