@@ -50,6 +50,9 @@ _BANNED = flags.DEFINE_multi_string(
 _STOP = flags.DEFINE_multi_string(
   'stop', [], 'A text ends before this; may repeat.'
 )
+_POST = flags.DEFINE_multi_string(
+  'post', [], 'detokenize, lower, sentence_case or strip; may repeat.'
+)
 _NUM_BEAMS = flags.DEFINE_integer('num_beams', 1, 'Search instead of drawing.')
 _NUM_BEST = flags.DEFINE_integer('num_best', 1, 'Texts that a search prints.')
 _LENGTH_PENALTY = flags.DEFINE_float(
@@ -87,9 +90,11 @@ main.define_set_flag()
 
 def generate() -> None:
   from t2x import inference
+  from t2x import postprocess
 
+  postprocess.apply(_POST.value, '')  # What is wrong is said at once.
   prompts = inference.read_lines(_PROMPT.value, _PROMPT_FILE.value, 'prompt')
-  _sampling()  # What is wrong is said before a model is loaded.
+  _sampling()
   beams, wanted = _beams(), _wanted()
   if _ANTI_EXPERT.value and not _EXPERT.value:
     sys.exit('error: --anti_expert needs --expert, what to write instead.')
@@ -111,15 +116,15 @@ def generate() -> None:
       num_tokens=_NUM_TOKENS.value,
       max_length=_MAX_LENGTH.value,
     )
-    for prompt, texts in zip(prompts, found):
-      for text, score in texts:
-        print(f'--- {prompt}  (score {score:.4f})\n{text}\n')
     prompts = [p for p, texts in zip(prompts, found) for _ in texts]
+    notes = [f'  (score {x:.4f})' for texts in found for _, x in texts]
     texts = [text for texts in found for text, _ in texts]
   else:
     texts = _drawn(trained, prompts, config, wanted)
-    for prompt, text in zip(prompts, texts):
-      print(f'--- {prompt}\n{text}\n')
+    notes = [''] * len(texts)
+  texts = [postprocess.apply(_POST.value, text) for text in texts]
+  for prompt, note, text in zip(prompts, notes, texts):
+    print(f'--- {prompt}{note}\n{text}\n')
   if _OUTPUT.value:
     inference.write_samples(_OUTPUT.value, prompts, texts)
 

@@ -248,7 +248,12 @@ def test_what_another_kind_has_no_field_for_is_told(caplog):
 def _experiments():
   folder = os.path.join(os.path.dirname(__file__), '..', 'experiments')
   names = glob.glob('*.py', root_dir=folder)
-  tools = {'generate.py', 'evaluate.py', 'embed.py'}  # Their flags would clash.
+  tools = {
+    'generate.py',
+    'evaluate.py',
+    'embed.py',
+    'serve.py',
+  }  # Their flags would clash.
   return sorted(n.removesuffix('.py') for n in names if n not in tools)
 
 

@@ -35,7 +35,7 @@ _ORDER = (
   ('loss', 'loss_masking', 'task_weights', 'objectives'),
   ('optim', 'optim_state'),
   ('data', 'decode'),
-  ('streaming', 'keywords'),
+  ('streaming', 'keywords', 'postprocess'),
   ('balance', 'scheduled_sampling'),
   ('flops',),
   ('pipeline',),

@@ -20,6 +20,7 @@ for _name in (
   'pipelines.md',
   'planning.md',
   'inference.md',
+  'serving.md',
 ):
   with open(os.path.join(_ROOT, 'docs', _name), encoding='utf-8') as _f:
     _PAGES += _f.read()
@@ -42,7 +43,7 @@ def test_there_is_something_to_test():
 )
 def test_experiment_commands_are_accepted(command):
   arguments = shlex.split(command)[1:]
-  tools = 'generate', 'evaluate', 'embed'
+  tools = 'generate', 'evaluate', 'embed', 'serve'
   tool = {f'experiments/{name}.py' for name in tools}
   check = '--help' if arguments[0] in tool else '--print_config'
   result = subprocess.run(
@@ -52,7 +53,7 @@ def test_experiment_commands_are_accepted(command):
     text=True,
   )
   if check == '--help':  # absl prints the flags and exits with 1.
-    shown = '--num_tokens', '--split', '--text'
+    shown = '--num_tokens', '--split', '--text', '--port'
     assert any(flag in result.stdout for flag in shown)
     for argument in arguments[1:]:
       assert argument.split('=')[0] in result.stdout
