@@ -35,7 +35,7 @@ _SNIPPETS = [block for language, block in _BLOCKS if language == 'python']
 
 
 def test_there_is_something_to_test():
-  assert len(_COMMANDS) >= 8 and len(_SNIPPETS) == 4
+  assert len(_COMMANDS) >= 8 and len(_SNIPPETS) == 5
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_scripts_parse(command):
   subprocess.run(['bash', '-n', script], cwd=_ROOT, check=True)
 
 
-@pytest.mark.parametrize('index', [0, 1, -1])
+@pytest.mark.parametrize('index', [0, 1, -2, -1])
 def test_code_runs(index):
   exec(compile(_SNIPPETS[index], 'README.md', 'exec'), {'__name__': 'readme'})
 
