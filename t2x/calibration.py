@@ -132,7 +132,7 @@ def draw(found: Calibration, path: str) -> None:
     edges = np.linspace(0, 1, len(part.counts) + 1)
     there = np.array(part.counts) > 0
     axis.plot([0, 1], [0, 1], color='0.6', linewidth=1)
-    axis.bar(
+    bars = axis.bar(
       edges[:-1][there],
       np.array(part.accuracy)[there],
       width=edges[1],
@@ -140,13 +140,16 @@ def draw(found: Calibration, path: str) -> None:
       color='#4c78a8',
       edgecolor='white',
     )
+    for bar, count in zip(bars, np.array(part.counts)[there]):
+      # A bin of a few tokens says little, and looks so.
+      bar.set_alpha(min(1.0, 0.2 + count / 60))
     axis.plot(
       np.array(part.confidence)[there],
       np.array(part.accuracy)[there],
       'o',
       color='#e45756',
       markersize=4,
-      label='mean confidence of a bin',
+      label='mean confidence of a bin (pale: under 50 tokens)',
     )
     axis.set_title(
       f'temperature {part.temperature:.3f}: ECE {100 * part.ece:.2f}%, '
