@@ -96,8 +96,9 @@ def generate() -> None:
   prompts = inference.read_lines(_PROMPT.value, _PROMPT_FILE.value, 'prompt')
   _sampling()
   beams, wanted = _beams(), _wanted()
-  if _ANTI_EXPERT.value and not _EXPERT.value:
-    sys.exit('error: --anti_expert needs --expert, what to write instead.')
+  for name in ('anti_expert', 'strength'):
+    if flags.FLAGS[name].present and not _EXPERT.value:
+      sys.exit(f'error: --{name} needs --expert, what to write instead.')
   main.use_compilation_cache()
   trained = inference.load(
     main.workdir(), step=_STEP.value, settings=flags.FLAGS.set
@@ -172,7 +173,10 @@ def _wanted() -> dict[str, Any]:
     wanted['regex'] = _REGEX.value
   for name, flag in (('grammar', _GRAMMAR), ('json_schema', _SCHEMA)):
     if flag.value is not None:
-      wanted[name] = pathlib.Path(flag.value).read_text()
+      try:
+        wanted[name] = pathlib.Path(flag.value).read_text(encoding='utf-8')
+      except UnicodeDecodeError as error:
+        sys.exit(f'error: {flag.value} is no text in UTF-8: {error}')
   if _KEYWORD.value:
     wanted['keywords'] = _KEYWORD.value
   if wanted and _IGNORE_END.value:

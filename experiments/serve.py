@@ -33,6 +33,9 @@ _MAX_LENGTH = flags.DEFINE_integer(
   'max_length', None, 'Tokens of a text and its prompt; default as in training.'
 )
 _MAX_TOKENS = flags.DEFINE_integer('max_tokens', 4096, 'New tokens of a text.')
+_ALLOWED_HOST = flags.DEFINE_multi_string(
+  'allowed_host', [], 'A further name that clients may call; may repeat.'
+)
 _MAX_BODY = flags.DEFINE_integer('max_body', 1 << 20, 'Bytes of a request.')
 _PAGES = flags.DEFINE_integer(
   'pages', None, 'Of the cache; default for all slots at full length.'
@@ -79,7 +82,8 @@ def serve() -> None:
     template=template,
     max_tokens=_MAX_TOKENS.value,
     max_body=_MAX_BODY.value,
-    api_key=os.environ.get('T2X_API_KEY'),
+    api_key=os.environ.get('T2X_API_KEY') or None,
+    allowed_hosts=tuple(_ALLOWED_HOST.value),
   )
 
 

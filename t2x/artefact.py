@@ -96,7 +96,16 @@ def write(
     )
     if n is not None
   )
-  shapes = _Shapes(rows=rows, capacity=-(-length // chunk) * chunk, chunk=chunk)
+  capacity = -(-length // chunk) * chunk
+  # An encoder takes no more positions than it has, padding or not.
+  answers = isinstance(model, encoder_decoder.EncoderDecoder)
+  read = min(capacity, trained.config.model.max_length or capacity)
+  shapes = _Shapes(
+    rows=rows,
+    capacity=capacity,
+    num_read=read if answers else capacity,
+    chunk=chunk,
+  )
   with inference.decoding(trained):
     programs, weights = _programs(model, shapes, platforms)
   target.mkdir(parents=True, exist_ok=True)
@@ -104,11 +113,10 @@ def write(
     (target / f'{name}.jax').write_bytes(bytes(program))
   _write_weights(target, weights)
   tokenizer = trained.tokenizer
-  answers = isinstance(model, encoder_decoder.EncoderDecoder)
   manifest = {
     'platforms': platforms,
     'rows': rows,
-    'capacity': shapes.capacity,
+    'num_read': shapes.num_read,
     'max_length': length,
     'num_ends': _NUM_ENDS,
     'vocab_size': trained.config.model.vocab_size,
@@ -130,6 +138,7 @@ def write(
 class _Shapes:
   rows: int
   capacity: int
+  num_read: int
   chunk: int
 
 
@@ -143,26 +152,29 @@ def _programs(model, shapes: _Shapes, platforms):
   They take and give lists of arrays, as t2x's own trees are unknown elsewhere.
   """
   weights, model_def = jax.tree.flatten(model)
-  B, S = shapes.rows, shapes.capacity
+  B, S, R = shapes.rows, shapes.capacity, shapes.num_read
   ids = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
   answers = isinstance(model, encoder_decoder.EncoderDecoder)
+
+  def segments(count_B):
+    return (jnp.arange(R)[None] < count_B[:, None]).astype(jnp.int32)
 
   def read(weights, tokens_BS, count_B):
     model = model_def.unflatten(weights)
     if answers:
-      segments_BS = (jnp.arange(S)[None] < count_B[:, None]).astype(jnp.int32)
+      segments_BS = segments(count_B)
       caches = loop.encode(model, tokens_BS, segments_BS, capacity=S)
     else:
       caches = loop.prefill(model, tokens_BS, count_B - 1, chunk=shapes.chunk)
     return jax.tree.leaves(caches)
 
   like = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), weights)
-  caches = jax.eval_shape(read, like, ids(B, S), ids(B))
+  caches = jax.eval_shape(read, like, ids(B, R), ids(B))
   caches_def = jax.tree.structure(
     jax.eval_shape(
       lambda w: (
         loop.encode(
-          w, jnp.zeros((B, S), int), jnp.ones((B, S), int), capacity=S
+          w, jnp.zeros((B, R), int), jnp.ones((B, R), int), capacity=S
         )
         if answers
         else w.empty_caches(B, S)
@@ -173,7 +185,6 @@ def _programs(model, shapes: _Shapes, platforms):
 
   def write(weights, caches, token_B, index_B, is_real_B, sources_B, drawn):
     model = model_def.unflatten(weights)
-    segments_BS = (jnp.arange(S)[None] < sources_B[:, None]).astype(jnp.int32)
     settings = sampling_lib.Rows(
       temperature_B=drawn['temperature_B'],
       top_k_B=drawn['top_k_B'],
@@ -194,7 +205,7 @@ def _programs(model, shapes: _Shapes, platforms):
       capacity=S,
       settings=settings,
       history=sampling_lib.History(),
-      source_segments_BS=segments_BS if answers else None,
+      source_segments_BS=segments(sources_B) if answers else None,
     )
     return state.tokens_BN, state.log_probs_BN, state.count_B, state.ended_B
 
@@ -211,7 +222,7 @@ def _programs(model, shapes: _Shapes, platforms):
   is_real_B = jax.ShapeDtypeStruct((B,), jnp.bool_)
   export = lambda fn: jax.export.export(jax.jit(fn), platforms=platforms)
   programs = {
-    'read': export(read)(like, ids(B, S), ids(B)),
+    'read': export(read)(like, ids(B, R), ids(B)),
     'write': export(write)(
       like, caches, ids(B), ids(B), is_real_B, ids(B), drawn
     ),

@@ -69,11 +69,18 @@ class Artefact:
 
     Raises:
       ValueError: too many prompts, an empty or too long one, ids outside the
-        vocabulary.
+        vocabulary, a setting out of range.
     """
     info = self.manifest
-    rows, capacity = info['rows'], info['capacity']
+    rows, num_read = info['rows'], info['num_read']
     answers = info['answers']
+    for name, value, is_right in (
+      ('temperature', temperature, 0 <= temperature < float('inf')),
+      ('top_k', top_k, top_k is None or top_k >= 1),
+      ('top_p', top_p, 0 < top_p <= 1),
+    ):
+      if not is_right:
+        raise ValueError(f'{name}={value} is out of range.')
     if not 1 <= len(prompts) <= rows:
       raise ValueError(f'{len(prompts)} prompts; it takes 1 to {rows}.')
     for number, prompt in enumerate(prompts):
@@ -90,7 +97,7 @@ class Artefact:
           f'Prompt {number} has a token that is not among the '
           f'{info["vocab_size"]} of the vocabulary.'
         )
-    tokens = np.full((rows, capacity), info['pad_id'], np.int32)
+    tokens = np.full((rows, num_read), info['pad_id'], np.int32)
     counts = np.ones(rows, np.int32)
     for row, prompt in enumerate(prompts):
       tokens[row, : len(prompt)], counts[row] = prompt, len(prompt)
@@ -136,7 +143,10 @@ def main():
   directory = os.path.dirname(os.path.abspath(__file__))
   artefact = Artefact(directory)
   info = artefact.manifest
-  prompts = [[int(i) for i in ids.split(',')] for ids in args.ids]
+  try:
+    prompts = [[int(i) for i in ids.split(',')] for ids in args.ids]
+  except ValueError:
+    sys.exit('error: --ids are numbers with commas between, as in 5,17,301.')
   tokenizer = None
   if args.prompt:
     file = os.path.join(directory, 'tokenizer.json')

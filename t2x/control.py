@@ -268,8 +268,6 @@ class Controls:
     if not names:
       return None
     if keywords:
-      if not all(word.strip() for word in keywords):
-        raise ValueError('A keyword has no tokens: it is empty.')
       tokenizer = self._trained.tokenizer
       return keywords_lib.Keywords(
         [inference.word_ids(tokenizer, [word]) for word in keywords],

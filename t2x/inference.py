@@ -280,7 +280,12 @@ def word_ids(tokenizer: tokenizers.Tokenizer, words: Sequence[str]):
   """Returns the ids of words as they begin a text and as they follow a space.
 
   What `SamplingConfig.banned` takes.
+
+  Raises:
+    ValueError: a word is empty.
   """
+  if not all(words):
+    raise ValueError('A word is empty; give a letter or more.')
   forms = [form for word in words for form in (word, f' {word}')]
   found = [tuple(ids) for ids in tokenizer.encode_batch(forms) if ids]
   return tuple(dict.fromkeys(found))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+import math
 
 from t2x import inference
 from t2x.decode import steered
@@ -30,6 +31,7 @@ def experts(
   """
   others = [expert] if anti_expert is None else [expert, anti_expert]
   _check(trained, others)
+  _check_strength(strength)
   writers = [one.writer for one in (trained, *others)]
   model = steered.Experts(*writers, strength=strength)
   return dataclasses.replace(trained, model=model)
@@ -58,6 +60,7 @@ def gedi(
     ValueError: as `experts`; prefixes of different lengths.
   """
   _check(trained, [wanted, other])
+  _check_strength(strength)
   encode = trained.tokenizer.encode
   model = steered.Gedi(
     *(one.writer for one in (trained, wanted, other)),
@@ -66,6 +69,11 @@ def gedi(
     strength=strength,
   )
   return dataclasses.replace(trained, model=model)
+
+
+def _check_strength(strength: float) -> None:
+  if not math.isfinite(strength):
+    raise ValueError(f'strength={strength}; it is a number, 0 for no effect.')
 
 
 def _check(

@@ -11,6 +11,7 @@
 
 from collections.abc import Iterable
 from collections.abc import Sequence
+import os
 
 from t2x.data import tokenizers
 
@@ -61,6 +62,9 @@ class TextStream:
     # Tokens from `_from` on are decoded; those up to `_read` were told.
     self._from = max(len(self._ids) - 8, 0)
     self._read = len(self._ids)
+    # A character that the prompt has begun is told with its end.
+    while len(self._ids) - self._read < 4 and self._told().endswith(_BROKEN):
+      self._read -= 1
     self._stop = tuple(stop)
     self._held = ''
     self.stopped = False
@@ -70,7 +74,7 @@ class TextStream:
     self._ids += [int(token) for token in tokens]
     if self.stopped:
       return ''
-    told = self._tokenizer.decode(self._ids[self._from : self._read])
+    told = self._told()
     text = self._tokenizer.decode(self._ids[self._from :])
     # A part of a character may become another one with its rest.
     if text.endswith(_BROKEN) or not text.startswith(told):
@@ -84,15 +88,18 @@ class TextStream:
     """Returns what was held back, when no more tokens come."""
     if self.stopped:
       return ''
-    told = self._tokenizer.decode(self._ids[self._from : self._read])
+    told = self._told()
     text = self._tokenizer.decode(self._ids[self._from :])
-    rest = text[len(told) :] if text.startswith(told) else ''
+    rest = text[len(os.path.commonprefix([told, text])) :]
     self._read = len(self._ids)
     result = self._released(rest)
     if self.stopped:
       return result
     held, self._held = self._held, ''
     return result + held
+
+  def _told(self) -> str:
+    return self._tokenizer.decode(self._ids[self._from : self._read])
 
   def _released(self, text: str) -> str:
     """Holds back what may be the start of a stop string."""

@@ -50,6 +50,9 @@ def trained_of(directory, name):
     'encoder_decoder': encoder_decoder.EncoderDecoderConfig(
       **shared, position=position.RelativeBuckets()
     ),
+    'few_positions': encoder_decoder.EncoderDecoderConfig(
+      **shared, position=position.Learned(max_length=50)
+    ),
     'encoder': encoder.EncoderConfig(**shared),
   }[name]
   mesh = mesh_lib.make(mesh_lib.MeshConfig(data=1), jax.devices()[:1])
@@ -72,10 +75,14 @@ def run_alone(directory, calls):
   return json.loads(out.stdout)
 
 
-@pytest.mark.parametrize('name', ['decoder', 'window', 'encoder_decoder'])
+@pytest.mark.parametrize(
+  'name', ['decoder', 'window', 'encoder_decoder', 'few_positions']
+)
 def test_it_writes_what_the_run_writes(tmp_path, name):
   trained = trained_of(tmp_path, name)
-  artefact.write(trained, str(tmp_path / 'made'), chunk=16)
+  artefact.write(
+    trained, str(tmp_path / 'made'), chunk=64 if name == 'few_positions' else 16
+  )
   prompts = inference.prompt_ids(trained, PROMPTS)
   settings = [
     {'temperature': 0.0},
@@ -121,6 +128,15 @@ def test_as_a_command_and_for_other_platforms(tmp_path):
   assert out.stdout == f'--- the run\n{expected[0]}\n\n'
   out = ask('--ids=500')
   assert out.returncode == 1 and 'error: Prompt 0 has a token' in out.stderr
+  for flags in (
+    ['--ids=a,b'],
+    ['--ids='],
+    ['--ids=5', '--top_p=0'],
+    ['--ids=5', '--temperature=nan'],
+    ['--ids=5', '--top_k=-3'],
+  ):
+    out = ask(*flags)
+    assert out.returncode == 1 and out.stderr.startswith('error: ')
   out = ask('--ids=5', '--num_tokens=64')
   assert out.returncode == 1 and 'there are 64 positions' in out.stderr
 

@@ -126,7 +126,7 @@ def test_what_cannot_be_met_is_refused(controls):
     ({'json_schema': {'type': 'number', 'minimum': 3, 'maximum': 1}}, 'Unsat'),
     ({'regex': 'a', 'keywords': ['b']}, 'one rule'),
     ({'keywords': ['a' * 30]}, '30 tokens, and the text may have 20'),
-    ({'keywords': ['']}, 'has no tokens'),
+    ({'keywords': ['']}, 'is empty'),
   ]
   for given, message in wrong:
     with pytest.raises(ValueError, match=message):

@@ -31,6 +31,16 @@ def kinds(tmp_path_factory):
   }
 
 
+def test_a_prompt_that_ends_within_a_character(kinds):
+  """The character is told with its end, and nothing after it is lost."""
+  tokenizer = kinds['bytes']
+  ids = tokenizer.encode('a\u6f22b')
+  for cut in (2, 3):
+    stream = streaming.TextStream(tokenizer, ids[:cut])
+    text = ''.join(stream.add([i]) for i in ids[cut:]) + stream.finish()
+    assert text == '\u6f22b'
+
+
 @pytest.mark.parametrize('kind', ['bytes', 'own', 'gpt2', 'llama'])
 @pytest.mark.parametrize('size', [1, 3])
 def test_pieces_join_to_the_text(kinds, kind, size):

@@ -128,6 +128,12 @@ def check(
       outside the vocabulary, or a setting out of range.
   """
   check_model(model)
+  least = getattr(model, 'least_chunk', 1)
+  if options.chunk < least:
+    raise ValueError(
+      f'chunk={options.chunk}; {type(model).__name__} reads prompts {least} '
+      'tokens or more at a time.'
+    )
   vocab_size = model.config.vocab_size
   ends = prompts_lib.ends(options.eos_id)
   ids: dict[str, Any] = {'pad_id': options.pad_id, 'start_id': options.start_id}

@@ -21,6 +21,7 @@ import numpy as np
 
 from t2x.decode import begin
 from t2x.decode import pages as pages_lib
+from t2x.decode import processors
 from t2x.decode import prompts as prompts_lib
 from t2x.decode import rows as rows_lib
 from t2x.decode import sampling as sampling_lib
@@ -74,6 +75,8 @@ class EngineConfig:
       raise ValueError(
         f'page_size={self.page_size}; it must be a power of two, such as 32.'
       )
+    if self.max_waiting < 0:
+      raise ValueError(f'max_waiting={self.max_waiting}; it is 0 or more.')
     if not self.chunks or min(self.chunks) < 1:
       raise ValueError(f'chunks={self.chunks}; give sizes of 1 or more.')
     prompts_lib.check_cache_dtype(self.cache_dtype)
@@ -221,14 +224,19 @@ class Engine:
     """Leaves nothing of texts that are over for others to share."""
     self.pages.forget()
 
-  def warm(self) -> None:
-    """Compiles what most requests need, before any comes."""
+  def warm(self, calibration: float = 1.0) -> None:
+    """Compiles what most requests need, before any comes.
+
+    Args:
+      calibration: of their sampling.
+    """
     for size in self.config.chunks:
       self._run_chunk([0] * size, 0, size, [])
     for rows in self._row_sizes():
-      for sampling in (Sampling(temperature=0), Sampling(top_p=0.9)):
-        text = Text(Request(prompt=[0], num_tokens=1, sampling=sampling))
-        self._run_rows([text], rows, [None])
+      for own in (Sampling(temperature=0), Sampling(), Sampling(top_p=0.9)):
+        drawn = dataclasses.replace(own, calibration=calibration)
+        request = Request(prompt=[0], num_tokens=1, sampling=drawn, num_top=1)
+        self._run_rows([Text(request)], rows, [None])
 
   def _next_to_read(self) -> Text | None:
     """Returns the text whose prompt is being read; one at a time.
@@ -307,6 +315,13 @@ class Engine:
   def _take(self, text: Text, token: int, log_prob: float) -> None:
     """Adds a token to a text, which may end with it."""
     request = text.request
+    if token == processors.NONE:
+      text.error = (
+        'No token may come next: what is banned, biased and asked for leaves '
+        'none.'
+      )
+      self._end(text, 'error')
+      return
     if token in request.ends:
       self._end(text, 'stop')
       return
@@ -382,5 +397,6 @@ class Engine:
     )
     top: Any = None
     if any(request.num_top for request in requests):
-      top = steps.alternatives(logits_BV, settings, self.config.num_top)
+      calibration_B = settings.calibration_B
+      top = steps.alternatives(logits_BV, calibration_B, self.config.num_top)
     return jax.device_get((token_B, log_prob_B, top))

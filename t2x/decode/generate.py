@@ -141,7 +141,7 @@ def beam_search(
 
   Raises:
     ValueError: as `generate`; more texts are asked for than there are beams,
-      the settings draw tokens, or there is no room for the words.
+      the settings draw tokens, or no text holds the words.
   """
   if not 1 <= num_best <= beams.num_beams:
     raise ValueError(
@@ -179,7 +179,13 @@ def beam_search(
     history=sampling_lib.begin(settings, histories, vocab_size),
     words=required.make(words) if words else None,
   )
-  return hypotheses.to_lists(found, len(prompts), num_best)
+  result = hypotheses.to_lists(found, len(prompts), num_best)
+  if words and not all(result.tokens):
+    raise ValueError(
+      f'No text of {num_tokens} tokens was found that holds all words: what is '
+      'banned leaves none. Ban less, or ask for fewer words.'
+    )
+  return result
 
 
 def _to_lists(state: loop.State, num_prompts: int) -> Generation:

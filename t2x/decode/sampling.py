@@ -100,7 +100,7 @@ class SamplingConfig:
       raise ValueError(
         f'sampling.min_tokens={self.min_tokens}; it is 0 or more.'
       )
-    if any(math.isnan(x) or x == math.inf for x in self.bias.values()):
+    if any(math.isnan(x) or x > 1e30 for x in self.bias.values()):
       raise ValueError(
         'sampling.bias holds what is no number, or inf; -inf bans a token.'
       )
@@ -227,7 +227,10 @@ def few(settings: Rows, vocab_size: int) -> Rows:
   given = lambda names: any(getattr(settings, n) is not None for n in names)
   if settings.temperature_B is None and not given(rare):
     kept = 'words_BMW', 'calibration_B'
-    return Rows(**plain | {name: getattr(settings, name) for name in kept})
+    own = {name: getattr(settings, name) for name in kept}
+    if own['words_BMW'] is not None:
+      own['words_BMW'] = _padded(own['words_BMW'])
+    return Rows(**plain | own)
   B = len(jax.tree.leaves(settings)[0])
   full = lambda value, kind: np.full(B, value, kind)
   neutral: dict[str, Any] = {}
@@ -242,11 +245,22 @@ def few(settings: Rows, vocab_size: int) -> Rows:
     neutral['min_tokens_B'] = full(0, np.int32)
     neutral['bias_BV'] = np.zeros((B, vocab_size), np.float32)
   new = {n: x for n, x in neutral.items() if getattr(settings, n) is None}
+  if settings.words_BMW is not None:
+    new['words_BMW'] = _padded(settings.words_BMW)
   most_k = None
   if settings.most_k is not None and not given(rare):
     sizes = (64, processors.MOST_SORTED)
     most_k = next((n for n in sizes if settings.most_k <= n), None)
   return dataclasses.replace(settings, most_k=most_k, **new)
+
+
+def _padded(words_BMW: np.ndarray) -> np.ndarray:
+  """Returns banned words in one of few shapes, still flush right."""
+  _, M, W = words_BMW.shape
+  size = lambda n, sizes: next((s for s in sizes if n <= s), n)
+  more = size(M, (16, 128)) - M, size(W, (4, 16)) - W
+  pads = (0, 0), (0, more[0]), (more[1], 0)
+  return np.pad(words_BMW, pads, constant_values=processors.NONE)
 
 
 def _check_ids(config: SamplingConfig, vocab_size: int) -> None:
@@ -346,8 +360,19 @@ def sample(
     assert settings.most_k is not None
     # All that follows has a few tokens to look at, still in their order.
     few_BC, token_BC = processors.largest_few(logits_BV, settings.most_k)
-    place_B = processors.draw(truncated(few_BC, settings), uniform_B)
-    drawn_B = jnp.take_along_axis(token_BC, place_B[:, None], axis=1)[:, 0]
+
+    def draw_of_few():
+      place_B = processors.draw(truncated(few_BC, settings), uniform_B)
+      return jnp.take_along_axis(token_BC, place_B[:, None], axis=1)[:, 0]
+
+    # Not where others equal the least of them: those stay with it.
+    least_B1 = few_BC.min(-1, keepdims=True)
+    num_B = (logits_BV >= least_B1).sum(-1)
+    is_whole = (num_B <= few_BC.shape[1]).all()
+    draw_of_all = lambda: processors.draw(
+      truncated(logits_BV, settings), uniform_B
+    )
+    drawn_B = jax.lax.cond(is_whole, draw_of_few, draw_of_all)
   else:
     drawn_B = processors.draw(truncated(logits_BV, settings), uniform_B)
   best_B = processors.largest(logits_BV)

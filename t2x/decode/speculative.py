@@ -339,6 +339,11 @@ def _to_lists(state: State, lengths: Sequence[int], num_tokens: int):
 
 def _check(model: Any, draft: drafts.Draft) -> None:
   models = [model]
+  if isinstance(model, decoder.Decoder) and not model.towers:
+    raise ValueError(
+      f'{type(model).__name__} is several decoders, which speculation does not '
+      'run: write with generate.'
+    )
   if not isinstance(model, decoder.Decoder):
     raise ValueError(
       f'{type(model).__name__} cannot check drafts: only a Decoder can.'

@@ -1,6 +1,7 @@
 """A decoder whose texts others steer: towards a style, a topic, away from one.
 
-What they make is a decoder again, which every way of decoding takes.
+What they make is a decoder again, which drawing, beam search and (Experts) the
+engine take.
 
 Shape suffixes: B batch, T position, P prefix, V vocabulary.
 """
@@ -120,6 +121,7 @@ class Gedi(decoder.Decoder):
   """
 
   towers = ()
+  least_chunk = 2  # A single token counts as written.
 
   def __init__(
     self,

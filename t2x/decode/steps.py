@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from t2x import sharding
 from t2x.attention import paged
 from t2x.decode import loop
+from t2x.decode import processors
 from t2x.decode import sampling as sampling_lib
 from t2x.models import decoder
 
@@ -93,20 +94,26 @@ def choose(
     controls: of each row; None where no row has one.
 
   Returns:
-    Tokens and their log-probabilities under the model itself, (B,).
+    Tokens and their log-probabilities under the model itself, (B,); -1 where
+    nothing is left to draw.
   """
   logits_BV = sampling_lib.calibrated(logits_BV, settings)
   key = lambda seed, row, number: jax.random.fold_in(
     jax.random.fold_in(jax.random.key(seed), row), number
   )
+  controlled_BV = logits_BV if controls is None else controls(logits_BV)
   token_B = sampling_lib.sample(
-    logits_BV if controls is None else controls(logits_BV),
+    controlled_BV,
     jax.vmap(key)(seed_B, row_B, number_B),
     settings,
     history,
     number_B=number_B,
     ends_BE=ends_BE,
   )
+  left_BV = sampling_lib.shaped(
+    controlled_BV, settings, history, number_B, ends_BE
+  )
+  token_B = jnp.where(jnp.isfinite(left_BV.max(-1)), token_B, processors.NONE)
   logit_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
   log_prob_B = logit_B - jax.nn.logsumexp(logits_BV, axis=-1)
   # Whole on every device, so that each host can read them.
@@ -115,8 +122,9 @@ def choose(
 
 
 @functools.partial(jax.jit, static_argnames='num')
-def alternatives(logits_BV: jax.Array, settings: sampling_lib.Rows, num: int):
+def alternatives(logits_BV: jax.Array, calibration_B, num: int):
   """Returns log-probabilities and ids of the likeliest tokens, (B, num)."""
+  settings = sampling_lib.Rows(calibration_B=calibration_B)
   logits_BV = sampling_lib.calibrated(logits_BV, settings)
   log_probs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
   found = jax.lax.top_k(log_probs_BV, min(num, logits_BV.shape[-1]))

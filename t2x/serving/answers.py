@@ -76,8 +76,8 @@ class Choice:
       if piece.reason in ('error', 'failed'):
         own = piece.reason == 'error'
         raise Failed(piece.error, is_own_fault=own)
+      self.num_shared = piece.num_shared
       if piece.reason is not None:
-        self.num_shared = piece.num_shared
         rest = self._text.finish()
         reason = 'length' if piece.reason == 'length' else 'stop'
         reason = 'stop' if self._text.stopped else reason
@@ -135,7 +135,9 @@ class Completions:
     offsets = []
     for piece in delta.pieces:
       offsets.append(offset)
-      offset += len(self._token_bytes[piece.token].decode('utf-8', 'replace'))
+      # Bytes that begin a character.
+      data = self._token_bytes[piece.token]
+      offset += sum(byte & 0xC0 != 0x80 for byte in data)
     self._offsets[delta.index] = offset
     tops = [{name(t): p for t, p in piece.top} for piece in delta.pieces]
     return {

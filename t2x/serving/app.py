@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import hmac
 import json
+import logging
 import secrets
 import time
 from typing import Any
@@ -66,6 +67,7 @@ class Refused(Exception):
     self.status, self.param = status, param
 
 
+_LOG = logging.getLogger(__name__)
 _TYPES = {401: 'authentication_error', 429: 'rate_limit_error'}
 
 
@@ -89,9 +91,7 @@ def make(
   app = applications.Starlette(
     lifespan=lifespan,
     routes=[
-      route('/', server.page),
-      route('/page.css', server.page),
-      route('/page.js', server.page),
+      *(route(path, server.page) for path in page.PATHS),
       route('/health', server.health),
       route('/metrics', server.metrics),
       route('/v1/models', server.models),
@@ -123,8 +123,7 @@ class _Server:
     self._started = int(time.time())
 
   async def page(self, request: requests.Request) -> responses.Response:
-    name = request.url.path.removeprefix('/') or 'page.html'
-    text, kind = page.read(name)
+    text, kind = page.read(request.scope['path'])
     headers = {
       'Content-Security-Policy': page.POLICY,
       'X-Content-Type-Options': 'nosniff',
@@ -174,6 +173,8 @@ class _Server:
       choices = self._writer.start(job, self._runner)
     except engine_lib.Overloaded as error:
       raise Refused(429, str(error)) from None
+    except runner_lib.Stopped as error:
+      raise Refused(503, str(error)) from None
     except ValueError as error:
       raise Refused(400, str(error)) from None
     make_form = answers.Chats if is_chat else answers.Completions
@@ -216,6 +217,10 @@ class _Server:
     except answers.Failed as error:
       yield _error(400 if error.is_own_fault else 500, str(error))
       return
+    except Exception:
+      _LOG.exception('A stream failed.')
+      yield _error(500, 'The server failed.')
+      return
     if with_usage:
       used = answers.usage(job.num_prompt, choices)
       yield {**shell, 'choices': [], 'usage': used}
@@ -225,7 +230,10 @@ class _Server:
     if key is None:
       return
     given = request.headers.get('authorization', '')
-    if not hmac.compare_digest(given.encode(), f'Bearer {key}'.encode()):
+    # Headers come as latin-1, whatever their bytes mean.
+    if not hmac.compare_digest(
+      given.encode('latin-1'), f'Bearer {key}'.encode()
+    ):
       raise Refused(
         401, 'The API key is missing or wrong: Authorization: Bearer KEY.'
       )
@@ -285,7 +293,7 @@ async def _merged(
     try:
       async for delta in choice.deltas():
         queue.put_nowait(delta)
-    except answers.Failed as error:
+    except Exception as error:
       queue.put_nowait(error)
 
   tasks = [asyncio.create_task(follow(choice)) for choice in choices]
@@ -293,7 +301,7 @@ async def _merged(
     left = len(tasks)
     while left:
       delta = await queue.get()
-      if isinstance(delta, answers.Failed):
+      if isinstance(delta, Exception):
         raise delta
       left -= delta.reason is not None
       yield delta
@@ -313,6 +321,7 @@ async def _unless_gone(request: requests.Request, work: asyncio.Future) -> Any:
   finally:
     gone.cancel()
     work.cancel()
+    await asyncio.gather(gone, work, return_exceptions=True)
 
 
 async def _gone(receive) -> None:
@@ -347,7 +356,11 @@ class _Counting:
         self._metrics.requests.labels(scope['path'], message['status']).inc()
       await send(message)
 
-    await self._app(scope, receive, counted)
+    try:
+      await self._app(scope, receive, counted)
+    except Exception:  # Answered with 500 further out.
+      self._metrics.requests.labels(scope['path'], 500).inc()
+      raise
 
 
 class _EventStream(responses.Response):
@@ -386,7 +399,9 @@ class _EventStream(responses.Response):
       finally:
         for task in tasks:
           task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for found in await asyncio.gather(*tasks, return_exceptions=True):
+          if isinstance(found, Exception):
+            _LOG.warning('A stream broke off: %r', found)
 
 
 def _error(status: int, message: str, param: str | None = None):

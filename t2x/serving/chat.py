@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 import datetime
+import json
 from typing import Any
 
 import jinja2
+from jinja2 import ext
 from jinja2 import sandbox
 
 from t2x.data import pretrained
@@ -53,8 +55,10 @@ class Chat:
     environment = sandbox.ImmutableSandboxedEnvironment(
       trim_blocks=True,
       lstrip_blocks=True,
-      extensions=['jinja2.ext.loopcontrols'],
+      extensions=['jinja2.ext.loopcontrols', _Generation],
     )
+    # As in transformers, whose filter leaves < and > as they are.
+    environment.filters['tojson'] = _to_json
     environment.globals['raise_exception'] = _refuse
     environment.globals['strftime_now'] = _now
     try:
@@ -70,9 +74,13 @@ class Chat:
     """
     try:
       return self._template.render(
-        messages=list(messages), add_generation_prompt=True, **self._names
+        messages=list(messages),
+        tools=None,
+        documents=None,
+        add_generation_prompt=True,
+        **self._names,
       )
-    except (jinja2.TemplateError, TypeError) as error:
+    except Exception as error:  # A template may fail in any way.
       raise ValueError(
         f'The chat template refuses these messages: {error}'
       ) from None
@@ -80,6 +88,20 @@ class Chat:
   def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
     """Returns the tokens of `text`; special ones stand in the template."""
     return [*self._prefix, *self._tokenizer.encode(self.text(messages))]
+
+
+class _Generation(ext.Extension):
+  """{% generation %}: what training looks at; here it is as if not there."""
+
+  tags = {'generation'}
+
+  def parse(self, parser):
+    next(parser.stream)
+    return parser.parse_statements(('name:endgeneration',), drop_needle=True)
+
+
+def _to_json(value: Any, **options: Any) -> str:
+  return json.dumps(value, **{'ensure_ascii': False, **options})
 
 
 def _refuse(message: str) -> None:

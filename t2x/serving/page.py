@@ -7,14 +7,16 @@ POLICY = "default-src 'none'; connect-src 'self'; script-src 'self'; " + (
   "style-src 'self' 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
   "frame-ancestors 'none'"
 )
-_KINDS = {
-  'page.html': 'text/html',
-  'page.css': 'text/css',
-  'page.js': 'text/javascript',
+_FILES = {
+  '/': ('page.html', 'text/html'),
+  '/page.css': ('page.css', 'text/css'),
+  '/page.js': ('page.js', 'text/javascript'),
 }
+PATHS = tuple(_FILES)
 
 
-def read(name: str) -> tuple[str, str]:
-  """Returns the text of a file, and its media type."""
+def read(path: str) -> tuple[str, str]:
+  """Returns the text of one of `PATHS`, and its media type."""
+  name, kind = _FILES[path]
   file = resources.files('t2x.serving') / name
-  return file.read_text(encoding='utf-8'), _KINDS[name]
+  return file.read_text(encoding='utf-8'), kind

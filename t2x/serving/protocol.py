@@ -11,12 +11,14 @@ from typing import Literal
 
 import pydantic
 
+_MOST = 2**31 - 1
 _MOST_CHOICES = 16
 _MOST_STOPS = 16
 _MOST_WORDS = 64
 
 Stop = Annotated[str, pydantic.Field(min_length=1, max_length=256)]
 Stops = Annotated[list[Stop], pydantic.Field(max_length=_MOST_STOPS)]
+Bias = Annotated[float, pydantic.Field(ge=-100, le=100)]
 Ids = Annotated[list[int], pydantic.Field(min_length=1)]
 
 
@@ -25,9 +27,17 @@ class Body(pydantic.BaseModel):
 
   model_config = pydantic.ConfigDict(extra='forbid', strict=True)
 
+  @pydantic.model_validator(mode='before')
+  @classmethod
+  def _null_is_default(cls, data):
+    if not isinstance(data, dict):
+      return data
+    return {name: value for name, value in data.items() if value is not None}
+
 
 class StreamOptions(Body):
   include_usage: bool = False
+  include_obfuscation: bool = False  # Nothing is padded.
 
 
 class JsonSchema(Body):
@@ -60,14 +70,14 @@ class Common(Body):
   seed: int | None = None
   temperature: float = pydantic.Field(default=1.0, ge=0, le=100)
   top_p: float = pydantic.Field(default=1.0, gt=0, le=1)
-  top_k: int | None = pydantic.Field(default=None, ge=-1)
+  top_k: int | None = pydantic.Field(default=None, ge=-1, le=_MOST)
   min_p: float = pydantic.Field(default=0.0, ge=0, le=1)
   typical_p: float = pydantic.Field(default=1.0, gt=0, le=1)
   repetition_penalty: float = pydantic.Field(default=1.0, gt=0, le=100)
   presence_penalty: float = pydantic.Field(default=0.0, ge=-100, le=100)
   frequency_penalty: float = pydantic.Field(default=0.0, ge=-100, le=100)
-  min_tokens: int = pydantic.Field(default=0, ge=0)
-  logit_bias: dict[str, float] = {}
+  min_tokens: int = pydantic.Field(default=0, ge=0, le=_MOST)
+  logit_bias: dict[str, Bias] = {}
   banned_words: list[Stop] = pydantic.Field(default=[], max_length=_MOST_WORDS)
   ignore_eos: bool = False
   response_format: ResponseFormat | None = None
@@ -77,16 +87,12 @@ class Common(Body):
   # They change nothing about a text.
   user: str | None = None
   metadata: dict[str, str] | None = None
-
-  @pydantic.field_validator(
-    'n', 'stream', 'temperature', 'top_p', 'presence_penalty',
-    'frequency_penalty', 'logit_bias', mode='before',
-  )  # fmt: skip
-  @classmethod
-  def _null_is_default(cls, value, info):
-    if value is not None:
-      return value
-    return cls.model_fields[info.field_name].get_default()
+  safety_identifier: str | None = None
+  prompt_cache_key: str | None = None
+  service_tier: str | None = None
+  store: bool | None = None
+  # Where they ask for nothing.
+  tools: Annotated[list[Any], pydantic.Field(max_length=0)] | None = None
 
   @property
   def stops(self) -> list[str]:
@@ -103,6 +109,7 @@ class CompletionBody(Common):
   max_tokens: int = pydantic.Field(default=16, ge=1)
   logprobs: int | None = pydantic.Field(default=None, ge=0, le=20)
   echo: bool = False
+  best_of: Literal[1] | None = None
 
 
 class TextPart(Body):
@@ -116,10 +123,13 @@ class Message(Body):
   name: str | None = None
 
   @property
-  def text(self) -> str:
-    if isinstance(self.content, str):
-      return self.content
-    return ''.join(part.text for part in self.content)
+  def as_dict(self) -> dict[str, str]:
+    """What a template sees."""
+    content = self.content
+    if not isinstance(content, str):
+      content = ''.join(part.text for part in content)
+    named = {} if self.name is None else {'name': self.name}
+    return {'role': self.role, 'content': content, **named}
 
 
 class ChatBody(Common):
@@ -145,7 +155,8 @@ def explain(error: pydantic.ValidationError) -> tuple[str, str | None]:
   # Of the members of a union, their names are noise.
   field = next(iter(place), None)
   if first['type'] == 'extra_forbidden':
-    return f'Unknown field {field!r}: this server has no such setting.', field
+    name = '.'.join(place)
+    return f'Unknown field {name!r}: this server has no such setting.', field
   given = repr(first.get('input'))
   given = given if len(given) <= 60 else given[:57] + '...'
   if field is None:

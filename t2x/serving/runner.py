@@ -38,6 +38,10 @@ class Piece:
   error: str = ''
 
 
+class Stopped(Exception):
+  """The engine has stopped, and writes nothing any more."""
+
+
 class Stream:
   """The pieces of one text as they come: an async iterator."""
 
@@ -91,6 +95,7 @@ class Runner:
     self._lock = threading.Lock()
     self._pending = 0  # Streams that are not over.
     self._stopped = False
+    self._is_over = False  # Nobody takes orders any more.
 
   def start(self) -> None:
     self._thread.start()
@@ -103,7 +108,7 @@ class Runner:
 
   @property
   def is_alive(self) -> bool:
-    return self._thread.is_alive() and not self._stopped
+    return self._thread.is_alive() and not (self._stopped or self._is_over)
 
   @property
   def num_pending(self) -> int:
@@ -115,36 +120,50 @@ class Runner:
     Raises:
       ValueError: one cannot be met.
       engine.Overloaded: too many wait.
+      Stopped: the engine has.
     """
     for request in requests:
       self.engine.check(request)
     most = self.engine.most
     with self._lock:
+      if self._is_over or not self._thread.is_alive():
+        raise Stopped('The engine has stopped; the server must start again.')
       if self._pending + len(requests) > most:
         raise engine_lib.Overloaded(
           f'{self._pending} texts are being written or wait, and this server '
           f'takes {most}. Ask again later.'
         )
       self._pending += len(requests)
-    streams = [Stream(self, request) for request in requests]
-    for stream in streams:
-      self._orders.put((self._add, stream))
+      streams = [Stream(self, request) for request in requests]
+      for stream in streams:
+        self._orders.put((self._add, stream))
     return streams
 
   def cancel(self, stream: Stream) -> None:
     self._orders.put((self._cancel, stream))
 
   def _run(self) -> None:
-    with self._context():
-      while not self._stopped:
-        try:
-          self._obey()
-          if self.engine.is_busy and not self._stopped:
-            self._tell(self.engine.step())
-        except Exception as error:  # The server goes on; nobody waits forever.
-          _LOG.exception('A step of the engine failed.')
-          self._fail(f'{type(error).__name__}: {error}')
-      self._fail('The server stops.')
+    try:
+      with self._context():
+        while not self._stopped:
+          try:
+            self._obey()
+            if self.engine.is_busy and not self._stopped:
+              self._tell(self.engine.step())
+          except Exception:  # The server goes on; nobody waits forever.
+            _LOG.exception('A step of the engine failed.')
+            self._fail('The engine failed; the log of the server says how.')
+            self.engine.restart()
+    except Exception:
+      _LOG.exception('The engine has stopped.')
+    finally:
+      with self._lock:
+        self._is_over = True
+      while not self._orders.empty():
+        order = self._orders.get()
+        if order is not None and order[0] == self._add:
+          self._live[engine_lib.Text(order[1].request)] = order[1]
+      self._fail('The engine has stopped.')
 
   def _obey(self) -> None:
     """Takes what was ordered; waits for it where there is nothing to do."""
@@ -198,7 +217,10 @@ class Runner:
   def _piece(self, text: engine_lib.Text, number: int) -> Piece:
     top = tuple(text.top[number]) if text.top else ()
     return Piece(
-      token=text.tokens[number], log_prob=text.log_probs[number], top=top
+      token=text.tokens[number],
+      log_prob=text.log_probs[number],
+      top=top,
+      num_shared=text.num_shared,
     )
 
   def _send(self, stream: Stream, pieces: list[Piece]) -> None:
@@ -217,8 +239,7 @@ class Runner:
       pass
 
   def _fail(self, message: str) -> None:
-    """Ends all texts with an error, and begins anew."""
+    """Ends all texts with an error."""
     for stream in self._live.values():
       self._send(stream, [Piece(reason='failed', error=message)])
     self._live.clear()
-    self.engine.restart()

@@ -13,7 +13,7 @@ from t2x.serving import runner as runner_lib
 from t2x.serving import writer as writer_lib
 
 _LOG = logging.getLogger(__name__)
-_LOOPBACK = ('127.0.0.1', 'localhost', '::1')
+_LOOPBACK = ('127.0.0.1', 'localhost', '::1', '[::1]')
 
 
 def bind(host: str, port: int) -> socket_lib.socket:
@@ -62,7 +62,7 @@ def make(
   context = lambda: inference.decoding(trained)
   with context():
     made = engine_lib.Engine(trained.writer, engine)
-    made.warm()
+    made.warm(trained.temperature)
   runner = runner_lib.Runner(made, context, observe=metrics.observe)
   metrics.watch(runner)
   writer = writer_lib.Writer(
@@ -85,6 +85,7 @@ def serve(
   max_tokens: int,
   max_body: int,
   api_key: str | None,
+  allowed_hosts: tuple[str, ...] = (),
 ) -> None:
   """Serves until it is stopped; arguments as for `make` and `AppConfig`."""
   import uvicorn
@@ -98,7 +99,7 @@ def serve(
   config = app_lib.AppConfig(
     api_key=api_key,
     max_body=max_body,
-    hosts=_LOOPBACK if is_local else ('*',),
+    hosts=(*_LOOPBACK, *allowed_hosts) if is_local else allowed_hosts or ('*',),
   )
   made = make(
     trained,

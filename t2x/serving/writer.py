@@ -27,6 +27,10 @@ class Limits:
   max_tokens: int = 4096
   max_texts: int = 64
 
+  def __post_init__(self):
+    if self.max_tokens < 1:
+      raise ValueError(f'max_tokens={self.max_tokens}; it must be 1 or more.')
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
@@ -90,10 +94,7 @@ class Writer:
       ValueError: it asks for something that cannot be.
     """
     if isinstance(body, protocol.ChatBody):
-      messages = [
-        {'role': message.role, 'content': message.text}
-        for message in body.messages
-      ]
+      messages = [message.as_dict for message in body.messages]
       prompts = [self._chat.prompt_ids(messages)]
       wanted = body.max_completion_tokens or body.max_tokens
       num_top = body.top_logprobs if body.logprobs else None
@@ -185,9 +186,15 @@ class Writer:
     return found, texts or [tokenizer.decode(ids) for ids in found]
 
   def _num_tokens(self, wanted: int | None, length: int) -> int:
-    most = self._limits.max_tokens
+    most, room = self._limits.max_tokens, self._max_length - length
+    if room < 1 or (wanted or 1) > room:
+      raise ValueError(
+        f'The prompt has {length} tokens and max_tokens is {wanted or 1}; a '
+        f'text may hold {self._max_length} in all. Shorten the prompt'
+        + (f', or ask for at most {room}.' if room > 0 else '.')
+      )
     if wanted is None:
-      return max(min(most, self._max_length - length), 1)
+      return min(most, room)
     if wanted > most:
       raise ValueError(
         f'max_tokens={wanted}; this server writes at most {most} new tokens.'

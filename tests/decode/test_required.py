@@ -133,6 +133,8 @@ def test_words_without_room_are_refused():
   )
   with pytest.raises(ValueError, match='4 tokens, and the text may have 3'):
     search(words=[[(1, 2)], [(3, 4)]])
+  with pytest.raises(ValueError, match='No text of 3 tokens was found'):
+    search(words=[[(4,)]], sampling=sampling.SamplingConfig(banned=[(4,)]))
   with pytest.raises(ValueError, match='has no tokens'):
     search(words=[[()]])
   with pytest.raises(ValueError, match='num_groups=2 with words'):

@@ -174,6 +174,18 @@ def test_a_few_candidates_draw_what_all_tokens_would():
   assert len(set(alone.tolist())) > 30
 
 
+def test_ties_stay_together_whoever_is_beside():
+  logits_BV = jnp.zeros((32, 500)).at[:, 400:].set(-1.0)
+  keys_B = jax.random.split(jax.random.key(1), 32)
+  tied = sampling.SamplingConfig(top_k=5)
+  draw = lambda configs: sampling.sample(
+    logits_BV, keys_B, sampling.rows(configs, 32, 500)
+  ).tolist()
+  alone = draw([tied])
+  assert alone[:31] == draw([tied] * 31 + [sampling.SamplingConfig()])[:31]
+  assert max(alone) > 64 and max(alone) < 400
+
+
 @pytest.mark.parametrize('number', range(8))
 def test_few_forms_draw_the_same(number):
   """Companions that are given as well change nothing."""

@@ -7,10 +7,12 @@ import pytest
 import test_generate
 
 from t2x.decode import beams
+from t2x.decode import drafts
 from t2x.decode import engine as engine_lib
 from t2x.decode import generate
 from t2x.decode import prepared
 from t2x.decode import sampling
+from t2x.decode import speculative
 from t2x.decode import steered
 from t2x.layers import position
 from t2x.models import decoder
@@ -169,6 +171,16 @@ def test_what_cannot_steer_is_refused(models):
     steered.Experts(base, steered.Experts(base, expert))
   with pytest.raises(ValueError, match='not served'):
     engine_lib.Engine(steered.Gedi(base, expert, expert))
+
+
+def test_speculation_and_single_tokens_are_refused(models):
+  for joined in (steered.Experts(*models), steered.Gedi(*models)):
+    with pytest.raises(ValueError, match='which speculation does not run'):
+      speculative.speculate(
+        joined, PROMPTS, num_tokens=4, draft=drafts.LookupDraft()
+      )
+  with pytest.raises(ValueError, match='chunk=1; Gedi'):
+    generate.generate(joined, PROMPTS, num_tokens=4, chunk=1)
 
 
 def test_the_fewest_positions_count(models):

@@ -249,8 +249,8 @@ WRONG = {
   'type': ({'prompt': 'a', 'max_tokens': 'ten'}, 'max_tokens: '),
   'range': ({'prompt': 'a', 'temperature': -1}, 'temperature: '),
   'unknown': ({'prompt': 'a', 'tools': []}, "Unknown field 'tools'"),
-  'too_long': ({'prompt': 'a' * 70}, 'a sequence may hold'),
-  'too_many': ({'prompt': 'a', 'max_tokens': 999}, 'a sequence may hold'),
+  'too_long': ({'prompt': 'a' * 70}, 'Shorten the prompt.'),
+  'too_many': ({'prompt': 'a', 'max_tokens': 999}, 'at most 62'),
   'no_token': ({'prompt': [1, 99999]}, 'token id 99999'),
   'negative': ({'prompt': [-1]}, 'token id -1'),
   'bias': ({'prompt': 'a', 'logit_bias': {'x': 1}}, 'logit_bias'),
@@ -261,6 +261,13 @@ WRONG = {
   'stop': ({'prompt': 'a', 'stop': ''}, 'stop: '),
   'choices': ({'prompt': ['a'] * 30, 'n': 5}, '150 texts'),
   'echo': ({'prompt': 'a', 'echo': True, 'logprobs': 1}, 'echo'),
+  'huge': ({'prompt': 'a', 'min_tokens': 2**40}, 'min_tokens: '),
+  'huge_k': ({'prompt': 'a', 'top_k': 2**40}, 'top_k: '),
+  'huge_bias': ({'prompt': 'a', 'logit_bias': {'5': 1e39}}, 'logit_bias: '),
+  'nested': (
+    {'prompt': 'a', 'stream_options': {'x': 1}},
+    "Unknown field 'stream_options.x'",
+  ),
   'float': ({'prompt': 'a', 'n': 1.5}, 'n: '),
   'seed': ({'prompt': 'a', 'seed': 'x'}, 'seed: '),
   'nothing': ('text', 'object'),
@@ -300,6 +307,81 @@ def test_other_status_codes(url, client):
     client.completions.create(model='other', prompt='a')
   with pytest.raises(openai.BadRequestError, match='temperature'):
     client.completions.create(model='tiny', prompt='a', temperature=-3)
+
+
+NEUTRAL = {
+  'max_tokens': None, 'echo': None, 'best_of': 1, 'suffix': None, 'tools': [],
+  'store': False, 'stop': None, 'logprobs': None, 'n': None, 'seed': None,
+  'stream_options': {'include_obfuscation': False}, 'user': 'me',
+}  # fmt: skip
+
+
+def test_what_asks_for_nothing_is_taken(url):
+  post = lambda path, body: httpx.post(f'{url}/v1/{path}', json=body)
+  answer = post('completions', {'prompt': 'a', **NEUTRAL})
+  assert answer.status_code == 200, answer.text
+  chat = {
+    'messages': [
+      {'role': 'user', 'content': 'a', 'name': 'me'},
+      {'role': 'assistant', 'content': 'b', 'refusal': None},
+      {'role': 'user', 'content': 'c'},
+    ],
+    'max_tokens': 2, 'logprobs': None, 'top_logprobs': None,
+    'parallel_tool_calls': None,
+  }  # fmt: skip
+  assert post('chat/completions', chat).status_code == 200
+
+
+def test_stop_strings_and_what_is_shared(client):
+  """The count is told also where the text stops early."""
+  ask = lambda: client.completions.create(
+    model='tiny', prompt='where it stopped and goes on', max_tokens=12,
+    temperature=0, stop=[' ', 'e', 't', 'o'],
+  )  # fmt: skip
+  ask()
+  found = ask()
+  assert found.choices[0].finish_reason == 'stop'
+  assert found.usage.prompt_tokens_details.cached_tokens == 24
+
+
+def test_a_prompt_that_ends_within_a_character(client, trained):
+  start = trained.tokenizer.encode('\u00e9')
+  found = client.completions.create(
+    model='tiny', prompt=[3, *start[:1]], max_tokens=3,
+    logit_bias={str(start[1]): 100},
+  )  # fmt: skip
+  assert found.choices[0].text.startswith('\u00e9')
+
+
+def test_nothing_that_may_come_is_an_error(client):
+  with pytest.raises(openai.BadRequestError, match='No token may come next'):
+    client.completions.create(
+      model='tiny', prompt='a', max_tokens=3,
+      extra_body={'keywords': ['ox'], 'banned_words': ['ox']},
+    )  # fmt: skip
+
+
+def test_templates(trained):
+  """As transformers renders them."""
+  from t2x.serving import chat
+
+  text = lambda template: chat.Chat(trained.tokenizer, template).text(
+    [{'role': 'user', 'content': 'a<b'}]
+  )
+  assert text('{% if tools is not none %}x{% endif %}y') == 'y'
+  assert text('{% generation %}z{% endgeneration %}') == 'z'
+  assert text('{{ messages[0] | tojson }}') == (
+    '{"role": "user", "content": "a<b"}'
+  )
+  for wrong in (
+    '{{ 1 // (messages|length - 1) }}',
+    "{{ raise_exception('no') }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+  ):
+    with pytest.raises(ValueError, match='refuses these messages'):
+      text(wrong)
+  with pytest.raises(ValueError, match='cannot be read'):
+    text('{% for %}')
 
 
 def test_a_chat_needs_messages(url):

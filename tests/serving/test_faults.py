@@ -192,7 +192,8 @@ def test_a_step_that_fails_ends_the_texts_that_it_wrote(url, app):
   try:
     answer = httpx.post(f'{url}/v1/completions', json=body(20), timeout=20)
     assert answer.status_code == 500
-    assert 'out of memory' in answer.json()['error']['message']
+    # What failed is for those who run the server.
+    assert 'the log of the server' in answer.json()['error']['message']
     with httpx.stream(
       'POST', f'{url}/v1/completions', json=body(5, stream=True)
     ) as stream:
@@ -201,6 +202,52 @@ def test_a_step_that_fails_ends_the_texts_that_it_wrote(url, app):
     engine.step = step
   again = httpx.post(f'{url}/v1/completions', json=body(20), timeout=20)
   assert again.status_code == 200
+
+
+def test_a_stream_that_fails_ends(url, app):
+  """By an error of any kind: the client is told, and waits no longer."""
+  from t2x import streaming
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(streaming.TextStream, 'add', lambda *_: 1 / 0)
+    answer = httpx.post(
+      f'{url}/v1/completions', json=body(5, stream=True), timeout=20
+    )
+  assert 'The server failed' in answer.text
+  found = serving_run.figures(url)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(streaming.TextStream, 'add', lambda *_: 1 / 0)
+    assert (
+      httpx.post(f'{url}/v1/completions', json=body(5), timeout=20).status_code
+      == 500
+    )
+  name = 't2x_requests_total{path="/v1/completions",status="500"}'
+  assert serving_run.figures(url)[name] == found.get(name, 0) + 1
+
+
+def test_an_engine_that_cannot_go_on(trained):
+  """Everyone is told, those who come later too."""
+  made = serving_run.make(trained)
+  engine = made.state.runner.engine
+
+  def broken():
+    raise RuntimeError('the device is lost')
+
+  engine.step = engine.restart = broken
+  with serving_run.running(made) as url:
+    ask = lambda: httpx.post(f'{url}/v1/completions', json=body(20), timeout=20)
+    assert ask().status_code == 500
+    serving_run.wait_until(
+      lambda: httpx.get(f'{url}/health').status_code == 503
+    )
+    assert ask().status_code == 503
+
+
+def test_keys_of_any_letters(trained):
+  config = app_lib.AppConfig(api_key='cl\u00e9')
+  with serving_run.served(trained, app=config) as url:
+    headers = {'Authorization': 'Bearer cl\u00e9'.encode()}
+    assert httpx.get(f'{url}/v1/models', headers=headers).status_code == 200
 
 
 def test_memory_returns_to_where_it_was(url):
