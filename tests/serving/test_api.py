@@ -248,7 +248,7 @@ WRONG = {
   'empty': ({'prompt': []}, 'prompt'),
   'type': ({'prompt': 'a', 'max_tokens': 'ten'}, 'max_tokens: '),
   'range': ({'prompt': 'a', 'temperature': -1}, 'temperature: '),
-  'unknown': ({'prompt': 'a', 'tools': []}, "Unknown field 'tools'"),
+  'unknown': ({'prompt': 'a', 'functions': []}, "Unknown field 'functions'"),
   'too_long': ({'prompt': 'a' * 70}, 'Shorten the prompt.'),
   'too_many': ({'prompt': 'a', 'max_tokens': 999}, 'at most 62'),
   'no_token': ({'prompt': [1, 99999]}, 'token id 99999'),
