@@ -5,14 +5,28 @@ import threading
 import time
 
 import httpx
+import pytest
+import tiny
 import uvicorn
 
+from t2x import inference
+from t2x import report
+from t2x import train
 from t2x.decode import engine as engine_lib
 from t2x.serving import server as server_lib
 
 SIZES = engine_lib.EngineConfig(
   num_slots=4, page_size=8, chunks=(8, 32), max_waiting=8
 )
+
+
+def trained_of(directory, **settings):
+  """Returns a tiny run that was trained in a directory."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(report, 'write', lambda workdir: None)
+    config = tiny.experiment_of(directory, **settings)
+    train.train(config, str(directory / 'run'), show=False)
+  return inference.load(str(directory / 'run'))
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from t2x.decode import pages as pages_lib
+from t2x.decode import prompts as prompts_lib
 from t2x.decode import sampling as sampling_lib
 
 
@@ -98,3 +99,49 @@ class Text:
 
 class Overloaded(ValueError):
   """So many requests wait that no more are taken."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+  """Sizes of an engine.
+
+  Attributes:
+    num_slots: rows that are written at a time.
+    page_size: positions of a page, a power of two; prompts are shared by whole
+      pages.
+    num_pages: of the pool; None takes as many as all slots at full length
+      need. With fewer, requests wait for pages.
+    max_length: tokens of a row, new ones included; None takes the model's.
+    max_waiting: requests that wait for a slot; more are refused.
+    chunks: sizes in which prompts are read; each is a compiled program.
+    read: tokens of prompts that are read, at least, before the rows that write
+      get their next token: more favours those who wait, fewer those who write.
+    cache_dtype: as in `begin.Options`.
+    num_top: most alternatives of a token that a request may ask for.
+  """
+
+  num_slots: int = 16
+  page_size: int = 32
+  num_pages: int | None = None
+  max_length: int | None = None
+  max_waiting: int = 256
+  chunks: tuple[int, ...] = (16, 64)
+  read: int = 64
+  cache_dtype: str | None = None
+  num_top: int = 20
+
+  def __post_init__(self):
+    counts = {
+      name: getattr(self, name)
+      for name in ('num_slots', 'page_size', 'num_pages', 'max_length', 'read')
+    }
+    prompts_lib.check_settings(counts, vocab_size=0, ids={})
+    if self.page_size & (self.page_size - 1):
+      raise ValueError(
+        f'page_size={self.page_size}; it must be a power of two, such as 32.'
+      )
+    if self.max_waiting < 0:
+      raise ValueError(f'max_waiting={self.max_waiting}; it is 0 or more.')
+    if not self.chunks or min(self.chunks) < 1:
+      raise ValueError(f'chunks={self.chunks}; give sizes of 1 or more.')
+    prompts_lib.check_cache_dtype(self.cache_dtype)

@@ -9,11 +9,9 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from collections.abc import Sequence
 import contextlib
 import dataclasses
 import hmac
-import json
 import logging
 import secrets
 import time
@@ -33,7 +31,10 @@ from t2x.serving import metrics as metrics_lib
 from t2x.serving import page
 from t2x.serving import protocol
 from t2x.serving import runner as runner_lib
+from t2x.serving import sending
 from t2x.serving import writer as writer_lib
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,23 +53,6 @@ class AppConfig:
   max_body: int = 1 << 20
   body_seconds: float = 30.0
   hosts: tuple[str, ...] = ('*',)
-
-
-class Refused(Exception):
-  """A request that is answered with an error.
-
-  Attributes:
-    status: of HTTP.
-    param: the field at fault.
-  """
-
-  def __init__(self, status: int, message: str, param: str | None = None):
-    super().__init__(message)
-    self.status, self.param = status, param
-
-
-_LOG = logging.getLogger(__name__)
-_TYPES = {401: 'authentication_error', 429: 'rate_limit_error'}
 
 
 def make(
@@ -99,13 +83,13 @@ def make(
       route('/v1/chat/completions', server.chats, methods=['POST']),
     ],
     exception_handlers={
-      Refused: _refusal,
-      exceptions.HTTPException: _http_error,
-      Exception: _unexpected,
+      sending.Refused: sending.refusal,
+      exceptions.HTTPException: sending.http_error,
+      Exception: sending.unexpected,
     },
   )
   app.state.runner = runner
-  app.add_middleware(_Counting, metrics=metrics)
+  app.add_middleware(sending.Counting, metrics=metrics)
   app.add_middleware(
     trustedhost.TrustedHostMiddleware, allowed_hosts=list(config.hosts)
   )
@@ -162,7 +146,7 @@ class _Server:
     self._check_key(request)
     body = _parsed(form, await self._read(request))
     if body.model not in (None, '', self._writer.name):
-      raise Refused(
+      raise sending.Refused(
         404,
         f'There is no model {body.model!r} here; it is {self._writer.name!r}.',
         'model',
@@ -172,11 +156,11 @@ class _Server:
       job = await asyncio.to_thread(self._writer.job, body)
       choices = self._writer.start(job, self._runner)
     except engine_lib.Overloaded as error:
-      raise Refused(429, str(error)) from None
+      raise sending.Refused(429, str(error)) from None
     except runner_lib.Stopped as error:
-      raise Refused(503, str(error)) from None
+      raise sending.Refused(503, str(error)) from None
     except ValueError as error:
-      raise Refused(400, str(error)) from None
+      raise sending.Refused(400, str(error)) from None
     make_form = answers.Chats if is_chat else answers.Completions
     form = make_form(self._writer.token_bytes, job.num_top)
     shell = {
@@ -187,10 +171,10 @@ class _Server:
     if body.stream:
       options = body.stream_options or protocol.StreamOptions()
       events = self._events(form, shell, job, choices, options.include_usage)
-      return _EventStream(events, choices)
-    with _cancelling(choices):
+      return sending.EventStream(events, choices)
+    with sending.cancelling(choices):
       whole = asyncio.gather(*(_whole(choice) for choice in choices))
-      done = await _unless_gone(request, whole)
+      done = await sending.unless_gone(request, whole)
     found = [form.choice(delta, is_chunk=False) for delta in done]
     return responses.JSONResponse(
       {
@@ -211,15 +195,15 @@ class _Server:
       if (opening := form.opening(choice.index)) is not None:
         yield chunk(opening)
     try:
-      async for delta in _merged(choices):
+      async for delta in sending.merged(choices):
         if delta.text or delta.reason or job.num_top is not None:
           yield chunk(form.choice(delta, is_chunk=True))
     except answers.Failed as error:
-      yield _error(400 if error.is_own_fault else 500, str(error))
+      yield sending.error_body(400 if error.is_own_fault else 500, str(error))
       return
     except Exception:
       _LOG.exception('A stream failed.')
-      yield _error(500, 'The server failed.')
+      yield sending.error_body(500, 'The server failed.')
       return
     if with_usage:
       used = answers.usage(job.num_prompt, choices)
@@ -234,7 +218,7 @@ class _Server:
     if not hmac.compare_digest(
       given.encode('latin-1'), f'Bearer {key}'.encode()
     ):
-      raise Refused(
+      raise sending.Refused(
         401, 'The API key is missing or wrong: Authorization: Bearer KEY.'
       )
 
@@ -242,11 +226,11 @@ class _Server:
     """Returns a body that is JSON by its type, not too long nor too slow."""
     kind = request.headers.get('content-type', '').split(';')[0].strip()
     if kind != 'application/json':
-      raise Refused(
+      raise sending.Refused(
         415, f'The content type is {kind!r}; send application/json.'
       )
     most = self._config.max_body
-    too_long = Refused(413, f'The body has more than {most} bytes.')
+    too_long = sending.Refused(413, f'The body has more than {most} bytes.')
     length = request.headers.get('content-length', '0')
     if length.isdigit() and int(length) > most:
       raise too_long
@@ -259,11 +243,11 @@ class _Server:
             raise too_long
           parts.append(part)
     except TimeoutError:
-      raise Refused(
+      raise sending.Refused(
         408, f'The body did not arrive in {self._config.body_seconds:g} s.'
       ) from None
     except requests.ClientDisconnect:
-      raise Refused(499, 'The client has gone.') from None
+      raise sending.Refused(499, 'The client has gone.') from None
     return b''.join(parts)
 
 
@@ -272,7 +256,7 @@ def _parsed(form: Any, data: bytes) -> Any:
     return form.model_validate_json(data)
   except pydantic.ValidationError as error:
     message, field = protocol.explain(error)
-    raise Refused(400, message, field) from None
+    raise sending.Refused(400, message, field) from None
 
 
 async def _whole(choice: answers.Choice) -> answers.Delta:
@@ -280,156 +264,4 @@ async def _whole(choice: answers.Choice) -> answers.Delta:
     return answers.joined([delta async for delta in choice.deltas()])
   except answers.Failed as error:
     status = 400 if error.is_own_fault else 500
-    raise Refused(status, str(error)) from None
-
-
-async def _merged(
-  choices: Sequence[answers.Choice],
-) -> AsyncIterator[answers.Delta]:
-  """Yields the deltas of all choices as they come."""
-  queue: asyncio.Queue[Any] = asyncio.Queue()
-
-  async def follow(choice):
-    try:
-      async for delta in choice.deltas():
-        queue.put_nowait(delta)
-    except Exception as error:
-      queue.put_nowait(error)
-
-  tasks = [asyncio.create_task(follow(choice)) for choice in choices]
-  try:
-    left = len(tasks)
-    while left:
-      delta = await queue.get()
-      if isinstance(delta, Exception):
-        raise delta
-      left -= delta.reason is not None
-      yield delta
-  finally:
-    for task in tasks:
-      task.cancel()
-
-
-async def _unless_gone(request: requests.Request, work: asyncio.Future) -> Any:
-  """Returns what some work gives, unless the client goes before."""
-  gone = asyncio.create_task(_gone(request.receive))
-  try:
-    await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-    if not work.done():
-      raise Refused(499, 'The client has gone.')
-    return work.result()
-  finally:
-    gone.cancel()
-    work.cancel()
-    await asyncio.gather(gone, work, return_exceptions=True)
-
-
-async def _gone(receive) -> None:
-  while (await receive())['type'] != 'http.disconnect':
-    pass
-
-
-@contextlib.contextmanager
-def _cancelling(choices: Sequence[answers.Choice]):
-  """Ends the texts that are not over, whatever happens."""
-  try:
-    yield
-  finally:
-    for choice in choices:
-      choice.stream.cancel()
-
-
-class _Counting:
-  """Counts requests to /v1 by the status of their answers."""
-
-  def __init__(self, app, metrics: metrics_lib.Metrics):
-    self._app, self._metrics = app, metrics
-
-  async def __call__(self, scope, receive, send) -> None:
-    paths = ('/v1/completions', '/v1/chat/completions', '/v1/models')
-    if scope['type'] != 'http' or scope['path'] not in paths:
-      await self._app(scope, receive, send)
-      return
-
-    async def counted(message):
-      if message['type'] == 'http.response.start':
-        self._metrics.requests.labels(scope['path'], message['status']).inc()
-      await send(message)
-
-    try:
-      await self._app(scope, receive, counted)
-    except Exception:  # Answered with 500 further out.
-      self._metrics.requests.labels(scope['path'], 500).inc()
-      raise
-
-
-class _EventStream(responses.Response):
-  """Server-sent events; where the client goes, its texts end."""
-
-  def __init__(self, events: AsyncIterator[Any], choices):
-    super().__init__(media_type='text/event-stream')
-    self._events, self._choices = events, choices
-
-  async def __call__(self, scope, receive, send) -> None:
-    del scope
-    headers = [
-      (b'content-type', b'text/event-stream; charset=utf-8'),
-      (b'cache-control', b'no-store'),
-      (b'x-accel-buffering', b'no'),  # Proxies would hold events back.
-    ]
-    start = {'type': 'http.response.start', 'status': 200, 'headers': headers}
-
-    async def pump():
-      await send(start)
-      part = lambda text, more: send(
-        {
-          'type': 'http.response.body',
-          'body': f'data: {text}\n\n'.encode(),
-          'more_body': more,
-        }
-      )
-      async for event in self._events:
-        await part(json.dumps(event), True)
-      await part('[DONE]', False)
-
-    with _cancelling(self._choices):
-      tasks = {asyncio.create_task(pump()), asyncio.create_task(_gone(receive))}
-      try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-      finally:
-        for task in tasks:
-          task.cancel()
-        for found in await asyncio.gather(*tasks, return_exceptions=True):
-          if isinstance(found, Exception):
-            _LOG.warning('A stream broke off: %r', found)
-
-
-def _error(status: int, message: str, param: str | None = None):
-  kind = 'invalid_request_error' if status < 500 else 'server_error'
-  return {
-    'error': {
-      'message': message,
-      'type': _TYPES.get(status, kind),
-      'param': param,
-      'code': None,
-    }
-  }
-
-
-async def _refusal(request, error: Any) -> responses.Response:
-  del request
-  headers = {'Retry-After': '1'} if error.status == 429 else None
-  body = _error(error.status, str(error), error.param)
-  return responses.JSONResponse(body, error.status, headers)
-
-
-async def _http_error(request, error: Any) -> responses.Response:
-  body = _error(
-    error.status_code, f'{request.method} {request.url.path}: {error.detail}.'
-  )
-  return responses.JSONResponse(body, error.status_code, error.headers)
-
-
-async def _unexpected(request, error: Any) -> responses.Response:
-  del request, error  # It is in the log.
-  return responses.JSONResponse(_error(500, 'The server failed.'), 500)
+    raise sending.Refused(status, str(error)) from None

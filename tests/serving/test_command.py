@@ -7,10 +7,7 @@ import sys
 
 import httpx
 import pytest
-import tiny
-
-from t2x import report
-from t2x import train
+import serving_run
 
 _ROOT = os.path.join(os.path.dirname(__file__), '..', '..')
 
@@ -37,15 +34,12 @@ def ended(script, *flags):
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
   directory = tmp_path_factory.mktemp('run')
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(report, 'write', lambda workdir: None)
-    config = tiny.experiment_of(
-      directory,
-      train__num_steps=2,
-      data__length=256,
-      model__position__max_length=256,
-    )
-    train.train(config, str(directory / 'run'), show=False)
+  serving_run.trained_of(
+    directory,
+    train__num_steps=2,
+    data__length=256,
+    model__position__max_length=256,
+  )
   return str(directory / 'run')
 
 

@@ -10,11 +10,8 @@ import httpx
 import openai
 import pytest
 import serving_run
-import tiny
 
 from t2x import inference
-from t2x import report
-from t2x import train
 from t2x.decode import engine as engine_lib
 from t2x.decode import sampling
 from t2x.serving import app as app_lib
@@ -24,16 +21,11 @@ SLOW = 0.02  # Seconds that each step takes here, at least.
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-  directory = tmp_path_factory.mktemp('run')
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(report, 'write', lambda workdir: None)
-    config = tiny.experiment_of(
-      directory,
-      train__num_steps=2,
-      model__position__max_length=512,
-    )
-    train.train(config, str(directory / 'run'), show=False)
-  return inference.load(str(directory / 'run'))
+  return serving_run.trained_of(
+    tmp_path_factory.mktemp('run'),
+    train__num_steps=2,
+    model__position__max_length=512,
+  )
 
 
 @pytest.fixture(scope='module')

@@ -5,11 +5,8 @@ import shutil
 
 import pytest
 import serving_run
-import tiny
 
 from t2x import inference
-from t2x import report
-from t2x import train
 from t2x.serving import app as app_lib
 
 _BROWSER = shutil.which('chromium') or shutil.which('google-chrome')
@@ -19,12 +16,9 @@ pytestmark = pytest.mark.skipif(not _BROWSER, reason='there is no Chromium')
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-  directory = tmp_path_factory.mktemp('run')
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(report, 'write', lambda workdir: None)
-    config = tiny.experiment_of(directory, train__num_steps=30, data__length=64)
-    train.train(config, str(directory / 'run'), show=False)
-  return inference.load(str(directory / 'run'))
+  return serving_run.trained_of(
+    tmp_path_factory.mktemp('run'), train__num_steps=30, data__length=64
+  )
 
 
 @pytest.fixture(scope='module')

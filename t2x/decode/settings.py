@@ -1,0 +1,271 @@
+"""How tokens are drawn: the settings of a text, and those of a batch as arrays.
+
+Shape suffixes: B batch, V vocabulary, M words, W tokens of a word.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from t2x.decode import processors
+from t2x.decode import prompts as prompts_lib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+  """How the next token is drawn; the default is the model's distribution.
+
+  >>> SamplingConfig(temperature=0.8, top_p=0.9).top_p
+  0.9
+
+  Attributes:
+    temperature: logits are divided by it; 0 takes the most likely token.
+    top_k: only the k most likely tokens stay; None keeps all.
+    top_p: of these, only the smallest set of the most likely tokens whose
+      probabilities sum to at least p stays; None keeps all.
+    min_p: only tokens of at least p times the largest probability stay.
+    typical_p: only tokens whose surprise is nearest to the entropy stay, the
+      smallest set that sums to at least p.
+    repetition_penalty: divides positive logits of tokens that the prompt or
+      the text holds, and multiplies negative ones.
+    presence_penalty: is subtracted from logits of tokens already written.
+    frequency_penalty: the same, times how often they were.
+    min_tokens: so many tokens come before an end token may.
+    bias: token id -> added to its logit; -inf bans it.
+    banned: words, as token ids, that are never completed.
+    calibration: logits are divided by it before all else, and the
+      log-probabilities that are reported as well; see `t2x.calibration`.
+  """
+
+  temperature: float = 1.0
+  top_k: int | None = None
+  top_p: float | None = None
+  min_p: float | None = None
+  typical_p: float | None = None
+  repetition_penalty: float = 1.0
+  presence_penalty: float = 0.0
+  frequency_penalty: float = 0.0
+  min_tokens: int = 0
+  bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+  banned: Sequence[Sequence[int]] = ()
+  calibration: float = 1.0
+
+  def __post_init__(self):
+    if not (math.isfinite(self.temperature) and self.temperature >= 0):
+      raise ValueError(
+        f'sampling.temperature={self.temperature}; it must be 0 (the most '
+        'likely token) or a positive number (1 is the model itself).'
+      )
+    if not 0 < self.calibration < math.inf:
+      raise ValueError(
+        f'sampling.calibration={self.calibration}; it must be above 0; 1 '
+        'leaves the model as it is.'
+      )
+    if self.top_k is not None and self.top_k < 1:
+      raise ValueError(
+        f'sampling.top_k={self.top_k}; it must be 1 or more, or none to keep '
+        'every token.'
+      )
+    for name in ('top_p', 'min_p', 'typical_p'):
+      value = getattr(self, name)
+      if value is not None and not 0 < value <= 1:
+        raise ValueError(
+          f'sampling.{name}={value}; it must be in (0, 1], or none to keep '
+          'every token.'
+        )
+    if not 0 < self.repetition_penalty < math.inf:
+      raise ValueError(
+        f'sampling.repetition_penalty={self.repetition_penalty}; it must be '
+        'above 0; 1 changes nothing.'
+      )
+    for name in ('presence_penalty', 'frequency_penalty'):
+      if not math.isfinite(getattr(self, name)):
+        raise ValueError(
+          f'sampling.{name}={getattr(self, name)}; it must be a number; 0 '
+          'changes nothing.'
+        )
+    if self.min_tokens < 0:
+      raise ValueError(
+        f'sampling.min_tokens={self.min_tokens}; it is 0 or more.'
+      )
+    if any(math.isnan(x) or x > 1e30 for x in self.bias.values()):
+      raise ValueError(
+        'sampling.bias holds what is no number, or inf; -inf bans a token.'
+      )
+    if any(not len(word) for word in self.banned):
+      raise ValueError(
+        'sampling.banned holds a word without tokens, which would ban all.'
+      )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows:
+  """Settings of each row, as arrays; None where no row asks for them.
+
+  Attributes are those of `SamplingConfig`; a temperature of None is 0
+  everywhere. `words_BMW` are flush right; `most_k` is at least every k.
+  """
+
+  temperature_B: Any = None
+  top_k_B: Any = None
+  top_p_B: Any = None
+  min_p_B: Any = None
+  typical_B: Any = None
+  repetition_B: Any = None
+  presence_B: Any = None
+  frequency_B: Any = None
+  min_tokens_B: Any = None
+  bias_BV: Any = None
+  words_BMW: Any = None
+  calibration_B: Any = None
+  most_k: int | None = dataclasses.field(
+    default=None, metadata={'static': True}
+  )
+
+
+def rows(
+  configs: Sequence[SamplingConfig], num_rows: int, vocab_size: int
+) -> Rows:
+  """Returns the settings of a batch.
+
+  Args:
+    configs: of each row, or one for all.
+    num_rows: of the padded batch.
+    vocab_size: what ids must stay below.
+
+  Raises:
+    ValueError: a bias or a banned word with an id outside the vocabulary.
+  """
+  configs = [configs[min(i, len(configs) - 1)] for i in range(num_rows)]
+  for config in configs:
+    _check_ids(config, vocab_size)
+  plain = SamplingConfig()
+
+  def column(name: str, dtype, empty: Any = None):
+    values = [getattr(config, name) for config in configs]
+    if all(value == getattr(plain, name) for value in values):
+      return None
+    return np.array([empty if v is None else v for v in values], dtype)
+
+  temperature_B = np.array([c.temperature for c in configs], np.float32)
+  counts = [
+    column(f'{n}_penalty', np.float32) for n in ('presence', 'frequency')
+  ]
+  if any(column is not None for column in counts):
+    zeros = np.zeros(num_rows, np.float32)
+    counts = [zeros if column is None else column for column in counts]
+  ks = [config.top_k for config in configs if config.top_k is not None]
+  return Rows(
+    temperature_B=temperature_B if temperature_B.any() else None,
+    top_k_B=column('top_k', np.int32, vocab_size),
+    # Rounded up, so that few programs serve every k.
+    most_k=prompts_lib.power_of_two(max(ks)) if len(ks) == num_rows else None,
+    top_p_B=column('top_p', np.float32, 1.0),
+    min_p_B=column('min_p', np.float32, 0.0),
+    typical_B=column('typical_p', np.float32, 1.0),
+    repetition_B=column('repetition_penalty', np.float32),
+    presence_B=counts[0],
+    frequency_B=counts[1],
+    min_tokens_B=column('min_tokens', np.int32),
+    bias_BV=_bias(configs, vocab_size),
+    words_BMW=_words(configs),
+    calibration_B=column('calibration', np.float32),
+  )
+
+
+def few(settings: Rows, vocab_size: int) -> Rows:
+  """Returns settings that draw the same, in one of few forms.
+
+  Where one of several settings is asked for, its companions are given as well,
+  with values that change nothing. Banned words apart there are ten forms:
+  greedy; drawn; with top-p and min-p; these two with a top-k up to 64, up to
+  256 and above; and everything.
+  """
+  plain = {field.name: None for field in dataclasses.fields(Rows)}
+  rare = ('typical_B', 'repetition_B', 'presence_B', 'frequency_B')
+  rare = (*rare, 'min_tokens_B', 'bias_BV')
+  common = ('top_p_B', 'min_p_B')
+  given = lambda names: any(getattr(settings, n) is not None for n in names)
+  if settings.temperature_B is None and not given(rare):
+    kept = 'words_BMW', 'calibration_B'
+    own = {name: getattr(settings, name) for name in kept}
+    if own['words_BMW'] is not None:
+      own['words_BMW'] = _padded(own['words_BMW'])
+    return Rows(**plain | own)
+  B = len(jax.tree.leaves(settings)[0])
+  full = lambda value, kind: np.full(B, value, kind)
+  neutral: dict[str, Any] = {}
+  if given((*common, *rare)):
+    neutral |= {name: full(x, np.float32) for name, x in zip(common, (1, 0))}
+  if given(rare):
+    zeros = ('temperature_B', 'presence_B', 'frequency_B')
+    neutral |= {name: full(0, np.float32) for name in zeros}
+    ones = ('typical_B', 'repetition_B')
+    neutral |= {name: full(1, np.float32) for name in ones}
+    neutral['top_k_B'] = full(vocab_size, np.int32)
+    neutral['min_tokens_B'] = full(0, np.int32)
+    neutral['bias_BV'] = np.zeros((B, vocab_size), np.float32)
+  new = {n: x for n, x in neutral.items() if getattr(settings, n) is None}
+  if settings.words_BMW is not None:
+    new['words_BMW'] = _padded(settings.words_BMW)
+  most_k = None
+  if settings.most_k is not None and not given(rare):
+    sizes = (64, processors.MOST_SORTED)
+    most_k = next((n for n in sizes if settings.most_k <= n), None)
+  return dataclasses.replace(settings, most_k=most_k, **new)
+
+
+def _padded(words_BMW: np.ndarray) -> np.ndarray:
+  """Returns banned words in one of few shapes, still flush right."""
+  _, M, W = words_BMW.shape
+  size = lambda n, sizes: next((s for s in sizes if n <= s), n)
+  more = size(M, (16, 128)) - M, size(W, (4, 16)) - W
+  pads = (0, 0), (0, more[0]), (more[1], 0)
+  return np.pad(words_BMW, pads, constant_values=processors.NONE)
+
+
+def _check_ids(config: SamplingConfig, vocab_size: int) -> None:
+  banned = {i for i, value in config.bias.items() if value == -math.inf}
+  banned |= {word[0] for word in config.banned if len(word) == 1}
+  if len(banned) >= vocab_size:
+    raise ValueError(
+      f'sampling.bias and banned leave none of {vocab_size} tokens to draw.'
+    )
+  words = (i for word in config.banned for i in word)
+  for name, ids in (('bias', config.bias), ('banned', words)):
+    for i in ids:
+      if not 0 <= i < vocab_size:
+        raise ValueError(
+          f'sampling.{name} names the token id {i}, and the vocabulary has '
+          f'{vocab_size} tokens, 0 to {vocab_size - 1}.'
+        )
+
+
+def _bias(configs, vocab_size: int) -> np.ndarray | None:
+  if not any(config.bias for config in configs):
+    return None
+  bias_BV = np.zeros((len(configs), vocab_size), np.float32)
+  for row, config in zip(bias_BV, configs):
+    row[list(config.bias)] = list(config.bias.values())
+  return bias_BV
+
+
+def _words(configs) -> np.ndarray | None:
+  """Returns banned words; numbers and lengths are rounded up to few shapes."""
+  longest = max((len(w) for c in configs for w in c.banned), default=0)
+  if not longest:
+    return None
+  most = max(len(config.banned) for config in configs)
+  up = prompts_lib.power_of_two
+  shape = len(configs), up(most), up(longest)
+  words_BMW = np.full(shape, processors.NONE, np.int32)
+  for words_MW, config in zip(words_BMW, configs):
+    for row, word in zip(words_MW, config.banned):
+      row[-len(word) :] = word
+  return words_BMW
