@@ -38,7 +38,7 @@ EXTRAS = {
     'uvicorn>=0.32',
   ],
   # Programs of jax.export in files: scripts/export_model.py.
-  'export': ['flatbuffers>=24.3'],
+  'export': ['flatbuffers>=24.3', 'tokenizers>=0.21'],
   # Tests that drive a page, in a browser that is installed.
   'browser': ['playwright>=1.45'],
   'notebook': ['ipykernel>=6.29', 'jupyterlab>=4.2'],
@@ -69,7 +69,7 @@ EXTRAS = {
   # The GPU compiler, which needs no GPU: JAX's plugin of JAX's own version. It
   # compiles without CUDA, and without its runtime says so at every start.
   'plan-gpu': ['jax[cuda13-local]', 'nvidia-cuda-runtime>=13.0'],
-  'bench': ['psutil>=6.0', 'torch==2.13.0', 'transformers>=5.0'],
+  'bench': ['httpx>=0.27', 'psutil>=6.0', 'torch==2.13.0', 'transformers>=5.0'],
   # Other libraries that tests compare with, and an emulated object store.
   'reference': [
     'gcp-storage-emulator>=2026.7',

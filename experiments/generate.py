@@ -175,8 +175,8 @@ def _wanted() -> dict[str, Any]:
     if flag.value is not None:
       try:
         wanted[name] = pathlib.Path(flag.value).read_text(encoding='utf-8')
-      except UnicodeDecodeError as error:
-        sys.exit(f'error: {flag.value} is no text in UTF-8: {error}')
+      except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f'error: --{flag.name}: {error}')
   if _KEYWORD.value:
     wanted['keywords'] = _KEYWORD.value
   if wanted and _IGNORE_END.value:

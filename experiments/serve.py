@@ -13,8 +13,10 @@ It serves this machine alone unless --host says otherwise; then give a key, in
 the environment variable T2X_API_KEY.
 """
 
+import importlib.util
 import os
 import pathlib
+import sys
 
 from absl import flags
 
@@ -52,7 +54,23 @@ flags.DEFINE_string('workdir', None, 'The run.')
 main.define_set_flag()
 
 
+_PACKAGES = 'starlette', 'uvicorn', 'pydantic', 'prometheus_client', 'jinja2'
+
+
 def serve() -> None:
+  missing = [n for n in _PACKAGES if importlib.util.find_spec(n) is None]
+  if missing:
+    sys.exit(
+      f'error: a server needs {", ".join(missing)}, not installed here: bash '
+      'scripts/setup.sh serve'
+    )
+  try:
+    _serve()
+  except KeyboardInterrupt:  # While it starts.
+    sys.exit('error: stopped before it served anything.')
+
+
+def _serve() -> None:
   from t2x import inference
   from t2x.decode import engine
   from t2x.serving import server
@@ -60,7 +78,10 @@ def serve() -> None:
   directory = main.workdir()
   template = None
   if _TEMPLATE.value:
-    template = pathlib.Path(_TEMPLATE.value).read_text()
+    try:
+      template = pathlib.Path(_TEMPLATE.value).read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+      sys.exit(f'error: --chat_template: {error}')
   config = engine.EngineConfig(
     num_slots=_SLOTS.value,
     max_waiting=_WAITING.value,

@@ -4,6 +4,8 @@ python experiments/serve.py --workdir=RUN --port=8000 &
 python scripts/bench_serve.py --url=http://127.0.0.1:8000 [--clients=32]
     [--requests=300] [--faults=0.3] [--json]
 
+Needs: bash scripts/setup.sh serve bench
+
 Clients in parallel stream greedy completions of mixed lengths, some of whose
 prompts begin alike. A share of the requests is faulty: clients that go while
 they are answered, that read slowly, that send half a body, no JSON, a giant
@@ -17,13 +19,12 @@ faulty ones were answered.
 import argparse
 import asyncio
 import collections
+import importlib.util
 import json
 import random
 import statistics
 import sys
 import time
-
-import httpx
 
 _WORDS = 'the function returns a list of values and then it stops when'.split()
 _FAULTS = {
@@ -48,6 +49,10 @@ def main() -> None:
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--json', action='store_true')
   args = parser.parse_args()
+  if importlib.util.find_spec('httpx') is None:
+    sys.exit('httpx is missing: bash scripts/setup.sh bench')
+  import httpx
+
   try:
     found = asyncio.run(run(args))
   except httpx.TransportError as error:
@@ -74,6 +79,8 @@ def body_of(rng: random.Random, most: int) -> dict:
 
 
 async def run(args) -> dict:
+  import httpx
+
   rng = random.Random(args.seed)
   jobs = [
     (
@@ -171,6 +178,8 @@ async def good(client, body, first, between) -> str:
 
 async def faulty(client, fault: str, body: dict) -> int:
   """Does something wrong; returns the status of the answer, or 0."""
+  import httpx
+
   post = lambda **kwargs: client.post('/v1/completions', **kwargs)
   kind = {'content-type': 'application/json'}
   if fault in ('vanish', 'slow'):

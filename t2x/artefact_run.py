@@ -150,12 +150,12 @@ def main():
   tokenizer = None
   if args.prompt:
     file = os.path.join(directory, 'tokenizer.json')
+    if not os.path.exists(file):
+      sys.exit('error: this artefact has no tokenizer.json; give --ids=5,17.')
     try:
       import tokenizers
     except ImportError:
       sys.exit('error: text needs the package tokenizers; or give --ids=5,17.')
-    if not os.path.exists(file):
-      sys.exit('error: there is no tokenizer.json here; give --ids=5,17.')
     tokenizer = tokenizers.Tokenizer.from_file(file)
     for text in args.prompt:
       ids = tokenizer.encode(text, add_special_tokens=False).ids

@@ -268,9 +268,8 @@ class Controls:
     if not names:
       return None
     if keywords:
-      tokenizer = self._trained.tokenizer
       return keywords_lib.Keywords(
-        [inference.word_ids(tokenizer, [word]) for word in keywords],
+        inference.keyword_ids(self._trained.tokenizer, keywords),
         num_tokens=num_tokens,
         vocab_size=self._size,
         ends=self._trained.end_ids,

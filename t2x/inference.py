@@ -244,7 +244,7 @@ def search_text(
       beams=beams,
       num_best=num_best,
       sampling=calibrated(trained, sampling),
-      words=[word_ids(trained.tokenizer, [word]) for word in keywords],
+      words=keyword_ids(trained.tokenizer, keywords),
       **_options(trained, False, max_length),
     )
   found = []
@@ -289,6 +289,21 @@ def word_ids(tokenizer: tokenizers.Tokenizer, words: Sequence[str]):
   forms = [form for word in words for form in (word, f' {word}')]
   found = [tuple(ids) for ids in tokenizer.encode_batch(forms) if ids]
   return tuple(dict.fromkeys(found))
+
+
+def keyword_ids(tokenizer: tokenizers.Tokenizer, words: Sequence[str]):
+  """Returns the forms of each word that a text must hold.
+
+  With the space before it, so that it is no part of the word before, but where
+  the word itself begins with a space or a mark.
+  """
+  pieces = tokenizer.token_bytes()
+  result = []
+  for word in words:
+    forms = word_ids(tokenizer, [word])
+    spaced = [ids for ids in forms if pieces[ids[0]][:1].isspace()]
+    result.append(spaced if spaced and word[0].isalnum() else list(forms))
+  return result
 
 
 def _answers(trained: Trained) -> bool:

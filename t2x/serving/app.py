@@ -79,6 +79,7 @@ def make(
       route('/health', server.health),
       route('/metrics', server.metrics),
       route('/v1/models', server.models),
+      route('/v1/models/{name:path}', server.model),
       route('/v1/completions', server.completions, methods=['POST']),
       route('/v1/chat/completions', server.chats, methods=['POST']),
     ],
@@ -127,14 +128,22 @@ class _Server:
 
   async def models(self, request: requests.Request) -> responses.Response:
     self._check_key(request)
-    model = {
+    data = {'object': 'list', 'data': [self._model()]}
+    return responses.JSONResponse(data)
+
+  async def model(self, request: requests.Request) -> responses.Response:
+    self._check_key(request)
+    self._check_name(request.path_params['name'])
+    return responses.JSONResponse(self._model())
+
+  def _model(self) -> dict[str, Any]:
+    return {
       'id': self._writer.name,
       'object': 'model',
       'created': self._started,
       'owned_by': 't2x',
       'max_model_len': self._runner.engine.max_length,
     }
-    return responses.JSONResponse({'object': 'list', 'data': [model]})
 
   async def completions(self, request: requests.Request):
     return await self._answer(request, protocol.CompletionBody, False)
@@ -145,12 +154,7 @@ class _Server:
   async def _answer(self, request: requests.Request, form: Any, is_chat: bool):
     self._check_key(request)
     body = _parsed(form, await self._read(request))
-    if body.model not in (None, '', self._writer.name):
-      raise sending.Refused(
-        404,
-        f'There is no model {body.model!r} here; it is {self._writer.name!r}.',
-        'model',
-      )
+    self._check_name(body.model)
     try:
       # Prompts are cut into tokens and grammars compiled beside the loop.
       job = await asyncio.to_thread(self._writer.job, body)
@@ -209,6 +213,14 @@ class _Server:
       used = answers.usage(job.num_prompt, choices)
       yield {**shell, 'choices': [], 'usage': used}
 
+  def _check_name(self, name: str | None) -> None:
+    if name not in (None, '', self._writer.name):
+      raise sending.Refused(
+        404,
+        f'There is no model {name!r} here; it is {self._writer.name!r}.',
+        'model',
+      )
+
   def _check_key(self, request: requests.Request) -> None:
     key = self._config.api_key
     if key is None:
@@ -255,7 +267,7 @@ def _parsed(form: Any, data: bytes) -> Any:
   try:
     return form.model_validate_json(data)
   except pydantic.ValidationError as error:
-    message, field = protocol.explain(error)
+    message, field = protocol.explain(error, form)
     raise sending.Refused(400, message, field) from None
 
 

@@ -5,6 +5,7 @@ has the names that other servers gave it. A field that is unknown, or that this
 server cannot honour, is an error and never ignored.
 """
 
+import difflib
 from typing import Annotated
 from typing import Any
 from typing import Literal
@@ -25,7 +26,9 @@ Ids = Annotated[list[int], pydantic.Field(min_length=1)]
 class Body(pydantic.BaseModel):
   """Any body: exact types, no unknown fields."""
 
-  model_config = pydantic.ConfigDict(extra='forbid', strict=True)
+  model_config = pydantic.ConfigDict(
+    extra='forbid', strict=True, allow_inf_nan=False
+  )
 
   @pydantic.model_validator(mode='before')
   @classmethod
@@ -55,7 +58,9 @@ class ResponseFormat(Body):
   @pydantic.model_validator(mode='after')
   def _has_schema(self):
     if (self.type == 'json_schema') != (self.json_schema is not None):
-      raise ValueError('json_schema comes with type json_schema, and it alone')
+      raise ValueError(
+        'type json_schema needs the field json_schema, and no other type has it'
+      )
     return self
 
 
@@ -148,7 +153,9 @@ class ChatBody(Common):
     return self
 
 
-def explain(error: pydantic.ValidationError) -> tuple[str, str | None]:
+def explain(
+  error: pydantic.ValidationError, form: type[Body]
+) -> tuple[str, str | None]:
   """Returns what is wrong with a body in one line, and the field."""
   first = error.errors(include_url=False, include_context=False)[0]
   place = [str(part) for part in first['loc']]
@@ -156,7 +163,16 @@ def explain(error: pydantic.ValidationError) -> tuple[str, str | None]:
   field = next(iter(place), None)
   if first['type'] == 'extra_forbidden':
     name = '.'.join(place)
-    return f'Unknown field {name!r}: this server has no such setting.', field
+    near = difflib.get_close_matches(name, form.model_fields, n=1)
+    hint = f' Did you mean {near[0]!r}?' if near else ''
+    return (
+      f'Unknown field {name!r}: this server has no such setting.{hint}',
+      field,
+    )
+  if field == 'tools':
+    return 'tools: this server has none; send no tools.', field
+  if place[0:1] == ['messages'] and 'content' in place:
+    return 'messages: the content must be text, alone or in parts.', field
   given = repr(first.get('input'))
   given = given if len(given) <= 60 else given[:57] + '...'
   if field is None:

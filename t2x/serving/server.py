@@ -1,7 +1,9 @@
 """Runs the interface of `app` for a trained model."""
 
+import contextlib
 import dataclasses
 import logging
+import signal
 import socket as socket_lib
 
 from t2x import inference
@@ -28,8 +30,8 @@ def bind(host: str, port: int) -> socket_lib.socket:
   except (OSError, OverflowError) as error:
     reason = getattr(error, 'strerror', None) or error
     raise ValueError(
-      f'Cannot listen on {host} port {port}: {reason}. Give another --port, or '
-      '0 for a free one.'
+      f'Cannot listen on {host} port {port} ({reason}). Give another --port, '
+      'or 0 for a free one.'
     ) from None
 
 
@@ -57,6 +59,12 @@ def make(
   """
   chat = chat_lib.Chat(trained.tokenizer, template)
   length = engine.max_length or trained.config.data.length
+  most = trained.config.model.max_length
+  if engine.max_length and most is not None and length > most:
+    raise ValueError(
+      f'max_length={length}, and the model has {most} positions. Give {most} '
+      'or fewer.'
+    )
   engine = dataclasses.replace(engine, max_length=length)
   metrics = metrics_lib.Metrics()
   context = lambda: inference.decoding(trained)
@@ -96,7 +104,7 @@ def serve(
     _LOG.warning(
       'Anyone who reaches %s may use this server: set T2X_API_KEY.', host
     )
-  config = app_lib.AppConfig(
+  allowed = app_lib.AppConfig(
     api_key=api_key,
     max_body=max_body,
     hosts=(*_LOOPBACK, *allowed_hosts) if is_local else allowed_hosts or ('*',),
@@ -107,16 +115,30 @@ def serve(
     engine=engine,
     template=template,
     max_tokens=max_tokens,
-    app=config,
+    app=allowed,
   )
   shown = f'[{host}]' if ':' in host else host
-  print(f'{name} is served at http://{shown}:{port}', flush=True)
-  server = uvicorn.Server(
-    uvicorn.Config(
-      made,
-      log_level='warning',
-      access_log=False,
-      timeout_graceful_shutdown=5,
-    )
+  line = f'{name} is served at http://{shown}:{port}'
+  config = uvicorn.Config(
+    made, log_level='warning', access_log=False, timeout_graceful_shutdown=5
   )
-  server.run(sockets=[socket])
+
+  class Server(uvicorn.Server):
+    """Says when it serves; a signal ends it, and is not raised again."""
+
+    async def startup(self, sockets=None) -> None:
+      await super().startup(sockets)
+      print(line, flush=True)
+
+    @contextlib.contextmanager
+    def capture_signals(self):
+      signals = signal.SIGINT, signal.SIGTERM
+      before = {s: signal.signal(s, self.handle_exit) for s in signals}
+      try:
+        yield
+      finally:
+        for number, handler in before.items():
+          signal.signal(number, handler)
+
+  Server(config).run(sockets=[socket])
+  print('The server has stopped.', flush=True)

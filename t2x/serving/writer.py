@@ -113,6 +113,11 @@ class Writer:
     made = []
     for number, prompt in enumerate(prompts):
       num_tokens = self._num_tokens(wanted, len(prompt))
+      if body.min_tokens > num_tokens:
+        raise ValueError(
+          f'min_tokens={body.min_tokens} is above the {num_tokens} new tokens '
+          'that the text may have.'
+        )
       control = self._control(body, num_tokens)
       for choice in range(body.n):
         made.append(

@@ -209,12 +209,15 @@ def test_keywords(client):
   assert all('zebra' in choice.text for choice in found.choices)
   assert all('no step' in choice.text for choice in found.choices)
   assert len({choice.text for choice in found.choices}) > 1
-  with pytest.raises(openai.BadRequestError, match='5 tokens, and the text'):
+  with pytest.raises(openai.BadRequestError, match='6 tokens, and the text'):
     ask(['zebra'], 4)
 
 
 def test_models_health_and_metrics(client, url):
   (model,) = client.models.list().data
+  assert client.models.retrieve('tiny') == model
+  with pytest.raises(openai.NotFoundError, match="no model 'other'"):
+    client.models.retrieve('other')
   assert model.id == 'tiny'
   assert httpx.get(f'{url}/health').json() == {'status': 'ok'}
   before = serving_run.figures(url)
@@ -264,6 +267,9 @@ WRONG = {
   ),
   'float': ({'prompt': 'a', 'n': 1.5}, 'n: '),
   'seed': ({'prompt': 'a', 'seed': 'x'}, 'seed: '),
+  'typo': ({'prompt': 'a', 'temprature': 1}, "Did you mean 'temperature'?"),
+  'min_above': ({'prompt': 'a', 'min_tokens': 30}, 'min_tokens=30 is above'),
+  'tools': ({'prompt': 'a', 'tools': [{}]}, 'send no tools'),
   'nothing': ('text', 'object'),
 }
 
