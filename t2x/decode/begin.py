@@ -128,12 +128,6 @@ def check(
       outside the vocabulary, or a setting out of range.
   """
   check_model(model)
-  least = getattr(model, 'least_chunk', 1)
-  if options.chunk < least:
-    raise ValueError(
-      f'chunk={options.chunk}; {type(model).__name__} reads prompts {least} '
-      'tokens or more at a time.'
-    )
   vocab_size = model.config.vocab_size
   ends = prompts_lib.ends(options.eos_id)
   ids: dict[str, Any] = {'pad_id': options.pad_id, 'start_id': options.start_id}
@@ -145,6 +139,12 @@ def check(
   }
   prompts_lib.check_settings(counts, vocab_size=vocab_size, ids=ids)
   prompts_lib.check_cache_dtype(options.cache_dtype)
+  least = getattr(model, 'least_chunk', 1)
+  if options.chunk < least:
+    raise ValueError(
+      f'chunk={options.chunk}; {type(model).__name__} reads prompts {least} '
+      'tokens or more at a time.'
+    )
   rows = prompts_lib.to_rows(prompts, vocab_size, options.start_id)
   positions = model.config.max_length
   limits = [n for n in (positions, options.max_length) if n is not None]

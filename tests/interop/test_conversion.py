@@ -497,12 +497,11 @@ def test_buffers_of_integers_are_ignored(checkpoints, tmp_path):
 def test_a_tokenizer_that_cannot_be_written_leaves_nothing(
   checkpoints, tmp_path, monkeypatch
 ):
-  from t2x.interop import tokenizer_file
 
   found = huggingface.read(str(checkpoints['gpt2'][0]))
   own = tokenizers.BytesTokenizer(tokenizers.Bytes())
   monkeypatch.setattr(
-    tokenizer_file, '_letters', lambda: list(map(chr, range(300, 556)))
+    tokenizers, 'byte_letters', lambda: list(map(chr, range(300, 556)))
   )
   with pytest.raises(ValueError, match='cannot be written as tokenizer.json'):
     huggingface.write(str(tmp_path / 'out'), found.model, own)
