@@ -88,18 +88,13 @@ def write(
     raise ValueError(f'{directory} is not empty. Name a new directory.')
   # In layers apart where they are faster, which is on CPUs.
   model = trained.writer if platforms == ('cpu',) else trained.model
-  length = min(
-    n
-    for n in (
-      max_length or trained.config.data.length,
-      trained.config.model.max_length,
-    )
-    if n is not None
-  )
+  positions = trained.config.model.max_length
+  wanted = max_length or trained.config.data.length
+  length = min(wanted, positions or wanted)
   capacity = -(-length // chunk) * chunk
   # An encoder takes no more positions than it has, padding or not.
   answers = isinstance(model, encoder_decoder.EncoderDecoder)
-  read = min(capacity, trained.config.model.max_length or capacity)
+  read = min(capacity, positions or capacity)
   shapes = _Shapes(
     rows=rows,
     capacity=capacity,
@@ -159,28 +154,19 @@ def _programs(model, shapes: _Shapes, platforms):
   def segments(count_B):
     return (jnp.arange(R)[None] < count_B[:, None]).astype(jnp.int32)
 
-  def read(weights, tokens_BS, count_B):
+  def caches_of(weights, tokens_BS, count_B):
     model = model_def.unflatten(weights)
     if answers:
       segments_BS = segments(count_B)
-      caches = loop.encode(model, tokens_BS, segments_BS, capacity=S)
-    else:
-      caches = loop.prefill(model, tokens_BS, count_B - 1, chunk=shapes.chunk)
-    return jax.tree.leaves(caches)
+      return loop.encode(model, tokens_BS, segments_BS, capacity=S)
+    return loop.prefill(model, tokens_BS, count_B - 1, chunk=shapes.chunk)
+
+  def read(*args):
+    return jax.tree.leaves(caches_of(*args))
 
   like = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), weights)
-  caches = jax.eval_shape(read, like, ids(B, R), ids(B))
-  caches_def = jax.tree.structure(
-    jax.eval_shape(
-      lambda w: (
-        loop.encode(
-          w, jnp.zeros((B, R), int), jnp.ones((B, R), int), capacity=S
-        )
-        if answers
-        else w.empty_caches(B, S)
-      ),
-      model,
-    )
+  caches, caches_def = jax.tree.flatten(
+    jax.eval_shape(caches_of, like, ids(B, R), ids(B))
   )
 
   def write(weights, caches, token_B, index_B, is_real_B, sources_B, drawn):

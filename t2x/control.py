@@ -114,10 +114,6 @@ class Rules:
       raise ValueError(f'The JSON schema cannot be read: {error}') from None
     return self._rule('The JSON schema', grammar)
 
-  def json_object(self) -> 'Rule':
-    """Returns the rule that a text is a JSON object."""
-    return self.json_schema({'type': 'object'})
-
   def _rule(self, what: str, grammar: str) -> 'Rule':
     matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0)
     rule = Rule(what, matcher, self._written_W, self.ends)
@@ -179,11 +175,6 @@ class Rule:
   def is_done(self) -> bool:
     """Whether the text is complete and nothing may follow but its end."""
     return self._is_done
-
-  @property
-  def may_end(self) -> bool:
-    """Whether the text is complete, as it is."""
-    return self._matcher.is_accepting()
 
   def copy(self) -> 'Rule':
     """Returns the rule after the same text, to be followed apart."""
@@ -269,7 +260,7 @@ class Controls:
       return None
     if keywords:
       return keywords_lib.Keywords(
-        inference.keyword_ids(self._trained.tokenizer, keywords),
+        inference.keyword_ids(self._trained, keywords),
         num_tokens=num_tokens,
         vocab_size=self._size,
         ends=self._trained.end_ids,
@@ -303,6 +294,7 @@ def generate_text(
   Raises:
     ValueError: as `Engine`; a control cannot be followed.
   """
+  streaming.check_stop(stop)
   drawn: Any = inference.calibrated(trained, sampling)
   config = engine_lib.EngineConfig(
     num_slots=min(len(prompts), 16),

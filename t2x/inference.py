@@ -70,6 +70,12 @@ class Trained:
     return self.ends or (self.tokenizer.eos_id,)
 
   @functools.cached_property
+  def token_bytes(self) -> list[bytes]:
+    """What each token of the model adds to a text; nothing if special."""
+    found = self.tokenizer.token_bytes()
+    return found + [b''] * (self.config.model.vocab_size - len(found))
+
+  @functools.cached_property
   def writer(self) -> Any:
     """The model in the form that writes token by token the fastest."""
     return prepared.prepare(self.model)
@@ -244,7 +250,7 @@ def search_text(
       beams=beams,
       num_best=num_best,
       sampling=calibrated(trained, sampling),
-      words=keyword_ids(trained.tokenizer, keywords),
+      words=keyword_ids(trained, keywords),
       **_options(trained, False, max_length),
     )
   found = []
@@ -291,16 +297,16 @@ def word_ids(tokenizer: tokenizers.Tokenizer, words: Sequence[str]):
   return tuple(dict.fromkeys(found))
 
 
-def keyword_ids(tokenizer: tokenizers.Tokenizer, words: Sequence[str]):
+def keyword_ids(trained: Trained, words: Sequence[str]):
   """Returns the forms of each word that a text must hold.
 
   With the space before it, so that it is no part of the word before, but where
   the word itself begins with a space or a mark.
   """
-  pieces = tokenizer.token_bytes()
+  pieces = trained.token_bytes
   result = []
   for word in words:
-    forms = word_ids(tokenizer, [word])
+    forms = word_ids(trained.tokenizer, [word])
     spaced = [ids for ids in forms if pieces[ids[0]][:1].isspace()]
     result.append(spaced if spaced and word[0].isalnum() else list(forms))
   return result

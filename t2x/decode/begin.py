@@ -147,8 +147,7 @@ def check(
     )
   rows = prompts_lib.to_rows(prompts, vocab_size, options.start_id)
   positions = model.config.max_length
-  limits = [n for n in (positions, options.max_length) if n is not None]
-  limit = min(limits, default=None)
+  limit = prompts_lib.limit(positions, options.max_length)
   more = (
     'use a model with more positions'
     if limit == positions

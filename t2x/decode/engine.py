@@ -24,13 +24,13 @@ from t2x.decode import pages as pages_lib
 from t2x.decode import processors
 from t2x.decode import prompts as prompts_lib
 from t2x.decode import rows as rows_lib
-from t2x.decode import sampling as sampling_lib
+from t2x.decode import settings as settings_lib
 from t2x.decode import steps
 from t2x.decode import texts as texts_lib
 from t2x.layers import kinds
 from t2x.models import decoder
 
-Sampling = sampling_lib.SamplingConfig
+Sampling = settings_lib.SamplingConfig
 EngineConfig = texts_lib.EngineConfig
 Request = texts_lib.Request
 Text = texts_lib.Text
@@ -72,8 +72,7 @@ class Engine:
     for kind in model.config.kinds:
       kinds.check_pages(kind)
     self.model, self.config = model, config
-    limits = model.config.max_length, config.max_length
-    length = min((n for n in limits if n is not None), default=None)
+    length = prompts_lib.limit(model.config.max_length, config.max_length)
     if length is None:
       raise ValueError(
         'The positions of the model have no limit: give max_length, the most '
@@ -138,7 +137,7 @@ class Engine:
       raise ValueError(
         f'num_top={request.num_top}; it must be 0 to {self.config.num_top}.'
       )
-    sampling_lib.rows([request.sampling], 1, vocab_size)
+    settings_lib.check_ids(request.sampling, vocab_size)
 
   def add(self, request: Request) -> Text:
     """Takes a request; its text comes about in the steps that follow.

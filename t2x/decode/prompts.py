@@ -87,6 +87,11 @@ def _to_row(number, prompt, vocab_size, start_id) -> np.ndarray:
   return row.astype(np.int32)
 
 
+def limit(*limits: int | None) -> int | None:
+  """Returns the least of some limits, of which None is none."""
+  return min((n for n in limits if n is not None), default=None)
+
+
 def check_text(
   lengths: Sequence[int], num_tokens: int, limit: int | None, more: str
 ) -> None:

@@ -102,6 +102,11 @@ def sample(
     Token ids (B,), int32. At temperature 0 the lowest id of equal ones.
   """
   logits_BV = shaped(logits_BV, settings, history, number_B, ends_BE)
+  return drawn(logits_BV, keys_B, settings)
+
+
+def drawn(logits_BV: jax.Array, keys_B: jax.Array, settings: Rows) -> jax.Array:
+  """As `sample`, of logits that `shaped` returned."""
   if settings.temperature_B is None:
     return processors.largest(logits_BV)
   uniform_B = jax.vmap(jax.random.uniform)(keys_B)

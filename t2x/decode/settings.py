@@ -144,7 +144,7 @@ def rows(
   """
   configs = [configs[min(i, len(configs) - 1)] for i in range(num_rows)]
   for config in configs:
-    _check_ids(config, vocab_size)
+    check_ids(config, vocab_size)
   plain = SamplingConfig()
 
   def column(name: str, dtype, empty: Any = None):
@@ -187,17 +187,17 @@ def few(settings: Rows, vocab_size: int) -> Rows:
   greedy; drawn; with top-p and min-p; these two with a top-k up to 64, up to
   256 and above; and everything.
   """
-  plain = {field.name: None for field in dataclasses.fields(Rows)}
+  if settings.words_BMW is not None:
+    words_BMW = _padded(settings.words_BMW)
+    settings = dataclasses.replace(settings, words_BMW=words_BMW)
   rare = ('typical_B', 'repetition_B', 'presence_B', 'frequency_B')
   rare = (*rare, 'min_tokens_B', 'bias_BV')
   common = ('top_p_B', 'min_p_B')
   given = lambda names: any(getattr(settings, n) is not None for n in names)
   if settings.temperature_B is None and not given(rare):
-    kept = 'words_BMW', 'calibration_B'
-    own = {name: getattr(settings, name) for name in kept}
-    if own['words_BMW'] is not None:
-      own['words_BMW'] = _padded(own['words_BMW'])
-    return Rows(**plain | own)
+    return Rows(
+      words_BMW=settings.words_BMW, calibration_B=settings.calibration_B
+    )
   B = len(jax.tree.leaves(settings)[0])
   full = lambda value, kind: np.full(B, value, kind)
   neutral: dict[str, Any] = {}
@@ -212,8 +212,6 @@ def few(settings: Rows, vocab_size: int) -> Rows:
     neutral['min_tokens_B'] = full(0, np.int32)
     neutral['bias_BV'] = np.zeros((B, vocab_size), np.float32)
   new = {n: x for n, x in neutral.items() if getattr(settings, n) is None}
-  if settings.words_BMW is not None:
-    new['words_BMW'] = _padded(settings.words_BMW)
   most_k = None
   if settings.most_k is not None and not given(rare):
     sizes = (64, processors.MOST_SORTED)
@@ -230,7 +228,8 @@ def _padded(words_BMW: np.ndarray) -> np.ndarray:
   return np.pad(words_BMW, pads, constant_values=processors.NONE)
 
 
-def _check_ids(config: SamplingConfig, vocab_size: int) -> None:
+def check_ids(config: SamplingConfig, vocab_size: int) -> None:
+  """Raises ValueError for ids outside the vocabulary, or if none is left."""
   banned = {i for i, value in config.bias.items() if value == -math.inf}
   banned |= {word[0] for word in config.banned if len(word) == 1}
   if len(banned) >= vocab_size:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from t2x.decode import begin
+from t2x.decode import prompts as prompts_lib
 from t2x.layers import block
 from t2x.layers import position as position_lib
 from t2x.models import decoder
@@ -264,12 +265,11 @@ def _joint(
       f'The models have vocabularies of {sizes} tokens; they must have one '
       'tokenizer in common.'
     )
-  limits = [model.config.max_length for model in others]
-  own = [limit - num_prefix for limit in limits if limit is not None]
-  most = min(own, default=None)
-  if most is None or most >= (base.config.max_length or most + 1):
+  least = prompts_lib.limit(*(model.config.max_length for model in others))
+  most = base.config.max_length
+  if least is None or (most is not None and most <= least - num_prefix):
     return base.config
-  position = position_lib.Learned(max_length=most)
+  position = position_lib.Learned(max_length=least - num_prefix)
   return dataclasses.replace(base.config, position=position)
 
 

@@ -102,17 +102,11 @@ def choose(
     jax.random.fold_in(jax.random.key(seed), row), number
   )
   controlled_BV = logits_BV if controls is None else controls(logits_BV)
-  token_B = sampling_lib.sample(
-    controlled_BV,
-    jax.vmap(key)(seed_B, row_B, number_B),
-    settings,
-    history,
-    number_B=number_B,
-    ends_BE=ends_BE,
-  )
   left_BV = sampling_lib.shaped(
     controlled_BV, settings, history, number_B, ends_BE
   )
+  keys_B = jax.vmap(key)(seed_B, row_B, number_B)
+  token_B = sampling_lib.drawn(left_BV, keys_B, settings)
   token_B = jnp.where(jnp.isfinite(left_BV.max(-1)), token_B, processors.NONE)
   logit_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
   log_prob_B = logit_B - jax.nn.logsumexp(logits_BV, axis=-1)

@@ -81,9 +81,7 @@ class Writer:
     self.name = name
     self._trained, self._chat, self._limits = trained, chat, limits
     self._max_length = max_length
-    vocab_size = trained.config.model.vocab_size
-    self.token_bytes = trained.tokenizer.token_bytes()
-    self.token_bytes += [b''] * (vocab_size - len(self.token_bytes))
+    self.token_bytes = trained.token_bytes
     self._ends = trained.end_ids
     self._controls = control_lib.Controls(trained)
 
