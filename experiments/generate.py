@@ -104,7 +104,7 @@ def generate() -> None:
     main.workdir(), step=_STEP.value, settings=flags.FLAGS.set
   )
   trained = _steered(trained)
-  banned = inference.word_ids(trained.tokenizer, _BANNED.value)
+  banned = trained.word_ids(_BANNED.value)
   config = _sampling(banned)
   if beams is not None:
     found = inference.search_text(

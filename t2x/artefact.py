@@ -21,8 +21,8 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from t2x import inference
 from t2x import paths
+from t2x import trained as trained_lib
 from t2x.data import pretrained
 from t2x.data import tokenizers
 from t2x.decode import begin
@@ -41,7 +41,7 @@ MANIFEST = 'artefact.json'
 
 
 def write(
-  trained: inference.Trained,
+  trained: trained_lib.Trained,
   directory: str,
   *,
   rows: int = 4,
@@ -101,7 +101,7 @@ def write(
     num_read=read if answers else capacity,
     chunk=chunk,
   )
-  with inference.decoding(trained):
+  with trained.decoding():
     programs, weights = _programs(model, shapes, platforms)
   target.mkdir(parents=True, exist_ok=True)
   for name, program in programs.items():

@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t2x import inference
 from t2x import paths
 from t2x import program as program_lib
 from t2x import run_dir
 from t2x import sharding
+from t2x import trained as trained_lib
 from t2x.data import corpus as corpus_lib
 from t2x.data import pipeline
 from t2x.models import forward
@@ -76,7 +76,7 @@ class Calibration:
 
 
 def calibrate(
-  trained: inference.Trained,
+  trained: trained_lib.Trained,
   *,
   split: str | None = None,
   max_batches: int = 64,

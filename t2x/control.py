@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from t2x import inference
 from t2x import keywords as keywords_lib
 from t2x import streaming
+from t2x import trained as trained_lib
 from t2x.data import tokenizers
 from t2x.decode import engine as engine_lib
 
@@ -218,7 +218,7 @@ def _library() -> Any:
 class Controls:
   """Makes what a text of one model is held to."""
 
-  def __init__(self, trained: inference.Trained):
+  def __init__(self, trained: trained_lib.Trained):
     self._trained = trained
     self._size = trained.config.model.vocab_size
 
@@ -260,7 +260,7 @@ class Controls:
       return None
     if keywords:
       return keywords_lib.Keywords(
-        inference.keyword_ids(self._trained, keywords),
+        self._trained.keyword_ids(keywords),
         num_tokens=num_tokens,
         vocab_size=self._size,
         ends=self._trained.end_ids,
@@ -269,12 +269,12 @@ class Controls:
 
 
 def generate_text(
-  trained: inference.Trained,
+  trained: trained_lib.Trained,
   prompts: Sequence[str],
   control: Rule | keywords_lib.Keywords | None,
   *,
   num_tokens: int,
-  sampling: inference.Sampling | None = None,
+  sampling: trained_lib.Sampling | None = None,
   seed: int = 0,
   max_length: int | None = None,
   stop: Sequence[str] = (),
@@ -295,13 +295,13 @@ def generate_text(
     ValueError: as `Engine`; a control cannot be followed.
   """
   streaming.check_stop(stop)
-  drawn: Any = inference.calibrated(trained, sampling)
+  drawn: Any = trained.calibrated(sampling)
   config = engine_lib.EngineConfig(
     num_slots=min(len(prompts), 16),
     max_waiting=len(prompts),
     max_length=max_length or trained.config.data.length,
   )
-  with inference.decoding(trained):
+  with trained.decoding():
     engine = engine_lib.Engine(trained.writer, config)
     texts = [
       engine.add(
@@ -315,7 +315,7 @@ def generate_text(
           control=control and control.copy(),
         )
       )
-      for row, prompt in enumerate(inference.prompt_ids(trained, prompts))
+      for row, prompt in enumerate(trained.prompt_ids(prompts))
     ]
     while engine.is_busy:
       engine.step()
@@ -323,5 +323,5 @@ def generate_text(
     if text.error:
       raise ValueError(text.error)
   tokens = [text.tokens for text in texts]
-  found = inference.decoded(trained, prompts, tokens)
+  found = trained.texts(prompts, tokens)
   return [streaming.cut(text, stop) for text in found]

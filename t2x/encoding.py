@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t2x import inference
 from t2x import sharding
+from t2x import trained as trained_lib
 from t2x.decode import begin as begin_lib
 from t2x.decode import prompts as prompts_lib
 from t2x.models import decoder
@@ -21,7 +21,7 @@ from t2x.models import encoder_decoder
 _EMBEDDED = 32  # Texts at a time.
 
 
-def embed(trained: inference.Trained, texts: Sequence[str]) -> np.ndarray:
+def embed(trained: trained_lib.Trained, texts: Sequence[str]) -> np.ndarray:
   """Returns a vector for each text: the mean over its tokens, of length 1.
 
   As Sentence-BERT has it (Reimers and Gurevych, 2019): the encoder's output
@@ -59,7 +59,7 @@ def embed(trained: inference.Trained, texts: Sequence[str]) -> np.ndarray:
     numbers = [i for i, own in enumerate(sizes) if own == size]
     for start in range(0, len(numbers), _EMBEDDED):
       part = numbers[start : start + _EMBEDDED]
-      with inference.decoding(trained):
+      with trained.decoding():
         num = prompts_lib.num_rows(None, len(part), begin_lib.row_parts())
         ids_BT = prompts_lib.pad([rows[i] for i in part], (num, size), 0)
         ones = [[1] * len(rows[i]) for i in part]
@@ -78,7 +78,7 @@ def _mean_vectors(model, ids_BT, segments_BT) -> jax.Array:
 
 
 def classify(
-  trained: inference.Trained, texts: Sequence[str], *, head: int = 0
+  trained: trained_lib.Trained, texts: Sequence[str], *, head: int = 0
 ) -> list[dict[str, float]]:
   """Returns the probability of each label of each text.
 

@@ -6,7 +6,6 @@ inference.generate_text(trained, ['The function'], num_tokens=20)
 
 from collections.abc import Sequence
 import dataclasses
-import functools
 import json
 import math
 from typing import Any
@@ -25,60 +24,16 @@ from t2x import run_dir
 from t2x import sharding
 from t2x import streaming
 from t2x import train_state
+from t2x import trained as trained_lib
 from t2x.data import corpus as corpus_lib
 from t2x.data import pipeline
 from t2x.data import tokenizers
 from t2x.decode import beams as beams_lib
 from t2x.decode import generate as generate_lib
-from t2x.decode import prepared
-from t2x.decode import sampling as sampling_lib
 from t2x.interop import huggingface
-from t2x.models import encoder_decoder
-from t2x.objectives import vocab as vocab_lib
 
-Sampling = sampling_lib.SamplingConfig
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Trained:
-  """A model restored from a run, on its mesh.
-
-  Attributes:
-    config: of the run, with the settings given to `load`.
-    model: its weights; the moving average where the run kept one.
-    tokenizer: the run's own.
-    step: of the checkpoint.
-    mesh: where the model is.
-    labels: of each class head, in the order of its classes, by the name of its
-      term.
-    temperature: that makes its probabilities true; see `calibration`.
-    ends: tokens that end a text, where there are more than the tokenizer's.
-  """
-
-  config: experiment.Experiment
-  model: Any
-  tokenizer: tokenizers.Tokenizer
-  step: int
-  mesh: jax.sharding.Mesh
-  labels: dict[str, list[str]]
-  temperature: float = 1.0
-  ends: tuple[int, ...] = ()
-
-  @property
-  def end_ids(self) -> tuple[int, ...]:
-    """The tokens that end a text."""
-    return self.ends or (self.tokenizer.eos_id,)
-
-  @functools.cached_property
-  def token_bytes(self) -> list[bytes]:
-    """What each token of the model adds to a text; nothing if special."""
-    found = self.tokenizer.token_bytes()
-    return found + [b''] * (self.config.model.vocab_size - len(found))
-
-  @functools.cached_property
-  def writer(self) -> Any:
-    """The model in the form that writes token by token the fastest."""
-    return prepared.prepare(self.model)
+Sampling = trained_lib.Sampling
+Trained = trained_lib.Trained
 
 
 def load(
@@ -190,7 +145,7 @@ def generate_text(
     ignore_end=ignore_end,
     max_length=max_length,
   )
-  texts = decoded(trained, prompts, result.tokens)
+  texts = trained.texts(prompts, result.tokens)
   return [streaming.cut(text, stop) for text in texts]
 
 
@@ -205,14 +160,14 @@ def generation(
   max_length: int | None = None,
 ) -> generate_lib.Generation:
   """As `generate_text`; returns tokens and their log-probabilities."""
-  with decoding(trained):
+  with trained.decoding():
     return generate_lib.generate(
       trained.writer,
-      prompt_ids(trained, prompts),
+      trained.prompt_ids(prompts),
       num_tokens=num_tokens,
-      sampling=calibrated(trained, sampling),
+      sampling=_calibrated(trained, sampling),
       seed=seed,
-      **_options(trained, ignore_end, max_length),
+      **trained.decode_options(ignore_end=ignore_end, max_length=max_length),
     )
 
 
@@ -242,124 +197,28 @@ def search_text(
   Raises:
     ValueError: as `generate.beam_search`.
   """
-  with decoding(trained):
+  with trained.decoding():
     result = generate_lib.beam_search(
       trained.writer,
-      prompt_ids(trained, prompts),
+      trained.prompt_ids(prompts),
       num_tokens=num_tokens,
       beams=beams,
       num_best=num_best,
-      sampling=calibrated(trained, sampling),
-      words=keyword_ids(trained, keywords),
-      **_options(trained, False, max_length),
+      sampling=trained.calibrated(sampling),
+      words=trained.keyword_ids(keywords),
+      **trained.decode_options(max_length=max_length),
     )
   found = []
   for prompt, tokens, scores in zip(prompts, result.tokens, result.scores):
-    texts = decoded(trained, [prompt] * len(tokens), tokens)
+    texts = trained.texts([prompt] * len(tokens), tokens)
     found.append(list(zip(texts, scores)))
   return found
 
 
-def calibrated(trained: Trained, sampling: Any) -> Any:
-  """Returns settings under which the model's probabilities are true."""
+def _calibrated(trained: Trained, sampling: Any) -> Any:
   if isinstance(sampling, Sequence):
-    return [calibrated(trained, config) for config in sampling]
-  return dataclasses.replace(
-    sampling or Sampling(), calibration=trained.temperature
-  )
-
-
-def prompt_ids(trained: Trained, prompts: Sequence[str]) -> list[list[int]]:
-  """Returns what the model reads.
-
-  A decoder's text begins as its tokenizer's texts do (with BOS, but for
-  GPT-2's), a source ends with EOS.
-  """
-  tokenizer = trained.tokenizer
-  if _answers(trained):
-    return [[*tokenizer.encode_marked(p), tokenizer.eos_id] for p in prompts]
-  before = tokenizer.prefix_ids
-  return [[*before, *ids] for ids in tokenizer.encode_batch(prompts)]
-
-
-def word_ids(tokenizer: tokenizers.Tokenizer, words: Sequence[str]):
-  """Returns the ids of words as they begin a text and as they follow a space.
-
-  What `SamplingConfig.banned` takes.
-
-  Raises:
-    ValueError: a word is empty.
-  """
-  if not all(words):
-    raise ValueError('A word is empty; give a letter or more.')
-  forms = [form for word in words for form in (word, f' {word}')]
-  found = [tuple(ids) for ids in tokenizer.encode_batch(forms) if ids]
-  return tuple(dict.fromkeys(found))
-
-
-def keyword_ids(trained: Trained, words: Sequence[str]):
-  """Returns the forms of each word that a text must hold.
-
-  With the space before it, so that it is no part of the word before, but where
-  the word itself begins with a space or a mark.
-  """
-  pieces = trained.token_bytes
-  result = []
-  for word in words:
-    forms = word_ids(trained.tokenizer, [word])
-    spaced = [ids for ids in forms if pieces[ids[0]][:1].isspace()]
-    result.append(spaced if spaced and word[0].isalnum() else list(forms))
-  return result
-
-
-def _answers(trained: Trained) -> bool:
-  config = trained.config.model
-  return isinstance(config, encoder_decoder.EncoderDecoderConfig)
-
-
-def decoded(
-  trained: Trained, prompts: Sequence[str], tokens: Sequence[Sequence[int]]
-) -> list[str]:
-  """Returns the texts of tokens that a model wrote after prompts."""
-  tokenizer = trained.tokenizer
-  if _answers(trained):
-    return [tokenizer.decode_marked(ids) for ids in tokens]
-  return [
-    _after(tokenizer, before, ids)
-    for before, ids in zip(prompt_ids(trained, prompts), tokens)
-  ]
-
-
-def _after(tokenizer: tokenizers.Tokenizer, before: list[int], ids) -> str:
-  """Returns what ids add to a text.
-
-  By itself their text may lack its first space, which some tokenizers take for
-  the start of a text.
-  """
-  start, whole = tokenizer.decode(before), tokenizer.decode([*before, *ids])
-  if whole.startswith(start):
-    return whole[len(start) :]
-  return tokenizer.decode(ids)
-
-
-def decoding(trained: Trained):
-  """Returns the context in which a model writes on its mesh."""
-  # One token at a time: there is no length to split.
-  rules = trained.config.rules
-  rules = dataclasses.replace(rules, length=None, norm_length=None)
-  return sharding.use(trained.mesh, rules)
-
-
-def _options(trained: Trained, ignore_end: bool, max_length: int | None):
-  """Returns what the tokenizer and the training say of decoding."""
-  tokenizer = trained.tokenizer
-  return {
-    'eos_id': None if ignore_end else trained.end_ids,
-    'pad_id': tokenizer.pad_id,
-    # As training's targets begin, whatever the tokenizer pads with.
-    'start_id': vocab_lib.PAD if _answers(trained) else tokenizer.bos_id,
-    'max_length': max_length or trained.config.data.length,
-  }
+    return [trained.calibrated(config) for config in sampling]
+  return trained.calibrated(sampling)
 
 
 def evaluate_splits(

@@ -4,17 +4,17 @@ from collections.abc import Sequence
 import dataclasses
 import math
 
-from t2x import inference
+from t2x import trained as trained_lib
 from t2x.decode import steered
 
 
 def experts(
-  trained: inference.Trained,
-  expert: inference.Trained,
-  anti_expert: inference.Trained | None = None,
+  trained: trained_lib.Trained,
+  expert: trained_lib.Trained,
+  anti_expert: trained_lib.Trained | None = None,
   *,
   strength: float = 2.0,
-) -> inference.Trained:
+) -> trained_lib.Trained:
   """Returns a run that writes rather as an expert than as an anti-expert.
 
   Such as runs that went on from the same one with texts that are wanted, and
@@ -38,14 +38,14 @@ def experts(
 
 
 def gedi(
-  trained: inference.Trained,
-  wanted: inference.Trained,
-  other: inference.Trained,
+  trained: trained_lib.Trained,
+  wanted: trained_lib.Trained,
+  other: trained_lib.Trained,
   *,
   wanted_prefix: str = '',
   other_prefix: str = '',
   strength: float = 30.0,
-) -> inference.Trained:
+) -> trained_lib.Trained:
   """Returns a run that writes what class-conditional runs hold to be wanted.
 
   Args:
@@ -77,7 +77,7 @@ def _check_strength(strength: float) -> None:
 
 
 def _check(
-  trained: inference.Trained, others: Sequence[inference.Trained]
+  trained: trained_lib.Trained, others: Sequence[trained_lib.Trained]
 ) -> None:
   prints = [one.tokenizer.fingerprint for one in (trained, *others)]
   if len(set(prints)) > 1:

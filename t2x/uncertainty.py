@@ -26,6 +26,7 @@ import numpy as np
 from t2x import encoding
 from t2x import inference
 from t2x import sharding
+from t2x import trained as trained_lib
 from t2x.decode import prompts as prompts_lib
 from t2x.decode import sampling as sampling_lib
 from t2x.layers import dropout
@@ -63,7 +64,7 @@ class Scores:
 
 
 def token_scores(
-  models: Sequence[inference.Trained],
+  models: Sequence[trained_lib.Trained],
   texts: Sequence[str],
   *,
   passes: int = 0,
@@ -84,7 +85,7 @@ def token_scores(
   """
   _check(models, texts, passes)
   first = models[0]
-  rows = inference.prompt_ids(first, texts)
+  rows = first.prompt_ids(texts)
   length = first.config.data.length
   for number, row in enumerate(rows):
     if not 2 <= len(row) <= length:
@@ -149,7 +150,7 @@ def _summed(probs_BTV, entropies_BT, ids_BT, members):
 def spread(
   texts: Sequence[str],
   *,
-  encoder: inference.Trained | None = None,
+  encoder: trained_lib.Trained | None = None,
   alike: float | None = None,
 ) -> float:
   """Returns the entropy of the meanings of texts that answer one prompt, nats.
@@ -212,7 +213,7 @@ class Answer:
 
 
 def answer(
-  trained: inference.Trained,
+  trained: trained_lib.Trained,
   prompts: Sequence[str],
   *,
   num_tokens: int,
@@ -290,7 +291,7 @@ def _drawn(trained, prompts, num_tokens, sampling, seed, stop_below):
     end = doubtful[0] if doubtful else len(ids)
     tokens.append(ids[:end])
     means.append(sum(log_probs[:end]) / end if end else -math.inf)
-  return list(zip(inference.decoded(trained, prompts, tokens), means))
+  return list(zip(trained.texts(prompts, tokens), means))
 
 
 def _check(models, texts, passes: int) -> None:

@@ -12,6 +12,7 @@ import tiny
 from t2x import artefact
 from t2x import inference
 from t2x import mesh as mesh_lib
+from t2x import trained as trained_lib
 from t2x.data import tokenizers
 from t2x.layers import attention
 from t2x.layers import position
@@ -56,7 +57,7 @@ def trained_of(directory, name):
     'encoder': encoder.EncoderConfig(**shared),
   }[name]
   mesh = mesh_lib.make(mesh_lib.MeshConfig(data=1), jax.devices()[:1])
-  return inference.Trained(
+  return trained_lib.Trained(
     config=config.__class__(**{**vars(config), 'model': model}),
     model=model_lib.make(model, rngs=nnx.Rngs(0)),
     tokenizer=tokenizers.BytesTokenizer(config.data.tokenizer),
@@ -83,7 +84,7 @@ def test_it_writes_what_the_run_writes(tmp_path, name):
   artefact.write(
     trained, str(tmp_path / 'made'), chunk=64 if name == 'few_positions' else 16
   )
-  prompts = inference.prompt_ids(trained, PROMPTS)
+  prompts = trained.prompt_ids(PROMPTS)
   settings = [
     {'temperature': 0.0},
     {'temperature': 0.8, 'top_k': 30, 'top_p': 0.9, 'seed': 5},
@@ -99,7 +100,7 @@ def test_it_writes_what_the_run_writes(tmp_path, name):
       trained,
       PROMPTS,
       num_tokens=12,
-      sampling=inference.Sampling(**own),
+      sampling=trained_lib.Sampling(**own),
       seed=seed,
     )
     assert tokens == expected.tokens
@@ -116,7 +117,7 @@ def test_as_a_command_and_for_other_platforms(tmp_path):
     trained,
     ['the run'],
     num_tokens=9,
-    sampling=inference.Sampling(temperature=0),
+    sampling=trained_lib.Sampling(temperature=0),
   )
   ask = lambda *flags: subprocess.run(
     [sys.executable, str(made / 'run.py'), *flags],

@@ -124,7 +124,7 @@ def test_a_run_keeps_its_temperature_and_uses_it(tmp_path, monkeypatch):
   )
   again = inference.load(run)
   assert again.temperature == 2.5
-  settings = inference.calibrated(again, None)
+  settings = again.calibrated(None)
   assert settings.calibration == 2.5
   (text,) = inference.generate_text(again, ['the run'], num_tokens=3)
   assert isinstance(text, str)

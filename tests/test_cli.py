@@ -187,7 +187,7 @@ def test_generating(run):
     inference.generate_text(trained, ['a'], num_tokens=4, stop=[''])
   found = inference.search_text(trained, ['a'], num_tokens=4, num_best=2)
   assert len(found[0]) == 2 and found[0][0][1] >= found[0][1][1]
-  words = inference.word_ids(trained.tokenizer, ['run'])
+  words = trained.word_ids(['run'])
   encode = trained.tokenizer.encode
   assert words == (tuple(encode('run')), tuple(encode(' run')))
   # Past the length of training, but not past the positions that there are.

@@ -11,13 +11,13 @@ import pytest
 import tiny
 
 from t2x import control
-from t2x import inference
 from t2x import keywords
 from t2x import mesh as mesh_lib
+from t2x import trained as trained_lib
 from t2x.data import tokenizers
 from t2x.models import model as model_lib
 
-SAMPLING = inference.Sampling()
+SAMPLING = trained_lib.Sampling()
 SCHEMA = {
   'type': 'object',
   'properties': {
@@ -34,7 +34,7 @@ SCHEMA = {
 def trained(tmp_path_factory):
   """A model that was not trained: it would write anything."""
   config = tiny.experiment_of(tmp_path_factory.mktemp('run'), data__length=64)
-  return inference.Trained(
+  return trained_lib.Trained(
     config=config,
     model=model_lib.make(config.model, rngs=nnx.Rngs(0)),
     tokenizer=tokenizers.BytesTokenizer(config.data.tokenizer),

@@ -43,7 +43,7 @@ def other(trained):
 
 def naive(models, trained, text):
   """Distributions of each model, in float64; the mean's and the members'."""
-  (row,) = inference.prompt_ids(trained, [text])
+  (row,) = trained.prompt_ids([text])
   logits = [np.asarray(m(np.array([row]))[0, :-1], np.float64) for m in models]
   probs = [np.exp(z - z.max(-1, keepdims=True)) for z in logits]
   probs = [p / p.sum(-1, keepdims=True) for p in probs]
@@ -124,7 +124,7 @@ def test_the_surest_of_some_texts_is_taken(trained):
   means = [np.mean(row) if row else -math.inf for row in drawn.log_probs]
   assert first.score == max(means[:3]) and second.score == max(means[3:])
   best = drawn.tokens[int(np.argmax(means[:3]))]
-  assert first.text == inference.decoded(trained, prompts[:1], [best])[0]
+  assert first.text == trained.texts(prompts[:1], [best])[0]
   assert first.tries == 3 and first.spread >= 0
   worst = uncertainty.answer(
     trained, prompts, samples=3, rank=lambda text, score: -score, **ask

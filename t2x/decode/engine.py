@@ -6,28 +6,17 @@ in chunks). Keys and values lie in pages, which rows that begin alike share. A
 row's text is what `generate` writes for it alone, whatever else is in the
 batch.
 
-Shape suffixes: B rows of a step, C chunk of a prompt, N blocks of a row, V
-vocabulary, E ends.
+Shape suffixes: B rows of a step, V vocabulary.
 """
 
 import collections
-from collections.abc import Sequence
-import dataclasses
-import functools
-from typing import Any
 
-import jax
-import numpy as np
-
-from t2x.decode import begin
+from t2x.decode import paged_decoder
 from t2x.decode import pages as pages_lib
 from t2x.decode import processors
 from t2x.decode import prompts as prompts_lib
-from t2x.decode import rows as rows_lib
 from t2x.decode import settings as settings_lib
-from t2x.decode import steps
 from t2x.decode import texts as texts_lib
-from t2x.layers import kinds
 from t2x.models import decoder
 
 Sampling = settings_lib.SamplingConfig
@@ -63,45 +52,22 @@ class Engine:
       ValueError: another model, or one with layers that keep no keys; no
         length is known; too few pages for one row.
     """
-    if not isinstance(model, decoder.Decoder):
-      raise ValueError(
-        f'{type(model).__name__} cannot be served: rows that come and go need '
-        'a decoder. An encoder-decoder answers in batches: '
-        'experiments/generate.py.'
-      )
-    for kind in model.config.kinds:
-      kinds.check_pages(kind)
-    self.model, self.config = model, config
-    length = prompts_lib.limit(model.config.max_length, config.max_length)
-    if length is None:
-      raise ValueError(
-        'The positions of the model have no limit: give max_length, the most '
-        'tokens of a text, prompt and new ones.'
-      )
-    self.max_length: int = length
-    size = config.page_size
-    self._blocks = -(-length // size)
-    num_pages = config.num_pages or config.num_slots * self._blocks
-    if num_pages < self._blocks:
-      raise ValueError(
-        f'num_pages={num_pages} of {size} positions; one text of max_length='
-        f'{length} tokens needs {self._blocks}.'
-      )
-    self.num_pages: int = num_pages
-    self._parts = begin.row_parts()
+    self.config = config
+    self._decoder = paged_decoder.PagedDecoder(model, config)
+    self.max_length = self._decoder.max_length
     self.counts = collections.Counter()
-    self.restart()
+    self._begin()
 
   def restart(self) -> None:
     """Forgets all texts, and makes the pages anew."""
-    size, dtype = self.config.page_size, self.config.cache_dtype
-    self.pages = pages_lib.Pages(self.num_pages, size)
+    self._begin()
+    self._decoder.restart()
+
+  def _begin(self) -> None:
+    self.pages = pages_lib.Pages(self._decoder.num_pages, self.config.page_size)
     self._waiting: collections.deque[Text] = collections.deque()
     self._reading: Text | None = None
     self._writing: list[Text] = []
-    self._settings = rows_lib.Settings(self.model.config.vocab_size)
-    self._caches = None  # Freed before others are made.
-    self._caches = steps.empty_pages(self.model, self.num_pages, size, dtype)
 
   @property
   def is_busy(self) -> bool:
@@ -122,7 +88,7 @@ class Engine:
 
   def check(self, request: Request) -> None:
     """Raises ValueError if a request cannot be met by this engine."""
-    vocab_size = self.model.config.vocab_size
+    vocab_size = self._decoder.vocab_size
     counts = {'num_tokens': request.num_tokens}
     ids = {f'ends[{i}]': end for i, end in enumerate(request.ends)}
     prompts_lib.check_settings(counts, vocab_size=vocab_size, ids=ids)
@@ -184,13 +150,7 @@ class Engine:
     Args:
       calibration: of their sampling.
     """
-    for size in self.config.chunks:
-      self._run_chunk([0] * size, 0, size, [])
-    for rows in self._row_sizes():
-      for own in (Sampling(temperature=0), Sampling(), Sampling(top_p=0.9)):
-        drawn = dataclasses.replace(own, calibration=calibration)
-        request = Request(prompt=[0], num_tokens=1, sampling=drawn, num_top=1)
-        self._run_rows([Text(request)], rows, [None])
+    self._decoder.warm(calibration)
 
   def _next_to_read(self) -> Text | None:
     """Returns the text whose prompt is being read; one at a time.
@@ -222,26 +182,13 @@ class Engine:
       fitting = [size for size in self.config.chunks if size >= left]
       size = min(fitting, default=max(self.config.chunks))
       part = prompt[text.num_read : text.num_read + min(size, left)]
-      self._run_chunk(part, text.num_read, size, lease.pages)
+      self._decoder.read(part, text.num_read, size, lease.pages)
       text.num_read += len(part)
     if text.num_read == len(prompt) - 1:
       self.pages.fill(lease, prompt[:-1])
       self._reading = None
       self._writing.append(text)
     return size
-
-  def _run_chunk(self, tokens, start: int, size: int, pages) -> None:
-    # One row, but on meshes that split rows.
-    rows = self._parts
-    tokens_BC = prompts_lib.pad([tokens], (rows, size), 0)
-    # What is written past the last block is lost.
-    index_BC = np.full((rows, size), self._blocks * self.pages.size, np.int32)
-    if pages:
-      index_BC[0, : len(tokens)] = start + np.arange(len(tokens))
-    pages_BN = prompts_lib.pad([pages], (rows, self._blocks), 0)
-    self._caches = steps.read(
-      self.model, self._caches, tokens_BC, index_BC, pages_BN
-    )
 
   def _write(self) -> list[Text]:
     masks, broken = [], []
@@ -255,8 +202,7 @@ class Engine:
     texts = list(self._writing)
     if not texts:
       return broken
-    rows = min(n for n in self._row_sizes() if n >= len(texts))
-    token_B, log_prob_B, top = self._run_rows(texts, rows, masks)
+    token_B, log_prob_B, top = self._decoder.write(texts, masks)
     for number, text in enumerate(texts):
       self._take(text, int(token_B[number]), float(log_prob_B[number]))
       if len(text.top) < len(text.tokens) and text.request.num_top:
@@ -312,45 +258,3 @@ class Engine:
       self.pages.fill(lease, text.all_tokens[:-1])
     if lease is not None:
       self.pages.release(lease)
-
-  def _row_sizes(self) -> list[int]:
-    """Returns the numbers of rows that programs are compiled for."""
-    most = -(-self.config.num_slots // self._parts) * self._parts
-    sizes = [most]
-    while sizes[0] > self._parts:
-      sizes.insert(0, -(-(sizes[0] // 4 or 1) // self._parts) * self._parts)
-    return sizes
-
-  def _run_rows(self, texts: Sequence[Text], rows: int, masks):
-    """Returns the next token of each text, and what is told beside it."""
-    requests = [text.request for text in texts]
-    lengths = [len(text.all_tokens) for text in texts]
-    pages = [text.lease.pages if text.lease else [] for text in texts]
-    full = self._blocks * self.pages.size  # What is written there is lost.
-    places = [n - 1 if own else full for n, own in zip(lengths, pages)]
-    column = functools.partial(rows_lib.column, rows=rows)
-    logits_BV, self._caches = steps.write(
-      self.model,
-      self._caches,
-      column(text.all_tokens[-1] for text in texts),
-      column(places, fill=full),
-      prompts_lib.pad(pages, (rows, self._blocks), 0),
-    )
-    settings, ends_BE = self._settings.of(requests, rows)
-    vocab_size = self.model.config.vocab_size
-    seeds = (request.seed % 2**32 for request in requests)
-    token_B, log_prob_B = steps.choose(
-      logits_BV,
-      settings,
-      rows_lib.history(texts, settings, rows, vocab_size),
-      column(seeds, dtype=np.uint32),
-      column(request.row for request in requests),
-      column(len(text.tokens) for text in texts),
-      ends_BE,
-      rows_lib.controls(masks, rows),
-    )
-    top: Any = None
-    if any(request.num_top for request in requests):
-      calibration_B = settings.calibration_B
-      top = steps.alternatives(logits_BV, calibration_B, self.config.num_top)
-    return jax.device_get((token_B, log_prob_B, top))

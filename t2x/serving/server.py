@@ -6,7 +6,7 @@ import logging
 import signal
 import socket as socket_lib
 
-from t2x import inference
+from t2x import trained as trained_lib
 from t2x.decode import engine as engine_lib
 from t2x.serving import app as app_lib
 from t2x.serving import chat as chat_lib
@@ -36,7 +36,7 @@ def bind(host: str, port: int) -> socket_lib.socket:
 
 
 def make(
-  trained: inference.Trained,
+  trained: trained_lib.Trained,
   *,
   name: str = 'model',
   engine: engine_lib.EngineConfig = engine_lib.EngineConfig(),
@@ -67,11 +67,10 @@ def make(
     )
   engine = dataclasses.replace(engine, max_length=length)
   metrics = metrics_lib.Metrics()
-  context = lambda: inference.decoding(trained)
-  with context():
+  with trained.decoding():
     made = engine_lib.Engine(trained.writer, engine)
     made.warm(trained.temperature)
-  runner = runner_lib.Runner(made, context, observe=metrics.observe)
+  runner = runner_lib.Runner(made, trained.decoding, observe=metrics.observe)
   metrics.watch(runner)
   writer = writer_lib.Writer(
     trained,
@@ -84,7 +83,7 @@ def make(
 
 
 def serve(
-  trained: inference.Trained,
+  trained: trained_lib.Trained,
   socket: socket_lib.socket,
   *,
   name: str,

@@ -6,8 +6,8 @@ import secrets
 from typing import Any
 
 from t2x import control as control_lib
-from t2x import inference
 from t2x import streaming
+from t2x import trained as trained_lib
 from t2x.decode import engine as engine_lib
 from t2x.serving import answers
 from t2x.serving import chat as chat_lib
@@ -62,7 +62,7 @@ class Writer:
 
   def __init__(
     self,
-    trained: inference.Trained,
+    trained: trained_lib.Trained,
     name: str,
     *,
     chat: chat_lib.Chat,
@@ -164,7 +164,7 @@ class Writer:
       raise ValueError('prompt is an empty list; give a text.')
     texts = [prompt for prompt in given if isinstance(prompt, str)]
     if texts:
-      found = inference.prompt_ids(self._trained, texts)
+      found = self._trained.prompt_ids(texts)
       if not all(found):
         raise ValueError(
           'prompt is empty, and texts of this model begin with no token of '
@@ -213,7 +213,7 @@ class Writer:
         )
       # -100 bans a token, as elsewhere.
       bias[int(token)] = float('-inf') if value <= -100 else value
-    banned = inference.word_ids(self._trained.tokenizer, body.banned_words)
+    banned = self._trained.word_ids(body.banned_words)
     off = lambda value, neutral: None if value == neutral else value
     return engine_lib.Sampling(
       temperature=body.temperature,

@@ -276,7 +276,7 @@ def test_on_a_mesh(axes):
     before = steps.write._cache_size(), steps.read._cache_size()
     run(engine, wanted)
     assert (steps.write._cache_size(), steps.read._cache_size()) == before
-    k = jax.tree.leaves(engine._caches)[0]
+    k = jax.tree.leaves(engine._decoder._caches)[0]
     assert k.sharding.shard_shape(k.shape)[2] == k.shape[2] // 2
   check(model, texts)
 

@@ -517,7 +517,7 @@ def test_several_tokens_may_end_a_text(checkpoints, tmp_path):
   for directory in (copy, tmp_path / 'run'):
     trained = inference.load(str(directory))
     assert trained.ends == (2, 41)
-    assert inference._options(trained, False, None)['eos_id'] == (2, 41)
+    assert trained.decode_options()['eos_id'] == (2, 41)
   conversion.from_run(str(tmp_path / 'run'), str(tmp_path / 'back'))
   config = json.loads((tmp_path / 'back' / 'config.json').read_text())
   assert config['eos_token_id'] == [2, 41]

@@ -88,7 +88,7 @@ def test_a_stream_joins_to_the_whole(client):
 
 
 def test_several_prompts_and_tokens(client, trained):
-  ids = inference.prompt_ids(trained, ['the run', 'it stopped'])
+  ids = trained.prompt_ids(['the run', 'it stopped'])
   ask = lambda prompt: [
     choice.text
     for choice in client.completions.create(

@@ -1,0 +1,173 @@
+"""A decoder and its pool of pages: what an engine runs on the devices.
+
+A bounded set of programs: one for each size of a prompt's chunk, one for each
+number of rows, and one for each form of sampling.
+
+Shape suffixes: B rows of a step, C chunk of a prompt, N blocks of a row, V
+vocabulary, E ends, K alternatives.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from t2x.decode import begin
+from t2x.decode import prompts as prompts_lib
+from t2x.decode import rows as rows_lib
+from t2x.decode import settings as settings_lib
+from t2x.decode import steps
+from t2x.decode import texts as texts_lib
+from t2x.layers import kinds
+from t2x.models import decoder
+
+Sampling = settings_lib.SamplingConfig
+
+
+class PagedDecoder:
+  """Reads chunks of prompts and writes a token of many rows.
+
+  Attributes:
+    max_length: the most tokens of a text, prompt and new ones.
+    num_pages: of the pool.
+    row_sizes: numbers of rows that programs are compiled for, ascending.
+  """
+
+  def __init__(self, model: decoder.Decoder, config: texts_lib.EngineConfig):
+    """Makes the pool; see `Engine` for what is raised."""
+    if not isinstance(model, decoder.Decoder):
+      raise ValueError(
+        f'{type(model).__name__} cannot be served: rows that come and go need '
+        'a decoder. An encoder-decoder answers in batches: '
+        'experiments/generate.py.'
+      )
+    for kind in model.config.kinds:
+      kinds.check_pages(kind)
+    self._model, self._config = model, config
+    self.vocab_size = model.config.vocab_size
+    length = prompts_lib.limit(model.config.max_length, config.max_length)
+    if length is None:
+      raise ValueError(
+        'The positions of the model have no limit: give max_length, the most '
+        'tokens of a text, prompt and new ones.'
+      )
+    self.max_length: int = length
+    size = config.page_size
+    self._blocks = -(-length // size)
+    num_pages = config.num_pages or config.num_slots * self._blocks
+    if num_pages < self._blocks:
+      raise ValueError(
+        f'num_pages={num_pages} of {size} positions; one text of max_length='
+        f'{length} tokens needs {self._blocks}.'
+      )
+    self.num_pages: int = num_pages
+    # One row, but on meshes that split rows.
+    self._parts = begin.row_parts()
+    self.row_sizes = _row_sizes(config.num_slots, self._parts)
+    self.restart()
+
+  def restart(self) -> None:
+    """Makes the pages anew."""
+    size, dtype = self._config.page_size, self._config.cache_dtype
+    self._settings = rows_lib.Settings(self.vocab_size)
+    self._caches = None  # Freed before others are made.
+    self._caches = steps.empty_pages(self._model, self.num_pages, size, dtype)
+
+  def warm(self, calibration: float) -> None:
+    """Compiles what most requests need, before any comes."""
+    for size in self._config.chunks:
+      self.read([0] * size, 0, size, [])
+    for rows in self.row_sizes:
+      for own in (Sampling(temperature=0), Sampling(), Sampling(top_p=0.9)):
+        drawn = dataclasses.replace(own, calibration=calibration)
+        request = texts_lib.Request(
+          prompt=[0], num_tokens=1, sampling=drawn, num_top=1
+        )
+        self._write([texts_lib.Text(request)], rows, [None])
+
+  def read(
+    self, tokens: Sequence[int], start: int, size: int, pages: Sequence[int]
+  ) -> None:
+    """Reads part of a prompt.
+
+    Args:
+      tokens: at most `size` of them.
+      start: position of the first.
+      size: of the chunk that is compiled.
+      pages: of the text; none keeps nothing.
+    """
+    rows = self._parts
+    tokens_BC = prompts_lib.pad([tokens], (rows, size), 0)
+    index_BC = np.full((rows, size), self._nowhere, np.int32)
+    if pages:
+      index_BC[0, : len(tokens)] = start + np.arange(len(tokens))
+    pages_BN = prompts_lib.pad([pages], (rows, self._blocks), 0)
+    self._caches = steps.read(
+      self._model, self._caches, tokens_BC, index_BC, pages_BN
+    )
+
+  def write(self, texts: Sequence[texts_lib.Text], masks: Sequence[Any]) -> Any:
+    """Returns the next token of each text, and what is told beside it.
+
+    Args:
+      texts: whose prompts are read, up to the last token.
+      masks: what the control of each says of its next token, or None.
+
+    Returns:
+      Arrays of at least as many rows: tokens (B,), their log-probabilities
+      (B,), and log-probabilities and tokens (B, K) of the most probable if any
+      text asks for them.
+    """
+    rows = min(n for n in self.row_sizes if n >= len(texts))
+    return self._write(texts, rows, masks)
+
+  @property
+  def _nowhere(self) -> int:
+    """The position past the last block: what is written there is lost."""
+    return self._blocks * self._config.page_size
+
+  def _write(self, texts: Sequence[texts_lib.Text], rows: int, masks) -> Any:
+    requests = [text.request for text in texts]
+    lengths = [len(text.all_tokens) for text in texts]
+    pages = [text.lease.pages if text.lease else [] for text in texts]
+    places = [n - 1 if own else self._nowhere for n, own in zip(lengths, pages)]
+    column = functools.partial(rows_lib.column, rows=rows)
+    logits_BV, self._caches = steps.write(
+      self._model,
+      self._caches,
+      column(text.all_tokens[-1] for text in texts),
+      column(places, fill=self._nowhere),
+      prompts_lib.pad(pages, (rows, self._blocks), 0),
+    )
+    settings, ends_BE = self._settings.of(requests, rows)
+    seeds = (request.seed % 2**32 for request in requests)
+    token_B, log_prob_B = steps.choose(
+      logits_BV,
+      settings,
+      rows_lib.history(texts, settings, rows, self.vocab_size),
+      column(seeds, dtype=np.uint32),
+      column(request.row for request in requests),
+      column(len(text.tokens) for text in texts),
+      ends_BE,
+      rows_lib.controls(masks, rows),
+    )
+    top: Any = None
+    if any(request.num_top for request in requests):
+      calibration_B = settings.calibration_B
+      top = steps.alternatives(logits_BV, calibration_B, self._config.num_top)
+    return jax.device_get((token_B, log_prob_B, top))
+
+
+def _row_sizes(num_slots: int, parts: int) -> list[int]:
+  """Returns multiples of the parts up to the slots, each a quarter of the next.
+
+  >>> _row_sizes(16, 1)
+  [1, 4, 16]
+  """
+  sizes = [-(-num_slots // parts) * parts]
+  while sizes[0] > parts:
+    sizes.insert(0, -(-(sizes[0] // 4 or 1) // parts) * parts)
+  return sizes

@@ -1,0 +1,156 @@
+"""A trained model with what it reads and writes in: texts to ids and back."""
+
+from collections.abc import Sequence
+import contextlib
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+from t2x import experiment
+from t2x import sharding
+from t2x.data import tokenizers
+from t2x.decode import prepared
+from t2x.decode import sampling as sampling_lib
+from t2x.models import encoder_decoder
+from t2x.objectives import vocab as vocab_lib
+
+Sampling = sampling_lib.SamplingConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained:
+  """A model restored from a run, on its mesh; `inference.load` makes it.
+
+  Attributes:
+    config: of the run, with the settings given to `load`.
+    model: its weights; the moving average where the run kept one.
+    tokenizer: the run's own.
+    step: of the checkpoint.
+    mesh: where the model is.
+    labels: of each class head, in the order of its classes, by the name of its
+      term.
+    temperature: that makes its probabilities true; see `calibration`.
+    ends: tokens that end a text, where there are more than the tokenizer's.
+  """
+
+  config: experiment.Experiment
+  model: Any
+  tokenizer: tokenizers.Tokenizer
+  step: int
+  mesh: jax.sharding.Mesh
+  labels: dict[str, list[str]]
+  temperature: float = 1.0
+  ends: tuple[int, ...] = ()
+
+  @property
+  def end_ids(self) -> tuple[int, ...]:
+    """The tokens that end a text."""
+    return self.ends or (self.tokenizer.eos_id,)
+
+  @functools.cached_property
+  def token_bytes(self) -> list[bytes]:
+    """What each token of the model adds to a text; nothing if special."""
+    found = self.tokenizer.token_bytes()
+    return found + [b''] * (self.config.model.vocab_size - len(found))
+
+  @functools.cached_property
+  def writer(self) -> Any:
+    """The model in the form that writes token by token the fastest."""
+    return prepared.prepare(self.model)
+
+  def decoding(self) -> contextlib.AbstractContextManager[Any]:
+    """Returns the context in which the model writes on its mesh."""
+    # One token at a time: there is no length to split.
+    rules = self.config.rules
+    rules = dataclasses.replace(rules, length=None, norm_length=None)
+    return sharding.use(self.mesh, rules)
+
+  def decode_options(
+    self, *, ignore_end: bool = False, max_length: int | None = None
+  ) -> dict[str, Any]:
+    """Returns what the tokenizer and the training say to `decode.generate`."""
+    return {
+      'eos_id': None if ignore_end else self.end_ids,
+      'pad_id': self.tokenizer.pad_id,
+      # As training's targets begin, whatever the tokenizer pads with.
+      'start_id': vocab_lib.PAD if self._answers else self.tokenizer.bos_id,
+      'max_length': max_length or self.config.data.length,
+    }
+
+  def calibrated(self, sampling: Sampling | None) -> Sampling:
+    """Returns settings under which the model's probabilities are true."""
+    return dataclasses.replace(
+      sampling or Sampling(), calibration=self.temperature
+    )
+
+  def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+    """Returns what the model reads.
+
+    A decoder's text begins as its tokenizer's texts do (with BOS, but for
+    GPT-2's), a source ends with EOS.
+    """
+    tokenizer = self.tokenizer
+    if self._answers:
+      return [[*tokenizer.encode_marked(p), tokenizer.eos_id] for p in prompts]
+    before = tokenizer.prefix_ids
+    return [[*before, *ids] for ids in tokenizer.encode_batch(prompts)]
+
+  def texts(
+    self, prompts: Sequence[str], tokens: Sequence[Sequence[int]]
+  ) -> list[str]:
+    """Returns the texts of tokens that the model wrote after prompts."""
+    tokenizer = self.tokenizer
+    if self._answers:
+      return [tokenizer.decode_marked(ids) for ids in tokens]
+    return [
+      _after(tokenizer, before, ids)
+      for before, ids in zip(self.prompt_ids(prompts), tokens)
+    ]
+
+  def word_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Returns the ids of words as they begin a text and as they follow a space.
+
+    What `SamplingConfig.banned` takes.
+
+    Raises:
+      ValueError: a word is empty.
+    """
+    if not all(words):
+      raise ValueError('A word is empty; give a letter or more.')
+    forms = [form for word in words for form in (word, f' {word}')]
+    found = [tuple(ids) for ids in self.tokenizer.encode_batch(forms) if ids]
+    return tuple(dict.fromkeys(found))
+
+  def keyword_ids(self, words: Sequence[str]) -> list[list[tuple[int, ...]]]:
+    """Returns the forms of each word that a text must hold.
+
+    With the space before it, so that it is no part of the word before, but
+    where the word itself begins with a space or a mark.
+    """
+    pieces = self.token_bytes
+    result = []
+    for word in words:
+      forms = self.word_ids([word])
+      spaced = [ids for ids in forms if pieces[ids[0]][:1].isspace()]
+      result.append(spaced if spaced and word[0].isalnum() else list(forms))
+    return result
+
+  @property
+  def _answers(self) -> bool:
+    """Whether it reads a source and writes another text."""
+    config = self.config.model
+    return isinstance(config, encoder_decoder.EncoderDecoderConfig)
+
+
+def _after(tokenizer: tokenizers.Tokenizer, before: list[int], ids) -> str:
+  """Returns what ids add to a text.
+
+  By itself their text may lack its first space, which some tokenizers take for
+  the start of a text.
+  """
+  start, whole = tokenizer.decode(before), tokenizer.decode([*before, *ids])
+  if whole.startswith(start):
+    return whole[len(start) :]
+  return tokenizer.decode(ids)
