@@ -147,7 +147,7 @@ def _drawn(trained, prompts, config, wanted) -> list[str]:
   """Returns a text for each prompt, held to what is wanted."""
   from t2x import inference
 
-  common = {
+  common: dict[str, Any] = {
     'num_tokens': _NUM_TOKENS.value,
     'sampling': config,
     'seed': _SEED.value,
@@ -160,7 +160,7 @@ def _drawn(trained, prompts, config, wanted) -> list[str]:
     made = control.Controls(trained).make(
       num_tokens=_NUM_TOKENS.value, **wanted
     )
-    return control.generate_text(trained, prompts, made, **common)
+    common['control'] = made
   return inference.generate_text(
     trained, prompts, ignore_end=_IGNORE_END.value, **common
   )

@@ -1,7 +1,8 @@
 """What a text must be: a regular expression, a JSON schema, a grammar.
 
 control = Controls(trained).make(num_tokens=20, regex='[0-9]{4}')
-texts = generate_text(trained, ['The year'], control, num_tokens=20)
+inference.generate_text(
+  trained, ['The year'], num_tokens=20, control=control)
 
 The library llguidance follows the grammar and says which tokens may come next;
 the engine bans the others. A text holds to its rule from its first token to its
@@ -19,10 +20,8 @@ from typing import Any
 import numpy as np
 
 from t2x import keywords as keywords_lib
-from t2x import streaming
 from t2x import trained as trained_lib
 from t2x.data import tokenizers
-from t2x.decode import engine as engine_lib
 
 
 class Rules:
@@ -266,62 +265,3 @@ class Controls:
         ends=self._trained.end_ids,
       )
     return getattr(self.rules, names[0])(given[names[0]])
-
-
-def generate_text(
-  trained: trained_lib.Trained,
-  prompts: Sequence[str],
-  control: Rule | keywords_lib.Keywords | None,
-  *,
-  num_tokens: int,
-  sampling: trained_lib.Sampling | None = None,
-  seed: int = 0,
-  max_length: int | None = None,
-  stop: Sequence[str] = (),
-) -> list[str]:
-  """Returns texts that hold to what a control says.
-
-  Args:
-    trained: what `inference.load` returned, with a decoder.
-    prompts: texts to go on with.
-    control: of each text, at its beginning; see `Controls`. None is none.
-    num_tokens: the most new tokens of each.
-    sampling: as for `inference.generate_text`.
-    seed: of what is drawn.
-    max_length: as for `inference.generate_text`.
-    stop: as for `inference.generate_text`.
-
-  Raises:
-    ValueError: as `Engine`; a control cannot be followed.
-  """
-  streaming.check_stop(stop)
-  drawn: Any = trained.calibrated(sampling)
-  config = engine_lib.EngineConfig(
-    num_slots=min(len(prompts), 16),
-    max_waiting=len(prompts),
-    max_length=max_length or trained.config.data.length,
-  )
-  with trained.decoding():
-    engine = engine_lib.Engine(trained.writer, config)
-    texts = [
-      engine.add(
-        engine_lib.Request(
-          prompt=prompt,
-          num_tokens=num_tokens,
-          sampling=drawn,
-          seed=seed,
-          row=row,
-          ends=trained.end_ids,
-          control=control and control.copy(),
-        )
-      )
-      for row, prompt in enumerate(trained.prompt_ids(prompts))
-    ]
-    while engine.is_busy:
-      engine.step()
-  for text in texts:
-    if text.error:
-      raise ValueError(text.error)
-  tokens = [text.tokens for text in texts]
-  found = trained.texts(prompts, tokens)
-  return [streaming.cut(text, stop) for text in found]

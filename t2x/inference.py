@@ -29,7 +29,9 @@ from t2x.data import corpus as corpus_lib
 from t2x.data import pipeline
 from t2x.data import tokenizers
 from t2x.decode import beams as beams_lib
+from t2x.decode import controlled
 from t2x.decode import generate as generate_lib
+from t2x.decode import texts as texts_lib
 from t2x.interop import huggingface
 
 Sampling = trained_lib.Sampling
@@ -115,6 +117,7 @@ def generate_text(
   seed: int = 0,
   ignore_end: bool = False,
   max_length: int | None = None,
+  control: texts_lib.Control | None = None,
   stop: Sequence[str] = (),
 ) -> list[str]:
   """Returns the text that follows each prompt (or answers it).
@@ -129,11 +132,13 @@ def generate_text(
     ignore_end: go on past the end token.
     max_length: the most tokens of a sequence, new ones included; default the
       length that the model was trained on.
+    control: what each text is held to, at its beginning; see
+      `control.Controls`.
     stop: a text ends before the first of these.
 
   Raises:
-    ValueError: a prompt longer than the context, or a model that is an
-      encoder.
+    ValueError: a prompt longer than the context, a model that is an encoder,
+      or a control that cannot be followed.
   """
   streaming.check_stop(stop)
   result = generation(
@@ -144,6 +149,7 @@ def generate_text(
     seed=seed,
     ignore_end=ignore_end,
     max_length=max_length,
+    control=control,
   )
   texts = trained.texts(prompts, result.tokens)
   return [streaming.cut(text, stop) for text in texts]
@@ -158,16 +164,27 @@ def generation(
   seed: int = 0,
   ignore_end: bool = False,
   max_length: int | None = None,
+  control: texts_lib.Control | None = None,
 ) -> generate_lib.Generation:
   """As `generate_text`; returns tokens and their log-probabilities."""
+  rows = trained.prompt_ids(prompts)
+  sampling = _calibrated(trained, sampling)
+  options = trained.decode_options(ignore_end=ignore_end, max_length=max_length)
+  common = {'num_tokens': num_tokens, 'sampling': sampling, 'seed': seed}
   with trained.decoding():
-    return generate_lib.generate(
+    if control is None:
+      return generate_lib.generate(trained.writer, rows, **common, **options)
+    if ignore_end:
+      raise ValueError(
+        'ignore_end: a text that is held to a rule ends with it.'
+      )
+    return controlled.write(
       trained.writer,
-      trained.prompt_ids(prompts),
-      num_tokens=num_tokens,
-      sampling=_calibrated(trained, sampling),
-      seed=seed,
-      **trained.decode_options(ignore_end=ignore_end, max_length=max_length),
+      rows,
+      **common,
+      control=control,
+      ends=trained.end_ids,
+      max_length=options['max_length'],
     )
 
 

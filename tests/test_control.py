@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from t2x import control
+from t2x import inference
 from t2x import keywords
 from t2x import mesh as mesh_lib
 from t2x import trained as trained_lib
@@ -52,8 +53,8 @@ def controls(trained):
 
 
 def write(trained, made, num_tokens=50, num=6, **options):
-  return control.generate_text(
-    trained, ['the run'] * num, made, num_tokens=num_tokens, **options
+  return inference.generate_text(
+    trained, ['the run'] * num, num_tokens=num_tokens, control=made, **options
   )
 
 

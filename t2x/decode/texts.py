@@ -36,6 +36,10 @@ class Control(Protocol):
     """Whether the text is complete and nothing may follow but its end."""
     ...
 
+  def copy(self) -> 'Control':
+    """Returns the same for another text that begins alike."""
+    ...
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
