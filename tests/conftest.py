@@ -11,6 +11,7 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 
 import gc
+import pathlib
 import sys
 import tempfile
 
@@ -32,12 +33,28 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 # into looking at them again.
 gc.set_threshold(200_000, 20, 50)
 
+_MAPS = pathlib.Path('/proc/self/maps')  # One a line; of Linux alone.
+_MANY_MAPS = 20_000
+
 
 @pytest.fixture(scope='session', autouse=True)
 def _parsed_flags():
   # Grain reads absl flags.
   if not flags.FLAGS.is_parsed():
     flags.FLAGS(sys.argv[:1])
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _programs_are_freed():
+  """Forgets compiled programs after a file, once there are many.
+
+  Each maps memory some ten times, and Linux lets a process do so 65,530 times
+  (vm.max_map_count): the next program ends it with a segmentation fault.
+  """
+  yield
+  if _MAPS.exists() and _MAPS.read_bytes().count(b'\n') > _MANY_MAPS:
+    jax.clear_caches()
+    gc.collect()
 
 
 def pytest_collection_modifyitems(items):
