@@ -25,7 +25,7 @@ def embed() -> None:
   from t2x import encoding
   from t2x import inference
 
-  texts = inference.read_lines(_TEXT.value, _TEXT_FILE.value, 'text')
+  texts = main.read_lines(_TEXT.value, _TEXT_FILE.value, 'text')
   main.use_compilation_cache()
   trained = inference.load(
     main.workdir(), step=_STEP.value, settings=flags.FLAGS.set

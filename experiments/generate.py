@@ -91,9 +91,10 @@ main.define_set_flag()
 def generate() -> None:
   from t2x import inference
   from t2x import postprocess
+  from t2x import run_dir
 
   postprocess.apply(_POST.value, '')  # What is wrong is said at once.
-  prompts = inference.read_lines(_PROMPT.value, _PROMPT_FILE.value, 'prompt')
+  prompts = main.read_lines(_PROMPT.value, _PROMPT_FILE.value, 'prompt')
   _sampling()
   beams, wanted = _beams(), _wanted()
   for name in ('anti_expert', 'strength'):
@@ -127,7 +128,7 @@ def generate() -> None:
   for prompt, note, text in zip(prompts, notes, texts):
     print(f'--- {prompt}{note}\n{text}\n')
   if _OUTPUT.value:
-    inference.write_samples(_OUTPUT.value, prompts, texts)
+    run_dir.write_samples(_OUTPUT.value, prompts, texts)
 
 
 def _steered(trained):

@@ -19,7 +19,7 @@ fi
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/pyright
-# A worker that dies is named and ends the run; replaced, xdist would wait for it
-# for ever (pytest-xdist issue 1378).
+# A worker that dies is named and ends the run; replaced, xdist would wait for
+# it for ever (pytest-xdist issue 1378).
 .venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder \
   --max-worker-restart=0 "$@"

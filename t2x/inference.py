@@ -6,7 +6,6 @@ inference.generate_text(trained, ['The function'], num_tokens=20)
 
 from collections.abc import Sequence
 import dataclasses
-import json
 import math
 from typing import Any
 
@@ -31,10 +30,11 @@ from t2x.data import tokenizers
 from t2x.decode import beams as beams_lib
 from t2x.decode import controlled
 from t2x.decode import generate as generate_lib
+from t2x.decode import sampling as sampling_lib
 from t2x.decode import texts as texts_lib
 from t2x.interop import huggingface
 
-Sampling = trained_lib.Sampling
+Sampling = sampling_lib.SamplingConfig
 Trained = trained_lib.Trained
 
 
@@ -132,13 +132,13 @@ def generate_text(
     ignore_end: go on past the end token.
     max_length: the most tokens of a sequence, new ones included; default the
       length that the model was trained on.
-    control: what each text is held to, at its beginning; see
+    control: what each text of a decoder is held to, at its beginning; see
       `control.Controls`.
     stop: a text ends before the first of these.
 
   Raises:
     ValueError: a prompt longer than the context, a model that is an encoder,
-      or a control that cannot be followed.
+      a control that cannot be followed, or one beside ignore_end.
   """
   streaming.check_stop(stop)
   result = generation(
@@ -166,7 +166,13 @@ def generation(
   max_length: int | None = None,
   control: texts_lib.Control | None = None,
 ) -> generate_lib.Generation:
-  """As `generate_text`; returns tokens and their log-probabilities."""
+  """As `generate_text`, with its arguments and errors; returns tokens.
+
+  Returns:
+    The tokens of each text, with their log-probabilities.
+  """
+  if control is not None and ignore_end:
+    raise ValueError('ignore_end: a text that is held to a rule ends with it.')
   rows = trained.prompt_ids(prompts)
   sampling = _calibrated(trained, sampling)
   options = trained.decode_options(ignore_end=ignore_end, max_length=max_length)
@@ -262,33 +268,6 @@ def evaluate_splits(
         metrics |= evaluate.bits_per_byte(metrics, corpus, config.data, split)
       result |= {f'eval/{title}/{k}': v for k, v in metrics.items()}
   return result
-
-
-def read_lines(given: Sequence[str], file: str | None, flag: str) -> list[str]:
-  """Returns the texts of --FLAG and those of --FLAG_file, one a line.
-
-  Raises:
-    ValueError: there is none, or no such file.
-  """
-  result = list(given)
-  if file is not None:
-    path = paths.path(file)
-    if not path.exists():
-      raise ValueError(f'--{flag}_file={file}: there is no such file.')
-    result += [line for line in path.read_text().splitlines() if line]
-  if not result:
-    raise ValueError(
-      f"There is no {flag}: give --{flag}='...' or --{flag}_file."
-    )
-  return result
-
-
-def write_samples(
-  file: str, prompts: Sequence[str], texts: Sequence[str]
-) -> None:
-  """Writes prompts and texts as the JSON that the report shows."""
-  samples = [{'prompt': p, 'text': t} for p, t in zip(prompts, texts)]
-  paths.path(file).write_text(json.dumps(samples, indent=1))
 
 
 def _devices(config: mesh_lib.MeshConfig) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 import contextlib
 import logging
 import os
@@ -16,6 +17,7 @@ from absl import logging as absl_logging
 from t2x import config as config_lib
 from t2x import experiment
 from t2x import machines as machines_lib
+from t2x import paths
 from t2x import simulated
 
 flags.disclaim_key_flags()  # They are the script's: --helpshort lists them.
@@ -150,6 +152,25 @@ def workdir() -> str:
       '--workdir=runs/first.'
     )
   return flags.FLAGS.workdir
+
+
+def read_lines(given: Sequence[str], file: str | None, flag: str) -> list[str]:
+  """Returns the texts of --FLAG and those of --FLAG_file, one a line.
+
+  Raises:
+    ValueError: there is none, or no such file.
+  """
+  result = list(given)
+  if file is not None:
+    path = paths.path(file)
+    if not path.exists():
+      raise ValueError(f'--{flag}_file={file}: there is no such file.')
+    result += [line for line in path.read_text().splitlines() if line]
+  if not result:
+    raise ValueError(
+      f"There is no {flag}: give --{flag}='...' or --{flag}_file."
+    )
+  return result
 
 
 def resolve(

@@ -5,6 +5,7 @@ schedule.csv, the last table of one's own that its stages ran, and labels.json,
 the labels of each class head in the order of its classes.
 """
 
+from collections.abc import Sequence
 import importlib.metadata as importlib_metadata
 import itertools
 import json
@@ -259,3 +260,11 @@ def _git_revision() -> str | None:
   except (OSError, subprocess.TimeoutExpired):
     return None
   return result.stdout.strip() or None if result.returncode == 0 else None
+
+
+def write_samples(
+  file: str, prompts: Sequence[str], texts: Sequence[str]
+) -> None:
+  """Writes prompts and texts as the JSON that the report shows."""
+  samples = [{'prompt': p, 'text': t} for p, t in zip(prompts, texts)]
+  paths.path(file).write_text(json.dumps(samples, indent=1))

@@ -70,7 +70,12 @@ class Trained:
   def decode_options(
     self, *, ignore_end: bool = False, max_length: int | None = None
   ) -> dict[str, Any]:
-    """Returns what the tokenizer and the training say to `decode.generate`."""
+    """Returns what the tokenizer and the training say to `decode.generate`.
+
+    Args:
+      ignore_end: texts go on past their end.
+      max_length: of a sequence; default that of training.
+    """
     return {
       'eos_id': None if ignore_end else self.end_ids,
       'pad_id': self.tokenizer.pad_id,
@@ -90,6 +95,12 @@ class Trained:
 
     A decoder's text begins as its tokenizer's texts do (with BOS, but for
     GPT-2's), a source ends with EOS.
+
+    Args:
+      prompts: texts; in sources <extra_id_N> is the N-th sentinel.
+
+    Raises:
+      ValueError: there is no such sentinel.
     """
     tokenizer = self.tokenizer
     if self._answers:
@@ -128,6 +139,9 @@ class Trained:
 
     With the space before it, so that it is no part of the word before, but
     where the word itself begins with a space or a mark.
+
+    Raises:
+      ValueError: a word is empty.
     """
     pieces = self.token_bytes
     result = []

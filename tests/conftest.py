@@ -54,7 +54,7 @@ def _programs_are_freed():
   yield
   if _MAPS.exists() and _MAPS.read_bytes().count(b'\n') > _MANY_MAPS:
     jax.clear_caches()
-    gc.collect()
+    gc.collect()  # What is not closed shows here, after its file's last test.
 
 
 def pytest_collection_modifyitems(items):

@@ -100,7 +100,7 @@ def test_it_writes_what_the_run_writes(tmp_path, name):
       trained,
       PROMPTS,
       num_tokens=12,
-      sampling=trained_lib.Sampling(**own),
+      sampling=inference.Sampling(**own),
       seed=seed,
     )
     assert tokens == expected.tokens
@@ -117,7 +117,7 @@ def test_as_a_command_and_for_other_platforms(tmp_path):
     trained,
     ['the run'],
     num_tokens=9,
-    sampling=trained_lib.Sampling(temperature=0),
+    sampling=inference.Sampling(temperature=0),
   )
   ask = lambda *flags: subprocess.run(
     [sys.executable, str(made / 'run.py'), *flags],

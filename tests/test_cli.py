@@ -227,11 +227,11 @@ def test_no_run_and_no_checkpoint_yet(directory, tmp_path):
 
 def test_prompts(tmp_path):
   with pytest.raises(ValueError, match='There is no prompt: give --prompt='):
-    inference.read_lines([], None, 'prompt')
+    main.read_lines([], None, 'prompt')
   with pytest.raises(ValueError, match='--prompt_file=.*: there is no such fi'):
-    inference.read_lines([], str(tmp_path / 'none'), 'prompt')
+    main.read_lines([], str(tmp_path / 'none'), 'prompt')
   (tmp_path / 'prompts').write_text('b\n\nc d\n')
-  prompts = inference.read_lines(['a'], str(tmp_path / 'prompts'), 'prompt')
+  prompts = main.read_lines(['a'], str(tmp_path / 'prompts'), 'prompt')
   assert prompts == ['a', 'b', 'c d']
 
 

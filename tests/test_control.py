@@ -1,5 +1,6 @@
 """Texts that are held to something: each of them meets it."""
 
+import functools
 import json
 import re
 
@@ -18,7 +19,7 @@ from t2x import trained as trained_lib
 from t2x.data import tokenizers
 from t2x.models import model as model_lib
 
-SAMPLING = trained_lib.Sampling()
+SAMPLING = inference.Sampling()
 SCHEMA = {
   'type': 'object',
   'properties': {
@@ -99,6 +100,42 @@ def test_a_grammar(trained, controls):
 def test_a_text_that_is_cut_is_the_beginning_of_one(trained, controls):
   made = controls.make(num_tokens=5, regex='[a-z]{9}')
   assert all(re.fullmatch('[a-z]{5}', text) for text in write(trained, made, 5))
+
+
+def test_every_prompt_is_drawn_as_it_asks(trained, controls):
+  made = controls.make(num_tokens=8, regex='[0-9]{6}')
+  settings = [inference.Sampling(temperature=0), SAMPLING]
+  found = inference.generation(
+    trained,
+    ['the run', 'a'],
+    num_tokens=8,
+    control=made,
+    sampling=settings,
+    seed=3,
+  )
+  assert found.ended == [True, True]
+  assert [len(row) for row in found.log_probs] == [6, 6]
+  common = {'num_tokens': 8, 'control': made, 'seed': 3}
+  greedy = inference.generation(
+    trained, ['the run'], sampling=settings[0], **common
+  )
+  assert found.tokens[0] == greedy.tokens[0]
+  np.testing.assert_allclose(found.log_probs[0], greedy.log_probs[0], atol=1e-5)
+  other = inference.generation(trained, ['', 'a'], sampling=SAMPLING, **common)
+  assert found.tokens[1] == other.tokens[1]
+  cut = inference.generation(trained, ['a'], **common | {'num_tokens': 3})
+  assert cut.ended == [False]
+
+
+def test_messages(trained, controls):
+  made = controls.make(num_tokens=8, regex='[0-9]+')
+  write = functools.partial(inference.generate_text, trained, control=made)
+  with pytest.raises(ValueError, match='ignore_end: a text that is held to a'):
+    write(['a'], num_tokens=4, ignore_end=True)
+  with pytest.raises(ValueError, match='Prompt 1 .*raise max_length'):
+    write(['a', 'b' * 99], num_tokens=4)
+  with pytest.raises(ValueError, match='2 settings and there are 1 prompts'):
+    write(['a'], num_tokens=4, sampling=[SAMPLING] * 2)
 
 
 @pytest.mark.parametrize('name', sorted(hf_files.MAKERS))

@@ -25,9 +25,9 @@ FILES = (
   'vocab.txt',
   'vocab.json',
   'merges.txt',
-  *tokenizer_files.SPM,
-  tokenizer_files.MAP,
-  tokenizer_files.SETTINGS,
+  *tokenizer_files.SENTENCEPIECE,
+  tokenizer_files.SPECIAL_TOKENS,
+  tokenizer_files.TOKENIZER_CONFIG,
   _ADDED,
   _TEMPLATE,
 )
@@ -56,7 +56,7 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
     self.config = config
     self._root = epath.Path(directory)
     self._names = _special_names(self._root)
-    self._backend = tokenizer_files.read(self._root, self._names)
+    self._backend = tokenizer_files.read_backend(self._root, self._names)
     self._check_added()
     ids = {
       role: self._backend.id_of(name) for role, name in self._names.items()
@@ -68,7 +68,8 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
     if bos is None or eos is None:
       raise ValueError(
         f'The tokenizer in {directory} has no token that ends a text. Name '
-        f'one in its {tokenizer_files.SETTINGS}, as in "eos_token": "</s>".'
+        f'one in its {tokenizer_files.TOKENIZER_CONFIG}, as in '
+        '"eos_token": "</s>".'
       )
     pad = first('pad')
     self.bos_id, self.eos_id = bos, eos
@@ -114,7 +115,7 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
     if (self._root / _TEMPLATE).exists():
       return (self._root / _TEMPLATE).read_text()
     given = tokenizer_files.read_json(
-      self._root / tokenizer_files.SETTINGS
+      self._root / tokenizer_files.TOKENIZER_CONFIG
     ).get('chat_template')
     if isinstance(given, list):  # Several, with names.
       named = {one.get('name'): one.get('template') for one in given}
@@ -127,7 +128,7 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
     found = hashlib.sha256(json.dumps(self._names, sort_keys=True).encode())
     for name in FILES:
       if (
-        name not in (tokenizer_files.MAP, _TEMPLATE)
+        name not in (tokenizer_files.SPECIAL_TOKENS, _TEMPLATE)
         and (self._root / name).exists()
       ):
         found.update(name.encode() + (self._root / name).read_bytes())
@@ -174,16 +175,16 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
     for name in FILES:
       if (self._root / name).exists():
         (directory / name).write_bytes((self._root / name).read_bytes())
-    if not (directory / tokenizer_files.MAP).exists():
+    if not (directory / tokenizer_files.SPECIAL_TOKENS).exists():
       names = json.dumps(self.token_names, indent=2)
-      (directory / tokenizer_files.MAP).write_text(names + '\n')
+      (directory / tokenizer_files.SPECIAL_TOKENS).write_text(names + '\n')
 
 
 def _special_names(root: epath.Path) -> dict[str, str]:
   """Returns what the tokens of each role are called."""
   given = tokenizer_files.read_json(
-    root / tokenizer_files.SETTINGS
-  ) | tokenizer_files.read_json(root / tokenizer_files.MAP)
+    root / tokenizer_files.TOKENIZER_CONFIG
+  ) | tokenizer_files.read_json(root / tokenizer_files.SPECIAL_TOKENS)
   names = {}
   for role in _ROLES:
     name = given.get(f'{role}_token')
@@ -195,7 +196,7 @@ def _special_names(root: epath.Path) -> dict[str, str]:
 
 def _usual_names(root: epath.Path) -> dict[str, str]:
   """Returns the names that roles mostly have, of those in the vocabulary."""
-  backend = tokenizer_files.read(root, {})
+  backend = tokenizer_files.read_backend(root, {})
   names = {}
   for role, usual in _USUAL.items():
     there = [name for name in usual if backend.id_of(name) is not None]

@@ -11,9 +11,9 @@ import sentencepiece
 from t2x.data import tokenizers
 
 # XLM-R's sentencepiece.bpe.model is read with other ids than its own.
-SPM = ('spiece.model', 'tokenizer.model')
-MAP = 'special_tokens_map.json'
-SETTINGS = 'tokenizer_config.json'
+SENTENCEPIECE = ('spiece.model', 'tokenizer.model')
+SPECIAL_TOKENS = 'special_tokens_map.json'
+TOKENIZER_CONFIG = 'tokenizer_config.json'
 _MOST_EXTRA = 10_000
 _SPACES = ('\u2581', '\u0120')  # How SentencePiece and GPT-2 write a space.
 _BYTE_OF = {letter: i for i, letter in enumerate(tokenizers.byte_letters())}
@@ -132,7 +132,7 @@ class _Pieces:
     return self._processor.decode(ids)
 
 
-def read(root: epath.Path, names: dict[str, str]) -> Any:
+def read_backend(root: epath.Path, names: dict[str, str]) -> Any:
   """Reads whichever files there are.
 
   Args:
@@ -145,9 +145,12 @@ def read(root: epath.Path, names: dict[str, str]) -> Any:
   Raises:
     ValueError: there are none, one is damaged, or the library is missing.
   """
-  for name in SPM:
+  for name in SENTENCEPIECE:
     if (root / name).exists() and not (root / 'tokenizer.json').exists():
-      model, settings = (root / name).read_bytes(), read_json(root / SETTINGS)
+      model, settings = (
+        (root / name).read_bytes(),
+        read_json(root / TOKENIZER_CONFIG),
+      )
       return _Pieces(model, _num_extra(root), settings)
   try:
     import tokenizers as library
@@ -173,7 +176,7 @@ def read(root: epath.Path, names: dict[str, str]) -> Any:
     return _Fast(_byte_level(root, names))
   raise ValueError(
     f'No tokenizer in {root}. It takes one of tokenizer.json, vocab.txt, '
-    f'vocab.json with merges.txt, {", ".join(SPM)}.'
+    f'vocab.json with merges.txt, {", ".join(SENTENCEPIECE)}.'
   )
 
 
@@ -182,7 +185,7 @@ def _wordpiece(root: epath.Path, names: dict[str, str]) -> Any:
   library: Any = importlib.import_module('tokenizers')
   lines = (root / 'vocab.txt').read_text().split('\n')
   vocab = {line.rstrip('\r'): i for i, line in enumerate(lines) if line}
-  settings = read_json(root / SETTINGS)
+  settings = read_json(root / TOKENIZER_CONFIG)
   special = {
     f'{role}_token': names.get(role, f'[{role.upper()}]')
     for role in ('cls', 'sep', 'unk', 'pad', 'mask')
@@ -191,7 +194,7 @@ def _wordpiece(root: epath.Path, names: dict[str, str]) -> Any:
     if special[role] not in vocab:
       raise ValueError(
         f'{root / "vocab.txt"} lacks {special[role]}, the {role}. Name the '
-        f'one that it has in {SETTINGS}, or copy the file again.'
+        f'one that it has in {TOKENIZER_CONFIG}, or copy the file again.'
       )
   made = library.BertWordPieceTokenizer(
     vocab,
@@ -216,7 +219,9 @@ def _byte_level(root: epath.Path, names: dict[str, str]) -> Any:
   made = library.ByteLevelBPETokenizer(
     vocab,
     merges,
-    add_prefix_space=read_json(root / SETTINGS).get('add_prefix_space', False),
+    add_prefix_space=read_json(root / TOKENIZER_CONFIG).get(
+      'add_prefix_space', False
+    ),
   )
   # The mask stands for a word, so the space before it belongs to it.
   made.add_special_tokens(
@@ -233,7 +238,7 @@ def _byte_level(root: epath.Path, names: dict[str, str]) -> Any:
       if names[role] not in vocab:
         raise ValueError(
           f'{root / "vocab.json"} lacks {names[role]}, the {role}_token that '
-          f'{MAP} or {SETTINGS} names. Copy the files again.'
+          f'{SPECIAL_TOKENS} or {TOKENIZER_CONFIG} names. Copy the files again.'
         )
     made._tokenizer.post_processor = library.processors.RobertaProcessing(
       (names['sep'], vocab[names['sep']]),
@@ -245,10 +250,10 @@ def _byte_level(root: epath.Path, names: dict[str, str]) -> Any:
 
 def _num_extra(root: epath.Path) -> int:
   """Returns how many sentinels T5 has added."""
-  settings = read_json(root / SETTINGS)
+  settings = read_json(root / TOKENIZER_CONFIG)
   if 'extra_ids' in settings:
     return _few(root, int(settings['extra_ids']))
-  text = json.dumps(settings) + json.dumps(read_json(root / MAP))
+  text = json.dumps(settings) + json.dumps(read_json(root / SPECIAL_TOKENS))
   numbers = re.findall(r'<extra_id_(\d+)>', text)
   if numbers:
     return _few(root, max(map(int, numbers)) + 1)
@@ -260,8 +265,8 @@ def _num_extra(root: epath.Path) -> int:
 def _few(root: epath.Path, number: int) -> int:
   if not 0 <= number <= _MOST_EXTRA:
     raise ValueError(
-      f'{root / SETTINGS} asks for {number} tokens <extra_id_N>; at most '
-      f'{_MOST_EXTRA} make sense.'
+      f'{root / TOKENIZER_CONFIG} asks for {number} tokens <extra_id_N>; at '
+      f'most {_MOST_EXTRA} make sense.'
     )
   return number
 

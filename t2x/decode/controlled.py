@@ -1,13 +1,19 @@
 """Texts that are held to what a control says, written all at once."""
 
 from collections.abc import Sequence
+from typing import Any
 
+from t2x.decode import begin as begin_lib
 from t2x.decode import engine as engine_lib
 from t2x.decode import generate as generate_lib
+from t2x.decode import prompts as prompts_lib
+from t2x.decode import sampling as sampling_lib
 from t2x.decode import texts as texts_lib
 from t2x.models import decoder
 
-Sampling = engine_lib.Sampling
+Sampling = sampling_lib.SamplingConfig
+
+_MOST_SLOTS = 16
 
 
 def write(
@@ -18,8 +24,7 @@ def write(
   control: texts_lib.Control,
   sampling: Sampling | Sequence[Sampling] | None = None,
   seed: int = 0,
-  ends: tuple[int, ...] = (),
-  max_length: int | None = None,
+  **options: Any,
 ) -> generate_lib.Generation:
   """As `generate.generate`, with texts that are held to a control.
 
@@ -30,32 +35,41 @@ def write(
     control: of each text, at its beginning.
     sampling: as for `generate`.
     seed: as for `generate`.
-    ends: tokens that end a text.
-    max_length: see `EngineConfig`.
+    **options: eos_id, pad_id, start_id and max_length of `begin.Options`.
+
+  Returns:
+    As `generate`; a text whose control is done has ended.
 
   Raises:
-    ValueError: as `Engine`; the control cannot be followed.
+    ValueError: as `generate` and `Engine`; the control cannot be followed.
   """
+  if not isinstance(model, decoder.Decoder):
+    raise ValueError(
+      f'{type(model).__name__} cannot be held to a rule: only a decoder can. '
+      'Leave the rule out.'
+    )
+  own = begin_lib.Options(**options)
+  request = begin_lib.check(model, prompts, num_tokens, own)
   configs = generate_lib.configs_of(sampling, len(prompts))
   config = engine_lib.EngineConfig(
-    num_slots=min(len(prompts), 16),
+    num_slots=min(prompts_lib.power_of_two(len(prompts)), _MOST_SLOTS),
     max_waiting=len(prompts),
-    max_length=max_length,
+    max_length=request.limit,
   )
   engine = engine_lib.Engine(model, config)
   texts = [
     engine.add(
       engine_lib.Request(
-        prompt=prompt,
+        prompt=prompt.tolist(),
         num_tokens=num_tokens,
-        sampling=own,
+        sampling=drawn,
         seed=seed,
         row=row,
-        ends=ends,
+        ends=tuple(request.ends),
         control=control.copy(),
       )
     )
-    for row, (prompt, own) in enumerate(zip(prompts, configs))
+    for row, (prompt, drawn) in enumerate(zip(request.rows, configs))
   ]
   while engine.is_busy:
     engine.step()

@@ -42,16 +42,7 @@ class Engine:
   def __init__(
     self, model: decoder.Decoder, config: EngineConfig = EngineConfig()
   ):
-    """Makes the pool.
-
-    Args:
-      model: a decoder, best as `prepared.prepare` returns it.
-      config: sizes.
-
-    Raises:
-      ValueError: another model, or one with layers that keep no keys; no
-        length is known; too few pages for one row.
-    """
+    """Makes the pool; arguments and errors as for `PagedDecoder`."""
     self.config = config
     self._decoder = paged_decoder.PagedDecoder(model, config)
     self.max_length = self._decoder.max_length

@@ -36,7 +36,8 @@ class Generation:
     tokens: the new tokens, without the prompt, the end token and padding.
     log_probs: the log-probability of each of them under the model itself, that
       is before temperature, top-k and top-p.
-    ended: whether the row met its end token before `num_tokens`.
+    ended: whether the row met its end token before `num_tokens`, or the end of
+      what it is held to.
   """
 
   tokens: list[list[int]]

@@ -33,11 +33,20 @@ class PagedDecoder:
   Attributes:
     max_length: the most tokens of a text, prompt and new ones.
     num_pages: of the pool.
-    row_sizes: numbers of rows that programs are compiled for, ascending.
+    vocab_size: of the model.
   """
 
   def __init__(self, model: decoder.Decoder, config: texts_lib.EngineConfig):
-    """Makes the pool; see `Engine` for what is raised."""
+    """Makes the pool.
+
+    Args:
+      model: a decoder, best as `prepared.prepare` returns it.
+      config: sizes.
+
+    Raises:
+      ValueError: another model, or one with layers that keep no keys; no
+        length is known; too few pages for one row.
+    """
     if not isinstance(model, decoder.Decoder):
       raise ValueError(
         f'{type(model).__name__} cannot be served: rows that come and go need '
@@ -64,23 +73,26 @@ class PagedDecoder:
         f'{length} tokens needs {self._blocks}.'
       )
     self.num_pages: int = num_pages
-    # One row, but on meshes that split rows.
-    self._parts = begin.row_parts()
-    self.row_sizes = _row_sizes(config.num_slots, self._parts)
+    self._parts = begin.row_parts()  # Into which the mesh splits rows.
+    self._row_sizes = _row_sizes(config.num_slots, self._parts)
     self.restart()
 
   def restart(self) -> None:
-    """Makes the pages anew."""
+    """Makes the pages anew, and forgets how the last rows were drawn."""
     size, dtype = self._config.page_size, self._config.cache_dtype
     self._settings = rows_lib.Settings(self.vocab_size)
     self._caches = None  # Freed before others are made.
     self._caches = steps.empty_pages(self._model, self.num_pages, size, dtype)
 
   def warm(self, calibration: float) -> None:
-    """Compiles what most requests need, before any comes."""
+    """Compiles what most requests need, before any comes.
+
+    Args:
+      calibration: of their sampling.
+    """
     for size in self._config.chunks:
       self.read([0] * size, 0, size, [])
-    for rows in self.row_sizes:
+    for rows in self._row_sizes:
       for own in (Sampling(temperature=0), Sampling(), Sampling(top_p=0.9)):
         drawn = dataclasses.replace(own, calibration=calibration)
         request = texts_lib.Request(
@@ -99,7 +111,7 @@ class PagedDecoder:
       size: of the chunk that is compiled.
       pages: of the text; none keeps nothing.
     """
-    rows = self._parts
+    rows = self._parts  # One, but on meshes that split rows.
     tokens_BC = prompts_lib.pad([tokens], (rows, size), 0)
     index_BC = np.full((rows, size), self._nowhere, np.int32)
     if pages:
@@ -121,7 +133,7 @@ class PagedDecoder:
       (B,), and log-probabilities and tokens (B, K) of the most probable if any
       text asks for them.
     """
-    rows = min(n for n in self.row_sizes if n >= len(texts))
+    rows = min(n for n in self._row_sizes if n >= len(texts))
     return self._write(texts, rows, masks)
 
   @property

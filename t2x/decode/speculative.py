@@ -6,7 +6,7 @@ written has exactly the model's distribution, whatever the draft, and at
 temperature 0 it is the model's own text (but for ties that rounding decides: a
 pass of several tokens sums in another order than one of a single token).
 
-Shape suffixes: B batch.
+Shape suffixes: B batch, S positions.
 """
 
 from collections.abc import Sequence

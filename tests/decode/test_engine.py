@@ -236,6 +236,11 @@ class Even:
   def advance(self, token):
     self.tokens.append(token)
 
+  def copy(self):
+    result = Even()
+    result.tokens = list(self.tokens)
+    return result
+
   @property
   def is_done(self):
     return len(self.tokens) == 3

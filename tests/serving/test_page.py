@@ -7,7 +7,6 @@ import pytest
 import serving_run
 
 from t2x import inference
-from t2x import trained as trained_lib
 from t2x.serving import app as app_lib
 
 _BROWSER = shutil.which('chromium') or shutil.which('google-chrome')
@@ -73,7 +72,7 @@ def test_a_text_is_written_and_its_tokens_coloured(page, trained):
       trained,
       ['the run'],
       num_tokens=12,
-      sampling=trained_lib.Sampling(temperature=0),
+      sampling=inference.Sampling(temperature=0),
     )
     assert page.inner_text('#text') == 'the run' + expected[0]
     colours = page.eval_on_selector_all(
