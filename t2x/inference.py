@@ -180,17 +180,8 @@ def generation(
   with trained.decoding():
     if control is None:
       return generate_lib.generate(trained.writer, rows, **common, **options)
-    if ignore_end:
-      raise ValueError(
-        'ignore_end: a text that is held to a rule ends with it.'
-      )
     return controlled.write(
-      trained.writer,
-      rows,
-      **common,
-      control=control,
-      ends=trained.end_ids,
-      max_length=options['max_length'],
+      trained.writer, rows, control=control, **common, **options
     )
 
 

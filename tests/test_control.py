@@ -132,7 +132,7 @@ def test_messages(trained, controls):
   write = functools.partial(inference.generate_text, trained, control=made)
   with pytest.raises(ValueError, match='ignore_end: a text that is held to a'):
     write(['a'], num_tokens=4, ignore_end=True)
-  with pytest.raises(ValueError, match='Prompt 1 .*raise max_length'):
+  with pytest.raises(ValueError, match='Prompt 1 has 100 tokens'):
     write(['a', 'b' * 99], num_tokens=4)
   with pytest.raises(ValueError, match='2 settings and there are 1 prompts'):
     write(['a'], num_tokens=4, sampling=[SAMPLING] * 2)
