@@ -17,6 +17,8 @@ from t2x import keywords
 from t2x import mesh as mesh_lib
 from t2x import trained as trained_lib
 from t2x.data import tokenizers
+from t2x.decode import controlled
+from t2x.models import encoder_decoder
 from t2x.models import model as model_lib
 
 SAMPLING = inference.Sampling()
@@ -136,6 +138,10 @@ def test_messages(trained, controls):
     write(['a', 'b' * 99], num_tokens=4)
   with pytest.raises(ValueError, match='2 settings and there are 1 prompts'):
     write(['a'], num_tokens=4, sampling=[SAMPLING] * 2)
+  config = encoder_decoder.EncoderDecoderConfig(vocab_size=9)
+  answers = encoder_decoder.EncoderDecoder(config, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match='EncoderDecoder cannot be held to a ru'):
+    controlled.write(answers, [[3]], num_tokens=4, control=made)
 
 
 @pytest.mark.parametrize('name', sorted(hf_files.MAKERS))
