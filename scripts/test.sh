@@ -4,9 +4,11 @@
 #   bash scripts/test.sh               everything
 #   bash scripts/test.sh --fast        without the slow tests
 #   bash scripts/test.sh -k NAME ...   pytest arguments: only these tests
+#   bash scripts/test.sh --skipped     only the tests that the last run skipped
 #
-# Comparisons with other libraries run where they are installed:
-#   bash scripts/setup.sh reference
+# A test that needs a further extra is skipped with its name. What the extras
+# add to a run that has passed:
+#   bash scripts/setup.sh reference plan && bash scripts/test.sh --skipped
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh test
@@ -16,9 +18,11 @@ if [[ ${1:-} == --fast ]]; then
   shift
   set -- -m 'not slow' "$@"
 fi
-.venv/bin/ruff format --check .
-.venv/bin/ruff check .
-.venv/bin/pyright
+if [[ ${1:-} != --skipped ]]; then
+  .venv/bin/ruff format --check .
+  .venv/bin/ruff check .
+  .venv/bin/pyright
+fi
 # A worker that dies is named and ends the run; replaced, xdist would wait for
 # it for ever (pytest-xdist issue 1378).
 .venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder \

@@ -9,7 +9,6 @@ compiler (`plan-gpu`) no GPU and no CUDA: `absent.devices('h100:8')`.
 
 from collections.abc import Mapping
 import functools
-import importlib.util
 import math
 import os
 import re
@@ -18,6 +17,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies as jax_topologies
 
+from t2x import backends
 from t2x import experiment
 from t2x import gpu_targets
 from t2x import program
@@ -34,8 +34,6 @@ _ENVIRONMENT = {
   'TPU_WORKER_HOSTNAMES': 'localhost',
 }
 _MOST = 1024  # Each has threads of its own.
-# XLA's GPU compiler comes as JAX's plugin for either CUDA.
-_CUDA = 'jax_plugins.xla_cuda13', 'jax_plugins.xla_cuda12'
 
 
 @functools.cache
@@ -78,7 +76,7 @@ def devices(
 
 
 def _tpus(wanted: topologies.Topology, num_slices: int, host: str | None):
-  if importlib.util.find_spec('libtpu') is None:
+  if not backends.has_module('libtpu'):
     raise ValueError(
       f'Compiling for {wanted} needs the TPU compiler, libtpu, which is not '
       "installed: pip install '.[plan]' (Linux on x86-64)."
@@ -99,7 +97,7 @@ def _tpus(wanted: topologies.Topology, num_slices: int, host: str | None):
 
 
 def _gpus(wanted: topologies.Topology, num_slices: int):
-  if not any(map(_installed, _CUDA)):
+  if not any(map(backends.has_module, backends.CUDA)):
     raise ValueError(
       f"Compiling for {wanted} needs XLA's GPU compiler, which is not "
       "installed: pip install '.[plan-gpu]' (Linux; no GPU is needed)."
@@ -118,13 +116,6 @@ def _gpus(wanted: topologies.Topology, num_slices: int):
       'JAX_PLATFORMS=cpu, without which it looks for CUDA; the versions of '
       f'jax-cuda13-plugin and jax-cuda13-pjrt must be {jax.__version__}.'
     ) from None
-
-
-def _installed(module: str) -> bool:
-  try:
-    return importlib.util.find_spec(module) is not None
-  except ModuleNotFoundError:  # Of the package that it is in.
-    return False
 
 
 def _simulated(topology: str, num_slices: int, host: str | None):

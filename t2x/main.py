@@ -14,6 +14,7 @@ from absl import app
 from absl import flags
 from absl import logging as absl_logging
 
+from t2x import backends
 from t2x import config as config_lib
 from t2x import experiment
 from t2x import machines as machines_lib
@@ -106,6 +107,7 @@ def app_run(main: Callable[[], None]) -> None:
         '--set NAME=VALUE.'
       )
     simulated.give_threads()
+    backends.skip_missing_tpu()
     logging.getLogger('t2x').setLevel(logging.INFO)
     if not flags.FLAGS['verbosity'].present:
       # Orbax logs every file that it writes, and with a traceback for each

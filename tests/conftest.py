@@ -16,8 +16,10 @@ import sys
 import tempfile
 
 from absl import flags
+import extras
 import jax
 import pytest
+import skipped
 
 from t2x import simulated as t2x_simulated
 
@@ -55,6 +57,19 @@ def _programs_are_freed():
   if _MAPS.exists() and _MAPS.read_bytes().count(b'\n') > _MANY_MAPS:
     jax.clear_caches()
     gc.collect()  # What is not closed shows here, after its file's last test.
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    '--skipped',
+    action='store_true',
+    help='only the tests that the last run skipped, as an extra was missing',
+  )
+
+
+def pytest_configure(config):
+  plugin = skipped.Skipped(config, extras.REASON)
+  config.pluginmanager.register(plugin, 'skipped')
 
 
 def pytest_collection_modifyitems(items):

@@ -1,6 +1,6 @@
 """Meshes of GPUs that are not here, for tests; see `t2x.absent`."""
 
-import pytest
+import extras
 
 from t2x import absent
 from t2x import mesh as mesh_lib
@@ -8,9 +8,7 @@ from t2x import mesh as mesh_lib
 
 def devices(topology: str = 'h100:8', num_slices: int = 1):
   """Returns the devices of nodes, or skips where their compiler is missing."""
-  pytest.importorskip(
-    'jax_plugins.xla_cuda13', reason='compiling for GPUs needs plan-gpu'
-  )
+  extras.need('jax_plugins.xla_cuda13', extra='plan-gpu')
   return absent.devices(topology, num_slices)
 
 

@@ -15,6 +15,7 @@ _ROOT = pathlib.Path(__file__).parents[1]
 # an experiment's config names the mesh and the step, `program` compiles it.
 _ORDER = (
   (
+    'backends',
     'config',
     'checks',
     'sharding',

@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 from absl import flags
+import extras
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
@@ -290,6 +291,7 @@ def test_v5e_gathers_so_by_itself():
 @pytest.mark.slow
 def test_the_scheduler_may_move_reductions():
   """It says so of those that it left in place, too: all of these."""
+  extras.need('libtpu', extra='plan')
   if importlib.metadata.version('libtpu') >= '0.0.50':
     pytest.skip('newer libtpu leaves out what was considered and not done')
   moved = 'async_collective_name="all-reduce-start'

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import extras
 import pytest
 import tpu
 
@@ -298,7 +299,7 @@ def test_axes_lie_along_the_torus():
   ],
 )
 def test_errors_are_a_line_each(flags, words):
-  pytest.importorskip('libtpu')
+  extras.need('libtpu', extra='plan')
   done = subprocess.run(
     [sys.executable, _SCRIPT, '--experiment=llama2_7b', *flags],
     capture_output=True,

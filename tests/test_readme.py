@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 
+import extras
 import pytest
 import simulated
 import tiny
@@ -82,7 +83,7 @@ def test_scripts_that_only_look_run(commands, tmp_path, monkeypatch):
   """One after the other: a later one may read what an earlier one wrote."""
   monkeypatch.setenv('XLA_FLAGS', simulated.flags())
   if any('--topology=v5e' in command for command in commands):
-    pytest.importorskip('libtpu', reason='compiling for TPU needs libtpu')
+    extras.need('libtpu', extra='plan')
   files = []
   for command in commands:
     _, script, *arguments = shlex.split(command)

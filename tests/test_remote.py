@@ -7,6 +7,7 @@ import sys
 import time
 
 from etils import epath
+import extras
 import pytest
 import tiny
 
@@ -18,7 +19,7 @@ from t2x import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.reference]
 for _name in ('gcsfs', 'gcp_storage_emulator'):
-  pytest.importorskip(_name, reason='bash scripts/setup.sh reference')
+  extras.need(_name, extra='reference')
 
 # The emulator, with what today's clients need and it lacks: moves, the
 # generation of what is read, and writes that depend on the generation.

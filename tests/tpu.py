@@ -1,7 +1,7 @@
 """Meshes of TPU chips that are not here, for tests; see `t2x.absent`."""
 
+import extras
 import jax
-import pytest
 
 from t2x import absent
 from t2x import catalog
@@ -41,7 +41,7 @@ def mesh(topology: str = 'v5e:2x4', num_slices: int = 1, **sizes: int):
 
 def devices(topology: str, num_slices: int = 1):
   """Returns the devices of a topology, such as `v5e:4x4`, or skips the test."""
-  pytest.importorskip('libtpu', reason='compiling for TPU needs libtpu')
+  extras.need('libtpu', extra='plan')
   return absent.devices(topology, num_slices)
 
 

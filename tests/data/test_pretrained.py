@@ -2,6 +2,7 @@
 
 import json
 
+import extras
 import hf_files
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def read(directory):
 
 
 def theirs_of(name, directory):
-  transformers = pytest.importorskip('transformers')
+  transformers = extras.need('transformers', extra='reference')
   bpe = lambda: (str(directory / 'vocab.json'), str(directory / 'merges.txt'))
   if name == 'bert':
     return transformers.BertTokenizer(str(directory / 'vocab.txt'))

@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import extras
 from flax import nnx
 import jax
 import numpy as np
@@ -23,8 +24,8 @@ Config = beams_lib.BeamConfig
 
 @functools.cache
 def theirs(kind):
-  torch = pytest.importorskip('torch')
-  transformers = pytest.importorskip('transformers')
+  torch = extras.need('torch', extra='reference')
+  transformers = extras.need('transformers', extra='reference')
   torch.manual_seed(0)
   ids = dict(eos_token_id=None, pad_token_id=0, bos_token_id=None)
   if kind == 'gpt2':

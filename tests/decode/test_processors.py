@@ -1,5 +1,6 @@
 """Processors against transformers' own, and against plain numpy."""
 
+import extras
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,8 +28,10 @@ def column(values):
 
 
 def theirs(name, *args, ids, logits, **kwargs):
-  torch = pytest.importorskip('torch')
-  logits_process = pytest.importorskip('transformers.generation.logits_process')
+  torch = extras.need('torch', extra='reference')
+  logits_process = extras.need(
+    'transformers.generation.logits_process', extra='reference'
+  )
   made = getattr(logits_process, name)(*args, **kwargs)
   result = made(torch.tensor(ids), torch.tensor(np.array(logits)))
   return result.numpy()

@@ -1,10 +1,10 @@
 """Kinds of attention against the other library's layers, weight by weight."""
 
+import extras
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from t2x.attention import mask as mask_lib
 from t2x.layers import attention_layer
@@ -12,8 +12,8 @@ from t2x.layers import low_rank
 from t2x.layers import param
 from t2x.layers import sparse
 
-torch = pytest.importorskip('torch')
-transformers = pytest.importorskip('transformers')
+torch = extras.need('torch', extra='reference')
+transformers = extras.need('transformers', extra='reference')
 B, T, D, H = 2, 32, 24, 6
 
 

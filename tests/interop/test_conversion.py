@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import extras
 import hf_files
 import jax
 import numpy as np
@@ -22,8 +23,8 @@ from t2x.interop import exported
 from t2x.interop import huggingface
 from t2x.models import presets
 
-torch = pytest.importorskip('torch')
-transformers = pytest.importorskip('transformers')
+torch = extras.need('torch', extra='reference')
+transformers = extras.need('transformers', extra='reference')
 
 pytestmark = pytest.mark.reference
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import extras
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +13,8 @@ from t2x.interop import names
 
 pytestmark = pytest.mark.reference
 
-torch = pytest.importorskip('torch')
-transformers = pytest.importorskip('transformers')
+torch = extras.need('torch', extra='reference')
+transformers = extras.need('transformers', extra='reference')
 
 # Odd sizes: nothing fits by accident, and the table gets padding rows.
 VOCAB = 101

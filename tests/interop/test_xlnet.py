@@ -3,10 +3,10 @@
 import dataclasses
 import functools
 
+import extras
 from flax import nnx
 import jax
 import numpy as np
-import pytest
 
 from t2x.models import encoder
 from t2x.models import forward
@@ -18,8 +18,8 @@ from t2x.objectives import permutation
 from t2x.objectives import rows as rows_lib
 from t2x.objectives import vocab as vocab_lib
 
-torch = pytest.importorskip('torch')
-transformers = pytest.importorskip('transformers')
+torch = extras.need('torch', extra='reference')
+transformers = extras.need('transformers', extra='reference')
 VOCAB, B, T, D, N, LAYERS = 120, 3, 24, 32, 4, 3
 
 

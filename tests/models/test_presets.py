@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 
+import extras
 from flax import nnx
 import jax
 import numpy as np
@@ -295,7 +296,7 @@ def hugging_face():
 
   The smallest of each are the library's own defaults.
   """
-  hf = pytest.importorskip('transformers')
+  hf = extras.need('transformers', extra='reference')
   bert_large = dict(
     hidden_size=1024,
     num_hidden_layers=24,
@@ -372,7 +373,7 @@ def hugging_face():
 
 @pytest.mark.reference
 def test_the_other_library_counts_the_same():
-  torch = pytest.importorskip('torch')
+  torch = extras.need('torch', extra='reference')
   for name, (make, config) in hugging_face().items():
     with torch.device('meta'):
       model = make(config)
@@ -386,7 +387,7 @@ def test_the_other_library_counts_the_same():
 @pytest.mark.reference
 def test_presets_are_the_other_librarys_configs():
   """Everything that a config says: eps, activation, scale, dropout, heads."""
-  pytest.importorskip('transformers')
+  extras.need('transformers', extra='reference')
   from t2x.interop import configs
 
   for name, (_, hf) in hugging_face().items():

@@ -16,6 +16,7 @@ import pathlib
 import re
 import sys
 
+import extras
 import jax
 import pytest
 
@@ -145,7 +146,7 @@ def figures(plan):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', CASES)
 def test_figures_are_those_recorded(name):
-  libtpu = pytest.importorskip('libtpu')
+  libtpu = extras.need('libtpu', extra='plan')
   if libtpu.__version__ != _LIBTPU:
     pytest.skip('figures of another compiler')
   found, case = figures(plan_of(name)), CASES[name]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 
+import extras
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -285,8 +286,8 @@ def test_the_compiled_step_has_the_products_of_its_jaxpr(name):
 
 @pytest.mark.slow
 def test_gpt2_has_the_products_that_torch_counts():
-  transformers = pytest.importorskip('transformers')
-  torch = pytest.importorskip('torch')
+  transformers = extras.need('transformers', extra='reference')
+  torch = extras.need('torch', extra='reference')
   from torch.utils import flop_counter  # Where torch is.
 
   config = dataclasses.replace(

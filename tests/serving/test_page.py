@@ -3,6 +3,7 @@
 import re
 import shutil
 
+import extras
 import pytest
 import serving_run
 
@@ -10,7 +11,7 @@ from t2x import inference
 from t2x.serving import app as app_lib
 
 _BROWSER = shutil.which('chromium') or shutil.which('google-chrome')
-playwright = pytest.importorskip('playwright.sync_api')
+playwright = extras.need('playwright.sync_api', extra='browser')
 pytestmark = pytest.mark.skipif(not _BROWSER, reason='there is no Chromium')
 
 

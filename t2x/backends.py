@@ -1,0 +1,60 @@
+"""Which of JAX's backends a process starts.
+
+Where libtpu is installed without a TPU, for its compiler, JAX would start it
+all the same: it looks for chips and complains in several lines.
+"""
+
+import importlib.util
+import os
+import pathlib
+
+_PCI = pathlib.Path('/sys/bus/pci/devices')
+_GOOGLE = '0x1ae0'
+# First bytes of the PCI class of Google's disks and network cards.
+_OTHER_CLASSES = ('0x01', '0x02')
+# JAX's plugins for NVIDIA, XLA's GPU compiler in them.
+CUDA = ('jax_plugins.xla_cuda13', 'jax_plugins.xla_cuda12')
+_NVIDIA = ('/dev/nvidia0', '/dev/nvidiactl', '/dev/dxg')
+_FORCED = ('JAX_PLATFORMS', 'JAX_FORCE_TPU_INIT', 'TPU_LIBRARY_PATH')
+
+
+def skip_missing_tpu() -> None:
+  """Tells JAX not to start libtpu on a machine without a TPU.
+
+  To be called before JAX's devices are first asked for. A choice of the user's
+  own (JAX_PLATFORMS, JAX_FORCE_TPU_INIT, TPU_LIBRARY_PATH) is kept.
+  """
+  if any(name in os.environ for name in _FORCED):
+    return
+  if not has_module('libtpu') or has_tpu():
+    return
+  gpu = any(map(os.path.exists, _NVIDIA)) and any(map(has_module, CUDA))
+  os.environ['JAX_PLATFORMS'] = 'cuda,cpu' if gpu else 'cpu'
+
+
+def has_tpu(pci: pathlib.Path = _PCI) -> bool:
+  """Returns whether a TPU may be attached to this machine.
+
+  Args:
+    pci: directory in which Linux lists PCI devices.
+  """
+  return any(
+    _read(device / 'vendor') == _GOOGLE
+    and not _read(device / 'class').startswith(_OTHER_CLASSES)
+    for device in pci.glob('*')
+  )
+
+
+def has_module(name: str) -> bool:
+  """Returns whether a module, such as `package.plugin`, is installed."""
+  try:
+    return importlib.util.find_spec(name) is not None
+  except ModuleNotFoundError:  # Not even the package.
+    return False
+
+
+def _read(file: pathlib.Path) -> str:
+  try:
+    return file.read_text().strip()
+  except OSError:  # It has gone, or may not be read.
+    return ''
