@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 
+from t2x import backends
 from t2x import config as config_lib
 from t2x import evaluate as evaluate_lib
 from t2x import experiment
@@ -199,6 +200,7 @@ def main() -> None:
       f'no {", ".join(sorted(wrong))} among the {args.what}: '
       f'{", ".join(names)}.'
     )
+  backends.skip_missing_tpu()
   mesh = mesh_lib.make(mesh_lib.MeshConfig(), jax.devices()[:1])
   result: dict[str, Any] = {}
   for name in chosen:

@@ -7,6 +7,7 @@ all the same: it looks for chips and complains in several lines.
 import importlib.util
 import os
 import pathlib
+import sys
 
 _PCI = pathlib.Path('/sys/bus/pci/devices')
 _GOOGLE = '0x1ae0'
@@ -15,21 +16,25 @@ _OTHER_CLASSES = ('0x01', '0x02')
 # JAX's plugins for NVIDIA, XLA's GPU compiler in them.
 CUDA = ('jax_plugins.xla_cuda13', 'jax_plugins.xla_cuda12')
 _NVIDIA = ('/dev/nvidia0', '/dev/nvidiactl', '/dev/dxg')
-_FORCED = ('JAX_PLATFORMS', 'JAX_FORCE_TPU_INIT', 'TPU_LIBRARY_PATH')
+_FORCED = ('JAX_PLATFORMS', 'JAX_FORCE_TPU_INIT')
 
 
 def skip_missing_tpu() -> None:
   """Tells JAX not to start libtpu on a machine without a TPU.
 
   To be called before JAX's devices are first asked for. A choice of the user's
-  own (JAX_PLATFORMS, JAX_FORCE_TPU_INIT, TPU_LIBRARY_PATH) is kept.
+  own (JAX_PLATFORMS, JAX_FORCE_TPU_INIT) is kept.
   """
   if any(name in os.environ for name in _FORCED):
     return
   if not has_module('libtpu') or has_tpu():
     return
   gpu = any(map(os.path.exists, _NVIDIA)) and any(map(has_module, CUDA))
-  os.environ['JAX_PLATFORMS'] = 'cuda,cpu' if gpu else 'cpu'
+  platforms = 'cuda,cpu' if gpu else 'cpu'
+  os.environ['JAX_PLATFORMS'] = platforms  # For processes that this one starts.
+  if jax := sys.modules.get('jax'):  # It has read the environment.
+    if not jax.config.jax_platforms:
+      jax.config.update('jax_platforms', platforms)
 
 
 def has_tpu(pci: pathlib.Path = _PCI) -> bool:

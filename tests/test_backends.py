@@ -9,10 +9,12 @@ import pytest
 
 from t2x import backends
 
-_LOOK = (
-  'from t2x import backends; backends.skip_missing_tpu()\n'
-  'import jax; print(jax.devices()[0].platform)'
-)
+# As experiments do, which import JAX first.
+_LOOK = """
+import jax
+from t2x import main
+main.app_run(lambda: print(jax.devices()[0].platform))
+"""
 
 
 def machine(root, **devices):
@@ -46,13 +48,14 @@ def test_a_tpu_is_told_from_other_devices(tmp_path):
   ],
 )
 def test_jax_is_told(monkeypatch, installed, tpu, given, wanted):
-  for name in ('JAX_PLATFORMS', 'JAX_FORCE_TPU_INIT', 'TPU_LIBRARY_PATH'):
+  for name in ('JAX_PLATFORMS', 'JAX_FORCE_TPU_INIT'):
     monkeypatch.delenv(name, raising=False)
   for name, value in given.items():
     monkeypatch.setenv(name, value)
   monkeypatch.setattr(backends, 'has_module', lambda name: installed)
   monkeypatch.setattr(backends, 'has_tpu', lambda: tpu)
   monkeypatch.setattr(backends, '_NVIDIA', ())
+  monkeypatch.delitem(sys.modules, 'jax')  # It would really be told.
   backends.skip_missing_tpu()
   assert os.environ.get('JAX_PLATFORMS') == wanted
 
@@ -62,6 +65,7 @@ def test_a_gpu_is_still_found(monkeypatch, tmp_path):
   monkeypatch.setattr(backends, 'has_module', lambda name: True)
   monkeypatch.setattr(backends, 'has_tpu', lambda: False)
   monkeypatch.setattr(backends, '_NVIDIA', (tmp_path,))
+  monkeypatch.delitem(sys.modules, 'jax')
   backends.skip_missing_tpu()
   assert os.environ['JAX_PLATFORMS'] == 'cuda,cpu'
 
