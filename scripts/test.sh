@@ -2,6 +2,7 @@
 # Lint, types and tests, in .venv, which it makes if need be.
 #
 #   bash scripts/test.sh               everything
+#   bash scripts/test.sh --all         with every case of large products
 #   bash scripts/test.sh --fast        without the slow tests
 #   bash scripts/test.sh -k NAME ...   pytest arguments: only these tests
 #   bash scripts/test.sh --skipped     only the tests that the last run skipped

@@ -65,6 +65,9 @@ def pytest_addoption(parser):
     action='store_true',
     help='only the tests that the last run skipped, as an extra was missing',
   )
+  parser.addoption(
+    '--all', action='store_true', help='with the tests marked exhaustive'
+  )
 
 
 def pytest_configure(config):
@@ -72,8 +75,12 @@ def pytest_configure(config):
   config.pluginmanager.register(plugin, 'skipped')
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
   """Files with slow tests first: else one worker ends with them alone."""
+  if not config.getoption('all'):
+    left_out = [i for i in items if i.get_closest_marker('exhaustive')]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [i for i in items if not i.get_closest_marker('exhaustive')]
   slow = collections.Counter(
     item.path for item in items if item.get_closest_marker('slow')
   )

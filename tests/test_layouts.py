@@ -373,14 +373,23 @@ def assert_as_on_one_device(kind, result):
     np.testing.assert_allclose(b, a, atol=2e-5 * scale, rtol=0, err_msg=name)
 
 
-@pytest.mark.parametrize('mesh', [m for m in MESHES if 'expert' not in m])
+PLAIN_MESHES = [name for name in MESHES if 'expert' not in name]
+# Each mesh with the kind that has most parts, each kind with unlike meshes.
+_CHOSEN = {
+  'gpt2': PLAIN_MESHES,
+  'llama': ['data2_fsdp2_tensor2', 'tensor8'],
+  'bert': ['fsdp8', 'context2_tensor4'],
+  't5': ['data2_fsdp2_tensor2', 'context4_tensor2'],
+}
+exhaustive = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
+
+
 @pytest.mark.parametrize(
-  'kind',
+  'kind, mesh',
   [
-    'llama',
-    'gpt2',
-    pytest.param('bert', marks=pytest.mark.slow),
-    pytest.param('t5', marks=pytest.mark.slow),
+    (pytest.param if mesh in chosen else exhaustive)(kind, mesh)
+    for kind, chosen in _CHOSEN.items()
+    for mesh in PLAIN_MESHES
   ],
 )
 def test_loss_and_gradients(kind, mesh):
@@ -443,13 +452,13 @@ EXCHANGED = dataclasses.replace(RULES, context_attention='all_to_all')
     ('gpt of mixers', 'context2_tensor4', EXCHANGED),
     ('bert of mixers', 'data2_fsdp2_context2', EXCHANGED),
     ('bert of globals', 'data2_fsdp2_tensor2', SEQUENCE),
-    _slow('gpt of patterns', 'data2_fsdp2_tensor2', RULES),
+    exhaustive('gpt of patterns', 'data2_fsdp2_tensor2', RULES),
     _slow('gpt of patterns', 'data2_fsdp2_context2', EXCHANGED),
-    _slow('gpt of distances', 'data2_fsdp2_tensor2', SEQUENCE),
+    exhaustive('gpt of distances', 'data2_fsdp2_tensor2', SEQUENCE),
     _slow('gpt of distances', 'data2_fsdp2_context2', EXCHANGED),
     _slow('gpt of mixers', 'data2_fsdp2_tensor2', SEQUENCE),
-    _slow('bert of mixers', 'context2_tensor4', EXCHANGED),
-    _slow('bert of mixers', 'data2_fsdp2_tensor2', SEQUENCE),
+    exhaustive('bert of mixers', 'context2_tensor4', EXCHANGED),
+    exhaustive('bert of mixers', 'data2_fsdp2_tensor2', SEQUENCE),
   ],
 )
 def test_kinds_of_attention(kind, mesh, rules):
@@ -524,7 +533,16 @@ def test_experts_on_part_of_the_batchs_axes_are_refused():
     on_mesh('llama slots', make_mesh(expert=2, context=2), rules=rules)
 
 
-@pytest.mark.parametrize('mesh', [m for m in MESHES if 'expert' not in m])
+@pytest.mark.parametrize(
+  'mesh',
+  [
+    'data2_fsdp2_tensor2',
+    'data8',
+    'context2_tensor4',
+    *map(exhaustive, ['data4_tensor2', 'fsdp8', 'tensor8', 'context4_tensor2']),
+    exhaustive('data2_fsdp2_context2'),
+  ],
+)
 def test_accumulation_is_one_batch(mesh):
   config = dataclasses.replace(STEP, accumulate=4)
   result = on_mesh('gpt2', make_mesh(**MESHES[mesh]), config)

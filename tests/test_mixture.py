@@ -254,7 +254,14 @@ WEIGHTINGS = {
 }
 
 
-@pytest.mark.parametrize('weighting', WEIGHTINGS)
+@pytest.mark.parametrize(
+  'weighting',
+  [
+    pytest.param('fixed', marks=pytest.mark.exhaustive),
+    'uncertainty',
+    'grad_norm',
+  ],
+)
 def test_layouts_and_continuation(shared, weighting):
   directory, _, _ = shared
   own = {'weighting': WEIGHTINGS[weighting]}

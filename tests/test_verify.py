@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import importlib
 import json
 import pathlib
@@ -620,16 +621,24 @@ EXPERT_SWEEP = (
 )
 
 
+exhaustive = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'name, layouts, optimizer',
   [
-    ('gpt2_tiny', SWEEP, 'adamw'),  # Muon takes as long to compile as a model.
-    ('bert_tiny', SWEEP[:3], 'muon'),
-    ('t5_tiny', SWEEP[:3], 'muon'),
-    ('quickstart', SWEEP[:2], 'muon'),
+    # Muon takes as long to compile as a model.
+    ('gpt2_tiny', SWEEP[:4], 'adamw'),
+    exhaustive('gpt2_tiny', SWEEP[4:], 'adamw'),
+    ('bert_tiny', SWEEP[:2], 'muon'),
+    exhaustive('bert_tiny', SWEEP[2:3], 'muon'),
+    ('t5_tiny', SWEEP[:1], 'muon'),
+    exhaustive('t5_tiny', SWEEP[1:3], 'muon'),
+    exhaustive('quickstart', SWEEP[:2], 'muon'),
     ('t5_tiny', RING_OF_STAGES, 'adamw'),
-    ('moe_tiny', EXPERT_SWEEP, 'adamw'),
+    ('moe_tiny', EXPERT_SWEEP[:2], 'adamw'),
+    exhaustive('moe_tiny', EXPERT_SWEEP[2:], 'adamw'),
   ],
 )
 def test_tiny_experiments(name, layouts, optimizer, directory):

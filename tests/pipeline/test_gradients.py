@@ -221,14 +221,16 @@ CASES = [
 SLOW = [
   ('decoder', 'breadth_first', {'pipe': 2, 'context': 2, 'tensor': 2}, {}),
   ('decoder', 'zb_h2', {'pipe': 4, 'data': 2}, {'accumulate': 2}),
-  ('encoder_decoder', 'gpipe', {'pipe': 4}, {'remat': 'dots'}),
-  ('encoder_decoder', 'zb_v', {'pipe': 2, 'tensor': 2}, {'uniform': True}),
   ('experts', 'zb_h1', {'pipe': 3}, {}),
-  ('experts', 'one_f_one_b', {'pipe': 2}, {'uniform': True}),
   ('experts', 'zb_h2', {'pipe': 2, 'fsdp': 2}, {'gather': 'tick'}),
   ('deep_encoder', 'zb_h1', {'pipe': 3}, {}),
   ('balanced', 'one_f_one_b', {'pipe': 2, 'expert': 2}, {}),
   ('decoder', 'zb_h1', {'pipe': 2, 'fsdp': 2}, {'accumulate_whole': True}),
+]
+EXHAUSTIVE = [
+  ('encoder_decoder', 'gpipe', {'pipe': 4}, {'remat': 'dots'}),
+  ('encoder_decoder', 'zb_v', {'pipe': 2, 'tensor': 2}, {'uniform': True}),
+  ('experts', 'one_f_one_b', {'pipe': 2}, {'uniform': True}),
 ]
 
 
@@ -243,6 +245,10 @@ def _id(case):
   [
     *(pytest.param(c, id=_id(c)) for c in CASES),
     *(pytest.param(c, id=_id(c), marks=pytest.mark.slow) for c in SLOW),
+    *(
+      pytest.param(c, id=_id(c), marks=pytest.mark.exhaustive)
+      for c in EXHAUSTIVE
+    ),
   ],
 )
 def test_gradients_are_those_of_one_device(case):
