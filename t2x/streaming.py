@@ -173,9 +173,7 @@ class TextStream:
   def _may_change(self, text: str) -> bool:
     """Returns whether a text may become another one with what follows."""
     runs = self._tokenizer.run_ids
-    return text.endswith(_BROKEN) or (
-      bool(self._ids) and self._ids[-1] in runs
-    )
+    return text.endswith(_BROKEN) or (bool(self._ids) and self._ids[-1] in runs)
 
   def _settle(self, text: str) -> str:
     """Returns what is new in a text that is certain, and places its tokens."""
