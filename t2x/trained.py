@@ -10,6 +10,7 @@ import jax
 
 from t2x import experiment
 from t2x import sharding
+from t2x import streaming
 from t2x.data import tokenizers
 from t2x.decode import prepared
 from t2x.decode import sampling as sampling_lib
@@ -116,7 +117,7 @@ class Trained:
     if self._answers:
       return [tokenizer.decode_marked(ids) for ids in tokens]
     return [
-      _after(tokenizer, before, ids)
+      streaming.after(tokenizer, before, ids)
       for before, ids in zip(self.prompt_ids(prompts), tokens)
     ]
 
@@ -156,15 +157,3 @@ class Trained:
     """Whether it reads a source and writes another text."""
     config = self.config.model
     return isinstance(config, encoder_decoder.EncoderDecoderConfig)
-
-
-def _after(tokenizer: tokenizers.Tokenizer, before: list[int], ids) -> str:
-  """Returns what ids add to a text.
-
-  By itself their text may lack its first space, which some tokenizers take for
-  the start of a text.
-  """
-  start, whole = tokenizer.decode(before), tokenizer.decode([*before, *ids])
-  if whole.startswith(start):
-    return whole[len(start) :]
-  return tokenizer.decode(ids)

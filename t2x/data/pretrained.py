@@ -78,6 +78,7 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
     self.prefix_ids, self.suffix_ids = self._backend.around()
     own = {i for i in ids.values() if i is not None}
     self._special = own | self._backend.special
+    self.run_ids = self._backend.run_ids
     self.vocab = vocab_lib.Vocab(
       size=self._backend.size,
       eos=eos,
@@ -152,11 +153,12 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
   def encode_marked(self, text: str) -> list[int]:
     return self.encode(text)  # It knows its sentinels.
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def shown(self, ids: Iterable[int]) -> list[int]:
     size, special = self.vocab.size, self._special
-    return self._backend.decode(
-      [int(i) for i in ids if 0 <= i < size and i not in special]
-    )
+    return [int(i) for i in ids if 0 <= i < size and i not in special]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    return self._backend.decode(self.shown(ids))
 
   def token_bytes(self) -> list[bytes]:
     return [

@@ -31,7 +31,14 @@ class _Fast:
     self.special = {i for i, token in added.items() if token.special}
     self._continues = any(piece.startswith('##') for piece in pieces)
     model = json.loads(tokenizer.to_str())
-    self._is_bytes = '"ByteLevel"' in json.dumps(model.get('decoder'))
+    decoder = json.dumps(model.get('decoder'))
+    self._is_bytes = '"ByteLevel"' in decoder
+    # One byte that is wrong breaks all those beside it.
+    self.run_ids = frozenset(
+      i
+      for piece, i in pieces.items()
+      if '"ByteFallback"' in decoder and tokenizers.is_byte(piece)
+    )
 
   def id_of(self, name: str) -> int | None:
     return self._tokenizer.token_to_id(name)
@@ -75,6 +82,8 @@ class _Fast:
 
 class _Pieces:
   """A SentencePiece model; T5 adds its sentinels behind the vocabulary."""
+
+  run_ids = frozenset()  # Of bytes, whole characters are text.
 
   def __init__(self, model: bytes, num_extra: int, settings: dict[str, Any]):
     self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)

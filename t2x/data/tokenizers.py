@@ -93,6 +93,9 @@ class Tokenizer:
   prefix_ids: tuple[int, ...] = (vocab_lib.BOS,)
   suffix_ids: tuple[int, ...] = (vocab_lib.EOS,)
 
+  # Bytes that are text, or broken, by whole runs of them.
+  run_ids: frozenset[int] = frozenset()
+
   config: Config
   vocab: vocab_lib.Vocab
 
@@ -124,8 +127,12 @@ class Tokenizer:
     """Returns the ids of each text."""
     raise NotImplementedError
 
+  def shown(self, ids: Iterable[int]) -> list[int]:
+    """Returns those of `ids` that have text: none special or out of range."""
+    raise NotImplementedError
+
   def decode(self, ids: Iterable[int]) -> str:
-    """Returns the text of `ids`; special ids add nothing to it."""
+    """Returns the text of `ids`, which is that of `shown`."""
     raise NotImplementedError
 
   def token_bytes(self) -> list[bytes]:
@@ -201,10 +208,11 @@ class BytesTokenizer(Tokenizer):
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     return [[b + self._first for b in t.encode()] for t in texts]
 
+  def shown(self, ids: Iterable[int]) -> list[int]:
+    return [int(i) for i in ids if self._first <= i < self._first + 256]
+
   def decode(self, ids: Iterable[int]) -> str:
-    data = bytes(
-      int(i) - self._first for i in ids if self._first <= i < self._first + 256
-    )
+    data = bytes(i - self._first for i in self.shown(ids))
     return data.decode(errors='replace')
 
   def token_bytes(self) -> list[bytes]:
@@ -257,9 +265,12 @@ class SentencePieceTokenizer(Tokenizer):
     first, *rest = self._processor.encode(text.split(_SPACE))
     return first + [i for ids in rest for i in self._space_ids + ids]
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def shown(self, ids: Iterable[int]) -> list[int]:
     first, size = self.vocab.first_text_id, self.vocab.size
-    return self._processor.decode([int(i) for i in ids if first <= i < size])
+    return [int(i) for i in ids if first <= i < size]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    return self._processor.decode(self.shown(ids))
 
   def token_bytes(self) -> list[bytes]:
     first = self.vocab.first_text_id
@@ -277,9 +288,14 @@ def byte_letters() -> list[str]:
   return [chr(b if b in plain else next(others)) for b in range(256)]
 
 
+def is_byte(piece: str) -> bool:
+  """Returns whether a piece of SentencePiece has the form of a byte."""
+  return re.fullmatch('<0x[0-9A-Fa-f]{2}>', piece) is not None
+
+
 def piece_bytes(piece: str) -> bytes:
   """Returns what a piece of SentencePiece adds to a text."""
-  if re.fullmatch('<0x[0-9A-F]{2}>', piece):
+  if is_byte(piece):
     return bytes([int(piece[3:5], 16)])
   return piece.replace(_SPACE, ' ').encode()
 

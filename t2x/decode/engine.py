@@ -22,6 +22,7 @@ from t2x.models import decoder
 Sampling = settings_lib.SamplingConfig
 EngineConfig = texts_lib.EngineConfig
 Request = texts_lib.Request
+Scores = texts_lib.Scores
 Text = texts_lib.Text
 Overloaded = texts_lib.Overloaded
 
@@ -80,9 +81,10 @@ class Engine:
   def check(self, request: Request) -> None:
     """Raises ValueError if a request cannot be met by this engine."""
     vocab_size = self._decoder.vocab_size
-    counts = {'num_tokens': request.num_tokens}
+    if request.num_tokens < 0:
+      raise ValueError(f'num_tokens={request.num_tokens}; it is 0 or more.')
     ids = {f'ends[{i}]': end for i, end in enumerate(request.ends)}
-    prompts_lib.check_settings(counts, vocab_size=vocab_size, ids=ids)
+    prompts_lib.check_settings({}, vocab_size=vocab_size, ids=ids)
     rows = prompts_lib.to_rows([request.prompt], vocab_size, None)
     prompts_lib.check_text(
       [len(row) for row in rows],
@@ -126,10 +128,12 @@ class Engine:
     Returns:
       The texts that have a new token or are over.
     """
-    budget = self.config.read
+    budget, over = self.config.read, []
     while budget > 0 and (text := self._next_to_read()):
       budget -= self._read_chunk(text)
-    return self._write()
+      if text.reason is not None:
+        over.append(text)
+    return over + self._write()
 
   def forget(self) -> None:
     """Leaves nothing of texts that are over for others to share."""
@@ -154,7 +158,9 @@ class Engine:
         prompt = text.request.prompt
         # The last token is written and never read.
         length = len(prompt) + text.request.num_tokens - 1
-        text.lease = self.pages.lend(prompt, length)
+        # Scores come of reading.
+        share = not text.request.scores_prompt
+        text.lease = self.pages.lend(prompt, length, share)
         if text.lease is not None:
           self._waiting.popleft()
           self._reading = text
@@ -167,18 +173,27 @@ class Engine:
     """Reads on in a prompt, up to its last token; returns what it cost."""
     prompt, lease = text.request.prompt, text.lease
     assert lease is not None
+    if not (text.request.num_tokens or text.request.scores_prompt):
+      self._end(text, 'length')
+      return 0
     left = len(prompt) - 1 - text.num_read
     size = 0
     if left:
       fitting = [size for size in self.config.chunks if size >= left]
       size = min(fitting, default=max(self.config.chunks))
       part = prompt[text.num_read : text.num_read + min(size, left)]
-      self._decoder.read(part, text.num_read, size, lease.pages)
+      if text.request.scores_prompt:
+        self._decoder.score(text, len(part), size)
+      else:
+        self._decoder.read(part, text.num_read, size, lease.pages)
       text.num_read += len(part)
     if text.num_read == len(prompt) - 1:
       self.pages.fill(lease, prompt[:-1])
       self._reading = None
-      self._writing.append(text)
+      if text.request.num_tokens:
+        self._writing.append(text)
+      else:
+        self._end(text, 'length')
     return size
 
   def _write(self) -> list[Text]:
@@ -195,15 +210,15 @@ class Engine:
       return broken
     token_B, log_prob_B, top = self._decoder.write(texts, masks)
     for number, text in enumerate(texts):
-      self._take(text, int(token_B[number]), float(log_prob_B[number]))
-      if len(text.top) < len(text.tokens) and text.request.num_top:
-        values, ids = (a[number][: text.request.num_top] for a in top)
-        text.top.append(list(zip(ids.tolist(), values.tolist())))
+      scores, own = texts_lib.Scores(), slice(number, number + 1)
+      likeliest = None if top is None else [a[own] for a in top]
+      scores.add(log_prob_B[own], likeliest, text.request.num_top)
+      self._take(text, int(token_B[number]), scores)
     self.counts['steps'] += 1
     self.counts['tokens'] += len(texts)
     return broken + texts
 
-  def _take(self, text: Text, token: int, log_prob: float) -> None:
+  def _take(self, text: Text, token: int, scores: texts_lib.Scores) -> None:
     """Adds a token to a text, which may end with it."""
     request = text.request
     if token == processors.NONE:
@@ -214,10 +229,12 @@ class Engine:
       self._end(text, 'error')
       return
     if token in request.ends:
+      text.end = token, scores
       self._end(text, 'stop')
       return
     text.tokens.append(token)
-    text.log_probs.append(log_prob)
+    text.log_probs += scores.log_probs
+    text.top += scores.top
     if text.counts_V is not None:
       text.counts_V[token] += 1
     control = request.control

@@ -111,15 +111,46 @@ class PagedDecoder:
       size: of the chunk that is compiled.
       pages: of the text; none keeps nothing.
     """
+    chunk = self._chunk(tokens, start, size, pages)
+    self._caches = steps.read(self._model, self._caches, *chunk)
+
+  def score(self, text: texts_lib.Text, num: int, size: int) -> None:
+    """Reads on in a text's prompt, and adds the scores of the tokens after.
+
+    Args:
+      text: whose prompt is read up to its `num_read`.
+      num: tokens that are read, at most `size`.
+      size: of the chunk that is compiled.
+    """
+    request, start = text.request, text.num_read
+    assert text.lease is not None
+    part = request.prompt[start : start + num]
+    chunk = self._chunk(part, start, size, text.lease.pages)
+    rows = self._parts
+    after = request.prompt[start + 1 : start + 1 + num]
+    calibration = request.sampling.calibration
+    log_prob_BC, top, self._caches = steps.score(
+      self._model,
+      self._caches,
+      *chunk,
+      prompts_lib.pad([after], (rows, size), 0),
+      rows_lib.column([calibration] * rows, rows, dtype=np.float32),
+      self._config.num_top,
+    )
+    log_prob_C, top = jax.device_get((log_prob_BC[0], [a[0] for a in top]))
+    text.prompt_scores.add(
+      log_prob_C[:num], [a[:num] for a in top], request.num_top
+    )
+
+  def _chunk(self, tokens, start: int, size: int, pages) -> tuple[Any, ...]:
+    """Returns part of a prompt, where it stands, and its pages."""
     rows = self._parts  # One, but on meshes that split rows.
     tokens_BC = prompts_lib.pad([tokens], (rows, size), 0)
     index_BC = np.full((rows, size), self._nowhere, np.int32)
     if pages:
       index_BC[0, : len(tokens)] = start + np.arange(len(tokens))
     pages_BN = prompts_lib.pad([pages], (rows, self._blocks), 0)
-    self._caches = steps.read(
-      self._model, self._caches, tokens_BC, index_BC, pages_BN
-    )
+    return tokens_BC, index_BC, pages_BN
 
   def write(self, texts: Sequence[texts_lib.Text], masks: Sequence[Any]) -> Any:
     """Returns the next token of each text, and what is told beside it.

@@ -69,15 +69,18 @@ class Pages:
     """Returns the pages of so many positions."""
     return -(-length // self.size)
 
-  def lend(self, prompt: Sequence[int], length: int) -> Lease | None:
+  def lend(
+    self, prompt: Sequence[int], length: int, share: bool = True
+  ) -> Lease | None:
     """Returns pages for a row, or None while too few are free.
 
     Args:
       prompt: its first tokens; pages that hold entries of the same ones are
         shared, but for the last token, which is yet to be read.
       length: positions in all.
+      share: whether it takes pages that others have filled.
     """
-    digests = self._digests(prompt[: len(prompt) - 1], [])
+    digests = self._digests(prompt[: len(prompt) - 1], []) if share else []
     shared = []
     for digest in digests:
       if digest not in self._page_of:

@@ -62,6 +62,42 @@ def read(model: decoder.Decoder, caches, tokens_BC, index_BC, pages_BN) -> Any:
   return paged.placed(paged.with_tables(caches, None))
 
 
+@functools.partial(jax.jit, static_argnames='num', donate_argnames='caches')
+def score(
+  model: decoder.Decoder,
+  caches,
+  tokens_BC: jax.Array,
+  index_BC: jax.Array,
+  pages_BN: jax.Array,
+  next_BC: jax.Array,
+  calibration_B: jax.Array | None,
+  num: int,
+) -> Any:
+  """As `read`, and says how likely the token after each was.
+
+  Args:
+    model: the decoder.
+    caches: of the tokens before.
+    tokens_BC: of prompts.
+    index_BC: where each stands.
+    pages_BN: of the texts.
+    next_BC: the token after each.
+    calibration_B: of each row.
+    num: alternatives in the place of each.
+
+  Returns:
+    Log-probabilities of the next tokens (B, C); those of the likeliest and
+    their ids (B, C, num); and the caches.
+  """
+  caches = paged.with_tables(caches, pages_BN)
+  x_BCD, caches = model.step(tokens_BC, index_BC, caches)
+  log_probs_BCV, top = _likeliest(model.head(x_BCD), calibration_B, num)
+  own_BC1 = jnp.take_along_axis(log_probs_BCV, next_BC[..., None], axis=-1)
+  whole = lambda a: sharding.constrain(a, *[None] * a.ndim)
+  caches = paged.placed(paged.with_tables(caches, None))
+  return whole(own_BC1[..., 0]), jax.tree.map(whole, top), caches
+
+
 @functools.partial(jax.jit, donate_argnames='caches')
 def write(model: decoder.Decoder, caches, token_B, index_B, pages_BN):
   """Returns logits (B, V) after the latest token of each row, and caches."""
@@ -118,8 +154,16 @@ def choose(
 @functools.partial(jax.jit, static_argnames='num')
 def alternatives(logits_BV: jax.Array, calibration_B, num: int):
   """Returns log-probabilities and ids of the likeliest tokens, (B, num)."""
-  settings = sampling_lib.Rows(calibration_B=calibration_B)
-  logits_BV = sampling_lib.calibrated(logits_BV, settings)
-  log_probs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
-  found = jax.lax.top_k(log_probs_BV, min(num, logits_BV.shape[-1]))
+  _, found = _likeliest(logits_BV, calibration_B, num)
   return jax.tree.map(lambda a: sharding.constrain(a, None, None), found)
+
+
+def _likeliest(logits: jax.Array, calibration_B, num: int):
+  """Returns all log-probabilities, and those of the likeliest with their ids.
+
+  Of (B, V) or (B, C, V), after the model's calibration.
+  """
+  settings = sampling_lib.Rows(calibration_B=calibration_B)
+  logits = sampling_lib.calibrated(logits, settings)
+  log_probs = jax.nn.log_softmax(logits, axis=-1)
+  return log_probs, jax.lax.top_k(log_probs, min(num, logits.shape[-1]))

@@ -47,13 +47,15 @@ class Request:
 
   Attributes:
     prompt: its tokens so far, at least one.
-    num_tokens: the most new tokens.
+    num_tokens: the most new tokens; 0 for the prompt's scores alone.
     sampling: how they are drawn.
     seed: of what is drawn.
     row: tells texts of one seed apart, as the rows of `generate`.
     ends: tokens that end the text.
     num_top: likeliest tokens that are told beside each new one.
     control: what may come next; None for anything.
+    scores_prompt: whether the log-probabilities of the prompt's tokens are
+      told; the whole prompt is read then, whatever others have read of it.
   """
 
   prompt: Sequence[int]
@@ -64,6 +66,39 @@ class Request:
   ends: Sequence[int] = ()
   num_top: int = 0
   control: Control | None = None
+  scores_prompt: bool = False
+
+
+# The likeliest tokens in some place, with their log-probabilities.
+Top = list[tuple[int, float]]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Scores:
+  """How likely some tokens were, each after those before it.
+
+  Attributes:
+    log_probs: of each, under the model itself.
+    top: the likeliest tokens in the place of each, where they are asked for.
+  """
+
+  log_probs: list[float] = dataclasses.field(default_factory=list)
+  top: list[Top] = dataclasses.field(default_factory=list)
+
+  def add(self, log_probs, top, num: int) -> None:
+    """Adds some tokens'.
+
+    Args:
+      log_probs: of each.
+      top: values and ids of the likeliest in the place of each.
+      num: of them that are kept.
+    """
+    self.log_probs += [float(value) for value in log_probs]
+    if num:
+      self.top += [
+        list(zip(ids[:num].tolist(), values[:num].tolist()))
+        for values, ids in zip(*top)
+      ]
 
 
 @dataclasses.dataclass(eq=False)
@@ -76,6 +111,9 @@ class Text:
     log_probs: of each, under the model itself.
     top: the likeliest tokens in the place of each new one, with their
       log-probabilities, where they are asked for.
+    end: the token that ended it, and its scores; None where none did.
+    prompt_scores: of the prompt's tokens but the first, where they are asked
+      for.
     num_shared: tokens of the prompt that another text had read.
     reason: why it is over: `stop` (an end token, or a control that is done),
       `length`, `cancelled`, `error`; None while it goes on.
@@ -88,7 +126,9 @@ class Text:
   request: Request
   tokens: list[int] = dataclasses.field(default_factory=list)
   log_probs: list[float] = dataclasses.field(default_factory=list)
-  top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+  top: list[Top] = dataclasses.field(default_factory=list)
+  end: tuple[int, Scores] | None = None
+  prompt_scores: Scores = dataclasses.field(default_factory=Scores)
   num_shared: int = 0
   reason: str | None = None
   error: str = ''

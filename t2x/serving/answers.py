@@ -4,11 +4,13 @@ One `Choice` follows one text of the engine: from its tokens to pieces of text,
 log-probabilities and the reason of its end.
 """
 
+import collections
 from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
 from t2x import streaming
+from t2x.serving import log_probs
 from t2x.serving import runner as runner_lib
 
 
@@ -19,13 +21,13 @@ class Delta:
   Attributes:
     index: of the choice.
     text: that is certain by now.
-    pieces: tokens that came.
+    tokens: whose places in the text are certain by now.
     reason: why it is over: `stop`, `length`; None while it goes on.
   """
 
   index: int
   text: str = ''
-  pieces: Sequence[runner_lib.Piece] = ()
+  tokens: Sequence[log_probs.Told] = ()
   reason: str | None = None
 
 
@@ -49,7 +51,7 @@ class Choice:
     index: int,
     stream: runner_lib.Stream,
     text: streaming.TextStream,
-    prefix: str = '',
+    prefix: str | None = None,
   ):
     """Follows a stream.
 
@@ -57,10 +59,16 @@ class Choice:
       index: of the choice.
       stream: of its tokens.
       text: turns them into text.
-      prefix: what the text begins with before any token (`echo`).
+      prefix: what `text` told of the prompt, with which the answer begins;
+        None where it does not.
     """
     self.index, self.stream, self._text = index, stream, text
-    self._prefix = prefix
+    self._prefix = prefix or ''
+    # Tokens that have no place yet, and how many have one.
+    self._waiting: collections.deque[log_probs.Told] = collections.deque()
+    request = stream.request
+    is_skipped = prefix is not None and not request.scores_prompt
+    self._number = len(request.prompt) if is_skipped else 0
     self.num_tokens = 0
     self.num_shared = 0
 
@@ -70,26 +78,68 @@ class Choice:
     Raises:
       Failed: the text could not be written on.
     """
-    if self._prefix:
+    # Its tokens come with the first piece.
+    scores_prompt = self.stream.request.scores_prompt
+    if self._prefix and not scores_prompt:
       yield Delta(index=self.index, text=self._prefix)
     async for piece in self.stream:
       if piece.reason in ('error', 'failed'):
         own = piece.reason == 'error'
         raise Failed(piece.error, is_own_fault=own)
       self.num_shared = piece.num_shared
+      if piece.prompt_scores is not None:
+        self._waiting.extend(self._prompt(piece.prompt_scores))
+        yield self._delta(self._prefix)
+      if piece.token >= 0:
+        self.num_tokens += 1
+        self._waiting.append(_told(piece))
       if piece.reason is not None:
-        rest = self._text.finish()
-        reason = 'length' if piece.reason == 'length' else 'stop'
-        reason = 'stop' if self._text.stopped else reason
-        yield Delta(index=self.index, text=rest, reason=reason)
+        yield self._last(piece.reason)
         return
-      self.num_tokens += 1
       new = self._text.add([piece.token])
       if self._text.stopped:
         self.stream.cancel()
-        yield Delta(index=self.index, text=new, pieces=[piece], reason='stop')
+        yield self._delta(new, 'stop')
         return
-      yield Delta(index=self.index, text=new, pieces=[piece])
+      yield self._delta(new)
+
+  def _prompt(self, scores) -> list[log_probs.Told]:
+    """Returns the tokens of the prompt, of which the first has no scores."""
+    tokens = self.stream.request.prompt
+    tops = [None, *(scores.top or [()] * len(scores.log_probs))]
+    return [
+      log_probs.Told(token=token, log_prob=log_prob, top=top)
+      for token, log_prob, top in zip(tokens, [None, *scores.log_probs], tops)
+    ]
+
+  def _last(self, reason: str) -> Delta:
+    rest = ''
+    if self._waiting and self._waiting[-1].is_end:
+      rest = self._text.add([self._waiting[-1].token])  # Which has no text.
+    rest += self._text.finish()
+    reason = 'length' if reason == 'length' else 'stop'
+    return self._delta(rest, 'stop' if self._text.stopped else reason)
+
+  def _delta(self, text: str, reason: str | None = None) -> Delta:
+    """Returns some text, and the tokens that have a place now."""
+    tokens = []
+    while self._waiting:
+      place = self._text.place(self._number)
+      if place is None:
+        break
+      told = self._waiting.popleft()
+      tokens.append(dataclasses.replace(told, place=place))
+      self._number += 1
+    return Delta(index=self.index, text=text, tokens=tokens, reason=reason)
+
+
+def _told(piece: runner_lib.Piece) -> log_probs.Told:
+  return log_probs.Told(
+    token=piece.token,
+    log_prob=piece.log_prob,
+    top=piece.top,
+    is_end=piece.reason is not None,
+  )
 
 
 def joined(deltas: Sequence[Delta]) -> Delta:
@@ -97,7 +147,7 @@ def joined(deltas: Sequence[Delta]) -> Delta:
   return Delta(
     index=deltas[0].index,
     text=''.join(delta.text for delta in deltas),
-    pieces=[piece for delta in deltas for piece in delta.pieces],
+    tokens=[told for delta in deltas for told in delta.tokens],
     reason=deltas[-1].reason,
   )
 
@@ -111,7 +161,6 @@ class Completions:
   def __init__(self, token_bytes: Sequence[bytes], num_top: int | None):
     """As below; `num_top` None tells no log-probabilities."""
     self._token_bytes, self._num_top = token_bytes, num_top
-    self._offsets: dict[int, int] = {}
 
   def choice(self, delta: Delta, *, is_chunk: bool) -> dict[str, Any]:
     del is_chunk  # Both have one form.
@@ -130,22 +179,8 @@ class Completions:
   def _log_probs(self, delta: Delta):
     if self._num_top is None:
       return None
-    name = lambda token: token_name(self._token_bytes[token])
-    offset = self._offsets.get(delta.index, 0)
-    offsets = []
-    for piece in delta.pieces:
-      offsets.append(offset)
-      # Bytes that begin a character.
-      data = self._token_bytes[piece.token]
-      offset += sum(byte & 0xC0 != 0x80 for byte in data)
-    self._offsets[delta.index] = offset
-    tops = [{name(t): p for t, p in piece.top} for piece in delta.pieces]
-    return {
-      'tokens': [name(piece.token) for piece in delta.pieces],
-      'token_logprobs': [piece.log_prob for piece in delta.pieces],
-      'top_logprobs': tops if self._num_top else None,
-      'text_offset': offsets,
-    }
+    with_top = self._num_top > 0
+    return log_probs.completion(delta.tokens, self._token_bytes, with_top)
 
 
 class Chats:
@@ -181,32 +216,7 @@ class Chats:
   def _log_probs(self, delta: Delta):
     if self._num_top is None:
       return None
-
-    def one(token: int, log_prob: float) -> dict[str, Any]:
-      data = self._token_bytes[token]
-      return {
-        'token': token_name(data),
-        'logprob': log_prob,
-        'bytes': list(data),
-      }
-
-    return {
-      'content': [
-        {
-          **one(piece.token, piece.log_prob),
-          'top_logprobs': [one(t, p) for t, p in piece.top],
-        }
-        for piece in delta.pieces
-      ]
-    }
-
-
-def token_name(data: bytes) -> str:
-  r"""Returns a token's text, or for part of a character bytes:\xNN."""
-  try:
-    return data.decode()
-  except UnicodeDecodeError:
-    return 'bytes:' + ''.join(f'\\x{byte:02x}' for byte in data)
+    return log_probs.chat(delta.tokens, self._token_bytes)
 
 
 def usage(num_prompt: int, choices: Sequence[Choice]) -> dict[str, Any]:

@@ -200,7 +200,8 @@ class _Server:
         yield chunk(opening)
     try:
       async for delta in sending.merged(choices):
-        if delta.text or delta.reason or job.num_top is not None:
+        tells = bool(delta.tokens) and job.num_top is not None
+        if delta.text or delta.reason or tells:
           yield chunk(form.choice(delta, is_chunk=True))
     except answers.Failed as error:
       yield sending.error_body(400 if error.is_own_fault else 500, str(error))

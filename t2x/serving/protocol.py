@@ -111,7 +111,7 @@ class CompletionBody(Common):
   """POST /v1/completions."""
 
   prompt: str | Ids | list[str] | list[Ids]
-  max_tokens: int = pydantic.Field(default=16, ge=1)
+  max_tokens: int = pydantic.Field(default=16, ge=0)
   logprobs: int | None = pydantic.Field(default=None, ge=0, le=20)
   echo: bool = False
   best_of: Literal[1] | None = None

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from collections.abc import Callable
+from collections.abc import Sequence
 import contextlib
 import dataclasses
 import logging
@@ -21,9 +22,11 @@ class Piece:
   """What a text has more than before.
 
   Attributes:
-    token: the new one; -1 where the text ended without one.
+    token: the new one; -1 where the text ended without one, and otherwise at
+      an end the one that ended it, which has no text.
     log_prob: of the token.
     top: the likeliest tokens in its place.
+    prompt_scores: in the first piece, where they are asked for.
     reason: why the text is over, or None.
     num_shared: tokens of the prompt that another text had read.
     error: what went wrong, where the reason is `error` (the request's fault)
@@ -32,7 +35,8 @@ class Piece:
 
   token: int = -1
   log_prob: float = 0.0
-  top: tuple[tuple[int, float], ...] = ()
+  top: Sequence[tuple[int, float]] = ()
+  prompt_scores: engine_lib.Scores | None = None
   reason: str | None = None
   num_shared: int = 0
   error: str = ''
@@ -53,6 +57,7 @@ class Stream:
     self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
     self._text: engine_lib.Text | None = None
     self._told = 0
+    self._is_begun = False
     self.is_over = False
 
   async def __aiter__(self) -> AsyncIterator[Piece]:
@@ -207,11 +212,12 @@ class Runner:
         stream.asked = now
         stream._told += 1
       if text.reason is not None:
-        end = Piece(
-          reason=text.reason, num_shared=text.num_shared, error=text.error
-        )
-        pieces.append(end)
+        pieces.append(self._end(text))
         del self._live[text]
+      if text.request.scores_prompt and pieces and not stream._is_begun:
+        scores = text.prompt_scores
+        pieces[0] = dataclasses.replace(pieces[0], prompt_scores=scores)
+      stream._is_begun |= bool(pieces)
       self._send(stream, pieces)
 
   def _piece(self, text: engine_lib.Text, number: int) -> Piece:
@@ -221,6 +227,20 @@ class Runner:
       log_prob=text.log_probs[number],
       top=top,
       num_shared=text.num_shared,
+    )
+
+  def _end(self, text: engine_lib.Text) -> Piece:
+    piece = Piece(
+      reason=text.reason, num_shared=text.num_shared, error=text.error
+    )
+    if text.end is None:
+      return piece
+    token, scores = text.end
+    return dataclasses.replace(
+      piece,
+      token=token,
+      log_prob=scores.log_probs[0],
+      top=scores.top[0] if scores.top else (),
     )
 
   def _send(self, stream: Stream, pieces: list[Piece]) -> None:

@@ -38,16 +38,17 @@ class Job:
 
   Attributes:
     requests: for the engine, one for each text.
-    prefixes: what the text of each begins with before any token (`echo`).
-    stops: strings before which each text ends.
+    texts: what turns the tokens of each into text.
+    prefixes: what each told of the prompt that its text begins with (`echo`);
+      None where it does not.
     num_prompt: tokens of all prompts.
     num_top: alternatives that are told of each token; None tells not even its
       own log-probability.
   """
 
   requests: Sequence[engine_lib.Request]
-  prefixes: Sequence[str]
-  stops: Sequence[str]
+  texts: Sequence[streaming.TextStream]
+  prefixes: Sequence[str | None]
   num_prompt: int
   num_top: int | None
 
@@ -96,9 +97,11 @@ class Writer:
       prompts = [self._chat.prompt_ids(messages)]
       wanted = body.max_completion_tokens or body.max_tokens
       num_top = body.top_logprobs if body.logprobs else None
-      stops, prefixes = [*body.stops, *self._chat.stops], ['']
+      stops, given = [*body.stops, *self._chat.stops], [None]
+      echoes = False
     else:
-      prompts, prefixes = self._prompts(body)
+      prompts, given = self._prompts(body)
+      echoes = body.echo
       wanted, num_top = body.max_tokens, body.logprobs
       stops = body.stops
     if len(prompts) * body.n > self._limits.max_texts:
@@ -128,12 +131,16 @@ class Writer:
             ends=() if body.ignore_eos and control is None else self._ends,
             num_top=num_top or 0,
             control=control and control.copy(),
+            scores_prompt=echoes and num_top is not None,
           )
         )
+    begin = self._begun if echoes else self._after
+    rows = [given[number // body.n] for number in range(len(made))]
+    begun = [begin(own.prompt, text, stops) for own, text in zip(made, rows)]
     return Job(
       requests=made,
-      prefixes=[prefix for prefix in prefixes for _ in range(body.n)],
-      stops=stops,
+      texts=[text for text, _ in begun],
+      prefixes=[prefix for _, prefix in begun],
       num_prompt=sum(map(len, prompts)),
       num_top=num_top,
     )
@@ -146,17 +153,21 @@ class Writer:
       engine.Overloaded: too many wait.
     """
     streams = runner.submit(list(job.requests))
-    found = []
-    for index, (stream, prefix) in enumerate(zip(streams, job.prefixes)):
-      text = streaming.TextStream(
-        self._trained.tokenizer, stream.request.prompt, job.stops
-      )
-      found.append(answers.Choice(index, stream, text, prefix))
-    return found
+    rows = zip(streams, job.texts, job.prefixes, strict=True)
+    return [answers.Choice(index, *row) for index, row in enumerate(rows)]
+
+  def _after(self, prompt, given, stops):
+    """Returns what makes text that follows a prompt, and what it told: None."""
+    del given
+    return streaming.TextStream(self._trained.tokenizer, prompt, stops), None
+
+  def _begun(self, prompt, given, stops):
+    """Returns what makes text that begins with a prompt, and what it told."""
+    text = streaming.TextStream(self._trained.tokenizer, stop=stops)
+    return text, text.echo(prompt, given)
 
   def _prompts(self, body: protocol.CompletionBody):
-    """Returns the tokens of the prompts, and what `echo` says of them."""
-    tokenizer = self._trained.tokenizer
+    """Returns the tokens of the prompts, and their texts as far as given."""
     given: Any = body.prompt
     if isinstance(given, str) or (given and isinstance(given[0], int)):
       given = [given]
@@ -179,20 +190,14 @@ class Writer:
           f'prompt has the token id {wrong[0]}, and the vocabulary has {size} '
           f'tokens, 0 to {size - 1}.'
         )
-    if not body.echo:
-      return found, [''] * len(found)
-    if body.logprobs is not None:
-      raise ValueError(
-        'echo with logprobs would tell log-probabilities of the prompt, which '
-        'this server does not compute: leave one of them out.'
-      )
-    return found, texts or [tokenizer.decode(ids) for ids in found]
+    return found, texts or [None] * len(found)
 
   def _num_tokens(self, wanted: int | None, length: int) -> int:
     most, room = self._limits.max_tokens, self._max_length - length
-    if room < 1 or (wanted or 1) > room:
+    least = 1 if wanted is None else wanted
+    if least > room:
       raise ValueError(
-        f'The prompt has {length} tokens and max_tokens is {wanted or 1}; a '
+        f'The prompt has {length} tokens and max_tokens is {least}; a '
         f'text may hold {self._max_length} in all. Shorten the prompt'
         + (f', or ask for at most {room}.' if room > 0 else '.')
       )

@@ -295,7 +295,7 @@ def test_what_cannot_be_met_is_refused():
     ({'prompt': []}, 'is empty'),
     ({'prompt': [VOCAB]}, f'token id {VOCAB}'),
     ({'prompt': [1] * 18}, 'lower num_tokens to at most 2'),
-    ({'num_tokens': 0}, 'num_tokens=0'),
+    ({'num_tokens': -1}, 'num_tokens=-1'),
     ({'ends': (77,)}, r'ends\[0\]=77'),
     ({'num_top': 21}, 'num_top=21'),
     ({'sampling': Sampling(bias={99: 1.0})}, 'token id 99'),

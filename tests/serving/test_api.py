@@ -257,7 +257,12 @@ WRONG = {
   'two_rules': ({'prompt': 'a', 'regex': 'a', 'grammar': 'b'}, 'one rule'),
   'stop': ({'prompt': 'a', 'stop': ''}, 'stop: '),
   'choices': ({'prompt': ['a'] * 30, 'n': 5}, '150 texts'),
-  'echo': ({'prompt': 'a', 'echo': True, 'logprobs': 1}, 'echo'),
+  'negative_tokens': ({'prompt': 'a', 'max_tokens': -1}, 'max_tokens: '),
+  'no_room': ({'prompt': 'a' * 64, 'max_tokens': 0}, 'Shorten the prompt'),
+  'min_of_none': (
+    {'prompt': 'a', 'max_tokens': 0, 'min_tokens': 1},
+    'min_tokens=1 is above the 0',
+  ),
   'huge': ({'prompt': 'a', 'min_tokens': 2**40}, 'min_tokens: '),
   'huge_k': ({'prompt': 'a', 'top_k': 2**40}, 'top_k: '),
   'huge_bias': ({'prompt': 'a', 'logit_bias': {'5': 1e39}}, 'logit_bias: '),
