@@ -15,6 +15,7 @@ With --num_beams=4 nothing is drawn: beam search finds the likeliest texts, and
 hold; --expert=RUN steers it towards the texts of another run.
 """
 
+import dataclasses
 import pathlib
 import sys
 from typing import Any
@@ -45,7 +46,7 @@ _FREQUENCY = flags.DEFINE_float(
 )
 _MIN_TOKENS = flags.DEFINE_integer('min_tokens', 0, 'Before a text may end.')
 _BANNED = flags.DEFINE_multi_string(
-  'banned', [], 'A word that is never written; may repeat.'
+  'banned', [], 'What no text holds, in no word; may repeat.'
 )
 _STOP = flags.DEFINE_multi_string(
   'stop', [], 'A text ends before this; may repeat.'
@@ -105,8 +106,9 @@ def generate() -> None:
     main.workdir(), step=_STEP.value, settings=flags.FLAGS.set
   )
   trained = _steered(trained)
-  banned = trained.word_ids(_BANNED.value)
-  config = _sampling(banned)
+  config = dataclasses.replace(
+    _sampling(), banned_words=trained.banned(_BANNED.value)
+  )
   if beams is not None:
     found = inference.search_text(
       trained,
@@ -185,7 +187,7 @@ def _wanted() -> dict[str, Any]:
   return wanted
 
 
-def _sampling(banned=()) -> sampling.SamplingConfig:
+def _sampling() -> sampling.SamplingConfig:
   return sampling.SamplingConfig(
     temperature=_TEMPERATURE.value,
     top_k=_TOP_K.value,
@@ -196,7 +198,6 @@ def _sampling(banned=()) -> sampling.SamplingConfig:
     presence_penalty=_PRESENCE.value,
     frequency_penalty=_FREQUENCY.value,
     min_tokens=_MIN_TOKENS.value,
-    banned=banned,
   )
 
 

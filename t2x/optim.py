@@ -22,16 +22,28 @@ from t2x import sharding
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
-  """A linear warmup from 0 to the learning rate, then a shape.
+  """A linear warmup to the learning rate, then a shape.
+
+  Of a run of N updates, counted i = 0 to N - 1, the w of the warmup take
+  peak * (i + 1) / w, so that i = w - 1 takes the peak; without warmup i = 0
+  does. What follows depends on the shape:
+
+  - constant: the peak.
+  - inverse_sqrt: peak * sqrt(max(w, 1) / (i + 1)).
+  - linear: peak * (1 - p * (1 - final)), where p, the progress, goes in equal
+    parts from 0 at the peak to 1 at i = N - 1.
+  - cosine: peak * (final + (1 - final) * (1 + cos(pi * p)) / 2).
+  - wsd: the peak, then linear over the last max(round(N * decay), 1) updates
+    (Hu et al., 2024).
+
+  The last three take peak * final at the last update, and past it: a warmup
+  that leaves it no room is cut to N - 1 updates. The first two know no end.
 
   Attributes:
-    shape: `constant`; `cosine` or `linear` down to `final` of the peak at the
-      last step; `inverse_sqrt`, proportional to 1 / sqrt(step); `wsd`,
-      constant, then linear to `final` over the last `decay` of the steps (Hu
-      et al., 2024).
-    warmup_steps: steps of the warmup.
-    final: share of the peak at the end.
-    decay: share of the steps that `wsd` decays for.
+    shape: `constant`, `cosine`, `linear`, `inverse_sqrt` or `wsd`.
+    warmup_steps: updates of the warmup.
+    final: share of the peak that the last update takes.
+    decay: share of the updates that `wsd` decays for.
   """
 
   shape: Literal['constant', 'cosine', 'linear', 'inverse_sqrt', 'wsd'] = (
@@ -157,29 +169,53 @@ OptimConfig = Adam | AdamW | Adafactor | Lion | Muon | Sgd
 
 
 def make_schedule(config: Optimizer, num_steps: int) -> optax.Schedule:
-  """Returns step -> learning rate over a run of `num_steps`."""
+  """Returns update (from 0) -> learning rate; see `Schedule`.
+
+  Updates that are skipped are not counted (`num_updates`).
+
+  Args:
+    config: of the optimizer.
+    num_steps: updates of the run.
+  """
   s, peak = config.schedule, config.learning_rate
-  rest = max(num_steps - s.warmup_steps, 1)
-  if s.shape == 'cosine':
-    after = optax.cosine_decay_schedule(peak, rest, alpha=s.final)
-  elif s.shape == 'linear':
-    after = optax.linear_schedule(peak, peak * s.final, rest)
-  elif s.shape == 'wsd':
-    steps = max(int(num_steps * s.decay), 1)
-    after = optax.linear_schedule(
-      peak, peak * s.final, steps, transition_begin=max(rest - steps, 0)
-    )
-  elif s.shape == 'inverse_sqrt':
-    start = max(s.warmup_steps, 1)
-    # optax asks during the warmup too, for steps before 0.
-    after = lambda step: peak * (start / jnp.maximum(step + start, 1)) ** 0.5
-  else:
-    after = optax.constant_schedule(peak)
-  if not s.warmup_steps:
-    return after
-  # The first step takes 1 / warmup_steps of the peak, not 0.
-  warmup = lambda step: peak * (step + 1) / s.warmup_steps
-  return optax.join_schedules([warmup, after], [s.warmup_steps])
+  warmup, last = warmup_updates(s, num_steps), num_steps - 1
+  start = max(warmup - 1, 0)  # Takes the peak.
+  if s.shape == 'wsd':
+    start = max(start, last - max(round(num_steps * s.decay), 1))
+
+  def rate(count):
+    if s.shape == 'constant':
+      value = peak
+    elif s.shape == 'inverse_sqrt':
+      value = peak * (max(warmup, 1) / jnp.maximum(count + 1, 1)) ** 0.5
+    else:
+      left = (last - count) / max(last - start, 1)
+      if s.shape == 'cosine':
+        left = (1 - jnp.cos(jnp.pi * left)) / 2
+      value = peak * (s.final + (1 - s.final) * left)
+      value = jnp.where(count <= start, peak, value)
+      # Exactly so, whatever a device makes of the formula.
+      value = jnp.where(count >= last, peak * s.final, value)
+    rising = peak * ((count + 1) / max(warmup, 1))
+    return jnp.where(count < warmup - 1, rising, value)
+
+  return rate
+
+
+def warmup_updates(config: Schedule, num_steps: int) -> int:
+  """Returns the updates of a warmup, cut so that the last one has room."""
+  if config.shape in ('constant', 'inverse_sqrt'):
+    return config.warmup_steps
+  return min(config.warmup_steps, num_steps - 1)
+
+
+def num_updates(opt_state: Any) -> jax.Array:
+  """Returns the updates that an optimizer of `make` has counted.
+
+  It is what its schedule goes by. An update that a non-finite value skipped is
+  none, so that a run with k of them ends k updates before its schedule does.
+  """
+  return opt_state[-1].count
 
 
 def make(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:

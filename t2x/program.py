@@ -45,7 +45,7 @@ class Program:
     trained: the shapes of the trained parameters, which gradients share.
     batch_sharding: of every array of a batch.
     rows: the rows of a global batch that this process holds.
-    learning_rate: step (from 0) -> learning rate.
+    learning_rate: update (from 0; see `optim.num_updates`) -> learning rate.
     check: raises for the text of a compiled program that must not run; None
       where none needs it.
   """

@@ -1,8 +1,10 @@
 """What a run leaves in its workdir besides checkpoints and metrics.
 
-config.json, versions.json, history.jsonl (changed settings), tokenizer/,
-schedule.csv, the last table of one's own that its stages ran, and labels.json,
-the labels of each class head in the order of its classes.
+config.json, versions.json, numbers.json (the changes of what is computed that
+it knows; see `t2x.changes`), history.jsonl (changed settings, and those that it
+came to know), tokenizer/, schedule.csv, the last table of one's own that its
+stages ran, and labels.json, the labels of each class head in the order of its
+classes.
 """
 
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ from typing import Any
 
 from etils import epath
 
+from t2x import changes as changes_lib
 from t2x import config as config_lib
 from t2x import experiment
 from t2x import metrics
@@ -41,6 +44,7 @@ _PACKAGES = (
 
 _TABLE = 'schedule.csv'
 LABELS = 'labels.json'
+NUMBERS = 'numbers.json'
 CALIBRATION = 'calibration.json'
 HUGGINGFACE = 'huggingface.json'  # The config.json that a run came with.
 Changes = dict[str, tuple[Any, Any]]
@@ -95,10 +99,8 @@ def write(
   for name, (old, new) in changes.items():
     _log.info('changed since the last start: %s: %r -> %r', name, old, new)
   if changes:
-    file = root / 'history.jsonl'
-    # Read and written whole, since an object cannot be appended to.
-    text = file.read_text() if file.exists() else ''
-    paths.write_whole(file, text + json.dumps({'changes': changes}) + '\n')
+    _add_to_history(root, {'changes': changes})
+  _tell_of_numbers(root, config)
   paths.write_whole(root / 'config.json', config_lib.dumps(config))
   table = _own_table(config)
   if table is not None:
@@ -113,6 +115,29 @@ def write(
   paths.write_whole(
     root / 'corpus.json', json.dumps({'id': corpus.fingerprint}) + '\n'
   )
+
+
+def _tell_of_numbers(root: epath.Path, config: experiment.Experiment) -> None:
+  """Tells a run that has taken steps what is computed otherwise since."""
+  file = root / NUMBERS
+  known = _read(file) if file.exists() else []
+  new = changes_lib.since(known, config) if _has_steps(str(root)) else ()
+  for change in new:
+    _log.warning(
+      'This run began before %s, when its numbers changed: %s It goes on by '
+      'the new rule; begin anew in another workdir for one rule throughout.',
+      change.date,
+      change.text,
+    )
+  if new:
+    _add_to_history(root, {'numbers': [change.name for change in new]})
+
+
+def _add_to_history(root: epath.Path, entry: dict[str, Any]) -> None:
+  """Adds a line; read and written whole, as an object takes no appending."""
+  file = root / 'history.jsonl'
+  text = file.read_text() if file.exists() else ''
+  paths.write_whole(file, text + json.dumps(entry) + '\n')
 
 
 def _own_table(config: experiment.Experiment) -> str | None:
@@ -234,13 +259,16 @@ def _may_change(name: str) -> bool:
 
 
 def write_versions(workdir: str) -> None:
-  """Writes the versions of Python, of packages, and the git revision."""
+  """Writes the versions of Python, of packages and of numbers, and of git."""
   file, new = paths.path(workdir) / 'versions.json', versions()
   if file.exists():
     old = _read(file)
     for name, pair in config_lib.differences(old, new).items():
       _log.warning('%s was %s when the run started, and is %s.', name, *pair)
   paths.write_whole(file, json.dumps(new, indent=2) + '\n')
+  names = [change.name for change in changes_lib.CHANGES]
+  numbers = paths.path(workdir) / NUMBERS
+  paths.write_whole(numbers, json.dumps(names, indent=1) + '\n')
 
 
 def _read(file: epath.Path) -> Any:

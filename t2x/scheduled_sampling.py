@@ -30,9 +30,9 @@ class ScheduledSampling:
   """How often a predicted token takes the place of the true one.
 
   Attributes:
-    share: of the targets, from `start + steps` on.
+    share: of the targets, from the last of the steps that it grows over on.
     start: steps before any is replaced.
-    steps: that the share takes to grow.
+    steps: that the share grows over, the last of which takes it whole.
     shape: `linear`, or `sigmoid`, slow at both ends.
     predict: the `best` token, or a `sample` of the model's distribution.
   """
@@ -52,7 +52,7 @@ class ScheduledSampling:
 
   def share_at(self, step: jax.Array) -> jax.Array:
     """Returns the share at a step, from 0, a float32 scalar."""
-    done = jnp.clip((step - self.start) / self.steps, 0.0, 1.0)
+    done = jnp.clip((step + 1 - self.start) / self.steps, 0.0, 1.0)
     if self.shape == 'sigmoid':
       # The logistic curve from -6 to 6, from exactly 0 to 1.
       low, high = jax.nn.sigmoid(-6.0), jax.nn.sigmoid(6.0)

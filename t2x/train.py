@@ -1,6 +1,7 @@
 """Training: set up, restore, step, save, evaluate, done."""
 
 import contextlib
+import fractions
 import logging
 import math
 import signal
@@ -13,6 +14,7 @@ from t2x import experiment
 from t2x import layouts
 from t2x import mesh as mesh_lib
 from t2x import on_mesh
+from t2x import optim
 from t2x import paths
 from t2x import processes
 from t2x import run as run_lib
@@ -67,6 +69,7 @@ def train(
   )
   consistency.check_vocabulary(config, corpus.tokenizer.vocab_size)
   num_steps = resolve_num_steps(config, corpus)
+  _tell_of_warmup(config.optim.schedule, num_steps)
   with sharding.use(mesh, config.rules), _stop_signals() as stopping:
     run = run_lib.Run(config, workdir, mesh, corpus, num_steps)
     if executable is not None:
@@ -119,7 +122,21 @@ def resolve_num_steps(config: experiment.Experiment, corpus) -> int:
     return known
   assert config.train.num_epochs is not None
   epoch = pipeline.steps_per_epoch(corpus, config.data)
-  return max(math.ceil(config.train.num_epochs * epoch), 1)
+  # 1.1 epochs of 10 steps are 11, not the 12 that 11.000000000000002 would be.
+  exact = fractions.Fraction(str(config.train.num_epochs))
+  return max(math.ceil(exact * epoch), 1)
+
+
+def _tell_of_warmup(schedule: optim.Schedule, num_steps: int) -> None:
+  warmup = optim.warmup_updates(schedule, num_steps)
+  if warmup < schedule.warmup_steps:
+    _log.warning(
+      'optim.schedule.warmup_steps=%d leaves a run of %d updates no room for '
+      'the end of its schedule; the warmup is cut to %d.',
+      schedule.warmup_steps,
+      num_steps,
+      warmup,
+    )
 
 
 @contextlib.contextmanager

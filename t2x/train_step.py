@@ -14,6 +14,7 @@ import optax
 from t2x import balance
 from t2x import loss as loss_lib
 from t2x import loss_masking
+from t2x import optim
 from t2x import optim_state
 from t2x import scheduled_sampling
 from t2x import sharding
@@ -43,7 +44,9 @@ def train_step(
 
   The loss is the sum of the tokens' losses over the weight of the whole
   batch, so neither accumulation nor packing nor the layout changes it. A
-  non-finite loss or gradient leaves model and optimizer as they were.
+  non-finite loss or gradient leaves model and optimizer as they were. The
+  metric `num_updates` counts the updates before, which the learning rate
+  goes by.
   """
   grads, sums = gradients_at(state, batch, key, config)
   return apply_gradients(state, grads, sums, tx=tx, config=config)
@@ -122,6 +125,7 @@ def apply_gradients(
   )
   sums = {name: value for name, value in sums.items() if name != 'loads'}
   metrics = {**sums, 'grad_norm': grad_norm, 'num_skipped': num_skipped}
+  metrics['num_updates'] = optim.num_updates(state.opt_state)
   return new_state, metrics | balance.metrics(loads)
 
 

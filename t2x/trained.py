@@ -12,6 +12,8 @@ from t2x import experiment
 from t2x import sharding
 from t2x import streaming
 from t2x.data import tokenizers
+from t2x.decode import banned as banned_lib
+from t2x.decode import pieces as pieces_lib
 from t2x.decode import prepared
 from t2x.decode import sampling as sampling_lib
 from t2x.models import encoder_decoder
@@ -55,6 +57,15 @@ class Trained:
     """What each token of the model adds to a text; nothing if special."""
     found = self.tokenizer.token_bytes()
     return found + [b''] * (self.config.model.vocab_size - len(found))
+
+  @functools.cached_property
+  def pieces(self) -> pieces_lib.Pieces:
+    """The bytes of tokens, sentinels as `texts` writes them."""
+    found = list(self.token_bytes)
+    if self._answers:
+      for number, token in enumerate(self.tokenizer.sentinel_ids):
+        found[token] = f'<extra_id_{number}>'.encode()
+    return pieces_lib.Pieces(found)
 
   @functools.cached_property
   def writer(self) -> Any:
@@ -121,19 +132,17 @@ class Trained:
       for before, ids in zip(self.prompt_ids(prompts), tokens)
     ]
 
-  def word_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Returns the ids of words as they begin a text and as they follow a space.
+  def banned(self, words: Sequence[str]) -> banned_lib.Banned | None:
+    """Returns words that a text never holds: `SamplingConfig.banned_words`.
 
-    What `SamplingConfig.banned` takes.
+    A word is banned wherever its letters follow each other, within longer words
+    too, whatever the tokens; upper and lower case are told apart. With the end
+    of a prompt before it as well.
 
     Raises:
-      ValueError: a word is empty.
+      ValueError: a word is empty or no text, or there are too many.
     """
-    if not all(words):
-      raise ValueError('A word is empty; give a letter or more.')
-    forms = [form for word in words for form in (word, f' {word}')]
-    found = [tuple(ids) for ids in self.tokenizer.encode_batch(forms) if ids]
-    return tuple(dict.fromkeys(found))
+    return banned_lib.Banned(words, self.pieces) if words else None
 
   def keyword_ids(self, words: Sequence[str]) -> list[list[tuple[int, ...]]]:
     """Returns the forms of each word that a text must hold.
@@ -147,9 +156,12 @@ class Trained:
     pieces = self.token_bytes
     result = []
     for word in words:
-      forms = self.word_ids([word])
+      if not word:
+        raise ValueError('A keyword is empty; give a letter or more.')
+      ids = self.tokenizer.encode_batch([word, f' {word}'])
+      forms = list(dict.fromkeys(tuple(form) for form in ids if form))
       spaced = [ids for ids in forms if pieces[ids[0]][:1].isspace()]
-      result.append(spaced if spaced and word[0].isalnum() else list(forms))
+      result.append(spaced if spaced and word[0].isalnum() else forms)
     return result
 
   @property

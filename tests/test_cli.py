@@ -187,9 +187,15 @@ def test_generating(run):
     inference.generate_text(trained, ['a'], num_tokens=4, stop=[''])
   found = inference.search_text(trained, ['a'], num_tokens=4, num_best=2)
   assert len(found[0]) == 2 and found[0][0][1] >= found[0][1][1]
-  words = trained.word_ids(['run'])
-  encode = trained.tokenizer.encode
-  assert words == (tuple(encode('run')), tuple(encode(' run')))
+  letters = set(text.encode().decode('ascii', 'ignore')) - {'\ufffd'}
+  banned = trained.banned([*letters, 'run'])
+  (other,) = inference.generate_text(
+    trained,
+    ['the run'],
+    sampling=inference.Sampling(banned_words=banned),
+    **long,
+  )
+  assert other and not letters & set(other)
   # Past the length of training, but not past the positions that there are.
   inference.generate_text(trained, ['b' * 39], num_tokens=4, max_length=64)
   with pytest.raises(ValueError, match='may hold 64.* a model with more pos'):

@@ -44,7 +44,7 @@ _ORDER = (
   ('train_step', 'evaluate'),
   ('experiment', 'interop', 'plan'),
   ('on_mesh',),
-  ('objective_checks',),
+  ('changes', 'objective_checks'),
   ('consistency',),
   ('catalog',),
   ('checkpoint', 'checkpoint_files', 'charts', 'progress', 'report_page'),

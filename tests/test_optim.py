@@ -299,7 +299,7 @@ def test_adafactor_is_that_of_optax(kind):
 
 def rate(step):
   """The schedule of FIELDS: two steps of warmup, then down over eight."""
-  return 0.05 * (step + 1) if step < 2 else 0.1 * (1 - 0.9 * (step - 2) / 8)
+  return 0.05 * (step + 1) if step < 2 else 0.1 * (1 - 0.9 * (step - 1) / 8)
 
 
 def in_numpy(step_fn, decay, num_steps=3):
@@ -476,52 +476,71 @@ def test_frozen_parameters_have_no_state(kind):
 
 # --- Schedules. ---
 
-PEAK, WARMUP, STEPS, FINAL = 2.0, 10, 110, 0.1
-COURSES = {
-  # At the end of warmup, half-way through the rest, at the last step.
-  'constant': (1.0, 1.0, 1.0),
-  'linear': (1.0, 0.55, 0.1),
-  'cosine': (1.0, 0.55, 0.1),
-  'inverse_sqrt': (1.0, math.sqrt(10 / 60), math.sqrt(10 / 110)),
-  'wsd': (1.0, 1.0, 0.1),
-}
+ENDED = ('cosine', 'linear', 'wsd')
+SHAPES = (*ENDED, 'constant', 'inverse_sqrt')
 
 
-def schedule(shape, **kwargs):
-  fields = {'warmup_steps': WARMUP, 'final': FINAL, **kwargs}
-  config = optim.Sgd(
-    learning_rate=PEAK, schedule=optim.Schedule(shape=shape, **fields)
+def by_corners(shape, num_steps, warmup, decay, final):
+  """Shares of the peak at each update, in float64, drawn through corners."""
+  number_N = np.arange(1, num_steps + 4)  # Three past the end.
+  if shape in ('constant', 'inverse_sqrt'):
+    rising_N = np.minimum(number_N / max(warmup, 1), 1.0)
+    if shape == 'constant':
+      return rising_N
+    return rising_N * np.sqrt(max(warmup, 1) / np.maximum(number_N, warmup))
+  if num_steps == 1:
+    return np.full(4, final)
+  warmup = min(warmup, num_steps - 1)
+  top = max(warmup, 1)
+  if shape == 'wsd':
+    top = max(top, num_steps - max(round(decay * num_steps), 1))
+  done_N = np.interp(number_N, [top, num_steps], [0.0, 1.0])
+  if shape == 'cosine':
+    done_N = np.sin(done_N * np.pi / 2) ** 2
+  low = 0.0 if warmup else 1.0
+  rising_N = np.interp(number_N, [0, max(warmup, 1)], [low, 1.0])
+  return rising_N * (done_N * final + (1 - done_N))
+
+
+def rates_of(shape, warmup, decay, final, peak=0.37):
+  config = optim.Schedule(
+    shape=shape, warmup_steps=warmup, decay=decay, final=final
   )
-  return optim.make_schedule(config, STEPS)
+  return optim.Sgd(learning_rate=peak, schedule=config), peak
 
 
-@pytest.mark.parametrize('shape', COURSES)
-def test_schedules(shape):
-  rates = schedule(shape)
-  for step in (0, 1, 4, 9):
-    np.testing.assert_allclose(rates(step), PEAK * (step + 1) / WARMUP)
-  for step, share in zip((10, 60, 110), COURSES[shape]):
-    np.testing.assert_allclose(rates(step), PEAK * share, rtol=1e-6)
-  shown = np.array([float(rates(step)) for step in range(STEPS)])
-  assert shown.max() <= PEAK * (1 + 1e-6)
-  assert (np.diff(shown[WARMUP:]) <= 1e-6).all()
+@pytest.mark.parametrize('shape', SHAPES)
+def test_a_schedule_is_its_formula_up_to_its_end(shape):
+  """Of any length and warmup; the ends are exact."""
+  cases = [
+    (num_steps, warmup, decay, final)
+    for num_steps in (1, 2, 3, 5, 16, 37)
+    for warmup in (*range(min(num_steps, 5) + 1), num_steps - 1, num_steps + 3)
+    for decay in ((0.01, 0.2, 1.0) if shape == 'wsd' else (0.2,))
+    for final in (0.0, 0.1, 1.0, 1.5)
+  ]
+  for number, case in enumerate(cases):
+    num_steps, *rest = case
+    config, peak = rates_of(shape, *rest)
+    rates = optim.make_schedule(config, num_steps)
+    rates = jit(rates) if number % 50 == 0 else rates
+    got_N = np.asarray(rates(jnp.arange(num_steps + 3)))
+    want_N = peak * by_corners(shape, *case)
+    np.testing.assert_allclose(got_N, want_N, 2e-6, 1e-7, err_msg=str(case))
+    if shape in ENDED:
+      end = np.float32(peak * rest[-1])
+      assert (got_N[num_steps - 1 :] == end).all(), case
+    if rest[0] < num_steps and num_steps > 1:
+      assert got_N[max(rest[0] - 1, 0)] == np.float32(peak), case
 
 
-def test_cosine_and_stable_phases_by_formula():
-  for step in (15, 35, 85):
-    share = (1 + math.cos(math.pi * (step - WARMUP) / 100)) / 2
-    want = PEAK * (FINAL + (1 - FINAL) * share)
-    np.testing.assert_allclose(schedule('cosine')(step), want, rtol=1e-6)
-  rates = schedule('wsd', decay=0.2)  # Constant up to the last 22 steps.
-  for step in (50, 87, 88, 99, 110):
-    down = max(step - 88, 0) / 22
-    want = PEAK * (1 - (1 - FINAL) * down)
-    np.testing.assert_allclose(rates(step), want, rtol=1e-6, err_msg=str(step))
-
-
-def test_no_warmup_starts_at_the_peak():
-  for shape in COURSES:
-    np.testing.assert_allclose(schedule(shape, warmup_steps=0)(0), PEAK)
+def test_a_long_run_ends_exactly():
+  for shape in ENDED:
+    config, peak = rates_of(shape, 10_000, 0.2, 0.1)
+    rates = optim.make_schedule(config, 1_000_003)
+    got = rates(jnp.array([9_999, 1_000_001, 1_000_002]))
+    assert got[0] == np.float32(peak) and got[2] == np.float32(peak * 0.1)
+    np.testing.assert_allclose(got[1], peak * 0.1, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ for _name in (
   'planning.md',
   'inference.md',
   'serving.md',
+  'training.md',
 ):
   with open(os.path.join(_ROOT, 'docs', _name), encoding='utf-8') as _f:
     _PAGES += _f.read()

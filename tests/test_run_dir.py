@@ -4,6 +4,7 @@ import json
 import pytest
 import tiny
 
+from t2x import changes as changes_lib
 from t2x import config as config_lib
 from t2x import optim
 from t2x import paths
@@ -164,6 +165,39 @@ def test_the_same_settings_log_nothing(run):
   workdir, config = run
   _write(workdir, config)
   assert not (workdir / 'history.jsonl').exists()
+
+
+def test_a_run_is_told_once_of_numbers_that_changed_since(run, caplog):
+  workdir, config = run
+  numbers = workdir / 'numbers.json'
+  names = json.loads(numbers.read_text())
+  assert names == [change.name for change in changes_lib.CHANGES]
+  assert len(set(names)) == len(names)
+  config = _set(config, 'optim.schedule.shape=wsd')
+  _write(workdir, config, allow_change=True)
+  assert 'began before' not in caplog.text
+  numbers.unlink()
+  _write(workdir, config)
+  told = [r for r in caplog.records if 'began before' in r.getMessage()]
+  assert ['learning rate takes its peak' in r.getMessage() for r in told] == [
+    True
+  ]
+  last = (workdir / 'history.jsonl').read_text().splitlines()[-1]
+  assert json.loads(last) == {'numbers': ['schedule_ends']}
+  caplog.clear()
+  _write(workdir, config)
+  assert 'began before' not in caplog.text
+
+
+def test_a_run_without_steps_or_concern_is_told_of_no_numbers(run, caplog):
+  workdir, config = run  # Its schedule is constant.
+  (workdir / 'numbers.json').unlink()
+  _write(workdir, config)
+  _write(workdir, _set(config, 'train.num_steps=9'))
+  (workdir / 'numbers.json').unlink()
+  (workdir / 'metrics.jsonl').unlink()
+  _write(workdir, _set(config, 'optim.schedule.shape=cosine'))
+  assert 'began before' not in caplog.text
 
 
 def test_other_versions_are_reported(run, caplog, monkeypatch):

@@ -214,12 +214,18 @@ def test_the_share_follows_its_schedule():
   share = lambda own, *steps: [
     float(own.share_at(jnp.asarray(s))) for s in steps
   ]
-  assert share(own, 0, 10, 20, 30, 99) == [0.0, 0.0, 0.25, 0.5, 0.5]
+  # None in ten steps, then more in each of twenty, the last of them whole.
+  np.testing.assert_allclose(
+    share(own, 0, 9, 10, 19, 28), [0.0, 0.0, 0.025, 0.25, 0.475], rtol=1e-6
+  )
+  assert share(own, 29, 30, 99) == [0.5, 0.5, 0.5]
   curved = dataclasses.replace(own, shape='sigmoid')
   np.testing.assert_allclose(
-    share(curved, 0, 10, 20, 30, 99), [0.0, 0.0, 0.25, 0.5, 0.5], atol=1e-7
+    share(curved, 0, 9, 19, 29, 99), [0.0, 0.0, 0.25, 0.5, 0.5], atol=1e-7
   )
-  assert share(curved, 12)[0] < share(own, 12)[0]
+  assert 0 < share(curved, 12)[0] < share(own, 12)[0]
+  at_once = scheduled_sampling.ScheduledSampling(share=0.5)
+  assert share(at_once, 0, 1) == [0.5, 0.5]
 
 
 def test_a_step_reads_what_the_first_pass_predicts():

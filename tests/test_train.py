@@ -390,6 +390,92 @@ def test_steps_that_are_not_finite_are_skipped_then_stop(directory, tmp_path):
   assert rows[-1]['loss'] is None and 'loss' in rows[-1]['non_finite']
 
 
+@pytest.fixture(scope='module')
+def scheduled(directory):
+  """A run of six steps, two of which are skipped: (settings, workdir)."""
+  settings = {
+    'train__num_steps': 6,
+    'train__checkpoint_every': 1,
+    'optim': 'sgd',
+    'optim__momentum': 0.0,
+    'optim__weight_decay': 0.0,
+    'optim__clip_norm': 'none',
+    'optim__learning_rate': 0.5,
+    'optim__schedule__shape': 'linear',
+    'optim__schedule__warmup_steps': 2,
+    'optim__schedule__final': 0.2,
+    'model__num_layers': 1,
+    'mesh__data': 8,
+    'mesh__fsdp': 1,
+    'mesh__tensor': 1,
+  }
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(report, 'write', lambda workdir: None)
+    patch.setattr(pipeline, 'train_batches', _spoiled(pipeline.train_batches))
+    _train(directory, directory / 'scheduled', **settings)
+  return settings, directory / 'scheduled'
+
+
+def _spoiled(train_batches):
+  """Returns batches of which the third and the fourth are not finite."""
+
+  def batches(*args, start_step, **kwargs):
+    real = train_batches(*args, start_step=start_step, **kwargs)
+    for step, batch in enumerate(real, start_step + 1):
+      weights = batch['weights'] * (np.nan if step in (3, 4) else 1)
+      yield {**batch, 'weights': weights.astype(batch['weights'].dtype)}
+
+  return batches
+
+
+@pytest.mark.slow
+def test_the_learning_rate_of_a_row_is_the_one_that_was_used(scheduled):
+  """By the change of the weights, over the gradient, of plain descent."""
+  settings, workdir = scheduled
+  rows = metrics.read_rows(workdir)
+  assert [row['num_skipped'] for row in rows] == [0, 0, 1, 2, 0, 0]
+  rates = [row['learning_rate'] for row in rows]
+  # Two of warmup, then down to a fifth over four; the skipped count for none.
+  np.testing.assert_allclose(rates, [0.25, 0.5, 0.4, 0.4, 0.4, 0.3], rtol=1e-6)
+  assert not any('num_updates' in row for row in rows)
+  config = _config(workdir.parent, **settings)
+  shapes, _ = program_lib.shapes_of(config, mesh_lib.make(config.mesh))
+  saved = checkpoint.Checkpoints(str(workdir))
+  models = [
+    checkpoint.by_path(saved.restore(shapes, step)[1].model)
+    for step in range(1, 7)
+  ]
+  saved.close()
+  for row, rate, before, after in zip(rows[1:], rates[1:], models, models[1:]):
+    moved = [np.asarray(after[n] - before[n], np.float64) for n in before]
+    norm = np.sqrt(sum((m**2).sum() for m in moved))
+    want = 0.0 if row['num_skipped'] else rate * row['grad_norm']
+    np.testing.assert_allclose(norm, want, rtol=1e-3, err_msg=str(row))
+
+
+@pytest.mark.slow
+def test_the_count_of_updates_goes_on_and_the_last_takes_the_final_rate(
+  scheduled, directory, tmp_path, caplog
+):
+  settings, base = scheduled
+  workdir = tmp_path / 'run'
+  _cut(base, workdir, 4)
+  (workdir / 'numbers.json').unlink()  # As if begun before there was one.
+  _train(directory, workdir, **settings)
+  assert 'began before 2026-11-30' in caplog.text
+  assert 'learning rate takes its peak' in caplog.text
+  rates = [row['learning_rate'] for row in metrics.read_rows(workdir)]
+  before = [row['learning_rate'] for row in metrics.read_rows(base)]
+  assert rates == before
+  caplog.clear()
+  short = {**settings, 'optim__schedule__warmup_steps': 9}
+  _train(directory, tmp_path / 'short', **{**short, 'train__num_steps': 3})
+  assert 'the warmup is cut to 2' in caplog.text
+  assert 'began before' not in caplog.text
+  rates = [r['learning_rate'] for r in metrics.read_rows(tmp_path / 'short')]
+  assert rates == [0.25, 0.5, float(np.float32(0.1))]
+
+
 def test_profile_steps_write_a_trace(base, directory, tmp_path):
   workdir = tmp_path / 'run'
   _cut(base[0], workdir, 4)
@@ -472,6 +558,15 @@ def test_the_length_of_a_run(directory, settings, steps):
     expected = config.train.num_epochs * rows / config.data.batch_size
     steps = pytest.approx(expected, abs=2.5)
   assert train.resolve_num_steps(config, corpus) == steps
+
+
+def test_a_length_in_epochs_is_not_rounded_up_twice(directory, monkeypatch):
+  """Binary fractions make 11.000000000000002 of 1.1 epochs of 10 steps."""
+  monkeypatch.setattr(pipeline, 'steps_per_epoch', lambda *_: 10)
+  for epochs, steps in ((1.1, 11), (0.7, 7), (2.3, 23), (1.11, 12), (1e-9, 1)):
+    settings = {'train__num_steps': 'none', 'train__num_epochs': epochs}
+    config = _config(directory, **settings)
+    assert train.resolve_num_steps(config, None) == steps
 
 
 def test_what_cannot_fit_is_refused(directory):

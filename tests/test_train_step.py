@@ -83,7 +83,8 @@ def differ(one, other):
 def test_metrics_of_a_step():
   state, batch = make_state(), make_batch()
   new, metrics = step_fn()(state, batch, KEY)
-  assert set(metrics) == {'loss', 'nll', 'accuracy', 'grad_norm', 'num_skipped'}
+  counts = {'num_skipped', 'num_updates'}
+  assert set(metrics) == {'loss', 'nll', 'accuracy', 'grad_norm', *counts}
   assert new.step == 1
   assert new.num_skipped == metrics['num_skipped'] == 0
 
@@ -139,6 +140,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(accumulate):
     assert not np.isfinite(metrics['loss'])
     assert after.num_skipped == metrics['num_skipped'] == count
     assert after.step == 1 + count
+    assert metrics['num_updates'] == 1
     assert_equal(after.model, state.model)
     assert_equal(after.opt_state, state.opt_state)
     assert_equal(after.ema, state.ema)

@@ -172,7 +172,7 @@ def search(
     parent_R = (within_BR + jnp.arange(B)[:, None] * G * W).reshape(-1)
     pick = lambda a: jnp.take(a, parent_R, axis=0)
     caches = _map_rows(pick, caches, cross=False)
-    history = jax.tree.map(pick, history).add(token_R)
+    history = jax.tree.map(pick, history).add(token_R, settings)
     return number + 1, token_R, index_R + 1, tuple(groups), caches, history
 
   *_, groups, _, _ = jax.lax.while_loop(goes_on, extend, first)

@@ -199,9 +199,8 @@ class Engine:
   def _write(self) -> list[Text]:
     masks, broken = [], []
     for text in list(self._writing):
-      control = text.request.control
       try:
-        masks.append(control and (control.allowed(), control.raised()))
+        masks.append(text.mask())
       except ValueError as error:
         self._break(text, error)
         broken.append(text)
@@ -232,18 +231,12 @@ class Engine:
       text.end = token, scores
       self._end(text, 'stop')
       return
-    text.tokens.append(token)
-    text.log_probs += scores.log_probs
-    text.top += scores.top
-    if text.counts_V is not None:
-      text.counts_V[token] += 1
+    try:
+      text.add(token, scores)
+    except ValueError as error:
+      self._break(text, error)
+      return
     control = request.control
-    if control is not None:
-      try:
-        control.advance(token)
-      except ValueError as error:
-        self._break(text, error)
-        return
     if control is not None and control.is_done:
       self._end(text, 'stop')
     elif len(text.tokens) == request.num_tokens:

@@ -37,7 +37,7 @@ class Generation:
     log_probs: the log-probability of each of them under the model itself, that
       is before temperature, top-k and top-p.
     ended: whether the row met its end token before `num_tokens`, or the end of
-      what it is held to.
+      what it is held to, or had no token left that is not banned.
   """
 
   tokens: list[list[int]]
@@ -142,7 +142,7 @@ def beam_search(
 
   Raises:
     ValueError: as `generate`; more texts are asked for than there are beams,
-      the settings draw tokens, or no text holds the words.
+      the settings draw tokens, or no text is left that holds the words.
   """
   if not 1 <= num_best <= beams.num_beams:
     raise ValueError(
@@ -181,10 +181,12 @@ def beam_search(
     words=required.make(words) if words else None,
   )
   result = hypotheses.to_lists(found, len(prompts), num_best)
-  if words and not all(result.tokens):
+  if not all(result.tokens):
     raise ValueError(
-      f'No text of {num_tokens} tokens was found that holds all words: what is '
-      'banned leaves none. Ban less, or ask for fewer words.'
+      f'No text of {num_tokens} tokens was found'
+      + (' that holds all words' if words else '')
+      + ': what is banned leaves none. Ban less'
+      + (', or ask for fewer words.' if words else '.')
     )
   return result
 

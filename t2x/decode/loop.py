@@ -139,6 +139,8 @@ def decode(
 ) -> State:
   """Draws up to `num_tokens` tokens a row, until every row has ended.
 
+  A row that no token is left for ends there.
+
   Args:
     model: the model.
     caches: of the tokens before `token_B`.
@@ -180,15 +182,18 @@ def decode(
     logits_BV = sampling_lib.calibrated(logits_BV, settings)
     fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
     keys = fold_in(keys_B, state.number)
-    token_B = sampling_lib.sample(
-      logits_BV,
-      keys,
-      settings,
-      state.history,
-      number_B=jnp.broadcast_to(state.number, keys.shape),
-      ends_BE=ends_BE,
+    number_B = jnp.broadcast_to(state.number, keys.shape)
+    left_BV = sampling_lib.shaped(
+      logits_BV, settings, state.history, number_B, ends_BE
     )
+    token_B = sampling_lib.drawn(left_BV, keys, settings)
+    is_stuck_B = sampling_lib.is_stuck(left_BV, settings)
+    if is_stuck_B is not None:
+      ended_B = state.ended_B | is_stuck_B
+      state = dataclasses.replace(state, ended_B=ended_B)
     token_B = jnp.where(state.ended_B, pad_id, token_B)
+    history = state.history.add(token_B, settings)
+    state = dataclasses.replace(state, history=history)
     return _append(state, token_B, logits_BV, caches, ends_BE)
 
   state = jax.lax.while_loop(goes_on, extend, state)
@@ -231,5 +236,5 @@ def _append(state, token_B, logits_BV, caches, ends_BE) -> State:
     tokens_BN=put(state.tokens_BN, token_B[:, None]),
     log_probs_BN=put(state.log_probs_BN, log_prob_B1),
     caches=caches,
-    history=state.history.add(token_B),
+    history=state.history,
   )

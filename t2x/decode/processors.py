@@ -72,6 +72,19 @@ def without_words(
   return _without(logits_BV, words_BMW[..., -1], begun_BMW.all(-1))
 
 
+def without_bits(logits_BV: jax.Array, bits_BW: jax.Array) -> jax.Array:
+  """Bans the tokens whose bits are set.
+
+  Args:
+    logits_BV: of the next token.
+    bits_BW: uint32 words with a bit for each token, the lowest first.
+  """
+  B, V = logits_BV.shape
+  place = jnp.arange(32, dtype=jnp.uint32)[None, None]
+  is_set_BV = ((bits_BW[..., None] >> place) & 1).reshape(B, -1)[:, :V]
+  return jnp.where(is_set_BV > 0, -jnp.inf, logits_BV)
+
+
 def min_length(
   logits_BV: jax.Array, is_short_B: jax.Array, ends_BE: jax.Array
 ) -> jax.Array:

@@ -5,6 +5,7 @@ that are raised.
 """
 
 from collections.abc import Sequence
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,11 @@ class Settings:
     """Returns the settings of each row, and the tokens that end it (B, E)."""
     key = (rows, *map(id, requests))
     if self._last[0] != key:
-      configs = [request.sampling for request in requests]
+      # Texts know the words that are banned; see `Engine`.
+      configs = [
+        dataclasses.replace(request.sampling, banned_words=None)
+        for request in requests
+      ]
       settings = sampling_lib.rows(configs, rows, self._vocab_size)
       settings = sampling_lib.few(settings, self._vocab_size)
       width = max(4, *(len(request.ends) for request in requests))

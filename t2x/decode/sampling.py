@@ -36,13 +36,15 @@ class History:
     prompt_BV: whether the prompt holds a token.
     counts_BV: how often a token was written.
     recent_BW: the latest tokens, the last one last.
+    begun_B: what the text has begun of banned words: states of `banned.Rows`.
   """
 
   prompt_BV: Any = None
   counts_BV: Any = None
   recent_BW: Any = None
+  begun_B: Any = None
 
-  def add(self, token_B: jax.Array) -> 'History':
+  def add(self, token_B: jax.Array, settings: Rows) -> 'History':
     """Returns the history with one more token of each row."""
     counts_BV, recent_BW = self.counts_BV, self.recent_BW
     if counts_BV is not None:
@@ -50,7 +52,15 @@ class History:
       counts_BV = count(counts_BV, token_B)
     if recent_BW is not None:
       recent_BW = jnp.concatenate([recent_BW, token_B[:, None]], 1)[:, 1:]
-    return dataclasses.replace(self, counts_BV=counts_BV, recent_BW=recent_BW)
+    begun_B = self.begun_B
+    if settings.bans is not None:
+      begun_B = settings.bans.reader.after(begun_B, token_B)
+    return History(
+      prompt_BV=self.prompt_BV,
+      counts_BV=counts_BV,
+      recent_BW=recent_BW,
+      begun_B=begun_B,
+    )
 
 
 def begin(settings: Rows, prompts: Sequence[Any], vocab_size: int) -> History:
@@ -69,7 +79,12 @@ def begin(settings: Rows, prompts: Sequence[Any], vocab_size: int) -> History:
     for row, prompt in zip(recent_BW, prompts):
       last = prompt[len(prompt) - min(size, len(prompt)) :]
       row[size - len(last) :] = last
-  return History(prompt_BV=prompt_BV, counts_BV=counts_BV, recent_BW=recent_BW)
+  return History(
+    prompt_BV=prompt_BV,
+    counts_BV=counts_BV,
+    recent_BW=recent_BW,
+    begun_B=None if settings.bans is None else settings.bans.start(prompts),
+  )
 
 
 def calibrated(logits: jax.Array, settings: Rows) -> jax.Array:
@@ -154,11 +169,26 @@ def shaped(
     logits_BV = processors.without_words(
       logits_BV, history.recent_BW, settings.words_BMW
     )
+  if settings.bans is not None:
+    logits_BV = settings.bans(logits_BV, history.begun_B)
   if settings.min_tokens_B is not None:
     assert number_B is not None and ends_BE is not None
     is_short_B = number_B < settings.min_tokens_B
     logits_BV = processors.min_length(logits_BV, is_short_B, ends_BE)
   return logits_BV
+
+
+def is_stuck(left_BV: jax.Array, settings: Rows) -> jax.Array | None:
+  """Returns which rows have no token left (B,); None where that cannot be.
+
+  Args:
+    left_BV: logits that `shaped` returned.
+    settings: of each row.
+  """
+  hiding = ('bias_BV', 'words_BMW', 'bans', 'min_tokens_B')
+  if all(getattr(settings, name) is None for name in hiding):
+    return None
+  return left_BV.max(-1) == -jnp.inf
 
 
 def truncated(logits_BV: jax.Array, settings: Rows) -> jax.Array:

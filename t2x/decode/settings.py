@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from t2x.decode import banned as banned_lib
 from t2x.decode import processors
 from t2x.decode import prompts as prompts_lib
 
@@ -37,7 +38,9 @@ class SamplingConfig:
     frequency_penalty: the same, times how often they were.
     min_tokens: so many tokens come before an end token may.
     bias: token id -> added to its logit; -inf bans it.
-    banned: words, as token ids, that are never completed.
+    banned: words, as token ids, that are never completed by these tokens.
+    banned_words: words that the text never holds, whatever its tokens; see
+      `Trained.banned`.
     calibration: logits are divided by it before all else, and the
       log-probabilities that are reported as well; see `t2x.calibration`.
   """
@@ -53,6 +56,7 @@ class SamplingConfig:
   min_tokens: int = 0
   bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
   banned: Sequence[Sequence[int]] = ()
+  banned_words: banned_lib.Banned | None = None
   calibration: float = 1.0
 
   def __post_init__(self):
@@ -109,7 +113,8 @@ class Rows:
   """Settings of each row, as arrays; None where no row asks for them.
 
   Attributes are those of `SamplingConfig`; a temperature of None is 0
-  everywhere. `words_BMW` are flush right; `most_k` is at least every k.
+  everywhere. `words_BMW` are flush right, `bans` are of `banned_words`;
+  `most_k` is at least every k.
   """
 
   temperature_B: Any = None
@@ -124,6 +129,7 @@ class Rows:
   bias_BV: Any = None
   words_BMW: Any = None
   calibration_B: Any = None
+  bans: banned_lib.Rows | None = None
   most_k: int | None = dataclasses.field(
     default=None, metadata={'static': True}
   )
@@ -140,7 +146,8 @@ def rows(
     vocab_size: what ids must stay below.
 
   Raises:
-    ValueError: a bias or a banned word with an id outside the vocabulary.
+    ValueError: a bias or a banned word with an id outside the vocabulary, or
+      of another vocabulary.
   """
   configs = [configs[min(i, len(configs) - 1)] for i in range(num_rows)]
   for config in configs:
@@ -176,6 +183,7 @@ def rows(
     bias_BV=_bias(configs, vocab_size),
     words_BMW=_words(configs),
     calibration_B=column('calibration', np.float32),
+    bans=banned_lib.rows([config.banned_words for config in configs]),
   )
 
 
@@ -196,7 +204,9 @@ def few(settings: Rows, vocab_size: int) -> Rows:
   given = lambda names: any(getattr(settings, n) is not None for n in names)
   if settings.temperature_B is None and not given(rare):
     return Rows(
-      words_BMW=settings.words_BMW, calibration_B=settings.calibration_B
+      words_BMW=settings.words_BMW,
+      calibration_B=settings.calibration_B,
+      bans=settings.bans,
     )
   B = len(jax.tree.leaves(settings)[0])
   full = lambda value, kind: np.full(B, value, kind)
@@ -236,14 +246,20 @@ def check_ids(config: SamplingConfig, vocab_size: int) -> None:
     raise ValueError(
       f'sampling.bias and banned leave none of {vocab_size} tokens to draw.'
     )
-  words = (i for word in config.banned for i in word)
-  for name, ids in (('bias', config.bias), ('banned', words)):
+  in_words = (i for word in config.banned for i in word)
+  for name, ids in (('bias', config.bias), ('banned', in_words)):
     for i in ids:
       if not 0 <= i < vocab_size:
         raise ValueError(
           f'sampling.{name} names the token id {i}, and the vocabulary has '
           f'{vocab_size} tokens, 0 to {vocab_size - 1}.'
         )
+  words = config.banned_words
+  if words is not None and words.num_tokens != vocab_size:
+    raise ValueError(
+      f'sampling.banned_words is of a vocabulary of {words.num_tokens} tokens, '
+      f'and the model has {vocab_size}. Make it with the model that writes.'
+    )
 
 
 def _bias(configs, vocab_size: int) -> np.ndarray | None:

@@ -171,6 +171,7 @@ def _check_sampling(config: Sampling) -> None:
     'frequency_penalty',
     'min_tokens',
     'banned',
+    'banned_words',
   ):
     value = getattr(config, name)
     if value != getattr(plain, name) and value not in ([], ()):

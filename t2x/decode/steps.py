@@ -39,13 +39,11 @@ class Controls:
 
   def __call__(self, logits_BV: jax.Array) -> jax.Array:
     """Returns the logits that are drawn from."""
-    B, V = logits_BV.shape
+    V = logits_BV.shape[1]
     raise_ = lambda row, at, by: row.at[at].add(by, mode='drop')
     place_BM = jnp.where(self.raised_BM < 0, V, self.raised_BM)
     logits_BV = jax.vmap(raise_)(logits_BV, place_BM, self.amounts_BM)
-    bits = jnp.arange(32, dtype=jnp.uint32)[None, None]
-    allowed_BV = ((self.allowed_BW[..., None] >> bits) & 1).reshape(B, -1)
-    return jnp.where(allowed_BV[:, :V] > 0, logits_BV, -jnp.inf)
+    return processors.without_bits(logits_BV, ~self.allowed_BW)
 
 
 @functools.partial(jax.jit, static_argnames=('num', 'size', 'dtype'))

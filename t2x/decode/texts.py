@@ -121,6 +121,8 @@ class Text:
     lease: of its pages.
     num_read: positions whose entries are written.
     counts_V: how often each token was written, where a setting asks.
+    begun: what it has begun of its banned words, if it has any; a state of
+      `banned.Banned`.
   """
 
   request: Request
@@ -135,6 +137,48 @@ class Text:
   lease: pages_lib.Lease | None = None
   num_read: int = 0
   counts_V: np.ndarray | None = None
+  begun: int = 0
+
+  def __post_init__(self):
+    if self._banned is not None:
+      self.begun = self._banned.start(self.request.prompt)
+
+  @property
+  def _banned(self):
+    return self.request.sampling.banned_words
+
+  def mask(self) -> tuple[np.ndarray, Mapping[int, float]] | None:
+    """Returns which tokens may come next and which are raised; None for all.
+
+    Raises:
+      ValueError: its control knows none.
+    """
+    control = self.request.control
+    found = control and (control.allowed(), control.raised())
+    if self._banned is None:
+      return found
+    free = ~self._banned.hidden(self.begun)
+    return (free, {}) if found is None else (found[0] & free, found[1])
+
+  def add(self, token: int, scores: Scores) -> None:
+    """Goes on with a token.
+
+    Args:
+      token: its id.
+      scores: log-probabilities in its place.
+
+    Raises:
+      ValueError: its control does not.
+    """
+    self.tokens.append(token)
+    self.log_probs += scores.log_probs
+    self.top += scores.top
+    if self.counts_V is not None:
+      self.counts_V[token] += 1
+    if self._banned is not None:
+      self.begun = self._banned.after(self.begun, token)
+    if self.request.control is not None:
+      self.request.control.advance(token)
 
   @property
   def all_tokens(self) -> list[int]:

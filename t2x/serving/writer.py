@@ -218,7 +218,6 @@ class Writer:
         )
       # -100 bans a token, as elsewhere.
       bias[int(token)] = float('-inf') if value <= -100 else value
-    banned = self._trained.word_ids(body.banned_words)
     off = lambda value, neutral: None if value == neutral else value
     return engine_lib.Sampling(
       temperature=body.temperature,
@@ -231,7 +230,7 @@ class Writer:
       frequency_penalty=body.frequency_penalty,
       min_tokens=body.min_tokens,
       bias=bias,
-      banned=banned,
+      banned_words=self._trained.banned(body.banned_words),
       calibration=self._trained.temperature,
     )
 

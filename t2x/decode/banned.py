@@ -1,0 +1,201 @@
+"""Words that no text may hold, whatever tokens it is made of.
+
+The bytes of a text are followed by the automaton of Aho and Corasick (1975),
+whose state says which words the text has begun; each state bans the tokens that
+would complete one. A word is banned wherever its bytes stand one after the
+other: within longer words, over the ends of tokens, of a prompt and of
+characters.
+
+Shape suffixes: B rows, S states, X values of a byte, V vocabulary, W words of
+32 tokens.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t2x.decode import pieces as pieces_lib
+from t2x.decode import processors
+from t2x.decode import prompts as prompts_lib
+
+_MOST_BITS = 2**33  # Of the tokens that all states ban: 1 GiB.
+
+
+class Banned:
+  """Words that are banned in texts of one vocabulary.
+
+  >>> pieces = pieces_lib.Pieces([b'', b'he', b'llo', b' "', b'h', b'e'])
+  >>> banned = Banned(['hello'], pieces)
+  >>> state = banned.start([3, 4, 5])
+  >>> banned.hidden(state)
+  array([4], dtype=uint32)
+  """
+
+  def __init__(self, words: Sequence[str], pieces: pieces_lib.Pieces):
+    """Makes the automaton.
+
+    Args:
+      words: texts; upper and lower case are told apart.
+      pieces: of the vocabulary.
+
+    Raises:
+      ValueError: a word is empty or no text, or there are too many.
+    """
+    self.pieces = pieces
+    own = sorted({_bytes(word) for word in words})
+    self.words = tuple(own)
+    starts = {text[:n] for text in own for n in range(len(text))} | {b''}
+    self._starts = sorted(starts, key=len)
+    self._rests: dict[bytes, list[bytes]] = {}
+    for text in own:
+      for n in range(1, len(text)):
+        self._rests.setdefault(text[:n], []).append(text[n:])
+    if len(starts) * self.num_tokens > _MOST_BITS:
+      raise ValueError(
+        f'{len(own)} banned words have {len(starts)} beginnings, too many for '
+        f'a vocabulary of {self.num_tokens} tokens; ban fewer.'
+      )
+    self.table_SX = self._table()
+    self._hidden: dict[int, np.ndarray] = {}
+    self._ending: dict[bytes, np.ndarray] = {}
+    self._whole: np.ndarray | None = None
+
+  def __repr__(self) -> str:
+    return f'Banned({[word.decode() for word in self.words]})'
+
+  @property
+  def num_tokens(self) -> int:
+    return len(self.pieces.token_bytes)
+
+  def _table(self) -> np.ndarray:
+    number = {text: i for i, text in enumerate(self._starts)}
+    longer: dict[bytes, list[bytes]] = {}
+    for text in self._starts[1:]:
+      longer.setdefault(text[:-1], []).append(text)
+    table_SX = np.zeros((len(number), 256), np.int32)
+    shorter = np.zeros(len(number), int)  # The longest other that ends each.
+    # From short to long, so that what a state falls back to is there.
+    for text, state in number.items():
+      if len(text) > 1:
+        shorter[state] = table_SX[shorter[number[text[:-1]]], text[-1]]
+      if text:
+        table_SX[state] = table_SX[shorter[state]]
+      for other in longer.get(text, ()):
+        table_SX[state, other[-1]] = number[other]
+    return table_SX
+
+  def start(self, prompt: Sequence[int] = ()) -> int:
+    """Returns the state after the tokens of a prompt."""
+    most = max(map(len, self.words), default=0)
+    return self._read(0, self.pieces.last(prompt, most))
+
+  def after(self, state: int, token: int) -> int:
+    """Returns the state after one more token."""
+    return self._read(state, self.pieces.token_bytes[token])
+
+  def _read(self, state: int, text: bytes) -> int:
+    for byte in text:
+      state = int(self.table_SX[state, byte])
+    return state
+
+  def hidden(self, state: int) -> np.ndarray:
+    """Returns uint32 words with a bit for each token that is banned."""
+    if state not in self._hidden:
+      is_banned_V = np.zeros(-(-self.num_tokens // 32) * 32, bool)
+      is_banned_V[self._holding()] = True
+      begun = self._starts[state]
+      for start in range(len(begun)):
+        for rest in self._rests.get(begun[start:], ()):
+          is_banned_V[self._beginning(rest)] = True
+      bits = np.packbits(is_banned_V, bitorder='little')
+      self._hidden[state] = bits.view(np.uint32)
+    return self._hidden[state]
+
+  def _holding(self) -> np.ndarray:
+    if self._whole is None:
+      found = [self.pieces.holding(word) for word in self.words]
+      self._whole = np.concatenate([np.zeros(0, int), *found])
+    return self._whole
+
+  def _beginning(self, rest: bytes) -> np.ndarray:
+    if rest not in self._ending:
+      self._ending[rest] = self.pieces.beginning(rest)
+    return self._ending[rest]
+
+
+def _bytes(word: str) -> bytes:
+  if not word:
+    raise ValueError('A banned word is empty; give a letter or more.')
+  try:
+    found = word.encode()
+  except UnicodeEncodeError:
+    found = b''
+  if not found or '\ufffd' in word:
+    raise ValueError(
+      f'The banned word {word!r} is no valid Unicode; give it as text.'
+    )
+  return found
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows:
+  """The banned words of each row of a batch, as arrays.
+
+  The states of different lists stand one after the other.
+
+  Attributes:
+    reader: of the texts.
+    hidden_SW: bits of the tokens that each state bans.
+    root_B: the state of each row before its first token.
+  """
+
+  reader: pieces_lib.Reader
+  hidden_SW: Any
+  root_B: Any
+
+  def __call__(self, logits_BV: jax.Array, state_B: jax.Array) -> jax.Array:
+    """Returns logits without what completes a word."""
+    hidden_BW = jnp.asarray(self.hidden_SW)[state_B]
+    return processors.without_bits(logits_BV, hidden_BW)
+
+  def start(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    """Returns the states of rows that have their prompts alone (B,)."""
+    reader = self.reader
+    arrays = reader.flat_N, reader.start_V
+    state_B = np.array(self.root_B)
+    for row, prompt in enumerate(prompts):
+      # No word has begun more bytes ago than there are states.
+      for byte in pieces_lib.last(*arrays, prompt, len(reader.table_SX)):
+        state_B[row] = reader.table_SX[state_B[row], byte]
+    return state_B
+
+
+def rows(given: Sequence[Banned | None]) -> Rows | None:
+  """Returns the words of each row; None where no row has any."""
+  lists = list({id(banned): banned for banned in given if banned}.values())
+  if not lists:
+    return None
+  pieces = lists[0].pieces
+  sizes = [len(banned.table_SX) for banned in lists]
+  # The last state is that of rows without words; all that follow fill up.
+  first = np.cumsum([0, *sizes])
+  num = prompts_lib.power_of_two(int(first[-1]) + 1)
+  table_SX = np.full((num, 256), first[-1], np.int32)
+  hidden_SW = np.zeros((num, len(lists[0].hidden(0))), np.uint32)
+  for start, size, banned in zip(first, sizes, lists):
+    table_SX[start : start + size] = banned.table_SX + start
+    for state in range(size):
+      hidden_SW[start + state] = banned.hidden(state)
+  roots = {id(banned): start for start, banned in zip(first, lists)}
+  return Rows(
+    reader=pieces_lib.Reader(
+      table_SX=table_SX, flat_N=pieces.flat_N, start_V=pieces.start_V
+    ),
+    hidden_SW=hidden_SW,
+    root_B=np.array([roots.get(id(b), first[-1]) for b in given], np.int32),
+  )
