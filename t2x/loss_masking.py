@@ -42,11 +42,11 @@ def masked(
     config: of the masks.
     batch: of a masked language model, with what `MaskedLM` adds for this.
     loss_V: moving average of each token's loss.
-    key: of this step.
+    key: of the run; `mask_keys` in the batch tell its examples apart.
   """
   tokens_BT, may_BT = batch['originals'], batch['maskable'] > 0
-  rows_B = jnp.arange(len(tokens_BT))
-  keys_B = dropout.fold(dropout.row_keys(key, rows_B), _SITE)
+  examples_B = batch['mask_keys'][:, 0]
+  keys_B = dropout.fold(dropout.row_keys(key, examples_B), _SITE)
   assert keys_B is not None
   draw = lambda key: jax.random.gumbel(key, tokens_BT.shape[1:], jnp.float32)
   loss_BT = jnp.maximum(loss_V[tokens_BT], 1e-6)

@@ -60,10 +60,10 @@ def gradients_at(
 ) -> tuple[Any, dict[str, Any]]:
   """Returns the gradients and summed metrics of a state's next update."""
   trained, rest = train_state.partition(state.model, config.trainable)
-  key = jax.random.fold_in(key, state.step)
   if config.masking is not None:
     losses_V = state.carried[loss_masking.NAME]
     batch = loss_masking.masked(config.masking, batch, losses_V, key)
+  key = jax.random.fold_in(key, state.step)
   if config.tasks is not None:
     batch = task_weights.with_factors(config.tasks, batch, state.carried)
   if config.sampling is not None:

@@ -1,27 +1,28 @@
 """Any batch of a corpus, found by its number.
 
 Rows are shuffled by a function of their index, so any step is found without
-those before it, and every random draw is keyed by the seed and the number of
-the example since the start. A host therefore reads its own rows of any batch
-and nothing else, and the batches do not depend on the number of hosts.
+those before it, and every random draw is keyed by the seed, the number of the
+example in the split, and the visit. A host therefore reads its own rows of any
+batch and nothing else, and what an example becomes depends neither on the
+number of hosts nor on the batch that it is in.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import math
 
-import grain
 import numpy as np
 
 from t2x.data import config as config_lib
 from t2x.data import corpus as corpus_lib
+from t2x.data import history
+from t2x.data import order
 from t2x.data import rows as rows_lib
 from t2x.data import words
 from t2x.objectives import noise
 from t2x.objectives import vocab as vocab_lib
 
 Batch = dict[str, np.ndarray]
-
-_EVAL_SEED = 0  # The same masks at each evaluation, whatever the run's seed.
 
 
 class TrainBatches:
@@ -38,9 +39,18 @@ class TrainBatches:
     *,
     seed: int,
     rows: slice | np.ndarray | None = None,
+    segments: Sequence[history.Segment] = (),
   ):
-    self._make = Examples(corpus, config, config.train_split, seed, rows)
-    self._batch_size = config.batch_size
+    """Begins where the last of `segments` does, or at step 0.
+
+    Args:
+      corpus: what to read.
+      config: what it was prepared with.
+      seed: of orders and draws.
+      rows: of the batch, see `pipeline.train_batches`.
+      segments: those of one order, the last one of `config.batch_size`.
+    """
+    self._make = Examples(corpus, config, config.train_split, rows, seed=seed)
     sizes = self._make.layout.group_sizes()
     if sum(sizes) < config.batch_size:
       raise ValueError(
@@ -49,43 +59,63 @@ class TrainBatches:
         f'data.batch_size={config.batch_size}. Give more text, or lower '
         'data.length or data.batch_size.'
       )
-    # Rounding up would repeat the rows of small buckets more often.
-    whole = math.ceil if len(sizes) == 1 else round
-    self._counts = [whole(s / config.batch_size) for s in sizes]
-    self.steps_per_epoch = sum(self._counts)
+    sizes = [s.batch_size for s in segments] or [config.batch_size]
+    assert sizes[-1] == config.batch_size
+    self._start = segments[-1].step if segments else 0
+    steps = history.lengths(segments)
+    streams = corpus.streams(config.train_split)
+    if self._make.in_order:
+      self._plan = _in_order(self._make.layout, sizes, steps)
+    else:
+      layouts = [
+        rows_lib.make(
+          dataclasses.replace(config, batch_size=size),
+          streams,
+          self._make.vocab,
+        )
+        for size in sizes
+      ]
+      self._plan = _shuffled(layouts, sizes, steps, seed)
+    self.steps_per_epoch = self._plan.epoch
     if self._make.in_order and self.steps_per_epoch < 2:
+      (num,) = self._make.layout.group_sizes()
       raise ValueError(
-        f'data.batching=stream: split {config.train_split!r} has {sum(sizes)} '
+        f'data.batching=stream: split {config.train_split!r} has {num} '
         f'rows of data.length={config.length}, one for each of data.batch_size='
         f'{config.batch_size}, so none would ever go on. Give more text, or '
         'lower data.length or data.batch_size.'
       )
-    # Hashed, as Grain adds the epoch to the seed: with seeds as they are, the
-    # second epoch of one run would be the first of another.
-    seeds = noise.keys(seed, np.arange(len(sizes) + 1)) >> np.uint64(32)
-    self._batch_order = shuffled(self.steps_per_epoch, seeds[0])
-    self._row_orders = [shuffled(n, s) for n, s in zip(sizes, seeds[1:])]
 
   def __getitem__(self, step: int) -> Batch:
-    examples = step * self._batch_size + self._make.range
-    if self._make.in_order:
-      place = step % self.steps_per_epoch  # All begin anew together.
-      return self._make.at(place, self.steps_per_epoch, examples)
-    group, batch = self._locate(step)
-    places = batch * self._batch_size + self._make.range
-    order = self._row_orders[group]
-    rows = np.array([get(order, i) for i in places])
-    return self._make(group, rows, examples)
+    return self._make(self._plan.read(step - self._start, self._make.range))
 
-  def _locate(self, step: int) -> tuple[int, int]:
-    """Returns the group of a step, and the batch's number in the group."""
-    if len(self._counts) == 1:
-      return 0, step
-    number = get(self._batch_order, step)
-    ends = np.cumsum(self._counts)
-    group = int(np.searchsorted(ends, number, side='right'))
-    in_group = number - (int(ends[group - 1]) if group else 0)
-    return group, step // self.steps_per_epoch * self._counts[group] + in_group
+
+def _in_order(layout, sizes: Sequence[int], steps: Sequence[int]):
+  """Returns the plan of the last of several batch sizes."""
+  (num,) = layout.group_sizes()
+  plan = order.InOrder(num, sizes[0])
+  for size, length in zip(sizes[1:], steps, strict=True):
+    plan = order.InOrder(num, size, *plan.rest(length))
+  return plan
+
+
+def _shuffled(layouts, sizes: Sequence[int], steps: Sequence[int], seed: int):
+  """Returns the plan of the last of several batch sizes."""
+  plan = rests = None
+  for i, (layout, size) in enumerate(zip(layouts, sizes, strict=True)):
+    if plan is not None:
+      rests = plan.rests(steps[i - 1])
+      old = layouts[i - 1]
+      if isinstance(old, rows_lib.Padded):
+        old, new = ([*map(x.documents, range(len(x)))] for x in (old, layout))
+        rests = order.dealt(rests, plan, old, new)
+    groups = layout.group_sizes()
+    # Hashed, as Grain adds the epoch to the seed: with seeds as they are, the
+    # second epoch of one run would be the first of another.
+    seeds = noise.keys(seed, np.arange(len(groups) + 1)) >> np.uint64(32)
+    plan = order.Shuffled(groups, size, seeds, rests)
+  assert plan is not None
+  return plan
 
 
 class EvalBatches:
@@ -98,66 +128,68 @@ class EvalBatches:
     split: str,
     *,
     rows: slice | np.ndarray | None = None,
+    task: str = '',
   ):
-    self._make = Examples(corpus, config, split, _EVAL_SEED, rows)
+    # The same masks at each evaluation, whatever the run's seed.
+    self._make = Examples(corpus, config, split, rows, task=task)
     self._batch_size = config.batch_size
     self._sizes = self._make.layout.group_sizes()
     self._ends = np.cumsum(
       [math.ceil(s / config.batch_size) for s in self._sizes]
     )
+    if self._make.in_order:
+      self._plan = order.InOrder(self._sizes[0], config.batch_size)
 
   def __len__(self) -> int:
     return int(self._ends[-1])
 
   def __getitem__(self, index: int) -> Batch:
-    examples = index * self._batch_size + self._make.range
+    lanes = self._make.range
     if self._make.in_order:
-      return self._make.at(index, len(self), examples)
+      return self._make(self._plan.read(index, lanes))
     group = int(np.searchsorted(self._ends, index, side='right'))
     first = int(self._ends[group - 1]) if group else 0
-    rows = (index - first) * self._batch_size + self._make.range
+    rows = (index - first) * self._batch_size + lanes
     rows = np.where(rows < self._sizes[group], rows, -1)
-    return self._make(group, rows, examples)
+    none = np.zeros(len(rows), np.int64)
+    return self._make(order.Read(group, rows, none, none > 0))
 
 
 class Examples:
-  """Makes examples of rows: reads them and applies the objective."""
+  """Makes examples of rows: reads them and applies the objective.
 
-  def __init__(self, corpus, config, split, seed, rows):
-    self._vocab = _vocab(corpus, config)
-    self.layout = rows_lib.make(config, corpus.streams(split), self._vocab)
+  What is drawn for an example is a function of the seed, of its number in the
+  split and of how often it was read before, so neither of the batch that it is
+  in nor of the row's length.
+  """
+
+  def __init__(self, corpus, config, split, rows, *, seed=None, task=''):
+    """Of an evaluation if `seed` is None."""
+    self.vocab = _vocab(corpus, config)
+    streams, full = corpus.streams(split), seed is not None
+    self.layout = rows_lib.make(config, streams, self.vocab, full=full)
     self.range = _range(rows, config.batch_size)
     self._objective = config.objective
     self.in_order = isinstance(config.batching, config_lib.Stream)
-    self._seed = seed
+    purpose = 'evaluation' if seed is None else 'training'
+    self._seed = noise.named(seed or 0, f'{purpose} {task}')
 
-  def at(self, place: int, num: int, examples: np.ndarray) -> Batch:
-    """Returns a batch whose row b reads the b-th part of a split in order.
-
-    Args:
-      place: of the batch among those of a pass.
-      num: batches of a pass, the rows of a part.
-      examples: their numbers since the start.
-    """
-    rows = self.range * num + place
-    rows = np.where(rows < self.layout.group_sizes()[0], rows, -1)
-    assert isinstance(self.layout, rows_lib.Windows)
-    goes_on = self.layout.continues(rows) & (place > 0)
-    own = {'continues': goes_on[:, None].astype(np.int32)}
-    return self(0, rows, examples) | own
-
-  def __call__(
-    self, group: int, rows: np.ndarray, examples: np.ndarray
-  ) -> Batch:
-    if getattr(self._objective, 'static', False):
-      examples = group * 2**40 + rows
+  def __call__(self, read: order.Read) -> Batch:
+    examples = self.layout.examples(read.group, read.rows)
     keys = noise.keys(self._seed, examples)
-    return self._objective.examples(
-      *self.layout.read(group, rows, keys),
+    if not getattr(self._objective, 'static', False):
+      keys = noise.visited(keys, read.visits)
+    batch = self._objective.examples(
+      *self.layout.read(read.group, read.rows, keys),
       keys=keys,
-      vocab=self._vocab,
-      length=self.layout.group_lengths()[group],
+      vocab=self.vocab,
+      length=self.layout.group_lengths()[read.group],
     )
+    if not self.in_order:
+      return batch
+    assert isinstance(self.layout, rows_lib.Windows)
+    goes_on = read.goes_on & self.layout.continues(read.rows)
+    return batch | {'continues': goes_on[:, None].astype(np.int32)}
 
 
 def _vocab(corpus, config) -> vocab_lib.Vocab:
@@ -166,11 +198,6 @@ def _vocab(corpus, config) -> vocab_lib.Vocab:
   lexicon = words.lexicon(config.objective, tokenizer, stream)
   labels = words.labels(config, corpus)
   return dataclasses.replace(tokenizer.vocab, lexicon=lexicon, labels=labels)
-
-
-def shuffled(num: int, seed: np.uint64) -> grain.MapDataset:
-  """An endless sequence: all of range(num), then again in another order."""
-  return grain.MapDataset.range(num).shuffle(seed=int(seed)).repeat()
 
 
 def _range(rows: slice | np.ndarray | None, batch_size: int) -> np.ndarray:
@@ -186,9 +213,3 @@ def _range(rows: slice | np.ndarray | None, batch_size: int) -> np.ndarray:
       'each host ask for an equal part of the batch.'
     )
   return result
-
-
-def get(sequence: grain.MapDataset, index: int | np.integer) -> int:
-  value = sequence[int(index)]
-  assert value is not None  # Nothing is filtered.
-  return value

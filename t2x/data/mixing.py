@@ -1,5 +1,6 @@
 """Batches of a mixture: each row is of one task, found by its number."""
 
+from collections.abc import Sequence
 import math
 
 import numpy as np
@@ -7,6 +8,8 @@ import numpy as np
 from t2x.data import batches as batches_lib
 from t2x.data import config as config_lib
 from t2x.data import corpus as corpus_lib
+from t2x.data import history
+from t2x.data import order
 from t2x.objectives import mixture
 from t2x.objectives import noise
 
@@ -26,11 +29,15 @@ class MixedBatches:
     *,
     seed: int,
     rows: slice | np.ndarray | None = None,
+    segments: Sequence[history.Segment] = (),
   ):
+    """Arguments as for `batches.TrainBatches`."""
     assert isinstance(config.objective, mixture.Mixture)
     parts = config_lib.parts(config)
     self._parts = [
-      batches_lib.Examples(corpus.tasks[name], own, own.train_split, seed, rows)
+      batches_lib.Examples(
+        corpus.tasks[name], own, own.train_split, rows, seed=seed, task=name
+      )
       for name, own in parts.items()
     ]
     sizes = [part.layout.group_sizes()[0] for part in self._parts]
@@ -43,21 +50,24 @@ class MixedBatches:
     self.steps_per_epoch = math.ceil(sum(sizes) / config.batch_size)
     self._shares = config.objective.shares(sizes)
     seeds = noise.keys(seed, np.arange(len(sizes))) >> np.uint64(32)
-    self._orders = [
-      batches_lib.shuffled(n, s) for n, s in zip(sizes, seeds, strict=True)
-    ]
+    self._groups = [order.Group(n, s) for n, s in zip(sizes, seeds)]
     self._config = config
+    self._start = segments[-1].step if segments else 0
+    steps = history.lengths(segments)
+    # Examples of the steps before.
+    self._past = sum(n * s.batch_size for n, s in zip(steps, segments))
 
   def __getitem__(self, step: int) -> batches_lib.Batch:
-    examples = step * self._config.batch_size + self._parts[0].range
+    examples = self._past + (step - self._start) * self._config.batch_size
+    examples = examples + self._parts[0].range
     tasks, numbers = mixture.split(examples, self._shares)
     batch = empty(self._config, len(examples))
     for task, part in enumerate(self._parts):
       (own,) = np.nonzero(tasks == task)
       if len(own):
-        order = self._orders[task]
-        rows = np.array([batches_lib.get(order, i) for i in numbers[own]])
-        fill(batch, own, task, part(0, rows, examples[own]))
+        rows, visits = self._groups[task].at(numbers[own])
+        read = order.Read(0, rows, visits, np.zeros(len(rows), bool))
+        fill(batch, own, task, part(read))
     return batch
 
 
@@ -76,7 +86,7 @@ class TaskBatches:
     parts = config_lib.parts(config)
     self._config, self._number = config, [*parts].index(task)
     self._batches = batches_lib.EvalBatches(
-      corpus.tasks[task], parts[task], split, rows=rows
+      corpus.tasks[task], parts[task], split, rows=rows, task=task
     )
 
   def __len__(self) -> int:

@@ -32,6 +32,10 @@ class Layout(Protocol):
     """The number of rows in each group."""
     ...
 
+  def examples(self, group: int, rows: np.ndarray) -> np.ndarray:
+    """Returns the numbers of these rows in the split, whatever their group."""
+    ...
+
   def read(self, group: int, rows: np.ndarray, keys: np.ndarray) -> tuple:
     """Returns what the objective takes of these rows.
 
@@ -44,13 +48,24 @@ class Layout(Protocol):
 
 
 def make(
-  config: config_lib.DataConfig, streams: Streams, vocab: vocab_lib.Vocab
+  config: config_lib.DataConfig,
+  streams: Streams,
+  vocab: vocab_lib.Vocab,
+  *,
+  full: bool = True,
 ) -> Layout:
-  """Returns the layout that `config` asks for."""
+  """Returns the layout that `config` asks for.
+
+  Args:
+    config: of one task.
+    streams: of a split.
+    vocab: of the tokenizer.
+    full: each group fills a batch, as training needs it.
+  """
   if isinstance(config.objective, next_sentence.NextSentence):
     return sentences.SentencePairs(config, streams[0], vocab)
   if isinstance(config.batching, config_lib.Pad):
-    return Padded(config, streams)
+    return Padded(config, streams, full=full)
   if isinstance(config.objective, source_target.SourceTarget):
     return PackedPairs(config, streams)
   return Windows(config.objective, config.length, streams[0])
@@ -76,6 +91,10 @@ class Windows:
   def group_sizes(self) -> tuple[int, ...]:
     overlap = self._source_length - self._stride
     return (-(-(self._stream.num_tokens - overlap) // self._stride),)
+
+  def examples(self, group: int, rows: np.ndarray) -> np.ndarray:
+    del group  # There is one.
+    return rows
 
   def continues(self, rows: np.ndarray) -> np.ndarray:
     """Returns whether each row goes on with the document of the one before."""
@@ -105,18 +124,20 @@ class Windows:
 class Padded:
   """One document a row, in the smallest bucket that holds it."""
 
-  def __init__(self, config: config_lib.DataConfig, streams: Streams):
+  def __init__(
+    self, config: config_lib.DataConfig, streams: Streams, *, full: bool = True
+  ):
     self._streams = streams
     self._objective: Any = config.objective  # Of one task.
-    self._batch_size = config.batch_size
+    self._least = config.batch_size if full else 0
     self._buckets = config_lib.buckets(config)
 
   @functools.cached_property
   def _groups(self) -> list[tuple[int, np.ndarray]]:
     """The length and the documents of each group.
 
-    A bucket with less than a batch of documents is added to the next, as a
-    batch of them would repeat some.
+    Where groups are to be full, a bucket with less than a batch of documents
+    is added to the next, as a batch of them would repeat some.
     """
     lengths = np.max([np.diff(s.offsets) for s in self._streams], axis=0)
     limits = [self._objective.source_length(b) for b in self._buckets]
@@ -125,7 +146,7 @@ class Padded:
     waiting = np.zeros(0, np.int64)
     for i, length in enumerate(self._buckets):
       waiting = np.append(waiting, np.flatnonzero(bucket == i))
-      if len(waiting) >= self._batch_size:
+      if len(waiting) >= self._least:
         groups.append((length, np.sort(waiting)))
         waiting = waiting[:0]
     if len(waiting):
@@ -140,11 +161,20 @@ class Padded:
   def group_sizes(self) -> tuple[int, ...]:
     return tuple(len(documents) for _, documents in self._groups)
 
+  def __len__(self) -> int:
+    return len(self._groups)
+
+  def documents(self, group: int) -> np.ndarray:
+    """Returns the documents of a group, ascending."""
+    return self._groups[group][1]
+
+  def examples(self, group: int, rows: np.ndarray) -> np.ndarray:
+    return np.where(rows >= 0, self.documents(group)[rows], -1)
+
   def read(self, group: int, rows: np.ndarray, keys: np.ndarray):
     del keys  # Nothing is drawn.
-    length, documents = self._groups[group]
-    source_length = self._objective.source_length(length)
-    chosen = np.where(rows >= 0, documents[rows], -1)
+    source_length = self._objective.source_length(self._groups[group][0])
+    chosen = self.examples(group, rows)
     counts = (chosen >= 0).astype(np.int64)
     return tuple(
       _gather(s, chosen, counts, source_length) for s in self._streams
@@ -183,6 +213,10 @@ class PackedPairs:
 
   def group_sizes(self) -> tuple[int, ...]:
     return (len(self._firsts) - 1,)
+
+  def examples(self, group: int, rows: np.ndarray) -> np.ndarray:
+    del group  # There is one.
+    return rows
 
   def read(self, group: int, rows: np.ndarray, keys: np.ndarray):
     del group, keys  # There is one, and nothing is drawn.

@@ -53,6 +53,10 @@ class SentencePairs:
   def group_sizes(self) -> tuple[int, ...]:
     return (len(self._chunks),)
 
+  def examples(self, group: int, rows: np.ndarray) -> np.ndarray:
+    del group  # There is one.
+    return rows
+
   def read(self, group: int, rows: np.ndarray, keys: np.ndarray):
     """Returns the rows, 1 for each token of B, and which B are wrong."""
     del group  # There is one.

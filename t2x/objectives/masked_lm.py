@@ -97,10 +97,11 @@ class MaskedLM:
     few = dict.fromkeys(
       ('targets', 'weights', 'target_positions'), self.num_targets(length)
     )
+    if not isinstance(self.masking, masking_lib.ByLoss):
+      return rows_lib.lengths(length) | few
     # What a step needs to mask by itself.
-    by_loss = isinstance(self.masking, masking_lib.ByLoss)
-    more = ('originals', 'noised', 'maskable') if by_loss else ()
-    return rows_lib.lengths(length) | few | dict.fromkeys(more, length)
+    more = dict.fromkeys(('originals', 'noised', 'maskable'), length)
+    return rows_lib.lengths(length) | few | more | {'mask_keys': 1}
 
   def check(self, length: int) -> None:
     """Raises ValueError where no token of a row would be predicted."""
@@ -126,8 +127,12 @@ class MaskedLM:
     is_text_BT = _is_text(source, vocab)
     num_text_B = is_text_BT.sum(1)
     num_B = np.clip(np.round(self.rate * num_text_B), 1, num_text_B)
-    if self.dropped:  # What is left has its room.
-      needed_B = (segments_BT != 0).sum(1) - self.num_left(tokens_BT.shape[1])
+    if self.dropped:
+      # What is left has its room, even in a row that just holds the tokens:
+      # in a longer one as many are dropped.
+      used_B = (segments_BT != 0).sum(1)
+      rooms = [self.num_left(n) for n in range(tokens_BT.shape[1] + 1)]
+      needed_B = used_B - np.array(rooms)[used_B]
       num_B = np.minimum(np.maximum(num_B, needed_B), num_text_B)
     return choosing.choose(
       self.masking,
@@ -184,6 +189,8 @@ class MaskedLM:
       batch['originals'] = tokens_BT
       batch['noised'] = noised_BT.astype(np.int32)
       batch['maskable'] = _is_text(source, vocab).astype(np.int32)
+      low_B1 = keys[:, None] & np.uint64(0x7FFFFFFF)
+      batch['mask_keys'] = low_B1.astype(np.int32)
     return batch
 
 

@@ -6,6 +6,8 @@ is a hash of (key, index): SplitMix64 (Steele et al., 2014), whose n-th output
 is a function of n.
 """
 
+import hashlib
+
 import numpy as np
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -23,6 +25,22 @@ def keys(seed: int, indices: np.ndarray) -> np.ndarray:
   """Returns one uint64 key for each example index under `seed`."""
   seed_1 = np.array([seed % 2**64], np.uint64)
   return _mix(_mix(seed_1 + _GAMMA) + np.asarray(indices, np.uint64) * _GAMMA)
+
+
+def named(seed: int, name: str) -> int:
+  """Returns the seed of what is drawn under `name`, apart from other names."""
+  digest = hashlib.sha256(name.encode()).digest()
+  return int(keys(seed, np.frombuffer(digest[:8], np.uint64))[0])
+
+
+def visited(keys_B: np.ndarray, visits_B: np.ndarray) -> np.ndarray:
+  """Returns the keys of examples that are visited again and again.
+
+  Args:
+    keys_B: uint64, one an example, from `keys`.
+    visits_B: how often each was visited before.
+  """
+  return _mix(keys_B + _mix(np.asarray(visits_B, np.uint64) * _GAMMA))
 
 
 def uniform(keys_B: np.ndarray, num: int, *, stream: int = 0) -> np.ndarray:

@@ -72,18 +72,27 @@ class PrefixLM:
     T = segments_BT.shape[1]
     place_T = np.arange(T)
     start_BT = place_T - positions_BT
-    is_last_BT = np.ones(segments_BT.shape, bool)
-    is_last_BT[:, :-1] = segments_lib.starts(segments_BT)[:, 1:]
-    ends_BT = np.where(is_last_BT, place_T + 1, T)
-    ends_BT = np.minimum.accumulate(ends_BT[:, ::-1], axis=1)[:, ::-1]
+    # With the row's last token, which is a target alone: a document that just
+    # fits is as long as in a longer row.
+    ends_BT = _ends(source.segments)[:, :-1]
     # One number for each document: that of its first token.
     drawn_BT = np.take_along_axis(noise.uniform(keys, T), start_BT, axis=1)
     share_BT = self.least + drawn_BT * (self.most - self.least)
     size_BT = np.floor(share_BT * (ends_BT - start_BT)).astype(np.int64)
-    prefix_BT = np.where(segments_BT != 0, start_BT + size_BT, 0)
+    prefix_BT = np.minimum(start_BT + size_BT, T)
+    prefix_BT = np.where(segments_BT != 0, prefix_BT, 0)
     # The last token of a prefix predicts the first of the rest.
     weights_BT = batch['weights'] * (place_T >= prefix_BT - 1)
     return batch | {
       'weights': weights_BT.astype(np.float32),
       'prefix_ends': prefix_BT.astype(np.int32),
     }
+
+
+def _ends(segments_BT: np.ndarray) -> np.ndarray:
+  """Returns for each token the place after the last one of its document."""
+  T = segments_BT.shape[1]
+  is_last_BT = np.ones(segments_BT.shape, bool)
+  is_last_BT[:, :-1] = segments_lib.starts(segments_BT)[:, 1:]
+  ends_BT = np.where(is_last_BT, np.arange(T) + 1, T)
+  return np.minimum.accumulate(ends_BT[:, ::-1], axis=1)[:, ::-1]

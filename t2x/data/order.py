@@ -1,0 +1,305 @@
+"""Which rows a step reads, and where another batch size goes on.
+
+A plan says which rows are in the n-th batch of a size. What it leaves of an
+epoch is where the plan of another size begins, so that no row is read twice
+before all were, whatever sizes follow each other.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+
+class Read(NamedTuple):
+  """The rows of a batch.
+
+  Attributes:
+    group: of the layout.
+    rows: their numbers in it, -1 where there is none.
+    visits: how often each was read before.
+    goes_on: whether it follows the row above it in the batch before.
+  """
+
+  group: int
+  rows: np.ndarray
+  visits: np.ndarray
+  goes_on: np.ndarray
+
+
+def shuffled(num: int, seed: np.uint64) -> grain.MapDataset:
+  """An endless sequence: all of range(num), then again in another order."""
+  return grain.MapDataset.range(num).shuffle(seed=int(seed)).repeat()
+
+
+def get(sequence: grain.MapDataset, index: int | np.integer) -> int:
+  value = sequence[int(index)]
+  assert value is not None  # Nothing is filtered.
+  return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Rest:
+  """Where the rows of a group go on.
+
+  Attributes:
+    rows: numbers of those that come first.
+    visits: how often each of them was read before.
+    place: of the endless order, which follows.
+  """
+
+  rows: np.ndarray
+  visits: np.ndarray
+  place: int
+
+
+START = Rest(np.zeros(0, np.int64), np.zeros(0, np.int64), 0)
+
+
+class Group:
+  """The endless sequence of a group's rows: a rest, then its own order."""
+
+  def __init__(self, size: int, seed: np.uint64, rest: Rest = START):
+    self._size = size
+    self._order = shuffled(size, seed)
+    self._rest = rest
+
+  @property
+  def num_first(self) -> int:
+    return len(self._rest.rows)
+
+  def at(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns rows, and how often each was read before."""
+    num, rows, visits = self.num_first, self._rest.rows, self._rest.visits
+    places = self._rest.place + indices - num
+    late = [get(self._order, p) if p >= 0 else 0 for p in places]
+    late = np.array(late, np.int64), places // self._size
+    if not num:
+      return late
+    early = indices.clip(max=num - 1)
+    is_early = indices < num
+    return (
+      np.where(is_early, rows[early], late[0]),
+      np.where(is_early, visits[early], late[1]),
+    )
+
+  def rest(self, left: np.ndarray, end: int) -> Rest:
+    """Returns what comes after those before `end` without those of `left`."""
+    over = np.arange(end, self.num_first)
+    rows, visits = self.at(np.concatenate([left, over]).astype(np.int64))
+    place = self._rest.place + max(end - self.num_first, 0)
+    return Rest(rows, visits, place)
+
+  def unread(self, rest: Rest) -> tuple[np.ndarray, np.ndarray, int]:
+    """Returns the rows to the end of a rest's visit, and the next visit."""
+    end = math.ceil(rest.place / self._size) * self._size
+    places = np.arange(rest.place, end)
+    rows = np.array([get(self._order, p) for p in places], np.int64)
+    rows = np.concatenate([rest.rows, rows])
+    visits = np.concatenate([rest.visits, places // self._size])
+    return rows, visits, end // self._size
+
+
+class Shuffled:
+  """Batches of rows in random order, each of one group.
+
+  With several groups an epoch is a shuffled sequence of them, each as often as
+  its rows fill a batch; what is left of an epoch under another batch size comes
+  first, shuffled too.
+  """
+
+  def __init__(
+    self,
+    sizes: Sequence[int],
+    batch_size: int,
+    seeds: np.ndarray,
+    rests: Sequence[Rest] | None = None,
+  ):
+    """Begins at `rests`, one a group; `seeds` are one more than groups."""
+    self._batch_size = batch_size
+    rests = rests or [START] * len(sizes)
+    self.groups = [
+      Group(*each) for each in zip(sizes, seeds[1:], rests, strict=True)
+    ]
+    # Rounding up would repeat the rows of small buckets more often.
+    whole = math.ceil if len(sizes) == 1 else round
+    self._counts = np.array([whole(s / batch_size) for s in sizes])
+    self._lead = np.array([round(len(r.rows) / batch_size) for r in rests])
+    self._order = shuffled(self.epoch, seeds[0])
+    if self._lead.any():
+      seed = seeds[0] ^ np.uint64(sum(r.place for r in rests) + 1)
+      self._lead_order = shuffled(int(self._lead.sum()), seed & _LOW)
+
+  @property
+  def epoch(self) -> int:
+    """Batches in which every row is read once."""
+    return int(self._counts.sum())
+
+  def read(self, number: int, lanes: np.ndarray) -> Read:
+    """Returns rows `lanes` of the batch of a number."""
+    group, batch = self._locate(number)
+    indices = batch * self._batch_size + lanes
+    rows, visits = self.groups[group].at(indices)
+    return Read(group, rows, visits, np.zeros(len(rows), bool))
+
+  def rests(self, number: int) -> list[Rest]:
+    """Returns where each group goes on after so many batches."""
+    if len(self.groups) == 1:
+      end = number * self._batch_size
+      return [self.groups[0].rest(np.zeros(0, np.int64), end)]
+    epoch, past = self._epoch_of(number)
+    stop = number if not past else number - past + self._length(epoch)
+    left = [self._locate(n) for n in range(number, stop)]
+    ends = self._before(epoch + bool(past))
+    lanes = np.arange(self._batch_size)
+    result = []
+    for g, (group, end) in enumerate(zip(self.groups, ends, strict=True)):
+      own = sorted(batch for other, batch in left if other == g)
+      indices = np.array(own, np.int64)[:, None] * self._batch_size + lanes
+      result.append(group.rest(indices.ravel(), int(end) * self._batch_size))
+    return result
+
+  def _locate(self, number: int) -> tuple[int, int]:
+    """Returns the group of a batch, and the batch's number in the group."""
+    if len(self.groups) == 1:
+      return 0, number
+    epoch, _ = self._epoch_of(number)
+    if epoch < 0:
+      counts, place = self._lead, get(self._lead_order, number)
+    else:
+      counts, place = self._counts, get(self._order, number - self._num_lead)
+    ends = np.cumsum(counts)
+    group = int(np.searchsorted(ends, place, side='right'))
+    in_group = place - int(ends[group] - counts[group])
+    return group, int(self._before(epoch)[group]) + in_group
+
+  @property
+  def _num_lead(self) -> int:
+    return int(self._lead.sum())
+
+  def _epoch_of(self, number: int) -> tuple[int, int]:
+    """Returns a batch's epoch, -1 for what comes first, and place in it."""
+    if number < self._num_lead:
+      return -1, number
+    return divmod(number - self._num_lead, self.epoch)
+
+  def _length(self, epoch: int) -> int:
+    return self._num_lead if epoch < 0 else self.epoch
+
+  def _before(self, epoch: int) -> np.ndarray:
+    """Returns the batches of each group before an epoch."""
+    if epoch < 0:
+      return np.zeros_like(self._lead)
+    return self._lead + epoch * self._counts
+
+
+_LOW = np.uint64(2**32 - 1)  # Grain's seeds are of 32 bits.
+
+
+def dealt(
+  rests: Sequence[Rest],
+  plan: Shuffled,
+  old: Sequence[np.ndarray],
+  new: Sequence[np.ndarray],
+) -> list[Rest]:
+  """Returns where other groups of the same documents go on.
+
+  Groups that stay go on as they are; of the others what is left of the current
+  visit comes first.
+
+  Args:
+    rests: of the old groups.
+    plan: theirs.
+    old: documents of each old group, ascending.
+    new: of each new one.
+  """
+  stays = [np.array_equal(a, b) for a, b in zip(old, new)]
+  stays += [False] * (max(len(old), len(new)) - len(stays))
+  pool, visits, following = [], [], 0
+  for group, rest, documents, same in zip(plan.groups, rests, old, stays):
+    if not same:
+      rows, own, visit = group.unread(rest)
+      pool.append(documents[rows])
+      visits.append(own)
+      following = max(following, visit)
+  result = []
+  for g, documents in enumerate(new):
+    if stays[g]:
+      result.append(rests[g])
+      continue
+    left, own = np.concatenate(pool), np.concatenate(visits)
+    is_here = np.isin(left, documents)
+    rows = np.searchsorted(documents, left[is_here])
+    result.append(Rest(rows, own[is_here], following * len(documents)))
+  return result
+
+
+class InOrder:
+  """Batches whose row b reads the b-th part of a split from start to end."""
+
+  def __init__(
+    self,
+    size: int,
+    batch_size: int,
+    left: np.ndarray | None = None,
+    visit: int = 0,
+  ):
+    """Begins with what is `left` of a visit, then reads all, again and again.
+
+    Args:
+      size: rows of the split.
+      batch_size: parts that are read at a time.
+      left: rows in the order of the text; None for all of them.
+      visit: how often they were read before.
+    """
+    self._size = size
+    self._batch_size = batch_size
+    self._left: np.ndarray | range = range(size) if left is None else left
+    self._visit = visit
+
+  @property
+  def epoch(self) -> int:
+    """Batches of a pass, the rows of a part."""
+    return math.ceil(self._size / self._batch_size)
+
+  def read(self, number: int, lanes: np.ndarray) -> Read:
+    """Returns rows `lanes` of the batch of a number."""
+    part = self._pass_of(number)
+    index = lanes * part.length + part.place
+    rows, before = part.at(index), part.at(index - 1)
+    goes_on = (part.place > 0) & (rows > 0) & (rows == before + 1)
+    return Read(0, rows, np.full(len(lanes), part.visit), goes_on)
+
+  def rest(self, number: int) -> tuple[np.ndarray, int]:
+    """Returns the rows that are left after so many batches, and their visit."""
+    part = self._pass_of(number)
+    index = np.arange(self._batch_size * part.length)
+    index = index.reshape(-1, part.length)[:, part.place :].ravel()
+    rows = part.at(index)
+    return rows[rows >= 0], part.visit
+
+  def _pass_of(self, number: int) -> '_Pass':
+    first = math.ceil(len(self._left) / self._batch_size)
+    if number < first:
+      return _Pass(self._left, first, number, self._visit)
+    past, place = divmod(number - first, self.epoch)
+    return _Pass(range(self._size), self.epoch, place, self._visit + 1 + past)
+
+
+class _Pass(NamedTuple):
+  """What is read once: its rows, those of a part, and a place in each part."""
+
+  rows: np.ndarray | range
+  length: int
+  place: int
+  visit: int
+
+  def at(self, index: np.ndarray) -> np.ndarray:
+    """Returns the rows at places of the pass, -1 past its end."""
+    is_row = index < len(self.rows)
+    if isinstance(self.rows, np.ndarray):
+      index = self.rows[np.where(is_row, index, 0)]
+    return np.where(is_row, index, -1)
