@@ -273,6 +273,8 @@ def _activations(model, tower, batch: Batch, layout: Layout):
       left += num * made
     if model.residual == 'post_norm':
       kept += num * T * model.embed_dim
+    if model.residual == 'sandwich':  # What each branch made, for its norm.
+      kept += 2 * num * T * model.embed_dim
   split = layout.over('length')
   return batch.rows * kept / split, batch.rows * left / split
 
