@@ -12,6 +12,7 @@ from typing import Any
 from t2x import config as config_lib
 from t2x.interop import configs
 from t2x.interop import llama_like
+from t2x.interop import llama_like_exported
 from t2x.layers import moe
 from t2x.layers import position
 from t2x.models import decoder
@@ -212,7 +213,7 @@ def _llama(config: decoder.DecoderConfig) -> dict[str, Any]:
       'sliding_window': None,
     }
     return hf
-  return llama_like.written(config, hf)
+  return llama_like_exported.written(config, hf)
 
 
 def _scaling(scaling: position.Llama3Scaling | None) -> dict[str, Any] | None:

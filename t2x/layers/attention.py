@@ -147,8 +147,9 @@ class Dense(Softmax):
 class Local(Softmax):
   """A sliding window of the `window` latest keys, the query's own included.
 
-  An encoder sees as many on the other side. GPT-3's locally banded layers
-  (Brown et al., 2020; Child et al., 2019) are these, in
+  An encoder sees as many on the other side. A window may reach further than a
+  run's rows, since that of a checkpoint stays what it is. GPT-3's locally
+  banded layers (Brown et al., 2020; Child et al., 2019) are these, in
   `model.attention_pattern` with dense ones.
   """
 
@@ -163,9 +164,6 @@ class Local(Softmax):
   def pattern(self, length: int, *, causal: bool) -> patterns.Pattern:
     del length, causal
     return patterns.Window(self.window)
-
-  def check_length(self, length: int) -> None:
-    check_reach(self, self.window, length)
 
   @property
   def reach(self) -> int | None:
