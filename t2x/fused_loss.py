@@ -5,7 +5,8 @@ weight w has the gradient
 
   d logits = w (p (1 + 2 z log_sum) - (1 - e) onehot(target) - e / V),
 
-which needs nothing that the loss has not just made. So logits live only while
+which needs nothing that the loss has not just made; where a soft cap c bounds
+logits y = c tanh(x / c), d x = (1 - (y / c)^2) d y. So logits live only while
 their chunk does, and no product runs twice.
 
 Shape suffixes: B batch, T position, D embed, V vocabulary.
@@ -112,6 +113,7 @@ def mean_loss(
 class _Softmax(NamedTuple):
   """What the gradient takes from the loss: exp(logits - largest) and more."""
 
+  logits_BTV: jax.Array
   exp_BTV: jax.Array
   exp_sum_BT: jax.Array
   log_sum_BT: jax.Array
@@ -138,7 +140,7 @@ def _losses(head, part, config: LossConfig) -> tuple[MeanLoss, _Softmax]:
   correct_BT = (picked_BT >= largest_BT).astype(jnp.float32)
   mean = MeanLoss((objective_BT * weights_BT).sum(), nll_BT, correct_BT)
   return mean, _Softmax(
-    exp_BTV, exp_sum_BT, log_sum_BT, is_target_BTV, is_token_V
+    logits_BTV, exp_BTV, exp_sum_BT, log_sum_BT, is_target_BTV, is_token_V
   )
 
 
@@ -167,6 +169,7 @@ def _chunk_gradients(head, part, config: LossConfig):
   if smooth:
     even_BT = weights_BT * (smooth / head.vocab_size)
     d_BTV = _where(s.is_token_V, d_BTV - even_BT[..., None], 0.0)
+  d_BTV = head.uncapped_gradient(d_BTV, s.logits_BTV)
   dtype = x_BTD.dtype
   d_bias_V = None if head.bias_V is None else d_BTV.sum((0, 1))
   # Factors in the dtype of products, which a TPU rounds to anyhow; GPUs would

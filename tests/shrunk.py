@@ -8,6 +8,7 @@ import dataclasses
 from t2x.layers import attention
 from t2x.layers import mlp
 from t2x.layers import moe
+from t2x.layers import norm
 from t2x.layers import position
 from t2x.layers import routing
 from t2x.models import decoder
@@ -82,6 +83,18 @@ PARTS = {
     attention=dataclasses.replace(_DENSE, qk_norm=True, soft_cap=9.0),
     residual='parallel',
     tied_head='untied',
+  ),
+  'sandwich': decoder.DecoderConfig(
+    **_SIZES,
+    attention_pattern=(
+      dataclasses.replace(_LOCAL, soft_cap=9.0),
+      dataclasses.replace(_DENSE, soft_cap=9.0),
+    ),
+    mlp=_GATED,
+    norm=norm.RMSNorm(unit_offset=True),
+    residual='sandwich',
+    position=position.Rotary(),
+    logit_soft_cap=5.0,
   ),
   'bare encoder': encoder.EncoderConfig(
     **_SIZES,

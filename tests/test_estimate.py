@@ -62,6 +62,18 @@ _MODELS = {
   'parallel': decoder.DecoderConfig(
     **_SHAPE, attention=_BLOCKS, mlp=_PLAIN, residual='parallel'
   ),
+  'sandwich': decoder.DecoderConfig(
+    **_SHAPE,
+    attention_pattern=(
+      attention.Local(
+        num_heads=4, head_dim=16, kernel='blocks', window=100, soft_cap=9.0
+      ),
+      dataclasses.replace(_BLOCKS, num_kv_heads=None, qk_norm=True),
+    ),
+    mlp=_GATED,
+    residual='sandwich',
+    logit_soft_cap=5.0,
+  ),
   'experts': decoder.DecoderConfig(
     **_SHAPE, attention=_BLOCKS, mlp_pattern=(_GATED, _EXPERTS)
   ),

@@ -103,6 +103,34 @@ CONFIGS = {
     tied_head='tied_scaled',
   ),
 }
+_GATED = mlp.MlpConfig(
+  hidden=64, activation='gelu_tanh', gated=True, bias=False
+)
+_CAPPED = {**HEADS, 'num_kv_heads': 4, 'soft_cap': 2.0, 'scale': 0.3}
+CONFIGS |= {
+  'gemma2': decoder.DecoderConfig(
+    **SHARED,
+    attention_pattern=(
+      attention.Local(**_CAPPED, window=5),
+      attention.Dense(**_CAPPED),
+    ),
+    mlp=_GATED,
+    norm=norm.RMSNorm(unit_offset=True),
+    residual='sandwich',
+    position=position.Rotary(),
+    embed_scale=True,
+    logit_soft_cap=1.5,
+  ),
+  'qwen3': decoder.DecoderConfig(
+    **SHARED,
+    attention=attention.Dense(
+      **HEADS, num_kv_heads=4, bias=True, out_bias=False, qk_norm=True
+    ),
+    mlp=_GATED,
+    norm=norm.RMSNorm(),
+    position=position.Rotary(fraction=0.5),
+  ),
+}
 SHAPE = {'hidden': 32, 'activation': 'silu', 'gated': True, 'num_experts': 4}
 EXPERTS = {
   'dropless': moe.MoeConfig(
@@ -412,6 +440,20 @@ def test_rows_that_are_no_texts(kind):
   assert_as_on_one_device(kind, result)
 
 
+@pytest.mark.parametrize(
+  'kind, mesh',
+  [
+    ('gemma2', 'data2_fsdp2_tensor2'),
+    ('qwen3', 'data2_fsdp2_tensor2'),
+    pytest.param('gemma2', 'context4_tensor2', marks=pytest.mark.slow),
+    pytest.param('qwen3', 'context4_tensor2', marks=pytest.mark.slow),
+  ],
+)
+def test_soft_caps_windows_and_norms_of_branches_and_heads(kind, mesh):
+  result = on_mesh(kind, make_mesh(**MESHES[mesh]))
+  assert_as_on_one_device(kind, result)
+
+
 SEQUENCE = sharding.Rules(norm_length=('context', 'tensor'))
 
 
@@ -422,6 +464,7 @@ SEQUENCE = sharding.Rules(norm_length=('context', 'tensor'))
     pytest.param('llama', marks=pytest.mark.slow),
     pytest.param('bert', marks=pytest.mark.slow),
     pytest.param('t5', marks=pytest.mark.slow),
+    pytest.param('gemma2', marks=pytest.mark.slow),
   ],
 )
 @pytest.mark.parametrize('mesh', ['data2_fsdp2_tensor2', 'context2_tensor4'])

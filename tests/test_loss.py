@@ -25,7 +25,10 @@ SETTINGS = {
 }
 
 
-def make_head(rng, bias=True, scale=1.0):
+CAPS = pytest.mark.parametrize('cap', [None, 2.0])
+
+
+def make_head(rng, bias=True, scale=1.0, cap=None):
   """Padded rows would win every comparison if they were seen."""
   table = rng.normal(size=(ROWS, D))
   table[VOCAB:] *= 100.0
@@ -35,6 +38,7 @@ def make_head(rng, bias=True, scale=1.0):
     table_VD=jnp.asarray(table, jnp.float32),
     bias_V=jnp.asarray(bias_V, jnp.float32) if bias else None,
     scale=scale,
+    soft_cap=cap,
     vocab_size=VOCAB,
   )
 
@@ -54,6 +58,8 @@ def naive(x, head, targets, label_smoothing=0.0, z_loss=0.0):
     for t in range(T):
       features = np.asarray(x[b, t], np.float64) * head.scale
       logits = table @ features + np.asarray(bias, np.float64)
+      if head.soft_cap is not None:
+        logits = head.soft_cap * np.tanh(logits / head.soft_cap)
       log_sum = np.log(np.exp(logits).sum())
       log_probs = logits - log_sum
       wanted = np.full(VOCAB, label_smoothing / VOCAB)
@@ -68,11 +74,12 @@ def config_of(settings, chunks=1):
   return loss_lib.LossConfig(vocab_chunks=chunks, **SETTINGS[settings])
 
 
+@CAPS
 @pytest.mark.parametrize('chunks', [1, 2, 8, ROWS])
 @pytest.mark.parametrize('settings', SETTINGS)
-def test_against_sums_over_lists(settings, chunks):
+def test_against_sums_over_lists(settings, chunks, cap):
   rng, x, targets = make_inputs()
-  head = make_head(rng, scale=0.5)
+  head = make_head(rng, scale=0.5, cap=cap)
   # Some predictions are right.
   best = np.asarray(head(x)).argmax(-1)
   targets = targets.at[0].set(best[0])
@@ -110,17 +117,18 @@ def test_gradients_of_chunks(settings):
   assert head_grads.table_VD[:VOCAB].all()
 
 
+@CAPS
 @pytest.mark.parametrize('chunks', [1, 4])
-def test_gradients_are_right(chunks):
+def test_gradients_are_right(chunks, cap):
   """Finite differences of the naive loss, in float64."""
   rng, x, targets = make_inputs(2)
-  head = make_head(rng, bias=False)
+  head = make_head(rng, bias=False, cap=cap)
   config = config_of('both', chunks)
   _, (grad_x, grad_head) = gradients(x, head, targets, config)
   weights = np.arange(1.0, B * T + 1).reshape(B, T)
 
   def value(x, table):
-    head_ = embed.Head(table_VD=table, vocab_size=VOCAB)
+    head_ = embed.Head(table_VD=table, soft_cap=cap, vocab_size=VOCAB)
     return (naive(x, head_, targets, **SETTINGS['both'])[0] * weights).sum()
 
   x, table = np.asarray(x, np.float64), np.asarray(head.table_VD, np.float64)
@@ -237,12 +245,15 @@ def mean_gradients(x, head, targets, config):
   return jax.value_and_grad(objective, (0, 1), has_aux=True)(x, head)
 
 
+@CAPS
 @pytest.mark.parametrize('token_chunks', [1, T])
 @pytest.mark.parametrize('settings', SETTINGS)
-def test_closed_form_gradients_are_the_derived_ones(settings, token_chunks):
+def test_closed_form_gradients_are_the_derived_ones(
+  settings, token_chunks, cap
+):
   """Against the chunks of the vocabulary, which JAX differentiates."""
   rng, x, targets = make_inputs(1)
-  head = make_head(rng, scale=0.5)
+  head = make_head(rng, scale=0.5, cap=cap)
   fn = jax.jit(mean_gradients, static_argnums=3)
   derived = loss_lib.LossConfig(vocab_chunks=4, **SETTINGS[settings])
   closed = loss_lib.LossConfig(token_chunks=token_chunks, **SETTINGS[settings])

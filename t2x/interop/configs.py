@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from t2x.interop import llama_like
 from t2x.layers import attention
 from t2x.layers import mlp
 from t2x.layers import moe
@@ -40,8 +41,8 @@ def to_t2x(hf: Hf) -> tuple[str, model.ModelConfig]:
   """Translates a config.json, already parsed.
 
   Args:
-    hf: the dictionary; `model_type` is bert, roberta, gpt2, t5, llama or
-      mixtral.
+    hf: the dictionary; `model_type` is bert, roberta, gpt2, t5, llama, mixtral
+      or one of `llama_like`.
 
   Returns:
     The family, for `names.to_t2x`, and the config.
@@ -229,6 +230,11 @@ def _llama(hf: Hf) -> tuple[str, decoder.DecoderConfig]:
   return 'llama', config
 
 
+def _like_llama(hf: Hf) -> tuple[str, decoder.DecoderConfig]:
+  hf = llama_like.as_llama(hf)
+  return hf['model_type'], llama_like.adapted(_llama(hf)[1], hf)
+
+
 def _mixtral(hf: Hf) -> tuple[str, decoder.DecoderConfig]:
   _require(hf, sliding_window=None, router_jitter_noise=0.0)
   _, config = _llama({'rms_norm_eps': 1e-5, 'rope_theta': 1e6, **hf})
@@ -286,4 +292,5 @@ _TRANSLATIONS = {
   't5': _t5,
   'llama': _llama,
   'mixtral': _mixtral,
+  **dict.fromkeys(llama_like.NAMES, _like_llama),
 }

@@ -6,10 +6,13 @@
 ('gpt2', 768)
 """
 
+import dataclasses
 from typing import Any
 
 from t2x import config as config_lib
 from t2x.interop import configs
+from t2x.interop import llama_like
+from t2x.interop import llama_like_exported
 from t2x.layers import moe
 from t2x.layers import position
 from t2x.models import decoder
@@ -42,6 +45,7 @@ def from_t2x(config: model_lib.ModelConfig) -> tuple[str, dict[str, Any]]:
     ValueError: the nearest family computes something else; every setting that
       it lacks is named.
   """
+  config = _plain(config)
   if isinstance(config, encoder.EncoderConfig):
     hf = _bert(config)
   elif isinstance(config, encoder_decoder.EncoderDecoderConfig):
@@ -75,6 +79,30 @@ def same(config: model_lib.ModelConfig, hf: configs.Hf) -> bool:
   """Whether a config.json describes exactly the model of `config`."""
   ours, theirs = map(config_lib.to_json, (config, configs.to_t2x(hf)[1]))
   return not set(config_lib.differences(ours, theirs)) - set(_PARTS)
+
+
+def _plain(config: Any) -> Any:
+  """Returns the config of the same numbers that files would give."""
+
+  def plain(kind):
+    change: dict[str, Any] = {}
+    if kind.num_kv_heads == kind.num_heads:
+      change |= {'num_kv_heads': None}
+    if kind.out_bias == kind.bias:
+      change |= {'out_bias': None}
+    if not kind.qk_norm:
+      change |= {'qk_norm_eps': 1e-6}
+    return dataclasses.replace(kind, **change)
+
+  if not isinstance(config, decoder.DecoderConfig):
+    return dataclasses.replace(
+      config,
+      attention=plain(config.attention),
+      attention_pattern=tuple(map(plain, config.attention_pattern)),
+    )
+  kinds = [plain(kind) for kind in config.kinds]
+  layers = [kinds[i % len(kinds)] for i in range(config.num_layers)]
+  return llama_like.with_layers(config, layers)
 
 
 def _bert(config: encoder.EncoderConfig) -> dict[str, Any]:
@@ -184,7 +212,8 @@ def _llama(config: decoder.DecoderConfig) -> dict[str, Any]:
       'router_aux_loss_coef': getattr(config.mlp.router, 'balance_loss', 0.0),
       'sliding_window': None,
     }
-  return hf
+    return hf
+  return llama_like_exported.written(config, hf)
 
 
 def _scaling(scaling: position.Llama3Scaling | None) -> dict[str, Any] | None:

@@ -62,7 +62,7 @@ class Checkpoint:
 
 
 def read(directory: str) -> Checkpoint:
-  """Reads a BERT, RoBERTa, GPT-2, T5, Llama or Mixtral.
+  """Reads a checkpoint of a family that `configs` reads.
 
   Args:
     directory: with config.json, safetensors and the tokenizer's files.
@@ -120,10 +120,11 @@ def write(
   """
   checkpoint_dir.check_new(directory)
   config = model.config
-  family, made = exported.from_t2x(config)
-  ids = {} if tokenizer is None else _ids(tokenizer)
-  if hf is None or not exported.same(config, hf):
-    hf = {**made, **ids}
+  if hf is not None and exported.same(config, hf):
+    family = configs.to_t2x(hf)[0]
+  else:
+    family, made = exported.from_t2x(config)
+    hf = {**made, **({} if tokenizer is None else _ids(tokenizer))}
   is_own = not isinstance(tokenizer, pretrained.PretrainedTokenizer)
   # Whatever may fail comes before the weights are written.
   file = tokenizer_file.make(tokenizer) if tokenizer and is_own else None

@@ -67,11 +67,8 @@ def to_t2x(
   table = _family(family)
   slots, treedef = _slots(table, config)
   found = _canonical(table, released.merged(tensors))
-  expected = {
-    name: _expected_shape(slot, config.vocab_size)
-    for slot in slots
-    for name in slot.names
-  }
+  cuts = _cuts(slots, config.vocab_size)
+  expected = _expected_shapes(slots, cuts, config.vocab_size)
   copies = _copies(table, config, expected)
   # A checkpoint may hold a tied weight under its copy's name only.
   found |= {
@@ -87,7 +84,7 @@ def to_t2x(
       + '\nCheck that the config is that of the checkpoint (layers, sizes, '
       'pooler, heads, tied_head).'
     )
-  return treedef.unflatten([_gather(slot, found) for slot in slots])
+  return treedef.unflatten([_gather(slot, cuts, found) for slot in slots])
 
 
 def from_t2x(
@@ -244,29 +241,49 @@ def _copies(table, config, tensors) -> dict[str, str]:
   }
 
 
-def _gather(slot: _Slot, found) -> jax.Array:
+def _gather(slot: _Slot, cuts, found) -> jax.Array:
   """Returns a leaf: its layers converted, padded and stacked."""
-  layers = [_to_layout(slot, np.asarray(found[name])) for name in slot.names]
+  layers = [
+    _to_layout(slot, cuts[name], np.asarray(found[name])) for name in slot.names
+  ]
   layers = [
     np.pad(x, [(0, n - m) for m, n in zip(x.shape, slot.shape)]) for x in layers
   ]
   return jnp.asarray(np.stack(layers) if slot.stacked else layers[0])
 
 
-def _expected_shape(slot: _Slot, vocab_size: int) -> tuple[int, ...]:
+def _part_shape(slot: _Slot, vocab_size: int) -> list[int]:
+  """Returns the shape of a slot's part of the other array."""
   sizes = dict(zip(slot.row.letters, slot.shape), V=vocab_size)
-  groups = slot.row.groups
-  shape = [int(np.prod([sizes[x] for x in group])) for group in groups]
-  _, num, dim = slot.row.part
-  shape[dim] *= num
-  return tuple(shape)
+  return [int(np.prod([sizes[x] for x in group])) for group in slot.row.groups]
 
 
-def _to_layout(slot: _Slot, array: np.ndarray) -> np.ndarray:
+def _cuts(slots: list[_Slot], vocab_size: int) -> dict[str, list[int]]:
+  """Returns the sizes of the parts of each array, in order, by its name."""
+  cuts: dict[str, list[int]] = {}
+  for slot in slots:
+    index, num, dim = slot.row.part
+    for name in slot.names:
+      sizes = cuts.setdefault(name, [0] * num)
+      sizes[index] = _part_shape(slot, vocab_size)[dim]
+  return cuts
+
+
+def _expected_shapes(slots, cuts, vocab_size: int) -> dict[str, tuple]:
+  shapes = {}
+  for slot in slots:
+    shape, dim = _part_shape(slot, vocab_size), slot.row.part[2]
+    for name in slot.names:
+      shapes[name] = (*shape[:dim], sum(cuts[name]), *shape[dim:][1:])
+  return shapes
+
+
+def _to_layout(slot: _Slot, sizes: list[int], array: np.ndarray) -> np.ndarray:
   """Converts one array of Hugging Face to t2x's order of dimensions."""
   row = slot.row
-  index, num, dim = row.part
-  array = np.split(array.astype(np.float32), num, dim)[index]
+  index, _, dim = row.part
+  ends = np.cumsum(sizes)[:-1]
+  array = np.split(array.astype(np.float32), ends, dim)[index]
   order = ''.join(row.groups)
   sizes = dict(zip(row.letters, slot.shape))
   # The vocabulary is not merged with anything, so its size is the array's.

@@ -4,7 +4,8 @@ A row reads: path in t2x (`*` for the layer), name in Hugging Face, and its
 layout. The letters at the end of a path are its dimensions in order; the
 layout has the same letters as they stand in the other array, those that it
 merges written together: a torch Linear of N heads is 'NH D' where t2x has
-`DNH`. A fourth field (i, n, dim) is part i of n along that dimension.
+`DNH`. A fourth field (i, n, dim) is part i of n along that dimension; parts
+may differ in size.
 """
 
 from collections.abc import Sequence
@@ -177,7 +178,7 @@ _GPT2 = Family(
   ignored=r'.*\.attn\.(masked_)?bias',
 )
 
-# --- Llama, and Mixtral with its experts. ---
+# --- Llama, those like it, and Mixtral with its experts. ---
 
 _LLAMA_LAYER = [
   ('attention_norm.scale', 'input_layernorm.weight', 'D'),
@@ -198,6 +199,36 @@ _LLAMA_MLP = [
   ('mlp.down_FD', 'mlp.down_proj.weight', 'D F'),
 ]
 
+# Qwen 3.
+_HEAD_NORMS = [
+  ('attention.q_norm.scale', 'self_attn.q_norm.weight', 'H'),
+  ('attention.k_norm.scale', 'self_attn.k_norm.weight', 'H'),
+]
+
+# Gemma 2; the second norm's name is that of another norm in Llama.
+_SANDWICH = [
+  (
+    'attention_out_norm.scale',
+    'post_attention_layernorm.weight',
+    'D',
+  ),
+  ('mlp_norm.scale', 'pre_feedforward_layernorm.weight', 'D'),
+  ('mlp_out_norm.scale', 'post_feedforward_layernorm.weight', 'D'),
+]
+
+# Phi-3: one array holds queries, keys and values, one gates and ups.
+_PHI3_LAYER = [
+  ('attention_norm.scale', 'input_layernorm.weight', 'D'),
+  ('attention.q_DNH', 'self_attn.qkv_proj.weight', 'NH D', (0, 3, 0)),
+  ('attention.k_DKH', 'self_attn.qkv_proj.weight', 'KH D', (1, 3, 0)),
+  ('attention.v_DKH', 'self_attn.qkv_proj.weight', 'KH D', (2, 3, 0)),
+  ('attention.o_NHD', 'self_attn.o_proj.weight', 'D NH'),
+  ('mlp_norm.scale', 'post_attention_layernorm.weight', 'D'),
+  ('mlp.gate_DF', 'mlp.gate_up_proj.weight', 'F D', (0, 2, 0)),
+  ('mlp.up_DF', 'mlp.gate_up_proj.weight', 'F D', (1, 2, 0)),
+  ('mlp.down_FD', 'mlp.down_proj.weight', 'D F'),
+]
+
 # One array holds the gates, then the ups, of all experts of a layer.
 _MIXTRAL_EXPERTS = [
   ('mlp.router_DE', 'mlp.gate.weight', 'E D'),
@@ -207,7 +238,7 @@ _MIXTRAL_EXPERTS = [
 ]
 
 
-def _llama(mlp: list[tuple]) -> Family:
+def _llama(layer: list[tuple]) -> Family:
   ends = [
     ('embeddings.tokens.table_VD', 'model.embed_tokens.weight', 'V D'),
     ('tower.final_norm.scale', 'model.norm.weight', 'D'),
@@ -215,8 +246,7 @@ def _llama(mlp: list[tuple]) -> Family:
   ]
   return Family(
     prefix='model.',
-    rows=_rows(ends)
-    + _rows(_LLAMA_LAYER + mlp, 'tower.layers.*.', 'model.layers.{layer}.'),
+    rows=_rows(ends) + _rows(layer, 'tower.layers.*.', 'model.layers.{layer}.'),
     copies={'lm_head.weight': 'model.embed_tokens.weight'},
     ignored=r'.*rotary_emb\.inv_freq',
   )
@@ -293,6 +323,12 @@ FAMILIES = {
   'gpt2': _GPT2,
   't5': _t5(gated=False),
   't5_v1_1': _t5(gated=True),
-  'llama': _llama(_LLAMA_MLP),
-  'mixtral': _llama(_MIXTRAL_EXPERTS),
+  'mixtral': _llama(_LLAMA_LAYER + _MIXTRAL_EXPERTS),
+  'qwen3': _llama(_LLAMA_LAYER + _HEAD_NORMS + _LLAMA_MLP),
+  'gemma2': _llama(_LLAMA_LAYER[:-1] + _SANDWICH + _LLAMA_MLP),
+  'phi3': _llama(_PHI3_LAYER),
+  **dict.fromkeys(
+    ('llama', 'mistral', 'qwen2', 'gemma', 'smollm3'),
+    _llama(_LLAMA_LAYER + _LLAMA_MLP),
+  ),
 }

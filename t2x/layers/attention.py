@@ -28,14 +28,22 @@ class Heads:
       et al., 2023).
     head_dim: H.
     bias: add biases to queries, keys, values and output.
+    out_bias: whether the output has one; None is as `bias` says (Qwen 2 has
+      biases, and none there).
     qk_norm: RMSNorm over each head's queries and keys (Dehghani et al., 2023).
+    qk_norm_eps: added to the mean square there.
+    rotary: turn queries and keys where the model's positions are rotary; false
+      is a layer without positions (Kazemnejad et al., 2023).
   """
 
   num_heads: int = 8
   num_kv_heads: int | None = None
   head_dim: int = 64
   bias: bool = False
+  out_bias: bool | None = None
   qk_norm: bool = False
+  qk_norm_eps: float = 1e-6
+  rotary: bool = True
 
   kind: ClassVar[str] = ''
   # Why no decoder can have it, or None. By what a decoder goes on token by
@@ -48,6 +56,7 @@ class Heads:
   def __post_init__(self):
     least = dict.fromkeys(('num_heads', 'num_kv_heads', 'head_dim'), 1)
     checks.least(self, 'attention.', **least)
+    checks.positive(self, 'attention.', 'qk_norm_eps')
     if self.num_heads % self.kv_heads:
       raise ValueError(
         f'attention.num_heads={self.num_heads} must be a multiple of '
@@ -58,6 +67,10 @@ class Heads:
   @property
   def kv_heads(self) -> int:
     return self.num_kv_heads or self.num_heads
+
+  @property
+  def has_out_bias(self) -> bool:
+    return self.bias if self.out_bias is None else self.out_bias
 
   @property
   def limit(self) -> int | None:
@@ -134,8 +147,9 @@ class Dense(Softmax):
 class Local(Softmax):
   """A sliding window of the `window` latest keys, the query's own included.
 
-  An encoder sees as many on the other side. GPT-3's locally banded layers
-  (Brown et al., 2020; Child et al., 2019) are these, in
+  An encoder sees as many on the other side. A window may reach further than a
+  run's rows, since that of a checkpoint stays what it is. GPT-3's locally
+  banded layers (Brown et al., 2020; Child et al., 2019) are these, in
   `model.attention_pattern` with dense ones.
   """
 
@@ -150,9 +164,6 @@ class Local(Softmax):
   def pattern(self, length: int, *, causal: bool) -> patterns.Pattern:
     del length, causal
     return patterns.Window(self.window)
-
-  def check_length(self, length: int) -> None:
-    check_reach(self, self.window, length)
 
   @property
   def reach(self) -> int | None:

@@ -87,8 +87,9 @@ class Attention(nnx.Module):
     self.q_bias_NH = heads(N, 'heads')
     self.k_bias_KH = heads(K, 'kv_heads')
     self.v_bias_KH = heads(K, 'kv_heads')
-    self.o_bias_D = zeros((embed,), (None,)) if config.bias else None
-    qk_norm = lambda: norm.Norm(norm.RMSNorm(), H, rngs=rngs)
+    self.o_bias_D = zeros((embed,), (None,)) if config.has_out_bias else None
+    of_heads = norm.RMSNorm(eps=config.qk_norm_eps)
+    qk_norm = lambda: norm.Norm(of_heads, H, rngs=rngs)
     self.q_norm = qk_norm() if config.qk_norm else None
     self.k_norm = qk_norm() if config.qk_norm else None
     has_globals = getattr(config, 'global_projections', False)

@@ -1,4 +1,4 @@
-"""The Transformer block, in pre-norm, post-norm and parallel form.
+"""The Transformer block: pre-norm, post-norm, sandwich and parallel.
 
 Shape suffixes: B batch, T position, S encoder position, D embed.
 """
@@ -24,7 +24,7 @@ from t2x.layers import norm as norm_lib
 from t2x.layers import param
 from t2x.layers import position
 
-Residual = Literal['pre_norm', 'post_norm', 'parallel']
+Residual = Literal['pre_norm', 'post_norm', 'sandwich', 'parallel']
 
 
 @jax.tree_util.register_dataclass
@@ -89,9 +89,13 @@ class Block(nnx.Module):
     self.dropout_rate = dropout_rate
     draw = {'init': init, 'out_factor': out_factor, 'rngs': rngs}
     make_norm = lambda: norm_lib.Norm(norm, embed, rngs=rngs)
+    # Of what a branch adds, where its input has a norm as well.
+    after = lambda: make_norm() if residual == 'sandwich' else None
     self.attention_norm = make_norm()
+    self.attention_out_norm = after()
     self.attention = attention_layer.make(attention, embed, **draw)
     self.cross_norm = make_norm() if cross else None
+    self.cross_out_norm = after() if cross else None
     self.cross = (
       attention_layer.make(kinds.for_cross(attention), embed, **draw)
       if cross
@@ -99,6 +103,7 @@ class Block(nnx.Module):
     )
     # The parallel form has one norm for both branches.
     self.mlp_norm = None if residual == 'parallel' else make_norm()
+    self.mlp_out_norm = after()
     self.mlp = moe.make(mlp, embed, **draw)
 
   def __call__(
@@ -121,25 +126,30 @@ class Block(nnx.Module):
     else:
       y_BTD = self._before(x_BTD, self.attention_norm)
       out_BTD, cache = self._attend(y_BTD, context, cache)
-      x_BTD = self._after(x_BTD, out_BTD, self.attention_norm, context, 2)
+      x_BTD = self._after(x_BTD, out_BTD, 'attention', context, 2)
       if self.cross is not None:
         y_BTD = self._before(x_BTD, self.cross_norm)
         out_BTD = self._attend_cross(self.cross, y_BTD, context, cache)
-        x_BTD = self._after(x_BTD, out_BTD, self.cross_norm, context, 3)
+        x_BTD = self._after(x_BTD, out_BTD, 'cross', context, 3)
       y_BTD = self._before(x_BTD, self.mlp_norm)
       out_BTD, stats = self._feed_forward(y_BTD, context, cache)
-      x_BTD = self._after(x_BTD, out_BTD, self.mlp_norm, context, 4)
+      x_BTD = self._after(x_BTD, out_BTD, 'mlp', context, 4)
     return checkpoint_name(_residual(x_BTD), 'block'), cache, stats
 
   def _before(self, x_BTD, norm):
     """What a branch reads: norm(x), or x itself in post-norm order."""
     return x_BTD if self.residual == 'post_norm' else norm(x_BTD)
 
-  def _after(self, x_BTD, out_BTD, norm, context, site):
-    """x + branch, in post-norm order norm(x + branch)."""
-    out_BTD = self._drop(_residual(out_BTD), context, site)
-    x_BTD = x_BTD + out_BTD
-    return norm(x_BTD) if self.residual == 'post_norm' else x_BTD
+  def _after(self, x_BTD, out_BTD, name, context, site):
+    """x + branch; post-norm: norm(x + branch), sandwich: x + norm(branch)."""
+    out_BTD = _residual(out_BTD)
+    out_norm = getattr(self, f'{name}_out_norm')
+    if out_norm is not None:
+      out_BTD = out_norm(out_BTD)
+    x_BTD = x_BTD + self._drop(out_BTD, context, site)
+    if self.residual == 'post_norm':
+      x_BTD = getattr(self, f'{name}_norm')(x_BTD)
+    return x_BTD
 
   def _drop(self, x_BTD, context, site):
     keys_B = dropout.fold(context.keys_B, site)

@@ -89,12 +89,11 @@ class Convolve(nnx.Module):
     self.o_NHD = param.weight(
       rngs, (N, H, embed), ('heads', 'head_dim', 'embed'), out
     )
-    zeros = lambda shape, axes: (
-      param.param(rngs, shape, axes, param.zeros) if config.bias else None
-    )
-    self.v_bias_NH = zeros((N, H), ('heads', 'head_dim'))
-    self.gate_bias_NH = zeros((N, H), ('heads', 'head_dim'))
-    self.o_bias_D = zeros((embed,), (None,))
+    zeros = lambda shape, *axes: param.param(rngs, shape, axes, param.zeros)
+    heads = lambda: zeros((N, H), 'heads', 'head_dim') if config.bias else None
+    self.v_bias_NH = heads()
+    self.gate_bias_NH = heads()
+    self.o_bias_D = zeros((embed,), None) if config.has_out_bias else None
 
   def __call__(self, x_BTD: jax.Array, mask: mask_lib.Mask, **unused):
     """Returns (B, T, D); positions and dropout of scores have no place here."""

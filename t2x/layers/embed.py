@@ -122,12 +122,16 @@ class Head:
     table_VD: float32 weights.
     bias_V: added to the logits, or None.
     scale: factor of the features.
+    soft_cap: bounds logits by cap * tanh(logit / cap); None does not.
     vocab_size: logits at and past it belong to padding.
   """
 
   table_VD: jax.Array
   bias_V: jax.Array | None = None
   scale: float = dataclasses.field(default=1.0, metadata={'static': True})
+  soft_cap: float | None = dataclasses.field(
+    default=None, metadata={'static': True}
+  )
   vocab_size: int = dataclasses.field(default=0, metadata={'static': True})
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -142,4 +146,13 @@ class Head:
     logits_BTV = param.project(x_BTD, table_VD, LOGITS, jnp.float32)
     if bias_V is not None:
       logits_BTV = logits_BTV + bias_V[None, None]
+    if self.soft_cap is not None:
+      logits_BTV = self.soft_cap * jnp.tanh(logits_BTV / self.soft_cap)
     return logits_BTV
+
+  def uncapped_gradient(self, grad_BTV, logits_BTV):
+    """Returns the gradient of what `soft_cap` made `logits_BTV` of."""
+    if self.soft_cap is None:
+      return grad_BTV
+    # The derivative of tanh(x) is 1 - tanh(x)^2.
+    return grad_BTV * (1.0 - jnp.square(logits_BTV / self.soft_cap))

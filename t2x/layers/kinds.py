@@ -89,7 +89,9 @@ def for_cross(config: AttentionConfig) -> SoftmaxConfig:
     num_kv_heads=config.num_kv_heads,
     head_dim=config.head_dim,
     bias=config.bias,
+    out_bias=config.out_bias,
     qk_norm=config.qk_norm,
+    qk_norm_eps=config.qk_norm_eps,
   )
 
 

@@ -21,10 +21,14 @@ class LayerNorm:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RMSNorm:
-  """No mean, no bias (Zhang and Sennrich, 2019)."""
+  """No mean, no bias (Zhang and Sennrich, 2019).
+
+  With `unit_offset` the scale is 1 plus what is learned, from 0 on (Gemma).
+  """
 
   kind: ClassVar[str] = 'rmsnorm'
   eps: float = 1e-6
+  unit_offset: bool = False
 
 
 NormConfig = LayerNorm | RMSNorm
@@ -40,8 +44,10 @@ class Norm(nnx.Module):
 
   def __init__(self, config: NormConfig, size: int, *, rngs: nnx.Rngs):
     self.config = config
+    self.offset = 1.0 if getattr(config, 'unit_offset', False) else 0.0
+    start = param.zeros if self.offset else param.ones
     # A scale is small and used whole: no mesh axis splits it.
-    self.scale = param.param(rngs, (size,), (None,), param.ones)
+    self.scale = param.param(rngs, (size,), (None,), start)
     has_bias = isinstance(config, LayerNorm) and config.bias
     self.bias = (
       param.param(rngs, (size,), (None,), param.zeros) if has_bias else None
@@ -55,7 +61,7 @@ class Norm(nnx.Module):
       jnp.square(y).mean(-1, keepdims=True) + self.config.eps
     )
     shape = (1,) * (x.ndim - 1) + (-1,)
-    y = y * self.scale[...].reshape(shape)
+    y = y * (self.scale[...] + self.offset).reshape(shape)
     if self.bias is not None:
       y = y + self.bias[...].reshape(shape)
     return y.astype(x.dtype)

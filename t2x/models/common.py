@@ -44,7 +44,8 @@ class TransformerConfig:
     mlp_pattern: kinds of a repeating group of layers (Switch Transformer: mlp,
       moe).
     norm: LayerNorm or RMSNorm.
-    residual: `pre_norm`, `post_norm`, or `parallel` (PaLM).
+    residual: `pre_norm`, `post_norm`, `sandwich` (Gemma 2: a norm of what a
+      branch reads and one of what it adds), or `parallel` (PaLM).
     position: how order is told; None leaves it to the mask.
     init: how weights are drawn.
     dropout: rate on embeddings and on each branch before it is added.
@@ -52,6 +53,8 @@ class TransformerConfig:
     tied_head: how logits come about: `tied` from the token table, `tied_scaled`
       the same with features divided by sqrt(D) (T5, PaLM), `untied` from a
       table of their own.
+    logit_soft_cap: bounds logits by cap * tanh(logit / cap) (Gemma 2), in the
+      loss as in generation; None does not.
     vocab_multiple: the table's rows are padded to a multiple of this, so that
       mesh axes divide them; padded logits are masked everywhere.
     dtype: of activations; parameters stay float32.
@@ -73,6 +76,7 @@ class TransformerConfig:
   dropout: float = 0.0
   embed_scale: bool = False
   tied_head: Literal['tied', 'tied_scaled', 'untied'] = 'tied'
+  logit_soft_cap: float | None = None
   vocab_multiple: int = 128
   dtype: Literal['float32', 'bfloat16'] = 'float32'
   memory: int = 0
@@ -87,6 +91,7 @@ class TransformerConfig:
     checks.least(self, 'model.', **dict.fromkeys(sizes, 1))
     checks.share(self, 'model.', 'dropout')
     checks.least(self, 'model.', memory=0)
+    checks.positive(self, 'model.', 'logit_soft_cap')
     if self.memory:
       layer_checks.check_memory(self)
     layer_checks.check_positions(self)
@@ -188,6 +193,7 @@ def make_head(config, table_VD, bias_V=None) -> embed.Head:
     table_VD=table_VD[...],
     bias_V=None if bias_V is None else bias_V[...],
     scale=config.embed_dim**-0.5 if scaled else 1.0,
+    soft_cap=config.logit_soft_cap,
     vocab_size=config.vocab_size,
   )
 

@@ -20,6 +20,13 @@ def check_positions(config: Any) -> None:
   if isinstance(own, position.Rotary):
     for kind in kinds:
       own.rotated(kind.head_dim)
+  for kind in kinds:
+    if not kind.rotary and not isinstance(own, position.Rotary):
+      raise ValueError(
+        'attention.rotary=false leaves rotary positions out of a layer, and '
+        f'model.position={own.kind if own else "none"} has none. Set '
+        'attention.rotary=true, or model.position=rotary.'
+      )
   by_distance = [
     kind for kind in kinds if isinstance(kind, transformer_xl.TransformerXL)
   ]

@@ -106,11 +106,14 @@ class Tower(nnx.Module):
       cache: its keys and values of earlier positions.
     """
     rotary = self.config.position
+    turns = isinstance(rotary, position_lib.Rotary) and (
+      layer.attention.config.rotary
+    )
     own = dataclasses.replace(
       context,
       keys_B=dropout_lib.fold(context.keys_B, number),
       bias=self.bias,
-      rotary=rotary if isinstance(rotary, position_lib.Rotary) else None,
+      rotary=rotary if turns else None,
     )
     return layer(x_BTD, own, cache)
 

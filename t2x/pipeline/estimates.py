@@ -271,7 +271,8 @@ def _activations(model, tower, batch: Batch, layout: Layout):
       )
       kept += num * read + 4 * whole
       left += num * made
-    if model.residual == 'post_norm':
+    # The last norm reads what the feed-forward layer made, or its sum.
+    if model.residual in ('post_norm', 'sandwich'):
       kept += num * T * model.embed_dim
   split = layout.over('length')
   return batch.rows * kept / split, batch.rows * left / split

@@ -280,7 +280,7 @@ def _unread(local: local_lib.Local, layer: local_lib.Layer) -> set[str]:
   does, and so do the weights of experts.
   """
   residual = local.config.model.residual
-  if residual == 'post_norm':
+  if residual in ('post_norm', 'sandwich'):
     return set()
   last = {'output'} if residual == 'parallel' else set()
   if not isinstance(layer.mlp, moe.MoeConfig):

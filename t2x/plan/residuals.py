@@ -90,6 +90,8 @@ def _all_residuals(local, layer, tokens: float, between: float) -> float:
   norms = 1 if residual == 'parallel' else 2 + cross
   # The input in float32, twice more on its way, and the output.
   kept = norms * (12 * between * D + c * tokens * D)
+  if residual == 'sandwich':  # What branches add is read by their norms alone.
+    kept += norms * 12 * between * D
   kept += _attention_residuals(local, layer, sizes, False)
   kept += _attention_residuals(local, layer, sizes, True) if cross else 0.0
   steps = _steps(layer.mlp)

@@ -45,6 +45,7 @@ MODELS = {
     'grouped_query',
     'dense_and_local',
     'parallel',
+    'sandwich',
   )
 } | {
   'transformer_xl': {

@@ -71,6 +71,18 @@ DECODERS = {
     'position': LEARNED,
   },
   'parallel': {'residual': 'parallel', 'position': ROTARY},
+  'sandwich': {  # As Gemma 2, with layers that are not turned.
+    'attention_pattern': (
+      dataclasses.replace(WINDOW, soft_cap=2.0, scale=0.7),
+      dataclasses.replace(HEADS, soft_cap=2.0, qk_norm=True, rotary=False),
+    ),
+    'num_layers': 3,
+    'norm': norm.RMSNorm(unit_offset=True),
+    'residual': 'sandwich',
+    'position': ROTARY,
+    'embed_scale': True,
+    'logit_soft_cap': 3.0,
+  },
   'kinds': {
     'attention_pattern': (
       linear.Performer(num_heads=4, head_dim=8, num_features=16),

@@ -396,8 +396,9 @@ def test_features_are_drawn_anew_when_it_is_time():
 def test_patterns_are_checked_against_lengths():
   with pytest.raises(ValueError, match='num_global=2 tokens lie outside'):
     dataclasses.replace(KINDS['longformer'], window=1).check_length(1)
-  with pytest.raises(ValueError, match='window=5 reaches 5 tokens, more than'):
-    KINDS['local'].check_length(4)
+  with pytest.raises(ValueError, match='window=4 reaches 10 tokens, more than'):
+    KINDS['dilated'].check_length(9)
+  KINDS['local'].check_length(4)  # As that of a checkpoint of others.
   with pytest.raises(ValueError, match='num_random=2 blocks cannot be drawn'):
     KINDS['random'].check_length(4)
   for name in ('block_sparse', 'linformer'):

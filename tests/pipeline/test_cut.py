@@ -47,6 +47,14 @@ _CONFIGS = {
   ),
   'post_norm': dataclasses.replace(_MODEL, residual='post_norm'),
   'parallel': dataclasses.replace(_MODEL, residual='parallel'),
+  'sandwich': dataclasses.replace(
+    _MODEL,
+    residual='sandwich',
+    norm=norm.RMSNorm(unit_offset=True),
+    attention=attention.Dense(
+      num_heads=4, head_dim=8, bias=True, out_bias=False, qk_norm=True
+    ),
+  ),
   'relative': dataclasses.replace(_MODEL, position=position.RelativeBuckets()),
   'experts': dataclasses.replace(
     _MODEL, mlp=moe.MoeConfig(num_experts=4, hidden=128)

@@ -14,6 +14,7 @@ from t2x import train_state
 from t2x.layers import attention
 from t2x.layers import mlp
 from t2x.layers import moe
+from t2x.layers import norm
 from t2x.layers import position
 from t2x.layers import routing
 from t2x.models import decoder
@@ -27,12 +28,13 @@ from t2x.pipeline import schedules
 from t2x.pipeline import weights
 
 ROWS, LENGTH = 2, 128
+HEADS = attention.Dense(num_heads=4, num_kv_heads=2, head_dim=16)
 SHARED = {
   'vocab_size': 96,
   'vocab_multiple': 32,
   'num_layers': 4,
   'embed_dim': 32,
-  'attention': attention.Dense(num_heads=4, num_kv_heads=2, head_dim=16),
+  'attention': HEADS,
   'mlp': mlp.MlpConfig(hidden=48),
 }
 GATED = mlp.MlpConfig(hidden=48, gated=True, activation='silu', bias=False)
@@ -49,6 +51,15 @@ CONFIGS = {
     **SHARED, position=position.RelativeBuckets()
   ),
   'experts': decoder.DecoderConfig(**SHARED, mlp_pattern=(GATED, EXPERTS)),
+  'sandwich': decoder.DecoderConfig(
+    **SHARED,
+    norm=norm.RMSNorm(unit_offset=True),
+    residual='sandwich',
+    logit_soft_cap=5.0,
+  ),
+  'qk_norm': decoder.DecoderConfig(
+    **SHARED | {'attention': dataclasses.replace(HEADS, qk_norm=True)}
+  ),
 }
 WHOLE = estimates.Layout(sizes={'pipe': 2}, rules=sharding.Rules())
 

@@ -93,6 +93,20 @@ MODELS['ahead'] = dataclasses.replace(MODELS['decoder'], ahead=(0.5,))
 MODELS['sentences'] = dataclasses.replace(
   MODELS['encoder'], pooler=True, next_sentence=True
 )
+# Windows, caps, and norms of heads and of what branches add, as in Gemma.
+_CAPPED = {'num_heads': 4, 'head_dim': 4, 'soft_cap': 2.0, 'qk_norm': True}
+MODELS['gemma'] = dataclasses.replace(
+  MODELS['decoder'],
+  attention_pattern=(
+    attention.Local(**_CAPPED, window=3),
+    attention.Dense(**_CAPPED, bias=True, out_bias=False, rotary=False),
+  ),
+  norm=norm.RMSNorm(unit_offset=True),
+  residual='sandwich',
+  position=position.Rotary(),
+  embed_scale=True,
+  logit_soft_cap=3.0,
+)
 # Two stacks, of which the second asks for tokens that the first has not.
 MODELS['dropped'] = dataclasses.replace(
   MODELS['encoder'], num_token_types=0, query_layers=2
@@ -217,6 +231,7 @@ CASES = [
   ('ahead', 'zb_h1', {'pipe': 2, 'data': 2}, {}),
   ('sentences', 'one_f_one_b', {'pipe': 2}, {}),
   ('dropped', 'one_f_one_b', {'pipe': 3}, {}),
+  ('gemma', 'zb_h1', {'pipe': 2, 'tensor': 2}, {}),
 ]
 SLOW = [
   ('decoder', 'breadth_first', {'pipe': 2, 'context': 2, 'tensor': 2}, {}),
@@ -225,6 +240,7 @@ SLOW = [
   ('experts', 'zb_h2', {'pipe': 2, 'fsdp': 2}, {'gather': 'tick'}),
   ('deep_encoder', 'zb_h1', {'pipe': 3}, {}),
   ('balanced', 'one_f_one_b', {'pipe': 2, 'expert': 2}, {}),
+  ('gemma', 'gpipe', {'pipe': 2, 'fsdp': 2}, {'remat': 'full'}),
   ('decoder', 'zb_h1', {'pipe': 2, 'fsdp': 2}, {'accumulate_whole': True}),
 ]
 EXHAUSTIVE = [

@@ -169,10 +169,11 @@ def _dead(config) -> dict[str, int]:
   """FLOPs of results that no gradient needs, in all layers of a forward pass.
 
   What a layer adds last: down, beside which the parallel form adds the output
-  of attention. In post-norm order a norm reads their sum, and the outputs of
-  experts meet weights that have gradients: there nothing is dead.
+  of attention. In post-norm order a norm reads their sum, in sandwich order the
+  output itself, and the outputs of experts meet weights that have gradients:
+  there nothing is dead.
   """
-  if config.residual == 'post_norm':
+  if config.residual in ('post_norm', 'sandwich'):
     return {}
   D, rows, length = config.embed_dim, shrunk.ROWS, shrunk.LENGTH
   dead = {'mlp': 0, 'projections': 0}
