@@ -96,7 +96,7 @@ def generate() -> None:
 
   postprocess.apply(_POST.value, '')  # What is wrong is said at once.
   prompts = main.read_lines(_PROMPT.value, _PROMPT_FILE.value, 'prompt')
-  _sampling()
+  _sampling({})
   beams, wanted = _beams(), _wanted()
   for name in ('anti_expert', 'strength'):
     if flags.FLAGS[name].present and not _EXPERT.value:
@@ -106,10 +106,11 @@ def generate() -> None:
     main.workdir(), step=_STEP.value, settings=flags.FLAGS.set
   )
   trained = _steered(trained)
-  config = dataclasses.replace(
-    _sampling(), banned_words=trained.banned(_BANNED.value)
-  )
+  banned = trained.banned(_BANNED.value)
+  own = trained.generation
   if beams is not None:
+    config = _sampling(own.searching, banned)
+    beams = _searched(beams, own.search)
     found = inference.search_text(
       trained,
       prompts,
@@ -124,6 +125,7 @@ def generate() -> None:
     notes = [f'  (score {x:.4f})' for texts in found for _, x in texts]
     texts = [text for texts in found for text, _ in texts]
   else:
+    config = _sampling(own.sampling, banned)
     texts = _drawn(trained, prompts, config, wanted)
     notes = [''] * len(texts)
   texts = [postprocess.apply(_POST.value, text) for text in texts]
@@ -187,18 +189,32 @@ def _wanted() -> dict[str, Any]:
   return wanted
 
 
-def _sampling() -> sampling.SamplingConfig:
-  return sampling.SamplingConfig(
-    temperature=_TEMPERATURE.value,
-    top_k=_TOP_K.value,
-    top_p=_TOP_P.value,
-    min_p=_MIN_P.value,
-    typical_p=_TYPICAL_P.value,
-    repetition_penalty=_REPETITION.value,
-    presence_penalty=_PRESENCE.value,
-    frequency_penalty=_FREQUENCY.value,
-    min_tokens=_MIN_TOKENS.value,
+def _sampling(own, banned=None) -> sampling.SamplingConfig:
+  """Returns what the flags say, and else what the checkpoint says (`own`)."""
+  found = (
+    _TEMPERATURE,
+    _TOP_K,
+    _TOP_P,
+    _MIN_P,
+    _TYPICAL_P,
+    _REPETITION,
+    _PRESENCE,
+    _FREQUENCY,
+    _MIN_TOKENS,
   )
+  given = {
+    flag.name: flag.value
+    for flag in found
+    if flag.present or flag.name not in own
+  }
+  return sampling.SamplingConfig(**{**own, **given}, banned_words=banned)
+
+
+def _searched(beams, own):
+  """Returns a search with what the checkpoint says where no flag does."""
+  if _LENGTH_PENALTY.present:
+    own = {k: v for k, v in own.items() if k != _LENGTH_PENALTY.name}
+  return dataclasses.replace(beams, **own)
 
 
 def _beams():

@@ -14,6 +14,7 @@ from importlib import resources
 import importlib.util
 import json
 import logging
+import math
 
 from etils import epath
 import jax
@@ -32,7 +33,6 @@ from t2x.decode import sampling as sampling_lib
 from t2x.interop import tokenizer_file
 from t2x.layers import dropout
 from t2x.models import encoder_decoder
-from t2x.objectives import vocab as vocab_lib
 
 _LOG = logging.getLogger(__name__)
 _NUM_ENDS = 4
@@ -101,8 +101,10 @@ def write(
     num_read=read if answers else capacity,
     chunk=chunk,
   )
+  num_ends = max(_NUM_ENDS, prompts_lib.power_of_two(len(trained.end_ids)))
+  fixed = _fixed(trained, rows)
   with trained.decoding():
-    programs, weights = _programs(model, shapes, platforms)
+    programs, weights = _programs(model, shapes, platforms, num_ends, fixed)
   target.mkdir(parents=True, exist_ok=True)
   for name, program in programs.items():
     (target / f'{name}.jax').write_bytes(bytes(program))
@@ -113,14 +115,14 @@ def write(
     'rows': rows,
     'num_read': shapes.num_read,
     'max_length': length,
-    'num_ends': _NUM_ENDS,
+    'num_ends': num_ends,
     'vocab_size': trained.config.model.vocab_size,
-    'pad_id': tokenizer.pad_id,
+    'pad_id': trained.pad_id,
     'ends': trained.end_ids,
     'before': [] if answers else tokenizer.prefix_ids,
     'after': [tokenizer.eos_id] if answers else [],
     'answers': answers,
-    'start': vocab_lib.PAD,
+    'start': trained.start_id,
     'calibration': trained.temperature,
   }
   (target / MANIFEST).write_text(json.dumps(manifest, indent=2) + '\n')
@@ -141,7 +143,22 @@ def _platform() -> str:
   return {'gpu': 'cuda'}.get(jax.default_backend(), jax.default_backend())
 
 
-def _programs(model, shapes: _Shapes, platforms):
+def _fixed(trained: trained_lib.Trained, rows: int) -> sampling_lib.Rows:
+  """Returns what a checkpoint forbids, which no call can change."""
+  own = trained.calibrated(sampling_lib.SamplingConfig())
+  single = {word[0]: -math.inf for word in own.banned if len(word) == 1}
+  longer = [word for word in own.banned if len(word) > 1]
+  if longer:
+    _LOG.warning(
+      'The artefact does not honour %d of bad_words_ids, those of several '
+      'tokens.',
+      len(longer),
+    )
+  own = dataclasses.replace(own, bias={**own.bias, **single}, banned=())
+  return sampling_lib.rows([own], rows, trained.config.model.vocab_size)
+
+
+def _programs(model, shapes: _Shapes, platforms, num_ends: int, fixed):
   """Returns serialised programs by name, and the weights that they take.
 
   They take and give lists of arrays, as t2x's own trees are unknown elsewhere.
@@ -171,7 +188,8 @@ def _programs(model, shapes: _Shapes, platforms):
 
   def write(weights, caches, token_B, index_B, is_real_B, sources_B, drawn):
     model = model_def.unflatten(weights)
-    settings = sampling_lib.Rows(
+    settings = dataclasses.replace(
+      fixed,
       temperature_B=drawn['temperature_B'],
       top_k_B=drawn['top_k_B'],
       top_p_B=drawn['top_p_B'],
@@ -203,7 +221,7 @@ def _programs(model, shapes: _Shapes, platforms):
     'calibration_B': real(),
     'seed': jax.ShapeDtypeStruct((), jnp.uint32),
     'num_tokens': ids(),
-    'ends_BE': ids(B, _NUM_ENDS),
+    'ends_BE': ids(B, num_ends),
   }
   is_real_B = jax.ShapeDtypeStruct((B,), jnp.bool_)
   export = lambda fn: jax.export.export(jax.jit(fn), platforms=platforms)

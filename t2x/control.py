@@ -54,7 +54,7 @@ class Rules:
     self._size = vocab_size
     self.ends = tuple(ends) or (tokenizer.eos_id,)
     pieces = tokenizer.token_bytes()
-    pieces += [b''] * (vocab_size - len(pieces))
+    pieces = pieces[:vocab_size] + [b''] * (vocab_size - len(pieces))
     silent = {i for i, piece in enumerate(pieces) if not piece}
     wrapper = self._library.TokenizerWrapper(
       _Pieces(

@@ -52,6 +52,9 @@ def to_run(directory: str, workdir: str) -> int:
   found.tokenizer.save(root / 'tokenizer')
   text = json.dumps(found.hf, indent=2) + '\n'
   paths.write_whole(root / run_dir.HUGGINGFACE, text)
+  if found.own_generation is not None:
+    text = json.dumps(found.own_generation, indent=2) + '\n'
+    paths.write_whole(root / run_dir.GENERATION, text)
   run_dir.write_versions(workdir)
   paths.write_whole(root / 'config.json', config_lib.dumps(config))
   state = train_state.of_model(model)
@@ -79,4 +82,10 @@ def from_run(workdir: str, directory: str, step: int | None = None) -> str:
   """
   trained = inference.load(workdir, step=step)
   hf = run_dir.read_huggingface(workdir)
-  return huggingface.write(directory, trained.model, trained.tokenizer, hf=hf)
+  return huggingface.write(
+    directory,
+    trained.model,
+    trained.tokenizer,
+    hf=hf,
+    generation=trained.generation,
+  )

@@ -52,6 +52,7 @@ def embed(trained: trained_lib.Trained, texts: Sequence[str]) -> np.ndarray:
   room = length - len(before) - len(after)
   encoded = tokenizer.encode_batch(texts)
   rows = [[*before, *ids[:room], *after] for ids in encoded]
+  trained.check_rows(rows)
   found = np.zeros((len(rows), trained.config.model.embed_dim), np.float32)
   # Rows of one length run together; few lengths, so few programs.
   sizes = [min(prompts_lib.power_of_two(max(len(r), 16)), length) for r in rows]
@@ -103,8 +104,9 @@ def classify(
     # As in training.
     before, after = tokenizer.bos_id, tokenizer.eos_id
     rows = [[before, *ids, after][: data.length] for ids in encoded]
+    trained.check_rows(rows)
     shape = size, data.length
-    ids_BT = prompts_lib.pad(rows, shape, tokenizer.pad_id)
+    ids_BT = prompts_lib.pad(rows, shape, trained.pad_id)
     segments_BT = prompts_lib.pad([[1] * len(row) for row in rows], shape, 0)
     with sharding.use(trained.mesh, trained.config.rules):
       chances_BE = _chances(trained.model, ids_BT, segments_BT, head)

@@ -6,6 +6,7 @@ inference.generate_text(trained, ['The function'], num_tokens=20)
 
 from collections.abc import Sequence
 import dataclasses
+import logging
 import math
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 
 from t2x import checkpoint
 from t2x import config as config_lib
+from t2x import consistency
 from t2x import evaluate
 from t2x import experiment
 from t2x import layouts
@@ -32,7 +34,10 @@ from t2x.decode import controlled
 from t2x.decode import generate as generate_lib
 from t2x.decode import sampling as sampling_lib
 from t2x.decode import texts as texts_lib
+from t2x.interop import generation as generation_lib
 from t2x.interop import huggingface
+
+_log = logging.getLogger(__name__)
 
 Sampling = sampling_lib.SamplingConfig
 Trained = trained_lib.Trained
@@ -61,7 +66,7 @@ def load(
       jax.tree.map(lambda x: x.sharding, shapes.model),
     )
     own = {'config': config, 'mesh': mesh, 'labels': {}}
-    own['ends'] = huggingface.ends(found.hf)
+    own['generation'] = _told(workdir, found.generation)
     return Trained(model=model, tokenizer=found.tokenizer, step=0, **own)
   config, mesh, shapes = _placed(run_dir.read_config(workdir), settings)
   wanted = dataclasses.replace(
@@ -87,8 +92,29 @@ def load(
     mesh=mesh,
     labels=run_dir.read_labels(workdir),
     temperature=run_dir.read_temperature(workdir),
-    ends=huggingface.ends(run_dir.read_huggingface(workdir) or {}),
+    generation=_told(workdir, _generation(workdir, config)),
   )
+
+
+def _generation(workdir: str, config: experiment.Experiment):
+  """Returns how the texts of a run that came from elsewhere are written."""
+  return huggingface.generation_of(
+    config.model,
+    run_dir.read_huggingface(workdir) or {},
+    run_dir.read_generation(workdir),
+    workdir,
+  )
+
+
+def _told(workdir: str, found: generation_lib.Generation):
+  """Returns what is asked for, after telling what of it is not done."""
+  if found.ignored:
+    _log.warning(
+      '%s: settings of its texts that are not honoured: %s.',
+      workdir,
+      ', '.join(found.ignored),
+    )
+  return found
 
 
 def _placed(config: experiment.Experiment, settings: Sequence[str]):
@@ -127,7 +153,8 @@ def generate_text(
     prompts: texts; an encoder-decoder takes them as sources, in which
       <extra_id_0>, <extra_id_1>, ... stand for its sentinels.
     num_tokens: the most new tokens of each.
-    sampling: temperature, top-k, penalties, ..., for all prompts or for each.
+    sampling: temperature, top-k, penalties, ..., for all prompts or for each;
+      None for what the checkpoint says.
     seed: of what is drawn.
     ignore_end: go on past the end token.
     max_length: the most tokens of a sequence, new ones included; default the
@@ -190,7 +217,7 @@ def search_text(
   prompts: Sequence[str],
   *,
   num_tokens: int,
-  beams: beams_lib.BeamConfig = beams_lib.BeamConfig(),
+  beams: beams_lib.BeamConfig | None = None,
   num_best: int = 1,
   sampling: Sampling | None = None,
   keywords: Sequence[str] = (),
@@ -202,23 +229,25 @@ def search_text(
     trained: what `load` returned.
     prompts: as for `generate_text`.
     num_tokens: the most new tokens of each.
-    beams: how many, and when the search ends.
+    beams: how many, and when the search ends; None for what the checkpoint
+      says of the end.
     num_best: texts of each prompt.
-    sampling: penalties, banned words and least length.
+    sampling: penalties, banned words and least length; None likewise.
     keywords: words that each text must hold.
     max_length: as for `generate_text`.
 
   Raises:
     ValueError: as `generate.beam_search`.
   """
+  own = trained.generation
   with trained.decoding():
     result = generate_lib.beam_search(
       trained.writer,
       trained.prompt_ids(prompts),
       num_tokens=num_tokens,
-      beams=beams,
+      beams=beams or beams_lib.BeamConfig(**own.search),
       num_best=num_best,
-      sampling=trained.calibrated(sampling),
+      sampling=trained.calibrated(sampling or Sampling(**own.searching)),
       words=trained.keyword_ids(keywords),
       **trained.decode_options(max_length=max_length),
     )
@@ -245,6 +274,7 @@ def evaluate_splits(
     config = dataclasses.replace(config, data=data)
   devices = trained.mesh.devices.ravel().tolist()
   layouts.check(config, len(devices), num_slices=mesh_lib.num_slices(devices))
+  consistency.check_vocabulary(config, trained.tokenizer.vocab_size)
   corpus = corpus_lib.prepare(config.data, trained.tokenizer)
   program = program_lib.Program(config, trained.mesh, num_steps=1)
   result = {}

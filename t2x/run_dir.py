@@ -47,6 +47,7 @@ LABELS = 'labels.json'
 NUMBERS = 'numbers.json'
 CALIBRATION = 'calibration.json'
 HUGGINGFACE = 'huggingface.json'  # The config.json that a run came with.
+GENERATION = 'generation_config.json'  # The same of how its texts are written.
 Changes = dict[str, tuple[Any, Any]]
 
 
@@ -201,6 +202,12 @@ def read_labels(workdir: str) -> dict[str, list[str]]:
 def read_huggingface(workdir: str) -> dict[str, Any] | None:
   """Returns the config.json of Hugging Face that a run came with, if it did."""
   file = paths.path(workdir) / HUGGINGFACE
+  return _read(file) if file.exists() else None
+
+
+def read_generation(workdir: str) -> dict[str, Any] | None:
+  """Returns the generation_config.json that a run came with, if it did."""
+  file = paths.path(workdir) / GENERATION
   return _read(file) if file.exists() else None
 
 

@@ -16,8 +16,8 @@ from t2x.decode import banned as banned_lib
 from t2x.decode import pieces as pieces_lib
 from t2x.decode import prepared
 from t2x.decode import sampling as sampling_lib
+from t2x.interop import generation as generation_lib
 from t2x.models import encoder_decoder
-from t2x.objectives import vocab as vocab_lib
 
 Sampling = sampling_lib.SamplingConfig
 
@@ -35,7 +35,7 @@ class Trained:
     labels: of each class head, in the order of its classes, by the name of its
       term.
     temperature: that makes its probabilities true; see `calibration`.
-    ends: tokens that end a text, where there are more than the tokenizer's.
+    generation: how its texts are written, where a checkpoint's files say.
   """
 
   config: experiment.Experiment
@@ -45,18 +45,33 @@ class Trained:
   mesh: jax.sharding.Mesh
   labels: dict[str, list[str]]
   temperature: float = 1.0
-  ends: tuple[int, ...] = ()
+  generation: generation_lib.Generation = generation_lib.Generation()
 
   @property
   def end_ids(self) -> tuple[int, ...]:
     """The tokens that end a text."""
-    return self.ends or (self.tokenizer.eos_id,)
+    return self.generation.ends or (self.tokenizer.eos_id,)
+
+  @property
+  def start_id(self) -> int:
+    """What an answer goes on from, or a text without a prompt."""
+    if self._answers:
+      # As training's targets begin, whatever the tokenizer pads with.
+      return self.tokenizer.vocab.start
+    bos = self.generation.bos
+    return self.tokenizer.bos_id if bos is None else bos
 
   @functools.cached_property
   def token_bytes(self) -> list[bytes]:
     """What each token of the model adds to a text; nothing if special."""
-    found = self.tokenizer.token_bytes()
-    return found + [b''] * (self.config.model.vocab_size - len(found))
+    found, size = self.tokenizer.token_bytes(), self.config.model.vocab_size
+    return found[:size] + [b''] * (size - len(found))
+
+  @property
+  def pad_id(self) -> int:
+    """A token to fill rows up with, which the model has a row for."""
+    pad = self.tokenizer.pad_id
+    return pad if pad < self.config.model.vocab_size else 0
 
   @functools.cached_property
   def pieces(self) -> pieces_lib.Pieces:
@@ -90,17 +105,20 @@ class Trained:
     """
     return {
       'eos_id': None if ignore_end else self.end_ids,
-      'pad_id': self.tokenizer.pad_id,
-      # As training's targets begin, whatever the tokenizer pads with.
-      'start_id': vocab_lib.PAD if self._answers else self.tokenizer.bos_id,
+      'pad_id': self.pad_id,
+      'start_id': self.start_id,
       'max_length': max_length or self.config.data.length,
     }
 
-  def calibrated(self, sampling: Sampling | None) -> Sampling:
-    """Returns settings under which the model's probabilities are true."""
-    return dataclasses.replace(
-      sampling or Sampling(), calibration=self.temperature
-    )
+  def calibrated(self, sampling: Sampling | None = None) -> Sampling:
+    """Returns settings under which the model's probabilities are true.
+
+    Nothing is written then that its checkpoint forbids. None asks for what the
+    checkpoint says.
+    """
+    sampling = sampling or Sampling(**self.generation.sampling)
+    sampling = dataclasses.replace(sampling, calibration=self.temperature)
+    return self.generation.constrain(sampling)
 
   def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
     """Returns what the model reads.
@@ -112,13 +130,29 @@ class Trained:
       prompts: texts; in sources <extra_id_N> is the N-th sentinel.
 
     Raises:
-      ValueError: there is no such sentinel.
+      ValueError: there is no such sentinel, or no row for a token.
     """
     tokenizer = self.tokenizer
     if self._answers:
-      return [[*tokenizer.encode_marked(p), tokenizer.eos_id] for p in prompts]
-    before = tokenizer.prefix_ids
-    return [[*before, *ids] for ids in tokenizer.encode_batch(prompts)]
+      end = tokenizer.eos_id
+      rows = [[*tokenizer.encode_marked(p), end] for p in prompts]
+    else:
+      before = tokenizer.prefix_ids
+      rows = [[*before, *ids] for ids in tokenizer.encode_batch(prompts)]
+    self.check_rows(rows)
+    return rows
+
+  def check_rows(self, rows: Sequence[Sequence[int]]) -> None:
+    """Raises ValueError for a token that the model has no row for."""
+    size = self.config.model.vocab_size
+    wrong = [(n, i) for n, ids in enumerate(rows) for i in ids if i >= size]
+    if wrong:
+      number, token = wrong[0]
+      raise ValueError(
+        f'Text {number} has the token id {token}, which the tokenizer adds, '
+        f'and the model has {size} tokens, 0 to {size - 1}. Leave the added '
+        'token out of the text.'
+      )
 
   def texts(
     self, prompts: Sequence[str], tokens: Sequence[Sequence[int]]

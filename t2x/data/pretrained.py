@@ -31,7 +31,6 @@ FILES = (
   _ADDED,
   _TEMPLATE,
 )
-_ROLES = ('bos', 'eos', 'pad', 'mask', 'cls', 'sep', 'unk')
 # Taken where no file says more.
 _USUAL = {
   'cls': ('[CLS]', '<cls>', '<s>'),
@@ -79,11 +78,13 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
     own = {i for i in ids.values() if i is not None}
     self._special = own | self._backend.special
     self.run_ids = self._backend.run_ids
+    self._added = self._special | self._backend.added
     self.vocab = vocab_lib.Vocab(
       size=self._backend.size,
       eos=eos,
       bos=bos,
       mask=self.mask_id,
+      start=vocab_lib.PAD if config.start is None else config.start,
       sentinels=self._sentinels(),
       special=tuple(sorted(self._special)),
     )
@@ -105,6 +106,14 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
       found.append(i)
     return tuple(found)
 
+  def learnt_past(self, size: int) -> list[int]:
+    """Returns ids from `size` on that no file says were merely added."""
+    return [
+      i
+      for i in range(size, self.vocab_size)
+      if self._backend.piece(i) and i not in self._added
+    ]
+
   @property
   def token_names(self) -> dict[str, str]:
     """What special tokens are called, by `bos_token`, `eos_token`, ..."""
@@ -115,9 +124,7 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
     """How a conversation becomes a prompt, in Jinja; None where none says."""
     if (self._root / _TEMPLATE).exists():
       return (self._root / _TEMPLATE).read_text()
-    given = tokenizer_files.read_json(
-      self._root / tokenizer_files.TOKENIZER_CONFIG
-    ).get('chat_template')
+    given = tokenizer_files.read_settings(self._root).get('chat_template')
     if isinstance(given, list):  # Several, with names.
       named = {one.get('name'): one.get('template') for one in given}
       given = named.get('default')
@@ -184,11 +191,11 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
 
 def _special_names(root: epath.Path) -> dict[str, str]:
   """Returns what the tokens of each role are called."""
-  given = tokenizer_files.read_json(
-    root / tokenizer_files.TOKENIZER_CONFIG
-  ) | tokenizer_files.read_json(root / tokenizer_files.SPECIAL_TOKENS)
+  given = tokenizer_files.read_settings(root) | tokenizer_files.read_json(
+    root / tokenizer_files.SPECIAL_TOKENS
+  )
   names = {}
-  for role in _ROLES:
+  for role in tokenizer_files.ROLES:
     name = given.get(f'{role}_token')
     name = name.get('content') if isinstance(name, dict) else name
     if isinstance(name, str):

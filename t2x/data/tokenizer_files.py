@@ -15,6 +15,16 @@ SENTENCEPIECE = ('spiece.model', 'tokenizer.model')
 SPECIAL_TOKENS = 'special_tokens_map.json'
 TOKENIZER_CONFIG = 'tokenizer_config.json'
 _MOST_EXTRA = 10_000
+ROLES = ('bos', 'eos', 'pad', 'mask', 'cls', 'sep', 'unk')
+_NAMES = {f'{role}_token' for role in ROLES}
+_FLAGS = {
+  'add_bos_token',
+  'add_eos_token',
+  'add_prefix_space',
+  'do_lower_case',
+  'strip_accents',
+  'tokenize_chinese_chars',
+}
 _SPACES = ('\u2581', '\u0120')  # How SentencePiece and GPT-2 write a space.
 _BYTE_OF = {letter: i for i, letter in enumerate(tokenizers.byte_letters())}
 
@@ -29,6 +39,7 @@ class _Fast:
     self.size = max(pieces.values()) + 1
     added = tokenizer.get_added_tokens_decoder()
     self.special = {i for i, token in added.items() if token.special}
+    self.added = set(added)
     self._continues = any(piece.startswith('##') for piece in pieces)
     model = json.loads(tokenizer.to_str())
     decoder = json.dumps(model.get('decoder'))
@@ -100,6 +111,7 @@ class _Pieces:
     }
     self._named = named | self._extra
     self.special = set(self._named.values())
+    self.added = set(self._extra.values())
     bos, eos = self._processor.bos_id(), self._processor.eos_id()
     # Llama begins a text with a token of its own; T5 has none and ends it.
     begins = settings.get('add_bos_token', bos >= 0)
@@ -158,7 +170,7 @@ def read_backend(root: epath.Path, names: dict[str, str]) -> Any:
     if (root / name).exists() and not (root / 'tokenizer.json').exists():
       model, settings = (
         (root / name).read_bytes(),
-        read_json(root / TOKENIZER_CONFIG),
+        read_settings(root),
       )
       return _Pieces(model, _num_extra(root), settings)
   try:
@@ -194,7 +206,7 @@ def _wordpiece(root: epath.Path, names: dict[str, str]) -> Any:
   library: Any = importlib.import_module('tokenizers')
   lines = (root / 'vocab.txt').read_text().split('\n')
   vocab = {line.rstrip('\r'): i for i, line in enumerate(lines) if line}
-  settings = read_json(root / TOKENIZER_CONFIG)
+  settings = read_settings(root)
   special = {
     f'{role}_token': names.get(role, f'[{role.upper()}]')
     for role in ('cls', 'sep', 'unk', 'pad', 'mask')
@@ -228,9 +240,7 @@ def _byte_level(root: epath.Path, names: dict[str, str]) -> Any:
   made = library.ByteLevelBPETokenizer(
     vocab,
     merges,
-    add_prefix_space=read_json(root / TOKENIZER_CONFIG).get(
-      'add_prefix_space', False
-    ),
+    add_prefix_space=read_settings(root).get('add_prefix_space', False),
   )
   # The mask stands for a word, so the space before it belongs to it.
   made.add_special_tokens(
@@ -259,25 +269,54 @@ def _byte_level(root: epath.Path, names: dict[str, str]) -> Any:
 
 def _num_extra(root: epath.Path) -> int:
   """Returns how many sentinels T5 has added."""
-  settings = read_json(root / TOKENIZER_CONFIG)
+  settings = read_settings(root)
   if 'extra_ids' in settings:
-    return _few(root, int(settings['extra_ids']))
+    return _few(root, settings['extra_ids'])
   text = json.dumps(settings) + json.dumps(read_json(root / SPECIAL_TOKENS))
   numbers = re.findall(r'<extra_id_(\d+)>', text)
   if numbers:
     return _few(root, max(map(int, numbers)) + 1)
   # T5's comes with a hundred; ALBERT's and XLNet's have the same name.
-  is_t5 = 't5' in settings.get('tokenizer_class', 't5').lower()
+  is_t5 = 't5' in str(settings.get('tokenizer_class') or 't5').lower()
   return 100 if is_t5 and (root / 'spiece.model').exists() else 0
 
 
-def _few(root: epath.Path, number: int) -> int:
-  if not 0 <= number <= _MOST_EXTRA:
+def _few(root: epath.Path, number: Any) -> int:
+  if type(number) is not int or not 0 <= number <= _MOST_EXTRA:
     raise ValueError(
-      f'{root / TOKENIZER_CONFIG} asks for {number} tokens <extra_id_N>; at '
-      f'most {_MOST_EXTRA} make sense.'
+      f'{root / TOKENIZER_CONFIG} asks for {str(number)[:40]} tokens '
+      f'<extra_id_N>; at most {_MOST_EXTRA} make sense.'
     )
   return number
+
+
+def read_settings(root: epath.Path) -> dict[str, Any]:
+  """Returns tokenizer_config.json, without nulls; nothing if it is not there.
+
+  Raises:
+    ValueError: it is not JSON, or a value is of another kind than its key's.
+  """
+  file = root / TOKENIZER_CONFIG
+  given = {k: v for k, v in read_json(file).items() if v is not None}
+  for key, value in given.items():
+    needed = None
+    if key in _FLAGS and not isinstance(value, bool):
+      needed = 'true or false'
+    if key in _NAMES:
+      name = value.get('content') if isinstance(value, dict) else value
+      needed = None if isinstance(name, str) else 'a text'
+    if key == 'chat_template' and not _is_template(value):
+      needed = 'a text, or a list of objects with name and template'
+    if needed:
+      text = repr(value)[:60]
+      raise ValueError(f'{file}: {key}={text}; it must be {needed}.')
+  return given
+
+
+def _is_template(value: Any) -> bool:
+  if isinstance(value, list):
+    return all(isinstance(one, dict) for one in value)
+  return isinstance(value, str)
 
 
 def read_json(file: epath.Path) -> dict[str, Any]:

@@ -65,9 +65,12 @@ class Pretrained:
 
   Attributes:
     directory: with its files, as Hugging Face keeps them.
+    start: the token that an encoder-decoder's targets go on from; None for
+      T5's, the id 0.
   """
 
   directory: str = ''
+  start: int | None = None
 
   kind: ClassVar[str] = 'pretrained'
 

@@ -98,6 +98,13 @@ def min_length(
   return _without(logits_BV, ends_BE, is_short_B[:, None])
 
 
+def only(logits_BV: jax.Array, token_B: jax.Array) -> jax.Array:
+  """Leaves one token of a row, with the logit 0; `NONE` leaves all."""
+  is_it_BV = jnp.arange(logits_BV.shape[-1])[None] == token_B[:, None]
+  given_BV = jnp.where(is_it_BV, 0.0, -jnp.inf).astype(logits_BV.dtype)
+  return jnp.where(token_B[:, None] == NONE, logits_BV, given_BV)
+
+
 def temperature(logits_BV: jax.Array, value_B: jax.Array) -> jax.Array:
   """Divides by a temperature; the largest logit becomes 0.
 

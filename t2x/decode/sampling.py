@@ -1,8 +1,9 @@
 """From logits to tokens, by settings of each row.
 
 The processors run in this order: bias, repetition, presence and frequency,
-banned words, least length; then temperature, top-k, top-p, min-p, typical. It
-is that of Hugging Face's `generate`, so that the same settings mean the same.
+banned words, least length, first tokens; then temperature, top-k, top-p, min-p,
+typical. It is that of Hugging Face's `generate`, so that the same settings mean
+the same.
 A row's result depends on its own logits, settings and key, never on the rest
 of the batch; and a program holds those processors alone that a row asks for.
 
@@ -110,8 +111,9 @@ def sample(
     keys_B: a key for each row; unused where the temperature is 0.
     settings: of each row.
     history: of each row.
-    number_B: tokens that each row has written, where `min_tokens` is asked.
-    ends_BE: the tokens that end each row, likewise.
+    number_B: tokens that each row has written, where `min_tokens` is asked, or
+      how a text begins.
+    ends_BE: the tokens that end each row, where `min_tokens` is asked.
 
   Returns:
     Token ids (B,), int32. At temperature 0 the lowest id of equal ones.
@@ -155,7 +157,7 @@ def shaped(
   number_B: jax.Array | None = None,
   ends_BE: jax.Array | None = None,
 ) -> jax.Array:
-  """Returns logits after what depends on the text: bias to least length."""
+  """Returns logits after what depends on the text: bias to first tokens."""
   if settings.bias_BV is not None:
     logits_BV = processors.biased(logits_BV, settings.bias_BV)
   if settings.repetition_B is not None:
@@ -175,6 +177,18 @@ def shaped(
     assert number_B is not None and ends_BE is not None
     is_short_B = number_B < settings.min_tokens_B
     logits_BV = processors.min_length(logits_BV, is_short_B, ends_BE)
+  if settings.first_B is not None:
+    assert number_B is not None
+    given_B = jnp.where(number_B == 0, settings.first_B, processors.NONE)
+    logits_BV = processors.only(logits_BV, given_B)
+  if settings.not_first_BM is not None:
+    assert number_B is not None
+    place_B = 0
+    if settings.first_B is not None:
+      place_B = (settings.first_B != processors.NONE).astype(jnp.int32)
+    logits_BV = processors.min_length(
+      logits_BV, number_B == place_B, settings.not_first_BM
+    )
   return logits_BV
 
 

@@ -41,6 +41,10 @@ class SamplingConfig:
     banned: words, as token ids, that are never completed by these tokens.
     banned_words: words that the text never holds, whatever its tokens; see
       `Trained.banned`.
+    first: the token that a text begins with, whatever the model says; None for
+      any.
+    not_first: tokens that a text does not begin with; after `first` those that
+      do not follow it.
     calibration: logits are divided by it before all else, and the
       log-probabilities that are reported as well; see `t2x.calibration`.
   """
@@ -57,6 +61,8 @@ class SamplingConfig:
   bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
   banned: Sequence[Sequence[int]] = ()
   banned_words: banned_lib.Banned | None = None
+  first: int | None = None
+  not_first: Sequence[int] = ()
   calibration: float = 1.0
 
   def __post_init__(self):
@@ -128,6 +134,8 @@ class Rows:
   min_tokens_B: Any = None
   bias_BV: Any = None
   words_BMW: Any = None
+  first_B: Any = None
+  not_first_BM: Any = None
   calibration_B: Any = None
   bans: banned_lib.Rows | None = None
   most_k: int | None = dataclasses.field(
@@ -182,6 +190,8 @@ def rows(
     min_tokens_B=column('min_tokens', np.int32),
     bias_BV=_bias(configs, vocab_size),
     words_BMW=_words(configs),
+    first_B=column('first', np.int32, processors.NONE),
+    not_first_BM=_not_first(configs),
     calibration_B=column('calibration', np.float32),
     bans=banned_lib.rows([config.banned_words for config in configs]),
   )
@@ -191,9 +201,9 @@ def few(settings: Rows, vocab_size: int) -> Rows:
   """Returns settings that draw the same, in one of few forms.
 
   Where one of several settings is asked for, its companions are given as well,
-  with values that change nothing. Banned words apart there are ten forms:
-  greedy; drawn; with top-p and min-p; these two with a top-k up to 64, up to
-  256 and above; and everything.
+  with values that change nothing. Banned words and first tokens apart there
+  are ten forms: greedy; drawn; with top-p and min-p; these two with a top-k up
+  to 64, up to 256 and above; and everything.
   """
   if settings.words_BMW is not None:
     words_BMW = _padded(settings.words_BMW)
@@ -203,11 +213,8 @@ def few(settings: Rows, vocab_size: int) -> Rows:
   common = ('top_p_B', 'min_p_B')
   given = lambda names: any(getattr(settings, n) is not None for n in names)
   if settings.temperature_B is None and not given(rare):
-    return Rows(
-      words_BMW=settings.words_BMW,
-      calibration_B=settings.calibration_B,
-      bans=settings.bans,
-    )
+    names = 'words_BMW', 'first_B', 'not_first_BM', 'calibration_B', 'bans'
+    return Rows(**{name: getattr(settings, name) for name in names})
   B = len(jax.tree.leaves(settings)[0])
   full = lambda value, kind: np.full(B, value, kind)
   neutral: dict[str, Any] = {}
@@ -242,12 +249,19 @@ def check_ids(config: SamplingConfig, vocab_size: int) -> None:
   """Raises ValueError for ids outside the vocabulary, or if none is left."""
   banned = {i for i, value in config.bias.items() if value == -math.inf}
   banned |= {word[0] for word in config.banned if len(word) == 1}
+  banned |= set(config.not_first)
   if len(banned) >= vocab_size:
     raise ValueError(
-      f'sampling.bias and banned leave none of {vocab_size} tokens to draw.'
+      'sampling.bias, banned and not_first leave none of '
+      f'{vocab_size} tokens to draw.'
     )
-  in_words = (i for word in config.banned for i in word)
-  for name, ids in (('bias', config.bias), ('banned', in_words)):
+  ids_of = {
+    'bias': config.bias,
+    'banned': [i for word in config.banned for i in word],
+    'first': [] if config.first is None else [config.first],
+    'not_first': config.not_first,
+  }
+  for name, ids in ids_of.items():
     for i in ids:
       if not 0 <= i < vocab_size:
         raise ValueError(
@@ -284,3 +298,13 @@ def _words(configs) -> np.ndarray | None:
     for row, word in zip(words_MW, config.banned):
       row[-len(word) :] = word
   return words_BMW
+
+
+def _not_first(configs) -> np.ndarray | None:
+  """Returns the tokens that no text begins with, in few shapes."""
+  most = max(len(config.not_first) for config in configs)
+  if not most:
+    return None
+  shape = len(configs), max(16, prompts_lib.power_of_two(most))
+  rows = [config.not_first for config in configs]
+  return prompts_lib.pad(rows, shape, processors.NONE)

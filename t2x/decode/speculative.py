@@ -172,6 +172,8 @@ def _check_sampling(config: Sampling) -> None:
     'min_tokens',
     'banned',
     'banned_words',
+    'first',
+    'not_first',
   ):
     value = getattr(config, name)
     if value != getattr(plain, name) and value not in ([], ()):

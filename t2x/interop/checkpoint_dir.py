@@ -52,6 +52,16 @@ def read_config(directory: str) -> dict[str, Any]:
   return config
 
 
+def read_optional(directory: str, name: str) -> dict[str, Any] | None:
+  """Returns a parsed JSON file; None if there is none.
+
+  Raises:
+    ValueError: it is no JSON object.
+  """
+  file = pathlib.Path(directory) / name
+  return _json(file) if file.exists() else None
+
+
 def read_tensors(directory: str) -> 'Tensors':
   """Returns the weights of a directory, by name.
 
@@ -128,6 +138,7 @@ def write(
   tensors: Mapping[str, np.ndarray],
   *,
   shard_bytes: int = _SHARD_BYTES,
+  beside: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
   """Writes config.json and safetensors, several files if they are large.
 
@@ -136,6 +147,7 @@ def write(
     config: what config.json shall hold.
     tensors: name -> array.
     shard_bytes: the most of a file; a weight is never cut.
+    beside: further JSON files, by name.
 
   Raises:
     ValueError: something is in the directory already.
@@ -158,6 +170,8 @@ def write(
     total = sum(array.nbytes for array in tensors.values())
     index = {'metadata': {'total_size': total}, 'weight_map': where}
     (root / _INDEX).write_text(json.dumps(index, indent=2) + '\n')
+  for name, data in (beside or {}).items():
+    (root / name).write_text(json.dumps(data, indent=2) + '\n')
   # Last: with it the directory is a checkpoint.
   (root / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
 

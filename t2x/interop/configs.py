@@ -12,7 +12,9 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from t2x.interop import checked
 from t2x.interop import llama_like
+from t2x.interop import values
 from t2x.layers import attention
 from t2x.layers import mlp
 from t2x.layers import moe
@@ -51,11 +53,16 @@ def to_t2x(hf: Hf) -> tuple[str, model.ModelConfig]:
     ValueError: another kind of model, or a setting that t2x does not have.
   """
   kind = hf.get('model_type')
-  if kind not in _TRANSLATIONS:
+  if not isinstance(kind, str) or kind not in _TRANSLATIONS:
     raise ValueError(
-      f'model_type={kind!r}; t2x reads {", ".join(_TRANSLATIONS)}.'
+      f'model_type={values.shown(kind)}; t2x reads {", ".join(_TRANSLATIONS)}.'
     )
-  return _TRANSLATIONS[kind](hf)
+  try:
+    return _TRANSLATIONS[kind](checked.check(hf))
+  except KeyError as error:
+    raise ValueError(
+      f'The config.json lacks {error.args[0]!r}. Copy it again.'
+    ) from None
 
 
 def with_parts(
@@ -64,8 +71,12 @@ def with_parts(
   """Returns the config with the heads that a file has weights of.
 
   Released files of BERT and RoBERTa hold more than their `architectures` say
-  (a pooler, the sentence head), or a body alone.
+  (a pooler, the sentence head), or a body alone; those of T5 1.1 a head of
+  their own, which newer config.json do not tell.
   """
+  if isinstance(config, encoder_decoder.EncoderDecoderConfig):
+    own = config.tied_head == 'tied' and 'lm_head.weight' in names
+    return dataclasses.replace(config, tied_head='untied') if own else config
   if not isinstance(config, encoder.EncoderConfig):
     return config
   has = lambda *ends: any(name.endswith(ends) for name in names)
@@ -99,7 +110,7 @@ def _bert(hf: Hf) -> tuple[str, encoder.EncoderConfig]:
     embed_dim=hf['hidden_size'],
     attention=attention.Dense(
       num_heads=hf['num_attention_heads'],
-      head_dim=hf['hidden_size'] // hf['num_attention_heads'],
+      head_dim=_share(hf, 'hidden_size', 'num_attention_heads'),
       bias=True,
       dropout=hf.get('attention_probs_dropout_prob', 0.1),
     ),
@@ -110,7 +121,10 @@ def _bert(hf: Hf) -> tuple[str, encoder.EncoderConfig]:
     norm=norm.LayerNorm(eps=hf.get('layer_norm_eps', 1e-12)),
     residual='post_norm',
     position=position.Learned(
-      max_length=hf['max_position_embeddings'] - offset,
+      max_length=values.within(
+        'max_position_embeddings', hf['max_position_embeddings'], above=offset
+      )
+      - offset,
       std=hf.get('initializer_range', 0.02),
       offset=offset,
     ),
@@ -143,13 +157,15 @@ def _gpt2(hf: Hf) -> tuple[str, decoder.DecoderConfig]:
     embed_dim=hf['n_embd'],
     attention=attention.Dense(
       num_heads=hf['n_head'],
-      head_dim=hf['n_embd'] // hf['n_head'],
+      head_dim=_share(hf, 'n_embd', 'n_head'),
       bias=True,
       dropout=hf.get('attn_pdrop', 0.1),
     ),
     mlp=mlp.MlpConfig(
       hidden=hf.get('n_inner') or 4 * hf['n_embd'],
-      activation=_activation(hf.get('activation_function', 'gelu_new')),
+      activation=_activation(
+        hf.get('activation_function', 'gelu_new'), 'activation_function'
+      ),
     ),
     norm=norm.LayerNorm(eps=hf.get('layer_norm_epsilon', 1e-5)),
     position=position.Learned(max_length=hf['n_positions'], std=std),
@@ -160,13 +176,24 @@ def _gpt2(hf: Hf) -> tuple[str, decoder.DecoderConfig]:
 
 
 def _t5(hf: Hf) -> tuple[str, encoder_decoder.EncoderDecoderConfig]:
-  gated, _, act = hf.get('feed_forward_proj', 'relu').rpartition('-')
+  given = hf.get('feed_forward_proj', 'relu')
+  gated, _, act = given.rpartition('-')
+  if gated not in ('', 'gated'):
+    raise values.Wrong('feed_forward_proj', given, 'gated-NAME or NAME')
   # T5's 'gated-gelu' has always been computed by the approximation.
-  act = 'gelu_tanh' if (gated, act) == ('gated', 'gelu') else _activation(act)
-  # Newer files say only that the features are not scaled.
-  untied = not hf.get('tie_word_embeddings', True) or not hf.get(
-    'scale_decoder_outputs', True
+  act = (
+    'gelu_tanh'
+    if given == 'gated-gelu'
+    else _activation(act, 'feed_forward_proj')
   )
+  tied = hf.get('tie_word_embeddings', True)
+  # Newer files say only that the features are not scaled; see `with_parts`.
+  scaled = hf.get('scale_decoder_outputs', tied)
+  if scaled and not tied:
+    raise ValueError(
+      'tie_word_embeddings=False and scale_decoder_outputs=True; t2x scales '
+      'the features of a tied head alone.'
+    )
   rate = hf.get('dropout_rate', 0.1)
   num_layers = hf.get('num_decoder_layers') or hf['num_layers']
   config = encoder_decoder.EncoderDecoderConfig(
@@ -196,7 +223,7 @@ def _t5(hf: Hf) -> tuple[str, encoder_decoder.EncoderDecoderConfig]:
     ),
     init=param.Init(scale='fan_in', std=1.0, embed_std=1.0),
     dropout=rate,
-    tied_head='untied' if untied else 'tied_scaled',
+    tied_head='tied_scaled' if scaled else 'tied' if tied else 'untied',
   )
   return 't5_v1_1' if gated else 't5', config
 
@@ -204,7 +231,9 @@ def _t5(hf: Hf) -> tuple[str, encoder_decoder.EncoderDecoderConfig]:
 def _llama(hf: Hf) -> tuple[str, decoder.DecoderConfig]:
   _require(hf, mlp_bias=False)
   heads = hf['num_attention_heads']
-  kv_heads = hf.get('num_key_value_heads')
+  kv_heads = hf.get('num_key_value_heads') or heads
+  own = {**hf, 'num_key_value_heads': kv_heads}
+  _share(own, 'num_attention_heads', 'num_key_value_heads')
   config = decoder.DecoderConfig(
     vocab_size=hf['vocab_size'],
     num_layers=hf['num_hidden_layers'],
@@ -212,7 +241,9 @@ def _llama(hf: Hf) -> tuple[str, decoder.DecoderConfig]:
     attention=attention.Dense(
       num_heads=heads,
       num_kv_heads=None if kv_heads == heads else kv_heads,
-      head_dim=hf.get('head_dim') or hf['hidden_size'] // heads,
+      head_dim=(
+        hf.get('head_dim') or _share(hf, 'hidden_size', 'num_attention_heads')
+      ),
       bias=hf.get('attention_bias', False),
       dropout=hf.get('attention_dropout', 0.0),
     ),
@@ -238,11 +269,14 @@ def _like_llama(hf: Hf) -> tuple[str, decoder.DecoderConfig]:
 def _mixtral(hf: Hf) -> tuple[str, decoder.DecoderConfig]:
   _require(hf, sliding_window=None, router_jitter_noise=0.0)
   _, config = _llama({'rms_norm_eps': 1e-5, 'rope_theta': 1e6, **hf})
+  num, key = hf.get('num_local_experts', 8), 'num_experts_per_tok'
+  # By one expert alone the router would learn nothing.
+  top_k = values.within(key, hf.get(key, 2), above=1, below=num + 1, whole=True)
   experts = moe.MoeConfig(
     **dataclasses.asdict(config.mlp),
-    num_experts=hf.get('num_local_experts', 8),
+    num_experts=num,
     router=routing.TokenChoice(
-      top_k=hf.get('num_experts_per_tok', 2),
+      top_k=top_k,
       balance_loss=hf.get('router_aux_loss_coef', 0.001),
     ),
     z_loss=0.0,
@@ -252,13 +286,22 @@ def _mixtral(hf: Hf) -> tuple[str, decoder.DecoderConfig]:
 
 def _rotary(hf: Hf) -> position.Rotary:
   """Reads `rope_parameters`, or the older `rope_theta` and `rope_scaling`."""
-  rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}
+  key = 'rope_parameters' if hf.get('rope_parameters') else 'rope_scaling'
+  rope = checked.rope(key, hf.get(key) or {})
   base = rope.get('rope_theta') or hf.get('rope_theta', 10000.0)
-  kind = rope.get('rope_type') or rope.get('type') or 'default'
-  if kind == 'default':
+  kind = rope.get('rope_type') or rope.get('type')
+  if kind is None and 'factor' in rope:
+    raise ValueError(
+      f'{key}={values.shown(rope)} names no rope_type; t2x has default and '
+      'llama3.'
+    )
+  if kind in (None, 'default'):
     return position.Rotary(base=base)
   if kind != 'llama3':
-    raise ValueError(f'rope_type={kind!r}; t2x has default and llama3.')
+    raise ValueError(f'{key}: rope_type={kind!r}; t2x has default and llama3.')
+  lacking = [name for name in checked.LLAMA3 if name not in rope]
+  if lacking:
+    raise ValueError(f'{key} lacks {", ".join(lacking)}, which llama3 has.')
   scaling = position.Llama3Scaling(
     factor=rope['factor'],
     low_frequency_factor=rope['low_freq_factor'],
@@ -268,11 +311,22 @@ def _rotary(hf: Hf) -> position.Rotary:
   return position.Rotary(base=base, scaling=scaling)
 
 
-def _activation(name: str) -> Any:
-  if name not in _ACTIVATIONS:
+def _share(hf: Hf, whole: str, parts: str) -> int:
+  """Returns one of equal parts, such as the width of a head.
+
+  Raises:
+    ValueError: it cannot be parted so.
+  """
+  if hf[whole] % hf[parts]:
     raise ValueError(
-      f'Unknown activation {name!r}; t2x has {", ".join(_ACTIVATIONS)}.'
+      f'{whole}={hf[whole]} is no multiple of {parts}={hf[parts]}.'
     )
+  return hf[whole] // hf[parts]
+
+
+def _activation(name: str, key: str = 'hidden_act') -> Any:
+  if name not in _ACTIVATIONS:
+    raise values.Wrong(key, name, f'one of {", ".join(_ACTIVATIONS)}')
   return _ACTIVATIONS[name]
 
 

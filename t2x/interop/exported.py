@@ -64,20 +64,31 @@ def from_t2x(config: model_lib.ModelConfig) -> tuple[str, dict[str, Any]]:
     and not name.startswith('init')
   }
   if lacking:
-    lines = [
-      f'  model.{name}={ours!r}, and there {theirs!r}'
+    of_kind = {n.removesuffix('kind') for n in lacking if n.endswith('.kind')}
+    lacking = {
+      name: (ours, theirs)
+      for name, (ours, theirs) in lacking.items()
+      # What follows from another kind goes without saying.
+      if name.endswith('.kind') or not name.startswith(tuple(of_kind))
+    }
+    settings = [
+      f'model.{name}={ours!r} (there {theirs!r})'
       for name, (ours, theirs) in lacking.items()
     ]
     raise ValueError(
       f'No class of Hugging Face computes this model; the nearest is {family}, '
-      'which differs in\n' + '\n'.join(lines)
+      f'which lacks {", ".join(settings)}.'
     )
   return family, hf
 
 
 def same(config: model_lib.ModelConfig, hf: configs.Hf) -> bool:
   """Whether a config.json describes exactly the model of `config`."""
-  ours, theirs = map(config_lib.to_json, (config, configs.to_t2x(hf)[1]))
+  head = ['lm_head.weight'] if config.tied_head == 'untied' else []
+  again = configs.to_t2x(hf)[1]
+  if isinstance(config, encoder_decoder.EncoderDecoderConfig):
+    again = configs.with_parts(again, head)
+  ours, theirs = map(config_lib.to_json, (config, again))
   return not set(config_lib.differences(ours, theirs)) - set(_PARTS)
 
 
@@ -108,7 +119,7 @@ def _plain(config: Any) -> Any:
 def _bert(config: encoder.EncoderConfig) -> dict[str, Any]:
   place = config.position
   offset = place.offset if isinstance(place, position.Learned) else 0
-  length = place.max_length if isinstance(place, position.Learned) else 0
+  length = place.max_length if isinstance(place, position.Learned) else 512
   prefix = 'Roberta' if offset else 'Bert'
   kind = 'ForMaskedLM' if config.masked_head else 'Model'
   kind = 'ForPreTraining' if config.next_sentence else kind
@@ -119,7 +130,7 @@ def _bert(config: encoder.EncoderConfig) -> dict[str, Any]:
     'vocab_size': config.vocab_size,
     'num_hidden_layers': config.num_layers,
     'hidden_size': config.embed_dim,
-    'num_attention_heads': config.attention.num_heads,
+    'num_attention_heads': _heads(config),
     'intermediate_size': config.mlp.hidden,
     'hidden_act': _ACTIVATIONS.get(config.mlp.activation, 'gelu'),
     'layer_norm_eps': config.norm.eps,
@@ -138,7 +149,7 @@ def _gpt2(config: decoder.DecoderConfig) -> dict[str, Any]:
     'vocab_size': config.vocab_size,
     'n_layer': config.num_layers,
     'n_embd': config.embed_dim,
-    'n_head': config.attention.num_heads,
+    'n_head': _heads(config),
     'n_inner': config.mlp.hidden,
     'n_positions': config.max_length or 1024,
     'activation_function': _ACTIVATIONS.get(config.mlp.activation, 'gelu_new'),
@@ -175,6 +186,7 @@ def _t5(config: encoder_decoder.EncoderDecoderConfig) -> dict[str, Any]:
     'relative_attention_max_distance': place.max_distance if buckets else 128,
     'dropout_rate': config.dropout,
     'tie_word_embeddings': config.tied_head != 'untied',
+    'scale_decoder_outputs': config.tied_head == 'tied_scaled',
   }
 
 
@@ -208,12 +220,19 @@ def _llama(config: decoder.DecoderConfig) -> dict[str, Any]:
       'model_type': 'mixtral',
       'architectures': ['MixtralForCausalLM'],
       'num_local_experts': config.mlp.num_experts,
-      'num_experts_per_tok': getattr(config.mlp.router, 'top_k', 2),
+      'num_experts_per_tok': max(getattr(config.mlp.router, 'top_k', 2), 2),
       'router_aux_loss_coef': getattr(config.mlp.router, 'balance_loss', 0.0),
       'sliding_window': None,
     }
     return hf
   return llama_like_exported.written(config, hf)
+
+
+def _heads(config: model_lib.ModelConfig) -> int:
+  """Returns the heads, or the number nearest to it that parts the width."""
+  wanted, width = config.attention.num_heads, config.embed_dim
+  fits = [num for num in range(1, width + 1) if not width % num]
+  return min(fits, key=lambda num: abs(num - wanted))
 
 
 def _scaling(scaling: position.Llama3Scaling | None) -> dict[str, Any] | None:

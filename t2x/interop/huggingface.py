@@ -7,6 +7,7 @@ huggingface.write('path/of/mine', found.model, found.tokenizer)
 from collections.abc import Mapping
 import dataclasses
 import functools
+import logging
 import os
 from typing import Any
 
@@ -17,6 +18,7 @@ from t2x.data import tokenizers
 from t2x.interop import checkpoint_dir
 from t2x.interop import configs
 from t2x.interop import exported
+from t2x.interop import generation as generation_lib
 from t2x.interop import names
 from t2x.interop import tokenizer_file
 from t2x.models import encoder
@@ -25,6 +27,8 @@ from t2x.models import model as model_lib
 from t2x.objectives import causal_lm
 from t2x.objectives import masked_lm
 from t2x.objectives import span_corruption
+
+_log = logging.getLogger(__name__)
 
 is_one = checkpoint_dir.is_one
 
@@ -39,6 +43,8 @@ class Checkpoint:
     config: of the model.
     tensors: its weights, read when they are asked for.
     tokenizer: its own.
+    generation: how its texts are written.
+    own_generation: its generation_config.json; None where there is none.
   """
 
   family: str
@@ -46,6 +52,8 @@ class Checkpoint:
   config: model_lib.ModelConfig
   tensors: checkpoint_dir.Tensors
   tokenizer: tokenizers.Tokenizer
+  generation: generation_lib.Generation
+  own_generation: dict[str, Any] | None
 
   @functools.cached_property
   def model(self) -> model_lib.Model:
@@ -74,16 +82,14 @@ def read(directory: str) -> Checkpoint:
   hf = checkpoint_dir.read_config(directory)
   try:
     family, config = configs.to_t2x(hf)
-  except KeyError as error:
-    raise ValueError(
-      f'{directory}/config.json lacks {error.args[0]!r}. Copy it again.'
-    ) from None
-  tokenizer = tokenizers.read(tokenizers.Pretrained(directory=str(directory)))
-  if tokenizer.vocab_size > config.vocab_size:
-    raise ValueError(
-      f'{directory}: the tokenizer has {tokenizer.vocab_size} ids, and the '
-      f'model {config.vocab_size}. They are of different checkpoints.'
-    )
+  except ValueError as error:
+    raise ValueError(f'{directory}/{checkpoint_dir.CONFIG}: {error}') from None
+  own = checkpoint_dir.read_optional(directory, generation_lib.FILE)
+  generation = generation_of(config, hf, own, directory)
+  tokenizer = tokenizers.read(
+    tokenizers.Pretrained(directory=str(directory), start=generation.start)
+  )
+  _check_sizes(tokenizer, config.vocab_size, directory)
   tensors = checkpoint_dir.read_tensors(directory)
   return Checkpoint(
     family=family,
@@ -91,7 +97,60 @@ def read(directory: str) -> Checkpoint:
     config=configs.with_parts(config, tensors),
     tensors=tensors,
     tokenizer=tokenizer,
+    generation=generation,
+    own_generation=own,
   )
+
+
+def _check_sizes(
+  tokenizer: tokenizers.Tokenizer, size: int, directory: str
+) -> None:
+  """Tells of added tokens that the model has no rows for.
+
+  Raises:
+    ValueError: the tokenizer's own vocabulary is larger than the model's.
+  """
+  assert isinstance(tokenizer, pretrained.PretrainedTokenizer)
+  if tokenizer.learnt_past(size):
+    raise ValueError(
+      f'{directory}: the tokenizer has {tokenizer.vocab_size} ids, and the '
+      f'model {size}. They are of different checkpoints.'
+    )
+  if tokenizer.vocab_size > size:
+    _log.warning(
+      '%s: the tokenizer has %d added tokens that the model has no rows for '
+      '(vocab_size=%d): texts with them are refused.',
+      directory,
+      tokenizer.vocab_size - size,
+      size,
+    )
+
+
+def generation_of(
+  config: model_lib.ModelConfig,
+  hf: Mapping[str, Any],
+  own: Mapping[str, Any] | None,
+  directory: str,
+) -> generation_lib.Generation:
+  """Returns how the texts of a checkpoint are written.
+
+  Args:
+    config: of the model; an encoder writes none.
+    hf: its config.json.
+    own: its generation_config.json, if there is one.
+    directory: of the files, for messages.
+
+  Raises:
+    ValueError: a value that cannot be.
+  """
+  if isinstance(config, encoder.EncoderConfig):
+    return generation_lib.Generation()
+  answers = isinstance(config, encoder_decoder.EncoderDecoderConfig)
+  size = config.vocab_size
+  try:
+    return generation_lib.read(own, hf, vocab_size=size, answers=answers)
+  except ValueError as error:
+    raise ValueError(f'{directory}/{error}') from None
 
 
 def write(
@@ -100,6 +159,7 @@ def write(
   tokenizer: tokenizers.Tokenizer | None = None,
   *,
   hf: Mapping[str, Any] | None = None,
+  generation: generation_lib.Generation | None = None,
   shard_bytes: int | None = None,
 ) -> str:
   """Writes a model as `transformers` loads it.
@@ -110,6 +170,8 @@ def write(
     tokenizer: written beside it.
     hf: the config.json that the model came with; it is kept where it still
       describes the model.
+    generation: how its texts are written; default with the ends of the
+      tokenizer.
     shard_bytes: the most of a file of weights; default 5 GB.
 
   Returns:
@@ -120,16 +182,28 @@ def write(
   """
   checkpoint_dir.check_new(directory)
   config = model.config
+  source = {} if generation is None else dict(generation.source)
+  ids = {} if tokenizer is None else _ids(tokenizer)
+  answers = isinstance(config, encoder_decoder.EncoderDecoderConfig)
+  if answers and tokenizer is not None:
+    ids['decoder_start_token_id'] = tokenizer.vocab.start
   if hf is not None and exported.same(config, hf):
     family = configs.to_t2x(hf)[0]
   else:
     family, made = exported.from_t2x(config)
-    hf = {**made, **({} if tokenizer is None else _ids(tokenizer))}
+    kept = {name: source[name] for name in ids if name in source}
+    hf = {**made, **ids, **kept}
+  if not isinstance(config, encoder.EncoderConfig):
+    source = {name: hf[name] for name in ids if name in hf} | source
   is_own = not isinstance(tokenizer, pretrained.PretrainedTokenizer)
   # Whatever may fail comes before the weights are written.
   file = tokenizer_file.make(tokenizer) if tokenizer and is_own else None
   tensors = names.from_t2x(family, config, model, copies=False)
-  limit = {} if shard_bytes is None else {'shard_bytes': shard_bytes}
+  limit: dict[str, Any] = (
+    {} if shard_bytes is None else {'shard_bytes': shard_bytes}
+  )
+  if source:
+    limit['beside'] = {generation_lib.FILE: source}
   checkpoint_dir.write(directory, hf, tensors, **limit)
   if isinstance(tokenizer, pretrained.PretrainedTokenizer):
     tokenizer.export(directory)
@@ -154,21 +228,13 @@ def experiment_of(
     model=config,
     data=data_config.DataConfig(
       tokenizer=tokenizers.Pretrained(
-        directory=os.path.abspath(tokenizer_directory)
+        directory=os.path.abspath(tokenizer_directory),
+        start=found.generation.start,
       ),
       length=config.max_length or min(lengths, default=512),
       objective=objective,
     ),
   )
-
-
-def ends(hf: Mapping[str, Any]) -> tuple[int, ...]:
-  """Returns the tokens that end a text, where a config.json names several.
-
-  Llama 3 has one for a text and one for a turn.
-  """
-  given = hf.get('eos_token_id')
-  return tuple(given) if isinstance(given, list) else ()
 
 
 def _ids(tokenizer: tokenizers.Tokenizer) -> dict[str, int]:

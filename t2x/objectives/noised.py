@@ -48,7 +48,7 @@ def examples(
       for side, (start, ids) in zip((encoder, decoder), pair):
         to = slice(start, start + len(ids))
         side.tokens[row, to], side.segments[row, to] = ids, segment
-  return rows_lib.encoder_decoder(encoder, decoder)
+  return rows_lib.encoder_decoder(encoder, decoder, vocab.start)
 
 
 def _documents(tokens, segments, uniform, lengths, sides, make, vocab):

@@ -49,24 +49,34 @@ def positions(segments_BT: np.ndarray) -> np.ndarray:
   return np.where(segments_BT != 0, index_T - start_BT, 0).astype(np.int32)
 
 
-def shift_right(targets_BT: np.ndarray, positions_BT: np.ndarray) -> np.ndarray:
-  """Returns decoder inputs: each target's predecessor, `PAD` at a start.
+def shift_right(
+  targets_BT: np.ndarray, positions_BT: np.ndarray, start: int = vocab_lib.PAD
+) -> np.ndarray:
+  """Returns decoder inputs: each target's predecessor, `start` at a start.
 
   T5 starts its decoder with the padding id (Raffel et al., 2020).
 
   >>> shift_right(np.array([[7, 8, 9]]), np.array([[0, 1, 0]]))
   array([[0, 7, 0]], dtype=int32)
   """
-  inputs_BT = np.full(targets_BT.shape, vocab_lib.PAD, np.int32)
+  inputs_BT = np.full(targets_BT.shape, start, np.int32)
   inputs_BT[:, 1:] = targets_BT[:, :-1]
-  return np.where(positions_BT == 0, vocab_lib.PAD, inputs_BT).astype(np.int32)
+  return np.where(positions_BT == 0, start, inputs_BT).astype(np.int32)
 
 
-def encoder_decoder(encoder: Rows, decoder: Rows) -> dict[str, np.ndarray]:
-  """Returns the batch of an encoder-decoder; every target of it counts."""
+def encoder_decoder(
+  encoder: Rows, decoder: Rows, start: int = vocab_lib.PAD
+) -> dict[str, np.ndarray]:
+  """Returns the batch of an encoder-decoder; every target of it counts.
+
+  Args:
+    encoder: the sources.
+    decoder: the targets.
+    start: what targets go on from.
+  """
   positions_BT = positions(decoder.segments)
   return {
-    'inputs': shift_right(decoder.tokens, positions_BT),
+    'inputs': shift_right(decoder.tokens, positions_BT, start),
     'targets': decoder.tokens,
     'weights': (decoder.segments != 0).astype(np.float32),
     'segments': decoder.segments,

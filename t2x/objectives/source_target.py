@@ -39,5 +39,5 @@ class SourceTarget:
     length: int,
   ) -> dict[str, np.ndarray]:
     """Returns the encoder-decoder batch of these rows."""
-    del keys, vocab, length  # Nothing is random here.
-    return rows_lib.encoder_decoder(source, target)
+    del keys, length  # Nothing is random here.
+    return rows_lib.encoder_decoder(source, target, vocab.start)

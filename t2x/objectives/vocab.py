@@ -32,6 +32,7 @@ class Vocab:
     eos: ends a text.
     bos: begins a text.
     mask: stands for a hidden token; None where there is none.
+    start: what an encoder-decoder's targets go on from.
     sentinels: ids of <extra_id_0>, <extra_id_1>, ... that lie elsewhere.
     special: all ids that do not stand for text, where they lie elsewhere.
   """
@@ -41,6 +42,7 @@ class Vocab:
   eos: int = EOS
   bos: int = BOS
   mask: int | None = MASK
+  start: int = PAD
   sentinels: tuple[int, ...] | None = None
   special: tuple[int, ...] | None = None
   lexicon: lexicon_lib.Lexicon | None = dataclasses.field(

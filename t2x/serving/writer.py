@@ -219,19 +219,24 @@ class Writer:
       # -100 bans a token, as elsewhere.
       bias[int(token)] = float('-inf') if value <= -100 else value
     off = lambda value, neutral: None if value == neutral else value
-    return engine_lib.Sampling(
-      temperature=body.temperature,
-      top_k=None if body.top_k in (None, -1, 0) else body.top_k,
-      top_p=off(body.top_p, 1.0),
-      min_p=off(body.min_p, 0.0),
-      typical_p=off(body.typical_p, 1.0),
-      repetition_penalty=body.repetition_penalty,
-      presence_penalty=body.presence_penalty,
-      frequency_penalty=body.frequency_penalty,
-      min_tokens=body.min_tokens,
-      bias=bias,
-      banned_words=self._trained.banned(body.banned_words),
-      calibration=self._trained.temperature,
+    given = {
+      'temperature': body.temperature,
+      'top_k': None if body.top_k in (None, -1, 0) else body.top_k,
+      'top_p': off(body.top_p, 1.0),
+      'min_p': off(body.min_p, 0.0),
+      'typical_p': off(body.typical_p, 1.0),
+      'repetition_penalty': body.repetition_penalty,
+      'presence_penalty': body.presence_penalty,
+      'frequency_penalty': body.frequency_penalty,
+      'min_tokens': body.min_tokens,
+    }
+    # What a request leaves open is as the checkpoint says.
+    own = self._trained.generation.sampling
+    given |= {k: v for k, v in own.items() if k not in body.model_fields_set}
+    return self._trained.calibrated(
+      engine_lib.Sampling(
+        **given, bias=bias, banned_words=self._trained.banned(body.banned_words)
+      )
     )
 
   def _control(self, body: protocol.Common, num_tokens: int) -> Any:

@@ -513,13 +513,14 @@ def test_several_tokens_may_end_a_text(checkpoints, tmp_path):
   import shutil
 
   copy = shutil.copytree(checkpoints['llama'][0], tmp_path / 'copy')
-  edit(copy / 'config.json', lambda c: c.update(eos_token_id=[2, 41]))
+  file = 'generation_config.json'
+  edit(copy / file, lambda c: c.update(eos_token_id=[2, 41]))
   conversion.to_run(str(copy), str(tmp_path / 'run'))
   for directory in (copy, tmp_path / 'run'):
     trained = inference.load(str(directory))
-    assert trained.ends == (2, 41)
+    assert trained.end_ids == (2, 41)
     assert trained.decode_options()['eos_id'] == (2, 41)
   conversion.from_run(str(tmp_path / 'run'), str(tmp_path / 'back'))
-  config = json.loads((tmp_path / 'back' / 'config.json').read_text())
+  config = json.loads((tmp_path / 'back' / file).read_text())
   assert config['eos_token_id'] == [2, 41]
-  assert not inference.load(str(checkpoints['gpt2'][0])).ends
+  assert inference.load(str(checkpoints['gpt2'][0])).end_ids == (0,)

@@ -114,7 +114,9 @@ def test_messages(gpt2):
     configs.to_t2x({'model_type': 'mamba'})
   with pytest.raises(ValueError, match='scale_attn_weights=False'):
     configs.to_t2x({**GPT2, 'scale_attn_weights': False})
-  with pytest.raises(ValueError, match="activation 'mish'; t2x has relu"):
+  with pytest.raises(
+    ValueError, match="activation_function='mish'; it must be"
+  ):
     configs.to_t2x({**GPT2, 'activation_function': 'mish'})
 
 
