@@ -335,7 +335,9 @@ def test_a_full_context_is_used_to_its_last_position():
   assert result.tokens[0] == tokens
 
 
-@pytest.mark.parametrize('name', ['learned', 'grouped_query', 't5', 'experts'])
+@pytest.mark.parametrize(
+  'name', ['learned', 'grouped_query', 'sandwich', 't5', 'experts']
+)
 @pytest.mark.skipif(jax.device_count() < 8, reason='needs 8 devices')
 def test_sharded_equals_one_device(name):
   model = make(name)
@@ -430,7 +432,7 @@ def test_a_kind_that_cannot_go_on():
     run(model, PROMPTS, num_tokens=2)
 
 
-@pytest.mark.parametrize('name', ['learned', 'dense_and_local', 't5'])
+@pytest.mark.parametrize('name', ['learned', 'sandwich', 't5'])
 def test_a_prepared_model_writes_the_same(name):
   model = make(name)
   apart = prepared.prepare(model)

@@ -46,7 +46,7 @@ def make(seed=0, **settings):
 
 def local():
   pattern = (HEADS, attention.Local(num_heads=2, head_dim=8, window=5))
-  return make(attention_pattern=pattern)
+  return make(attention_pattern=pattern, logit_soft_cap=2.0)
 
 
 def small():

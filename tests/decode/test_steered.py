@@ -29,7 +29,11 @@ def make(seed, **changes):
 
 @pytest.fixture(scope='module')
 def models():
-  return [make(0), make(1, num_layers=1), make(2, embed_dim=16)]
+  return [
+    make(0),
+    make(1, num_layers=1, logit_soft_cap=2.0),
+    make(2, embed_dim=16),
+  ]
 
 
 def log_softmax(z):

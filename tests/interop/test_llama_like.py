@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import extras
 from flax import nnx
 import hf_files
 import jax
@@ -12,6 +13,7 @@ import pytest
 
 from t2x import conversion
 from t2x import inference
+from t2x.decode import beams
 from t2x.decode import generate
 from t2x.decode import sampling
 from t2x.interop import configs
@@ -21,8 +23,8 @@ from t2x.interop import names
 from t2x.layers import norm
 from t2x.models import model as model_lib
 
-torch = pytest.importorskip('torch')
-transformers = pytest.importorskip('transformers')
+torch = extras.need('torch', extra='reference')
+transformers = extras.need('transformers', extra='reference')
 
 pytestmark = pytest.mark.reference
 
@@ -197,7 +199,7 @@ OFTEN = ('mistral', 'qwen3', 'gemma2', 'phi3 that turns a part')
 @pytest.mark.parametrize(
   'name',
   [
-    pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow)
+    pytest.param(name, marks=() if name in OFTEN else pytest.mark.exhaustive)
     for name in NAMES
   ],
 )
@@ -222,6 +224,28 @@ def test_greedy_texts_are_those_of_transformers(pairs, name):
     logits = torch.tensor(their_logits(theirs, whole)[0, len(prompt) - 1 : -1])
     want = torch.log_softmax(logits, -1).numpy()
     np.testing.assert_allclose(log_probs, want[np.arange(9), tokens], atol=1e-4)
+
+
+def test_beams_are_those_of_transformers(pairs):
+  """Of capped logits: their scores are log-probabilities."""
+  theirs, _, _, model = pairs['gemma2']
+  prompt = ids()[0, :5].tolist()
+  with torch.no_grad():
+    want = theirs.generate(
+      torch.tensor([prompt]), num_beams=3, max_new_tokens=6, do_sample=False,
+      return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+  found = generate.beam_search(
+    model,
+    [prompt],
+    num_tokens=6,
+    beams=beams.BeamConfig(num_beams=3),
+    eos_id=None,
+  )
+  assert prompt + found.tokens[0][0] == want.sequences[0].tolist()
+  np.testing.assert_allclose(
+    found.scores[0][0], want.sequences_scores[0], atol=1e-4
+  )
 
 
 def test_a_run_of_a_fused_family_goes_back_to_it(pairs, tmp_path):

@@ -11,9 +11,13 @@ import pytest
 from t2x.attention import mask as mask_lib
 from t2x.layers import attention
 from t2x.layers import attention_layer
+from t2x.layers import block
 from t2x.layers import dropout
+from t2x.layers import mlp
+from t2x.layers import norm
 from t2x.layers import param
 from t2x.layers import position
+from t2x.models import decoder
 
 B, T, D = 2, 6, 10
 BASE = attention.Dense(num_heads=4, num_kv_heads=2, head_dim=4)
@@ -36,8 +40,8 @@ def inputs(length=T, seed=1):
   return jnp.asarray(x, jnp.float32)
 
 
-def rms(x, scale):
-  return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+def rms(x, scale, eps=1e-6):
+  return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale
 
 
 def naive(layer, x, source=None, window=None, causal=True):
@@ -52,7 +56,8 @@ def naive(layer, x, source=None, window=None, causal=True):
   q, k = q + array(layer.q_bias_NH), k + array(layer.k_bias_KH)
   v = v + array(layer.v_bias_KH)
   if config.qk_norm:
-    q, k = rms(q, array(layer.q_norm.scale)), rms(k, array(layer.k_norm.scale))
+    q = rms(q, array(layer.q_norm.scale), config.qk_norm_eps)
+    k = rms(k, array(layer.k_norm.scale), config.qk_norm_eps)
   out = np.zeros((B, x.shape[1], D)) + array(layer.o_bias_D)
   for n in range(config.num_heads):
     kv = n // (config.num_heads // config.kv_heads)
@@ -74,7 +79,11 @@ def naive(layer, x, source=None, window=None, causal=True):
 CONFIGS = {
   'grouped-query': BASE,
   'biases': dataclasses.replace(BASE, bias=True),
+  'no bias of the output': dataclasses.replace(BASE, bias=True, out_bias=False),
   'qk norm': dataclasses.replace(BASE, qk_norm=True),
+  'qk norm of another eps': dataclasses.replace(
+    BASE, qk_norm=True, qk_norm_eps=0.5
+  ),
   'scale': dataclasses.replace(BASE, scale=1.0),
   'soft cap': dataclasses.replace(BASE, soft_cap=0.5),
   'local': attention.Local(num_heads=2, head_dim=4, window=3),
@@ -98,6 +107,67 @@ def test_every_option_matters():
   for change in ({'soft_cap': 0.5}, {'scale': 1.0}):
     other = make(dataclasses.replace(BASE, **change))
     assert np.abs(naive(other, x) - plain).max() > 0.01
+
+
+def test_biases_are_those_that_the_config_names():
+  layer = make(CONFIGS['no bias of the output'])
+  assert layer.q_bias_NH is not None and layer.o_bias_D is None
+  of_output = make(dataclasses.replace(BASE, out_bias=True))
+  assert of_output.q_bias_NH is None and of_output.o_bias_D is not None
+
+
+@pytest.mark.parametrize('residual', ['pre_norm', 'sandwich'])
+@pytest.mark.parametrize('unit_offset', [False, True])
+def test_norms_of_a_block(residual, unit_offset):
+  """Before a branch, and in sandwich order of what it adds."""
+  made = block.Block(
+    BASE,
+    mlp.MlpConfig(hidden=6, activation='relu', bias=False),
+    norm.RMSNorm(unit_offset=unit_offset),
+    D,
+    residual=residual,
+    dropout_rate=0.0,
+    init=param.Init(std=0.5),
+    out_factor=1.0,
+    rngs=nnx.Rngs(0),
+  )
+  start = np.asarray(made.mlp_norm.scale[...])
+  np.testing.assert_array_equal(start, 0.0 if unit_offset else 1.0)
+  leaves, treedef = jax.tree.flatten(made)
+  rng = np.random.default_rng(1)
+  draw = lambda x: x + jnp.asarray(rng.normal(0, 0.5, x.shape), x.dtype)
+  made = treedef.unflatten(list(map(draw, leaves)))
+
+  def normed(layer, x):
+    if layer is None:
+      return x
+    return rms(x, np.asarray(layer.scale[...], np.float64) + unit_offset)
+
+  def feed_forward(x):
+    up, down = (np.asarray(w[...]) for w in (made.mlp.up_DF, made.mlp.down_FD))
+    return np.maximum(x @ up, 0) @ down
+
+  x = np.asarray(inputs(), np.float64)
+  assert (made.attention_out_norm is None) == (residual == 'pre_norm')
+  branch = naive(made.attention, normed(made.attention_norm, x))
+  want = x + normed(made.attention_out_norm, branch)
+  branch = feed_forward(normed(made.mlp_norm, want))
+  want = want + normed(made.mlp_out_norm, branch)
+  got, _, _ = made(inputs(), block.Context(mask=CAUSAL))
+  np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_layers_without_positions_need_a_model_with_rotary_ones():
+  heads = dataclasses.replace(BASE, rotary=False)
+  with pytest.raises(
+    ValueError, match='model.position=alibi has none'
+  ) as error:
+    decoder.DecoderConfig(attention=heads, position=position.Alibi())
+  assert '\n' not in str(error.value)
+  with pytest.raises(ValueError, match='logit_soft_cap=0; it is above 0'):
+    decoder.DecoderConfig(logit_soft_cap=0)
+  with pytest.raises(ValueError, match='qk_norm_eps=0; it is above 0'):
+    attention.Dense(qk_norm_eps=0)
 
 
 def test_cross_attention():
