@@ -36,8 +36,8 @@ _OPTIONAL = (
   'head_dim',
   'n_inner',
   'sliding_window',
-  'query_pre_attn_scalar',
 )
+_OPEN = ('architectures', 'hidden_activation')
 _COUNTS = ('type_vocab_size',)
 _RATES = (
   'attention_probs_dropout_prob',
@@ -54,11 +54,17 @@ _POSITIVE = (
   'rms_norm_eps',
   'rope_theta',
 )
+_CAPS = (
+  'final_logit_softcapping',
+  'attn_logit_softcapping',
+  'query_pre_attn_scalar',
+)
 _NUMBERS = ('initializer_range', 'router_aux_loss_coef')
 _FLAGS = (
   'tie_word_embeddings',
   'scale_decoder_outputs',
   'attention_bias',
+  'use_sliding_window',
 )
 _TEXTS = (
   'hidden_act',
@@ -83,7 +89,7 @@ def check(hf: Mapping[str, Any]) -> Mapping[str, Any]:
   Raises:
     ValueError: a value is of another kind than its key's, or out of range.
   """
-  may_be_open = (*_OPTIONAL, *_MAPPINGS, 'architectures')
+  may_be_open = (*_OPTIONAL, *_CAPS, *_MAPPINGS, *_OPEN)
   for key, value in hf.items():
     if value is not None or key not in may_be_open:
       _check(key, value, hf.get('model_type'))
@@ -103,8 +109,8 @@ def rope(key: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
     if name in ('rope_theta', *LLAMA3):
       whole = name == 'original_max_position_embeddings'
       values.within(own, value, above=0, below=_MOST_SIZE, whole=whole)
-    if name == 'partial_rotary_factor' and value != 1:
-      raise values.Wrong(own, value, '1: t2x turns whole heads')
+    if name == 'partial_rotary_factor':
+      values.within(own, value, above=0, below=1 + 1e-9)
   return given
 
 
@@ -121,7 +127,7 @@ def _check(key: str, value: Any, kind: Any) -> None:
     values.within(key, value, above=-1, below=_MOST_SIZE, whole=True)
   elif key in _RATES:
     values.within(key, value, above=-1e-300, below=1)
-  elif key in _POSITIVE:
+  elif key in (*_POSITIVE, *_CAPS):
     values.within(key, value, above=0)
   elif key in _NUMBERS:
     values.within(key, value, above=-1e-300, below=1e6)

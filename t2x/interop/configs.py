@@ -234,6 +234,8 @@ def _llama(hf: Hf) -> tuple[str, decoder.DecoderConfig]:
   kv_heads = hf.get('num_key_value_heads') or heads
   own = {**hf, 'num_key_value_heads': kv_heads}
   _share(own, 'num_attention_heads', 'num_key_value_heads')
+  gemma2 = hf['model_type'] == 'gemma2'
+  act = 'hidden_activation' if gemma2 else 'hidden_act'
   config = decoder.DecoderConfig(
     vocab_size=hf['vocab_size'],
     num_layers=hf['num_hidden_layers'],
@@ -249,7 +251,7 @@ def _llama(hf: Hf) -> tuple[str, decoder.DecoderConfig]:
     ),
     mlp=mlp.MlpConfig(
       hidden=hf['intermediate_size'],
-      activation=_activation(hf.get('hidden_act', 'silu')),
+      activation=_activation(hf.get('hidden_act', 'silu'), act),
       gated=True,
       bias=False,
     ),
@@ -288,6 +290,9 @@ def _rotary(hf: Hf) -> position.Rotary:
   """Reads `rope_parameters`, or the older `rope_theta` and `rope_scaling`."""
   key = 'rope_parameters' if hf.get('rope_parameters') else 'rope_scaling'
   rope = checked.rope(key, hf.get(key) or {})
+  share = rope.get('partial_rotary_factor', 1)
+  if share != 1 and hf['model_type'] != 'phi3':
+    raise values.Wrong(f'{key}: partial_rotary_factor', share, '1')
   base = rope.get('rope_theta') or hf.get('rope_theta', 10000.0)
   kind = rope.get('rope_type') or rope.get('type')
   if kind is None and 'factor' in rope:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
+from t2x.interop import values
 from t2x.layers import attention
 from t2x.layers import norm
 from t2x.layers import position
@@ -174,8 +175,8 @@ def _turned(hf: Hf, num: int) -> list[bool]:
   whole = isinstance(given, list) and len(given) >= num
   if not whole or any(turns not in (0, 1) for turns in given):
     raise ValueError(
-      f'no_rope_layers={given!r} in the config; it is a 1 or a 0 for each of '
-      f'the {num} layers.'
+      f'no_rope_layers={values.shown(given)} in the config; it is a 1 or a 0 '
+      f'for each of num_hidden_layers={num}.'
     )
   return [bool(turns) for turns in given[:num]]
 
@@ -196,8 +197,8 @@ def _windows(hf: Hf, turned: Sequence[bool]) -> list[int | None]:
   whole = isinstance(types, list) and len(types) == num
   if not whole or any(name not in (SLIDING, FULL) for name in types):
     raise ValueError(
-      f'layer_types={types!r} in the config; it is {SLIDING} or {FULL} for '
-      f'each of the {num} layers.'
+      f'layer_types={values.shown(types)} in the config; it is {SLIDING} or '
+      f'{FULL} for each of num_hidden_layers={num}.'
     )
   if window is None and kind == 'gemma2' and SLIDING in types:
     raise ValueError(
@@ -238,4 +239,5 @@ def _number(
       return value
   what = 'whole number' if whole else 'number'
   which = 'above 0' if low is None else f'from {low} on'
-  raise ValueError(f'{name}={value!r} in the config; it is a {what} {which}.')
+  given = values.shown(value)
+  raise ValueError(f'{name}={given} in the config; it is a {what} {which}.')

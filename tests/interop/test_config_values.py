@@ -3,11 +3,13 @@
 import functools
 import json
 
+import extras
 import pytest
 
 from t2x.interop import configs
 from t2x.interop import exported
 from t2x.interop import generation as generation_lib
+from t2x.interop import llama_like
 from t2x.models import presets
 
 ABSENT = object()
@@ -45,9 +47,24 @@ def outcome(fn, key):
     return False
 
 
-@pytest.mark.parametrize('name', PRESETS)
+def json_of(name):
+  """Returns the config.json of a preset, or of a family of decoders."""
+  if name in PRESETS:
+    return exported.from_t2x(getattr(presets, name)())[1]
+  own = {
+    'model_type': name, 'head_dim': 8, 'num_key_value_heads': 8,
+    'layer_types': ['full_attention'] * 32, 'use_sliding_window': True,
+    'sliding_window': 16, 'query_pre_attn_scalar': 8,
+    'final_logit_softcapping': 30.0, 'attn_logit_softcapping': 50.0,
+    'hidden_activation': 'gelu_pytorch_tanh', 'no_rope_layers': [1] * 32,
+    'resid_pdrop': 0.0, 'max_window_layers': 3,
+  }  # fmt: skip
+  return {**exported.from_t2x(presets.llama2_7b())[1], **own}
+
+
+@pytest.mark.parametrize('name', (*PRESETS, *llama_like.NAMES))
 def test_each_value_of_a_config(name):
-  hf = exported.from_t2x(getattr(presets, name)())[1]
+  hf = json_of(name)
   results = {}
   for key in (*hf, 'rope_parameters', 'n_inner', 'num_decoder_layers'):
     for place, value in enumerate(VALUES):
@@ -163,7 +180,7 @@ def test_what_is_not_honoured_is_named():
 
 def test_every_setting_of_transformers_is_known():
   """A new one is honoured, named, or known to change no text."""
-  transformers = pytest.importorskip('transformers')
+  transformers = extras.need('transformers', extra='reference')
   names = set(vars(transformers.GenerationConfig()))
   names = {name for name in names if not name.startswith('_')}
   known = generation_lib._HONOURED | set(generation_lib._IGNORED)

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import extras
 from flax import nnx
 import hf_files
 import jax
@@ -32,8 +33,8 @@ from t2x.models import encoder_decoder
 from t2x.objectives import rows as rows_lib
 from t2x.objectives import source_target
 
-torch = pytest.importorskip('torch')
-transformers = pytest.importorskip('transformers')
+torch = extras.need('torch', extra='reference')
+transformers = extras.need('transformers', extra='reference')
 
 pytestmark = pytest.mark.reference
 
@@ -309,7 +310,7 @@ def requests(trained, **body):
   """Returns what a server asks its engine for."""
 
   for name in ('pydantic', 'jinja2'):
-    pytest.importorskip(name)
+    extras.need(name, extra='serve')
   from t2x.serving import chat
   from t2x.serving import protocol
   from t2x.serving import writer

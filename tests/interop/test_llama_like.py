@@ -402,8 +402,14 @@ LONG = {'type': 'longrope', 'short_factor': [1.0], 'long_factor': [2.0]}
     (MISTRAL | {'sliding_window': 0}, 'sliding_window=0 in the config'),
     (MISTRAL | {'sliding_window': '4'}, "sliding_window='4' in the config"),
     (GEMMA2 | {'sliding_window': None}, 'sliding_window=None in the config'),
-    (GEMMA2 | {'layer_types': ['full_attention']}, 'for each of the 5 layers'),
-    (GEMMA2 | {'layer_types': 'full_attention'}, 'for each of the 5 layers'),
+    (
+      GEMMA2 | {'layer_types': ['full_attention']},
+      'for each of num_hidden_layers=5',
+    ),
+    (
+      GEMMA2 | {'layer_types': 'full_attention'},
+      'for each of num_hidden_layers=5',
+    ),
     (
       GEMMA2 | {'layer_types': ['chunked_attention'] * 5},
       "layer_types=.'chunked_attention'",

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 
+import extras
 import hf_files
 import jax
 import numpy as np
@@ -16,8 +17,8 @@ from t2x import inference
 from t2x.data import tokenizers
 from t2x.interop import huggingface
 
-torch = pytest.importorskip('torch')
-transformers = pytest.importorskip('transformers')
+torch = extras.need('torch', extra='reference')
+transformers = extras.need('transformers', extra='reference')
 
 pytestmark = pytest.mark.reference
 SIZE = 528
