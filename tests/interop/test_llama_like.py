@@ -420,7 +420,7 @@ def drawn_settings(rng):
   """One of the families, with settings of its class at random."""
   name = NAMES[rng.integers(len(NAMES))]
   kind, own = FAMILIES[name]
-  num = int(rng.integers(1, 9))
+  num = int(rng.integers(1, 9)) if rng.integers(4) else 30
   # Lists of layers are of their own length.
   own = {k: v for k, v in own.items() if k != 'layer_types'}
   own |= {
