@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from t2x import conversion
 from t2x import inference
@@ -19,6 +20,7 @@ from t2x.decode import sampling
 from t2x.interop import configs
 from t2x.interop import exported
 from t2x.interop import huggingface
+from t2x.interop import llama_like
 from t2x.interop import names
 from t2x.layers import norm
 from t2x.models import model as model_lib
@@ -269,6 +271,71 @@ def test_a_run_of_a_fused_family_goes_back_to_it(pairs, tmp_path):
   assert len(text) == 1
 
 
+def write_smollm(directory):
+  """Writes a checkpoint with SmolLM's kind of tokenizer."""
+  made = tokenizers.Tokenizer(tokenizers.models.BPE())
+  pieces = tokenizers.pre_tokenizers
+  made.pre_tokenizer = pieces.Sequence(
+    [
+      pieces.Digits(individual_digits=True),
+      pieces.ByteLevel(add_prefix_space=False),
+    ]
+  )
+  made.decoder = tokenizers.decoders.ByteLevel()
+  end = '<|endoftext|>'
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=400,
+    special_tokens=[end, '<|im_start|>', '<|im_end|>'],
+    initial_alphabet=pieces.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  made.train_from_iterator(hf_files.TEXTS, trainer)
+  directory.mkdir()
+  made.save(str(directory / 'tokenizer.json'))
+  settings = {
+    'tokenizer_class': 'GPT2Tokenizer',
+    'bos_token': end,
+    'eos_token': end,
+    'unk_token': end,
+  }
+  text = json.dumps(settings)
+  (directory / 'tokenizer_config.json').write_text(text)
+  config = transformers.LlamaConfig(
+    **SIZES
+    | {'vocab_size': 400, 'tie_word_embeddings': True, 'rope_theta': 1e5}
+    | {'bos_token_id': 0, 'eos_token_id': 0}
+  )
+  torch.manual_seed(0)
+  model = transformers.LlamaForCausalLM(config).eval()
+  with torch.no_grad():
+    for parameter in model.parameters():
+      parameter.add_(0.3 * torch.randn_like(parameter))
+  model.save_pretrained(directory)
+  return model
+
+
+def test_a_smollm_and_its_tokenizer_write_what_transformers_writes(tmp_path):
+  model = write_smollm(tmp_path / 'smollm')
+  trained = inference.load(str(tmp_path / 'smollm'))
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'smollm')
+  texts = [*hf_files.TEXTS[:50], *hf_files.PROBES, 'In 1,024 days <|im_end|>']
+  want = [tokenizer(t, add_special_tokens=False)['input_ids'] for t in texts]
+  assert trained.tokenizer.encode_batch(texts) == want
+  prompt = 'In 1,024 days the'
+  got = inference.generate_text(
+    trained,
+    [prompt],
+    num_tokens=8,
+    sampling=sampling.SamplingConfig(temperature=0),
+  )
+  inputs = tokenizer(prompt, return_tensors='pt')
+  with torch.no_grad():
+    out = model.generate(**inputs, do_sample=False, max_new_tokens=8)
+  new = out[0, inputs['input_ids'].shape[1] :]
+  assert got == [tokenizer.decode(new, skip_special_tokens=True)]
+  assert got[0].strip()
+
+
 # Of the released config.json files, and their parameters as published.
 RELEASED = {
   'mistral-7b': (
@@ -353,7 +420,7 @@ def drawn_settings(rng):
   """One of the families, with settings of its class at random."""
   name = NAMES[rng.integers(len(NAMES))]
   kind, own = FAMILIES[name]
-  num = int(rng.integers(1, 9))
+  num = int(rng.integers(1, 9)) if rng.integers(4) else 30
   # Lists of layers are of their own length.
   own = {k: v for k, v in own.items() if k != 'layer_types'}
   own |= {
@@ -386,6 +453,35 @@ def test_any_settings_come_back_from_what_is_written():
     loaded = transformers.AutoConfig.for_model(**json.loads(json.dumps(hf)))
     assert loaded.model_type == family
     assert configs.to_t2x(loaded.to_dict())[1] == config, theirs
+
+
+NEEDED = (
+  'model_type', 'vocab_size', 'hidden_size', 'intermediate_size',
+  'num_hidden_layers', 'num_attention_heads',
+)  # fmt: skip
+
+
+def test_what_a_file_leaves_out_is_what_transformers_takes():
+  """300 draws of settings, of which each is there or not.
+
+  Older files name no `layer_types`, and each class has values of its own.
+  """
+  rng = np.random.default_rng(1)
+  seen = set()
+  for _ in range(300):
+    whole = drawn_settings(rng).to_dict()
+    whole['num_attention_heads'], whole['hidden_size'] = 32, 32 * 4
+    file = {
+      key: value
+      for key, value in whole.items()
+      if key in NEEDED or rng.integers(3) == 0
+    }
+    filled = transformers.AutoConfig.for_model(**file).to_dict()
+    family, config = configs.to_t2x(file)
+    assert config == configs.to_t2x(filled)[1], file
+    seen.add((family, 'layer_types' in file))
+  both = [(family, True) for family in llama_like.BY_LAYER]
+  assert seen >= {*both, *((family, False) for family, _ in both)}
 
 
 MISTRAL = {'model_type': 'mistral', **SIZES}
