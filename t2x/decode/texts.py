@@ -36,8 +36,8 @@ class Control(Protocol):
     """Whether the text is complete and nothing may follow but its end."""
     ...
 
-  def copy(self) -> 'Control':
-    """Returns the same for another text that begins alike."""
+  def begin(self, prompt: Sequence[int]) -> 'Control':
+    """Returns the same for a text that follows a prompt, at its beginning."""
     ...
 
 
