@@ -153,8 +153,9 @@ class Text:
     Raises:
       ValueError: its control knows none.
     """
-    control = self.request.control
-    found = control and (control.allowed(), control.raised())
+    control, found = self.request.control, None
+    if control is not None:
+      found = control.allowed(), control.raised()
     if self._banned is None:
       return found
     free = ~self._banned.hidden(self.begun)
