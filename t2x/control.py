@@ -180,6 +180,11 @@ class Rule:
     matcher = self._matcher.deep_copy()
     return Rule(self._what, matcher, self._written_W, self._ends)
 
+  def begin(self, prompt: Sequence[int]) -> 'Rule':
+    """Returns the rule for a text after a prompt, which it says nothing of."""
+    del prompt
+    return self.copy()
+
   def _check(self) -> None:
     if self._matcher.is_error():
       found = ' '.join(self._matcher.get_error().split())
@@ -263,5 +268,6 @@ class Controls:
         num_tokens=num_tokens,
         vocab_size=self._size,
         ends=self._trained.end_ids,
+        texts=self._trained.keyword_texts(keywords),
       )
     return getattr(self.rules, names[0])(given[names[0]])

@@ -249,6 +249,7 @@ def search_text(
       num_best=num_best,
       sampling=trained.calibrated(sampling or Sampling(**own.searching)),
       words=trained.keyword_ids(keywords),
+      texts=trained.keyword_texts(keywords),
       **trained.decode_options(max_length=max_length),
     )
   found = []

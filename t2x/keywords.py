@@ -2,9 +2,9 @@
 
 Until all are there, the end is banned and the tokens that go on with one are
 raised, the more the fewer tokens are left (after Pascual et al., 2021); where
-only just enough are left, nothing else may come. A word is there when its
-tokens are, one after the other, in one of its forms. Beam search has its own
-(`t2x.decode.required`).
+only just enough are left, nothing else may come. A word is there as soon as its
+text is, whatever the tokens (`word_starts`), or its tokens are, one after the
+other, in one of its forms. Beam search has its own (`t2x.decode.required`).
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from t2x.decode import required
+from t2x.decode import word_starts
 
 
 class Keywords:
@@ -36,6 +37,7 @@ class Keywords:
     vocab_size: int,
     ends: Sequence[int],
     strength: float = 10.0,
+    texts: word_starts.Words | None = None,
   ):
     """Begins before the first token.
 
@@ -46,6 +48,7 @@ class Keywords:
       ends: tokens that end a text.
       strength: what is added to the logit of a token that begins a word when
         as many tokens are left as the words need; 0 raises none.
+      texts: of the words; without them tokens alone count.
 
     Raises:
       ValueError: a word without tokens, or more than the text has room for.
@@ -62,6 +65,8 @@ class Keywords:
     self._size = vocab_size
     self._back = [required.borders(form) for _, form in self._forms]
     self._places = [0] * len(self._forms)
+    self._texts = texts
+    self._states = [] if texts is None else texts.start()
     self.missing = list(range(len(words)))
 
   def allowed(self) -> np.ndarray:
@@ -73,7 +78,7 @@ class Keywords:
     if whole > self._left - 1:  # Any other token might lose what was begun.
       is_allowed_V[:] = False
       for token in self._next():
-        places, missing = self._after(token)
+        places, _, missing = self._after(token)
         if self._needed(places, missing) <= self._left - 1:
           is_allowed_V[token] = True
     return np.packbits(is_allowed_V, bitorder='little').view(np.uint32)
@@ -91,13 +96,20 @@ class Keywords:
 
   def advance(self, token: int) -> None:
     """Goes on with a token."""
-    self._places, self.missing = self._after(token)
+    self._places, self._states, self.missing = self._after(token)
     self._left -= 1
 
   def copy(self) -> 'Keywords':
     """Returns the same after the same text, to be followed apart."""
     result = object.__new__(Keywords)
     result.__dict__.update(self.__dict__)
+    return result
+
+  def begin(self, prompt: Sequence[int]) -> 'Keywords':
+    """Returns the same at the beginning of a text that follows a prompt."""
+    result = self.copy()
+    if self._texts is not None:
+      result._states = self._texts.start(prompt)
     return result
 
   @property
@@ -113,8 +125,8 @@ class Keywords:
       for token in ({form[place]} if begun else {form[0], form[place]})
     }
 
-  def _after(self, token: int) -> tuple[list[int], list[int]]:
-    """Returns where each form stands after a token, and what is missing."""
+  def _after(self, token: int) -> tuple[list[int], list[int], list[int]]:
+    """Returns where forms and texts stand after a token; what is missing."""
     places, found = [], set()
     for (number, form), back, place in zip(
       self._forms, self._back, self._places
@@ -124,7 +136,12 @@ class Keywords:
         found.add(number)
         place = 0
       places.append(place)
-    return places, [number for number in self.missing if number not in found]
+    states = self._states
+    if self._texts is not None:
+      states = self._texts.after(states, token)
+      found |= self._texts.found(states)
+    missing = [number for number in self.missing if number not in found]
+    return places, states, missing
 
   def _needed(self, places: list[int], missing: list[int]) -> int:
     """Returns the tokens of the missing words, the one that is begun first."""

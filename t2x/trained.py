@@ -16,6 +16,7 @@ from t2x.decode import banned as banned_lib
 from t2x.decode import pieces as pieces_lib
 from t2x.decode import prepared
 from t2x.decode import sampling as sampling_lib
+from t2x.decode import word_starts
 from t2x.interop import generation as generation_lib
 from t2x.models import encoder_decoder
 
@@ -179,7 +180,7 @@ class Trained:
     return banned_lib.Banned(words, self.pieces) if words else None
 
   def keyword_ids(self, words: Sequence[str]) -> list[list[tuple[int, ...]]]:
-    """Returns the forms of each word that a text must hold.
+    """Returns the forms in which each word that a text must hold is written.
 
     With the space before it, so that it is no part of the word before, but
     where the word itself begins with a space or a mark.
@@ -187,16 +188,31 @@ class Trained:
     Raises:
       ValueError: a word is empty.
     """
-    pieces = self.token_bytes
-    result = []
-    for word in words:
-      if not word:
-        raise ValueError('A keyword is empty; give a letter or more.')
-      ids = self.tokenizer.encode_batch([word, f' {word}'])
-      forms = list(dict.fromkeys(tuple(form) for form in ids if form))
-      spaced = [ids for ids in forms if pieces[ids[0]][:1].isspace()]
-      result.append(spaced if spaced and word[0].isalnum() else forms)
-    return result
+    return [self._forms(word)[0] for word in words]
+
+  def keyword_texts(self, words: Sequence[str]) -> word_starts.Words | None:
+    """Returns by which texts words that a text must hold are there.
+
+    Raises:
+      ValueError: a word is empty.
+    """
+    if not words:
+      return None
+    from_start = [self._forms(word)[1] for word in words]
+    return word_starts.Words(words, from_start, self.pieces)
+
+  def _forms(self, word: str) -> tuple[list[tuple[int, ...]], bool]:
+    """Returns the forms of a word, and whether it begins where a word does."""
+    if not word:
+      raise ValueError('A keyword is empty; give a letter or more.')
+    if not pieces_lib.is_text(word):
+      raise ValueError(f'The keyword {word!r} is no valid Unicode.')
+    ids = self.tokenizer.encode_batch([word, f' {word}'])
+    forms = list(dict.fromkeys(tuple(form) for form in ids if form))
+    spaced = [f for f in forms if self.token_bytes[f[0]][:1].isspace()]
+    if spaced and word[0].isalnum():
+      return spaced, True
+    return forms, False
 
   @property
   def _answers(self) -> bool:

@@ -12,6 +12,7 @@ Shape suffixes: B rows, S states, X values of a byte, V vocabulary, W words of
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -62,7 +63,6 @@ class Banned:
     self.table_SX = self._table()
     self._hidden: dict[int, np.ndarray] = {}
     self._ending: dict[bytes, np.ndarray] = {}
-    self._whole: np.ndarray | None = None
 
   def __repr__(self) -> str:
     return f'Banned({[word.decode() for word in self.words]})'
@@ -105,8 +105,7 @@ class Banned:
   def hidden(self, state: int) -> np.ndarray:
     """Returns uint32 words with a bit for each token that is banned."""
     if state not in self._hidden:
-      is_banned_V = np.zeros(-(-self.num_tokens // 32) * 32, bool)
-      is_banned_V[self._holding()] = True
+      is_banned_V = self._holding.copy()
       begun = self._starts[state]
       for start in range(len(begun)):
         for rest in self._rests.get(begun[start:], ()):
@@ -115,11 +114,13 @@ class Banned:
       self._hidden[state] = bits.view(np.uint32)
     return self._hidden[state]
 
+  @functools.cached_property
   def _holding(self) -> np.ndarray:
-    if self._whole is None:
-      found = [self.pieces.holding(word) for word in self.words]
-      self._whole = np.concatenate([np.zeros(0, int), *found])
-    return self._whole
+    """Which tokens hold a word, filled up to whole words of 32."""
+    is_banned_V = np.zeros(-(-self.num_tokens // 32) * 32, bool)
+    for word in self.words:
+      is_banned_V[self.pieces.holding(word)] = True
+    return is_banned_V
 
   def _beginning(self, rest: bytes) -> np.ndarray:
     if rest not in self._ending:
@@ -130,15 +131,9 @@ class Banned:
 def _bytes(word: str) -> bytes:
   if not word:
     raise ValueError('A banned word is empty; give a letter or more.')
-  try:
-    found = word.encode()
-  except UnicodeEncodeError:
-    found = b''
-  if not found or '\ufffd' in word:
-    raise ValueError(
-      f'The banned word {word!r} is no valid Unicode; give it as text.'
-    )
-  return found
+  if not pieces_lib.is_text(word):
+    raise ValueError(f'The banned word {word!r} is no valid Unicode.')
+  return word.encode()
 
 
 @jax.tree_util.register_dataclass

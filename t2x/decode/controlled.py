@@ -66,7 +66,7 @@ def write(
         seed=seed,
         row=row,
         ends=tuple(request.ends),
-        control=control.copy(),
+        control=control.begin(prompt.tolist()),
       )
     )
     for row, (prompt, drawn) in enumerate(zip(request.rows, configs))

@@ -22,6 +22,7 @@ from t2x.decode import hypotheses
 from t2x.decode import loop
 from t2x.decode import required
 from t2x.decode import sampling as sampling_lib
+from t2x.decode import word_starts
 from t2x.layers import dropout
 
 Sampling = sampling_lib.SamplingConfig
@@ -114,6 +115,7 @@ def beam_search(
   num_best: int = 1,
   sampling: Sampling | None = None,
   words: Sequence[required.Word] = (),
+  texts: word_starts.Words | None = None,
   **options: Any,
 ) -> hypotheses.Hypotheses:
   """Searches for the continuations, or answers, of highest score.
@@ -135,6 +137,7 @@ def beam_search(
     sampling: bias, penalties, banned words and least length; they act on the
       log-probabilities, as in Hugging Face's beam search.
     words: that each text must hold, each as token ids in one form or several.
+    texts: of these words, by which they are there whatever the tokens.
     **options: as for `generate`.
 
   Returns:
@@ -178,7 +181,7 @@ def beam_search(
     config=beams,
     settings=settings,
     history=sampling_lib.begin(settings, histories, vocab_size),
-    words=required.make(words) if words else None,
+    words=_required(words, texts, request.histories),
   )
   result = hypotheses.to_lists(found, len(prompts), num_best)
   if not all(result.tokens):
@@ -189,6 +192,13 @@ def beam_search(
       + (', or ask for fewer words.' if words else '.')
     )
   return result
+
+
+def _required(words, texts, prompts) -> required.Words | None:
+  if not words:
+    return None
+  own = None if texts is None else word_starts.arrays(texts, prompts)
+  return required.make(words, own)
 
 
 def _to_lists(state: loop.State, num_prompts: int) -> Generation:

@@ -56,6 +56,11 @@ class Pieces:
     return last(self.flat_N, self.start_V, tokens, num)
 
 
+def is_text(word: str) -> bool:
+  """Whether a word is Unicode, without the sign for what is broken."""
+  return not re.search('[\ud800-\udfff\ufffd]', word)
+
+
 def last(
   flat_N: np.ndarray, start_V: np.ndarray, tokens: Sequence[int], num: int
 ) -> bytes:

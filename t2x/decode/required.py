@@ -6,7 +6,9 @@ word are always candidates, and beams are shared out among the numbers of tokens
 that are still missing, so that those that have begun late are not crowded out
 (Post and Vilar, 2018, dynamic beam allocation). A beam that could not finish
 its words in the tokens that are left is dropped; words are counted apart, as if
-they could share no tokens.
+they could share no tokens. Where the texts of words are known, one is there as
+soon as its text is, whatever the tokens (`word_starts`); its forms then say how
+it may be written.
 
 Shape suffixes: B prompts, W beams, C candidates, V vocabulary, N new token, F
 forms, K words, S places in a form, A letters, the tokens that forms have.
@@ -24,6 +26,7 @@ import numpy as np
 from t2x.decode import hypotheses
 from t2x.decode import processors
 from t2x.decode import prompts as prompts_lib
+from t2x.decode import word_starts
 
 # A word: its forms, such as with and without a space before it.
 Word = Sequence[Sequence[int]]
@@ -41,6 +44,7 @@ class Words:
     form_FS: its tokens, one by one.
     letter_A: the tokens that forms have.
     table_FSA: the place after a letter; that of the length is the end.
+    texts: of the words; None where they are tokens alone.
   """
 
   shortest_K: Any
@@ -49,6 +53,7 @@ class Words:
   form_FS: Any
   letter_A: Any
   table_FSA: Any
+  texts: word_starts.Arrays | None = None
 
 
 def borders(form: Sequence[int]) -> list[int]:
@@ -89,7 +94,9 @@ def check(words: Sequence[Word], num_tokens: int) -> None:
     )
 
 
-def make(words: Sequence[Word]) -> Words:
+def make(
+  words: Sequence[Word], texts: word_starts.Arrays | None = None
+) -> Words:
   """Returns words as arrays."""
   up = prompts_lib.power_of_two
   forms = [(k, tuple(form)) for k, word in enumerate(words) for form in word]
@@ -113,6 +120,7 @@ def make(words: Sequence[Word]) -> Words:
     form_FS=form_FS,
     letter_A=padded(letters, table_FSA.shape[2], processors.NONE),
     table_FSA=table_FSA,
+    texts=texts,
   )
 
 
@@ -124,18 +132,25 @@ class State:
   Attributes:
     place_F: how much of each form a text ends with.
     missing_K: which words it lacks.
+    text_K: its state in the automata of `Words.texts`, if there are any.
   """
 
   place_F: jax.Array
   missing_K: jax.Array
+  text_K: jax.Array | None
 
 
-def begin(words: Words, shape: tuple[int, ...]) -> State:
-  """Returns the state of texts without a token."""
+def begin(words: Words, shape: tuple[int, int]) -> State:
+  """Returns the state of texts without a token: of prompts and beams."""
   missing_K = jnp.asarray(words.shortest_K > 0)
+  text_K = None
+  if words.texts is not None:
+    start_BK = jnp.asarray(words.texts.start_BK)
+    text_K = jnp.broadcast_to(start_BK[:, None], (*shape, start_BK.shape[1]))
   return State(
     place_F=jnp.zeros((*shape, len(words.word_F)), jnp.int32),
     missing_K=jnp.broadcast_to(missing_K, (*shape, len(missing_K))),
+    text_K=text_K,
   )
 
 
@@ -149,9 +164,15 @@ def _after(words: Words, state: State, token: jax.Array) -> State:
   is_found_F = (place_F == words.length_F) & (words.length_F > 0)
   of_word_FK = words.word_F[:, None] == jnp.arange(len(words.shortest_K))[None]
   is_found_K = (is_found_F[:, None] & of_word_FK).any(0)
+  text_K = state.text_K
+  if words.texts is not None:
+    assert text_K is not None
+    text_K = words.texts.after(text_K, token)
+    is_found_K |= text_K == words.texts.whole_K
   return State(
     place_F=jnp.where(is_found_F, 0, place_F),
     missing_K=state.missing_K & ~is_found_K,
+    text_K=text_K,
   )
 
 

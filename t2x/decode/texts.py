@@ -36,8 +36,8 @@ class Control(Protocol):
     """Whether the text is complete and nothing may follow but its end."""
     ...
 
-  def copy(self) -> 'Control':
-    """Returns the same for another text that begins alike."""
+  def begin(self, prompt: Sequence[int]) -> 'Control':
+    """Returns the same for a text that follows a prompt, at its beginning."""
     ...
 
 
@@ -153,8 +153,9 @@ class Text:
     Raises:
       ValueError: its control knows none.
     """
-    control = self.request.control
-    found = control and (control.allowed(), control.raised())
+    control, found = self.request.control, None
+    if control is not None:
+      found = control.allowed(), control.raised()
     if self._banned is None:
       return found
     free = ~self._banned.hidden(self.begun)

@@ -130,7 +130,7 @@ class Writer:
             row=number * body.n + choice,
             ends=() if body.ignore_eos and control is None else self._ends,
             num_top=num_top or 0,
-            control=control and control.copy(),
+            control=control and control.begin(prompt),
             scores_prompt=echoes and num_top is not None,
           )
         )

@@ -223,7 +223,8 @@ class Only:
   def advance(self, token):
     del token
 
-  def copy(self):
+  def begin(self, prompt):
+    del prompt
     return self
 
 

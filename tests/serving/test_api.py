@@ -366,6 +366,23 @@ def test_nothing_that_may_come_is_an_error(client):
     )  # fmt: skip
 
 
+def test_banned_words_are_in_no_text(client):
+  """Letter by letter too, of which this tokenizer has one a token."""
+  ask = lambda **extra: client.completions.create(
+    model='tiny', prompt='the run', max_tokens=24, n=4, seed=1,
+    logit_bias={'111': 4.0}, extra_body=extra,
+  )  # fmt: skip
+  texts = [choice.text for choice in ask().choices]
+  words = sorted({text[i : i + 2] for text in texts for i in (0, 3, 9)})
+  words = [word for word in words if word and '\ufffd' not in word]
+  found = ask(banned_words=[*words, 'no step'], keywords=['step']).choices
+  assert words and any(word in text for word in words for text in texts)
+  assert not any(word in choice.text for word in words for choice in found)
+  assert all('step' in choice.text for choice in found)
+  with pytest.raises(openai.BadRequestError, match='stop|empty|at least 1'):
+    ask(banned_words=[''])
+
+
 def test_templates(trained):
   """As transformers renders them."""
   from t2x.serving import chat

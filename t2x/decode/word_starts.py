@@ -1,0 +1,196 @@
+"""Which words a text holds, by its bytes: whatever tokens it is made of.
+
+A word counts from its beginning on: at the start of a text, or after what is
+neither a letter nor a digit, in any script. Those that do not begin with a
+letter or a digit count anywhere.
+
+Shape suffixes: S states, X values of a byte, U states within characters, K
+words, B texts.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t2x.decode import pieces as pieces_lib
+from t2x.decode import prompts as prompts_lib
+
+_LETTER = 1  # The state after a letter or a digit; 0 is that after others.
+_MOST_BYTES = 8  # The last of so many bytes of UTF-8 are a whole character.
+
+
+@functools.cache
+def _characters() -> np.ndarray:
+  """Returns the state after each byte of UTF-8 (U, X).
+
+  What is no UTF-8 is shown by a sign, after which a word may begin.
+  """
+  is_letter = np.array([chr(c).isalnum() for c in range(0x110000)])
+  is_letter = np.concatenate([is_letter, np.zeros(0x140000 - 0x110000, bool)])
+  rows: list[list[int]] = []
+  known: dict[bytes, int] = {}
+
+  def state_of(part: np.ndarray) -> int:
+    """Of the characters that may come of the bytes so far."""
+    if len(part) == 1:
+      return int(part[0])
+    key = part.tobytes()
+    if key not in known:
+      row = [state_of(p) for p in part.reshape(64, -1)]
+      known[key] = 2 + len(rows)
+      rows.append(row)
+    return known[key]
+
+  first_X = np.zeros(256, np.int32)
+  first_X[:0x80] = is_letter[:0x80]
+  # First bytes, how many characters each begins, the least of that length.
+  for low, high, size, least in (
+    (0xC0, 0xDF, 64, 0x80),
+    (0xE0, 0xEF, 64**2, 0x800),
+    (0xF0, 0xF4, 64**3, 0x10000),
+  ):
+    of_size = np.where(np.arange(len(is_letter)) < least, False, is_letter)
+    for number, byte in enumerate(range(low, high + 1)):
+      part = of_size[number * size : (number + 1) * size]
+      first_X[byte] = state_of(part)
+  table_UX = np.tile(first_X, (2 + len(rows), 1))
+  table_UX[2:, 0x80:0xC0] = rows
+  return table_UX
+
+
+def _table(word: bytes, characters_UX: np.ndarray) -> np.ndarray:
+  """Returns the state after each byte (S, X) of a text that should hold a word.
+
+  The first U states are those of the characters, the others say how much of
+  the word is there; the last one stays.
+  """
+  U, num = len(characters_UX), len(word)
+  table_SX = np.zeros((U + num, 256), np.int32)
+  table_SX[:U] = characters_UX
+  # Within a character too: what breaks off there is shown by a sign.
+  table_SX[[u for u in range(U) if u != _LETTER], word[0]] = U
+  table_SX[-1] = U + num - 1
+  state, within = 0, [0]  # Of the characters, after each part of the word.
+  for byte in word:
+    state = int(characters_UX[state, byte])
+    within.append(state)
+  for place in range(1, num):
+    row_X = characters_UX[within[place]].copy()
+    # The longest of the words that may have begun within this one wins.
+    for start in range(place, -1, -1):
+      size = place - start
+      if word[:size] == word[start:place] and within[start] != _LETTER:
+        row_X[word[size]] = U + size
+    table_SX[U + place - 1] = row_X
+  return table_SX
+
+
+class Words:
+  """Words that texts should hold, and what a text has of them.
+
+  >>> pieces = pieces_lib.Pieces([b'an "', b'o', b'x', b'en', b'f'])
+  >>> words = Words(['ox'], [True], pieces)
+  >>> states = words.start()
+  >>> for token in (0, 1, 2):
+  ...   states = words.after(states, token)
+  >>> words.found(states)
+  {0}
+  """
+
+  def __init__(
+    self,
+    words: Sequence[str],
+    from_start: Sequence[bool],
+    pieces: pieces_lib.Pieces,
+  ):
+    """Makes an automaton for each.
+
+    Args:
+      words: texts.
+      from_start: which of them count from the beginning of a word alone.
+      pieces: of the vocabulary.
+    """
+    anywhere = np.zeros((1, 256), np.int32)
+    self._characters = [
+      _characters() if start else anywhere for start in from_start
+    ]
+    self.tables = [
+      _table(word.encode(), characters_UX)
+      for word, characters_UX in zip(words, self._characters)
+    ]
+    self.pieces = pieces
+
+  def start(self, prompt: Sequence[int] = ()) -> list[int]:
+    """Returns the state of each word at the beginning of a text.
+
+    Args:
+      prompt: tokens before it; no word is within them.
+    """
+    before = self.pieces.last(prompt, _MOST_BYTES)
+    return [_read(table, 0, before) for table in self._characters]
+
+  def after(self, states: Sequence[int], token: int) -> list[int]:
+    """Returns the states after one more token."""
+    text = self.pieces.token_bytes[token]
+    return [_read(t, state, text) for t, state in zip(self.tables, states)]
+
+  def found(self, states: Sequence[int]) -> set[int]:
+    """Returns the numbers of the words that are there."""
+    pairs = enumerate(zip(self.tables, states))
+    return {k for k, (table, state) in pairs if state == len(table) - 1}
+
+
+def _read(table_SX: np.ndarray, state: int, text: bytes) -> int:
+  for byte in text:
+    state = int(table_SX[state, byte])
+  return state
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arrays:
+  """Words as arrays, padded.
+
+  The states of different words stand one after the other.
+
+  Attributes:
+    reader: of the texts.
+    start_BK: the state of each word after each prompt.
+    whole_K: its state when it is there; -1 for padding.
+  """
+
+  reader: pieces_lib.Reader
+  start_BK: Any
+  whole_K: Any
+
+  def after(self, state_K: jax.Array, token: jax.Array) -> jax.Array:
+    """Returns the states of a text after one more token."""
+    return self.reader.after(state_K, jnp.broadcast_to(token, state_K.shape))
+
+
+def arrays(words: Words, prompts: Sequence[Sequence[int]]) -> Arrays:
+  """Returns words at the beginning of the texts that follow prompts."""
+  up = prompts_lib.power_of_two
+  first = np.cumsum([0, *map(len, words.tables)])
+  num, K = up(int(first[-1]) + 1), up(len(words.tables))
+  table_SX = np.full((num, 256), num - 1, np.int32)
+  for start, own_SX in zip(first, words.tables):
+    table_SX[start : start + len(own_SX)] = own_SX + start
+  start_BK = np.full((len(prompts), K), num - 1, np.int32)
+  for row, prompt in zip(start_BK, prompts):
+    row[: len(words.tables)] = words.start(prompt) + first[:-1]
+  whole_K = np.full(K, -1, np.int32)
+  whole_K[: len(words.tables)] = first[1:] - 1
+  pieces = words.pieces
+  return Arrays(
+    reader=pieces_lib.Reader(
+      table_SX=table_SX, flat_N=pieces.flat_N, start_V=pieces.start_V
+    ),
+    start_BK=start_BK,
+    whole_K=whole_K,
+  )
