@@ -74,6 +74,8 @@ EXTRAS = {
   'reference': [
     'gcp-storage-emulator>=2026.7',
     'gcsfs>=2024.6',
+    # Scores a served model.
+    'lm-eval[api]>=0.4.13',
     'torch==2.13.0',
     'transformers>=5.0',
   ],

@@ -59,6 +59,7 @@ class TextStream:
   cut before the first stop string.
 
   Attributes:
+    num_told: characters that were returned.
     stopped: whether a stop string was met; nothing more comes then.
   """
 
@@ -83,10 +84,10 @@ class TextStream:
     self._stop = tuple(stop)
     self._held = ''
     self._is_over = False
+    self.num_told = 0
     self.stopped = False
     self._starts: list[int] = []  # Of the tokens whose text has a place.
     self._length = 0  # Of the text that is certain.
-    self._told = 0  # Of what was returned.
     self._begin(before)
 
   def _begin(self, before: Sequence[int]) -> None:
@@ -114,7 +115,7 @@ class TextStream:
       return told
     self._begin(prompt)
     self._starts = places(self._tokenizer, prompt, text)
-    self._length = self._told = len(text)
+    self._length = self.num_told = len(text)
     return text
 
   def add(self, tokens: Iterable[int]) -> str:
@@ -129,7 +130,7 @@ class TextStream:
     # What is held is told as well, if it is not of a stop string.
     result = self._released(self._settle(text)) + self._held
     self._is_over, self._held = True, ''
-    self._told += len(result)
+    self.num_told += len(result)
     return result
 
   def place(self, number: int) -> int | None:
@@ -146,8 +147,8 @@ class TextStream:
       return None
     start = self._starts[number]
     if self.stopped or self._is_over:
-      return min(start, self._told)
-    return start if start <= self._told else None
+      return min(start, self.num_told)
+    return start if start <= self.num_told else None
 
   def _add(self, token: int) -> str:
     if self.stopped:
@@ -167,7 +168,7 @@ class TextStream:
     new = self._settle(text)
     self._forget()
     released = self._released(new)
-    self._told += len(released)
+    self.num_told += len(released)
     return released
 
   def _may_change(self, text: str) -> bool:

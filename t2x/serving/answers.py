@@ -113,10 +113,7 @@ class Choice:
     ]
 
   def _last(self, reason: str) -> Delta:
-    rest = ''
-    if self._waiting and self._waiting[-1].is_end:
-      rest = self._text.add([self._waiting[-1].token])  # Which has no text.
-    rest += self._text.finish()
+    rest = self._text.finish()
     reason = 'length' if reason == 'length' else 'stop'
     return self._delta(rest, 'stop' if self._text.stopped else reason)
 
@@ -124,7 +121,9 @@ class Choice:
     """Returns some text, and the tokens that have a place now."""
     tokens = []
     while self._waiting:
-      place = self._text.place(self._number)
+      # What ends a text is no part of it, whatever text it would have.
+      is_end = self._waiting[0].is_end
+      place = self._text.num_told if is_end else self._text.place(self._number)
       if place is None:
         break
       told = self._waiting.popleft()

@@ -23,7 +23,7 @@ class Piece:
 
   Attributes:
     token: the new one; -1 where the text ended without one, and otherwise at
-      an end the one that ended it, which has no text.
+      an end the one that ended it, which is no part of the text.
     log_prob: of the token.
     top: the likeliest tokens in its place.
     prompt_scores: in the first piece, where they are asked for.
