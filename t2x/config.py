@@ -25,6 +25,8 @@ from typing import Any
 
 _log = logging.getLogger(__name__)
 
+MISSING = '(not set)'  # The value of a name that one of two configs has not.
+
 
 def parse_settings(settings: Sequence[str]) -> dict[str, str]:
   """Splits `name=value` strings; a later one for the same name wins.
@@ -297,8 +299,7 @@ def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
   """Returns dotted name -> (old, new) where two JSON forms differ."""
   a, b = flatten(old), flatten(new)
   names = [*a, *(name for name in b if name not in a)]
-  missing = '(not set)'
-  pairs = {n: (a.get(n, missing), b.get(n, missing)) for n in names}
+  pairs = {n: (a.get(n, MISSING), b.get(n, MISSING)) for n in names}
   return {n: pair for n, pair in pairs.items() if pair[0] != pair[1]}
 
 

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import logging
 import pathlib
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -38,12 +39,15 @@ class Corpus:
     splits: for each split one stream of documents; two for pairs, and those of
       all tasks for a mixture.
     tasks: of a mixture, each by its name.
+    documents: what was read, kept and dropped, and the file that lists what was
+      dropped; nothing for a TFDS dataset, which is taken as it is.
   """
 
   tokenizer: tokenizers.Tokenizer
   fingerprint: str
   splits: dict[str, tuple[token_store.Stream, ...]]
   tasks: dict[str, 'Corpus'] = dataclasses.field(default_factory=dict)
+  documents: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def streams(self, split: str) -> tuple[token_store.Stream, ...]:
     """Returns the streams of `split`, or raises a ValueError."""
@@ -100,7 +104,23 @@ def prepare(
       splits[name] = tuple(
         token_store.Stream(path, str(i)) for i in range(len(fields))
       )
-  return Corpus(tokenizer=tokenizer, fingerprint=key, splits=splits)
+  return Corpus(
+    tokenizer=tokenizer,
+    fingerprint=key,
+    splits=splits,
+    documents=_documents(config, builder),
+  )
+
+
+def _documents(config, builder) -> dict[str, Any]:
+  if config.source not in OWN_SOURCES:
+    return {}
+  return {
+    'source': config.source,
+    'duplicates': config.duplicates,
+    **builder.info.metadata['counts'],
+    'list': str(builder.data_path / builders.DROPPED),
+  }
 
 
 def _prepare_tasks(config, tokenizer) -> Corpus:
@@ -143,11 +163,17 @@ def open_builder(config: config_lib.DataConfig) -> tfds.core.DatasetBuilder:
   check_source(config)
   data_dir = config_lib.directory(config)
   if config.source == 'installed_docs':
-    return builders.prepare(builders.installed_docs_builder(data_dir))
+    return builders.prepare(
+      builders.installed_docs_builder(data_dir, config.duplicates)
+    )
   if config.source == 'text_files':
     return builders.prepare(
       builders.text_files_builder(
-        data_dir, config.files, config.text_field, config.target_field
+        data_dir,
+        config.files,
+        config.text_field,
+        config.target_field,
+        config.duplicates,
       )
     )
   try:

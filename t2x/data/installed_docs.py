@@ -69,9 +69,8 @@ def read() -> Iterator[documents_lib.Document]:
   for name, path in dict(_files()).items():
     passages = []
     for passage in _passages(path):
-      words = documents_lib.normalize(passage)
-      if words not in seen and _is_prose(passage):
-        seen.add(words)
+      if passage not in seen and _is_prose(passage):
+        seen.add(passage)
         passages.append(passage)
     if passages:
       yield documents_lib.Document(name, '\n\n'.join(passages) + '\n')
