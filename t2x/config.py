@@ -244,6 +244,8 @@ def from_json(hint: Any, data: Any, path: str = '') -> Any:
   if isinstance(data, dict) and classes:
     data = dict(data)
     kind = data.pop('kind', None)
+    if not isinstance(kind, str | None):
+      raise ValueError(f'{_join(path, "kind")!r}: {kind!r} is not text.')
     cls = _by_kind(classes, kind, path) if kind else classes[0]
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
@@ -273,6 +275,8 @@ def _fits(data: Any, hint: Any) -> bool:
     return hint is bool
   if isinstance(data, int):
     return hint in (int, float)
+  if isinstance(data, float) and math.isnan(data):
+    return False  # As on the command line.
   return isinstance(hint, type) and isinstance(data, hint)
 
 

@@ -267,7 +267,13 @@ def load_config(file: str) -> experiment.Experiment:
       f'--config={file}: there is no such file. A run keeps its own in '
       'WORKDIR/config.json.'
     )
-  return config_lib.from_json(experiment.Experiment, _read(paths.path(file)))
+  data = _read(paths.path(file))
+  if not isinstance(data, dict):
+    raise ValueError(
+      f'--config={file} holds no config: it is a JSON object, and here is '
+      f'{json.dumps(data)[:40]}.'
+    )
+  return config_lib.from_json(experiment.Experiment, data)
 
 
 def versions() -> dict[str, str]:

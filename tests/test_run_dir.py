@@ -229,12 +229,28 @@ def test_a_crash_while_writing_leaves_the_old_config(run, monkeypatch):
     ('{"model": ', 'config.json is not JSON .* start in another workdir'),
     ('{"modle": {}}', "Experiment has no 'modle'. Did you mean 'model'"),
     ('{"train": {"seed": "x"}}', "'train.seed': 'x' does not fit the type int"),
+    ('{"train": {"ema_decay": NaN}}', "'train.ema_decay': nan does not fit"),
+    ('[1, 2]', r'config.json holds no config: .* here is \[1, 2\]'),
+    ('{"model": {"kind": ["decoder"]}}', r"'model.kind': \['decoder'\] is not"),
+    ('[' * 99_999, 'config.json is not JSON .it is nested too deeply'),
+    ('{"train": {"seed": ' + '1' * 5000, 'a number has more than 4300 digits'),
   ],
 )
 def test_a_damaged_config(run, text, message):
   workdir, _ = run
   (workdir / 'config.json').write_text(text)
   with pytest.raises(ValueError, match=message):
+    run_dir.read_config(str(workdir))
+
+
+def test_a_config_that_an_editor_has_saved(run):
+  workdir, config = run
+  file = workdir / 'config.json'
+  text = file.read_text()
+  file.write_bytes(b'\xef\xbb\xbf' + text.replace('\n', '\r\n').encode())
+  assert run_dir.read_config(str(workdir)) == config
+  file.write_bytes(text.encode().replace(b'"model"', b'\n"mod\xe9l"', 1))
+  with pytest.raises(ValueError, match='config.json:3: not UTF-8: byte 0xe9'):
     run_dir.read_config(str(workdir))
 
 

@@ -238,7 +238,11 @@ def _tokenizer(config, builder, fields, content, root) -> tokenizers.Tokenizer:
   if not path.exists():
     source = builders.open_split(builder, config.train_split)
     texts = (t for c in _chunks(source, fields) for side in c for t in side)
-    tokenizer = tokenizers.train(config.tokenizer, texts)
+    try:
+      tokenizer = tokenizers.train(config.tokenizer, texts)
+    except ValueError as error:
+      where = f'{config.source} {config.files}'.strip()
+      raise ValueError(f'{where}: {error}') from error
     with files.new_directory(path) as temporary:
       tokenizer.save(temporary)
     _log.info('Tokenizer: %d ids.', tokenizer.vocab_size)

@@ -183,11 +183,11 @@ def _without_near_copies(documents, kept, is_held, runs, dropped) -> np.ndarray:
     dropped.append(Dropped(ids[0], reason, ids[1]))
 
   leaks = train & (index.shared(held) > near_copies.MAX_SHARED)
-  for i in np.flatnonzero(leaks):
+  for i in np.flatnonzero(leaks).tolist():
     drop(i, HELD_OUT, index.closest(i, held))
   train &= ~leaks
   leaks = held & (index.shared(train) > near_copies.MAX_SHARED)
-  for i in np.flatnonzero(leaks):
+  for i in np.flatnonzero(leaks).tolist():
     drop(i, TRAINED_ON, index.closest(i, train))
   held &= ~leaks
   is_kept = train | held

@@ -117,7 +117,7 @@ def _files() -> Iterator[tuple[str, pathlib.Path]]:
 def _passages(path: pathlib.Path) -> list[str]:
   """Returns the pieces of prose that a file may hold."""
   try:
-    text = path.read_text(encoding='utf-8')
+    text = path.read_text(encoding='utf-8-sig')
   except (OSError, UnicodeDecodeError):
     return []  # Listed but removed, or old and not for us.
   if path.name == 'METADATA':
