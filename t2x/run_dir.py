@@ -206,7 +206,7 @@ def check_corpus(workdir: str, fingerprint: str, *, allow_change: bool) -> None:
   file = paths.path(workdir) / CORPUS
   if not file.exists() or allow_change or not _has_steps(workdir):
     return
-  old = _read(file)['id']
+  old = read_corpus(workdir)
   if old != fingerprint:
     raise ValueError(
       f'{workdir} holds a run on another text: its corpus was {old} and is now '
@@ -214,6 +214,12 @@ def check_corpus(workdir: str, fingerprint: str, *, allow_change: bool) -> None:
       'duplicates, have changed). Restore the text, use another --workdir, or '
       'go on all the same with --allow_config_change.'
     )
+
+
+def read_corpus(workdir: str) -> str | None:
+  """Returns the fingerprint of the text that a run reads, if it has begun."""
+  file = paths.path(workdir) / CORPUS
+  return _read(file)['id'] if file.exists() else None
 
 
 def read_labels(workdir: str) -> dict[str, list[str]]:

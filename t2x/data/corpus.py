@@ -19,6 +19,7 @@ import tensorflow_datasets as tfds
 from t2x.data import builders
 from t2x.data import config as config_lib
 from t2x.data import files
+from t2x.data import text_files
 from t2x.data import token_store
 from t2x.data import tokenizers
 from t2x.objectives import mixture
@@ -237,7 +238,8 @@ def _tokenizer(config, builder, fields, content, root) -> tokenizers.Tokenizer:
   path = root / 'tokenizers' / key
   if not path.exists():
     source = builders.open_split(builder, config.train_split)
-    texts = (t for c in _chunks(source, fields) for side in c for t in side)
+    chunks = _chunks(source, fields, *fields[1:])
+    texts = (t for chunk in chunks for side in chunk for t in side)
     try:
       tokenizer = tokenizers.train(config.tokenizer, texts)
     except ValueError as error:
@@ -255,7 +257,7 @@ def _tokenize(source, fields, tokenizer, path: pathlib.Path) -> None:
   start = [] if len(fields) > 1 else [tokenizer.bos_id]
 
   def encoded(field) -> Iterator[tuple[list[np.ndarray], int]]:
-    for (texts,) in _chunks(source, (field,)):
+    for (texts,) in _chunks(source, (field,), *fields[1:]):
       all_ids = tokenizer.encode_batch(texts)
       documents = [
         np.array([*start, *ids, tokenizer.eos_id], np.uint32) for ids in all_ids
@@ -267,8 +269,11 @@ def _tokenize(source, fields, tokenizer, path: pathlib.Path) -> None:
       token_store.write(temporary, str(i), encoded(field), tokenizer.vocab_size)
 
 
-def _chunks(source, fields) -> Iterator[list[list[str]]]:
-  """Yields for some documents at a time the texts of each field."""
+def _chunks(source, fields, target='') -> Iterator[list[list[str]]]:
+  """Yields for some documents at a time the texts of each field.
+
+  That of targets may hold numbers, which become text.
+  """
   features = source.dataset_info.features
   for start in range(0, len(source), _CHUNK):
     # One batched read costs a fifth of single ones.
@@ -276,16 +281,21 @@ def _chunks(source, fields) -> Iterator[list[list[str]]]:
       list(range(start, min(start + _CHUNK, len(source))))
     )
     yield [
-      [_text(e[field], field, features[field]) for e in examples]
+      [_text(e[field], field, features[field], target) for e in examples]
       for field in fields
     ]
 
 
-def _text(value, field: str, feature) -> str:
+def _text(value, field: str, feature, target: str) -> str:
   if isinstance(feature, tfds.features.ClassLabel):
     return feature.int2str(int(value))
   if isinstance(value, str):
     return value
+  if field == target and isinstance(value, np.generic | int | float):
+    plain = np.asarray(value).item()
+    if isinstance(plain, float):  # 0.1 in float32, not 0.10000000149.
+      plain = float(str(feature.np_dtype(value)))
+    return text_files.label_text(plain, f'Field {field!r}')
   if not isinstance(value, bytes):
     raise ValueError(
       f'Field {field!r} must be text, found {type(value).__name__}. Set '

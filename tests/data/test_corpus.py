@@ -263,6 +263,8 @@ class LocalPairs(tfds.core.GeneratorBasedBuilder):
       'question': text,
       'answer': text,
       'number': np.int64,
+      'score': np.float32,
+      'flag': np.bool_,
       'parity': tfds.features.ClassLabel(names=['even', 'odd']),
     }
     return tfds.core.DatasetInfo(
@@ -283,6 +285,8 @@ class LocalPairs(tfds.core.GeneratorBasedBuilder):
           'question': _text(i),
           'answer': _text(-i % 999),
           'number': i,
+          'score': i / 10,
+          'flag': i % 3 == 0,
           'parity': i % 2,
         },
       )
@@ -323,13 +327,30 @@ def test_classes_of_a_tfds_dataset_are_their_names(tmp_path):
         assert found == number[text[:20]] % 2
 
 
+@pytest.mark.parametrize('field', ['number', 'score', 'flag'])
+def test_numbers_of_a_tfds_dataset_are_targets(tmp_path, field):
+  """As JSON writes them, in as few digits as their precision has."""
+  config = _tfds_config(
+    tmp_path, target_field=field, objective=source_target.SourceTarget()
+  )
+  corpus = corpus_lib.prepare(config)
+  (_, targets) = corpus.streams('test')
+  found = sorted(map(corpus.tokenizer.decode, _documents(targets)))
+  expected = {
+    'number': [str(i) for i in range(9)],
+    'score': [f'0.{i}' for i in range(9)],
+    'flag': ['true' if i % 3 == 0 else 'false' for i in range(9)],
+  }
+  assert found == sorted(expected[field])
+
+
 def test_tfds_errors(tmp_path):
   def fails(match, **changes):
     with pytest.raises(ValueError, match=match):
       corpus_lib.prepare(_tfds_config(tmp_path, **changes))
 
   fails(
-    r"no field 'text'; it has \['answer', 'number', 'parity', 'question'\]. "
+    r"no field 'text'; it has \['answer', 'flag', 'number', 'parity', .*\]. "
     'Set data.text_field',
     text_field='text',
   )
