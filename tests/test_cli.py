@@ -202,6 +202,18 @@ def test_generating(run):
     inference.generate_text(trained, ['b' * 99], num_tokens=4, max_length=99)
 
 
+def test_evaluating_another_text_is_told(run, tmp_path, caplog):
+  lines = [f'{{"text": "line {i} of another text"}}\n' for i in range(40)]
+  (tmp_path / 'other.jsonl').write_text(''.join(lines))
+  other = f'data.files={tmp_path}/other.jsonl'
+  for settings, is_told in (([], False), ([other], True)):
+    caplog.clear()
+    trained = inference.load(str(run), settings=settings)
+    found = inference.evaluate_splits(trained, max_batches=1)
+    assert found['eval/train/loss'] > 0
+    assert ('another one than the run was' in caplog.text) == is_told
+
+
 def test_an_encoder_cannot_generate(directory, run):
   config = tiny.experiment_of(
     directory, model__kind='encoder', data__objective='masked_lm'
