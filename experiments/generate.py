@@ -16,13 +16,13 @@ hold; --expert=RUN steers it towards the texts of another run.
 """
 
 import dataclasses
-import pathlib
 import sys
 from typing import Any
 
 from absl import flags
 
 from t2x import main
+from t2x import reading
 from t2x.decode import sampling
 
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'A prompt; may repeat.')
@@ -179,8 +179,8 @@ def _wanted() -> dict[str, Any]:
   for name, flag in (('grammar', _GRAMMAR), ('json_schema', _SCHEMA)):
     if flag.value is not None:
       try:
-        wanted[name] = pathlib.Path(flag.value).read_text(encoding='utf-8')
-      except (OSError, UnicodeDecodeError) as error:
+        wanted[name] = reading.text(flag.value)
+      except (OSError, ValueError) as error:
         sys.exit(f'error: --{flag.name}: {error}')
   if _KEYWORD.value:
     wanted['keywords'] = _KEYWORD.value

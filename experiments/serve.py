@@ -21,6 +21,7 @@ import sys
 from absl import flags
 
 from t2x import main
+from t2x import reading
 
 _HOST = flags.DEFINE_string('host', '127.0.0.1', '0.0.0.0 serves everyone.')
 _PORT = flags.DEFINE_integer('port', 8000, '0 takes a free one.')
@@ -79,8 +80,8 @@ def _serve() -> None:
   template = None
   if _TEMPLATE.value:
     try:
-      template = pathlib.Path(_TEMPLATE.value).read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as error:
+      template = reading.text(_TEMPLATE.value)
+    except (OSError, ValueError) as error:
       sys.exit(f'error: --chat_template: {error}')
   config = engine.EngineConfig(
     num_slots=_SLOTS.value,

@@ -25,6 +25,8 @@ from typing import Any
 
 _log = logging.getLogger(__name__)
 
+MISSING = '(not set)'  # The value of a name that one of two configs has not.
+
 
 def parse_settings(settings: Sequence[str]) -> dict[str, str]:
   """Splits `name=value` strings; a later one for the same name wins.
@@ -242,6 +244,8 @@ def from_json(hint: Any, data: Any, path: str = '') -> Any:
   if isinstance(data, dict) and classes:
     data = dict(data)
     kind = data.pop('kind', None)
+    if not isinstance(kind, str | None):
+      raise ValueError(f'{_join(path, "kind")!r}: {kind!r} is not text.')
     cls = _by_kind(classes, kind, path) if kind else classes[0]
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
@@ -271,6 +275,8 @@ def _fits(data: Any, hint: Any) -> bool:
     return hint is bool
   if isinstance(data, int):
     return hint in (int, float)
+  if isinstance(data, float) and math.isnan(data):
+    return False  # As on the command line.
   return isinstance(hint, type) and isinstance(data, hint)
 
 
@@ -297,8 +303,7 @@ def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
   """Returns dotted name -> (old, new) where two JSON forms differ."""
   a, b = flatten(old), flatten(new)
   names = [*a, *(name for name in b if name not in a)]
-  missing = '(not set)'
-  pairs = {n: (a.get(n, missing), b.get(n, missing)) for n in names}
+  pairs = {n: (a.get(n, MISSING), b.get(n, MISSING)) for n in names}
   return {n: pair for n, pair in pairs.items() if pair[0] != pair[1]}
 
 

@@ -93,6 +93,7 @@ def load(
     labels=run_dir.read_labels(workdir),
     temperature=run_dir.read_temperature(workdir),
     generation=_told(workdir, _generation(workdir, config)),
+    corpus=run_dir.read_corpus(workdir),
   )
 
 
@@ -277,6 +278,7 @@ def evaluate_splits(
   layouts.check(config, len(devices), num_slices=mesh_lib.num_slices(devices))
   consistency.check_vocabulary(config, trained.tokenizer.vocab_size)
   corpus = corpus_lib.prepare(config.data, trained.tokenizer)
+  _warn_of_other_text(trained, corpus.fingerprint)
   program = program_lib.Program(config, trained.mesh, num_steps=1)
   result = {}
   with sharding.use(trained.mesh, config.rules):
@@ -290,6 +292,16 @@ def evaluate_splits(
         metrics |= evaluate.bits_per_byte(metrics, corpus, config.data, split)
       result |= {f'eval/{title}/{k}': v for k, v in metrics.items()}
   return result
+
+
+def _warn_of_other_text(trained: Trained, fingerprint: str) -> None:
+  if trained.corpus not in (None, fingerprint):
+    _log.warning(
+      'The text is another one than the run was trained on (%s, and it was '
+      '%s): what is held out of it may have been trained on.',
+      fingerprint,
+      trained.corpus,
+    )
 
 
 def _devices(config: mesh_lib.MeshConfig) -> list[Any]:

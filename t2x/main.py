@@ -19,6 +19,7 @@ from t2x import config as config_lib
 from t2x import experiment
 from t2x import machines as machines_lib
 from t2x import paths
+from t2x import reading
 from t2x import simulated
 
 flags.disclaim_key_flags()  # They are the script's: --helpshort lists them.
@@ -129,6 +130,11 @@ def app_run(main: Callable[[], None]) -> None:
 
 def _parse(argv):
   """As absl does, whose own message spans four lines."""
+  for argument in argv:
+    try:
+      argument.encode()
+    except UnicodeEncodeError:  # So Python keeps bytes that are not UTF-8.
+      sys.exit(f'error: the argument {argument!r} is not UTF-8.')
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
@@ -159,15 +165,18 @@ def workdir() -> str:
 def read_lines(given: Sequence[str], file: str | None, flag: str) -> list[str]:
   """Returns the texts of --FLAG and those of --FLAG_file, one a line.
 
+  Empty lines are left out; see `reading` for what ends a line.
+
   Raises:
-    ValueError: there is none, or no such file.
+    ValueError: there is none, no such file, or one that is not UTF-8.
   """
   result = list(given)
   if file is not None:
     path = paths.path(file)
     if not path.exists():
       raise ValueError(f'--{flag}_file={file}: there is no such file.')
-    result += [line for line in path.read_text().splitlines() if line]
+    lines = reading.lines(path.read_bytes(), f'--{flag}_file={file}')
+    result += [line for _, line in lines if line]
   if not result:
     raise ValueError(
       f"There is no {flag}: give --{flag}='...' or --{flag}_file."

@@ -17,6 +17,7 @@ from etils import epath
 from t2x import charts
 from t2x import metrics
 from t2x import paths
+from t2x import reading
 from t2x import report_page
 
 FILE = 'report.html'
@@ -25,8 +26,8 @@ FILE = 'report.html'
 def write(workdir: epath.PathLike) -> epath.Path:
   """Writes `report.html` of the run in `workdir`, and returns its path.
 
-  Reads metrics.jsonl, and config.json, versions.json and samples.json (a list
-  of {prompt, text}) where they exist.
+  Reads metrics.jsonl, and corpus.json, config.json, versions.json and
+  samples.json (a list of {prompt, text}) where they exist.
 
   Raises:
     ValueError: `workdir` holds no run.
@@ -44,13 +45,16 @@ def write(workdir: epath.PathLike) -> epath.Path:
     config=_read(workdir / 'config.json'),
     versions=_read(workdir / 'versions.json'),
     samples=_read(workdir / 'samples.json') or [],
+    corpus=_read(workdir / 'corpus.json'),
   )
   paths.write_whole(path, text)
   return path
 
 
 def _read(path: epath.Path) -> Any:
-  return json.loads(path.read_text()) if path.exists() else None
+  if not path.exists():
+    return None
+  return reading.parse_json(reading.text(path), str(path), 'Restore it.')
 
 
 def page(
@@ -60,12 +64,14 @@ def page(
   config: Any = None,
   versions: Mapping[str, str] | None = None,
   samples: Sequence[Mapping[str, str]] = (),
+  corpus: Mapping[str, Any] | None = None,
 ) -> str:
   """Returns the page as text; see `write`."""
   sections = [
     _section('Figures', _tiles(headlines(rows)) + _eval_table(rows)),
     _section('Curves', _charts(rows)),
     _section('Samples', _samples(samples)),
+    _section('Documents', _documents((corpus or {}).get('documents', {}))),
     _section('What ran', _versions(versions) + _config(config)),
   ]
   return report_page.PAGE.format(
@@ -224,6 +230,29 @@ def _eval_table(rows: Sequence[Mapping[str, Any]]) -> str:
     for sets in evals.values():
       cells.append(_number(sets[name][-1][1]) if name in sets else '-')
     body += f'<tr><th>{html.escape(name)}</th>{_cells("td", cells)}</tr>'
+  return _table(head, body)
+
+
+def _documents(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+  """Returns a row for each task: what was read, kept, and dropped and why."""
+  reasons = dict.fromkeys(
+    r for facts in tasks.values() for r in facts['dropped']
+  )
+  head = ['', 'source', 'copies', 'read', 'to train on', 'held out']
+  head += [f'dropped: {reason.replace("_", " ")}' for reason in reasons]
+  body = notes = ''
+  for name, facts in tasks.items():
+    numbers = [facts[key] for key in ('read', 'train', 'validation')]
+    numbers += [facts['dropped'].get(reason, 0) for reason in reasons]
+    cells = [facts['source'], facts['duplicates']]
+    cells += [f'{number:,}' for number in numbers]
+    body += f'<tr><th>{html.escape(name)}</th>{_cells("td", cells)}</tr>'
+    if facts['dropped']:
+      notes += f'<p>Dropped documents: {html.escape(facts["list"])}</p>'
+  return body and _table(head, body) + notes
+
+
+def _table(head: Sequence[str], body: str) -> str:
   return (
     f'<div class="wide"><table><thead><tr>{_cells("th", head)}</tr></thead>'
     f'<tbody>{body}</tbody></table></div>'

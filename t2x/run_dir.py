@@ -23,6 +23,7 @@ from t2x import config as config_lib
 from t2x import experiment
 from t2x import metrics
 from t2x import paths
+from t2x import reading
 from t2x.data import corpus as corpus_lib
 from t2x.data import tokenizers
 from t2x.data import words
@@ -45,6 +46,7 @@ _PACKAGES = (
 _TABLE = 'schedule.csv'
 LABELS = 'labels.json'
 NUMBERS = 'numbers.json'
+CORPUS = 'corpus.json'  # The text's fingerprint, and what was dropped of it.
 CALIBRATION = 'calibration.json'
 HUGGINGFACE = 'huggingface.json'  # The config.json that a run came with.
 GENERATION = 'generation_config.json'  # The same of how its texts are written.
@@ -71,6 +73,7 @@ def check(
   fixed = {n: c for n, c in changes.items() if not _may_change(n)}
   if fixed and not allow_change and _has_steps(workdir):
     lines = [f'  {n}: {old!r} -> {new!r}' for n, (old, new) in fixed.items()]
+    lines += [_OTHER_COPIES] if _had_other_copies(fixed) else []
     raise ValueError(
       f'{workdir} holds a run with other settings:\n'
       + '\n'.join(lines)
@@ -78,6 +81,18 @@ def check(
       '--allow_config_change.'
     )
   return changes
+
+
+_OTHER_COPIES = (
+  'The run is older than the setting data.duplicates: documents with the same '
+  'words were dropped as copies then, which no value of it does. Going on, it '
+  'reads more documents, and may train on some that it evaluated.'
+)
+
+
+def _had_other_copies(changes: Changes) -> bool:
+  missing = config_lib.MISSING
+  return changes.get('data.duplicates', (None, None))[0] == missing
 
 
 def _has_steps(workdir: str) -> bool:
@@ -114,7 +129,7 @@ def write(
     corpus.tokenizer.save(root / 'tokenizer')
   # Last: its presence says that the tokenizer is whole.
   paths.write_whole(
-    root / 'corpus.json', json.dumps({'id': corpus.fingerprint}) + '\n'
+    root / CORPUS, json.dumps(_corpus_facts(corpus), indent=1) + '\n'
   )
 
 
@@ -141,12 +156,20 @@ def _add_to_history(root: epath.Path, entry: dict[str, Any]) -> None:
   paths.write_whole(file, text + json.dumps(entry) + '\n')
 
 
+def _corpus_facts(corpus: corpus_lib.Corpus) -> dict[str, Any]:
+  """Returns the text's fingerprint and, by task, what its documents became."""
+  parts = corpus.tasks or {'': corpus}
+  documents = {name: own.documents for name, own in parts.items()}
+  found = {name: facts for name, facts in documents.items() if facts}
+  return {'id': corpus.fingerprint, 'documents': found}
+
+
 def _own_table(config: experiment.Experiment) -> str | None:
   """Returns the text of the table that stages run, if it is one's own."""
   file = paths.path(config.pipeline.schedule)
   if config.mesh.pipe == 1 or not config.pipeline.own_table:
     return None
-  return file.read_text() if file.exists() else None
+  return reading.text(file) if file.exists() else None
 
 
 def _change_of_table(workdir: str, config: experiment.Experiment) -> Changes:
@@ -154,7 +177,7 @@ def _change_of_table(workdir: str, config: experiment.Experiment) -> Changes:
   kept, table = paths.path(workdir) / _TABLE, _own_table(config)
   if table is None or not kept.exists():
     return {}
-  lines = [text.splitlines() for text in (kept.read_text(), table)]
+  lines = [text.splitlines() for text in (reading.text(kept), table)]
   if lines[0] == lines[1]:
     return {}
   pairs = enumerate(itertools.zip_longest(*lines), 1)
@@ -171,7 +194,7 @@ def read_tokenizer(
 
   None before the run has taken steps, and where `changes` ask for another.
   """
-  started = (paths.path(workdir) / 'corpus.json').exists()
+  started = (paths.path(workdir) / CORPUS).exists()
   started = started and _has_steps(workdir)
   if not started or any(n.startswith('data.tokenizer') for n in changes or ()):
     return None
@@ -180,23 +203,29 @@ def read_tokenizer(
 
 def check_corpus(workdir: str, fingerprint: str, *, allow_change: bool) -> None:
   """Raises ValueError if a run would go on with another text."""
-  file = paths.path(workdir) / 'corpus.json'
+  file = paths.path(workdir) / CORPUS
   if not file.exists() or allow_change or not _has_steps(workdir):
     return
-  old = json.loads(file.read_text())['id']
+  old = read_corpus(workdir)
   if old != fingerprint:
     raise ValueError(
       f'{workdir} holds a run on another text: its corpus was {old} and is now '
-      f'{fingerprint} (files or installed packages have changed). Restore the '
-      'text, use another --workdir, or go on all the same with '
-      '--allow_config_change.'
+      f'{fingerprint} (files, installed packages or the rule of copies, data.'
+      'duplicates, have changed). Restore the text, use another --workdir, or '
+      'go on all the same with --allow_config_change.'
     )
+
+
+def read_corpus(workdir: str) -> str | None:
+  """Returns the fingerprint of the text that a run reads, if it has begun."""
+  file = paths.path(workdir) / CORPUS
+  return _read(file)['id'] if file.exists() else None
 
 
 def read_labels(workdir: str) -> dict[str, list[str]]:
   """Returns the labels of each class head, by the name of its term."""
   file = paths.path(workdir) / LABELS
-  return json.loads(file.read_text()) if file.exists() else {}
+  return _read(file) if file.exists() else {}
 
 
 def read_huggingface(workdir: str) -> dict[str, Any] | None:
@@ -244,7 +273,13 @@ def load_config(file: str) -> experiment.Experiment:
       f'--config={file}: there is no such file. A run keeps its own in '
       'WORKDIR/config.json.'
     )
-  return config_lib.from_json(experiment.Experiment, _read(paths.path(file)))
+  data = _read(paths.path(file))
+  if not isinstance(data, dict):
+    raise ValueError(
+      f'--config={file} holds no config: it is a JSON object, and here is '
+      f'{json.dumps(data)[:40]}.'
+    )
+  return config_lib.from_json(experiment.Experiment, data)
 
 
 def versions() -> dict[str, str]:
@@ -279,12 +314,8 @@ def write_versions(workdir: str) -> None:
 
 
 def _read(file: epath.Path) -> Any:
-  try:
-    return json.loads(file.read_text())
-  except ValueError as error:
-    raise ValueError(
-      f'{file} is not JSON ({error}). Restore it, or start in another workdir.'
-    ) from error
+  remedy = 'Restore it, or start in another workdir.'
+  return reading.parse_json(reading.text(file), str(file), remedy)
 
 
 def _git_revision() -> str | None:

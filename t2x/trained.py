@@ -37,6 +37,7 @@ class Trained:
       term.
     temperature: that makes its probabilities true; see `calibration`.
     generation: how its texts are written, where a checkpoint's files say.
+    corpus: fingerprint of the text that it was trained on, if that is known.
   """
 
   config: experiment.Experiment
@@ -47,6 +48,7 @@ class Trained:
   labels: dict[str, list[str]]
   temperature: float = 1.0
   generation: generation_lib.Generation = generation_lib.Generation()
+  corpus: str | None = None
 
   @property
   def end_ids(self) -> tuple[int, ...]:

@@ -122,7 +122,7 @@ def test_bad_files(directory, tmp_path):
   _refused(
     directory,
     tmp_path / 'run',
-    f'{bad}: not UTF-8: byte 0xe9 at offset 12. Convert the file',
+    f'{bad}:1: not UTF-8: byte 0xe9 at offset 12. Convert it',
     data__files=bad,
   )
   empty = tmp_path / 'empty.txt'
@@ -202,6 +202,18 @@ def test_generating(run):
     inference.generate_text(trained, ['b' * 99], num_tokens=4, max_length=99)
 
 
+def test_evaluating_another_text_is_told(run, tmp_path, caplog):
+  lines = [f'{{"text": "line {i} of another text"}}\n' for i in range(40)]
+  (tmp_path / 'other.jsonl').write_text(''.join(lines))
+  other = f'data.files={tmp_path}/other.jsonl'
+  for settings, is_told in (([], False), ([other], True)):
+    caplog.clear()
+    trained = inference.load(str(run), settings=settings)
+    found = inference.evaluate_splits(trained, max_batches=1)
+    assert found['eval/train/loss'] > 0
+    assert ('another one than the run was' in caplog.text) == is_told
+
+
 def test_an_encoder_cannot_generate(directory, run):
   config = tiny.experiment_of(
     directory, model__kind='encoder', data__objective='masked_lm'
@@ -239,6 +251,27 @@ def test_prompts(tmp_path):
   (tmp_path / 'prompts').write_text('b\n\nc d\n')
   prompts = main.read_lines(['a'], str(tmp_path / 'prompts'), 'prompt')
   assert prompts == ['a', 'b', 'c d']
+
+
+def test_lines_of_prompts_end_at_line_feeds_alone(tmp_path):
+  file = tmp_path / 'prompts'
+  odd = 'a\x0bb\x0cc\x1cd\x1ee\x85f\u2028g\u2029h\ri'
+  file.write_bytes(f'\ufeff{odd}\r\n\n{odd}\n  x\r\n\r\nlast\r'.encode())
+  found = main.read_lines([], str(file), 'prompt')
+  assert found == [odd, odd, '  x', 'last\r']
+  file.write_bytes('one\nr\u00e9sum\u00e9'.encode('latin-1'))
+  with pytest.raises(
+    ValueError,
+    match='--prompt_file=.*prompts:2: not UTF-8: byte 0xe9 at offset 5. Conv',
+  ):
+    main.read_lines([], str(file), 'prompt')
+
+
+def test_an_argument_that_is_not_utf8():
+  with pytest.raises(
+    SystemExit, match=r"error: the argument '--prompt=\\udce9"
+  ):
+    main._parse(['generate.py', '--prompt=\udce9'])
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ _ORDER = (
     'simulated',
     'mesh',
     'paths',
+    'reading',
     'zigzag',
   ),
   ('xla_options', 'machines'),

@@ -106,6 +106,36 @@ def test_the_page_shows_what_ran_escaped(workdir):
   assert 'jax 0.10.2' in page.text
 
 
+def test_what_became_of_the_documents(workdir):
+  facts = {
+    'source': 'text_files',
+    'duplicates': 'near',
+    'read': 1234,
+    'train': 1200,
+    'validation': 30,
+    'dropped': {'copy': 3, 'near_copy': 1},
+    'list': '/data/<1>/dropped.jsonl',
+  }
+  none = {**facts, 'duplicates': 'none', 'dropped': {}, 'list': '/data/2'}
+  text = json.dumps({'id': 'x', 'documents': {'one': facts, 'two': none}})
+  (workdir / 'corpus.json').write_text(text)
+  page = report.write(workdir).read_text()
+  rows = _table(page[page.index('<h2>Documents') :])
+  assert rows['one'] == {
+    'source': 'text_files',
+    'copies': 'near',
+    'read': '1,234',
+    'to train on': '1,200',
+    'held out': '30',
+    'dropped: copy': '3',
+    'dropped: near copy': '1',
+  }
+  assert rows['two']['dropped: copy'] == '0'
+  assert '/data/&lt;1&gt;/dropped.jsonl' in page and '/data/2' not in page
+  (workdir / 'corpus.json').write_text('{"id": "of a run from before"}')
+  assert '<h2>Documents' not in report.write(workdir).read_text()
+
+
 def test_curves_follow_the_rows(workdir):
   page = _Page(report.write(workdir).read_text())
   # Loss, two evaluation metrics, gradient norm, rate, speed.

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import pathlib
 
 import pytest
 import tiny
@@ -228,12 +229,28 @@ def test_a_crash_while_writing_leaves_the_old_config(run, monkeypatch):
     ('{"model": ', 'config.json is not JSON .* start in another workdir'),
     ('{"modle": {}}', "Experiment has no 'modle'. Did you mean 'model'"),
     ('{"train": {"seed": "x"}}', "'train.seed': 'x' does not fit the type int"),
+    ('{"train": {"ema_decay": NaN}}', "'train.ema_decay': nan does not fit"),
+    ('[1, 2]', r'config.json holds no config: .* here is \[1, 2\]'),
+    ('{"model": {"kind": ["decoder"]}}', r"'model.kind': \['decoder'\] is not"),
+    ('[' * 99_999, 'config.json is not JSON .it is nested too deeply'),
+    ('{"train": {"seed": ' + '1' * 5000, 'a number has more than 4300 digits'),
   ],
 )
 def test_a_damaged_config(run, text, message):
   workdir, _ = run
   (workdir / 'config.json').write_text(text)
   with pytest.raises(ValueError, match=message):
+    run_dir.read_config(str(workdir))
+
+
+def test_a_config_that_an_editor_has_saved(run):
+  workdir, config = run
+  file = workdir / 'config.json'
+  text = file.read_text()
+  file.write_bytes(b'\xef\xbb\xbf' + text.replace('\n', '\r\n').encode())
+  assert run_dir.read_config(str(workdir)) == config
+  file.write_bytes(text.encode().replace(b'"model"', b'\n"mod\xe9l"', 1))
+  with pytest.raises(ValueError, match='config.json:3: not UTF-8: byte 0xe9'):
     run_dir.read_config(str(workdir))
 
 
@@ -251,6 +268,38 @@ def test_another_text_is_refused(run):
   message = 'holds a run on another text: its corpus was a text and is now ano'
   with pytest.raises(ValueError, match=message):
     run_dir.check_corpus(str(workdir), 'another', allow_change=False)
+
+
+def test_a_run_from_before_the_rule_of_copies_is_told(run):
+  workdir, config = run
+  file = workdir / 'config.json'
+  old = json.loads(file.read_text())
+  del old['data']['duplicates']
+  file.write_text(json.dumps(old))
+  with pytest.raises(ValueError) as error:
+    run_dir.check(str(workdir), config)
+  lines = str(error.value).split('\n')
+  assert "  data.duplicates: '(not set)' -> 'exact'" in lines
+  assert 'The run is older than the setting data.duplicates' in str(error.value)
+  changes = run_dir.check(str(workdir), config, allow_change=True)
+  assert list(changes) == ['data.duplicates']
+
+
+def test_what_became_of_the_documents_is_kept(tmp_path):
+  config = tiny.experiment_of(tmp_path)
+  corpus = corpus_lib.prepare(config.data)
+  run_dir.write(str(tmp_path / 'run'), config, corpus, {})
+  kept = json.loads((tmp_path / 'run' / 'corpus.json').read_text())
+  assert kept['id'] == corpus.fingerprint
+  facts = kept['documents']['']
+  assert (facts['source'], facts['duplicates']) == ('text_files', 'exact')
+  dropped = sum(facts['dropped'].values())
+  assert facts['read'] == facts['train'] + facts['validation'] + dropped > 0
+  listed = pathlib.Path(facts['list']).read_text()
+  assert listed.count('\n') == dropped
+  tfds = dataclasses.replace(corpus, documents={})
+  mixed = dataclasses.replace(corpus, tasks={'a': corpus, 'b': tfds})
+  assert run_dir._corpus_facts(mixed)['documents'] == {'a': facts}
 
 
 def test_a_run_without_a_step_takes_any_settings(run):

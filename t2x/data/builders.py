@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import contextlib
 import dataclasses
 import io
+import json
 import logging
 from typing import Any
 from typing import cast
@@ -23,10 +24,19 @@ _log = logging.getLogger(__name__)
 
 # Parquet was seen to lose examples; tfrecord needs TensorFlow.
 FILE_FORMAT = 'array_record'
+DROPPED = 'dropped.jsonl'  # Beside the data: which documents are not in it.
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
-class TextFilesConfig(tfds.core.BuilderConfig):
+class DocumentsConfig(tfds.core.BuilderConfig):
+  """What counts as a copy; see `documents.split`."""
+
+  duplicates: documents_lib.Duplicates = 'exact'
+  paired: bool = False
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class TextFilesConfig(DocumentsConfig):
   """Which files to read; see `text_files`."""
 
   paths: tuple[str, ...] = ()
@@ -37,8 +47,11 @@ class TextFilesConfig(tfds.core.BuilderConfig):
 class _Documents(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """Splits documents and writes them."""
 
-  VERSION = tfds.core.Version('1.0.0')
-  RELEASE_NOTES = {'1.0.0': 'First release.'}
+  VERSION = tfds.core.Version('2.0.0')
+  RELEASE_NOTES = {
+    '1.0.0': 'First release.',
+    '2.0.0': 'Documents with the same words are not all copies any more.',
+  }
   # TFDS would look here for checksums of downloads; there are none, and its
   # search needs a package (importlib_resources) that it does not install.
   code_path = None
@@ -60,13 +73,17 @@ class _Documents(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def _split_generators(self, dl_manager) -> dict[str, Any]:
     del dl_manager  # Nothing to download.
-    split = documents_lib.split(list(self._documents()))
+    config = cast(DocumentsConfig, self.builder_config)
+    split = documents_lib.split(
+      list(self._documents()), config.duplicates, config.paired
+    )
     if not split.train or not split.validation:
       raise ValueError(
-        f'{self.name}: the corpus has too little text: {split.counts}. It '
-        'needs at least two documents that differ, one of them to hold out. '
-        'Give more files.'
+        f'{self.name}: the corpus has too little text: '
+        f'{documents_lib.summary(split.counts)}. It needs at least two '
+        'documents that differ, one of them to hold out. Give more files.'
       )
+    _write_dropped(self.data_path / DROPPED, split.dropped)
     both = [*split.train, *split.validation]
     metadata = cast(tfds.core.MetadataDict, self.info.metadata)
     metadata.update(
@@ -99,18 +116,26 @@ class TextFiles(_Documents):
     )
 
 
+def _write_dropped(path, dropped: Iterable[documents_lib.Dropped]) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with path.open('w') as file:
+    for document in dropped:
+      file.write(json.dumps(document._asdict()) + '\n')
+
+
 def prepare(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
   """Builds a dataset unless it is there, and returns it opened for reading."""
   path = builder.data_path
   if not path.exists():
     with quiet():
       builder.download_and_prepare()
-    metadata = cast(tfds.core.MetadataDict, builder.info.metadata)
-    _log.info('%s: %s', builder.name, metadata['counts'])
   # Without its class, so that worker processes can unpickle it.
   with quiet():
     builder = tfds.builder_from_directory(path)
   written = cast(tfds.core.MetadataDict, builder.info.metadata)['counts']
+  where = f', listed in {path / DROPPED}' if written['dropped'] else ''
+  summary = documents_lib.summary(written)
+  _log.info('%s: %s%s.', builder.name, summary, where)
   for name in builder.info.splits:
     found = len(open_split(builder, name))
     assert found == written[name], (path, name, found, written)
@@ -122,19 +147,29 @@ def open_split(builder: Any, split: str) -> Any:
   return builder.as_data_source(split=split)
 
 
-def installed_docs_builder(data_dir: str) -> tfds.core.DatasetBuilder:
+def installed_docs_builder(
+  data_dir: str, duplicates: documents_lib.Duplicates
+) -> tfds.core.DatasetBuilder:
   """Returns the builder of this machine's documentation."""
-  config = tfds.core.BuilderConfig(name=installed_docs.key())
+  name = f'{installed_docs.key()}-{duplicates}'
+  config = DocumentsConfig(name=name, duplicates=duplicates)
   return _make(InstalledDocs, data_dir, config)
 
 
 def text_files_builder(
-  data_dir: str, files: str, text_field: str, target_field: str | None
+  data_dir: str,
+  files: str,
+  text_field: str,
+  target_field: str | None,
+  duplicates: documents_lib.Duplicates,
 ) -> tfds.core.DatasetBuilder:
   """Returns the builder of the files that `files` matches now."""
   paths = text_files.find(files)
+  key = text_files.key(paths, text_field, target_field)
   config = TextFilesConfig(
-    name=text_files.key(paths, text_field, target_field),
+    name=f'{key}-{duplicates}',
+    duplicates=duplicates,
+    paired=target_field is not None,
     paths=tuple(paths),
     text_field=text_field,
     target_field=target_field,

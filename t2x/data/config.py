@@ -7,6 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from t2x import checks
+from t2x.data import documents
 from t2x.data import tokenizers
 from t2x.objectives import causal_lm
 from t2x.objectives import classification
@@ -73,6 +74,9 @@ class DataConfig:
       also as .gz.
     text_field: the field with the text (or, for pairs, the source's text).
     target_field: for supervised pairs, the field with the target's text.
+    duplicates: which documents of the first two sources are dropped as copies:
+      `exact`, byte-equal ones (of pairs, both sides equal); `near`, those too
+      that share many runs of words; `none`. See `data.documents`.
     data_dir: where prepared data is kept; None means $T2X_DATA_DIR, or
       ~/.cache/t2x.
     train_split: the split to train on; TFDS slices such as 'train[:90%]' work.
@@ -90,6 +94,7 @@ class DataConfig:
   files: str = ''
   text_field: str = 'text'
   target_field: str | None = None
+  duplicates: documents.Duplicates = 'exact'
   data_dir: str | None = None
   train_split: str = 'train'
   eval_splits: tuple[str, ...] = ('validation',)
@@ -120,7 +125,7 @@ def parts(config: DataConfig) -> dict[str, DataConfig]:
     return {'': config}
   found = {}
   for task in config.objective.tasks:
-    own = ('source', 'files', 'text_field', 'target_field')
+    own = ('source', 'files', 'text_field', 'target_field', 'duplicates')
     given = {name: getattr(task, name) for name in own}
     given = {name: value for name, value in given.items() if value is not None}
     if isinstance(task.objective, ONE_A_ROW):

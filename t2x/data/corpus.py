@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import logging
 import pathlib
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -18,6 +19,7 @@ import tensorflow_datasets as tfds
 from t2x.data import builders
 from t2x.data import config as config_lib
 from t2x.data import files
+from t2x.data import text_files
 from t2x.data import token_store
 from t2x.data import tokenizers
 from t2x.objectives import mixture
@@ -38,12 +40,15 @@ class Corpus:
     splits: for each split one stream of documents; two for pairs, and those of
       all tasks for a mixture.
     tasks: of a mixture, each by its name.
+    documents: what was read, kept and dropped, and the file that lists what was
+      dropped; nothing for a TFDS dataset, which is taken as it is.
   """
 
   tokenizer: tokenizers.Tokenizer
   fingerprint: str
   splits: dict[str, tuple[token_store.Stream, ...]]
   tasks: dict[str, 'Corpus'] = dataclasses.field(default_factory=dict)
+  documents: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def streams(self, split: str) -> tuple[token_store.Stream, ...]:
     """Returns the streams of `split`, or raises a ValueError."""
@@ -100,7 +105,23 @@ def prepare(
       splits[name] = tuple(
         token_store.Stream(path, str(i)) for i in range(len(fields))
       )
-  return Corpus(tokenizer=tokenizer, fingerprint=key, splits=splits)
+  return Corpus(
+    tokenizer=tokenizer,
+    fingerprint=key,
+    splits=splits,
+    documents=_documents(config, builder),
+  )
+
+
+def _documents(config, builder) -> dict[str, Any]:
+  if config.source not in OWN_SOURCES:
+    return {}
+  return {
+    'source': config.source,
+    'duplicates': config.duplicates,
+    **builder.info.metadata['counts'],
+    'list': str(builder.data_path / builders.DROPPED),
+  }
 
 
 def _prepare_tasks(config, tokenizer) -> Corpus:
@@ -143,11 +164,17 @@ def open_builder(config: config_lib.DataConfig) -> tfds.core.DatasetBuilder:
   check_source(config)
   data_dir = config_lib.directory(config)
   if config.source == 'installed_docs':
-    return builders.prepare(builders.installed_docs_builder(data_dir))
+    return builders.prepare(
+      builders.installed_docs_builder(data_dir, config.duplicates)
+    )
   if config.source == 'text_files':
     return builders.prepare(
       builders.text_files_builder(
-        data_dir, config.files, config.text_field, config.target_field
+        data_dir,
+        config.files,
+        config.text_field,
+        config.target_field,
+        config.duplicates,
       )
     )
   try:
@@ -211,8 +238,13 @@ def _tokenizer(config, builder, fields, content, root) -> tokenizers.Tokenizer:
   path = root / 'tokenizers' / key
   if not path.exists():
     source = builders.open_split(builder, config.train_split)
-    texts = (t for c in _chunks(source, fields) for side in c for t in side)
-    tokenizer = tokenizers.train(config.tokenizer, texts)
+    chunks = _chunks(source, fields, *fields[1:])
+    texts = (t for chunk in chunks for side in chunk for t in side)
+    try:
+      tokenizer = tokenizers.train(config.tokenizer, texts)
+    except ValueError as error:
+      where = f'{config.source} {config.files}'.strip()
+      raise ValueError(f'{where}: {error}') from error
     with files.new_directory(path) as temporary:
       tokenizer.save(temporary)
     _log.info('Tokenizer: %d ids.', tokenizer.vocab_size)
@@ -225,7 +257,7 @@ def _tokenize(source, fields, tokenizer, path: pathlib.Path) -> None:
   start = [] if len(fields) > 1 else [tokenizer.bos_id]
 
   def encoded(field) -> Iterator[tuple[list[np.ndarray], int]]:
-    for (texts,) in _chunks(source, (field,)):
+    for (texts,) in _chunks(source, (field,), *fields[1:]):
       all_ids = tokenizer.encode_batch(texts)
       documents = [
         np.array([*start, *ids, tokenizer.eos_id], np.uint32) for ids in all_ids
@@ -237,8 +269,11 @@ def _tokenize(source, fields, tokenizer, path: pathlib.Path) -> None:
       token_store.write(temporary, str(i), encoded(field), tokenizer.vocab_size)
 
 
-def _chunks(source, fields) -> Iterator[list[list[str]]]:
-  """Yields for some documents at a time the texts of each field."""
+def _chunks(source, fields, target='') -> Iterator[list[list[str]]]:
+  """Yields for some documents at a time the texts of each field.
+
+  That of targets may hold numbers, which become text.
+  """
   features = source.dataset_info.features
   for start in range(0, len(source), _CHUNK):
     # One batched read costs a fifth of single ones.
@@ -246,16 +281,21 @@ def _chunks(source, fields) -> Iterator[list[list[str]]]:
       list(range(start, min(start + _CHUNK, len(source))))
     )
     yield [
-      [_text(e[field], field, features[field]) for e in examples]
+      [_text(e[field], field, features[field], target) for e in examples]
       for field in fields
     ]
 
 
-def _text(value, field: str, feature) -> str:
+def _text(value, field: str, feature, target: str) -> str:
   if isinstance(feature, tfds.features.ClassLabel):
     return feature.int2str(int(value))
   if isinstance(value, str):
     return value
+  if field == target and isinstance(value, np.generic | int | float):
+    plain = np.asarray(value).item()
+    if isinstance(plain, float):  # 0.1 in float32, not 0.10000000149.
+      plain = float(str(feature.np_dtype(value)))
+    return text_files.label_text(plain, f'Field {field!r}')
   if not isinstance(value, bytes):
     raise ValueError(
       f'Field {field!r} must be text, found {type(value).__name__}. Set '

@@ -1,22 +1,29 @@
 """Documents, and how they are split so that nothing held out is trained on.
 
-Whole documents go to training or validation by a hash of their id. Exact copies
-are removed first. A near-copy is measured by shingles: of all runs of eight
-words in a document, the share that also occurs on the other side (Broder,
-1997; used on training data by Lee et al., 2022).
+Whole documents go to training or validation by a hash of their id. What is
+taken for a copy is a setting: `exact`, byte-equal documents (of pairs, both
+sides equal); `near`, those too that are equal but for blanks or share many runs
+of words (`near_copies`); `none`, nothing.
 """
 
 from collections.abc import Sequence
 import hashlib
-import re
+from typing import Any
+from typing import Literal
 from typing import NamedTuple
 
 import numpy as np
 
+from t2x.data import near_copies
+
+Duplicates = Literal['exact', 'near', 'none']
 VALIDATION_SHARE = 0.05
-MAX_SHARED = 0.2
-_SHINGLE = 8
-_WORD = re.compile(r'\w+')
+# Why a document is dropped.
+EMPTY = 'empty'  # It has no text, or a pair no target.
+COPY = 'copy'  # Another one of its side is byte-equal.
+NEAR_COPY = 'near_copy'  # Another one of its side says nearly the same.
+HELD_OUT = 'held_out'  # It would be trained on, and its text is held out.
+TRAINED_ON = 'trained_on'  # It would be held out, and its text is trained on.
 
 
 class Document(NamedTuple):
@@ -33,43 +40,75 @@ class Document(NamedTuple):
   target: str = ''
 
 
+class Dropped(NamedTuple):
+  """The id of a document that is left out, why, and because of which other."""
+
+  id: str
+  reason: str
+  other: str | None = None
+
+
 class Split(NamedTuple):
-  """Documents on both sides, and how many were left out and why."""
+  """Documents on both sides, and which were left out and why."""
 
   train: list[Document]
   validation: list[Document]
-  counts: dict[str, int]
+  dropped: list[Dropped]
+
+  @property
+  def counts(self) -> dict[str, Any]:
+    """How many documents there are, and how many were dropped by reason."""
+    reasons = [d.reason for d in self.dropped]
+    sides = {'train': len(self.train), 'validation': len(self.validation)}
+    return {
+      'read': sum(sides.values()) + len(reasons),
+      **sides,
+      'dropped': {r: reasons.count(r) for r in dict.fromkeys(reasons)},
+    }
 
 
-def split(documents: Sequence[Document]) -> Split:
+def split(
+  documents: Sequence[Document],
+  duplicates: Duplicates = 'exact',
+  paired: bool = False,
+) -> Split:
   """Splits documents into training and validation without leaks.
 
-  A training document is dropped if more than `MAX_SHARED` of its shingles
-  occur in the validation documents; then a validation document is dropped if
-  more than that share of its own occur in what is left of training (a short
-  document quoted in a long one).
-  """
-  unique = _drop_copies(documents)
-  held_out = np.array([_hash(d.id) < VALIDATION_SHARE for d in unique], bool)
-  if len(unique) > 1 and held_out.all():
-    held_out[0] = False
-  if len(unique) > 1 and not held_out.any():
-    held_out[np.argmin([_hash(d.id) for d in unique])] = True
+  Of documents that are copies one is kept: where any of them is held out, the
+  first of those, so that training loses it. With `near` a training document
+  also goes if more than a fifth of its runs are held out, then a held-out one
+  if more than a fifth of its own are in what is left of training (a short text
+  quoted in a long one), then of two on one side that are alike the second.
+  With `none` all stay, and equal ones stand where the first does.
 
-  shingles = _Shingles(unique)
-  train = np.flatnonzero(~held_out)
-  validation = np.flatnonzero(held_out)
-  keep_train = train[shingles.shared(train, validation) <= MAX_SHARED]
-  keep_val = validation[shingles.shared(validation, keep_train) <= MAX_SHARED]
-  counts = {
-    'train': len(keep_train),
-    'validation': len(keep_val),
-    'copies': len(documents) - len(unique),
-    'near_copies_train': len(train) - len(keep_train),
-    'near_copies_validation': len(validation) - len(keep_val),
-  }
+  Args:
+    documents: in an order that is always the same.
+    duplicates: what counts as a copy.
+    paired: they need a target too.
+  """
+  dropped: list[Dropped] = []
+  full = []
+  for document in documents:
+    if document.text.strip() and (not paired or document.target.strip()):
+      full.append(document)
+    else:
+      dropped.append(Dropped(document.id, EMPTY))
+  runs, keys = near_copies.Runs(), [document[1:] for document in full]
+  if duplicates == 'near':
+    keys = [runs.add(*key) for key in keys]
+  first = _first_equal(keys)
+  draws = np.array([_hash(document.id) for document in full])
+  is_held = _held_out(draws, first, duplicates)
+  kept = np.arange(len(full))
+  if duplicates != 'none':
+    own = draws < VALIDATION_SHARE
+    kept = _without_copies(full, first, own, is_held, dropped)
+  if duplicates == 'near':
+    kept = _without_near_copies(full, kept, is_held, runs, dropped)
   return Split(
-    [unique[i] for i in keep_train], [unique[i] for i in keep_val], counts
+    [full[i] for i in kept[~is_held[kept]]],
+    [full[i] for i in kept[is_held[kept]]],
+    dropped,
   )
 
 
@@ -81,55 +120,84 @@ def fingerprint(documents: Sequence[Document]) -> str:
   return digest.hexdigest()[:16]
 
 
-def normalize(text: str) -> str:
-  """Returns the words alone, in lower case: what makes two texts copies."""
-  return ' '.join(_WORD.findall(text.lower()))
+def summary(counts: dict[str, Any]) -> str:
+  """Returns what became of the documents, in words."""
+  reasons = ', '.join(f'{n:,} {r}' for r, n in counts['dropped'].items())
+  return (
+    f'{counts["read"]:,} documents, {counts["train"]:,} to train on, '
+    f'{counts["validation"]:,} held out, '
+    f'{sum(counts["dropped"].values()):,} dropped'
+    + (f' ({reasons})' if reasons else '')
+  )
 
 
-def _drop_copies(documents: Sequence[Document]) -> list[Document]:
-  """Keeps the first of documents whose words are the same."""
-  first = {}
-  for document in documents:
-    words = normalize(document.text), normalize(document.target)
-    first.setdefault(words, document)
-  return list(first.values())
+def _first_equal(keys: Sequence[Any]) -> np.ndarray:
+  """Returns for each key the place of the first that equals it."""
+  places: dict[Any, int] = {}
+  return np.array([places.setdefault(k, i) for i, k in enumerate(keys)], int)
+
+
+def _held_out(draws, first: np.ndarray, duplicates: str) -> np.ndarray:
+  """Returns which documents are on the side of validation, copies together."""
+  is_held = draws < VALIDATION_SHARE
+  if duplicates == 'none':  # Else a text would be held out for being frequent.
+    is_held = is_held[first]
+  else:
+    is_held[first[is_held]] = True
+    is_held = is_held[first]
+  distinct = np.unique(first)
+  if len(distinct) > 1 and is_held.all():
+    is_held[first == distinct[0]] = False
+  if len(distinct) > 1 and not is_held.any():
+    is_held[first == distinct[np.argmin(draws[distinct])]] = True
+  return is_held
+
+
+def _without_copies(documents, first, own, is_held, dropped) -> np.ndarray:
+  """Returns one document of each group of copies, and names the others.
+
+  `own` is the side that each would be on by itself.
+  """
+  places = np.arange(len(documents))
+  keeper = places.copy()
+  by_rank = np.lexsort((places, own != is_held))[::-1]
+  keeper[first[by_rank]] = by_rank  # The last one written is the first.
+  keeper = keeper[first]
+  for i in np.flatnonzero(keeper != places):
+    document, other = documents[i], documents[keeper[i]]
+    reason = COPY if document[1:] == other[1:] else NEAR_COPY
+    if is_held[i] and not own[i]:
+      reason = HELD_OUT
+    dropped.append(Dropped(document.id, reason, other.id))
+  return np.flatnonzero(keeper == places)
+
+
+def _without_near_copies(documents, kept, is_held, runs, dropped) -> np.ndarray:
+  """Returns which of the kept documents are no near copies of others."""
+  index = runs.index(kept)
+  held = is_held[kept]
+  train = ~held
+
+  def drop(i: int, reason: str, other: int) -> None:
+    ids = [documents[kept[place]].id for place in (i, other)]
+    dropped.append(Dropped(ids[0], reason, ids[1]))
+
+  leaks = train & (index.shared(held) > near_copies.MAX_SHARED)
+  for i in np.flatnonzero(leaks).tolist():
+    drop(i, HELD_OUT, index.closest(i, held))
+  train &= ~leaks
+  leaks = held & (index.shared(train) > near_copies.MAX_SHARED)
+  for i in np.flatnonzero(leaks).tolist():
+    drop(i, TRAINED_ON, index.closest(i, train))
+  held &= ~leaks
+  is_kept = train | held
+  for one, two in index.alike(np.where(is_kept, held.astype(int), -1)):
+    if is_kept[one] and is_kept[two]:
+      is_kept[two] = False
+      drop(two, NEAR_COPY, one)
+  return kept[is_kept]
 
 
 def _hash(name: str) -> float:
   """Returns a number in [0, 1) that depends on nothing but `name`."""
   return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6]) / 2**48
-
-
-class _Shingles:
-  """The set of 64-bit shingle hashes of each document."""
-
-  def __init__(self, documents: Sequence[Document]):
-    ids = {}
-    self._sets = []
-    for document in documents:
-      words = _WORD.findall(f'{document.text} {document.target}'.lower())
-      word_ids = [ids.setdefault(word, len(ids) + 1) for word in words]
-      self._sets.append(_shingle_hashes(np.array(word_ids, np.uint64)))
-
-  def shared(self, of: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """The share of each document's shingles that any of `others` has."""
-    if not len(of) or not len(others):
-      return np.zeros(len(of))
-    known = np.unique(np.concatenate([self._sets[i] for i in others]))
-    hashes = np.concatenate([self._sets[i] for i in of])
-    place = np.searchsorted(known, hashes).clip(max=len(known) - 1)
-    lengths = np.array([len(self._sets[i]) for i in of])
-    starts = np.cumsum(lengths) - lengths
-    return np.add.reduceat(known[place] == hashes, starts, dtype=int) / lengths
-
-
-def _shingle_hashes(word_ids: np.ndarray) -> np.ndarray:
-  """Returns the distinct hashes of all runs of eight words; one at least."""
-  short = max(_SHINGLE - len(word_ids), 0)
-  word_ids = np.pad(word_ids, (0, short))
-  num = len(word_ids) - _SHINGLE + 1
-  hashes = np.zeros(num, np.uint64)
-  for i in range(_SHINGLE):
-    mixed = (hashes ^ word_ids[i : i + num]) * np.uint64(0x9E3779B97F4A7C15)
-    hashes = mixed ^ (mixed >> np.uint64(29))
-  return np.unique(hashes)

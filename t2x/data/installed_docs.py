@@ -69,9 +69,8 @@ def read() -> Iterator[documents_lib.Document]:
   for name, path in dict(_files()).items():
     passages = []
     for passage in _passages(path):
-      words = documents_lib.normalize(passage)
-      if words not in seen and _is_prose(passage):
-        seen.add(words)
+      if passage not in seen and _is_prose(passage):
+        seen.add(passage)
         passages.append(passage)
     if passages:
       yield documents_lib.Document(name, '\n\n'.join(passages) + '\n')
@@ -118,7 +117,7 @@ def _files() -> Iterator[tuple[str, pathlib.Path]]:
 def _passages(path: pathlib.Path) -> list[str]:
   """Returns the pieces of prose that a file may hold."""
   try:
-    text = path.read_text(encoding='utf-8')
+    text = path.read_text(encoding='utf-8-sig')
   except (OSError, UnicodeDecodeError):
     return []  # Listed but removed, or old and not for us.
   if path.name == 'METADATA':

@@ -58,6 +58,13 @@ def check(config: config_lib.DataConfig) -> None:
   corpus_lib.check_source(config)
   if config.source == 'text_files':
     text_files.find(config.files)
+  if (
+    config.duplicates == 'near' and config.source not in corpus_lib.OWN_SOURCES
+  ):
+    raise ValueError(
+      f'data.duplicates=near: {config.source} is taken as TFDS has it, with '
+      'splits of its own. Leave data.duplicates out, or use text_files.'
+    )
   if config.objective.paired != (config.target_field is not None):
     needs = 'needs' if config.objective.paired else 'reads one text and has no'
     raise ValueError(

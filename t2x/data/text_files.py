@@ -5,10 +5,13 @@ import glob
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
+from typing import Any
 import zlib
 
+from t2x import reading
 from t2x.data import documents as documents_lib
 
 _SUFFIXES = ('.txt', '.jsonl', '.txt.gz', '.jsonl.gz')
@@ -61,21 +64,16 @@ def key(paths: list[str], text_field: str, target_field: str | None) -> str:
 def read(
   paths: list[str], text_field: str, target_field: str | None
 ) -> Iterator[documents_lib.Document]:
-  """Yields the documents of all files, leaving out empty ones."""
+  """Yields the documents of all files."""
   root = os.path.commonpath(
     [os.path.dirname(os.path.abspath(p)) for p in paths]
   )
   for path in paths:
     name = os.path.relpath(os.path.abspath(path), root).replace(os.sep, '/')
     if path.endswith(('.jsonl', '.jsonl.gz')):
-      documents = _read_jsonl(path, name, text_field, target_field)
+      yield from _read_jsonl(path, name, text_field, target_field)
     else:
-      documents = _read_txt(path, name, target_field)
-    for document in documents:
-      if document.text.strip() and (
-        not target_field or document.target.strip()
-      ):
-        yield document
+      yield from _read_txt(path, name, target_field)
 
 
 def _read_txt(path: str, name: str, target_field: str | None):
@@ -84,7 +82,7 @@ def _read_txt(path: str, name: str, target_field: str | None):
       f'target_field={target_field!r} needs files with fields, but {path!r} '
       'holds nothing but text. Give .jsonl files for supervised pairs.'
     )
-  text = _decode(path, _read_bytes(path), 0)
+  text = reading.decode(_read_bytes(path), path)
   for i, part in enumerate(_parts(text)):
     yield documents_lib.Document(f'{name}#{i}' if i else name, part)
 
@@ -107,39 +105,50 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def _read_jsonl(path, name, text_field, target_field):
-  offset = 0
-  for i, line in enumerate(_read_bytes(path).split(b'\n'), start=1):
-    text = _decode(path, line, offset)
-    offset += len(line) + 1
-    if not text.strip():
+  for i, line in reading.lines(_read_bytes(path), path):
+    line = line.removeprefix('\ufeff')  # Of files that were joined.
+    if not line.strip():
       continue
-    try:
-      record = json.loads(text)
-    except json.JSONDecodeError as error:
-      raise ValueError(
-        f'{path}:{i}: not a JSON object ({error}). A .jsonl file holds one '
-        'object a line; correct or remove this line.'
-      ) from error
-    fields = [_field(record, text_field, 'text_field', f'{path}:{i}')]
+    place = f'{path}:{i}'
+    record, names = _record(line, place)
+    fields = [_field(record, names, text_field, 'text_field', place)]
     if target_field is not None:
-      fields.append(_field(record, target_field, 'target_field', f'{path}:{i}'))
+      fields.append(_field(record, names, target_field, 'target_field', place))
     yield documents_lib.Document(f'{name}:{i}', *fields)
 
 
-def _field(record, field: str, setting: str, place: str) -> str:
+def _record(line: str, place: str) -> tuple[dict[str, Any], list[str]]:
+  """Returns the object of a line, and its names as often as they stand."""
+  pairs: list[tuple[str, Any]] = []
+
+  def keep(found):
+    pairs[:] = found  # Those of the outermost object come last.
+    return dict(found)
+
+  remedy = 'A .jsonl file holds one object a line; correct or remove this line.'
+  record = reading.parse_json(line, place, remedy, object_pairs_hook=keep)
   if not isinstance(record, dict):
     raise ValueError(
-      f'{place}: expected a JSON object with a field {field!r}, found '
+      f'{place}: expected a JSON object with fields, found '
       f'{type(record).__name__}. Write one object a line.'
     )
+  return record, [name for name, _ in pairs]
+
+
+def _field(record, names, field: str, setting: str, place: str) -> str:
   if field not in record:
     raise ValueError(
       f'{place}: no field {field!r}; it has {sorted(record)}. Set '
       f'data.{setting} to one of these.'
     )
+  if names.count(field) > 1:
+    raise ValueError(
+      f'{place}: field {field!r} stands there {names.count(field)} times. '
+      'Correct or remove this line.'
+    )
   value = record[field]
-  if setting == 'target_field' and isinstance(value, int):
-    value = str(value)  # Classes by number.
+  if setting == 'target_field':
+    value = label_text(value, f'{place}: field {field!r}')
   if not isinstance(value, str):
     raise ValueError(
       f'{place}: field {field!r} must be text, found '
@@ -152,7 +161,31 @@ def _field(record, field: str, setting: str, place: str) -> str:
       f'{place}: field {field!r} holds half of a surrogate pair at character '
       f'{error.start}, which is not text. Correct or remove this line.'
     ) from error
-  return record[field]
+  return value
+
+
+def label_text(value: Any, place: str) -> str:
+  """Returns a target as text: a number, true or false as JSON writes it.
+
+  >>> [label_text(x, 'a.jsonl:1') for x in ('yes', True, 3, 0.50)]
+  ['yes', 'true', '3', '0.5']
+
+  Raises:
+    ValueError: it is something else, or a number that is not finite.
+  """
+  if isinstance(value, str):
+    return value
+  is_number = isinstance(value, int) or (
+    isinstance(value, float) and math.isfinite(value)
+  )
+  if not is_number:
+    names = {type(None): 'null', list: 'a list', dict: 'an object'}
+    raise ValueError(
+      f'{place} is {names.get(type(value), value)}; a target or label is text, '
+      'a finite number, true or false. Correct or remove this line, or set '
+      'data.target_field to another field.'
+    )
+  return json.dumps(value)
 
 
 def _read_bytes(path: str) -> bytes:
@@ -166,17 +199,4 @@ def _read_bytes(path: str) -> bytes:
     raise ValueError(
       f'{path}: damaged gzip file ({error}). Fetch or compress it again, or '
       'leave it out of data.files.'
-    ) from error
-
-
-def _decode(path: str, data: bytes, offset: int) -> str:
-  try:
-    # Some editors put a byte order mark first, which is not text.
-    return data.decode('utf-8').removeprefix('\ufeff')
-  except UnicodeDecodeError as error:
-    position = offset + error.start
-    raise ValueError(
-      f'{path}: not UTF-8: byte 0x{data[error.start]:02x} at offset '
-      f'{position}. Convert the file, for example with '
-      f"'iconv -f LATIN1 -t UTF-8', or leave it out of data.files."
     ) from error

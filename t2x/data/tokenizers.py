@@ -380,6 +380,7 @@ def train(config: Config, texts: Iterable[str]) -> Tokenizer:
       vocab_size=config.vocab_size,
       byte_fallback=True,
       character_coverage=0.9995,
+      required_chars=_SPACE,  # Else a text without blanks would lose them.
       pad_id=vocab_lib.PAD,
       eos_id=vocab_lib.EOS,
       unk_id=vocab_lib.UNK,
@@ -407,12 +408,19 @@ def _chunks(texts: Iterable[str]) -> Iterable[str]:
       left -= len(chunk.encode())
       if left < 0:
         return
-      yield chunk
+      # The trainer would take it for a space, and its ids are those of bytes.
+      yield from filter(None, chunk.split(_SPACE))
 
 
 def _explain(config: SentencePiece, error: RuntimeError) -> ValueError:
   """Returns what SentencePiece meant."""
   given = f'data.tokenizer.vocab_size={config.vocab_size}'
+  if re.search(r'sentences_.empty\(\)|all_chars_count', str(error)):
+    return ValueError(
+      'The training text holds nothing that a tokenizer of kind '
+      '"sentencepiece" could be fitted to: line ends, NUL and U+2581 do not '
+      'count. Give more text, or set data.tokenizer=bytes.'
+    )
   if match := re.search(r'too high .*<= (\d+)', str(error)):
     return ValueError(
       f'{given} is more than this corpus supports, which is {match[1]}. '
@@ -424,4 +432,5 @@ def _explain(config: SentencePiece, error: RuntimeError) -> ValueError:
       f'least {match[1]}. Raise vocab_size, or use the tokenizer of kind '
       '"bytes".'
     )
-  return ValueError(f'Cannot train a tokenizer with {given}: {error}')
+  problem = ' '.join(str(error).split())
+  return ValueError(f'Cannot train a tokenizer with {given}: {problem}')

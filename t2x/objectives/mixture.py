@@ -46,6 +46,7 @@ class Task:
     files: of text_files.
     text_field: the field with the text.
     target_field: the field with the target's text, or label.
+    duplicates: which documents are dropped as copies.
   """
 
   name: str = ''
@@ -56,6 +57,7 @@ class Task:
   files: str | None = None
   text_field: str | None = None
   target_field: str | None = None
+  duplicates: Literal['exact', 'near', 'none'] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ import re
 import numpy as np
 
 from t2x import paths
+from t2x import reading
 from t2x.pipeline import operations as ops
 from t2x.pipeline import schedule as schedule_lib
 
@@ -89,8 +90,9 @@ def read(path: str) -> schedule_lib.Schedule:
       f'{path}: there is no such file. A run keeps a copy of its table, '
       'WORKDIR/schedule.csv; scripts/show_schedule.py --csv=FILE writes one.'
     )
+  text = reading.text(file)
   try:
-    return _parsed(file.read_text())
+    return _parsed(text)
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from error
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import stat
 
 import numpy as np
@@ -141,7 +142,8 @@ def test_settings_are_part_of_the_fingerprint(tmp_path):
 
 def test_near_copies_of_held_out_documents_are_not_trained_on(tmp_path):
   _write(tmp_path / 'a.jsonl')
-  corpus = corpus_lib.prepare(_config(tmp_path))
+  config = _config(tmp_path, duplicates='near')
+  corpus = corpus_lib.prepare(config)
   held_out = [
     corpus.tokenizer.decode(d)
     for d in _documents(corpus.streams('validation')[0])
@@ -149,14 +151,86 @@ def test_near_copies_of_held_out_documents_are_not_trained_on(tmp_path):
   with open(tmp_path / 'b.jsonl', 'w') as file:
     for text in held_out:
       file.write(json.dumps({'text': f'An edited copy: {text}'}) + '\n')
-  corpus = corpus_lib.prepare(_config(tmp_path))
+  corpus = corpus_lib.prepare(config)
   for split in ('train', 'validation'):
     for document in _documents(corpus.streams(split)[0]):
       assert 'An edited' not in corpus.tokenizer.decode(document)
-  builder = corpus_lib.open_builder(_config(tmp_path))
-  metadata = builder.info.metadata
-  assert metadata is not None
-  assert metadata['counts']['near_copies_train'] >= len(held_out) - 1
+  dropped = corpus.documents['dropped']
+  assert dropped['held_out'] >= len(held_out) - 1
+  assert sum(dropped.values()) == len(held_out)
+  text = ''.join(map(corpus.tokenizer.decode, _all(_config(tmp_path))))
+  assert text.count('An edited') == len(held_out)
+
+
+def _all(config):
+  streams = corpus_lib.prepare(config).splits.values()
+  return [d for (stream,) in streams for d in _documents(stream)]
+
+
+def test_each_rule_of_copies_has_a_corpus_of_its_own(tmp_path, caplog):
+  texts = [_text(i) for i in range(30)]
+  texts += [texts[0], texts[1].replace(' ', '  ', 1), texts[2].upper(), ' ']
+  path = tmp_path / 'a.jsonl'
+  path.write_text('\n'.join(json.dumps({'text': t}) for t in texts))
+  expected = {
+    'none': {'empty': 1},
+    'exact': {'empty': 1, 'copy': 1},
+    'near': {'empty': 1, 'copy': 1, 'near_copy': 1},
+  }
+  prints = set()
+  with caplog.at_level('INFO', 't2x'):
+    for duplicates, dropped in [*expected.items(), *expected.items()]:
+      caplog.clear()
+      config = _config(tmp_path, duplicates=duplicates)
+      corpus = corpus_lib.prepare(config)
+      prints.add(corpus.fingerprint)
+      facts = corpus.documents
+      assert facts['dropped'] == dropped
+      assert (facts['duplicates'], facts['read']) == (duplicates, 34)
+      assert len(_all(config)) == facts['train'] + facts['validation']
+      lines = pathlib.Path(facts['list']).read_text().split('\n')[:-1]
+      rows = [json.loads(line) for line in lines]
+      reasons = [row['reason'] for row in rows]
+      assert {r: reasons.count(r) for r in reasons} == dropped
+      assert rows[0] == {'id': 'a.jsonl:34', 'reason': 'empty', 'other': None}
+      assert all(row['other'] for row in rows[1:])
+      assert f'{len(rows)} dropped (1 empty' in caplog.text
+      assert facts['list'] in caplog.text
+  assert len(prints) == 3
+
+
+def test_a_tfds_dataset_is_taken_as_it_is(tmp_path):
+  config = _tfds_config(tmp_path, duplicates='near')
+  with pytest.raises(ValueError, match='duplicates=near: local_pairs is taken'):
+    pipeline.check(config)
+  assert corpus_lib.prepare(_tfds_config(tmp_path)).documents == {}
+
+
+def test_labels_of_json_lines_are_classes(tmp_path):
+  """Numbers and true, false: in the rows, and by the names of the classes."""
+  values = [True, False, 3, 0.5, 'yes']
+  lines = [
+    json.dumps({'text': f'{i} {_text(i)}', 'label': values[i % 5]})
+    for i in range(100)
+  ]
+  (tmp_path / 'a.jsonl').write_text('\n'.join(lines))
+  config = _config(
+    tmp_path,
+    target_field='label',
+    objective=classification.Classification(num_classes=5),
+    batching=config_lib.Pad(),
+  )
+  pipeline.check(config)
+  corpus = corpus_lib.prepare(config)
+  (labels,) = words.label_texts(config, corpus).values()
+  assert sorted(labels) == ['0.5', '3', 'false', 'true', 'yes']
+  for batch in pipeline.eval_batches(corpus, config, 'validation'):
+    for row, found in zip(batch['inputs'], batch['class0_targets'][:, 0]):
+      if row.any():
+        i = int(corpus.tokenizer.decode(row.tolist()).split()[0])
+        value = values[i % 5]
+        text = value if isinstance(value, str) else json.dumps(value)
+        assert labels[found] == text
 
 
 def test_pairs_stay_together(tmp_path):
@@ -189,6 +263,8 @@ class LocalPairs(tfds.core.GeneratorBasedBuilder):
       'question': text,
       'answer': text,
       'number': np.int64,
+      'score': np.float32,
+      'flag': np.bool_,
       'parity': tfds.features.ClassLabel(names=['even', 'odd']),
     }
     return tfds.core.DatasetInfo(
@@ -209,6 +285,8 @@ class LocalPairs(tfds.core.GeneratorBasedBuilder):
           'question': _text(i),
           'answer': _text(-i % 999),
           'number': i,
+          'score': i / 10,
+          'flag': i % 3 == 0,
           'parity': i % 2,
         },
       )
@@ -249,13 +327,30 @@ def test_classes_of_a_tfds_dataset_are_their_names(tmp_path):
         assert found == number[text[:20]] % 2
 
 
+@pytest.mark.parametrize('field', ['number', 'score', 'flag'])
+def test_numbers_of_a_tfds_dataset_are_targets(tmp_path, field):
+  """As JSON writes them, in as few digits as their precision has."""
+  config = _tfds_config(
+    tmp_path, target_field=field, objective=source_target.SourceTarget()
+  )
+  corpus = corpus_lib.prepare(config)
+  (_, targets) = corpus.streams('test')
+  found = sorted(map(corpus.tokenizer.decode, _documents(targets)))
+  expected = {
+    'number': [str(i) for i in range(9)],
+    'score': [f'0.{i}' for i in range(9)],
+    'flag': ['true' if i % 3 == 0 else 'false' for i in range(9)],
+  }
+  assert found == sorted(expected[field])
+
+
 def test_tfds_errors(tmp_path):
   def fails(match, **changes):
     with pytest.raises(ValueError, match=match):
       corpus_lib.prepare(_tfds_config(tmp_path, **changes))
 
   fails(
-    r"no field 'text'; it has \['answer', 'number', 'parity', 'question'\]. "
+    r"no field 'text'; it has \['answer', 'flag', 'number', 'parity', .*\]. "
     'Set data.text_field',
     text_field='text',
   )
@@ -368,6 +463,6 @@ def test_lost_examples_are_noticed(tmp_path):
   with pytest.raises(AssertionError, match='train'):
     builders.prepare(
       builders.text_files_builder(
-        str(tmp_path / 'data'), config.files, 'text', None
+        str(tmp_path / 'data'), config.files, 'text', None, 'exact'
       )
     )

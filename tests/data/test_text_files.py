@@ -32,8 +32,86 @@ def test_reads_all_four_kinds(tmp_path):
 def test_pairs(tmp_path):
   path = tmp_path / 'a.jsonl'
   path.write_text('{"en": "yes", "de": "ja"}\n\n{"en": "no", "de": " "}\n')
-  (document,) = _read(path, text_field='en', target_field='de')
-  assert (document.text, document.target) == ('yes', 'ja')
+  documents = _read(path, text_field='en', target_field='de')
+  assert documents == [('a.jsonl:1', 'yes', 'ja'), ('a.jsonl:3', 'no', ' ')]
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path):
+  odd = 'a\x0bb\x0cc\x1cd\x85e\u2028f\u2029g\rh'
+  record = json.dumps({'text': odd}, ensure_ascii=False)
+  path = tmp_path / 'a.jsonl'
+  path.write_bytes(f'\ufeff{record}\r\n\r\n{record}\n'.encode())
+  assert _read(path) == [('a.jsonl:1', odd, ''), ('a.jsonl:3', odd, '')]
+  (tmp_path / 'a.txt').write_bytes(f'\ufeff{odd}\r\n'.encode())
+  assert _read(tmp_path / 'a.txt') == [('a.txt', odd + '\r\n', '')]
+
+
+@pytest.mark.parametrize(
+  'value, text',
+  [
+    ('true', 'true'),
+    ('false', 'false'),
+    ('3', '3'),
+    ('-0', '0'),
+    ('3.0', '3.0'),
+    ('0.50', '0.5'),
+    ('1e3', '1000.0'),
+    ('12345678901234567890123', '12345678901234567890123'),
+    ('"true"', 'true'),
+  ],
+)
+def test_labels_that_are_no_text(tmp_path, value, text):
+  path = tmp_path / 'a.jsonl'
+  path.write_text(f'{{"text": "a", "label": {value}}}')
+  (document,) = _read(path, target_field='label')
+  assert document.target == text
+
+
+@pytest.mark.parametrize(
+  'value, name',
+  [
+    ('null', 'null'),
+    ('[1]', 'a list'),
+    ('{"a": 1}', 'an object'),
+    ('NaN', 'nan'),
+    ('-1e999', '-inf'),
+  ],
+)
+def test_labels_that_cannot_be(tmp_path, value, name):
+  path = tmp_path / 'a.jsonl'
+  path.write_text(f'\n{{"text": "a", "label": {value}}}')
+  with pytest.raises(
+    ValueError, match=f"a.jsonl:2: field 'label' is {name}; a target .* text"
+  ) as error:
+    _read(path, target_field='label')
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'line, message',
+  [
+    ('[' * 100_000, r'a.jsonl:2 is not JSON \(it is nested too deeply'),
+    ('{"text": "a", "x": ' + '[' * 9999 + ']' * 9999 + '}', 'too deeply'),
+    ('{"a": ' * 50_000, 'a.jsonl:2 is not JSON .*too deeply'),
+    (
+      '{"text": "a", "n": ' + '1' * 5000 + '}',
+      r'a.jsonl:2 is not JSON \(a number has more than 4300 digits\)',
+    ),
+    ('{"text": "a", "text": "b"}', "a.jsonl:2: field 'text' stands .* 2 times"),
+    ('{"text": "a"} {"text": "b"}', 'a.jsonl:2 is not JSON .Extra data'),
+  ],
+)
+def test_lines_that_json_cannot_hold(tmp_path, line, message):
+  (tmp_path / 'a.jsonl').write_text('{"text": "a"}\n' + line)
+  with pytest.raises(ValueError, match=message) as error:
+    _read(tmp_path / 'a.jsonl')
+  assert '\n' not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_what_is_not_read_may_be_odd(tmp_path):
+  line = '{"a": {"text": 1, "text": 2}, "n": NaN, "n": 1e999, "text": "b"}'
+  (tmp_path / 'a.jsonl').write_text(line)
+  assert _read(tmp_path / 'a.jsonl') == [('a.jsonl:1', 'b', '')]
 
 
 def test_long_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path):
@@ -81,26 +159,25 @@ def test_unknown_type(tmp_path):
 
 @pytest.mark.parametrize('packed', [False, True])
 def test_invalid_utf8(tmp_path, packed):
-  data = b'gut ' * 10 + 'gr\xf6\xdfer'.encode('latin-1')
+  data = b'gut\n' * 2 + b'gut ' * 8 + 'gr\xf6\xdfer'.encode('latin-1')
   path = tmp_path / ('a.txt.gz' if packed else 'a.txt')
   path.write_bytes(gzip.compress(data) if packed else data)
   with pytest.raises(
-    ValueError, match=r'a.txt.*: not UTF-8: byte 0xf6 at offset 42. .*iconv'
+    ValueError,
+    match=r'a.txt(.gz)?:3: not UTF-8: byte 0xf6 at offset 42. .*iconv',
   ):
     _read(path)
 
 
 def test_invalid_utf8_in_jsonl_counts_from_the_start_of_the_file(tmp_path):
   (tmp_path / 'a.jsonl').write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
-  with pytest.raises(ValueError, match='byte 0xff at offset 24'):
+  with pytest.raises(ValueError, match='a.jsonl:2: .* byte 0xff at offset 24'):
     _read(tmp_path / 'a.jsonl')
 
 
 def test_bad_json_names_file_and_line(tmp_path):
   (tmp_path / 'a.jsonl').write_text('{"text": "a"}\n\n{"text": \n')
-  with pytest.raises(
-    ValueError, match='a.jsonl:3: not a JSON object .* remove'
-  ):
+  with pytest.raises(ValueError, match='a.jsonl:3 is not JSON .* remove'):
     _read(tmp_path / 'a.jsonl')
 
 

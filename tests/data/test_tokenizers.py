@@ -114,6 +114,34 @@ def test_vocabulary_smaller_than_the_alphabet():
     tokenizers.train(config, TEXTS)
 
 
+@pytest.mark.parametrize(
+  'text', ['\u2581' * 50, '\u2581\n\u2581', '\n\n', '\x00' * 9, '', None]
+)
+def test_text_that_nothing_can_be_fitted_to(text):
+  texts = [] if text is None else [text] * 20
+  for size in (362, 8192):
+    with pytest.raises(
+      ValueError, match=r'holds nothing that .* set data\.tokenizer=bytes\.$'
+    ) as error:
+      tokenizers.train(tokenizers.SentencePiece(vocab_size=size), texts)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('text', ['aaab' * 99, '\u6211\u53bb' * 99, 'a\u2581b'])
+def test_a_text_without_blanks_loses_none(text):
+  """Their piece is there although the trainer has seen none."""
+  tokenizer = tokenizers.train(tokenizers.SentencePiece(vocab_size=364), [text])
+  for hard in (*HARD, text, ' ', 'a b'):
+    assert tokenizer.decode(tokenizer.encode(hard)) == hard
+
+
+def test_what_stands_for_a_space_inside_is_not_learned():
+  texts = ['ab cd ' + '\u2581' * 6 + ' '] * 50
+  config = tokenizers.SentencePiece(vocab_size=368)
+  pieces = tokenizers.train(config, texts).pieces()
+  assert '\u2581' in pieces and not [p for p in pieces if '\u2581' * 3 in p]
+
+
 def test_bad_settings():
   with pytest.raises(
     ValueError, match=r'data\.tokenizer\.vocab_size=300 must be more than 361'
