@@ -50,6 +50,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
   },
 }
 NAMES = tuple(_DEFAULTS)
+_PARTIAL = 'partial_rotary_factor'
 # They say which layers slide; in the others all do, or none.
 BY_LAYER = ('qwen2', 'qwen3', 'gemma2', 'smollm3')
 
@@ -74,6 +75,10 @@ def as_llama(hf: Hf) -> dict[str, Any]:
     hf['hidden_act'] = 'gelu_pytorch_tanh'
   if kind in ('mistral', 'qwen2', 'phi3'):
     hf['attention_bias'] = kind == 'qwen2'
+  rope = hf.get('rope_parameters')
+  if kind == 'phi3' and rope:  # Llama's turn whole heads.
+    hf['rope_parameters'] = {k: v for k, v in rope.items() if k != _PARTIAL}
+    hf |= {k: v for k, v in rope.items() if k == _PARTIAL}
   return hf
 
 
@@ -145,8 +150,7 @@ def _partial(rotary: Any, hf: Hf) -> position.Rotary:
       "rope_type='llama3' in the config; a phi3 has default or longrope, and "
       't2x default of them.'
     )
-  rope, name = hf.get('rope_parameters') or {}, 'partial_rotary_factor'
-  share = _number({name: 1.0, **hf, **rope}, name, nullable=False)
+  share = _number({_PARTIAL: 1.0, **hf}, _PARTIAL, nullable=False)
   return dataclasses.replace(rotary, fraction=share)
 
 
