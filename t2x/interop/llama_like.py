@@ -50,6 +50,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
   },
 }
 NAMES = tuple(_DEFAULTS)
+_PARTIAL = 'partial_rotary_factor'
+_SLIDES = 'use_sliding_window'
 # They say which layers slide; in the others all do, or none.
 BY_LAYER = ('qwen2', 'qwen3', 'gemma2', 'smollm3')
 
@@ -74,6 +76,10 @@ def as_llama(hf: Hf) -> dict[str, Any]:
     hf['hidden_act'] = 'gelu_pytorch_tanh'
   if kind in ('mistral', 'qwen2', 'phi3'):
     hf['attention_bias'] = kind == 'qwen2'
+  rope = hf.get('rope_parameters')
+  if kind == 'phi3' and rope:  # Llama's turn whole heads.
+    hf['rope_parameters'] = {k: v for k, v in rope.items() if k != _PARTIAL}
+    hf |= {k: v for k, v in rope.items() if k == _PARTIAL}
   return hf
 
 
@@ -94,12 +100,11 @@ def adapted(config: Config, hf: Hf) -> Config:
     own = norm.RMSNorm(eps=config.norm.eps, unit_offset=True)
     change |= {'norm': own, 'embed_scale': True}
   if kind == 'gemma2':
-    cap = _number(hf, 'final_logit_softcapping')
+    cap = _optional(hf, 'final_logit_softcapping')
     change |= {'residual': 'sandwich', 'logit_soft_cap': cap}
   if kind == 'phi3':
     change |= {'position': _partial(config.position, hf)}
-    rate = _number({'resid_pdrop': 0.0, **hf}, 'resid_pdrop', low=0)
-    change |= {'dropout': rate or 0.0}
+    change |= {'dropout': hf.get('resid_pdrop', 0.0)}
   layers = _layers(heads, hf)
   return with_layers(dataclasses.replace(config, **change), layers)
 
@@ -129,11 +134,11 @@ def _heads(hf: Hf, config: Config) -> dict[str, Any]:
   if kind == 'qwen3':
     return {'qk_norm': True, 'qk_norm_eps': config.norm.eps}
   if kind == 'gemma2':
-    scalar = _number(hf, 'query_pre_attn_scalar', nullable=False)
+    scalar = _number(hf, 'query_pre_attn_scalar')
     plain = scalar == config.attention.head_dim
     return {
       'scale': None if plain else scalar**-0.5,
-      'soft_cap': _number(hf, 'attn_logit_softcapping'),
+      'soft_cap': _optional(hf, 'attn_logit_softcapping'),
     }
   return {}
 
@@ -145,8 +150,7 @@ def _partial(rotary: Any, hf: Hf) -> position.Rotary:
       "rope_type='llama3' in the config; a phi3 has default or longrope, and "
       't2x default of them.'
     )
-  rope, name = hf.get('rope_parameters') or {}, 'partial_rotary_factor'
-  share = _number({name: 1.0, **hf, **rope}, name, nullable=False)
+  share = _number({_PARTIAL: 1.0, **hf}, _PARTIAL)
   return dataclasses.replace(rotary, fraction=share)
 
 
@@ -170,13 +174,12 @@ def _turned(hf: Hf, num: int) -> list[bool]:
   """Returns which layers of a SmolLM3 have positions."""
   given, name = hf.get('no_rope_layers'), 'no_rope_layer_interval'
   if given is None:
-    every = _number({name: 4, **hf}, name, whole=True, nullable=False)
+    every = _number({name: 4, **hf}, name, whole=True)
     return [(i + 1) % every != 0 for i in range(num)]
   whole = isinstance(given, list) and len(given) >= num
   if not whole or any(turns not in (0, 1) for turns in given):
-    raise ValueError(
-      f'no_rope_layers={values.shown(given)} in the config; it is a 1 or a 0 '
-      f'for each of num_hidden_layers={num}.'
+    raise values.Wrong(
+      'no_rope_layers', given, f'a 1 or a 0 for each of num_hidden_layers={num}'
     )
   return [bool(turns) for turns in given[:num]]
 
@@ -184,22 +187,20 @@ def _turned(hf: Hf, num: int) -> list[bool]:
 def _windows(hf: Hf, turned: Sequence[bool]) -> list[int | None]:
   """Returns the tokens that each layer sees, None for all."""
   kind, num = hf['model_type'], len(turned)
-  window = _number(hf, 'sliding_window', whole=True)
+  window = _optional(hf, 'sliding_window', whole=True)
   if kind == 'gemma':
     return [None] * num
   if kind not in BY_LAYER:
     return [window] * num
-  if kind != 'gemma2' and not hf.get('use_sliding_window'):
+  if kind != 'gemma2' and not values.flag(_SLIDES, hf.get(_SLIDES)):
     return [None] * num
   types = hf.get('layer_types')
   if types is None:
     types = _default_types(hf, turned)
   whole = isinstance(types, list) and len(types) == num
   if not whole or any(name not in (SLIDING, FULL) for name in types):
-    raise ValueError(
-      f'layer_types={values.shown(types)} in the config; it is {SLIDING} or '
-      f'{FULL} for each of num_hidden_layers={num}.'
-    )
+    needed = f'{SLIDING} or {FULL} for each of num_hidden_layers={num}'
+    raise values.Wrong('layer_types', types, needed)
   if window is None and kind == 'gemma2' and SLIDING in types:
     raise ValueError(
       'sliding_window=None in the config, and some of layer_types are '
@@ -216,28 +217,16 @@ def _default_types(hf: Hf, turned: Sequence[bool]) -> list[str]:
   elif kind == 'smollm3':
     slides = [not turns for turns in turned]
   else:
-    first = _number({name: 28, **hf}, name, low=0, whole=True, nullable=False)
+    first = _number({name: 28, **hf}, name, above=-1, whole=True)
     slides = [i >= first for i in range(len(turned))]
   return [SLIDING if slide else FULL for slide in slides]
 
 
-def _number(
-  hf: Hf,
-  name: str,
-  *,
-  low: int | None = None,
-  whole: bool = False,
-  nullable: bool = True,
-) -> Any:
-  """Returns a setting that is a number, above 0 or from `low` on."""
-  value = hf.get(name)
-  if value is None and nullable:
-    return None
-  fits = isinstance(value, int if whole else int | float)
-  if fits and not isinstance(value, bool):
-    if value > 0 if low is None else value >= low:
-      return value
-  what = 'whole number' if whole else 'number'
-  which = 'above 0' if low is None else f'from {low} on'
-  given = values.shown(value)
-  raise ValueError(f'{name}={given} in the config; it is a {what} {which}.')
+def _number(hf: Hf, name: str, *, above: int = 0, whole: bool = False) -> Any:
+  """Returns a setting that is a number above a bound."""
+  return values.within(name, hf.get(name), above=above, whole=whole)
+
+
+def _optional(hf: Hf, name: str, *, whole: bool = False) -> Any:
+  """Returns a setting that is a number above 0, or null."""
+  return None if hf.get(name) is None else _number(hf, name, whole=whole)

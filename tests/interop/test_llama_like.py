@@ -511,16 +511,17 @@ LONG = {'type': 'longrope', 'short_factor': [1.0], 'long_factor': [2.0]}
       "layer_types=.'chunked_attention'",
     ),
     (GEMMA2 | {'final_logit_softcapping': -1}, 'softcapping=-1; it must be'),
-    (GEMMA2 | {'query_pre_attn_scalar': None}, 'pre_attn_scalar=None in the'),
+    (GEMMA2 | {'query_pre_attn_scalar': None}, 'attn_scalar=None; it must be'),
     (GEMMA2 | {'use_bidirectional_attention': True}, 'bidirectional_attention'),
     (
       QWEN3 | {'use_sliding_window': True, 'max_window_layers': None},
-      'max_window_layers=None in the config; it is a whole number from 0 on',
+      'max_window_layers=None; it must be a whole number, 0 or more',
     ),
-    (SMOLLM3 | {'no_rope_layers': [1, 0]}, 'no_rope_layers=.1, 0. in the'),
-    (SMOLLM3 | {'no_rope_layer_interval': 0}, 'interval=0 in the config'),
+    (QWEN3 | {'use_sliding_window': 'no'}, "use_sliding_window='no'; it must"),
+    (SMOLLM3 | {'no_rope_layers': [1, 0]}, 'no_rope_layers=.1, 0.; it must be'),
+    (SMOLLM3 | {'no_rope_layer_interval': 0}, 'interval=0; it must be'),
     (PHI3 | {'rope_scaling': LONG}, "rope_type='longrope'"),
-    (PHI3 | {'partial_rotary_factor': 0}, 'partial_rotary_factor=0 in the'),
+    (PHI3 | {'partial_rotary_factor': 0}, 'partial_rotary_factor=0; it must'),
   ],
 )
 def test_what_a_family_cannot_have(hf, message):
@@ -550,7 +551,7 @@ def test_what_the_nearest_family_lacks_is_named(pairs):
   with pytest.raises(ValueError, match='is mistral, .*logit_soft_cap=3'):
     exported.from_t2x(dataclasses.replace(config, logit_soft_cap=3.0))
   heads = dataclasses.replace(config.attention, bias=True, qk_norm=True)
-  with pytest.raises(ValueError, match='(?s)is qwen3, .*scale=0.5'):
+  with pytest.raises(ValueError, match='is qwen3, .*scale=0.5'):
     exported.from_t2x(
       dataclasses.replace(
         config, attention=dataclasses.replace(heads, scale=0.5)
