@@ -1,7 +1,6 @@
 """A run whose batch size changes reads on where it was."""
 
 import collections
-import itertools
 
 import numpy as np
 import pytest
@@ -103,7 +102,7 @@ def test_any_batch_sizes_read_one_sequence(tmp_path, kind):
   settings = ONE_GROUP[kind]
   pairs = 'objective' in settings
   corpus = _corpus(tmp_path, _lengths(60), 1 + pairs)
-  for seed in range(20):
+  for seed in range(3):
     sizes = _random_sizes(seed)
     found = _flat(_numbers(corpus, sizes, **settings))
     want = _flat(_numbers(corpus, [(len(found), 1)], **settings))
@@ -134,7 +133,7 @@ def test_mixtures_read_one_sequence_of_each_task(tmp_path):
     for part in step
     for b in range(len(part['inputs']))
   ]
-  for seed in range(5):
+  for seed in range(2):
     sizes = _random_sizes(seed, least=3)
     found = one(sizes, hosts=3)
     assert found == one([(len(found), 1)])
@@ -151,8 +150,8 @@ def test_an_epoch_in_buckets_is_read_once_whatever_the_sizes(tmp_path):
   sizes_of, tried = (24, 48, 12), 0
   lengths = _in_buckets(sizes_of)
   corpus = _corpus(tmp_path, lengths)
-  for first, second in itertools.permutations((2, 3, 4, 6, 12), 2):
-    for steps in range(1, 84 // first):
+  for first, second in ((2, 3), (4, 6), (6, 2), (6, 4), (12, 3), (12, 6)):
+    for steps in range(1, 84 // first, 5):
       begun, *_ = _numbers(corpus, [(steps, first)], batching=BUCKETS)
       read = collections.Counter(lengths[n] for n, _ in _flat([begun]))
       left = [n - read[at] for n, at in zip(sizes_of, (10, 25, 50))]
@@ -165,10 +164,10 @@ def test_an_epoch_in_buckets_is_read_once_whatever_the_sizes(tmp_path):
       epochs = [_flat(reads[:2]), _flat(reads[2:])]
       for visit, epoch in enumerate(epochs):
         assert sorted(epoch) == [(n, visit) for n in range(84)]
-  assert tried > 50
+  assert tried > 10
 
 
-@pytest.mark.parametrize('seed', range(30))
+@pytest.mark.parametrize('seed', range(12))
 def test_no_row_in_buckets_is_read_twice_in_a_visit_or_left_out(tmp_path, seed):
   """Batch sizes that merge buckets, and sizes that part them again."""
   rng = np.random.default_rng(seed)
@@ -179,7 +178,7 @@ def test_no_row_in_buckets_is_read_twice_in_a_visit_or_left_out(tmp_path, seed):
     (int(rng.integers(0, 9)), int(rng.integers(1, min(num, 20) + 1)))
     for _ in range(4)
   ]
-  sizes.append((4 * num, 1))
+  sizes.append((3 * num, 1))
   found = _flat(_numbers(corpus, sizes, batching=BUCKETS))
   assert len({*found}) == len(found)
   counts = collections.Counter(number for number, _ in found)
@@ -188,7 +187,7 @@ def test_no_row_in_buckets_is_read_twice_in_a_visit_or_left_out(tmp_path, seed):
   assert max(counts.values()) - min(counts.values()) <= 2 + len(sizes)
 
 
-@pytest.mark.parametrize('seed', range(20))
+@pytest.mark.parametrize('seed', range(10))
 def test_streams_are_dealt_anew(tmp_path, seed):
   settings = {'batching': config_lib.Stream(), 'length': 16}
   corpus = _corpus(tmp_path, _lengths(60, seed))
