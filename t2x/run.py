@@ -65,13 +65,18 @@ class Run:
 
   def _compile(self) -> None:
     """Makes the programs of a run as long as its history says."""
-    self.num_steps = experiment.num_steps(self.config, self.history)
+    self.num_steps = self._num_steps()
     self.program = program_lib.Program(
       self.config, self.mesh, num_steps=self.num_steps
     )
     if self._executable is not None:
       own = executables.load(self._executable, self.program)
       self.program.replace(own)
+
+  def _num_steps(self) -> int:
+    num_steps = experiment.num_steps(self.config, self.history)
+    assert num_steps is not None  # The corpus is there.
+    return num_steps
 
   def _segment(self, **changes) -> history.Segment:
     """Returns how the run reads from its step on."""
@@ -93,8 +98,10 @@ class Run:
     self.step, self.state, _ = restored
     _log.info('Going on from the checkpoint of step %d.', self.step)
     self.history = history.going_on(before, self._segment())
-    _tell(before, self.history)
-    if experiment.num_steps(self.config, self.history) != self.num_steps:
+    changed = history.change(before, self.history)
+    if changed:
+      _log.warning(changed)
+    if self._num_steps() != self.num_steps:
       self._compile()
     self.state = self.program.with_memory(self.state)
 
@@ -282,28 +289,3 @@ def _moves_rows(name: str) -> bool:
   """Whether a changed setting may change the order of rows."""
   keeps = name in experiment.OUTER_SETTINGS or name == 'data.batch_size'
   return name == 'train.seed' or (name.startswith('data.') and not keeps)
-
-
-def _tell(before: list[history.Segment], after: list[history.Segment]) -> None:
-  """Logs where the data goes on, if it does not as it did."""
-  was, now = before[-1], after[-1]
-  if now in before or not now.step:
-    return
-  if was.order != now.order:
-    _log.warning(
-      'What the order of the data depends on (its text, data.length, data.'
-      'batching, data.objective, data.train_split or train.seed) has changed: '
-      'at step %d the order of the data begins anew, so that what was read '
-      'before may be read again before the rest is.',
-      now.step,
-    )
-    return
-  _log.info(
-    'data.batch_size=%d up to step %d and %d from there: the data goes on at '
-    'the rows that are next, and none is left out or read twice. An epoch is '
-    'now %d steps.',
-    was.batch_size,
-    now.step,
-    now.batch_size,
-    now.epoch,
-  )

@@ -16,6 +16,7 @@ import numpy as np
 from t2x.data import config as config_lib
 from t2x.data import corpus as corpus_lib
 from t2x.data import history
+from t2x.data import in_order
 from t2x.data import order
 from t2x.data import rows as rows_lib
 from t2x.data import words
@@ -96,9 +97,9 @@ class TrainBatches:
 def _in_order(layout, sizes: Sequence[int], steps: Sequence[int]):
   """Returns the plan of the last of several batch sizes."""
   (num,) = layout.group_sizes()
-  plan = order.InOrder(num, sizes[0])
+  plan = in_order.InOrder(num, sizes[0])
   for size, length in zip(sizes[1:], steps, strict=True):
-    plan = order.InOrder(num, size, *plan.rest(length))
+    plan = in_order.InOrder(num, size, *plan.rest(length))
   return plan
 
 
@@ -141,7 +142,7 @@ class EvalBatches:
       [math.ceil(s / config.batch_size) for s in self._sizes]
     )
     if self._make.in_order:
-      self._plan = order.InOrder(self._sizes[0], config.batch_size)
+      self._plan = in_order.InOrder(self._sizes[0], config.batch_size)
 
   def __len__(self) -> int:
     return int(self._ends[-1])
