@@ -118,6 +118,18 @@ def resolve_num_steps(config: experiment.Experiment, corpus) -> int:
   return steps
 
 
+def _tell_of_warmup(schedule: optim.Schedule, num_steps: int) -> None:
+  warmup = optim.warmup_updates(schedule, num_steps)
+  if warmup < schedule.warmup_steps:
+    _log.warning(
+      'optim.schedule.warmup_steps=%d leaves a run of %d updates no room for '
+      'the end of its schedule; the warmup is cut to %d.',
+      schedule.warmup_steps,
+      num_steps,
+      warmup,
+    )
+
+
 @contextlib.contextmanager
 def _stop_signals():
   """Yields a list that fills when the process is asked to stop."""

@@ -90,6 +90,7 @@ def num_steps(
 ) -> int:
   """Returns the steps of a run that reads so many epochs or tokens in all."""
   last = segments[-1]
+  # As written: 1.1 epochs of 10 steps are 11, and not 12 by a rounding.
   if epochs is not None:
     left, each = Fraction(str(epochs)), lambda s: Fraction(1, s.epoch)
   else:
