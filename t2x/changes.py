@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import dataclasses
 
 from t2x import experiment
+from t2x.data import config as data_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class Change:
   text: str
   concerns: Callable[[experiment.Experiment], bool] = lambda config: True
 
+
+_NOTHING_DRAWN = 'causal_lm', 'source_target', 'classification'
 
 CHANGES: tuple[Change, ...] = (
   Change(
@@ -48,6 +51,26 @@ CHANGES: tuple[Change, ...] = (
     text='train.sampling replaces its whole share at the last of its `steps`, '
     'one step sooner than before.',
     concerns=lambda c: c.train.sampling is not None,
+  ),
+  Change(
+    name='draws_by_example',
+    date='2026-11-30',
+    text='What is drawn for an example (masks, spans, prefixes, orders) goes '
+    'by the example and its visit, not by its number since the start: the '
+    'rows and their order are as before, their masks are others.',
+    concerns=lambda c: any(
+      own.objective.kind not in _NOTHING_DRAWN
+      for own in data_config.parts(c.data).values()
+    ),
+  ),
+  Change(
+    name='tokens_of_padded_rows',
+    date='2026-11-30',
+    text='train.num_tokens counts the tokens that padded rows hold, where it '
+    'counted their padding too, so that a run is longer.',
+    concerns=lambda c: (
+      c.train.num_tokens is not None and not data_config.is_full(c.data)
+    ),
   ),
 )
 

@@ -109,7 +109,12 @@ class Checkpoints:
     return max(self._steps(), default=None)
 
   def restore(
-    self, shapes: Any, step: int | None = None, *, partial: bool = False
+    self,
+    shapes: Any,
+    step: int | None = None,
+    *,
+    partial: bool = False,
+    fresh: str | None = None,
   ):
     """Restores the newest checkpoint that is whole.
 
@@ -121,6 +126,8 @@ class Checkpoints:
       step: take this one; default the newest.
       partial: `shapes` is a part of what was saved (a model without its
         optimizer), and the files are only read.
+      fresh: how the paths of arrays begin that need not go on; where they were
+        saved with other shapes, they are None.
 
     Returns:
       (step, state, data position), or None if there is no checkpoint.
@@ -143,7 +150,9 @@ class Checkpoints:
     for candidate in steps if step is None else [step]:
       folder = self._directory / str(candidate)
       try:
-        state, meta = checkpoint_files.read(folder, shapes, partial=partial)
+        state, meta = checkpoint_files.read(
+          folder, shapes, partial=partial, fresh=fresh
+        )
       except checkpoint_files.Damaged as error:
         failures.append(f'step {candidate}: {short(error)}')
         _log.warning(

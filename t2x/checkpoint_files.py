@@ -31,13 +31,17 @@ class Damaged(Exception):
   """Files that are not there, or not what was written."""
 
 
-def read(folder: epath.Path, shapes: Any, *, partial: bool):
+def read(
+  folder: epath.Path, shapes: Any, *, partial: bool, fresh: str | None = None
+):
   """Returns the state in `folder`, and what was saved with it.
 
   Args:
     folder: of one step.
     shapes: the state as ShapeDtypeStructs with shardings.
     partial: `shapes` is a part of what was saved.
+    fresh: how the paths of arrays begin that need not go on; where they were
+      saved with other shapes, they are None.
 
   Raises:
     Damaged: in every process, if it is damaged for one.
@@ -48,11 +52,16 @@ def read(folder: epath.Path, shapes: Any, *, partial: bool):
   with _reading(f'meta of {folder}'):
     meta = json.loads((folder / 'meta' / 'metadata').read_text())
     was, expected = meta['arrays'], meta['checksums']
+  left = _unlike(was, described(wanted), fresh) if fresh else set()
+  was, wanted = (
+    {n: a for n, a in arrays.items() if n not in left}
+    for arrays in (was, wanted)
+  )
   _check_arrays(folder, was, described(wanted), partial)
   args = ocp.args.PyTreeRestore(
     wanted,
     restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-    partial_restore=partial,
+    partial_restore=partial or bool(left),
   )
   with _reading(f'state of {folder}'):
     # The handler alone: around it Orbax waits for all processes.
@@ -64,8 +73,16 @@ def read(folder: epath.Path, shapes: Any, *, partial: bool):
   if damaged:
     raise Damaged(f'damaged arrays: {", ".join(damaged[:3])}')
   flat, treedef = jax.tree_util.tree_flatten_with_path(shapes)
-  leaves = [arrays[sharding.path_name(path)] for path, _ in flat]
+  names = [sharding.path_name(path) for path, _ in flat]
+  leaves = [None if name in left else arrays[name] for name in names]
   return treedef.unflatten(leaves), meta
+
+
+def _unlike(was: dict[str, str], now: dict[str, str], start: str) -> set[str]:
+  """Returns the arrays that begin so, if any is not as it was."""
+  names = {name for name in (*was, *now) if name.startswith(start)}
+  same = all(was.get(name) == now.get(name) for name in names)
+  return set() if same else names
 
 
 def _check_arrays(folder, was, now, partial) -> None:

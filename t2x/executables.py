@@ -221,10 +221,12 @@ def _check_one_length(config: experiment.Experiment) -> None:
 def _num_steps(config: experiment.Experiment) -> int:
   num_steps = experiment.num_steps(config)
   if num_steps is None:
+    by_epochs = config.train.num_epochs is not None
+    name = 'num_epochs' if by_epochs else 'num_tokens'
     raise ValueError(
-      f'train.num_epochs={config.train.num_epochs}: how many steps that is, is '
+      f'train.{name}={getattr(config.train, name)}: how many steps that is, is '
       'known once the corpus is read, and a schedule is part of the program. '
-      'Give --set train.num_epochs=none --set train.num_steps=N.'
+      f'Give --set train.{name}=none --set train.num_steps=N.'
     )
   return num_steps
 

@@ -1,5 +1,6 @@
 """An experiment as one value: the tree that the command line sets."""
 
+from collections.abc import Sequence
 import dataclasses
 import re
 from typing import Literal
@@ -14,6 +15,7 @@ from t2x import stack
 from t2x import task_weights
 from t2x import train_state
 from t2x.data import config as data_config
+from t2x.data import history
 from t2x.models import decoder
 from t2x.models import model as model_lib
 from t2x.objectives import masking
@@ -26,7 +28,8 @@ class TrainConfig:
 
   Attributes:
     num_steps: updates in all; or None, with one of the next two.
-    num_tokens: tokens in all (rows x length a step), rounded up to steps.
+    num_tokens: tokens in all, rounded up to steps: rows x length a step, and
+      where rows are padded, as many as they hold on average.
     num_epochs: passes over the training split, rounded up to steps.
     seed: of the weights, the order of the data, masks and dropout.
     log_every: steps between rows of metrics.jsonl.
@@ -156,12 +159,23 @@ class Experiment:
     )
 
 
-def num_steps(config: Experiment) -> int | None:
-  """Returns a run's steps; None where they depend on the corpus."""
+def num_steps(
+  config: Experiment, segments: Sequence[history.Segment] = ()
+) -> int | None:
+  """Returns a run's steps; None where they depend on the corpus.
+
+  Args:
+    config: of the run.
+    segments: how a corpus is read; then it is known.
+  """
   train = config.train
   if train.num_steps is not None:
     return train.num_steps
-  if train.num_tokens is None:
+  if segments:
+    return history.num_steps(
+      segments, epochs=train.num_epochs, tokens=train.num_tokens
+    )
+  if train.num_tokens is None or not data_config.is_full(config.data):
     return None
   return -(-train.num_tokens // (config.data.batch_size * config.data.length))
 

@@ -192,8 +192,17 @@ class Program:
   @functools.cached_property
   def _nothing(self) -> Any:
     """The memory of an evaluation's first batch, None without one."""
-    if not self._remembered():
-      return None
+    return self._empty_memory() if self._remembered() else None
+
+  def with_memory(self, state: train_state.TrainState):
+    """Returns a state with a memory of nothing where it has lost its own."""
+    name = memory_lib.NAME
+    if not self._remembered() or state.carried[name]['segments'] is not None:
+      return state
+    carried = {**state.carried, name: self._empty_memory()}
+    return dataclasses.replace(state, carried=carried)
+
+  def _empty_memory(self) -> Any:
     (shapes,) = self._remembered()
     shardings = jax.tree.map(lambda s: s.sharding, shapes)
     make = functools.partial(memory_lib.like, shapes)

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator
 import contextlib
+import dataclasses
 import logging
 import time
 
@@ -10,16 +11,23 @@ import numpy as np
 
 from t2x import checkpoint
 from t2x import evaluate
+from t2x import executables
+from t2x import experiment
 from t2x import flops
 from t2x import metrics as metrics_lib
 from t2x import processes
 from t2x import program as program_lib
 from t2x import report
+from t2x import run_dir
 from t2x import stragglers
 from t2x import train_state
+from t2x.data import history
 from t2x.data import pipeline
+from t2x.models import memory as memory_lib
 
 _log = logging.getLogger(__name__)
+
+_MEMORY = f'carried.{memory_lib.NAME}.'  # Its arrays have a batch's rows.
 
 
 class NonFiniteError(RuntimeError):
@@ -35,13 +43,16 @@ class Run:
     state: the train state, on the devices.
   """
 
-  def __init__(self, config, workdir, mesh, corpus, num_steps):
+  def __init__(self, config, workdir, mesh, corpus, executable=None):
+    """Arguments as for `train.train`, and its corpus."""
     self.config = config
     self.workdir = workdir
     self.corpus = corpus
-    self.num_steps = num_steps
     self.mesh = mesh
-    self.program = program_lib.Program(config, mesh, num_steps=num_steps)
+    self._executable = executable
+    self.step = 0
+    self.history = [self._segment()]
+    self._compile()
     self.saved = checkpoint.Checkpoints(
       workdir,
       keep_last=config.train.keep_last,
@@ -52,14 +63,60 @@ class Run:
     self._pending = None
     self._stragglers = stragglers.Stragglers(mesh, config.train.log_every)
 
-  def restore(self) -> None:
-    """Restores the newest checkpoint, or draws the weights."""
-    restored = self.saved.restore(self.program.shapes)
+  def _compile(self) -> None:
+    """Makes the programs of a run as long as its history says."""
+    self.num_steps = self._num_steps()
+    self.program = program_lib.Program(
+      self.config, self.mesh, num_steps=self.num_steps
+    )
+    if self._executable is not None:
+      own = executables.load(self._executable, self.program)
+      self.program.replace(own)
+
+  def _num_steps(self) -> int:
+    num_steps = experiment.num_steps(self.config, self.history)
+    assert num_steps is not None  # The corpus is there.
+    return num_steps
+
+  def _segment(self, **changes) -> history.Segment:
+    """Returns how the run reads from its step on."""
+    data = dataclasses.replace(self.config.data, **changes)
+    seed = self.config.train.seed
+    return pipeline.segment(self.corpus, data, seed=seed, step=self.step)
+
+  def restore(self, changes: run_dir.Changes | None = None) -> None:
+    """Restores the newest checkpoint, or draws the weights.
+
+    Args:
+      changes: of settings since the last start.
+    """
+    restored = self.saved.restore(self.program.shapes, fresh=_MEMORY)
     if restored is None:
-      self.step, self.state = 0, self.program.init_state()
-    else:
-      self.step, self.state, _ = restored
-      _log.info('Going on from the checkpoint of step %d.', self.step)
+      self.state = self.program.init_state()
+      return
+    before = self._before(restored[2], changes or {})
+    self.step, self.state, _ = restored
+    _log.info('Going on from the checkpoint of step %d.', self.step)
+    self.history = history.going_on(before, self._segment())
+    changed = history.change(before, self.history)
+    if changed:
+      _log.warning(changed)
+    if self._num_steps() != self.num_steps:
+      self._compile()
+    self.state = self.program.with_memory(self.state)
+
+  def _before(self, position: dict, changes: run_dir.Changes):
+    """Returns the segments of a checkpoint."""
+    found = history.from_json(position)
+    if found:
+      return found
+    # Saved when positions were steps alone.
+    step = position.get('step', 0)  # Of weights that came with no data.
+    size = run_dir.batch_size_at(self.workdir, step)
+    own = self._segment(batch_size=size or self.config.data.batch_size)
+    if any(_moves_rows(name) for name in changes):
+      own = dataclasses.replace(own, order='')
+    return [own]
 
   def open(self, show: bool) -> None:
     """Opens what is written to and read from in each step."""
@@ -78,6 +135,7 @@ class Run:
         seed=self.config.train.seed,
         start_step=self.step,
         rows=self.program.rows,
+        segments=self.history,
       )
     )
     self._time = time.perf_counter()
@@ -151,7 +209,8 @@ class Run:
     flushed = self.writer.flush()
     if processes.all_agree(flushed, f'rows of step {self.step}'):
       with jax.transfer_guard('allow'):  # Orbax copies to the host here.
-        self.saved.save(self.step, self.state, {'step': self.step})
+        position = history.to_json(self.history, self.step)
+        self.saved.save(self.step, self.state, position)
 
   def check_saved(self) -> None:
     """Raises CheckpointError if the state is not on disk by now."""
@@ -216,11 +275,17 @@ class Run:
   def _header(self) -> str:
     """Returns what the run is about to read, and the formula of its MFU."""
     config = self.config
-    split = config.data.train_split
-    epoch = pipeline.steps_per_epoch(self.corpus, config.data)
+    read = pipeline.described(self.corpus, config.data)
+    epoch = self.history[-1].epoch
     spec = pipeline.batch_spec(config.data)
     shape = flops.arguments(config.model, {n: s for n, (s, _) in spec.items()})
     return (
-      f'{split}: {self.corpus.num_tokens(split):,} tokens, {epoch:,} steps an '
-      f'epoch\n{flops.formula(*shape, peak=self._peak)}'
+      f'{read}, {epoch:,} steps an epoch\n'
+      f'{flops.formula(*shape, peak=self._peak)}'
     )
+
+
+def _moves_rows(name: str) -> bool:
+  """Whether a changed setting may change the order of rows."""
+  keeps = name in experiment.OUTER_SETTINGS or name == 'data.batch_size'
+  return name == 'train.seed' or (name.startswith('data.') and not keeps)

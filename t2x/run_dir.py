@@ -108,14 +108,23 @@ def write(
   config: experiment.Experiment,
   corpus: corpus_lib.Corpus,
   changes: Changes,
+  step: int = 0,
 ) -> None:
-  """Writes what the run is, and logs the changes that `check` returned."""
+  """Writes what the run is, and logs the changes that `check` returned.
+
+  Args:
+    workdir: of the run.
+    config: of the run.
+    corpus: that it reads.
+    changes: since the last start.
+    step: that it goes on from.
+  """
   root = paths.path(workdir)
   root.mkdir(parents=True, exist_ok=True)
   for name, (old, new) in changes.items():
     _log.info('changed since the last start: %s: %r -> %r', name, old, new)
   if changes:
-    _add_to_history(root, {'changes': changes})
+    _add_to_history(root, {'step': step, 'changes': changes})
   _tell_of_numbers(root, config)
   paths.write_whole(root / 'config.json', config_lib.dumps(config))
   table = _own_table(config)
@@ -162,6 +171,24 @@ def _corpus_facts(corpus: corpus_lib.Corpus) -> dict[str, Any]:
   documents = {name: own.documents for name, own in parts.items()}
   found = {name: facts for name, facts in documents.items() if facts}
   return {'id': corpus.fingerprint, 'documents': found}
+
+
+def batch_size_at(workdir: str, step: int) -> int | None:
+  """Returns the batch size that led to a step, by the settings; or None.
+
+  Of a start that changed it and saved nothing after, the one before.
+  """
+  root = paths.path(workdir)
+  if not (root / 'config.json').exists():
+    return None
+  size = _read(root / 'config.json').get('data', {}).get('batch_size')
+  file = root / 'history.jsonl'
+  lines = file.read_text().splitlines() if file.exists() else []
+  for line in reversed(lines):
+    entry = json.loads(line)
+    if entry.get('step', -1) >= step:
+      size, _ = entry['changes'].get('data.batch_size', (size, None))
+  return size
 
 
 def _own_table(config: experiment.Experiment) -> str | None:

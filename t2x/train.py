@@ -1,15 +1,12 @@
 """Training: set up, restore, step, save, evaluate, done."""
 
 import contextlib
-import fractions
 import logging
-import math
 import signal
 
 import jax
 
 from t2x import consistency
-from t2x import executables
 from t2x import experiment
 from t2x import layouts
 from t2x import mesh as mesh_lib
@@ -68,16 +65,13 @@ def train(
     workdir, corpus.fingerprint, allow_change=allow_config_change
   )
   consistency.check_vocabulary(config, corpus.tokenizer.vocab_size)
-  num_steps = resolve_num_steps(config, corpus)
-  _tell_of_warmup(config.optim.schedule, num_steps)
   with sharding.use(mesh, config.rules), _stop_signals() as stopping:
-    run = run_lib.Run(config, workdir, mesh, corpus, num_steps)
-    if executable is not None:
-      run.program.replace(executables.load(executable, run.program))
-    run.restore()
+    run = run_lib.Run(config, workdir, mesh, corpus, executable)
+    run.restore(changes)
+    _tell_of_warmup(config.optim.schedule, run.num_steps)
     # Only now, so that a run that cannot go on stays as it was.
     if processes.is_primary():
-      run_dir.write(workdir, config, corpus, changes)
+      run_dir.write(workdir, config, corpus, changes, run.step)
     run.open(show)
     staged = on_mesh.pipeline(config, mesh.shape)
     if staged is not None:
@@ -116,15 +110,12 @@ def _due(every: int, step: int) -> bool:
 
 
 def resolve_num_steps(config: experiment.Experiment, corpus) -> int:
-  """Returns the run's length in steps."""
-  known = experiment.num_steps(config)
-  if known is not None:
-    return known
-  assert config.train.num_epochs is not None
-  epoch = pipeline.steps_per_epoch(corpus, config.data)
-  # 1.1 epochs of 10 steps are 11, not the 12 that 11.000000000000002 would be.
-  exact = fractions.Fraction(str(config.train.num_epochs))
-  return max(math.ceil(exact * epoch), 1)
+  """Returns the steps of a run that has not begun."""
+  seed = config.train.seed
+  segment = pipeline.segment(corpus, config.data, seed=seed)
+  steps = experiment.num_steps(config, [segment])
+  assert steps is not None
+  return steps
 
 
 def _tell_of_warmup(schedule: optim.Schedule, num_steps: int) -> None:

@@ -104,6 +104,30 @@ def test_the_average_is_of_tokens_that_were_predicted():
     np.testing.assert_allclose(got[token], want, rtol=1e-6)
 
 
+def test_an_example_draws_the_same_wherever_it_is():
+  """In another place of a batch, and in a longer row."""
+  loss_V = jnp.where(jnp.arange(VOCAB) % 2 == 0, 9.0, 1.0)
+  _, batch = make_batch()
+  order = np.random.default_rng(0).permutation(ROWS)[:50]
+  moved = {name: array[order] for name, array in batch.items()}
+  wide = {'inputs', 'segments', 'positions', 'originals', 'noised', 'maskable'}
+  moved |= {n: np.pad(moved[n], ((0, 0), (0, 24))) for n in wide}
+  few = ('targets', 'weights', 'target_positions')
+  moved |= {n: np.pad(moved[n], ((0, 0), (0, 8))) for n in few}
+  find = functools.partial(loss_masking.masked, masking.ByLoss())
+  key = jax.random.key(0)
+  want, got = (find(b, loss_V, key) for b in (batch, moved))
+  for name in ('targets', 'target_positions'):
+    np.testing.assert_array_equal(
+      np.where(got['weights'] > 0, got[name], 0)[:, :8],
+      np.where(want['weights'] > 0, want[name], 0)[order],
+    )
+  # Another visit is another example.
+  moved['mask_keys'] = moved['mask_keys'] + 1
+  other = find(moved, loss_V, key)['target_positions']
+  assert (other != got['target_positions']).any(1).all()
+
+
 def experiment_of(directory, **settings):
   return tiny.experiment_of(
     directory,

@@ -16,9 +16,11 @@ import numpy as np
 from t2x.data import config as config_lib
 from t2x.data import corpus as corpus_lib
 from t2x.data import history
+from t2x.data import in_order
 from t2x.data import order
 from t2x.data import rows as rows_lib
 from t2x.data import words
+from t2x.objectives import denoising
 from t2x.objectives import noise
 from t2x.objectives import vocab as vocab_lib
 
@@ -77,6 +79,8 @@ class TrainBatches:
       ]
       self._plan = _shuffled(layouts, sizes, steps, seed)
     self.steps_per_epoch = self._plan.epoch
+    self.order = self._make.layout.order, self._make.in_order
+    self.tokens_a_row = self._make.tokens_a_row
     if self._make.in_order and self.steps_per_epoch < 2:
       (num,) = self._make.layout.group_sizes()
       raise ValueError(
@@ -93,9 +97,9 @@ class TrainBatches:
 def _in_order(layout, sizes: Sequence[int], steps: Sequence[int]):
   """Returns the plan of the last of several batch sizes."""
   (num,) = layout.group_sizes()
-  plan = order.InOrder(num, sizes[0])
+  plan = in_order.InOrder(num, sizes[0])
   for size, length in zip(sizes[1:], steps, strict=True):
-    plan = order.InOrder(num, size, *plan.rest(length))
+    plan = in_order.InOrder(num, size, *plan.rest(length))
   return plan
 
 
@@ -138,7 +142,7 @@ class EvalBatches:
       [math.ceil(s / config.batch_size) for s in self._sizes]
     )
     if self._make.in_order:
-      self._plan = order.InOrder(self._sizes[0], config.batch_size)
+      self._plan = in_order.InOrder(self._sizes[0], config.batch_size)
 
   def __len__(self) -> int:
     return int(self._ends[-1])
@@ -171,8 +175,38 @@ class Examples:
     self.range = _range(rows, config.batch_size)
     self._objective = config.objective
     self.in_order = isinstance(config.batching, config_lib.Stream)
+    self._is_full = config_lib.is_full(config)
     purpose = 'evaluation' if seed is None else 'training'
     self._seed = noise.named(seed or 0, f'{purpose} {task}')
+
+  @property
+  def tokens_a_row(self) -> float:
+    """The tokens of a row, on average; of a full one, its length."""
+    if self._is_full:
+      return self.layout.group_lengths()[0]
+    return self.layout.count().tokens / sum(self.layout.group_sizes())
+
+  def share_lost(self, num: int = 256) -> float:
+    """Returns the share of text that finds no place where it is noised.
+
+    Many short documents need more room for their ends and sentinels than a long
+    one, and what does not fit is left out of a full row. By some of the rows.
+    """
+    own = self._objective
+    if not (own.has_encoder and isinstance(self.layout, rows_lib.Windows)):
+      return 0.0
+    (size,) = self.layout.group_sizes()
+    rows = np.unique(np.linspace(0, size - 1, num).astype(np.int64))
+    none = np.zeros(len(rows), np.int64)
+    (source,) = self.layout.read(0, rows, none)
+    batch = self(order.Read(0, rows, none, none > 0))
+    is_text = self.vocab.is_text
+    held = (is_text(batch['targets']) & (batch['segments'] > 0)).sum()
+    if not isinstance(own, denoising.Denoising):  # Its targets are all of it.
+      seen = batch['encoder_segments'] > 0
+      held += (is_text(batch['encoder_inputs']) & seen).sum()
+    there = (is_text(source.tokens) & (source.segments > 0)).sum()
+    return 1.0 - float(held) / max(float(there), 1.0)
 
   def __call__(self, read: order.Read) -> Batch:
     examples = self.layout.examples(read.group, read.rows)

@@ -119,6 +119,14 @@ def buckets(config: DataConfig) -> tuple[int, ...]:
   return (config.length,)
 
 
+def is_full(config: DataConfig) -> bool:
+  """Returns whether every place of a row holds a token."""
+  return all(
+    isinstance(own.batching, FULL) and not own.objective.paired
+    for own in parts(config).values()
+  )
+
+
 def parts(config: DataConfig) -> dict[str, DataConfig]:
   """Returns the data of each task of a mixture; else itself, without a name."""
   if not isinstance(config.objective, mixture.Mixture):

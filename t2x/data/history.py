@@ -49,6 +49,25 @@ def going_on(before: Sequence[Segment], now: Segment) -> list[Segment]:
   return kept if kept and same(kept[-1]) else [*kept, now]
 
 
+def change(before: Sequence[Segment], after: Sequence[Segment]) -> str:
+  """Returns where the data goes on, if it does not as it did, else nothing."""
+  was, now = before[-1], after[-1]
+  if now in before or not now.step:
+    return ''
+  if was.order != now.order:
+    return (
+      'What the order of the data depends on (its text, data.length, data.'
+      'batching, data.objective, data.train_split or train.seed) has changed: '
+      f'at step {now.step} the order of the data begins anew, so that what was '
+      'read before may be read again before the rest is.'
+    )
+  return (
+    f'data.batch_size={was.batch_size} up to step {now.step} and '
+    f'{now.batch_size} from there: the data goes on at the rows that are next, '
+    f'and none is left out or read twice. An epoch is now {now.epoch} steps.'
+  )
+
+
 def of_one_order(segments: Sequence[Segment]) -> list[Segment]:
   """Returns the last segments that go through one order together."""
   start = len(segments) - 1
@@ -71,6 +90,7 @@ def num_steps(
 ) -> int:
   """Returns the steps of a run that reads so many epochs or tokens in all."""
   last = segments[-1]
+  # As written: 1.1 epochs of 10 steps are 11, and not 12 by a rounding.
   if epochs is not None:
     left, each = Fraction(str(epochs)), lambda s: Fraction(1, s.epoch)
   else:

@@ -48,7 +48,11 @@ class MixedBatches:
           'more text, or leave it out of data.objective.tasks.'
         )
     self.steps_per_epoch = math.ceil(sum(sizes) / config.batch_size)
-    self._shares = config.objective.shares(sizes)
+    self._shares = shares = config.objective.shares(sizes)
+    orders = [part.layout.order for part in self._parts]
+    self.order = [*parts], [*shares], orders
+    tokens = [part.tokens_a_row for part in self._parts]
+    self.tokens_a_row = float(shares @ tokens)
     seeds = noise.keys(seed, np.arange(len(sizes))) >> np.uint64(32)
     self._groups = [order.Group(n, s) for n, s in zip(sizes, seeds)]
     self._config = config

@@ -6,7 +6,6 @@ before all were, whatever sizes follow each other.
 """
 
 from collections.abc import Sequence
-import dataclasses
 import math
 from typing import NamedTuple
 
@@ -41,22 +40,32 @@ def get(sequence: grain.MapDataset, index: int | np.integer) -> int:
   return value
 
 
-@dataclasses.dataclass(frozen=True)
-class Rest:
-  """Where the rows of a group go on.
-
-  Attributes:
-    rows: numbers of those that come first.
-    visits: how often each of them was read before.
-    place: of the endless order, which follows.
-  """
+class Listed(NamedTuple):
+  """Rows of a group by themselves, and how often each was read before."""
 
   rows: np.ndarray
   visits: np.ndarray
+
+  def at(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return self.rows[indices], self.visits[indices]
+
+
+class Rest(NamedTuple):
+  """Where the rows of a group go on.
+
+  Attributes:
+    source: has those that come first,
+    first: at these places.
+    place: of the endless order, which follows.
+  """
+
+  source: 'Listed | Group'
+  first: np.ndarray
   place: int
 
 
-START = Rest(np.zeros(0, np.int64), np.zeros(0, np.int64), 0)
+_NONE = np.zeros(0, np.int64)
+START = Rest(Listed(_NONE, _NONE), _NONE, 0)
 
 
 class Group:
@@ -67,40 +76,37 @@ class Group:
     self._order = shuffled(size, seed)
     self._rest = rest
 
-  @property
-  def num_first(self) -> int:
-    return len(self._rest.rows)
-
   def at(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns rows, and how often each was read before."""
-    num, rows, visits = self.num_first, self._rest.rows, self._rest.visits
-    places = self._rest.place + indices - num
-    late = [get(self._order, p) if p >= 0 else 0 for p in places]
-    late = np.array(late, np.int64), places // self._size
-    if not num:
-      return late
-    early = indices.clip(max=num - 1)
-    is_early = indices < num
-    return (
-      np.where(is_early, rows[early], late[0]),
-      np.where(is_early, visits[early], late[1]),
-    )
+    source, first, place = self._rest
+    rows, visits = np.zeros((2, len(indices)), np.int64)
+    early = np.flatnonzero(indices < len(first))
+    rows[early], visits[early] = source.at(first[indices[early]])
+    late = np.flatnonzero(indices >= len(first))
+    places = place + indices[late] - len(first)
+    rows[late] = self._ordered(places)
+    visits[late] = places // self._size
+    return rows, visits
+
+  def _ordered(self, places: np.ndarray) -> np.ndarray:
+    return np.array([get(self._order, p) for p in places], np.int64)
 
   def rest(self, left: np.ndarray, end: int) -> Rest:
-    """Returns what comes after those before `end` without those of `left`."""
-    over = np.arange(end, self.num_first)
-    rows, visits = self.at(np.concatenate([left, over]).astype(np.int64))
-    place = self._rest.place + max(end - self.num_first, 0)
-    return Rest(rows, visits, place)
+    """Returns what is `left` of the first `end` rows, and all that follow."""
+    num = len(self._rest.first)
+    first = np.concatenate([left, np.arange(end, num)]).astype(np.int64)
+    return Rest(self, first, self._rest.place + max(end - num, 0))
 
   def unread(self, rest: Rest) -> tuple[np.ndarray, np.ndarray, int]:
     """Returns the rows to the end of a rest's visit, and the next visit."""
     end = math.ceil(rest.place / self._size) * self._size
     places = np.arange(rest.place, end)
-    rows = np.array([get(self._order, p) for p in places], np.int64)
-    rows = np.concatenate([rest.rows, rows])
-    visits = np.concatenate([rest.visits, places // self._size])
-    return rows, visits, end // self._size
+    rows, visits = rest.source.at(rest.first)
+    return (
+      np.concatenate([rows, self._ordered(places)]),
+      np.concatenate([visits, places // self._size]),
+      end // self._size,
+    )
 
 
 class Shuffled:
@@ -127,7 +133,7 @@ class Shuffled:
     # Rounding up would repeat the rows of small buckets more often.
     whole = math.ceil if len(sizes) == 1 else round
     self._counts = np.array([whole(s / batch_size) for s in sizes])
-    self._lead = np.array([round(len(r.rows) / batch_size) for r in rests])
+    self._lead = np.array([round(len(r.first) / batch_size) for r in rests])
     self._order = shuffled(self.epoch, seeds[0])
     if self._lead.any():
       seed = seeds[0] ^ np.uint64(sum(r.place for r in rests) + 1)
@@ -149,7 +155,7 @@ class Shuffled:
     """Returns where each group goes on after so many batches."""
     if len(self.groups) == 1:
       end = number * self._batch_size
-      return [self.groups[0].rest(np.zeros(0, np.int64), end)]
+      return [self.groups[0].rest(_NONE, end)]
     epoch, past = self._epoch_of(number)
     stop = number if not past else number - past + self._length(epoch)
     left = [self._locate(n) for n in range(number, stop)]
@@ -233,73 +239,7 @@ def dealt(
     left, own = np.concatenate(pool), np.concatenate(visits)
     is_here = np.isin(left, documents)
     rows = np.searchsorted(documents, left[is_here])
-    result.append(Rest(rows, own[is_here], following * len(documents)))
+    first = Listed(rows, own[is_here])
+    place = following * len(documents)
+    result.append(Rest(first, np.arange(len(rows)), place))
   return result
-
-
-class InOrder:
-  """Batches whose row b reads the b-th part of a split from start to end."""
-
-  def __init__(
-    self,
-    size: int,
-    batch_size: int,
-    left: np.ndarray | None = None,
-    visit: int = 0,
-  ):
-    """Begins with what is `left` of a visit, then reads all, again and again.
-
-    Args:
-      size: rows of the split.
-      batch_size: parts that are read at a time.
-      left: rows in the order of the text; None for all of them.
-      visit: how often they were read before.
-    """
-    self._size = size
-    self._batch_size = batch_size
-    self._left: np.ndarray | range = range(size) if left is None else left
-    self._visit = visit
-
-  @property
-  def epoch(self) -> int:
-    """Batches of a pass, the rows of a part."""
-    return math.ceil(self._size / self._batch_size)
-
-  def read(self, number: int, lanes: np.ndarray) -> Read:
-    """Returns rows `lanes` of the batch of a number."""
-    part = self._pass_of(number)
-    index = lanes * part.length + part.place
-    rows, before = part.at(index), part.at(index - 1)
-    goes_on = (part.place > 0) & (rows > 0) & (rows == before + 1)
-    return Read(0, rows, np.full(len(lanes), part.visit), goes_on)
-
-  def rest(self, number: int) -> tuple[np.ndarray, int]:
-    """Returns the rows that are left after so many batches, and their visit."""
-    part = self._pass_of(number)
-    index = np.arange(self._batch_size * part.length)
-    index = index.reshape(-1, part.length)[:, part.place :].ravel()
-    rows = part.at(index)
-    return rows[rows >= 0], part.visit
-
-  def _pass_of(self, number: int) -> '_Pass':
-    first = math.ceil(len(self._left) / self._batch_size)
-    if number < first:
-      return _Pass(self._left, first, number, self._visit)
-    past, place = divmod(number - first, self.epoch)
-    return _Pass(range(self._size), self.epoch, place, self._visit + 1 + past)
-
-
-class _Pass(NamedTuple):
-  """What is read once: its rows, those of a part, and a place in each part."""
-
-  rows: np.ndarray | range
-  length: int
-  place: int
-  visit: int
-
-  def at(self, index: np.ndarray) -> np.ndarray:
-    """Returns the rows at places of the pass, -1 past its end."""
-    is_row = index < len(self.rows)
-    if isinstance(self.rows, np.ndarray):
-      index = self.rows[np.where(is_row, index, 0)]
-    return np.where(is_row, index, -1)

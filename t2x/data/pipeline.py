@@ -15,6 +15,8 @@ few tokens are predicted, `targets` and `weights` are of those alone, and
 
 from collections.abc import Generator
 from collections.abc import Iterator
+from collections.abc import Sequence
+import hashlib
 
 import grain
 import numpy as np
@@ -22,6 +24,7 @@ import numpy as np
 from t2x.data import batches as batches_lib
 from t2x.data import config as config_lib
 from t2x.data import corpus as corpus_lib
+from t2x.data import history
 from t2x.data import mixing
 from t2x.data import text_files
 from t2x.data import tokenizers
@@ -110,6 +113,7 @@ def train_batches(
   seed: int,
   start_step: int = 0,
   rows: slice | np.ndarray | None = None,
+  segments: Sequence[history.Segment] = (),
 ) -> Generator[batches_lib.Batch, None, None]:
   """Returns the endless batches of training from `start_step` on.
 
@@ -121,12 +125,15 @@ def train_batches(
     rows: which rows of each batch of `config.batch_size` to make, a slice or
       their numbers; all of them if None. Close the iterator (or drop it) to
       stop its threads.
+    segments: of batch sizes, if there were others before; see `history`. The
+      first batch is of the last one.
 
   Raises:
     ValueError: if the corpus has less than a batch of rows, or `rows` does not
       lie in the batch.
   """
-  batches = _training(corpus, config, seed=seed, rows=rows)
+  own = history.of_one_order(segments) if segments else []
+  batches = _training(corpus, config, seed=seed, rows=rows, segments=own)
   return _iterate(_From(batches, start_step), config)
 
 
@@ -182,6 +189,43 @@ def steps_per_epoch(
   are as many rows, dealt by the tasks' rates.
   """
   return _training(corpus, config, seed=0).steps_per_epoch
+
+
+def segment(
+  corpus: corpus_lib.Corpus,
+  config: config_lib.DataConfig,
+  *,
+  seed: int,
+  step: int = 0,
+) -> history.Segment:
+  """Returns the segment of a run that begins at `step`."""
+  made = _training(corpus, config, seed=seed)
+  facts = seed, corpus.fingerprint, config.train_split, made.order
+  return history.Segment(
+    step=step,
+    batch_size=config.batch_size,
+    order=hashlib.sha256(repr(facts).encode()).hexdigest()[:16],
+    epoch=made.steps_per_epoch,
+    tokens=float(config.batch_size * made.tokens_a_row),
+  )
+
+
+def described(corpus: corpus_lib.Corpus, config: config_lib.DataConfig) -> str:
+  """Returns lines on what an epoch of training reads, and what it cuts away."""
+  lines = []
+  for task, own in config_lib.parts(config).items():
+    source = corpus.tasks[task] if task else corpus
+    made = batches_lib.Examples(source, own, own.train_split, None, task=task)
+    title = f'{own.train_split}.{task}' if task else own.train_split
+    line = f'{title}: {made.layout.count().text}'
+    lost = made.share_lost()
+    if lost > 0.0005:
+      line += (
+        f'; about {lost:.1%} of them find no place in their rows beside the '
+        'ends and sentinels of short documents'
+      )
+    lines.append(line)
+  return '\n'.join(lines)
 
 
 def _training(corpus, config, **kwargs):

@@ -11,8 +11,10 @@ from typing import Protocol
 import numpy as np
 
 from t2x.data import config as config_lib
+from t2x.data import counts
 from t2x.data import sentences
 from t2x.data import token_store
+from t2x.objectives import classification
 from t2x.objectives import next_sentence
 from t2x.objectives import rows as rows_lib
 from t2x.objectives import source_target
@@ -23,6 +25,15 @@ Streams = tuple[token_store.Stream, ...]
 
 class Layout(Protocol):
   """Rows by group and number."""
+
+  @property
+  def order(self) -> tuple:
+    """What decides which tokens a row has, but for those of the split."""
+    ...
+
+  def count(self) -> counts.Count:
+    """Returns what is read in an epoch."""
+    ...
 
   def group_lengths(self) -> tuple[int, ...]:
     """The row length of each group, ascending."""
@@ -85,6 +96,13 @@ class Windows:
     self._source_length = objective.source_length(length)
     self._stride = objective.stride(length)
 
+  @property
+  def order(self) -> tuple:
+    return 'full', self._source_length, self._stride
+
+  def count(self) -> counts.Count:
+    return counts.Count(self._stream.num_tokens, self._stream.num_documents)
+
   def group_lengths(self) -> tuple[int, ...]:
     return (self._length,)
 
@@ -132,6 +150,21 @@ class Padded:
     self._least = config.batch_size if full else 0
     self._buckets = config_lib.buckets(config)
 
+  @property
+  def order(self) -> tuple:
+    return 'padded', self._buckets, self._limits
+
+  def count(self) -> counts.Count:
+    # A label is no text that is read.
+    labelled = isinstance(self._objective, classification.Classification)
+    sides = 1 if labelled else None
+    return counts.of_cut(self._streams[:sides], self._limits[-1])
+
+  @property
+  def _limits(self) -> tuple[int, ...]:
+    """The most tokens of a document in each bucket."""
+    return tuple(self._objective.source_length(b) for b in self._buckets)
+
   @functools.cached_property
   def _groups(self) -> list[tuple[int, np.ndarray]]:
     """The length and the documents of each group.
@@ -140,8 +173,7 @@ class Padded:
     is added to the next, as a batch of them would repeat some.
     """
     lengths = np.max([np.diff(s.offsets) for s in self._streams], axis=0)
-    limits = [self._objective.source_length(b) for b in self._buckets]
-    bucket = np.searchsorted(limits[:-1], lengths)
+    bucket = np.searchsorted(self._limits[:-1], lengths)
     groups = []
     waiting = np.zeros(0, np.int64)
     for i, length in enumerate(self._buckets):
@@ -187,6 +219,13 @@ class PackedPairs:
   def __init__(self, config: config_lib.DataConfig, streams: Streams):
     self._streams = streams
     self._length = config.length
+
+  @property
+  def order(self) -> tuple:
+    return 'pairs', self._length
+
+  def count(self) -> counts.Count:
+    return counts.of_cut(self._streams, self._length)
 
   @functools.cached_property
   def _firsts(self) -> np.ndarray:

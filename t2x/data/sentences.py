@@ -11,6 +11,7 @@ import functools
 import numpy as np
 
 from t2x.data import config as config_lib
+from t2x.data import counts
 from t2x.data import token_store
 from t2x.objectives import next_sentence
 from t2x.objectives import noise
@@ -46,6 +47,18 @@ class SentencePairs:
         f'{self._objective.random} takes sentences of other documents. Give '
         'more documents, or set random=0 and hard or swapped above 0.'
       )
+
+  @property
+  def order(self) -> tuple:
+    return 'sentences', self._length
+
+  def count(self) -> counts.Count:
+    """Returns what chunks hold; the ends of documents are not counted."""
+    start, stop, document = self._chunks.T
+    lengths = np.diff(self._stream.offsets) - 2
+    lost = lengths.copy()
+    np.subtract.at(lost, document, stop - start)
+    return counts.of_lost(lengths, lost)
 
   def group_lengths(self) -> tuple[int, ...]:
     return (self._length,)
