@@ -36,6 +36,7 @@ class Trained:
       term.
     temperature: that makes its probabilities true; see `calibration`.
     generation: how its texts are written, where a checkpoint's files say.
+    problem: what the outputs of its head of classes are; see `interop.labels`.
   """
 
   config: experiment.Experiment
@@ -46,6 +47,7 @@ class Trained:
   labels: dict[str, list[str]]
   temperature: float = 1.0
   generation: generation_lib.Generation = generation_lib.Generation()
+  problem: str = 'single_label_classification'
 
   @property
   def end_ids(self) -> tuple[int, ...]:
