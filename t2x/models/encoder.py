@@ -24,6 +24,7 @@ from t2x.layers import norm
 from t2x.layers import param
 from t2x.layers import position
 from t2x.models import common
+from t2x.models import encoder_inputs
 from t2x.models import forward
 from t2x.models import layer_checks
 from t2x.models import pooled
@@ -41,7 +42,10 @@ class EncoderConfig(common.TransformerConfig):
     embed_norm: normalise the embeddings.
     pooler: dense layer with tanh over the first token.
     next_sentence: two-way head on the pooler's output.
-    classes: of heads on the pooler's output, how many classes each tells apart.
+    classes: of heads on the pooler's output, how many classes each tells apart;
+      1 is a value.
+    token_classes: of a head on each token's output, how many classes it tells
+      apart; 0 for none.
     masked_head: transform (dense, activation, norm) and bias of the masked
       language model's head.
     output_bias: bias of the logits; a `masked_head` has one.
@@ -57,6 +61,7 @@ class EncoderConfig(common.TransformerConfig):
   pooler: bool = False
   next_sentence: bool = False
   classes: tuple[int, ...] = ()
+  token_classes: int = 0
   masked_head: bool = True
   output_bias: bool = False
   two_stream: bool = False
@@ -70,9 +75,10 @@ class EncoderConfig(common.TransformerConfig):
       layer_checks.check_query_layers(self)
     if self.two_stream:
       layer_checks.check_two_stream(self)
-    if min(self.classes, default=2) < 2:
+    checks.least(self, 'model.', token_classes=0)
+    if min(self.classes, default=1) < 1:
       raise ValueError(
-        f'model.classes={self.classes}: a head tells two classes or more apart.'
+        f'model.classes={self.classes}: a head has a class or more.'
       )
     if self.classes and not self.pooler:
       raise ValueError(
@@ -150,6 +156,8 @@ class Encoder(nnx.Module):
     self.query_D = (
       param.param(rngs, (D,), (None,), drawn) if config.two_stream else None
     )
+    num = config.token_classes
+    self.token_classes = pooled.Dense(D, num, init, rngs=rngs) if num else None
 
   def __call__(self, inputs: jax.Array, **kwargs) -> jax.Array:
     """Returns float32 logits (B, T, V); arguments as for `features`."""
@@ -168,7 +176,14 @@ class Encoder(nnx.Module):
     execution: stack.Execution = stack.Execution(),
     **more: jax.Array | None,
   ) -> tuple[jax.Array, dict[str, moe.Stats]]:
-    """Returns what `forward.run` does."""
+    """Returns what `forward.run` does.
+
+    Raises:
+      ValueError: see `encoder_inputs.check` and `features`.
+    """
+    more = {name: array for name, array in more.items() if array is not None}
+    asks = towers is None
+    encoder_inputs.check(self.config, more, asks)
     batch = {'inputs': inputs, **more}
     return forward.run(self, batch, towers, keys_B=keys_B, execution=execution)
 
@@ -179,6 +194,7 @@ class Encoder(nnx.Module):
       return streams.context(batch, keys_B, self._asks_for_places)
     prefix = 'query_' if tower == 'queries' else ''
     segments, places = batch.get(f'{prefix}segments'), batch.get('places')
+    layer_checks.check_documents(self.config, segments)
     mask = mask_lib.self_attention(segments, causal=False)
     cross = mask_lib.Mask()
     if places is not None:  # Of a row that is not whole.
@@ -279,10 +295,12 @@ class Encoder(nnx.Module):
         query_ranks, query_positions, query_segments, query_places (B, M).
 
     Raises:
-      ValueError: more tokens than the model has positions.
+      ValueError: more tokens than the model has positions, or an array that
+        would be ignored, or that another needs.
     """
+    kwargs['target_positions'] = target_positions
     x_BTD, stats = self._run(inputs, **kwargs)
-    batch = {'inputs': inputs, 'target_positions': target_positions, **kwargs}
+    batch = {'inputs': inputs, **kwargs}
     return self.leave(x_BTD, batch), stats
 
   @jax.named_scope('head')
@@ -310,5 +328,6 @@ _QUERIES = 2**20  # Folds the keys of the second stack apart from the first's.
 
 def _query_batch(batch):
   """Returns the part of a batch that the second stack reads, by plain names."""
-  assert 'token_types' not in batch, 'rows of dropped tokens have no types'
+  types = batch.get('token_types')
+  assert types is None, 'rows of dropped tokens have no types'
   return {'inputs': batch['query_inputs']}
