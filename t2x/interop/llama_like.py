@@ -94,7 +94,7 @@ def adapted(config: Config, hf: Hf) -> Config:
     ValueError: a setting that t2x does not have.
   """
   kind = hf['model_type']
-  heads = dataclasses.replace(config.attention, **_heads(hf, config))
+  heads: Any = dataclasses.replace(config.attention, **_heads(hf, config))
   change: dict[str, Any] = {}
   if kind in ('gemma', 'gemma2'):
     own = norm.RMSNorm(eps=config.norm.eps, unit_offset=True)

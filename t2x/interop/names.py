@@ -278,11 +278,11 @@ def _expected_shapes(slots, cuts, vocab_size: int) -> dict[str, tuple]:
   return shapes
 
 
-def _to_layout(slot: _Slot, sizes: list[int], array: np.ndarray) -> np.ndarray:
+def _to_layout(slot: _Slot, cuts: list[int], array: np.ndarray) -> np.ndarray:
   """Converts one array of Hugging Face to t2x's order of dimensions."""
   row = slot.row
   index, _, dim = row.part
-  ends = np.cumsum(sizes)[:-1]
+  ends = np.cumsum(cuts)[:-1]
   array = np.split(array.astype(np.float32), ends, dim)[index]
   order = ''.join(row.groups)
   sizes = dict(zip(row.letters, slot.shape))
