@@ -111,6 +111,7 @@ class Writer:
         f'{self._limits.max_texts}.'
       )
     seed = secrets.randbits(32) if body.seed is None else body.seed
+    sampling = self._sampling(body)
     made = []
     for number, prompt in enumerate(prompts):
       num_tokens = self._num_tokens(wanted, len(prompt))
@@ -125,7 +126,7 @@ class Writer:
           engine_lib.Request(
             prompt=prompt,
             num_tokens=num_tokens,
-            sampling=self._sampling(body),
+            sampling=sampling,
             seed=seed,
             row=number * body.n + choice,
             ends=() if body.ignore_eos and control is None else self._ends,
