@@ -35,8 +35,10 @@ def mix(
     heads_N: numbers of the query heads among all of the layer.
 
   Raises:
+    ValueError: the mask says more than order and segments.
     ShardingError: a mesh axis splits rows, and heads are not exchanged.
   """
+  check_plain(mask)
   axes = shards.auto_axes('length')
   if not axes:
     return mixer(q_BTNH, k_BTKH, v_BTKH, mask, heads_N)
@@ -50,6 +52,32 @@ def mix(
 
   extra = mixer, heads_N
   return all_to_all.apply(whole_rows, extra, q_BTNH, k_BTKH, v_BTKH, mask, axis)
+
+
+def check_plain(mask: mask_lib.Mask) -> None:
+  """Raises ValueError for masks of which kinds without scores know nothing."""
+  given = [
+    name
+    for name in ('prefix_BS', 'q_ranks_BT', 'q_index_BT', 'k_index_BS')
+    if getattr(mask, name) is not None
+  ]
+  if given:
+    raise ValueError(
+      f'A mask with {", ".join(given)}: kinds of attention without scores '
+      '(linear, performer, regional, linformer, nystromformer, convolution) '
+      'know the order of whole rows and their segments, no prefixes, ranks or '
+      'places. Leave it out, or choose a softmax kind.'
+    )
+
+
+def _check_split(mask: mask_lib.Mask, axis: str) -> None:
+  """Raises ShardingError for masks that know of whole rows alone."""
+  placed = mask.q_index_BT is not None or mask.k_index_BS is not None
+  if placed or mask.goes_by_rank:
+    raise sharding.ShardingError(
+      f'A mask with {"ranks" if mask.goes_by_rank else "places"} of tokens is '
+      f'of whole rows, and mesh.{axis} splits them. Set rules.length=none.'
+    )
 
 
 NEEDS_EXCHANGE = (
@@ -99,6 +127,7 @@ def attend(
   if not axes:
     return kernels.attend(q_BTNH, k_BSKH, v_BSKH, mask, **kwargs)
   axis = _one(axes)
+  _check_split(mask, axis)
   exchanged = sharding.active_rules().context_attention == 'all_to_all'
   if options.kernel == 'flash' and not exchanged:
     raise ValueError(

@@ -43,6 +43,9 @@ class Mask:
     q_zigzag: devices over which the queries lie in zigzag order
       (t2x/zigzag.py); 1 is the order of the sequence.
     k_zigzag: the same of the keys.
+
+  Raises:
+    ValueError: one of two arrays that only count together is missing.
   """
 
   pattern: patterns.Pattern = dataclasses.field(
@@ -59,6 +62,23 @@ class Mask:
   q_zigzag: int = dataclasses.field(default=1, metadata={'static': True})
   k_zigzag: int = dataclasses.field(default=1, metadata={'static': True})
 
+  def __post_init__(self):
+    for name in ('segments', 'ranks'):
+      both = f'q_{name}_BT', f'k_{name}_BS'
+      given = [n for n in both if getattr(self, n) is not None]
+      if len(given) == 1:
+        (other,) = set(both) - set(given)
+        raise ValueError(
+          f'{given[0]} without {other}: a mask compares the two. Give both, or '
+          'neither; `mask.cross_attention` fills in the missing one.'
+        )
+    shows = not self.is_ordered or patterns.has(self.pattern, patterns.Prefix)
+    if self.prefix_BS is not None and not shows:
+      raise ValueError(
+        f'prefix_BS with pattern={self.pattern}, which shows no prefix. Join '
+        'it with `mask.with_prefix` by |, or leave prefix_BS out.'
+      )
+
   @property
   def has_static_order(self) -> bool:
     given = self.q_index_BT is not None or self.k_index_BS is not None
@@ -72,6 +92,10 @@ class Mask:
   @property
   def has_segments(self) -> bool:
     return self.q_segments_BT is not None and self.k_segments_BS is not None
+
+  @property
+  def goes_by_rank(self) -> bool:
+    return self.q_ranks_BT is not None
 
   @property
   def own_prefix_BS(self) -> jax.Array | None:
@@ -161,6 +185,36 @@ def self_attention(
     k_zigzag=zigzag,
   )
   return mask if prefix_BS is None else _with_prefix_shown(mask, prefix_BS)
+
+
+def cross_attention(
+  inputs_BT: jax.Array,
+  segments_BT: jax.Array | None,
+  source_segments_BS: jax.Array | None,
+  *,
+  zigzag: int = 1,
+) -> Mask:
+  """Returns the mask of targets that look at a source.
+
+  A target sees the source of its own segment; all of the source but its padding
+  where targets have no segments, and all of it where the source has none.
+
+  Args:
+    inputs_BT: targets.
+    segments_BT: of the targets, or None.
+    source_segments_BS: of the source, 0 is padding, or None.
+    zigzag: devices over which the targets lie in zigzag order.
+  """
+  if source_segments_BS is None:
+    return Mask(q_zigzag=zigzag)
+  if segments_BT is None:
+    segments_BT = jnp.ones(inputs_BT.shape, jnp.int32)
+    source_segments_BS = jnp.minimum(source_segments_BS, 1)
+  return Mask(
+    q_segments_BT=segments_BT,
+    k_segments_BS=source_segments_BS,
+    q_zigzag=zigzag,
+  )
 
 
 def key_range(mask: Mask, q_start: int, q_end: int, num_keys: int):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from t2x import checks
 from t2x import sharding
 from t2x.attention import cache as cache_lib
+from t2x.attention import context
 from t2x.attention import mask as mask_lib
 from t2x.attention import patterns
 from t2x.layers import attention
@@ -98,6 +99,7 @@ class Convolve(nnx.Module):
   def __call__(self, x_BTD: jax.Array, mask: mask_lib.Mask, **unused):
     """Returns (B, T, D); positions and dropout of scores have no place here."""
     del unused
+    context.check_plain(mask)
     assert mask.has_static_order, 'neighbours in the arrays are neighbours'
     x_BTD = branch.gather(x_BTD)
     v_BTNH, taps_BTNW = self._values(x_BTD), self._taps(x_BTD)

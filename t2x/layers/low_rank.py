@@ -1,7 +1,8 @@
 """Low-rank attention: Linformer and Nystromformer, for encoders.
 
 Both mix the keys of a whole row before a query looks at them. Padding (segment
-0) is left out; documents packed into one row would see each other.
+0) is left out; documents packed into one row would see each other and are
+refused, and not a number where that is known only when it runs.
 
 Shape suffixes: B batch, T position, N query heads, K key/value heads, G query
 heads per key/value head, H head dim, R rank or landmarks, W width.
@@ -14,6 +15,7 @@ from typing import Literal
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from t2x import checks
 from t2x import shards
@@ -23,6 +25,7 @@ from t2x.layers import attention
 from t2x.layers import convolution
 from t2x.layers import param
 
+_TINY = 1e-30
 _WHOLE_ROW = 'it mixes the keys of a whole row, later ones too'
 
 
@@ -122,7 +125,7 @@ class LinformerMixer(nnx.Module):
     q_BTKGH = _grouped(q_BTNH, k_BTKH)
     weights = _softmax(q_BTKGH * q_BTNH.shape[-1] ** -0.5, k_BRKH)
     out = jnp.einsum('BKGTR,BRKH->BTKGH', weights.astype(v_BRKH.dtype), v_BRKH)
-    return out.reshape(*q_BTNH.shape[:3], -1)
+    return _of_one_document(out.reshape(*q_BTNH.shape[:3], -1), mask)
 
 
 class NystromMixer(nnx.Module):
@@ -158,7 +161,9 @@ class NystromMixer(nnx.Module):
     q_l = jnp.einsum('BTKGH,BTR->BRKGH', q, share_BTR)
     k_l = jnp.einsum('BTKH,BTR->BRKH', k, share_BTR)
     whole = _softmax(q, k_l, num_BR > 0)
-    small = _softmax(q_l, k_l, num_BR > 0)
+    # A landmark of no token is no part of the matrix that is inverted.
+    there_BR = (num_BR > 0)[:, None, None, :, None]
+    small = _softmax(q_l, k_l, num_BR > 0) * there_BR
     read = jnp.einsum('BKGRT,BTKH->BKGRH', _softmax(q_l, k, real_BT), v)
     inverse = pseudo_inverse(small, self.config.iterations)
     mixed = jnp.einsum('BKGRS,BKGSH->BKGRH', inverse, read)
@@ -168,7 +173,8 @@ class NystromMixer(nnx.Module):
       taps = self._filters(heads_N, v.shape[2])[None, None]
       convolved = convolution.convolve(v, taps, None, causal=False)
       out = out + convolved[..., None, :]
-    return out.reshape(*q_BTNH.shape[:3], -1).astype(v_BTKH.dtype)
+    out = out.reshape(*q_BTNH.shape[:3], -1).astype(v_BTKH.dtype)
+    return _of_one_document(out, mask)
 
   def _filters(self, heads_N, num: int) -> jax.Array:
     """Returns the filters of `num` key heads, by their query heads' numbers."""
@@ -189,12 +195,49 @@ def pseudo_inverse(matrix: jax.Array, iterations: int) -> jax.Array:
     (1,) * (matrix.ndim - 2) + matrix.shape[-2:]
   )
   largest = lambda axis: jnp.abs(matrix).sum(axis).max(-1)
-  scale = largest(-2) * largest(-1)
+  scale = jnp.maximum(largest(-2) * largest(-1), _TINY)  # Of nothing, 0.
   z = matrix.swapaxes(-1, -2) / scale[..., None, None]
   for _ in range(iterations):
     az = matrix @ z
     z = 0.25 * z @ (13 * one - az @ (15 * one - az @ (7 * one - az)))
   return z
+
+
+def check_documents(kind: str, segments_BT: jax.Array | None) -> None:
+  """Raises ValueError for rows of several documents, where values are known.
+
+  Args:
+    kind: of attention that mixes whole rows.
+    segments_BT: of the tokens, 0 is padding.
+  """
+  if segments_BT is None or isinstance(segments_BT, jax.core.Tracer):
+    return
+  (rows,) = np.nonzero(_has_several(np.asarray(segments_BT), np))
+  if len(rows):
+    raise ValueError(
+      f'model.attention={kind} mixes the keys of a whole row, and row '
+      f'{rows[0]} has segments of several documents, which would see each '
+      'other. Give each document a row.'
+    )
+
+
+def _has_several(segments_BT, xp=jnp):
+  """Returns which rows hold several documents, (B,)."""
+  is_real_BT = segments_BT != 0
+  first_B = xp.where(is_real_BT, segments_BT, 2**30).min(1)
+  return is_real_BT.any(1) & (first_B != segments_BT.max(1))
+
+
+def _of_one_document(out_BTNH, mask):
+  """Returns not a number for rows that no kind here can compute.
+
+  Where values are known only when it runs, nothing else can be said.
+  """
+  segments_BT = mask.k_segments_BS
+  if segments_BT is None:
+    return out_BTNH
+  wrong_B = _has_several(segments_BT)[:, None, None, None]
+  return jnp.where(wrong_B, jnp.nan, out_BTNH)
 
 
 def _is_real(mask, k_BTKH):

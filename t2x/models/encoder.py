@@ -24,6 +24,7 @@ from t2x.layers import norm
 from t2x.layers import param
 from t2x.layers import position
 from t2x.models import common
+from t2x.models import encoder_inputs
 from t2x.models import forward
 from t2x.models import layer_checks
 from t2x.models import pooled
@@ -168,7 +169,14 @@ class Encoder(nnx.Module):
     execution: stack.Execution = stack.Execution(),
     **more: jax.Array | None,
   ) -> tuple[jax.Array, dict[str, moe.Stats]]:
-    """Returns what `forward.run` does."""
+    """Returns what `forward.run` does.
+
+    Raises:
+      ValueError: see `encoder_inputs.check` and `features`.
+    """
+    more = {name: array for name, array in more.items() if array is not None}
+    asks = towers is None
+    encoder_inputs.check(self.config, more, asks)
     batch = {'inputs': inputs, **more}
     return forward.run(self, batch, towers, keys_B=keys_B, execution=execution)
 
@@ -179,6 +187,7 @@ class Encoder(nnx.Module):
       return streams.context(batch, keys_B, self._asks_for_places)
     prefix = 'query_' if tower == 'queries' else ''
     segments, places = batch.get(f'{prefix}segments'), batch.get('places')
+    layer_checks.check_documents(self.config, segments)
     mask = mask_lib.self_attention(segments, causal=False)
     cross = mask_lib.Mask()
     if places is not None:  # Of a row that is not whole.
@@ -279,10 +288,12 @@ class Encoder(nnx.Module):
         query_ranks, query_positions, query_segments, query_places (B, M).
 
     Raises:
-      ValueError: more tokens than the model has positions.
+      ValueError: more tokens than the model has positions, or an array that
+        would be ignored, or that another needs.
     """
+    kwargs['target_positions'] = target_positions
     x_BTD, stats = self._run(inputs, **kwargs)
-    batch = {'inputs': inputs, 'target_positions': target_positions, **kwargs}
+    batch = {'inputs': inputs, **kwargs}
     return self.leave(x_BTD, batch), stats
 
   @jax.named_scope('head')
@@ -310,5 +321,6 @@ _QUERIES = 2**20  # Folds the keys of the second stack apart from the first's.
 
 def _query_batch(batch):
   """Returns the part of a batch that the second stack reads, by plain names."""
-  assert 'token_types' not in batch, 'rows of dropped tokens have no types'
+  types = batch.get('token_types')
+  assert types is None, 'rows of dropped tokens have no types'
   return {'inputs': batch['query_inputs']}

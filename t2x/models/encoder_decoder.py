@@ -100,9 +100,10 @@ class EncoderDecoder(nnx.Module):
     Args:
       inputs: the targets, shifted right (B, T).
       encoder_inputs: source tokens (B, S).
-      encoder_segments: (B, S); 0 is padding.
+      encoder_segments: (B, S); 0 is padding, which no target sees.
       encoder_positions: (B, S); default 0, 1, 2, ...
-      segments: (B, T); a target sees the source of its own segment.
+      segments: (B, T); a target sees targets and the source of its own segment;
+        without `encoder_segments` all of the source.
       positions: (B, T); default 0, 1, 2, ...
       keys_B: dropout keys of the rows; None means no dropout.
       execution: scan or unroll, what to recompute, and in which order the
@@ -153,16 +154,17 @@ class EncoderDecoder(nnx.Module):
     common.check_length(self.config, batch[f'{prefix}inputs'].shape[1])
     segments = batch.get(f'{prefix}segments')
     keys_B = dropout.fold(keys_B, self.towers.index(tower))
-    cross = mask_lib.Mask(
-      q_segments_BT=segments,
-      k_segments_BS=batch.get('encoder_segments'),
-      q_zigzag=zigzag,
-    )
+    cross = mask_lib.Mask()
+    if not encodes:
+      source = batch.get('encoder_segments')
+      cross = mask_lib.cross_attention(
+        batch['inputs'], segments, source, zigzag=zigzag
+      )
     return block.Context(
       mask=mask_lib.self_attention(segments, causal=not encodes, zigzag=zigzag),
       positions_BT=common.positions_of(batch, prefix, zigzag),
       keys_B=keys_B,
-      cross_mask=mask_lib.Mask() if encodes else cross,
+      cross_mask=cross,
     )
 
   def enter(self, tower: str, batch, context: block.Context, x_BTD):

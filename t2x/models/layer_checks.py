@@ -4,6 +4,7 @@ from typing import Any
 
 from t2x.layers import attention
 from t2x.layers import convolution
+from t2x.layers import low_rank
 from t2x.layers import moe
 from t2x.layers import position
 from t2x.layers import sparse
@@ -150,6 +151,19 @@ def check_two_stream(config: Any) -> None:
         'model.two_stream=true is for plain feed-forward layers. Set '
         'model.mlp.kind=mlp.'
       )
+
+
+def check_documents(config: Any, segments_BT: Any) -> None:
+  """Raises ValueError for documents that would see each other in their row.
+
+  Args:
+    config: a `TransformerConfig`.
+    segments_BT: of the tokens; values that a compiled function is yet to be
+      given are let pass.
+  """
+  for kind in config.kinds:
+    if kind.mixes_rows:
+      low_rank.check_documents(kind.kind, segments_BT)
 
 
 def check_bidirectional(config: Any) -> None:

@@ -76,7 +76,25 @@ def _axes(leaf) -> tuple[str | None, ...]:
 
 
 def seen(batch: dict[str, jax.Array], memory: dict[str, Any]):
-  """Returns a batch that knows what of a memory each row sees."""
+  """Returns a batch that knows what of a memory each row sees.
+
+  Raises:
+    ValueError: it does not say which rows go on, or has what no memory knows.
+  """
+  if batch.get(CONTINUES) is None:
+    raise ValueError(
+      f'A memory of the rows before, and no {CONTINUES!r} (B, 1) that says '
+      'which rows go on with their document. Give 1 or 0 for each.'
+    )
+  for name in ('prefix_ends', 'token_types'):
+    if batch.get(name) is not None:
+      raise ValueError(
+        f'{name!r} beside a memory of the rows before, which keeps none. '
+        'Leave one of them out.'
+      )
+  if batch.get('segments') is None:
+    ones_BT = jnp.ones(batch['inputs'].shape, jnp.int32)
+    batch = {**batch, 'segments': ones_BT}
   continues_B1 = batch[CONTINUES][:, :1] > 0
   return {**batch, SEGMENTS: shown_if(continues_B1, memory)['segments']}
 
