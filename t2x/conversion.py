@@ -55,6 +55,8 @@ def to_run(directory: str, workdir: str) -> int:
   if found.own_generation is not None:
     text = json.dumps(found.own_generation, indent=2) + '\n'
     paths.write_whole(root / run_dir.GENERATION, text)
+  if found.labels:
+    run_dir.write_labels(workdir, found.labels)
   run_dir.write_versions(workdir)
   paths.write_whole(root / 'config.json', config_lib.dumps(config))
   state = train_state.of_model(model)
@@ -88,4 +90,6 @@ def from_run(workdir: str, directory: str, step: int | None = None) -> str:
     trained.tokenizer,
     hf=hf,
     generation=trained.generation,
+    labels=trained.labels,
+    problem=trained.problem,
   )

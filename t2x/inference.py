@@ -29,6 +29,7 @@ from t2x import trained as trained_lib
 from t2x.data import corpus as corpus_lib
 from t2x.data import pipeline
 from t2x.data import tokenizers
+from t2x.data import words
 from t2x.decode import beams as beams_lib
 from t2x.decode import controlled
 from t2x.decode import generate as generate_lib
@@ -36,6 +37,7 @@ from t2x.decode import sampling as sampling_lib
 from t2x.decode import texts as texts_lib
 from t2x.interop import generation as generation_lib
 from t2x.interop import huggingface
+from t2x.interop import labels as labels_lib
 
 _log = logging.getLogger(__name__)
 
@@ -65,8 +67,9 @@ def load(
       found.build(config.model),
       jax.tree.map(lambda x: x.sharding, shapes.model),
     )
-    own = {'config': config, 'mesh': mesh, 'labels': {}}
+    own = {'config': config, 'mesh': mesh, 'labels': found.labels}
     own['generation'] = _told(workdir, found.generation)
+    own['problem'] = labels_lib.problem(found.hf)
     return Trained(model=model, tokenizer=found.tokenizer, step=0, **own)
   config, mesh, shapes = _placed(run_dir.read_config(workdir), settings)
   wanted = dataclasses.replace(
@@ -84,6 +87,9 @@ def load(
   step, state, _ = restored
   tokenizer = tokenizers.load(paths.path(workdir) / 'tokenizer')
   model = train_state.averaged_model(state, config.step_config)
+  hf = run_dir.read_huggingface(workdir) or {}
+  # Training on classes means one of them, whatever the head was before.
+  trains = words.has_classes(config.data)
   return Trained(
     config=config,
     model=model,
@@ -94,6 +100,7 @@ def load(
     temperature=run_dir.read_temperature(workdir),
     generation=_told(workdir, _generation(workdir, config)),
     corpus=run_dir.read_corpus(workdir),
+    problem=labels_lib.SINGLE if trains else labels_lib.problem(hf),
   )
 
 

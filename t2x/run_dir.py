@@ -132,7 +132,7 @@ def write(
     paths.write_whole(root / _TABLE, table)
   labels = words.label_texts(config.data, corpus)
   if labels:
-    paths.write_whole(root / LABELS, json.dumps(labels, indent=1) + '\n')
+    write_labels(workdir, labels)
   write_versions(workdir)
   if read_tokenizer(workdir, changes) is None:
     corpus.tokenizer.save(root / 'tokenizer')
@@ -247,6 +247,25 @@ def read_corpus(workdir: str) -> str | None:
   """Returns the fingerprint of the text that a run reads, if it has begun."""
   file = paths.path(workdir) / CORPUS
   return _read(file)['id'] if file.exists() else None
+
+
+def write_labels(workdir: str, labels: dict[str, list[str]]) -> None:
+  """Writes the labels of each class head, in the order of its classes.
+
+  Raises:
+    ValueError: a head of the run has others.
+  """
+  old = read_labels(workdir)
+  for name in set(old) & set(labels):
+    if old[name] != labels[name]:
+      raise ValueError(
+        f'{paths.path(workdir) / LABELS} has the labels {old[name]} of '
+        f'{name}, in the order of its classes, and the training text has '
+        f'{labels[name]}. Set data.objective.labels={",".join(old[name])} for '
+        'the same order, or use another --workdir.'
+      )
+  text = json.dumps({**old, **labels}, indent=1) + '\n'
+  paths.write_whole(paths.path(workdir) / LABELS, text)
 
 
 def read_labels(workdir: str) -> dict[str, list[str]]:

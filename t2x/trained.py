@@ -38,6 +38,7 @@ class Trained:
     temperature: that makes its probabilities true; see `calibration`.
     generation: how its texts are written, where a checkpoint's files say.
     corpus: fingerprint of the text that it was trained on, if that is known.
+    problem: what the outputs of its head of classes are; see `interop.labels`.
   """
 
   config: experiment.Experiment
@@ -49,6 +50,7 @@ class Trained:
   temperature: float = 1.0
   generation: generation_lib.Generation = generation_lib.Generation()
   corpus: str | None = None
+  problem: str = 'single_label_classification'
 
   @property
   def end_ids(self) -> tuple[int, ...]:

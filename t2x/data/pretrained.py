@@ -157,6 +157,25 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     return self._backend.encode(list(texts))
 
+  def encode_whole(
+    self, texts: Sequence[str | tuple[str, str]], length: int
+  ) -> list[tokenizer_files.Whole]:
+    """Returns texts, or pairs of them, with the special tokens around them.
+
+    Args:
+      texts: each one, or two that belong together.
+      length: tokens that one is cut to, special ones included.
+
+    Raises:
+      ValueError: the tokenizer is one of SentencePiece's.
+    """
+    if not hasattr(self._backend, 'encode_whole'):
+      raise ValueError(
+        f'The tokenizer in {self._root} is one of SentencePiece, which knows '
+        'no pairs and no places of tokens. Write a tokenizer.json beside it.'
+      )
+    return self._backend.encode_whole(list(texts), length)
+
   def encode_marked(self, text: str) -> list[int]:
     return self.encode(text)  # It knows its sentinels.
 

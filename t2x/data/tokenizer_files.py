@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 from typing import Any
+from typing import NamedTuple
 
 from etils import epath
 import sentencepiece
@@ -27,6 +28,22 @@ _FLAGS = {
 }
 _SPACES = ('\u2581', '\u0120')  # How SentencePiece and GPT-2 write a space.
 _BYTE_OF = {letter: i for i, letter in enumerate(tokenizers.byte_letters())}
+
+
+class Whole(NamedTuple):
+  """A text or a pair of texts as a model reads it.
+
+  Attributes:
+    ids: of its tokens, special ones included.
+    types: 0 for tokens of the first text, 1 for those of the second.
+    spans: where each token begins and ends in its text, in characters.
+    is_text: False for special tokens.
+  """
+
+  ids: list[int]
+  types: list[int]
+  spans: list[tuple[int, int]]
+  is_text: list[bool]
 
 
 class _Fast:
@@ -86,6 +103,20 @@ class _Fast:
   def encode(self, texts: list[str]) -> list[list[int]]:
     found = self._tokenizer.encode_batch(texts, add_special_tokens=False)
     return [encoding.ids for encoding in found]
+
+  def encode_whole(self, texts: list[Any], length: int) -> list[Whole]:
+    """Returns texts and pairs as a model reads them; the longer one is cut."""
+    self._tokenizer.enable_truncation(length)
+    try:
+      found = self._tokenizer.encode_batch(texts)
+    finally:
+      self._tokenizer.no_truncation()
+    return [
+      Whole(
+        e.ids, e.type_ids, e.offsets, [not s for s in e.special_tokens_mask]
+      )
+      for e in found
+    ]
 
   def decode(self, ids: list[int]) -> str:
     return self._tokenizer.decode(ids)

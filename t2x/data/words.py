@@ -63,6 +63,8 @@ def labels(
     return ()
   stream = corpus.streams(config.train_split)[1]
   found = _labels(stream, corpus.tokenizer.vocab)
+  if objective.labels:
+    found = _ordered(found, objective.labels, corpus.tokenizer)
   longest, room = max(map(len, found)), objective.source_length(config.length)
   if longest > room:
     raise ValueError(
@@ -80,6 +82,13 @@ def labels(
   return found
 
 
+def has_classes(config: config_lib.DataConfig) -> bool:
+  """Whether a run learns classes of texts, alone or among other tasks."""
+  kind = classification.Classification
+  parts = config_lib.parts(config).values()
+  return any(isinstance(own.objective, kind) for own in parts)
+
+
 def label_texts(
   config: config_lib.DataConfig, corpus: corpus_lib.Corpus
 ) -> dict[str, list[str]]:
@@ -89,8 +98,31 @@ def label_texts(
   for name, own in config_lib.parts(config).items():
     if isinstance(own.objective, classification.Classification):
       ids = labels(own, corpus.tasks[name] if name else corpus)
-      found[own.objective.name] = [decode(label) for label in ids]
+      texts = [*own.objective.labels] or [decode(label) for label in ids]
+      found[own.objective.name] = texts
   return found
+
+
+def _ordered(found, texts, tokenizer) -> tuple[tuple[int, ...], ...]:
+  """Returns the ids of labels that are given in their order.
+
+  Raises:
+    ValueError: two are the same to the tokenizer, or the training text has one
+      that is not among them.
+  """
+  given = tuple(tuple(ids) for ids in tokenizer.encode_batch(texts))
+  more = [tokenizer.decode(ids) for ids in found if ids not in given]
+  if more or len(set(given)) < len(given):
+    what = (
+      f'lacks {more[:8]} of the training text'
+      if more
+      else ('has two that are the same to the tokenizer')
+    )
+    raise ValueError(
+      f'data.objective.labels={",".join(texts)} {what}. Name each label as it '
+      'is written in the texts.'
+    )
+  return given
 
 
 # Asked for by training and again at each evaluation.

@@ -13,6 +13,7 @@ import dataclasses
 from typing import Any
 
 from t2x.interop import checked
+from t2x.interop import labels as labels_lib
 from t2x.interop import llama_like
 from t2x.interop import values
 from t2x.layers import attention
@@ -82,7 +83,7 @@ def with_parts(
   has = lambda *ends: any(name.endswith(ends) for name in names)
   return dataclasses.replace(
     config,
-    pooler=has('pooler.dense.weight'),
+    pooler=has('pooler.dense.weight') or bool(config.classes),
     next_sentence=has('cls.seq_relationship.weight'),
     masked_head=has(
       'cls.predictions.transform.dense.weight', 'lm_head.dense.weight'
@@ -102,6 +103,7 @@ def _bert(hf: Hf) -> tuple[str, encoder.EncoderConfig]:
   roberta = hf['model_type'] == 'roberta'
   offset = hf.get('pad_token_id', 1) + 1 if roberta else 0
   classes = ' '.join(hf.get('architectures') or ['ForPreTraining'])
+  heads = labels_lib.sizes(hf)
   pretraining = 'ForPreTraining' in classes
   masked_head = 'ForMaskedLM' in classes or pretraining
   config = encoder.EncoderConfig(
@@ -138,8 +140,11 @@ def _bert(hf: Hf) -> tuple[str, encoder.EncoderConfig]:
     pooler=not masked_head or (pretraining and not roberta),
     next_sentence=pretraining and not roberta,
     masked_head=masked_head,
+    **heads,
   )
-  return hf['model_type'], config
+  # The head of classes has other names than a pooler.
+  own = '_classes' if roberta and config.classes else ''
+  return hf['model_type'] + own, config
 
 
 def _gpt2(hf: Hf) -> tuple[str, decoder.DecoderConfig]:

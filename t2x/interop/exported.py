@@ -11,6 +11,7 @@ from typing import Any
 
 from t2x import config as config_lib
 from t2x.interop import configs
+from t2x.interop import labels as labels_lib
 from t2x.interop import llama_like
 from t2x.interop import llama_like_exported
 from t2x.layers import moe
@@ -123,9 +124,11 @@ def _bert(config: encoder.EncoderConfig) -> dict[str, Any]:
   prefix = 'Roberta' if offset else 'Bert'
   kind = 'ForMaskedLM' if config.masked_head else 'Model'
   kind = 'ForPreTraining' if config.next_sentence else kind
+  kind, of_labels = labels_lib.written(config, kind)
   return {
     'model_type': prefix.lower(),
     'architectures': [prefix + kind],
+    **of_labels,
     **({'pad_token_id': offset - 1} if offset else {}),
     'vocab_size': config.vocab_size,
     'num_hidden_layers': config.num_layers,

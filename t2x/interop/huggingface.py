@@ -5,6 +5,7 @@ huggingface.write('path/of/mine', found.model, found.tokenizer)
 """
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import functools
 import logging
@@ -19,6 +20,7 @@ from t2x.interop import checkpoint_dir
 from t2x.interop import configs
 from t2x.interop import exported
 from t2x.interop import generation as generation_lib
+from t2x.interop import labels as labels_lib
 from t2x.interop import names
 from t2x.interop import tokenizer_file
 from t2x.models import encoder
@@ -45,6 +47,7 @@ class Checkpoint:
     tokenizer: its own.
     generation: how its texts are written.
     own_generation: its generation_config.json; None where there is none.
+    labels: of its head of classes, by the name of the head's term.
   """
 
   family: str
@@ -54,6 +57,7 @@ class Checkpoint:
   tokenizer: tokenizers.Tokenizer
   generation: generation_lib.Generation
   own_generation: dict[str, Any] | None
+  labels: dict[str, list[str]]
 
   @functools.cached_property
   def model(self) -> model_lib.Model:
@@ -91,6 +95,8 @@ def read(directory: str) -> Checkpoint:
   )
   _check_sizes(tokenizer, config.vocab_size, directory)
   tensors = checkpoint_dir.read_tensors(directory)
+  labels = labels_lib.read(hf, config)
+  labels_lib.check(labels, tensors)
   return Checkpoint(
     family=family,
     hf=hf,
@@ -99,6 +105,7 @@ def read(directory: str) -> Checkpoint:
     tokenizer=tokenizer,
     generation=generation,
     own_generation=own,
+    labels=labels,
   )
 
 
@@ -160,6 +167,8 @@ def write(
   *,
   hf: Mapping[str, Any] | None = None,
   generation: generation_lib.Generation | None = None,
+  labels: Mapping[str, Sequence[str]] | None = None,
+  problem: str = labels_lib.SINGLE,
   shard_bytes: int | None = None,
 ) -> str:
   """Writes a model as `transformers` loads it.
@@ -172,6 +181,8 @@ def write(
       describes the model.
     generation: how its texts are written; default with the ends of the
       tokenizer.
+    labels: of the head of classes, in their order, by the name of its term.
+    problem: what the head's outputs are, as `labels.problem` has it.
     shard_bytes: the most of a file of weights; default 5 GB.
 
   Returns:
@@ -195,6 +206,7 @@ def write(
     hf = {**made, **ids, **kept}
   if not isinstance(config, encoder.EncoderConfig):
     source = {name: hf[name] for name in ids if name in hf} | source
+  hf = labels_lib.with_labels(hf, config, labels or {}, problem)
   is_own = not isinstance(tokenizer, pretrained.PretrainedTokenizer)
   # Whatever may fail comes before the weights are written.
   file = tokenizer_file.make(tokenizer) if tokenizer and is_own else None

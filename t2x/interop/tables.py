@@ -105,6 +105,17 @@ def _bert(prefix: str) -> tuple[Row, ...]:
   )
 
 
+def _dense(path: str, name: str) -> list[tuple]:
+  return [
+    (f'{path}.kernel_DE', f'{name}.weight', 'E D'),
+    (f'{path}.bias_E', f'{name}.bias', 'E'),
+  ]
+
+
+# A file has one of the two heads.
+_TOKEN_CLASSES = _dense('token_classes', 'classifier')
+_CLASSES = _dense('classes.0', 'classifier')
+
 _BERT_HEADS = [
   ('transform.kernel_DE', 'cls.predictions.transform.dense.weight', 'E D'),
   ('transform.bias_E', 'cls.predictions.transform.dense.bias', 'E'),
@@ -125,7 +136,7 @@ _POSITION_BUFFERS = r'.*embeddings\.position_ids'
 
 _BERT = Family(
   prefix='bert.',
-  rows=_bert('bert.') + _rows(_BERT_HEADS),
+  rows=_bert('bert.') + _rows(_BERT_HEADS + _CLASSES + _TOKEN_CLASSES),
   copies={
     'cls.predictions.decoder.weight': (
       'bert.embeddings.word_embeddings.weight'
@@ -137,12 +148,25 @@ _BERT = Family(
 
 _ROBERTA = Family(
   prefix='roberta.',
-  rows=_bert('roberta.') + _rows(_ROBERTA_HEADS),
+  rows=_bert('roberta.') + _rows(_ROBERTA_HEADS + _TOKEN_CLASSES),
   copies={
     'lm_head.decoder.weight': 'roberta.embeddings.word_embeddings.weight',
     'lm_head.decoder.bias': 'lm_head.bias',
   },
   ignored=_POSITION_BUFFERS,
+)
+
+# RoBERTa's head of classes is BERT's pooler and head under other names.
+_ROBERTA_CLASSES = dataclasses.replace(
+  _ROBERTA,
+  rows=tuple(r for r in _bert('roberta.') if not r.path.startswith('pooler.'))
+  + _rows(
+    _ROBERTA_HEADS
+    + _dense('pooler', 'classifier.dense')
+    + _dense('classes.0', 'classifier.out_proj')
+  ),
+  # Early files hold a pooler too, which the class has no place for.
+  ignored=rf'{_POSITION_BUFFERS}|roberta\.pooler\.dense\.(weight|bias)',
 )
 
 # --- GPT-2: its Conv1D keeps (in, out), and one holds queries to values. ---
@@ -320,6 +344,7 @@ def _t5(*, gated: bool) -> Family:
 FAMILIES = {
   'bert': _BERT,
   'roberta': _ROBERTA,
+  'roberta_classes': _ROBERTA_CLASSES,
   'gpt2': _GPT2,
   't5': _t5(gated=False),
   't5_v1_1': _t5(gated=True),

@@ -42,7 +42,10 @@ class EncoderConfig(common.TransformerConfig):
     embed_norm: normalise the embeddings.
     pooler: dense layer with tanh over the first token.
     next_sentence: two-way head on the pooler's output.
-    classes: of heads on the pooler's output, how many classes each tells apart.
+    classes: of heads on the pooler's output, how many classes each tells apart;
+      1 is a value.
+    token_classes: of a head on each token's output, how many classes it tells
+      apart; 0 for none.
     masked_head: transform (dense, activation, norm) and bias of the masked
       language model's head.
     output_bias: bias of the logits; a `masked_head` has one.
@@ -58,6 +61,7 @@ class EncoderConfig(common.TransformerConfig):
   pooler: bool = False
   next_sentence: bool = False
   classes: tuple[int, ...] = ()
+  token_classes: int = 0
   masked_head: bool = True
   output_bias: bool = False
   two_stream: bool = False
@@ -71,9 +75,10 @@ class EncoderConfig(common.TransformerConfig):
       layer_checks.check_query_layers(self)
     if self.two_stream:
       layer_checks.check_two_stream(self)
-    if min(self.classes, default=2) < 2:
+    checks.least(self, 'model.', token_classes=0)
+    if min(self.classes, default=1) < 1:
       raise ValueError(
-        f'model.classes={self.classes}: a head tells two classes or more apart.'
+        f'model.classes={self.classes}: a head has a class or more.'
       )
     if self.classes and not self.pooler:
       raise ValueError(
@@ -151,6 +156,8 @@ class Encoder(nnx.Module):
     self.query_D = (
       param.param(rngs, (D,), (None,), drawn) if config.two_stream else None
     )
+    num = config.token_classes
+    self.token_classes = pooled.Dense(D, num, init, rngs=rngs) if num else None
 
   def __call__(self, inputs: jax.Array, **kwargs) -> jax.Array:
     """Returns float32 logits (B, T, V); arguments as for `features`."""

@@ -20,10 +20,14 @@ class Classification:
   Attributes:
     num_classes: labels that there are.
     head: which of the model's heads (`model.classes`) it trains.
+    labels: the classes in another order, such as that of a head that comes from
+      elsewhere; a label of which the training text has no example has its class
+      too. Empty is the order of the training text.
   """
 
   num_classes: int = 2
   head: int = 0
+  labels: tuple[str, ...] = ()
 
   kind: ClassVar[str] = 'classification'
   has_encoder: ClassVar[bool] = False
@@ -31,6 +35,11 @@ class Classification:
 
   def __post_init__(self):
     checks.least(self, 'data.objective.', num_classes=2, head=0)
+    if self.labels and len(set(self.labels)) != self.num_classes:
+      raise ValueError(
+        f'data.objective.labels={self.labels} and num_classes='
+        f'{self.num_classes}: name each class once.'
+      )
 
   @property
   def name(self) -> str:

@@ -1,0 +1,157 @@
+"""Heads that tell classes apart, and their labels, in a config.json.
+
+`architectures` says which head there is, `id2label` what its classes are
+called, and `problem_type` what its outputs are: logits of which one class is
+meant, logits of which each stands for itself, or values. As in `transformers`,
+`id2label` holds where `label2id` or `num_labels` say something else, without it
+there are two classes, and one class alone is a value.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+Hf = Mapping[str, Any]
+
+TOKENS = 'tokens'  # In labels: of the head on each token.
+TEXTS = 'class0'
+SINGLE = 'single_label_classification'
+MULTI = 'multi_label_classification'
+VALUES = 'regression'
+_OF_TEXTS, _OF_TOKENS = 'ForSequenceClassification', 'ForTokenClassification'
+_UNKNOWN = ('ForQuestionAnswering', 'ForMultipleChoice')
+
+
+def sizes(hf: Hf) -> dict[str, Any]:
+  """Returns the fields of an `EncoderConfig` that say which head there is.
+
+  Raises:
+    ValueError: a head that t2x does not have, or labels that are none.
+  """
+  name = ' '.join(hf.get('architectures') or ())
+  if any(name.endswith(unknown) for unknown in _UNKNOWN):
+    raise ValueError(
+      f'architectures={name} in the config: t2x has heads of {_OF_TEXTS}, '
+      f'{_OF_TOKENS} and pretraining. For its body alone save the AutoModel of '
+      'transformers in another directory.'
+    )
+  if name.endswith(_OF_TEXTS):
+    problem(hf)
+    return {'classes': (len(_names(hf)),)}
+  return {'token_classes': len(_names(hf))} if _tags(hf) else {}
+
+
+def read(hf: Hf, config: Any) -> dict[str, list[str]]:
+  """Returns the labels by the name of their head's term.
+
+  Args:
+    hf: the config.json.
+    config: of the model.
+  """
+  if getattr(config, 'token_classes', 0):
+    return {TOKENS: _names(hf)}
+  return {TEXTS: _names(hf)} if getattr(config, 'classes', ()) else {}
+
+
+def check(labels: Mapping[str, Sequence[str]], tensors: Mapping[str, Any]):
+  """Raises ValueError if a file's head has more or fewer rows than labels."""
+  for names in labels.values():
+    for weight in ('classifier.out_proj.weight', 'classifier.weight'):
+      if weight in tensors and tensors[weight].shape[0] != len(names):
+        raise ValueError(
+          f'id2label has {len(names)} labels ({", ".join(names[:8])}), and '
+          f'{weight} has {tensors[weight].shape[0]} rows: they are of '
+          'different checkpoints. Copy config.json again.'
+        )
+
+
+def problem(hf: Hf) -> str:
+  """Returns what the outputs of the head of classes are.
+
+  Raises:
+    ValueError: none of what `transformers` knows.
+  """
+  if not ' '.join(hf.get('architectures') or ()).endswith(_OF_TEXTS):
+    return SINGLE
+  given = hf.get('problem_type')
+  if given is None:
+    return VALUES if len(_names(hf)) == 1 else SINGLE
+  if given not in (SINGLE, MULTI, VALUES):
+    raise ValueError(
+      f'problem_type={given!r} in the config; it is one of {SINGLE}, {MULTI}, '
+      f'{VALUES}.'
+    )
+  return given
+
+
+def written(config: Any, kind: str) -> tuple[str, dict[str, Any]]:
+  """Returns the class that has a model's heads, and its part of a config.json.
+
+  Args:
+    config: an `EncoderConfig`.
+    kind: the class without a head of classes, without its family's name.
+
+  Raises:
+    ValueError: no class has them.
+  """
+  num = [
+    *config.classes,
+    *([config.token_classes] * bool(config.token_classes)),
+  ]
+  if len(num) > 1:
+    raise ValueError(
+      f'model.classes={config.classes} and model.token_classes='
+      f'{config.token_classes}: a class of Hugging Face has one head of '
+      'classes. Export a run that has one.'
+    )
+  if not num:
+    return kind, {}
+  names = _of_labels([f'LABEL_{i}' for i in range(num[0])])
+  return (_OF_TOKENS if config.token_classes else _OF_TEXTS), names
+
+
+def with_labels(
+  hf: Hf, config: Any, labels: Mapping[str, Sequence[str]], problem: str
+) -> dict[str, Any]:
+  """Returns a config.json with the labels of a model's head, if it has one."""
+  hf = dict(hf)
+  if getattr(config, 'token_classes', 0):
+    names = labels.get(TOKENS)
+  elif getattr(config, 'classes', ()):
+    names = labels.get(TEXTS)
+    hf['problem_type'] = problem
+  else:
+    return hf
+  return hf | (_of_labels(names) if names else {})
+
+
+def _of_labels(names: Sequence[str]) -> dict[str, Any]:
+  return {
+    'id2label': {str(i): name for i, name in enumerate(names)},
+    'label2id': {name: i for i, name in enumerate(names)},
+  }
+
+
+def _tags(hf: Hf) -> bool:
+  return ' '.join(hf.get('architectures') or ()).endswith(_OF_TOKENS)
+
+
+def _names(hf: Hf) -> list[str]:
+  """Returns the labels in the order of their classes.
+
+  Raises:
+    ValueError: they are not numbered 0, 1, 2, ..., or two are the same.
+  """
+  given = hf.get('id2label')
+  if given is None:
+    number = hf.get('num_labels', 2)
+    given = {i: f'LABEL_{i}' for i in range(number)}
+  numbers = {str(i): name for i, name in given.items()}
+  names = [numbers.get(str(i)) for i in range(len(given))]
+  whole = names and all(isinstance(name, str) for name in names)
+  if not whole or len(set(names)) < len(names):
+    raise ValueError(
+      f'id2label={given!r} in the config; it is a name of its own for each of '
+      '0, 1, 2, ...'
+    )
+  return [str(name) for name in names]

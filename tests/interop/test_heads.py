@@ -1,0 +1,264 @@
+"""Heads of classes of BERT and RoBERTa: logits, labels, in and out."""
+
+import json
+
+import extras
+import hf_files
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t2x import conversion
+from t2x import encoding
+from t2x import inference
+from t2x import run_dir
+from t2x.data import tokenizers
+from t2x.interop import configs
+from t2x.interop import huggingface
+from t2x.interop import labels as labels_lib
+
+torch = extras.need('torch', extra='reference')
+transformers = extras.need('transformers', extra='reference')
+
+pytestmark = pytest.mark.reference
+
+NAMES = ['awful', 'so-so', 'good', 'O']
+SIZES = dict(
+  hidden_size=24,
+  num_hidden_layers=2,
+  num_attention_heads=3,
+  intermediate_size=40,
+  max_position_embeddings=34,
+)
+TEXTS = [
+  'A short one.',
+  'Two  words \u2014 d\u00e9j\u00e0 vu, and it is a longer one: 12,345!',
+  'word',
+]
+LONG = 'It goes on and on, ' * 20
+
+
+def make(family, head, directory, **settings):
+  """Writes a checkpoint as `transformers` does; returns its model."""
+  hf_files.MAKERS[family](directory)
+  read = tokenizers.read(tokenizers.Pretrained(directory=str(directory)))
+  kind = 'Bert' if family == 'bert' else 'Roberta'
+  types = 2 if family == 'bert' else 1
+  config = getattr(transformers, f'{kind}Config')(
+    **SIZES | {'vocab_size': read.vocab_size, 'type_vocab_size': types},
+    **{'id2label': dict(enumerate(NAMES))} | settings,
+  )
+  torch.manual_seed(0)
+  model = getattr(transformers, f'{kind}For{head}Classification')(config).eval()
+  with torch.no_grad():
+    for parameter in model.parameters():
+      parameter.add_(0.2 * torch.randn_like(parameter))
+  model.save_pretrained(directory)
+  return model
+
+
+@pytest.fixture(scope='module')
+def checkpoints(tmp_path_factory):
+  """(family, head) -> (directory, the model of transformers)."""
+  root = tmp_path_factory.mktemp('heads')
+  pairs = [(f, h) for f in ('bert', 'roberta') for h in ('Sequence', 'Token')]
+  return {
+    pair: (root / '_'.join(pair), make(*pair, root / '_'.join(pair)))
+    for pair in pairs
+  }
+
+
+def asked(directory, model, texts, **options):
+  """Their tokenizer and model, on a padded batch; returns both."""
+  tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+  length = 34 if model.config.model_type == 'bert' else 32
+  batch = tokenizer(
+    [t if isinstance(t, str) else t[0] for t in texts],
+    None if isinstance(texts[0], str) else [t[1] for t in texts],
+    padding=True, truncation=True, max_length=length, return_tensors='pt',
+    **options,
+  )  # fmt: skip
+  given = {k: v for k, v in batch.items() if k != 'offset_mapping'}
+  with torch.no_grad():
+    return batch, model(**given).logits.numpy()
+
+
+def softmax(logits):
+  weights = np.exp(logits - logits.max(-1, keepdims=True))
+  return weights / weights.sum(-1, keepdims=True)
+
+
+def probabilities(found, names=None):
+  for one in found:
+    assert list(one) == (names or NAMES)
+  return np.array([list(one.values()) for one in found])
+
+
+@pytest.mark.parametrize('family', ['bert', 'roberta'])
+@pytest.mark.parametrize(
+  'texts',
+  [[*TEXTS, LONG], [(TEXTS[0], TEXTS[1]), (TEXTS[2], LONG), (LONG, 'b')]],
+  ids=['texts', 'pairs'],
+)
+def test_classes_of_texts(checkpoints, family, texts):
+  directory, theirs = checkpoints[family, 'Sequence']
+  trained = inference.load(str(directory))
+  assert trained.labels == {'class0': NAMES}
+  assert trained.config.model.classes == (4,)
+  _, want = asked(directory, theirs, texts)
+  assert np.ptp(want) > 0.5, 'The comparison would see nothing.'
+  found = probabilities(encoding.classify(trained, texts))
+  np.testing.assert_allclose(found, softmax(want), atol=1e-4)
+  logits = np.zeros_like(want)
+  for part, own in encoding._logits(trained, texts, 0):
+    logits[part] = own
+  np.testing.assert_allclose(logits, want, atol=1e-4)
+
+
+@pytest.mark.parametrize('family', ['bert', 'roberta'])
+def test_labels_of_tokens(checkpoints, family):
+  texts = [TEXTS[0], 'd\u00e9j\u00e0  vu \u2014 ok', TEXTS[2]]
+  directory, theirs = checkpoints[family, 'Token']
+  trained = inference.load(str(directory))
+  assert trained.labels == {'tokens': NAMES}
+  batch, logits = asked(directory, theirs, texts, return_offsets_mapping=True)
+  want = softmax(logits)
+  for i, tags in enumerate(encoding.tag(trained, texts)):
+    spans = batch['offset_mapping'][i].tolist()
+    kept = [t for t, (start, end) in enumerate(spans) if end > start]
+    assert [[tag.start, tag.end] for tag in tags] == [spans[t] for t in kept]
+    assert [tag.label for tag in tags] == [
+      theirs.config.id2label[int(logits[i, t].argmax())] for t in kept
+    ]
+    np.testing.assert_allclose(
+      [tag.probability for tag in tags], want[i, kept].max(-1), atol=1e-4
+    )
+    assert all(tag.text == texts[i][tag.start : tag.end] for tag in tags)
+  with pytest.raises(ValueError, match='Text 1 has .* the model reads 3'):
+    encoding.tag(trained, ['a', LONG])
+
+
+@pytest.mark.parametrize('head', ['Sequence', 'Token'])
+@pytest.mark.parametrize('family', ['bert', 'roberta'])
+def test_there_and_back(checkpoints, tmp_path, family, head):
+  directory, theirs = checkpoints[family, head]
+  conversion.to_run(str(directory), str(tmp_path / 'run'))
+  name = 'class0' if head == 'Sequence' else 'tokens'
+  assert run_dir.read_labels(str(tmp_path / 'run')) == {name: NAMES}
+  conversion.from_run(str(tmp_path / 'run'), str(tmp_path / 'back'))
+  kind = getattr(transformers, f'AutoModelFor{head}Classification')
+  again, info = kind.from_pretrained(
+    tmp_path / 'back', output_loading_info=True
+  )
+  assert not info['missing_keys'] and not info['unexpected_keys']
+  assert again.config.id2label == theirs.config.id2label
+  assert again.config.label2id == {name: i for i, name in enumerate(NAMES)}
+  _, want = asked(directory, theirs, TEXTS)
+  _, got = asked(tmp_path / 'back', again.eval(), TEXTS)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('problem', 'names'),
+  [
+    ('multi_label_classification', NAMES),
+    ('regression', ['score']),
+    (None, ['score']),
+  ],
+)
+def test_what_outputs_are(tmp_path, problem, names):
+  labels = {'id2label': dict(enumerate(names)), 'problem_type': problem}
+  theirs = make('bert', 'Sequence', tmp_path / 'bert', **labels)
+  conversion.to_run(str(tmp_path / 'bert'), str(tmp_path / 'run'))
+  conversion.from_run(str(tmp_path / 'run'), str(tmp_path / 'back'))
+  _, logits = asked(tmp_path / 'bert', theirs, TEXTS)
+  several = problem == 'multi_label_classification'
+  want = 1 / (1 + np.exp(-logits)) if several else logits
+  for place in ('bert', 'run', 'back'):
+    trained = inference.load(str(tmp_path / place))
+    found = probabilities(encoding.classify(trained, TEXTS), names)
+    np.testing.assert_allclose(found, want, atol=1e-4)
+
+
+def config_of(**fields):
+  return {
+    'model_type': 'bert', 'vocab_size': 9,
+    'architectures': ['BertForSequenceClassification'], **SIZES, **fields,
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'architectures': ['BertForQuestionAnswering']}, 'BertForQuestionAnswer'),
+    ({'architectures': ['RobertaForMultipleChoice']}, 'save the AutoModel'),
+    ({'id2label': {'0': 'a', '2': 'b'}}, 'id2label=.* a name of its own for'),
+    ({'id2label': {'0': 'a', '1': 'a'}}, 'id2label=.* a name of its own for'),
+    ({'id2label': {}}, 'id2label={} in the config'),
+    ({'problem_type': 'ranking'}, "problem_type='ranking' in the config"),
+  ],
+)
+def test_messages(fields, message):
+  with pytest.raises(ValueError, match=message) as error:
+    configs.to_t2x(config_of(**fields))
+  assert '\n' not in str(error.value)
+
+
+def test_labels_where_a_config_says_less():
+  """As `transformers` takes them."""
+  for fields in ({}, {'num_labels': 3}, {'id2label': {0: 'x', 1: 'y'}}):
+    theirs = transformers.BertConfig(**SIZES, **fields)
+    family, config = configs.to_t2x(config_of(**fields))
+    names = labels_lib.read(config_of(**fields), config)['class0']
+    assert dict(enumerate(names)) == theirs.id2label
+    assert config.classes == (len(names),)
+
+
+def test_labels_of_another_head_are_refused(checkpoints, tmp_path):
+  directory, _ = checkpoints['roberta', 'Sequence']
+  for file in directory.iterdir():
+    (tmp_path / file.name).write_bytes(file.read_bytes())
+  hf = json.loads((tmp_path / 'config.json').read_text())
+  hf['id2label'] = {'0': 'a', '1': 'b', '2': 'c'}
+  (tmp_path / 'config.json').write_text(json.dumps(hf))
+  with pytest.raises(ValueError, match='3 labels .a, b, c., and .* 4 rows'):
+    huggingface.read(str(tmp_path))
+
+
+def test_weights_of_an_unknown_head_are_named(checkpoints, tmp_path):
+  from safetensors import numpy as safetensors_numpy
+
+  directory, _ = checkpoints['bert', 'Token']
+  for file in directory.iterdir():
+    (tmp_path / file.name).write_bytes(file.read_bytes())
+  weights = safetensors_numpy.load_file(tmp_path / 'model.safetensors')
+  weights['crf.transitions'] = np.zeros((4, 4), np.float32)
+  safetensors_numpy.save_file(weights, tmp_path / 'model.safetensors')
+  with pytest.raises(ValueError, match='Unexpected: crf.transitions'):
+    inference.load(str(tmp_path))
+
+
+def test_older_roberta_files_hold_a_pooler_that_no_class_reads(
+  checkpoints, tmp_path
+):
+  from safetensors import numpy as safetensors_numpy
+
+  directory, theirs = checkpoints['roberta', 'Sequence']
+  for file in directory.iterdir():
+    (tmp_path / file.name).write_bytes(file.read_bytes())
+  weights = safetensors_numpy.load_file(tmp_path / 'model.safetensors')
+  more = {'roberta.pooler.dense.weight': np.ones((24, 24), np.float32)}
+  safetensors_numpy.save_file(weights | more, tmp_path / 'model.safetensors')
+  found = encoding.classify(inference.load(str(tmp_path)), TEXTS)
+  _, want = asked(directory, theirs, TEXTS)
+  np.testing.assert_allclose(probabilities(found), softmax(want), atol=1e-4)
+
+
+def test_types_reach_the_model(checkpoints):
+  """Of a pair, the second text is sentence B."""
+  trained = inference.load(str(checkpoints['bert', 'Sequence'][0]))
+  (row,) = trained.tokenizer.encode_whole([('a', 'b')], 32)
+  ids, types = jnp.array([row.ids]), jnp.array([row.types])
+  pool = lambda **more: trained.model.pool(trained.model.encode(ids, **more))
+  assert set(row.types) == {0, 1}
+  assert np.abs(pool(token_types=types) - pool()).max() > 1e-3
