@@ -200,6 +200,35 @@ def _tags(text, row, chances_TE, labels) -> list[Tag]:
   ]
 
 
+def labelled(
+  trained: trained_lib.Trained, texts: Sequence[str], second: Sequence[str] = ()
+) -> list[Any]:
+  """Returns what `classify` or `tag` does, by the head that there is, for JSON.
+
+  Args:
+    trained: an encoder with a head of classes.
+    texts: of which it is asked.
+    second: what goes with each of them, or nothing.
+
+  Raises:
+    ValueError: as many texts on each side are needed; and as of the two.
+  """
+  tags = labels_lib.TOKENS in trained.labels
+  if second and (tags or len(second) != len(texts)):
+    raise ValueError(
+      f'--second has {len(second)} texts for {len(texts)}'
+      + (
+        ', and tokens are labelled in single ones.'
+        if tags
+        else '; give one for each, in their order.'
+      )
+    )
+  if tags:
+    found = tag(trained, texts)
+    return [[one._asdict() for one in tokens] for tokens in found]
+  return classify(trained, list(zip(texts, second)) if second else texts)
+
+
 def _reads_as_trained(trained: trained_lib.Trained) -> bool:
   """Whether its rows are those of `objectives.classification`."""
   theirs = isinstance(trained.tokenizer, pretrained.PretrainedTokenizer)

@@ -252,6 +252,7 @@ def _experiments():
     'generate.py',
     'evaluate.py',
     'embed.py',
+    'classify.py',
     'serve.py',
   }  # Their flags would clash.
   return sorted(n.removesuffix('.py') for n in names if n not in tools)

@@ -19,7 +19,7 @@ _NAMES = sorted(
   for path in glob.glob(os.path.join(_DIRECTORY, '*.py'))
 )
 _TINY = ('quickstart', 'gpt2_tiny', 'bert_tiny', 't5_tiny', 'moe_tiny')
-_TOOLS = ('generate', 'evaluate', 'embed', 'serve')
+_TOOLS = ('generate', 'evaluate', 'embed', 'classify', 'serve')
 
 
 def get_config(name):

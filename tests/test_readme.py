@@ -45,7 +45,7 @@ def test_there_is_something_to_test():
 )
 def test_experiment_commands_are_accepted(command):
   arguments = shlex.split(command)[1:]
-  tools = 'generate', 'evaluate', 'embed', 'serve'
+  tools = 'generate', 'evaluate', 'embed', 'classify', 'serve'
   tool = {f'experiments/{name}.py' for name in tools}
   check = '--help' if arguments[0] in tool else '--print_config'
   result = subprocess.run(

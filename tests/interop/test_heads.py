@@ -1,21 +1,33 @@
 """Heads of classes of BERT and RoBERTa: logits, labels, in and out."""
 
 import json
+import pathlib
+import subprocess
+import sys
 
 import extras
+from flax import nnx
 import hf_files
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t2x import config as config_lib
 from t2x import conversion
 from t2x import encoding
 from t2x import inference
 from t2x import run_dir
+from t2x import train
 from t2x.data import tokenizers
 from t2x.interop import configs
 from t2x.interop import huggingface
 from t2x.interop import labels as labels_lib
+from t2x.layers import attention
+from t2x.layers import mlp
+from t2x.layers import norm
+from t2x.layers import position
+from t2x.models import encoder
 
 torch = extras.need('torch', extra='reference')
 transformers = extras.need('transformers', extra='reference')
@@ -26,7 +38,7 @@ NAMES = ['awful', 'so-so', 'good', 'O']
 SIZES = dict(
   hidden_size=24,
   num_hidden_layers=2,
-  num_attention_heads=3,
+  num_attention_heads=4,
   intermediate_size=40,
   max_position_embeddings=34,
 )
@@ -78,7 +90,8 @@ def asked(directory, model, texts, **options):
     padding=True, truncation=True, max_length=length, return_tensors='pt',
     **options,
   )  # fmt: skip
-  given = {k: v for k, v in batch.items() if k != 'offset_mapping'}
+  own = ('input_ids', 'attention_mask', 'token_type_ids')
+  given = {name: batch[name] for name in own if name in batch}
   with torch.no_grad():
     return batch, model(**given).logits.numpy()
 
@@ -121,11 +134,17 @@ def test_labels_of_tokens(checkpoints, family):
   directory, theirs = checkpoints[family, 'Token']
   trained = inference.load(str(directory))
   assert trained.labels == {'tokens': NAMES}
-  batch, logits = asked(directory, theirs, texts, return_offsets_mapping=True)
+  batch, logits = asked(
+    directory,
+    theirs,
+    texts,
+    return_offsets_mapping=True,
+    return_special_tokens_mask=True,
+  )
   want = softmax(logits)
   for i, tags in enumerate(encoding.tag(trained, texts)):
     spans = batch['offset_mapping'][i].tolist()
-    kept = [t for t, (start, end) in enumerate(spans) if end > start]
+    kept = np.flatnonzero(batch['special_tokens_mask'][i] == 0)
     assert [[tag.start, tag.end] for tag in tags] == [spans[t] for t in kept]
     assert [tag.label for tag in tags] == [
       theirs.config.id2label[int(logits[i, t].argmax())] for t in kept
@@ -136,6 +155,38 @@ def test_labels_of_tokens(checkpoints, family):
     assert all(tag.text == texts[i][tag.start : tag.end] for tag in tags)
   with pytest.raises(ValueError, match='Text 1 has .* the model reads 3'):
     encoding.tag(trained, ['a', LONG])
+
+
+@pytest.mark.parametrize('layout', ['mesh.tensor=2', 'mesh.fsdp=2'])
+def test_heads_under_layouts(checkpoints, layout):
+  load = lambda family, head: inference.load(
+    str(checkpoints[family, head][0]), settings=[layout]
+  )
+  _, want = asked(*checkpoints['roberta', 'Sequence'], TEXTS)
+  found = encoding.classify(load('roberta', 'Sequence'), TEXTS)
+  np.testing.assert_allclose(probabilities(found), softmax(want), atol=1e-4)
+  _, want = asked(*checkpoints['bert', 'Token'], TEXTS)
+  tags = encoding.tag(load('bert', 'Token'), TEXTS)[2]
+  best = softmax(want)[2, 1 : 1 + len(tags)].max(-1)
+  np.testing.assert_allclose([t.probability for t in tags], best, atol=1e-4)
+
+
+def test_the_command(checkpoints):
+  directory, theirs = checkpoints['bert', 'Sequence']
+  script = pathlib.Path(__file__).parents[2] / 'experiments' / 'classify.py'
+  run = lambda *flags: subprocess.run(
+    [sys.executable, str(script), f'--workdir={directory}', *flags],
+    capture_output=True, text=True,
+  )  # fmt: skip
+  found = run('--text=One.', '--second=Two.')
+  _, want = asked(directory, theirs, [('One.', 'Two.')])
+  (row,) = json.loads(found.stdout)
+  np.testing.assert_allclose([*row.values()], softmax(want)[0], atol=1e-4)
+  trained = inference.load(str(checkpoints['bert', 'Token'][0]))
+  (tokens,) = encoding.labelled(trained, ['word'])
+  assert tokens[0]['start'] == 0 and tokens[0]['label'] in NAMES
+  with pytest.raises(ValueError, match='--second has 1 texts for 1, and tok'):
+    encoding.labelled(trained, ['word'], ['b'])
 
 
 @pytest.mark.parametrize('head', ['Sequence', 'Token'])
@@ -262,3 +313,102 @@ def test_types_reach_the_model(checkpoints):
   pool = lambda **more: trained.model.pool(trained.model.encode(ids, **more))
   assert set(row.types) == {0, 1}
   assert np.abs(pool(token_types=types) - pool()).max() > 1e-3
+
+
+# --- A run that goes on, and one of its own. ---
+
+
+def write_pairs(directory):
+  directory.mkdir()
+  lines = [
+    json.dumps({'text': f'{i} is {("odd", "even")[i % 2]}.', 'sort': sort})
+    for i in range(40)
+    for sort in [NAMES[i % 2 * 2]]
+  ]
+  (directory / 'a.jsonl').write_text('\n'.join(lines) + '\n')
+  return directory
+
+
+def settings_of(directory):
+  return {
+    'data.source': 'text_files', 'data.files': f'{directory}/a.jsonl',
+    'data.data_dir': f'{directory}/data', 'data.target_field': 'sort',
+    'data.objective': 'classification', 'data.batching': 'pad',
+    'data.batch_size': '8', 'data.eval_splits': '', 'train.eval_every': '0',
+    'optim.learning_rate': '1e-2',
+  }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_run_with_labels_in_their_order_goes_out(checkpoints, tmp_path):
+  """Its model is a BERT, and of its four classes the texts have two."""
+  run = tmp_path / 'run'
+  conversion.to_run(str(checkpoints['bert', 'Sequence'][0]), str(run))
+  settings = settings_of(write_pairs(tmp_path / 'texts'))
+  settings |= {'data.objective.num_classes': '4', 'train.num_steps': '20'}
+  change = lambda **more: config_lib.override(
+    run_dir.read_config(str(run)), settings | more
+  )
+  own = tmp_path / 'own'
+  with pytest.raises(ValueError, match='has 2 labels'):
+    train.train(change(), own, show=False)
+  few = {'data.objective.labels': 'awful,bad,so-so,O'}
+  with pytest.raises(ValueError, match=r"lacks \['good'\] of the training"):
+    train.train(change(**few), own, show=False)
+  order = {'data.objective.labels': ','.join(NAMES)}
+  train.train(change(**order), own, show=False)
+  trained = inference.load(str(own))
+  assert trained.labels == {'class0': NAMES}
+  texts = ['6 is odd.', '7 is even.']
+  found = encoding.classify(trained, texts)
+  best = [max(one, key=lambda name: one[name]) for one in found]
+  assert best == [NAMES[0], NAMES[2]]
+  conversion.from_run(str(own), str(tmp_path / 'back'))
+  kind = transformers.AutoModelForSequenceClassification
+  again = kind.from_pretrained(tmp_path / 'back').eval()
+  assert again.config.id2label == dict(enumerate(NAMES))
+  _, logits = asked(tmp_path / 'back', again, texts)
+  np.testing.assert_allclose(probabilities(found), softmax(logits), atol=1e-4)
+
+
+def test_labels_in_another_order_than_those_of_a_run(tmp_path):
+  run_dir.write_labels(str(tmp_path), {'class0': ['b', 'a']})
+  run_dir.write_labels(str(tmp_path), {'class1': ['x', 'y']})
+  with pytest.raises(ValueError, match='Set data.objective.labels=b,a'):
+    run_dir.write_labels(str(tmp_path), {'class0': ['a', 'b']})
+  want = {'class0': ['b', 'a'], 'class1': ['x', 'y']}
+  assert run_dir.read_labels(str(tmp_path)) == want
+
+
+@pytest.mark.parametrize('places', [0, 2])
+def test_a_classifier_of_a_run_goes_out(tmp_path, places):
+  """As BERT, and with places after the padding's as RoBERTa."""
+  config = encoder.EncoderConfig(
+    vocab_size=260, num_layers=1, embed_dim=24, dropout=0.0,
+    attention=attention.Dense(num_heads=3, head_dim=8, bias=True),
+    mlp=mlp.MlpConfig(hidden=40), residual='post_norm', embed_norm=True,
+    norm=norm.LayerNorm(eps=1e-12), pooler=True, classes=(3,),
+    num_token_types=2, position=position.Learned(max_length=20, offset=places),
+  )  # fmt: skip
+  model = encoder.Encoder(config, rngs=nnx.Rngs(0))
+  shake = lambda x: x + 0.2 * np.random.default_rng(x.size).normal(size=x.shape)
+  model = jax.tree.map(lambda x: jnp.asarray(shake(x), x.dtype), model)
+  names = {'class0': ['x', 'y', 'z']}
+  huggingface.write(str(tmp_path), model, labels=names)
+  kind = transformers.AutoModelForSequenceClassification
+  theirs = kind.from_pretrained(tmp_path).eval()
+  assert theirs.config.id2label == {0: 'x', 1: 'y', 2: 'z'}
+  tokens = np.random.default_rng(0).integers(5, 260, (2, 7))
+  own = np.array([[1] * 7, [1] * 4 + [0] * 3])
+  tokens = np.where(own, tokens, max(places - 1, 0))
+  with torch.no_grad():
+    want = theirs(torch.tensor(tokens), torch.tensor(own)).logits.numpy()
+  pooled = model.pool(model.encode(tokens, segments=own))
+  got = model.classes[0](pooled[:, None])[:, 0]
+  np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_several_heads_have_no_class():
+  config = encoder.EncoderConfig(pooler=True, classes=(2, 3))
+  with pytest.raises(ValueError, match='a class of Hugging Face has one head'):
+    labels_lib.written(config, 'Model')
