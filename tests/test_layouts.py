@@ -264,6 +264,11 @@ def make_batch(kind):
   rng = np.random.default_rng(0)
   tokens = lambda: rng.integers(0, VOCAB, (ROWS, LENGTH)).astype(np.int32)
   segments, positions = packed(rng, ROWS, LENGTH)
+  if kind == 'bert of mixers':  # Some of which take one document to a row.
+    segments = np.minimum(segments, 1)
+    positions = np.broadcast_to(
+      np.arange(LENGTH, dtype=np.int32), segments.shape
+    )
   # Uneven: some rows weigh nothing at all, padding never does.
   weights = rng.uniform(0.0, 2.0, (ROWS, LENGTH)) * (segments > 0)
   weights[[1, 9, 30]] = 0.0
