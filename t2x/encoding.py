@@ -166,11 +166,11 @@ def tag(trained: trained_lib.Trained, texts: Sequence[str]) -> list[list[Tag]]:
     ValueError: no such head, another tokenizer, or a text that is too long.
   """
   labels, tokenizer = trained.labels.get(labels_lib.TOKENS), trained.tokenizer
-  is_own = not isinstance(tokenizer, pretrained.PretrainedTokenizer)
-  if labels is None or is_own:
+  theirs = isinstance(tokenizer, pretrained.PretrainedTokenizer)
+  if labels is None or not theirs:
     raise ValueError(
       f'The run has labels for {sorted(trained.labels)} and '
-      f'{"a tokenizer of its own" if is_own else "none for tokens"}. Tokens '
+      f'{"none for tokens" if theirs else "a tokenizer of its own"}. Tokens '
       'are labelled by a checkpoint of Hugging Face for token classification.'
     )
   length = trained.config.data.length
@@ -193,9 +193,13 @@ def _tags(text, row, chances_TE, labels) -> list[Tag]:
   best_T = chances_TE.argmax(-1)
   return [
     Tag(
-      *span, text[slice(*span)], labels[best_T[t]], float(chances_TE[t].max())
+      start=start,
+      end=end,
+      text=text[start:end],
+      label=labels[best_T[t]],
+      probability=float(chances_TE[t].max()),
     )
-    for t, span in enumerate(row.spans)
+    for t, (start, end) in enumerate(row.spans)
     if row.is_text[t]
   ]
 

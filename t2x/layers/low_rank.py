@@ -14,6 +14,7 @@ from typing import Literal
 
 from flax import nnx
 import jax
+from jax import core
 import jax.numpy as jnp
 import numpy as np
 
@@ -210,7 +211,7 @@ def check_documents(kind: str, segments_BT: jax.Array | None) -> None:
     kind: of attention that mixes whole rows.
     segments_BT: of the tokens, 0 is padding.
   """
-  if segments_BT is None or isinstance(segments_BT, jax.core.Tracer):
+  if segments_BT is None or isinstance(segments_BT, core.Tracer):
     return
   (rows,) = np.nonzero(_has_several(np.asarray(segments_BT), np))
   if len(rows):
