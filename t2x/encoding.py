@@ -173,6 +173,7 @@ def tag(trained: trained_lib.Trained, texts: Sequence[str]) -> list[list[Tag]]:
       f'{"none for tokens" if theirs else "a tokenizer of its own"}. Tokens '
       'are labelled by a checkpoint of Hugging Face for token classification.'
     )
+  assert isinstance(tokenizer, pretrained.PretrainedTokenizer)
   length = trained.config.data.length
   for i, row in enumerate(tokenizer.encode_whole(texts, 2**20)):
     if len(row.ids) > length:
