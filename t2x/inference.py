@@ -100,7 +100,7 @@ def load(
     temperature=run_dir.read_temperature(workdir),
     generation=_told(workdir, _generation(workdir, config)),
     corpus=run_dir.read_corpus(workdir),
-t2x/trained.py    problem=labels_lib.SINGLE if trains else labels_lib.problem(hf),
+    problem=labels_lib.SINGLE if trains else labels_lib.problem(hf),
   )
 
 

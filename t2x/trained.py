@@ -39,9 +39,7 @@ class Trained:
     generation: how its texts are written, where a checkpoint's files say.
 <<<<<<< HEAD
     corpus: fingerprint of the text that it was trained on, if that is known.
-=======
     problem: what the outputs of its head of classes are; see `interop.labels`.
->>>>>>> w-heads
   """
 
   config: experiment.Experiment
@@ -54,9 +52,7 @@ class Trained:
   generation: generation_lib.Generation = generation_lib.Generation()
 <<<<<<< HEAD
   corpus: str | None = None
-=======
   problem: str = 'single_label_classification'
->>>>>>> w-heads
 
   @property
   def end_ids(self) -> tuple[int, ...]:

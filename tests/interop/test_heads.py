@@ -20,9 +20,7 @@ from t2x import inference
 from t2x import run_dir
 from t2x import train
 from t2x.data import tokenizers
-from t2x.interop import configs
 from t2x.interop import huggingface
-from t2x.interop import labels as labels_lib
 from t2x.layers import attention
 from t2x.layers import mlp
 from t2x.layers import norm
@@ -231,40 +229,6 @@ def test_what_outputs_are(tmp_path, problem, names):
     np.testing.assert_allclose(found, want, atol=1e-4)
 
 
-def config_of(**fields):
-  return {
-    'model_type': 'bert', 'vocab_size': 9,
-    'architectures': ['BertForSequenceClassification'], **SIZES, **fields,
-  }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-  ('fields', 'message'),
-  [
-    ({'architectures': ['BertForQuestionAnswering']}, 'BertForQuestionAnswer'),
-    ({'architectures': ['RobertaForMultipleChoice']}, 'save the AutoModel'),
-    ({'id2label': {'0': 'a', '2': 'b'}}, 'id2label=.* a name of its own for'),
-    ({'id2label': {'0': 'a', '1': 'a'}}, 'id2label=.* a name of its own for'),
-    ({'id2label': {}}, 'id2label={} in the config'),
-    ({'problem_type': 'ranking'}, "problem_type='ranking' in the config"),
-  ],
-)
-def test_messages(fields, message):
-  with pytest.raises(ValueError, match=message) as error:
-    configs.to_t2x(config_of(**fields))
-  assert '\n' not in str(error.value)
-
-
-def test_labels_where_a_config_says_less():
-  """As `transformers` takes them."""
-  for fields in ({}, {'num_labels': 3}, {'id2label': {0: 'x', 1: 'y'}}):
-    theirs = transformers.BertConfig(**SIZES, **fields)
-    family, config = configs.to_t2x(config_of(**fields))
-    names = labels_lib.read(config_of(**fields), config)['class0']
-    assert dict(enumerate(names)) == theirs.id2label
-    assert config.classes == (len(names),)
-
-
 def test_labels_of_another_head_are_refused(checkpoints, tmp_path):
   directory, _ = checkpoints['roberta', 'Sequence']
   for file in directory.iterdir():
@@ -406,9 +370,3 @@ def test_a_classifier_of_a_run_goes_out(tmp_path, places):
   pooled = model.pool(model.encode(tokens, segments=own))
   got = model.classes[0](pooled[:, None])[:, 0]
   np.testing.assert_allclose(got, want, atol=1e-4)
-
-
-def test_several_heads_have_no_class():
-  config = encoder.EncoderConfig(pooler=True, classes=(2, 3))
-  with pytest.raises(ValueError, match='a class of Hugging Face has one head'):
-    labels_lib.written(config, 'Model')
