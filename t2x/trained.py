@@ -37,7 +37,6 @@ class Trained:
       term.
     temperature: that makes its probabilities true; see `calibration`.
     generation: how its texts are written, where a checkpoint's files say.
-<<<<<<< HEAD
     corpus: fingerprint of the text that it was trained on, if that is known.
     problem: what the outputs of its head of classes are; see `interop.labels`.
   """
@@ -50,7 +49,6 @@ class Trained:
   labels: dict[str, list[str]]
   temperature: float = 1.0
   generation: generation_lib.Generation = generation_lib.Generation()
-<<<<<<< HEAD
   corpus: str | None = None
   problem: str = 'single_label_classification'
 
