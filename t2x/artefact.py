@@ -15,6 +15,7 @@ import importlib.util
 import json
 import logging
 import math
+from typing import Any
 
 from etils import epath
 import jax
@@ -24,8 +25,6 @@ import numpy as np
 
 from t2x import paths
 from t2x import trained as trained_lib
-from t2x.data import pretrained
-from t2x.data import tokenizers
 from t2x.decode import begin
 from t2x.decode import loop
 from t2x.decode import prompts as prompts_lib
@@ -109,7 +108,6 @@ def write(
   for name, program in programs.items():
     (target / f'{name}.jax').write_bytes(bytes(program))
   _write_weights(target, weights)
-  tokenizer = trained.tokenizer
   manifest = {
     'platforms': platforms,
     'rows': rows,
@@ -119,16 +117,27 @@ def write(
     'vocab_size': trained.config.model.vocab_size,
     'pad_id': trained.pad_id,
     'ends': trained.end_ids,
-    'before': [] if answers else tokenizer.prefix_ids,
-    'after': [tokenizer.eos_id] if answers else [],
-    'answers': answers,
+    **reading(trained),
     'start': trained.start_id,
     'calibration': trained.temperature,
   }
   (target / MANIFEST).write_text(json.dumps(manifest, indent=2) + '\n')
-  _write_tokenizer(tokenizer, target)
+  _write_tokenizer(trained, target)
   code = resources.files('t2x') / 'artefact_run.py'
   (target / 'run.py').write_text(code.read_text())
+
+
+def reading(trained: trained_lib.Trained) -> dict[str, Any]:
+  """Returns what the manifest says of texts."""
+  tokenizer, frame = trained.tokenizer, trained.frame
+  return {
+    'before': frame.before,
+    'after': frame.after,
+    'answers': frame.marks,
+    'sentinels': tokenizer.sentinel_ids,
+    # Whether the names of special tokens in texts are text.
+    'split': getattr(tokenizer, 'splits_names', True),
+  }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,14 +243,9 @@ def _programs(model, shapes: _Shapes, platforms, num_ends: int, fixed):
   return {k: p.serialize() for k, p in programs.items()}, weights
 
 
-def _write_tokenizer(
-  tokenizer: tokenizers.Tokenizer, target: epath.Path
-) -> None:
-  if isinstance(tokenizer, pretrained.PretrainedTokenizer):
-    tokenizer.export(target)
-    return
+def _write_tokenizer(trained: trained_lib.Trained, target: epath.Path) -> None:
   try:
-    tokenizer_file.write(str(target), tokenizer_file.make(tokenizer))
+    tokenizer_file.writer(trained.tokenizer, trained.frame)(target)
   except ValueError as error:  # Token ids do without.
     _LOG.warning('The artefact takes token ids alone. %s', error)
 

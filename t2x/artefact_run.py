@@ -9,6 +9,7 @@ Python: `Artefact(DIRECTORY).write([[5, 17, 301]], num_tokens=32)`.
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -130,6 +131,38 @@ class Artefact:
     return cut(new), cut(log_probs)
 
 
+def read_tokenizer(file, info):
+  """Returns the tokenizer of a file, which takes texts of any length."""
+  import tokenizers
+
+  tokenizer = tokenizers.Tokenizer.from_file(file)
+  tokenizer.no_truncation()
+  tokenizer.no_padding()
+  tokenizer.encode_special_tokens = info['split']
+  return tokenizer
+
+
+def ids_of(tokenizer, info, text):
+  """Returns the token ids of a prompt."""
+  ids = tokenizer.encode(text, add_special_tokens=False).ids
+  return [*info['before'], *ids, *info['after']]
+
+
+def text_of(tokenizer, info, prompt, ids):
+  """Returns the text of what was written after a prompt, or as its answer."""
+  if info['answers']:
+    names = {i: f'<extra_id_{n}>' for n, i in enumerate(info['sentinels'])}
+    parts = itertools.groupby(ids, lambda i: i in names)
+    return ''.join(
+      ''.join(names[i] for i in run) if is_name else tokenizer.decode([*run])
+      for is_name, run in parts
+    )
+  # By itself a text may lack its first space.
+  before, text = tokenizer.decode(prompt), tokenizer.decode([*prompt, *ids])
+  whole = text.startswith(before)
+  return text[len(before) :] if whole else tokenizer.decode(ids)
+
+
 def main():
   parser = argparse.ArgumentParser(description='text from an artefact')
   parser.add_argument('--prompt', action='append', default=[])
@@ -153,13 +186,10 @@ def main():
     if not os.path.exists(file):
       sys.exit('error: this artefact has no tokenizer.json; give --ids=5,17.')
     try:
-      import tokenizers
+      tokenizer = read_tokenizer(file, info)
     except ImportError:
       sys.exit('error: text needs the package tokenizers; or give --ids=5,17.')
-    tokenizer = tokenizers.Tokenizer.from_file(file)
-    for text in args.prompt:
-      ids = tokenizer.encode(text, add_special_tokens=False).ids
-      prompts.append([*info['before'], *ids, *info['after']])
+    prompts += [ids_of(tokenizer, info, text) for text in args.prompt]
   try:
     found, _ = artefact.write(
       prompts,
@@ -175,9 +205,8 @@ def main():
     if tokenizer is None:
       print(','.join(map(str, ids)))
       continue
-    before = tokenizer.decode(prompt)
-    text = tokenizer.decode([*prompt, *ids])
-    print(f'--- {before}\n{text[len(before) :]}\n')
+    text = text_of(tokenizer, info, prompt, ids)
+    print(f'--- {tokenizer.decode(prompt)}\n{text}\n')
 
 
 if __name__ == '__main__':

@@ -22,7 +22,6 @@ from t2x.decode import begin as begin_lib
 from t2x.decode import prompts as prompts_lib
 from t2x.interop import labels as labels_lib
 from t2x.models import decoder
-from t2x.models import encoder_decoder
 from t2x.models import encoder_inputs
 
 _EMBEDDED = 32  # Texts at a time.
@@ -53,9 +52,7 @@ def embed(trained: trained_lib.Trained, texts: Sequence[str]) -> np.ndarray:
   if not texts:
     raise ValueError('There is no text to embed: give one at least.')
   tokenizer, length = trained.tokenizer, trained.config.data.length
-  before, after = tokenizer.prefix_ids, tokenizer.suffix_ids
-  if isinstance(model, encoder_decoder.EncoderDecoder):
-    before, after = (), (tokenizer.eos_id,)
+  before, after = trained.frame.before, trained.frame.after
   room = length - len(before) - len(after)
   encoded = tokenizer.encode_batch(texts)
   rows = [[*before, *ids[:room], *after] for ids in encoded]

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from t2x import experiment
+from t2x import framing
 from t2x import sharding
 from t2x import streaming
 from t2x.data import tokenizers
@@ -65,6 +66,11 @@ class Trained:
       return self.tokenizer.vocab.start
     bos = self.generation.bos
     return self.tokenizer.bos_id if bos is None else bos
+
+  @property
+  def frame(self) -> framing.Frame:
+    """What stands around the texts that the model reads."""
+    return framing.of(self.config.model, self.tokenizer)
 
   @functools.cached_property
   def token_bytes(self) -> list[bytes]:
@@ -126,10 +132,7 @@ class Trained:
     return self.generation.constrain(sampling)
 
   def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
-    """Returns what the model reads.
-
-    A decoder's text begins as its tokenizer's texts do (with BOS, but for
-    GPT-2's), a source ends with EOS.
+    """Returns what the model reads; see `framing`.
 
     Args:
       prompts: texts; in sources <extra_id_N> is the N-th sentinel.
@@ -137,13 +140,7 @@ class Trained:
     Raises:
       ValueError: there is no such sentinel, or no row for a token.
     """
-    tokenizer = self.tokenizer
-    if self._answers:
-      end = tokenizer.eos_id
-      rows = [[*tokenizer.encode_marked(p), end] for p in prompts]
-    else:
-      before = tokenizer.prefix_ids
-      rows = [[*before, *ids] for ids in tokenizer.encode_batch(prompts)]
+    rows = self.frame.ids(self.tokenizer, prompts)
     self.check_rows(rows)
     return rows
 

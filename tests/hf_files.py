@@ -95,3 +95,10 @@ MAKERS = {
   't5': unigram,
   'llama': llama,
 }
+
+
+def is_usual(text: str) -> bool:
+  """Whether a text has printable ASCII alone, and blanks between words."""
+  return (
+    text.isascii() and text.isprintable() and text == ' '.join(text.split())
+  )

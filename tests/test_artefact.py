@@ -6,14 +6,18 @@ import sys
 
 from flax import nnx
 import jax
+import nasty
+import numpy as np
 import pytest
 import tiny
 
 from t2x import artefact
+from t2x import artefact_run
 from t2x import inference
 from t2x import mesh as mesh_lib
 from t2x import trained as trained_lib
 from t2x.data import tokenizers
+from t2x.interop import tokenizer_file
 from t2x.layers import attention
 from t2x.layers import position
 from t2x.models import decoder
@@ -153,3 +157,23 @@ def test_what_cannot_be_written_is_refused(tmp_path):
   (tmp_path / 'full' / 'file').touch()
   with pytest.raises(ValueError, match='is not empty'):
     artefact.write(trained, str(tmp_path / 'full'))
+
+
+@pytest.mark.parametrize('name', ['decoder', 'encoder_decoder'])
+def test_its_texts_are_those_of_the_run(tmp_path, name):
+  """Any prompt has the run's ids, and any ids its text."""
+  pytest.importorskip('tokenizers')
+  trained = trained_of(tmp_path, name)
+  info = json.loads(json.dumps(artefact.reading(trained)))
+  write = tokenizer_file.writer(trained.tokenizer, trained.frame)
+  write(tmp_path / 'made')
+  read = lambda: artefact_run.read_tokenizer(
+    str(tmp_path / 'made' / 'tokenizer.json'), info
+  )
+  draw = np.random.default_rng(0)
+  for text in nasty.texts(200):
+    found = artefact_run.ids_of(read(), info, text)
+    assert [found] == trained.prompt_ids([text])
+    ids = draw.integers(0, 361, 6).tolist()
+    wrote = artefact_run.text_of(read(), info, found, ids)
+    assert [wrote] == trained.texts([text], [ids])

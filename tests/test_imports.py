@@ -37,6 +37,7 @@ _ORDER = (
   ('loss', 'loss_masking', 'task_weights', 'objectives'),
   ('optim', 'optim_state'),
   ('data', 'decode'),
+  ('framing',),
   ('streaming', 'keywords', 'postprocess'),
   ('balance', 'scheduled_sampling'),
   ('flops',),

@@ -8,12 +8,15 @@ vocab.json with merges.txt (byte-level BPE), spiece.model or tokenizer.model
 
 from collections.abc import Iterable
 from collections.abc import Sequence
+import functools
 import hashlib
 import json
+from typing import Any
 
 from etils import epath
 import numpy as np
 
+from t2x.data import letters
 from t2x.data import tokenizer_files
 from t2x.data import tokenizers
 from t2x.objectives import vocab as vocab_lib
@@ -53,9 +56,9 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
 
   def __init__(self, config: tokenizers.Pretrained, directory: epath.PathLike):
     self.config = config
-    self._root = epath.Path(directory)
-    self._names = _special_names(self._root)
-    self._backend = tokenizer_files.read_backend(self._root, self._names)
+    self.root = epath.Path(directory)
+    self._names = _special_names(self.root)
+    self._backend = tokenizer_files.read_backend(self.root, self._names)
     self._check_added()
     ids = {
       role: self._backend.id_of(name) for role, name in self._names.items()
@@ -74,9 +77,10 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
     self.bos_id, self.eos_id = bos, eos
     self.pad_id = eos if pad is None else pad
     self.mask_id = first('mask')
-    self.prefix_ids, self.suffix_ids = self._backend.around()
+    self.prefix_ids, self.suffix_ids = self._around()
+    sentinels = self._sentinels()
     own = {i for i in ids.values() if i is not None}
-    self._special = own | self._backend.special
+    self._special = own | self._backend.special | set(sentinels)
     self.run_ids = self._backend.run_ids
     self._added = self._special | self._backend.added
     self.vocab = vocab_lib.Vocab(
@@ -85,24 +89,27 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
       bos=bos,
       mask=self.mask_id,
       start=vocab_lib.PAD if config.start is None else config.start,
-      sentinels=self._sentinels(),
+      sentinels=sentinels,
       special=tuple(sorted(self._special)),
     )
 
   def _check_added(self) -> None:
     """Raises ValueError for tokens that only tokenizer.json would explain."""
-    for name, i in tokenizer_files.read_json(self._root / _ADDED).items():
+    for name, i in tokenizer_files.read_json(self.root / _ADDED).items():
       if self._backend.id_of(name) != i:
         raise ValueError(
-          f'{self._root / _ADDED} adds {name!r} as id {i}, and the other files '
+          f'{self.root / _ADDED} adds {name!r} as id {i}, and the other files '
           'do not say how. Write a tokenizer.json with transformers: '
           'AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR).'
         )
 
   def _sentinels(self) -> tuple[int, ...]:
     """Returns the ids of <extra_id_0>, <extra_id_1>, ..."""
+    most = self.settings.get(tokenizer_files.EXTRA)
     found = []
     while (i := self._backend.id_of(f'<extra_id_{len(found)}>')) is not None:
+      if len(found) == most:  # Any more are pieces of text.
+        break
       found.append(i)
     return tuple(found)
 
@@ -114,6 +121,65 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
       if self._backend.piece(i) and i not in self._added
     ]
 
+  def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns what stands before and after a text."""
+    asked = [self.settings.get(f'add_{role}_token') for role in ('bos', 'eos')]
+    has_file = (self.root / 'tokenizer.json').exists()
+    if has_file or not self.is_of_library or asked == [None, None]:
+      return self._backend.around()
+    # As transformers: they count where no tokenizer.json has a template.
+    ids = [
+      self._backend.id_of(self._names[role]) if role in self._names else None
+      for role in ('bos', 'eos')
+    ]
+    before, after = (
+      (i,) if is_asked and i is not None else ()
+      for i, is_asked in zip(ids, asked)
+    )
+    return before, after
+
+  @functools.cached_property
+  def settings(self) -> dict[str, Any]:
+    """What its tokenizer_config.json holds."""
+    return tokenizer_files.read_settings(self.root)
+
+  @property
+  def splits_names(self) -> bool:
+    """Whether the names of special tokens in texts are text."""
+    return bool(self.settings.get(tokenizer_files.SPLIT))
+
+  @property
+  def is_of_library(self) -> bool:
+    """Whether `tokenizers` reads it, and not `sentencepiece`."""
+    return hasattr(self._backend, 'library_form')
+
+  def library_form(self) -> Any | None:
+    """Returns a copy as one of the library `tokenizers`, None if it is none."""
+    if not self.is_of_library:
+      return None
+    made = self._backend.library_form
+    return type(made).from_str(made.to_str())
+
+  def model_file(self) -> bytes:
+    """Returns the SentencePiece model of one that is not of the library."""
+    return self._backend.model
+
+  def special_names(self) -> list[str]:
+    """Returns the names that stand for one token wherever a text has them.
+
+    Of one that is not of the library.
+    """
+    return list(self._backend.named)
+
+  def template(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Returns what its library form puts before and after a text."""
+    return self._backend.around() if self.is_of_library else None
+
+  def files_say(self, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    """Whether every reader of its files puts these ids around a text."""
+    found = self._around() == self._backend.around() == (before, after)
+    return found and self._backend.is_filed
+
   @property
   def token_names(self) -> dict[str, str]:
     """What special tokens are called, by `bos_token`, `eos_token`, ..."""
@@ -122,9 +188,9 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
   @property
   def chat_template(self) -> str | None:
     """How a conversation becomes a prompt, in Jinja; None where none says."""
-    if (self._root / _TEMPLATE).exists():
-      return (self._root / _TEMPLATE).read_text()
-    given = tokenizer_files.read_settings(self._root).get('chat_template')
+    if (self.root / _TEMPLATE).exists():
+      return (self.root / _TEMPLATE).read_text()
+    given = self.settings.get('chat_template')
     if isinstance(given, list):  # Several, with names.
       named = {one.get('name'): one.get('template') for one in given}
       given = named.get('default')
@@ -132,19 +198,21 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
 
   @property
   def fingerprint(self) -> str:
-    # By what decides ids; `export` may add the file of the names.
+    # By what decides ids; older copies have a file of the names besides.
     found = hashlib.sha256(json.dumps(self._names, sort_keys=True).encode())
     for name in FILES:
       if (
         name not in (tokenizer_files.SPECIAL_TOKENS, _TEMPLATE)
-        and (self._root / name).exists()
+        and (self.root / name).exists()
       ):
-        found.update(name.encode() + (self._root / name).read_bytes())
+        found.update(name.encode() + (self.root / name).read_bytes())
     return found.hexdigest()[:16]
 
   def marks(self) -> dict[str, np.ndarray]:
     special_V = np.zeros(self.vocab.size, bool)
     special_V[list(self._special)] = True
+    if self._backend.is_bytes_alone:
+      return letters.byte_marks(special_V, self.token_bytes())
     pieces = [self._backend.piece(i) for i in range(self.vocab.size)]
     begins_V = np.array([self._backend.begins(piece) for piece in pieces])
     ends_V = np.array([piece.endswith(('.', '!', '?')) for piece in pieces])
@@ -177,6 +245,8 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
     return self._backend.encode_whole(list(texts), length)
 
   def encode_marked(self, text: str) -> list[int]:
+    if self.splits_names:
+      return super().encode_marked(text)
     return self.encode(text)  # It knows its sentinels.
 
   def shown(self, ids: Iterable[int]) -> list[int]:
@@ -197,15 +267,12 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
     self.export(epath.Path(directory) / tokenizers.FILES)
 
   def export(self, directory: epath.PathLike) -> None:
-    """Writes the files as they came, and the names of the special tokens."""
+    """Writes the files as they came."""
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for name in FILES:
-      if (self._root / name).exists():
-        (directory / name).write_bytes((self._root / name).read_bytes())
-    if not (directory / tokenizer_files.SPECIAL_TOKENS).exists():
-      names = json.dumps(self.token_names, indent=2)
-      (directory / tokenizer_files.SPECIAL_TOKENS).write_text(names + '\n')
+      if (self.root / name).exists():
+        (directory / name).write_bytes((self.root / name).read_bytes())
 
 
 def _special_names(root: epath.Path) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What reads a tokenizer's files: `tokenizers`, or `sentencepiece`."""
 
+from collections.abc import Iterable
 import importlib
 import json
 import re
@@ -9,12 +10,14 @@ from typing import NamedTuple
 from etils import epath
 import sentencepiece
 
-from t2x.data import tokenizers
+from t2x.data import letters
 
 # XLM-R's sentencepiece.bpe.model is read with other ids than its own.
 SENTENCEPIECE = ('spiece.model', 'tokenizer.model')
 SPECIAL_TOKENS = 'special_tokens_map.json'
 TOKENIZER_CONFIG = 'tokenizer_config.json'
+SPLIT = 'split_special_tokens'  # Whether their names in texts are text.
+EXTRA = 'extra_ids'  # How many sentinels there are.
 _MOST_EXTRA = 10_000
 ROLES = ('bos', 'eos', 'pad', 'mask', 'cls', 'sep', 'unk')
 _NAMES = {f'{role}_token' for role in ROLES}
@@ -26,8 +29,8 @@ _FLAGS = {
   'strip_accents',
   'tokenize_chinese_chars',
 }
-_SPACES = ('\u2581', '\u0120')  # How SentencePiece and GPT-2 write a space.
-_BYTE_OF = {letter: i for i, letter in enumerate(tokenizers.byte_letters())}
+_SPACE = letters.SPACE
+_BYTE_OF = {letter: i for i, letter in enumerate(letters.byte_letters())}
 
 
 class Whole(NamedTuple):
@@ -49,24 +52,34 @@ class Whole(NamedTuple):
 class _Fast:
   """A tokenizer of the library `tokenizers`."""
 
-  def __init__(self, tokenizer: Any):
+  def __init__(
+    self, tokenizer: Any, settings: dict[str, Any], *, is_filed: bool = False
+  ):
+    self.library_form = tokenizer
+    self.is_filed = is_filed  # Whether a tokenizer.json holds all of it.
     self._tokenizer = tokenizer
+    self._settings = settings
     pieces = tokenizer.get_vocab()
     # Ids may have gaps, such as an empty line of vocab.txt.
     self.size = max(pieces.values()) + 1
     added = tokenizer.get_added_tokens_decoder()
     self.special = {i for i, token in added.items() if token.special}
     self.added = set(added)
-    self._continues = any(piece.startswith('##') for piece in pieces)
-    model = json.loads(tokenizer.to_str())
-    decoder = json.dumps(model.get('decoder'))
+    parts = json.loads(tokenizer.to_str())
+    self._continues = parts['model'].get('type') == 'WordPiece'
+    decoder = json.dumps(parts.get('decoder'))
     self._is_bytes = '"ByteLevel"' in decoder
-    # One byte that is wrong breaks all those beside it.
+    self.is_bytes_alone = self._is_bytes and not parts['model'].get('merges')
+    has_bytes = '"ByteFallback"' in decoder
+    # As t2x writes its own: a text is the bytes of its tokens.
+    self._is_joined = has_bytes and bool(settings.get(SPLIT))
+    # Of others one byte that is wrong breaks all those beside it.
+    runs = has_bytes and not self._is_joined
     self.run_ids = frozenset(
-      i
-      for piece, i in pieces.items()
-      if '"ByteFallback"' in decoder and tokenizers.is_byte(piece)
+      i for piece, i in pieces.items() if runs and letters.is_byte(piece)
     )
+    self._space = '\u0120' if self._is_bytes else _SPACE
+    self._space = ' ' if self._is_joined else self._space
 
   def id_of(self, name: str) -> int | None:
     return self._tokenizer.token_to_id(name)
@@ -84,15 +97,15 @@ class _Fast:
     if self._continues:
       joins = piece.startswith('##')
       return (piece[2:] if joins else f' {piece}').encode()
-    return tokenizers.piece_bytes(piece)
+    return letters.piece_bytes(piece)
 
   def begins(self, piece: str) -> bool:
     if self._continues:
       return not piece.startswith('##')
-    return piece.startswith(_SPACES)
+    return piece.startswith(self._space)
 
   def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns what stands before and after a text."""
+    """Returns what stands before and after a text, as the template says."""
     plain = self._tokenizer.encode('a', add_special_tokens=False).ids
     whole = self._tokenizer.encode('a').ids
     for start in range(len(whole) - len(plain) + 1):
@@ -119,15 +132,21 @@ class _Fast:
     ]
 
   def decode(self, ids: list[int]) -> str:
-    return self._tokenizer.decode(ids)
+    if not self._is_joined:
+      return self._tokenizer.decode(ids)
+    data = b''.join(map(self.bytes_of, ids))
+    return letters.decode(data)
 
 
 class _Pieces:
   """A SentencePiece model; T5 adds its sentinels behind the vocabulary."""
 
   run_ids = frozenset()  # Of bytes, whole characters are text.
+  is_bytes_alone = False
+  is_filed = True
 
   def __init__(self, model: bytes, num_extra: int, settings: dict[str, Any]):
+    self.model = model
     self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     own = self._processor.vocab_size()
     self.size = own + num_extra
@@ -140,15 +159,15 @@ class _Pieces:
       for i in range(own)
       if self._processor.is_control(i) or self._processor.is_unknown(i)
     }
-    self._named = named | self._extra
-    self.special = set(self._named.values())
+    self.named = named | self._extra
+    self.special = set(self.named.values())
     self.added = set(self._extra.values())
     bos, eos = self._processor.bos_id(), self._processor.eos_id()
     # Llama begins a text with a token of its own; T5 has none and ends it.
     begins = settings.get('add_bos_token', bos >= 0)
     ends = settings.get('add_eos_token', bos < 0)
     self._around = (bos,) if begins else (), (eos,) if ends else ()
-    found = sorted(self._named, key=len, reverse=True)
+    found = sorted(self.named, key=len, reverse=True)
     self._pattern = re.compile(f'({"|".join(map(re.escape, found))})')
 
   def id_of(self, name: str) -> int | None:
@@ -162,10 +181,10 @@ class _Pieces:
     return self._processor.id_to_piece(i) if i < own else ''
 
   def bytes_of(self, i: int) -> bytes:
-    return tokenizers.piece_bytes(self.piece(i))
+    return letters.piece_bytes(self.piece(i))
 
   def begins(self, piece: str) -> bool:
-    return piece.startswith(_SPACES)
+    return piece.startswith(_SPACE)
 
   def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return self._around
@@ -177,7 +196,7 @@ class _Pieces:
     parts = self._pattern.split(text)
     ids = self._processor.encode(parts[0])
     for name, part in zip(parts[1::2], parts[2::2]):
-      ids += [self._named[name], *self._processor.encode(part)]
+      ids += [self.named[name], *self._processor.encode(part)]
     return ids
 
   def decode(self, ids: list[int]) -> str:
@@ -204,6 +223,7 @@ def read_backend(root: epath.Path, names: dict[str, str]) -> Any:
         read_settings(root),
       )
       return _Pieces(model, _num_extra(root), settings)
+  settings = read_settings(root)
   try:
     import tokenizers as library
   except ImportError:
@@ -214,6 +234,8 @@ def read_backend(root: epath.Path, names: dict[str, str]) -> Any:
   if (root / 'tokenizer.json').exists():
     try:
       text = (root / 'tokenizer.json').read_text()
+      if settings.get(SPLIT):
+        text = _with_special_marks(text)
       tokenizer = library.Tokenizer.from_str(text)
     except Exception as error:  # The library raises nothing narrower.
       raise ValueError(
@@ -221,15 +243,38 @@ def read_backend(root: epath.Path, names: dict[str, str]) -> Any:
       ) from None
     tokenizer.no_padding()  # A file may ask for either.
     tokenizer.no_truncation()
-    return _Fast(tokenizer)
+    tokenizer.encode_special_tokens = bool(settings.get(SPLIT))
+    added = _add_names(tokenizer, names.values())
+    return _Fast(tokenizer, settings, is_filed=not added)
   if (root / 'vocab.txt').exists():
-    return _Fast(_wordpiece(root, names))
+    return _Fast(_wordpiece(root, names), settings)
   if (root / 'vocab.json').exists() and (root / 'merges.txt').exists():
-    return _Fast(_byte_level(root, names))
+    return _Fast(_byte_level(root, names), settings)
   raise ValueError(
     f'No tokenizer in {root}. It takes one of tokenizer.json, vocab.txt, '
     f'vocab.json with merges.txt, {", ".join(SENTENCEPIECE)}.'
   )
+
+
+def _add_names(tokenizer: Any, names: Iterable[str]) -> int:
+  """Makes those of the roles special tokens, as transformers does."""
+  added = tokenizer.get_added_tokens_decoder().values()
+  known = {token.content for token in added}
+  new = [
+    name
+    for name in dict.fromkeys(names)
+    if name not in known and tokenizer.token_to_id(name) is not None
+  ]
+  tokenizer.add_special_tokens(new)
+  return len(new)
+
+
+def _with_special_marks(text: str) -> str:
+  """Makes sentinels special, so that they can be text as the others can."""
+  data = json.loads(text)
+  for token in data.get('added_tokens') or []:
+    token['special'] |= bool(re.fullmatch(r'<extra_id_\d+>', token['content']))
+  return json.dumps(data)
 
 
 def _wordpiece(root: epath.Path, names: dict[str, str]) -> Any:

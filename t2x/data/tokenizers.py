@@ -19,11 +19,9 @@ import numpy as np
 import sentencepiece
 
 from t2x import checks
+from t2x.data import letters
+from t2x.data import samples
 from t2x.objectives import vocab as vocab_lib
-
-_SAMPLE_BYTES = 5_000_000  # More text hardly changes 8k pieces.
-_CHUNK = 2_000  # Characters; the trainer skips very long sentences.
-_SPACE = '\u2581'  # Stands for a space inside of SentencePiece.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,17 +146,17 @@ class Tokenizer:
     Raises:
       ValueError: there is no such sentinel.
     """
-    first, *rest = re.split(r'<extra_id_(\d+)>', text)
-    numbers, texts = map(int, rest[0::2]), rest[1::2]
+    first, *rest = re.split('<extra_id_(0|[1-9][0-9]*)>', text)
+    marks = {str(number): i for number, i in enumerate(self.sentinel_ids)}
     ids = self.encode(first)
-    for number, part in zip(numbers, texts):
-      if number >= len(self.sentinel_ids):
+    for number, part in zip(rest[0::2], rest[1::2]):
+      if number not in marks:
         raise ValueError(
-          f'<extra_id_{number}>: the tokenizer has {len(self.sentinel_ids)} '
+          f'<extra_id_{number:.20}>: the tokenizer has {len(marks)} '
           'sentinels, counted from 0. Name one of these, or train with more: '
           'data.tokenizer.num_sentinels.'
         )
-      ids += [self.sentinel_ids[number], *self.encode(part)]
+      ids += [marks[number], *self.encode(part)]
     return ids
 
   def decode_marked(self, ids: Iterable[int]) -> str:
@@ -200,13 +198,8 @@ class BytesTokenizer(Tokenizer):
     return f'bytes-{self.config.num_sentinels}'
 
   def marks(self) -> dict[str, np.ndarray]:
-    begins_V = np.zeros(self.vocab.size, bool)
-    begins_V[: self._first] = True
-    breaks_V = begins_V.copy()
-    breaks_V[[self._first + b for b in b' \t\r\n']] = True
-    ends_V = np.zeros_like(begins_V)
-    ends_V[[self._first + b for b in b'.!?\n']] = True
-    return {'begins_V': begins_V, 'breaks_V': breaks_V, 'ends_V': ends_V}
+    special_V = np.arange(self.vocab.size) < self._first
+    return letters.byte_marks(special_V, self.token_bytes())
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     return [[b + self._first for b in t.encode()] for t in texts]
@@ -234,7 +227,7 @@ class SentencePieceTokenizer(Tokenizer):
     )
     # Piece by piece this character would come back as a space.
     self._space_ids = [
-      self.vocab.first_text_id + b for b in _SPACE.encode('utf-8')
+      self.vocab.first_text_id + b for b in letters.SPACE.encode('utf-8')
     ]
 
   @property
@@ -245,7 +238,7 @@ class SentencePieceTokenizer(Tokenizer):
     size, first = self.vocab.size, self.vocab.first_text_id
     pieces = self.pieces()
     is_special = np.arange(size) < first
-    begins_V = np.array([piece.startswith(_SPACE) for piece in pieces])
+    begins_V = np.array([piece.startswith(letters.SPACE) for piece in pieces])
     ends_V = np.array([piece.endswith(('.', '!', '?')) for piece in pieces])
     return {
       'begins_V': begins_V | is_special,
@@ -260,12 +253,12 @@ class SentencePieceTokenizer(Tokenizer):
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     all_ids = self._processor.encode(list(texts), num_threads=2)
     for i, text in enumerate(texts):
-      if _SPACE in text:
+      if letters.SPACE in text:
         all_ids[i] = self._encode_around_space(text)
     return all_ids
 
   def _encode_around_space(self, text: str) -> list[int]:
-    first, *rest = self._processor.encode(text.split(_SPACE))
+    first, *rest = self._processor.encode(text.split(letters.SPACE))
     return first + [i for ids in rest for i in self._space_ids + ids]
 
   def shown(self, ids: Iterable[int]) -> list[int]:
@@ -277,30 +270,13 @@ class SentencePieceTokenizer(Tokenizer):
 
   def token_bytes(self) -> list[bytes]:
     first = self.vocab.first_text_id
-    return [b''] * first + [piece_bytes(p) for p in self.pieces()[first:]]
+    return [b''] * first + [
+      letters.piece_bytes(p) for p in self.pieces()[first:]
+    ]
 
   def save(self, directory: epath.PathLike) -> None:
     super().save(directory)
     (epath.Path(directory) / 'tokenizer.model').write_bytes(self._model)
-
-
-def byte_letters() -> list[str]:
-  """Returns the letter that stands for each byte (Radford et al., 2019)."""
-  plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  others = iter(range(256, 512))
-  return [chr(b if b in plain else next(others)) for b in range(256)]
-
-
-def is_byte(piece: str) -> bool:
-  """Returns whether a piece of SentencePiece has the form of a byte."""
-  return re.fullmatch('<0x[0-9A-Fa-f]{2}>', piece) is not None
-
-
-def piece_bytes(piece: str) -> bytes:
-  """Returns what a piece of SentencePiece adds to a text."""
-  if is_byte(piece):
-    return bytes([int(piece[3:5], 16)])
-  return piece.replace(_SPACE, ' ').encode()
 
 
 def load(directory: epath.PathLike) -> Tokenizer:
@@ -374,13 +350,13 @@ def train(config: Config, texts: Iterable[str]) -> Tokenizer:
   ]
   try:
     sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(list(_chunks(texts))),
+      sentence_iterator=iter(list(samples.chunks(texts))),
       model_writer=model,
       model_type='bpe',
       vocab_size=config.vocab_size,
       byte_fallback=True,
       character_coverage=0.9995,
-      required_chars=_SPACE,  # Else a text without blanks would lose them.
+      required_chars=letters.SPACE,  # Texts without blanks keep them.
       pad_id=vocab_lib.PAD,
       eos_id=vocab_lib.EOS,
       unk_id=vocab_lib.UNK,
@@ -391,25 +367,13 @@ def train(config: Config, texts: Iterable[str]) -> Tokenizer:
       remove_extra_whitespaces=False,
       add_dummy_prefix=False,
       allow_whitespace_only_pieces=True,
-      max_sentence_length=16 * _CHUNK,
+      max_sentence_length=16 * samples.CHUNK,
       num_threads=2,
       minloglevel=2,
     )
   except RuntimeError as error:
     raise _explain(config, error) from error
   return SentencePieceTokenizer(config, model.getvalue())
-
-
-def _chunks(texts: Iterable[str]) -> Iterable[str]:
-  left = _SAMPLE_BYTES
-  for text in texts:
-    for start in range(0, len(text), _CHUNK):
-      chunk = text[start : start + _CHUNK]
-      left -= len(chunk.encode())
-      if left < 0:
-        return
-      # The trainer would take it for a space, and its ids are those of bytes.
-      yield from filter(None, chunk.split(_SPACE))
 
 
 def _explain(config: SentencePiece, error: RuntimeError) -> ValueError:

@@ -12,9 +12,13 @@ import logging
 import os
 from typing import Any
 
+import numpy as np
+
 from t2x import experiment
+from t2x import framing
 from t2x.data import config as data_config
 from t2x.data import pretrained
+from t2x.data import tokenizer_files
 from t2x.data import tokenizers
 from t2x.interop import checkpoint_dir
 from t2x.interop import configs
@@ -27,6 +31,7 @@ from t2x.models import encoder
 from t2x.models import encoder_decoder
 from t2x.models import model as model_lib
 from t2x.objectives import causal_lm
+from t2x.objectives import denoising
 from t2x.objectives import masked_lm
 from t2x.objectives import span_corruption
 
@@ -189,7 +194,8 @@ def write(
     The family.
 
   Raises:
-    ValueError: no family computes the model, or the directory is not empty.
+    ValueError: no family computes the model, its tokenizer cannot be written,
+      or the directory is not empty.
   """
   checkpoint_dir.check_new(directory)
   config = model.config
@@ -198,29 +204,36 @@ def write(
   answers = isinstance(config, encoder_decoder.EncoderDecoderConfig)
   if answers and tokenizer is not None:
     ids['decoder_start_token_id'] = tokenizer.vocab.start
-  if hf is not None and exported.same(config, hf):
+  unused = 0
+  as_it_came = hf is not None and exported.same(config, hf)
+  if hf is not None and as_it_came:
     family = configs.to_t2x(hf)[0]
   else:
     family, made = exported.from_t2x(config)
+    unused = _unused_positions(made, tokenizer)
     kept = {name: source[name] for name in ids if name in source}
     hf = {**made, **ids, **kept}
   if not isinstance(config, encoder.EncoderConfig):
     source = {name: hf[name] for name in ids if name in hf} | source
   hf = labels_lib.with_labels(hf, config, labels or {}, problem)
-  is_own = not isinstance(tokenizer, pretrained.PretrainedTokenizer)
   # Whatever may fail comes before the weights are written.
-  file = tokenizer_file.make(tokenizer) if tokenizer and is_own else None
+  write_tokenizer = tokenizer and tokenizer_file.writer(
+    tokenizer, framing.of(config, tokenizer), as_it_came=as_it_came
+  )
   tensors = names.from_t2x(family, config, model, copies=False)
+  if unused:
+    length = hf['max_position_embeddings'] - unused
+    hf = {**hf, 'max_position_embeddings': length}
+    (name,) = (n for n in tensors if n.endswith('position_embeddings.weight'))
+    tensors[name] = _without_rows(tensors[name], unused)
   limit: dict[str, Any] = (
     {} if shard_bytes is None else {'shard_bytes': shard_bytes}
   )
   if source:
     limit['beside'] = {generation_lib.FILE: source}
   checkpoint_dir.write(directory, hf, tensors, **limit)
-  if isinstance(tokenizer, pretrained.PretrainedTokenizer):
-    tokenizer.export(directory)
-  elif file is not None:
-    tokenizer_file.write(directory, file)
+  if write_tokenizer:
+    write_tokenizer(directory)
   return family
 
 
@@ -234,6 +247,8 @@ def experiment_of(
     objective = masked_lm.MaskedLM()
   elif isinstance(config, encoder_decoder.EncoderDecoderConfig):
     objective = span_corruption.SpanCorruption()
+    if not found.tokenizer.sentinel_ids:
+      objective = denoising.Denoising()
   own = ('max_position_embeddings', 'n_positions')
   lengths = [found.hf[name] for name in own if found.hf.get(name)]
   return experiment.Experiment(
@@ -247,6 +262,36 @@ def experiment_of(
       objective=objective,
     ),
   )
+
+
+def _unused_positions(
+  hf: Mapping[str, Any], tokenizer: tokenizers.Tokenizer | None
+) -> int:
+  """Returns how many rows of positions are too many; below 0 some lack.
+
+  RoBERTa counts positions from the row after that of the padding's id, and
+  takes this id from the tokenizer's texts.
+
+  Raises:
+    ValueError: the id stands in texts.
+  """
+  if hf['model_type'] != 'roberta' or tokenizer is None:
+    return 0
+  if hf['pad_token_id'] == tokenizer.pad_id:
+    return 0
+  if tokenizer.pad_id in (tokenizer.bos_id, tokenizer.eos_id):
+    raise ValueError(
+      f'The tokenizer pads with {tokenizer.pad_id}, which begins or ends its '
+      'texts too, and RoBERTa gives no position to padding. Name a pad_token '
+      f'of its own in its {tokenizer_files.TOKENIZER_CONFIG}, or set '
+      'model.position.offset=0, which makes it a BERT.'
+    )
+  return hf['pad_token_id'] - tokenizer.pad_id
+
+
+def _without_rows(table: np.ndarray, num: int) -> np.ndarray:
+  """Returns a table without its first rows, or with more if below 0."""
+  return np.pad(table, ((max(-num, 0), 0), (0, 0)))[max(num, 0) :]
 
 
 def _ids(tokenizer: tokenizers.Tokenizer) -> dict[str, int]:

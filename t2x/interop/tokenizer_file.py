@@ -1,16 +1,31 @@
-"""t2x's own tokenizers as the tokenizer.json of `tokenizers`.
+"""Tokenizers as the tokenizer.json of `tokenizers`, which `transformers` reads.
 
-Every file is tried on texts before it is written: the ids are the same.
+The text `<s>` is text to t2x's own tokenizers, and never the start token. So
+their special tokens are no added tokens of the file, since `tokenizers` finds
+those in texts whatever it is told: the vocabulary names them, the template of
+the post-processor puts them around a text, and the decoder leaves them out.
+`transformers` adds those that have a role, and does not look for them in texts
+where `split_special_tokens` is set.
 """
 
+from collections.abc import Callable
+from collections.abc import Iterable
 import json
-import pathlib
+import logging
+import re
 from typing import Any
 
+from etils import epath
+import numpy as np
+
+from t2x import framing
+from t2x.data import pretrained
+from t2x.data import tokenizer_files
 from t2x.data import tokenizers as tokenizers_lib
+from t2x.interop import pieces_file
 from t2x.objectives import vocab as vocab_lib
 
-_SPACE = '\u2581'
+_LOG = logging.getLogger(__name__)
 _NAMED = {
   vocab_lib.PAD: '<pad>',
   vocab_lib.EOS: '</s>',
@@ -19,14 +34,106 @@ _NAMED = {
   vocab_lib.MASK: '<mask>',
 }
 _PROBES = (
+  '',
   'A text, as it is: 12,345 words!',
-  ' two  spaces\nand a\ttab ',
-  'd\u00e9j\u00e0 vu \u6f22\u5b57 \U0001f642',
+  ' two  spaces\nand a\ttab\r\n ',
+  'd\u00e9j\u00e0 vu e\u0301 \u6f22\u5b57 \U0001f642 \u2581x\u2581\u2581',
+  '\x00\x01\x7f <0x41> <extra_id_007>',
+  ''.join(f'a{name} {name}' for name in _NAMED.values()),
+  ' ' * 99 + '-' * 99 + '=' * 50 + '\n' * 33 + '.' * 17,
 )
 
 
-def make(tokenizer: tokenizers_lib.Tokenizer) -> Any:
-  """Returns the same tokenizer as one of the library's.
+def writer(
+  tokenizer: tokenizers_lib.Tokenizer,
+  frame: framing.Frame,
+  *,
+  as_it_came: bool = False,
+) -> Callable[[epath.PathLike], None]:
+  """Returns what writes a tokenizer's files to a directory.
+
+  Whatever may fail has been done by then.
+
+  Args:
+    tokenizer: of a run.
+    frame: what its model reads.
+    as_it_came: one of others keeps its own files where they say the same.
+
+  Raises:
+    ValueError: a library is not installed, or there is no file with which it
+      gives these ids.
+  """
+  if isinstance(tokenizer, pretrained.PretrainedTokenizer):
+    says_it = tokenizer.files_say(frame.before, frame.after)
+    if says_it and as_it_came and tokenizer.is_of_library:
+      return tokenizer.export
+    made = tokenizer.library_form()
+    if made is None:
+      made = pieces_file.of_others(tokenizer)
+    if made is None:
+      return _as_pieces(tokenizer, says_it)
+    if tokenizer.splits_names:
+      made = _remade(made, tokenizer, frame)
+    if tokenizer.template() != (frame.before, frame.after):
+      made.post_processor = _template(made, frame)
+    settings = _settings_of(tokenizer, made)
+  else:
+    made, settings = make(tokenizer, frame), _settings(tokenizer, frame)
+  settings |= {
+    # What reads the file as it stands.
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    'clean_up_tokenization_spaces': False,
+    'model_input_names': [
+      'input_ids',
+      *(['token_type_ids'] if frame.pairs else []),
+      'attention_mask',
+    ],
+  }
+
+  def write(directory: epath.PathLike) -> None:
+    root = epath.Path(directory)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / 'tokenizer.json').write_text(made.to_str(pretty=True))
+    text = json.dumps(settings, indent=2) + '\n'
+    (root / tokenizer_files.TOKENIZER_CONFIG).write_text(text)
+
+  return write
+
+
+def _as_pieces(
+  tokenizer: pretrained.PretrainedTokenizer, says_it: bool
+) -> Callable[[epath.PathLike], None]:
+  """Returns what writes a SentencePiece model that has no other form."""
+  if not says_it:
+    raise ValueError(
+      f'{tokenizer.root} has a SentencePiece model alone, whose texts begin or '
+      'end otherwise than those of this model. Write a tokenizer.json there '
+      'with transformers: '
+      'AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR).'
+    )
+  _LOG.warning(
+    'The tokenizer stays a SentencePiece model, which transformers converts '
+    'when it reads it: some texts with rare blanks or marks get other ids '
+    'there. A run that began with a tokenizer.json has the same.'
+  )
+  is_t5 = (tokenizer.root / 'spiece.model').exists()
+  settings = {
+    'tokenizer_class': 'T5Tokenizer' if is_t5 else 'LlamaTokenizer',
+    **tokenizer.settings,
+  }
+
+  def write(directory: epath.PathLike) -> None:
+    tokenizer.export(directory)
+    text = json.dumps(settings, indent=2) + '\n'
+    (epath.Path(directory) / tokenizer_files.TOKENIZER_CONFIG).write_text(text)
+
+  return write
+
+
+def make(tokenizer: tokenizers_lib.Tokenizer, frame: framing.Frame) -> Any:
+  """Returns one of t2x's own tokenizers as one of the library's.
+
+  It is tried on texts: the ids are the same.
 
   Raises:
     ValueError: the library is not installed, or gives other ids.
@@ -38,9 +145,13 @@ def make(tokenizer: tokenizers_lib.Tokenizer) -> Any:
       'Writing a tokenizer.json needs the package tokenizers, which is not '
       "installed: pip install '.[huggingface]'."
     ) from None
-  made = _made(library, tokenizer)
-  for text in _PROBES:
-    ours, theirs = tokenizer.encode(text), made.encode(text).ids
+  made = _made(library, tokenizer, frame)
+  made.post_processor = _template(made, frame)
+  probes = list(_PROBES)
+  if frame.marks and tokenizer.sentinel_ids:
+    probes.append('a <extra_id_0> b<extra_id_0>')
+  for text, ours in zip(probes, frame.ids(tokenizer, probes)):
+    theirs = made.encode(text).ids
     if ours != theirs:
       raise ValueError(
         f'The tokenizer cannot be written as tokenizer.json: {text!r} becomes '
@@ -49,66 +160,132 @@ def make(tokenizer: tokenizers_lib.Tokenizer) -> Any:
   return made
 
 
-def write(directory: str, made: Any) -> None:
-  """Writes tokenizer.json and tokenizer_config.json of what `make` returned."""
-  root = pathlib.Path(directory)
-  made.save(str(root / 'tokenizer.json'))
+def _settings(
+  tokenizer: tokenizers_lib.Tokenizer, frame: framing.Frame
+) -> dict[str, Any]:
   roles = {'pad': 0, 'eos': 1, 'unk': 2, 'bos': 3, 'mask': 4}
+  if frame.before and frame.after:
+    roles |= {'cls': 3, 'sep': 1}
   settings = {f'{role}_token': _NAMED[i] for role, i in roles.items()}
-  settings |= {'tokenizer_class': 'PreTrainedTokenizerFast'}
-  settings |= {'clean_up_tokenization_spaces': False}
-  text = json.dumps(settings, indent=2)
-  (root / 'tokenizer_config.json').write_text(text + '\n')
+  return settings | {
+    tokenizer_files.SPLIT: True,
+    tokenizer_files.EXTRA: len(tokenizer.sentinel_ids),
+  }
 
 
-def _made(library: Any, tokenizer: tokenizers_lib.Tokenizer) -> Any:
-  names = [*_NAMED.values()]
-  names += [f'<extra_id_{i}>' for i in range(len(tokenizer.sentinel_ids))]
+def _settings_of(
+  tokenizer: pretrained.PretrainedTokenizer, made: Any
+) -> dict[str, Any]:
+  """Returns the names of the roles, and what else counts of the settings."""
+  ids = {
+    'bos': tokenizer.bos_id,
+    'eos': tokenizer.eos_id,
+    'pad': tokenizer.pad_id,
+  }
+  names = {f'{role}_token': made.id_to_token(i) for role, i in ids.items()}
+  names |= tokenizer.token_names
+  # A name alone would lose what its token does to the blanks around it.
+  added = {
+    token.content: token for token in made.get_added_tokens_decoder().values()
+  }
+  roles = {
+    role: _token(added[name]) if name in added else name
+    for role, name in names.items()
+  }
+  kept = {
+    key: tokenizer.settings[key]
+    for key in (
+      'chat_template',
+      'model_max_length',
+      'padding_side',
+      tokenizer_files.SPLIT,
+      tokenizer_files.EXTRA,
+    )
+    if key in tokenizer.settings
+  }
+  return roles | kept
+
+
+def _token(token: Any) -> dict[str, Any]:
+  flags = (
+    'content',
+    'lstrip',
+    'normalized',
+    'rstrip',
+    'single_word',
+    'special',
+  )
+  return {'__type': 'AddedToken', **{k: getattr(token, k) for k in flags}}
+
+
+def _template(made: Any, frame: framing.Frame) -> Any:
+  """Returns what puts the ids of a frame around a text, or around two."""
+  import tokenizers as library
+
+  ids = dict.fromkeys((*frame.before, *frame.after))
+  names = {i: f'special_{i}' for i in ids}
+  before = [names[i] for i in frame.before]
+  after = [names[i] for i in frame.after]
+  second = [f'{part}:{int(frame.pairs)}' for part in ('$B', *after)]
+  return library.processors.TemplateProcessing(
+    single=[*before, '$A', *after],
+    pair=[*before, '$A', *after, *second],
+    special_tokens=[
+      {'id': name, 'ids': [i], 'tokens': [made.id_to_token(i)]}
+      for i, name in names.items()
+    ],
+  )
+
+
+def _made(
+  library: Any, tokenizer: tokenizers_lib.Tokenizer, frame: framing.Frame
+) -> Any:
+  marks = [f'<extra_id_{i}>' for i in range(len(tokenizer.sentinel_ids))]
+  names = [*_NAMED.values(), *marks]
   if isinstance(tokenizer, tokenizers_lib.BytesTokenizer):
-    made = _bytes(library, names)
+    made, decoders = pieces_file.of_bytes(library, names)
   else:
     assert isinstance(tokenizer, tokenizers_lib.SentencePieceTokenizer)
-    made = _pieces(library, names, tokenizer.pieces())
-  made.add_special_tokens(
-    [library.AddedToken(n, normalized=False, special=True) for n in names]
-  )
+    made, decoders = pieces_file.of_own(library, names, tokenizer.pieces())
+  pattern = library.Regex(_hidden(_NAMED.values() if frame.marks else names))
+  hide = library.decoders.Replace(pattern, '')
+  made.decoder = library.decoders.Sequence([hide, *decoders])
+  if frame.marks:
+    _add_marks(library, made, marks)
   return made
 
 
-def _bytes(library: Any, names: list[str]) -> Any:
-  """One id a byte: GPT-2's letters for bytes, and nothing to merge."""
-  table = tokenizers_lib.byte_letters()
-  vocab = {name: i for i, name in enumerate(names)}
-  vocab |= {table[b]: len(names) + b for b in range(256)}
-  made = library.Tokenizer(library.models.BPE(vocab=vocab, merges=[]))
-  made.pre_tokenizer = library.pre_tokenizers.ByteLevel(
-    add_prefix_space=False, use_regex=False
-  )
-  made.decoder = library.decoders.ByteLevel()
-  return made
+def _hidden(names: Iterable[str]) -> str:
+  return rf'\A(?:{"|".join(map(re.escape, names))})\z'
 
 
-def _pieces(library: Any, names: list[str], pieces: list[str]) -> Any:
-  """SentencePiece's BPE: two pieces merge if they make one, in its order."""
-  vocab = {piece: i for i, piece in enumerate(pieces)}
-  vocab |= {name: i for i, name in enumerate(names)}
-  first = len(names) + 256  # After the bytes that stand in for the unknown.
-  merges = []
-  for piece in pieces[first:]:
-    ways = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-    ways = [(a, b) for a, b in ways if a in vocab and b in vocab]
-    merges += sorted(ways, key=lambda way: (vocab[way[0]], vocab[way[1]]))
-  made = library.Tokenizer(
-    library.models.BPE(
-      vocab=vocab, merges=merges, unk_token='<unk>', byte_fallback=True
-    )
+def _add_marks(library: Any, made: Any, marks: Iterable[str]) -> None:
+  # Not as special ones: sources have them, and answers show them.
+  made.add_tokens([library.AddedToken(n, normalized=False) for n in marks])
+
+
+def _remade(
+  made: Any, tokenizer: pretrained.PretrainedTokenizer, frame: framing.Frame
+) -> Any:
+  """Returns what t2x wrote once, for models of another frame."""
+  import tokenizers as library
+
+  data = json.loads(made.to_str())
+  data['added_tokens'] = [
+    token
+    for token in data['added_tokens']
+    if token['content'] not in data['model']['vocab']
+  ]
+  special = np.flatnonzero(
+    ~tokenizer.vocab.is_text(np.arange(tokenizer.vocab_size))
   )
-  made.normalizer = library.normalizers.Replace(' ', _SPACE)
-  made.decoder = library.decoders.Sequence(
-    [
-      library.decoders.Replace(_SPACE, ' '),
-      library.decoders.ByteFallback(),
-      library.decoders.Fuse(),
-    ]
-  )
+  marks = [made.id_to_token(i) for i in tokenizer.sentinel_ids]
+  shown = marks if frame.marks else []
+  names = [name for i in special if (name := made.id_to_token(i)) not in shown]
+  for part in (data['decoder'] or {}).get('decoders', []):
+    if part.get('pattern', {}).get('Regex', '').startswith(r'\A(?:'):
+      part['pattern']['Regex'] = _hidden(names)
+  made = library.Tokenizer.from_str(json.dumps(data))
+  if frame.marks:
+    _add_marks(library, made, marks)
   return made
