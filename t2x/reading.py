@@ -79,6 +79,23 @@ def parse_json(data: str, place: str, remedy: str, **options: Any) -> Any:
   raise ValueError(f'{place} is not JSON ({problem}). {remedy}') from cause
 
 
+def json_object(file: epath.PathLike, remedy: str) -> dict[str, Any]:
+  """Returns the object that a JSON file holds.
+
+  Args:
+    file: local or remote.
+    remedy: what to do if it holds none, a sentence.
+
+  Raises:
+    ValueError: it is not UTF-8, not JSON, or something else than an object.
+    OSError: it cannot be read.
+  """
+  data = parse_json(text(file), str(file), remedy)
+  if not isinstance(data, dict):
+    raise ValueError(f'{file} holds no JSON object. {remedy}')
+  return data
+
+
 def _not_utf8(byte: int, file: str, line: int, offset: int) -> ValueError:
   return ValueError(
     f'{file}:{line}: not UTF-8: byte 0x{byte:02x} at offset {offset}. '

@@ -16,7 +16,9 @@ from typing import Any
 from etils import epath
 import numpy as np
 
+from t2x import reading
 from t2x.data import letters
+from t2x.data import tokenizer_backends
 from t2x.data import tokenizer_files
 from t2x.data import tokenizers
 from t2x.objectives import vocab as vocab_lib
@@ -189,7 +191,7 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
   def chat_template(self) -> str | None:
     """How a conversation becomes a prompt, in Jinja; None where none says."""
     if (self.root / _TEMPLATE).exists():
-      return (self.root / _TEMPLATE).read_text()
+      return reading.text(self.root / _TEMPLATE)
     given = self.settings.get('chat_template')
     if isinstance(given, list):  # Several, with names.
       named = {one.get('name'): one.get('template') for one in given}
@@ -227,7 +229,7 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
 
   def encode_whole(
     self, texts: Sequence[str | tuple[str, str]], length: int
-  ) -> list[tokenizer_files.Whole]:
+  ) -> list[tokenizer_backends.Whole]:
     """Returns texts, or pairs of them, with the special tokens around them.
 
     Args:
@@ -239,7 +241,7 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
     """
     if not hasattr(self._backend, 'encode_whole'):
       raise ValueError(
-        f'The tokenizer in {self._root} is one of SentencePiece, which knows '
+        f'The tokenizer in {self.root} is one of SentencePiece, which knows '
         'no pairs and no places of tokens. Write a tokenizer.json beside it.'
       )
     return self._backend.encode_whole(list(texts), length)

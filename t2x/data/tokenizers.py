@@ -19,6 +19,7 @@ import numpy as np
 import sentencepiece
 
 from t2x import checks
+from t2x import reading
 from t2x.data import letters
 from t2x.data import samples
 from t2x.objectives import vocab as vocab_lib
@@ -287,7 +288,7 @@ def load(directory: epath.PathLike) -> Tokenizer:
       f'No tokenizer in {directory}: {path.name} is missing. Give the '
       'directory that a tokenizer was saved to, such as that of a run.'
     )
-  settings = json.loads(path.read_text())
+  settings = reading.json_object(path, 'Copy the directory again.')
   kind = settings.pop('kind')
   if kind == Bytes.kind:
     return BytesTokenizer(Bytes(**settings))

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from t2x import reading
+
 CONFIG = 'config.json'
 _SINGLE = 'model.safetensors'
 _INDEX = 'model.safetensors.index.json'
@@ -24,8 +26,8 @@ def is_one(directory: str) -> bool:
   """Whether a directory holds a checkpoint of Hugging Face's form."""
   file = pathlib.Path(directory) / CONFIG
   try:
-    return 'model_type' in json.loads(file.read_text())
-  except (OSError, ValueError, TypeError):
+    return 'model_type' in reading.json_object(file, '')
+  except (OSError, ValueError):
     return False
 
 
@@ -251,14 +253,9 @@ def _open(file: pathlib.Path) -> Any:
 
 def _json(file: pathlib.Path) -> dict[str, Any]:
   try:
-    data = json.loads(file.read_text())
+    return reading.json_object(file, 'Copy it again.')
   except FileNotFoundError:
     raise ValueError(
       f'{file.parent} has no {file.name}. Name the directory of a whole '
       'checkpoint.'
     ) from None
-  except ValueError as error:
-    raise ValueError(f'{file} is not JSON ({error}). Copy it again.') from None
-  if not isinstance(data, dict):
-    raise ValueError(f'{file} holds no JSON object. Copy it again.')
-  return data

@@ -132,6 +132,38 @@ def test_a_model_is_trained_on_them(directories, tmp_path):
   assert (tokens[0], tokens[-1]) == (ours.bos_id, ours.eos_id)
 
 
+@pytest.mark.parametrize(
+  'name, file, data, message',
+  [
+    ('gpt2', 'vocab.json', b'[]', 'vocab.json holds no JSON object'),
+    ('gpt2', 'vocab.json', b'[' * 99_999, 'vocab.json is not JSON .*deeply'),
+    ('gpt2', 'vocab.json', b'{"a": "x"}', 'vocab.json with merges.txt cannot'),
+    ('gpt2', 'vocab.json', b'{"a": -1}', 'vocab.json with merges.txt cannot'),
+    ('gpt2', 'merges.txt', b'a b c', 'vocab.json with merges.txt cannot'),
+    ('gpt2', 'merges.txt', b'a b\n\xe9', 'merges.txt:2: not UTF-8'),
+    ('gpt2', 'tokenizer_config.json', b'[]', 'config.json holds no JSON'),
+    ('gpt2', 'added_tokens.json', b'[' * 99_999, 'tokens.json is not JSON'),
+    ('gpt2', 'chat_template.jinja', b'a\n\xff', 'jinja:2: not UTF-8'),
+    ('bert', 'vocab.txt', b'[UNK]\n\xe9', 'vocab.txt:2: not UTF-8'),
+    ('bert', 'tokenizer.json', b'\xe9', 'tokenizer.json:1: not UTF-8'),
+    ('t5', 'spiece.model', b'', 'spiece.model cannot be read .it is empty'),
+    ('t5', 'spiece.model', b'abc', 'spiece.model cannot be read .INTERNAL'),
+  ],
+)  # fmt: skip
+def test_damaged_files(tmp_path, name, file, data, message):
+  directory = tmp_path / name
+  hf_files.MAKERS[name](directory)
+  (directory / file).write_bytes(data)
+  with pytest.raises(ValueError, match=message) as raised:
+    _ = read(directory).chat_template
+  assert '\n' not in str(raised.value)
+
+
+def test_pairs_need_a_tokenizer_json(directories):
+  with pytest.raises(ValueError, match='is one of SentencePiece, which knows'):
+    read(directories['t5']).encode_whole([('a', 'b')], 9)
+
+
 def test_messages(directories, tmp_path):
   with pytest.raises(ValueError, match='data.tokenizer.directory is empty'):
     tokenizers.read(tokenizers.Pretrained())

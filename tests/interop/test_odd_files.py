@@ -170,6 +170,7 @@ def test_each_value_of_a_tokenizer_config(tmp_path, name):
     'mask_token', 'tokenizer_class', 'extra_ids', 'add_bos_token',
     'add_eos_token', 'add_prefix_space', 'do_lower_case', 'strip_accents',
     'tokenize_chinese_chars', 'chat_template', 'added_tokens_decoder',
+    'split_special_tokens',
   )  # fmt: skip
   works = 0
   for key in keys:
