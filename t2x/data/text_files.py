@@ -25,7 +25,7 @@ def find(files: str) -> list[str]:
 
   Raises:
     ValueError: if there are no globs, one matches nothing, or a file is of
-      another type.
+      another type or has a name that is not UTF-8.
   """
   patterns = [p.strip() for p in files.split(',') if p.strip()]
   if not patterns:
@@ -45,6 +45,12 @@ def find(files: str) -> list[str]:
       )
     paths.update(matches)
   for path in sorted(paths):
+    try:
+      path.encode()
+    except UnicodeEncodeError as error:
+      raise ValueError(
+        f'data.files: the name {path!r} is not UTF-8. Rename the file.'
+      ) from error
     if not path.endswith(_SUFFIXES):
       raise ValueError(
         f'data.files: cannot read {path!r}; expected one of '

@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 
 import pytest
 
@@ -147,6 +148,12 @@ def test_glob_that_matches_nothing(tmp_path):
   (tmp_path / 'a.txt').write_text('x')
   with pytest.raises(ValueError, match=r"'.*/\*.md' matches no file .* quote"):
     text_files.find(f'{tmp_path}/*.txt,{tmp_path}/*.md')
+
+
+def test_a_name_that_is_no_text(tmp_path):
+  (tmp_path / os.fsdecode(b'a\xe9.txt')).write_text('x')
+  with pytest.raises(ValueError, match=r"name '.*a.udce9.txt' is not UTF-8"):
+    text_files.find(f'{tmp_path}/*.txt')
 
 
 def test_unknown_type(tmp_path):
