@@ -11,6 +11,7 @@ import dataclasses
 
 from t2x import experiment
 from t2x.data import config as data_config
+from t2x.layers import low_rank
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,12 @@ class Change:
   date: str
   text: str
   concerns: Callable[[experiment.Experiment], bool] = lambda config: True
+
+
+def _has_landmarks(config: experiment.Experiment) -> bool:
+  return any(
+    isinstance(kind, low_rank.Nystromformer) for kind in config.model.kinds
+  )
 
 
 _NOTHING_DRAWN = 'causal_lm', 'source_target', 'classification'
@@ -71,6 +78,14 @@ CHANGES: tuple[Change, ...] = (
     concerns=lambda c: (
       c.train.num_tokens is not None and not data_config.is_full(c.data)
     ),
+  ),
+  Change(
+    name='landmarks_of_no_token',
+    date='2026-11-30',
+    text='A landmark of a Nystromformer that has no token, in rows of fewer '
+    'tokens than landmarks, is no part of what is inverted; it changed what '
+    'such rows give.',
+    concerns=_has_landmarks,
   ),
 )
 

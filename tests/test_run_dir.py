@@ -12,6 +12,8 @@ from t2x import paths
 from t2x import run_dir
 from t2x.data import corpus as corpus_lib
 from t2x.data import tokenizers
+from t2x.layers import low_rank
+from t2x.models import encoder
 
 
 @pytest.fixture
@@ -199,6 +201,20 @@ def test_a_run_without_steps_or_concern_is_told_of_no_numbers(run, caplog):
   (workdir / 'metrics.jsonl').unlink()
   _write(workdir, _set(config, 'optim.schedule.shape=cosine'))
   assert 'began before' not in caplog.text
+
+
+def test_whom_changes_concern(run):
+  _, config = run  # Causal, packed, with a constant rate.
+  since = lambda config: [c.name for c in changes_lib.since((), config)]
+  names = lambda *settings: since(_set(config, *settings))
+  assert names() == []
+  assert names('data.objective=prefix_lm') == ['draws_by_example']
+  length = 'train.num_steps=none', 'train.num_tokens=9'
+  assert names(*length) == []
+  assert names(*length, 'data.batching=pad') == ['tokens_of_padded_rows']
+  model = encoder.EncoderConfig(attention=low_rank.Nystromformer())
+  few = dataclasses.replace(config, model=model)
+  assert since(few) == ['landmarks_of_no_token']
 
 
 def test_other_versions_are_reported(run, caplog, monkeypatch):
