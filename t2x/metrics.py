@@ -132,15 +132,15 @@ class Writer:
 def read_rows(workdir: epath.PathLike) -> list[dict[str, Any]]:
   """Returns the rows of a run, without a last line that a crash tore."""
   path = paths.path(workdir) / FILE
-  return _parse(path.read_text(), path) if path.exists() else []
+  return _parse(path.read_bytes(), path) if path.exists() else []
 
 
-def _parse(text: str, path: epath.Path) -> list[dict[str, Any]]:
+def _parse(data: bytes, path: epath.Path) -> list[dict[str, Any]]:
   rows = []
-  for number, line in enumerate(text.split('\n'), 1):
+  for number, line in enumerate(data.split(b'\n'), 1):
     try:
       rows += [json.loads(line)] if line else []
-    except ValueError:
+    except (ValueError, RecursionError):
       _log.warning('%s: line %d is torn and left out.', path, number)
   return rows
 
@@ -166,12 +166,12 @@ def _dump(row: Mapping[str, Any]) -> str:
 
 def _open_rows(path: epath.Path, start_step: int):
   """Opens the file of rows, cut back to those of the steps taken."""
-  text = path.read_text() if path.exists() else ''
-  rows = _parse(text, path) if start_step else []
+  data = path.read_bytes() if path.exists() else b''
+  rows = _parse(data, path) if start_step else []
   kept = ''.join(_dump(row) for row in rows if row['step'] <= start_step)
   if paths.is_remote(path):
     return _UploadedRows(path, kept)
-  if kept != text:
+  if kept.encode() != data:
     paths.write_whole(path, kept)
   return _LocalRows(path)
 

@@ -91,10 +91,11 @@ def test_starting_anew_drops_every_row(tmp_path):
   assert _steps(tmp_path) == [1]
 
 
-def test_a_torn_last_line_is_left_out_and_then_dropped(tmp_path):
+@pytest.mark.parametrize('end', [b'', b'\xff\n', b'[' * 99_999])
+def test_a_torn_last_line_is_left_out_and_then_dropped(tmp_path, end):
   _write(tmp_path, [1, 2, 3])
   path = tmp_path / 'metrics.jsonl'
-  path.write_text(path.read_text()[:-9])
+  path.write_bytes(path.read_bytes()[:-9] + end)
   assert _steps(tmp_path) == [1, 2]
   _write(tmp_path, [3], start_step=2)
   assert _steps(tmp_path) == [1, 2, 3]
