@@ -82,6 +82,9 @@ def problem(hf: Hf) -> str:
   if given not in (SINGLE, MULTI, VALUES):
     needed = f'one of {SINGLE}, {MULTI}, {VALUES}'
     raise values.Wrong('problem_type', given, needed)
+  if given == SINGLE and len(_names(hf)) == 1:  # transformers refuses it too.
+    needed = f'{MULTI} or {VALUES} where there is one label'
+    raise values.Wrong('problem_type', given, needed)
   return given
 
 

@@ -38,6 +38,10 @@ def config_of(**fields):
     ({'id2label': ['a', 'b']}, r"id2label=\['a', 'b'\]; it must be a name"),
     ({'num_labels': '3'}, "num_labels='3'; it must be a whole number above 0"),
     ({'num_labels': 10**400}, 'num_labels=1000.* and below'),
+    (
+      {'num_labels': 1, 'problem_type': 'single_label_classification'},
+      'it must be multi_label_classification or regression where',
+    ),
     ({'problem_type': 'ranking'}, "problem_type='ranking'; it must be one of"),
   ],
 )
