@@ -3,10 +3,10 @@ r"""Text from a trained run.
 python experiments/generate.py --workdir=RUN --prompt='The function returns' \
     --prompt='A list of' --num_tokens=64 --temperature=0.8 --top_p=0.9 --seed=0
 
-RUN is a run, or the directory of a GPT-2, Llama, Mixtral or T5 of Hugging Face.
-Prompts may also come from a file, one a line: --prompt_file=FILE. An
-encoder-decoder reads the prompt as its source and answers it; there
-<extra_id_0>, <extra_id_1>, ... stand for spans to fill in.
+RUN is a run, or the directory of a decoder or T5 of Hugging Face whose family
+comes in (docs/inference.md). Prompts may also come from a file, one a line:
+--prompt_file=FILE. An encoder-decoder reads the prompt as its source and
+answers it; there <extra_id_0>, <extra_id_1>, ... stand for spans to fill in.
 
 With --num_beams=4 nothing is drawn: beam search finds the likeliest texts, and
 --num_best=2 prints two of each prompt with their scores.
@@ -46,7 +46,7 @@ _FREQUENCY = flags.DEFINE_float(
 )
 _MIN_TOKENS = flags.DEFINE_integer('min_tokens', 0, 'Before a text may end.')
 _BANNED = flags.DEFINE_multi_string(
-  'banned', [], 'What no text holds, in no word; may repeat.'
+  'banned', [], 'What no text holds, not even within a word; may repeat.'
 )
 _STOP = flags.DEFINE_multi_string(
   'stop', [], 'A text ends before this; may repeat.'

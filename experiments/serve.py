@@ -2,9 +2,9 @@ r"""A server for a trained run, with the usual completion interface.
 
 python experiments/serve.py --workdir=RUN --port=8000
 
-RUN is a run, or the directory of a GPT-2, Llama or Mixtral of Hugging Face. The
-page at http://127.0.0.1:8000 tries the model; programs call /v1/completions and
-/v1/chat/completions as they call OpenAI's:
+RUN is a run, or the directory of a decoder of Hugging Face whose family comes
+in (docs/inference.md). The page at http://127.0.0.1:8000 tries the model;
+programs call /v1/completions and /v1/chat/completions as they call OpenAI's:
 
 curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \
     -d '{"prompt": "The function", "max_tokens": 20}'

@@ -2,10 +2,11 @@ r"""Checkpoints of Hugging Face to runs, and back.
 
 python scripts/convert_hf.py --from=DIR --to=WORKDIR
 
-DIR holds config.json, safetensors and a tokenizer of a BERT, RoBERTa, GPT-2,
-T5, Llama or Mixtral. WORKDIR is then as a run leaves it: experiments/
-generate.py, embed.py and evaluate.py take it. The way back, for such a run and
-for any other whose model one of the families computes:
+DIR holds config.json, safetensors and a tokenizer of one of the families that
+docs/inference.md lists (BERT, GPT-2, T5, Llama and those like it, ...). WORKDIR
+is then as a run leaves it: experiments/generate.py, embed.py, classify.py and
+evaluate.py take it. The way back, for such a run and for any other whose model
+one of the families computes:
 
 python scripts/convert_hf.py --from=WORKDIR --to=DIR
 """

@@ -101,6 +101,7 @@ def write(
     chunk=chunk,
   )
   num_ends = max(_NUM_ENDS, prompts_lib.power_of_two(len(trained.end_ids)))
+  _tell_defaults(trained)
   fixed = _fixed(trained, rows)
   with trained.decoding():
     programs, weights = _programs(model, shapes, platforms, num_ends, fixed)
@@ -165,6 +166,17 @@ def _fixed(trained: trained_lib.Trained, rows: int) -> sampling_lib.Rows:
     )
   own = dataclasses.replace(own, bias={**own.bias, **single}, banned=())
   return sampling_lib.rows([own], rows, trained.config.model.vocab_size)
+
+
+def _tell_defaults(trained: trained_lib.Trained) -> None:
+  """Names the settings of a checkpoint that its artefact leaves to calls."""
+  defaults = trained.generation.sampling
+  if defaults:
+    _LOG.warning(
+      "The artefact does not take its checkpoint's %s: each call says how "
+      'tokens are drawn.',
+      ', '.join(f'{name}={value}' for name, value in defaults.items()),
+    )
 
 
 def _programs(model, shapes: _Shapes, platforms, num_ends: int, fixed):

@@ -1,5 +1,6 @@
 """Artefacts, run where there is neither t2x nor flax."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from t2x import inference
 from t2x import mesh as mesh_lib
 from t2x import trained as trained_lib
 from t2x.data import tokenizers
+from t2x.interop import generation
 from t2x.interop import tokenizer_file
 from t2x.layers import attention
 from t2x.layers import position
@@ -110,6 +112,35 @@ def test_it_writes_what_the_run_writes(tmp_path, name):
     assert tokens == expected.tokens
     for a, b in zip(log_probs, expected.log_probs):
       assert a == pytest.approx(b, abs=2e-2 if name == 'window' else 1e-4)
+
+
+def test_what_a_checkpoint_forbids(tmp_path, caplog):
+  """Is in no text; that its defaults of drawing are left out is told."""
+  trained = trained_of(tmp_path, 'encoder_decoder')
+  greedy = inference.Sampling(temperature=0)
+  texts = lambda trained: (
+    inference.generation(
+      trained, PROMPTS, num_tokens=12, sampling=greedy
+    ).tokens
+  )
+  plain = texts(trained)
+  own = generation.Generation(
+    ends=(plain[0][6], 2),
+    first=plain[1][3],
+    not_first=(plain[0][0],),
+    suppressed=(plain[1][1],),
+    banned=((plain[2][2],), (5, 6)),
+    sampling={'temperature': 0.0, 'repetition_penalty': 1.5},
+  )
+  trained = dataclasses.replace(trained, generation=own)
+  artefact.write(trained, str(tmp_path / 'made'), chunk=16)
+  made = artefact_run.Artefact(str(tmp_path / 'made'))
+  prompts = trained.prompt_ids(PROMPTS)
+  found, _ = made.write(prompts, num_tokens=12, temperature=0.0)
+  assert found == texts(trained) != plain
+  told = [record.getMessage() for record in caplog.records]
+  assert any("checkpoint's temperature=0.0, repetition" in one for one in told)
+  assert any('honour 1 of bad_words_ids' in one for one in told)
 
 
 def test_as_a_command_and_for_other_platforms(tmp_path):

@@ -340,12 +340,13 @@ def _activation(name: str, key: str = 'hidden_act') -> Any:
   return _ACTIVATIONS[name]
 
 
-def _require(hf: Hf, **values: Any) -> None:
+def _require(hf: Hf, **only: Any) -> None:
   """Raises ValueError for settings that t2x has no counterpart of."""
-  for name, value in values.items():
+  for name, value in only.items():
     if hf.get(name, value) != value:
       raise ValueError(
-        f'{name}={hf[name]!r} in the config; t2x has only {value!r}.'
+        f'{name}={values.shown(hf[name])} in the config; t2x has only '
+        f'{value!r}.'
       )
 
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
+from t2x.interop import values
+
 Hf = Mapping[str, Any]
 
 TOKENS = 'tokens'  # In labels: of the head on each token.
@@ -20,6 +22,7 @@ MULTI = 'multi_label_classification'
 VALUES = 'regression'
 _OF_TEXTS, _OF_TOKENS = 'ForSequenceClassification', 'ForTokenClassification'
 _UNKNOWN = ('ForQuestionAnswering', 'ForMultipleChoice')
+_MOST = 2**20  # Labels of a head.
 
 
 def sizes(hf: Hf) -> dict[str, Any]:
@@ -77,10 +80,11 @@ def problem(hf: Hf) -> str:
   if given is None:
     return VALUES if len(_names(hf)) == 1 else SINGLE
   if given not in (SINGLE, MULTI, VALUES):
-    raise ValueError(
-      f'problem_type={given!r} in the config; it is one of {SINGLE}, {MULTI}, '
-      f'{VALUES}.'
-    )
+    needed = f'one of {SINGLE}, {MULTI}, {VALUES}'
+    raise values.Wrong('problem_type', given, needed)
+  if given == SINGLE and len(_names(hf)) == 1:  # transformers refuses it too.
+    needed = f'{MULTI} or {VALUES} where there is one label'
+    raise values.Wrong('problem_type', given, needed)
   return given
 
 
@@ -144,14 +148,15 @@ def _names(hf: Hf) -> list[str]:
   """
   given = hf.get('id2label')
   if given is None:
-    number = hf.get('num_labels', 2)
-    given = {i: f'LABEL_{i}' for i in range(number)}
+    number = 2 if hf.get('num_labels') is None else hf['num_labels']
+    values.within('num_labels', number, above=0, below=_MOST, whole=True)
+    return [f'LABEL_{i}' for i in range(number)]
+  needed = 'a name of its own for each of 0, 1, 2, ...'
+  if not isinstance(given, Mapping):
+    raise values.Wrong('id2label', given, needed)
   numbers = {str(i): name for i, name in given.items()}
   names = [numbers.get(str(i)) for i in range(len(given))]
   whole = names and all(isinstance(name, str) for name in names)
   if not whole or len(set(names)) < len(names):
-    raise ValueError(
-      f'id2label={given!r} in the config; it is a name of its own for each of '
-      '0, 1, 2, ...'
-    )
+    raise values.Wrong('id2label', given, needed)
   return [str(name) for name in names]

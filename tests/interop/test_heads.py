@@ -309,7 +309,7 @@ def test_a_run_with_labels_in_their_order_goes_out(checkpoints, tmp_path):
   run = tmp_path / 'run'
   conversion.to_run(str(checkpoints['bert', 'Sequence'][0]), str(run))
   settings = settings_of(write_pairs(tmp_path / 'texts'))
-  settings |= {'data.objective.num_classes': '4', 'train.num_steps': '20'}
+  settings |= {'data.objective.num_classes': '4', 'train.num_steps': '80'}
   change = lambda **more: config_lib.override(
     run_dir.read_config(str(run)), settings | more
   )

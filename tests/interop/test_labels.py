@@ -34,8 +34,15 @@ def config_of(**fields):
     ({'architectures': ['RobertaForMultipleChoice']}, 'save the AutoModel'),
     ({'id2label': {'0': 'a', '2': 'b'}}, 'id2label=.* a name of its own for'),
     ({'id2label': {'0': 'a', '1': 'a'}}, 'id2label=.* a name of its own for'),
-    ({'id2label': {}}, 'id2label={} in the config'),
-    ({'problem_type': 'ranking'}, "problem_type='ranking' in the config"),
+    ({'id2label': {}}, 'id2label={}; it must be a name of its own'),
+    ({'id2label': ['a', 'b']}, r"id2label=\['a', 'b'\]; it must be a name"),
+    ({'num_labels': '3'}, "num_labels='3'; it must be a whole number above 0"),
+    ({'num_labels': 10**400}, 'num_labels=1000.* and below'),
+    (
+      {'num_labels': 1, 'problem_type': 'single_label_classification'},
+      'it must be multi_label_classification or regression where',
+    ),
+    ({'problem_type': 'ranking'}, "problem_type='ranking'; it must be one of"),
   ],
 )
 def test_messages(fields, message):
