@@ -224,6 +224,13 @@ def test_a_blank_after_a_special_token_stays(kinds):
     assert ''.join(pieces) + stream.finish() == 'say hello world'
 
 
+def test_a_blank_after_a_sentinel_stays(kinds):
+  """As transformers' T5 writes it."""
+  tokenizer = kinds['t5']
+  ids = tokenizer.encode_marked('one<extra_id_3> two <extra_id_0>')
+  assert tokenizer.decode_marked(ids) == 'one<extra_id_3> two<extra_id_0>'
+
+
 def test_places_of_a_text_that_the_tokenizer_changes(kinds):
   """Case, accents and spaces that are lost: still in order, and near."""
   tokenizer = kinds['bert']

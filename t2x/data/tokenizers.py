@@ -162,10 +162,14 @@ class Tokenizer:
   def decode_marked(self, ids: Iterable[int]) -> str:
     """Inverse of `encode_marked`, but for spaces that a tokenizer drops."""
     sentinels = self.sentinel_ids
-    parts = []
+    # In company, as alone a run may lose the space that it begins with.
+    beside = self.encode('a')
+    start, parts = self.decode(beside), []
     for is_mark, run in itertools.groupby(ids, lambda i: i in sentinels):
       if is_mark:
         parts += [f'<extra_id_{sentinels.index(i)}>' for i in run]
+      elif parts:
+        parts.append(self.decode([*beside, *run])[len(start) :])
       else:
         parts.append(self.decode(run))
     return ''.join(parts)
