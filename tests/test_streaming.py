@@ -201,7 +201,7 @@ def test_texts_are_those_of_transformers(kinds, kind):
   }  # fmt: skip
   made = getattr(transformers, classes.get(kind, 'AutoTokenizer'))
   tokenizer = kinds[kind]
-  other = made.from_pretrained(str(tokenizer._root))
+  other = made.from_pretrained(str(tokenizer.root))
   draws = Draws(tokenizer, seed=1)
   for _ in range(60):
     ids = [i for i in draws.ids(10) if 0 <= i < tokenizer.vocab_size]

@@ -239,7 +239,7 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
     """
     if not hasattr(self._backend, 'encode_whole'):
       raise ValueError(
-        f'The tokenizer in {self._root} is one of SentencePiece, which knows '
+        f'The tokenizer in {self.root} is one of SentencePiece, which knows '
         'no pairs and no places of tokens. Write a tokenizer.json beside it.'
       )
     return self._backend.encode_whole(list(texts), length)

@@ -185,7 +185,9 @@ def test_scores_are_those_of_the_model(made, tmp_path):
   # After one text its greedy token ends it: one that has no text of its own.
   ids = encode('no step is lost')
   end = int(log_probs(trained, ids)[-1].argmax())
-  trained = dataclasses.replace(trained, ends=(trained.tokenizer.eos_id, end))
+  ends = trained.tokenizer.eos_id, end
+  generation = dataclasses.replace(trained.generation, ends=ends)
+  trained = dataclasses.replace(trained, generation=generation)
   with serving_run.served(trained, name='gpt2') as url:
     results, samples = evaluated(url, exported, tmp_path)
   direct = {
