@@ -83,6 +83,8 @@ class TextStream:
     self._tokenizer = tokenizer
     self._stop = tuple(stop)
     self._held = ''
+    self._prompt = ''  # What an echo has of the text that is open.
+    self._free = 0  # Characters that come next and are an echo's.
     self._is_over = False
     self.num_told = 0
     self.stopped = False
@@ -112,6 +114,7 @@ class TextStream:
     if text is None:
       stop, self._stop = self._stop, ()
       told, self._stop = self.add(prompt), stop
+      self._prompt = self._tokenizer.decode(self._ids) if self._is_open else ''
       return told
     self._begin(prompt)
     self._starts = places(self._tokenizer, prompt, text)
@@ -184,6 +187,8 @@ class TextStream:
       start = first + _alike(self._tokenizer.decode(self._ids[:number]), text)
       self._starts.append(max(start, *self._starts[-1:], 0))
     self._waiting = []
+    self._free = max(_alike(self._prompt, text) - known, 0)
+    self._prompt = ''
     self._length += len(text) - known
     self._text = text
     return text[known:]
@@ -198,19 +203,19 @@ class TextStream:
 
   def _released(self, text: str) -> str:
     """Holds back what may be the start of a stop string."""
-    text = self._held + text
+    own, text = text[: self._free], self._held + text[self._free :]
     before = cut(text, self._stop)
     if before != text:
       self.stopped, self._held = True, ''
-      return before
+      return own + before
     most = max(map(len, self._stop), default=1) - 1
     for size in range(min(most, len(text)), 0, -1):
       tail = text[-size:]
       if any(end.startswith(tail) for end in self._stop):
         self._held = tail
-        return text[:-size]
+        return own + text[:-size]
     self._held = ''
-    return text
+    return own + text
 
 
 def places(

@@ -23,6 +23,7 @@ from t2x import sharding
 from t2x import train
 from t2x import train_state
 from t2x.data import corpus as corpus_lib
+from t2x.data import history
 from t2x.data import pipeline
 
 _STEPS = 8
@@ -562,7 +563,8 @@ def test_the_length_of_a_run(directory, settings, steps):
 
 def test_a_length_in_epochs_is_not_rounded_up_twice(directory, monkeypatch):
   """Binary fractions make 11.000000000000002 of 1.1 epochs of 10 steps."""
-  monkeypatch.setattr(pipeline, 'steps_per_epoch', lambda *_: 10)
+  ten = history.Segment(batch_size=8, epoch=10)
+  monkeypatch.setattr(pipeline, 'segment', lambda *_, **__: ten)
   for epochs, steps in ((1.1, 11), (0.7, 7), (2.3, 23), (1.11, 12), (1e-9, 1)):
     settings = {'train__num_steps': 'none', 'train__num_epochs': epochs}
     config = _config(directory, **settings)

@@ -52,6 +52,8 @@ class Fast:
     self._is_joined = has_bytes and splits
     # Of others one byte that is wrong breaks all those beside it.
     runs = has_bytes and not self._is_joined
+    self._beside = tokenizer.encode('a', add_special_tokens=False).ids
+    self._text_beside = tokenizer.decode(self._beside)
     self.run_ids = frozenset(
       i for piece, i in pieces.items() if runs and letters.is_byte(piece)
     )
@@ -71,10 +73,11 @@ class Fast:
       if all(letter in _BYTE_OF for letter in piece):
         return bytes(_BYTE_OF[letter] for letter in piece)
       return piece.encode()
-    if self._continues:
-      joins = piece.startswith('##')
-      return (piece[2:] if joins else f' {piece}').encode()
-    return letters.piece_bytes(piece)
+    if self._is_joined or i in self.run_ids:
+      return letters.piece_bytes(piece)
+    # Beside others, as a decoder may clean up and drop the first space.
+    text = self._tokenizer.decode([*self._beside, i])
+    return text[len(self._text_beside) :].encode()
 
   def begins(self, piece: str) -> bool:
     if self._continues:

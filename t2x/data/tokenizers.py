@@ -162,13 +162,13 @@ class Tokenizer:
 
   def decode_marked(self, ids: Iterable[int]) -> str:
     """Inverse of `encode_marked`, but for spaces that a tokenizer drops."""
-    sentinels = self.sentinel_ids
-    parts = []
+    parts, before, sentinels = [], [], self.sentinel_ids
     for is_mark, run in itertools.groupby(ids, lambda i: i in sentinels):
       if is_mark:
         parts += [f'<extra_id_{sentinels.index(i)}>' for i in run]
       else:
-        parts.append(self.decode(run))
+        parts.append(self.decode([*before, *run])[len(self.decode(before)) :])
+      before = self.encode('a')  # Alone, a run may lose its first space.
     return ''.join(parts)
 
   def save(self, directory: epath.PathLike) -> None:

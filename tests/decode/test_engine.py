@@ -287,6 +287,45 @@ def test_on_a_mesh(axes):
   check(model, texts)
 
 
+@pytest.mark.parametrize('name', ['relative', 'dense_and_local'])
+def test_prompts_are_scored(name):
+  """Beside those that are read, shared and written; as the whole model does."""
+  model = make(name)
+  engine = engine_lib.Engine(model, SMALL)
+  own = Sampling(calibration=1.5)
+  scored = lambda prompt, **options: engine_lib.Request(
+    prompt=prompt, num_top=3, scores_prompt=True, sampling=own, **options
+  )
+  others = requests(4)
+  long = others[0].prompt[:21] + [5, 6]
+  wanted = [
+    others[0],
+    scored(long, num_tokens=0),
+    scored([7], num_tokens=0),
+    *others[1:],
+    scored(long, num_tokens=3),
+    engine_lib.Request(prompt=long, num_tokens=0),
+  ]
+  texts = run(engine, wanted)
+  run(engine, [scored(long, num_tokens=0)])  # Of pages that hold it all.
+  assert engine.pages.num_used == 0
+  for text in texts:
+    if not text.request.num_tokens:
+      assert text.tokens == [] and text.reason == 'length'
+    if not text.request.scores_prompt:
+      assert text.prompt_scores.log_probs == []
+      continue
+    ids = np.array(text.request.prompt)
+    log_probs_TV = jax.nn.log_softmax(model(ids[None])[0] / 1.5)[:-1]
+    own_T = np.asarray(log_probs_TV)[np.arange(len(ids) - 1), ids[1:]]
+    np.testing.assert_allclose(text.prompt_scores.log_probs, own_T, atol=1e-4)
+    best_TK = -np.sort(-np.asarray(log_probs_TV))[:, :3]
+    values = [[value for _, value in top] for top in text.prompt_scores.top]
+    np.testing.assert_allclose(
+      np.reshape(values, best_TK.shape), best_TK, atol=1e-4
+    )
+
+
 def test_what_cannot_be_met_is_refused():
   engine = engine_lib.Engine(
     make(), dataclasses.replace(SMALL, max_waiting=2, max_length=20)

@@ -140,6 +140,8 @@ def make_pair(maker):
       # No bias stays 0, no norm 1, and attention is far from uniform.
       parameter.add_(0.3 * torch.randn_like(parameter))
   family, config = configs.to_t2x(theirs.config.to_dict())
+  # Which heads there are is told by the weights, as in files.
+  config = configs.with_parts(config, state(theirs))
   return theirs, family, config, names.to_t2x(family, config, state(theirs))
 
 

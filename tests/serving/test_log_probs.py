@@ -16,6 +16,7 @@ import pytest
 import serving_run
 
 from t2x.decode import engine as engine_lib
+from t2x.serving import log_probs
 
 
 @pytest.fixture(scope='module')
@@ -235,3 +236,18 @@ def test_a_text_that_tokens_share(url, trained):
         assert top.get(token, log_prob) == pytest.approx(log_prob)
     else:
       assert all(len(one['top_logprobs']) == 20 for one in found['content'])
+
+
+def test_a_letter_and_its_byte():
+  """The likelier has the text; the other, and special ones, keep theirs."""
+  told = log_probs.Told(
+    token=1, log_prob=-2.0, top=((0, -1.0), (1, -2.0), (3, -3.0), (2, -4.0))
+  )
+  rest = log_probs.Told(token=1, log_prob=-9.0, top=((0, -1.0),), place=1)
+  token_bytes = [b'a', b'a', b'\xff', b'']
+  found = log_probs.completion([told, rest], token_bytes, True)
+  assert found['top_logprobs'][0] == {
+    'a': -1.0, 'token_id:1': -2.0, '': -3.0, 'bytes:\\xff': -4.0,
+  }  # fmt: skip
+  assert found['tokens'] == ['token_id:1', 'token_id:1']
+  assert found['text_offset'] == [0, 1]
