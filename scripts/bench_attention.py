@@ -20,6 +20,9 @@ median over rounds, of those the largest; `torch_ratios` has them all. The
 largest lengths take most of the ten minutes on two cores.
 """
 
+# Without the extra `bench` there is no torch to check types against.
+# pyright: reportMissingImports=false
+
 import argparse
 import functools
 import importlib.util

@@ -14,6 +14,9 @@ tokens/s. `seconds_to_first_step_warm` is with a filled compilation cache.
 Needs: bash scripts/setup.sh bench
 """
 
+# Without the extra `bench` there is no torch to check types against.
+# pyright: reportMissingImports=false
+
 import argparse
 import importlib.util
 import json
