@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import extras
 from flax import nnx
 import jax
 import nasty
@@ -193,7 +194,7 @@ def test_what_cannot_be_written_is_refused(tmp_path):
 @pytest.mark.parametrize('name', ['decoder', 'encoder_decoder'])
 def test_its_texts_are_those_of_the_run(tmp_path, name):
   """Any prompt has the run's ids, and any ids its text."""
-  pytest.importorskip('tokenizers')
+  extras.need('tokenizers', extra='huggingface')
   trained = trained_of(tmp_path, name)
   info = json.loads(json.dumps(artefact.reading(trained)))
   write = tokenizer_file.writer(trained.tokenizer, trained.frame)

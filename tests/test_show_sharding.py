@@ -24,7 +24,7 @@ from t2x import sharding_page
 from t2x import sharding_table
 
 _SCRIPT = pathlib.Path(__file__).parents[1] / 'scripts' / 'show_sharding.py'
-_TOOLS = ('generate', 'evaluate', 'embed', 'serve')
+_TOOLS = ('generate', 'evaluate', 'embed', 'classify', 'serve')
 _NAMES = sorted(
   p.stem for p in catalog.DIRECTORY.glob('*.py') if p.stem not in _TOOLS
 )

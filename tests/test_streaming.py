@@ -4,6 +4,7 @@ import json
 import os
 import random
 
+import extras
 import hf_files
 import pytest
 
@@ -194,7 +195,7 @@ def test_a_text_that_begins_with_its_prompt(kinds, kind):
 @pytest.mark.parametrize('kind', [k for k in KINDS[2:] if k != 'llama'])
 def test_texts_are_those_of_transformers(kinds, kind):
   """But of sentencepiece's own files with bytes, where its text stands."""
-  transformers = pytest.importorskip('transformers')
+  transformers = extras.need('transformers', extra='reference')
   classes = {
     'bert': 'BertTokenizer', 'gpt2': 'GPT2Tokenizer', 't5': 'T5Tokenizer',
     'roberta': 'RobertaTokenizer',

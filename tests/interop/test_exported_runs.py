@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import extras
 import hf_files
 import jax
 import numpy as np
@@ -18,8 +19,8 @@ from t2x.interop import configs
 from t2x.interop import huggingface
 from t2x.models import model as model_lib
 
-torch = pytest.importorskip('torch')
-transformers = pytest.importorskip('transformers')
+torch = extras.need('torch', extra='reference')
+transformers = extras.need('transformers', extra='reference')
 
 pytestmark = pytest.mark.reference
 

@@ -6,6 +6,7 @@ Read by t2x, by `tokenizers` and by `transformers`; texts drawn at random.
 import json
 import shutil
 
+import extras
 import hf_files
 import nasty
 import numpy as np
@@ -18,8 +19,8 @@ from t2x.models import decoder
 from t2x.models import encoder
 from t2x.models import encoder_decoder
 
-library = pytest.importorskip('tokenizers')
-transformers = pytest.importorskip('transformers')
+library = extras.need('tokenizers', extra='huggingface')
+transformers = extras.need('transformers', extra='reference')
 
 pytestmark = pytest.mark.reference
 

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 
+import extras
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +20,8 @@ import serving_run
 from t2x import conversion
 from t2x import streaming
 
-pytest.importorskip('lm_eval', reason='needs lm-eval (extra `reference`)')
-transformers = pytest.importorskip('transformers')
+extras.need('lm_eval', extra='reference')
+transformers = extras.need('transformers', extra='reference')
 pytestmark = [pytest.mark.reference, pytest.mark.slow]
 
 _PAGE = pathlib.Path(__file__).parents[2] / 'docs' / 'serving.md'
