@@ -172,14 +172,14 @@ def tag(trained: trained_lib.Trained, texts: Sequence[str]) -> list[list[Tag]]:
     )
   assert isinstance(tokenizer, pretrained.PretrainedTokenizer)
   length = trained.config.data.length
-  for i, row in enumerate(tokenizer.encode_whole(texts, 2**20)):
+  rows = tokenizer.encode_whole(texts, 2**20)
+  for i, row in enumerate(rows):
     if len(row.ids) > length:
       raise ValueError(
         f'Text {i} has {len(row.ids)} tokens, and the model reads {length}. '
         'Cut it into several.'
       )
   found: list[list[Tag]] = [[] for _ in texts]
-  rows = tokenizer.encode_whole(texts, length)
   for part, logits_BTE in _logits(trained, texts, None):
     chances_BTE = np.asarray(jax.nn.softmax(logits_BTE, axis=-1))
     for i, chances_TE in zip(part, chances_BTE):

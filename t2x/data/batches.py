@@ -155,8 +155,7 @@ class EvalBatches:
     first = int(self._ends[group - 1]) if group else 0
     rows = (index - first) * self._batch_size + lanes
     rows = np.where(rows < self._sizes[group], rows, -1)
-    none = np.zeros(len(rows), np.int64)
-    return self._make(order.Read(group, rows, none, none > 0))
+    return self._make(order.apart(group, rows))
 
 
 class Examples:
@@ -197,9 +196,9 @@ class Examples:
       return 0.0
     (size,) = self.layout.group_sizes()
     rows = np.unique(np.linspace(0, size - 1, num).astype(np.int64))
-    none = np.zeros(len(rows), np.int64)
-    (source,) = self.layout.read(0, rows, none)
-    batch = self(order.Read(0, rows, none, none > 0))
+    # Full rows draw nothing as they are read.
+    (source,) = self.layout.read(0, rows, np.zeros(len(rows), np.int64))
+    batch = self(order.apart(0, rows))
     is_text = self.vocab.is_text
     held = (is_text(batch['targets']) & (batch['segments'] > 0)).sum()
     if not isinstance(own, denoising.Denoising):  # Its targets are all of it.

@@ -70,8 +70,7 @@ class MixedBatches:
       (own,) = np.nonzero(tasks == task)
       if len(own):
         rows, visits = self._groups[task].at(numbers[own])
-        read = order.Read(0, rows, visits, np.zeros(len(rows), bool))
-        fill(batch, own, task, part(read))
+        fill(batch, own, task, part(order.apart(0, rows, visits)))
     return batch
 
 

@@ -29,6 +29,15 @@ class Read(NamedTuple):
   goes_on: np.ndarray
 
 
+def apart(
+  group: int, rows: np.ndarray, visits: np.ndarray | None = None
+) -> Read:
+  """Returns rows that follow no others, by default for the first time."""
+  if visits is None:
+    visits = np.zeros(len(rows), np.int64)
+  return Read(group, rows, visits, np.zeros(len(rows), bool))
+
+
 def shuffled(num: int, seed: np.uint64) -> grain.MapDataset:
   """An endless sequence: all of range(num), then again in another order."""
   return grain.MapDataset.range(num).shuffle(seed=int(seed)).repeat()
@@ -149,7 +158,7 @@ class Shuffled:
     group, batch = self._locate(number)
     indices = batch * self._batch_size + lanes
     rows, visits = self.groups[group].at(indices)
-    return Read(group, rows, visits, np.zeros(len(rows), bool))
+    return apart(group, rows, visits)
 
   def rests(self, number: int) -> list[Rest]:
     """Returns where each group goes on after so many batches."""

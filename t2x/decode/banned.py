@@ -91,16 +91,12 @@ class Banned:
   def start(self, prompt: Sequence[int] = ()) -> int:
     """Returns the state after the tokens of a prompt."""
     most = max(map(len, self.words), default=0)
-    return self._read(0, self.pieces.last(prompt, most))
+    return pieces_lib.follow(self.table_SX, 0, self.pieces.last(prompt, most))
 
   def after(self, state: int, token: int) -> int:
     """Returns the state after one more token."""
-    return self._read(state, self.pieces.token_bytes[token])
-
-  def _read(self, state: int, text: bytes) -> int:
-    for byte in text:
-      state = int(self.table_SX[state, byte])
-    return state
+    text = self.pieces.token_bytes[token]
+    return pieces_lib.follow(self.table_SX, state, text)
 
   def hidden(self, state: int) -> np.ndarray:
     """Returns uint32 words with a bit for each token that is banned."""
@@ -165,8 +161,8 @@ class Rows:
     state_B = np.array(self.root_B)
     for row, prompt in enumerate(prompts):
       # No word has begun more bytes ago than there are states.
-      for byte in pieces_lib.last(*arrays, prompt, len(reader.table_SX)):
-        state_B[row] = reader.table_SX[state_B[row], byte]
+      text = pieces_lib.last(*arrays, prompt, len(reader.table_SX))
+      state_B[row] = pieces_lib.follow(reader.table_SX, state_B[row], text)
     return state_B
 
 
@@ -188,9 +184,7 @@ def rows(given: Sequence[Banned | None]) -> Rows | None:
       hidden_SW[start + state] = banned.hidden(state)
   roots = {id(banned): start for start, banned in zip(first, lists)}
   return Rows(
-    reader=pieces_lib.Reader(
-      table_SX=table_SX, flat_N=pieces.flat_N, start_V=pieces.start_V
-    ),
+    reader=pieces.reader(table_SX),
     hidden_SW=hidden_SW,
     root_B=np.array([roots.get(id(b), first[-1]) for b in given], np.int32),
   )

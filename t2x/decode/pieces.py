@@ -55,6 +55,17 @@ class Pieces:
     """Returns what tokens end with: `num` bytes, or a token's more."""
     return last(self.flat_N, self.start_V, tokens, num)
 
+  def reader(self, table_SX: np.ndarray) -> 'Reader':
+    """Returns what follows texts of these tokens on the devices."""
+    return Reader(table_SX=table_SX, flat_N=self.flat_N, start_V=self.start_V)
+
+
+def follow(table_SX: np.ndarray, state: int, text: bytes) -> int:
+  """Returns the state of an automaton after some bytes more."""
+  for byte in text:
+    state = int(table_SX[state, byte])
+  return state
+
 
 def is_text(word: str) -> bool:
   """Whether a word is Unicode, without the sign for what is broken."""

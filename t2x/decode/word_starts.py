@@ -132,23 +132,19 @@ class Words:
       prompt: tokens before it; no word is within them.
     """
     before = self.pieces.last(prompt, _MOST_BYTES)
-    return [_read(table, 0, before) for table in self._characters]
+    follow = pieces_lib.follow
+    return [follow(table, 0, before) for table in self._characters]
 
   def after(self, states: Sequence[int], token: int) -> list[int]:
     """Returns the states after one more token."""
     text = self.pieces.token_bytes[token]
-    return [_read(t, state, text) for t, state in zip(self.tables, states)]
+    follow = pieces_lib.follow
+    return [follow(t, state, text) for t, state in zip(self.tables, states)]
 
   def found(self, states: Sequence[int]) -> set[int]:
     """Returns the numbers of the words that are there."""
     pairs = enumerate(zip(self.tables, states))
     return {k for k, (table, state) in pairs if state == len(table) - 1}
-
-
-def _read(table_SX: np.ndarray, state: int, text: bytes) -> int:
-  for byte in text:
-    state = int(table_SX[state, byte])
-  return state
 
 
 @jax.tree_util.register_dataclass
@@ -186,11 +182,8 @@ def arrays(words: Words, prompts: Sequence[Sequence[int]]) -> Arrays:
     row[: len(words.tables)] = words.start(prompt) + first[:-1]
   whole_K = np.full(K, -1, np.int32)
   whole_K[: len(words.tables)] = first[1:] - 1
-  pieces = words.pieces
   return Arrays(
-    reader=pieces_lib.Reader(
-      table_SX=table_SX, flat_N=pieces.flat_N, start_V=pieces.start_V
-    ),
+    reader=words.pieces.reader(table_SX),
     start_BK=start_BK,
     whole_K=whole_K,
   )
