@@ -157,10 +157,9 @@ def text_of(tokenizer, info, prompt, ids):
       ''.join(names[i] for i in run) if is_name else tokenizer.decode([*run])
       for is_name, run in parts
     )
-  # By itself a text may lack its first space.
+  # By itself a text may lack its first space; as t2x's `streaming.after`.
   before, text = tokenizer.decode(prompt), tokenizer.decode([*prompt, *ids])
-  whole = text.startswith(before)
-  return text[len(before) :] if whole else tokenizer.decode(ids)
+  return text[len(os.path.commonprefix([before, text])) :]
 
 
 def main():

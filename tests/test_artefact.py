@@ -17,6 +17,7 @@ from t2x import artefact
 from t2x import artefact_run
 from t2x import inference
 from t2x import mesh as mesh_lib
+from t2x import streaming
 from t2x import trained as trained_lib
 from t2x.data import tokenizers
 from t2x.interop import generation
@@ -209,3 +210,18 @@ def test_its_texts_are_those_of_the_run(tmp_path, name):
     ids = draw.integers(0, 361, 6).tolist()
     wrote = artefact_run.text_of(read(), info, found, ids)
     assert [wrote] == trained.texts([text], [ids])
+
+
+def test_a_character_that_a_prompt_begins_is_told_whole(tmp_path):
+  """As the run tells it: not what it looked like before its end came."""
+  extras.need('tokenizers', extra='huggingface')
+  trained = trained_of(tmp_path, 'decoder')
+  info = json.loads(json.dumps(artefact.reading(trained)))
+  tokenizer_file.writer(trained.tokenizer, trained.frame)(tmp_path / 'made')
+  tokenizer = artefact_run.read_tokenizer(
+    str(tmp_path / 'made' / 'tokenizer.json'), info
+  )
+  *begun, last = trained.tokenizer.encode('a \u00e9')
+  rest = [last, *trained.tokenizer.encode(' b')]
+  told = artefact_run.text_of(tokenizer, info, begun, rest)
+  assert told == streaming.after(trained.tokenizer, begun, rest) == '\u00e9 b'
