@@ -27,11 +27,11 @@ main.define_set_flag()
 
 def classify() -> None:
   from t2x import encoding
-  from t2x import inference
+  from t2x import loading
 
   texts = main.read_lines(_TEXT.value, _TEXT_FILE.value, 'text')
   main.use_compilation_cache()
-  trained = inference.load(
+  trained = loading.load(
     main.workdir(), step=_STEP.value, settings=flags.FLAGS.set
   )
   print(json.dumps(encoding.labelled(trained, texts, _SECOND.value)))

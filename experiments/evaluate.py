@@ -22,13 +22,15 @@ main.define_set_flag()
 
 
 def evaluate() -> None:
-  from t2x import inference
+
+  from t2x import evaluation
+  from t2x import loading
 
   main.use_compilation_cache()
-  trained = inference.load(
+  trained = loading.load(
     main.workdir(), step=_STEP.value, settings=flags.FLAGS.set
   )
-  result = inference.evaluate_splits(
+  result = evaluation.evaluate_splits(
     trained, _SPLIT.value, max_batches=_BATCHES.value
   )
   print(json.dumps({'step': trained.step, **result}))

@@ -91,6 +91,7 @@ main.define_set_flag()
 
 def generate() -> None:
   from t2x import inference
+  from t2x import loading
   from t2x import postprocess
   from t2x import run_dir
 
@@ -102,7 +103,7 @@ def generate() -> None:
     if flags.FLAGS[name].present and not _EXPERT.value:
       sys.exit(f'error: --{name} needs --expert, what to write instead.')
   main.use_compilation_cache()
-  trained = inference.load(
+  trained = loading.load(
     main.workdir(), step=_STEP.value, settings=flags.FLAGS.set
   )
   trained = _steered(trained)
@@ -137,14 +138,14 @@ def generate() -> None:
 
 def _steered(trained):
   """Returns the run, steered where an expert is given."""
-  from t2x import inference
+  from t2x import loading
   from t2x import steering
 
   if _EXPERT.value is None:
     return trained
-  expert = inference.load(_EXPERT.value)
+  expert = loading.load(_EXPERT.value)
   anti = _ANTI_EXPERT.value
-  anti = None if anti is None else inference.load(anti)
+  anti = None if anti is None else loading.load(anti)
   return steering.experts(trained, expert, anti, strength=_STRENGTH.value)
 
 

@@ -72,7 +72,7 @@ def serve() -> None:
 
 
 def _serve() -> None:
-  from t2x import inference
+  from t2x import loading
   from t2x.decode import engine
   from t2x.serving import server
 
@@ -93,9 +93,7 @@ def _serve() -> None:
   )
   socket = server.bind(_HOST.value, _PORT.value)
   main.use_compilation_cache()
-  trained = inference.load(
-    directory, step=_STEP.value, settings=flags.FLAGS.set
-  )
+  trained = loading.load(directory, step=_STEP.value, settings=flags.FLAGS.set)
   server.serve(
     trained,
     socket,

@@ -45,6 +45,7 @@ from t2x import mesh as mesh_lib
 from t2x import sharding
 from t2x import sharding_table
 from t2x import simulated
+from t2x import traced
 from t2x.attention import context
 from t2x.attention import mask as mask_lib
 from t2x.data import config as data
@@ -161,7 +162,7 @@ def bench_layouts(args, devices, tpu: bool) -> list[dict]:
     num = layout.num_devices
     mesh = mesh_lib.make(config.mesh, devices[:num])
     compiled, seconds = compile_timed(
-      lambda config=config, mesh=mesh: absent.lower_step(config, mesh), tpu
+      lambda config=config, mesh=mesh: traced.lower_step(config, mesh), tpu
     )
     text, memory = figures(compiled)
     found = collectives.collectives(text, mesh)

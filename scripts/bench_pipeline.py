@@ -44,6 +44,7 @@ from t2x import program
 from t2x import sharding
 from t2x import sharding_table
 from t2x import simulated
+from t2x import traced
 from t2x.data import config as data
 from t2x.data import tokenizers
 from t2x.layers import attention
@@ -194,7 +195,7 @@ def model_flops(args, text: str, devices) -> int:
 def compile_timed(config, mesh, **options):
   """Returns a compiled train step, and the seconds that it took."""
   start = time.perf_counter()
-  compiled = absent.compile(absent.lower_step(config, mesh), options)
+  compiled = absent.compile(traced.lower_step(config, mesh), options)
   return compiled, time.perf_counter() - start
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from t2x import paths
 from t2x import run_dir
 from t2x.data import corpus as corpus_lib
-from t2x.data import tokenizers
+from t2x.data import tokenizer_loading
 
 ADDED = 0.1
 
@@ -28,7 +28,7 @@ def main() -> None:
   parser.add_argument('--json', action='store_true')
   args = parser.parse_args()
   data = run_dir.read_config(args.workdir).data
-  tokenizer = tokenizers.load(paths.path(args.workdir) / 'tokenizer')
+  tokenizer = tokenizer_loading.load(paths.path(args.workdir) / 'tokenizer')
   corpus = corpus_lib.prepare(data, tokenizer)
   bits = bigram_bits(
     stream(corpus, data.train_split),

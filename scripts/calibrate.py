@@ -24,10 +24,10 @@ main.define_set_flag()
 
 def calibrate() -> None:
   from t2x import calibration
-  from t2x import inference
+  from t2x import loading
 
   main.use_compilation_cache()
-  trained = inference.load(
+  trained = loading.load(
     main.workdir(), step=_STEP.value, settings=flags.FLAGS.set
   )
   found = calibration.calibrate(

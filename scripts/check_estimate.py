@@ -38,6 +38,7 @@ from t2x import estimate
 from t2x import experiment
 from t2x import mesh as mesh_lib
 from t2x import on_mesh
+from t2x import traced
 from t2x.plan import collectives
 from t2x.plan import kernels
 from t2x.plan import matrix
@@ -96,7 +97,7 @@ def compiled_figures(
   """Returns what the compiler says of a step."""
   start = time.perf_counter()
   mesh = mesh_lib.make(config.mesh, absent.devices(case.topology))
-  compiled = absent.compile(absent.lower_step(config, mesh))
+  compiled = absent.compile(traced.lower_step(config, mesh))
   text, memory = compiled.as_text(), compiled.memory_analysis()
   assert text is not None and memory is not None
   seconds = time.perf_counter() - start

@@ -29,11 +29,11 @@ main.define_set_flag()
 
 def export() -> None:
   from t2x import artefact
-  from t2x import inference
+  from t2x import loading
 
   if not _TO.value:
     sys.exit('error: --to is missing: name a directory for what is made.')
-  trained = inference.load(
+  trained = loading.load(
     main.workdir(), step=_STEP.value, settings=flags.FLAGS.set
   )
   artefact.write(

@@ -47,7 +47,6 @@ from t2x.pipeline import operations as ops
 from t2x.pipeline import schedule as schedule_lib
 from t2x.pipeline import schedules
 from t2x.pipeline import simulation
-from t2x.pipeline import table_text
 
 _SCHEDULE = flags.DEFINE_string('schedule', None, 'Its name.', required=True)
 _STAGES = flags.DEFINE_integer('stages', None, 'Stages.')
@@ -101,7 +100,7 @@ def make(costs: simulation.Costs) -> schedule_lib.Schedule:
     given += [n for n, value in others.items() if value is not None]
     if given:
       sys.exit(f'error: --{given[0]}: {name} says it itself; leave it out.')
-    return table_text.read(name)
+    return schedule_lib.read(name)
   if len(given) < len(numbers):
     sys.exit(f'error: --schedule={name} needs --stages and --microbatches.')
   limit = _LIMIT.value

@@ -18,10 +18,7 @@ import jax
 from jax.experimental import topologies as jax_topologies
 
 from t2x import backends
-from t2x import experiment
 from t2x import gpu_targets
-from t2x import program
-from t2x import sharding
 from t2x import simulated
 from t2x import topologies
 
@@ -138,20 +135,6 @@ def _simulated(topology: str, num_slices: int, host: str | None):
       f'that number, or take {simulated.COUNT} out of XLA_FLAGS.'
     )
   return found
-
-
-def lower_step(
-  config: experiment.Experiment, mesh: jax.sharding.Mesh
-) -> jax.stages.Lowered:
-  """Returns the train step of a run lowered, for full batches.
-
-  Args:
-    config: of the run.
-    mesh: of any devices.
-  """
-  made = program.Program(config, mesh, num_steps=1)
-  with sharding.use(mesh, config.rules):
-    return made.lower_step(made.batch_shapes())
 
 
 def compile(

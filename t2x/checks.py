@@ -32,10 +32,3 @@ def share(config: Any, prefix: str, *names: str) -> None:
     value = getattr(config, name)
     if value is not None and not 0.0 <= value < 1.0:
       raise ValueError(f'{prefix}{name}={value}; it is in [0, 1).')
-
-
-def near_divisors(number: int, near: int) -> list[int]:
-  """Returns the two divisors that are nearest to a number, in order."""
-  small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-  found = {*small, *(number // n for n in small)}
-  return sorted(sorted(found, key=lambda n: (abs(n - near), n))[:2])

@@ -7,7 +7,6 @@ before anything is built or compiled.
 from collections.abc import Mapping
 import math
 
-from t2x import checks
 from t2x import experiment
 from t2x import machines
 from t2x import mesh as mesh_lib
@@ -137,7 +136,7 @@ def _check_rows(config: Experiment, sizes: dict[str, int]) -> None:
       micro += f' x pipeline.microbatches={asked}'
       of_each, rest = divmod(rows * asked, need)
       if not rest and not config.pipeline.own_table:
-        near = ' or '.join(map(str, checks.near_divisors(of_each, asked)))
+        near = ' or '.join(map(str, near_divisors(of_each, asked)))
         other = f', set pipeline.microbatches to {near}'
     less = f'{rows // need * need} or ' if rows > need else ''
     raise ValueError(
@@ -247,3 +246,10 @@ def check_vocabulary(config: Experiment, vocab_size: int) -> None:
       f'{config.model.vocab_size}. Set model.vocab_size={vocab_size} or '
       'more, or a smaller data.tokenizer.vocab_size.'
     )
+
+
+def near_divisors(number: int, near: int) -> list[int]:
+  """Returns the two divisors that are nearest to a number, in order."""
+  small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+  found = {*small, *(number // n for n in small)}
+  return sorted(sorted(found, key=lambda n: (abs(n - near), n))[:2])

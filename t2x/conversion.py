@@ -11,7 +11,7 @@ import numpy as np
 
 from t2x import checkpoint
 from t2x import config as config_lib
-from t2x import inference
+from t2x import loading
 from t2x import paths
 from t2x import run_dir
 from t2x import train_state
@@ -82,7 +82,7 @@ def from_run(workdir: str, directory: str, step: int | None = None) -> str:
   Raises:
     ValueError: see `inference.load` and `huggingface.write`.
   """
-  trained = inference.load(workdir, step=step)
+  trained = loading.load(workdir, step=step)
   hf = run_dir.read_huggingface(workdir)
   return huggingface.write(
     directory,

@@ -21,11 +21,11 @@ import jax
 from jax.sharding import AbstractMesh
 import numpy as np
 
+from t2x import abstract_state
 from t2x import consistency
 from t2x import experiment
 from t2x import mesh as mesh_lib
 from t2x import on_mesh
-from t2x import program
 from t2x.data import pipeline as data_pipeline
 from t2x.plan import exchanged
 from t2x.plan import executed
@@ -147,7 +147,7 @@ def _shapes(config: experiment.Experiment, sizes: Mapping[str, int]):
   shapes = _state_shapes(
     config.model, config.optim, train.ema_decay, train.trainable
   )
-  shardings, batch_sharding = program.shardings_of(config, shapes, mesh)
+  shardings, batch_sharding = abstract_state.shardings_of(config, shapes, mesh)
   place = lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d)
   return jax.tree.map(place, shapes, shardings), batch_sharding
 
@@ -155,7 +155,7 @@ def _shapes(config: experiment.Experiment, sizes: Mapping[str, int]):
 @functools.lru_cache(maxsize=8)
 def _state_shapes(model, optim, ema_decay, trainable) -> Any:
   train = experiment.TrainConfig(ema_decay=ema_decay, trainable=trainable)
-  return program.state_shapes(
+  return abstract_state.state_shapes(
     experiment.Experiment(model=model, optim=optim, train=train)
   )
 

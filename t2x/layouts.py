@@ -15,11 +15,11 @@ from typing import Any
 
 from jax.sharding import AbstractMesh
 
+from t2x import abstract_state
 from t2x import consistency
 from t2x import experiment
 from t2x import mesh as mesh_lib
 from t2x import on_mesh
-from t2x import program
 
 # Changed in this order where two layouts are as near.
 _AXES = ('data', 'fsdp', 'tensor', 'context', 'expert')
@@ -63,7 +63,9 @@ def fit(
 ) -> None:
   """Raises what `check` does, without advice."""
   consistency.check(config, num_devices)
-  _check_shapes(config, program.state_shapes(config), num_devices, num_slices)
+  _check_shapes(
+    config, abstract_state.state_shapes(config), num_devices, num_slices
+  )
 
 
 def set_text(asked: mesh_lib.MeshConfig, mesh: mesh_lib.MeshConfig) -> str:
@@ -149,7 +151,7 @@ def nearest(
   if num_devices > _MOST_DEVICES:
     return []
   try:
-    shapes = program.state_shapes(config)
+    shapes = abstract_state.state_shapes(config)
   except ValueError:  # The model itself cannot be, wherever it is put.
     return []
 
@@ -188,7 +190,7 @@ def _check_shapes(
   sizes = mesh_lib.sizes(config.mesh, num_devices)
   mesh_lib.dcn_sizes(config.mesh, sizes, num_slices)
   mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-  program.shardings_of(config, shapes, mesh)
+  abstract_state.shardings_of(config, shapes, mesh)
 
 
 def _layouts(

@@ -1,6 +1,12 @@
 """Paths of a run, local or gs://, and files that appear whole or not at all."""
 
+from collections.abc import Iterator
+import contextlib
+import fcntl
 import os
+import pathlib
+import shutil
+import tempfile
 
 from etils import epath
 
@@ -27,3 +33,42 @@ def write_whole(file: epath.Path, content: str | bytes) -> None:
     f.flush()
     os.fsync(f.fileno())
   os.replace(temporary, file)
+
+
+@contextlib.contextmanager
+def new_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a directory to fill, which becomes `path` if the block succeeds."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = pathlib.Path(
+    tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent)
+  )
+  try:
+    yield temporary
+    os.rename(temporary, path)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def lock(directory: str) -> Iterator[None]:
+  """Lets one process at a time prepare data in `directory`.
+
+  Raises:
+    ValueError: if nothing can be written there.
+  """
+  if '://' in directory:
+    raise ValueError(
+      f'data_dir={directory!r} must be a local directory, because prepared '
+      'data is memory-mapped. Set data.data_dir or T2X_DATA_DIR to one.'
+    )
+  try:
+    os.makedirs(directory, exist_ok=True)
+    file = open(os.path.join(directory, '.lock'), 'w')
+  except OSError as error:
+    raise ValueError(
+      f'data_dir={directory!r} cannot be written ({error}). Set '
+      'data.data_dir or T2X_DATA_DIR to a directory that can.'
+    ) from error
+  with file:
+    fcntl.flock(file, fcntl.LOCK_EX)  # Released when the file is closed.
+    yield

@@ -24,6 +24,7 @@ from t2x import machines
 from t2x import mesh as mesh_lib
 from t2x import on_mesh
 from t2x import plan_memory
+from t2x import traced
 from t2x.data import pipeline as data_pipeline
 from t2x.plan import collectives as collectives_lib
 from t2x.plan import divergence
@@ -179,7 +180,7 @@ def make(
     'formula': flops_lib.formula(*_arguments(config), peak=peak),
   }
   start = time.perf_counter()
-  lowered = absent.lower_step(config, mesh)
+  lowered = traced.lower_step(config, mesh)
   try:
     compiled = absent.compile(lowered)
   except jax.errors.JaxRuntimeError as error:

@@ -6,18 +6,18 @@ with sharding.use(mesh, config.rules):
   state, metrics = program.step(state, program.place(batch))
 """
 
+from collections.abc import Callable
 from collections.abc import Mapping
 import dataclasses
 import functools
 from typing import Any
 
-from flax import nnx
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from t2x import checked as checked_lib
+from t2x import abstract_state
 from t2x import experiment
 from t2x import machines
 from t2x import on_mesh
@@ -29,12 +29,40 @@ from t2x import train_step
 from t2x import zigzag
 from t2x.data import pipeline as data_pipeline
 from t2x.models import memory as memory_lib
-from t2x.models import model as model_lib
 from t2x.plan import divergence
 
-AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 # What `Program.lowered` returns and `Program.replace` takes.
 NAMES = ('init', 'step', 'evaluate')
+
+
+class Checked:
+  """A jitted function that compiles, is checked, and only then runs.
+
+  Args:
+    fn: what `jax.jit` returned. Its programs are made under the mesh and the
+      rules that are active at the first call with given arguments' shapes.
+    check: raises for the text of a program that must not run.
+  """
+
+  def __init__(self, fn: Any, check: Callable[[str], None]):
+    self._fn = fn
+    self._check = check
+    self._compiled: dict[Any, jax.stages.Compiled] = {}
+
+  def __call__(self, *args):
+    leaves, treedef = jax.tree.flatten(args)
+    key = treedef, tuple((x.shape, x.dtype, x.sharding) for x in leaves)
+    if key not in self._compiled:
+      compiled = self.lower(*args).compile()
+      text = compiled.as_text()
+      assert text is not None
+      self._check(text)
+      self._compiled[key] = compiled
+    return self._compiled[key](*args)
+
+  def lower(self, *args) -> jax.stages.Lowered:
+    """Returns the function lowered for arrays or sharded shapes."""
+    return self._fn.lower(*args)
 
 
 class Program:
@@ -58,24 +86,29 @@ class Program:
     num_steps: int,
   ):
     self.config = config
-    self.shapes, self.batch_sharding = shapes_of(config, mesh)
+    self.shapes, self.batch_sharding = abstract_state.shapes_of(config, mesh)
     self.trained, _ = train_state.partition(
       self.shapes.model, config.train.trainable
     )
-    self.rows = local_rows(self.batch_sharding, config.data.batch_size)
+    self.rows = abstract_state.local_rows(
+      self.batch_sharding, config.data.batch_size
+    )
     self._zigzag = on_mesh.zigzag(config, mesh.shape)
     self._target_parts = on_mesh.target_parts(config, mesh.shape)
     self.learning_rate = jax.jit(optim.make_schedule(config.optim, num_steps))
     self._whole = whole = NamedSharding(mesh, P())
     tx = optim.make(config.optim, num_steps)
-    self._define(jit_for(config, mesh), tx, step_config(config, mesh), whole)
+    self._define(
+      jit_for(config, mesh), tx, abstract_state.step_config(config, mesh), whole
+    )
 
   def _define(self, jit, tx, step_config, whole) -> None:
     of_state, of_grads = jax.tree.map(
       lambda s: s.sharding, (self.shapes, self.trained)
     )
     self._init = jit(
-      functools.partial(_init_state, self.config, tx), out_shardings=of_state
+      functools.partial(abstract_state.init_state, self.config, tx),
+      out_shardings=of_state,
     )
     checked = self._checked(step_config)
     self._step = checked(
@@ -108,7 +141,7 @@ class Program:
     if step_config.pipeline is None or self.config.pipeline.uniform:
       return lambda fn: fn
     self.check = divergence.check
-    return functools.partial(checked_lib.Checked, check=divergence.check)
+    return functools.partial(Checked, check=divergence.check)
 
   @functools.cached_property
   def _key(self) -> jax.Array:
@@ -234,17 +267,6 @@ class Program:
     return 0 if is_source else -length % self._target_parts
 
 
-def step_config(
-  config: experiment.Experiment, mesh: AnyMesh
-) -> train_state.StepConfig:
-  """Returns what an update does on a mesh, the order of tokens included."""
-  execution = on_mesh.execution_of(config, mesh.shape)
-  pipeline = on_mesh.pipeline(config, mesh.shape)
-  return dataclasses.replace(
-    config.step_config, execution=execution, pipeline=pipeline
-  )
-
-
 def jit_for(config: experiment.Experiment, mesh: jax.sharding.Mesh):
   """Returns `jax.jit` with the compiler's options for the mesh's devices."""
   options = options_for(config, mesh)
@@ -258,73 +280,3 @@ def options_for(config: experiment.Experiment, mesh: jax.sharding.Mesh):
     config.compiler_options,
     diverge=mesh.shape[sharding.PIPE] > 1 and not config.pipeline.uniform,
   )
-
-
-def shapes_of(config: experiment.Experiment, mesh: AnyMesh):
-  """Returns the state as sharded shapes, and the sharding of a batch.
-
-  Nothing is allocated or compiled.
-
-  Raises:
-    ShardingError: a layout that cannot be.
-  """
-  shapes = state_shapes(config)
-  shardings, batch_sharding = shardings_of(config, shapes, mesh)
-  shapes = jax.tree.map(
-    lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d),
-    shapes,
-    shardings,
-  )
-  return shapes, batch_sharding
-
-
-def state_shapes(config: experiment.Experiment) -> train_state.TrainState:
-  """Returns the shapes of the state, which no layout changes."""
-  tx = optim.make(config.optim, 1)
-  key = jax.eval_shape(jax.random.key, 0)
-  return jax.eval_shape(functools.partial(_init_state, config, tx), key)
-
-
-def shardings_of(
-  config: experiment.Experiment, shapes: train_state.TrainState, mesh: AnyMesh
-):
-  """Returns the shardings of the state and of a batch.
-
-  Args:
-    config: the experiment.
-    shapes: what `state_shapes` returned.
-    mesh: of devices, or of sizes alone.
-
-  Raises:
-    ShardingError: a layout that cannot be.
-  """
-  pipeline = on_mesh.pipeline(config, mesh.shape)
-  rules = config.rules
-  if pipeline is not None and pipeline.place.is_contiguous:
-    rules = dataclasses.replace(rules, layers=sharding.PIPE)
-  shardings = train_state.state_shardings(
-    shapes, mesh, rules, config.step_config
-  )
-  rows = (config.data.batch_size, config.data.length)
-  spec = sharding.to_spec(
-    ('batch', 'length'), config.rules, shape=rows, mesh=mesh, name='batch'
-  )
-  return shardings, NamedSharding(mesh, spec)
-
-
-def local_rows(batch_sharding: NamedSharding, num_rows: int) -> np.ndarray:
-  """Returns the rows of a global batch that this process holds, ascending.
-
-  They have gaps where the chips of a host are a square of the torus, and the
-  batch is dealt to chips along its lines.
-  """
-  shape = (num_rows, 1)
-  by_row = NamedSharding(batch_sharding.mesh, P(*batch_sharding.spec[:1]))
-  indices = by_row.addressable_devices_indices_map(shape).values()
-  slices = [index[0] for index in indices if index is not None]
-  return np.unique([i for s in slices for i in range(*s.indices(num_rows))])
-
-
-def _init_state(config, tx, key: jax.Array) -> train_state.TrainState:
-  model = model_lib.make(config.model, rngs=nnx.Rngs(key))
-  return train_state.init_state(model, tx, config.step_config)

@@ -25,6 +25,7 @@ from t2x import metrics
 from t2x import paths
 from t2x import reading
 from t2x.data import corpus as corpus_lib
+from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
 from t2x.data import words
 
@@ -225,7 +226,7 @@ def read_tokenizer(
   started = started and _has_steps(workdir)
   if not started or any(n.startswith('data.tokenizer') for n in changes or ()):
     return None
-  return tokenizers.load(paths.path(workdir) / 'tokenizer')
+  return tokenizer_loading.load(paths.path(workdir) / 'tokenizer')
 
 
 def check_corpus(workdir: str, fingerprint: str, *, allow_change: bool) -> None:

@@ -19,9 +19,9 @@ import jax
 from jax.sharding import AbstractMesh
 import numpy as np
 
+from t2x import abstract_state
 from t2x import experiment
 from t2x import mesh as mesh_lib
-from t2x import program
 from t2x import sharding
 
 PARAMETERS = 'parameters'
@@ -115,7 +115,7 @@ def make(config: experiment.Experiment, num_devices: int) -> Table:
   """
   sizes = mesh_lib.sizes(config.mesh, num_devices)
   mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-  state, _ = program.shapes_of(config, mesh)
+  state, _ = abstract_state.shapes_of(config, mesh)
   parts = {
     'model': state.model,
     'opt_state': state.opt_state,

@@ -12,9 +12,11 @@ import functools
 import jax
 from jax.extend import core
 
+from t2x import abstract_state
 from t2x import experiment
 from t2x import optim
 from t2x import program
+from t2x import sharding
 from t2x import train_step
 from t2x.data import pipeline
 
@@ -35,4 +37,18 @@ def step(config: experiment.Experiment) -> core.ClosedJaxpr:
     config=config.step_config,
   )
   key = jax.eval_shape(jax.random.key, 0)
-  return jax.make_jaxpr(fn)(program.state_shapes(config), batch, key)
+  return jax.make_jaxpr(fn)(abstract_state.state_shapes(config), batch, key)
+
+
+def lower_step(
+  config: experiment.Experiment, mesh: jax.sharding.Mesh
+) -> jax.stages.Lowered:
+  """Returns the train step of a run lowered, for full batches.
+
+  Args:
+    config: of the run.
+    mesh: of any devices.
+  """
+  made = program.Program(config, mesh, num_steps=1)
+  with sharding.use(mesh, config.rules):
+    return made.lower_step(made.batch_shapes())

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import uvicorn
 
-from t2x import inference
+from t2x import loading
 from t2x import report
 from t2x import train
 from t2x.decode import engine as engine_lib
@@ -26,7 +26,7 @@ def trained_of(directory, **settings):
     patch.setattr(report, 'write', lambda workdir: None)
     config = tiny.experiment_of(directory, **settings)
     train.train(config, str(directory / 'run'), show=False)
-  return inference.load(str(directory / 'run'))
+  return loading.load(str(directory / 'run'))
 
 
 @contextlib.contextmanager

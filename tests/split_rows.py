@@ -7,9 +7,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
+from t2x import abstract_state
 from t2x import cluster
 from t2x import processes
-from t2x import program
 
 _BATCH = np.arange(8 * 16, dtype=np.int32).reshape(8, 16)
 
@@ -18,7 +18,7 @@ def check(devices, shape: tuple[int, int], expected_rows: list[int]) -> None:
   """Puts this process's rows of a batch, and reads what its devices hold."""
   mesh = jax.sharding.Mesh(np.reshape(devices, shape), ('data', 'context'))
   split = NamedSharding(mesh, P('data', 'context'))
-  rows = program.local_rows(split, len(_BATCH))
+  rows = abstract_state.local_rows(split, len(_BATCH))
   assert rows.tolist() == expected_rows, (rows, expected_rows)
   x = processes.put({'x': _BATCH[rows]}, split, rows, len(_BATCH))['x']
   assert x.shape == _BATCH.shape

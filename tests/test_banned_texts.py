@@ -16,6 +16,7 @@ from t2x import control
 from t2x import inference
 from t2x import mesh as mesh_lib
 from t2x import trained as trained_lib
+from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
 from t2x.decode import beams
 from t2x.models import decoder
@@ -30,7 +31,7 @@ def tokenizer_of(name, directory):
   if name == 'bytes':
     return tokenizers.BytesTokenizer(tokenizers.Bytes(num_sentinels=4))
   files = str(hf_files.MAKERS[name](directory / name))
-  return tokenizers.read(tokenizers.Pretrained(directory=files))
+  return tokenizer_loading.read(tokenizers.Pretrained(directory=files))
 
 
 def make(name, directory, answers=False) -> trained_lib.Trained:

@@ -12,6 +12,7 @@ import tiny
 
 from t2x import calibration
 from t2x import inference
+from t2x import loading
 from t2x import mesh as mesh_lib
 from t2x import report
 from t2x import sharding
@@ -107,7 +108,7 @@ def test_a_run_keeps_its_temperature_and_uses_it(tmp_path, monkeypatch):
   monkeypatch.setattr(report, 'write', lambda workdir: None)
   run = str(tmp_path / 'run')
   train.train(tiny.experiment_of(tmp_path), run, show=False)
-  trained = inference.load(run)
+  trained = loading.load(run)
   assert trained.temperature == 1.0
   found = calibration.calibrate(trained)
   assert found.before.num_tokens == found.after.num_tokens > 50
@@ -122,7 +123,7 @@ def test_a_run_keeps_its_temperature_and_uses_it(tmp_path, monkeypatch):
     json.loads((tmp_path / 'run/calibration.json').read_text())['temperature']
     == 2.5
   )
-  again = inference.load(run)
+  again = loading.load(run)
   assert again.temperature == 2.5
   settings = again.calibrated(None)
   assert settings.calibration == 2.5

@@ -12,7 +12,9 @@ import pytest
 import tiny
 
 from t2x import config as config_lib
+from t2x import evaluation
 from t2x import inference
+from t2x import loading
 from t2x import main
 from t2x import report
 from t2x import run as run_lib
@@ -165,7 +167,7 @@ def test_other_settings_are_refused_before_anything_is_done(directory, run):
 
 
 def test_generating(run):
-  trained = inference.load(str(run))
+  trained = loading.load(str(run))
   assert trained.step == 2
   texts = inference.generate_text(trained, ['the run', 'a'], num_tokens=4)
   assert len(texts) == 2
@@ -208,8 +210,8 @@ def test_evaluating_another_text_is_told(run, tmp_path, caplog):
   other = f'data.files={tmp_path}/other.jsonl'
   for settings, is_told in (([], False), ([other], True)):
     caplog.clear()
-    trained = inference.load(str(run), settings=settings)
-    found = inference.evaluate_splits(trained, max_batches=1)
+    trained = loading.load(str(run), settings=settings)
+    found = evaluation.evaluate_splits(trained, max_batches=1)
     assert found['eval/train/loss'] > 0
     assert ('another one than the run was' in caplog.text) == is_told
 
@@ -220,7 +222,7 @@ def test_an_encoder_cannot_generate(directory, run):
   )
   assert isinstance(config.model, encoder.EncoderConfig)
   trained = dataclasses.replace(
-    inference.load(str(run)),
+    loading.load(str(run)),
     config=config,
     model=jax.eval_shape(
       lambda: encoder.Encoder(config.model, rngs=nnx.Rngs(0))
@@ -234,13 +236,13 @@ def test_an_encoder_cannot_generate(directory, run):
 
 def test_no_run_and_no_checkpoint_yet(directory, tmp_path):
   with pytest.raises(ValueError, match='holds no run: it has no config.json'):
-    inference.load(str(tmp_path))
+    loading.load(str(tmp_path))
   config = tiny.experiment_of(directory)
   (tmp_path / 'config.json').write_text(config_lib.dumps(config))
   with pytest.raises(
     ValueError, match='no checkpoint yet. Let .*train.checkpoint_every=2 steps'
   ):
-    inference.load(str(tmp_path))
+    loading.load(str(tmp_path))
 
 
 def test_prompts(tmp_path):

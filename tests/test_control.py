@@ -16,6 +16,7 @@ from t2x import inference
 from t2x import keywords
 from t2x import mesh as mesh_lib
 from t2x import trained as trained_lib
+from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
 from t2x.decode import controlled
 from t2x.models import encoder_decoder
@@ -148,7 +149,7 @@ def test_messages(trained, controls):
 def test_tokenizers_of_others(name, tmp_path):
   """What each token adds to a text is what their own decoding says."""
   directory = str(hf_files.MAKERS[name](tmp_path / name))
-  tokenizer = tokenizers.read(tokenizers.Pretrained(directory=directory))
+  tokenizer = tokenizer_loading.read(tokenizers.Pretrained(directory=directory))
   pieces = tokenizer.token_bytes()
   assert len(pieces) == tokenizer.vocab_size
   text = 'the quick brown fox'

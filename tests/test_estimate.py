@@ -273,7 +273,7 @@ def stage_flops(config, num: int) -> list[float]:
   """Returns what each stage computes of a program for CPUs."""
   mesh = mesh_lib.make(config.mesh, jax.devices()[:num])
   options = {'xla_backend_optimization_level': 0}
-  text = absent.compile(absent.lower_step(config, mesh), options).as_text()
+  text = absent.compile(traced.lower_step(config, mesh), options).as_text()
   plan = on_mesh.pipeline(config, mesh.shape)
   assert plan is not None
   return [

@@ -9,9 +9,9 @@ import os
 import jax
 import pytest
 
+from t2x import abstract_state
 from t2x import consistency
 from t2x import mesh
-from t2x import program
 
 _DIRECTORY = os.path.join(os.path.dirname(__file__), '..', 'experiments')
 _NAMES = sorted(
@@ -37,7 +37,7 @@ def test_shapes_and_shardings(name):
   config = get_config(name)
   consistency.check(config, jax.device_count())
   the_mesh = mesh.make(config.mesh)
-  shapes, _ = program.shapes_of(config, the_mesh)
+  shapes, _ = abstract_state.shapes_of(config, the_mesh)
   parameters = jax.tree.leaves(shapes.model)
   assert all(leaf.sharding.mesh == the_mesh for leaf in parameters)
   if config.mesh.fsdp != 1:
@@ -58,7 +58,7 @@ def test_tiny_experiments_split_in_any_way(name, tensor):
   assert config.train.log_every == 1
   assert config.mesh == mesh.MeshConfig(data=-1)
   split = mesh.MeshConfig(fsdp=8 // tensor, data=1, tensor=tensor)
-  shapes, _ = program.shapes_of(
+  shapes, _ = abstract_state.shapes_of(
     dataclasses.replace(config, mesh=split), mesh.make(split)
   )
   leaves = jax.tree.leaves(shapes.model)

@@ -10,10 +10,12 @@ import pytest
 import t5_tiny
 import tiny
 
+from t2x import abstract_state
 from t2x import config as config_lib
-from t2x import inference
+from t2x import evaluation
 from t2x import layout_text
 from t2x import layouts
+from t2x import loading
 from t2x import mesh as mesh_lib
 from t2x import program
 from t2x import sharding
@@ -315,16 +317,16 @@ def test_layouts_over_slices():
 def test_specs_on_sizes_alone_are_those_on_devices():
   config = with_settings(gpt2_tiny, 'mesh.fsdp=2', 'mesh.tensor=2')
   mesh = mesh_lib.make(config.mesh)
-  shapes = program.state_shapes(config)
-  real = program.shardings_of(config, shapes, mesh)
-  abstract = program.shardings_of(config, shapes, mesh.abstract_mesh)
+  shapes = abstract_state.state_shapes(config)
+  real = abstract_state.shardings_of(config, shapes, mesh)
+  abstract = abstract_state.shardings_of(config, shapes, mesh.abstract_mesh)
   spec = lambda tree: jax.tree.map(lambda s: s.spec, tree)
   assert jax.tree.leaves(spec(real)) == jax.tree.leaves(spec(abstract))
 
 
 def test_the_state_is_traced_twice_at_most(monkeypatch):
   traced = []
-  trace = program.state_shapes
+  trace = abstract_state.state_shapes
   monkeypatch.setattr(
     program, 'state_shapes', lambda c: traced.append(c) or trace(c)
   )
@@ -351,10 +353,10 @@ def test_loading_and_evaluation_too(tmp_path):
     r'of size 4 is not divisible by 8 .*work: mesh\.data=2 mesh\.tensor=4'
   )
   with pytest.raises(sharding.ShardingError, match=message):
-    inference.load(str(tmp_path / 'run'), settings=['mesh.tensor=8'])
+    loading.load(str(tmp_path / 'run'), settings=['mesh.tensor=8'])
   # Rows that are dealt to microbatches concern training alone.
   settings = ['mesh.data=2', 'train.accumulate=8']
-  trained = inference.load(str(tmp_path / 'run'), settings=settings)
+  trained = loading.load(str(tmp_path / 'run'), settings=settings)
   message = r'microbatches: .* Layouts of 2 devices that work: '
   with pytest.raises(ValueError, match=message):
-    inference.evaluate_splits(trained)
+    evaluation.evaluate_splits(trained)

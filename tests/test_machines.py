@@ -24,6 +24,7 @@ import pytest
 import tiny
 import tpu
 
+from t2x import abstract_state
 from t2x import config as config_lib
 from t2x import layouts
 from t2x import machines
@@ -334,7 +335,7 @@ def state_bytes(config, num_devices):
   """Of parameters and optimizer on one device."""
   sizes = mesh_lib.sizes(config.mesh, num_devices)
   mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-  shapes, _ = program.shapes_of(config, mesh)
+  shapes, _ = abstract_state.shapes_of(config, mesh)
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(shapes)

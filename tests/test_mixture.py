@@ -14,7 +14,7 @@ import tiny
 from t2x import config as config_lib
 from t2x import consistency
 from t2x import encoding
-from t2x import inference
+from t2x import loading
 from t2x import mesh as mesh_lib
 from t2x import metrics as metrics_lib
 from t2x import program as program_lib
@@ -372,7 +372,7 @@ def test_a_run_of_a_mixture(shared, tmp_path):
     'eval/train.sorts/class0_accuracy',
   } <= {*last}
   # What it learned of classes can be asked of the run.
-  trained = inference.load(str(tmp_path / 'run'))
+  trained = loading.load(str(tmp_path / 'run'))
   assert trained.labels == {'class0': ['a', 'b']}
   texts = [f'{i} is {("even", "odd")[i % 2]}.' for i in range(40)]
   found = encoding.classify(trained, texts)

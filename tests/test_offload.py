@@ -10,6 +10,7 @@ import tiny
 import tpu
 
 from t2x import absent
+from t2x import abstract_state
 from t2x import checkpoint
 from t2x import consistency
 from t2x import mesh as mesh_lib
@@ -17,6 +18,7 @@ from t2x import optim_state
 from t2x import program as program_lib
 from t2x import sharding
 from t2x import stack
+from t2x import traced
 
 OPTIMIZER: dict[str, Any] = {'train__offload': 'optimizer'}
 ADAFACTOR = {'optim': 'adafactor', 'optim__min_factored': '4'}
@@ -157,9 +159,9 @@ def test_moments_leave_a_tpus_memory(directory):
       model__mlp__hidden='2048',
     )
     mesh = tpu.mesh('v5e:2x2', fsdp=4)
-    lowered = absent.lower_step(config, mesh)
+    lowered = traced.lower_step(config, mesh)
     sizes.append(absent.compile(lowered).memory_analysis())
-    params = program_lib.state_shapes(config).model
+    params = abstract_state.state_shapes(config).model
   num = sum(a.size for a in jax.tree.leaves(params)) // 4
   without, offloaded = sizes
   left = without.argument_size_in_bytes - offloaded.argument_size_in_bytes
@@ -184,7 +186,7 @@ def test_activations_lie_in_a_hosts_memory(directory):
     data__length='64',
     data__batch_size='512',
   )
-  lowered = absent.lower_step(config, tpu.mesh('v5e:2x2', fsdp=4))
+  lowered = traced.lower_step(config, tpu.mesh('v5e:2x2', fsdp=4))
   memory = absent.compile(lowered).memory_analysis()
   layers, rows, tokens, hidden = 8, 512 // 4, 64, 1024
   kept = 2 * layers * rows * tokens * hidden

@@ -13,6 +13,7 @@ import tiny
 
 from t2x import checkpoint
 from t2x import inference
+from t2x import loading
 from t2x import metrics
 from t2x import report
 from t2x import train
@@ -142,7 +143,7 @@ def test_a_run_on_an_object_store(bucket, directory, caplog):
   assert (root / 'damaged_checkpoint_4').is_dir()
   assert tiny.losses(workdir) == tiny.losses(directory / 'whole')
   assert [row['step'] for row in metrics.read_rows(workdir)] == [*range(1, 7)]
-  trained = inference.load(workdir)
+  trained = loading.load(workdir)
   assert trained.step == 6
   (text,) = inference.generate_text(trained, ['the run'], num_tokens=4)
   assert isinstance(text, str)

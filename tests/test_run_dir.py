@@ -11,7 +11,7 @@ from t2x import optim
 from t2x import paths
 from t2x import run_dir
 from t2x.data import corpus as corpus_lib
-from t2x.data import tokenizers
+from t2x.data import tokenizer_loading
 from t2x.layers import low_rank
 from t2x.models import encoder
 
@@ -32,7 +32,7 @@ def _write(workdir, config, **options):
 
 
 def _corpus(config, fingerprint='a text'):
-  tokenizer = tokenizers.train(config.data.tokenizer, [])
+  tokenizer = tokenizer_loading.train(config.data.tokenizer, [])
   return corpus_lib.Corpus(
     tokenizer=tokenizer, fingerprint=fingerprint, splits={}
   )
@@ -48,7 +48,7 @@ def test_a_run_says_what_it_is(run):
   assert run_dir.load_config(str(workdir / 'config.json')) == config
   versions = json.loads((workdir / 'versions.json').read_text())
   assert {'python', 'jax', 'flax', 'optax'} <= set(versions)
-  assert tokenizers.load(workdir / 'tokenizer').decode([]) == ''
+  assert tokenizer_loading.load(workdir / 'tokenizer').decode([]) == ''
   assert not (workdir / 'history.jsonl').exists()
   assert not list(workdir.glob('*.tmp'))
 

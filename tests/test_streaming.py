@@ -9,6 +9,7 @@ import hf_files
 import pytest
 
 from t2x import streaming
+from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
 
 TEXTS = [
@@ -78,12 +79,12 @@ MAKERS = hf_files.MAKERS | {
 @pytest.fixture(scope='module')
 def kinds(tmp_path_factory):
   root = tmp_path_factory.mktemp('tokenizers')
-  read = lambda name: tokenizers.read(
+  read = lambda name: tokenizer_loading.read(
     tokenizers.Pretrained(directory=str(MAKERS[name](root / name)))
   )
   return {
     'bytes': tokenizers.BytesTokenizer(tokenizers.Bytes(num_sentinels=3)),
-    'own': tokenizers.train(
+    'own': tokenizer_loading.train(
       tokenizers.SentencePiece(vocab_size=500), hf_files.TEXTS
     ),
   } | {name: read(name) for name in KINDS[2:]}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
+from t2x import abstract_state
 from t2x import checkpoint
 from t2x import consistency
 from t2x import evaluate
@@ -440,7 +441,7 @@ def test_the_learning_rate_of_a_row_is_the_one_that_was_used(scheduled):
   np.testing.assert_allclose(rates, [0.25, 0.5, 0.4, 0.4, 0.4, 0.3], rtol=1e-6)
   assert not any('num_updates' in row for row in rows)
   config = _config(workdir.parent, **settings)
-  shapes, _ = program_lib.shapes_of(config, mesh_lib.make(config.mesh))
+  shapes, _ = abstract_state.shapes_of(config, mesh_lib.make(config.mesh))
   saved = checkpoint.Checkpoints(str(workdir))
   models = [
     checkpoint.by_path(saved.restore(shapes, step)[1].model)

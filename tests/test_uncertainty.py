@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from t2x import inference
+from t2x import loading
 from t2x import report
 from t2x import train
 from t2x import uncertainty
@@ -31,7 +32,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def trained(run):
-  return inference.load(run)
+  return loading.load(run)
 
 
 @pytest.fixture(scope='module')
@@ -70,7 +71,7 @@ def test_scores_are_those_of_plain_numpy(trained, other, members):
 
 
 def test_dropout_is_drawn_anew_in_each_pass(run, trained):
-  dropping = inference.load(run, settings=['model.dropout=0.4'])
+  dropping = loading.load(run, settings=['model.dropout=0.4'])
   score = lambda seed: uncertainty.token_scores(
     [dropping], TEXTS, passes=6, seed=seed
   )

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from t2x import paths
 from t2x.data import builders
 from t2x.data import config as config_lib
-from t2x.data import files
 from t2x.data import text_files
 from t2x.data import token_store
+from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
 from t2x.objectives import mixture
 
@@ -87,7 +88,7 @@ def prepare(
   if isinstance(config.objective, mixture.Mixture):
     return _prepare_tasks(config, tokenizer)
   root = pathlib.Path(config_lib.directory(config))
-  with files.lock(str(config_lib.directory(config))):
+  with paths.lock(str(config_lib.directory(config))):
     builder = open_builder(config)
     fields = _fields(config, builder)
     names = dict.fromkeys([config.train_split, *config.eval_splits])
@@ -233,7 +234,7 @@ def _fingerprint(builder) -> str:
 def _tokenizer(config, builder, fields, content, root) -> tokenizers.Tokenizer:
   """Returns the tokenizer of this corpus, trained on its training split."""
   if isinstance(config.tokenizer, tokenizers.Pretrained):
-    return tokenizers.read(config.tokenizer)
+    return tokenizer_loading.read(config.tokenizer)
   key = _hash(content, fields, config.train_split, config.tokenizer)
   path = root / 'tokenizers' / key
   if not path.exists():
@@ -241,14 +242,14 @@ def _tokenizer(config, builder, fields, content, root) -> tokenizers.Tokenizer:
     chunks = _chunks(source, fields, *fields[1:])
     texts = (t for chunk in chunks for side in chunk for t in side)
     try:
-      tokenizer = tokenizers.train(config.tokenizer, texts)
+      tokenizer = tokenizer_loading.train(config.tokenizer, texts)
     except ValueError as error:
       where = f'{config.source} {config.files}'.strip()
       raise ValueError(f'{where}: {error}') from error
-    with files.new_directory(path) as temporary:
+    with paths.new_directory(path) as temporary:
       tokenizer.save(temporary)
     _log.info('Tokenizer: %d ids.', tokenizer.vocab_size)
-  return tokenizers.load(path)
+  return tokenizer_loading.load(path)
 
 
 def _tokenize(source, fields, tokenizer, path: pathlib.Path) -> None:
@@ -264,7 +265,7 @@ def _tokenize(source, fields, tokenizer, path: pathlib.Path) -> None:
       ]
       yield documents, sum(len(t.encode()) for t in texts)
 
-  with files.new_directory(path) as temporary:
+  with paths.new_directory(path) as temporary:
     for i, field in enumerate(fields):
       token_store.write(temporary, str(i), encoded(field), tokenizer.vocab_size)
 

@@ -27,7 +27,7 @@ from t2x.data import corpus as corpus_lib
 from t2x.data import history
 from t2x.data import mixing
 from t2x.data import text_files
-from t2x.data import tokenizers
+from t2x.data import tokenizer_loading
 from t2x.objectives import mixture
 from t2x.objectives import span_corruption
 from t2x.objectives import ul2
@@ -288,7 +288,7 @@ def _check_sentinels(config: config_lib.DataConfig) -> None:
   objective = config.objective
   if not isinstance(objective, ul2.UL2 | span_corruption.SpanCorruption):
     return
-  num_sentinels = tokenizers.num_sentinels(config.tokenizer)
+  num_sentinels = tokenizer_loading.num_sentinels(config.tokenizer)
   if num_sentinels is None:
     return
   if isinstance(objective, ul2.UL2):

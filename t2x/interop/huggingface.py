@@ -19,6 +19,7 @@ from t2x import framing
 from t2x.data import config as data_config
 from t2x.data import pretrained
 from t2x.data import tokenizer_files
+from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
 from t2x.interop import checkpoint_dir
 from t2x.interop import configs
@@ -95,7 +96,7 @@ def read(directory: str) -> Checkpoint:
     raise ValueError(f'{directory}/{checkpoint_dir.CONFIG}: {error}') from None
   own = checkpoint_dir.read_optional(directory, generation_lib.FILE)
   generation = generation_of(config, hf, own, directory)
-  tokenizer = tokenizers.read(
+  tokenizer = tokenizer_loading.read(
     tokenizers.Pretrained(directory=str(directory), start=generation.start)
   )
   _check_sizes(tokenizer, config.vocab_size, directory)

@@ -13,7 +13,6 @@ from t2x.pipeline import instructions
 from t2x.pipeline import placement as placement_lib
 from t2x.pipeline import schedule as schedule_lib
 from t2x.pipeline import schedules
-from t2x.pipeline import table_text
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -148,7 +147,7 @@ _named = functools.lru_cache(maxsize=16)(schedules.make)
 
 def _own_table(config, num_stages, recompute) -> schedule_lib.Schedule:
   """Reads a table, which must be of the config's numbers."""
-  table = table_text.read(config.schedule)
+  table = schedule_lib.read(config.schedule)
   chunks = config.chunks or table.num_chunks
   for name, given, needed, setting in (
     ('stages', num_stages, table.num_stages, 'mesh.pipe'),

@@ -1,136 +1,82 @@
 """A pipeline schedule: what each stage does in each tick.
 
-  table = schedules.make('zb_h1', num_stages=4, num_microbatches=8)
-  print(table.text())
-  print(table.simulate().bubble)
+  schedule = schedules.make('zb_h1', num_stages=4, num_microbatches=8)
+  print(schedule.text())
+  print(schedule.simulate().bubble)
 
-Ticks are lock-step: at the end of each, stages exchange messages with their
-neighbours, and what was made in a tick can be used from the next on. So a tick
-lasts as long as its dearest operation, and one tick carries about one forward
-of work: the backward is a tick for the gradient of a part's input (B) and one
-for that of its weights (W), and recomputing the forward is a tick too (R).
-
-Shape suffixes: T ticks, S stages, O kinds of operation, M microbatches, P
-parts.
+Its table and what a tick is stand in `table`.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
-from typing import Any
+import functools
 
-import numpy as np
+from t2x import paths
+from t2x import reading
+from t2x.pipeline import drawing
+from t2x.pipeline import simulation
+from t2x.pipeline import table as table_lib
+from t2x.pipeline import table_text
 
-from t2x.pipeline import operations as ops
-from t2x.pipeline import validation
-
-if TYPE_CHECKING:
-  from t2x.pipeline import simulation
-
-Placement = ops.Placement
+Placement = table_lib.Placement
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Schedule:
-  """A table that has been checked: making one that cannot run raises.
-
-  Attributes:
-    name: of the schedule.
-    operation_TS: IDLE, FORWARD, BACKWARD, WEIGHT or RECOMPUTE of `operations`.
-    microbatch_TS: which microbatch; 0 where idle.
-    chunk_TS: which of the stage's parts; 0 where idle.
-    num_microbatches: M.
-    num_chunks: parts on each stage.
-    placement: which parts they are; see `operations`.
-    recompute: an R stands before every B, and F keeps only a part's input.
-    training: False for a table of forwards alone.
-    tick_OMP: the tick of each operation, computed; -1 for kinds not used.
-
-  Raises:
-    ValueError: an operation is lost, done twice, or before what it needs; a
-      value is out of range. It names the tick, stage and microbatch.
-  """
-
-  name: str
-  operation_TS: np.ndarray
-  microbatch_TS: np.ndarray
-  chunk_TS: np.ndarray
-  num_microbatches: int
-  num_chunks: int = 1
-  placement: Placement = 'loop'
-  recompute: bool = False
-  training: bool = True
-  tick_OMP: np.ndarray = dataclasses.field(init=False, repr=False)
-
-  def __post_init__(self):
-    validation.check_fields(self)
-    used_TS = np.asarray(self.operation_TS) != ops.IDLE
-    for name in ('operation_TS', 'microbatch_TS', 'chunk_TS'):
-      array_TS = np.where(used_TS, getattr(self, name), 0).astype(np.int32)
-      self._keep(name, array_TS)
-    self._keep('tick_OMP', validation.check_table(self))
-
-  def _keep(self, name: str, array: np.ndarray) -> None:
-    array.setflags(write=False)
-    object.__setattr__(self, name, array)
-
-  @property
-  def num_ticks(self) -> int:
-    return self.operation_TS.shape[0]
-
-  @property
-  def num_stages(self) -> int:
-    return self.operation_TS.shape[1]
-
-  @property
-  def num_parts(self) -> int:
-    """Pieces into which the model is cut, over all stages."""
-    return self.num_stages * self.num_chunks
-
-  def part(self, stage: Any, chunk: Any) -> Any:
-    """The part that a stage holds of a chunk: integers or integer arrays."""
-    return ops.part(stage, chunk, self.num_stages, self.placement)
-
-  def stage_of(self, part: Any) -> Any:
-    """The stage that holds a part."""
-    return ops.stage_of(part, self.num_stages, self.placement)
-
-  def chunk_of(self, part: Any) -> Any:
-    """The chunk that a part is of."""
-    return ops.chunk_of(part, self.num_stages)
+class Schedule(table_lib.Table):
+  """A checked table that can be simulated, drawn and written."""
 
   def simulate(
     self,
-    costs: 'simulation.Costs | None' = None,
-    memory: 'simulation.Memory | None' = None,
-  ) -> 'simulation.Simulation':
+    costs: simulation.Costs | None = None,
+    memory: simulation.Memory | None = None,
+  ) -> simulation.Simulation:
     """Returns times, bubbles and memory; see `simulation.simulate`."""
-    from t2x.pipeline import simulation  # It imports this module.
-
     return simulation.simulate(
       self, costs or simulation.Costs(), memory or simulation.Memory()
     )
 
-  def draw(self, path: str, costs: 'simulation.Costs | None' = None) -> None:
+  def draw(self, path: str, costs: simulation.Costs | None = None) -> None:
     """Draws a Gantt chart to an .svg or .png file; see `drawing.draw`."""
-    from t2x.pipeline import drawing
-
     drawing.draw(self.simulate(costs), path)
 
   def text(self) -> str:
-    """The table, a line a stage; see `table_text.text`."""
-    from t2x.pipeline import table_text
-
+    """Returns the table, a line a stage; see `table_text.text`."""
     return table_text.text(self)
 
   def to_csv(self) -> str:
-    """The table as CSV, a line a tick; see `table_text.to_csv`."""
-    from t2x.pipeline import table_text
-
+    """Returns the table as CSV, a line a tick; see `table_text.to_csv`."""
     return table_text.to_csv(self)
 
 
 def from_csv(text: str) -> Schedule:
-  """Reads what `Schedule.to_csv` wrote; see `table_text.from_csv`."""
-  from t2x.pipeline import table_text
+  """Reads a schedule that `Schedule.to_csv` wrote, perhaps changed by hand.
 
-  return table_text.from_csv(text)
+  Raises:
+    ValueError: a line is not of that form, which is named; or whatever `Table`
+      refuses.
+  """
+  return Schedule(**table_text.parse_csv(text))
+
+
+def read(path: str) -> Schedule:
+  """Reads a schedule from a file, local or remote.
+
+  Raises:
+    ValueError: there is no such file, or it holds no table; it is named.
+  """
+  file = paths.path(path)
+  if not file.exists():
+    raise ValueError(
+      f'{path}: there is no such file. A run keeps a copy of its table, '
+      'WORKDIR/schedule.csv; scripts/show_schedule.py --csv=FILE writes one.'
+    )
+  text = reading.text(file)
+  try:
+    return _parsed(text)
+  except ValueError as error:
+    raise ValueError(f'{path}: {error}') from error
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(text: str) -> Schedule:
+  """As `from_csv`, once for a text: a search for layouts reads it often."""
+  return from_csv(text)

@@ -15,7 +15,7 @@ import dataclasses
 import numpy as np
 
 from t2x.pipeline import operations as ops
-from t2x.pipeline import schedule as schedule_lib
+from t2x.pipeline import table as table_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,7 @@ class Simulation:
       a tick (`PipelineConfig.uniform`), over the mean of their own work.
   """
 
-  schedule: schedule_lib.Schedule
+  schedule: table_lib.Table
   costs: Costs
   start_TS: np.ndarray
   finish_TS: np.ndarray
@@ -146,7 +146,7 @@ class Simulation:
 
 
 def simulate(
-  schedule: schedule_lib.Schedule,
+  schedule: table_lib.Table,
   costs: Costs = Costs(),
   memory: Memory = Memory(),
 ) -> Simulation:
@@ -188,7 +188,7 @@ def simulate(
   )
 
 
-def _of_any(schedule: schedule_lib.Schedule, cost_TS: np.ndarray) -> float:
+def _of_any(schedule: table_lib.Table, cost_TS: np.ndarray) -> float:
   """The work of all kinds of operations that any stage does, by tick."""
   kinds = ops.kinds(training=schedule.training, recompute=schedule.recompute)
   of = lambda kind: np.where(schedule.operation_TS == kind, cost_TS, 0)
@@ -224,7 +224,7 @@ def _finish(schedule, part_TS, cost_TS) -> np.ndarray:
   return finish_TS
 
 
-def _peak(schedule: schedule_lib.Schedule, memory: Memory) -> np.ndarray:
+def _peak(schedule: table_lib.Table, memory: Memory) -> np.ndarray:
   """The most that each stage holds at once: peak_S."""
   if not schedule.training:  # Nothing outlives its own tick.
     return np.full(schedule.num_stages, memory.activations)

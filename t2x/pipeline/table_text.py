@@ -9,15 +9,13 @@ An entry is the operation's letter, the microbatch and, where a stage has
 several, `.` and the chunk; an idle stage has none.
 """
 
-import functools
 import re
+from typing import Any
 
 import numpy as np
 
-from t2x import paths
-from t2x import reading
 from t2x.pipeline import operations as ops
-from t2x.pipeline import schedule as schedule_lib
+from t2x.pipeline import table as table_lib
 
 # No more digits than an int32 holds.
 _ENTRY = re.compile(r'([FBWR])(\d{1,9})(?:\.(\d{1,9}))?')
@@ -31,84 +29,58 @@ _KEYS = (
 )
 
 
-def entry(schedule: schedule_lib.Schedule, tick: int, stage: int) -> str:
+def entry(table: table_lib.Table, tick: int, stage: int) -> str:
   """What a stage does in a tick: 'F3', 'B0.1', or '' if nothing."""
-  kind = schedule.operation_TS[tick, stage]
+  kind = table.operation_TS[tick, stage]
   if kind == ops.IDLE:
     return ''
-  micro = schedule.microbatch_TS[tick, stage]
-  chunk = schedule.chunk_TS[tick, stage]
-  return f'{ops.LETTERS[kind]}{micro}' + f'.{chunk}' * (schedule.num_chunks > 1)
+  micro = table.microbatch_TS[tick, stage]
+  chunk = table.chunk_TS[tick, stage]
+  return f'{ops.LETTERS[kind]}{micro}' + f'.{chunk}' * (table.num_chunks > 1)
 
 
-def text(schedule: schedule_lib.Schedule) -> str:
+def text(table: table_lib.Table) -> str:
   """Returns a line for each stage, with a column for each tick."""
-  ticks = range(schedule.num_ticks)
+  ticks = range(table.num_ticks)
   lines = []
   entries = [
-    [entry(schedule, tick, stage) for tick in ticks]
-    for stage in range(schedule.num_stages)
+    [entry(table, tick, stage) for tick in ticks]
+    for stage in range(table.num_stages)
   ]
   width = max(map(len, (e for row in entries for e in row)))
-  label = len(str(schedule.num_stages - 1))
+  label = len(str(table.num_stages - 1))
   for stage, row in enumerate(entries):
     line = ' '.join((e or '.').ljust(width) for e in row).rstrip()
     lines.append(f'stage {stage:{label}}  {line}')
   return '\n'.join(lines)
 
 
-def to_csv(schedule: schedule_lib.Schedule) -> str:
+def to_csv(table: table_lib.Table) -> str:
   """Returns the table with a line for each tick, and what else it is."""
   values = (
-    schedule.name,
-    schedule.num_microbatches,
-    schedule.num_chunks,
-    schedule.placement,
-    int(schedule.recompute),
-    int(schedule.training),
+    table.name,
+    table.num_microbatches,
+    table.num_chunks,
+    table.placement,
+    int(table.recompute),
+    int(table.training),
   )
-  stages = range(schedule.num_stages)
+  stages = range(table.num_stages)
   lines = [
     '# ' + ' '.join(f'{key}={value}' for key, value in zip(_KEYS, values)),
     ','.join(['tick', *(f'stage {stage}' for stage in stages)]),
   ]
-  for tick in range(schedule.num_ticks):
-    entries = [entry(schedule, tick, stage) for stage in stages]
+  for tick in range(table.num_ticks):
+    entries = [entry(table, tick, stage) for stage in stages]
     lines.append(','.join([str(tick), *entries]))
   return '\n'.join(lines) + '\n'
 
 
-def read(path: str) -> schedule_lib.Schedule:
-  """Reads a table from a file, local or remote.
+def parse_csv(text: str) -> dict[str, Any]:
+  """Returns the fields of a table that `to_csv` wrote.
 
   Raises:
-    ValueError: there is no such file, or it holds no table; it is named.
-  """
-  file = paths.path(path)
-  if not file.exists():
-    raise ValueError(
-      f'{path}: there is no such file. A run keeps a copy of its table, '
-      'WORKDIR/schedule.csv; scripts/show_schedule.py --csv=FILE writes one.'
-    )
-  text = reading.text(file)
-  try:
-    return _parsed(text)
-  except ValueError as error:
-    raise ValueError(f'{path}: {error}') from error
-
-
-@functools.lru_cache(maxsize=4)
-def _parsed(text: str) -> schedule_lib.Schedule:
-  """As `from_csv`, once for a text: a search for layouts reads it often."""
-  return from_csv(text)
-
-
-def from_csv(text: str) -> schedule_lib.Schedule:
-  """Reads a table that `to_csv` wrote, perhaps changed by hand.
-
-  Raises:
-    ValueError: a line is not of that form, which is named; or whatever
-      `Schedule` refuses.
+    ValueError: a line is not of that form, which is named.
   """
   lines = text.splitlines()
   if len(lines) < 3:
@@ -141,12 +113,12 @@ def from_csv(text: str) -> schedule_lib.Schedule:
           f'line {tick + 3}, stage {stage}: {cell!r} is no entry; they are '
           "like 'F3' or, with chunks, 'F3.1'."
         )
-  return schedule_lib.Schedule(
-    operation_TS=tables[0],
-    microbatch_TS=tables[1],
-    chunk_TS=tables[2],
+  return {
+    'operation_TS': tables[0],
+    'microbatch_TS': tables[1],
+    'chunk_TS': tables[2],
     **values,
-  )
+  }
 
 
 def _settings(line: str) -> dict:

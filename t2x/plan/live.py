@@ -12,7 +12,6 @@ import re
 from t2x.plan import hlo
 from t2x.plan import loops
 from t2x.plan import traffic
-from t2x.plan import written
 
 # Their results are their operands.
 _SAME = {
@@ -24,6 +23,7 @@ _SAME = {
 }
 # Which element of what starts an exchange or a copy is filled by it.
 _FILLED = {'copy-start': 0}
+_COPIES = ('bitcast', 'copy')  # Of what a loop writes, elsewhere.
 _ENTERED = ('call', 'conditional', 'while')
 
 
@@ -128,7 +128,7 @@ class _Walk:
     parts = self._values[loop.operands[0]].parts or ()
     for index, part in enumerate(parts):
       for buffer in part.own & self._constant:
-        op_name = written.writer(self._scope.module, loop, index)
+        op_name = _written_by(self._scope.module, loop, index)
         if op_name:
           own = self._buffers[buffer]
           self._buffers[buffer] = dataclasses.replace(own, op_name=op_name)
@@ -244,3 +244,39 @@ class _Walk:
       _Walk(scope).peak() for scope in loops.called(self._scope, instruction)
     ]
     return max(peaks, key=lambda p: sum(b.bytes for b in p), default=[])
+
+
+def _written_by(module: hlo.Module, loop: hlo.Instruction, index: int) -> str:
+  """Returns the op_name of what a loop puts into an element that it carries.
+
+  Args:
+    module: the program.
+    loop: the `while`; what loops within it write is theirs.
+    index: of the element. '' is returned for one that is left as it is.
+  """
+  body = module.computations[loop.named('body')]
+  found = _element(body, body.root, index)
+  while found is not None:
+    instruction = body.instructions[found]
+    if instruction.op in _COPIES:
+      found = instruction.operands[0]
+      continue
+    if instruction.op != 'get-tuple-element':
+      return '' if instruction.op == 'parameter' else instruction.op_name
+    source = body.instructions[instruction.operands[0]]
+    place = int(instruction.named('index'))
+    if source.op == 'parameter':
+      return ''
+    if source.op != 'while':
+      return source.op_name
+    inner = _written_by(module, source, place)
+    if inner:
+      return inner
+    found = _element(body, source.operands[0], place)
+  return ''
+
+
+def _element(body: hlo.Computation, name: str, index: int) -> str | None:
+  """Returns the instruction that is an element of a tuple, where it is told."""
+  made = body.instructions[name]
+  return made.operands[index] if made.op == 'tuple' else None

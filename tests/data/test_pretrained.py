@@ -10,6 +10,7 @@ import pytest
 from t2x.data import config as data_config
 from t2x.data import corpus as corpus_lib
 from t2x.data import pipeline
+from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
 from t2x.objectives import masked_lm
 
@@ -23,7 +24,7 @@ def directories(tmp_path_factory):
 
 
 def read(directory):
-  return tokenizers.read(tokenizers.Pretrained(directory=str(directory)))
+  return tokenizer_loading.read(tokenizers.Pretrained(directory=str(directory)))
 
 
 def theirs_of(name, directory):
@@ -76,7 +77,7 @@ def test_ids_are_those_of_transformers(directories, tmp_path, name, saved):
 def test_a_saved_copy_is_the_same(directories, tmp_path, name):
   ours = read(directories[name])
   ours.save(tmp_path / 'kept')
-  again = tokenizers.load(tmp_path / 'kept')
+  again = tokenizer_loading.load(tmp_path / 'kept')
   assert again.encode_batch(hf_files.TEXTS) == ours.encode_batch(hf_files.TEXTS)
   assert again.vocab == ours.vocab and again.config == ours.config
   assert again.fingerprint == ours.fingerprint, 'A run goes on with its copy.'
@@ -166,7 +167,7 @@ def test_pairs_need_a_tokenizer_json(directories):
 
 def test_messages(directories, tmp_path):
   with pytest.raises(ValueError, match='data.tokenizer.directory is empty'):
-    tokenizers.read(tokenizers.Pretrained())
+    tokenizer_loading.read(tokenizers.Pretrained())
   with pytest.raises(ValueError, match='No tokenizer in .*spiece.model'):
     read(tmp_path)
   (tmp_path / 'tokenizer.json').write_text('{')
@@ -212,4 +213,4 @@ def test_no_file_asks_for_a_billion_tokens(directories, tmp_path):
 
 def test_a_directory_that_is_gone_is_not_asked_for_sentinels(tmp_path):
   config = tokenizers.Pretrained(directory=str(tmp_path / 'gone'))
-  assert tokenizers.num_sentinels(config) is None
+  assert tokenizer_loading.num_sentinels(config) is None

@@ -2,6 +2,7 @@ import pathlib
 
 import pytest
 
+from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
 
 TEXTS = [pathlib.Path(tokenizers.__file__).read_text(), 'The quick brown fox. ']
@@ -20,8 +21,10 @@ HARD = [
 @pytest.fixture(scope='module', params=['sentencepiece', 'bytes'])
 def tokenizer(request):
   if request.param == 'bytes':
-    return tokenizers.train(tokenizers.Bytes(), TEXTS)
-  return tokenizers.train(tokenizers.SentencePiece(vocab_size=600), TEXTS)
+    return tokenizer_loading.train(tokenizers.Bytes(), TEXTS)
+  return tokenizer_loading.train(
+    tokenizers.SentencePiece(vocab_size=600), TEXTS
+  )
 
 
 @pytest.mark.parametrize('text', [*HARD, *TEXTS])
@@ -61,7 +64,7 @@ def test_marks_stand_for_sentinels(tokenizer):
 
 def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
   tokenizer.save(tmp_path / 'new' / 'directory')
-  loaded = tokenizers.load(tmp_path / 'new' / 'directory')
+  loaded = tokenizer_loading.load(tmp_path / 'new' / 'directory')
   assert loaded.config == tokenizer.config
   assert loaded.vocab == tokenizer.vocab
   assert loaded.fingerprint == tokenizer.fingerprint
@@ -70,14 +73,16 @@ def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
 
 def test_training_is_deterministic():
   config = tokenizers.SentencePiece(vocab_size=600)
-  first, second = (tokenizers.train(config, TEXTS) for _ in range(2))
+  first, second = (tokenizer_loading.train(config, TEXTS) for _ in range(2))
   assert first.fingerprint == second.fingerprint
-  other = tokenizers.train(config, ['Quite another text. '] + TEXTS)
+  other = tokenizer_loading.train(config, ['Quite another text. '] + TEXTS)
   assert other.fingerprint != first.fingerprint
 
 
 def test_pieces_are_learned():
-  tokenizer = tokenizers.train(tokenizers.SentencePiece(vocab_size=600), TEXTS)
+  tokenizer = tokenizer_loading.train(
+    tokenizers.SentencePiece(vocab_size=600), TEXTS
+  )
   assert tokenizer.vocab_size == 600
   text = 'def __init__(self, config: Bytes)'
   assert len(tokenizer.encode(text)) < 0.6 * len(text)
@@ -88,7 +93,7 @@ def test_number_of_sentinels():
     tokenizers.Bytes(num_sentinels=7),
     tokenizers.SentencePiece(num_sentinels=7, vocab_size=500),
   ):
-    tokenizer = tokenizers.train(config, TEXTS)
+    tokenizer = tokenizer_loading.train(config, TEXTS)
     assert tokenizer.sentinel_ids == tuple(range(5, 12))
     assert tokenizer.decode(tokenizer.encode('<extra_id_6>')) == '<extra_id_6>'
 
@@ -98,12 +103,14 @@ def test_vocabulary_larger_than_the_corpus_supports():
   with pytest.raises(
     ValueError, match=r'vocab_size=5000 .* which is (\d+)'
   ) as e:
-    tokenizers.train(config, TEXTS)
+    tokenizer_loading.train(config, TEXTS)
   largest = int(str(e.value).split('which is ')[1].split('.')[0])
   # The number in the message is the largest that works.
-  tokenizers.train(tokenizers.SentencePiece(vocab_size=largest), TEXTS)
+  tokenizer_loading.train(tokenizers.SentencePiece(vocab_size=largest), TEXTS)
   with pytest.raises(ValueError, match=f'which is {largest}'):
-    tokenizers.train(tokenizers.SentencePiece(vocab_size=largest + 1), TEXTS)
+    tokenizer_loading.train(
+      tokenizers.SentencePiece(vocab_size=largest + 1), TEXTS
+    )
 
 
 def test_vocabulary_smaller_than_the_alphabet():
@@ -111,7 +118,7 @@ def test_vocabulary_smaller_than_the_alphabet():
   with pytest.raises(
     ValueError, match=r'vocab_size=370 is too small .* least \d'
   ):
-    tokenizers.train(config, TEXTS)
+    tokenizer_loading.train(config, TEXTS)
 
 
 @pytest.mark.parametrize(
@@ -123,14 +130,16 @@ def test_text_that_nothing_can_be_fitted_to(text):
     with pytest.raises(
       ValueError, match=r'holds nothing that .* set data\.tokenizer=bytes\.$'
     ) as error:
-      tokenizers.train(tokenizers.SentencePiece(vocab_size=size), texts)
+      tokenizer_loading.train(tokenizers.SentencePiece(vocab_size=size), texts)
     assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('text', ['aaab' * 99, '\u6211\u53bb' * 99, 'a\u2581b'])
 def test_a_text_without_blanks_loses_none(text):
   """Their piece is there although the trainer has seen none."""
-  tokenizer = tokenizers.train(tokenizers.SentencePiece(vocab_size=364), [text])
+  tokenizer = tokenizer_loading.train(
+    tokenizers.SentencePiece(vocab_size=364), [text]
+  )
   for hard in (*HARD, text, ' ', 'a b'):
     assert tokenizer.decode(tokenizer.encode(hard)) == hard
 
@@ -138,7 +147,7 @@ def test_a_text_without_blanks_loses_none(text):
 def test_what_stands_for_a_space_inside_is_not_learned():
   texts = ['ab cd ' + '\u2581' * 6 + ' '] * 50
   config = tokenizers.SentencePiece(vocab_size=368)
-  pieces = tokenizers.train(config, texts).pieces()
+  pieces = tokenizer_loading.train(config, texts).pieces()
   assert '\u2581' in pieces and not [p for p in pieces if '\u2581' * 3 in p]
 
 
@@ -155,4 +164,4 @@ def test_bad_settings():
 
 def test_nothing_to_load(tmp_path):
   with pytest.raises(ValueError, match='No tokenizer in .* that of a run'):
-    tokenizers.load(tmp_path)
+    tokenizer_loading.load(tmp_path)

@@ -16,7 +16,9 @@ from safetensors import numpy as safetensors_numpy
 from t2x import conversion
 from t2x import encoding
 from t2x import inference
+from t2x import loading
 from t2x.data import letters
+from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
 from t2x.interop import checkpoint_dir
 from t2x.interop import configs
@@ -68,7 +70,7 @@ def make_model(name, size):
 def make(name, directory):
   """Writes a checkpoint as `transformers` does; returns its model."""
   hf_files.MAKERS[name](directory)
-  size = tokenizers.read(
+  size = tokenizer_loading.read(
     tokenizers.Pretrained(directory=str(directory))
   ).vocab_size
   torch.manual_seed(0)
@@ -113,10 +115,10 @@ def test_there_and_back(checkpoints, tmp_path, name):
   directory, theirs = checkpoints[name]
   workdir, back = str(tmp_path / 'run'), str(tmp_path / 'back')
   conversion.to_run(str(directory), workdir)
-  trained = inference.load(workdir)
+  trained = loading.load(workdir)
   assert trained.step == 0
   assert trained.tokenizer.encode('A text.') == (
-    inference.load(str(directory)).tokenizer.encode('A text.')
+    loading.load(str(directory)).tokenizer.encode('A text.')
   )
   ids = ids_for(name, trained.tokenizer.vocab_size)
   want = their_logits(theirs, ids)
@@ -151,7 +153,7 @@ def test_the_command_and_what_it_says(checkpoints, tmp_path):
   assert wrong.returncode == 1 and wrong.stderr.startswith('error: ')
   assert 'nothing is written over' in wrong.stderr
   text = inference.generate_text(
-    inference.load(workdir), ['A text'], num_tokens=3
+    loading.load(workdir), ['A text'], num_tokens=3
   )
   assert len(text) == 1
 
@@ -192,7 +194,7 @@ def test_a_run_of_ones_own_loads_in_transformers(tmp_path):
   from t2x.layers import mlp
   from t2x.models import decoder
 
-  tokenizer = tokenizers.train(
+  tokenizer = tokenizer_loading.train(
     tokenizers.SentencePiece(vocab_size=500), hf_files.TEXTS
   )
   config = decoder.DecoderConfig(
@@ -242,7 +244,7 @@ def test_embeddings(checkpoints):
   directory, theirs = checkpoints['bert']
   tokenizer = transformers.BertTokenizer(str(directory / 'vocab.txt'))
   texts = ['A short one.', 'Another text, and it is a longer one: ' * 2, 'word']
-  got = encoding.embed(inference.load(str(directory)), texts)
+  got = encoding.embed(loading.load(str(directory)), texts)
   np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1.0, rtol=1e-6)
   for text, vector in zip(texts, got):
     batch = tokenizer(text, return_tensors='pt', truncation=True, max_length=34)
@@ -262,7 +264,7 @@ def test_a_headless_body_without_prefix(checkpoints, tmp_path):
   full = transformers.BertModel(theirs.bert.config).eval()
   full.load_state_dict(theirs.bert.state_dict(), strict=False)
   full.save_pretrained(tmp_path / 'body')
-  trained = inference.load(str(tmp_path / 'body'))
+  trained = loading.load(str(tmp_path / 'body'))
   ids = ids_for('bert', 400)
   with torch.no_grad():
     want = full(torch.tensor(ids)).last_hidden_state.numpy()
@@ -440,7 +442,7 @@ def test_a_released_file_holds_more_than_its_class(checkpoints, tmp_path):
   full.save_pretrained(tmp_path / 'full')
   config = tmp_path / 'full' / 'config.json'
   edit(config, lambda c: c.update(architectures=['BertForMaskedLM']))
-  trained = inference.load(str(tmp_path / 'full'))
+  trained = loading.load(str(tmp_path / 'full'))
   assert trained.config.model.next_sentence and trained.config.model.pooler
   huggingface.write(str(tmp_path / 'back'), trained.model, trained.tokenizer)
   again = transformers.BertForPreTraining.from_pretrained(tmp_path / 'back')
@@ -454,7 +456,7 @@ def test_a_run_stays_whole_when_its_source_is_gone(checkpoints, tmp_path):
   source = shutil.copytree(checkpoints['t5'][0], tmp_path / 'source')
   conversion.to_run(str(source), str(tmp_path / 'run'))
   shutil.rmtree(source)
-  trained = inference.load(str(tmp_path / 'run'))
+  trained = loading.load(str(tmp_path / 'run'))
   texts = inference.generate_text(trained, ['A text.'], num_tokens=3)
   assert len(texts) == 1
 
@@ -462,14 +464,14 @@ def test_a_run_stays_whole_when_its_source_is_gone(checkpoints, tmp_path):
 def test_settings_of_the_model_apply_to_a_directory(checkpoints):
   directory, theirs = checkpoints['llama']
   settings = ['model.dtype=bfloat16', 'model.vocab_multiple=256']
-  trained = inference.load(str(directory), settings=settings)
+  trained = loading.load(str(directory), settings=settings)
   assert trained.model.config.dtype == 'bfloat16'
   assert trained.model.embeddings.tokens.table_VD.shape[0] % 256 == 0
   ids = ids_for('llama', 400)
   got = our_logits(trained.model, ids)
   np.testing.assert_allclose(got, their_logits(theirs, ids), atol=0.3)
   with pytest.raises(ValueError, match='do not fit the llama model'):
-    inference.load(str(directory), settings=['model.num_layers=3'])
+    loading.load(str(directory), settings=['model.num_layers=3'])
 
 
 def test_buffers_of_integers_are_ignored(checkpoints, tmp_path):
@@ -505,10 +507,10 @@ def test_several_tokens_may_end_a_text(checkpoints, tmp_path):
   edit(copy / file, lambda c: c.update(eos_token_id=[2, 41]))
   conversion.to_run(str(copy), str(tmp_path / 'run'))
   for directory in (copy, tmp_path / 'run'):
-    trained = inference.load(str(directory))
+    trained = loading.load(str(directory))
     assert trained.end_ids == (2, 41)
     assert trained.decode_options()['eos_id'] == (2, 41)
   conversion.from_run(str(tmp_path / 'run'), str(tmp_path / 'back'))
   config = json.loads((tmp_path / 'back' / file).read_text())
   assert config['eos_token_id'] == [2, 41]
-  assert inference.load(str(checkpoints['gpt2'][0])).end_ids == (0,)
+  assert loading.load(str(checkpoints['gpt2'][0])).end_ids == (0,)

@@ -12,8 +12,10 @@ import tiny
 from t2x import conversion
 from t2x import encoding
 from t2x import inference
+from t2x import loading
 from t2x import mesh as mesh_lib
 from t2x import trained as trained_lib
+from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
 from t2x.interop import configs
 from t2x.interop import huggingface
@@ -54,11 +56,11 @@ CONFIGS = {
 def tokenizer_of(name, tmp_path):
   if name == 'sentencepiece':
     config = tokenizers.SentencePiece(vocab_size=600)
-    return tokenizers.train(config, hf_files.TEXTS)
+    return tokenizer_loading.train(config, hf_files.TEXTS)
   if name == 'bytes':
-    return tokenizers.train(tokenizers.Bytes(), [])
+    return tokenizer_loading.train(tokenizers.Bytes(), [])
   directory = hf_files.MAKERS[name](tmp_path / 'tokenizer')
-  return tokenizers.read(tokenizers.Pretrained(directory=str(directory)))
+  return tokenizer_loading.read(tokenizers.Pretrained(directory=str(directory)))
 
 
 def trained_of(family, tokenizer, tmp_path):
@@ -102,7 +104,7 @@ def test_greedy_texts(tmp_path, family, name):
   huggingface.write(first, trained.model, trained.tokenizer)
   conversion.to_run(first, run)
   conversion.from_run(run, second)
-  loaded = [inference.load(directory) for directory in (first, run, second)]
+  loaded = [loading.load(directory) for directory in (first, run, second)]
   for one in loaded:
     assert one.prompt_ids(prompts) == trained.prompt_ids(prompts)
   texts, again = (
@@ -145,7 +147,7 @@ def test_vectors_of_encoders(tmp_path, family, name):
     family
   )
   want = encoding.embed(trained, PROMPTS)
-  got = encoding.embed(inference.load(directory), PROMPTS)
+  got = encoding.embed(loading.load(directory), PROMPTS)
   np.testing.assert_allclose(got, want, atol=1e-5)
   auto = transformers.AutoTokenizer.from_pretrained(directory)
   model = transformers.AutoModel.from_pretrained(directory).eval()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from t2x import framing
+from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
 from t2x.interop import tokenizer_file
 from t2x.models import decoder
@@ -44,13 +45,13 @@ def own():
   # Where names are common text, and <extra_id_9> may be a piece.
   corpora['few_sentinels'] = nasty.texts(2000, seed=1) + ['<extra_id_9>'] * 500
   return {
-    name: tokenizers.train(config, corpora[name])
+    name: tokenizer_loading.train(config, corpora[name])
     for name, config in OWN.items()
   }
 
 
 def read(directory):
-  return tokenizers.read(tokenizers.Pretrained(directory=str(directory)))
+  return tokenizer_loading.read(tokenizers.Pretrained(directory=str(directory)))
 
 
 def readable(tokenizer, frame, texts):

@@ -16,6 +16,7 @@ import pytest
 
 from t2x import conversion
 from t2x import inference
+from t2x import loading
 from t2x.data import tokenizers
 from t2x.decode import beams as beams_lib
 from t2x.decode import drafts
@@ -122,7 +123,7 @@ def theirs(directory, ids, **options):
 
 
 def ours(directory, num_beams=1):
-  trained = inference.load(str(directory))
+  trained = loading.load(str(directory))
   ids = trained.prompt_ids(PROMPTS)
   if num_beams == 1:
     greedy = {**trained.generation.sampling, 'temperature': 0.0}
@@ -216,7 +217,7 @@ def test_settings_stay_with_a_run_and_with_its_export(plain, copy, tmp_path):
   for name, value in read(source).items():
     assert read(back)[name] == value
   assert ours(back) == (ids, want) == (ids, theirs_plain(back, ids))
-  trained = inference.load(str(run))
+  trained = loading.load(str(run))
   assert trained.config.data.tokenizer.start == 9
   huggingface.write(
     str(other), trained.model, trained.tokenizer, generation=trained.generation
@@ -268,7 +269,7 @@ def test_training_goes_on_from_the_same_token(checkpoints, copy):
   config = json.loads((directory / 'config.json').read_text())
   config['decoder_start_token_id'] = 9
   (directory / 'config.json').write_text(json.dumps(config))
-  tokenizer = inference.load(str(directory)).tokenizer
+  tokenizer = loading.load(str(directory)).tokenizer
   target = np.array([[20, 21, 22, 1], [30, 31, 1, 0]], np.int32)
   rows = rows_lib.Rows(target, (target != 0).astype(np.int32))
   batch = source_target.SourceTarget().examples(
@@ -286,7 +287,7 @@ def test_every_way_of_writing_ends_alike(plain, copy):
   settings = settings_of('ends', written) | settings_of('suppressed', written)
   settings['eos_token_id'].append(written[0][2])
   settings['suppress_tokens'] = [written[0][0]]
-  trained = inference.load(str(copy('gpt2', settings)))
+  trained = loading.load(str(copy('gpt2', settings)))
   ids = trained.prompt_ids(PROMPTS)
   sampling, options = trained.calibrated(GREEDY), trained.decode_options()
   want = inference.generation(
@@ -334,7 +335,7 @@ def written_by_engine(trained, requests):
 
 def test_an_engine_begins_texts_as_asked(plain, copy):
   directory = copy('gpt2', settings_of('not_first', plain['gpt2']))
-  trained = inference.load(str(directory))
+  trained = loading.load(str(directory))
   got = written_by_engine(
     trained, requests(trained, temperature=0, max_tokens=NUM)
   )
@@ -343,7 +344,7 @@ def test_an_engine_begins_texts_as_asked(plain, copy):
 
 def test_defaults_of_drawing_hold_where_nothing_is_given(copy):
   given = {'do_sample': True, 'temperature': 0.6, 'top_p': 0.9, 'top_k': 7}
-  trained = inference.load(str(copy('gpt2', given)))
+  trained = loading.load(str(copy('gpt2', given)))
   drawn = trained.calibrated()
   assert (drawn.temperature, drawn.top_p, drawn.top_k) == (0.6, 0.9, 7)
   assert trained.calibrated(GREEDY).top_p is None
@@ -357,7 +358,7 @@ def test_defaults_of_drawing_hold_where_nothing_is_given(copy):
 def test_what_is_not_honoured_is_told_in_one_line(copy, caplog):
   directory = copy('gpt2', {'num_beams': 4, 'no_repeat_ngram_size': 3})
   with caplog.at_level(logging.WARNING):
-    inference.load(str(directory))
+    loading.load(str(directory))
   told = [r.getMessage() for r in caplog.records if 'not honoured' in r.msg]
   assert len(told) == 1
   assert told[0].endswith('num_beams=4, no_repeat_ngram_size=3.')
@@ -366,13 +367,13 @@ def test_what_is_not_honoured_is_told_in_one_line(copy, caplog):
 def test_config_json_speaks_where_the_other_file_does_not(checkpoints, copy):
   directory = copy('gpt2', {'eos_token_id': 41}, 'config.json')
   (directory / generation_lib.FILE).unlink()
-  assert inference.load(str(directory)).end_ids == (41,)
+  assert loading.load(str(directory)).end_ids == (41,)
   own = copy('gpt2', {'eos_token_id': [41, 42], 'suppress_tokens': [5]})
   (own / 'config.json').write_text((directory / 'config.json').read_text())
-  assert inference.load(str(own)).end_ids == (41, 42)
+  assert loading.load(str(own)).end_ids == (41, 42)
   partial = copy('gpt2', {'suppress_tokens': [5]}, whole=False)
   (partial / 'config.json').write_text((directory / 'config.json').read_text())
-  found = inference.load(str(partial)).generation
+  found = loading.load(str(partial)).generation
   assert found.ends == (41,) and found.suppressed == (5,)
 
 
@@ -389,7 +390,7 @@ def test_the_script_takes_what_the_files_say(plain, copy, tmp_path):
     capture_output=True, text=True,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
-  trained = inference.load(str(directory))
+  trained = loading.load(str(directory))
   ids, _ = ours(directory)
   want = trained.texts(PROMPTS[:1], theirs(directory, ids[:1], num_beams=1))
   assert [one['text'] for one in json.loads(out.read_text())] == want

@@ -16,9 +16,10 @@ import pytest
 from t2x import config as config_lib
 from t2x import conversion
 from t2x import encoding
-from t2x import inference
+from t2x import loading
 from t2x import run_dir
 from t2x import train
+from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
 from t2x.interop import huggingface
 from t2x.layers import attention
@@ -51,7 +52,7 @@ LONG = 'It goes on and on, ' * 20
 def make(family, head, directory, **settings):
   """Writes a checkpoint as `transformers` does; returns its model."""
   hf_files.MAKERS[family](directory)
-  read = tokenizers.read(tokenizers.Pretrained(directory=str(directory)))
+  read = tokenizer_loading.read(tokenizers.Pretrained(directory=str(directory)))
   kind = 'Bert' if family == 'bert' else 'Roberta'
   types = 2 if family == 'bert' else 1
   config = getattr(transformers, f'{kind}Config')(
@@ -113,7 +114,7 @@ def probabilities(found, names=None):
 )
 def test_classes_of_texts(checkpoints, family, texts):
   directory, theirs = checkpoints[family, 'Sequence']
-  trained = inference.load(str(directory))
+  trained = loading.load(str(directory))
   assert trained.labels == {'class0': NAMES}
   assert trained.config.model.classes == (4,)
   _, want = asked(directory, theirs, texts)
@@ -130,7 +131,7 @@ def test_classes_of_texts(checkpoints, family, texts):
 def test_labels_of_tokens(checkpoints, family):
   texts = [TEXTS[0], 'd\u00e9j\u00e0  vu \u2014 ok', TEXTS[2]]
   directory, theirs = checkpoints[family, 'Token']
-  trained = inference.load(str(directory))
+  trained = loading.load(str(directory))
   assert trained.labels == {'tokens': NAMES}
   batch, logits = asked(
     directory,
@@ -157,7 +158,7 @@ def test_labels_of_tokens(checkpoints, family):
 
 @pytest.mark.parametrize('layout', ['mesh.tensor=2', 'mesh.fsdp=2'])
 def test_heads_under_layouts(checkpoints, layout):
-  load = lambda family, head: inference.load(
+  load = lambda family, head: loading.load(
     str(checkpoints[family, head][0]), settings=[layout]
   )
   _, want = asked(*checkpoints['roberta', 'Sequence'], TEXTS)
@@ -180,7 +181,7 @@ def test_the_command(checkpoints):
   _, want = asked(directory, theirs, [('One.', 'Two.')])
   (row,) = json.loads(found.stdout)
   np.testing.assert_allclose([*row.values()], softmax(want)[0], atol=1e-4)
-  trained = inference.load(str(checkpoints['bert', 'Token'][0]))
+  trained = loading.load(str(checkpoints['bert', 'Token'][0]))
   (tokens,) = encoding.labelled(trained, ['word'])
   assert tokens[0]['start'] == 0 and tokens[0]['label'] in NAMES
   with pytest.raises(ValueError, match='--second has 1 texts for 1, and tok'):
@@ -224,7 +225,7 @@ def test_what_outputs_are(tmp_path, problem, names):
   several = problem == 'multi_label_classification'
   want = 1 / (1 + np.exp(-logits)) if several else logits
   for place in ('bert', 'run', 'back'):
-    trained = inference.load(str(tmp_path / place))
+    trained = loading.load(str(tmp_path / place))
     found = probabilities(encoding.classify(trained, TEXTS), names)
     np.testing.assert_allclose(found, want, atol=1e-4)
 
@@ -250,7 +251,7 @@ def test_weights_of_an_unknown_head_are_named(checkpoints, tmp_path):
   weights['crf.transitions'] = np.zeros((4, 4), np.float32)
   safetensors_numpy.save_file(weights, tmp_path / 'model.safetensors')
   with pytest.raises(ValueError, match='Unexpected: crf.transitions'):
-    inference.load(str(tmp_path))
+    loading.load(str(tmp_path))
 
 
 def test_older_roberta_files_hold_a_pooler_that_no_class_reads(
@@ -264,14 +265,14 @@ def test_older_roberta_files_hold_a_pooler_that_no_class_reads(
   weights = safetensors_numpy.load_file(tmp_path / 'model.safetensors')
   more = {'roberta.pooler.dense.weight': np.ones((24, 24), np.float32)}
   safetensors_numpy.save_file(weights | more, tmp_path / 'model.safetensors')
-  found = encoding.classify(inference.load(str(tmp_path)), TEXTS)
+  found = encoding.classify(loading.load(str(tmp_path)), TEXTS)
   _, want = asked(directory, theirs, TEXTS)
   np.testing.assert_allclose(probabilities(found), softmax(want), atol=1e-4)
 
 
 def test_types_reach_the_model(checkpoints):
   """Of a pair, the second text is sentence B."""
-  trained = inference.load(str(checkpoints['bert', 'Sequence'][0]))
+  trained = loading.load(str(checkpoints['bert', 'Sequence'][0]))
   (row,) = trained.tokenizer.encode_whole([('a', 'b')], 32)
   ids, types = jnp.array([row.ids]), jnp.array([row.types])
   pool = lambda **more: trained.model.pool(trained.model.encode(ids, **more))
@@ -321,7 +322,7 @@ def test_a_run_with_labels_in_their_order_goes_out(checkpoints, tmp_path):
     train.train(change(**few), own, show=False)
   order = {'data.objective.labels': ','.join(NAMES)}
   train.train(change(**order), own, show=False)
-  trained = inference.load(str(own))
+  trained = loading.load(str(own))
   assert trained.labels == {'class0': NAMES}
   texts = ['6 is odd.', '7 is even.']
   found = encoding.classify(trained, texts)

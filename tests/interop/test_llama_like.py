@@ -14,6 +14,7 @@ import tokenizers
 
 from t2x import conversion
 from t2x import inference
+from t2x import loading
 from t2x.decode import beams
 from t2x.decode import generate
 from t2x.decode import sampling
@@ -266,7 +267,7 @@ def test_a_run_of_a_fused_family_goes_back_to_it(pairs, tmp_path):
     their_logits(again.eval(), ids()), their_logits(theirs, ids())
   )
   text = inference.generate_text(
-    inference.load(str(tmp_path / 'run')), ['A text'], num_tokens=3
+    loading.load(str(tmp_path / 'run')), ['A text'], num_tokens=3
   )
   assert len(text) == 1
 
@@ -316,7 +317,7 @@ def write_smollm(directory):
 
 def test_a_smollm_and_its_tokenizer_write_what_transformers_writes(tmp_path):
   model = write_smollm(tmp_path / 'smollm')
-  trained = inference.load(str(tmp_path / 'smollm'))
+  trained = loading.load(str(tmp_path / 'smollm'))
   tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'smollm')
   texts = [*hf_files.TEXTS[:50], *hf_files.PROBES, 'In 1,024 days <|im_end|>']
   want = [tokenizer(t, add_special_tokens=False)['input_ids'] for t in texts]

@@ -13,7 +13,10 @@ import tokenizers as library
 
 from t2x import conversion
 from t2x import encoding
+from t2x import evaluation
 from t2x import inference
+from t2x import loading
+from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
 from t2x.interop import huggingface
 
@@ -73,7 +76,7 @@ def test_t5_1_1_as_transformers_5_writes_it(tmp_path, own_head):
 def added(directory, special):
   """Writes a GPT-2 whose tokenizer has two tokens more than its model."""
   hf_files.MAKERS['gpt2'](directory)
-  size = tokenizers.read(
+  size = tokenizer_loading.read(
     tokenizers.Pretrained(directory=str(directory))
   ).vocab_size
   config = transformers.GPT2Config(
@@ -103,7 +106,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path, caplog, special):
   assert len(told) == 1 and '2 added tokens' in told[0]
   theirs = transformers.AutoModelForCausalLM.from_pretrained(source)
   for directory in (source, run):
-    trained = inference.load(str(directory))
+    trained = loading.load(str(directory))
     assert trained.tokenizer.vocab_size == size + 2
     assert len(trained.token_bytes) == size
     result = inference.generation(
@@ -122,7 +125,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path, caplog, special):
     with pytest.raises(ValueError, match=f'Text 1 has the token id {size + 1}'):
       inference.generate_text(trained, ['a', 'b<more>'], num_tokens=2)
     with pytest.raises(ValueError, match=f'has {size + 2} ids and model.vocab'):
-      inference.evaluate_splits(trained, ['train'])
+      evaluation.evaluate_splits(trained, ['train'])
 
 
 def test_a_text_of_an_encoder_with_a_token_that_it_has_no_row_for(tmp_path):
@@ -138,7 +141,7 @@ def test_a_text_of_an_encoder_with_a_token_that_it_has_no_row_for(tmp_path):
   made = library.BertWordPieceTokenizer(str(tmp_path / 'bert' / 'vocab.txt'))
   made.add_special_tokens(['<entity>'])
   made.save(str(tmp_path / 'bert' / 'tokenizer.json'))
-  trained = inference.load(str(tmp_path / 'bert'))
+  trained = loading.load(str(tmp_path / 'bert'))
   assert np.isfinite(encoding.embed(trained, ['a text'])).all()
   with pytest.raises(ValueError, match=f'has the token id {len(lines)}'):
     encoding.embed(trained, ['a text <entity>'])
@@ -177,7 +180,9 @@ def test_each_value_of_a_tokenizer_config(tmp_path, name):
     for value in VALUES:
       file.write_text(json.dumps({**old, key: value}))
       try:
-        made = tokenizers.read(tokenizers.Pretrained(directory=str(directory)))
+        made = tokenizer_loading.read(
+          tokenizers.Pretrained(directory=str(directory))
+        )
         made.decode(made.encode('A text.'))
         _ = made.chat_template
         works += 1

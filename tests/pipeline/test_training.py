@@ -10,7 +10,7 @@ import tiny
 
 from t2x import config as config_lib
 from t2x import consistency
-from t2x import inference
+from t2x import loading
 from t2x import mesh as mesh_lib
 from t2x import metrics
 from t2x import on_mesh
@@ -78,7 +78,7 @@ def test_a_run_goes_on_with_other_stages(
     for name in names:
       np.testing.assert_allclose(mine[name], row[name], rtol=2e-5)
   # What stages have trained is read without them.
-  models = [inference.load(w).model for w in (tmp_path, plain)]
+  models = [loading.load(w).model for w in (tmp_path, plain)]
   got, want = (jax.tree.leaves(jax.device_get(m)) for m in models)
   for a, b in zip(got, want):
     np.testing.assert_allclose(a, b, atol=1e-4)

@@ -8,7 +8,6 @@ from jax.sharding import PartitionSpec as P
 import pytest
 import tiny
 
-from t2x import checked
 from t2x import mesh as mesh_lib
 from t2x import program
 from t2x import sharding
@@ -94,7 +93,7 @@ def test_a_function_is_checked_before_it_runs():
     fn = jax.shard_map(
       fn, mesh=mesh, in_specs=P('pipe'), out_specs=P('pipe'), check_vma=False
     )
-    return checked.Checked(jax.jit(fn, donate_argnums=0), divergence.check)
+    return program.Checked(jax.jit(fn, donate_argnums=0), divergence.check)
 
   split = NamedSharding(mesh, P('pipe'))
   array = lambda size: jax.device_put(jnp.ones(size), split)

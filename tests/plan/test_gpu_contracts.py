@@ -13,6 +13,7 @@ from t2x import experiment
 from t2x import flops
 from t2x import machines
 from t2x import mesh as mesh_lib
+from t2x import traced
 from t2x.data import config as data
 from t2x.data import tokenizers
 from t2x.layers import attention
@@ -53,7 +54,7 @@ def step_of(num_nodes=1, **sizes):
   )
   mesh = gpu.mesh('h100:8', num_nodes, **sizes)
   options = machines.options_of([*mesh.devices.flat]) | FAST
-  compiled = absent.compile(absent.lower_step(config, mesh), options)
+  compiled = absent.compile(traced.lower_step(config, mesh), options)
   text = compiled.as_text()
   assert text and '"__cublas$lt$matmul"' in text
   stats = compiled.memory_analysis()

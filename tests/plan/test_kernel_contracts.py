@@ -10,11 +10,11 @@ import lowered
 import pytest
 import tpu
 
-from t2x import absent
 from t2x import experiment
 from t2x import mesh as mesh_lib
 from t2x import sharding
 from t2x import stack
+from t2x import traced
 from t2x import train_state
 from t2x.attention import context
 from t2x.attention import dense
@@ -194,5 +194,5 @@ def test_stages_keep_what_it_gives():
     pipeline=pipeline_config.PipelineConfig(microbatches=2),
   )
   mesh = mesh_lib.make(config.mesh, tpu.devices('v5e:2x4'))
-  text = tpu.compile_text(absent.lower_step(config, mesh))
+  text = tpu.compile_text(traced.lower_step(config, mesh))
   assert calls(text) == ['dkv', 'dq', 'fwd']

@@ -9,6 +9,7 @@ import tiny
 from t2x import absent
 from t2x import mesh as mesh_lib
 from t2x import on_mesh
+from t2x import traced
 from t2x.pipeline import schedules
 from t2x.plan import collectives
 from t2x.plan import matrix
@@ -38,7 +39,7 @@ def compiled(tmp_path):
     mesh = mesh_lib.make(config.mesh, jax.devices()[:num])
     # LLVM's optimisations cost half the time and change no count.
     options = {'xla_backend_optimization_level': 0}
-    program = absent.compile(absent.lower_step(config, mesh), options)
+    program = absent.compile(traced.lower_step(config, mesh), options)
     return program.as_text(), mesh, on_mesh.pipeline(config, mesh.shape)
 
   return make

@@ -5,12 +5,12 @@ import lowered
 import pytest
 import tpu
 
-from t2x import absent
 from t2x import experiment
 from t2x import mesh as mesh_lib
 from t2x import on_mesh
 from t2x import sharding
 from t2x import stack
+from t2x import traced
 from t2x import train_state
 from t2x.data import config as data
 from t2x.data import tokenizers
@@ -54,7 +54,7 @@ def ring_step(tpu_target, **rules):
   mesh = mesh_lib.make(config.mesh, devices)
   assert on_mesh.zigzag(config, mesh.shape) == C
   text = tpu.compile_text(
-    absent.lower_step(config, mesh), **({} if tpu_target else FAST)
+    traced.lower_step(config, mesh), **({} if tpu_target else FAST)
   )
   return collectives.collectives(text, mesh)
 
