@@ -10,18 +10,18 @@ Masked prediction takes off late: only chosen tokens teach. So four of ten are
 chosen (Wettig et al., 2023), pieces are short, and positions relative.
 """
 
-from t2x import experiment
 from t2x import main
-from t2x import optim
+from t2x.config import experiment
 from t2x.data import config as data
 from t2x.data import tokenizers
-from t2x.layers import attention
+from t2x.layers import attention_config as attention
 from t2x.layers import mlp
 from t2x.layers import norm
 from t2x.layers import param as param_lib
 from t2x.layers import position
 from t2x.models import encoder
 from t2x.objectives import masked_lm
+from t2x.training import optim
 
 
 def get_config() -> experiment.Experiment:

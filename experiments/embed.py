@@ -22,8 +22,8 @@ main.define_set_flag()
 
 
 def embed() -> None:
-  from t2x import encoding
-  from t2x import loading
+  from t2x.inference import embeddings as encoding
+  from t2x.inference import loading
 
   texts = main.read_lines(_TEXT.value, _TEXT_FILE.value, 'text')
   main.use_compilation_cache()

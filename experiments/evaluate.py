@@ -23,8 +23,8 @@ main.define_set_flag()
 
 def evaluate() -> None:
 
-  from t2x import evaluation
-  from t2x import loading
+  from t2x.inference import evaluation
+  from t2x.inference import loading
 
   main.use_compilation_cache()
   trained = loading.load(

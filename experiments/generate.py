@@ -90,10 +90,10 @@ main.define_set_flag()
 
 
 def generate() -> None:
-  from t2x import inference
-  from t2x import loading
-  from t2x import postprocess
-  from t2x import run_dir
+  from t2x.inference import detokenize as postprocess
+  from t2x.inference import generation as inference
+  from t2x.inference import loading
+  from t2x.trainer import workdir as run_dir
 
   postprocess.apply(_POST.value, '')  # What is wrong is said at once.
   prompts = main.read_lines(_PROMPT.value, _PROMPT_FILE.value, 'prompt')
@@ -138,8 +138,8 @@ def generate() -> None:
 
 def _steered(trained):
   """Returns the run, steered where an expert is given."""
-  from t2x import loading
-  from t2x import steering
+  from t2x.inference import loading
+  from t2x.inference import steering
 
   if _EXPERT.value is None:
     return trained
@@ -151,7 +151,7 @@ def _steered(trained):
 
 def _drawn(trained, prompts, config, wanted) -> list[str]:
   """Returns a text for each prompt, held to what is wanted."""
-  from t2x import inference
+  from t2x.inference import generation as inference
 
   common: dict[str, Any] = {
     'num_tokens': _NUM_TOKENS.value,
@@ -161,7 +161,7 @@ def _drawn(trained, prompts, config, wanted) -> list[str]:
     'stop': _STOP.value,
   }
   if wanted:
-    from t2x import control
+    from t2x.inference import constraints as control
 
     made = control.Controls(trained).make(
       num_tokens=_NUM_TOKENS.value, **wanted

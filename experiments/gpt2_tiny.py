@@ -7,16 +7,16 @@ cores) 1.92 held-out bits a byte, where a bigram model of the same tokens
 (scripts/bigram_baseline.py) needs 2.21.
 """
 
-from t2x import experiment
 from t2x import main
-from t2x import optim
+from t2x.config import experiment
 from t2x.data import config as data
 from t2x.data import tokenizers
-from t2x.layers import attention
+from t2x.layers import attention_config as attention
 from t2x.layers import mlp
 from t2x.layers import param as param_lib
 from t2x.layers import position
 from t2x.models import decoder
+from t2x.training import optim
 
 
 def get_config() -> experiment.Experiment:

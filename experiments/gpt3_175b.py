@@ -11,13 +11,13 @@ a cosine to a tenth. Not trained here; a test builds its shapes and shardings.
 
 import dataclasses
 
-from t2x import experiment
 from t2x import main
-from t2x import mesh
-from t2x import optim
+from t2x.config import experiment
 from t2x.data import config as data
 from t2x.data import tokenizers
 from t2x.models import presets
+from t2x.parallel import mesh
+from t2x.training import optim
 
 
 def get_config() -> experiment.Experiment:

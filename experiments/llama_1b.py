@@ -12,9 +12,9 @@ import dataclasses
 
 import llama2_7b
 
-from t2x import experiment
 from t2x import main
-from t2x.layers import attention
+from t2x.config import experiment
+from t2x.layers import attention_config as attention
 
 
 def get_config() -> experiment.Experiment:

@@ -13,8 +13,8 @@ import dataclasses
 
 import llama2_7b
 
-from t2x import experiment
 from t2x import main
+from t2x.config import experiment
 from t2x.layers import moe
 from t2x.models import presets
 

@@ -12,8 +12,8 @@ import dataclasses
 
 import bert_tiny
 
-from t2x import experiment
 from t2x import main
+from t2x.config import experiment
 from t2x.objectives import masked_lm
 from t2x.objectives import mixture
 from t2x.objectives import next_sentence

@@ -10,12 +10,11 @@ Expected: losses of 8.383, 8.353, 8.276 and 8.124 in its first four steps. All
 300 were not trained here yet.
 """
 
-from t2x import experiment
 from t2x import main
-from t2x import optim
+from t2x.config import experiment
 from t2x.data import config as data
 from t2x.data import tokenizers
-from t2x.layers import attention
+from t2x.layers import attention_config as attention
 from t2x.layers import mlp
 from t2x.layers import moe
 from t2x.layers import norm
@@ -23,6 +22,7 @@ from t2x.layers import param as param_lib
 from t2x.layers import position
 from t2x.layers import routing
 from t2x.models import decoder
+from t2x.training import optim
 
 
 def get_config() -> experiment.Experiment:

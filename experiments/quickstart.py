@@ -7,16 +7,16 @@ cores) a held-out loss near 4.7 nats a token and text that looks like English.
 `scripts/quickstart.sh` runs it on eight simulated devices.
 """
 
-from t2x import experiment
 from t2x import main
-from t2x import optim
+from t2x.config import experiment
 from t2x.data import config as data
 from t2x.data import tokenizers
-from t2x.layers import attention
+from t2x.layers import attention_config as attention
 from t2x.layers import mlp
 from t2x.layers import norm
 from t2x.layers import position
 from t2x.models import decoder
+from t2x.training import optim
 
 
 def get_config() -> experiment.Experiment:

@@ -72,8 +72,8 @@ def serve() -> None:
 
 
 def _serve() -> None:
-  from t2x import loading
   from t2x.decode import engine
+  from t2x.inference import loading
   from t2x.serving import server
 
   directory = main.workdir()

@@ -11,10 +11,10 @@ import dataclasses
 
 import t5_base
 
-from t2x import experiment
 from t2x import main
-from t2x import mesh
+from t2x.config import experiment
 from t2x.models import presets
+from t2x.parallel import mesh
 
 
 def get_config() -> experiment.Experiment:

@@ -8,13 +8,13 @@ Raffel et al., 2020, section 3.1: Adafactor, inverse square root schedule with
 
 import dataclasses
 
-from t2x import experiment
 from t2x import main
-from t2x import optim
+from t2x.config import experiment
 from t2x.data import config as data
 from t2x.data import tokenizers
 from t2x.models import presets
 from t2x.objectives import span_corruption
+from t2x.training import optim
 
 
 def get_config() -> experiment.Experiment:

@@ -39,14 +39,14 @@ import numpy as np
 from t2x.attention import dense
 from t2x.attention import kernels
 from t2x.attention import mask as mask_lib
-from t2x.layers import attention
+from t2x.hlo import matmul_flops as matrix
+from t2x.layers import attention_config as attention
+from t2x.layers import attention_kinds as kinds_lib
 from t2x.layers import convolution
-from t2x.layers import kinds as kinds_lib
 from t2x.layers import linear
 from t2x.layers import low_rank
 from t2x.layers import regional
 from t2x.layers import sparse
-from t2x.plan import matrix
 
 HEADS: Any = {'num_heads': 8, 'head_dim': 64}
 PASSES = ('', 'train_')  # Forward; with the backward pass.

@@ -131,7 +131,7 @@ def our_model(**settings):
   from flax import nnx
   import jax
 
-  from t2x.decode import prepared
+  from t2x.decode import decoding_weights as prepared
   from t2x.interop import configs
   from t2x.models import model as model_lib
 

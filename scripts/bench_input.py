@@ -14,7 +14,7 @@ import time
 
 from t2x.data import config as data
 from t2x.data import corpus as corpus_lib
-from t2x.data import pipeline
+from t2x.data import input_pipeline as pipeline
 from t2x.objectives import causal_lm
 from t2x.objectives import masked_lm
 from t2x.objectives import masking

@@ -6,8 +6,8 @@ python scripts/bench_layouts.py [--target=cpu|tpu|v5e:2x4] [--json]
 The train step of one model on one batch, compiled for every layout and never
 run: bytes of arguments and of temporaries by the compiler's figures, FLOPs of
 matrix products times devices over those of one device, bytes sent by the
-compiled program against the theory (t2x/plan/theory.py). Then
-attention alone, forward and backward, as a ring of eight: memory against
+compiled program against the theory (t2x/cost_model/communication_bounds.py).
+Then attention alone, forward and backward, as a ring of eight: memory against
 length, and the largest buffer against the score matrix that never exists (in
 one program the backward pass takes the keys that the forward pass was sent).
 
@@ -38,28 +38,28 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from t2x import absent
-from t2x import experiment
-from t2x import layout_text
-from t2x import mesh as mesh_lib
-from t2x import sharding
-from t2x import sharding_table
-from t2x import simulated
-from t2x import traced
 from t2x.attention import context
 from t2x.attention import mask as mask_lib
+from t2x.compilation import lowering as traced
+from t2x.config import experiment
+from t2x.config import layout_flag as layout_text
+from t2x.cost_model import communication_bounds as theory
 from t2x.data import config as data
 from t2x.data import tokenizers
-from t2x.layers import attention
+from t2x.hardware import target_devices as absent
+from t2x.hlo import collectives
+from t2x.hlo import kernel_flops as kernels
+from t2x.hlo import matmul_flops as matrix
+from t2x.hlo import module as hlo
+from t2x.layers import attention_config as attention
 from t2x.layers import mlp
 from t2x.layers import norm
 from t2x.layers import position
 from t2x.models import decoder
-from t2x.plan import collectives
-from t2x.plan import hlo
-from t2x.plan import kernels
-from t2x.plan import matrix
-from t2x.plan import theory
+from t2x.parallel import mesh as mesh_lib
+from t2x.parallel import sharding
+from t2x.parallel import simulated_devices as simulated
+from t2x.planning import sharding_table
 
 simulated.ask_for(8)
 

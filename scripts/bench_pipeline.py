@@ -35,27 +35,27 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from t2x import absent
-from t2x import experiment
-from t2x import layout_text
-from t2x import mesh as mesh_lib
-from t2x import on_mesh
-from t2x import program
-from t2x import sharding
-from t2x import sharding_table
-from t2x import simulated
-from t2x import traced
+from t2x.compilation import lowering as traced
+from t2x.compilation import program
+from t2x.config import experiment
+from t2x.config import layout_flag as layout_text
+from t2x.config import partitioning as on_mesh
 from t2x.data import config as data
 from t2x.data import tokenizers
-from t2x.layers import attention
+from t2x.hardware import target_devices as absent
+from t2x.hlo import collectives
+from t2x.hlo import divergence
+from t2x.hlo import matmul_flops as matrix
+from t2x.hlo import module as hlo
+from t2x.hlo import stage_trips as pipelines
+from t2x.layers import attention_config as attention
 from t2x.models import presets
+from t2x.parallel import mesh as mesh_lib
+from t2x.parallel import sharding
+from t2x.parallel import simulated_devices as simulated
 from t2x.pipeline import schedule as schedule_lib
 from t2x.pipeline import schedules
-from t2x.plan import collectives
-from t2x.plan import divergence
-from t2x.plan import hlo
-from t2x.plan import matrix
-from t2x.plan import pipelines
+from t2x.planning import sharding_table
 
 simulated.ask_for(8)
 

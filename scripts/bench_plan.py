@@ -177,8 +177,8 @@ def of_maxtext(case: Case, peer: str) -> dict[str, float]:
   """Returns the same of MaxText's program."""
   import jax
 
-  from t2x.plan import collectives
-  from t2x.plan import matrix
+  from t2x.hlo import collectives
+  from t2x.hlo import matmul_flops as matrix
 
   with tempfile.TemporaryDirectory() as directory:
     path = pathlib.Path(directory, 'step.hlo')

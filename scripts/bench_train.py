@@ -140,16 +140,16 @@ def run_t2x(steps: int) -> dict[str, float]:
   import jax
   import numpy as np
 
-  from t2x import experiment
-  from t2x import mesh
-  from t2x import optim
-  from t2x import program
-  from t2x import sharding
+  from t2x.compilation import program
+  from t2x.config import experiment
   from t2x.data import config as data
-  from t2x.layers import attention
+  from t2x.layers import attention_config as attention
   from t2x.layers import mlp
   from t2x.layers import position
   from t2x.models import decoder
+  from t2x.parallel import mesh
+  from t2x.parallel import sharding
+  from t2x.training import optim
 
   config = experiment.Experiment(
     model=decoder.DecoderConfig(

@@ -13,10 +13,10 @@ import json
 
 import numpy as np
 
-from t2x import paths
-from t2x import run_dir
+from t2x import files as paths
 from t2x.data import corpus as corpus_lib
 from t2x.data import tokenizer_loading
+from t2x.trainer import workdir as run_dir
 
 ADDED = 0.1
 

@@ -23,8 +23,8 @@ main.define_set_flag()
 
 
 def calibrate() -> None:
-  from t2x import calibration
-  from t2x import loading
+  from t2x.inference import calibration
+  from t2x.inference import loading
 
   main.use_compilation_cache()
   trained = loading.load(

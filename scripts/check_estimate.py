@@ -5,9 +5,9 @@ python scripts/check_estimate.py [--only=REGEX] [--cached] [--json]
 
 For each configuration of scripts/estimate_cases.py: bytes of arguments, at the
 peak and of temporaries, FLOPs of products (kernels included) and bytes sent, of
-t2x/estimate.py over those of the compiled program. Every second configuration
-is held out: nothing of the estimate was fitted on it. The median and the
-largest relative errors follow, of either half.
+t2x/cost_model/estimate.py over those of the compiled program. Every second
+configuration is held out: nothing of the estimate was fitted on it. The median
+and the largest relative errors follow, of either half.
 
 It needs libtpu and no TPU. One configuration after the other is compiled, for
 20 to 60 s each on two idle cores, and its figures are kept in --cache (by the
@@ -32,17 +32,17 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 
 import estimate_cases
 
-from t2x import absent
-from t2x import config as config_lib
-from t2x import estimate
-from t2x import experiment
-from t2x import mesh as mesh_lib
-from t2x import on_mesh
-from t2x import traced
-from t2x.plan import collectives
-from t2x.plan import kernels
-from t2x.plan import matrix
-from t2x.plan import pipelines
+from t2x.compilation import lowering as traced
+from t2x.config import experiment
+from t2x.config import overrides as config_lib
+from t2x.config import partitioning as on_mesh
+from t2x.cost_model import estimate
+from t2x.hardware import target_devices as absent
+from t2x.hlo import collectives
+from t2x.hlo import kernel_flops as kernels
+from t2x.hlo import matmul_flops as matrix
+from t2x.hlo import stage_trips as pipelines
+from t2x.parallel import mesh as mesh_lib
 
 FIGURES = ('arguments', 'peak', 'temporaries', 'flops', 'sent')
 

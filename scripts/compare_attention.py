@@ -21,19 +21,15 @@ from typing import Any
 
 import jax
 
-from t2x import backends
-from t2x import config as config_lib
-from t2x import evaluate as evaluate_lib
-from t2x import experiment
-from t2x import mesh as mesh_lib
-from t2x import optim
-from t2x import program as program_lib
-from t2x import sharding
+from t2x.compilation import program as program_lib
+from t2x.config import experiment
+from t2x.config import overrides as config_lib
 from t2x.data import config as data
 from t2x.data import corpus as corpus_lib
-from t2x.data import pipeline
+from t2x.data import input_pipeline as pipeline
 from t2x.data import tokenizers
-from t2x.layers import attention
+from t2x.hardware import backends
+from t2x.layers import attention_config as attention
 from t2x.layers import convolution
 from t2x.layers import linear
 from t2x.layers import low_rank
@@ -44,6 +40,10 @@ from t2x.layers import sparse
 from t2x.models import encoder
 from t2x.objectives import masked_lm
 from t2x.objectives import masking
+from t2x.parallel import mesh as mesh_lib
+from t2x.parallel import sharding
+from t2x.training import evaluate as evaluate_lib
+from t2x.training import optim
 
 LENGTH, EVERY, SHOWN = 128, 10, 20  # Losses are means of so many steps.
 SPLIT = 'validation'

@@ -15,10 +15,10 @@ import argparse
 import json
 from typing import Any
 
-from t2x import charts
-from t2x import metrics
-from t2x import paths
-from t2x import report
+from t2x import files as paths
+from t2x.tracking import metrics
+from t2x.tracking import run_report as report
+from t2x.tracking import svg_charts as charts
 
 REACH = 10  # Steps on either side that a curve is the mean of.
 

@@ -24,10 +24,10 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 
 from absl import flags
 
-from t2x import executables
 from t2x import main as main_lib
-from t2x import mesh as mesh_lib
-from t2x import target_flags
+from t2x.compilation import executables
+from t2x.parallel import mesh as mesh_lib
+from t2x.planning import target_flags
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ _STEP = flags.DEFINE_integer(
 
 
 def convert() -> None:
-  from t2x import conversion
+  from t2x.inference import hf_conversion as conversion
 
   source, target = _FROM.value, _TO.value
   if not source or not target:

@@ -6,12 +6,12 @@ held out: constants of the model may be found on the others alone.
 
 import dataclasses
 
-from t2x import catalog
-from t2x import config as config_lib
-from t2x import experiment
-from t2x import layout_text
+from t2x.config import catalog
+from t2x.config import experiment
+from t2x.config import layout_flag as layout_text
+from t2x.config import overrides as config_lib
 from t2x.data import tokenizers
-from t2x.layers import attention
+from t2x.layers import attention_config as attention
 from t2x.layers import moe
 from t2x.layers import routing
 from t2x.models import presets

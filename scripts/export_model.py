@@ -28,8 +28,8 @@ main.define_set_flag()
 
 
 def export() -> None:
-  from t2x import artefact
-  from t2x import loading
+  from t2x.inference import export as artefact
+  from t2x.inference import loading
 
   if not _TO.value:
     sys.exit('error: --to is missing: name a directory for what is made.')

@@ -36,21 +36,21 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 
 from absl import flags
 
-from t2x import estimate
-from t2x import estimate_text
-from t2x import layouts
-from t2x import machines
 from t2x import main as main_lib
-from t2x import plan_advice
-from t2x import plan_memory
-from t2x import plan_page
-from t2x import plan_remedy
-from t2x import plan_search
-from t2x import plan_text
-from t2x import plan_trials
-from t2x import planning
-from t2x import sharding_table
-from t2x import target_flags
+from t2x.config import layout_advice as layouts
+from t2x.cost_model import estimate
+from t2x.hardware import machines
+from t2x.planning import advice as plan_advice
+from t2x.planning import estimate_text
+from t2x.planning import memory as plan_memory
+from t2x.planning import page as plan_page
+from t2x.planning import plan as planning
+from t2x.planning import remedies as plan_remedy
+from t2x.planning import search as plan_search
+from t2x.planning import sharding_table
+from t2x.planning import target_flags
+from t2x.planning import text as plan_text
+from t2x.planning import trials as plan_trials
 
 
 def main() -> None:

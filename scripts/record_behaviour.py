@@ -299,8 +299,8 @@ def layouts_of(name: str) -> dict[str, tuple[str, ...]]:
 
 def small(experiment: str, settings: tuple[str, ...], directory: str):
   """Returns an experiment with few layers and bytes of a text of its own."""
-  from t2x import catalog
-  from t2x import config as config_lib
+  from t2x.config import catalog
+  from t2x.config import overrides as config_lib
 
   corpus = pathlib.Path(directory) / 'corpus'
   corpus.mkdir(exist_ok=True)
@@ -326,9 +326,9 @@ def trained(
   directory: str,
 ) -> dict[str, Any]:
   """Trains three steps and returns what they gave."""
-  from t2x import inference
-  from t2x import metrics
-  from t2x import train
+  from t2x.inference import loading
+  from t2x.tracking import metrics
+  from t2x.trainer import train
 
   print(f'training {key}', flush=True)
   config = small(experiment, settings, directory)
@@ -338,7 +338,7 @@ def trained(
     for name in ('loss', 'grad_norm', 'eval/train/loss'):
       if name in row:
         values[f'training/{key}/step{row["step"]}/{name}'] = row[name]
-  model = inference.load(workdir).model
+  model = loading.load(workdir).model
   values[f'training/{key}/parameters'] = checksum(model)
   return values
 
@@ -361,22 +361,23 @@ def written(key: str, workdir: str) -> dict[str, Any]:
   """Returns what the model of a run writes, or its vectors of texts."""
   import numpy as np
 
-  from t2x import encoding
-  from t2x import inference
+  from t2x.inference import embeddings as encoding
+  from t2x.inference import generation
+  from t2x.inference import loading
   from t2x.models import encoder
   from t2x.models import encoder_decoder
 
   print(f'texts of {key}', flush=True)
-  loaded = inference.load(workdir)
+  loaded = loading.load(workdir)
   prompts = ['the record', 'no number moves']
   kind = loaded.config.model
   values: dict[str, Any] = {}
   if not isinstance(kind, encoder.EncoderConfig):
-    found = inference.generation(
+    found = generation.generation(
       loaded, prompts, num_tokens=12, ignore_end=True
     )
     values[f'texts/{key}/greedy'] = [list(map(int, t)) for t in found.tokens]
-    best = inference.search_text(loaded, prompts, num_tokens=6, num_best=2)
+    best = generation.search_text(loaded, prompts, num_tokens=6, num_best=2)
     values[f'texts/{key}/beams'] = [[list(b) for b in row] for row in best]
   if isinstance(
     kind, encoder.EncoderConfig | encoder_decoder.EncoderDecoderConfig
@@ -396,7 +397,7 @@ def batches(directory: str) -> dict[str, Any]:
   import numpy as np
 
   from t2x.data import corpus as corpus_lib
-  from t2x.data import pipeline
+  from t2x.data import input_pipeline as pipeline
 
   plain = ('causal_lm', 'prefix_lm', 'masked_lm', 'permutation', 'denoising')
   ways: dict[str, tuple[str, ...]] = {
@@ -443,10 +444,10 @@ def batches(directory: str) -> dict[str, Any]:
 
 def plans(directory: str) -> dict[str, Any]:
   """Returns what compiled plans and estimates say."""
-  from t2x import catalog
-  from t2x import config as config_lib
-  from t2x import estimate
-  from t2x import planning
+  from t2x.config import catalog
+  from t2x.config import overrides as config_lib
+  from t2x.cost_model import estimate
+  from t2x.planning import plan as planning
 
   values: dict[str, Any] = {}
   for name, (devices, settings) in _PLANS.items():

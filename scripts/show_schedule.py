@@ -42,11 +42,11 @@ from typing import Any
 from absl import flags
 
 from t2x import main
-from t2x.pipeline import generate
 from t2x.pipeline import operations as ops
 from t2x.pipeline import schedule as schedule_lib
 from t2x.pipeline import schedules
 from t2x.pipeline import simulation
+from t2x.pipeline import table_search as generate
 
 _SCHEDULE = flags.DEFINE_string('schedule', None, 'Its name.', required=True)
 _STAGES = flags.DEFINE_integer('stages', None, 'Stages.')

@@ -28,16 +28,16 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 
 from absl import flags
 
-from t2x import catalog
-from t2x import config as config_lib
-from t2x import experiment
-from t2x import layout_text
-from t2x import layouts
 from t2x import main
-from t2x import mesh
-from t2x import on_mesh
-from t2x import sharding_page
-from t2x import sharding_table
+from t2x.config import catalog
+from t2x.config import experiment
+from t2x.config import layout_advice as layouts
+from t2x.config import layout_flag as layout_text
+from t2x.config import overrides as config_lib
+from t2x.config import partitioning as on_mesh
+from t2x.parallel import mesh
+from t2x.planning import sharding_page
+from t2x.planning import sharding_table
 
 _EXPERIMENT = flags.DEFINE_string('experiment', None, 'Its name, or a path.')
 _LAYOUT = flags.DEFINE_string('layout', None, 'Sizes: data=2,fsdp=2,tensor=2.')

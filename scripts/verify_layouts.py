@@ -5,9 +5,10 @@ python scripts/verify_layouts.py --experiment=gpt2_tiny \
 
 Trains the experiment a few steps on one device and in each layout, on devices
 that the CPU simulates (or on real ones, with JAX_PLATFORMS=tpu or cuda), in
-float32 and from the same seed: `t2x/verify.py` says what is compared. Shrink a
-large experiment: --set model.num_layers=2 --set data.batch_size=8. Of several
-processes, each takes its part of a layout and all of the reference:
+float32 and from the same seed: `t2x/verification/verify.py` says what is
+compared. Shrink a large experiment: --set model.num_layers=2 --set
+data.batch_size=8. Of several processes, each takes its part of a layout and all
+of the reference:
 
 python scripts/launch_local.py --num_processes=2 --devices_per_process=4 -- \
     scripts/verify_layouts.py --experiment=gpt2_tiny --layout data=4,tensor=2
@@ -23,14 +24,14 @@ import sys
 from absl import flags
 import jax
 
-from t2x import catalog
-from t2x import experiment
-from t2x import layout_text
 from t2x import main as main_lib
-from t2x import processes
-from t2x import simulated
-from t2x import verify
-from t2x import verify_report
+from t2x.config import catalog
+from t2x.config import experiment
+from t2x.config import layout_flag as layout_text
+from t2x.multihost import processes
+from t2x.parallel import simulated_devices as simulated
+from t2x.verification import report as verify_report
+from t2x.verification import verify
 
 
 def main() -> None:

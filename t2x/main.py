@@ -14,13 +14,13 @@ from absl import app
 from absl import flags
 from absl import logging as absl_logging
 
-from t2x import backends
-from t2x import config as config_lib
-from t2x import experiment
-from t2x import machines as machines_lib
-from t2x import paths
+from t2x import files as paths
 from t2x import reading
-from t2x import simulated
+from t2x.config import experiment
+from t2x.config import overrides as config_lib
+from t2x.hardware import backends
+from t2x.hardware import machines as machines_lib
+from t2x.parallel import simulated_devices as simulated
 
 flags.disclaim_key_flags()  # They are the script's: --helpshort lists them.
 
@@ -83,7 +83,7 @@ def define_process_flags() -> None:
 
 def joined() -> contextlib.AbstractContextManager[None]:
   """Joins the processes that the flags name; see `cluster.joined`."""
-  from t2x import cluster
+  from t2x.multihost import initialization as cluster
 
   values = flags.FLAGS
   return cluster.joined(
@@ -188,7 +188,7 @@ def resolve(
   get_config: GetConfig | None, machine: machines_lib.Machine | None = None
 ) -> experiment.Experiment:
   """Returns the config with --config, --machine and every --set applied."""
-  from t2x import run_dir
+  from t2x.trainer import workdir as run_dir
 
   values = flags.FLAGS
   if values.config:
@@ -221,8 +221,8 @@ def _train(get_config: GetConfig, machines: Machines) -> None:
   # Imported late, so that --help and --print_config answer sooner.
   import jax
 
-  from t2x import processes
-  from t2x import train
+  from t2x.multihost import processes
+  from t2x.trainer import train
 
   values = flags.FLAGS
   use_compilation_cache()

@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from t2x import paths
+from t2x import files as paths
 
 _MARK = '\ufeff'
 

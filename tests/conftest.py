@@ -21,7 +21,7 @@ import jax
 import pytest
 import skipped
 
-from t2x import simulated as t2x_simulated
+from t2x.parallel import simulated_devices as t2x_simulated
 
 t2x_simulated.give_threads()
 

@@ -15,11 +15,11 @@ import jax
 import simulated
 import tiny
 
-from t2x import checkpoint_files
 from t2x import main
-from t2x import mesh
-from t2x import run
-from t2x.data import pipeline
+from t2x.data import input_pipeline as pipeline
+from t2x.parallel import mesh
+from t2x.trainer import checkpoint_files
+from t2x.trainer import run
 
 
 def free_port() -> str:

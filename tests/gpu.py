@@ -1,9 +1,9 @@
-"""Meshes of GPUs that are not here, for tests; see `t2x.absent`."""
+"""Meshes of GPUs that are not here; see `t2x.hardware.target_devices`."""
 
 import extras
 
-from t2x import absent
-from t2x import mesh as mesh_lib
+from t2x.hardware import target_devices as absent
+from t2x.parallel import mesh as mesh_lib
 
 
 def devices(topology: str = 'h100:8', num_slices: int = 1):

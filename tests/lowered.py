@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from t2x import machines
-from t2x import optim
-from t2x import sharding
-from t2x import train_state
-from t2x import train_step
+from t2x.hardware import machines
 from t2x.models import decoder
+from t2x.parallel import sharding
+from t2x.training import optim
+from t2x.training import train_state
+from t2x.training import train_step
 
 RULES = sharding.Rules()
 TX = optim.make(optim.Sgd(clip_norm=None), 10)

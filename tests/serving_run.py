@@ -9,11 +9,11 @@ import pytest
 import tiny
 import uvicorn
 
-from t2x import loading
-from t2x import report
-from t2x import train
 from t2x.decode import engine as engine_lib
+from t2x.inference import loading
 from t2x.serving import server as server_lib
+from t2x.tracking import run_report as report
+from t2x.trainer import train
 
 SIZES = engine_lib.EngineConfig(
   num_slots=4, page_size=8, chunks=(8, 32), max_waiting=8

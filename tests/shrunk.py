@@ -5,7 +5,7 @@ Attention is in one block of queries, so that nothing hidden is skipped.
 
 import dataclasses
 
-from t2x.layers import attention
+from t2x.layers import attention_config as attention
 from t2x.layers import mlp
 from t2x.layers import moe
 from t2x.layers import norm

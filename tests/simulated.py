@@ -2,7 +2,7 @@
 
 from importlib import metadata
 
-from t2x import simulated
+from t2x.parallel import simulated_devices as simulated
 
 
 def flags(num_devices: int | None = None) -> str:

@@ -7,9 +7,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from t2x import abstract_state
-from t2x import cluster
-from t2x import processes
+from t2x.config import abstract_state
+from t2x.multihost import initialization as cluster
+from t2x.multihost import processes
 
 _BATCH = np.arange(8 * 16, dtype=np.int32).reshape(8, 16)
 

@@ -11,17 +11,17 @@ import jax
 import pytest
 import tiny
 
-from t2x import config as config_lib
-from t2x import evaluation
-from t2x import inference
-from t2x import loading
 from t2x import main
-from t2x import report
-from t2x import run as run_lib
-from t2x import run_dir
-from t2x import sharding
-from t2x import train
+from t2x.config import overrides as config_lib
+from t2x.inference import evaluation
+from t2x.inference import generation as inference
+from t2x.inference import loading
 from t2x.models import encoder
+from t2x.parallel import sharding
+from t2x.tracking import run_report as report
+from t2x.trainer import run as run_lib
+from t2x.trainer import train
+from t2x.trainer import workdir as run_dir
 
 
 @pytest.fixture(scope='module')

@@ -1,6 +1,7 @@
 """What importing costs, and which file may import which."""
 
 import ast
+import graphlib
 import pathlib
 import subprocess
 import sys
@@ -10,78 +11,31 @@ import tiny
 
 _ROOT = pathlib.Path(__file__).parents[1]
 
-# Each file imports from those of earlier lines, and of its own. It is the
-# order of the design, with what came since: `stack` stands below the models;
-# an experiment's config names the mesh and the step, `program` compiles it.
-_ORDER = (
-  (
-    'backends',
-    'config',
-    'checks',
-    'sharding',
-    'shards',
-    'torus',
-    'simulated',
-    'mesh',
-    'paths',
-    'reading',
-    'zigzag',
-  ),
-  ('xla_options', 'machines'),
-  ('gpu_targets', 'topologies'),
-  ('processes', 'last_words', 'watch', 'stragglers', 'cluster'),
-  ('attention', 'layers'),
-  ('stack',),
-  ('models',),
-  ('fused_loss',),
-  ('loss', 'loss_masking', 'task_weights', 'objectives'),
-  ('optim', 'optim_state'),
-  ('data', 'decode'),
-  ('framing',),
-  ('streaming', 'keywords', 'postprocess'),
-  ('balance', 'scheduled_sampling'),
-  ('flops',),
-  ('pipeline',),
-  ('train_state',),
-  ('train_step', 'evaluate'),
-  ('experiment', 'interop', 'plan'),
-  ('on_mesh',),
-  ('changes', 'objective_checks'),
-  ('consistency',),
-  ('catalog',),
-  ('checkpoint', 'checkpoint_files', 'charts', 'progress', 'report_page'),
-  ('checked',),
-  ('metrics', 'program', 'run_dir'),
-  ('report', 'layouts', 'layout_text', 'absent', 'fingerprint', 'traced'),
-  ('estimate',),
-  ('executables',),
-  ('sharding_table', 'sharding_drawing', 'sharding_page'),
-  ('plan_memory', 'planning', 'plan_search', 'plan_remedy'),
-  ('plan_advice', 'plan_text', 'plan_page'),
-  ('plan_trials',),
-  ('estimate_text',),
-  ('run', 'trained'),
-  ('inference',),
-  ('conversion', 'encoding', 'calibration', 'control'),
-  ('steering', 'artefact', 'artefact_run'),
-  ('uncertainty', 'serving'),
-  ('train',),
-  ('deviation', 'verify', 'verify_report'),
-  ('main',),
-  ('target_flags',),
+# The packages (and the files beside them) by floor: each imports from those of
+# earlier lines and from its own package, and never from its neighbours.
+_FLOORS = (
+  'field_checks files multihost parallel',
+  'attention hardware objectives reading',
+  'data layers tracking',
+  'models',
+  'decode losses',
+  'pipeline',
+  'hlo training',
+  'config',
+  'compilation cost_model interop',
+  'trainer',
+  'inference main verification',
+  'planning serving',
 )
-# The packages that say what is computed know nothing of where it is.
+# The packages that say what is computed know nothing of where it is, nor of
+# each other's business.
 _FORBIDDEN = {
-  'attention': {'layers'},
-  'objectives': {'data', 'optim', 'loss', 'decode'},
-  'loss': {'data', 'optim', 'objectives', 'decode'},
-  'optim': {'data', 'objectives', 'decode', 'loss'},
-  'decode': {'data', 'optim', 'objectives', 'loss'},
-  'layers': {'mesh'},
-  'models': {'mesh'},
-  'train_state': {'mesh', 'data'},
-  'train_step': {'mesh', 'data'},
+  'decode': {'data', 'objectives'},
+  'layers': {'objectives'},
+  'losses': {'data'},
 }
+# Of a package that may otherwise import `parallel`: not the device mesh.
+_MESHLESS = {'attention', 'layers', 'models', 'losses', 'training'}
 
 
 def _part(path):
@@ -89,8 +43,8 @@ def _part(path):
   return parts[0]
 
 
-def _imports(path):
-  """Yields the parts of t2x that a file imports, late imports included."""
+def _modules(path):
+  """Yields what of t2x a file imports, dotted, late imports included."""
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.ImportFrom):
       assert node.level == 0, f'{path}: relative import'
@@ -100,29 +54,51 @@ def _imports(path):
     else:
       continue
     for module in modules:
-      names = module.split('.')
-      if names[0] == 't2x' and len(names) > 1:
-        yield names[1]
+      if module.startswith('t2x.'):
+        yield module
 
 
 def _files():
   return sorted((_ROOT / 't2x').rglob('*.py'))
 
 
-def test_every_file_imports_from_its_left():
-  ranks = {name: i for i, line in enumerate(_ORDER) for name in line}
+def test_every_package_imports_from_lower_floors():
+  floors = {n: i for i, line in enumerate(_FLOORS) for n in line.split()}
   wrong = []
   for path in _files():
     part = _part(path)
-    if part == '__init__':
-      assert not list(_imports(path))
+    imported = list(_modules(path))
+    if path.stem == '__init__':
+      assert not imported, f'{path}: a package imports nothing by itself'
       continue
-    assert part in ranks, f'{path} has no place in the order'
-    for other in _imports(path):
-      if ranks[other] > ranks[part] or other in _FORBIDDEN.get(part, ()):
-        wrong.append(f'{path.relative_to(_ROOT)} imports {other}')
+    assert part in floors, f'{path} has no place on a floor'
+    for module in imported:
+      other = module.split('.')[1]
+      upwards = other != part and floors[other] >= floors[part]
+      mesh = module == 't2x.parallel.mesh' and part in _MESHLESS
+      if upwards or mesh or other in _FORBIDDEN.get(part, ()):
+        wrong.append(f'{path.relative_to(_ROOT)} imports {module}')
   assert not wrong, wrong
   assert len(_files()) > 50
+
+
+def test_no_circle_of_imports():
+  name = lambda path: '.'.join(path.relative_to(_ROOT).with_suffix('').parts)
+  imported = {name(path): set(_modules(path)) for path in _files()}
+  # CycleError names the circle.
+  assert list(graphlib.TopologicalSorter(imported).static_order())
+
+
+def test_few_files_lie_at_the_top():
+  top = {path.stem for path in (_ROOT / 't2x').glob('*.py')}
+  assert top == {'__init__', 'field_checks', 'files', 'main', 'reading'}
+
+
+def test_packages_say_what_they_are_for():
+  for folder in (_ROOT / 't2x').iterdir():
+    if any(folder.glob('*.py')):
+      text = (folder / '__init__.py').read_text()
+      assert ast.get_docstring(ast.parse(text)), folder
 
 
 def test_heavy_libraries_are_never_imported():
@@ -185,14 +161,15 @@ for name in blocked:
   raise AssertionError(name)
 import tiny
 from absl import flags
-from t2x import inference, train
+from t2x.inference import generation, loading
+from t2x.trainer import train
 flags.FLAGS(sys.argv[:1])
 config = tiny.experiment_of(
   pathlib.Path(os.environ['TINY_DIRECTORY']), train__num_steps=2
 )
 train.train(config, sys.argv[1], show=False)
-trained = inference.load(sys.argv[1])
-text = inference.generate_text(trained, ['the run'], num_tokens=3)
+trained = loading.load(sys.argv[1])
+text = generation.generate_text(trained, ['the run'], num_tokens=3)
 assert len(text) == 1
 assert not set(blocked) & set(sys.modules)
 """

@@ -13,19 +13,19 @@ import time
 
 import jax
 
-from t2x import checkpoint
-from t2x import config as config_lib
-from t2x import experiment
 from t2x import main
-from t2x import mesh as mesh_lib
-from t2x import metrics
-from t2x import optim
+from t2x.config import experiment
+from t2x.config import overrides as config_lib
 from t2x.data import config as data
 from t2x.data import tokenizers
-from t2x.layers import attention
+from t2x.layers import attention_config as attention
 from t2x.layers import mlp
 from t2x.layers import position
 from t2x.models import decoder
+from t2x.parallel import mesh as mesh_lib
+from t2x.tracking import metrics
+from t2x.trainer import checkpointer as checkpoint
+from t2x.training import optim
 
 _WORDS = 'the run goes on from where it stopped and no step is lost'.split()
 

@@ -1,13 +1,13 @@
-"""Meshes of TPU chips that are not here, for tests; see `t2x.absent`."""
+"""Meshes of TPU chips that are not here; see `t2x.hardware.target_devices`."""
 
 import extras
 import jax
 
-from t2x import absent
-from t2x import catalog
-from t2x import config as config_lib
-from t2x import experiment as experiment_lib
-from t2x import mesh as mesh_lib
+from t2x.config import catalog
+from t2x.config import experiment as experiment_lib
+from t2x.config import overrides as config_lib
+from t2x.hardware import target_devices as absent
+from t2x.parallel import mesh as mesh_lib
 
 # An experiment that compiles in seconds.
 TINY = (

@@ -1,0 +1,3 @@
+"""Attention as functions of queries, keys and values: exact, blockwise, linear,
+over kernels, over devices.
+"""

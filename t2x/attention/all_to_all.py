@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from t2x import sharding
-from t2x import shards
 from t2x.attention import dense
 from t2x.attention import kernels
 from t2x.attention import mask as mask_lib
+from t2x.parallel import manual_sharding as shards
+from t2x.parallel import sharding
 
 
 def repeats(num_heads: int, num_kv_heads: int, devices: int, parts: int) -> int:

@@ -6,14 +6,14 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from t2x import sharding
-from t2x import shards
 from t2x.attention import all_to_all
 from t2x.attention import dense
 from t2x.attention import kernels
 from t2x.attention import mask as mask_lib
 from t2x.attention import ring
 from t2x.attention import splash
+from t2x.parallel import manual_sharding as shards
+from t2x.parallel import sharding
 
 
 def mix(
@@ -27,7 +27,7 @@ def mix(
   """Returns mixer(q, k, v, mask, heads) of whole rows, wherever they are.
 
   Args:
-    mixer: what mixes values, a module; see `t2x/layers/kinds.py`.
+    mixer: what mixes values, a module; see `t2x/layers/attention_kinds.py`.
     q_BTNH: queries.
     k_BTKH: keys.
     v_BTKH: values.

@@ -12,8 +12,6 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from t2x import sharding
-from t2x import shards
 from t2x.attention import blocks
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
@@ -21,6 +19,8 @@ from t2x.attention import patterns
 from t2x.attention import scanned
 from t2x.attention import splash
 from t2x.attention import triton
+from t2x.parallel import manual_sharding as shards
+from t2x.parallel import sharding
 
 
 def attend(

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from t2x import zigzag as zigzag_lib
 from t2x.attention import patterns
+from t2x.parallel import zigzag as zigzag_lib
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +41,7 @@ class Mask:
     k_index_BS: index of each key in its sequence; B may be 1.
     start: index of the first query and the first key, where none is given.
     q_zigzag: devices over which the queries lie in zigzag order
-      (t2x/zigzag.py); 1 is the order of the sequence.
+      (t2x/parallel/zigzag.py); 1 is the order of the sequence.
     k_zigzag: the same of the keys.
 
   Raises:

@@ -18,10 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from t2x import sharding
 from t2x.attention import cache as cache_lib
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
+from t2x.parallel import sharding
 
 # Keys of a row that one step of the loop reads: fewer pay for the loop, more
 # leave the processor's caches.

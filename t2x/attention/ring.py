@@ -21,10 +21,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from t2x import sharding
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
 from t2x.attention import ring_plan
+from t2x.parallel import sharding
 
 # Rows that fill a matrix unit; key ranges along the diagonal.
 BLOCK, RUNS = 128, 4

@@ -7,8 +7,8 @@ import dataclasses
 
 import numpy as np
 
-from t2x import zigzag
 from t2x.attention import mask as mask_lib
+from t2x.parallel import zigzag
 
 NONE, SOME, ALL = 0, 1, 2  # How much of a pair of pieces is seen.
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from t2x import checks
+from t2x import field_checks as checks
 from t2x.data import documents
 from t2x.data import tokenizers
 from t2x.objectives import causal_lm

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from t2x import paths
+from t2x import files as paths
 from t2x.data import builders
 from t2x.data import config as config_lib
 from t2x.data import text_files

@@ -17,7 +17,7 @@ from etils import epath
 import numpy as np
 import sentencepiece
 
-from t2x import checks
+from t2x import field_checks as checks
 from t2x.data import letters
 from t2x.objectives import vocab as vocab_lib
 

@@ -18,9 +18,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from t2x.decode import decode_loop as loop
 from t2x.decode import hypotheses
-from t2x.decode import loop
-from t2x.decode import required
+from t2x.decode import required_words as required
 from t2x.decode import sampling as sampling_lib
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from t2x.decode import loop
+from t2x.decode import decode_loop as loop
 from t2x.decode import processors
 from t2x.decode import sampling as sampling_lib
 from t2x.models import decoder

@@ -11,12 +11,12 @@ Shape suffixes: B rows of a step, V vocabulary.
 
 import collections
 
+from t2x.decode import page_table as pages_lib
 from t2x.decode import paged_decoder
-from t2x.decode import pages as pages_lib
 from t2x.decode import processors
 from t2x.decode import prompts as prompts_lib
+from t2x.decode import requests as texts_lib
 from t2x.decode import settings as settings_lib
-from t2x.decode import texts as texts_lib
 from t2x.models import decoder
 
 Sampling = settings_lib.SamplingConfig

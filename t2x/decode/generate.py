@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from t2x.decode import beams as beams_lib
-from t2x.decode import begin as begin_lib
+from t2x.decode import decode_loop as loop
 from t2x.decode import hypotheses
-from t2x.decode import loop
-from t2x.decode import required
+from t2x.decode import prefill as begin_lib
+from t2x.decode import required_words as required
 from t2x.decode import sampling as sampling_lib
 from t2x.decode import word_starts
 from t2x.layers import dropout

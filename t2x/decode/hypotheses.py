@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t2x import sharding
+from t2x.parallel import sharding
 
 NEVER = -1e9  # The score of what is not there; finite, as it is summed.
 

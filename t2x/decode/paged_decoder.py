@@ -15,13 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from t2x.decode import begin
+from t2x.decode import engine_programs as steps
+from t2x.decode import prefill as begin
 from t2x.decode import prompts as prompts_lib
+from t2x.decode import requests as texts_lib
 from t2x.decode import rows as rows_lib
 from t2x.decode import settings as settings_lib
-from t2x.decode import steps
-from t2x.decode import texts as texts_lib
-from t2x.layers import kinds
+from t2x.layers import attention_kinds as kinds
 from t2x.models import decoder
 
 Sampling = settings_lib.SamplingConfig

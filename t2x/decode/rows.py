@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from t2x.decode import engine_programs as steps
 from t2x.decode import processors
 from t2x.decode import prompts as prompts_lib
+from t2x.decode import requests as texts_lib
 from t2x.decode import sampling as sampling_lib
-from t2x.decode import steps
-from t2x.decode import texts as texts_lib
 
 _MOST_RAISED = 64  # Tokens of a row.
 

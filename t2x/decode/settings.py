@@ -46,7 +46,8 @@ class SamplingConfig:
     not_first: tokens that a text does not begin with; after `first` those that
       do not follow it.
     calibration: logits are divided by it before all else, and the
-      log-probabilities that are reported as well; see `t2x.calibration`.
+      log-probabilities that are reported as well; see
+      `t2x.inference.calibration`.
   """
 
   temperature: float = 1.0

@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from t2x.decode import begin as begin_lib
-from t2x.decode import draft_loop
 from t2x.decode import drafts
 from t2x.decode import generate as generate_lib
+from t2x.decode import prefill as begin_lib
 from t2x.decode import prompts as prompts_lib
 from t2x.decode import sampling as sampling_lib
+from t2x.decode import speculative_loop as draft_loop
 from t2x.models import decoder
 
 Sampling = sampling_lib.SamplingConfig

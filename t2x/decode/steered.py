@@ -15,7 +15,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from t2x.decode import begin
+from t2x.decode import prefill as begin
 from t2x.decode import prompts as prompts_lib
 from t2x.layers import block
 from t2x.layers import position as position_lib

@@ -16,7 +16,7 @@ from t2x.interop import checked
 from t2x.interop import labels as labels_lib
 from t2x.interop import llama_like
 from t2x.interop import values
-from t2x.layers import attention
+from t2x.layers import attention_config as attention
 from t2x.layers import mlp
 from t2x.layers import moe
 from t2x.layers import norm

@@ -9,7 +9,7 @@
 import dataclasses
 from typing import Any
 
-from t2x import config as config_lib
+from t2x.config import overrides as config_lib
 from t2x.interop import configs
 from t2x.interop import labels as labels_lib
 from t2x.interop import llama_like

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from t2x import experiment
-from t2x import framing
+from t2x.config import experiment
 from t2x.data import config as data_config
 from t2x.data import pretrained
 from t2x.data import tokenizer_files
@@ -24,7 +23,8 @@ from t2x.data import tokenizers
 from t2x.interop import checkpoint_dir
 from t2x.interop import configs
 from t2x.interop import exported
-from t2x.interop import generation as generation_lib
+from t2x.interop import framing
+from t2x.interop import generation_config as generation_lib
 from t2x.interop import labels as labels_lib
 from t2x.interop import names
 from t2x.interop import tokenizer_file

@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 from t2x.interop import values
-from t2x.layers import attention
+from t2x.layers import attention_config as attention
 from t2x.layers import norm
 from t2x.layers import position
 from t2x.models import decoder

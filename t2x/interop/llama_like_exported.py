@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from t2x.interop import llama_like
-from t2x.layers import attention
+from t2x.layers import attention_config as attention
 from t2x.layers import position
 from t2x.models import decoder
 

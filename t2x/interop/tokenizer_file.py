@@ -18,10 +18,10 @@ from typing import Any
 from etils import epath
 import numpy as np
 
-from t2x import framing
 from t2x.data import pretrained
 from t2x.data import tokenizer_files
 from t2x.data import tokenizers as tokenizers_lib
+from t2x.interop import framing
 from t2x.interop import pieces_file
 from t2x.objectives import vocab as vocab_lib
 

@@ -12,8 +12,6 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from t2x import sharding
-from t2x import zigzag
 from t2x.attention import cache as cache_lib
 from t2x.attention import context
 from t2x.attention import dense
@@ -21,17 +19,19 @@ from t2x.attention import mask as mask_lib
 from t2x.attention import paged
 from t2x.attention import patterns
 from t2x.attention import splash
-from t2x.layers import attention
-from t2x.layers import branch
+from t2x.layers import attention_config as attention
+from t2x.layers import attention_kinds as kinds
 from t2x.layers import convolution
 from t2x.layers import dropout
 from t2x.layers import global_tokens
-from t2x.layers import kinds
+from t2x.layers import local_heads as own_heads
 from t2x.layers import norm
-from t2x.layers import own_heads
 from t2x.layers import param
 from t2x.layers import position
+from t2x.layers import sequence_parallel as branch
 from t2x.layers import transformer_xl
+from t2x.parallel import sharding
+from t2x.parallel import zigzag
 
 
 def make(config: kinds.AttentionConfig, embed: int, **draw: Any) -> Any:

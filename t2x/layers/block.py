@@ -11,18 +11,18 @@ from flax import nnx
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from t2x import sharding
 from t2x.attention import cache as cache_lib
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
+from t2x.layers import attention_kinds as kinds
 from t2x.layers import attention_layer
-from t2x.layers import branch
 from t2x.layers import dropout
-from t2x.layers import kinds
 from t2x.layers import moe
 from t2x.layers import norm as norm_lib
 from t2x.layers import param
 from t2x.layers import position
+from t2x.layers import sequence_parallel as branch
+from t2x.parallel import sharding
 
 Residual = Literal['pre_norm', 'post_norm', 'sandwich', 'parallel']
 

@@ -11,15 +11,15 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from t2x import checks
-from t2x import sharding
+from t2x import field_checks as checks
 from t2x.attention import cache as cache_lib
 from t2x.attention import context
 from t2x.attention import mask as mask_lib
 from t2x.attention import patterns
-from t2x.layers import attention
-from t2x.layers import branch
+from t2x.layers import attention_config as attention
 from t2x.layers import param
+from t2x.layers import sequence_parallel as branch
+from t2x.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

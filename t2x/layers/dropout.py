@@ -15,7 +15,7 @@ import jax
 from jax.extend import random as random_bits
 import jax.numpy as jnp
 
-from t2x import zigzag as zigzag_lib
+from t2x.parallel import zigzag as zigzag_lib
 
 
 def row_keys(key: jax.Array, rows_B: jax.Array) -> jax.Array:

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from t2x import sharding
-from t2x import shards
 from t2x.layers import param
+from t2x.parallel import manual_sharding as shards
+from t2x.parallel import sharding
 
 LOGITS = 'BTD,VD->BTV'  # The head's product.
 

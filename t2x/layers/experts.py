@@ -22,11 +22,11 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from t2x import sharding
-from t2x import shards
 from t2x.layers import mlp
 from t2x.layers import param
 from t2x.layers import routing
+from t2x.parallel import manual_sharding as shards
+from t2x.parallel import sharding
 
 Weights = dict[str, jax.Array]
 
@@ -38,7 +38,7 @@ class _Axes:
   Attributes:
     batch: rows.
     length: positions.
-    fine: positions, outside the layer alone (t2x/layers/branch.py).
+    fine: positions, outside the layer alone (t2x/layers/sequence_parallel.py).
     moved: experts, and rows: tokens must travel to their experts.
     held: experts alone: every device has the tokens that it needs.
     hidden: the experts' width, and no tokens.

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from t2x import shards
 from t2x.attention import splash
 from t2x.layers import grouped_triton
+from t2x.parallel import manual_sharding as shards
 
 # Its package has a function of the module's name.
 _megablox: Any = importlib.import_module(

@@ -18,13 +18,13 @@ from jax import core
 import jax.numpy as jnp
 import numpy as np
 
-from t2x import checks
-from t2x import shards
+from t2x import field_checks as checks
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
-from t2x.layers import attention
+from t2x.layers import attention_config as attention
 from t2x.layers import convolution
 from t2x.layers import param
+from t2x.parallel import manual_sharding as shards
 
 _TINY = 1e-30
 _WHOLE_ROW = 'it mixes the keys of a whole row, later ones too'

@@ -12,12 +12,12 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from t2x import checks
-from t2x import sharding
-from t2x import shards
-from t2x.layers import branch
+from t2x import field_checks as checks
 from t2x.layers import dropout
 from t2x.layers import param
+from t2x.layers import sequence_parallel as branch
+from t2x.parallel import manual_sharding as shards
+from t2x.parallel import sharding
 
 _ACTIVATIONS = {
   'relu': jax.nn.relu,

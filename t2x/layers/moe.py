@@ -13,14 +13,14 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from t2x import checks
-from t2x import sharding
-from t2x import shards
-from t2x import zigzag as zigzag_lib
+from t2x import field_checks as checks
 from t2x.layers import experts
 from t2x.layers import mlp
 from t2x.layers import param
 from t2x.layers import routing
+from t2x.parallel import manual_sharding as shards
+from t2x.parallel import sharding
+from t2x.parallel import zigzag as zigzag_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from t2x import sharding
 from t2x.layers import grouped
+from t2x.parallel import sharding
 
 PRODUCT = 'product'  # What `project` calls its results, for `remat`.
 

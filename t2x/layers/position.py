@@ -13,10 +13,10 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from t2x import checks
-from t2x import sharding
-from t2x import shards
+from t2x import field_checks as checks
 from t2x.layers import param
+from t2x.parallel import manual_sharding as shards
+from t2x.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,11 @@ from flax import nnx
 import jax.numpy as jnp
 import numpy as np
 
-from t2x import checks
+from t2x import field_checks as checks
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
 from t2x.attention import patterns
-from t2x.layers import attention
+from t2x.layers import attention_config as attention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

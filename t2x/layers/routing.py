@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t2x import checks
+from t2x import field_checks as checks
 
 CHOICE = 'routing'  # What the choice of experts is called, for `remat`.
 

@@ -6,10 +6,10 @@ Letters: T tokens of a sequence.
 import dataclasses
 from typing import ClassVar
 
-from t2x import checks
+from t2x import field_checks as checks
 from t2x.attention import block_patterns
 from t2x.attention import patterns
-from t2x.layers import attention
+from t2x.layers import attention_config as attention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

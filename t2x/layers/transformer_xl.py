@@ -30,8 +30,8 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from t2x import checks
-from t2x.layers import attention
+from t2x import field_checks as checks
+from t2x.layers import attention_config as attention
 from t2x.layers import param
 
 

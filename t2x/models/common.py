@@ -12,19 +12,19 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from t2x import checks
-from t2x import sharding
-from t2x import zigzag as zigzag_lib
-from t2x.layers import attention as attention_lib
+from t2x import field_checks as checks
+from t2x.layers import attention_config as attention_lib
+from t2x.layers import attention_kinds as kinds_lib
 from t2x.layers import block
 from t2x.layers import embed
-from t2x.layers import kinds as kinds_lib
 from t2x.layers import mlp as mlp_lib
 from t2x.layers import moe
 from t2x.layers import norm as norm_lib
 from t2x.layers import param
 from t2x.layers import position as position_lib
 from t2x.models import layer_checks
+from t2x.parallel import sharding
+from t2x.parallel import zigzag as zigzag_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class TransformerConfig:
       mesh axes divide them; padded logits are masked everywhere.
     dtype: of activations; parameters stay float32.
     memory: tokens of the rows before that a row sees, where it goes on with
-      their document (`data.batching=stream`); see `t2x.models.memory`.
+      their document (`data.batching=stream`); see `t2x.models.segment_memory`.
   """
 
   vocab_size: int = 8192

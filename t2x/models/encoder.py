@@ -10,11 +10,9 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from t2x import checks
-from t2x import sharding
-from t2x import stack
+from t2x import field_checks as checks
 from t2x.attention import mask as mask_lib
-from t2x.layers import attention
+from t2x.layers import attention_config as attention
 from t2x.layers import block
 from t2x.layers import dropout
 from t2x.layers import embed
@@ -23,14 +21,16 @@ from t2x.layers import moe
 from t2x.layers import norm
 from t2x.layers import param
 from t2x.layers import position
+from t2x.layers import stack
 from t2x.models import common
 from t2x.models import encoder_inputs
 from t2x.models import forward
 from t2x.models import layer_checks
-from t2x.models import pooled
-from t2x.models import streams
-from t2x.models import terms as terms_lib
+from t2x.models import loss_terms as terms_lib
+from t2x.models import pooled_heads as pooled
 from t2x.models import tower as tower_lib
+from t2x.models import two_stream as streams
+from t2x.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,16 +10,16 @@ from typing import ClassVar
 from flax import nnx
 import jax
 
-from t2x import stack
 from t2x.attention import mask as mask_lib
 from t2x.layers import block
 from t2x.layers import dropout
 from t2x.layers import embed
 from t2x.layers import moe
+from t2x.layers import stack
 from t2x.models import common
 from t2x.models import forward
 from t2x.models import layer_checks
-from t2x.models import terms as terms_lib
+from t2x.models import loss_terms as terms_lib
 from t2x.models import tower as tower_lib
 
 

@@ -21,9 +21,9 @@ from typing import Any
 
 import jax
 
-from t2x import stack
 from t2x.layers import moe
-from t2x.models import memory as memory_lib
+from t2x.layers import stack
+from t2x.models import segment_memory as memory_lib
 
 
 def run(
@@ -77,7 +77,7 @@ def recall(
   Args:
     model: with `config.memory`.
     batch: its inputs by name.
-    memory: of the rows before; see `t2x.models.memory`.
+    memory: of the rows before; see `t2x.models.segment_memory`.
     keys_B: as for `run`.
     execution: as for `run`.
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from t2x.layers import attention
+from t2x.layers import attention_config as attention
 from t2x.layers import convolution
 from t2x.layers import low_rank
 from t2x.layers import moe

@@ -12,7 +12,7 @@ Where a paper is silent on initialisation, its released code is followed.
 from collections.abc import Callable
 import dataclasses
 
-from t2x.layers import attention
+from t2x.layers import attention_config as attention
 from t2x.layers import mlp
 from t2x.layers import moe
 from t2x.layers import norm

@@ -10,14 +10,14 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from t2x import sharding
-from t2x import stack
 from t2x.layers import block
 from t2x.layers import dropout as dropout_lib
 from t2x.layers import moe
 from t2x.layers import norm as norm_lib
 from t2x.layers import position as position_lib
+from t2x.layers import stack
 from t2x.models import common
+from t2x.parallel import sharding
 
 
 class Tower(nnx.Module):

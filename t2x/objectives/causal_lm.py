@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from t2x import checks
+from t2x import field_checks as checks
 from t2x.objectives import rows as rows_lib
 from t2x.objectives import vocab as vocab_lib
 

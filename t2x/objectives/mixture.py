@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from t2x import checks
+from t2x import field_checks as checks
 from t2x.objectives import causal_lm
 from t2x.objectives import classification
 from t2x.objectives import denoising

@@ -13,7 +13,7 @@ import itertools
 
 import numpy as np
 
-from t2x.pipeline import greedy
+from t2x.pipeline import list_scheduling as greedy
 from t2x.pipeline import operations as ops
 from t2x.pipeline import schedule as schedule_lib
 

@@ -24,8 +24,8 @@ import math
 
 import numpy as np
 
-from t2x.pipeline import cost_model
 from t2x.pipeline import partition
+from t2x.pipeline import placement_cost as cost_model
 from t2x.pipeline import schedule as schedule_lib
 
 CostModel = cost_model.CostModel

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from t2x import checks
+from t2x import field_checks as checks
 from t2x.pipeline import schedules
 
 

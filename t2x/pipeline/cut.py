@@ -24,7 +24,7 @@ from typing import Any
 import jax
 
 from t2x.pipeline import flow as flow_lib
-from t2x.pipeline import policy
+from t2x.pipeline import remat_policy as policy
 
 # What a value depends on.
 _SLOT, _SHARED, _DATA, _GRAD = 1, 2, 4, 8

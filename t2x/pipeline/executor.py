@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from t2x import sharding
+from t2x.parallel import sharding
 from t2x.pipeline import buffers
 from t2x.pipeline import operations
 from t2x.pipeline import passes

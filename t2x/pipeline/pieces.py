@@ -15,9 +15,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from t2x import balance
 from t2x.layers import dropout
-from t2x.models import terms as terms_lib
+from t2x.losses import load_balancing as balance
+from t2x.models import loss_terms as terms_lib
 from t2x.pipeline import cut
 
 # What parts are run with, of one microbatch.

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 
-from t2x import stack
+from t2x.layers import stack
 from t2x.models import common
 from t2x.models import model as model_lib
 from t2x.pipeline import balancer
 from t2x.pipeline import config as config_lib
-from t2x.pipeline import estimates
 from t2x.pipeline import instructions
+from t2x.pipeline import layer_costs as estimates
 from t2x.pipeline import placement as placement_lib
 from t2x.pipeline import schedule as schedule_lib
 from t2x.pipeline import schedules

@@ -10,7 +10,7 @@ Its table and what a tick is stand in `table`.
 import dataclasses
 import functools
 
-from t2x import paths
+from t2x import files as paths
 from t2x import reading
 from t2x.pipeline import drawing
 from t2x.pipeline import simulation

@@ -27,9 +27,9 @@ is spread over the groups.
 from collections.abc import Callable
 import difflib
 
-from t2x.pipeline import greedy
+from t2x.pipeline import from_orders as orders_lib
+from t2x.pipeline import list_scheduling as greedy
 from t2x.pipeline import operations as ops
-from t2x.pipeline import orders as orders_lib
 from t2x.pipeline import patterns
 from t2x.pipeline import schedule as schedule_lib
 

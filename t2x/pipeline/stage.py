@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from t2x import balance
-from t2x import sharding
+from t2x.losses import load_balancing as balance
+from t2x.parallel import sharding
 from t2x.pipeline import buffers
 from t2x.pipeline import executor
 from t2x.pipeline import pieces as pieces_lib

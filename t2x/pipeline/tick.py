@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from t2x import sharding
+from t2x.parallel import sharding
 from t2x.pipeline import buffers
 from t2x.pipeline import instructions
 from t2x.pipeline import pieces as pieces_lib

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from t2x import sharding
-from t2x import shards
+from t2x.parallel import manual_sharding as shards
+from t2x.parallel import sharding
 from t2x.pipeline import plan as plan_lib
 
 PIPE = sharding.PIPE

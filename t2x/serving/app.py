@@ -26,13 +26,13 @@ from starlette import routing
 from starlette.middleware import trustedhost
 
 from t2x.decode import engine as engine_lib
-from t2x.serving import answers
+from t2x.serving import completions as answers
+from t2x.serving import engine_thread as runner_lib
 from t2x.serving import metrics as metrics_lib
 from t2x.serving import page
 from t2x.serving import protocol
-from t2x.serving import runner as runner_lib
-from t2x.serving import sending
-from t2x.serving import writer as writer_lib
+from t2x.serving import request_translation as writer_lib
+from t2x.serving import responses as sending
 
 _LOG = logging.getLogger(__name__)
 

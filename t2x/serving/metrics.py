@@ -6,7 +6,7 @@ import prometheus_client
 from prometheus_client import core
 from prometheus_client import exposition
 
-from t2x.serving import runner as runner_lib
+from t2x.serving import engine_thread as runner_lib
 
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 

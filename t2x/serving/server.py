@@ -6,13 +6,13 @@ import logging
 import signal
 import socket as socket_lib
 
-from t2x import trained as trained_lib
 from t2x.decode import engine as engine_lib
+from t2x.inference import trained_model as trained_lib
 from t2x.serving import app as app_lib
 from t2x.serving import chat as chat_lib
+from t2x.serving import engine_thread as runner_lib
 from t2x.serving import metrics as metrics_lib
-from t2x.serving import runner as runner_lib
-from t2x.serving import writer as writer_lib
+from t2x.serving import request_translation as writer_lib
 
 _LOG = logging.getLogger(__name__)
 _LOOPBACK = ('127.0.0.1', 'localhost', '::1', '[::1]')

@@ -11,9 +11,6 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from t2x import mesh as mesh_lib
-from t2x import sharding
-from t2x import zigzag
 from t2x.attention import all_to_all
 from t2x.attention import context
 from t2x.attention import dense
@@ -23,6 +20,9 @@ from t2x.attention import reference
 from t2x.attention import ring_plan
 from t2x.layers import dropout
 from t2x.layers import position
+from t2x.parallel import mesh as mesh_lib
+from t2x.parallel import sharding
+from t2x.parallel import zigzag
 
 B, T, H = 2, 32, 4
 Mask = mask_lib.Mask

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import seen
 
-from t2x import zigzag
 from t2x.attention import blocks
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
 from t2x.attention import patterns
 from t2x.attention import reference as oracle
+from t2x.hlo import matmul_flops as matrix
 from t2x.layers import dropout
 from t2x.layers import position
-from t2x.plan import matrix
+from t2x.parallel import zigzag
 
 B, H = 2, 4
 

@@ -8,8 +8,8 @@ import pytest
 
 from t2x.attention import linear
 from t2x.attention import mask as mask_lib
+from t2x.hlo import matmul_flops as matrix
 from t2x.layers import linear as layers
-from t2x.plan import matrix
 
 B, T, K, G, F, H = 2, 29, 2, 3, 5, 4
 SEGMENTS = jnp.asarray([[1] * 7 + [2] * 12 + [3] * 6 + [0] * 4, [1] * 29])

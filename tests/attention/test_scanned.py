@@ -21,9 +21,9 @@ from t2x.attention.patterns import Causal
 from t2x.attention.patterns import Dilated
 from t2x.attention.patterns import Global
 from t2x.attention.patterns import Window
+from t2x.hlo import matmul_flops as matrix
 from t2x.layers import dropout
 from t2x.layers import position
-from t2x.plan import matrix
 
 B, H = 2, 4
 Mask = mask_lib.Mask

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2x import sharding
 from t2x.attention import dense
 from t2x.attention import kernels
 from t2x.attention import mask as mask_lib
 from t2x.attention import reference
 from t2x.attention import splash
 from t2x.attention import triton
-from t2x.plan import kernels as plan_kernels
-from t2x.plan import matrix
+from t2x.hlo import kernel_flops as plan_kernels
+from t2x.hlo import matmul_flops as matrix
+from t2x.parallel import sharding
 
 B, T, N, K, H = 2, 64, 4, 2, 24  # The kernel fills H up to 32.
 SCALE = 0.3

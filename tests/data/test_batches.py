@@ -9,7 +9,7 @@ import pytest
 from t2x.data import batches as batches_lib
 from t2x.data import config as config_lib
 from t2x.data import corpus as corpus_lib
-from t2x.data import pipeline
+from t2x.data import input_pipeline as pipeline
 from t2x.data import token_store
 from t2x.data import tokenizers
 from t2x.objectives import causal_lm

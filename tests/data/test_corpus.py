@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from t2x.data import builders
 from t2x.data import config as config_lib
 from t2x.data import corpus as corpus_lib
-from t2x.data import pipeline
+from t2x.data import input_pipeline as pipeline
 from t2x.data import tokenizers
 from t2x.data import words
 from t2x.objectives import classification

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from t2x.data import config as config_lib
-from t2x.data import pipeline
+from t2x.data import input_pipeline as pipeline
 from t2x.data import tokenizers
 from t2x.objectives import source_target
 from t2x.objectives import span_corruption

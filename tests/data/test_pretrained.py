@@ -9,7 +9,7 @@ import pytest
 
 from t2x.data import config as data_config
 from t2x.data import corpus as corpus_lib
-from t2x.data import pipeline
+from t2x.data import input_pipeline as pipeline
 from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
 from t2x.objectives import masked_lm

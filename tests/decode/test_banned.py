@@ -9,7 +9,7 @@ import pytest
 
 from t2x.decode import banned as banned_lib
 from t2x.decode import beams
-from t2x.decode import controlled
+from t2x.decode import constrained as controlled
 from t2x.decode import drafts
 from t2x.decode import engine as engine_lib
 from t2x.decode import generate

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import test_generate
 
-from t2x import mesh as mesh_lib
-from t2x import sharding
+from t2x.decode import decoding_weights as prepared
 from t2x.decode import engine as engine_lib
+from t2x.decode import engine_programs as steps
 from t2x.decode import generate
-from t2x.decode import prepared
 from t2x.decode import sampling
-from t2x.decode import steps
-from t2x.layers import attention
+from t2x.layers import attention_config as attention
 from t2x.layers import linear
 from t2x.layers import transformer_xl
 from t2x.models import decoder
 from t2x.models import encoder
+from t2x.parallel import mesh as mesh_lib
+from t2x.parallel import sharding
 
 VOCAB = test_generate.VOCAB
 SMALL = engine_lib.EngineConfig(

@@ -10,14 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2x import mesh as mesh_lib
-from t2x import sharding
-from t2x.decode import begin
+from t2x.decode import decode_loop as loop
+from t2x.decode import decoding_weights as prepared
 from t2x.decode import generate
-from t2x.decode import loop
-from t2x.decode import prepared
+from t2x.decode import prefill as begin
 from t2x.decode import sampling
-from t2x.layers import attention
+from t2x.layers import attention_config as attention
 from t2x.layers import convolution
 from t2x.layers import linear
 from t2x.layers import mlp
@@ -31,6 +29,8 @@ from t2x.layers import sparse
 from t2x.models import decoder
 from t2x.models import encoder
 from t2x.models import encoder_decoder
+from t2x.parallel import mesh as mesh_lib
+from t2x.parallel import sharding
 
 VOCAB = 50
 GREEDY = sampling.SamplingConfig(temperature=0)

@@ -13,7 +13,7 @@ from t2x.decode import drafts
 from t2x.decode import generate
 from t2x.decode import sampling
 from t2x.decode import speculative
-from t2x.layers import attention
+from t2x.layers import attention_config as attention
 from t2x.layers import linear
 from t2x.layers import param
 from t2x.layers import position

@@ -7,10 +7,10 @@ import pytest
 import test_generate
 
 from t2x.decode import beams
+from t2x.decode import decoding_weights as prepared
 from t2x.decode import drafts
 from t2x.decode import engine as engine_lib
 from t2x.decode import generate
-from t2x.decode import prepared
 from t2x.decode import sampling
 from t2x.decode import speculative
 from t2x.decode import steered

@@ -9,11 +9,11 @@ import pytest
 import test_banned
 import test_beams
 
-from t2x import keywords
 from t2x.decode import beams
 from t2x.decode import generate
 from t2x.decode import pieces as pieces_lib
 from t2x.decode import word_starts
+from t2x.inference import keyword_constraints as keywords
 
 LETTERS = list('aab "\n.\u00e9\u201c\u6f22\u20ac1') + [
   '\U00010330',

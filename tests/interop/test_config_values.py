@@ -8,7 +8,7 @@ import pytest
 
 from t2x.interop import configs
 from t2x.interop import exported
-from t2x.interop import generation as generation_lib
+from t2x.interop import generation_config as generation_lib
 from t2x.interop import llama_like
 from t2x.models import presets
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
-from t2x import conversion
-from t2x import encoding
-from t2x import inference
-from t2x import loading
 from t2x.data import letters
 from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
+from t2x.inference import embeddings as encoding
+from t2x.inference import generation as inference
+from t2x.inference import hf_conversion as conversion
+from t2x.inference import loading
 from t2x.interop import checkpoint_dir
 from t2x.interop import configs
 from t2x.interop import exported
@@ -190,7 +190,7 @@ def test_a_run_of_ones_own_loads_in_transformers(tmp_path):
   """Trained by t2x, with its own tokenizers."""
   from flax import nnx
 
-  from t2x.layers import attention
+  from t2x.layers import attention_config as attention
   from t2x.layers import mlp
   from t2x.models import decoder
 

@@ -8,8 +8,8 @@ import typing
 import pytest
 
 from t2x.interop import exported
-from t2x.layers import attention
-from t2x.layers import kinds
+from t2x.layers import attention_config as attention
+from t2x.layers import attention_kinds as kinds
 from t2x.layers import mlp
 from t2x.layers import moe
 from t2x.layers import norm

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import tiny
 
-from t2x import conversion
-from t2x import encoding
-from t2x import inference
-from t2x import loading
-from t2x import mesh as mesh_lib
-from t2x import trained as trained_lib
 from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
+from t2x.inference import embeddings as encoding
+from t2x.inference import generation as inference
+from t2x.inference import hf_conversion as conversion
+from t2x.inference import loading
+from t2x.inference import trained_model as trained_lib
 from t2x.interop import configs
 from t2x.interop import huggingface
 from t2x.models import model as model_lib
+from t2x.parallel import mesh as mesh_lib
 
 torch = extras.need('torch', extra='reference')
 transformers = extras.need('transformers', extra='reference')

@@ -12,9 +12,9 @@ import nasty
 import numpy as np
 import pytest
 
-from t2x import framing
 from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
+from t2x.interop import framing
 from t2x.interop import tokenizer_file
 from t2x.models import decoder
 from t2x.models import encoder

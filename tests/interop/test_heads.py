@@ -13,20 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2x import config as config_lib
-from t2x import conversion
-from t2x import encoding
-from t2x import loading
-from t2x import run_dir
-from t2x import train
+from t2x.config import overrides as config_lib
 from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
+from t2x.inference import embeddings as encoding
+from t2x.inference import hf_conversion as conversion
+from t2x.inference import loading
 from t2x.interop import huggingface
-from t2x.layers import attention
+from t2x.layers import attention_config as attention
 from t2x.layers import mlp
 from t2x.layers import norm
 from t2x.layers import position
 from t2x.models import encoder
+from t2x.trainer import train
+from t2x.trainer import workdir as run_dir
 
 torch = extras.need('torch', extra='reference')
 transformers = extras.need('transformers', extra='reference')

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import tokenizers
 
-from t2x import conversion
-from t2x import inference
-from t2x import loading
 from t2x.decode import beams
 from t2x.decode import generate
 from t2x.decode import sampling
+from t2x.inference import generation as inference
+from t2x.inference import hf_conversion as conversion
+from t2x.inference import loading
 from t2x.interop import configs
 from t2x.interop import exported
 from t2x.interop import huggingface

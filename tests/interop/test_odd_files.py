@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import tokenizers as library
 
-from t2x import conversion
-from t2x import encoding
-from t2x import evaluation
-from t2x import inference
-from t2x import loading
 from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
+from t2x.inference import embeddings as encoding
+from t2x.inference import evaluation
+from t2x.inference import generation as inference
+from t2x.inference import hf_conversion as conversion
+from t2x.inference import loading
 from t2x.interop import huggingface
 
 torch = extras.need('torch', extra='reference')

@@ -10,8 +10,8 @@ import numpy as np
 
 from t2x.models import encoder
 from t2x.models import forward
-from t2x.models import memory
 from t2x.models import presets
+from t2x.models import segment_memory as memory
 from t2x.objectives import masking
 from t2x.objectives import noise
 from t2x.objectives import permutation

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from t2x.attention import mask as mask_lib
-from t2x.layers import attention
+from t2x.layers import attention_config as attention
 from t2x.layers import attention_layer
 from t2x.layers import block
 from t2x.layers import dropout

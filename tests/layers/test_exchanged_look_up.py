@@ -9,11 +9,11 @@ from jax.sharding import NamedSharding
 import numpy as np
 import pytest
 
-from t2x import mesh as mesh_lib
-from t2x import sharding
+from t2x.hlo import collectives
 from t2x.layers import embed
 from t2x.layers import param
-from t2x.plan import collectives
+from t2x.parallel import mesh as mesh_lib
+from t2x.parallel import sharding
 
 V, D, B, T = 64, 16, 8, 4
 

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import tpu
 
-from t2x import absent
-from t2x import flops
-from t2x import train_state
-from t2x.layers import attention
+from t2x.hardware import target_devices as absent
+from t2x.hlo import jaxpr_costs as jaxpr
+from t2x.hlo import kernel_flops as kernels
+from t2x.hlo import matmul_flops as matrix
+from t2x.layers import attention_config as attention
 from t2x.layers import grouped
 from t2x.layers import moe
 from t2x.layers import norm
 from t2x.layers import position
 from t2x.layers import routing
 from t2x.models import decoder
-from t2x.plan import jaxpr
-from t2x.plan import kernels
-from t2x.plan import matrix
+from t2x.models import flops
+from t2x.training import train_state
 
 E, D, F = 4, 128, 256
 # Rows, and those of each group: edges within blocks, groups without rows, rows

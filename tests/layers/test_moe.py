@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2x import balance
-from t2x import zigzag
-from t2x.layers import attention
+from t2x.layers import attention_config as attention
 from t2x.layers import mlp
 from t2x.layers import moe
 from t2x.layers import param
 from t2x.layers import routing
+from t2x.losses import load_balancing as balance
 from t2x.models import decoder
 from t2x.models import encoder
+from t2x.parallel import zigzag
 
 B, T, D, F, E = 3, 12, 8, 10, 5
 NUM_REAL = (12, 7, 0)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2x import mesh as mesh_lib
-from t2x import sharding
 from t2x.layers import param
+from t2x.parallel import mesh as mesh_lib
+from t2x.parallel import sharding
 
 _SIZES = {
   'B': 2, 'T': 3, 'S': 5, 'D': 4, 'N': 2, 'K': 2, 'H': 7, 'F': 9, 'E': 6, 'V': 8

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2x import train_state
-from t2x import train_step
-from t2x.layers import attention
+from t2x.layers import attention_config as attention
 from t2x.layers import mlp
 from t2x.layers import param
 from t2x.models import decoder
+from t2x.training import train_state
+from t2x.training import train_step
 
 CONFIG = decoder.DecoderConfig(
   vocab_size=32,

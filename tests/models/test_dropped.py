@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 import tiny
 
-from t2x import consistency
-from t2x import flops
-from t2x import train_state
-from t2x import train_step
-from t2x.data import pipeline
-from t2x.layers import attention
+from t2x.config import consistency
+from t2x.data import input_pipeline as pipeline
+from t2x.hlo import jaxpr_costs as jaxpr_lib
+from t2x.layers import attention_config as attention
 from t2x.layers import mlp
 from t2x.layers import position
 from t2x.models import encoder
+from t2x.models import flops
 from t2x.objectives import masked_lm
 from t2x.objectives import noise
 from t2x.objectives import rows as rows_lib
 from t2x.objectives import vocab as vocab_lib
-from t2x.plan import jaxpr as jaxpr_lib
+from t2x.training import train_state
+from t2x.training import train_step
 
 VOCAB, FIRST, ROWS, LENGTH = 200, 105, 5, 64
 VOCABULARY = vocab_lib.Vocab(size=VOCAB)

@@ -8,19 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2x import flops
-from t2x import loss as loss_lib
-from t2x.layers import attention
+from t2x.hlo import matmul_flops as matrix
+from t2x.layers import attention_config as attention
 from t2x.layers import convolution
 from t2x.layers import linear
 from t2x.layers import low_rank
 from t2x.layers import mlp
 from t2x.layers import position
 from t2x.layers import sparse
+from t2x.losses import cross_entropy as loss_lib
 from t2x.models import decoder
 from t2x.models import encoder
+from t2x.models import flops
 from t2x.objectives import masked_lm
-from t2x.plan import matrix
 
 CONFIG = encoder.EncoderConfig(
   vocab_size=300,

@@ -9,14 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2x import mesh as mesh_lib
-from t2x import sharding
 from t2x.attention import context
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
 from t2x.decode import generate
 from t2x.decode import sampling
-from t2x.layers import attention
+from t2x.layers import attention_config as attention
 from t2x.layers import convolution
 from t2x.layers import linear
 from t2x.layers import low_rank
@@ -29,7 +27,9 @@ from t2x.models import decoder
 from t2x.models import encoder
 from t2x.models import encoder_decoder
 from t2x.models import forward
-from t2x.models import memory
+from t2x.models import segment_memory as memory
+from t2x.parallel import mesh as mesh_lib
+from t2x.parallel import sharding
 
 HEADS = {'num_heads': 4, 'head_dim': 8}
 BOTH = {

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from t2x.layers import attention
+from t2x.layers import attention_config as attention
 from t2x.layers import mlp
 from t2x.layers import norm
 from t2x.layers import position

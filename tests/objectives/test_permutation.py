@@ -9,21 +9,21 @@ import numpy as np
 import pytest
 import tiny
 
-from t2x import consistency
-from t2x import flops
-from t2x.layers import attention
+from t2x.config import consistency
+from t2x.hlo import jaxpr_costs as jaxpr
+from t2x.layers import attention_config as attention
 from t2x.layers import linear
 from t2x.layers import mlp
 from t2x.layers import moe
 from t2x.layers import position
 from t2x.layers import transformer_xl
 from t2x.models import encoder
+from t2x.models import flops
 from t2x.objectives import masking
 from t2x.objectives import noise
 from t2x.objectives import permutation
 from t2x.objectives import rows as rows_lib
 from t2x.objectives import vocab as vocab_lib
-from t2x.plan import jaxpr
 
 VOCAB, FIRST, ROWS, LENGTH = 200, 105, 300, 48
 PADDED = 40  # From here on there is nothing.

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import tiny
 
-from t2x import config as config_lib
-from t2x import consistency
-from t2x import mesh as mesh_lib
-from t2x import on_mesh
-from t2x import program as program_lib
-from t2x import sharding
+from t2x.compilation import program as program_lib
+from t2x.config import consistency
+from t2x.config import overrides as config_lib
+from t2x.config import partitioning as on_mesh
+from t2x.parallel import mesh as mesh_lib
+from t2x.parallel import sharding
 from t2x.pipeline import balancer
 from t2x.pipeline import config as pipeline_config
 from t2x.pipeline import placement

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2x import balance
 from t2x.attention import mask as mask_lib
-from t2x.layers import attention
+from t2x.layers import attention_config as attention
 from t2x.layers import block
 from t2x.layers import mlp
 from t2x.layers import moe
 from t2x.layers import norm
 from t2x.layers import position
+from t2x.losses import load_balancing as balance
 from t2x.models import decoder
 from t2x.models import model as model_lib
 from t2x.pipeline import cut

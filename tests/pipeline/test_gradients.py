@@ -10,32 +10,32 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from t2x import deviation
-from t2x import loss as loss_lib
-from t2x import machines
-from t2x import mesh as mesh_lib
-from t2x import sharding
-from t2x import stack
-from t2x import train_state
-from t2x import train_step
-from t2x.layers import attention
+from t2x.hardware import machines
+from t2x.layers import attention_config as attention
 from t2x.layers import mlp
 from t2x.layers import moe
 from t2x.layers import norm
 from t2x.layers import param
 from t2x.layers import position
 from t2x.layers import routing
+from t2x.layers import stack
+from t2x.losses import cross_entropy as loss_lib
 from t2x.models import decoder
 from t2x.models import encoder
 from t2x.models import encoder_decoder
 from t2x.models import model as model_lib
+from t2x.parallel import mesh as mesh_lib
+from t2x.parallel import sharding
 from t2x.pipeline import config as config_lib
-from t2x.pipeline import generate
 from t2x.pipeline import instructions
 from t2x.pipeline import plan as plan_lib
 from t2x.pipeline import schedules
 from t2x.pipeline import simulation
+from t2x.pipeline import table_search as generate
 from t2x.pipeline import weights
+from t2x.training import train_state
+from t2x.training import train_step
+from t2x.verification import deviation
 
 ROWS, LENGTH, SOURCE, VOCAB = 16, 8, 12, 61
 # The certificate of layouts asks for 1e-4.

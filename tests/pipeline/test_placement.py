@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from t2x import mesh as mesh_lib
+from t2x.parallel import mesh as mesh_lib
 from t2x.pipeline import placement
 from t2x.pipeline import schedules
 from t2x.pipeline import weights

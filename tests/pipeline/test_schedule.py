@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from t2x.pipeline import from_orders as orders
 from t2x.pipeline import operations as ops
-from t2x.pipeline import orders
 from t2x.pipeline import schedule as schedule_lib
 from t2x.pipeline import schedules
 

@@ -9,10 +9,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from t2x.pipeline import generate
 from t2x.pipeline import schedule as schedule_lib
 from t2x.pipeline import schedules
 from t2x.pipeline import simulation
+from t2x.pipeline import table_search as generate
 
 _SCRIPT = pathlib.Path(__file__).parents[2] / 'scripts' / 'show_schedule.py'
 

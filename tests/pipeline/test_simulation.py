@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
-from t2x.pipeline import generate
 from t2x.pipeline import operations as ops
 from t2x.pipeline import schedules
 from t2x.pipeline import simulation
+from t2x.pipeline import table_search as generate
 
 _UNLIKE = simulation.Costs(forward=1, backward=1.5, weight=0.75)
 _TABLES = [

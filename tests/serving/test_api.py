@@ -8,8 +8,8 @@ import openai
 import pytest
 import serving_run
 
-from t2x import inference
 from t2x.decode import sampling
+from t2x.inference import generation as inference
 from t2x.serving import app as app_lib
 
 

@@ -11,9 +11,9 @@ import openai
 import pytest
 import serving_run
 
-from t2x import inference
 from t2x.decode import engine as engine_lib
 from t2x.decode import sampling
+from t2x.inference import generation as inference
 from t2x.serving import app as app_lib
 
 SLOW = 0.02  # Seconds that each step takes here, at least.
@@ -198,7 +198,7 @@ def test_a_step_that_fails_ends_the_texts_that_it_wrote(url, app):
 
 def test_a_stream_that_fails_ends(url, app):
   """By an error of any kind: the client is told, and waits no longer."""
-  from t2x import streaming
+  from t2x.inference import text_stream as streaming
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(streaming.TextStream, 'add', lambda *_: 1 / 0)
@@ -246,7 +246,7 @@ def test_memory_returns_to_where_it_was(url):
   """Texts, streams and threads of many requests are gone."""
   import gc
 
-  from t2x.serving import runner
+  from t2x.serving import engine_thread as runner
 
   def ask(number):
     if number % 3 == 0:

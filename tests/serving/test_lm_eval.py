@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import serving_run
 
-from t2x import conversion
-from t2x import streaming
+from t2x.inference import hf_conversion as conversion
+from t2x.inference import text_stream as streaming
 
 extras.need('lm_eval', extra='reference')
 transformers = extras.need('transformers', extra='reference')

@@ -7,7 +7,7 @@ import extras
 import pytest
 import serving_run
 
-from t2x import inference
+from t2x.inference import generation as inference
 from t2x.serving import app as app_lib
 
 _BROWSER = shutil.which('chromium') or shutil.which('google-chrome')

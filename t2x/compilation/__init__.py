@@ -1,0 +1,1 @@
+"""The programs of an experiment, compiled here or read from a file."""

@@ -1,0 +1,1 @@
+"""What a step would cost, from shapes alone: FLOPs, bytes, messages, memory."""

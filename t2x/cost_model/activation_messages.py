@@ -1,0 +1,127 @@
+"""Bytes of activations that the devices of a layer exchange."""
+
+from collections.abc import Iterator
+
+from t2x.cost_model import device_share as local_lib
+from t2x.cost_model import executed_flops as executed
+from t2x.cost_model import message
+from t2x.layers import moe
+from t2x.layers import position
+
+
+def of_layer(
+  local: local_lib.Local, layer: local_lib.Layer
+) -> Iterator[message.Message]:
+  D, c = local.config.model.embed_dim, local.itemsize
+  num = executed.passes(local, layer)
+  tokens = local.rows * layer.queries / local.over('length')
+  size = c * tokens * D
+  yield from _of_tensor(local, layer, num, size)
+  yield from _of_bias(local, layer, num)
+  if local.over('length') > 1:
+    yield from _of_context(local, layer, num, tokens)
+  if isinstance(layer.mlp, moe.MoeConfig):
+    yield from _of_experts(local, layer, num)
+
+
+def _of_tensor(local, layer, num, size: float) -> Iterator[message.Message]:
+  """Each branch sums its output, and the gradient of its input."""
+  again = executed.made_again(local, layer)
+  parallel = local.config.model.residual == 'parallel'
+  fine = tuple(
+    a for a in local.axes('norm_length') if a not in local.axes('length')
+  )
+  branches = [('heads', 'output'), ('mlp', 'mlp_down')]
+  if layer.encoded is not None:
+    branches.append(('heads', 'cross_output'))
+    # What keys and values ask of the encoder; in parts, once for all layers.
+    source = size * layer.encoded / layer.queries
+    axes = () if fine else local.axes('kv_heads')
+    yield _summed('all-reduce', axes, num['backward'] * source)
+  for axis, name in branches:
+    axes = local.axes(axis)
+    if axis == 'mlp' and isinstance(layer.mlp, moe.MoeConfig):
+      axes = tuple(a for a in axes if a not in local.axes('batch'))
+    if not axes and not fine:
+      continue
+    repeats = num['made again'] if name in again else 0
+    if name == 'mlp_down' and isinstance(layer.mlp, moe.MoeConfig):
+      repeats = 0  # Of experts, what is made again is read before the sum.
+    if fine:
+      into = num['forward'] + num['backward']
+      into += num['made again'] if again else 0
+      out = num['forward'] + repeats + num['backward']
+      yield _summed('all-gather', fine, into * size)
+      yield _summed('reduce-scatter', fine, out * size)
+      continue
+    if parallel and axis == 'mlp':
+      continue  # Both branches are summed at once.
+    times = num['forward'] + repeats + num['backward']
+    yield _summed('all-reduce', axes, times * size)
+
+
+def _summed(kind: str, axes: message.Axes, size: float) -> message.Message:
+  return message.Message(
+    part='sums of activations', kind=kind, axes=axes, bytes=size
+  )
+
+
+def _of_bias(local, layer, num) -> Iterator[message.Message]:
+  """The gradient of a bias on the scores, of every head and pair, float32."""
+  if not position.is_bias(local.config.model.position):
+    return
+  rows = tuple(a for a in local.axes('batch') if a not in local.by_hand)
+  heads = layer.kind.num_heads / local.over('heads')
+  size = 4 * heads * executed.pairs(local, layer, False)
+  yield message.Message(
+    part='attention',
+    kind='all-reduce',
+    axes=rows,
+    bytes=num['backward'] * size,
+  )
+
+
+def _of_context(local, layer, num, tokens: float) -> Iterator[message.Message]:
+  """Keys and values in a ring, or heads against sequence."""
+  kind, c = layer.kind, local.itemsize
+  C, axes = local.over('length'), local.axes('length')
+  heads = kind.num_heads / local.over('heads')
+  own = kind.kv_heads / local.over('kv_heads')
+  again = 'scores' in executed.made_again(local, layer)
+  repeats = num['made again'] if again else 0
+  if local.config.rules.context_attention == 'all_to_all':
+    copied = max(own, C)
+    size = c * tokens * kind.head_dim * 2 * (heads + copied)
+    yield message.Message(
+      part='attention',
+      kind='all-to-all',
+      axes=axes,
+      bytes=(num['forward'] + repeats + num['backward']) * size,
+    )
+    return
+  size = 2 * c * tokens * kind.head_dim * own
+  # What is made again meets the visitors of the backward pass: they come once.
+  hops = (C - 1) * num['forward'] + (2 * C - 1) * num['backward']
+  yield message.Message(
+    part='attention', kind='collective-permute', axes=axes, bytes=hops * size
+  )
+
+
+def _of_experts(local, layer, num) -> Iterator[message.Message]:
+  """Slots travel to their experts and back, and so do their gradients."""
+  moved = tuple(a for a in local.axes('experts') if a in local.axes('batch'))
+  D, c = local.config.model.embed_dim, local.itemsize
+  again = 'mlp_down' in executed.made_again(local, layer)
+  passes = num['forward'] + num['backward'] + again * num['made again']
+  if layer.mlp.router.capacity:
+    size = c * executed.slots(local, layer) * D
+    yield message.Message(
+      part='experts', kind='all-to-all', axes=moved, bytes=2 * passes * size
+    )
+    return
+  tokens = local.rows * layer.queries / local.over('length')
+  size = c * tokens * D * local.size(moved)
+  for kind in ('all-gather', 'reduce-scatter'):
+    yield message.Message(
+      part='experts', kind=kind, axes=moved, bytes=passes * size
+    )

@@ -1,0 +1,137 @@
+"""What a layer keeps of its forward pass for its backward pass.
+
+For each `train.remat` what JAX keeps, as read from jaxprs.
+"""
+
+from t2x.cost_model import device_share as local_lib
+from t2x.cost_model import executed_flops as executed
+from t2x.cost_model import tpu_tiles as tiles
+from t2x.layers import moe
+from t2x.layers import stack
+
+
+def of_layer(local: local_lib.Local, layer: local_lib.Layer) -> float:
+  """Returns the bytes that a layer keeps of one microbatch."""
+  remat, c = local.config.train.remat, local.itemsize
+  D = local.config.model.embed_dim
+  whole = local.rows * layer.queries
+  between = whole / local.over('norm_length')
+  tokens = whole / local.over('length')
+  if remat == 'none':
+    return _all_residuals(local, layer, tokens, between)
+  execution = local.config.train.execution
+  kept = _choice(local, layer)
+  if stack.INPUT not in execution.kept['offload']:
+    kept += c * between * D
+  names = [*execution.kept['save']]
+  if remat == 'dots':
+    names = ['query', 'key', 'value', 'output', 'mlp_up', 'mlp_gate', 'router']
+    if isinstance(layer.mlp, moe.MoeConfig):
+      names.append('mlp_down')
+  sizes = _made(local, layer, tokens)
+  for name in names:
+    kept += sizes.get(name, 0.0) + sizes.get(f'cross_{name}', 0.0)
+  return kept
+
+
+def _made(local, layer, tokens: float) -> dict[str, float]:
+  """Bytes of what a layer's products make, by name."""
+  kind, c, D = layer.kind, local.itemsize, local.config.model.embed_dim
+  H = kind.head_dim
+  N = kind.num_heads / local.over('heads')
+  K = kind.kv_heads / local.over('kv_heads')
+  source = local.rows * (layer.encoded or 0) / local.over('length')
+  sizes = {
+    'query': c * tokens * N * H,
+    'key': c * tokens * K * H,
+    'value': c * tokens * K * H,
+    'attention': c * tokens * N * H + 4 * tokens * N,
+    'output': c * tokens * D,
+  }
+  if layer.encoded is not None:
+    sizes |= {f'cross_{n}': sizes[n] for n in ('query', 'attention', 'output')}
+    sizes |= {f'cross_{n}': c * source * K * H for n in ('key', 'value')}
+  hidden = layer.mlp.hidden / local.over('mlp')
+  used = tokens
+  if isinstance(layer.mlp, moe.MoeConfig):
+    used = used_rows(local, layer)
+    sizes['router'] = 4 * tokens * layer.mlp.num_experts
+    sizes['mlp_down'] = c * used * D
+  sizes['mlp_up'] = c * used * hidden
+  if layer.mlp.gated:
+    sizes['mlp_gate'] = sizes['mlp_up']
+  return sizes
+
+
+def used_rows(local: local_lib.Local, layer: local_lib.Layer) -> float:
+  """Rows of the experts' products."""
+  assert isinstance(layer.mlp, moe.MoeConfig)
+  if layer.mlp.router.capacity:
+    return executed.slots(local, layer)
+  return executed.used_choices(local, layer)
+
+
+def _choice(local, layer) -> float:
+  """The router's choice, which no backward pass makes again."""
+  if not isinstance(layer.mlp, moe.MoeConfig):
+    return 0.0
+  if layer.mlp.router.capacity:
+    slots = executed.slots_of_expert(layer) * layer.mlp.num_experts
+    return 4 * local.rows * slots
+  return 4 * local.rows * layer.queries * layer.mlp.experts_of_token
+
+
+def _all_residuals(local, layer, tokens: float, between: float) -> float:
+  """Without remat: all that any gradient reads."""
+  c, D = local.itemsize, local.config.model.embed_dim
+  residual = local.config.model.residual
+  sizes = _made(local, layer, tokens)
+  cross = layer.encoded is not None
+  norms = 1 if residual == 'parallel' else 2 + cross
+  # The input in float32, twice more on its way, and the output.
+  kept = norms * (12 * between * D + c * tokens * D)
+  if residual == 'sandwich':  # What branches add is read by their norms alone.
+    kept += norms * 12 * between * D
+  kept += _attention_residuals(local, layer, sizes, False)
+  kept += _attention_residuals(local, layer, sizes, True) if cross else 0.0
+  steps = _steps(layer.mlp)
+  kept += steps * sizes['mlp_up']
+  if isinstance(layer.mlp, moe.MoeConfig):
+    # Dispatched rows, what comes back in float32, and gathered experts.
+    used = used_rows(local, layer)
+    kept += (c + 4) * used * D + 4 * tokens * D + _choice(local, layer)
+    kept += _experts(local, layer)
+  return kept
+
+
+def _steps(mlp: moe.FeedForwardConfig) -> int:
+  """Arrays of the hidden width that gradients read."""
+  return {'relu': 2, 'silu': 4, 'gelu': 4, 'gelu_tanh': 6}[mlp.activation] + (
+    2 * mlp.gated
+  )
+
+
+def _attention_residuals(local, layer, sizes, cross: bool) -> float:
+  prefix = 'cross_' if cross else ''
+  query, attention = sizes[f'{prefix}query'], sizes[f'{prefix}attention']
+  kept = query + 2 * sizes[f'{prefix}key'] + attention
+  chosen = executed.way(local, layer, cross)
+  if chosen == 'kernel':
+    # Kernels have heads outside, and each head's width fills its lanes.
+    H = layer.kind.head_dim
+    kept *= -(-H // tiles.LANES) * tiles.LANES / H
+  kept += query  # As the product after it reads it.
+  if chosen == 'blocks' and executed.keeps_scores(layer, cross):
+    # Probabilities in float32 and as they are used, and the output as it was.
+    heads = layer.kind.num_heads / local.over('heads')
+    pairs = executed.pairs(local, layer, cross)
+    kept += (4 + local.itemsize) * local.rows * heads * pairs
+    kept += 4 / local.itemsize * query
+  return kept
+
+
+def _experts(local, layer) -> float:
+  """Experts of a layer as they are used, whole."""
+  return local.itemsize * sum(
+    w.used / local.num_layers for w in local.weights if 'experts' in w.axes
+  )

@@ -1,0 +1,70 @@
+"""What fills one stage's memory besides its arguments, from shapes alone.
+
+Buffers between ticks are those of `pipeline/estimates`: what each part in
+flight keeps, weights where they are used and their float32 gradients, messages.
+What lives within a tick comes on top.
+"""
+
+from t2x.cost_model import device_share as local_lib
+from t2x.data import config as data_config
+from t2x.pipeline import layer_costs as estimates
+from t2x.pipeline import placement_cost as cost_model
+
+
+def between_ticks(local: local_lib.Local) -> dict[str, float]:
+  """Returns bytes by name; of a local part of a mesh with stages."""
+  plan, config, model = local.plan, local.config, local.config.model
+  assert plan is not None
+  loss, data = config.train.loss, config.data
+  batch = estimates.Batch(
+    rows=local.rows,
+    length=local.length,
+    num_targets=data_config.num_targets(data, data.length),
+    encoder_length=data.length if data.objective.has_encoder else None,
+    head_chunks=loss.vocab_chunks * loss.token_chunks,
+    kernels=True,
+  )
+  layout = estimates.Layout(
+    sizes=local.sizes, rules=config.rules, gather=config.pipeline.gather
+  )
+  stacks = estimates.stacks(
+    model, plan.place.towers, batch, plan.table.recompute
+  )
+  stacks, _, _ = estimates.with_bytes(stacks, plan.table, model, batch, layout)
+  return {
+    **_of_units(local, stacks),
+    **_of_shared(local),
+    'messages': estimates.messages(stacks, plan.table, model, batch, layout),
+  }
+
+
+def _of_units(local, stacks) -> dict[str, float]:
+  """Activations in flight; weights of layers and their gradients."""
+  plan = local.plan
+  model = cost_model.CostModel(stacks, plan.table, 0.0, 0.0, None)
+  units_P, begin = plan.place.units_P, 0
+  activations = weights = 0.0
+  for t, num in enumerate(model.shares_of(units_P)):
+    end = begin + num
+    unit, part = model.prices(t, begin, end)
+    own_SV = (model.part_SV >= begin) & (model.part_SV < end)
+    held = (units_P[model.part_SV] * own_SV).sum(-1).max()
+    weights += unit * float(held)
+    activations += part * float(units_P[begin:end].max())
+    begin = end
+  return {'activations': activations, 'weights and gradients': weights}
+
+
+def on_the_move(local: local_lib.Local) -> float:
+  """Returns bytes of gradients, float32, on the way to where they are kept."""
+  assert local.plan is not None
+  if local.plan.place.is_contiguous:
+    return 0.0
+  layers = [w for w in local.weights if w.in_layers]
+  return 4 * sum(w.used / local.split(w) for w in layers)
+
+
+def _of_shared(local) -> dict[str, float]:
+  """Embeddings and head, whole along the stages, and their gradients."""
+  kept = sum(w.used / local.split(w) for w in local.weights if not w.in_layers)
+  return {'tables of all stages': 4 * kept, 'their gradients': 4 * kept}

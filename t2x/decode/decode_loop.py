@@ -1,0 +1,240 @@
+"""The compiled programs of generation: prompts into caches, caches into tokens.
+
+Two programs serve a model whatever the prompts' lengths and the number of
+tokens: `prefill` runs the prompts in chunks of a fixed length (`encode`: runs
+the encoder), and `decode` is the whole loop over new tokens.
+
+Shape suffixes: B batch, S capacity or source, C chunk, N new token, V
+vocabulary, D embed.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from t2x.attention import mask as mask_lib
+from t2x.decode import sampling as sampling_lib
+from t2x.models import decoder
+from t2x.models import encoder_decoder
+from t2x.parallel import sharding
+
+Model = decoder.Decoder | encoder_decoder.EncoderDecoder
+
+
+@functools.partial(jax.jit, static_argnames=('chunk', 'cache_dtype', 'slack'))
+def prefill(
+  model: decoder.Decoder,
+  tokens_BS: jax.Array,
+  last_B: jax.Array,
+  *,
+  chunk: int,
+  cache_dtype: str | None = None,
+  slack: int = 0,
+) -> Any:
+  """Returns caches of every prompt but its last token, which `decode` feeds.
+
+  Args:
+    model: the decoder.
+    tokens_BS: prompts, padded on the right; S, a multiple of `chunk`, is also
+      the capacity of the caches.
+    last_B: index of each prompt's last token.
+    chunk: tokens that run at a time.
+    cache_dtype: of keys and values; None is the model's.
+    slack: see `Decoder.empty_caches`.
+  """
+  num_rows, capacity = tokens_BS.shape
+
+  def run_chunk(number, caches):
+    tokens_BC, index_BC = chunk_of(tokens_BS, last_B, number, chunk)
+    return model.step(tokens_BC, index_BC, caches)[1]
+
+  num_chunks = (last_B.max() + chunk - 1) // chunk
+  caches = model.empty_caches(num_rows, capacity, cache_dtype, slack)
+  return jax.lax.fori_loop(0, num_chunks, run_chunk, caches)
+
+
+def chunk_of(tokens_BS, last_B, number, chunk: int):
+  """Returns a chunk of the prompts (B, C), and where its tokens stand."""
+  start, capacity = number * chunk, tokens_BS.shape[1]
+  tokens_BC = jax.lax.dynamic_slice_in_dim(tokens_BS, start, chunk, axis=1)
+  index_1C = (start + jnp.arange(chunk))[None]
+  # A cache drops what is written at its capacity, so padding leaves no trace.
+  return tokens_BC, jnp.where(index_1C < last_B[:, None], index_1C, capacity)
+
+
+@functools.partial(jax.jit, static_argnames=('capacity', 'cache_dtype'))
+def encode(
+  model: encoder_decoder.EncoderDecoder,
+  source_BS: jax.Array,
+  segments_BS: jax.Array,
+  *,
+  capacity: int,
+  cache_dtype: str | None = None,
+) -> Any:
+  """Encodes sources; returns empty caches of targets that look at them.
+
+  Args:
+    model: the encoder-decoder.
+    source_BS: source tokens, padded on the right.
+    segments_BS: 1, and 0 for padding.
+    capacity: positions for the target.
+    cache_dtype: as for `prefill`; of the source's keys and values too.
+  """
+  encoded_BSD = model.encode(source_BS, segments=segments_BS)
+  rows = source_BS.shape[0]
+  return model.empty_caches(rows, capacity, encoded_BSD, cache_dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class State:
+  """What the loop over new tokens carries.
+
+  Attributes:
+    number: new tokens so far.
+    token_B: the latest token of each row, which no cache holds yet.
+    index_B: where it stands in its row.
+    ended_B: rows that are done.
+    count_B: new tokens of each row, the end token left out.
+    tokens_BN: new tokens.
+    log_probs_BN: their log-probabilities.
+    caches: keys and values of the tokens before the latest.
+    history: what processors know of each row's text.
+  """
+
+  number: jax.Array
+  token_B: jax.Array
+  index_B: jax.Array
+  ended_B: jax.Array
+  count_B: jax.Array
+  tokens_BN: jax.Array
+  log_probs_BN: jax.Array
+  caches: Any
+  history: sampling_lib.History
+
+
+# `num_tokens` and the ids are traced: another value is the same program. The
+# caches are donated, and returned so that the loop can work in their memory.
+@functools.partial(
+  jax.jit, static_argnames='capacity', donate_argnames='caches'
+)
+def decode(
+  model: Model,
+  caches: Any,
+  *,
+  token_B: jax.Array,
+  index_B: jax.Array,
+  ended_B: jax.Array,
+  keys_B: jax.Array,
+  num_tokens: jax.Array,
+  ends_BE: jax.Array,
+  pad_id: jax.Array,
+  capacity: int,
+  settings: sampling_lib.Rows,
+  history: sampling_lib.History,
+  source_segments_BS: jax.Array | None = None,
+) -> State:
+  """Draws up to `num_tokens` tokens a row, until every row has ended.
+
+  A row that no token is left for ends there.
+
+  Args:
+    model: the model.
+    caches: of the tokens before `token_B`.
+    token_B: the token of each row to go on from.
+    index_B: where it stands in its row.
+    ended_B: rows that are padding.
+    keys_B: a key for each row.
+    num_tokens: the most new tokens, not above `capacity`.
+    ends_BE: the tokens that end each row.
+    pad_id: what a row that has ended goes on with.
+    capacity: of the caches.
+    settings: how tokens are drawn.
+    history: what processors know of the prompts.
+    source_segments_BS: what an encoder-decoder's targets see: where this is 1.
+
+  Returns:
+    The last state; its arrays over rows are whole on every device.
+  """
+  empty = functools.partial(jnp.zeros, (token_B.shape[0], capacity))
+  state = State(
+    number=jnp.int32(0),
+    token_B=token_B,
+    index_B=index_B,
+    ended_B=ended_B,
+    count_B=jnp.zeros_like(index_B),
+    tokens_BN=empty(jnp.int32),
+    log_probs_BN=empty(jnp.float32),
+    caches=caches,
+    history=history,
+  )
+
+  def goes_on(state):
+    return (state.number < num_tokens) & ~state.ended_B.all()
+
+  def extend(state):
+    logits_BV, caches = next_logits(
+      model, state.token_B, state.index_B, state.caches, source_segments_BS
+    )
+    logits_BV = sampling_lib.calibrated(logits_BV, settings)
+    fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+    keys = fold_in(keys_B, state.number)
+    number_B = jnp.broadcast_to(state.number, keys.shape)
+    left_BV = sampling_lib.shaped(
+      logits_BV, settings, state.history, number_B, ends_BE
+    )
+    token_B = sampling_lib.drawn(left_BV, keys, settings)
+    is_stuck_B = sampling_lib.is_stuck(left_BV, settings)
+    if is_stuck_B is not None:
+      ended_B = state.ended_B | is_stuck_B
+      state = dataclasses.replace(state, ended_B=ended_B)
+    token_B = jnp.where(state.ended_B, pad_id, token_B)
+    history = state.history.add(token_B, settings)
+    state = dataclasses.replace(state, history=history)
+    return _append(state, token_B, logits_BV, caches, ends_BE)
+
+  state = jax.lax.while_loop(goes_on, extend, state)
+  return dataclasses.replace(
+    state,
+    # Whole on every device, so that each host can read them.
+    tokens_BN=sharding.constrain(state.tokens_BN, None, None),
+    log_probs_BN=sharding.constrain(state.log_probs_BN, None, None),
+    count_B=sharding.constrain(state.count_B, None),
+    ended_B=sharding.constrain(state.ended_B, None),
+  )
+
+
+def next_logits(model, token_B, index_B, caches, source_segments_BS):
+  """Returns logits (B, V) after the latest token, and the new caches."""
+  inputs_B1, index_B1 = token_B[:, None], index_B[:, None]
+  if source_segments_BS is None:
+    x_B1D, caches = model.step(inputs_B1, index_B1, caches)
+  else:
+    mask = mask_lib.Mask(
+      q_segments_BT=jnp.ones_like(inputs_B1), k_segments_BS=source_segments_BS
+    )
+    x_B1D, caches = model.step(inputs_B1, index_B1, caches, mask)
+  return model.head(x_B1D)[:, 0], caches
+
+
+def _append(state, token_B, logits_BV, caches, ends_BE) -> State:
+  logit_B1 = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)
+  log_prob_B1 = logit_B1 - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
+  ended_B = state.ended_B | (token_B[:, None] == ends_BE).any(-1)
+  put = lambda array_BN, new_B1: jax.lax.dynamic_update_slice_in_dim(
+    array_BN, new_B1, state.number, axis=1
+  )
+  return State(
+    number=state.number + 1,
+    token_B=token_B,
+    index_B=state.index_B + 1,
+    ended_B=ended_B,
+    count_B=state.count_B + ~ended_B,
+    tokens_BN=put(state.tokens_BN, token_B[:, None]),
+    log_probs_BN=put(state.log_probs_BN, log_prob_B1),
+    caches=caches,
+    history=state.history,
+  )

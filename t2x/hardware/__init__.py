@@ -1,0 +1,1 @@
+"""Chips, topologies, compiler options, and machines that are not here."""

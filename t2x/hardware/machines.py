@@ -1,0 +1,280 @@
+"""Machines: what a chip is called and holds, and how to compile for it.
+
+An experiment's `machines()` names the machines that its one config runs on, and
+the settings that differ there; `--machine=NAME` takes a row. Every program of a
+run is compiled with `compiler_options`, whatever machine was named.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import difflib
+from typing import Any
+
+from t2x.hardware import compiler_options as xla_options
+from t2x.parallel import mesh as mesh_lib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Machine:
+  """Devices to run on, and the settings that they need.
+
+  Attributes:
+    chip: a name of `CHIPS`.
+    num_devices: all of them, as JAX counts.
+    num_slices: in which they lie; a node of GPUs is one.
+    settings: as for --set, of the experiment: mesh, remat, batch.
+  """
+
+  chip: str
+  num_devices: int
+  num_slices: int = 1
+  settings: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    if self.chip not in CHIPS:
+      raise ValueError(
+        f'Machine(chip={self.chip!r}); it is one of {", ".join(CHIPS)}.'
+      )
+    if self.num_devices < 1 or self.num_slices < 1:
+      raise ValueError(
+        f'A machine has {self.num_devices} devices in {self.num_slices} '
+        'slices; there is at least one of each.'
+      )
+    if self.num_devices % self.num_slices:
+      raise ValueError(
+        f'{self.num_devices} devices cannot lie in {self.num_slices} slices of '
+        'one size. Give the devices of all slices.'
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+  """One kind of device.
+
+  Attributes:
+    kinds: how its `device_kind` begins.
+    memory: bytes of one JAX device; a TPU7x chip is two devices.
+    bandwidth: bytes/s that a device reads from its memory.
+    link: bytes/s one way over one link to a neighbour on the torus; of a GPU
+      over all its links into the node's switch.
+    network: bytes/s of a device to other slices or nodes.
+    options: number of slices -> options of the compiler.
+  """
+
+  kinds: tuple[str, ...]
+  memory: float
+  bandwidth: float
+  link: float
+  network: float
+  options: Callable[[int], xla_options.Options]
+
+
+# Memory, its bandwidth and the links as on the pages that flops.py names: a
+# page gives the sum over a chip's links (4 on v5e and v6e, 6 on the others) in
+# both directions. Between slices of TPUs: "How to Scale Your Model" (Google
+# DeepMind, 2025), the table of TPU specs. GPUs: data sheets of DGX systems,
+# NVLink one way and a network port for each GPU. The first match holds.
+CHIPS = {
+  'v4': Chip(
+    kinds=('TPU v4',),
+    memory=32e9,
+    bandwidth=1.2e12,
+    link=50e9,
+    network=6.25e9,
+    options=xla_options.v4,
+  ),
+  'v5e': Chip(
+    kinds=('TPU v5 lite', 'TPU v5e'),
+    memory=16e9,
+    bandwidth=819e9,
+    link=50e9,
+    network=3.125e9,
+    options=xla_options.v5e,
+  ),
+  # v5p calls itself 'TPU v5'.
+  'v5p': Chip(
+    kinds=('TPU v5',),
+    memory=95e9,
+    bandwidth=2.765e12,
+    link=100e9,
+    network=6.25e9,
+    options=xla_options.v5p,
+  ),
+  'v6e': Chip(
+    kinds=('TPU v6 lite', 'TPU v6e'),
+    memory=32e9,
+    bandwidth=1.638e12,
+    link=100e9,
+    network=12.5e9,
+    options=xla_options.v6e,
+  ),
+  # Two devices share a chip's memory and links.
+  '7x': Chip(
+    kinds=('TPU7x', 'TPU v7x'),
+    memory=96e9,
+    bandwidth=3.69e12,
+    link=50e9,
+    network=6.25e9,
+    options=xla_options.v7x,
+  ),
+  'a100-40': Chip(
+    kinds=('NVIDIA A100-SXM4-40GB',),
+    memory=40e9,
+    bandwidth=1.555e12,
+    link=300e9,
+    network=25e9,
+    options=xla_options.gpu,
+  ),
+  'a100': Chip(
+    kinds=('NVIDIA A100',),
+    memory=80e9,
+    bandwidth=2.039e12,
+    link=300e9,
+    network=25e9,
+    options=xla_options.gpu,
+  ),
+  'h100': Chip(
+    kinds=('NVIDIA H100',),
+    memory=80e9,
+    bandwidth=3.35e12,
+    link=450e9,
+    network=50e9,
+    options=xla_options.gpu,
+  ),
+  'h200': Chip(
+    kinds=('NVIDIA H200',),
+    memory=141e9,
+    bandwidth=4.8e12,
+    link=450e9,
+    network=50e9,
+    options=xla_options.gpu,
+  ),
+  'b200': Chip(
+    kinds=('NVIDIA B200',),
+    memory=180e9,
+    bandwidth=8e12,
+    link=900e9,
+    network=50e9,
+    options=xla_options.gpu,
+  ),
+}
+
+
+def chip_of(device_kind: str) -> str | None:
+  """Returns the name in `CHIPS`, or None for a CPU or an unknown chip."""
+  if device_kind.startswith('TPU v4 lite'):  # Of another make than the v4.
+    return None
+  matches = (n for n, c in CHIPS.items() if device_kind.startswith(c.kinds))
+  return next(matches, None)
+
+
+def compiler_options(
+  device_kind: str, num_slices: int = 1
+) -> xla_options.Options:
+  """Returns what to compile with, as `jax.jit(compiler_options=...)`.
+
+  Args:
+    device_kind: as JAX gives it, such as 'TPU v5 lite'.
+    num_slices: in which the devices lie; options for the network between them
+      come with the second.
+
+  Returns:
+    Name -> value; empty for a chip that is not known.
+  """
+  if device_kind == 'cpu':
+    return dict(xla_options.CPU)
+  chip = chip_of(device_kind)
+  return CHIPS[chip].options(num_slices) if chip else {}
+
+
+def options_of(
+  devices: Sequence[Any],
+  overrides: Sequence[str] = (),
+  *,
+  diverge: bool = False,
+) -> xla_options.Options:
+  """Returns `compiler_options` of devices, with the user's own.
+
+  Args:
+    devices: of a mesh.
+    overrides: 'name=value' adds or replaces, 'name=' takes away.
+    diverge: the devices run parts of the program unlike often.
+  """
+  slices = mesh_lib.num_slices(devices)
+  options = compiler_options(devices[0].device_kind, slices)
+  if diverge and options:  # Of an unknown chip nothing is set.
+    options |= _diverging(devices[0].device_kind)
+  for text in overrides:
+    name, _, value = text.partition('=')
+    options.pop(name, None)
+    if value:
+      options[name] = value
+  return options
+
+
+def _diverging(device_kind: str) -> xla_options.Options:
+  if device_kind.startswith('TPU'):
+    return xla_options.DIVERGE_TPU
+  is_gpu = device_kind.startswith('NVIDIA')
+  return xla_options.DIVERGE_GPU if is_gpu else {}
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+  """Raises ValueError for overrides that are not of the form name=value."""
+  for text in overrides:
+    name, equals, _ = text.partition('=')
+    if not equals or not name.startswith('xla_'):
+      raise ValueError(
+        f'compiler_options={text!r}; an option is xla_NAME=VALUE, or xla_NAME= '
+        'to leave it to the compiler. Several are separated by commas.'
+      )
+
+
+# --- A run's machine. ---
+
+
+def find(machines: Mapping[str, Machine], name: str) -> Machine:
+  """Returns the machine of that name.
+
+  Raises:
+    ValueError: there is none; the closest are named.
+  """
+  if name in machines:
+    return machines[name]
+  if not machines:
+    raise ValueError(
+      f'--machine={name}: this experiment lists no machines. Give its '
+      'settings with --set instead.'
+    )
+  close = difflib.get_close_matches(name, machines, n=3, cutoff=0.4)
+  hint = f' Did you mean {" or ".join(close)}?' if close else ''
+  raise ValueError(
+    f'--machine={name} is not one of this experiment.{hint} It has '
+    f'{", ".join(machines)}.'
+  )
+
+
+def check(name: str, machine: Machine, devices: Sequence[Any]) -> None:
+  """Refuses devices that are not those of the machine that was named.
+
+  Raises:
+    ValueError: says what was named, and what is there.
+  """
+  kind, slices = devices[0].device_kind, mesh_lib.num_slices(devices)
+  here = chip_of(kind), len(devices), slices
+  if here == (machine.chip, machine.num_devices, machine.num_slices):
+    return
+  kinds = ' or '.join(repr(k) for k in CHIPS[machine.chip].kinds)
+  raise ValueError(
+    f'--machine={name} is {_count(machine.num_devices, machine.num_slices)} '
+    f'of kind {kinds}, and this process sees {_count(len(devices), slices)} of '
+    f'kind {kind!r}. Name the machine that this is, or leave --machine out and '
+    'set mesh and batch with --set.'
+  )
+
+
+def _count(devices: int, slices: int) -> str:
+  plural = lambda n, what: f'{n} {what}' + ('s' if n != 1 else '')
+  return f'{plural(devices, "device")} in {plural(slices, "slice")}'

@@ -1,0 +1,118 @@
+"""The FLOPs of a compiled program's matrix products."""
+
+import math
+import re
+
+import numpy as np
+
+from t2x.hlo import execution as loops
+from t2x.hlo import module as hlo
+
+
+def matrix_flops(text: str, trips: loops.Trips | None = None) -> int:
+  """Returns the FLOPs of products and convolutions on one device.
+
+  A product of (M, K) and (K, N) takes 2 M N K. Of a convolution (which is how
+  a TPU writes a product) only positions within its input count. Kernels that
+  are not HLO (Pallas, cuDNN) are not seen.
+
+  Args:
+    text: of `compiled.as_text()`.
+    trips: of loops of which the text does not tell them.
+
+  Raises:
+    ValueError: a loop with products in it has an unknown number of trips.
+  """
+  found = loops.executed(hlo.parse(text), _find, lambda flops: flops, trips)
+  return round(sum(flops * times for flops, times, _ in found))
+
+
+def _find(scope: loops.Scope, instruction: hlo.Instruction) -> list[int]:
+  flops = flops_of(scope, instruction)
+  return [flops] if flops else []
+
+
+def flops_of(scope: loops.Scope, instruction: hlo.Instruction) -> int:
+  """Returns the FLOPs of one instruction: 0 where it is no product."""
+  if instruction.op == 'convolution':
+    return _convolution(scope, instruction)
+  if instruction.op == 'dot':
+    pattern = r'lhs_contracting_dims=\{([\d,]*)\}'
+  elif re.search(
+    r'target="__cublas\$(gemm|lt\$matmul)', instruction.attributes
+  ):
+    pattern = r'lhs_contracting_dimensions\W*:\[([^\]]*)\]'
+  else:
+    return 0
+  dims = re.search(pattern, instruction.attributes)
+  assert dims, instruction.attributes
+  lhs = _dims(scope.type_of(instruction.operands[0]))
+  contracted = [lhs[int(i)] for i in re.findall(r'\d+', dims[1])]
+  return 2 * math.prod(_dims(instruction.type)) * math.prod(contracted)
+
+
+def _dims(type_: str) -> tuple[int, ...]:
+  return hlo.shapes(type_)[0][1]
+
+
+def _convolution(scope: loops.Scope, instruction: hlo.Instruction) -> int:
+  labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', instruction.attributes)
+  assert labels, instruction.attributes
+  # The kernel's input features are those of one group already.
+  left, right = (scope.type_of(name) for name in instruction.operands[:2])
+  lhs, rhs, out = (
+    dict(zip(names, _dims(type_)))
+    for names, type_ in zip(labels.groups(), (left, right, instruction.type))
+  )
+  window = re.search(r'window=\{([^}]*)\}', instruction.attributes)
+  settings = (
+    dict(pair.split('=') for pair in window[1].split()) if window else {}
+  )
+  spatial = sorted(label for label in lhs if label.isdigit())
+  flops = 2 * out['b'] * out['f'] * rhs['i']
+  for i, label in enumerate(spatial):
+    get = lambda name, default, i=i: int(
+      settings[name].split('x')[i].split('_')[0]
+      if name in settings
+      else default
+    )
+    flops *= overlaps(
+      lhs[label],
+      rhs[label],
+      out[label],
+      before=get('pad', 0),
+      stride=get('stride', 1),
+      spread=get('lhs_dilate', 1),
+      dilation=get('rhs_dilate', 1),
+    )
+  return flops
+
+
+def overlaps(
+  size: int,
+  kernel: int,
+  out: int,
+  *,
+  before: int,
+  stride: int,
+  spread: int,
+  dilation: int,
+) -> int:
+  """Counts pairs of a kernel's and an output's position that meet an input.
+
+  Args:
+    size: of the input, along one dimension.
+    kernel: its size.
+    out: size of the output.
+    before: padding in front of the input; negative cuts it.
+    stride: of the kernel.
+    spread: dilation of the input.
+    dilation: of the kernel.
+  """
+  starts = np.arange(out) * stride - before
+  count = 0
+  for k in range(kernel):
+    at = starts + k * dilation
+    inside = (at >= 0) & (at < (size - 1) * spread + 1) & (at % spread == 0)
+    count += int(inside.sum())
+  return count

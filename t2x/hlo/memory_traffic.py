@@ -1,0 +1,160 @@
+"""What a compiled program reads from a device's memory, and writes to it."""
+
+import re
+
+from t2x.hlo import execution as loops
+from t2x.hlo import module as hlo
+
+# They name or pass on what is there already, or are counted where they start.
+_FREE = {
+  'after-all',
+  'async-start',
+  'async-update',
+  'bitcast',
+  'call',
+  'call-start',
+  'conditional',
+  'constant',
+  'custom-call-start',
+  'get-tuple-element',
+  'iota',
+  'opt-barrier',
+  'parameter',
+  'partition-id',
+  'tuple',
+  'while',
+}
+_ELSEWHERE = re.compile(r':[^}]*S\([1-9]\d*\)')
+_ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?')
+_SLICES = ('dynamic-slice', 'slice', 'gather')
+
+
+def memory_bytes(text: str, trips: loops.Trips | None = None) -> int:
+  """Returns the bytes that one device reads from its memory and writes to it.
+
+  A fusion reads its operands and writes its results once. Of an operand that
+  it slices, or a fusion within it, the slice counts, of one that it updates in
+  place the update, and nothing of what lies in a TPU's vector memory. An upper
+  bound: what another operation has just brought to a cache counts again.
+
+  Args:
+    text: of `compiled.as_text()`.
+    trips: of loops of which the text does not tell them.
+
+  Raises:
+    ValueError: a loop has an unknown number of trips.
+  """
+  found = loops.executed(hlo.parse(text), _find, lambda size: size, trips)
+  return round(sum(size * times for size, times, _ in found))
+
+
+def main_bytes(type_: str) -> int:
+  """Returns the bytes of a printed type that lie in the device's memory."""
+  total = 0
+  for dtype, dims, layout in _ARRAY.findall(type_):
+    if not _ELSEWHERE.search(layout):
+      sizes = tuple(int(d.strip('<=')) for d in dims.split(',') if d)
+      total += hlo.num_bytes(dtype, sizes)
+  return total
+
+
+def _find(scope: loops.Scope, instruction: hlo.Instruction) -> list[int]:
+  op = instruction.op
+  if op in _FREE or op.endswith('-done') or _in_fusion(scope):
+    return []
+  size = _of_fusion if op == 'fusion' else _of_operation
+  return [size(scope, instruction)]
+
+
+def _in_fusion(scope: loops.Scope | None) -> bool:
+  while scope is not None:
+    if scope.caller is not None and scope.caller.op == 'fusion':
+      return True
+    scope = scope.parent
+  return False
+
+
+def _of_operation(scope: loops.Scope, instruction: hlo.Instruction) -> int:
+  op, operands = instruction.op, instruction.operands
+  if op in _SLICES:
+    return 2 * main_bytes(instruction.type)
+  if op == 'dynamic-update-slice':
+    return 2 * main_bytes(scope.type_of(operands[1]))
+  read = sum(main_bytes(scope.type_of(name)) for name in operands)
+  if op.endswith('-start'):  # Its type names its operands again.
+    return max(read, main_bytes(instruction.type))
+  return read + main_bytes(instruction.type)
+
+
+def _of_fusion(scope: loops.Scope, instruction: hlo.Instruction) -> int:
+  inner = scope.enter(instruction.callees[0], instruction, instruction.operands)
+  body = inner.computation.instructions
+  updated, total = updates(inner)
+  for type_, name in zip(hlo.elements(instruction.type), updated, strict=True):
+    total += 0 if name else main_bytes(type_)
+  for name, parameter in body.items():
+    if parameter.op != 'parameter' or name in updated:
+      continue
+    own = main_bytes(
+      scope.type_of(instruction.operands[int(parameter.literal)])
+    )
+    total += min(own, _read(inner, name, own))
+  return total
+
+
+def _read(inner: loops.Scope, name: str, whole: int) -> int:
+  """Returns the bytes that a fusion, and those within it, read of an array."""
+  total = 0
+  users = [
+    user
+    for user in inner.computation.instructions.values()
+    if name in user.operands
+  ]
+  for user in users:
+    if user.op in _SLICES:
+      total += main_bytes(user.type)
+    elif user.op == 'bitcast':
+      total += _read(inner, user.name, whole)
+    elif user.op == 'fusion':
+      within = inner.enter(user.callees[0], user, user.operands)
+      total += sum(
+        _read(within, parameter.name, whole)
+        for parameter in within.computation.instructions.values()
+        if parameter.op == 'parameter'
+        and user.operands[int(parameter.literal)] == name
+      )
+    else:
+      return whole
+  return total if users else whole
+
+
+def updates(inner: loops.Scope) -> tuple[list[str | None], int]:
+  """Returns what a fusion updates in place, and the bytes that move there.
+
+  That is the name of a parameter for each result, None where it is new memory.
+  """
+  body = inner.computation.instructions
+  root = body[inner.computation.root]
+  if root.op != 'tuple' and root.type.startswith('('):
+    return [None] * len(hlo.elements(root.type)), 0
+  names = root.operands if root.op == 'tuple' else [root.name]
+  updated, moved = [], 0
+  for name in names:
+    made = _update(inner, name)
+    updated.append(made and _target(body, made))
+    if made and updated[-1]:
+      moved += 2 * main_bytes(body[made.operands[1]].type)
+  return updated, moved
+
+
+def _update(inner: loops.Scope, name: str) -> hlo.Instruction | None:
+  _, made, _ = loops.resolve(inner, name)
+  inside = made.name in inner.computation.instructions
+  return made if inside and made.op == 'dynamic-update-slice' else None
+
+
+def _target(body, made: hlo.Instruction) -> str | None:
+  target = body[made.operands[0]]
+  while target.op in ('bitcast', 'copy', 'convert') and target.operands:
+    target = body[target.operands[0]]
+  return target.name if target.op == 'parameter' else None

@@ -1,0 +1,273 @@
+"""What a text must be: a regular expression, a JSON schema, a grammar.
+
+control = Controls(trained).make(num_tokens=20, regex='[0-9]{4}')
+inference.generate_text(
+  trained, ['The year'], num_tokens=20, control=control)
+
+The library llguidance follows the grammar and says which tokens may come next;
+the engine bans the others. A text holds to its rule from its first token to its
+end, and ends only where the rule is met; one that is cut by its number of
+tokens is the beginning of such a text.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import functools
+import json
+from typing import Any
+
+import numpy as np
+
+from t2x.data import tokenizers
+from t2x.inference import keyword_constraints as keywords_lib
+from t2x.inference import trained_model as trained_lib
+
+
+class Rules:
+  """Makes rules for the texts of one tokenizer.
+
+  >>> from t2x.data import tokenizers
+  >>> bytes_ = tokenizers.BytesTokenizer(tokenizers.Bytes())
+  >>> rule = Rules(bytes_, bytes_.vocab_size).regex('ab+')
+  >>> [rule.allows(bytes_.encode(letter)[0]) for letter in 'abc']
+  [True, False, False]
+  """
+
+  def __init__(
+    self,
+    tokenizer: tokenizers.Tokenizer,
+    vocab_size: int,
+    ends: Sequence[int] = (),
+  ):
+    """Prepares; takes a second for 50,000 tokens.
+
+    Args:
+      tokenizer: of the model.
+      vocab_size: of the model; it may have more tokens.
+      ends: tokens that end a text; default the tokenizer's.
+
+    Raises:
+      ValueError: llguidance is not installed.
+    """
+    self._library = _library()
+    self._size = vocab_size
+    self.ends = tuple(ends) or (tokenizer.eos_id,)
+    pieces = tokenizer.token_bytes()
+    pieces = pieces[:vocab_size] + [b''] * (vocab_size - len(pieces))
+    silent = {i for i, piece in enumerate(pieces) if not piece}
+    wrapper = self._library.TokenizerWrapper(
+      _Pieces(
+        tokens=[
+          # No text has it: what cannot be written is never allowed.
+          b'\xff<%d>' % i if i in silent else piece
+          for i, piece in enumerate(pieces)
+        ],
+        special_token_ids=sorted(silent),
+        eos_token_id=self.ends[0],
+        tokenizer=tokenizer,
+      )
+    )
+    # The library lets one of them through where nothing else may come.
+    is_written_V = np.zeros(-(-vocab_size // 32) * 32, bool)
+    is_written_V[[*set(range(vocab_size)) - silent, *self.ends]] = True
+    written = np.packbits(is_written_V, bitorder='little').view(np.uint32)
+    self._written_W: np.ndarray = written
+    self._tokenizer = self._library.LLTokenizer(
+      wrapper, n_vocab=vocab_size, eos_token=list(self.ends)
+    )
+
+  def regex(self, pattern: str) -> 'Rule':
+    """Returns the rule that a text is matched by a regular expression, whole.
+
+    Raises:
+      ValueError: it cannot be read, or no text of this vocabulary meets it.
+    """
+    grammar = self._library.LLMatcher.grammar_from_regex(pattern)
+    return self._rule(f'The regular expression {pattern!r}', grammar)
+
+  def grammar(self, text: str) -> 'Rule':
+    """Returns the rule that a text is of a context-free grammar.
+
+    Args:
+      text: in Lark's syntax, as llguidance takes it; it begins at `start`.
+
+    Raises:
+      ValueError: as `regex`.
+    """
+    grammar = self._library.LLMatcher.grammar_from_lark(text)
+    return self._rule('The grammar', grammar)
+
+  def json_schema(self, schema: Mapping[str, Any] | str) -> 'Rule':
+    """Returns the rule that a text is JSON of a schema.
+
+    Raises:
+      ValueError: as `regex`.
+    """
+    try:
+      text = schema if isinstance(schema, str) else json.dumps(schema)
+      grammar = self._library.LLMatcher.grammar_from_json_schema(
+        text, overrides={'whitespace_flexible': False}
+      )
+    except ValueError as error:
+      raise ValueError(f'The JSON schema cannot be read: {error}') from None
+    return self._rule('The JSON schema', grammar)
+
+  def _rule(self, what: str, grammar: str) -> 'Rule':
+    matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0)
+    rule = Rule(what, matcher, self._written_W, self.ends)
+    rule.allowed()
+    return rule
+
+
+class Rule:
+  """Follows one text; what `engine.Request.control` takes."""
+
+  def __init__(
+    self, what: str, matcher: Any, written_W: np.ndarray, ends: Sequence[int]
+  ):
+    """Begins before the first token; see `Rules`."""
+    self._what, self._matcher, self._ends = what, matcher, ends
+    self._written_W = written_W
+    self._is_done = False
+    self._check()
+
+  def allowed(self) -> np.ndarray:
+    """Returns uint32 words with a bit for each token that may be next.
+
+    Raises:
+      ValueError: there is none: the text can neither go on nor end.
+    """
+    words_W = np.zeros_like(self._written_W)
+    self._matcher.unsafe_compute_mask_ptr(words_W.ctypes.data, words_W.nbytes)
+    self._check()
+    words_W &= self._written_W
+    if not words_W.any():
+      raise ValueError(
+        f'{self._what} cannot be met: after this text it asks for something '
+        'that no token of the vocabulary begins.'
+      )
+    return words_W
+
+  def raised(self) -> dict[int, float]:
+    """Raises no tokens."""
+    return {}
+
+  def allows(self, token: int) -> bool:
+    """Whether a token may be next."""
+    return bool(self.allowed()[token // 32] >> np.uint32(token % 32) & 1)
+
+  def advance(self, token: int) -> None:
+    """Goes on with a token.
+
+    Raises:
+      ValueError: it is not allowed.
+    """
+    if token in self._ends and self._matcher.is_accepting():
+      self._is_done = True
+      return
+    self._matcher.consume_token(token)
+    self._check()
+    self._is_done = self._matcher.is_stopped()
+
+  @property
+  def is_done(self) -> bool:
+    """Whether the text is complete and nothing may follow but its end."""
+    return self._is_done
+
+  def copy(self) -> 'Rule':
+    """Returns the rule after the same text, to be followed apart."""
+    matcher = self._matcher.deep_copy()
+    return Rule(self._what, matcher, self._written_W, self._ends)
+
+  def begin(self, prompt: Sequence[int]) -> 'Rule':
+    """Returns the rule for a text after a prompt, which it says nothing of."""
+    del prompt
+    return self.copy()
+
+  def _check(self) -> None:
+    if self._matcher.is_error():
+      found = ' '.join(self._matcher.get_error().split())
+      if 'NoExtension' in found:
+        found = 'no text of this vocabulary meets it'
+      raise ValueError(f'{self._what} cannot be followed: {found[:300]}')
+
+
+@dataclasses.dataclass
+class _Pieces:
+  """What llguidance asks of a tokenizer."""
+
+  tokens: list[bytes]
+  special_token_ids: list[int]
+  eos_token_id: int
+  tokenizer: tokenizers.Tokenizer
+  bos_token_id: int | None = None
+
+  def __call__(self, text: bytes | str) -> list[int]:
+    text = text.decode() if isinstance(text, bytes) else text
+    return self.tokenizer.encode(text)
+
+
+def _library() -> Any:
+  try:
+    import llguidance
+  except ImportError:
+    raise ValueError(
+      'Rules for texts need the package llguidance, which is not installed: '
+      "pip install '.[serve]'."
+    ) from None
+  return llguidance
+
+
+class Controls:
+  """Makes what a text of one model is held to."""
+
+  def __init__(self, trained: trained_lib.Trained):
+    self._trained = trained
+    self._size = trained.config.model.vocab_size
+
+  @functools.cached_property
+  def rules(self) -> Rules:
+    return Rules(self._trained.tokenizer, self._size, self._trained.end_ids)
+
+  def make(
+    self,
+    *,
+    num_tokens: int,
+    regex: str | None = None,
+    grammar: str | None = None,
+    json_schema: Mapping[str, Any] | str | None = None,
+    keywords: Sequence[str] = (),
+  ) -> Rule | keywords_lib.Keywords | None:
+    """Returns a control at the beginning of a text, or None for none.
+
+    Args:
+      num_tokens: the most new tokens of the text.
+      regex: see `Rules.regex`.
+      grammar: see `Rules.grammar`.
+      json_schema: see `Rules.json_schema`.
+      keywords: words that it must hold; see `Keywords`.
+
+    Raises:
+      ValueError: more than one is given, or one that cannot be met.
+    """
+    given = {
+      'regex': regex,
+      'grammar': grammar,
+      'json_schema': json_schema,
+      'keywords': keywords or None,
+    }
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+      raise ValueError(f'{" and ".join(names)} are given; a text has one rule.')
+    if not names:
+      return None
+    if keywords:
+      return keywords_lib.Keywords(
+        self._trained.keyword_ids(keywords),
+        num_tokens=num_tokens,
+        vocab_size=self._size,
+        ends=self._trained.end_ids,
+        texts=self._trained.keyword_texts(keywords),
+      )
+    return getattr(self.rules, names[0])(given[names[0]])

@@ -1,0 +1,235 @@
+"""A stack of layers: a repeating group, each member stacked, plus a remainder.
+
+Parameters of layer i stand at [i // group size] of its member of the group,
+whether the layers run as a scan or unrolled, so saved state has one form.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import dataclasses
+import functools
+from typing import Any
+
+from flax import nnx
+import jax
+from jax import ad_checkpoint
+import jax.numpy as jnp
+
+from t2x.layers import param
+from t2x.layers import routing
+
+# Applies one layer: (layer, x, cache or None, number) -> (x, what it gives).
+Apply = Callable[[Any, jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+  """How a stack runs; the numbers do not depend on it.
+
+  Attributes:
+    scan: run the repeats as one `lax.scan` (compiles once) or unrolled.
+    remat: what the backward pass recomputes: `none`; `full`, all but each
+      layer's input; `dots`, all but products with weights; `save:A,B` all but
+      the activations of these names (query, key, value, attention, mlp_up,
+      mlp_gate); `offload:A,B` the same, kept in the memory of the devices'
+      hosts, also each layer's input (layer_input); `save:A;offload:B` both.
+    zigzag: devices over which the tokens of a causal row come in zigzag order
+      (t2x/parallel/zigzag.py), in inputs, positions, segments and features
+      alike.
+  """
+
+  scan: bool = True
+  remat: str = 'none'
+  zigzag: int = 1
+
+  def __post_init__(self):
+    if self.remat in ('none', 'full', 'dots'):
+      return
+    kept = self.kept
+    names = [name for group in kept.values() for name in group]
+    once = len({*names}) == len(names)
+    known = {*names} <= {*SAVED_NAMES, INPUT} and INPUT not in kept['save']
+    kinds = [part.partition(':')[0] for part in self.remat.split(';')]
+    if not (once and known and kinds in _KINDS):
+      raise ValueError(
+        f'remat={self.remat!r}; it is none, full, dots, save:NAME,NAME, '
+        'offload:NAME,NAME, or both (save:NAME;offload:NAME), each name once, '
+        f'with names among {", ".join(SAVED_NAMES)}; offload also takes '
+        f'{INPUT}.'
+      )
+
+  @property
+  def kept(self) -> dict[str, tuple[str, ...]]:
+    """Names of the activations that stay on the device and go to the host."""
+    parts = [part.partition(':') for part in self.remat.split(';')]
+    given = {kind: tuple(names.split(',')) for kind, _, names in parts}
+    return {kind: given.get(kind, ()) for kind in ('save', 'offload')}
+
+
+SAVED_NAMES = ('query', 'key', 'value', 'attention', 'mlp_up', 'mlp_gate')
+INPUT = 'layer_input'  # What remat calls a layer's input, to offload it.
+_KINDS = (['save'], ['offload'], ['save', 'offload'], ['offload', 'save'])
+
+
+class Stack(nnx.Module):
+  """`num_layers` layers, made in turn by the members of a group.
+
+  Args:
+    makers: one constructor for each member of the group.
+    num_layers: layers in all; what the group does not divide is a remainder.
+    rngs: layer i draws from the i-th of `num_layers` keys.
+  """
+
+  def __init__(
+    self,
+    makers: Sequence[Callable[[nnx.Rngs], nnx.Module]],
+    num_layers: int,
+    *,
+    rngs: nnx.Rngs,
+  ):
+    size = len(makers)
+    repeats = num_layers // size
+    keys = jax.random.split(rngs.params(), num_layers)
+    self.num_layers = num_layers
+    self.group = nnx.List(
+      [
+        jax.vmap(lambda key, make=make: make(nnx.Rngs(key)))(
+          keys[i : repeats * size : size]
+        )
+        for i, make in enumerate(makers)
+        if repeats
+      ]
+    )
+    self.remainder = nnx.List(
+      [
+        makers[i % size](nnx.Rngs(keys[i]))
+        for i in range(repeats * size, num_layers)
+      ]
+    )
+
+  def __call__(
+    self,
+    apply: Apply,
+    x: jax.Array,
+    *,
+    caches: Any = None,
+    execution: Execution = Execution(),
+  ) -> tuple[jax.Array, Any]:
+    """Applies the layers in order.
+
+    Args:
+      apply: runs one layer; its last argument is the layer's number.
+      x: the activations.
+      caches: what `map_layers` returned, or None.
+      execution: scan or unroll, and what to recompute.
+
+    Returns:
+      The activations, and what each layer gives out (its new cache, say), in
+      the structure of `map_layers`.
+    """
+    apply = _rematerialized(apply, execution)
+    group_caches, rest_caches = caches if caches is not None else (None, None)
+    size = len(self.group)
+    repeats = (self.num_layers - len(self.remainder)) // max(size, 1)
+    group = tuple(self.group)
+    numbers = jnp.arange(repeats * size).reshape(repeats, size)
+
+    def repeat(x, part):
+      layers, cache, number = part
+      given = []
+      for i, layer in enumerate(layers):
+        x, out = apply(layer, x, cache and cache[i], number[i])
+        given.append(out)
+      return x, tuple(given)
+
+    parts = (group, group_caches, numbers)
+    if not size:
+      group_given = ()
+    elif execution.scan:
+      x, group_given = jax.lax.scan(repeat, x, parts)
+    else:
+      given = []
+      for part in unstack(parts, repeats):
+        x, out = repeat(x, part)
+        given.append(out)
+      group_given = jax.tree.map(lambda *leaves: jnp.stack(leaves), *given)
+    rest_given = []
+    for i, layer in enumerate(self.remainder):
+      number = jnp.asarray(repeats * size + i)
+      x, out = apply(layer, x, rest_caches and rest_caches[i], number)
+      rest_given.append(out)
+    return x, (group_given, tuple(rest_given))
+
+  def apart(self) -> 'Stack':
+    """Returns the same layers, each with arrays of its own: all a remainder."""
+    leaves, treedef = jax.tree.flatten(self)
+    result = treedef.unflatten(leaves)
+    size = len(self.group)
+    repeats = (self.num_layers - len(self.remainder)) // max(size, 1)
+    members = [unstack(member, repeats) for member in self.group]
+    layers = [layer for repeat in zip(*members) for layer in repeat]
+    result.group = nnx.List([])
+    result.remainder = nnx.List([*layers, *self.remainder])
+    return result
+
+  def map_layers(self, fn: Callable[[Any], Any]) -> Any:
+    """Returns fn(layer) of every layer, as `caches` are arranged."""
+    group = tuple(jax.vmap(fn)(member) for member in self.group)
+    return group, tuple(fn(layer) for layer in self.remainder)
+
+
+def unstack(tree: Any, num: int) -> list[Any]:
+  """Splits the leading dimension of every leaf into a list of trees.
+
+  The gradient is one stack for each leaf; the gradients of plain slices would
+  each be as large as the whole leaf.
+  """
+  leaves, treedef = jax.tree.flatten(tree)
+  split: list[Any] = [_split(leaf, num) for leaf in leaves]
+  return [treedef.unflatten([s[i] for s in split]) for i in range(num)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _split(x: jax.Array, num: int) -> tuple[jax.Array, ...]:
+  return tuple(x[i] for i in range(num))
+
+
+def _split_forward(x, num):
+  return _split(x, num), None
+
+
+def _split_backward(num, _, grads):
+  del num
+  if grads[0].dtype == jax.dtypes.float0:
+    return (None,)
+  return (jnp.stack(grads),)
+
+
+_split.defvjp(_split_forward, _split_backward)
+
+
+def _rematerialized(apply: Apply, execution: Execution) -> Apply:
+  remat = execution.remat
+  if remat == 'none':
+    return apply
+  policies = jax.checkpoint_policies
+  if remat == 'full':
+    policy = policies.save_only_these_names(routing.CHOICE)
+  elif remat == 'dots':
+    policy = policies.save_only_these_names(param.PRODUCT, routing.CHOICE)
+  elif not execution.kept['offload']:
+    names = execution.kept['save']
+    policy = policies.save_only_these_names(*names, routing.CHOICE)
+  else:
+    policy = policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=[*execution.kept['save'], routing.CHOICE],
+      names_which_can_be_offloaded=[*execution.kept['offload']],
+      offload_src='device',
+      offload_dst='pinned_host',
+    )
+  if INPUT in execution.kept['offload']:
+    inner = apply
+    apply = lambda layer, x, cache, number: inner(
+      layer, ad_checkpoint.checkpoint_name(x, INPUT), cache, number
+    )
+  return jax.checkpoint(apply, policy=policy)

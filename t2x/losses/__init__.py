@@ -1,0 +1,1 @@
+"""From logits and targets to the number that training minimises."""

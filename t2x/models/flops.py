@@ -1,0 +1,381 @@
+"""FLOPs of a model's matrix products, and how well a device was used (MFU).
+
+Every product counts 2 x multiply-adds. Norms, activations, softmax and lookups
+are left out, as is work done twice (rematerialisation), so that the figure is
+the model's and not the program's, which plan/jaxpr.py counts; tests hold the
+two to each other. A backward pass costs two forward passes: each product gives
+one for the gradient of either factor (Kaplan et al., 2020; the ratio to the
+peak is the MFU of Chowdhery et al., 2022).
+
+Letters: B rows, T query positions, S key positions, D embed, N heads, K
+key/value heads, H head dim, F feed-forward, V vocabulary, w window.
+"""
+
+from collections.abc import Mapping
+import functools
+
+from t2x.attention import patterns
+from t2x.layers import attention_config as attention_lib
+from t2x.layers import attention_kinds as kinds_lib
+from t2x.layers import moe
+from t2x.layers import transformer_xl
+from t2x.models import common
+from t2x.models import encoder
+from t2x.models import model as model_lib
+
+
+def forward_flops(
+  config: model_lib.ModelConfig,
+  batch_rows: int,
+  length: int,
+  encoder_length: int | None = None,
+  num_targets: int | None = None,
+  *,
+  skip_masked: bool = True,
+) -> int:
+  """Returns the FLOPs of one forward pass, logits included.
+
+  Rows count as whole sequences: padding, and documents packed into one row,
+  change nothing. BERT's pooler (one token a row) is left out. A mixture of
+  experts counts the experts that its router may give a token, whether or not
+  they had room for it.
+
+  Args:
+    config: of the model.
+    batch_rows: B, of the whole batch.
+    length: T, decoder positions for an encoder-decoder.
+    encoder_length: S, needed for an encoder-decoder alone.
+    num_targets: positions of a row that reach the head; None is all.
+    skip_masked: count a causal layer as half its scores and a window by its
+      width, see `pairs`; else all T x S scores.
+
+  Raises:
+    ValueError: `encoder_length` is missing.
+  """
+  return sum(
+    forward_parts(
+      config,
+      batch_rows,
+      length,
+      encoder_length,
+      num_targets,
+      skip_masked=skip_masked,
+    ).values()
+  )
+
+
+def train_flops(
+  config: model_lib.ModelConfig,
+  batch_rows: int,
+  length: int,
+  encoder_length: int | None = None,
+  num_targets: int | None = None,
+) -> int:
+  """Returns the model FLOPs of one training step: 3 x forward."""
+  return 3 * forward_flops(
+    config, batch_rows, length, encoder_length, num_targets
+  )
+
+
+def arguments(
+  config: model_lib.ModelConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[model_lib.ModelConfig, int, int, int | None, int]:
+  """Returns what `train_flops` takes, for a batch of these shapes by name."""
+  rows, length = shapes['inputs']
+  _, source = shapes.get('encoder_inputs', (0, None))
+  return config, rows, length, source, shapes['targets'][1]
+
+
+def forward_parts(
+  config: model_lib.ModelConfig,
+  batch_rows: int,
+  length: int,
+  encoder_length: int | None = None,
+  num_targets: int | None = None,
+  *,
+  skip_masked: bool = True,
+) -> dict[str, int]:
+  """Returns the terms of `forward_flops` by name."""
+  parts = {}
+  layers = _layers(config, length, encoder_length, num_targets, skip_masked)
+  for layer in sum(layers.values(), []):
+    for name, n in layer.items():
+      parts[name] = parts.get(name, 0) + n
+  parts |= top_flops(config, length, num_targets, skip_masked=skip_masked)
+  return {name: batch_rows * n for name, n in parts.items()}
+
+
+def top_flops(
+  config: model_lib.ModelConfig,
+  length: int,
+  num_targets: int | None = None,
+  *,
+  skip_masked: bool = True,
+) -> dict[str, int]:
+  """Returns the FLOPs of what stands on the last layer: one row, forward.
+
+  Arguments as for `forward_flops`.
+  """
+  parts = {'head': head_flops(config, num_targets or length)}
+  for layer in _layers_ahead(config, length, skip_masked):
+    parts['heads ahead'] = parts.get('heads ahead', 0) + parts['head']
+    parts['heads ahead'] += sum(layer.values())
+  return parts
+
+
+def layer_flops(
+  config: model_lib.ModelConfig,
+  length: int,
+  encoder_length: int | None = None,
+  num_targets: int | None = None,
+) -> dict[str, list[int]]:
+  """Returns the FLOPs of each layer of each tower: one row, one forward pass.
+
+  Args:
+    config: of the model.
+    length: T, decoder positions for an encoder-decoder.
+    encoder_length: S, needed for an encoder-decoder alone.
+    num_targets: positions of a row that reach the head; None is all.
+
+  Raises:
+    ValueError: `encoder_length` is missing.
+  """
+  layers = _layers(config, length, encoder_length, num_targets, True)
+  return {
+    tower: [sum(layer.values()) for layer in own]
+    for tower, own in layers.items()
+  }
+
+
+def head_flops(config: model_lib.ModelConfig, num_targets: int) -> int:
+  """Returns the FLOPs of the logits of one row, one forward pass."""
+  D = config.embed_dim
+  flops = 2 * num_targets * D * config.vocab_size
+  if isinstance(config, encoder.EncoderConfig) and config.masked_head:
+    flops += 2 * num_targets * D * D
+  return flops
+
+
+def _layers_ahead(config, T, skip_masked) -> list[dict[str, int]]:
+  """Terms of the layer of each head that predicts further ahead."""
+  num = len(getattr(config, 'ahead', ()))
+  last = len(config.group)
+  tower = _tower(config, last, T, True, skip_masked) if num else [{}]
+  return num * tower[-1:]
+
+
+def _layers(
+  config, T, S, num_targets, skip_masked
+) -> dict[str, list[dict[str, int]]]:
+  """Terms of each layer of each tower, of one row."""
+  depths, causal = config.depths, not isinstance(config, encoder.EncoderConfig)
+  tower = functools.partial(_tower, config, skip_masked=skip_masked)
+  if 'encoder' not in depths:
+    M = num_targets or T
+    if getattr(config, 'two_stream', False) and num_targets:
+      return {'tower': tower(depths['tower'], T + num_targets, causal, keys=T)}
+    layers = {'tower': tower(depths['tower'], T, causal)}
+    if 'queries' in depths:
+      layers['queries'] = tower(depths['queries'], M, False, looks_at=T)
+    return layers
+  if S is None:
+    raise ValueError(
+      'encoder_length=None; an encoder-decoder needs the length of its source '
+      'rows to count FLOPs.'
+    )
+  return {
+    'encoder': tower(depths['encoder'], S, False),
+    'decoder': tower(depths['decoder'], T, True, looks_at=S),
+  }
+
+
+def _tower(
+  config: common.TransformerConfig,
+  num_layers: int,
+  length: int,
+  causal: bool,
+  skip_masked: bool,
+  looks_at: int | None = None,
+  keys: int | None = None,
+) -> list[dict[str, int]]:
+  """FLOPs of each layer of a stack over one row.
+
+  Args:
+    config: of the model.
+    num_layers: of the stack.
+    length: tokens of the row.
+    causal: whether they see earlier ones alone.
+    skip_masked: as for `forward_flops`.
+    looks_at: tokens of another row that they see too.
+    keys: the first tokens, which alone are seen; None is all.
+  """
+  D, layers = config.embed_dim, []
+  for i in range(num_layers):
+    kind, mlp = config.group[i % len(config.group)]
+    seen = keys or length
+    if isinstance(kind, attention_lib.Softmax):
+      pattern = kinds_lib.pattern_of(kind, seen, causal)
+      scores = _attention(kind, length, seen, pattern, skip_masked)
+      if isinstance(kind, transformer_xl.TransformerXL):
+        num = pairs(length, seen, pattern) if skip_masked else length * seen
+        scores += transformer_xl.num_flops(kind, length, D, num)
+    else:
+      scores = kinds_lib.mixing_flops(kind, length, D, causal)
+    width = kind.head_dim * kinds_lib.projected_heads(kind)
+    layer = {
+      'projections': 2 * length * D * width - _unseen(kind, length - seen, D),
+      'scores and values': scores,
+    }
+    for name, per_token in _feed_forward(mlp, D).items():
+      layer[name] = int(length * per_token)
+    if looks_at is not None:
+      cross = _cross(config, kind, length, looks_at, skip_masked)
+      layer['cross-attention'] = cross
+    layers.append(layer)
+  return layers
+
+
+def _unseen(kind, num: int, D: int) -> int:
+  """FLOPs of the keys and values that nobody sees and nothing makes."""
+  return 4 * num * D * kind.kv_heads * kind.head_dim
+
+
+def _feed_forward(mlp: moe.FeedForwardConfig, D: int) -> dict[str, float]:
+  """FLOPs of one token; an expert is a layer of its own."""
+  # Up and down, and the gate where there is one.
+  products = 3 if mlp.gated else 2
+  dense = products * 2 * D * mlp.hidden
+  if not isinstance(mlp, moe.MoeConfig):
+    return {'mlp': dense}
+  router = 2 * D * mlp.num_experts
+  return {'mlp': mlp.experts_of_token * dense, 'router': router}
+
+
+def _cross(config, kind, T, S, skip_masked) -> int:
+  """Queries and output over T, keys and values over S, scores T x S."""
+  N, K, H = kind.num_heads, kind.kv_heads, kind.head_dim
+  products = 2 * config.embed_dim * H * (2 * N * T + 2 * K * S)
+  return products + _attention(kind, T, S, patterns.Everything(), skip_masked)
+
+
+def _attention(
+  kind: kinds_lib.AttentionConfig,
+  T: int,
+  S: int,
+  pattern: patterns.Pattern,
+  skip_masked: bool,
+) -> int:
+  """Two products, queries with keys and weights with values."""
+  num = pairs(T, S, pattern) if skip_masked else T * S
+  return int(4 * kind.num_heads * kind.head_dim * num)
+
+
+def pairs(T: int, S: int, pattern: patterns.Pattern) -> float:
+  """Returns how many pairs of query and key a layer's mask leaves.
+
+  Causal attention counts as half, T * T / 2, and as w * T - w * w / 2 in a
+  window of w: the area of the triangle and of the band, which leave out w / 2
+  of the pairs on their edges. Other patterns are counted.
+  """
+  match pattern:
+    case patterns.Causal():
+      window = T
+    case patterns.And(patterns.Causal(), patterns.Window(size)):
+      window = min(size, T)
+    case _:
+      return patterns.count(pattern, T, S)
+  return window * T - window * window / 2
+
+
+# Dense bfloat16 and float32 FLOP/s of one JAX device, by the start of its
+# `device_kind`; the first match holds. Float32 products run at JAX's default
+# precision: one bfloat16 pass on a TPU, TF32 on a GPU.
+# TPU: docs.cloud.google.com/tpu/docs, the page of each version, "Peak compute
+#   per chip (BF16)". A TPU7x chip (2,307 TFLOP/s) is two devices, others one.
+# GPU: NVIDIA's data sheets of the A100, H100 (SXM, PCIe, NVL), H200 and HGX
+#   B200. Those after A100 print figures with sparsity; these are halves.
+_PEAKS = (
+  ('TPU v4 lite', None),  # An inference chip, not the v4.
+  ('TPU v4', (275e12, 275e12)),
+  ('TPU v5 lite', (197e12, 197e12)),
+  ('TPU v5e', (197e12, 197e12)),
+  ('TPU v5', (459e12, 459e12)),  # v5p calls itself 'TPU v5'.
+  ('TPU v6 lite', (918e12, 918e12)),
+  ('TPU v6e', (918e12, 918e12)),
+  ('TPU7x', (1153.5e12, 1153.5e12)),
+  ('NVIDIA A100', (312e12, 156e12)),
+  ('NVIDIA H100 PCIe', (756e12, 378e12)),
+  ('NVIDIA H100 NVL', (835.5e12, 417.5e12)),
+  ('NVIDIA H100', (989.4e12, 494.7e12)),
+  ('NVIDIA H200 NVL', (835.5e12, 417.5e12)),
+  ('NVIDIA H200', (989.4e12, 494.7e12)),
+  ('NVIDIA B200', (2250e12, 1125e12)),
+)
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+  """Returns the published FLOP/s of a device, or None if there is none.
+
+  Args:
+    device_kind: `jax.devices()[0].device_kind`.
+    dtype: of the activations, 'bfloat16' or 'float32'.
+  """
+  for start, figures in _PEAKS:
+    if device_kind.startswith(start):
+      index = {'bfloat16': 0, 'float32': 1}.get(dtype)
+      return None if figures is None or index is None else figures[index]
+  return None
+
+
+def mfu(
+  flops: float, seconds: float, num_devices: int, peak: float | None
+) -> float | None:
+  """Returns model FLOPs utilisation, 0 to 1, or None if `peak` is unknown.
+
+  Args:
+    flops: of one step on all devices, `train_flops`.
+    seconds: the step took.
+    num_devices: that took part.
+    peak: FLOP/s of one device, `peak_flops`.
+  """
+  return None if peak is None else flops / (seconds * num_devices * peak)
+
+
+def formula(
+  config: model_lib.ModelConfig,
+  batch_rows: int,
+  length: int,
+  encoder_length: int | None = None,
+  num_targets: int | None = None,
+  *,
+  peak: float | None = None,
+) -> str:
+  """Returns the formula of the MFU, with this model's figures, in lines."""
+  parts = forward_parts(config, batch_rows, length, encoder_length, num_targets)
+  total = sum(parts.values())
+  terms = ' + '.join(f'{name} {_giga(n)}' for name, n in parts.items())
+  has_causal = not isinstance(config, encoder.EncoderConfig)
+  attended = 'T x S'
+  if has_causal:
+    attended = 'T*T/2 (causal attention counted as half)'
+  kinds = {kind.kind for kind in config.kinds} - {'dense'}
+  if kinds == {'local'} and has_causal:
+    attended += ', in a window w w*T - w*w/2'
+  elif kinds:
+    attended += f', of {", ".join(sorted(kinds))} attention those that it sees'
+  known = 'unknown here, so mfu is null'
+  return '\n'.join(
+    [
+      'MFU = 3 x forward FLOPs / (step seconds x devices x peak FLOP/s)',
+      '  forward = 2 x tokens x weights of products + 4 x heads x head dim x '
+      'pairs',
+      f'  pairs of query and key to a row and layer: {attended}',
+      f'  forward = {terms} = {_giga(total)} GFLOP',
+      f'  a step = {_giga(3 * total)} GFLOP; peak FLOP/s of a device '
+      + (known if peak is None else f'{peak:.4g}'),
+    ]
+  )
+
+
+def _giga(flops: float) -> str:
+  return f'{flops / 1e9:,.4g}' if flops < 1e12 else f'{flops / 1e9:,.0f}'

@@ -1,0 +1,61 @@
+"""The two streams of XLNet (Yang et al., 2019), one after the other in a row.
+
+The first stream has the tokens; the second, of those that are predicted, asks
+what they are. Both look at the first stream alone, a token at those of a rank
+not above its own, and go through the same layers.
+
+Shape suffixes: B batch, T tokens, M tokens that are predicted, D embed.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from t2x.attention import mask as mask_lib
+from t2x.layers import block
+from t2x.models import segment_memory as memory
+
+
+def are_in(batch: dict[str, jax.Array]) -> bool:
+  """Returns whether a batch has both streams."""
+  return batch.get('ranks') is not None
+
+
+def context(batch, keys_B, by_place: bool) -> block.Context:
+  """Returns what layers share.
+
+  Args:
+    batch: what `objectives.permutation` makes.
+    keys_B: of dropout, or None.
+    by_place: scores ask for the places of tokens.
+  """
+  tokens_BT = batch['inputs']
+  length = tokens_BT.shape[1]
+  both = lambda name: jnp.concatenate([batch[name], batch[f'query_{name}']], 1)
+  mask = mask_lib.Mask(
+    q_segments_BT=both('segments'),
+    k_segments_BS=batch['segments'],
+    q_ranks_BT=both('ranks'),
+    k_ranks_BS=batch['ranks'],
+  )
+  remembers = memory.SEGMENTS in batch
+  if by_place or remembers:
+    place_BT = jnp.broadcast_to(jnp.arange(length)[None], tokens_BT.shape)
+    both_places = jnp.concatenate([place_BT, batch['query_places']], 1)
+    mask = dataclasses.replace(
+      mask, q_index_BT=both_places, k_index_BS=place_BT
+    )
+  if remembers:
+    mask = memory.mask_of(batch, mask)
+  return block.Context(
+    mask=mask,
+    positions_BT=both('positions'),
+    keys_B=keys_B,
+    num_keys=length,
+  )
+
+
+def asked(x_BTD: jax.Array, batch) -> jax.Array:
+  """Returns the second stream of both, (B, M, D)."""
+  return x_BTD[:, batch['inputs'].shape[1] :]

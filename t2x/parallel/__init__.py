@@ -1,0 +1,1 @@
+"""Device meshes, logical axes, and what each device holds."""

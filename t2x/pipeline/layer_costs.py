@@ -1,0 +1,325 @@
+"""What the layers of a model cost, in FLOPs and bytes, before any is built.
+
+A step of a layer is a forward and twice that for its gradients (B and W), and
+a forward more where all is recomputed; the head is 3 forwards, in the B of the
+last part. What other kinds of remat recompute is not counted.
+
+Bytes of a device are those that last from tick to tick:
+
+  where parameters are kept: 12 for each, float32 with two moments (Adam), split
+  over all stages alike, and 4 for the gradient of a layer that moves;
+  where they are used: a copy in the dtype of activations (of the embeddings and
+  the head, which all stages have, in float32), and 4 for the gradient;
+  of each layer and microbatch in flight: what its products read, and what they
+  make where that is not linear in what comes next; between B and W, the
+  gradients of what they make;
+  messages between stages, and the logits and their gradient in float32.
+
+What lives within a tick is not counted. No FLOPs are counted for norms and
+lookups, as in `flops`.
+
+Letters: T query positions, S key positions, D embed, N heads, K key/value
+heads, H head dim, F feed-forward, E experts, k experts of a token.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import functools
+import math
+from typing import Any
+from typing import Literal
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t2x.attention import blocks
+from t2x.attention import splash
+from t2x.layers import attention_config as attention
+from t2x.layers import attention_kinds as kinds
+from t2x.layers import embed
+from t2x.layers import moe
+from t2x.layers import position
+from t2x.layers import transformer_xl
+from t2x.models import encoder
+from t2x.models import flops
+from t2x.models import model as model_lib
+from t2x.parallel import sharding
+from t2x.pipeline import instructions
+from t2x.pipeline import placement as placement_lib
+from t2x.pipeline import placement_cost as cost_model
+from t2x.pipeline import schedule as schedule_lib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+  """What a device has of a microbatch.
+
+  Attributes:
+    rows: sequences.
+    length: tokens of each, before a mesh axis splits them.
+    num_targets: tokens of each that reach the head.
+    encoder_length: of the source, None without an encoder.
+    head_chunks: in how many pieces the logits are made.
+    kernels: whether attention runs in a TPU's kernels, where it can.
+  """
+
+  rows: float
+  length: int
+  num_targets: int
+  encoder_length: int | None = None
+  head_chunks: int = 1
+  kernels: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+  """Where things are.
+
+  Attributes:
+    sizes: of the mesh axes.
+    rules: logical axis -> mesh axes.
+    gather: see `PipelineConfig`.
+  """
+
+  sizes: Mapping[str, int]
+  rules: sharding.Rules
+  gather: Literal['once', 'tick'] = 'once'
+
+  def elements(self, x: nnx.Variable, used: bool = False) -> float:
+    """Returns the elements of a parameter that a device has, but for stages.
+
+    Args:
+      x: the parameter, or its shape.
+      used: where layers use it, after `gather`.
+    """
+    names = [str(name) for name in sharding.axes_of(x, len(x.shape)) if name]
+    names = [name for name in names if name != 'layers']
+    if used and self.gather == 'once':
+      names = ['act_embed' if name == 'embed' else name for name in names]
+    return math.prod(x.shape) / self.over(*names)
+
+  def over(self, *names: str) -> int:
+    """Returns over how many devices dimensions of these names are split."""
+    axes = [getattr(self.rules, name) for name in names]
+    each = [a for axis in axes for a in sharding.mesh_axes(axis)]
+    return math.prod(self.sizes.get(a, 1) for a in each)
+
+
+def stacks(
+  model: model_lib.ModelConfig,
+  towers: Sequence[placement_lib.Tower],
+  batch: Batch,
+  recompute: bool,
+) -> list[cost_model.Stack]:
+  """Returns the FLOPs of each unit in a step, of one row; no bytes.
+
+  Args:
+    model: its config.
+    towers: in order of depth.
+    batch: gives the lengths.
+    recompute: forwards are run again.
+  """
+  lengths = batch.length, batch.encoder_length, batch.num_targets
+  layers = flops.layer_flops(model, *lengths)
+  head = 3 * sum(
+    flops.top_flops(model, batch.length, batch.num_targets).values()
+  )
+  times = 4 if recompute else 3
+  result = []
+  for tower in towers:
+    own = np.array(layers[tower.name], float)
+    costs = times * np.add.reduceat(own, np.arange(0, len(own), tower.group))
+    last = float(head if tower is towers[-1] else 0)
+    costs = tuple(costs.tolist())
+    result.append(cost_model.Stack(tower=tower, costs=costs, last=last))
+  return result
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes(model: model_lib.ModelConfig):
+  """Returns the model's shapes: the same for all schedules and layouts."""
+  make = lambda key: model_lib.make(model, rngs=nnx.Rngs(key))
+  return jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def with_bytes(
+  stacks: Sequence[cost_model.Stack],
+  table: schedule_lib.Schedule,
+  model: model_lib.ModelConfig,
+  batch: Batch,
+  layout: Layout,
+) -> tuple[list[cost_model.Stack], int, int]:
+  """Returns stacks with their bytes, and those of a device besides.
+
+  Args:
+    stacks: of all towers.
+    table: the schedule.
+    model: its config.
+    batch: of a device.
+    layout: of parameters and activations.
+
+  Returns:
+    Stacks, what a device needs whatever the placement, and what it needs
+    besides where layers move.
+  """
+  shapes = _shapes(model)
+  itemsize = jnp.dtype(model.dtype).itemsize
+  num_stages = table.num_stages
+  result, of_layers, moved = [], set(), 0
+  for stack in stacks:
+    tower = getattr(shapes, stack.tower.name)
+    variables = _variables([*tower.layers.group] or [*tower.layers.remainder])
+    of_layers |= {id(x) for x in _variables(tower.layers)}
+    copied = sum(layout.elements(x, used=True) for x in variables)
+    split = sum(layout.elements(x) for x in variables)
+    if not len(tower.layers.group):
+      units = 1
+    else:
+      units = stack.tower.num_layers // stack.tower.group
+      copied, split = copied / units, split / units
+    moved += 4 * split * stack.tower.num_units / num_stages
+    kept, left = _activations(model, stack.tower, batch, layout)
+    result.append(
+      dataclasses.replace(
+        stack,
+        unit_bytes=math.ceil(itemsize * copied + 4 * split),
+        kept_bytes=math.ceil(kept),
+        left_bytes=math.ceil(left),
+      )
+    )
+  everything = _variables(shapes)
+  fixed = 12 * sum(map(layout.elements, everything)) / num_stages
+  shared = [x for x in everything if id(x) not in of_layers]
+  fixed += 8 * sum(map(layout.elements, shared))
+  fixed += _logits(model, batch, layout)
+  fixed += messages(stacks, table, model, batch, layout)
+  return result, math.ceil(fixed), math.ceil(moved)
+
+
+def _variables(tree: Any) -> list[nnx.Variable]:
+  leaves = jax.tree.leaves(tree, is_leaf=sharding.is_variable)
+  return [x for x in leaves if sharding.is_variable(x)]
+
+
+def _logits(model, batch: Batch, layout: Layout) -> float:
+  """Logits and their gradient, float32, of one chunk."""
+  rows = embed.padded(model.vocab_size, model.vocab_multiple)
+  num = batch.rows * batch.num_targets * rows / layout.over('length', 'vocab')
+  return 2 * 4 * num / batch.head_chunks
+
+
+def messages(
+  stacks: Sequence[cost_model.Stack],
+  table: schedule_lib.Schedule,
+  model: model_lib.ModelConfig,
+  batch: Batch,
+  layout: Layout,
+) -> float:
+  """Returns bytes of activations in as many slots as messages need.
+
+  Args:
+    stacks: of all towers.
+    table: the schedule.
+    model: its config.
+    batch: of a device.
+    layout: of activations.
+  """
+  towers = [stack.tower for stack in stacks]
+  even = placement_lib.even(towers, table.num_parts)
+  place = placement_lib.place(towers, even, table)
+  slots = instructions.make(table, place).inbox + 1
+  tokens = batch.rows * sum(_tokens(model, tower, batch) for tower in towers)
+  itemsize = jnp.dtype(model.dtype).itemsize
+  return slots * itemsize * tokens * model.embed_dim / layout.over('length')
+
+
+def _tokens(model, tower: placement_lib.Tower, batch: Batch) -> int:
+  """Tokens of a row of a tower."""
+  own = {'encoder': batch.encoder_length or 0, 'queries': batch.num_targets}
+  both = batch.num_targets if getattr(model, 'two_stream', False) else 0
+  return own.get(tower.name, batch.length + both)
+
+
+def _activations(model, tower, batch: Batch, layout: Layout):
+  """Bytes that a unit keeps, and those that its B leaves for W."""
+  encodes = tower.name == 'encoder'
+  causal = not encodes and not isinstance(model, encoder.EncoderConfig)
+  T = _tokens(model, tower, batch)
+  looked_at = {'decoder': batch.encoder_length, 'queries': batch.length}
+  S = looked_at.get(tower.name)
+  num, kept, left = jnp.dtype(model.dtype).itemsize, 0.0, 0.0
+  for kind, mlp in model.group[: tower.group]:
+    by_kernel = batch.kernels and takes_kernel(model, kind, T, T)
+    # Blocks of 64 queries reach half a block further than each query.
+    pattern = kinds.pattern_of(kind, T, causal)
+    reach = flops.pairs(T, T, pattern) + 32 * T * causal
+    # What others keep grows with the length alone.
+    by_kernel |= not isinstance(kind, attention.Softmax)
+    read, made, whole = _attention(
+      model, kind, T, T, None if by_kernel else reach, layout
+    )
+    hidden_read, hidden_made = _feed_forward(model, mlp, T, layout)
+    kept += num * (read + hidden_read) + 4 * whole
+    left += num * (made + hidden_made)
+    if S is not None:
+      by_kernel = batch.kernels and takes_kernel(model, kind, T, S, cross=True)
+      read, made, whole = _attention(
+        model, kind, T, S, None if by_kernel else T * S, layout
+      )
+      kept += num * read + 4 * whole
+      left += num * made
+    # The last norm reads what the feed-forward layer made, or its sum.
+    if model.residual in ('post_norm', 'sandwich'):
+      kept += num * T * model.embed_dim
+  split = layout.over('length')
+  return batch.rows * kept / split, batch.rows * left / split
+
+
+def takes_kernel(model, kind, T: int, S: int, cross: bool = False) -> bool:
+  """Whether a TPU's kernel serves attention; see `attention/kernels`."""
+  kind = kinds.for_cross(kind) if cross else kind
+  if isinstance(kind, transformer_xl.TransformerXL):
+    return False  # Its keys are wider than its values.
+  if not isinstance(kind, attention.Softmax):
+    return False
+  biased = position.is_bias(model.position)
+  refused = kind.kernel == 'blocks' or kind.dropout or biased and not cross
+  refused = refused or model.memory  # Keys that have places of their own.
+  block = kind.block or splash.LANES
+  whole = not (block % splash.LANES or T % block or S % block)
+  return whole and not refused
+
+
+def _attention(model, kind, T, S, pairs, layout: Layout):
+  """Numbers of a row: kept in the activations' dtype, left, in float32.
+
+  `pairs` of queries and keys are those whose scores blocks make; None where a
+  kernel serves.
+  """
+  D, H = model.embed_dim, kind.head_dim
+  N = kind.num_heads / layout.over('heads')
+  K = kind.kv_heads / layout.over('kv_heads')
+  wide = isinstance(kind, transformer_xl.TransformerXL) * D
+  projected = T * N * (H + wide) + S * K * (2 * H + wide)
+  whole = T * N
+  if pairs is not None:
+    # Its output is kept as it was before it was normalised, too.
+    whole = T * N * H
+    if S <= blocks.KEEP_KEYS:
+      whole += N * min(pairs, T * S)
+  return projected + T * D + T * N * H, projected + T * D, whole
+
+
+def _feed_forward(model, mlp, T, layout: Layout):
+  """Numbers of a row that are kept, and those that are left."""
+  D, F = model.embed_dim, mlp.hidden / layout.over('mlp')
+  products = 2 if mlp.gated else 1
+  if not isinstance(mlp, moe.MoeConfig):
+    return T * (D + products * F), T * (D + products * F)
+  E, k = mlp.num_experts, mlp.experts_of_token
+  # Dispatched tokens, and what comes back of them.
+  own = k * (D + products * F) + E
+  return T * (own + D + E), T * own

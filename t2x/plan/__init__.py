@@ -1,1 +1,0 @@
-"""What a program will cost, before it runs."""

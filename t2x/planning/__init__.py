@@ -1,0 +1,1 @@
+"""What a run would cost, and on which mesh it is fastest."""

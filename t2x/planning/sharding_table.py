@@ -1,0 +1,277 @@
+"""Where a layout puts every array of a train state, as a table.
+
+table = sharding_table.make(config, num_devices=256)
+print(sharding_table.text(table))
+
+An array of which `copies` devices each hold the same part is replicated: of
+the bytes that all devices hold of it, the share 1 - 1 / copies are copies
+beyond the first. It is 0 where every byte lies on one device alone, and 7 / 8
+where each of eight devices has all of it. Nothing is allocated or compiled.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Sequence
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh
+import numpy as np
+
+from t2x.config import abstract_state
+from t2x.config import experiment
+from t2x.parallel import mesh as mesh_lib
+from t2x.parallel import sharding
+
+PARAMETERS = 'parameters'
+# Field of the train state -> its name in the table.
+_GROUPS = {
+  'model': PARAMETERS,
+  'opt_state': 'optimizer state',
+  'ema': 'moving average',
+  'counters': 'counters',
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+  """One array.
+
+  Attributes:
+    path: dotted, within its part of the train state.
+    shape: of the whole array.
+    dtype: its name.
+    axes: logical axis of each dimension; () where none are known.
+    cuts: mesh axes that split each dimension, the outermost first.
+    num_bytes: of the whole array.
+    bytes_per_device: of one device's part.
+    copies: devices that hold the same part.
+  """
+
+  path: str
+  shape: tuple[int, ...]
+  dtype: str
+  axes: tuple[str | None, ...]
+  cuts: tuple[tuple[str, ...], ...]
+  num_bytes: int
+  bytes_per_device: int
+  copies: int
+
+  @property
+  def replicated(self) -> float:
+    """Of the bytes on all devices, the share that are copies."""
+    return 1 - 1 / self.copies
+
+  @property
+  def spare_bytes(self) -> int:
+    """What of a device's bytes would not be needed were nothing copied."""
+    return self.bytes_per_device - self.bytes_per_device // self.copies
+
+  @property
+  def spec(self) -> str:
+    """The PartitionSpec as it is written in code."""
+    entries = [a[0] if len(a) == 1 else a or None for a in self.cuts]
+    return f'P({", ".join(map(repr, entries))})'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+  """A train state on a mesh.
+
+  Attributes:
+    sizes: of every mesh axis, in the mesh's order.
+    groups: part of the state -> its arrays; empty parts are left out.
+  """
+
+  sizes: dict[str, int]
+  groups: dict[str, tuple[Row, ...]]
+
+  @property
+  def num_devices(self) -> int:
+    return math.prod(self.sizes.values())
+
+  @property
+  def layout(self) -> str:
+    """The axes of more than one device: `fsdp=64, tensor=4`."""
+    axes = [f'{a}={n}' for a, n in self.sizes.items() if n > 1]
+    return ', '.join(axes) or 'one device'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Total:
+  """Sums over some arrays; the fields are as those of `Row`."""
+
+  num_bytes: int
+  bytes_per_device: int
+  replicated: float
+
+
+def make(config: experiment.Experiment, num_devices: int) -> Table:
+  """Returns the table of an experiment on so many devices.
+
+  Raises:
+    ShardingError: a layout that cannot be.
+  """
+  sizes = mesh_lib.sizes(config.mesh, num_devices)
+  mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+  state, _ = abstract_state.shapes_of(config, mesh)
+  parts = {
+    'model': state.model,
+    'opt_state': state.opt_state,
+    'ema': state.ema,
+    'counters': {'step': state.step, 'num_skipped': state.num_skipped},
+  }
+  groups = {
+    name: tuple(_rows(parts[part], sizes, part != 'opt_state'))
+    for part, name in _GROUPS.items()
+  }
+  groups = {name: rows for name, rows in groups.items() if rows}
+  return Table(sizes=sizes, groups=groups)
+
+
+def _rows(tree: Any, sizes: dict[str, int], named: bool) -> Iterator[Row]:
+  leaves = jax.tree_util.tree_leaves_with_path(
+    tree, is_leaf=sharding.is_variable
+  )
+  for path, leaf in leaves:
+    variable = sharding.is_variable(leaf)
+    array = leaf.get_value() if variable else leaf
+    if not hasattr(array, 'shape'):
+      continue  # What optax leaves out of a state.
+    # A factored moment has lost a dimension of its parameter's.
+    axes = sharding.axes_of(leaf, array.ndim) if variable and named else ()
+    yield _row(sharding.path_name(path), array, axes, sizes)
+
+
+def _row(path, array: jax.ShapeDtypeStruct, axes, sizes) -> Row:
+  where: Any = array.sharding
+  spec = tuple(where.spec) + (None,) * (len(array.shape) - len(where.spec))
+  cuts = tuple(sharding.mesh_axes(entry) for entry in spec)
+  parts = math.prod(sizes[a] for axes_of_dim in cuts for a in axes_of_dim)
+  item = np.dtype(array.dtype).itemsize
+  return Row(
+    path=path,
+    shape=tuple(array.shape),
+    dtype=np.dtype(array.dtype).name,
+    axes=tuple(axes),
+    cuts=cuts,
+    num_bytes=item * math.prod(array.shape),
+    bytes_per_device=item * math.prod(where.shard_shape(array.shape)),
+    copies=math.prod(sizes.values()) // parts,
+  )
+
+
+def total(table: Table, group: str | None = None) -> Total:
+  """Returns the sums over one part of the state, or over all of it."""
+  groups = table.groups.values() if group is None else [table.groups[group]]
+  rows = [row for part in groups for row in part]
+  whole = sum(row.num_bytes for row in rows)
+  local = sum(row.bytes_per_device for row in rows)
+  share = 1 - whole / (local * table.num_devices) if local else 0.0
+  return Total(num_bytes=whole, bytes_per_device=local, replicated=share)
+
+
+def largest_copies(table: Table, most: int = 3) -> list[Row]:
+  """Returns the parameters whose copies take most of a device, at most."""
+  copied = [row for row in table.groups[PARAMETERS] if row.copies > 1]
+  return sorted(copied, key=lambda row: -row.spare_bytes)[:most]
+
+
+def copied_over(row: Row, table: Table) -> dict[str, int]:
+  """Returns the mesh axes along which an array is copied, and their sizes."""
+  used = {axis for axes in row.cuts for axis in axes}
+  return {a: n for a, n in table.sizes.items() if n > 1 and a not in used}
+
+
+# --- As text and as JSON. ---
+
+
+def bytes_text(num: float) -> str:
+  """Returns bytes to three digits or more: `12 B`, `1.57 MB`, `1,230 GB`."""
+  for unit, size in (('GB', 1e9), ('MB', 1e6), ('kB', 1e3)):
+    if num >= 0.9995 * size:
+      value = num / size
+      digits = max(0, 2 - int(math.log10(value * 1.0005)))
+      return f'{value:,.{digits}f} {unit}'
+  return f'{num:,.0f} B'
+
+
+def percent(share: float) -> str:
+  return f'{100 * share:.1f}%'
+
+
+def copies_text(row: Row, table: Table) -> str:
+  """Returns how often and along what an array is copied, or 'none'."""
+  over = copied_over(row, table)
+  if row.copies == 1:
+    return 'none'
+  return f'{row.copies} over {", ".join(f"{a}={n}" for a, n in over.items())}'
+
+
+def text(table: Table) -> str:
+  """Returns the parameters and the totals as lines."""
+  header = 'parameter shape dtype axes spec B/device copies replicated'.split()
+  rows = [
+    [
+      row.path,
+      'x'.join(map(str, row.shape)) or 'scalar',
+      row.dtype,
+      ','.join(axis or '-' for axis in row.axes),
+      row.spec,
+      f'{row.bytes_per_device:,}',
+      f'{row.copies}',
+      percent(row.replicated),
+    ]
+    for row in table.groups[PARAMETERS]
+  ]
+  return '\n'.join([*aligned([header, *rows], '<<<<<>>>'), '', *_totals(table)])
+
+
+def aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
+  """Returns rows of cells as lines, a side (< or >) for each column."""
+  widths = [max(map(len, column)) for column in zip(*rows)]
+  line = lambda row: '  '.join(
+    f'{cell:{side}{width}}' for cell, side, width in zip(row, sides, widths)
+  )
+  return [line(row).rstrip() for row in rows]
+
+
+def _totals(table: Table) -> list[str]:
+  sums = {name: total(table, name) for name in table.groups}
+  sums['all'] = total(table)
+  rows = [['', 'whole', 'on each device', 'replicated']]
+  rows += [
+    [name, bytes_text(s.num_bytes), bytes_text(s.bytes_per_device)]
+    + [percent(s.replicated)]
+    for name, s in sums.items()
+  ]
+  found = [
+    f'{row.path} ({bytes_text(row.bytes_per_device)} on each device, copies: '
+    f'{copies_text(row, table)})'
+    for row in largest_copies(table)
+  ]
+  return [
+    f'{table.layout} ({table.num_devices} devices)',
+    *aligned(rows, '<>>>'),
+    f'largest replicated: {"; ".join(found) or "none"}',
+    'replicated: of the bytes on all devices, the share that are copies beyond '
+    'the first.',
+  ]
+
+
+def to_json(table: Table) -> dict[str, Any]:
+  """Returns dicts, lists and scalars."""
+  entry = lambda row: {
+    **dataclasses.asdict(row),
+    'spec': row.spec,
+    'replicated': row.replicated,
+  }
+  groups = {name: list(map(entry, rows)) for name, rows in table.groups.items()}
+  sums = {name: dataclasses.asdict(total(table, name)) for name in table.groups}
+  return {
+    'mesh': table.sizes,
+    'num_devices': table.num_devices,
+    'totals': {**sums, 'all': dataclasses.asdict(total(table))},
+    **groups,
+  }

@@ -1,0 +1,83 @@
+"""The flags of scripts that compile an experiment for devices elsewhere."""
+
+from collections.abc import Sequence
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from t2x import main as main_lib
+from t2x.config import catalog
+from t2x.config import experiment
+from t2x.config import layout_advice as layouts
+from t2x.config import layout_flag as layout_text
+from t2x.hardware import target_devices as absent
+from t2x.parallel import mesh as mesh_lib
+from t2x.planning import remedies as plan_remedy
+
+flags.disclaim_key_flags()  # They are the script's: --helpshort lists them.
+
+
+def define() -> None:
+  """Defines the flags that say what runs, where, and in which layout."""
+  flags.DEFINE_string('experiment', None, 'Its name, or a path.')
+  flags.DEFINE_string('config', None, 'A saved config.json instead.')
+  flags.DEFINE_string('topology', None, 'v5e:4x4, v5p:4x4x8, h100:8, cpu:8.')
+  flags.DEFINE_integer('num_slices', 1, 'How many of them.', lower_bound=1)
+  flags.DEFINE_string('layout', None, 'Sizes: data=2,fsdp=2,tensor=2.')
+  main_lib.define_set_flag()
+
+
+def experiment_of() -> tuple[str, experiment.Experiment]:
+  """Returns the name and the config, every --set applied."""
+  values = flags.FLAGS
+  config = main_lib.resolve(lambda: catalog.load(values.experiment))
+  return pathlib.Path(values.experiment or values.config).stem, config
+
+
+def laid_out(
+  config: experiment.Experiment, devices: tuple[Any, ...]
+) -> experiment.Experiment:
+  """Returns a config in the layout of --layout, or in its own.
+
+  Args:
+    config: of `experiment_of`.
+    devices: of `absent.devices`.
+
+  Raises:
+    ValueError: it cannot run so; with the nearest layouts that can.
+  """
+  text = flags.FLAGS.layout
+  slices = mesh_lib.num_slices(devices)
+  if text is None:
+    layouts.check(config, len(devices), num_slices=slices)
+    return config
+  layout = layout_text.parse(text)
+  own = layout.applied(config, slices)
+  layout.check(own, len(devices), num_slices=slices, dcn=config.mesh.dcn)
+  return own
+
+
+def devices(host: str | None = None) -> tuple[Any, ...]:
+  """Returns the devices of --topology and --num_slices."""
+  values = flags.FLAGS
+  if not values.topology:
+    raise ValueError(
+      '--topology=NAME is missing: a kind of TPU and the shape of a slice '
+      '(v5e:4x4, v5p:4x4x8), a kind of GPU and how many a node has (h100:8), '
+      'or simulated devices (cpu:8).'
+    )
+  return absent.devices(values.topology, values.num_slices, host)
+
+
+def changed(settings: Sequence[str], mesh: mesh_lib.MeshConfig) -> str:
+  """Returns the flags that are to change for some settings.
+
+  Args:
+    settings: as for --set.
+    mesh: with those of them that are a mesh's.
+  """
+  text = flags.FLAGS.layout
+  if text is None:
+    return plan_remedy.set_text(settings, mesh)
+  return layout_text.parse(text).changed(settings, mesh)

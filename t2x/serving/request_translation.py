@@ -1,0 +1,256 @@
+"""From the body of a request to texts of the engine."""
+
+from collections.abc import Sequence
+import dataclasses
+import secrets
+from typing import Any
+
+from t2x.decode import engine as engine_lib
+from t2x.inference import constraints as control_lib
+from t2x.inference import text_stream as streaming
+from t2x.inference import trained_model as trained_lib
+from t2x.serving import chat as chat_lib
+from t2x.serving import completions as answers
+from t2x.serving import engine_thread as runner_lib
+from t2x.serving import protocol
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+  """What one request may ask for.
+
+  Attributes:
+    max_tokens: new tokens of a text.
+    max_texts: texts, of all its prompts.
+  """
+
+  max_tokens: int = 4096
+  max_texts: int = 64
+
+  def __post_init__(self):
+    if self.max_tokens < 1:
+      raise ValueError(f'max_tokens={self.max_tokens}; it must be 1 or more.')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+  """What a body asks for.
+
+  Attributes:
+    requests: for the engine, one for each text.
+    texts: what turns the tokens of each into text.
+    prefixes: what each told of the prompt that its text begins with (`echo`);
+      None where it does not.
+    num_prompt: tokens of all prompts.
+    num_top: alternatives that are told of each token; None tells not even its
+      own log-probability.
+  """
+
+  requests: Sequence[engine_lib.Request]
+  texts: Sequence[streaming.TextStream]
+  prefixes: Sequence[str | None]
+  num_prompt: int
+  num_top: int | None
+
+
+class Writer:
+  """Turns bodies into requests, and tokens into text.
+
+  Attributes:
+    name: of the model.
+    token_bytes: what each token adds to a text.
+  """
+
+  def __init__(
+    self,
+    trained: trained_lib.Trained,
+    name: str,
+    *,
+    chat: chat_lib.Chat,
+    limits: Limits = Limits(),
+    max_length: int,
+  ):
+    """Prepares.
+
+    Args:
+      trained: what writes.
+      name: by which clients call it.
+      chat: makes prompts of conversations.
+      limits: of one request.
+      max_length: tokens of a text in the engine.
+    """
+    self.name = name
+    self._trained, self._chat, self._limits = trained, chat, limits
+    self._max_length = max_length
+    self.token_bytes = trained.token_bytes
+    self._ends = trained.end_ids
+    self._controls = control_lib.Controls(trained)
+
+  def job(self, body: protocol.CompletionBody | protocol.ChatBody) -> Job:
+    """Returns what a body asks for; may take a while.
+
+    Raises:
+      ValueError: it asks for something that cannot be.
+    """
+    if isinstance(body, protocol.ChatBody):
+      messages = [message.as_dict for message in body.messages]
+      prompts = [self._chat.prompt_ids(messages)]
+      wanted = body.max_completion_tokens or body.max_tokens
+      num_top = body.top_logprobs if body.logprobs else None
+      stops, given = [*body.stops, *self._chat.stops], [None]
+      echoes = False
+    else:
+      prompts, given = self._prompts(body)
+      echoes = body.echo
+      wanted, num_top = body.max_tokens, body.logprobs
+      stops = body.stops
+    if len(prompts) * body.n > self._limits.max_texts:
+      raise ValueError(
+        f'{len(prompts)} prompts times n={body.n} are '
+        f'{len(prompts) * body.n} texts; one request may ask for '
+        f'{self._limits.max_texts}.'
+      )
+    seed = secrets.randbits(32) if body.seed is None else body.seed
+    sampling = self._sampling(body)
+    made = []
+    for number, prompt in enumerate(prompts):
+      num_tokens = self._num_tokens(wanted, len(prompt))
+      if body.min_tokens > num_tokens:
+        raise ValueError(
+          f'min_tokens={body.min_tokens} is above the {num_tokens} new tokens '
+          'that the text may have.'
+        )
+      control = self._control(body, num_tokens)
+      for choice in range(body.n):
+        made.append(
+          engine_lib.Request(
+            prompt=prompt,
+            num_tokens=num_tokens,
+            sampling=sampling,
+            seed=seed,
+            row=number * body.n + choice,
+            ends=() if body.ignore_eos and control is None else self._ends,
+            num_top=num_top or 0,
+            control=control and control.begin(prompt),
+            scores_prompt=echoes and num_top is not None,
+          )
+        )
+    begin = self._begun if echoes else self._after
+    rows = [given[number // body.n] for number in range(len(made))]
+    begun = [begin(own.prompt, text, stops) for own, text in zip(made, rows)]
+    return Job(
+      requests=made,
+      texts=[text for text, _ in begun],
+      prefixes=[prefix for _, prefix in begun],
+      num_prompt=sum(map(len, prompts)),
+      num_top=num_top,
+    )
+
+  def start(self, job: Job, runner: runner_lib.Runner) -> list[answers.Choice]:
+    """Begins to write; called on the event loop.
+
+    Raises:
+      ValueError: a request cannot be met.
+      engine.Overloaded: too many wait.
+    """
+    streams = runner.submit(list(job.requests))
+    rows = zip(streams, job.texts, job.prefixes, strict=True)
+    return [answers.Choice(index, *row) for index, row in enumerate(rows)]
+
+  def _after(self, prompt, given, stops):
+    """Returns what makes text that follows a prompt, and what it told: None."""
+    del given
+    return streaming.TextStream(self._trained.tokenizer, prompt, stops), None
+
+  def _begun(self, prompt, given, stops):
+    """Returns what makes text that begins with a prompt, and what it told."""
+    text = streaming.TextStream(self._trained.tokenizer, stop=stops)
+    return text, text.echo(prompt, given)
+
+  def _prompts(self, body: protocol.CompletionBody):
+    """Returns the tokens of the prompts, and their texts as far as given."""
+    given: Any = body.prompt
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+      given = [given]
+    if not given:
+      raise ValueError('prompt is an empty list; give a text.')
+    texts = [prompt for prompt in given if isinstance(prompt, str)]
+    if texts:
+      found = self._trained.prompt_ids(texts)
+      if not all(found):
+        raise ValueError(
+          'prompt is empty, and texts of this model begin with no token of '
+          'their own: give it a few letters to go on from.'
+        )
+    else:
+      found = [list(prompt) for prompt in given]
+      size = self._trained.config.model.vocab_size
+      wrong = [i for ids in found for i in ids if not 0 <= i < size]
+      if wrong:
+        raise ValueError(
+          f'prompt has the token id {wrong[0]}, and the vocabulary has {size} '
+          f'tokens, 0 to {size - 1}.'
+        )
+    return found, texts or [None] * len(found)
+
+  def _num_tokens(self, wanted: int | None, length: int) -> int:
+    most, room = self._limits.max_tokens, self._max_length - length
+    least = 1 if wanted is None else wanted
+    if least > room:
+      raise ValueError(
+        f'The prompt has {length} tokens and max_tokens is {least}; a '
+        f'text may hold {self._max_length} in all. Shorten the prompt'
+        + (f', or ask for at most {room}.' if room > 0 else '.')
+      )
+    if wanted is None:
+      return min(most, room)
+    if wanted > most:
+      raise ValueError(
+        f'max_tokens={wanted}; this server writes at most {most} new tokens.'
+      )
+    return wanted
+
+  def _sampling(self, body: protocol.Common) -> engine_lib.Sampling:
+    bias = {}
+    for token, value in body.logit_bias.items():
+      if not token.isdecimal():
+        raise ValueError(
+          f'logit_bias names {token!r}; its keys are token ids, as in "50256".'
+        )
+      # -100 bans a token, as elsewhere.
+      bias[int(token)] = float('-inf') if value <= -100 else value
+    off = lambda value, neutral: None if value == neutral else value
+    given = {
+      'temperature': body.temperature,
+      'top_k': None if body.top_k in (None, -1, 0) else body.top_k,
+      'top_p': off(body.top_p, 1.0),
+      'min_p': off(body.min_p, 0.0),
+      'typical_p': off(body.typical_p, 1.0),
+      'repetition_penalty': body.repetition_penalty,
+      'presence_penalty': body.presence_penalty,
+      'frequency_penalty': body.frequency_penalty,
+      'min_tokens': body.min_tokens,
+    }
+    # What a request leaves open is as the checkpoint says.
+    own = self._trained.generation.sampling
+    given |= {k: v for k, v in own.items() if k not in body.model_fields_set}
+    return self._trained.calibrated(
+      engine_lib.Sampling(
+        **given, bias=bias, banned_words=self._trained.banned(body.banned_words)
+      )
+    )
+
+  def _control(self, body: protocol.Common, num_tokens: int) -> Any:
+    """Returns what the texts are held to, or None."""
+    form = body.response_format
+    schema = None
+    if form is not None and form.type != 'text':
+      schema = {'type': 'object'}
+      schema = schema if form.json_schema is None else form.json_schema.own
+    return self._controls.make(
+      num_tokens=num_tokens,
+      regex=body.regex,
+      grammar=body.grammar,
+      json_schema=schema,
+      keywords=body.keywords,
+    )

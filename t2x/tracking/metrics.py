@@ -1,0 +1,278 @@
+"""Watching a run: metrics.jsonl, TensorBoard events and a progress bar.
+
+`metrics.jsonl` holds one JSON object a line and one line a step. Values of
+the training step stand under plain names, those of an evaluation after it in
+the same row under `eval/NAME/METRIC`. JSON has no NaN or infinity: such a
+value is null, and the row's `non_finite` lists the names.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+import contextlib
+import importlib
+import json
+import logging
+import math
+import os
+import tempfile
+import time
+from typing import Any
+
+from etils import epath
+
+from t2x import files as paths
+from t2x.tracking import progress_bar as progress
+
+_log = logging.getLogger(__name__)
+
+FILE = 'metrics.jsonl'
+
+
+class Writer:
+  """Writes the rows of a run and shows its progress.
+
+  Opening it at step s, the steps that the restored state has taken, drops the
+  rows past s that an interrupted run left behind; at 0 all of them.
+
+  >>> with tempfile.TemporaryDirectory() as workdir:
+  ...   with Writer(workdir, start_step=0, num_steps=2, show=False) as writer:
+  ...     writer.write({'step': 1, 'loss': 5.5, 'eval/held_out/loss': 5.25})
+  ...   read_rows(workdir)
+  [{'step': 1, 'loss': 5.5, 'eval/held_out/loss': 5.25}]
+
+  Args:
+    workdir: of the run; gs:// and other remote paths are uploaded to on
+      `flush` alone.
+    start_step: steps taken so far.
+    num_steps: steps in all.
+    primary: False writes and shows nothing; one process of a run is primary.
+    show: show a progress bar, or lines where stdout is no terminal.
+    header: printed once at the start, such as the formula of the MFU.
+  """
+
+  def __init__(
+    self,
+    workdir: epath.PathLike,
+    *,
+    start_step: int,
+    num_steps: int,
+    primary: bool = True,
+    show: bool = True,
+    header: str = '',
+  ):
+    self._last_step = start_step if start_step else -1
+    self._parts = []
+    self._failed = False
+    if not primary:
+      return
+    workdir = paths.path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    self._parts = [
+      _open_rows(workdir / FILE, start_step),
+      _Events(workdir / 'tensorboard', start_step),
+    ]
+    if show:
+      self._parts.append(progress.Progress(num_steps, start_step, header))
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    """Writes the complete row of one step.
+
+    Args:
+      row: `step`, then numbers or arrays of one number, None where unknown;
+        steps must grow.
+    """
+    row = _plain_row(row)
+    assert row['step'] > self._last_step, (row['step'], self._last_step)
+    self._last_step = row['step']
+    for part in self._parts:
+      self._guarded(part.write, row)
+
+  def flush(self) -> bool:
+    """Returns once every row written so far is on disk, or uploaded.
+
+    False if some rows cannot be written, as on a full disk. This is reported
+    once, they stay in memory, and each further row and flush tries again.
+    """
+    # The rows come first; a list, so that the others are flushed all the same.
+    done = [self._guarded(part.flush) for part in self._parts]
+    if all(done):
+      self._failed = False
+    return not done or done[0]
+
+  def _guarded(self, action: Callable[..., None], *args: Any) -> bool:
+    """Returns whether the disk let `action` through."""
+    try:
+      action(*args)
+    except OSError as error:
+      if not self._failed:
+        _log.error(
+          'Metrics cannot be written (%s). Training goes on and the rows are '
+          'kept in memory until they can be; free space.',
+          error,
+        )
+      self._failed = True
+      return False
+    return True
+
+  def close(self) -> None:
+    """Flushes and closes; a second call does nothing."""
+    parts, self._parts = self._parts, []
+    # All are closed, the bar first, even where a disk is full.
+    with contextlib.ExitStack() as stack:
+      for part in parts:
+        stack.callback(part.close)
+
+  def __enter__(self) -> 'Writer':
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    self.close()
+
+
+def read_rows(workdir: epath.PathLike) -> list[dict[str, Any]]:
+  """Returns the rows of a run, without a last line that a crash tore."""
+  path = paths.path(workdir) / FILE
+  return _parse(path.read_bytes(), path) if path.exists() else []
+
+
+def _parse(data: bytes, path: epath.Path) -> list[dict[str, Any]]:
+  rows = []
+  for number, line in enumerate(data.split(b'\n'), 1):
+    try:
+      rows += [json.loads(line)] if line else []
+    except (ValueError, RecursionError):
+      _log.warning('%s: line %d is torn and left out.', path, number)
+  return rows
+
+
+def _plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
+  """Turns arrays into numbers, and what JSON cannot hold into null."""
+  plain = {
+    name: value.item() if hasattr(value, 'item') else value
+    for name, value in row.items()
+  }
+  non_finite = [
+    name
+    for name, value in plain.items()
+    if isinstance(value, float) and not math.isfinite(value)
+  ]
+  plain.update(dict.fromkeys(non_finite))
+  return {**plain, 'non_finite': non_finite} if non_finite else plain
+
+
+def _dump(row: Mapping[str, Any]) -> str:
+  return json.dumps(row, allow_nan=False) + '\n'
+
+
+def _open_rows(path: epath.Path, start_step: int):
+  """Opens the file of rows, cut back to those of the steps taken."""
+  data = path.read_bytes() if path.exists() else b''
+  rows = _parse(data, path) if start_step else []
+  kept = ''.join(_dump(row) for row in rows if row['step'] <= start_step)
+  if paths.is_remote(path):
+    return _UploadedRows(path, kept)
+  if kept.encode() != data:
+    paths.write_whole(path, kept)
+  return _LocalRows(path)
+
+
+class _LocalRows:
+  """Appends; a line outlives the process at once, the machine by `flush`."""
+
+  def __init__(self, path: epath.Path):
+    # Without a buffer it is known how much of a line a full disk took.
+    self._file = open(path, 'ab', buffering=0)
+    self._pending = b''
+
+  def write(self, row):
+    self._pending += _dump(row).encode()
+    self._drain()
+
+  def flush(self):
+    self._drain()
+    os.fsync(self._file.fileno())
+
+  def _drain(self):
+    while self._pending:
+      self._pending = self._pending[self._file.write(self._pending) :]
+
+  def close(self):
+    with self._file:
+      self.flush()
+
+
+class _UploadedRows:
+  """Holds all rows, since an object cannot be appended to."""
+
+  def __init__(self, path: epath.Path, text: str):
+    self._path = path
+    self._lines = [text]
+
+  def write(self, row):
+    self._lines.append(_dump(row))
+
+  def flush(self):
+    self._lines = [''.join(self._lines)]
+    self._path.write_text(self._lines[0])
+
+  close = flush
+
+
+class _Events:
+  """TensorBoard events; for a remote folder written here and uploaded.
+
+  One event a row, written in this thread: tensorboardX's SummaryWriter hands
+  events to another, whose queue its `flush` does not wait for.
+  """
+
+  def __init__(self, folder: epath.Path, start_step: int):
+    # Slow to import, and of no use to other processes than the primary.
+    from tensorboardX import event_file_writer
+
+    # Imported by name: type checkers see no classes in generated modules.
+    event_pb2 = importlib.import_module('tensorboardX.proto.event_pb2')
+    summary_pb2 = importlib.import_module('tensorboardX.proto.summary_pb2')
+    self._event = event_pb2.Event
+    self._summary = summary_pb2.Summary
+    self._remote = folder if paths.is_remote(folder) else None
+    self._folder = epath.Path(tempfile.mkdtemp() if self._remote else folder)
+    self._folder.mkdir(parents=True, exist_ok=True)
+    # File names count whole seconds; two runs within one must not collide.
+    self._writer = event_file_writer.EventsWriter(
+      os.fspath(self._folder / 'events'), f'.{time.time_ns()}'
+    )
+    # TensorBoard then hides what an interrupted run wrote past this step.
+    log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._add(start_step + 1 if start_step else 0, session_log=log)
+
+  def write(self, row):
+    values = [
+      self._summary.Value(tag=_tag(name), simple_value=value)
+      for name, value in row.items()
+      if isinstance(value, (int, float)) and name != 'step'
+    ]
+    self._add(row['step'], summary=self._summary(value=values))
+
+  def _add(self, step, **fields):
+    event = self._event(wall_time=time.time(), step=step, **fields)
+    self._writer.write_event(event)
+
+  def flush(self):
+    self._writer.flush()
+    self._upload()
+
+  def close(self):
+    self._writer.close()
+    self._upload()
+    if self._remote is not None:
+      self._folder.rmtree()
+
+  def _upload(self):
+    if self._remote is not None:
+      self._remote.mkdir(parents=True, exist_ok=True)
+      for path in self._folder.iterdir():
+        (self._remote / path.name).write_bytes(path.read_bytes())
+
+
+def _tag(name: str) -> str:
+  return name if name.startswith('eval/') else f'train/{name}'

@@ -1,0 +1,314 @@
+"""report.html: what a run was and how it went, on one page without a network.
+
+The figures are SVG in the page itself and take their colors from its style,
+so that they follow the reader's light or dark setting.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import html
+import json
+import math
+import statistics
+from typing import Any
+
+from etils import epath
+
+from t2x import files as paths
+from t2x import reading
+from t2x.tracking import html_page as report_page
+from t2x.tracking import metrics
+from t2x.tracking import svg_charts as charts
+
+FILE = 'report.html'
+
+
+def write(workdir: epath.PathLike) -> epath.Path:
+  """Writes `report.html` of the run in `workdir`, and returns its path.
+
+  Reads metrics.jsonl, and corpus.json, config.json, versions.json and
+  samples.json (a list of {prompt, text}) where they exist.
+
+  Raises:
+    ValueError: `workdir` holds no run.
+  """
+  workdir = paths.path(workdir)
+  if not (workdir / metrics.FILE).exists():
+    raise ValueError(
+      f'{workdir} has no {metrics.FILE}; a report needs the workdir of a '
+      'run that has trained.'
+    )
+  path = workdir / FILE
+  text = page(
+    title=workdir.name,
+    rows=metrics.read_rows(workdir),
+    config=_read(workdir / 'config.json'),
+    versions=_read(workdir / 'versions.json'),
+    samples=_read(workdir / 'samples.json') or [],
+    corpus=_read(workdir / 'corpus.json'),
+  )
+  paths.write_whole(path, text)
+  return path
+
+
+def _read(path: epath.Path) -> Any:
+  if not path.exists():
+    return None
+  return reading.parse_json(reading.text(path), str(path), 'Restore it.')
+
+
+def page(
+  *,
+  title: str,
+  rows: Sequence[Mapping[str, Any]],
+  config: Any = None,
+  versions: Mapping[str, str] | None = None,
+  samples: Sequence[Mapping[str, str]] = (),
+  corpus: Mapping[str, Any] | None = None,
+) -> str:
+  """Returns the page as text; see `write`."""
+  sections = [
+    _section('Figures', _tiles(headlines(rows)) + _eval_table(rows)),
+    _section('Curves', _charts(rows)),
+    _section('Samples', _samples(samples)),
+    _section('Documents', _documents((corpus or {}).get('documents', {}))),
+    _section('What ran', _versions(versions) + _config(config)),
+  ]
+  return report_page.PAGE.format(
+    title=html.escape(title),
+    style=report_page.STYLE,
+    body='\n'.join(sections),
+  )
+
+
+def headlines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+  """Returns the run's figures as (name, value)."""
+  last = rows[-1]['step'] if rows else 0
+  figures = [('steps', f'{last:,}')]
+  losses = points(rows, 'loss')
+  if losses:
+    figures.insert(0, ('final training loss', _number(losses[-1][1])))
+    tail = [value for _, value in losses[-(len(losses) // 50 + 1) :]]
+    if len(tail) > 1:
+      name = f'mean of the last {len(tail)}'
+      figures.insert(1, (name, _number(statistics.fmean(tail))))
+  speeds = [value for _, value in points(rows, 'tokens_per_second')]
+  if speeds:
+    figures.append(('tokens/s, median', f'{statistics.median(speeds):,.0f}'))
+  uses = [value for _, value in points(rows, 'mfu')]
+  if uses:
+    figures.append(('MFU, median', f'{statistics.median(uses):.1%}'))
+  seconds = training_seconds(rows)
+  if seconds:
+    figures.append(('time in steps', _duration(seconds)))
+  broken = sum('loss' in row.get('non_finite', ()) for row in rows)
+  if broken:
+    figures.append(('steps with a loss that is not finite', f'{broken:,}'))
+  return figures
+
+
+def training_seconds(rows: Sequence[Mapping[str, Any]]) -> float:
+  """Returns the time spent in steps; a row stands for those since the last."""
+  total, previous = 0.0, 0
+  for step, seconds in points(rows, 'step_seconds'):
+    total += seconds * (step - previous)
+    previous = step
+  return total
+
+
+def eval_points(
+  rows: Sequence[Mapping[str, Any]],
+) -> dict[str, dict[str, list[charts.Point]]]:
+  """Returns metric -> name of the evaluated set -> points."""
+  result: dict[str, dict[str, list[charts.Point]]] = {}
+  for name in dict.fromkeys(name for row in rows for name in row):
+    if name.startswith('eval/'):
+      _, title, metric = name.split('/', 2)
+      found = points(rows, name)
+      if found:
+        result.setdefault(metric, {})[title] = found
+  return result
+
+
+def points(rows: Sequence[Mapping[str, Any]], name: str) -> list[charts.Point]:
+  """Returns step and value of a metric, where rows have it."""
+  return [(r['step'], r[name]) for r in rows if r.get(name) is not None]
+
+
+def _charts(rows: Sequence[Mapping[str, Any]]) -> str:
+  """Returns all figures that the rows have values for."""
+  evals = eval_points(rows)
+  eval_losses = _eval_series(evals.pop('loss', {}))
+  training = _noisy('training', points(rows, 'loss'))
+  figures = [
+    charts.draw('Loss', training + eval_losses, focus=True),
+    charts.draw('Evaluation loss', eval_losses),
+  ]
+  evals.pop('num_tokens', None)  # The size of a set is no result.
+  for metric, sets in evals.items():
+    title = f'Evaluation {metric.replace("_", " ")}'
+    figures.append(charts.draw(title, _eval_series(sets)))
+  line = lambda name, metric: charts.Series(
+    name=name, points=points(rows, metric)
+  )
+  norms = line('norm', 'grad_norm')
+  speeds = _noisy('each step', points(rows, 'tokens_per_second'))
+  rates = line('learning rate', 'learning_rate')
+  busiest = line('busiest expert', 'expert_load_max')
+  figures += [
+    charts.draw('Loss by term', _ending(rows, 'nll')),
+    charts.draw('Weights of tasks', _ending(rows, '/weight')),
+    charts.draw('Gradient norm', [norms], log=True),
+    charts.draw('Learning rate', [rates]),
+    charts.draw("Busiest expert's load, as a multiple of the mean", [busiest]),
+    charts.draw('Choices dropped', [line('share', 'tokens_dropped')]),
+    charts.draw('Tokens per second', speeds, focus=True),
+  ]
+  body = '\n'.join(filter(None, figures))
+  return f'<div class="charts">{body}</div>' if body else ''
+
+
+def _ending(rows: Sequence[Mapping[str, Any]], end: str) -> list[charts.Series]:
+  """Returns smoothed lines of the training metrics so named, if several."""
+  names = dict.fromkeys(name for row in rows for name in row)
+  names = [n for n in names if n.endswith(end) and not n.startswith('eval/')]
+  found = {name: found for name in names if (found := points(rows, name))}
+  if len(found) < 2:
+    return []
+  return [
+    charts.Series(name=n, points=_smoothed(p), color=i)
+    for i, (n, p) in enumerate(found.items())
+  ]
+
+
+def _smoothed(found: Sequence[charts.Point]) -> list[charts.Point]:
+  return charts.smooth(found, len(found) // 100 + 1)
+
+
+def _noisy(name: str, found: Sequence[charts.Point]) -> list[charts.Series]:
+  return [
+    charts.Series(name=name, points=found, faint=True),
+    charts.Series(name='smoothed', points=_smoothed(found)),
+  ]
+
+
+def _eval_series(sets: Mapping[str, list[charts.Point]]) -> list[charts.Series]:
+  # The first color is the training loss's.
+  return [
+    charts.Series(name=title, points=points, color=1 + i, marked=True)
+    for i, (title, points) in enumerate(sets.items())
+  ]
+
+
+def _section(title: str, body: str) -> str:
+  return f'<section><h2>{title}</h2>\n{body}</section>' if body else ''
+
+
+def _tiles(figures: Sequence[tuple[str, str]]) -> str:
+  tiles = (
+    f'<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>'
+    for name, value in figures
+  )
+  return f'<dl class="tiles">{"".join(tiles)}</dl>'
+
+
+def _eval_table(rows: Sequence[Mapping[str, Any]]) -> str:
+  """Returns a row for each evaluated set: its loss, then all other metrics."""
+  evals = eval_points(rows)
+  losses = evals.pop('loss', {})
+  perplexities = evals.pop('perplexity', {})
+  names = dict.fromkeys(
+    [*losses, *(name for sets in evals.values() for name in sets)]
+  )
+  if not names:
+    return ''
+  head = ['set', 'final loss', 'best loss', 'at step', 'final perplexity']
+  head += [f'final {metric.replace("_", " ")}' for metric in evals]
+  body = ''
+  for name in names:
+    cells = _loss_cells(losses.get(name), perplexities.get(name))
+    for sets in evals.values():
+      cells.append(_number(sets[name][-1][1]) if name in sets else '-')
+    body += f'<tr><th>{html.escape(name)}</th>{_cells("td", cells)}</tr>'
+  return _table(head, body)
+
+
+def _documents(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+  """Returns a row for each task: what was read, kept, and dropped and why."""
+  reasons = dict.fromkeys(
+    r for facts in tasks.values() for r in facts['dropped']
+  )
+  head = ['', 'source', 'copies', 'read', 'to train on', 'held out']
+  head += [f'dropped: {reason.replace("_", " ")}' for reason in reasons]
+  body = notes = ''
+  for name, facts in tasks.items():
+    numbers = [facts[key] for key in ('read', 'train', 'validation')]
+    numbers += [facts['dropped'].get(reason, 0) for reason in reasons]
+    cells = [facts['source'], facts['duplicates']]
+    cells += [f'{number:,}' for number in numbers]
+    body += f'<tr><th>{html.escape(name)}</th>{_cells("td", cells)}</tr>'
+    if facts['dropped']:
+      notes += f'<p>Dropped documents: {html.escape(facts["list"])}</p>'
+  return body and _table(head, body) + notes
+
+
+def _table(head: Sequence[str], body: str) -> str:
+  return (
+    f'<div class="wide"><table><thead><tr>{_cells("th", head)}</tr></thead>'
+    f'<tbody>{body}</tbody></table></div>'
+  )
+
+
+def _loss_cells(losses, perplexities) -> list[str]:
+  """Final loss, best loss, its step, and perplexity, exp(loss) by default."""
+  if not losses:
+    return ['-'] * 4
+  final = losses[-1][1]
+  step, best = min(losses, key=lambda point: point[1])
+  # No float holds exp of more than 709.
+  perplexity = perplexities[-1][1] if perplexities else math.exp(min(final, 99))
+  return [_number(final), _number(best), f'{step:,}', _number(perplexity)]
+
+
+def _cells(tag: str, values: Sequence[str]) -> str:
+  return ''.join(f'<{tag}>{html.escape(value)}</{tag}>' for value in values)
+
+
+def _samples(samples: Sequence[Mapping[str, str]]) -> str:
+  return ''.join(
+    f'<blockquote><b>{html.escape(sample["prompt"])}</b>'
+    f'{html.escape(sample["text"])}</blockquote>'
+    for sample in samples
+  )
+
+
+def _versions(versions: Mapping[str, str] | None) -> str:
+  return (
+    ''
+    if not versions
+    else '<p class="versions">'
+    + ' '.join(
+      f'<span>{html.escape(str(name))} <b>{html.escape(str(value))}</b></span>'
+      for name, value in versions.items()
+    )
+    + '</p>'
+  )
+
+
+def _config(config: Any) -> str:
+  if config is None:
+    return ''
+  text = html.escape(json.dumps(config, indent=2))
+  return f'<details><summary>Config</summary><pre>{text}</pre></details>'
+
+
+def _number(value: float) -> str:
+  return f'{value:,.0f}' if abs(value) >= 1e4 else f'{value:.4g}'
+
+
+def _duration(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  if hours:
+    return f'{hours} h {minutes} min'
+  return f'{minutes} min {seconds} s' if minutes else f'{seconds} s'

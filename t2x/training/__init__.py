@@ -1,0 +1,1 @@
+"""The update as a pure function: state, step, optimizer, evaluation."""

@@ -1,0 +1,340 @@
+"""The pure function that advances the state of training.
+
+Shape suffixes: B batch, M microbatch.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import optax
+
+from t2x.layers import dropout
+from t2x.layers import linear
+from t2x.layers import param
+from t2x.losses import cross_entropy as loss_lib
+from t2x.losses import load_balancing as balance
+from t2x.losses import loss_based_masking as loss_masking
+from t2x.losses import task_weighting as task_weights
+from t2x.models import forward
+from t2x.models import loss_terms as terms_lib
+from t2x.models import segment_memory as memory_lib
+from t2x.objectives import mixture
+from t2x.parallel import sharding
+from t2x.pipeline import gradients as pipeline
+from t2x.training import optim
+from t2x.training import optim_state
+from t2x.training import scheduled_sampling
+from t2x.training import train_state
+
+Batch = dict[str, jax.Array]
+
+
+def train_step(
+  state: train_state.TrainState,
+  batch: Batch,
+  key: jax.Array,
+  *,
+  tx: optax.GradientTransformation,
+  config: train_state.StepConfig,
+) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
+  """Returns the next state and float32 metrics of one update.
+
+  The loss is the sum of the tokens' losses over the weight of the whole
+  batch, so neither accumulation nor packing nor the layout changes it. A
+  non-finite loss or gradient leaves model and optimizer as they were. The
+  metric `num_updates` counts the updates before, which the learning rate
+  goes by.
+  """
+  grads, sums = gradients_at(state, batch, key, config)
+  return apply_gradients(state, grads, sums, tx=tx, config=config)
+
+
+def gradients_at(
+  state: train_state.TrainState,
+  batch: Batch,
+  key: jax.Array,
+  config: train_state.StepConfig,
+) -> tuple[Any, dict[str, Any]]:
+  """Returns the gradients and summed metrics of a state's next update."""
+  trained, rest = train_state.partition(state.model, config.trainable)
+  if config.masking is not None:
+    losses_V = state.carried[loss_masking.NAME]
+    batch = loss_masking.masked(config.masking, batch, losses_V, key)
+  key = jax.random.fold_in(key, state.step)
+  if config.tasks is not None:
+    batch = task_weights.with_factors(config.tasks, batch, state.carried)
+  if config.sampling is not None:
+    share = config.sampling.share_at(state.step)
+    rows = batch['inputs'].shape[:1]
+    batch = {**batch, 'sampled_share': jnp.broadcast_to(share, rows)}
+  if config.memory is not None:
+    batch = {**batch, memory_lib.NAME: state.carried[memory_lib.NAME]}
+  grads, sums = gradients(trained, rest, batch, key, config)
+  if config.tasks is not None:
+    num = len(config.tasks.names)
+    sums = {**sums, task_weights.ROWS: task_weights.rates(batch, num)}
+  return grads, sums
+
+
+@jax.named_scope('optimizer')
+def apply_gradients(
+  state: train_state.TrainState,
+  grads: Any,
+  sums: dict[str, Any],
+  *,
+  tx: optax.GradientTransformation,
+  config: train_state.StepConfig,
+) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
+  """Returns the next state and metrics, of what `gradients_at` returned."""
+  trained, rest = train_state.partition(state.model, config.trainable)
+  loads = sums['loads']
+  grad_norm = optax.tree.norm(grads)
+  finite = jnp.isfinite(sums['loss']) & jnp.isfinite(grad_norm)
+  keep = functools.partial(jax.tree.map, lambda a, b: jnp.where(finite, a, b))
+  if config.offload == 'optimizer':
+    new_trained, opt_state = optim_state.update_offloaded(
+      tx, grads, state.opt_state, trained, norm=grad_norm, finite=finite
+    )
+  else:
+    updates, opt_state = tx.update(grads, state.opt_state, trained)
+    opt_state = keep(opt_state, state.opt_state)
+    new_trained = keep(optax.apply_updates(trained, updates), trained)
+  ema = state.ema
+  if config.ema_decay is not None:
+    d = config.ema_decay
+    mix = lambda e, p: jnp.where(finite, d * e + (1.0 - d) * p, e)
+    ema = jax.tree.map(mix, state.ema, new_trained)
+  carried, sums = _carried(state, sums, config)
+  carried = keep(carried, state.carried)
+  if config.memory is not None:  # What stayed is not of the row before.
+    shown = memory_lib.shown_if(finite, carried[memory_lib.NAME])
+    carried = {**carried, memory_lib.NAME: shown}
+  num_skipped = jnp.where(finite, 0, state.num_skipped + 1)
+  new_state = train_state.TrainState(
+    step=state.step + 1,
+    model=train_state.combine(
+      new_trained, keep(_updated(rest, loads, state.step + 1), rest)
+    ),
+    opt_state=opt_state,
+    ema=ema,
+    num_skipped=num_skipped,
+    carried=carried,
+  )
+  sums = {name: value for name, value in sums.items() if name != 'loads'}
+  metrics = {**sums, 'grad_norm': grad_norm, 'num_skipped': num_skipped}
+  metrics['num_updates'] = optim.num_updates(state.opt_state)
+  return new_state, metrics | balance.metrics(loads)
+
+
+def _carried(state: train_state.TrainState, sums, config):
+  """Returns what is carried on after a step, and the metrics of the sums."""
+  carried, name = state.carried, loss_masking.NAME
+  by_task = {n: s for n, s in sums.items() if n.endswith(task_weights.BY_TASK)}
+  own = {name, memory_lib.NAME, *by_task}
+  rest = {n: s for n, s in sums.items() if n not in own}
+  if config.masking is not None:
+    moved_V = loss_masking.updated(config.masking, carried[name], sums[name])
+    carried = {**carried, name: moved_V}
+  if config.memory is not None:
+    carried = {**carried, memory_lib.NAME: sums[memory_lib.NAME]}
+  if config.tasks is not None:
+    factors_K = task_weights.factors(config.tasks, carried)
+    rest |= task_weights.metrics(config.tasks, by_task, factors_K)
+    carried = task_weights.updated(config.tasks, carried, by_task)
+  return carried, rest
+
+
+def measure(config: train_state.StepConfig):
+  """Returns `loss.of_terms` with what a step asks of it."""
+  return functools.partial(
+    loss_lib.of_terms,
+    config=config.loss,
+    by_token=config.masking is not None,
+    num_tasks=0 if config.tasks is None else len(config.tasks.names),
+  )
+
+
+def _updated(rest: Any, loads: Any, step: jax.Array) -> Any:
+  """Returns what is not trained, after a step: it has rules of its own."""
+  return linear.redraw(balance.update(rest, loads), step)
+
+
+def eval_step(
+  model: Any,
+  batch: Batch,
+  memory: dict[str, Any] | None = None,
+  *,
+  config: train_state.StepConfig,
+):
+  """Returns the sums of nll (nats), accuracy and weight over a batch.
+
+  Of other terms than the main one as NAME_nll, NAME_accuracy, NAME_weight. In
+  the chunks of training, so that what trains can be evaluated. With `memory`,
+  of the batch before, also the `memory` for the next.
+  """
+  weights = {
+    name.removesuffix('s'): batch[name].sum()
+    for name in terms_lib.weight_names(batch)
+  }
+  if config.pipeline is not None:
+    nothing = jax.tree.map(lambda _: None, model)
+    _, sums = pipeline.run(
+      nothing,
+      model,
+      terms_lib.with_row_shares(batch),
+      None,
+      config.pipeline.for_evaluation(),
+      loss=functools.partial(loss_lib.of_terms, config=config.loss),
+      combine=train_state.combine,
+    )
+    measured = ('_nll', '_accuracy')
+    sums = {n: s for n, s in sums.items() if f'_{n}'.endswith(measured)}
+    return sums | weights
+  x_BTD, _, memory = _run(model, batch, memory, None, config)
+  terms = model.terms(x_BTD, batch, None, config.execution.zigzag)
+  return loss_lib.of_terms(terms, config.loss)[1] | weights | memory
+
+
+def _run(model, batch, memory, keys_B, config: train_state.StepConfig):
+  """Returns the last layer's output, routers' figures, and a new memory.
+
+  The memory stands under its name, in a dict that is empty without one.
+  """
+  more = {'keys_B': keys_B, 'execution': config.execution}
+  if config.memory is None:
+    return *forward.run(model, batch, **more), {}
+  x_BTD, stats, memory = forward.recall(model, batch, memory, **more)
+  return x_BTD, stats, {memory_lib.NAME: memory}
+
+
+def gradients(trained, rest, batch, key, config: train_state.StepConfig):
+  """Returns gradients and summed metrics of a whole batch.
+
+  Microbatch m holds the rows m, m + M, m + 2 M, ... of each device's share,
+  so that no row moves between devices. Gradients are summed over the loop on
+  each device of the `data` axis and reduced over it once, after the loop.
+  """
+  share = lambda a: a / jnp.maximum(a.sum(), 1e-9)
+  batch = {
+    **batch,
+    **{name: share(batch[name]) for name in terms_lib.weight_names(batch)},
+    'rows': jnp.arange(batch['weights'].shape[0]),
+  }
+  batch = terms_lib.with_row_shares(batch)
+  manual = _manual_axes(config)
+  if config.pipeline is not None:
+    return pipeline.run(
+      trained,
+      rest,
+      batch,
+      key,
+      config.pipeline,
+      loss=measure(config),
+      combine=train_state.combine,
+      accumulate=config.accumulate,
+      manual=manual,
+    )
+  fn = functools.partial(_accumulate, config=config)
+  if not manual:
+    return fn(trained, rest, batch, key)
+
+  def reduced(*args):
+    return jax.lax.psum(fn(*args), manual)
+
+  batch_spec = jax.tree.map(lambda _: P(manual), batch)
+  return jax.shard_map(
+    reduced,
+    in_specs=(P(), P(), batch_spec, P()),
+    out_specs=P(),
+    axis_names=set(manual),
+    # Varying axes would be tracked and gradients reduced inside the loop.
+    check_vma=False,
+  )(trained, rest, batch, key)
+
+
+def axes_by_hand(
+  config: train_state.StepConfig, staged: bool
+) -> tuple[str, ...]:
+  """Mesh axes over which gradients are reduced by hand, after the loop.
+
+  Args:
+    config: of the step.
+    staged: a pipeline's ticks are such a loop.
+  """
+  if config.accumulate == 1 and not staged:
+    return ()
+  return ('data', 'fsdp') if config.accumulate_whole else ('data',)
+
+
+def _manual_axes(config: train_state.StepConfig) -> tuple[str, ...]:
+  """Those of `axes_by_hand` that split something on the active mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return ()
+  staged = config.pipeline is not None
+  return tuple(a for a in axes_by_hand(config, staged) if mesh.shape[a] > 1)
+
+
+def _accumulate(trained, rest, batch, key, config: train_state.StepConfig):
+  probes_K = None
+  if config.tasks is not None and config.tasks.probes:
+    probes_K = jnp.zeros(len(config.tasks.names))
+  grad_fn = jax.value_and_grad(_loss, (0, 1), has_aux=True)
+
+  def micro(part):
+    fn = grad_fn(trained, probes_K, rest, part, key, config)
+    (_, sums), (grads, squares_K) = fn
+    if squares_K is not None:
+      sums[task_weights.SQUARES] = squares_K
+    return grads, sums
+
+  num = config.accumulate
+  if num == 1:
+    return micro(batch)
+  split = lambda a: jnp.moveaxis(a.reshape(-1, num, *a.shape[1:]), 1, 0)
+  parts = jax.tree.map(split, batch)
+  zeros = jax.tree.map(
+    lambda a: jnp.zeros(a.shape, jnp.float32),
+    jax.eval_shape(micro, jax.tree.map(lambda a: a[0], parts)),
+  )
+
+  def add(sums, part):
+    # A TPU's compiler would take reductions of bfloat16 out of the loop, and
+    # fails where they are converted before they are added (libtpu 0.0.42).
+    new = jax.lax.optimization_barrier(micro(part))
+    return jax.tree.map(jnp.add, sums, new), None
+
+  return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _loss(trained, probes_K, rest, batch, key, config: train_state.StepConfig):
+  """Returns the share of the loss that these rows make, and metrics."""
+  model = train_state.combine(trained, rest)
+  if not sharding.reduces_in_float32():
+    model = param.weights_in(model, model.config.dtype)
+  keys_B = dropout.row_keys(key, batch['rows'])
+  execution = config.execution
+  if config.sampling is not None:
+    inputs = scheduled_sampling.replaced(
+      config.sampling, model, batch, keys_B, execution
+    )
+    batch = {**batch, 'inputs': inputs}
+  memory = batch.get(memory_lib.NAME)
+  x_BTD, stats, memory = _run(model, batch, memory, keys_B, config)
+  if probes_K is not None:
+    numbers_B = batch[mixture.TASKS][:, 0]
+    x_BTD = task_weights.probed(x_BTD, probes_K, numbers_B)
+  terms = model.terms(x_BTD, batch, keys_B, execution.zigzag)
+  loss, sums = measure(config)(terms, batch=batch)
+  router_losses = balance.losses(stats, batch[terms_lib.ROW_SHARES])
+  loss = loss + sum(router_losses.values())
+  return loss, {
+    'loss': loss,
+    **sums,
+    **memory,
+    **router_losses,
+    'loads': balance.loads(stats),
+  }
