@@ -14,7 +14,7 @@ from t2x import main
 from t2x.config import experiment
 from t2x.data import config as data
 from t2x.data import tokenizers
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import mlp
 from t2x.layers import norm
 from t2x.layers import param as param_lib
@@ -30,7 +30,7 @@ def get_config() -> experiment.Experiment:
       vocab_size=1024,
       num_layers=4,
       embed_dim=128,
-      attention=attention.Dense(num_heads=8, head_dim=16, bias=True),
+      attention=attention_config.Dense(num_heads=8, head_dim=16, bias=True),
       mlp=mlp.MlpConfig(hidden=512, activation='gelu'),
       norm=norm.LayerNorm(eps=1e-12),
       residual='pre_norm',

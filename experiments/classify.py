@@ -26,7 +26,7 @@ main.define_set_flag()
 
 
 def classify() -> None:
-  from t2x.inference import embeddings as encoding
+  from t2x.inference import embeddings
   from t2x.inference import loading
 
   texts = main.read_lines(_TEXT.value, _TEXT_FILE.value, 'text')
@@ -34,7 +34,7 @@ def classify() -> None:
   trained = loading.load(
     main.workdir(), step=_STEP.value, settings=flags.FLAGS.set
   )
-  print(json.dumps(encoding.labelled(trained, texts, _SECOND.value)))
+  print(json.dumps(embeddings.labelled(trained, texts, _SECOND.value)))
 
 
 if __name__ == '__main__':

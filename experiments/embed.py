@@ -22,7 +22,7 @@ main.define_set_flag()
 
 
 def embed() -> None:
-  from t2x.inference import embeddings as encoding
+  from t2x.inference import embeddings
   from t2x.inference import loading
 
   texts = main.read_lines(_TEXT.value, _TEXT_FILE.value, 'text')
@@ -30,7 +30,7 @@ def embed() -> None:
   trained = loading.load(
     main.workdir(), step=_STEP.value, settings=flags.FLAGS.set
   )
-  vectors = encoding.embed(trained, texts)
+  vectors = embeddings.embed(trained, texts)
   print(json.dumps([[float(f'{x:.7g}') for x in v] for v in vectors]))
 
 

@@ -90,12 +90,12 @@ main.define_set_flag()
 
 
 def generate() -> None:
-  from t2x.inference import detokenize as postprocess
-  from t2x.inference import generation as inference
+  from t2x.inference import detokenize
+  from t2x.inference import generation as generation_lib
   from t2x.inference import loading
-  from t2x.trainer import workdir as run_dir
+  from t2x.trainer import workdir
 
-  postprocess.apply(_POST.value, '')  # What is wrong is said at once.
+  detokenize.apply(_POST.value, '')  # What is wrong is said at once.
   prompts = main.read_lines(_PROMPT.value, _PROMPT_FILE.value, 'prompt')
   _sampling({})
   beams, wanted = _beams(), _wanted()
@@ -112,7 +112,7 @@ def generate() -> None:
   if beams is not None:
     config = _sampling(own.searching, banned)
     beams = _searched(beams, own.search)
-    found = inference.search_text(
+    found = generation_lib.search_text(
       trained,
       prompts,
       beams=beams,
@@ -129,11 +129,11 @@ def generate() -> None:
     config = _sampling(own.sampling, banned)
     texts = _drawn(trained, prompts, config, wanted)
     notes = [''] * len(texts)
-  texts = [postprocess.apply(_POST.value, text) for text in texts]
+  texts = [detokenize.apply(_POST.value, text) for text in texts]
   for prompt, note, text in zip(prompts, notes, texts):
     print(f'--- {prompt}{note}\n{text}\n')
   if _OUTPUT.value:
-    run_dir.write_samples(_OUTPUT.value, prompts, texts)
+    workdir.write_samples(_OUTPUT.value, prompts, texts)
 
 
 def _steered(trained):
@@ -151,7 +151,7 @@ def _steered(trained):
 
 def _drawn(trained, prompts, config, wanted) -> list[str]:
   """Returns a text for each prompt, held to what is wanted."""
-  from t2x.inference import generation as inference
+  from t2x.inference import generation as generation_lib
 
   common: dict[str, Any] = {
     'num_tokens': _NUM_TOKENS.value,
@@ -161,13 +161,13 @@ def _drawn(trained, prompts, config, wanted) -> list[str]:
     'stop': _STOP.value,
   }
   if wanted:
-    from t2x.inference import constraints as control
+    from t2x.inference import constraints
 
-    made = control.Controls(trained).make(
+    made = constraints.Controls(trained).make(
       num_tokens=_NUM_TOKENS.value, **wanted
     )
     common['control'] = made
-  return inference.generate_text(
+  return generation_lib.generate_text(
     trained, prompts, ignore_end=_IGNORE_END.value, **common
   )
 

@@ -11,7 +11,7 @@ from t2x import main
 from t2x.config import experiment
 from t2x.data import config as data
 from t2x.data import tokenizers
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import mlp
 from t2x.layers import param as param_lib
 from t2x.layers import position
@@ -25,7 +25,7 @@ def get_config() -> experiment.Experiment:
       vocab_size=4096,
       num_layers=4,
       embed_dim=256,
-      attention=attention.Dense(num_heads=8, head_dim=32, bias=True),
+      attention=attention_config.Dense(num_heads=8, head_dim=32, bias=True),
       mlp=mlp.MlpConfig(hidden=1024, activation='gelu_tanh'),
       position=position.Learned(max_length=128, std=0.01),
       init=param_lib.Init(std=0.02, depth_scaled=True),

@@ -14,7 +14,7 @@ import llama2_7b
 
 from t2x import main
 from t2x.config import experiment
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 
 
 def get_config() -> experiment.Experiment:
@@ -23,7 +23,7 @@ def get_config() -> experiment.Experiment:
     base.model,
     num_layers=16,
     embed_dim=2048,
-    attention=attention.Dense(num_heads=16, head_dim=128),
+    attention=attention_config.Dense(num_heads=16, head_dim=128),
     mlp=dataclasses.replace(base.model.mlp, hidden=7168),
   )
   data = dataclasses.replace(base.data, batch_size=64)

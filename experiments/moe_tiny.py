@@ -14,7 +14,7 @@ from t2x import main
 from t2x.config import experiment
 from t2x.data import config as data
 from t2x.data import tokenizers
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import mlp
 from t2x.layers import moe
 from t2x.layers import norm
@@ -37,7 +37,7 @@ def get_config() -> experiment.Experiment:
       vocab_size=4096,
       num_layers=4,
       embed_dim=256,
-      attention=attention.Dense(num_heads=8, head_dim=32),
+      attention=attention_config.Dense(num_heads=8, head_dim=32),
       mlp_pattern=(mlp.MlpConfig(**shape), experts),
       norm=norm.RMSNorm(),
       position=position.Rotary(style='half'),

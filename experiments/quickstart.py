@@ -11,7 +11,7 @@ from t2x import main
 from t2x.config import experiment
 from t2x.data import config as data
 from t2x.data import tokenizers
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import mlp
 from t2x.layers import norm
 from t2x.layers import position
@@ -25,7 +25,7 @@ def get_config() -> experiment.Experiment:
       vocab_size=4096,
       num_layers=4,
       embed_dim=128,
-      attention=attention.Dense(num_heads=8, head_dim=16),
+      attention=attention_config.Dense(num_heads=8, head_dim=16),
       mlp=mlp.MlpConfig(hidden=512, activation='silu', bias=False),
       norm=norm.RMSNorm(),
       position=position.Rotary(),

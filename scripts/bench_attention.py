@@ -39,9 +39,9 @@ import numpy as np
 from t2x.attention import dense
 from t2x.attention import kernels
 from t2x.attention import mask as mask_lib
-from t2x.hlo import matmul_flops as matrix
-from t2x.layers import attention_config as attention
-from t2x.layers import attention_kinds as kinds_lib
+from t2x.hlo import matmul_flops
+from t2x.layers import attention_config
+from t2x.layers import attention_kinds
 from t2x.layers import convolution
 from t2x.layers import linear
 from t2x.layers import low_rank
@@ -52,7 +52,7 @@ HEADS: Any = {'num_heads': 8, 'head_dim': 64}
 PASSES = ('', 'train_')  # Forward; with the backward pass.
 
 
-def kinds_of(length: int) -> dict[str, kinds_lib.AttentionConfig]:
+def kinds_of(length: int) -> dict[str, attention_kinds.AttentionConfig]:
   """Returns kinds that look at about 256 keys, where they choose."""
   size, num = 64, -(-length // 64)
   # Blocks: the query's own, the one before, the first, one halfway between.
@@ -61,8 +61,8 @@ def kinds_of(length: int) -> dict[str, kinds_lib.AttentionConfig]:
     ''.join('01'[near(i, j)] for j in range(num)) for i in range(num)
   )
   return {
-    'dense': attention.Dense(**HEADS),
-    'local': attention.Local(**HEADS, window=256),
+    'dense': attention_config.Dense(**HEADS),
+    'local': attention_config.Local(**HEADS, window=256),
     'dilated': sparse.Dilated(**HEADS, window=64, dilation=4),
     'block_sparse': sparse.BlockSparse(**HEADS, sparse_block=size, rows=rows),
     'random': sparse.Random(**HEADS, num_random=3),
@@ -84,11 +84,11 @@ def function_of(config, length: int):
   if isinstance(config, convolution.Convolution):
     taps = jnp.full((1, length, config.num_heads, config.width), 0.1)
     return lambda q, k, v: convolution.convolve(v, taps, None, causal=causal)
-  mixer = kinds_lib.mixer(config, rngs=nnx.Rngs(0))
+  mixer = attention_kinds.mixer(config, rngs=nnx.Rngs(0))
   if mixer is not None:
     heads = jnp.arange(config.num_heads)
     return lambda q, k, v: mixer(q, k, v, mask, heads)
-  assert isinstance(config, attention.Softmax)
+  assert isinstance(config, attention_config.Softmax)
   mask = mask & config.pattern(length, causal=causal)
   options = dense.Options(kernel=config.kernel)
   return functools.partial(_attend, mask, options)
@@ -110,7 +110,7 @@ class Compiled:
       compiled = jax.jit(run).lower(*arrays).compile()
       stats: Any = compiled.memory_analysis()
       cost: Any = compiled.cost_analysis()
-      flops = matrix.matrix_flops(compiled.as_text() or '')
+      flops = matmul_flops.matrix_flops(compiled.as_text() or '')
       self.flops[name] = flops or int(cost['flops'])
       self.temporaries[name] = stats.temp_size_in_bytes
       self.runs[name] = functools.partial(self._run, compiled, arrays)

@@ -131,12 +131,12 @@ def our_model(**settings):
   from flax import nnx
   import jax
 
-  from t2x.decode import decoding_weights as prepared
+  from t2x.decode import decoding_weights
   from t2x.interop import configs
   from t2x.models import model as model_lib
 
   _, config = configs.to_t2x(CONFIG | settings)
-  model = prepared.prepare(model_lib.make(config, rngs=nnx.Rngs(0)))
+  model = decoding_weights.prepare(model_lib.make(config, rngs=nnx.Rngs(0)))
   return jax.block_until_ready(model)
 
 

@@ -14,7 +14,7 @@ import time
 
 from t2x.data import config as data
 from t2x.data import corpus as corpus_lib
-from t2x.data import input_pipeline as pipeline
+from t2x.data import input_pipeline
 from t2x.objectives import causal_lm
 from t2x.objectives import masked_lm
 from t2x.objectives import masking
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def tokens_per_second(corpus, config, steps: int) -> float:
-  batches = pipeline.train_batches(corpus, config, seed=0)
+  batches = input_pipeline.train_batches(corpus, config, seed=0)
   next(batches)  # Starts the thread.
   start, tokens = time.perf_counter(), 0
   for _ in range(steps):

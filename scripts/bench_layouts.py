@@ -40,28 +40,28 @@ from jax.sharding import PartitionSpec as P
 
 from t2x.attention import context
 from t2x.attention import mask as mask_lib
-from t2x.compilation import lowering as traced
+from t2x.compilation import lowering
 from t2x.config import experiment
-from t2x.config import layout_flag as layout_text
-from t2x.cost_model import communication_bounds as theory
+from t2x.config import layout_flag
+from t2x.cost_model import communication_bounds
 from t2x.data import config as data
 from t2x.data import tokenizers
-from t2x.hardware import target_devices as absent
+from t2x.hardware import target_devices
 from t2x.hlo import collectives
-from t2x.hlo import kernel_flops as kernels
-from t2x.hlo import matmul_flops as matrix
-from t2x.hlo import module as hlo
-from t2x.layers import attention_config as attention
+from t2x.hlo import kernel_flops
+from t2x.hlo import matmul_flops
+from t2x.hlo import module
+from t2x.layers import attention_config
 from t2x.layers import mlp
 from t2x.layers import norm
 from t2x.layers import position
 from t2x.models import decoder
 from t2x.parallel import mesh as mesh_lib
 from t2x.parallel import sharding
-from t2x.parallel import simulated_devices as simulated
+from t2x.parallel import simulated_devices
 from t2x.planning import sharding_table
 
-simulated.ask_for(8)
+simulated_devices.ask_for(8)
 
 NUM = 8
 LAYOUTS = (
@@ -82,7 +82,7 @@ def main() -> None:
   tpu = args.target != 'cpu'
   topology = 'v5e:2x4' if args.target == 'tpu' else args.target
   try:
-    devices = [*(absent.devices(topology) if tpu else jax.devices())]
+    devices = [*(target_devices.devices(topology) if tpu else jax.devices())]
   except ValueError as error:
     sys.exit(f'error: {error}')
   if len(devices) != NUM:
@@ -119,7 +119,7 @@ def parse() -> argparse.Namespace:
 
 
 def config_of(
-  args, tpu: bool, layout: layout_text.Layout
+  args, tpu: bool, layout: layout_flag.Layout
 ) -> experiment.Experiment:
   # On a CPU the blocks are a ring's pieces, so that all layouts leave out the
   # same scores; a TPU's compiler takes minutes over so many.
@@ -129,7 +129,7 @@ def config_of(
       vocab_size=args.vocab,
       num_layers=args.layers,
       embed_dim=args.width,
-      attention=attention.Dense(
+      attention=attention_config.Dense(
         num_heads=args.heads, head_dim=args.width // args.heads, block=block
       ),
       mlp=mlp.MlpConfig(hidden=args.hidden, bias=False),
@@ -149,7 +149,7 @@ def config_of(
 
 def bench_layouts(args, devices, tpu: bool) -> list[dict]:
   rows = []
-  first, *others = map(layout_text.parse, LAYOUTS)
+  first, *others = map(layout_flag.parse, LAYOUTS)
   chosen = [
     layout
     for layout in others
@@ -162,11 +162,11 @@ def bench_layouts(args, devices, tpu: bool) -> list[dict]:
     num = layout.num_devices
     mesh = mesh_lib.make(config.mesh, devices[:num])
     compiled, seconds = compile_timed(
-      lambda config=config, mesh=mesh: traced.lower_step(config, mesh), tpu
+      lambda config=config, mesh=mesh: lowering.lower_step(config, mesh), tpu
     )
     text, memory = figures(compiled)
     found = collectives.collectives(text, mesh)
-    flops = matrix.matrix_flops(text) + kernels.kernel_flops(text)
+    flops = matmul_flops.matrix_flops(text) + kernel_flops.kernel_flops(text)
     first = rows[0]['flops'] if rows else flops
     rows.append(
       {
@@ -176,7 +176,7 @@ def bench_layouts(args, devices, tpu: bool) -> list[dict]:
         'flops': flops,
         'flops_share': flops * num / first,
         'sent': collectives.total(found),
-        'theory': theory.bytes_sent(config, mesh.shape),
+        'theory': communication_bounds.bytes_sent(config, mesh.shape),
         'seconds': round(seconds, 1),
         'collectives': [
           {'kind': kind, 'axes': axes, 'times': times, 'bytes': size}
@@ -215,7 +215,7 @@ def compile_timed(lower, tpu: bool):
   start = time.perf_counter()
   # LLVM's optimisations cost half the time and change none of the figures.
   options = {} if tpu else {'xla_backend_optimization_level': 0}
-  compiled = absent.compile(lower(), options)
+  compiled = target_devices.compile(lower(), options)
   return compiled, time.perf_counter() - start
 
 
@@ -244,10 +244,10 @@ def lower_ring(args, mesh, length: int, dtype) -> jax.stages.Lowered:
 def largest_buffer(text: str) -> tuple[int, str]:
   """Returns the bytes and the shape of the largest array in a program."""
   arrays = (
-    (hlo.num_bytes(dtype, dims), f'{dtype}{list(dims)}')
-    for computation in hlo.parse(text).computations.values()
+    (module.num_bytes(dtype, dims), f'{dtype}{list(dims)}')
+    for computation in module.parse(text).computations.values()
     for instruction in computation.instructions.values()
-    for dtype, dims in hlo.shapes(instruction.type)
+    for dtype, dims in module.shapes(instruction.type)
   )
   return max(arrays)
 

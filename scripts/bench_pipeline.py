@@ -35,29 +35,29 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from t2x.compilation import lowering as traced
+from t2x.compilation import lowering
 from t2x.compilation import program
 from t2x.config import experiment
-from t2x.config import layout_flag as layout_text
-from t2x.config import partitioning as on_mesh
+from t2x.config import layout_flag
+from t2x.config import partitioning
 from t2x.data import config as data
 from t2x.data import tokenizers
-from t2x.hardware import target_devices as absent
+from t2x.hardware import target_devices
 from t2x.hlo import collectives
 from t2x.hlo import divergence
-from t2x.hlo import matmul_flops as matrix
-from t2x.hlo import module as hlo
-from t2x.hlo import stage_trips as pipelines
-from t2x.layers import attention_config as attention
+from t2x.hlo import matmul_flops
+from t2x.hlo import module
+from t2x.hlo import stage_trips
+from t2x.layers import attention_config
 from t2x.models import presets
 from t2x.parallel import mesh as mesh_lib
 from t2x.parallel import sharding
-from t2x.parallel import simulated_devices as simulated
+from t2x.parallel import simulated_devices
 from t2x.pipeline import schedule as schedule_lib
 from t2x.pipeline import schedules
 from t2x.planning import sharding_table
 
-simulated.ask_for(8)
+simulated_devices.ask_for(8)
 
 # `rows` are those of a microbatch on a device.
 _SMALL = {'layers': 16, 'width': 256, 'hidden': 1024, 'heads': 4, 'rows': 1}
@@ -86,7 +86,7 @@ def main() -> None:
   tpu = args.target != 'cpu'
   topology = 'v5e:4x4' if args.target == 'tpu' else args.target
   try:
-    devices = [*(absent.devices(topology) if tpu else jax.devices())]
+    devices = [*(target_devices.devices(topology) if tpu else jax.devices())]
     layouts = layouts_of(args, len(devices))
   except ValueError as error:
     sys.exit(f'error: {error}')
@@ -121,7 +121,7 @@ def layouts_of(args, num_devices: int) -> dict[str, str]:
   for name in args.schedules.split(','):
     result[name] = f'{args.layout},pipeline.schedule={name}'
   for text in result.values():
-    num = layout_text.parse(text).num_devices
+    num = layout_flag.parse(text).num_devices
     if num != num_devices:
       raise ValueError(
         f'{text} takes {num} devices; {args.target} has {num_devices}.'
@@ -132,14 +132,16 @@ def layouts_of(args, num_devices: int) -> dict[str, str]:
 def config_of(
   args, text: str, microbatches: int, remat: str, tpu: bool
 ) -> experiment.Experiment:
-  stages = layout_text.parse(args.layout).mesh
+  stages = layout_flag.parse(args.layout).mesh
   llama, heads = presets.llama2_7b(), args.heads
   model = dataclasses.replace(
     llama,
     vocab_size=args.vocab,
     num_layers=args.layers,
     embed_dim=args.width,
-    attention=attention.Dense(num_heads=heads, head_dim=args.width // heads),
+    attention=attention_config.Dense(
+      num_heads=heads, head_dim=args.width // heads
+    ),
     mlp=dataclasses.replace(llama.mlp, hidden=args.hidden),
     dtype='bfloat16' if tpu else 'float32',
   )
@@ -152,7 +154,7 @@ def config_of(
     ),
   )
   number = f',pipeline.microbatches={microbatches}' if 'pipe=' in text else ''
-  layout = layout_text.parse(f'{text}{number},train.remat={remat}')
+  layout = layout_flag.parse(f'{text}{number},train.remat={remat}')
   config = layout.applied(config)
   layout.check(config)
   return config
@@ -195,7 +197,7 @@ def model_flops(args, text: str, devices) -> int:
 def compile_timed(config, mesh, **options):
   """Returns a compiled train step, and the seconds that it took."""
   start = time.perf_counter()
-  compiled = absent.compile(traced.lower_step(config, mesh), options)
+  compiled = target_devices.compile(lowering.lower_step(config, mesh), options)
   return compiled, time.perf_counter() - start
 
 
@@ -203,13 +205,13 @@ def figures(config, mesh, compiled: jax.stages.Compiled) -> dict[str, Any]:
   """Returns what is known of a program without running it."""
   text, memory = compiled.as_text(), compiled.memory_analysis()
   assert text is not None and memory is not None, 'no such figures here'
-  plan = on_mesh.pipeline(config, mesh.shape)
+  plan = partitioning.pipeline(config, mesh.shape)
   trips: list[Any] = [None]
   row: dict[str, Any] = {}
   if plan is not None:
     divergence.check(text)
     stages = range(plan.table.num_stages)
-    trips = [pipelines.trips(plan, stage) for stage in stages]
+    trips = [stage_trips.trips(plan, stage) for stage in stages]
     found = plan.table.simulate()
     row['bubble'] = found.bubble
     row['bubble_executed'] = found.bubble_executed
@@ -217,9 +219,9 @@ def figures(config, mesh, compiled: jax.stages.Compiled) -> dict[str, Any]:
   sent = [
     collectives.total(collectives.collectives(text, mesh, t)) for t in trips
   ]
-  computations = hlo.parse(text).computations.values()
+  computations = module.parse(text).computations.values()
   return row | {
-    'flops': [matrix.matrix_flops(text, t) for t in trips],
+    'flops': [matmul_flops.matrix_flops(text, t) for t in trips],
     'sent': max(sent),
     'arguments': memory.argument_size_in_bytes,
     'temporaries': [memory.temp_size_in_bytes],

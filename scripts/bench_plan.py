@@ -178,7 +178,7 @@ def of_maxtext(case: Case, peer: str) -> dict[str, float]:
   import jax
 
   from t2x.hlo import collectives
-  from t2x.hlo import matmul_flops as matrix
+  from t2x.hlo import matmul_flops
 
   with tempfile.TemporaryDirectory() as directory:
     path = pathlib.Path(directory, 'step.hlo')
@@ -189,7 +189,7 @@ def of_maxtext(case: Case, peer: str) -> dict[str, float]:
   mesh = jax.sharding.AbstractMesh((16,), ('fsdp',))
   return {
     **json.loads(lines[-1]),
-    'products': matrix.matrix_flops(program),
+    'products': matmul_flops.matrix_flops(program),
     'sent': collectives.total(collectives.collectives(program, mesh)),
   }
 

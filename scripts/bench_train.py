@@ -143,7 +143,7 @@ def run_t2x(steps: int) -> dict[str, float]:
   from t2x.compilation import program
   from t2x.config import experiment
   from t2x.data import config as data
-  from t2x.layers import attention_config as attention
+  from t2x.layers import attention_config
   from t2x.layers import mlp
   from t2x.layers import position
   from t2x.models import decoder
@@ -156,7 +156,7 @@ def run_t2x(steps: int) -> dict[str, float]:
       vocab_size=VOCAB,
       num_layers=LAYERS,
       embed_dim=WIDTH,
-      attention=attention.Dense(
+      attention=attention_config.Dense(
         num_heads=HEADS, head_dim=WIDTH // HEADS, bias=True
       ),
       mlp=mlp.MlpConfig(hidden=HIDDEN),

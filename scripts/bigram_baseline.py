@@ -13,10 +13,10 @@ import json
 
 import numpy as np
 
-from t2x import files as paths
+from t2x import files
 from t2x.data import corpus as corpus_lib
 from t2x.data import tokenizer_loading
-from t2x.trainer import workdir as run_dir
+from t2x.trainer import workdir
 
 ADDED = 0.1
 
@@ -27,8 +27,8 @@ def main() -> None:
   parser.add_argument('--split', default='validation')
   parser.add_argument('--json', action='store_true')
   args = parser.parse_args()
-  data = run_dir.read_config(args.workdir).data
-  tokenizer = tokenizer_loading.load(paths.path(args.workdir) / 'tokenizer')
+  data = workdir.read_config(args.workdir).data
+  tokenizer = tokenizer_loading.load(files.path(args.workdir) / 'tokenizer')
   corpus = corpus_lib.prepare(data, tokenizer)
   bits = bigram_bits(
     stream(corpus, data.train_split),

@@ -32,16 +32,16 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 
 import estimate_cases
 
-from t2x.compilation import lowering as traced
+from t2x.compilation import lowering
 from t2x.config import experiment
-from t2x.config import overrides as config_lib
-from t2x.config import partitioning as on_mesh
+from t2x.config import overrides
+from t2x.config import partitioning
 from t2x.cost_model import estimate
-from t2x.hardware import target_devices as absent
+from t2x.hardware import target_devices
 from t2x.hlo import collectives
-from t2x.hlo import kernel_flops as kernels
-from t2x.hlo import matmul_flops as matrix
-from t2x.hlo import stage_trips as pipelines
+from t2x.hlo import kernel_flops
+from t2x.hlo import matmul_flops
+from t2x.hlo import stage_trips
 from t2x.parallel import mesh as mesh_lib
 
 FIGURES = ('arguments', 'peak', 'temporaries', 'flops', 'sent')
@@ -85,7 +85,7 @@ def cache_path(
 ) -> pathlib.Path:
   """Returns the file of a case's figures, of this config and compiler."""
   versions = [metadata.version(name) for name in ('jax', 'libtpu')]
-  text = config_lib.dumps(config) + case.topology + ' '.join(versions)
+  text = overrides.dumps(config) + case.topology + ' '.join(versions)
   key = hashlib.sha256(text.encode()).hexdigest()[:12]
   name = re.sub(r'\W+', '_', case.name)
   return pathlib.Path(cache) / f'{name}-{key}.json'
@@ -96,8 +96,8 @@ def compiled_figures(
 ) -> dict[str, Any]:
   """Returns what the compiler says of a step."""
   start = time.perf_counter()
-  mesh = mesh_lib.make(config.mesh, absent.devices(case.topology))
-  compiled = absent.compile(traced.lower_step(config, mesh))
+  mesh = mesh_lib.make(config.mesh, target_devices.devices(case.topology))
+  compiled = target_devices.compile(lowering.lower_step(config, mesh))
   text, memory = compiled.as_text(), compiled.memory_analysis()
   assert text is not None and memory is not None
   seconds = time.perf_counter() - start
@@ -114,11 +114,13 @@ def compiled_figures(
 
 def of_text(text: str, config: experiment.Experiment, mesh) -> dict[str, int]:
   """Returns products and bytes, of the stage that has the most."""
-  plan = on_mesh.pipeline(config, mesh.shape)
+  plan = partitioning.pipeline(config, mesh.shape)
   trips: list[Any] = [None]
   if plan is not None:
-    trips = [pipelines.trips(plan, s) for s in range(plan.table.num_stages)]
-  flops = lambda t: matrix.matrix_flops(text, t) + kernels.kernel_flops(text, t)
+    trips = [stage_trips.trips(plan, s) for s in range(plan.table.num_stages)]
+  flops = lambda t: (
+    matmul_flops.matrix_flops(text, t) + kernel_flops.kernel_flops(text, t)
+  )
   sent = lambda t: collectives.total(collectives.collectives(text, mesh, t))
   return {'flops': max(map(flops, trips)), 'sent': max(map(sent, trips))}
 

@@ -23,13 +23,13 @@ import jax
 
 from t2x.compilation import program as program_lib
 from t2x.config import experiment
-from t2x.config import overrides as config_lib
+from t2x.config import overrides
 from t2x.data import config as data
 from t2x.data import corpus as corpus_lib
-from t2x.data import input_pipeline as pipeline
+from t2x.data import input_pipeline
 from t2x.data import tokenizers
 from t2x.hardware import backends
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import convolution
 from t2x.layers import linear
 from t2x.layers import low_rank
@@ -52,8 +52,8 @@ _BLOCKS = tuple(
   ''.join('01'[j in (0, i - 1, i, i + 1)] for j in range(16)) for i in range(16)
 )
 KINDS = {
-  'dense': attention.Dense(**_HEADS),
-  'local': attention.Local(**_HEADS, window=32),
+  'dense': attention_config.Dense(**_HEADS),
+  'local': attention_config.Local(**_HEADS, window=32),
   'dilated': sparse.Dilated(**_HEADS, window=32, dilation=3),
   'block_sparse': sparse.BlockSparse(**_HEADS, sparse_block=16, rows=_BLOCKS),
   'random': sparse.Random(**_HEADS, sparse_block=16, num_random=3),
@@ -119,7 +119,7 @@ def run(config: experiment.Experiment, corpus, mesh) -> dict[str, Any]:
     program.replace({'step': compiled})
     stats: Any = compiled.memory_analysis()
     state, losses, times = program.init_state(), [], []
-    batches = pipeline.train_batches(corpus, config.data, seed=0)
+    batches = input_pipeline.train_batches(corpus, config.data, seed=0)
     for _ in range(steps):
       batch = program.place(next(batches))
       start = time.perf_counter()
@@ -128,7 +128,7 @@ def run(config: experiment.Experiment, corpus, mesh) -> dict[str, Any]:
       times.append(time.perf_counter() - start)
     batches.close()
     found = held_out(config, program, state.model, corpus)
-    asked = config_lib.override(config, {'data.objective.masking': 'tokens'})
+    asked = overrides.override(config, {'data.objective.masking': 'tokens'})
     if asked != config:
       program = program_lib.Program(asked, mesh, num_steps=steps)
     of_tokens = held_out(asked, program, state.model, corpus)
@@ -143,7 +143,9 @@ def run(config: experiment.Experiment, corpus, mesh) -> dict[str, Any]:
 
 def held_out(config, program, model, corpus) -> float:
   """Returns the loss of held-out rows, masked as `config` says."""
-  batches = pipeline.eval_batches(corpus, config.data, SPLIT, max_batches=8)
+  batches = input_pipeline.eval_batches(
+    corpus, config.data, SPLIT, max_batches=8
+  )
   rows = map(program.place, batches)
   return evaluate_lib.evaluate(program.evaluate, model, rows)['loss']
 

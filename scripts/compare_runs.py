@@ -15,10 +15,10 @@ import argparse
 import json
 from typing import Any
 
-from t2x import files as paths
+from t2x import files
 from t2x.tracking import metrics
-from t2x.tracking import run_report as report
-from t2x.tracking import svg_charts as charts
+from t2x.tracking import run_report
+from t2x.tracking import svg_charts
 
 REACH = 10  # Steps on either side that a curve is the mean of.
 
@@ -30,7 +30,7 @@ def read(workdir: str, metric: str) -> dict[str, Any]:
     ValueError: no run, or none that has trained; a metric that it lacks, with
       those that it has.
   """
-  path = paths.path(workdir)
+  path = files.path(workdir)
   if not (path / metrics.FILE).exists():
     raise ValueError(
       f'{workdir} has no {metrics.FILE}: name the workdir of a run that has '
@@ -41,7 +41,7 @@ def read(workdir: str, metric: str) -> dict[str, Any]:
   end = '/loss' if metric == 'nll' else f'/{metric}'
   is_eval = lambda name: name.startswith('eval/') and name.endswith(end)
   named = {
-    name: report.points(rows, name)
+    name: run_report.points(rows, name)
     for name in known
     if name == metric or is_eval(name)
   }
@@ -54,7 +54,7 @@ def read(workdir: str, metric: str) -> dict[str, Any]:
   last = {name: points[-1][1] for name, points in named.items() if points}
   return {
     'steps': rows[-1]['step'],
-    'seconds': report.training_seconds(rows),
+    'seconds': run_report.training_seconds(rows),
     'last': last,
     'points': named,
   }
@@ -89,7 +89,7 @@ def plot(runs: dict[str, dict[str, Any]], metric: str, path: str) -> None:
     ax.plot([], [], color=color, label=title)
     for name, points in run['points'].items():
       if name == metric:
-        line = charts.thin(charts.smooth(points, REACH))
+        line = svg_charts.thin(svg_charts.smooth(points, REACH))
         ax.plot(*zip(*line), color=color, linewidth=1.2)
       elif points:
         ax.plot(*zip(*points), 'o', color=color, markersize=5)

@@ -25,7 +25,7 @@ _STEP = flags.DEFINE_integer(
 
 
 def convert() -> None:
-  from t2x.inference import hf_conversion as conversion
+  from t2x.inference import hf_conversion
 
   source, target = _FROM.value, _TO.value
   if not source or not target:
@@ -33,11 +33,11 @@ def convert() -> None:
       'error: --from=DIR and --to=DIR are needed: what there is, and what is '
       'made.'
     )
-  if conversion.is_run(source):
-    family = conversion.from_run(source, target, _STEP.value)
+  if hf_conversion.is_run(source):
+    family = hf_conversion.from_run(source, target, _STEP.value)
     print(f'{target} holds a {family} with its tokenizer.')
   else:
-    number = conversion.to_run(source, target)
+    number = hf_conversion.to_run(source, target)
     print(f'{target} holds a run of {number:,} parameters, at its step 0.')
 
 

@@ -8,10 +8,10 @@ import dataclasses
 
 from t2x.config import catalog
 from t2x.config import experiment
-from t2x.config import layout_flag as layout_text
-from t2x.config import overrides as config_lib
+from t2x.config import layout_flag
+from t2x.config import overrides
 from t2x.data import tokenizers
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import moe
 from t2x.layers import routing
 from t2x.models import presets
@@ -27,7 +27,7 @@ class Case:
   Attributes:
     model: of `model_of`.
     rows: of a batch.
-    layout: as `layout_text` reads it.
+    layout: as `layout_flag` reads it.
     held_out: whether nothing was fitted on it.
   """
 
@@ -42,7 +42,7 @@ class Case:
 
   @property
   def topology(self) -> str:
-    num = layout_text.parse(self.layout).num_devices
+    num = layout_flag.parse(self.layout).num_devices
     return {4: 'v5e:2x2', 8: 'v5e:2x4', 16: 'v5e:4x4'}[num]
 
 
@@ -120,7 +120,7 @@ def config_of(case: Case) -> experiment.Experiment:
     config.data, batch_size=case.rows, tokenizer=tokenizers.Bytes()
   )
   config = dataclasses.replace(config, data=data)
-  layout = layout_text.parse(case.layout)
+  layout = layout_flag.parse(case.layout)
   config = layout.applied(config)
   layout.check(config)
   return config
@@ -132,7 +132,7 @@ def _llama() -> experiment.Experiment:
 
 def _gqa() -> experiment.Experiment:
   """Half as deep, with four key/value heads."""
-  return config_lib.override(
+  return overrides.override(
     _llama(),
     {'model.num_layers': '8', 'model.attention.num_kv_heads': '4'},
   )
@@ -169,7 +169,7 @@ def _moe() -> experiment.Experiment:
     mixtral,
     num_layers=8,
     embed_dim=1024,
-    attention=attention.Dense(num_heads=8, num_kv_heads=4, head_dim=128),
+    attention=attention_config.Dense(num_heads=8, num_kv_heads=4, head_dim=128),
     mlp=experts,
     dtype='bfloat16',
   )

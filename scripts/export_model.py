@@ -28,7 +28,7 @@ main.define_set_flag()
 
 
 def export() -> None:
-  from t2x.inference import export as artefact
+  from t2x.inference import export as export_lib
   from t2x.inference import loading
 
   if not _TO.value:
@@ -36,7 +36,7 @@ def export() -> None:
   trained = loading.load(
     main.workdir(), step=_STEP.value, settings=flags.FLAGS.set
   )
-  artefact.write(
+  export_lib.write(
     trained,
     _TO.value,
     rows=_ROWS.value,

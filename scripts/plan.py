@@ -37,20 +37,20 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 from absl import flags
 
 from t2x import main as main_lib
-from t2x.config import layout_advice as layouts
+from t2x.config import layout_advice
 from t2x.cost_model import estimate
 from t2x.hardware import machines
-from t2x.planning import advice as plan_advice
+from t2x.planning import advice as advice_lib
 from t2x.planning import estimate_text
-from t2x.planning import memory as plan_memory
-from t2x.planning import page as plan_page
-from t2x.planning import plan as planning
-from t2x.planning import remedies as plan_remedy
-from t2x.planning import search as plan_search
+from t2x.planning import memory
+from t2x.planning import page
+from t2x.planning import plan as plan_lib
+from t2x.planning import remedies
+from t2x.planning import search
 from t2x.planning import sharding_table
 from t2x.planning import target_flags
-from t2x.planning import text as plan_text
-from t2x.planning import trials as plan_trials
+from t2x.planning import text as text_lib
+from t2x.planning import trials
 
 
 def main() -> None:
@@ -92,32 +92,32 @@ def _main() -> None:
   if values.estimate:
     _estimate(name, config, devices)
     return
-  where = plan_text.where(values.topology, values.num_slices)
+  where = text_lib.where(values.topology, values.num_slices)
   if not values.json:  # The compiler says nothing until it is done.
     print(f'Compiling for {where} ...', file=sys.stderr, flush=True)
-  plan = planning.make(config, values.topology, values.num_slices)
+  plan = plan_lib.make(config, values.topology, values.num_slices)
   advice = []
   if values.advice:
-    advice = plan_advice.of(config, plan, target_flags.changed)
-  print(plan_text.text(name, plan, advice))
+    advice = advice_lib.of(config, plan, target_flags.changed)
+  print(text_lib.text(name, plan, advice))
   if values.html:
     file = pathlib.Path(values.html)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(plan_page.page(name, plan, advice), encoding='utf-8')
+    file.write_text(page.page(name, plan, advice), encoding='utf-8')
     print(f'The page is {file}')
   if values.json:
-    print(json.dumps({'experiment': name, **plan_text.to_json(plan, advice)}))
+    print(json.dumps({'experiment': name, **text_lib.to_json(plan, advice)}))
 
 
 def _estimate(name: str, config, devices) -> None:
   values = flags.FLAGS
   found = estimate.step(config, len(devices))
-  limit = plan_memory.limit_of(machines.chip_of(devices[0].device_kind))
+  limit = memory.limit_of(machines.chip_of(devices[0].device_kind))
   where = values.topology, values.num_slices
-  print(plan_text.title(name, *where, found.sizes) + ', estimated\n')
+  print(text_lib.title(name, *where, found.sizes) + ', estimated\n')
   print(estimate_text.text(found, limit))
   if limit is not None and found.peak_bytes > limit:
-    said = plan_remedy.remedy(config, *where, target_flags.changed)
+    said = remedies.remedy(config, *where, target_flags.changed)
     print(f'\nwarning: {said}')
   if values.json:
     told = {
@@ -131,17 +131,17 @@ def _estimate(name: str, config, devices) -> None:
 def _search(name: str, config, num_devices: int) -> None:
   values = flags.FLAGS
   where = values.topology, values.num_slices
-  found = plan_search.candidates(config, *where)
+  found = search.candidates(config, *where)
   fitting = sum(c.fits for c in found)
-  ways = f'{len(found)} ways to run {name} on {plan_text.where(*where)}'
+  ways = f'{len(found)} ways to run {name} on {text_lib.where(*where)}'
   _say(f'{ways}; {fitting} should fit.')
   if not found:
-    layouts.check(config, num_devices, num_slices=values.num_slices)
+    layout_advice.check(config, num_devices, num_slices=values.num_slices)
     return
-  plan_trials.check(name, found, values.topology, num_devices)
+  trials.check(name, found, values.topology, num_devices)
   root = os.environ.get('T2X_DATA_DIR') or '~/.cache/t2x'
   cache = values.cache or os.path.join(root, 'plans')
-  results = plan_trials.compile_best(
+  results = trials.compile_best(
     found,
     *where,
     command=[sys.executable, os.path.abspath(__file__)],
@@ -152,9 +152,9 @@ def _search(name: str, config, num_devices: int) -> None:
     say=_say,
   )
   print()
-  rows = plan_trials.table(results)
+  rows = trials.table(results)
   print('\n'.join(sharding_table.aligned(rows, '<<>>>>>>')))
-  for note in plan_trials.notes(results):
+  for note in trials.notes(results):
     print(note)
   if values.json:
     ranked = [

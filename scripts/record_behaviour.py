@@ -300,7 +300,7 @@ def layouts_of(name: str) -> dict[str, tuple[str, ...]]:
 def small(experiment: str, settings: tuple[str, ...], directory: str):
   """Returns an experiment with few layers and bytes of a text of its own."""
   from t2x.config import catalog
-  from t2x.config import overrides as config_lib
+  from t2x.config import overrides as overrides_lib
 
   corpus = pathlib.Path(directory) / 'corpus'
   corpus.mkdir(exist_ok=True)
@@ -314,8 +314,8 @@ def small(experiment: str, settings: tuple[str, ...], directory: str):
     f'data.data_dir={directory}/data',
   )
   config = catalog.load(experiment)
-  values = config_lib.parse_settings([*_SMALL, *own, *settings])
-  return config_lib.override(config, values)
+  values = overrides_lib.parse_settings([*_SMALL, *own, *settings])
+  return overrides_lib.override(config, values)
 
 
 def trained(
@@ -361,7 +361,7 @@ def written(key: str, workdir: str) -> dict[str, Any]:
   """Returns what the model of a run writes, or its vectors of texts."""
   import numpy as np
 
-  from t2x.inference import embeddings as encoding
+  from t2x.inference import embeddings
   from t2x.inference import generation
   from t2x.inference import loading
   from t2x.models import encoder
@@ -382,7 +382,7 @@ def written(key: str, workdir: str) -> dict[str, Any]:
   if isinstance(
     kind, encoder.EncoderConfig | encoder_decoder.EncoderDecoderConfig
   ):
-    vectors = np.asarray(encoding.embed(loaded, prompts))
+    vectors = np.asarray(embeddings.embed(loaded, prompts))
     digest = hashlib.sha256(vectors.tobytes()).hexdigest()[:16]
     values[f'texts/{key}/vectors'] = digest
     values[f'texts/{key}/vector'] = vectors[0, :4].tolist()
@@ -397,7 +397,7 @@ def batches(directory: str) -> dict[str, Any]:
   import numpy as np
 
   from t2x.data import corpus as corpus_lib
-  from t2x.data import input_pipeline as pipeline
+  from t2x.data import input_pipeline
 
   plain = ('causal_lm', 'prefix_lm', 'masked_lm', 'permutation', 'denoising')
   ways: dict[str, tuple[str, ...]] = {
@@ -424,7 +424,7 @@ def batches(directory: str) -> dict[str, Any]:
     print(f'batches of {name}', flush=True)
     config = small('quickstart', settings, directory).data
     corpus = corpus_lib.prepare(config)
-    made = pipeline.train_batches(corpus, config, seed=3)
+    made = input_pipeline.train_batches(corpus, config, seed=3)
     for number, batch in enumerate(itertools.islice(made, 2)):
       for array, content in sorted(batch.items()):
         content = np.asarray(content)
@@ -445,15 +445,15 @@ def batches(directory: str) -> dict[str, Any]:
 def plans(directory: str) -> dict[str, Any]:
   """Returns what compiled plans and estimates say."""
   from t2x.config import catalog
-  from t2x.config import overrides as config_lib
+  from t2x.config import overrides as overrides_lib
   from t2x.cost_model import estimate
-  from t2x.planning import plan as planning
+  from t2x.planning import plan as plan_lib
 
   values: dict[str, Any] = {}
   for name, (devices, settings) in _PLANS.items():
     print(f'plan of {name}', flush=True)
     config = small(name, settings, directory)
-    plan = planning.make(config, f'cpu:{devices}')
+    plan = plan_lib.make(config, f'cpu:{devices}')
     values |= {
       f'plans/{name}/model_flops': plan.flops.model,
       f'plans/{name}/executed_flops': plan.flops.executed,
@@ -465,7 +465,7 @@ def plans(directory: str) -> dict[str, Any]:
     print(f'estimate of {name}', flush=True)
     config = catalog.load(name)
     whole = ('mesh.data=1', 'mesh.fsdp=1', *settings)
-    config = config_lib.override(config, config_lib.parse_settings(whole))
+    config = overrides_lib.override(config, overrides_lib.parse_settings(whole))
     found = estimate.step(config)
     values |= {
       f'plans/{name}/estimated_flops': found.executed_flops,

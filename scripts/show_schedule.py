@@ -46,7 +46,7 @@ from t2x.pipeline import operations as ops
 from t2x.pipeline import schedule as schedule_lib
 from t2x.pipeline import schedules
 from t2x.pipeline import simulation
-from t2x.pipeline import table_search as generate
+from t2x.pipeline import table_search
 
 _SCHEDULE = flags.DEFINE_string('schedule', None, 'Its name.', required=True)
 _STAGES = flags.DEFINE_integer('stages', None, 'Stages.')
@@ -117,7 +117,7 @@ def make(costs: simulation.Costs) -> schedule_lib.Schedule:
     sizes['num_chunks'] = _CHUNKS.value
   if limit is not None:
     sizes['placement'] = _PLACEMENT.value or 'loop'
-    return generate.generate(**sizes, limit=limit, costs=costs)
+    return table_search.generate(**sizes, limit=limit, costs=costs)
   return schedules.make(name, **sizes)
 
 

@@ -31,10 +31,10 @@ from absl import flags
 from t2x import main
 from t2x.config import catalog
 from t2x.config import experiment
-from t2x.config import layout_advice as layouts
-from t2x.config import layout_flag as layout_text
-from t2x.config import overrides as config_lib
-from t2x.config import partitioning as on_mesh
+from t2x.config import layout_advice
+from t2x.config import layout_flag
+from t2x.config import overrides
+from t2x.config import partitioning
 from t2x.parallel import mesh
 from t2x.planning import sharding_page
 from t2x.planning import sharding_table
@@ -52,10 +52,10 @@ main.define_set_flag()
 def show() -> None:
   config = catalog.load(_EXPERIMENT.value)
   settings = flags.FLAGS.set
-  config = config_lib.override(config, config_lib.parse_settings(settings))
-  layout = layout_text.of_mesh(config.mesh)
+  config = overrides.override(config, overrides.parse_settings(settings))
+  layout = layout_flag.of_mesh(config.mesh)
   if _LAYOUT.value is not None:
-    layout = layout_text.parse(_LAYOUT.value)
+    layout = layout_flag.parse(_LAYOUT.value)
     config = layout.applied(config)
   num_devices = _DEVICES.value or layout.num_devices
   own = config
@@ -63,7 +63,7 @@ def show() -> None:
   if _LAYOUT.value is not None:
     layout.check(config, _DEVICES.value, own=own)
   else:
-    layouts.check(config, num_devices, own=own)
+    layout_advice.check(config, num_devices, own=own)
   table = sharding_table.make(config, num_devices)
   if _HTML.value:
     page = sharding_page.page(
@@ -90,9 +90,9 @@ def with_rows(config: experiment.Experiment, num_devices: int):
   """
   try:
     sizes = mesh.sizes(config.mesh, num_devices)
-  except ValueError:  # `layouts.check` says it, with what to do.
+  except ValueError:  # `layout_advice.check` says it, with what to do.
     return config, None
-  multiple = on_mesh.rows_multiple(config, sizes)
+  multiple = partitioning.rows_multiple(config, sizes)
   rows = config.data.batch_size
   if rows % multiple == 0:
     return config, None

@@ -27,10 +27,10 @@ import jax
 from t2x import main as main_lib
 from t2x.config import catalog
 from t2x.config import experiment
-from t2x.config import layout_flag as layout_text
+from t2x.config import layout_flag
 from t2x.multihost import processes
-from t2x.parallel import simulated_devices as simulated
-from t2x.verification import report as verify_report
+from t2x.parallel import simulated_devices
+from t2x.verification import report
 from t2x.verification import verify
 
 
@@ -63,7 +63,7 @@ def main() -> None:
 
 def _main() -> None:
   values = flags.FLAGS
-  layouts = layout_text.parse_all(values.layout)
+  layouts = layout_flag.parse_all(values.layout)
   config = main_lib.resolve(lambda: catalog.load(values.experiment))
   _simulate(max(layout.num_devices for layout in layouts))
   main_lib.use_compilation_cache()
@@ -77,11 +77,11 @@ def _simulate(num: int) -> None:
   """Asks for so many devices of the CPU, before the first is touched."""
   if jax.config.values['jax_platforms'] is None:
     jax.config.update('jax_platforms', 'cpu')
-  simulated.ask_for(num)
+  simulated_devices.ask_for(num)
 
 
 def _show(
-  config: experiment.Experiment, layouts: list[layout_text.Layout]
+  config: experiment.Experiment, layouts: list[layout_flag.Layout]
 ) -> bool:
   """Prints what is found, as it is found; returns whether all is well."""
   values = flags.FLAGS
@@ -92,17 +92,17 @@ def _show(
     config, layouts, num_steps=values.steps, tolerance=values.tolerance
   ):
     if not found:
-      say(_title(config, values) + '\n\n' + verify_report.header(names))
+      say(_title(config, values) + '\n\n' + report.header(names))
     found.append(verdict)
-    say(verify_report.row(verdict, names))
+    say(report.row(verdict, names))
     if values.details:
-      say('\n'.join(verify_report.steps(verdict)))
-  say('\n' + verify_report.explanation(found[0]))
+      say('\n'.join(report.steps(verdict)))
+  say('\n' + report.explanation(found[0]))
   for verdict in found:
     if not verdict.ok:
-      say('\n' + verify_report.parting(verdict))
+      say('\n' + report.parting(verdict))
   if values.json:
-    say(json.dumps({'layouts': [verify_report.to_json(v) for v in found]}))
+    say(json.dumps({'layouts': [report.to_json(v) for v in found]}))
   return all(verdict.ok for verdict in found)
 
 

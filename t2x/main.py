@@ -14,13 +14,13 @@ from absl import app
 from absl import flags
 from absl import logging as absl_logging
 
-from t2x import files as paths
+from t2x import files
 from t2x import reading
 from t2x.config import experiment
-from t2x.config import overrides as config_lib
+from t2x.config import overrides
 from t2x.hardware import backends
 from t2x.hardware import machines as machines_lib
-from t2x.parallel import simulated_devices as simulated
+from t2x.parallel import simulated_devices
 
 flags.disclaim_key_flags()  # They are the script's: --helpshort lists them.
 
@@ -82,11 +82,11 @@ def define_process_flags() -> None:
 
 
 def joined() -> contextlib.AbstractContextManager[None]:
-  """Joins the processes that the flags name; see `cluster.joined`."""
-  from t2x.multihost import initialization as cluster
+  """Joins the processes that the flags name; see `initialization.joined`."""
+  from t2x.multihost import initialization
 
   values = flags.FLAGS
-  return cluster.joined(
+  return initialization.joined(
     coordinator=values.coordinator,
     num_processes=values.num_processes,
     process_id=values.process_id,
@@ -107,12 +107,12 @@ def app_run(main: Callable[[], None]) -> None:
         f'error: unexpected argument {argv[1]!r}; settings are written '
         '--set NAME=VALUE.'
       )
-    simulated.give_threads()
+    simulated_devices.give_threads()
     backends.skip_missing_tpu()
     logging.getLogger('t2x').setLevel(logging.INFO)
     if not flags.FLAGS['verbosity'].present:
       # Orbax logs every file that it writes, and with a traceback for each
-      # what checkpoint.py reports; --verbosity=0 shows it.
+      # what checkpointer.py reports; --verbosity=0 shows it.
       absl_logging.set_verbosity(absl_logging.FATAL)
       # A full disk fails hundreds of its tasks; the checkpoint says it once.
       logging.getLogger('asyncio').setLevel(logging.CRITICAL)
@@ -172,7 +172,7 @@ def read_lines(given: Sequence[str], file: str | None, flag: str) -> list[str]:
   """
   result = list(given)
   if file is not None:
-    path = paths.path(file)
+    path = files.path(file)
     if not path.exists():
       raise ValueError(f'--{flag}_file={file}: there is no such file.')
     lines = reading.lines(path.read_bytes(), f'--{flag}_file={file}')
@@ -188,16 +188,16 @@ def resolve(
   get_config: GetConfig | None, machine: machines_lib.Machine | None = None
 ) -> experiment.Experiment:
   """Returns the config with --config, --machine and every --set applied."""
-  from t2x.trainer import workdir as run_dir
+  from t2x.trainer import workdir as workdir_lib
 
   values = flags.FLAGS
   if values.config:
-    config = run_dir.load_config(values.config)
+    config = workdir_lib.load_config(values.config)
   else:
     assert get_config is not None
     config = get_config()
   settings = [*(machine.settings if machine else ()), *values.set]
-  return config_lib.override(config, config_lib.parse_settings(settings))
+  return overrides.override(config, overrides.parse_settings(settings))
 
 
 def use_compilation_cache() -> None:
@@ -215,7 +215,7 @@ def _train(get_config: GetConfig, machines: Machines) -> None:
   machine = machines_lib.find(machines, name) if name else None
   config = resolve(get_config, machine)
   if flags.FLAGS.print_config:
-    print(config_lib.dumps(config), end='')
+    print(overrides.dumps(config), end='')
     return
   directory = workdir()
   # Imported late, so that --help and --print_config answer sooner.

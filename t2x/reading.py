@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from t2x import files as paths
+from t2x import files
 
 _MARK = '\ufeff'
 
@@ -24,7 +24,7 @@ def text(file: epath.PathLike) -> str:
     ValueError: it is not UTF-8.
     OSError: it cannot be read.
   """
-  return decode(paths.path(file).read_bytes(), str(file))
+  return decode(files.path(file).read_bytes(), str(file))
 
 
 def decode(data: bytes, file: str) -> str:

@@ -16,7 +16,7 @@ import simulated
 import tiny
 
 from t2x import main
-from t2x.data import input_pipeline as pipeline
+from t2x.data import input_pipeline
 from t2x.parallel import mesh
 from t2x.trainer import checkpoint_files
 from t2x.trainer import run
@@ -76,14 +76,14 @@ def _fail_to_read(step: str) -> None:
 
 
 def _slow_input(seconds: float) -> None:
-  train_batches = pipeline.train_batches
+  train_batches = input_pipeline.train_batches
 
   def slow(*args, **kwargs):
     for batch in train_batches(*args, **kwargs):
       time.sleep(seconds * (jax.process_index() == 1))
       yield batch
 
-  pipeline.train_batches = slow
+  input_pipeline.train_batches = slow
 
 
 def _interleave() -> None:

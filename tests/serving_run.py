@@ -12,7 +12,7 @@ import uvicorn
 from t2x.decode import engine as engine_lib
 from t2x.inference import loading
 from t2x.serving import server as server_lib
-from t2x.tracking import run_report as report
+from t2x.tracking import run_report
 from t2x.trainer import train
 
 SIZES = engine_lib.EngineConfig(
@@ -23,7 +23,7 @@ SIZES = engine_lib.EngineConfig(
 def trained_of(directory, **settings):
   """Returns a tiny run that was trained in a directory."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(report, 'write', lambda workdir: None)
+    patch.setattr(run_report, 'write', lambda workdir: None)
     config = tiny.experiment_of(directory, **settings)
     train.train(config, str(directory / 'run'), show=False)
   return loading.load(str(directory / 'run'))

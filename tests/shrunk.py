@@ -5,7 +5,7 @@ Attention is in one block of queries, so that nothing hidden is skipped.
 
 import dataclasses
 
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import mlp
 from t2x.layers import moe
 from t2x.layers import norm
@@ -23,7 +23,7 @@ BLOCK = 24
 def _attention(kind):
   heads = {kind.num_heads: None, 1: 1}.get(kind.kv_heads, 2)
   sizes = {'num_heads': 4, 'num_kv_heads': heads, 'head_dim': 8}
-  if isinstance(kind, attention.Local):
+  if isinstance(kind, attention_config.Local):
     sizes['window'] = 5
   return dataclasses.replace(kind, **sizes, block=BLOCK)
 
@@ -60,9 +60,9 @@ PRESETS = {
 }
 
 _SIZES = {'vocab_size': 256, 'embed_dim': 32, 'num_layers': 3}
-_DENSE = attention.Dense(num_heads=4, head_dim=16, block=BLOCK)
+_DENSE = attention_config.Dense(num_heads=4, head_dim=16, block=BLOCK)
 _GROUPED = dataclasses.replace(_DENSE, num_kv_heads=2)
-_LOCAL = attention.Local(num_heads=4, head_dim=16, block=BLOCK, window=7)
+_LOCAL = attention_config.Local(num_heads=4, head_dim=16, block=BLOCK, window=7)
 _GATED = mlp.MlpConfig(hidden=48, gated=True, activation='silu', bias=False)
 
 

@@ -2,7 +2,7 @@
 
 from importlib import metadata
 
-from t2x.parallel import simulated_devices as simulated
+from t2x.parallel import simulated_devices
 
 
 def flags(num_devices: int | None = None) -> str:
@@ -11,7 +11,9 @@ def flags(num_devices: int | None = None) -> str:
   Where XLA can still write loops for CPUs in its older way, it does so in half
   the time of the newer one. jax 0.11 and later have the newer one alone.
   """
-  chosen = [] if num_devices is None else [f'{simulated.COUNT}={num_devices}']
+  chosen = (
+    [] if num_devices is None else [f'{simulated_devices.COUNT}={num_devices}']
+  )
   if metadata.version('jaxlib').startswith('0.10.'):
     chosen.append('--xla_cpu_use_fusion_emitters=false')
   return ' '.join(chosen)

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from t2x.config import abstract_state
-from t2x.multihost import initialization as cluster
+from t2x.multihost import initialization
 from t2x.multihost import processes
 
 _BATCH = np.arange(8 * 16, dtype=np.int32).reshape(8, 16)
@@ -33,7 +33,7 @@ def check(devices, shape: tuple[int, int], expected_rows: list[int]) -> None:
 def main() -> None:
   arguments = dict(a[2:].split('=') for a in sys.argv[1:])
   index = int(arguments['process_id'])
-  with cluster.joined(
+  with initialization.joined(
     coordinator=arguments['coordinator'],
     num_processes=int(arguments['num_processes']),
     process_id=index,

@@ -12,16 +12,16 @@ import pytest
 import tiny
 
 from t2x import main
-from t2x.config import overrides as config_lib
+from t2x.config import overrides
 from t2x.inference import evaluation
-from t2x.inference import generation as inference
+from t2x.inference import generation
 from t2x.inference import loading
 from t2x.models import encoder
 from t2x.parallel import sharding
-from t2x.tracking import run_report as report
+from t2x.tracking import run_report
 from t2x.trainer import run as run_lib
 from t2x.trainer import train
-from t2x.trainer import workdir as run_dir
+from t2x.trainer import workdir as workdir_lib
 
 
 @pytest.fixture(scope='module')
@@ -31,7 +31,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _no_reports(monkeypatch):
-  monkeypatch.setattr(report, 'write', lambda workdir: None)
+  monkeypatch.setattr(run_report, 'write', lambda workdir: None)
 
 
 _compiled = []
@@ -169,39 +169,39 @@ def test_other_settings_are_refused_before_anything_is_done(directory, run):
 def test_generating(run):
   trained = loading.load(str(run))
   assert trained.step == 2
-  texts = inference.generate_text(trained, ['the run', 'a'], num_tokens=4)
+  texts = generation.generate_text(trained, ['the run', 'a'], num_tokens=4)
   assert len(texts) == 2
   with pytest.raises(
     ValueError,
     match='Prompt 1 has 101 tokens; with num_tokens=8 .* 109, and a sequence '
     'may hold 32. Either cut the prompt to at most 24 tokens, or raise max_len',
   ) as info:
-    inference.generate_text(trained, ['a', 'b' * 100], num_tokens=8)
+    generation.generate_text(trained, ['a', 'b' * 100], num_tokens=8)
   assert main.is_own(info.value)
   long = {'num_tokens': 12, 'ignore_end': True}
-  (text,) = inference.generate_text(trained, ['the run'], **long)
+  (text,) = generation.generate_text(trained, ['the run'], **long)
   middle = text[len(text) // 2]
-  (stopped,) = inference.generate_text(
+  (stopped,) = generation.generate_text(
     trained, ['the run'], stop=['never there', middle], **long
   )
   assert stopped == text[: text.index(middle)] != text
   with pytest.raises(ValueError, match="stop holds ''"):
-    inference.generate_text(trained, ['a'], num_tokens=4, stop=[''])
-  found = inference.search_text(trained, ['a'], num_tokens=4, num_best=2)
+    generation.generate_text(trained, ['a'], num_tokens=4, stop=[''])
+  found = generation.search_text(trained, ['a'], num_tokens=4, num_best=2)
   assert len(found[0]) == 2 and found[0][0][1] >= found[0][1][1]
   letters = set(text.encode().decode('ascii', 'ignore')) - {'\ufffd'}
   banned = trained.banned([*letters, 'run'])
-  (other,) = inference.generate_text(
+  (other,) = generation.generate_text(
     trained,
     ['the run'],
-    sampling=inference.Sampling(banned_words=banned),
+    sampling=generation.Sampling(banned_words=banned),
     **long,
   )
   assert other and not letters & set(other)
   # Past the length of training, but not past the positions that there are.
-  inference.generate_text(trained, ['b' * 39], num_tokens=4, max_length=64)
+  generation.generate_text(trained, ['b' * 39], num_tokens=4, max_length=64)
   with pytest.raises(ValueError, match='may hold 64.* a model with more pos'):
-    inference.generate_text(trained, ['b' * 99], num_tokens=4, max_length=99)
+    generation.generate_text(trained, ['b' * 99], num_tokens=4, max_length=99)
 
 
 def test_evaluating_another_text_is_told(run, tmp_path, caplog):
@@ -230,7 +230,7 @@ def test_an_encoder_cannot_generate(directory, run):
   )
   _compiled.clear()
   with pytest.raises(ValueError, match='Encoder cannot generate: only a Dec'):
-    inference.generate_text(trained, ['a'], num_tokens=3)
+    generation.generate_text(trained, ['a'], num_tokens=3)
   assert not _compiled
 
 
@@ -238,7 +238,7 @@ def test_no_run_and_no_checkpoint_yet(directory, tmp_path):
   with pytest.raises(ValueError, match='holds no run: it has no config.json'):
     loading.load(str(tmp_path))
   config = tiny.experiment_of(directory)
-  (tmp_path / 'config.json').write_text(config_lib.dumps(config))
+  (tmp_path / 'config.json').write_text(overrides.dumps(config))
   with pytest.raises(
     ValueError, match='no checkpoint yet. Let .*train.checkpoint_every=2 steps'
   ):
@@ -368,7 +368,7 @@ def test_errors_of_the_tools(run, tmp_path):
 def test_print_config_touches_nothing(directory, tmp_path):
   saved = tmp_path / 'config.json'
   config = tiny.experiment_of(directory, train__seed=4)
-  saved.write_text(config_lib.dumps(config))
+  saved.write_text(overrides.dumps(config))
   done = _command(
     '--print_config',
     f'--config={saved}',
@@ -381,7 +381,7 @@ def test_print_config_touches_nothing(directory, tmp_path):
   data = json.loads(done.stdout)
   assert data['mesh']['tensor'] == 64
   assert data['data']['files'] == "'elsewhere/*.txt'"
-  changes = config_lib.differences(config_lib.to_json(config), data)
+  changes = overrides.differences(overrides.to_json(config), data)
   assert set(changes) == {'mesh.tensor', 'data.files'}
 
 
@@ -406,7 +406,7 @@ def test_a_run_from_the_command_line(directory, tmp_path):
     f'{corpus}/*.txt'
   )
   assert list(run.glob('profile/plugins/profile/*/*.xplane.pb'))
-  config = run_dir.load_config(str(run / 'config.json'))
+  config = workdir_lib.load_config(str(run / 'config.json'))
   train.train(config, str(tmp_path / 'again'), show=False)
   assert tiny.losses(tmp_path / 'again') == tiny.losses(run)
 

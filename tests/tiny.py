@@ -15,16 +15,16 @@ import jax
 
 from t2x import main
 from t2x.config import experiment
-from t2x.config import overrides as config_lib
+from t2x.config import overrides
 from t2x.data import config as data
 from t2x.data import tokenizers
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import mlp
 from t2x.layers import position
 from t2x.models import decoder
 from t2x.parallel import mesh as mesh_lib
 from t2x.tracking import metrics
-from t2x.trainer import checkpointer as checkpoint
+from t2x.trainer import checkpointer
 from t2x.training import optim
 
 _WORDS = 'the run goes on from where it stopped and no step is lost'.split()
@@ -53,7 +53,7 @@ def experiment_of(directory: pathlib.Path, **settings) -> experiment.Experiment:
       vocab_size=384,
       num_layers=2,
       embed_dim=16,
-      attention=attention.Dense(num_heads=4, head_dim=4),
+      attention=attention_config.Dense(num_heads=4, head_dim=4),
       mlp=mlp.MlpConfig(hidden=32),
       position=position.Learned(max_length=64),
     ),
@@ -75,7 +75,7 @@ def experiment_of(directory: pathlib.Path, **settings) -> experiment.Experiment:
     mesh=mesh_lib.MeshConfig(data=2, fsdp=2, tensor=2),
   )
   texts = {n.replace('__', '.'): str(v) for n, v in settings.items()}
-  return config_lib.override(config, texts)
+  return overrides.override(config, texts)
 
 
 def start(
@@ -122,7 +122,7 @@ def losses(workdir) -> list[float]:
 
 def saved_and_restored(workdir, state, shapes):
   """Returns a train state after it was a checkpoint."""
-  saved = checkpoint.Checkpoints(workdir, keep_last=1, keep_every=None)
+  saved = checkpointer.Checkpoints(workdir, keep_last=1, keep_every=None)
   step = int(state.step)
   saved.save(step, state, {'step': step})
   saved.wait()

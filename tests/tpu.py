@@ -5,8 +5,8 @@ import jax
 
 from t2x.config import catalog
 from t2x.config import experiment as experiment_lib
-from t2x.config import overrides as config_lib
-from t2x.hardware import target_devices as absent
+from t2x.config import overrides
+from t2x.hardware import target_devices
 from t2x.parallel import mesh as mesh_lib
 
 # An experiment that compiles in seconds.
@@ -24,7 +24,7 @@ def config_of(
 ) -> experiment_lib.Experiment:
   """Returns an experiment with settings, as for --set."""
   config = catalog.load(experiment)
-  return config_lib.override(config, config_lib.parse_settings([*settings]))
+  return overrides.override(config, overrides.parse_settings([*settings]))
 
 
 def mesh(topology: str = 'v5e:2x4', num_slices: int = 1, **sizes: int):
@@ -42,7 +42,7 @@ def mesh(topology: str = 'v5e:2x4', num_slices: int = 1, **sizes: int):
 def devices(topology: str, num_slices: int = 1):
   """Returns the devices of a topology, such as `v5e:4x4`, or skips the test."""
   extras.need('libtpu', extra='plan')
-  return absent.devices(topology, num_slices)
+  return target_devices.devices(topology, num_slices)
 
 
 def compile_text(lowered: jax.stages.Lowered, **options) -> str:
@@ -52,6 +52,6 @@ def compile_text(lowered: jax.stages.Lowered, **options) -> str:
     lowered: the program.
     **options: of the compiler.
   """
-  text = absent.compile(lowered, options).as_text()
+  text = target_devices.compile(lowered, options).as_text()
   assert text is not None
   return text

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from t2x.attention import dense
 from t2x.attention import kernels
 from t2x.attention import mask as mask_lib
-from t2x.parallel import manual_sharding as shards
+from t2x.parallel import manual_sharding
 from t2x.parallel import sharding
 
 
@@ -113,7 +113,7 @@ def apply(
     ShardingError: the heads do not divide.
   """
   sizes = jax.sharding.get_abstract_mesh().shape
-  parts = math.prod(sizes[a] for a in shards.auto_axes('kv_heads'))
+  parts = math.prod(sizes[a] for a in manual_sharding.auto_axes('kv_heads'))
   N, K = q_BTNH.shape[2], k_BSKH.shape[2]
   copies = repeats(N, K, sizes[axis], parts)
   k_BSKH, v_BSKH = (jnp.repeat(a, copies, 2) for a in (k_BSKH, v_BSKH))
@@ -138,7 +138,7 @@ def _exchange(fn, axis, extra, q_BTNH, k_BSKH, v_BSKH, mask):
   def exchange(a, **axes):
     fn = lambda a: jax.lax.all_to_all(a, axis, tiled=True, **axes)
     names = 'batch', None, 'kv_heads', None, None, None
-    return shards.on_parts(fn, a, *names)
+    return manual_sharding.on_parts(fn, a, *names)
 
   def to_heads(a, group):
     """(B, T / C, K group, H) to (B, T, K / C group, H)."""
@@ -149,7 +149,9 @@ def _exchange(fn, axis, extra, q_BTNH, k_BSKH, v_BSKH, mask):
   q, k, v = to_heads(q_BTNH, N // K), to_heads(k_BSKH, 1), to_heads(v_BSKH, 1)
   all_gather = lambda x: jax.lax.all_gather(x, axis, axis=1, tiled=True)
   gather = lambda x: (
-    None if x is None else shards.on_parts(all_gather, x, 'batch', None)
+    None
+    if x is None
+    else manual_sharding.on_parts(all_gather, x, 'batch', None)
   )
   mask = dataclasses.replace(
     mask,

@@ -12,7 +12,7 @@ from t2x.attention import kernels
 from t2x.attention import mask as mask_lib
 from t2x.attention import ring
 from t2x.attention import splash
-from t2x.parallel import manual_sharding as shards
+from t2x.parallel import manual_sharding
 from t2x.parallel import sharding
 
 
@@ -39,7 +39,7 @@ def mix(
     ShardingError: a mesh axis splits rows, and heads are not exchanged.
   """
   check_plain(mask)
-  axes = shards.auto_axes('length')
+  axes = manual_sharding.auto_axes('length')
   if not axes:
     return mixer(q_BTNH, k_BTKH, v_BTKH, mask, heads_N)
   axis = _one(axes)
@@ -123,7 +123,7 @@ def attend(
       exchanged.
   """
   kwargs = {'options': options, 'bias': bias, 'dropout': dropout}
-  axes = shards.auto_axes('length')
+  axes = manual_sharding.auto_axes('length')
   if not axes:
     return kernels.attend(q_BTNH, k_BSKH, v_BSKH, mask, **kwargs)
   axis = _one(axes)

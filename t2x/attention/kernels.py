@@ -19,7 +19,7 @@ from t2x.attention import patterns
 from t2x.attention import scanned
 from t2x.attention import splash
 from t2x.attention import triton
-from t2x.parallel import manual_sharding as shards
+from t2x.parallel import manual_sharding
 from t2x.parallel import sharding
 
 
@@ -40,7 +40,7 @@ def attend(
   Raises:
     ValueError: `options.kernel` asks for one that cannot be.
   """
-  device, why = shards.platform(), None
+  device, why = manual_sharding.platform(), None
   parts = {'options': options, 'bias': bias, 'dropout': dropout}
   if options.kernel != 'blocks':
     why = why_not(q_BTNH, k_BSKH, v_BSKH, mask, platform=device, **parts)
@@ -136,11 +136,14 @@ def _on_parts(fn, q_BNTH, k_BKSH, v_BKSH, mask):
 
   The partitioner cannot cut a kernel, so every mesh axis is named.
   """
-  axes = {*shards.free_axes()}
+  axes = {*manual_sharding.free_axes()}
   if not sharding.is_active() or not axes:
     return fn(q_BNTH, k_BKSH, v_BKSH, mask)
-  rows, heads = shards.auto_axes('batch'), shards.auto_axes('heads')
-  kv_heads = shards.auto_axes('kv_heads')
+  rows, heads = (
+    manual_sharding.auto_axes('batch'),
+    manual_sharding.auto_axes('heads'),
+  )
+  kv_heads = manual_sharding.auto_axes('kv_heads')
   group = q_BNTH.shape[1] // k_BKSH.shape[1]
 
   def local(q_BNTH, k_BKSH, v_BKSH, mask):

@@ -30,12 +30,12 @@ import jax
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 
-from t2x import files as paths
+from t2x import files
 from t2x.compilation import fingerprint
 from t2x.compilation import program as program_lib
 from t2x.config import experiment
 from t2x.data import config as data_config
-from t2x.hardware import target_devices as absent
+from t2x.hardware import target_devices
 from t2x.parallel import sharding
 
 _log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def save(
   for name, lowered in _lowered(program).items():
     start = time.perf_counter()
     with _no_cache():
-      compiled = absent.compile(lowered)
+      compiled = target_devices.compile(lowered)
     seconds = time.perf_counter() - start
     if program.check is not None:
       program.check(compiled.as_text() or '')
@@ -247,13 +247,13 @@ def _write(file: str, manifest, payloads: dict[str, bytes]) -> None:
     archive.writestr(_MANIFEST, json.dumps(manifest, indent=1))
     for name, payload in payloads.items():
       archive.writestr(name, payload)
-  path = paths.path(file)
+  path = files.path(file)
   path.parent.mkdir(parents=True, exist_ok=True)
-  paths.write_whole(path, buffer.getvalue())
+  files.write_whole(path, buffer.getvalue())
 
 
 def _read(file: str) -> tuple[dict[str, Any], dict[str, bytes]]:
-  path = paths.path(file)
+  path = files.path(file)
   if not path.exists():
     raise ValueError(
       f'--executable={file}: there is no such file. scripts/compile_step.py '

@@ -16,9 +16,9 @@ import jax
 
 from t2x.compilation import program as program_lib
 from t2x.config import experiment
-from t2x.config import overrides as config_lib
+from t2x.config import overrides
 from t2x.parallel import mesh as mesh_lib
-from t2x.parallel import simulated_devices as simulated
+from t2x.parallel import simulated_devices
 
 # What compiles and what loads. A program of one version is none of another.
 _COMPILERS = {
@@ -31,7 +31,7 @@ _LIBRARIES = ('flax', 'optax', 'numpy')
 # Read by compilers; the first also says how many devices are simulated, which
 # are compared by themselves.
 _FLAGS = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')
-_COUNT = simulated.COUNT + r'=\S+'
+_COUNT = simulated_devices.COUNT + r'=\S+'
 _MOST = 8  # Differences that a message lists.
 
 
@@ -68,7 +68,7 @@ def compilers() -> dict[str, str]:
 def of_source(config: experiment.Experiment) -> dict[str, Any]:
   """Returns what explains lowered texts that differ, as JSON."""
   return {
-    'config': config_lib.to_json(config),
+    'config': overrides.to_json(config),
     'libraries': _versions(_LIBRARIES),
     'code': dict(_code()),
   }
@@ -113,14 +113,14 @@ def source_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if not text.startswith(tuple(f'{s}{end}' for s in outer for end in ':.'))
   ]
   said += _pairs(then['libraries'], now['libraries'])
-  code = config_lib.differences(then['code'], now['code'])
+  code = overrides.differences(then['code'], now['code'])
   if code:
     said.append('code: ' + _some([*code], ', '))
   return said
 
 
 def _pairs(then: Any, now: Any) -> list[str]:
-  pairs = config_lib.differences(then, now).items()
+  pairs = overrides.differences(then, now).items()
   text = lambda value: 'none' if value in ('', None) else value
   return [
     f'{name}: {text(a)} in the file, {text(b)} here' for name, (a, b) in pairs

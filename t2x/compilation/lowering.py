@@ -15,7 +15,7 @@ from jax.extend import core
 from t2x.compilation import program
 from t2x.config import abstract_state
 from t2x.config import experiment
-from t2x.data import input_pipeline as pipeline
+from t2x.data import input_pipeline
 from t2x.parallel import sharding
 from t2x.training import optim
 from t2x.training import train_step
@@ -29,7 +29,7 @@ def step(config: experiment.Experiment) -> core.ClosedJaxpr:
   """
   batch = {
     name: jax.ShapeDtypeStruct(shape, dtype)
-    for name, (shape, dtype) in pipeline.batch_spec(config.data).items()
+    for name, (shape, dtype) in input_pipeline.batch_spec(config.data).items()
   }
   fn = functools.partial(
     train_step.train_step,

@@ -19,11 +19,11 @@ import numpy as np
 
 from t2x.config import abstract_state
 from t2x.config import experiment
-from t2x.config import partitioning as on_mesh
+from t2x.config import partitioning
 from t2x.data import input_pipeline as data_pipeline
 from t2x.hardware import machines
 from t2x.hlo import divergence
-from t2x.models import segment_memory as memory_lib
+from t2x.models import segment_memory
 from t2x.multihost import processes
 from t2x.parallel import sharding
 from t2x.parallel import zigzag
@@ -93,8 +93,8 @@ class Program:
     self.rows = abstract_state.local_rows(
       self.batch_sharding, config.data.batch_size
     )
-    self._zigzag = on_mesh.zigzag(config, mesh.shape)
-    self._target_parts = on_mesh.target_parts(config, mesh.shape)
+    self._zigzag = partitioning.zigzag(config, mesh.shape)
+    self._target_parts = partitioning.target_parts(config, mesh.shape)
     self.learning_rate = jax.jit(optim.make_schedule(config.optim, num_steps))
     self._whole = whole = NamedSharding(mesh, P())
     tx = optim.make(config.optim, num_steps)
@@ -229,7 +229,7 @@ class Program:
 
   def with_memory(self, state: train_state.TrainState):
     """Returns a state with a memory of nothing where it has lost its own."""
-    name = memory_lib.NAME
+    name = segment_memory.NAME
     if not self._remembered() or state.carried[name]['segments'] is not None:
       return state
     carried = {**state.carried, name: self._empty_memory()}
@@ -238,14 +238,14 @@ class Program:
   def _empty_memory(self) -> Any:
     (shapes,) = self._remembered()
     shardings = jax.tree.map(lambda s: s.sharding, shapes)
-    make = functools.partial(memory_lib.like, shapes)
+    make = functools.partial(segment_memory.like, shapes)
     with jax.transfer_guard('allow'):
       return jax.jit(make, out_shardings=shardings)()
 
   def _remembered(self) -> tuple[Any, ...]:
     """Returns the shapes of what the model remembers, if it does."""
     carried = self.shapes.carried
-    name = memory_lib.NAME
+    name = segment_memory.NAME
     return (carried[name],) if name in carried else ()
 
   def place(self, batch: dict[str, Any]) -> train_step.Batch:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from t2x.config import experiment
-from t2x.config import partitioning as on_mesh
+from t2x.config import partitioning
 from t2x.models import model as model_lib
 from t2x.parallel import sharding
 from t2x.training import optim
@@ -26,8 +26,8 @@ def step_config(
   config: experiment.Experiment, mesh: AnyMesh
 ) -> train_state.StepConfig:
   """Returns what an update does on a mesh, the order of tokens included."""
-  execution = on_mesh.execution_of(config, mesh.shape)
-  pipeline = on_mesh.pipeline(config, mesh.shape)
+  execution = partitioning.execution_of(config, mesh.shape)
+  pipeline = partitioning.pipeline(config, mesh.shape)
   return dataclasses.replace(
     config.step_config, execution=execution, pipeline=pipeline
   )
@@ -71,7 +71,7 @@ def shardings_of(
   Raises:
     ShardingError: a layout that cannot be.
   """
-  pipeline = on_mesh.pipeline(config, mesh.shape)
+  pipeline = partitioning.pipeline(config, mesh.shape)
   rules = config.rules
   if pipeline is not None and pipeline.place.is_contiguous:
     rules = dataclasses.replace(rules, layers=sharding.PIPE)

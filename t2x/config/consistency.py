@@ -10,16 +10,16 @@ import math
 from t2x.attention import all_to_all
 from t2x.attention import context
 from t2x.config import experiment
-from t2x.config import objective_consistency as objective_checks
-from t2x.config import partitioning as on_mesh
+from t2x.config import objective_consistency
+from t2x.config import partitioning
 from t2x.data import config as data_config
 from t2x.data import input_pipeline as data_pipeline
 from t2x.hardware import machines
-from t2x.layers import attention_config as attention
-from t2x.layers import attention_kinds as kinds
+from t2x.layers import attention_config
+from t2x.layers import attention_kinds
 from t2x.layers import embed
 from t2x.layers import experts
-from t2x.layers import local_heads as own_heads
+from t2x.layers import local_heads
 from t2x.layers import moe
 from t2x.objectives import prefix_lm
 from t2x.parallel import mesh as mesh_lib
@@ -42,15 +42,15 @@ def check(config: Experiment, num_devices: int) -> None:
   _check_activations(config)
   _check_groups(config, sizes)
   _check_experts(config, sizes)
-  objective_checks.check(config, sizes)
+  objective_consistency.check(config, sizes)
   _check_lengths(config)
   _check_chunks(config, sizes)
 
 
 def _check_pipeline(config: Experiment, sizes: dict[str, int]) -> None:
   if (
-    on_mesh.pipeline(config, sizes) is None
-    or on_mesh.context_size(config, sizes) == 1
+    partitioning.pipeline(config, sizes) is None
+    or partitioning.context_size(config, sizes) == 1
   ):
     return
   ring = config.rules.context_attention == 'ring'
@@ -66,8 +66,8 @@ def _check_pipeline(config: Experiment, sizes: dict[str, int]) -> None:
 def _check_offload(config: Experiment, sizes: Mapping[str, int]) -> None:
   """Layers are updated one by one, and stages keep what they choose."""
   train = config.train
-  if on_mesh.has_stages(sizes) and train.execution.kept['offload']:
-    raise on_mesh.PipelineError(
+  if partitioning.has_stages(sizes) and train.execution.kept['offload']:
+    raise partitioning.PipelineError(
       f'train.remat={train.remat}: the stages of a pipeline keep activations '
       'on their devices. Set train.remat to none, full, dots or save:NAMES, '
       'or mesh.pipe=1.'
@@ -75,7 +75,7 @@ def _check_offload(config: Experiment, sizes: Mapping[str, int]) -> None:
   split = sharding.mesh_axes(config.rules.layers)
   parts = math.prod(sizes[a] for a in split) * sizes.get(sharding.PIPE, 1)
   if train.offload == 'optimizer' and parts > 1:
-    raise on_mesh.PipelineError(
+    raise partitioning.PipelineError(
       'train.offload=optimizer updates stacked layers one by one, and here '
       f'they lie on different devices (mesh.pipe={sizes[sharding.PIPE]}, '
       f'rules.layers={",".join(split) or "none"}). Set train.offload=none, or '
@@ -94,7 +94,7 @@ def _check_attention(config: Experiment, sizes: Mapping[str, int]) -> None:
   has_prefix = any(
     isinstance(own.objective, prefix_lm.PrefixLM) for own in parts
   )
-  splits = on_mesh.context_size(config, sizes) > 1
+  splits = partitioning.context_size(config, sizes) > 1
   ring = splits and config.rules.context_attention == 'ring'
   for kind in config.model.kinds:
     # A memory is looked at from the row, by distance.
@@ -105,14 +105,14 @@ def _check_attention(config: Experiment, sizes: Mapping[str, int]) -> None:
         f'data.batching={packed[0]} puts several documents into one, which '
         'would see each other. Set data.batching=pad.'
       )
-    if has_prefix and not isinstance(kind, attention.Softmax):
+    if has_prefix and not isinstance(kind, attention_config.Softmax):
+      softmax = attention_kinds.all_of(attention_kinds.SoftmaxConfig)
       raise ValueError(
         f'model.attention={kind.kind} has no prefix that is seen from both '
         'sides: data.objective=prefix_lm is for softmax kinds '
-        f'({", ".join(k.kind for k in kinds.all_of(kinds.SoftmaxConfig))}). '
-        'Set another of the two.'
+        f'({", ".join(k.kind for k in softmax)}). Set another of the two.'
       )
-    if ring and not isinstance(kind, attention.Softmax):
+    if ring and not isinstance(kind, attention_config.Softmax):
       raise sharding.ShardingError(
         f'model.attention={kind.kind}: {context.NEEDS_EXCHANGE}'
       )
@@ -126,12 +126,12 @@ def _check_attention(config: Experiment, sizes: Mapping[str, int]) -> None:
 
 def _check_rows(config: Experiment, sizes: dict[str, int]) -> None:
   rows = config.data.batch_size
-  need = on_mesh.rows_multiple(config, sizes)
+  need = partitioning.rows_multiple(config, sizes)
   if rows % need:
-    axes = on_mesh.row_axes(config, sizes)
+    axes = partitioning.row_axes(config, sizes)
     by = ' x '.join(f'mesh.{a}={sizes[a]}' for a in axes if sizes.get(a, 1) > 1)
     micro, other = f'train.accumulate={config.train.accumulate}', ''
-    if on_mesh.has_stages(sizes):
+    if partitioning.has_stages(sizes):
       asked = config.pipeline.microbatches
       micro += f' x pipeline.microbatches={asked}'
       of_each, rest = divmod(rows * asked, need)
@@ -148,10 +148,12 @@ def _check_rows(config: Experiment, sizes: dict[str, int]) -> None:
 
 def _check_context(config: Experiment, sizes: dict[str, int]) -> None:
   has_encoder = config.data.objective.has_encoder
-  parts_of = on_mesh.source_parts if has_encoder else on_mesh.target_parts
+  parts_of = (
+    partitioning.source_parts if has_encoder else partitioning.target_parts
+  )
   parts = parts_of(config, sizes)
   rules = config.rules
-  axes = {*sharding.mesh_axes(rules.length), *on_mesh.fine_axes(rules)}
+  axes = {*sharding.mesh_axes(rules.length), *partitioning.fine_axes(rules)}
   named = ' x '.join(f'mesh.{a}={sizes[a]}' for a in sorted(axes))
   for length in data_config.buckets(config.data):
     if length % parts:
@@ -160,7 +162,7 @@ def _check_context(config: Experiment, sizes: dict[str, int]) -> None:
         f'(rules.length, rules.norm_length): it must be a multiple of {parts}. '
         f'Set it to {-(-length // parts) * parts}, or change the mesh.'
       )
-  devices = on_mesh.context_size(config, sizes)
+  devices = partitioning.context_size(config, sizes)
   if devices > 1 and config.rules.context_attention == 'all_to_all':
     split = sharding.mesh_axes(config.rules.kv_heads)
     parts = math.prod(sizes[a] for a in split)
@@ -188,7 +190,7 @@ def _check_activations(config: Experiment) -> None:
 
 def _check_groups(config: Experiment, sizes: dict[str, int]) -> None:
   """Query heads must find their key/value heads on their device."""
-  rules, fine = config.rules, on_mesh.fine_axes(config.rules)
+  rules, fine = config.rules, partitioning.fine_axes(config.rules)
   over = lambda axes: math.prod(
     sizes[a] for a in sharding.mesh_axes(axes) if a in fine
   )
@@ -197,7 +199,7 @@ def _check_groups(config: Experiment, sizes: dict[str, int]) -> None:
     # What does not divide is found where parameters are.
     if kind.num_heads % parts == 0 and kind.kv_heads % kv_parts == 0:
       num, held = kind.num_heads // parts, kind.kv_heads // kv_parts
-      own_heads.key_heads(kind, num, held)
+      local_heads.key_heads(kind, num, held)
 
 
 def _check_experts(config: Experiment, sizes: dict[str, int]) -> None:
@@ -218,8 +220,10 @@ def _check_chunks(config: Experiment, sizes: dict[str, int]) -> None:
     )
   for bucket in data_config.buckets(config.data):
     length = data_config.num_targets(config.data, bucket)
-    parts = on_mesh.target_parts(config, sizes)
-    length = -(-length // parts) * parts // on_mesh.context_size(config, sizes)
+    parts = partitioning.target_parts(config, sizes)
+    length = (
+      -(-length // parts) * parts // partitioning.context_size(config, sizes)
+    )
     if length % loss.token_chunks:
       raise ValueError(
         f'train.loss.token_chunks={loss.token_chunks} does not divide the '

@@ -5,12 +5,12 @@ import dataclasses
 import re
 from typing import Literal
 
-from t2x import field_checks as checks
+from t2x import field_checks
 from t2x.data import config as data_config
 from t2x.data import history
 from t2x.layers import stack
-from t2x.losses import cross_entropy as loss_lib
-from t2x.losses import task_weighting as task_weights
+from t2x.losses import cross_entropy
+from t2x.losses import task_weighting
 from t2x.models import decoder
 from t2x.models import model as model_lib
 from t2x.objectives import masking
@@ -72,7 +72,7 @@ class TrainConfig:
   ema_decay: float | None = None
   trainable: str = '.*'
   max_skipped: int = 10
-  loss: loss_lib.LossConfig = loss_lib.LossConfig()
+  loss: cross_entropy.LossConfig = cross_entropy.LossConfig()
   sampling: scheduled_sampling.ScheduledSampling | None = None
 
   def __post_init__(self):
@@ -83,7 +83,7 @@ class TrainConfig:
         f'num_epochs={self.num_epochs}: exactly one says how long the run '
         'is; set the others to none.'
       )
-    checks.least(
+    field_checks.least(
       self,
       'train.',
       num_steps=1,
@@ -97,7 +97,7 @@ class TrainConfig:
       eval_every=0,
       checkpoint_every=0,
     )
-    checks.positive(self, 'train.', 'num_epochs')
+    field_checks.positive(self, 'train.', 'num_epochs')
     if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
       raise ValueError(f'train.ema_decay={self.ema_decay}; it is in (0, 1).')
     try:
@@ -150,7 +150,7 @@ class Experiment:
     objective = self.data.objective
     own = getattr(getattr(objective, 'masked', objective), 'masking', None)
     by_loss = own if isinstance(own, masking.ByLoss) else None
-    tasks = task_weights.tasks_of(objective)
+    tasks = task_weighting.tasks_of(objective)
     step = self.train.step_config
     length = self.model.memory
     memory = (self.data.batch_size, length) if length else None

@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh
 from t2x.config import abstract_state
 from t2x.config import consistency
 from t2x.config import experiment
-from t2x.config import partitioning as on_mesh
+from t2x.config import partitioning
 from t2x.parallel import mesh as mesh_lib
 
 # Changed in this order where two layouts are as near.
@@ -102,7 +102,7 @@ def advice(
     any_number: also other numbers of devices may be advised.
     write: from the mesh that was asked for and one that works, to text.
   """
-  if isinstance(error, on_mesh.PipelineError):
+  if isinstance(error, partitioning.PipelineError):
     return ''
   for config in configs:
     found = nearest(

@@ -13,8 +13,8 @@ import math
 import re
 
 from t2x.config import experiment
-from t2x.config import layout_advice as layouts
-from t2x.config import overrides as config_lib
+from t2x.config import layout_advice
+from t2x.config import overrides
 from t2x.parallel import mesh as mesh_lib
 
 
@@ -68,7 +68,7 @@ class Layout:
     for name in self.settings:
       self._check_known(config, name)
     try:
-      config = config_lib.override(config, self.settings)
+      config = overrides.override(config, self.settings)
     except ValueError as error:
       raise ValueError(f'--layout={self.text}: {error}') from error
     for name, value in self.settings.items():
@@ -97,7 +97,7 @@ class Layout:
       num_slices: in which they lie.
       dcn: what holds between them without this layout.
       own: the experiment whose layouts are advised first, as for
-        `layouts.check`.
+        `layout_advice.check`.
 
     Raises:
       ValueError: or a subclass; with the nearest layouts that do work.
@@ -107,9 +107,9 @@ class Layout:
     try:
       if said := mesh_lib.mismatch(config.mesh, num):
         raise ValueError(f'{said} Change --layout or the number of devices.')
-      layouts.fit(config, num, num_slices=num_slices)
+      layout_advice.fit(config, num, num_slices=num_slices)
     except ValueError as error:
-      said = layouts.advice(
+      said = layout_advice.advice(
         error,
         [config] if own is None else [own, config],
         num,
@@ -128,7 +128,7 @@ class Layout:
     """Refuses a name whose first part is none; others `override` knows."""
     if hasattr(config, name.partition('.')[0]):
       return
-    known = config_lib.flatten(config_lib.to_json(config))
+    known = overrides.flatten(overrides.to_json(config))
     known = [other for other in known if _allowed(other)]
     ends = [other for other in known if other.endswith(f'.{name}')]
     close = ends or difflib.get_close_matches(name, known, n=1)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 import dataclasses
 
 from t2x.config import experiment
-from t2x.config import partitioning as on_mesh
+from t2x.config import partitioning
 from t2x.data import config as data_config
 from t2x.models import decoder
 from t2x.models import encoder
@@ -30,7 +30,7 @@ def check(config: Experiment, sizes: Mapping[str, int]) -> None:
   _check_memory(config, sizes)
   _check_weighting(config, sizes)
   _check_sampling(config, sizes)
-  devices = on_mesh.context_size(config, sizes)
+  devices = partitioning.context_size(config, sizes)
   for data in data_config.parts(config.data).values():
     own = dataclasses.replace(config, data=data)
     _check_model(own)
@@ -149,10 +149,10 @@ def _check_memory(config: Experiment, sizes: Mapping[str, int]) -> None:
       f'model.memory={model.memory} and model.ahead={ahead}: the heads for '
       'further tokens have no memory. Set memory to 0, or ahead to ().'
     )
-  fine = on_mesh.fine_axes(config.rules)
-  split = on_mesh.context_size(config, sizes) > 1
+  fine = partitioning.fine_axes(config.rules)
+  split = partitioning.context_size(config, sizes) > 1
   split |= any(sizes.get(axis, 1) > 1 for axis in fine)
-  if split or on_mesh.has_stages(sizes) or config.train.accumulate > 1:
+  if split or partitioning.has_stages(sizes) or config.train.accumulate > 1:
     raise sharding.ShardingError(
       f'model.memory={model.memory} is of whole rows of a whole batch, and '
       f'mesh.context={sizes.get("context", 1)}, mesh.pipe='
@@ -165,8 +165,8 @@ def _check_memory(config: Experiment, sizes: Mapping[str, int]) -> None:
 
 def _check_weighting(config: Experiment, sizes: Mapping[str, int]) -> None:
   tasks = config.step_config.tasks
-  if tasks is not None and tasks.probes and on_mesh.has_stages(sizes):
-    raise on_mesh.PipelineError(
+  if tasks is not None and tasks.probes and partitioning.has_stages(sizes):
+    raise partitioning.PipelineError(
       'data.objective.weighting=grad_norm asks for the gradients of each task, '
       'which the stages of a pipeline do not tell apart (mesh.pipe='
       f'{sizes[sharding.PIPE]}). Set weighting to fixed or uncertainty, or '
@@ -183,8 +183,8 @@ def _check_sampling(config: Experiment, sizes: Mapping[str, int]) -> None:
       'decoder that reads targets beside an encoder. Set train.sampling=none, '
       'or train an encoder_decoder.'
     )
-  if on_mesh.has_stages(sizes):
-    raise on_mesh.PipelineError(
+  if partitioning.has_stages(sizes):
+    raise partitioning.PipelineError(
       'train.sampling reads predictions of a first pass, which the stages of a '
       f'pipeline do not have (mesh.pipe={sizes[sharding.PIPE]}). Set '
       'train.sampling=none, or mesh.pipe=1.'

@@ -9,7 +9,7 @@ from t2x.data import config as data_config
 from t2x.layers import stack
 from t2x.models import encoder
 from t2x.parallel import sharding
-from t2x.pipeline import layer_costs as estimates
+from t2x.pipeline import layer_costs
 from t2x.pipeline import placement
 from t2x.pipeline import plan as plan_lib
 from t2x.training import train_step
@@ -37,14 +37,14 @@ def pipeline(
   if not has_stages(sizes):
     return None
   data, loss = config.data, config.train.loss
-  batch = estimates.Batch(
+  batch = layer_costs.Batch(
     rows=data.batch_size / rows_multiple(config, sizes),
     length=data_config.target_length(data),
     num_targets=data_config.num_targets(data, data.length),
     encoder_length=data.length if data.objective.has_encoder else None,
     head_chunks=loss.vocab_chunks * loss.token_chunks,
   )
-  layout = estimates.Layout(
+  layout = layer_costs.Layout(
     sizes=sizes, rules=config.rules, gather=config.pipeline.gather
   )
   execution = execution_of(config, sizes)

@@ -2,18 +2,18 @@
 
 from collections.abc import Iterator
 
-from t2x.cost_model import device_share as local_lib
-from t2x.cost_model import executed_flops as executed
+from t2x.cost_model import device_share
+from t2x.cost_model import executed_flops
 from t2x.cost_model import message
 from t2x.layers import moe
 from t2x.layers import position
 
 
 def of_layer(
-  local: local_lib.Local, layer: local_lib.Layer
+  local: device_share.Local, layer: device_share.Layer
 ) -> Iterator[message.Message]:
   D, c = local.config.model.embed_dim, local.itemsize
-  num = executed.passes(local, layer)
+  num = executed_flops.passes(local, layer)
   tokens = local.rows * layer.queries / local.over('length')
   size = c * tokens * D
   yield from _of_tensor(local, layer, num, size)
@@ -26,7 +26,7 @@ def of_layer(
 
 def _of_tensor(local, layer, num, size: float) -> Iterator[message.Message]:
   """Each branch sums its output, and the gradient of its input."""
-  again = executed.made_again(local, layer)
+  again = executed_flops.made_again(local, layer)
   parallel = local.config.model.residual == 'parallel'
   fine = tuple(
     a for a in local.axes('norm_length') if a not in local.axes('length')
@@ -72,7 +72,7 @@ def _of_bias(local, layer, num) -> Iterator[message.Message]:
     return
   rows = tuple(a for a in local.axes('batch') if a not in local.by_hand)
   heads = layer.kind.num_heads / local.over('heads')
-  size = 4 * heads * executed.pairs(local, layer, False)
+  size = 4 * heads * executed_flops.pairs(local, layer, False)
   yield message.Message(
     part='attention',
     kind='all-reduce',
@@ -87,7 +87,7 @@ def _of_context(local, layer, num, tokens: float) -> Iterator[message.Message]:
   C, axes = local.over('length'), local.axes('length')
   heads = kind.num_heads / local.over('heads')
   own = kind.kv_heads / local.over('kv_heads')
-  again = 'scores' in executed.made_again(local, layer)
+  again = 'scores' in executed_flops.made_again(local, layer)
   repeats = num['made again'] if again else 0
   if local.config.rules.context_attention == 'all_to_all':
     copied = max(own, C)
@@ -111,10 +111,10 @@ def _of_experts(local, layer, num) -> Iterator[message.Message]:
   """Slots travel to their experts and back, and so do their gradients."""
   moved = tuple(a for a in local.axes('experts') if a in local.axes('batch'))
   D, c = local.config.model.embed_dim, local.itemsize
-  again = 'mlp_down' in executed.made_again(local, layer)
+  again = 'mlp_down' in executed_flops.made_again(local, layer)
   passes = num['forward'] + num['backward'] + again * num['made again']
   if layer.mlp.router.capacity:
-    size = c * executed.slots(local, layer) * D
+    size = c * executed_flops.slots(local, layer) * D
     yield message.Message(
       part='experts', kind='all-to-all', axes=moved, bytes=2 * passes * size
     )

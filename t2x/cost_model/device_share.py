@@ -12,11 +12,11 @@ import jax.numpy as jnp
 
 from t2x.attention import mask as mask_lib
 from t2x.config import experiment
-from t2x.cost_model import weight_shards as parameters
+from t2x.cost_model import weight_shards
 from t2x.data import config as data_config
-from t2x.hlo import stage_trips as pipelines
-from t2x.layers import attention_config as attention_lib
-from t2x.layers import attention_kinds as kinds_lib
+from t2x.hlo import stage_trips
+from t2x.layers import attention_config
+from t2x.layers import attention_kinds
 from t2x.layers import embed
 from t2x.layers import moe
 from t2x.models import encoder
@@ -44,7 +44,7 @@ class Layer:
   tower: str
   member: int
   num: int
-  kind: kinds_lib.AttentionConfig
+  kind: attention_kinds.AttentionConfig
   mlp: moe.FeedForwardConfig
   queries: int
   causal: bool
@@ -52,13 +52,13 @@ class Layer:
 
   @property
   def mask(self) -> mask_lib.Mask:
-    pattern = kinds_lib.pattern_of(self.kind, self.queries, self.causal)
+    pattern = attention_kinds.pattern_of(self.kind, self.queries, self.causal)
     return mask_lib.Mask(pattern=pattern)
 
-  def looks_by(self, cross: bool) -> attention_lib.Softmax | None:
+  def looks_by(self, cross: bool) -> attention_config.Softmax | None:
     """Returns the softmax attention of a layer; None where there is none."""
-    kind = kinds_lib.for_cross(self.kind) if cross else self.kind
-    return kind if isinstance(kind, attention_lib.Softmax) else None
+    kind = attention_kinds.for_cross(self.kind) if cross else self.kind
+    return kind if isinstance(kind, attention_config.Softmax) else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -75,7 +75,7 @@ class Local:
 
   config: experiment.Experiment
   sizes: Mapping[str, int]
-  weights: tuple[parameters.Weight, ...]
+  weights: tuple[weight_shards.Weight, ...]
   plan: plan_lib.Plan | None
   stage: int = 0
 
@@ -105,7 +105,7 @@ class Local:
       member: a layer's place in its unit; the last unit may have fewer.
     """
     assert self.plan is not None
-    times = pipelines.times(
+    times = stage_trips.times(
       self.plan, self.stage, loop, self._place_of(tower), member
     )
     return self.config.train.accumulate * float(times)
@@ -140,7 +140,7 @@ class Local:
     """Returns over how many devices logical axes are split."""
     return self.size(self.axes(*names))
 
-  def split(self, weight: parameters.Weight) -> int:
+  def split(self, weight: weight_shards.Weight) -> int:
     """Returns over how many devices `embed` splits a parameter."""
     return self.over('embed') if 'embed' in weight.axes else 1
 

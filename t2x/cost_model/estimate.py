@@ -24,14 +24,14 @@ import numpy as np
 from t2x.config import abstract_state
 from t2x.config import consistency
 from t2x.config import experiment
-from t2x.config import partitioning as on_mesh
-from t2x.cost_model import device_share as local_lib
-from t2x.cost_model import executed_flops as executed
+from t2x.config import partitioning
+from t2x.cost_model import device_share
+from t2x.cost_model import executed_flops as executed_flops_lib
 from t2x.cost_model import message as message_lib
-from t2x.cost_model import messages as exchanged
-from t2x.cost_model import peak_memory as held
-from t2x.cost_model import tpu_tiles as tiles
-from t2x.cost_model import weight_shards as parameters
+from t2x.cost_model import messages as messages_lib
+from t2x.cost_model import peak_memory
+from t2x.cost_model import tpu_tiles
+from t2x.cost_model import weight_shards
 from t2x.data import input_pipeline as data_pipeline
 from t2x.parallel import mesh as mesh_lib
 
@@ -52,7 +52,7 @@ class Estimate:
 
   sizes: Mapping[str, int]
   arguments: dict[str, int]
-  moments: tuple[held.Moment, ...]
+  moments: tuple[peak_memory.Moment, ...]
   flops: dict[str, float]
   mean_flops: float
   messages: tuple[message_lib.Message, ...]
@@ -62,7 +62,7 @@ class Estimate:
     return sum(self.arguments.values())
 
   @property
-  def fullest(self) -> held.Moment:
+  def fullest(self) -> peak_memory.Moment:
     return max(self.moments, key=lambda moment: moment.bytes)
 
   @property
@@ -73,7 +73,7 @@ class Estimate:
   @property
   def temporary_bytes(self) -> float:
     """What the compiler reserves, holes of its heap included."""
-    return max(map(held.reserved, self.moments))
+    return max(map(peak_memory.reserved, self.moments))
 
   @property
   def executed_flops(self) -> float:
@@ -83,7 +83,7 @@ class Estimate:
     self, kind: str | None = None, axis: str | None = None
   ) -> float:
     """Returns the bytes of all messages, of a kind, or along an axis."""
-    return exchanged.total([*self.messages], kind, axis)
+    return messages_lib.total([*self.messages], kind, axis)
 
 
 def step(
@@ -117,26 +117,26 @@ def step(
   consistency.check(config, num_devices)
   whole = mesh_lib.sizes(config.mesh, num_devices)
   state, batch_sharding = _shapes(config, whole)
-  plan = on_mesh.pipeline(config, whole)
-  local = local_lib.Local(
+  plan = partitioning.pipeline(config, whole)
+  local = device_share.Local(
     config=config,
     sizes=whole,
-    weights=parameters.weights_of(state.model, config.rules, whole, plan),
+    weights=weight_shards.weights_of(state.model, config.rules, whole, plan),
     plan=plan,
   )
   stages = local.of_stages()
-  flops = [executed.flops(stage) for stage, _ in stages]
+  flops = [executed_flops_lib.flops(stage) for stage, _ in stages]
   total = lambda parts: sum(parts.values())
   num_stages = sum(num for _, num in stages)
-  messages = [exchanged.messages(stage) for stage, _ in stages]
+  messages = [messages_lib.messages(stage) for stage, _ in stages]
   return Estimate(
     sizes=whole,
     arguments=_arguments(config, state, batch_sharding),
-    moments=tuple(held.moments(local)),
+    moments=tuple(peak_memory.moments(local)),
     flops=max(flops, key=total),
     mean_flops=sum(n * total(f) for f, (_, n) in zip(flops, stages))
     / num_stages,
-    messages=tuple(max(messages, key=exchanged.total)),
+    messages=tuple(max(messages, key=messages_lib.total)),
   )
 
 
@@ -173,7 +173,7 @@ def _arguments(config, state, batch_sharding) -> dict[str, int]:
     for name, tree in groups.items()
   }
   found['batch'] = sum(
-    tiles.padded(batch_sharding.shard_shape(shape), dtype.itemsize)
+    tpu_tiles.padded(batch_sharding.shard_shape(shape), dtype.itemsize)
     for shape, dtype in data_pipeline.batch_spec(config.data).values()
   )
   if config.train.offload == 'optimizer':  # On the hosts.
@@ -184,4 +184,4 @@ def _arguments(config, state, batch_sharding) -> dict[str, int]:
 def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
   assert leaf.sharding is not None
   shape = leaf.sharding.shard_shape(leaf.shape)
-  return tiles.padded(shape, np.dtype(leaf.dtype).itemsize)
+  return tpu_tiles.padded(shape, np.dtype(leaf.dtype).itemsize)

@@ -15,13 +15,13 @@ from t2x.attention import mask as mask_lib
 from t2x.attention import ring
 from t2x.attention import ring_plan
 from t2x.attention import splash
-from t2x.cost_model import device_share as local_lib
-from t2x.layers import attention_config as attention
-from t2x.layers import attention_kinds as kinds
+from t2x.cost_model import device_share
+from t2x.layers import attention_config
+from t2x.layers import attention_kinds
 from t2x.layers import moe
 from t2x.layers import routing
 from t2x.models import encoder
-from t2x.pipeline import layer_costs as estimates
+from t2x.pipeline import layer_costs
 
 # Products of attention's backward pass over those of its forward pass: kernels
 # make the scores again twice, for queries and for keys; blocks keep them, or
@@ -29,7 +29,7 @@ from t2x.pipeline import layer_costs as estimates
 KERNEL_BACKWARD, BLOCKS_BACKWARD, AGAIN_BACKWARD = 3.5, 2.0, 2.5
 
 
-def flops(local: local_lib.Local) -> dict[str, float]:
+def flops(local: device_share.Local) -> dict[str, float]:
   """Returns the FLOPs of a step by part."""
   model = local.config.model
   parts: dict[str, float] = {}
@@ -46,7 +46,7 @@ def flops(local: local_lib.Local) -> dict[str, float]:
 
 
 def of_layer(
-  local: local_lib.Local, layer: local_lib.Layer
+  local: device_share.Local, layer: device_share.Layer
 ) -> dict[str, float]:
   """Returns forward, made again and backward of one layer and microbatch."""
   made = products(local, layer)
@@ -63,7 +63,9 @@ def of_layer(
   }
 
 
-def passes(local: local_lib.Local, layer: local_lib.Layer) -> dict[str, float]:
+def passes(
+  local: device_share.Local, layer: device_share.Layer
+) -> dict[str, float]:
   """Returns how often such layers run forward, again and backward."""
   if local.plan is None:
     num = layer.num * local.num_microbatches
@@ -78,7 +80,7 @@ def passes(local: local_lib.Local, layer: local_lib.Layer) -> dict[str, float]:
 
 
 def products(
-  local: local_lib.Local, layer: local_lib.Layer
+  local: device_share.Local, layer: device_share.Layer
 ) -> dict[str, float]:
   """Returns the FLOPs of a layer's products, forward, of a microbatch."""
   kind, D = layer.kind, local.config.model.embed_dim
@@ -106,7 +108,7 @@ def products(
 
 
 def feed_forward(
-  local: local_lib.Local, layer: local_lib.Layer
+  local: device_share.Local, layer: device_share.Layer
 ) -> dict[str, float]:
   """Returns the FLOPs of the feed-forward layer's products, forward."""
   mlp, D = layer.mlp, local.config.model.embed_dim
@@ -123,7 +125,7 @@ def feed_forward(
   return made | {'mlp_up': one, 'mlp_down': one}
 
 
-def slots(local: local_lib.Local, layer: local_lib.Layer) -> float:
+def slots(local: device_share.Local, layer: device_share.Layer) -> float:
   """Returns the slots that a device computes, filled or not."""
   mlp = layer.mlp
   assert isinstance(mlp, moe.MoeConfig)
@@ -133,7 +135,7 @@ def slots(local: local_lib.Local, layer: local_lib.Layer) -> float:
   return local.rows * num / local.size(tuple(held)) / local.over('length')
 
 
-def slots_of_expert(layer: local_lib.Layer) -> int:
+def slots_of_expert(layer: device_share.Layer) -> int:
   """Returns C of a row."""
   mlp = layer.mlp
   assert isinstance(mlp, moe.MoeConfig)
@@ -145,7 +147,7 @@ def slots_of_expert(layer: local_lib.Layer) -> int:
   return min(layer.queries, math.ceil(share * layer.queries * (1 - 1e-9)))
 
 
-def used_choices(local: local_lib.Local, layer: local_lib.Layer) -> float:
+def used_choices(local: device_share.Local, layer: device_share.Layer) -> float:
   """Returns the rows of ragged products, of routers without a capacity."""
   mlp = layer.mlp
   assert isinstance(mlp, moe.MoeConfig)
@@ -159,7 +161,7 @@ def used_choices(local: local_lib.Local, layer: local_lib.Layer) -> float:
 
 
 def way(
-  local: local_lib.Local, layer: local_lib.Layer, cross: bool = False
+  local: device_share.Local, layer: device_share.Layer, cross: bool = False
 ) -> str:
   """Returns who computes the scores: kernel, blocks, a ring, or a mixer."""
   kind = layer.looks_by(cross)
@@ -171,26 +173,28 @@ def way(
     return 'ring'
   keys = layer.encoded if cross else layer.queries
   assert keys is not None
-  served = estimates.takes_kernel(
+  served = layer_costs.takes_kernel(
     local.config.model, kind, layer.queries, keys, cross
   )
   return 'kernel' if served else 'blocks'
 
 
 def scores(
-  local: local_lib.Local, layer: local_lib.Layer, cross: bool = False
+  local: device_share.Local, layer: device_share.Layer, cross: bool = False
 ) -> float:
   """Returns the FLOPs of scores and of their product with values, forward."""
   kind = layer.kind
-  if not (cross or isinstance(kind, attention.Softmax)):
+  if not (cross or isinstance(kind, attention_config.Softmax)):
     D = local.config.model.embed_dim
-    flops = kinds.mixing_flops(kind, layer.queries, D, layer.causal)
+    flops = attention_kinds.mixing_flops(kind, layer.queries, D, layer.causal)
     return local.rows * flops / local.over('heads') / local.over('length')
   N = kind.num_heads / local.over('heads')
   return 4 * local.rows * N * kind.head_dim * pairs(local, layer, cross)
 
 
-def pairs(local: local_lib.Local, layer: local_lib.Layer, cross: bool) -> float:
+def pairs(
+  local: device_share.Local, layer: device_share.Layer, cross: bool
+) -> float:
   """Returns the pairs of a row's queries and keys that a device computes."""
   T, S = layer.queries, layer.encoded if cross else layer.queries
   assert S is not None
@@ -228,7 +232,7 @@ def _ring_pairs(local, layer, mask, T, S, block) -> float:
 
 
 def backward_of_scores(
-  local: local_lib.Local, layer: local_lib.Layer, cross: bool
+  local: device_share.Local, layer: device_share.Layer, cross: bool
 ) -> float:
   """Returns the FLOPs of the backward pass over those of the forward pass."""
   chosen = way(local, layer, cross)
@@ -238,7 +242,7 @@ def backward_of_scores(
   return BLOCKS_BACKWARD if kept else AGAIN_BACKWARD
 
 
-def keeps_scores(layer: local_lib.Layer, cross: bool) -> bool:
+def keeps_scores(layer: device_share.Layer, cross: bool) -> bool:
   """Whether a backward pass in blocks finds the probabilities kept."""
   T, S = layer.queries, layer.encoded if cross else layer.queries
   assert S is not None
@@ -253,7 +257,7 @@ def keeps_scores(layer: local_lib.Layer, cross: bool) -> bool:
 
 
 def made_again(
-  local: local_lib.Local, layer: local_lib.Layer
+  local: device_share.Local, layer: device_share.Layer
 ) -> tuple[str, ...]:
   """Returns the products that `train.remat` has a backward pass repeat."""
   remat, names = local.config.train.remat, set(products(local, layer))
@@ -273,7 +277,7 @@ def made_again(
   return tuple(sorted(names - kept - _unread(local, layer)))
 
 
-def _unread(local: local_lib.Local, layer: local_lib.Layer) -> set[str]:
+def _unread(local: device_share.Local, layer: device_share.Layer) -> set[str]:
   """Returns products whose results no gradient of the layer asks for.
 
   Those that are added to the residual stream at its end; but a norm after it

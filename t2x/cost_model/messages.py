@@ -7,19 +7,19 @@ summed over the axes that split tokens; activations are summed over `tensor`.
 What `train.remat` makes again is sent again, too.
 """
 
-from t2x.cost_model import activation_messages as sent_activations
-from t2x.cost_model import device_share as local_lib
+from t2x.cost_model import activation_messages
+from t2x.cost_model import device_share
 from t2x.cost_model import message
-from t2x.cost_model import weight_messages as sent_weights
+from t2x.cost_model import weight_messages
 
 
-def messages(local: local_lib.Local) -> list[message.Message]:
+def messages(local: device_share.Local) -> list[message.Message]:
   """Returns all that a device exchanges, but for scalars."""
-  found = [*sent_weights.of_layers(local), *sent_weights.of_tables(local)]
+  found = [*weight_messages.of_layers(local), *weight_messages.of_tables(local)]
   for layer in local.layers:
-    found += sent_activations.of_layer(local, layer)
+    found += activation_messages.of_layer(local, layer)
   if local.plan is not None:
-    found += sent_weights.of_stages(local)
+    found += weight_messages.of_stages(local)
   return [m for m in found if m.bytes and local.size(m.axes) > 1]
 
 

@@ -7,10 +7,10 @@ there; in the last layer's backward pass; and in the optimizer.
 
 import dataclasses
 
-from t2x.cost_model import device_share as local_lib
+from t2x.cost_model import device_share
 from t2x.cost_model import residuals
-from t2x.cost_model import stage_memory as staged
-from t2x.cost_model import tpu_tiles as tiles
+from t2x.cost_model import stage_memory
+from t2x.cost_model import tpu_tiles
 from t2x.layers import moe
 
 # Arrays of a layer's backward pass that are there at once, counted in compiled
@@ -47,7 +47,7 @@ def reserved(moment: Moment) -> float:
   return moment.bytes + HOLES * passing
 
 
-def moments(local: local_lib.Local) -> list[Moment]:
+def moments(local: device_share.Local) -> list[Moment]:
   """Returns what is there in the head, a layer's backward pass, the end."""
   table = _tables(local)
   if local.plan is not None:
@@ -92,8 +92,10 @@ def moments(local: local_lib.Local) -> list[Moment]:
   ]
 
 
-def _of_stage(local: local_lib.Local, table: dict[str, float]) -> list[Moment]:
-  between = staged.between_ticks(local)
+def _of_stage(
+  local: device_share.Local, table: dict[str, float]
+) -> list[Moment]:
+  between = stage_memory.between_ticks(local)
   head = {
     **between,
     'logits': _logits(local),
@@ -104,7 +106,7 @@ def _of_stage(local: local_lib.Local, table: dict[str, float]) -> list[Moment]:
   gathered = 0.0 if local.config.pipeline.gather == 'once' else _gathered(local)
   layer = {**between, 'layer': work, 'weights of a layer': gathered}
   # Buffers of all ticks are there before the first and after the last.
-  move = {**between, 'gradients that move': staged.on_the_move(local)}
+  move = {**between, 'gradients that move': stage_memory.on_the_move(local)}
   return [
     Moment(name='head', parts=head),
     Moment(name='layer', parts=layer),
@@ -116,7 +118,7 @@ def _width(local) -> int:
   return local.config.model.embed_dim
 
 
-def _kept(local: local_lib.Local) -> dict[str, float]:
+def _kept(local: device_share.Local) -> dict[str, float]:
   activations = sum(
     layer.num * residuals.of_layer(local, layer) for layer in local.layers
   )
@@ -126,12 +128,12 @@ def _kept(local: local_lib.Local) -> dict[str, float]:
   }
 
 
-def _copies(local: local_lib.Local) -> float:
+def _copies(local: device_share.Local) -> float:
   """Weights in the dtype of the products."""
   if local.itemsize == 4:
     return 0.0
   cast = [w for w in local.weights if w.cast]
-  return sum(tiles.padded(w.shape, local.itemsize) for w in cast)
+  return sum(tpu_tiles.padded(w.shape, local.itemsize) for w in cast)
 
 
 # --- Weights and their gradients. ---
@@ -140,7 +142,7 @@ def _copies(local: local_lib.Local) -> float:
 def _gradients(local) -> float:
   """Of the layers' weights, as devices keep them."""
   return sum(
-    tiles.padded(w.shape, local.itemsize if w.cast else 4)
+    tpu_tiles.padded(w.shape, local.itemsize if w.cast else 4)
     for w in local.weights
     if w.in_layers
   )

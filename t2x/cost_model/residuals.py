@@ -3,14 +3,14 @@
 For each `train.remat` what JAX keeps, as read from jaxprs.
 """
 
-from t2x.cost_model import device_share as local_lib
-from t2x.cost_model import executed_flops as executed
-from t2x.cost_model import tpu_tiles as tiles
+from t2x.cost_model import device_share
+from t2x.cost_model import executed_flops
+from t2x.cost_model import tpu_tiles
 from t2x.layers import moe
 from t2x.layers import stack
 
 
-def of_layer(local: local_lib.Local, layer: local_lib.Layer) -> float:
+def of_layer(local: device_share.Local, layer: device_share.Layer) -> float:
   """Returns the bytes that a layer keeps of one microbatch."""
   remat, c = local.config.train.remat, local.itemsize
   D = local.config.model.embed_dim
@@ -63,12 +63,12 @@ def _made(local, layer, tokens: float) -> dict[str, float]:
   return sizes
 
 
-def used_rows(local: local_lib.Local, layer: local_lib.Layer) -> float:
+def used_rows(local: device_share.Local, layer: device_share.Layer) -> float:
   """Rows of the experts' products."""
   assert isinstance(layer.mlp, moe.MoeConfig)
   if layer.mlp.router.capacity:
-    return executed.slots(local, layer)
-  return executed.used_choices(local, layer)
+    return executed_flops.slots(local, layer)
+  return executed_flops.used_choices(local, layer)
 
 
 def _choice(local, layer) -> float:
@@ -76,7 +76,7 @@ def _choice(local, layer) -> float:
   if not isinstance(layer.mlp, moe.MoeConfig):
     return 0.0
   if layer.mlp.router.capacity:
-    slots = executed.slots_of_expert(layer) * layer.mlp.num_experts
+    slots = executed_flops.slots_of_expert(layer) * layer.mlp.num_experts
     return 4 * local.rows * slots
   return 4 * local.rows * layer.queries * layer.mlp.experts_of_token
 
@@ -115,16 +115,16 @@ def _attention_residuals(local, layer, sizes, cross: bool) -> float:
   prefix = 'cross_' if cross else ''
   query, attention = sizes[f'{prefix}query'], sizes[f'{prefix}attention']
   kept = query + 2 * sizes[f'{prefix}key'] + attention
-  chosen = executed.way(local, layer, cross)
+  chosen = executed_flops.way(local, layer, cross)
   if chosen == 'kernel':
     # Kernels have heads outside, and each head's width fills its lanes.
     H = layer.kind.head_dim
-    kept *= -(-H // tiles.LANES) * tiles.LANES / H
+    kept *= -(-H // tpu_tiles.LANES) * tpu_tiles.LANES / H
   kept += query  # As the product after it reads it.
-  if chosen == 'blocks' and executed.keeps_scores(layer, cross):
+  if chosen == 'blocks' and executed_flops.keeps_scores(layer, cross):
     # Probabilities in float32 and as they are used, and the output as it was.
     heads = layer.kind.num_heads / local.over('heads')
-    pairs = executed.pairs(local, layer, cross)
+    pairs = executed_flops.pairs(local, layer, cross)
     kept += (4 + local.itemsize) * local.rows * heads * pairs
     kept += 4 / local.itemsize * query
   return kept

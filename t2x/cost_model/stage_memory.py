@@ -5,18 +5,18 @@ flight keeps, weights where they are used and their float32 gradients, messages.
 What lives within a tick comes on top.
 """
 
-from t2x.cost_model import device_share as local_lib
+from t2x.cost_model import device_share
 from t2x.data import config as data_config
-from t2x.pipeline import layer_costs as estimates
-from t2x.pipeline import placement_cost as cost_model
+from t2x.pipeline import layer_costs
+from t2x.pipeline import placement_cost
 
 
-def between_ticks(local: local_lib.Local) -> dict[str, float]:
+def between_ticks(local: device_share.Local) -> dict[str, float]:
   """Returns bytes by name; of a local part of a mesh with stages."""
   plan, config, model = local.plan, local.config, local.config.model
   assert plan is not None
   loss, data = config.train.loss, config.data
-  batch = estimates.Batch(
+  batch = layer_costs.Batch(
     rows=local.rows,
     length=local.length,
     num_targets=data_config.num_targets(data, data.length),
@@ -24,24 +24,26 @@ def between_ticks(local: local_lib.Local) -> dict[str, float]:
     head_chunks=loss.vocab_chunks * loss.token_chunks,
     kernels=True,
   )
-  layout = estimates.Layout(
+  layout = layer_costs.Layout(
     sizes=local.sizes, rules=config.rules, gather=config.pipeline.gather
   )
-  stacks = estimates.stacks(
+  stacks = layer_costs.stacks(
     model, plan.place.towers, batch, plan.table.recompute
   )
-  stacks, _, _ = estimates.with_bytes(stacks, plan.table, model, batch, layout)
+  stacks, _, _ = layer_costs.with_bytes(
+    stacks, plan.table, model, batch, layout
+  )
   return {
     **_of_units(local, stacks),
     **_of_shared(local),
-    'messages': estimates.messages(stacks, plan.table, model, batch, layout),
+    'messages': layer_costs.messages(stacks, plan.table, model, batch, layout),
   }
 
 
 def _of_units(local, stacks) -> dict[str, float]:
   """Activations in flight; weights of layers and their gradients."""
   plan = local.plan
-  model = cost_model.CostModel(stacks, plan.table, 0.0, 0.0, None)
+  model = placement_cost.CostModel(stacks, plan.table, 0.0, 0.0, None)
   units_P, begin = plan.place.units_P, 0
   activations = weights = 0.0
   for t, num in enumerate(model.shares_of(units_P)):
@@ -55,7 +57,7 @@ def _of_units(local, stacks) -> dict[str, float]:
   return {'activations': activations, 'weights and gradients': weights}
 
 
-def on_the_move(local: local_lib.Local) -> float:
+def on_the_move(local: device_share.Local) -> float:
   """Returns bytes of gradients, float32, on the way to where they are kept."""
   assert local.plan is not None
   if local.plan.place.is_contiguous:

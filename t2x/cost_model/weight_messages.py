@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 
-from t2x.cost_model import device_share as local_lib
+from t2x.cost_model import device_share
 from t2x.cost_model import message
-from t2x.cost_model import weight_shards as parameters
+from t2x.cost_model import weight_shards
 from t2x.parallel import sharding
 
 
-def of_layers(local: local_lib.Local) -> Iterator[message.Message]:
+def of_layers(local: device_share.Local) -> Iterator[message.Message]:
   """Gathers of what `embed` splits, and reductions of gradients."""
   config = local.config
   c = local.itemsize
@@ -45,12 +45,12 @@ def of_layers(local: local_lib.Local) -> Iterator[message.Message]:
     yield from _reduced(local, weight, rest, split, size)
 
 
-def _is_low(weight: parameters.Weight) -> bool:
+def _is_low(weight: weight_shards.Weight) -> bool:
   """Whether it is used in the dtype of activations; norms are float32."""
   return weight.cast or '_bias_' in weight.path
 
 
-def _windowed(local: local_lib.Local, weight: parameters.Weight) -> float:
+def _windowed(local: device_share.Local, weight: weight_shards.Weight) -> float:
   """A reduce-scatter beside its product is passed on once more than needed.
 
   Not that of experts, which asks for the exchange itself, nor in loops of
@@ -62,7 +62,7 @@ def _windowed(local: local_lib.Local, weight: parameters.Weight) -> float:
   return (num + 1) / num
 
 
-def _visits(local: local_lib.Local, weight: parameters.Weight) -> float:
+def _visits(local: device_share.Local, weight: weight_shards.Weight) -> float:
   """How often a weight is gathered: forward and backward."""
   if local.plan is None:
     # Experts, gathered by hand, are kept where nothing is made again.
@@ -73,7 +73,7 @@ def _visits(local: local_lib.Local, weight: parameters.Weight) -> float:
   return sum(runs) / local.slots(weight.tower)
 
 
-def _times(local: local_lib.Local, weight: parameters.Weight) -> float:
+def _times(local: device_share.Local, weight: weight_shards.Weight) -> float:
   """How often a weight's gradient is made, of the share that is used."""
   if local.plan is None:
     return local.num_microbatches
@@ -82,7 +82,7 @@ def _times(local: local_lib.Local, weight: parameters.Weight) -> float:
 
 
 def _own_axes(
-  local: local_lib.Local, weight: parameters.Weight
+  local: device_share.Local, weight: weight_shards.Weight
 ) -> message.Axes:
   """Axes along which devices have other experts."""
   return local.axes('experts') if 'experts' in weight.axes else ()
@@ -111,12 +111,12 @@ def _reduced(local, weight, rest: message.Axes, split: message.Axes, size: int):
 # --- Tables. ---
 
 
-def of_tables(local: local_lib.Local) -> list[message.Message]:
+def of_tables(local: device_share.Local) -> list[message.Message]:
   """Returns what token vectors and the head cost."""
   return _of_embeddings(local) + _of_head(local) + _of_both(local)
 
 
-def _of_both(local: local_lib.Local) -> list[message.Message]:
+def _of_both(local: device_share.Local) -> list[message.Message]:
   """Sums after all microbatches; tables that all stages gather, once."""
   embed, late = local.axes('embed'), local.by_hand
   c, times = local.itemsize, local.num_microbatches
@@ -142,7 +142,7 @@ def _of_both(local: local_lib.Local) -> list[message.Message]:
   ]
 
 
-def _of_embeddings(local: local_lib.Local) -> list[message.Message]:
+def _of_embeddings(local: device_share.Local) -> list[message.Message]:
   c, D, V = local.itemsize, local.config.model.embed_dim, local.vocab
   embed, vocab, early = local.axes('embed'), local.axes('vocab'), _early(local)
   found = []
@@ -169,7 +169,7 @@ def _of_embeddings(local: local_lib.Local) -> list[message.Message]:
   return found
 
 
-def looked_up(local: local_lib.Local) -> list[tuple[int, float, float]]:
+def looked_up(local: device_share.Local) -> list[tuple[int, float, float]]:
   """Returns (length, times, times of the gradient) of what is looked up."""
   data, plan, num = local.config.data, local.plan, local.num_microbatches
   lengths = [data.length] * data.objective.has_encoder + [local.length]
@@ -183,7 +183,7 @@ def looked_up(local: local_lib.Local) -> list[tuple[int, float, float]]:
   ]
 
 
-def _of_head(local: local_lib.Local) -> list[message.Message]:
+def _of_head(local: device_share.Local) -> list[message.Message]:
   c, D, V = local.itemsize, local.config.model.embed_dim, local.vocab
   times, embed = local.heads, local.axes('embed')
   say = lambda kind, axes, size: message.Message(
@@ -197,19 +197,19 @@ def _of_head(local: local_lib.Local) -> list[message.Message]:
   ]
 
 
-def _early(local: local_lib.Local) -> message.Axes:
+def _early(local: device_share.Local) -> message.Axes:
   """Axes that split tokens and no table, but for those by hand."""
   out = (*local.axes('embed'), *local.by_hand)
   return tuple(a for a in local.axes('batch', 'length') if a not in out)
 
 
-def _fine(local: local_lib.Local) -> message.Axes:
+def _fine(local: device_share.Local) -> message.Axes:
   """Axes that split a sequence between layers alone."""
   length = local.axes('length')
   return tuple(a for a in local.axes('norm_length') if a not in length)
 
 
-def exchanged(local: local_lib.Local) -> bool:
+def exchanged(local: device_share.Local) -> bool:
   """Whether token vectors travel and not the table; see `Embed`."""
   embed, c = local.axes('embed'), local.itemsize
   rows = local.axes('batch')
@@ -224,7 +224,7 @@ def exchanged(local: local_lib.Local) -> bool:
 # --- Stages. ---
 
 
-def of_stages(local: local_lib.Local) -> Iterator[message.Message]:
+def of_stages(local: device_share.Local) -> Iterator[message.Message]:
   """Messages to neighbours; weights that move once a step, and shared ones."""
   plan = local.plan
   assert plan is not None

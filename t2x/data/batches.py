@@ -49,7 +49,7 @@ class TrainBatches:
       corpus: what to read.
       config: what it was prepared with.
       seed: of orders and draws.
-      rows: of the batch, see `pipeline.train_batches`.
+      rows: of the batch, see `input_pipeline.train_batches`.
       segments: those of one order, the last one of `config.batch_size`.
     """
     self._make = Examples(corpus, config, config.train_split, rows, seed=seed)

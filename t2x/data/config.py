@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from t2x import field_checks as checks
+from t2x import field_checks
 from t2x.data import documents
 from t2x.data import tokenizers
 from t2x.objectives import causal_lm
@@ -107,7 +107,7 @@ class DataConfig:
   num_workers: int = 0
 
   def __post_init__(self):
-    checks.least(
+    field_checks.least(
       self, 'data.', length=1, batch_size=1, num_threads=0, num_workers=0
     )
 

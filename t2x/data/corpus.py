@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from t2x import files as paths
+from t2x import files
 from t2x.data import builders
 from t2x.data import config as config_lib
 from t2x.data import text_files
@@ -88,7 +88,7 @@ def prepare(
   if isinstance(config.objective, mixture.Mixture):
     return _prepare_tasks(config, tokenizer)
   root = pathlib.Path(config_lib.directory(config))
-  with paths.lock(str(config_lib.directory(config))):
+  with files.lock(str(config_lib.directory(config))):
     builder = open_builder(config)
     fields = _fields(config, builder)
     names = dict.fromkeys([config.train_split, *config.eval_splits])
@@ -246,7 +246,7 @@ def _tokenizer(config, builder, fields, content, root) -> tokenizers.Tokenizer:
     except ValueError as error:
       where = f'{config.source} {config.files}'.strip()
       raise ValueError(f'{where}: {error}') from error
-    with paths.new_directory(path) as temporary:
+    with files.new_directory(path) as temporary:
       tokenizer.save(temporary)
     _log.info('Tokenizer: %d ids.', tokenizer.vocab_size)
   return tokenizer_loading.load(path)
@@ -265,7 +265,7 @@ def _tokenize(source, fields, tokenizer, path: pathlib.Path) -> None:
       ]
       yield documents, sum(len(t.encode()) for t in texts)
 
-  with paths.new_directory(path) as temporary:
+  with files.new_directory(path) as temporary:
     for i, field in enumerate(fields):
       token_store.write(temporary, str(i), encoded(field), tokenizer.vocab_size)
 

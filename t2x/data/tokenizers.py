@@ -17,7 +17,7 @@ from etils import epath
 import numpy as np
 import sentencepiece
 
-from t2x import field_checks as checks
+from t2x import field_checks
 from t2x.data import letters
 from t2x.objectives import vocab as vocab_lib
 
@@ -32,7 +32,7 @@ class SentencePiece:
   kind: ClassVar[str] = 'sentencepiece'
 
   def __post_init__(self):
-    checks.least(self, 'data.tokenizer.', num_sentinels=0)
+    field_checks.least(self, 'data.tokenizer.', num_sentinels=0)
     smallest = vocab_lib.NUM_NAMED + self.num_sentinels + 256
     if self.vocab_size <= smallest:
       raise ValueError(
@@ -52,7 +52,7 @@ class Bytes:
   kind: ClassVar[str] = 'bytes'
 
   def __post_init__(self):
-    checks.least(self, 'data.tokenizer.', num_sentinels=0)
+    field_checks.least(self, 'data.tokenizer.', num_sentinels=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

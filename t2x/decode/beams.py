@@ -18,9 +18,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from t2x.decode import decode_loop as loop
+from t2x.decode import decode_loop
 from t2x.decode import hypotheses
-from t2x.decode import required_words as required
+from t2x.decode import required_words
 from t2x.decode import sampling as sampling_lib
 
 
@@ -88,7 +88,7 @@ class BeamConfig:
 
 @functools.partial(jax.jit, static_argnames=('capacity', 'config'))
 def search(
-  model: loop.Model,
+  model: decode_loop.Model,
   caches: Any,
   *,
   token_B: jax.Array,
@@ -101,9 +101,9 @@ def search(
   settings: sampling_lib.Rows,
   history: sampling_lib.History,
   source_segments_BS: jax.Array | None = None,
-  words: required.Words | None = None,
+  words: required_words.Words | None = None,
 ) -> hypotheses.Beams:
-  """Searches; arguments are as of `loop.decode`.
+  """Searches; arguments are as of `decode_loop.decode`.
 
   Args:
     model: the model.
@@ -118,7 +118,7 @@ def search(
     settings: of R rows; what is drawn from does not matter, what hides or
       weakens tokens does.
     history: of R rows.
-    source_segments_BS: as of `loop.decode`.
+    source_segments_BS: as of `decode_loop.decode`.
     words: that each text must hold; None for none.
 
   Returns:
@@ -128,7 +128,7 @@ def search(
   rows = lambda a: jnp.repeat(a, G * W, axis=0)
   caches = _map_rows(rows, caches)
   segments_RS = None if source_segments_BS is None else rows(source_segments_BS)
-  own = None if words is None else required.begin(words, (B, W))
+  own = None if words is None else required_words.begin(words, (B, W))
   groups = tuple(hypotheses.empty(live_B, W, capacity, own) for _ in range(G))
   first = (jnp.int32(0), rows(token_B), rows(index_B), groups, caches, history)
 
@@ -138,7 +138,7 @@ def search(
 
   def extend(state):
     number, token_R, index_R, groups, caches, history = state
-    logits_RV, caches = loop.next_logits(
+    logits_RV, caches = decode_loop.next_logits(
       model, token_R, index_R, caches, segments_RS
     )
     logits_RV = sampling_lib.calibrated(logits_RV, settings)
@@ -161,7 +161,9 @@ def search(
       step = number, num_tokens, ends_E
       parts = groups[g], log_probs_BWV, step, config
       groups[g], parent_BW, token_BW = (
-        _advance(*parts) if words is None else required.advance(*parts, words)
+        _advance(*parts)
+        if words is None
+        else required_words.advance(*parts, words)
       )
       count = jax.vmap(lambda row, token: row.at[token].add(1.0))
       taken_BV = count(taken_BV, token_BW)

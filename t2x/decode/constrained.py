@@ -5,9 +5,9 @@ from typing import Any
 
 from t2x.decode import engine as engine_lib
 from t2x.decode import generate as generate_lib
-from t2x.decode import prefill as begin_lib
+from t2x.decode import prefill
 from t2x.decode import prompts as prompts_lib
-from t2x.decode import requests as texts_lib
+from t2x.decode import requests
 from t2x.decode import sampling as sampling_lib
 from t2x.models import decoder
 
@@ -21,7 +21,7 @@ def write(
   prompts: Sequence[Sequence[int]],
   *,
   num_tokens: int,
-  control: texts_lib.Control,
+  control: requests.Control,
   sampling: Sampling | Sequence[Sampling] | None = None,
   seed: int = 0,
   **options: Any,
@@ -35,7 +35,7 @@ def write(
     control: of each text, at its beginning.
     sampling: as for `generate`.
     seed: as for `generate`.
-    **options: eos_id, pad_id, start_id and max_length of `begin.Options`.
+    **options: eos_id, pad_id, start_id and max_length of `prefill.Options`.
 
   Returns:
     As `generate`; a text whose control is done has ended.
@@ -48,8 +48,8 @@ def write(
       f'{type(model).__name__} cannot be held to a rule: only a decoder can. '
       'Leave the rule out.'
     )
-  own = begin_lib.Options(**options)
-  request = begin_lib.check(model, prompts, num_tokens, own)
+  own = prefill.Options(**options)
+  request = prefill.check(model, prompts, num_tokens, own)
   configs = generate_lib.configs_of(sampling, len(prompts))
   config = engine_lib.EngineConfig(
     num_slots=min(prompts_lib.power_of_two(len(prompts)), _MOST_SLOTS),

@@ -5,7 +5,7 @@ from typing import Any
 from flax import nnx
 import jax
 
-from t2x.decode import decode_loop as loop
+from t2x.decode import decode_loop
 
 
 class _Columns(nnx.Module):
@@ -40,7 +40,7 @@ def prepare(model: Any) -> Any:
   Returns:
     The model; only `generate` and plain calls take it, checkpoints do not.
   """
-  if jax.default_backend() != 'cpu' or not isinstance(model, loop.Model):
+  if jax.default_backend() != 'cpu' or not isinstance(model, decode_loop.Model):
     return model
   if not model.towers:  # Steered: of models that are prepared themselves.
     return model

@@ -12,7 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from t2x.decode import decode_loop as loop
+from t2x.decode import decode_loop
 from t2x.decode import processors
 from t2x.decode import sampling as sampling_lib
 from t2x.models import decoder
@@ -33,7 +33,7 @@ class ModelDraft:
 
   def begin(self, model, prompt_BS, last_B, chunk):
     """Returns the state that `draft` goes on from: caches of the prompts."""
-    return loop.prefill(
+    return decode_loop.prefill(
       self.model, prompt_BS, last_B, chunk=chunk, slack=self.num + 1
     )
 
@@ -176,7 +176,7 @@ def _prefill_heads(model, prompt_BS, last_B, chunk, slack):
 
   def run_chunk(number, carry):
     below, heads = carry
-    tokens_BC, index_BC = loop.chunk_of(prompt_BS, last_B, number, chunk)
+    tokens_BC, index_BC = decode_loop.chunk_of(prompt_BS, last_B, number, chunk)
     x_BCD, below = model.step_below(tokens_BC, index_BC, below)
     return below, model.step_ahead(x_BCD, index_BC, heads)[1]
 

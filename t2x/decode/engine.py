@@ -11,20 +11,20 @@ Shape suffixes: B rows of a step, V vocabulary.
 
 import collections
 
-from t2x.decode import page_table as pages_lib
+from t2x.decode import page_table
 from t2x.decode import paged_decoder
 from t2x.decode import processors
 from t2x.decode import prompts as prompts_lib
-from t2x.decode import requests as texts_lib
+from t2x.decode import requests
 from t2x.decode import settings as settings_lib
 from t2x.models import decoder
 
 Sampling = settings_lib.SamplingConfig
-EngineConfig = texts_lib.EngineConfig
-Request = texts_lib.Request
-Scores = texts_lib.Scores
-Text = texts_lib.Text
-Overloaded = texts_lib.Overloaded
+EngineConfig = requests.EngineConfig
+Request = requests.Request
+Scores = requests.Scores
+Text = requests.Text
+Overloaded = requests.Overloaded
 
 
 class Engine:
@@ -56,7 +56,9 @@ class Engine:
     self._decoder.restart()
 
   def _begin(self) -> None:
-    self.pages = pages_lib.Pages(self._decoder.num_pages, self.config.page_size)
+    self.pages = page_table.Pages(
+      self._decoder.num_pages, self.config.page_size
+    )
     self._waiting: collections.deque[Text] = collections.deque()
     self._reading: Text | None = None
     self._writing: list[Text] = []
@@ -209,7 +211,7 @@ class Engine:
       return broken
     token_B, log_prob_B, top = self._decoder.write(texts, masks)
     for number, text in enumerate(texts):
-      scores, own = texts_lib.Scores(), slice(number, number + 1)
+      scores, own = requests.Scores(), slice(number, number + 1)
       likeliest = None if top is None else [a[own] for a in top]
       scores.add(log_prob_B[own], likeliest, text.request.num_top)
       self._take(text, int(token_B[number]), scores)
@@ -217,7 +219,7 @@ class Engine:
     self.counts['tokens'] += len(texts)
     return broken + texts
 
-  def _take(self, text: Text, token: int, scores: texts_lib.Scores) -> None:
+  def _take(self, text: Text, token: int, scores: requests.Scores) -> None:
     """Adds a token to a text, which may end with it."""
     request = text.request
     if token == processors.NONE:

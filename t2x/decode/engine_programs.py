@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from t2x.attention import paged
-from t2x.decode import decode_loop as loop
+from t2x.decode import decode_loop
 from t2x.decode import processors
 from t2x.decode import sampling as sampling_lib
 from t2x.models import decoder
@@ -100,7 +100,9 @@ def score(
 def write(model: decoder.Decoder, caches, token_B, index_B, pages_BN):
   """Returns logits (B, V) after the latest token of each row, and caches."""
   caches = paged.with_tables(caches, pages_BN)
-  logits_BV, caches = loop.next_logits(model, token_B, index_B, caches, None)
+  logits_BV, caches = decode_loop.next_logits(
+    model, token_B, index_B, caches, None
+  )
   return logits_BV, paged.placed(paged.with_tables(caches, None))
 
 

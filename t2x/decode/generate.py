@@ -3,7 +3,7 @@
 Rows are padded on the right and each writes at its own index, so a row stands
 at the same positions alone and in any batch. The arrays' shapes depend only on
 the number of rows and on the capacity of the cache, both rounded up, so that
-the programs of loop.py compile once for many calls.
+the programs of decode_loop.py compile once for many calls.
 
 Shape suffixes: B batch (padded).
 """
@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from t2x.decode import beams as beams_lib
-from t2x.decode import decode_loop as loop
+from t2x.decode import decode_loop
 from t2x.decode import hypotheses
-from t2x.decode import prefill as begin_lib
-from t2x.decode import required_words as required
+from t2x.decode import prefill
+from t2x.decode import required_words
 from t2x.decode import sampling as sampling_lib
 from t2x.decode import word_starts
 from t2x.layers import dropout
@@ -47,7 +47,7 @@ class Generation:
 
 
 def generate(
-  model: loop.Model,
+  model: decode_loop.Model,
   prompts: Sequence[Sequence[int]],
   *,
   num_tokens: int,
@@ -77,7 +77,7 @@ def generate(
       as they ask for the same processors.
     seed: what row i draws depends on `seed`, on i and on its prompt alone.
     keys_B: a key for each prompt, instead of `seed`.
-    **options: of `begin.Options`: eos_id, pad_id, max_length, ...
+    **options: of `prefill.Options`: eos_id, pad_id, max_length, ...
 
   Returns:
     The new tokens and their log-probabilities.
@@ -86,13 +86,13 @@ def generate(
     ValueError: an encoder, no or empty prompts, a prompt that is too long, ids
       outside the vocabulary, a setting out of range; before any compilation.
   """
-  own = begin_lib.Options(**options)
-  request = begin_lib.check(model, prompts, num_tokens, own)
+  own = prefill.Options(**options)
+  request = prefill.check(model, prompts, num_tokens, own)
   num_rows, vocab_size = request.num_rows, model.config.vocab_size
   configs = configs_of(sampling, len(prompts))
   settings = sampling_lib.rows(configs, num_rows, vocab_size)
   keys_B = row_keys(keys_B, seed, len(prompts), num_rows)
-  state = loop.decode(
+  state = decode_loop.decode(
     model,
     **request.start(),
     keys_B=keys_B,
@@ -107,14 +107,14 @@ def generate(
 
 
 def beam_search(
-  model: loop.Model,
+  model: decode_loop.Model,
   prompts: Sequence[Sequence[int]],
   *,
   num_tokens: int,
   beams: beams_lib.BeamConfig = beams_lib.BeamConfig(),
   num_best: int = 1,
   sampling: Sampling | None = None,
-  words: Sequence[required.Word] = (),
+  words: Sequence[required_words.Word] = (),
   texts: word_starts.Words | None = None,
   **options: Any,
 ) -> hypotheses.Hypotheses:
@@ -165,9 +165,9 @@ def beam_search(
       f'beams.num_groups={beams.num_groups} with words that must be there: '
       'beams are shared out among those already. Leave one of them out.'
     )
-  required.check(words, num_tokens)
-  own = begin_lib.Options(**options)
-  request = begin_lib.check(model, prompts, num_tokens, own)
+  required_words.check(words, num_tokens)
+  own = prefill.Options(**options)
+  request = prefill.check(model, prompts, num_tokens, own)
   vocab_size = model.config.vocab_size
   num_rows = request.num_rows * beams.num_beams
   settings = sampling_lib.rows([sampling], num_rows, vocab_size)
@@ -194,14 +194,14 @@ def beam_search(
   return result
 
 
-def _required(words, texts, prompts) -> required.Words | None:
+def _required(words, texts, prompts) -> required_words.Words | None:
   if not words:
     return None
   own = None if texts is None else word_starts.arrays(texts, prompts)
-  return required.make(words, own)
+  return required_words.make(words, own)
 
 
-def _to_lists(state: loop.State, num_prompts: int) -> Generation:
+def _to_lists(state: decode_loop.State, num_prompts: int) -> Generation:
   counts = np.asarray(state.count_B)[:num_prompts]
   tokens_BN = np.asarray(state.tokens_BN)
   log_probs_BN = np.asarray(state.log_probs_BN)

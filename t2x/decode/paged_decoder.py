@@ -15,13 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from t2x.decode import engine_programs as steps
-from t2x.decode import prefill as begin
+from t2x.decode import engine_programs
+from t2x.decode import prefill
 from t2x.decode import prompts as prompts_lib
-from t2x.decode import requests as texts_lib
+from t2x.decode import requests as requests_lib
 from t2x.decode import rows as rows_lib
 from t2x.decode import settings as settings_lib
-from t2x.layers import attention_kinds as kinds
+from t2x.layers import attention_kinds
 from t2x.models import decoder
 
 Sampling = settings_lib.SamplingConfig
@@ -36,11 +36,11 @@ class PagedDecoder:
     vocab_size: of the model.
   """
 
-  def __init__(self, model: decoder.Decoder, config: texts_lib.EngineConfig):
+  def __init__(self, model: decoder.Decoder, config: requests_lib.EngineConfig):
     """Makes the pool.
 
     Args:
-      model: a decoder, best as `prepared.prepare` returns it.
+      model: a decoder, best as `decoding_weights.prepare` returns it.
       config: sizes.
 
     Raises:
@@ -54,7 +54,7 @@ class PagedDecoder:
         'experiments/generate.py.'
       )
     for kind in model.config.kinds:
-      kinds.check_pages(kind)
+      attention_kinds.check_pages(kind)
     self._model, self._config = model, config
     self.vocab_size = model.config.vocab_size
     length = prompts_lib.limit(model.config.max_length, config.max_length)
@@ -73,7 +73,7 @@ class PagedDecoder:
         f'{length} tokens needs {self._blocks}.'
       )
     self.num_pages: int = num_pages
-    self._parts = begin.row_parts()  # Into which the mesh splits rows.
+    self._parts = prefill.row_parts()  # Into which the mesh splits rows.
     self._row_sizes = _row_sizes(config.num_slots, self._parts)
     self.restart()
 
@@ -82,7 +82,9 @@ class PagedDecoder:
     size, dtype = self._config.page_size, self._config.cache_dtype
     self._settings = rows_lib.Settings(self.vocab_size)
     self._caches = None  # Freed before others are made.
-    self._caches = steps.empty_pages(self._model, self.num_pages, size, dtype)
+    self._caches = engine_programs.empty_pages(
+      self._model, self.num_pages, size, dtype
+    )
 
   def warm(self, calibration: float) -> None:
     """Compiles what most requests need, before any comes.
@@ -95,10 +97,10 @@ class PagedDecoder:
     for rows in self._row_sizes:
       for own in (Sampling(temperature=0), Sampling(), Sampling(top_p=0.9)):
         drawn = dataclasses.replace(own, calibration=calibration)
-        request = texts_lib.Request(
+        request = requests_lib.Request(
           prompt=[0], num_tokens=1, sampling=drawn, num_top=1
         )
-        self._write([texts_lib.Text(request)], rows, [None])
+        self._write([requests_lib.Text(request)], rows, [None])
 
   def read(
     self, tokens: Sequence[int], start: int, size: int, pages: Sequence[int]
@@ -112,9 +114,9 @@ class PagedDecoder:
       pages: of the text; none keeps nothing.
     """
     chunk = self._chunk(tokens, start, size, pages)
-    self._caches = steps.read(self._model, self._caches, *chunk)
+    self._caches = engine_programs.read(self._model, self._caches, *chunk)
 
-  def score(self, text: texts_lib.Text, num: int, size: int) -> None:
+  def score(self, text: requests_lib.Text, num: int, size: int) -> None:
     """Reads on in a text's prompt, and adds the scores of the tokens after.
 
     Args:
@@ -129,7 +131,7 @@ class PagedDecoder:
     rows = self._parts
     after = request.prompt[start + 1 : start + 1 + num]
     calibration = request.sampling.calibration
-    log_prob_BC, top, self._caches = steps.score(
+    log_prob_BC, top, self._caches = engine_programs.score(
       self._model,
       self._caches,
       *chunk,
@@ -152,7 +154,9 @@ class PagedDecoder:
     pages_BN = prompts_lib.pad([pages], (rows, self._blocks), 0)
     return tokens_BC, index_BC, pages_BN
 
-  def write(self, texts: Sequence[texts_lib.Text], masks: Sequence[Any]) -> Any:
+  def write(
+    self, texts: Sequence[requests_lib.Text], masks: Sequence[Any]
+  ) -> Any:
     """Returns the next token of each text, and what is told beside it.
 
     Args:
@@ -172,13 +176,13 @@ class PagedDecoder:
     """The position past the last block: what is written there is lost."""
     return self._blocks * self._config.page_size
 
-  def _write(self, texts: Sequence[texts_lib.Text], rows: int, masks) -> Any:
+  def _write(self, texts: Sequence[requests_lib.Text], rows: int, masks) -> Any:
     requests = [text.request for text in texts]
     lengths = [len(text.all_tokens) for text in texts]
     pages = [text.lease.pages if text.lease else [] for text in texts]
     places = [n - 1 if own else self._nowhere for n, own in zip(lengths, pages)]
     column = functools.partial(rows_lib.column, rows=rows)
-    logits_BV, self._caches = steps.write(
+    logits_BV, self._caches = engine_programs.write(
       self._model,
       self._caches,
       column(text.all_tokens[-1] for text in texts),
@@ -187,7 +191,7 @@ class PagedDecoder:
     )
     settings, ends_BE = self._settings.of(requests, rows)
     seeds = (request.seed % 2**32 for request in requests)
-    token_B, log_prob_B = steps.choose(
+    token_B, log_prob_B = engine_programs.choose(
       logits_BV,
       settings,
       rows_lib.history(texts, settings, rows, self.vocab_size),
@@ -200,7 +204,9 @@ class PagedDecoder:
     top: Any = None
     if any(request.num_top for request in requests):
       calibration_B = settings.calibration_B
-      top = steps.alternatives(logits_BV, calibration_B, self._config.num_top)
+      top = engine_programs.alternatives(
+        logits_BV, calibration_B, self._config.num_top
+      )
     return jax.device_get((token_B, log_prob_B, top))
 
 

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t2x.decode import decode_loop as loop
+from t2x.decode import decode_loop
 from t2x.decode import processors
 from t2x.decode import prompts as prompts_lib
-from t2x.layers import attention_kinds as kinds
+from t2x.layers import attention_kinds
 from t2x.models import decoder
 from t2x.parallel import sharding
 
@@ -64,7 +64,7 @@ class Request:
     options: of the call.
   """
 
-  model: loop.Model
+  model: decode_loop.Model
   rows: list[np.ndarray]
   num_tokens: int
   num_rows: int
@@ -102,15 +102,15 @@ class Request:
       slack: tokens of a step that may turn out not to count.
 
     Returns:
-      Arguments of `loop.decode`: caches, token_B, index_B, capacity, and with
-      an encoder source_segments_BS.
+      Arguments of `decode_loop.decode`: caches, token_B, index_B, capacity, and
+      with an encoder source_segments_BS.
     """
     continues = isinstance(self.model, decoder.Decoder)
     return _text(self, slack) if continues else _answer(self)
 
 
 def check(
-  model: loop.Model,
+  model: decode_loop.Model,
   prompts: Sequence[Sequence[int]],
   num_tokens: int,
   options: Options,
@@ -170,7 +170,7 @@ def check(
 
 def check_model(model: Any) -> None:
   """Raises ValueError if a model cannot go on token by token."""
-  if not isinstance(model, loop.Model):
+  if not isinstance(model, decode_loop.Model):
     raise ValueError(
       f'{type(model).__name__} cannot generate: only a Decoder or an '
       'EncoderDecoder predicts the next token from those before it. Train '
@@ -178,7 +178,7 @@ def check_model(model: Any) -> None:
     )
   for kind in model.config.kinds:
     if kind.decoding is None:
-      raise ValueError(kinds.no_decoding(kind))
+      raise ValueError(attention_kinds.no_decoding(kind))
 
 
 def _text(request: Request, slack: int) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def _text(request: Request, slack: int) -> dict[str, Any]:
   tokens_BS = prompts_lib.pad(rows, (num_rows, capacity), own.pad_id)
   last_B = np.zeros(num_rows, np.int32)
   last_B[: len(rows)] = np.array(lengths) - 1
-  caches = loop.prefill(
+  caches = decode_loop.prefill(
     request.model,
     tokens_BS,
     last_B,
@@ -220,7 +220,7 @@ def _answer(request: Request) -> dict[str, Any]:
   shape = (num_rows, min(length, most))
   source_BS = prompts_lib.pad(rows, shape, own.pad_id)
   segments_BS = prompts_lib.pad([[1] * n for n in lengths], shape, 0)
-  caches = loop.encode(
+  caches = decode_loop.encode(
     request.model,
     source_BS,
     segments_BS,

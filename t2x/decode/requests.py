@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from t2x.decode import page_table as pages_lib
+from t2x.decode import page_table
 from t2x.decode import prompts as prompts_lib
 from t2x.decode import sampling as sampling_lib
 
@@ -134,7 +134,7 @@ class Text:
   num_shared: int = 0
   reason: str | None = None
   error: str = ''
-  lease: pages_lib.Lease | None = None
+  lease: page_table.Lease | None = None
   num_read: int = 0
   counts_V: np.ndarray | None = None
   begun: int = 0
@@ -205,7 +205,7 @@ class EngineConfig:
     chunks: sizes in which prompts are read; each is a compiled program.
     read: tokens of prompts that are read, at least, before the rows that write
       get their next token: more favours those who wait, fewer those who write.
-    cache_dtype: as in `begin.Options`.
+    cache_dtype: as in `prefill.Options`.
     num_top: most alternatives of a token that a request may ask for.
   """
 

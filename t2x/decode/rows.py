@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from t2x.decode import engine_programs as steps
+from t2x.decode import engine_programs
 from t2x.decode import processors
 from t2x.decode import prompts as prompts_lib
-from t2x.decode import requests as texts_lib
+from t2x.decode import requests as requests_lib
 from t2x.decode import sampling as sampling_lib
 
 _MOST_RAISED = 64  # Tokens of a row.
@@ -33,7 +33,7 @@ class Settings:
     self._last: tuple[Any, Any] = (None, None)
 
   def of(
-    self, requests: Sequence[texts_lib.Request], rows: int
+    self, requests: Sequence[requests_lib.Request], rows: int
   ) -> tuple[sampling_lib.Rows, np.ndarray]:
     """Returns the settings of each row, and the tokens that end it (B, E)."""
     key = (rows, *map(id, requests))
@@ -58,7 +58,7 @@ class Settings:
 
 
 def history(
-  texts: Sequence[texts_lib.Text],
+  texts: Sequence[requests_lib.Text],
   settings: sampling_lib.Rows,
   rows: int,
   vocab_size: int,
@@ -77,7 +77,7 @@ def history(
   return result
 
 
-def controls(masks, rows: int) -> steps.Controls | None:
+def controls(masks, rows: int) -> engine_programs.Controls | None:
   """Returns what controls say of the next tokens; None if there are none."""
   given = [mask for mask in masks if mask is not None]
   if not given:
@@ -92,6 +92,6 @@ def controls(masks, rows: int) -> steps.Controls | None:
     some = list(raised.items())[:_MOST_RAISED]
     for place, (token, amount) in enumerate(some):
       raised_BM[row, place], amounts_BM[row, place] = token, amount
-  return steps.Controls(
+  return engine_programs.Controls(
     allowed_BW=allowed_BW, raised_BM=raised_BM, amounts_BM=amounts_BM
   )

@@ -18,10 +18,10 @@ import numpy as np
 
 from t2x.decode import drafts
 from t2x.decode import generate as generate_lib
-from t2x.decode import prefill as begin_lib
+from t2x.decode import prefill
 from t2x.decode import prompts as prompts_lib
 from t2x.decode import sampling as sampling_lib
-from t2x.decode import speculative_loop as draft_loop
+from t2x.decode import speculative_loop
 from t2x.models import decoder
 
 Sampling = sampling_lib.SamplingConfig
@@ -72,15 +72,15 @@ def speculate(
     sampling: as for `generate`, without what depends on the text so far.
     seed: as for `generate`; other tokens are drawn than there.
     keys_B: as for `generate`.
-    forced: see `draft_loop.decode`.
+    forced: see `speculative_loop.decode`.
     **options: as for `generate`.
 
   Raises:
     ValueError: as `generate`; the draft has another vocabulary or no heads, a
       layer's state cannot be taken back, or settings look at the text so far.
   """
-  own = begin_lib.Options(**options)
-  request = begin_lib.check(model, prompts, num_tokens, own)
+  own = prefill.Options(**options)
+  request = prefill.check(model, prompts, num_tokens, own)
   _check(model, draft)
   num_rows, vocab_size = request.num_rows, model.config.vocab_size
   configs = generate_lib.configs_of(sampling, len(prompts))
@@ -90,7 +90,7 @@ def speculate(
   keys_B = generate_lib.row_keys(keys_B, seed, len(prompts), num_rows)
   begun = request.start(drafts.num_drafted(draft, model) + 1)
   capacity = begun['capacity']
-  state = draft_loop.decode(
+  state = speculative_loop.decode(
     model,
     **begun,
     draft=draft,
@@ -106,7 +106,9 @@ def speculate(
   return _to_lists(state, [len(row) for row in request.rows], num_tokens)
 
 
-def _to_lists(state: draft_loop.State, lengths: Sequence[int], num_tokens: int):
+def _to_lists(
+  state: speculative_loop.State, lengths: Sequence[int], num_tokens: int
+):
   found = jax.device_get(dataclasses.replace(state, caches=None, draft=None))
   counts = found.count_B[: len(lengths)].tolist()
   cut = lambda array_BS: [
@@ -144,7 +146,7 @@ def _check(model: Any, draft: drafts.Draft) -> None:
       raise ValueError(
         f'{type(draft.model).__name__} cannot draft: only a Decoder can.'
       )
-    begin_lib.check_model(draft.model)
+    prefill.check_model(draft.model)
     ours, theirs = (m.config.vocab_size for m in (model, draft.model))
     if ours != theirs:
       raise ValueError(

@@ -79,7 +79,7 @@ def decode(
     caches: of the tokens before `token_B`, with room for a draft.
     draft: what proposes tokens.
     prompt_BS: the prompts, padded to the capacity.
-    token_B: as for `loop.decode`, and so are the other arguments.
+    token_B: as for `decode_loop.decode`, and so are the other arguments.
     index_B: likewise.
     ended_B: likewise.
     keys_B: likewise.

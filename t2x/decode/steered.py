@@ -15,7 +15,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from t2x.decode import prefill as begin
+from t2x.decode import prefill
 from t2x.decode import prompts as prompts_lib
 from t2x.layers import block
 from t2x.layers import position as position_lib
@@ -253,7 +253,7 @@ def _joint(
   """
   base, *others = models
   for model in models:
-    begin.check_model(model)
+    prefill.check_model(model)
     if not isinstance(model, decoder.Decoder) or not model.towers:
       raise ValueError(
         f'{type(model).__name__} can neither be steered nor steer: plain '

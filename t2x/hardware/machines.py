@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 from typing import Any
 
-from t2x.hardware import compiler_options as xla_options
+from t2x.hardware import compiler_options as compiler_options_lib
 from t2x.parallel import mesh as mesh_lib
 
 
@@ -68,7 +68,7 @@ class Chip:
   bandwidth: float
   link: float
   network: float
-  options: Callable[[int], xla_options.Options]
+  options: Callable[[int], compiler_options_lib.Options]
 
 
 # Memory, its bandwidth and the links as on the pages that flops.py names: a
@@ -83,7 +83,7 @@ CHIPS = {
     bandwidth=1.2e12,
     link=50e9,
     network=6.25e9,
-    options=xla_options.v4,
+    options=compiler_options_lib.v4,
   ),
   'v5e': Chip(
     kinds=('TPU v5 lite', 'TPU v5e'),
@@ -91,7 +91,7 @@ CHIPS = {
     bandwidth=819e9,
     link=50e9,
     network=3.125e9,
-    options=xla_options.v5e,
+    options=compiler_options_lib.v5e,
   ),
   # v5p calls itself 'TPU v5'.
   'v5p': Chip(
@@ -100,7 +100,7 @@ CHIPS = {
     bandwidth=2.765e12,
     link=100e9,
     network=6.25e9,
-    options=xla_options.v5p,
+    options=compiler_options_lib.v5p,
   ),
   'v6e': Chip(
     kinds=('TPU v6 lite', 'TPU v6e'),
@@ -108,7 +108,7 @@ CHIPS = {
     bandwidth=1.638e12,
     link=100e9,
     network=12.5e9,
-    options=xla_options.v6e,
+    options=compiler_options_lib.v6e,
   ),
   # Two devices share a chip's memory and links.
   '7x': Chip(
@@ -117,7 +117,7 @@ CHIPS = {
     bandwidth=3.69e12,
     link=50e9,
     network=6.25e9,
-    options=xla_options.v7x,
+    options=compiler_options_lib.v7x,
   ),
   'a100-40': Chip(
     kinds=('NVIDIA A100-SXM4-40GB',),
@@ -125,7 +125,7 @@ CHIPS = {
     bandwidth=1.555e12,
     link=300e9,
     network=25e9,
-    options=xla_options.gpu,
+    options=compiler_options_lib.gpu,
   ),
   'a100': Chip(
     kinds=('NVIDIA A100',),
@@ -133,7 +133,7 @@ CHIPS = {
     bandwidth=2.039e12,
     link=300e9,
     network=25e9,
-    options=xla_options.gpu,
+    options=compiler_options_lib.gpu,
   ),
   'h100': Chip(
     kinds=('NVIDIA H100',),
@@ -141,7 +141,7 @@ CHIPS = {
     bandwidth=3.35e12,
     link=450e9,
     network=50e9,
-    options=xla_options.gpu,
+    options=compiler_options_lib.gpu,
   ),
   'h200': Chip(
     kinds=('NVIDIA H200',),
@@ -149,7 +149,7 @@ CHIPS = {
     bandwidth=4.8e12,
     link=450e9,
     network=50e9,
-    options=xla_options.gpu,
+    options=compiler_options_lib.gpu,
   ),
   'b200': Chip(
     kinds=('NVIDIA B200',),
@@ -157,7 +157,7 @@ CHIPS = {
     bandwidth=8e12,
     link=900e9,
     network=50e9,
-    options=xla_options.gpu,
+    options=compiler_options_lib.gpu,
   ),
 }
 
@@ -172,7 +172,7 @@ def chip_of(device_kind: str) -> str | None:
 
 def compiler_options(
   device_kind: str, num_slices: int = 1
-) -> xla_options.Options:
+) -> compiler_options_lib.Options:
   """Returns what to compile with, as `jax.jit(compiler_options=...)`.
 
   Args:
@@ -184,7 +184,7 @@ def compiler_options(
     Name -> value; empty for a chip that is not known.
   """
   if device_kind == 'cpu':
-    return dict(xla_options.CPU)
+    return dict(compiler_options_lib.CPU)
   chip = chip_of(device_kind)
   return CHIPS[chip].options(num_slices) if chip else {}
 
@@ -194,7 +194,7 @@ def options_of(
   overrides: Sequence[str] = (),
   *,
   diverge: bool = False,
-) -> xla_options.Options:
+) -> compiler_options_lib.Options:
   """Returns `compiler_options` of devices, with the user's own.
 
   Args:
@@ -214,11 +214,11 @@ def options_of(
   return options
 
 
-def _diverging(device_kind: str) -> xla_options.Options:
+def _diverging(device_kind: str) -> compiler_options_lib.Options:
   if device_kind.startswith('TPU'):
-    return xla_options.DIVERGE_TPU
+    return compiler_options_lib.DIVERGE_TPU
   is_gpu = device_kind.startswith('NVIDIA')
-  return xla_options.DIVERGE_GPU if is_gpu else {}
+  return compiler_options_lib.DIVERGE_GPU if is_gpu else {}
 
 
 def check_overrides(overrides: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ mesh = mesh_lib.make(config.mesh, absent.devices('v5e:2x4'))
 compiled = absent.compile(absent.lower_step(config, mesh))
 
 Nothing is allocated. The TPU compiler (the extra `plan`) needs no TPU, the GPU
-compiler (`plan-gpu`) no GPU and no CUDA: `absent.devices('h100:8')`.
+compiler (`plan-gpu`) no GPU and no CUDA: `target_devices.devices('h100:8')`.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from jax.experimental import topologies as jax_topologies
 from t2x.hardware import backends
 from t2x.hardware import gpu_targets
 from t2x.hardware import topologies
-from t2x.parallel import simulated_devices as simulated
+from t2x.parallel import simulated_devices
 
 # Read where libtpu is loaded: no question to a cloud's metadata server, and
 # several processes at once.
@@ -127,12 +127,12 @@ def _simulated(topology: str, num_slices: int, host: str | None):
       f'{topology}: a machine simulates at most {_MOST} devices. Name fewer, '
       'or a topology of TPUs or GPUs, which are compiled for and not simulated.'
     )
-  simulated.ask_for(int(number))
+  simulated_devices.ask_for(int(number))
   found = tuple(jax.devices('cpu'))
   if len(found) != int(number):
     raise ValueError(
       f'{topology}: this process simulates {len(found)} devices already. Give '
-      f'that number, or take {simulated.COUNT} out of XLA_FLAGS.'
+      f'that number, or take {simulated_devices.COUNT} out of XLA_FLAGS.'
     )
   return found
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from t2x.hlo import cross_slice as slices
-from t2x.hlo import execution as loops
-from t2x.hlo import module as hlo
+from t2x.hlo import cross_slice
+from t2x.hlo import execution
+from t2x.hlo import module as module_lib
 from t2x.hlo import overlap
-from t2x.hlo import replica_groups as groups
+from t2x.hlo import replica_groups
 
 KINDS = (
   'all-gather',
@@ -28,7 +28,7 @@ KINDS = (
   'ragged-all-to-all',
   'reduce-scatter',
 )
-Times = loops.Times
+Times = execution.Times
 _SLICES = ('dynamic-slice', 'slice')
 
 
@@ -63,7 +63,7 @@ class Collective:
 
 
 def collectives(
-  text: str, mesh, trips: loops.Trips | None = None
+  text: str, mesh, trips: execution.Trips | None = None
 ) -> list[Collective]:
   """Lists the collectives of a program, asynchronous ones once.
 
@@ -76,27 +76,27 @@ def collectives(
     ValueError: the mesh has another number of devices, or a loop with
       collectives in it has an unknown number of trips.
   """
-  module = hlo.parse(text)
+  module = module_lib.parse(text)
   sizes, places = dict(mesh.shape), _places(text, mesh)
   started = _started(module)
   is_slice = len(places) < math.prod(sizes.values())
 
   def find(scope, instruction):
-    kind = slices.kind(instruction)
+    kind = cross_slice.kind(instruction)
     if kind:
-      axes, num = slices.joined(instruction, mesh)
+      axes, num = cross_slice.joined(instruction, mesh)
       # What is sent; an all-gather returns as much of each slice.
       sent = _sizes(scope.type_of(instruction.operands[0]))
       parts = num if kind == 'all-gather' else 1
       given = {dtype: parts * size for dtype, size in sent.items()}
-      hidden = slices.is_hidden(scope, instruction)
+      hidden = cross_slice.is_hidden(scope, instruction)
       return made(kind, axes, instruction, given, hidden, True)
     kind = instruction.op.removesuffix('-start')
     if kind not in KINDS or _repeats(scope, instruction, started):
       return []
     if kind == 'all-reduce' and _keeps_a_slice(scope, instruction):
       kind = 'reduce-scatter'
-    axes = groups.axes(instruction, sizes, places)
+    axes = replica_groups.axes(instruction, sizes, places)
     if not axes:  # Of each device with itself.
       return []
     hidden = overlap.is_hidden(scope, instruction)
@@ -110,7 +110,7 @@ def collectives(
       for dtype, size in given.items()
     ]
 
-  found = loops.executed(module, find, lambda c: c.bytes, trips)
+  found = execution.executed(module, find, lambda c: c.bytes, trips)
   return [
     dataclasses.replace(c, times=times, loops=depth)
     for c, times, depth in found
@@ -171,7 +171,7 @@ def _places(text: str, mesh: Any) -> np.ndarray:
   shape = tuple(mesh.shape.values())
   if num == math.prod(shape):
     return np.array(list(np.ndindex(shape)))
-  return slices.places(mesh, num)
+  return cross_slice.places(mesh, num)
 
 
 def _payload(kind, scope, instruction) -> dict[str, int]:
@@ -190,15 +190,15 @@ def _payload(kind, scope, instruction) -> dict[str, int]:
 
 def _sizes(type_: str) -> dict[str, int]:
   sums: dict[str, int] = {}
-  for dtype, dims in hlo.shapes(type_):
-    sums[dtype] = sums.get(dtype, 0) + hlo.num_bytes(dtype, dims)
+  for dtype, dims in module_lib.shapes(type_):
+    sums[dtype] = sums.get(dtype, 0) + module_lib.num_bytes(dtype, dims)
   return sums
 
 
 # --- What the TPU compiler makes of collectives. ---
 
 
-def _started(module: hlo.Module) -> set[tuple]:
+def _started(module: module_lib.Module) -> set[tuple]:
   """Returns the collectives that fusions start, by kind, channel and type.
 
   A TPU carries out a collective beside its products by writing it into each
@@ -212,13 +212,13 @@ def _started(module: hlo.Module) -> set[tuple]:
   }
 
 
-def _identity(instruction: hlo.Instruction) -> tuple:
+def _identity(instruction: module_lib.Instruction) -> tuple:
   channel = re.search(r'channel_id=(\d+)', instruction.attributes)
-  shape = tuple(hlo.shapes(instruction.type))
+  shape = tuple(module_lib.shapes(instruction.type))
   return instruction.op, channel and channel[1], shape
 
 
-def _starts(computation: hlo.Computation, instruction) -> bool:
+def _starts(computation: module_lib.Computation, instruction) -> bool:
   """Whether a fusion that holds a collective starts it."""
   return instruction.op in KINDS and any(
     '"AsyncCollectiveStart"' in user.attributes
@@ -226,7 +226,7 @@ def _starts(computation: hlo.Computation, instruction) -> bool:
   )
 
 
-def _repeats(scope: loops.Scope, instruction, started) -> bool:
+def _repeats(scope: execution.Scope, instruction, started) -> bool:
   """Whether this is a later part of a collective that a fusion starts."""
   return (
     'async_collective_fusion_config' in instruction.attributes
@@ -235,13 +235,15 @@ def _repeats(scope: loops.Scope, instruction, started) -> bool:
   )
 
 
-def _keeps_a_slice(scope: loops.Scope, instruction) -> bool:
+def _keeps_a_slice(scope: execution.Scope, instruction) -> bool:
   users = _users(scope.computation, instruction.name)
   fused = scope.caller is not None and scope.caller.op == 'fusion'
   return fused and bool(users) and all(user.op in _SLICES for user in users)
 
 
-def _users(computation: hlo.Computation, name: str) -> list[hlo.Instruction]:
+def _users(
+  computation: module_lib.Computation, name: str
+) -> list[module_lib.Instruction]:
   """Returns what uses a value, or an element of it."""
   users = []
   for user in computation.instructions.values():

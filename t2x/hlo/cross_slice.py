@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from t2x.hlo import execution as loops
-from t2x.hlo import module as hlo
+from t2x.hlo import execution
+from t2x.hlo import module
 from t2x.hlo import overlap
 from t2x.parallel import mesh as mesh_lib
 
@@ -20,7 +20,7 @@ _GROUP = re.compile(r'_xla_megascale_target=\{\{([\d,>-]+)\}')
 _EXCHANGE = re.compile(r'_xla_host_transfer_rendezvous="([^"]+)"')
 
 
-def kind(instruction: hlo.Instruction) -> str | None:
+def kind(instruction: module.Instruction) -> str | None:
   """Returns the kind of exchange to which a slice sends; None for others."""
   found = _KIND.search(instruction.attributes)
   if instruction.op != 'send' or not found:
@@ -61,7 +61,7 @@ def places(mesh: Any, num: int) -> np.ndarray:
 
 
 def joined(
-  instruction: hlo.Instruction, mesh: jax.sharding.Mesh
+  instruction: module.Instruction, mesh: jax.sharding.Mesh
 ) -> tuple[tuple[str, ...], int]:
   """Returns the mesh axes along which a send goes, and among how many slices.
 
@@ -84,7 +84,7 @@ def joined(
   return axes, len({*of})
 
 
-def is_hidden(scope: loops.Scope, send: hlo.Instruction) -> bool:
+def is_hidden(scope: execution.Scope, send: module.Instruction) -> bool:
   """Whether products run from a send to what comes back of it."""
   name = _EXCHANGE.findall(send.attributes)
   own, begun = set(), False

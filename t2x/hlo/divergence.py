@@ -9,8 +9,8 @@ permute sent, and the numbers are wrong.
 
 from collections.abc import Iterator
 
-from t2x.hlo import execution as loops
-from t2x.hlo import module as hlo
+from t2x.hlo import execution
+from t2x.hlo import module as module_lib
 from t2x.pipeline import executor
 from t2x.pipeline import tick
 
@@ -31,8 +31,8 @@ def check(text: str) -> None:
     DivergenceError: a collective-permute runs in a loop or a branch that
       devices need not enter alike.
   """
-  module = hlo.parse(text)
-  scope = loops.Scope(module, module.computations[module.entry])
+  module = module_lib.parse(text)
+  scope = execution.Scope(module, module.computations[module.entry])
   for permute, inside in _permutes(scope, None):
     raise DivergenceError(
       f'The collective-permute {permute.name} '
@@ -50,8 +50,8 @@ def check(text: str) -> None:
 
 
 def _permutes(
-  scope: loops.Scope, inside: hlo.Instruction | None
-) -> Iterator[tuple[hlo.Instruction, hlo.Instruction]]:
+  scope: execution.Scope, inside: module_lib.Instruction | None
+) -> Iterator[tuple[module_lib.Instruction, module_lib.Instruction]]:
   """Yields permutes with what they lie in that devices may not run alike."""
   for instruction in scope.computation.instructions.values():
     if inside and instruction.op in _PERMUTES:
@@ -60,20 +60,22 @@ def _permutes(
     within = inside
     if not inside and _may_differ(scope, instruction):
       within = instruction
-    for called in loops.called(scope, instruction):
+    for called in execution.called(scope, instruction):
       yield from _permutes(called, within)
 
 
-def _may_differ(scope: loops.Scope, instruction: hlo.Instruction) -> bool:
+def _may_differ(
+  scope: execution.Scope, instruction: module_lib.Instruction
+) -> bool:
   """Whether devices may run what it holds unlike often."""
   if instruction.op != 'while':
     # In the program of one of several slices, permutes have no name.
     return instruction.op == 'conditional' and not _is_exchange(instruction)
   if tick.LOOP in instruction.op_name:
     return True
-  return loops.trip_count(scope, instruction) is None
+  return execution.trip_count(scope, instruction) is None
 
 
-def _is_exchange(instruction: hlo.Instruction) -> bool:
+def _is_exchange(instruction: module_lib.Instruction) -> bool:
   """Whether all devices read the same in the table: that one of them sends."""
   return executor.EXCHANGE in instruction.op_name

@@ -12,7 +12,7 @@ import re
 from typing import Any
 from typing import NamedTuple
 
-from t2x.hlo import module as hlo
+from t2x.hlo import module as module_lib
 
 # They pass a value on; the first of a copy's results is the copy.
 _PASSING = ('bitcast', 'convert', 'copy', 'copy-done', 'copy-start', 'reshape')
@@ -36,13 +36,15 @@ class Scope:
     caller: the instruction that calls it.
   """
 
-  module: hlo.Module
-  computation: hlo.Computation
+  module: module_lib.Module
+  computation: module_lib.Computation
   parent: 'Scope | None' = None
   operands: tuple[str, ...] = ()
-  caller: hlo.Instruction | None = None
+  caller: module_lib.Instruction | None = None
 
-  def enter(self, name: str, caller: hlo.Instruction, operands) -> 'Scope':
+  def enter(
+    self, name: str, caller: module_lib.Instruction, operands
+  ) -> 'Scope':
     called = self.module.computations[name]
     return Scope(self.module, called, self, tuple(operands), caller)
 
@@ -60,7 +62,7 @@ Times = int | fractions.Fraction
 
 # The trips of a loop of which the program's text does not tell them, or None.
 # Of a conditional, how often its dearest branch runs each time; None is 1.
-Trips = Callable[[hlo.Instruction], Times | None]
+Trips = Callable[[module_lib.Instruction], Times | None]
 
 
 class Executed(NamedTuple):
@@ -72,8 +74,8 @@ class Executed(NamedTuple):
 
 
 def executed(
-  module: hlo.Module,
-  find: Callable[[Scope, hlo.Instruction], Iterable[Any]],
+  module: module_lib.Module,
+  find: Callable[[Scope, module_lib.Instruction], Iterable[Any]],
   cost: Callable[[Any], float],
   trips: Trips | None = None,
 ) -> list[Executed]:
@@ -92,7 +94,7 @@ def executed(
   return _walk(scope, find, cost, trips)
 
 
-def called(scope: Scope, instruction: hlo.Instruction) -> list[Scope]:
+def called(scope: Scope, instruction: module_lib.Instruction) -> list[Scope]:
   """Returns the computations that an instruction runs: of a loop its body,
   then its condition; of a conditional its branches."""
   operands = instruction.operands
@@ -202,7 +204,7 @@ def value(scope: Scope, name: str, path: tuple[int, ...] = ()) -> int | None:
   return None
 
 
-def trip_count(scope: Scope, loop: hlo.Instruction) -> int | None:
+def trip_count(scope: Scope, loop: module_lib.Instruction) -> int | None:
   """Returns how often a `while` runs its body, or None where unknown.
 
   Either the compiler has noted it, or the condition compares a counter, that

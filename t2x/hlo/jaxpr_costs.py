@@ -24,8 +24,8 @@ from jax.extend import core
 from jax.extend import source_info_util
 from jax.interpreters import partial_eval
 
-from t2x.hlo import kernel_flops as kernels
-from t2x.hlo import matmul_flops as matrix
+from t2x.hlo import kernel_flops
+from t2x.hlo import matmul_flops
 
 # The trips of a `while` loop by its source, as in `Counted`; None is unknown.
 Trips = Callable[[str], int | None]
@@ -75,7 +75,8 @@ def count(closed: core.ClosedJaxpr, trips: Trips | None = None) -> Counted:
   times the devices of the axes that it is manual over. A ragged product
   multiplies each row with one group's matrix, whatever the sizes of the groups.
   A Pallas kernel runs its products once for each point of its grid, where its
-  scopes do not tell them (`kernels`), and moves its operands and results once.
+  scopes do not tell them (`kernel_flops`), and moves its operands and results
+  once.
 
   Args:
     closed: of `jax.make_jaxpr(fn)(*args)`, or `jit(fn).trace(*args).jaxpr`.
@@ -230,7 +231,7 @@ def _trips(eqn: core.JaxprEqn, source: str, trips: Trips | None) -> int:
 
 def _kernel(eqn: core.JaxprEqn, source: str, count_inner: Callable) -> int:
   """Returns the FLOPs that its scopes tell, else those of its grid."""
-  told = kernels.flops_named(f'{source}/{eqn.params["name"]}')
+  told = kernel_flops.flops_named(f'{source}/{eqn.params["name"]}')
   if told is not None:
     return round(told)
   grid = eqn.params['grid_mapping'].grid
@@ -276,13 +277,13 @@ def _ragged_dot(eqn: core.JaxprEqn) -> int:
 
 
 def _convolution(eqn: core.JaxprEqn) -> int:
-  """Only positions within the input count, as in `matrix`."""
+  """Only positions within the input count, as in `matmul_flops`."""
   lhs, rhs, out = _shapes(eqn)
   params = eqn.params
   lhs_spec, rhs_spec, out_spec = params['dimension_numbers']
   flops = 2 * out[out_spec[0]] * out[out_spec[1]] * rhs[rhs_spec[1]]
   for i, dims in enumerate(zip(lhs_spec[2:], rhs_spec[2:], out_spec[2:])):
-    flops *= matrix.overlaps(
+    flops *= matmul_flops.overlaps(
       *(shape[dim] for shape, dim in zip((lhs, rhs, out), dims)),
       before=params['padding'][i][0],
       stride=params['window_strides'][i],

@@ -3,8 +3,8 @@
 import re
 
 from t2x.attention import splash
-from t2x.hlo import execution as loops
-from t2x.hlo import module as hlo
+from t2x.hlo import execution
+from t2x.hlo import module
 
 # Beside a kernel, its scopes hold calls of the compiler's own.
 _KERNEL = re.compile(r'target="(tpu_custom_call|__gpu\$xla\.gpu\.triton)"')
@@ -15,7 +15,7 @@ _LABEL = re.compile(splash.FLOPS + r'(\d+)')
 _FACTORS = {'_dkv_': 2.0, '_dq_': 1.5, '_preprocess_': 0.0}
 
 
-def kernel_flops(text: str, trips: loops.Trips | None = None) -> int:
+def kernel_flops(text: str, trips: execution.Trips | None = None) -> int:
   """Returns the FLOPs of the products in kernels, on one device.
 
   Those of attention, and of experts without a capacity.
@@ -27,11 +27,13 @@ def kernel_flops(text: str, trips: loops.Trips | None = None) -> int:
   Raises:
     ValueError: a loop with kernels in it has an unknown number of trips.
   """
-  found = loops.executed(hlo.parse(text), _find, lambda flops: flops, trips)
+  found = execution.executed(
+    module.parse(text), _find, lambda flops: flops, trips
+  )
   return round(sum(flops * times for flops, times, _ in found))
 
 
-def flops_of(instruction: hlo.Instruction) -> float:
+def flops_of(instruction: module.Instruction) -> float:
   """Returns the FLOPs of one instruction: 0 where it is no such kernel."""
   if instruction.op != 'custom-call':
     return 0.0
@@ -54,6 +56,8 @@ def flops_named(path: str) -> float | None:
   return float(label[1]) * factor
 
 
-def _find(scope: loops.Scope, instruction: hlo.Instruction) -> list[float]:
+def _find(
+  scope: execution.Scope, instruction: module.Instruction
+) -> list[float]:
   flops = flops_of(instruction)
   return [flops] if flops else []

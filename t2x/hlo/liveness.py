@@ -9,9 +9,9 @@ gained is the answer to what is there, by the operations that made it.
 import dataclasses
 import re
 
-from t2x.hlo import execution as loops
-from t2x.hlo import memory_traffic as traffic
-from t2x.hlo import module as hlo
+from t2x.hlo import execution
+from t2x.hlo import memory_traffic
+from t2x.hlo import module as module_lib
 
 # Their results are their operands.
 _SAME = {
@@ -69,9 +69,9 @@ def at_peak(text: str) -> list[Buffer]:
   Args:
     text: of `compiled.as_text()`, of a scheduled program.
   """
-  module = hlo.parse(text)
+  module = module_lib.parse(text)
   donated = _donated(text)
-  scope = loops.Scope(module, module.computations[module.entry])
+  scope = execution.Scope(module, module.computations[module.entry])
   return _Walk(scope, donated).peak()
 
 
@@ -88,7 +88,9 @@ def _donated(text: str) -> frozenset[int]:
 class _Walk:
   """One computation, from its first instruction to its last."""
 
-  def __init__(self, scope: loops.Scope, donated: frozenset[int] = frozenset()):
+  def __init__(
+    self, scope: execution.Scope, donated: frozenset[int] = frozenset()
+  ):
     self._scope = scope
     self._list = [*scope.computation.instructions.values()]
     self._values: dict[str, _Value] = {}
@@ -117,13 +119,13 @@ class _Walk:
         if place in donated and self._scope.parent is None:
           self._born.pop(buffer, None)
 
-  def _name(self, buffer: int, user: hlo.Instruction) -> None:
+  def _name(self, buffer: int, user: module_lib.Instruction) -> None:
     """What the compiler made itself is named by what uses it first."""
     own = self._buffers[buffer]
     if '/' not in own.op_name and '/' in user.op_name:
       self._buffers[buffer] = dataclasses.replace(own, op_name=user.op_name)
 
-  def _name_carried(self, loop: hlo.Instruction) -> None:
+  def _name_carried(self, loop: module_lib.Instruction) -> None:
     """Zeros are named by what a loop puts in their place."""
     parts = self._values[loop.operands[0]].parts or ()
     for index, part in enumerate(parts):
@@ -134,7 +136,7 @@ class _Walk:
           self._buffers[buffer] = dataclasses.replace(own, op_name=op_name)
 
   def _new(self, instruction, place: int, type_: str) -> _Value:
-    size = traffic.main_bytes(type_)
+    size = memory_traffic.main_bytes(type_)
     if not size:
       return _NONE
     number = len(self._buffers)
@@ -144,7 +146,7 @@ class _Walk:
       self._constant.add(number)
     return _Value(None, frozenset([number]))
 
-  def _value(self, instruction: hlo.Instruction, place: int) -> _Value:
+  def _value(self, instruction: module_lib.Instruction, place: int) -> _Value:
     op, operands = instruction.op, instruction.operands
     given = [self._values.get(name, _NONE) for name in operands]
     if op in ('parameter', 'constant'):
@@ -172,7 +174,8 @@ class _Walk:
     if not type_.strip().startswith('('):
       return self._new(instruction, place, type_)
     parts = [
-      self._array(instruction, place, t) for t in hlo.elements(type_.strip())
+      self._array(instruction, place, t)
+      for t in module_lib.elements(type_.strip())
     ]
     return _Value(tuple(parts), frozenset())
 
@@ -180,7 +183,7 @@ class _Walk:
     """What starts something names what it is given, and what it fills."""
     if instruction.op == 'all-reduce-start':
       return self._array(instruction, place, instruction.type)
-    types = hlo.elements(instruction.type)
+    types = module_lib.elements(instruction.type)
     filled = _FILLED.get(instruction.op, 1)
     kept = _Value(None, frozenset().union(*(value.all for value in given)))
     parts = [kept] * len(types)
@@ -193,16 +196,16 @@ class _Walk:
       return given[0] if given else _NONE
     return parts[_FILLED.get(op.replace('-done', '-start'), 1)]
 
-  def _fused(self, instruction: hlo.Instruction, place: int) -> _Value:
+  def _fused(self, instruction: module_lib.Instruction, place: int) -> _Value:
     """Results that update an operand in place are that operand."""
     inner = self._scope.enter(
       instruction.callees[0], instruction, instruction.operands
     )
     parameters = inner.computation.instructions
     parts = []
-    updated, _ = traffic.updates(inner)
+    updated, _ = memory_traffic.updates(inner)
     for type_, name in zip(
-      hlo.elements(instruction.type), updated, strict=True
+      module_lib.elements(instruction.type), updated, strict=True
     ):
       if name is None:
         parts.append(self._array(instruction, place, type_))
@@ -237,16 +240,19 @@ class _Walk:
           size -= self._buffers[buffer].bytes
     return found
 
-  def _inner(self, instruction: hlo.Instruction) -> list[Buffer]:
+  def _inner(self, instruction: module_lib.Instruction) -> list[Buffer]:
     if instruction.op not in _ENTERED:
       return []
     peaks = [
-      _Walk(scope).peak() for scope in loops.called(self._scope, instruction)
+      _Walk(scope).peak()
+      for scope in execution.called(self._scope, instruction)
     ]
     return max(peaks, key=lambda p: sum(b.bytes for b in p), default=[])
 
 
-def _written_by(module: hlo.Module, loop: hlo.Instruction, index: int) -> str:
+def _written_by(
+  module: module_lib.Module, loop: module_lib.Instruction, index: int
+) -> str:
   """Returns the op_name of what a loop puts into an element that it carries.
 
   Args:
@@ -276,7 +282,7 @@ def _written_by(module: hlo.Module, loop: hlo.Instruction, index: int) -> str:
   return ''
 
 
-def _element(body: hlo.Computation, name: str, index: int) -> str | None:
+def _element(body: module_lib.Computation, name: str, index: int) -> str | None:
   """Returns the instruction that is an element of a tuple, where it is told."""
   made = body.instructions[name]
   return made.operands[index] if made.op == 'tuple' else None

@@ -5,11 +5,11 @@ import re
 
 import numpy as np
 
-from t2x.hlo import execution as loops
-from t2x.hlo import module as hlo
+from t2x.hlo import execution
+from t2x.hlo import module
 
 
-def matrix_flops(text: str, trips: loops.Trips | None = None) -> int:
+def matrix_flops(text: str, trips: execution.Trips | None = None) -> int:
   """Returns the FLOPs of products and convolutions on one device.
 
   A product of (M, K) and (K, N) takes 2 M N K. Of a convolution (which is how
@@ -23,16 +23,18 @@ def matrix_flops(text: str, trips: loops.Trips | None = None) -> int:
   Raises:
     ValueError: a loop with products in it has an unknown number of trips.
   """
-  found = loops.executed(hlo.parse(text), _find, lambda flops: flops, trips)
+  found = execution.executed(
+    module.parse(text), _find, lambda flops: flops, trips
+  )
   return round(sum(flops * times for flops, times, _ in found))
 
 
-def _find(scope: loops.Scope, instruction: hlo.Instruction) -> list[int]:
+def _find(scope: execution.Scope, instruction: module.Instruction) -> list[int]:
   flops = flops_of(scope, instruction)
   return [flops] if flops else []
 
 
-def flops_of(scope: loops.Scope, instruction: hlo.Instruction) -> int:
+def flops_of(scope: execution.Scope, instruction: module.Instruction) -> int:
   """Returns the FLOPs of one instruction: 0 where it is no product."""
   if instruction.op == 'convolution':
     return _convolution(scope, instruction)
@@ -52,10 +54,12 @@ def flops_of(scope: loops.Scope, instruction: hlo.Instruction) -> int:
 
 
 def _dims(type_: str) -> tuple[int, ...]:
-  return hlo.shapes(type_)[0][1]
+  return module.shapes(type_)[0][1]
 
 
-def _convolution(scope: loops.Scope, instruction: hlo.Instruction) -> int:
+def _convolution(
+  scope: execution.Scope, instruction: module.Instruction
+) -> int:
   labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', instruction.attributes)
   assert labels, instruction.attributes
   # The kernel's input features are those of one group already.

@@ -2,8 +2,8 @@
 
 import re
 
-from t2x.hlo import execution as loops
-from t2x.hlo import module as hlo
+from t2x.hlo import execution
+from t2x.hlo import module
 
 # They name or pass on what is there already, or are counted where they start.
 _FREE = {
@@ -29,7 +29,7 @@ _ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?')
 _SLICES = ('dynamic-slice', 'slice', 'gather')
 
 
-def memory_bytes(text: str, trips: loops.Trips | None = None) -> int:
+def memory_bytes(text: str, trips: execution.Trips | None = None) -> int:
   """Returns the bytes that one device reads from its memory and writes to it.
 
   A fusion reads its operands and writes its results once. Of an operand that
@@ -44,7 +44,9 @@ def memory_bytes(text: str, trips: loops.Trips | None = None) -> int:
   Raises:
     ValueError: a loop has an unknown number of trips.
   """
-  found = loops.executed(hlo.parse(text), _find, lambda size: size, trips)
+  found = execution.executed(
+    module.parse(text), _find, lambda size: size, trips
+  )
   return round(sum(size * times for size, times, _ in found))
 
 
@@ -54,11 +56,11 @@ def main_bytes(type_: str) -> int:
   for dtype, dims, layout in _ARRAY.findall(type_):
     if not _ELSEWHERE.search(layout):
       sizes = tuple(int(d.strip('<=')) for d in dims.split(',') if d)
-      total += hlo.num_bytes(dtype, sizes)
+      total += module.num_bytes(dtype, sizes)
   return total
 
 
-def _find(scope: loops.Scope, instruction: hlo.Instruction) -> list[int]:
+def _find(scope: execution.Scope, instruction: module.Instruction) -> list[int]:
   op = instruction.op
   if op in _FREE or op.endswith('-done') or _in_fusion(scope):
     return []
@@ -66,7 +68,7 @@ def _find(scope: loops.Scope, instruction: hlo.Instruction) -> list[int]:
   return [size(scope, instruction)]
 
 
-def _in_fusion(scope: loops.Scope | None) -> bool:
+def _in_fusion(scope: execution.Scope | None) -> bool:
   while scope is not None:
     if scope.caller is not None and scope.caller.op == 'fusion':
       return True
@@ -74,7 +76,9 @@ def _in_fusion(scope: loops.Scope | None) -> bool:
   return False
 
 
-def _of_operation(scope: loops.Scope, instruction: hlo.Instruction) -> int:
+def _of_operation(
+  scope: execution.Scope, instruction: module.Instruction
+) -> int:
   op, operands = instruction.op, instruction.operands
   if op in _SLICES:
     return 2 * main_bytes(instruction.type)
@@ -86,11 +90,13 @@ def _of_operation(scope: loops.Scope, instruction: hlo.Instruction) -> int:
   return read + main_bytes(instruction.type)
 
 
-def _of_fusion(scope: loops.Scope, instruction: hlo.Instruction) -> int:
+def _of_fusion(scope: execution.Scope, instruction: module.Instruction) -> int:
   inner = scope.enter(instruction.callees[0], instruction, instruction.operands)
   body = inner.computation.instructions
   updated, total = updates(inner)
-  for type_, name in zip(hlo.elements(instruction.type), updated, strict=True):
+  for type_, name in zip(
+    module.elements(instruction.type), updated, strict=True
+  ):
     total += 0 if name else main_bytes(type_)
   for name, parameter in body.items():
     if parameter.op != 'parameter' or name in updated:
@@ -102,7 +108,7 @@ def _of_fusion(scope: loops.Scope, instruction: hlo.Instruction) -> int:
   return total
 
 
-def _read(inner: loops.Scope, name: str, whole: int) -> int:
+def _read(inner: execution.Scope, name: str, whole: int) -> int:
   """Returns the bytes that a fusion, and those within it, read of an array."""
   total = 0
   users = [
@@ -128,7 +134,7 @@ def _read(inner: loops.Scope, name: str, whole: int) -> int:
   return total if users else whole
 
 
-def updates(inner: loops.Scope) -> tuple[list[str | None], int]:
+def updates(inner: execution.Scope) -> tuple[list[str | None], int]:
   """Returns what a fusion updates in place, and the bytes that move there.
 
   That is the name of a parameter for each result, None where it is new memory.
@@ -136,7 +142,7 @@ def updates(inner: loops.Scope) -> tuple[list[str | None], int]:
   body = inner.computation.instructions
   root = body[inner.computation.root]
   if root.op != 'tuple' and root.type.startswith('('):
-    return [None] * len(hlo.elements(root.type)), 0
+    return [None] * len(module.elements(root.type)), 0
   names = root.operands if root.op == 'tuple' else [root.name]
   updated, moved = [], 0
   for name in names:
@@ -147,13 +153,13 @@ def updates(inner: loops.Scope) -> tuple[list[str | None], int]:
   return updated, moved
 
 
-def _update(inner: loops.Scope, name: str) -> hlo.Instruction | None:
-  _, made, _ = loops.resolve(inner, name)
+def _update(inner: execution.Scope, name: str) -> module.Instruction | None:
+  _, made, _ = execution.resolve(inner, name)
   inside = made.name in inner.computation.instructions
   return made if inside and made.op == 'dynamic-update-slice' else None
 
 
-def _target(body, made: hlo.Instruction) -> str | None:
+def _target(body, made: module.Instruction) -> str | None:
   target = body[made.operands[0]]
   while target.op in ('bitcast', 'copy', 'convert') and target.operands:
     target = body[target.operands[0]]

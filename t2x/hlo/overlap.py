@@ -5,15 +5,15 @@ lies between in its order runs beside it: an exchange with no product there is
 waited for.
 """
 
-from t2x.hlo import execution as loops
-from t2x.hlo import kernel_flops as kernels
-from t2x.hlo import matmul_flops as matrix
-from t2x.hlo import module as hlo
+from t2x.hlo import execution
+from t2x.hlo import kernel_flops
+from t2x.hlo import matmul_flops
+from t2x.hlo import module
 
 _WITHIN = ('async-start', 'call-start', 'custom-call-start')
 
 
-def is_hidden(scope: loops.Scope, instruction: hlo.Instruction) -> bool:
+def is_hidden(scope: execution.Scope, instruction: module.Instruction) -> bool:
   """Whether products run between the start and the end of a collective.
 
   Args:
@@ -35,7 +35,7 @@ def is_hidden(scope: loops.Scope, instruction: hlo.Instruction) -> bool:
   return False
 
 
-def _holds(computation: hlo.Computation, call: str) -> bool:
+def _holds(computation: module.Computation, call: str) -> bool:
   """Whether one of the compiler's own calls is in a computation."""
   return any(
     f'"{call}"' in i.attributes for i in computation.instructions.values()
@@ -43,7 +43,7 @@ def _holds(computation: hlo.Computation, call: str) -> bool:
 
 
 def _computes_until(
-  scope: loops.Scope, start: str, end: str, *, itself: bool = False
+  scope: execution.Scope, start: str, end: str, *, itself: bool = False
 ) -> bool:
   """Whether a product runs from an instruction to what ends it."""
   begun = False
@@ -73,19 +73,21 @@ def _computes_until(
   return False
 
 
-def _is_done(scope: loops.Scope, instruction: hlo.Instruction) -> bool:
+def _is_done(scope: execution.Scope, instruction: module.Instruction) -> bool:
   return any(
     _holds(inner.computation, 'AsyncCollectiveDone')
-    for inner in loops.called(scope, instruction)
+    for inner in execution.called(scope, instruction)
   )
 
 
-def computes(scope: loops.Scope, instruction: hlo.Instruction) -> bool:
+def computes(scope: execution.Scope, instruction: module.Instruction) -> bool:
   """Whether an instruction holds a product, or a kernel of them."""
-  if matrix.flops_of(scope, instruction) or kernels.flops_of(instruction):
+  if matmul_flops.flops_of(scope, instruction) or kernel_flops.flops_of(
+    instruction
+  ):
     return True
   return any(
     computes(inner, part)
-    for inner in loops.called(scope, instruction)
+    for inner in execution.called(scope, instruction)
     for part in inner.computation.instructions.values()
   )

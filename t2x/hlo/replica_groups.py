@@ -6,11 +6,11 @@ import re
 
 import numpy as np
 
-from t2x.hlo import module as hlo
+from t2x.hlo import module
 
 
 def axes(
-  instruction: hlo.Instruction, sizes: Mapping[str, int], places: np.ndarray
+  instruction: module.Instruction, sizes: Mapping[str, int], places: np.ndarray
 ) -> tuple[str, ...]:
   """Returns the mesh axes along which the devices of a group differ."""
   moved = np.zeros(len(sizes), bool)

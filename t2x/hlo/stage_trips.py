@@ -15,8 +15,8 @@ import re
 
 import numpy as np
 
-from t2x.hlo import execution as loops
-from t2x.hlo import module as hlo
+from t2x.hlo import execution
+from t2x.hlo import module
 from t2x.pipeline import executor
 from t2x.pipeline import instructions
 from t2x.pipeline import plan as plan_lib
@@ -26,7 +26,7 @@ _LABEL = re.compile(tick_lib.LOOP + r'(\w+)')
 _LAST = re.compile(r'last_(\d+)')
 
 
-def trips(plan: plan_lib.Plan, stage: int) -> loops.Trips:
+def trips(plan: plan_lib.Plan, stage: int) -> execution.Trips:
   """Returns the trips of a stage's loops, for what counts a program.
 
   A loop of a tick is entered in every tick: its trips are the mean over them,
@@ -44,7 +44,7 @@ def trips(plan: plan_lib.Plan, stage: int) -> loops.Trips:
     for t, tower in enumerate(plan.place.towers)
   }
 
-  def of_loop(loop: hlo.Instruction) -> loops.Times | None:
+  def of_loop(loop: module.Instruction) -> execution.Times | None:
     path, _, last = loop.op_name.rpartition('/')
     if last == 'cond':
       return _sending(plan, path)
@@ -60,7 +60,7 @@ def trips(plan: plan_lib.Plan, stage: int) -> loops.Trips:
   return functools.cache(of_loop)
 
 
-def _sending(plan: plan_lib.Plan, path: str) -> loops.Times | None:
+def _sending(plan: plan_lib.Plan, path: str) -> execution.Times | None:
   """Returns the share of the ticks in which messages go down, or up."""
   ticks = {
     'from_previous': plan.told.sends_down_T,
@@ -74,7 +74,7 @@ def _sending(plan: plan_lib.Plan, path: str) -> loops.Times | None:
 
 def times(
   plan: plan_lib.Plan, stage: int, name: str, t: int, member: int = 0
-) -> loops.Times:
+) -> execution.Times:
   """Returns how often a stage runs a loop over all ticks.
 
   Args:

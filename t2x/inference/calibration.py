@@ -22,15 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t2x import files as paths
+from t2x import files
 from t2x.compilation import program as program_lib
 from t2x.data import corpus as corpus_lib
-from t2x.data import input_pipeline as pipeline
-from t2x.inference import trained_model as trained_lib
+from t2x.data import input_pipeline
+from t2x.inference import trained_model
 from t2x.models import forward
-from t2x.models import loss_terms as terms_lib
+from t2x.models import loss_terms
 from t2x.parallel import sharding
-from t2x.trainer import workdir as run_dir
+from t2x.trainer import workdir as workdir_lib
 
 NUM_BINS = 15
 _RANGE = (0.05, 20.0)  # Temperatures that a fit may give.
@@ -76,7 +76,7 @@ class Calibration:
 
 
 def calibrate(
-  trained: trained_lib.Trained,
+  trained: trained_model.Trained,
   *,
   split: str | None = None,
   max_batches: int = 64,
@@ -84,7 +84,7 @@ def calibrate(
   """Fits a temperature on every second batch of a split; the others judge it.
 
   Args:
-    trained: what `inference.load` returned; its own temperature is not used.
+    trained: what `loading.load` returned; its own temperature is not used.
     split: default the first of data.eval_splits.
     max_batches: at most so many are read, at least two.
 
@@ -109,15 +109,15 @@ def calibrate(
 
 
 def save(workdir: str, found: Calibration) -> None:
-  """Keeps the temperature with the run; `inference.load` then uses it."""
+  """Keeps the temperature with the run; `loading.load` then uses it."""
   data = {
     'temperature': found.temperature,
     'num_tokens': found.after.num_tokens,
     'ece': [found.before.ece, found.after.ece],
     'nll': [found.before.nll, found.after.nll],
   }
-  file = paths.path(workdir) / run_dir.CALIBRATION
-  paths.write_whole(file, json.dumps(data, indent=1) + '\n')
+  file = files.path(workdir) / workdir_lib.CALIBRATION
+  files.write_whole(file, json.dumps(data, indent=1) + '\n')
 
 
 def draw(found: Calibration, path: str) -> None:
@@ -175,7 +175,7 @@ def _batches(trained, split: str | None, most: int) -> list[Any]:
   corpus = corpus_lib.prepare(config.data, trained.tokenizer)
   program = program_lib.Program(config, trained.mesh, num_steps=1)
   with sharding.use(trained.mesh, config.rules):
-    sets = pipeline.eval_sets(
+    sets = input_pipeline.eval_sets(
       corpus, config.data, rows=program.rows, max_batches=most
     )
     return [program.place(b) for _, _, batches in sets for b in batches]
@@ -208,7 +208,7 @@ def _measure(model, batch, temperature) -> dict[str, jax.Array]:
   are expected to be less what they are, and their variance.
   """
   x_BTD, _ = forward.run(model, batch)
-  term = model.terms(x_BTD, batch, None, 1)[terms_lib.MAIN]
+  term = model.terms(x_BTD, batch, None, 1)[loss_terms.MAIN]
   logits_BTV = term.head(term.x_BTD)
   weights_BT = (term.weights_BT > 0).astype(jnp.float32)
   log_probs_BTV = jax.nn.log_softmax(logits_BTV / temperature, axis=-1)

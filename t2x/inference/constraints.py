@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from t2x.data import tokenizers
-from t2x.inference import keyword_constraints as keywords_lib
-from t2x.inference import trained_model as trained_lib
+from t2x.inference import keyword_constraints
+from t2x.inference import trained_model
 
 
 class Rules:
@@ -222,7 +222,7 @@ def _library() -> Any:
 class Controls:
   """Makes what a text of one model is held to."""
 
-  def __init__(self, trained: trained_lib.Trained):
+  def __init__(self, trained: trained_model.Trained):
     self._trained = trained
     self._size = trained.config.model.vocab_size
 
@@ -238,7 +238,7 @@ class Controls:
     grammar: str | None = None,
     json_schema: Mapping[str, Any] | str | None = None,
     keywords: Sequence[str] = (),
-  ) -> Rule | keywords_lib.Keywords | None:
+  ) -> Rule | keyword_constraints.Keywords | None:
     """Returns a control at the beginning of a text, or None for none.
 
     Args:
@@ -263,7 +263,7 @@ class Controls:
     if not names:
       return None
     if keywords:
-      return keywords_lib.Keywords(
+      return keyword_constraints.Keywords(
         self._trained.keyword_ids(keywords),
         num_tokens=num_tokens,
         vocab_size=self._size,

@@ -16,9 +16,9 @@ import numpy as np
 
 from t2x.data import pretrained
 from t2x.data import words
-from t2x.decode import prefill as begin_lib
+from t2x.decode import prefill
 from t2x.decode import prompts as prompts_lib
-from t2x.inference import trained_model as trained_lib
+from t2x.inference import trained_model
 from t2x.interop import labels as labels_lib
 from t2x.models import decoder
 from t2x.models import encoder_inputs
@@ -27,7 +27,7 @@ from t2x.parallel import sharding
 _EMBEDDED = 32  # Texts at a time.
 
 
-def embed(trained: trained_lib.Trained, texts: Sequence[str]) -> np.ndarray:
+def embed(trained: trained_model.Trained, texts: Sequence[str]) -> np.ndarray:
   """Returns a vector for each text: the mean over its tokens, of length 1.
 
   As Sentence-BERT has it (Reimers and Gurevych, 2019): the encoder's output
@@ -82,7 +82,7 @@ def _batches(
       part = numbers[start : start + _EMBEDDED]
       yield (
         part,
-        (prompts_lib.num_rows(None, len(part), begin_lib.row_parts()), size),
+        (prompts_lib.num_rows(None, len(part), prefill.row_parts()), size),
       )
 
 
@@ -95,7 +95,7 @@ def _mean_vectors(model, ids_BT, segments_BT) -> jax.Array:
 
 
 def classify(
-  trained: trained_lib.Trained,
+  trained: trained_model.Trained,
   texts: Sequence[str | tuple[str, str]],
   *,
   head: int = 0,
@@ -151,7 +151,9 @@ class Tag(NamedTuple):
   probability: float
 
 
-def tag(trained: trained_lib.Trained, texts: Sequence[str]) -> list[list[Tag]]:
+def tag(
+  trained: trained_model.Trained, texts: Sequence[str]
+) -> list[list[Tag]]:
   """Returns the likeliest label of each token of each text.
 
   Args:
@@ -203,7 +205,9 @@ def _tags(text, row, chances_TE, labels) -> list[Tag]:
 
 
 def labelled(
-  trained: trained_lib.Trained, texts: Sequence[str], second: Sequence[str] = ()
+  trained: trained_model.Trained,
+  texts: Sequence[str],
+  second: Sequence[str] = (),
 ) -> list[Any]:
   """Returns what `classify` or `tag` does, by the head that there is, for JSON.
 
@@ -231,7 +235,7 @@ def labelled(
   return classify(trained, list(zip(texts, second)) if second else texts)
 
 
-def _reads_as_trained(trained: trained_lib.Trained) -> bool:
+def _reads_as_trained(trained: trained_model.Trained) -> bool:
   """Whether its rows are those of `objectives.classification`."""
   theirs = isinstance(trained.tokenizer, pretrained.PretrainedTokenizer)
   return not theirs or words.has_classes(trained.config.data)

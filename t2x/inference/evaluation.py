@@ -6,10 +6,10 @@ import logging
 
 from t2x.compilation import program as program_lib
 from t2x.config import consistency
-from t2x.config import layout_advice as layouts
+from t2x.config import layout_advice
 from t2x.data import corpus as corpus_lib
-from t2x.data import input_pipeline as pipeline
-from t2x.inference import trained_model as trained_lib
+from t2x.data import input_pipeline
+from t2x.inference import trained_model
 from t2x.parallel import mesh as mesh_lib
 from t2x.parallel import sharding
 from t2x.training import evaluate
@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 def evaluate_splits(
-  trained: trained_lib.Trained,
+  trained: trained_model.Trained,
   splits: Sequence[str] = (),
   max_batches: int | None = None,
 ) -> dict[str, float]:
@@ -28,14 +28,16 @@ def evaluate_splits(
     data = dataclasses.replace(config.data, eval_splits=tuple(splits))
     config = dataclasses.replace(config, data=data)
   devices = trained.mesh.devices.ravel().tolist()
-  layouts.check(config, len(devices), num_slices=mesh_lib.num_slices(devices))
+  layout_advice.check(
+    config, len(devices), num_slices=mesh_lib.num_slices(devices)
+  )
   consistency.check_vocabulary(config, trained.tokenizer.vocab_size)
   corpus = corpus_lib.prepare(config.data, trained.tokenizer)
   _warn_of_other_text(trained, corpus.fingerprint)
   program = program_lib.Program(config, trained.mesh, num_steps=1)
   result = {}
   with sharding.use(trained.mesh, config.rules):
-    sets = pipeline.eval_sets(
+    sets = input_pipeline.eval_sets(
       corpus, config.data, rows=program.rows, max_batches=max_batches
     )
     for title, split, batches in sets:
@@ -47,7 +49,9 @@ def evaluate_splits(
   return result
 
 
-def _warn_of_other_text(trained: trained_lib.Trained, fingerprint: str) -> None:
+def _warn_of_other_text(
+  trained: trained_model.Trained, fingerprint: str
+) -> None:
   if trained.corpus not in (None, fingerprint):
     _log.warning(
       'The text is another one than the run was trained on (%s, and it was '

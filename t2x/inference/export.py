@@ -23,12 +23,12 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from t2x import files as paths
-from t2x.decode import decode_loop as loop
-from t2x.decode import prefill as begin
+from t2x import files
+from t2x.decode import decode_loop
+from t2x.decode import prefill
 from t2x.decode import prompts as prompts_lib
 from t2x.decode import sampling as sampling_lib
-from t2x.inference import trained_model as trained_lib
+from t2x.inference import trained_model
 from t2x.interop import tokenizer_file
 from t2x.layers import dropout
 from t2x.models import encoder_decoder
@@ -40,7 +40,7 @@ MANIFEST = 'artefact.json'
 
 
 def write(
-  trained: trained_lib.Trained,
+  trained: trained_model.Trained,
   directory: str,
   *,
   rows: int = 4,
@@ -51,7 +51,7 @@ def write(
   """Writes an artefact of a run.
 
   Args:
-    trained: what `inference.load` returned, on one device.
+    trained: what `loading.load` returned, on one device.
     directory: new or empty.
     rows: prompts that the programs take at a time.
     max_length: positions of a row; default the length of training.
@@ -63,7 +63,7 @@ def write(
     ValueError: the model cannot generate or lies on several devices, the
       directory holds something, or a platform is unknown.
   """
-  begin.check_model(trained.model)
+  prefill.check_model(trained.model)
   if importlib.util.find_spec('flatbuffers') is None:
     raise ValueError(
       'JAX writes programs with the package flatbuffers, which is not '
@@ -82,7 +82,7 @@ def write(
     )
   counts = {'rows': rows, 'max_length': max_length, 'chunk': chunk}
   prompts_lib.check_settings(counts, vocab_size=0, ids={})
-  target = paths.path(directory)
+  target = files.path(directory)
   if target.exists() and any(target.iterdir()):
     raise ValueError(f'{directory} is not empty. Name a new directory.')
   # In layers apart where they are faster, which is on CPUs.
@@ -128,7 +128,7 @@ def write(
   (target / 'run.py').write_text(code.read_text())
 
 
-def reading(trained: trained_lib.Trained) -> dict[str, Any]:
+def reading(trained: trained_model.Trained) -> dict[str, Any]:
   """Returns what the manifest says of texts."""
   tokenizer, frame = trained.tokenizer, trained.frame
   return {
@@ -153,7 +153,7 @@ def _platform() -> str:
   return {'gpu': 'cuda'}.get(jax.default_backend(), jax.default_backend())
 
 
-def _fixed(trained: trained_lib.Trained, rows: int) -> sampling_lib.Rows:
+def _fixed(trained: trained_model.Trained, rows: int) -> sampling_lib.Rows:
   """Returns what a checkpoint forbids, which no call can change."""
   own = trained.calibrated(sampling_lib.SamplingConfig())
   single = {word[0]: -math.inf for word in own.banned if len(word) == 1}
@@ -168,7 +168,7 @@ def _fixed(trained: trained_lib.Trained, rows: int) -> sampling_lib.Rows:
   return sampling_lib.rows([own], rows, trained.config.model.vocab_size)
 
 
-def _tell_defaults(trained: trained_lib.Trained) -> None:
+def _tell_defaults(trained: trained_model.Trained) -> None:
   """Names the settings of a checkpoint that its artefact leaves to calls."""
   defaults = trained.generation.sampling
   if defaults:
@@ -196,8 +196,10 @@ def _programs(model, shapes: _Shapes, platforms, num_ends: int, fixed):
     model = model_def.unflatten(weights)
     if answers:
       segments_BS = segments(count_B)
-      return loop.encode(model, tokens_BS, segments_BS, capacity=S)
-    return loop.prefill(model, tokens_BS, count_B - 1, chunk=shapes.chunk)
+      return decode_loop.encode(model, tokens_BS, segments_BS, capacity=S)
+    return decode_loop.prefill(
+      model, tokens_BS, count_B - 1, chunk=shapes.chunk
+    )
 
   def read(*args):
     return jax.tree.leaves(caches_of(*args))
@@ -217,7 +219,7 @@ def _programs(model, shapes: _Shapes, platforms, num_ends: int, fixed):
       calibration_B=drawn['calibration_B'],
     )
     keys_B = dropout.row_keys(jax.random.key(drawn['seed']), jnp.arange(B))
-    state = loop.decode(
+    state = decode_loop.decode(
       model,
       caches_def.unflatten(caches),
       token_B=token_B,
@@ -255,7 +257,9 @@ def _programs(model, shapes: _Shapes, platforms, num_ends: int, fixed):
   return {k: p.serialize() for k, p in programs.items()}, weights
 
 
-def _write_tokenizer(trained: trained_lib.Trained, target: epath.Path) -> None:
+def _write_tokenizer(
+  trained: trained_model.Trained, target: epath.Path
+) -> None:
   try:
     tokenizer_file.writer(trained.tokenizer, trained.frame)(target)
   except ValueError as error:  # Token ids do without.

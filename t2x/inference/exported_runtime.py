@@ -157,7 +157,7 @@ def text_of(tokenizer, info, prompt, ids):
       ''.join(names[i] for i in run) if is_name else tokenizer.decode([*run])
       for is_name, run in parts
     )
-  # By itself a text may lack its first space; as t2x's `streaming.after`.
+  # By itself a text may lack its first space; as t2x's `text_stream.after`.
   before, text = tokenizer.decode(prompt), tokenizer.decode([*prompt, *ids])
   return text[len(os.path.commonprefix([before, text])) :]
 

@@ -9,17 +9,17 @@ import logging
 from typing import Any
 
 from t2x.decode import beams as beams_lib
-from t2x.decode import constrained as controlled
+from t2x.decode import constrained
 from t2x.decode import generate as generate_lib
-from t2x.decode import requests as texts_lib
+from t2x.decode import requests
 from t2x.decode import sampling as sampling_lib
-from t2x.inference import text_stream as streaming
-from t2x.inference import trained_model as trained_lib
+from t2x.inference import text_stream
+from t2x.inference import trained_model
 
 _log = logging.getLogger(__name__)
 
 Sampling = sampling_lib.SamplingConfig
-Trained = trained_lib.Trained
+Trained = trained_model.Trained
 
 
 def generate_text(
@@ -31,7 +31,7 @@ def generate_text(
   seed: int = 0,
   ignore_end: bool = False,
   max_length: int | None = None,
-  control: texts_lib.Control | None = None,
+  control: requests.Control | None = None,
   stop: Sequence[str] = (),
 ) -> list[str]:
   """Returns the text that follows each prompt (or answers it).
@@ -48,14 +48,14 @@ def generate_text(
     max_length: the most tokens of a sequence, new ones included; default the
       length that the model was trained on.
     control: what each text of a decoder is held to, at its beginning; see
-      `control.Controls`.
+      `constraints.Controls`.
     stop: a text ends before the first of these.
 
   Raises:
     ValueError: a prompt longer than the context, a model that is an encoder,
       a control that cannot be followed, or one beside ignore_end.
   """
-  streaming.check_stop(stop)
+  text_stream.check_stop(stop)
   result = generation(
     trained,
     prompts,
@@ -67,7 +67,7 @@ def generate_text(
     control=control,
   )
   texts = trained.texts(prompts, result.tokens)
-  return [streaming.cut(text, stop) for text in texts]
+  return [text_stream.cut(text, stop) for text in texts]
 
 
 def generation(
@@ -79,7 +79,7 @@ def generation(
   seed: int = 0,
   ignore_end: bool = False,
   max_length: int | None = None,
-  control: texts_lib.Control | None = None,
+  control: requests.Control | None = None,
 ) -> generate_lib.Generation:
   """As `generate_text`, with its arguments and errors; returns tokens.
 
@@ -95,7 +95,7 @@ def generation(
   with trained.decoding():
     if control is None:
       return generate_lib.generate(trained.writer, rows, **common, **options)
-    return controlled.write(
+    return constrained.write(
       trained.writer, rows, control=control, **common, **options
     )
 

@@ -9,19 +9,19 @@ import json
 import jax
 import numpy as np
 
-from t2x import files as paths
-from t2x.config import overrides as config_lib
+from t2x import files
+from t2x.config import overrides
 from t2x.data import tokenizers
 from t2x.inference import loading
 from t2x.interop import huggingface
-from t2x.trainer import checkpointer as checkpoint
-from t2x.trainer import workdir as run_dir
+from t2x.trainer import checkpointer
+from t2x.trainer import workdir as workdir_lib
 from t2x.training import train_state
 
 
 def is_run(directory: str) -> bool:
   """Whether a run has left checkpoints in a directory."""
-  return (paths.path(directory) / 'checkpoints').exists()
+  return (files.path(directory) / 'checkpoints').exists()
 
 
 def to_run(directory: str, workdir: str) -> int:
@@ -37,7 +37,7 @@ def to_run(directory: str, workdir: str) -> int:
   Raises:
     ValueError: see `huggingface.read`; or there is something in `workdir`.
   """
-  root = paths.path(workdir)
+  root = files.path(workdir)
   if root.exists() and any(root.iterdir()):
     raise ValueError(
       f'{workdir} is there already and nothing is written over. Name a new '
@@ -51,16 +51,16 @@ def to_run(directory: str, workdir: str) -> int:
   root.mkdir(parents=True, exist_ok=True)
   found.tokenizer.save(root / 'tokenizer')
   text = json.dumps(found.hf, indent=2) + '\n'
-  paths.write_whole(root / run_dir.HUGGINGFACE, text)
+  files.write_whole(root / workdir_lib.HUGGINGFACE, text)
   if found.own_generation is not None:
     text = json.dumps(found.own_generation, indent=2) + '\n'
-    paths.write_whole(root / run_dir.GENERATION, text)
+    files.write_whole(root / workdir_lib.GENERATION, text)
   if found.labels:
-    run_dir.write_labels(workdir, found.labels)
-  run_dir.write_versions(workdir)
-  paths.write_whole(root / 'config.json', config_lib.dumps(config))
+    workdir_lib.write_labels(workdir, found.labels)
+  workdir_lib.write_versions(workdir)
+  files.write_whole(root / 'config.json', overrides.dumps(config))
   state = train_state.of_model(model)
-  saved = checkpoint.Checkpoints(workdir)
+  saved = checkpointer.Checkpoints(workdir)
   done = saved.save(0, state, {}) and saved.wait()
   saved.close()
   if not done:
@@ -80,10 +80,10 @@ def from_run(workdir: str, directory: str, step: int | None = None) -> str:
     The family that computes the same, such as gpt2.
 
   Raises:
-    ValueError: see `inference.load` and `huggingface.write`.
+    ValueError: see `loading.load` and `huggingface.write`.
   """
   trained = loading.load(workdir, step=step)
-  hf = run_dir.read_huggingface(workdir)
+  hf = workdir_lib.read_huggingface(workdir)
   return huggingface.write(
     directory,
     trained.model,

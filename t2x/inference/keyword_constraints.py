@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from t2x.decode import required_words as required
+from t2x.decode import required_words
 from t2x.decode import word_starts
 
 
@@ -32,7 +32,7 @@ class Keywords:
 
   def __init__(
     self,
-    words: Sequence[required.Word],
+    words: Sequence[required_words.Word],
     *,
     num_tokens: int,
     vocab_size: int,
@@ -59,12 +59,12 @@ class Keywords:
       for number, word in enumerate(words)
       for form in word
     ]
-    required.check(words, num_tokens)
+    required_words.check(words, num_tokens)
     self._shortest = [min(map(len, word)) for word in words]
     self._left, self._strength = num_tokens, strength
     self._ends = np.array(ends, int)
     self._size = vocab_size
-    self._back = [required.borders(form) for _, form in self._forms]
+    self._back = [required_words.borders(form) for _, form in self._forms]
     self._places = [0] * len(self._forms)
     self._texts = texts
     self._states = [] if texts is None else texts.start()
@@ -132,7 +132,7 @@ class Keywords:
     for (number, form), back, place in zip(
       self._forms, self._back, self._places
     ):
-      place = required.after(form, back, place, token)
+      place = required_words.after(form, back, place, token)
       if place == len(form):
         found.add(number)
         place = 0

@@ -11,20 +11,20 @@ from typing import Any
 
 import jax
 
-from t2x import files as paths
+from t2x import files
 from t2x.config import abstract_state
 from t2x.config import experiment
-from t2x.config import layout_advice as layouts
-from t2x.config import overrides as config_lib
+from t2x.config import layout_advice
+from t2x.config import overrides
 from t2x.data import tokenizer_loading
 from t2x.data import words
-from t2x.inference import trained_model as trained_lib
-from t2x.interop import generation_config as generation_lib
+from t2x.inference import trained_model
+from t2x.interop import generation_config
 from t2x.interop import huggingface
 from t2x.interop import labels as labels_lib
 from t2x.parallel import mesh as mesh_lib
-from t2x.trainer import checkpointer as checkpoint
-from t2x.trainer import workdir as run_dir
+from t2x.trainer import checkpointer
+from t2x.trainer import workdir as workdir_lib
 from t2x.training import train_state
 
 _log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 def load(
   workdir: str, *, step: int | None = None, settings: Sequence[str] = ()
-) -> trained_lib.Trained:
+) -> trained_model.Trained:
   """Restores a run's model, by default onto one device.
 
   Args:
@@ -43,7 +43,7 @@ def load(
   Raises:
     ValueError: no run, no such checkpoint, or a setting that cannot be.
   """
-  workdir = str(paths.path(workdir))
+  workdir = str(files.path(workdir))
   if huggingface.is_one(workdir):
     found = huggingface.read(workdir)
     config = huggingface.experiment_of(found, workdir)
@@ -55,14 +55,14 @@ def load(
     own = {'config': config, 'mesh': mesh, 'labels': found.labels}
     own['generation'] = _told(workdir, found.generation)
     own['problem'] = labels_lib.problem(found.hf)
-    return trained_lib.Trained(
+    return trained_model.Trained(
       model=model, tokenizer=found.tokenizer, step=0, **own
     )
-  config, mesh, shapes = _placed(run_dir.read_config(workdir), settings)
+  config, mesh, shapes = _placed(workdir_lib.read_config(workdir), settings)
   wanted = dataclasses.replace(
     shapes, step=None, opt_state=None, num_skipped=None, carried={}
   )
-  saved = checkpoint.Checkpoints(workdir)
+  saved = checkpointer.Checkpoints(workdir)
   restored = saved.restore(wanted, step, partial=True)
   saved.close()
   if restored is None:
@@ -72,21 +72,21 @@ def load(
       f'{config.train.checkpoint_every} steps.'
     )
   step, state, _ = restored
-  tokenizer = tokenizer_loading.load(paths.path(workdir) / 'tokenizer')
+  tokenizer = tokenizer_loading.load(files.path(workdir) / 'tokenizer')
   model = train_state.averaged_model(state, config.step_config)
-  hf = run_dir.read_huggingface(workdir) or {}
+  hf = workdir_lib.read_huggingface(workdir) or {}
   # Training on classes means one of them, whatever the head was before.
   trains = words.has_classes(config.data)
-  return trained_lib.Trained(
+  return trained_model.Trained(
     config=config,
     model=model,
     tokenizer=tokenizer,
     step=step,
     mesh=mesh,
-    labels=run_dir.read_labels(workdir),
-    temperature=run_dir.read_temperature(workdir),
+    labels=workdir_lib.read_labels(workdir),
+    temperature=workdir_lib.read_temperature(workdir),
     generation=_told(workdir, _generation(workdir, config)),
-    corpus=run_dir.read_corpus(workdir),
+    corpus=workdir_lib.read_corpus(workdir),
     problem=labels_lib.SINGLE if trains else labels_lib.problem(hf),
   )
 
@@ -95,13 +95,13 @@ def _generation(workdir: str, config: experiment.Experiment):
   """Returns how the texts of a run that came from elsewhere are written."""
   return huggingface.generation_of(
     config.model,
-    run_dir.read_huggingface(workdir) or {},
-    run_dir.read_generation(workdir),
+    workdir_lib.read_huggingface(workdir) or {},
+    workdir_lib.read_generation(workdir),
     workdir,
   )
 
 
-def _told(workdir: str, found: generation_lib.Generation):
+def _told(workdir: str, found: generation_config.Generation):
   """Returns what is asked for, after telling what of it is not done."""
   if found.ignored:
     _log.warning(
@@ -115,11 +115,11 @@ def _told(workdir: str, found: generation_lib.Generation):
 def _placed(config: experiment.Experiment, settings: Sequence[str]):
   """Returns the config with its settings, its mesh, and the state's shapes."""
   config = dataclasses.replace(config, mesh=mesh_lib.MeshConfig(data=1))
-  config = config_lib.override(config, config_lib.parse_settings(settings))
+  config = overrides.override(config, overrides.parse_settings(settings))
   devices = _devices(config.mesh)
   # Rows that training deals to microbatches matter to nobody here.
   train = dataclasses.replace(config.train, accumulate=1)
-  layouts.check(
+  layout_advice.check(
     dataclasses.replace(config, train=train),
     len(devices),
     num_slices=mesh_lib.num_slices(devices),

@@ -5,16 +5,16 @@ import dataclasses
 import math
 
 from t2x.decode import steered
-from t2x.inference import trained_model as trained_lib
+from t2x.inference import trained_model
 
 
 def experts(
-  trained: trained_lib.Trained,
-  expert: trained_lib.Trained,
-  anti_expert: trained_lib.Trained | None = None,
+  trained: trained_model.Trained,
+  expert: trained_model.Trained,
+  anti_expert: trained_model.Trained | None = None,
   *,
   strength: float = 2.0,
-) -> trained_lib.Trained:
+) -> trained_model.Trained:
   """Returns a run that writes rather as an expert than as an anti-expert.
 
   Such as runs that went on from the same one with texts that are wanted, and
@@ -38,14 +38,14 @@ def experts(
 
 
 def gedi(
-  trained: trained_lib.Trained,
-  wanted: trained_lib.Trained,
-  other: trained_lib.Trained,
+  trained: trained_model.Trained,
+  wanted: trained_model.Trained,
+  other: trained_model.Trained,
   *,
   wanted_prefix: str = '',
   other_prefix: str = '',
   strength: float = 30.0,
-) -> trained_lib.Trained:
+) -> trained_model.Trained:
   """Returns a run that writes what class-conditional runs hold to be wanted.
 
   Args:
@@ -77,7 +77,7 @@ def _check_strength(strength: float) -> None:
 
 
 def _check(
-  trained: trained_lib.Trained, others: Sequence[trained_lib.Trained]
+  trained: trained_model.Trained, others: Sequence[trained_model.Trained]
 ) -> None:
   prints = [one.tokenizer.fingerprint for one in (trained, *others)]
   if len(set(prints)) > 1:

@@ -11,13 +11,13 @@ import jax
 from t2x.config import experiment
 from t2x.data import tokenizers
 from t2x.decode import banned as banned_lib
-from t2x.decode import decoding_weights as prepared
+from t2x.decode import decoding_weights
 from t2x.decode import pieces as pieces_lib
 from t2x.decode import sampling as sampling_lib
 from t2x.decode import word_starts
-from t2x.inference import text_stream as streaming
+from t2x.inference import text_stream
 from t2x.interop import framing
-from t2x.interop import generation_config as generation_lib
+from t2x.interop import generation_config
 from t2x.models import encoder_decoder
 from t2x.parallel import sharding
 
@@ -26,7 +26,7 @@ Sampling = sampling_lib.SamplingConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trained:
-  """A model restored from a run, on its mesh; `inference.load` makes it.
+  """A model restored from a run, on its mesh; `loading.load` makes it.
 
   Attributes:
     config: of the run, with the settings given to `load`.
@@ -49,7 +49,7 @@ class Trained:
   mesh: jax.sharding.Mesh
   labels: dict[str, list[str]]
   temperature: float = 1.0
-  generation: generation_lib.Generation = generation_lib.Generation()
+  generation: generation_config.Generation = generation_config.Generation()
   corpus: str | None = None
   problem: str = 'single_label_classification'
 
@@ -96,7 +96,7 @@ class Trained:
   @functools.cached_property
   def writer(self) -> Any:
     """The model in the form that writes token by token the fastest."""
-    return prepared.prepare(self.model)
+    return decoding_weights.prepare(self.model)
 
   def decoding(self) -> contextlib.AbstractContextManager[Any]:
     """Returns the context in which the model writes on its mesh."""
@@ -164,7 +164,7 @@ class Trained:
     if self._answers:
       return [tokenizer.decode_marked(ids) for ids in tokens]
     return [
-      streaming.after(tokenizer, before, ids)
+      text_stream.after(tokenizer, before, ids)
       for before, ids in zip(self.prompt_ids(prompts), tokens)
     ]
 

@@ -25,9 +25,9 @@ import numpy as np
 
 from t2x.decode import prompts as prompts_lib
 from t2x.decode import sampling as sampling_lib
-from t2x.inference import embeddings as encoding
-from t2x.inference import generation as inference
-from t2x.inference import trained_model as trained_lib
+from t2x.inference import embeddings
+from t2x.inference import generation
+from t2x.inference import trained_model
 from t2x.layers import dropout
 from t2x.models import decoder
 from t2x.parallel import sharding
@@ -64,7 +64,7 @@ class Scores:
 
 
 def token_scores(
-  models: Sequence[trained_lib.Trained],
+  models: Sequence[trained_model.Trained],
   texts: Sequence[str],
   *,
   passes: int = 0,
@@ -150,7 +150,7 @@ def _summed(probs_BTV, entropies_BT, ids_BT, members):
 def spread(
   texts: Sequence[str],
   *,
-  encoder: trained_lib.Trained | None = None,
+  encoder: trained_model.Trained | None = None,
   alike: float | None = None,
 ) -> float:
   """Returns the entropy of the meanings of texts that answer one prompt, nats.
@@ -175,7 +175,7 @@ def spread(
     similar = [[_jaccard(a, b) for b in words] for a in words]
     least = 0.5 if alike is None else alike
   else:
-    vectors_ND = encoding.embed(encoder, list(texts))
+    vectors_ND = embeddings.embed(encoder, list(texts))
     similar = (vectors_ND @ vectors_ND.T).tolist()
     least = 0.9 if alike is None else alike
   groups = _groups(np.array(similar) >= least)
@@ -213,7 +213,7 @@ class Answer:
 
 
 def answer(
-  trained: trained_lib.Trained,
+  trained: trained_model.Trained,
   prompts: Sequence[str],
   *,
   num_tokens: int,
@@ -229,7 +229,7 @@ def answer(
 
   Args:
     trained: a decoder or an encoder-decoder.
-    prompts: as for `inference.generate_text`.
+    prompts: as for `generation.generate_text`.
     num_tokens: the most new tokens.
     sampling: how they are drawn.
     samples: texts of a prompt in a round, of which the best is taken.
@@ -281,7 +281,7 @@ def answer(
 
 def _drawn(trained, prompts, num_tokens, sampling, seed, stop_below):
   """Returns (text, mean log-probability a token) of each prompt."""
-  result = inference.generation(
+  result = generation.generation(
     trained, prompts, num_tokens=num_tokens, sampling=sampling, seed=seed
   )
   least = math.log(stop_below) if stop_below else -math.inf

@@ -16,7 +16,7 @@ from t2x.interop import checked
 from t2x.interop import labels as labels_lib
 from t2x.interop import llama_like
 from t2x.interop import values
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import mlp
 from t2x.layers import moe
 from t2x.layers import norm
@@ -110,7 +110,7 @@ def _bert(hf: Hf) -> tuple[str, encoder.EncoderConfig]:
     vocab_size=hf['vocab_size'],
     num_layers=hf['num_hidden_layers'],
     embed_dim=hf['hidden_size'],
-    attention=attention.Dense(
+    attention=attention_config.Dense(
       num_heads=hf['num_attention_heads'],
       head_dim=_share(hf, 'hidden_size', 'num_attention_heads'),
       bias=True,
@@ -160,7 +160,7 @@ def _gpt2(hf: Hf) -> tuple[str, decoder.DecoderConfig]:
     vocab_size=hf['vocab_size'],
     num_layers=hf['n_layer'],
     embed_dim=hf['n_embd'],
-    attention=attention.Dense(
+    attention=attention_config.Dense(
       num_heads=hf['n_head'],
       head_dim=_share(hf, 'n_embd', 'n_head'),
       bias=True,
@@ -208,7 +208,7 @@ def _t5(hf: Hf) -> tuple[str, encoder_decoder.EncoderDecoderConfig]:
       None if hf['num_layers'] == num_layers else hf['num_layers']
     ),
     embed_dim=hf['d_model'],
-    attention=attention.Dense(
+    attention=attention_config.Dense(
       num_heads=hf['num_heads'],
       head_dim=hf['d_kv'],
       scale=1.0,
@@ -245,7 +245,7 @@ def _llama(hf: Hf) -> tuple[str, decoder.DecoderConfig]:
     vocab_size=hf['vocab_size'],
     num_layers=hf['num_hidden_layers'],
     embed_dim=hf['hidden_size'],
-    attention=attention.Dense(
+    attention=attention_config.Dense(
       num_heads=heads,
       num_kv_heads=None if kv_heads == heads else kv_heads,
       head_dim=(

@@ -9,7 +9,7 @@
 import dataclasses
 from typing import Any
 
-from t2x.config import overrides as config_lib
+from t2x.config import overrides
 from t2x.interop import configs
 from t2x.interop import labels as labels_lib
 from t2x.interop import llama_like
@@ -58,8 +58,8 @@ def from_t2x(config: model_lib.ModelConfig) -> tuple[str, dict[str, Any]]:
   family, again = configs.to_t2x(hf)
   lacking = {
     name: pair
-    for name, pair in config_lib.differences(
-      config_lib.to_json(config), config_lib.to_json(again)
+    for name, pair in overrides.differences(
+      overrides.to_json(config), overrides.to_json(again)
     ).items()
     if name.rpartition('.')[2] not in (*_NEUTRAL, *_PARTS)
     and not name.startswith('init')
@@ -89,8 +89,8 @@ def same(config: model_lib.ModelConfig, hf: configs.Hf) -> bool:
   again = configs.to_t2x(hf)[1]
   if isinstance(config, encoder_decoder.EncoderDecoderConfig):
     again = configs.with_parts(again, head)
-  ours, theirs = map(config_lib.to_json, (config, again))
-  return not set(config_lib.differences(ours, theirs)) - set(_PARTS)
+  ours, theirs = map(overrides.to_json, (config, again))
+  return not set(overrides.differences(ours, theirs)) - set(_PARTS)
 
 
 def _plain(config: Any) -> Any:

@@ -24,7 +24,7 @@ from t2x.interop import checkpoint_dir
 from t2x.interop import configs
 from t2x.interop import exported
 from t2x.interop import framing
-from t2x.interop import generation_config as generation_lib
+from t2x.interop import generation_config
 from t2x.interop import labels as labels_lib
 from t2x.interop import names
 from t2x.interop import tokenizer_file
@@ -61,7 +61,7 @@ class Checkpoint:
   config: model_lib.ModelConfig
   tensors: checkpoint_dir.Tensors
   tokenizer: tokenizers.Tokenizer
-  generation: generation_lib.Generation
+  generation: generation_config.Generation
   own_generation: dict[str, Any] | None
   labels: dict[str, list[str]]
 
@@ -94,7 +94,7 @@ def read(directory: str) -> Checkpoint:
     family, config = configs.to_t2x(hf)
   except ValueError as error:
     raise ValueError(f'{directory}/{checkpoint_dir.CONFIG}: {error}') from None
-  own = checkpoint_dir.read_optional(directory, generation_lib.FILE)
+  own = checkpoint_dir.read_optional(directory, generation_config.FILE)
   generation = generation_of(config, hf, own, directory)
   tokenizer = tokenizer_loading.read(
     tokenizers.Pretrained(directory=str(directory), start=generation.start)
@@ -144,7 +144,7 @@ def generation_of(
   hf: Mapping[str, Any],
   own: Mapping[str, Any] | None,
   directory: str,
-) -> generation_lib.Generation:
+) -> generation_config.Generation:
   """Returns how the texts of a checkpoint are written.
 
   Args:
@@ -157,11 +157,11 @@ def generation_of(
     ValueError: a value that cannot be.
   """
   if isinstance(config, encoder.EncoderConfig):
-    return generation_lib.Generation()
+    return generation_config.Generation()
   answers = isinstance(config, encoder_decoder.EncoderDecoderConfig)
   size = config.vocab_size
   try:
-    return generation_lib.read(own, hf, vocab_size=size, answers=answers)
+    return generation_config.read(own, hf, vocab_size=size, answers=answers)
   except ValueError as error:
     raise ValueError(f'{directory}/{error}') from None
 
@@ -172,7 +172,7 @@ def write(
   tokenizer: tokenizers.Tokenizer | None = None,
   *,
   hf: Mapping[str, Any] | None = None,
-  generation: generation_lib.Generation | None = None,
+  generation: generation_config.Generation | None = None,
   labels: Mapping[str, Sequence[str]] | None = None,
   problem: str = labels_lib.SINGLE,
   shard_bytes: int | None = None,
@@ -231,7 +231,7 @@ def write(
     {} if shard_bytes is None else {'shard_bytes': shard_bytes}
   )
   if source:
-    limit['beside'] = {generation_lib.FILE: source}
+    limit['beside'] = {generation_config.FILE: source}
   checkpoint_dir.write(directory, hf, tensors, **limit)
   if write_tokenizer:
     write_tokenizer(directory)

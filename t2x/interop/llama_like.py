@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 from t2x.interop import values
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import norm
 from t2x.layers import position
 from t2x.models import decoder
@@ -154,7 +154,7 @@ def _partial(rotary: Any, hf: Hf) -> position.Rotary:
   return dataclasses.replace(rotary, fraction=share)
 
 
-def _layers(heads: attention.Dense, hf: Hf) -> list[Any]:
+def _layers(heads: attention_config.Dense, hf: Hf) -> list[Any]:
   """Returns the attention of each layer."""
   num = hf['num_hidden_layers']
   turned = _turned(hf, num) if hf['model_type'] == 'smollm3' else [True] * num
@@ -164,10 +164,12 @@ def _layers(heads: attention.Dense, hf: Hf) -> list[Any]:
   ]
 
 
-def _kind(heads: attention.Dense, window: int | None) -> attention.Softmax:
+def _kind(
+  heads: attention_config.Dense, window: int | None
+) -> attention_config.Softmax:
   if window is None:
     return heads
-  return attention.Local(**dataclasses.asdict(heads), window=window)
+  return attention_config.Local(**dataclasses.asdict(heads), window=window)
 
 
 def _turned(hf: Hf, num: int) -> list[bool]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from t2x.interop import llama_like
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import position
 from t2x.models import decoder
 
@@ -43,7 +43,7 @@ def family_of(config: Config) -> str:
     return 'qwen2'
   if rotary.fraction != 1.0:
     return 'phi3'
-  windows = any(isinstance(kind, attention.Local) for kind in kinds)
+  windows = any(isinstance(kind, attention_config.Local) for kind in kinds)
   return 'mistral' if windows else 'llama'
 
 

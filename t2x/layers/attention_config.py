@@ -13,7 +13,7 @@ from typing import Any
 from typing import ClassVar
 from typing import Literal
 
-from t2x import field_checks as checks
+from t2x import field_checks
 from t2x.attention import patterns
 
 
@@ -55,8 +55,8 @@ class Heads:
 
   def __post_init__(self):
     least = dict.fromkeys(('num_heads', 'num_kv_heads', 'head_dim'), 1)
-    checks.least(self, 'attention.', **least)
-    checks.positive(self, 'attention.', 'qk_norm_eps')
+    field_checks.least(self, 'attention.', **least)
+    field_checks.positive(self, 'attention.', 'qk_norm_eps')
     if self.num_heads % self.kv_heads:
       raise ValueError(
         f'attention.num_heads={self.num_heads} must be a multiple of '
@@ -116,9 +116,9 @@ class Softmax(Heads):
 
   def __post_init__(self):
     super().__post_init__()
-    checks.least(self, 'attention.', block=1)
-    checks.positive(self, 'attention.', 'scale', 'soft_cap')
-    checks.share(self, 'attention.', 'dropout')
+    field_checks.least(self, 'attention.', block=1)
+    field_checks.positive(self, 'attention.', 'scale', 'soft_cap')
+    field_checks.share(self, 'attention.', 'dropout')
 
   def pattern(self, length: int, *, causal: bool) -> patterns.Pattern:
     """Returns what the kind leaves of the keys that the model's mask shows.

@@ -9,7 +9,7 @@ import jax
 
 from t2x.attention import mask as mask_lib
 from t2x.attention import patterns
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import convolution
 from t2x.layers import linear
 from t2x.layers import low_rank
@@ -18,9 +18,9 @@ from t2x.layers import sparse
 from t2x.layers import transformer_xl
 
 SoftmaxConfig = (
-  attention.Dense
+  attention_config.Dense
   | transformer_xl.TransformerXL
-  | attention.Local
+  | attention_config.Local
   | sparse.Dilated
   | sparse.BlockSparse
   | sparse.Random
@@ -82,9 +82,9 @@ def for_cross(config: AttentionConfig) -> SoftmaxConfig:
   Softmax attention over all of it; the patterns are for a sequence itself.
   """
   by_distance = isinstance(config, transformer_xl.TransformerXL)
-  if isinstance(config, attention.Softmax) and not by_distance:
+  if isinstance(config, attention_config.Softmax) and not by_distance:
     return config
-  return attention.Dense(
+  return attention_config.Dense(
     num_heads=config.num_heads,
     num_kv_heads=config.num_kv_heads,
     head_dim=config.head_dim,
@@ -114,7 +114,7 @@ def pattern_of(
 ) -> patterns.Pattern:
   """Returns the order and what a kind of softmax attention adds to it."""
   order = patterns.ordered(causal=causal)
-  if not isinstance(config, attention.Softmax):
+  if not isinstance(config, attention_config.Softmax):
     return order
   return order & config.pattern(length, causal=causal)
 
@@ -132,7 +132,7 @@ def check_pages(config: Any) -> None:
   """Raises ValueError if rows of this kind cannot come and go in one batch."""
   if config.decoding is None:
     raise ValueError(no_decoding(config))
-  if not isinstance(config, attention.Softmax):
+  if not isinstance(config, attention_config.Softmax):
     raise ValueError(
       f'attention.kind={config.kind} keeps a state for each row and no keys, '
       'which is what pages hold: it cannot be served. It writes in batches '
@@ -140,7 +140,7 @@ def check_pages(config: Any) -> None:
     )
 
 
-def all_of(union: Any) -> tuple[type[attention.Heads], ...]:
+def all_of(union: Any) -> tuple[type[attention_config.Heads], ...]:
   """Returns the kinds of a union of them, in its order."""
   return typing.get_args(union)
 

@@ -19,22 +19,24 @@ from t2x.attention import mask as mask_lib
 from t2x.attention import paged
 from t2x.attention import patterns
 from t2x.attention import splash
-from t2x.layers import attention_config as attention
-from t2x.layers import attention_kinds as kinds
+from t2x.layers import attention_config
+from t2x.layers import attention_kinds
 from t2x.layers import convolution
 from t2x.layers import dropout
 from t2x.layers import global_tokens
-from t2x.layers import local_heads as own_heads
+from t2x.layers import local_heads
 from t2x.layers import norm
 from t2x.layers import param
 from t2x.layers import position
-from t2x.layers import sequence_parallel as branch
+from t2x.layers import sequence_parallel
 from t2x.layers import transformer_xl
 from t2x.parallel import sharding
 from t2x.parallel import zigzag
 
 
-def make(config: kinds.AttentionConfig, embed: int, **draw: Any) -> Any:
+def make(
+  config: attention_kinds.AttentionConfig, embed: int, **draw: Any
+) -> Any:
   """Returns the layer that runs a kind; arguments as for `Attention`."""
   if isinstance(config, convolution.Convolution):
     return convolution.Convolve(config, embed, **draw)
@@ -54,7 +56,7 @@ class Attention(nnx.Module):
 
   def __init__(
     self,
-    config: attention.Heads,
+    config: attention_config.Heads,
     embed: int,
     *,
     init: param.Init,
@@ -105,7 +107,7 @@ class Attention(nnx.Module):
       if isinstance(config, transformer_xl.TransformerXL)
       else None
     )
-    self.mixer: Any = kinds.mixer(config, rngs=rngs)
+    self.mixer: Any = attention_kinds.mixer(config, rngs=rngs)
 
   def __call__(
     self,
@@ -136,7 +138,7 @@ class Attention(nnx.Module):
     Returns:
       (B, T, D).
     """
-    x_BTD = branch.gather(x_BTD)
+    x_BTD = sequence_parallel.gather(x_BTD)
     q_BTNH = self.queries(x_BTD)
     if encoded_BSD is not None:
       # Its gradients by keys and by values are added before they are summed
@@ -327,10 +329,10 @@ class Attention(nnx.Module):
     drop = None
     if keys_B is not None and config.dropout:
       drop = dropout.OfScores(
-        keys_B=keys_B, rate=config.dropout, heads_KG=own_heads.numbers(config)
+        keys_B=keys_B, rate=config.dropout, heads_KG=local_heads.numbers(config)
       )
     options = self._options(kernel)
-    k_BSKH, v_BSKH = (own_heads.met(a, config) for a in (k_BSKH, v_BSKH))
+    k_BSKH, v_BSKH = (local_heads.met(a, config) for a in (k_BSKH, v_BSKH))
     with jax.named_scope('scores'):
       return context.attend(
         q_BTNH, k_BSKH, v_BSKH, mask, options=options, bias=bias, dropout=drop
@@ -347,15 +349,15 @@ class Attention(nnx.Module):
 
   def _out(self, out_BTNH: jax.Array) -> jax.Array:
     out_BTD = param.project(out_BTNH, self.o_NHD, 'BTNH,NHD->BTD')
-    out_BTD = branch.scatter(out_BTD, 'heads')
+    out_BTD = sequence_parallel.scatter(out_BTD, 'heads')
     return param.add_bias(out_BTD, self.o_bias_D)
 
   def _mixed(self, q_BTNH, k_BSKH, v_BSKH, mask) -> jax.Array:
     """Mixes the values of a kind without scores."""
     config = self.config
-    k_BSKH, v_BSKH = (own_heads.met(a, config) for a in (k_BSKH, v_BSKH))
+    k_BSKH, v_BSKH = (local_heads.met(a, config) for a in (k_BSKH, v_BSKH))
     with jax.named_scope('scores'):
-      heads_N = own_heads.numbers(config).reshape(-1)
+      heads_N = local_heads.numbers(config).reshape(-1)
       out_BTNH = context.mix(self.mixer, q_BTNH, k_BSKH, v_BSKH, mask, heads_N)
     return checkpoint_name(out_BTNH, splash.NAME)
 
@@ -375,7 +377,7 @@ class Attention(nnx.Module):
     config = self.config
     K, H = config.kv_heads, config.head_dim
     if config.decoding is None:
-      raise ValueError(kinds.no_decoding(config))
+      raise ValueError(attention_kinds.no_decoding(config))
     if self.mixer is not None:
       return self.mixer.empty_cache(batch, capacity, K, H, dtype)
     reach = config.reach

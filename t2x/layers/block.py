@@ -14,14 +14,14 @@ from jax.ad_checkpoint import checkpoint_name
 from t2x.attention import cache as cache_lib
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
-from t2x.layers import attention_kinds as kinds
+from t2x.layers import attention_kinds
 from t2x.layers import attention_layer
 from t2x.layers import dropout
 from t2x.layers import moe
 from t2x.layers import norm as norm_lib
 from t2x.layers import param
 from t2x.layers import position
-from t2x.layers import sequence_parallel as branch
+from t2x.layers import sequence_parallel
 from t2x.parallel import sharding
 
 Residual = Literal['pre_norm', 'post_norm', 'sandwich', 'parallel']
@@ -73,7 +73,7 @@ class Block(nnx.Module):
 
   def __init__(
     self,
-    attention: kinds.AttentionConfig,
+    attention: attention_kinds.AttentionConfig,
     mlp: moe.FeedForwardConfig,
     norm: norm_lib.NormConfig,
     embed: int,
@@ -97,7 +97,7 @@ class Block(nnx.Module):
     self.cross_norm = make_norm() if cross else None
     self.cross_out_norm = after() if cross else None
     self.cross = (
-      attention_layer.make(kinds.for_cross(attention), embed, **draw)
+      attention_layer.make(attention_kinds.for_cross(attention), embed, **draw)
       if cross
       else None
     )
@@ -159,7 +159,9 @@ class Block(nnx.Module):
   @jax.named_scope('attention')
   def _attend(self, y_BTD, context, cache):
     if cache is None:
-      return branch.run(_attention, self.attention, y_BTD, context), None
+      return sequence_parallel.run(
+        _attention, self.attention, y_BTD, context
+      ), None
     if isinstance(cache.own, cache_lib.Memory):
       out, own = _recall(self.attention, y_BTD, context, cache.own)
       return out, dataclasses.replace(cache, own=own)
@@ -176,7 +178,7 @@ class Block(nnx.Module):
   @jax.named_scope('cross')
   def _attend_cross(self, layer, y_BTD, context, cache):
     if cache is None:
-      return branch.run(_cross_attention, layer, y_BTD, context)
+      return sequence_parallel.run(_cross_attention, layer, y_BTD, context)
     k_BSKH, v_BSKH = cache.cross.read(y_BTD.dtype)
     return layer.attend(
       layer.queries(y_BTD),
@@ -189,7 +191,7 @@ class Block(nnx.Module):
   @jax.named_scope('mlp')
   def _feed_forward(self, y_BTD, context, cache):
     if not isinstance(self.mlp, moe.Moe):
-      return branch.run(_mlp, self.mlp, y_BTD, context), None
+      return sequence_parallel.run(_mlp, self.mlp, y_BTD, context), None
     segments_BT = context.mask.q_segments_BT
     real_BT = None if segments_BT is None else segments_BT != 0
     # With a cache the arrays are a piece of their rows, or have rows of other
@@ -203,7 +205,7 @@ class Block(nnx.Module):
     Raises:
       ValueError: the kind keeps something else than keys.
     """
-    kinds.check_pages(self.attention.config)
+    attention_kinds.check_pages(self.attention.config)
     return BlockCache(own=self.attention.empty_pages(num_pages, size, dtype))
 
   def empty_cache(self, batch, capacity, dtype, encoded_BSD=None, slack=0):

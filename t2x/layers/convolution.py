@@ -11,19 +11,19 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from t2x import field_checks as checks
+from t2x import field_checks
 from t2x.attention import cache as cache_lib
 from t2x.attention import context
 from t2x.attention import mask as mask_lib
 from t2x.attention import patterns
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import param
-from t2x.layers import sequence_parallel as branch
+from t2x.layers import sequence_parallel
 from t2x.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Convolution(attention.Heads):
+class Convolution(attention_config.Heads):
   """A gated convolution whose taps are a softmax (Wu et al., 2019).
 
   out = W_o conv(W_v x * sigmoid(W_g x)), with one filter of `width` taps for
@@ -43,7 +43,7 @@ class Convolution(attention.Heads):
 
   def __post_init__(self):
     super().__post_init__()
-    checks.least(self, 'attention.', width=1)
+    field_checks.least(self, 'attention.', width=1)
     if self.kv_heads != self.num_heads or self.qk_norm:
       raise ValueError(
         f'attention.num_kv_heads={self.num_kv_heads}, qk_norm={self.qk_norm}: '
@@ -101,7 +101,7 @@ class Convolve(nnx.Module):
     del unused
     context.check_plain(mask)
     assert mask.has_static_order, 'neighbours in the arrays are neighbours'
-    x_BTD = branch.gather(x_BTD)
+    x_BTD = sequence_parallel.gather(x_BTD)
     v_BTNH, taps_BTNW = self._values(x_BTD), self._taps(x_BTD)
     causal = patterns.has(mask.pattern, patterns.Causal)
     segments_BT = mask.q_segments_BT
@@ -150,7 +150,9 @@ class Convolve(nnx.Module):
 
   def _out(self, out_BTNH):
     out_BTD = param.project(out_BTNH, self.o_NHD, 'BTNH,NHD->BTD')
-    return param.add_bias(branch.scatter(out_BTD, 'heads'), self.o_bias_D)
+    return param.add_bias(
+      sequence_parallel.scatter(out_BTD, 'heads'), self.o_bias_D
+    )
 
 
 def convolve(

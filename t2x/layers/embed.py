@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from t2x.layers import param
-from t2x.parallel import manual_sharding as shards
+from t2x.parallel import manual_sharding
 from t2x.parallel import sharding
 
 LOGITS = 'BTD,VD->BTV'  # The head's product.
@@ -69,13 +69,19 @@ def _exchanged(
     (B, T, D), or None where the table is the less to send.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  embed, rows = shards.auto_axes('embed'), shards.auto_axes('batch')
-  length, vocab = shards.auto_axes('length'), shards.auto_axes('vocab')
+  embed, rows = (
+    manual_sharding.auto_axes('embed'),
+    manual_sharding.auto_axes('batch'),
+  )
+  length, vocab = (
+    manual_sharding.auto_axes('length'),
+    manual_sharding.auto_axes('vocab'),
+  )
   if {*vocab} & {*rows, *length}:  # They must look up the same tokens.
     return None
   if not {*embed} <= {*rows}:
     return None
-  staged = shards.in_stage()
+  staged = manual_sharding.in_stage()
   if not (embed or staged and vocab):
     return None
   (B, T), (V, D) = tokens_BT.shape, table_VD.shape
@@ -101,7 +107,7 @@ def _exchanged(
       x_BTD = jnp.where(there_BT[..., None], x_BTD, 0)
     if embed:
       x_BTD = jax.lax.all_to_all(x_BTD, embed, 0, 2, tiled=True)
-    return shards.sum_parts(x_BTD, vocab) if vocab else x_BTD
+    return manual_sharding.sum_parts(x_BTD, vocab) if vocab else x_BTD
 
   return jax.shard_map(
     local,

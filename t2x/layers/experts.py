@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from t2x.layers import mlp
 from t2x.layers import param
 from t2x.layers import routing
-from t2x.parallel import manual_sharding as shards
+from t2x.parallel import manual_sharding
 from t2x.parallel import sharding
 
 Weights = dict[str, jax.Array]
@@ -75,15 +75,15 @@ def check_axes(
 
 
 def _axes() -> _Axes:
-  batch, length = map(shards.auto_axes, ('batch', 'length'))
-  experts, hidden = map(shards.auto_axes, ('experts', 'mlp'))
+  batch, length = map(manual_sharding.auto_axes, ('batch', 'length'))
+  experts, hidden = map(manual_sharding.auto_axes, ('experts', 'mlp'))
   moved = tuple(a for a in experts if a in batch)
   held = tuple(a for a in experts if a not in batch)
   check_axes(experts, batch, length)
   return _Axes(
     batch=batch,
     length=length,
-    fine=shards.fine_axes(),
+    fine=manual_sharding.fine_axes(),
     moved=moved,
     held=held,
     hidden=tuple(a for a in hidden if a not in (*batch, *length)),
@@ -108,13 +108,13 @@ def run(
   Raises:
     ShardingError: experts on mesh axes that split only some of the tokens.
   """
-  axes, every = _axes(), shards.all_auto_axes()
+  axes, every = _axes(), manual_sharding.all_auto_axes()
   body = functools.partial(_local, axes=axes, config=config)
   values = {name: w[...] for name, w in weights.items()}
   if not every:
     return body(values, x_BTD, routed)
   # A kernel is cut by hand along every axis, those of one device too.
-  specs = {n: shards.manual_spec(w, every) for n, w in weights.items()}
+  specs = {n: manual_sharding.manual_spec(w, every) for n, w in weights.items()}
   x_spec = P(axes.batch, (*axes.length, *axes.fine))
   # A slot's token may stand anywhere in its row; a choice is its token's own.
   whole = isinstance(routed, routing.Slots)
@@ -128,7 +128,7 @@ def run(
     local,
     in_specs=(specs, x_spec, routed_spec),
     out_specs=x_spec,
-    axis_names={*shards.free_axes()},
+    axis_names={*manual_sharding.free_axes()},
     check_vma=False,
   )(values, x_BTD, routed)
 
@@ -160,10 +160,10 @@ def _local(weights: Weights, x_BTD, routed, *, axes: _Axes, config):
   parts = (*axes.held, *axes.hidden)
   summed = tuple(a for a in parts if a not in axes.fine)
   if summed:
-    out_BTD = jnp.asarray(shards.sum_parts(out_BTD, summed))
+    out_BTD = jnp.asarray(manual_sharding.sum_parts(out_BTD, summed))
   if axes.fine:
     same = tuple(a for a in axes.fine if a not in parts)
-    out_BTD = out_BTD / shards.size(same) if same else out_BTD
+    out_BTD = out_BTD / manual_sharding.size(same) if same else out_BTD
     out_BTD = jax.lax.psum_scatter(
       out_BTD, axes.fine, scatter_dimension=1, tiled=True
     )
@@ -184,7 +184,7 @@ def _by_slots(weights: Weights, x_BTD, slots: routing.Slots, axes, config):
   x_BECD = jax.vmap(take)(x_BTD, tokens_BEC)
   if axes.length:
     # Each device has some of a row's tokens and computes some of its slots.
-    padding = -num_slots % shards.size(axes.length)
+    padding = -num_slots % manual_sharding.size(axes.length)
     x_BECD = jnp.pad(x_BECD, ((0, 0), (0, 0), (0, padding), (0, 0)))
     x_BECD = jax.lax.psum_scatter(
       x_BECD, axes.length, scatter_dimension=2, tiled=True
@@ -233,7 +233,7 @@ def _by_choices(weights: Weights, x_BTD, choices, axes, config):
   experts_P = own[order_P]
   sizes_E = jnp.bincount(own, length=num_experts + 1)[:num_experts]
   # Each choice is some device's.
-  num_rows = own.size // shards.size((*axes.moved, *axes.held))
+  num_rows = own.size // manual_sharding.size((*axes.moved, *axes.held))
   token_P = order_P // top_k
   x_ND = x_BTD.reshape(-1, D)
   out_PD = _feed_forward(
@@ -281,6 +281,6 @@ def _all_to_all(x, axes, split, concat):
 
 
 def _part(x, axes, dim):
-  size = x.shape[dim] // shards.size(axes)
+  size = x.shape[dim] // manual_sharding.size(axes)
   start = jax.lax.axis_index(axes) * size
   return jax.lax.dynamic_slice_in_dim(x, start, size, dim)

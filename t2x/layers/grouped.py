@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from t2x.attention import splash
 from t2x.layers import grouped_triton
-from t2x.parallel import manual_sharding as shards
+from t2x.parallel import manual_sharding
 
 # Its package has a function of the module's name.
 _megablox: Any = importlib.import_module(
@@ -67,7 +67,7 @@ def multiply(
 
 def _choose(x_PD: jax.Array, w_EDF: jax.Array) -> str:
   """Returns which kernel runs on the devices of the active mesh."""
-  platform, (_, D, F) = shards.platform(), w_EDF.shape
+  platform, (_, D, F) = manual_sharding.platform(), w_EDF.shape
   if platform == 'tpu' and not (D % _LANES or F % _LANES):
     return 'tpu'
   if platform == 'gpu' and grouped_triton.serves(D, F):

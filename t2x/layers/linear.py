@@ -14,15 +14,15 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from t2x import field_checks as checks
+from t2x import field_checks
 from t2x.attention import linear as linear_lib
 from t2x.attention import mask as mask_lib
 from t2x.attention import patterns
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Linear(attention.Heads):
+class Linear(attention_config.Heads):
   """Weights phi(q) . phi(k) with phi = elu + 1 (Katharopoulos et al., 2020).
 
   Time and memory grow with the length; a decoder goes on from a state of
@@ -34,7 +34,7 @@ class Linear(attention.Heads):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Performer(attention.Heads):
+class Performer(attention_config.Heads):
   """Random features whose products are the weights' mean (Choromanski et al.,
   2021).
 
@@ -64,7 +64,7 @@ class Performer(attention.Heads):
 
   def __post_init__(self):
     super().__post_init__()
-    checks.least(self, 'attention.', num_features=1, redraw_every=0)
+    field_checks.least(self, 'attention.', num_features=1, redraw_every=0)
 
 
 class Mixer(nnx.Module):
@@ -79,7 +79,7 @@ class Mixer(nnx.Module):
     raise NotImplementedError
 
   def __call__(self, q_BTNH, k_BTKH, v_BTKH, mask: mask_lib.Mask, heads_N):
-    """Returns (B, T, N, H); see `kinds.Mixer`."""
+    """Returns (B, T, N, H); see `attention_kinds.Mixer`."""
     del heads_N  # All heads have the same features.
     assert mask.has_static_order
     return linear_lib.attend(

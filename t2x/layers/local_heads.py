@@ -7,12 +7,12 @@ key/value head, H head dim.
 import jax
 import jax.numpy as jnp
 
-from t2x.layers import attention_config as attention
-from t2x.parallel import manual_sharding as shards
+from t2x.layers import attention_config
+from t2x.parallel import manual_sharding
 from t2x.parallel import sharding
 
 
-def key_heads(config: attention.Heads, num: int, held: int) -> int:
+def key_heads(config: attention_config.Heads, num: int, held: int) -> int:
   """Returns how many key/value heads some neighbouring query heads look at.
 
   Args:
@@ -38,21 +38,21 @@ def key_heads(config: attention.Heads, num: int, held: int) -> int:
   return needed
 
 
-def numbers(config: attention.Heads) -> jax.Array:
+def numbers(config: attention_config.Heads) -> jax.Array:
   """Returns the numbers of this device's query heads, (K, G)."""
-  start, num = shards.manual_part('heads', config.num_heads)
+  start, num = manual_sharding.manual_part('heads', config.num_heads)
   group = config.num_heads // config.kv_heads
   return (start + jnp.arange(num)).reshape(-1, min(group, num))
 
 
-def met(x_BSKH: jax.Array, config: attention.Heads) -> jax.Array:
+def met(x_BSKH: jax.Array, config: attention_config.Heads) -> jax.Array:
   """Returns the key/value heads that this device's query heads look at.
 
-  Inside `branch.run` a device may have part of the query heads and, by
-  `rules.kv_heads`, all key/value heads.
+  Inside `sequence_parallel.run` a device may have part of the query heads and,
+  by `rules.kv_heads`, all key/value heads.
   """
-  start, num = shards.manual_part('heads', config.num_heads)
-  _, held = shards.manual_part('kv_heads', config.kv_heads)
+  start, num = manual_sharding.manual_part('heads', config.num_heads)
+  _, held = manual_sharding.manual_part('kv_heads', config.kv_heads)
   needed = key_heads(config, num, held)
   if needed == held:
     return x_BSKH

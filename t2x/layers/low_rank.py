@@ -18,20 +18,20 @@ from jax import core
 import jax.numpy as jnp
 import numpy as np
 
-from t2x import field_checks as checks
+from t2x import field_checks
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import convolution
 from t2x.layers import param
-from t2x.parallel import manual_sharding as shards
+from t2x.parallel import manual_sharding
 
 _TINY = 1e-30
 _WHOLE_ROW = 'it mixes the keys of a whole row, later ones too'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Linformer(attention.Heads):
+class Linformer(attention_config.Heads):
   """Keys and values of a row are projected to `rank` of them (Wang et al.,
   2020).
 
@@ -52,7 +52,7 @@ class Linformer(attention.Heads):
 
   def __post_init__(self):
     super().__post_init__()
-    checks.least(self, 'attention.', rank=1, length=1)
+    field_checks.least(self, 'attention.', rank=1, length=1)
 
   @property
   def limit(self) -> int:
@@ -60,7 +60,7 @@ class Linformer(attention.Heads):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Nystromformer(attention.Heads):
+class Nystromformer(attention_config.Heads):
   """The matrix of weights from a few of its rows and columns (Xiong et al.,
   2021).
 
@@ -84,7 +84,9 @@ class Nystromformer(attention.Heads):
 
   def __post_init__(self):
     super().__post_init__()
-    checks.least(self, 'attention.', landmarks=1, iterations=1, conv_width=1)
+    field_checks.least(
+      self, 'attention.', landmarks=1, iterations=1, conv_width=1
+    )
     if self.conv_width is not None and self.conv_width % 2 == 0:
       raise ValueError(
         f'attention.conv_width={self.conv_width}: it is odd, so that as many '
@@ -100,7 +102,7 @@ class Nystromformer(attention.Heads):
 
 
 class LinformerMixer(nnx.Module):
-  """Runs `Linformer`; see `kinds.Mixer`."""
+  """Runs `Linformer`; see `attention_kinds.Mixer`."""
 
   def __init__(self, config: Linformer, *, rngs: nnx.Rngs):
     self.config = config
@@ -130,7 +132,7 @@ class LinformerMixer(nnx.Module):
 
 
 class NystromMixer(nnx.Module):
-  """Runs `Nystromformer`; see `kinds.Mixer`."""
+  """Runs `Nystromformer`; see `attention_kinds.Mixer`."""
 
   def __init__(self, config: Nystromformer, *, rngs: nnx.Rngs):
     self.config = config
@@ -182,7 +184,7 @@ class NystromMixer(nnx.Module):
     config, conv_KW = self.config, self.conv_KW
     assert conv_KW is not None
     first = heads_N.reshape(num, -1)[:, 0] * config.kv_heads // config.num_heads
-    start, _ = shards.manual_part('kv_heads', config.kv_heads)
+    start, _ = manual_sharding.manual_part('kv_heads', config.kv_heads)
     return jnp.take(conv_KW[...], first - start, axis=0)
 
 

@@ -12,11 +12,11 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from t2x import field_checks as checks
+from t2x import field_checks
 from t2x.layers import dropout
 from t2x.layers import param
-from t2x.layers import sequence_parallel as branch
-from t2x.parallel import manual_sharding as shards
+from t2x.layers import sequence_parallel
+from t2x.parallel import manual_sharding
 from t2x.parallel import sharding
 
 _ACTIVATIONS = {
@@ -48,8 +48,8 @@ class MlpConfig:
   dropout: float = 0.0
 
   def __post_init__(self):
-    checks.least(self, 'mlp.', hidden=1)
-    checks.share(self, 'mlp.', 'dropout')
+    field_checks.least(self, 'mlp.', hidden=1)
+    field_checks.share(self, 'mlp.', 'dropout')
 
 
 class Mlp(nnx.Module):
@@ -81,7 +81,7 @@ class Mlp(nnx.Module):
     self, x_BTD: jax.Array, keys_B: jax.Array | None = None, zigzag: int = 1
   ) -> jax.Array:
     act = _ACTIVATIONS[self.config.activation]
-    x_BTD = branch.gather(x_BTD)
+    x_BTD = sequence_parallel.gather(x_BTD)
     up_BTF = param.project(x_BTD, self.up_DF, 'BTD,DF->BTF')
     up_BTF = checkpoint_name(param.add_bias(up_BTF, self.up_bias_F), 'mlp_up')
     if self.gate_DF is None:
@@ -90,12 +90,12 @@ class Mlp(nnx.Module):
       gate_BTF = param.project(x_BTD, self.gate_DF, 'BTD,DF->BTF')
       hidden_BTF = act(checkpoint_name(gate_BTF, 'mlp_gate')) * up_BTF
     hidden_BTF = sharding.constrain(hidden_BTF, 'batch', 'length', 'mlp')
-    first, _ = shards.manual_part('mlp', self.config.hidden)
+    first, _ = manual_sharding.manual_part('mlp', self.config.hidden)
     hidden_BTF = dropout.dropout(
       hidden_BTF, self.config.dropout, keys_B, zigzag, first_feature=first
     )
     out_BTD = param.project(hidden_BTF, self.down_FD, 'BTF,FD->BTD')
-    out_BTD = branch.scatter(out_BTD, 'mlp')
+    out_BTD = sequence_parallel.scatter(out_BTD, 'mlp')
     return param.add_bias(out_BTD, self.down_bias_D)
 
 

@@ -13,12 +13,12 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from t2x import field_checks as checks
+from t2x import field_checks
 from t2x.layers import experts
 from t2x.layers import mlp
 from t2x.layers import param
 from t2x.layers import routing
-from t2x.parallel import manual_sharding as shards
+from t2x.parallel import manual_sharding
 from t2x.parallel import sharding
 from t2x.parallel import zigzag as zigzag_lib
 
@@ -41,7 +41,7 @@ class MoeConfig(mlp.MlpConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    checks.least(self, 'mlp.', num_experts=2, z_loss=0.0)
+    field_checks.least(self, 'mlp.', num_experts=2, z_loss=0.0)
     if self.dropout:
       raise ValueError(
         f'mlp.dropout={self.dropout}: experts drop none of their hidden '
@@ -195,10 +195,10 @@ def _by_rows(fn, rows, whole):
     rows: such arrays.
     whole: what every device has.
   """
-  axes = shards.all_auto_axes()
+  axes = manual_sharding.all_auto_axes()
   if not axes:
     return fn(*rows, whole)
-  split = P(shards.auto_axes('batch'))
+  split = P(manual_sharding.auto_axes('batch'))
   return jax.shard_map(
     fn,
     in_specs=(*(split for _ in rows), P()),

@@ -13,9 +13,9 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from t2x import field_checks as checks
+from t2x import field_checks
 from t2x.layers import param
-from t2x.parallel import manual_sharding as shards
+from t2x.parallel import manual_sharding
 from t2x.parallel import sharding
 
 
@@ -39,7 +39,7 @@ class Learned:
   offset: int = 0
 
   def __post_init__(self):
-    checks.least(self, 'position.', max_length=1, offset=0, std=0.0)
+    field_checks.least(self, 'position.', max_length=1, offset=0, std=0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Llama3Scaling:
 
   def __post_init__(self):
     names = [f.name for f in dataclasses.fields(self)]
-    checks.positive(self, 'position.scaling.', *names)
+    field_checks.positive(self, 'position.scaling.', *names)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class Rotary:
   scaling: Llama3Scaling | None = None
 
   def __post_init__(self):
-    checks.positive(self, 'position.', 'base', 'fraction')
+    field_checks.positive(self, 'position.', 'base', 'fraction')
 
   def rotated(self, head_dim: int) -> int:
     """Returns how many entries of a head are rotated, an even number.
@@ -99,7 +99,7 @@ class RelativeBuckets:
   max_distance: int = 128
 
   def __post_init__(self):
-    checks.least(self, 'position.', num_buckets=4)
+    field_checks.least(self, 'position.', num_buckets=4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,14 +142,16 @@ class LearnedPositions(nnx.Module):
     places_BT = positions_BT + self.config.offset
     # Whole before the look-up, as the token table: see layers/embed.py.
     whole = lambda table_PD: sharding.constrain(table_PD, None, 'act_embed')
-    if not shards.in_stage():
+    if not manual_sharding.in_stage():
       return param.look_up(whole(self.table_PD[...].astype(dtype)), places_BT)
     # Each device sums the gradients of its own rows, and these are added in
     # float32: the partitioner would gather those of all rows here.
     look_up = lambda table_PD, places: param.look_up(table_PD, places).astype(
       dtype
     )
-    return shards.on_rows(look_up, whole(self.table_PD[...]), places_BT)
+    return manual_sharding.on_rows(
+      look_up, whole(self.table_PD[...]), places_BT
+    )
 
 
 def sinusoidal(positions_BT: jax.Array, size: int) -> jax.Array:
@@ -260,7 +262,7 @@ class AlibiBias(nnx.Module):
 
   def __call__(self, relative: jax.Array) -> jax.Array:
     """Maps key minus query index, (..., T, S), to (..., N, T, S)."""
-    start, num = shards.manual_part('heads', self.num_heads)
+    start, num = manual_sharding.manual_part('heads', self.num_heads)
     slopes = jnp.asarray(alibi_slopes(self.num_heads))
     slopes = jax.lax.dynamic_slice_in_dim(slopes, start, num)
     slopes = slopes.reshape((1,) * (relative.ndim - 2) + (-1, 1, 1))

@@ -11,15 +11,15 @@ from flax import nnx
 import jax.numpy as jnp
 import numpy as np
 
-from t2x import field_checks as checks
+from t2x import field_checks
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
 from t2x.attention import patterns
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Regional(attention.Heads):
+class Regional(attention_config.Heads):
   """A query sees its own region's keys, and one pooled key for each other.
 
   The pooled key and value of a region are the means of its tokens, and weigh as
@@ -38,7 +38,7 @@ class Regional(attention.Heads):
 
   def __post_init__(self):
     super().__post_init__()
-    checks.least(self, 'attention.', region=1)
+    field_checks.least(self, 'attention.', region=1)
 
   def check_length(self, length: int) -> None:
     if self.region > length:
@@ -65,7 +65,7 @@ class _Elsewhere(patterns.Pattern):
 
 
 class RegionalMixer(nnx.Module):
-  """Runs `Regional`; see `kinds.Mixer`."""
+  """Runs `Regional`; see `attention_kinds.Mixer`."""
 
   def __init__(self, config: Regional):
     self.config = config

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t2x import field_checks as checks
+from t2x import field_checks
 
 CHOICE = 'routing'  # What the choice of experts is called, for `remat`.
 
@@ -53,8 +53,8 @@ class TokenChoice:
 
   def __post_init__(self):
     prefix = 'mlp.router.'
-    checks.least(self, prefix, top_k=1, balance_loss=0.0, bias_rate=0.0)
-    checks.positive(self, prefix, 'capacity')
+    field_checks.least(self, prefix, top_k=1, balance_loss=0.0, bias_rate=0.0)
+    field_checks.positive(self, prefix, 'capacity')
     if self.normalize and self.top_k == 1:
       raise ValueError(
         'mlp.router.normalize=true with top_k=1 makes every weight 1, so that '
@@ -79,7 +79,7 @@ class ExpertChoice:
   capacity: float = 2.0
 
   def __post_init__(self):
-    checks.positive(self, 'mlp.router.', 'capacity')
+    field_checks.positive(self, 'mlp.router.', 'capacity')
 
 
 RouterConfig = TokenChoice | ExpertChoice

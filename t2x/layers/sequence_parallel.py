@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
-from t2x.parallel import manual_sharding as shards
+from t2x.parallel import manual_sharding
 from t2x.parallel import sharding
 
 
@@ -31,11 +31,11 @@ def run(fn: Callable[..., jax.Array], layer: Any, x_BTD: jax.Array, rest: Any):
     x_BTD: the input, whole or split along the sequence.
     rest: other arguments, whole along the fine axes but for parameters.
   """
-  axes = shards.fine_axes()
+  axes = manual_sharding.fine_axes()
   if not axes:
     x_BTD = sharding.constrain(x_BTD, 'batch', 'length', 'act_embed')
     return fn(layer, x_BTD, rest)
-  parts = shards.num_parts('length')
+  parts = manual_sharding.num_parts('length')
   shape = x_BTD.shape
   # The coarse split stays the partitioner's, so it has a dimension of its own.
   x_BCTD = x_BTD.reshape(shape[0], parts, -1, shape[-1])
@@ -58,7 +58,7 @@ def run(fn: Callable[..., jax.Array], layer: Any, x_BTD: jax.Array, rest: Any):
 
 def gather(x_BTD: jax.Array) -> jax.Array:
   """Returns the sequence as a layer needs it; the identity outside `run`."""
-  axes = shards.fine_axes(manual=True)
+  axes = manual_sharding.fine_axes(manual=True)
   if not axes:
     return x_BTD
   return _exchange(
@@ -76,7 +76,7 @@ def scatter(x_BTD: jax.Array, axis: str) -> jax.Array:
     axis: logical axis over which the last product summed; devices that have
       it whole have the same output, not parts of one.
   """
-  axes = shards.fine_axes(manual=True)
+  axes = manual_sharding.fine_axes(manual=True)
   if not axes:
     return x_BTD
   parts = sharding.active_axes(axis)
@@ -93,8 +93,10 @@ def scatter(x_BTD: jax.Array, axis: str) -> jax.Array:
 def _exchange(fn, x_BTD):
   """Runs a collective on the coarse parts of a sequence, (B, C, T, D)."""
   shape = x_BTD.shape
-  x_BCTD = x_BTD.reshape(shape[0], shards.num_parts('length'), -1, shape[-1])
-  x_BCTD = shards.on_parts(fn, x_BCTD, 'batch', 'length', None, None)
+  x_BCTD = x_BTD.reshape(
+    shape[0], manual_sharding.num_parts('length'), -1, shape[-1]
+  )
+  x_BCTD = manual_sharding.on_parts(fn, x_BCTD, 'batch', 'length', None, None)
   return x_BCTD.reshape(shape[0], -1, shape[-1])
 
 
@@ -104,6 +106,6 @@ def _specs(tree, axes):
   def spec(leaf):
     if not sharding.is_variable(leaf):
       return P()
-    return shards.manual_spec(leaf, axes)
+    return manual_sharding.manual_spec(leaf, axes)
 
   return jax.tree.map(spec, tree, is_leaf=sharding.is_variable)

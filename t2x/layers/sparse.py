@@ -6,14 +6,14 @@ Letters: T tokens of a sequence.
 import dataclasses
 from typing import ClassVar
 
-from t2x import field_checks as checks
+from t2x import field_checks
 from t2x.attention import block_patterns
 from t2x.attention import patterns
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Dilated(attention.Softmax):
+class Dilated(attention_config.Softmax):
   """A window with gaps: every `dilation`-th key, `window` of them.
 
   Longformer's dilated sliding window (Beltagy et al., 2020, section 3.1).
@@ -26,15 +26,15 @@ class Dilated(attention.Softmax):
 
   def __post_init__(self):
     super().__post_init__()
-    attention.check_window(self)
-    checks.least(self, 'attention.', dilation=1)
+    attention_config.check_window(self)
+    field_checks.least(self, 'attention.', dilation=1)
 
   def pattern(self, length: int, *, causal: bool) -> patterns.Pattern:
     del length, causal
     return patterns.Window(self.reach) & patterns.Dilated(self.dilation)
 
   def check_length(self, length: int) -> None:
-    attention.check_reach(self, self.reach, length)
+    attention_config.check_reach(self, self.reach, length)
 
   @property
   def reach(self) -> int:
@@ -42,7 +42,7 @@ class Dilated(attention.Softmax):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockSparse(attention.Softmax):
+class BlockSparse(attention_config.Softmax):
   """Whole blocks of keys, by any matrix of blocks (Child et al., 2019; Gray et
   al., 2017).
 
@@ -58,7 +58,7 @@ class BlockSparse(attention.Softmax):
 
   def __post_init__(self):
     super().__post_init__()
-    checks.least(self, 'attention.', sparse_block=1)
+    field_checks.least(self, 'attention.', sparse_block=1)
     lengths = {len(row) for row in self.rows}
     marks = {*''.join(self.rows)}
     if lengths - {len(self.rows)} or marks not in (set(), {'0', '1'}, {'1'}):
@@ -77,7 +77,7 @@ class BlockSparse(attention.Softmax):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Random(attention.Softmax):
+class Random(attention_config.Softmax):
   """Each block of queries sees its own and some others, drawn once.
 
   Attributes:
@@ -94,7 +94,7 @@ class Random(attention.Softmax):
 
   def __post_init__(self):
     super().__post_init__()
-    checks.least(self, 'attention.', sparse_block=1, num_random=1)
+    field_checks.least(self, 'attention.', sparse_block=1, num_random=1)
 
   def pattern(self, length: int, *, causal: bool) -> patterns.Pattern:
     return _drawn(self, length, causal) | patterns.Region(self.sparse_block)
@@ -104,7 +104,7 @@ class Random(attention.Softmax):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BigBird(attention.Softmax):
+class BigBird(attention_config.Softmax):
   """A window, the row's first tokens as global ones, and random blocks.
 
   Zaheer et al., 2020, with global tokens of the row itself (BigBird-ITC).
@@ -128,8 +128,10 @@ class BigBird(attention.Softmax):
 
   def __post_init__(self):
     super().__post_init__()
-    attention.check_window(self)
-    checks.least(self, 'attention.', num_global=0, sparse_block=1, num_random=0)
+    attention_config.check_window(self)
+    field_checks.least(
+      self, 'attention.', num_global=0, sparse_block=1, num_random=0
+    )
 
   def pattern(self, length: int, *, causal: bool) -> patterns.Pattern:
     pattern: patterns.Pattern = patterns.Window(self.window)
@@ -140,13 +142,13 @@ class BigBird(attention.Softmax):
     return pattern
 
   def check_length(self, length: int) -> None:
-    attention.check_reach(self, self.window, length)
+    attention_config.check_reach(self, self.window, length)
     _check_global(self, length)
     _check_drawn(self, length)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Longformer(attention.Softmax):
+class Longformer(attention_config.Softmax):
   """A window, with gaps if asked, and the row's first tokens as global ones.
 
   Beltagy et al., 2020. Rows should hold one document (`data.batching=pad`).
@@ -167,8 +169,8 @@ class Longformer(attention.Softmax):
 
   def __post_init__(self):
     super().__post_init__()
-    attention.check_window(self)
-    checks.least(self, 'attention.', num_global=0, dilation=1)
+    attention_config.check_window(self)
+    field_checks.least(self, 'attention.', num_global=0, dilation=1)
     if self.global_projections and (self.qk_norm or not self.num_global):
       raise ValueError(
         f'attention.num_global={self.num_global}, qk_norm={self.qk_norm} with '
@@ -191,7 +193,7 @@ class Longformer(attention.Softmax):
     return pattern | patterns.Global(self.num_global)
 
   def check_length(self, length: int) -> None:
-    attention.check_reach(self, _reach(self), length)
+    attention_config.check_reach(self, _reach(self), length)
     _check_global(self, length)
 
 

@@ -30,13 +30,13 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from t2x import field_checks as checks
-from t2x.layers import attention_config as attention
+from t2x import field_checks
+from t2x.layers import attention_config
 from t2x.layers import param
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerXL(attention.Softmax):
+class TransformerXL(attention_config.Softmax):
   """Every key, by its content and its distance; needs no other positions.
 
   Attributes:
@@ -50,7 +50,7 @@ class TransformerXL(attention.Softmax):
 
   def __post_init__(self):
     super().__post_init__()
-    checks.least(self, 'attention.', num_token_types=0)
+    field_checks.least(self, 'attention.', num_token_types=0)
     if self.kernel == 'flash':
       raise ValueError(
         'attention.kernel=flash: keys that are wider than values, as those of '

@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 
 from t2x.layers import embed
-from t2x.losses import fused_cross_entropy as fused_loss
-from t2x.losses import loss_based_masking as loss_masking
-from t2x.losses import task_weighting as task_weights
-from t2x.models import loss_terms as terms_lib
+from t2x.losses import fused_cross_entropy
+from t2x.losses import loss_based_masking
+from t2x.losses import task_weighting
+from t2x.models import loss_terms
 from t2x.parallel import sharding
 
 _NEVER = -1e30
 
 
-LossConfig = fused_loss.LossConfig
-MeanLoss = fused_loss.MeanLoss
+LossConfig = fused_cross_entropy.LossConfig
+MeanLoss = fused_cross_entropy.MeanLoss
 
 
 class TokenLoss(NamedTuple):
@@ -78,7 +78,7 @@ def token_loss(
   log_sum = sums.largest + jnp.log(sums.exp_sum)
   nll = log_sum - sums.picked
   mean_logit = sums.logit_sum / head.vocab_size
-  objective = fused_loss.objective(nll, log_sum, mean_logit, config)
+  objective = fused_cross_entropy.objective(nll, log_sum, mean_logit, config)
   correct = (sums.picked >= sums.largest).astype(jnp.float32)
   return TokenLoss(objective, nll, correct)
 
@@ -132,7 +132,7 @@ def _reduce_chunks(x_BTD, head, targets_BT, num) -> _Sums:
 
 
 def of_terms(
-  terms: terms_lib.Terms,
+  terms: loss_terms.Terms,
   config: LossConfig = LossConfig(),
   *,
   batch: dict[str, jax.Array] | None = None,
@@ -155,7 +155,7 @@ def of_terms(
     NAME_accuracy.
   """
   loss, sums, batch = jnp.float32(0.0), {}, batch or {}
-  factors_B = batch.get(task_weights.FACTORS)
+  factors_B = batch.get(task_weighting.FACTORS)
   for name, term in terms.items():
     weights_BT = term.weights_BT
     scaled_BT = weights_BT
@@ -174,11 +174,11 @@ def of_terms(
     sums[f'{prefix}accuracy'] = (mean.correct_BT * weights_BT).sum()
     if num_tasks:
       parts = mean.nll_BT * weights_BT, mean.correct_BT * weights_BT, weights_BT
-      sums[f'{prefix}{task_weights.BY_TASK}'] = task_weights.by_task(
+      sums[f'{prefix}{task_weighting.BY_TASK}'] = task_weighting.by_task(
         [part.sum(1) for part in parts], batch, num_tasks
       )
-    if by_token and name == terms_lib.MAIN:
-      sums[loss_masking.NAME] = loss_masking.measured(
+    if by_token and name == loss_terms.MAIN:
+      sums[loss_based_masking.NAME] = loss_based_masking.measured(
         mean.nll_BT, term.targets_BT, weights_BT, len(term.head.table_VD)
       )
   return loss, sums
@@ -223,4 +223,6 @@ def mean_loss(
       f'train.loss.token_chunks={config.token_chunks} does not divide the '
       f'{x_BTD.shape[1]} tokens of a row. Choose a divisor.'
     )
-  return fused_loss.mean_loss(x_BTD, head, targets_BT, weights_BT, config)
+  return fused_cross_entropy.mean_loss(
+    x_BTD, head, targets_BT, weights_BT, config
+  )

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from t2x.layers import embed
 from t2x.layers import param
-from t2x.parallel import manual_sharding as shards
+from t2x.parallel import manual_sharding
 from t2x.parallel import sharding
 
 _NEVER = -1e30
@@ -151,7 +151,9 @@ def _where(is_token_V, logits_BTV, other):
 
 
 def _pick(logits_BTV, targets_BT, is_target_BTV):
-  if shards.auto_axes('vocab'):  # A sum needs no row that is elsewhere.
+  if manual_sharding.auto_axes(
+    'vocab'
+  ):  # A sum needs no row that is elsewhere.
     return jnp.where(is_target_BTV, logits_BTV, 0.0).sum(-1)
   return jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)[..., 0]
 
@@ -175,7 +177,7 @@ def _chunk_gradients(head, part, config: LossConfig):
   # Factors in the dtype of products, which a TPU rounds to anyhow; GPUs would
   # hold one of float32 beside the other, XLA for CPUs has no such product.
   # Summed over chunks in float32.
-  factors = jnp.float32 if shards.platform() == 'cpu' else dtype
+  factors = jnp.float32 if manual_sharding.platform() == 'cpu' else dtype
   d_BTV = d_BTV.astype(factors)
   d_table_VD = param.weight_gradient(
     x_BTD.astype(factors), d_BTV, embed.LOGITS, jnp.float32
@@ -194,7 +196,10 @@ def _forward(x_BTD, head, targets_BT, weights_BT, config):
   gradient is summed on each device and reduced over them once, at the end, and
   scattered over those that split the table.
   """
-  rows, length = shards.auto_axes('batch'), shards.auto_axes('length')
+  rows, length = (
+    manual_sharding.auto_axes('batch'),
+    manual_sharding.auto_axes('length'),
+  )
   axes = rows + length
   # Gathered in the dtype of the products, once.
   table_VD = head.table_VD.astype(x_BTD.dtype)
@@ -209,7 +214,7 @@ def _forward(x_BTD, head, targets_BT, weights_BT, config):
   if not axes:
     return fn(*args)
   sizes = jax.sharding.get_abstract_mesh().shape
-  embed_axes = tuple(a for a in shards.auto_axes('embed') if a in axes)
+  embed_axes = tuple(a for a in manual_sharding.auto_axes('embed') if a in axes)
   if x_BTD.shape[-1] % math.prod(sizes[a] for a in embed_axes):
     embed_axes = ()
   tokens, columns = P(rows, length), P(None, embed_axes)
@@ -272,7 +277,7 @@ def _scatter(table_VD, embed_axes):
     part_VD, embed_axes, scatter_dimension=1, tiled=True
   )
   # By hand along V too: XLA would gather the table over these axes first.
-  return shards.on_parts(fn, table_VD, 'vocab', None)
+  return manual_sharding.on_parts(fn, table_VD, 'vocab', None)
 
 
 def _split(arrays, num: int):

@@ -143,7 +143,8 @@ def updated(
   Args:
     tasks: of the run.
     carried: before it.
-    sums: by task: of each term (3, K) as `loss.of_terms` has them, and the
+    sums: by task: of each term (3, K) as `cross_entropy.of_terms` has them, and
+    the
       squared norms (K,) where they are asked for.
   """
   terms = [value for value in sums.values() if value.ndim == 2]

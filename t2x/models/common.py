@@ -12,9 +12,9 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from t2x import field_checks as checks
-from t2x.layers import attention_config as attention_lib
-from t2x.layers import attention_kinds as kinds_lib
+from t2x import field_checks
+from t2x.layers import attention_config
+from t2x.layers import attention_kinds
 from t2x.layers import block
 from t2x.layers import embed
 from t2x.layers import mlp as mlp_lib
@@ -65,8 +65,8 @@ class TransformerConfig:
   vocab_size: int = 8192
   num_layers: int = 4
   embed_dim: int = 256
-  attention: kinds_lib.AttentionConfig = attention_lib.Dense()
-  attention_pattern: tuple[kinds_lib.AttentionConfig, ...] = ()
+  attention: attention_kinds.AttentionConfig = attention_config.Dense()
+  attention_pattern: tuple[attention_kinds.AttentionConfig, ...] = ()
   mlp: moe.FeedForwardConfig = mlp_lib.MlpConfig()
   mlp_pattern: tuple[moe.FeedForwardConfig, ...] = ()
   norm: norm_lib.NormConfig = norm_lib.LayerNorm()
@@ -88,16 +88,16 @@ class TransformerConfig:
 
   def __post_init__(self):
     sizes = ('vocab_size', 'num_layers', 'embed_dim', 'vocab_multiple')
-    checks.least(self, 'model.', **dict.fromkeys(sizes, 1))
-    checks.share(self, 'model.', 'dropout')
-    checks.least(self, 'model.', memory=0)
-    checks.positive(self, 'model.', 'logit_soft_cap')
+    field_checks.least(self, 'model.', **dict.fromkeys(sizes, 1))
+    field_checks.share(self, 'model.', 'dropout')
+    field_checks.least(self, 'model.', memory=0)
+    field_checks.positive(self, 'model.', 'logit_soft_cap')
     if self.memory:
       layer_checks.check_memory(self)
     layer_checks.check_positions(self)
 
   @property
-  def kinds(self) -> tuple[kinds_lib.AttentionConfig, ...]:
+  def kinds(self) -> tuple[attention_kinds.AttentionConfig, ...]:
     return self.attention_pattern or (self.attention,)
 
   @property
@@ -107,7 +107,7 @@ class TransformerConfig:
   @property
   def group(
     self,
-  ) -> list[tuple[kinds_lib.AttentionConfig, moe.FeedForwardConfig]]:
+  ) -> list[tuple[attention_kinds.AttentionConfig, moe.FeedForwardConfig]]:
     """Attention and feed-forward of each layer of the repeating group."""
     kinds, mlps = self.kinds, self.mlp_kinds
     size = math.lcm(len(kinds), len(mlps))

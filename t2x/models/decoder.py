@@ -18,8 +18,8 @@ from t2x.layers import stack
 from t2x.models import common
 from t2x.models import forward
 from t2x.models import layer_checks
-from t2x.models import loss_terms as terms_lib
-from t2x.models import segment_memory as memory
+from t2x.models import loss_terms
+from t2x.models import segment_memory
 from t2x.models import tower as tower_lib
 
 
@@ -121,8 +121,8 @@ class Decoder(nnx.Module):
     mask = mask_lib.self_attention(
       segments, causal=True, zigzag=zigzag, prefix_BS=prefix_BS
     )
-    if memory.SEGMENTS in batch:
-      mask = memory.mask_of(batch, mask)
+    if segment_memory.SEGMENTS in batch:
+      mask = segment_memory.mask_of(batch, mask)
     return block.Context(
       mask=mask,
       positions_BT=common.positions_of(batch, zigzag=zigzag),
@@ -141,9 +141,9 @@ class Decoder(nnx.Module):
     del batch
     return self.tower.end(x_BTD)
 
-  def terms(self, x_BTD, batch, keys_B, zigzag: int) -> terms_lib.Terms:
+  def terms(self, x_BTD, batch, keys_B, zigzag: int) -> loss_terms.Terms:
     """See `forward`; `ahead2`, ... where a batch has their targets."""
-    terms = terms_lib.of_tokens(self.leave(x_BTD, batch), self.head, batch)
+    terms = loss_terms.of_tokens(self.leave(x_BTD, batch), self.head, batch)
     if not self.ahead:
       return terms
     context = self.context('tower', batch, keys_B, zigzag)
@@ -151,7 +151,7 @@ class Decoder(nnx.Module):
       name = f'ahead{i + 2}'
       num = self.config.num_layers + 1 + i  # Of its dropout, past all others.
       y_BTD, _, _ = self.tower.layer(layer, x_BTD, context, jnp.asarray(num))
-      terms[name] = terms_lib.Term(
+      terms[name] = loss_terms.Term(
         x_BTD=self.tower.end(y_BTD),
         head=self.head,
         targets_BT=batch[f'{name}_targets'],

@@ -10,9 +10,9 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from t2x import field_checks as checks
+from t2x import field_checks
 from t2x.attention import mask as mask_lib
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import block
 from t2x.layers import dropout
 from t2x.layers import embed
@@ -26,10 +26,10 @@ from t2x.models import common
 from t2x.models import encoder_inputs
 from t2x.models import forward
 from t2x.models import layer_checks
-from t2x.models import loss_terms as terms_lib
-from t2x.models import pooled_heads as pooled
+from t2x.models import loss_terms
+from t2x.models import pooled_heads
 from t2x.models import tower as tower_lib
-from t2x.models import two_stream as streams
+from t2x.models import two_stream as two_stream_lib
 from t2x.parallel import sharding
 
 
@@ -70,12 +70,12 @@ class EncoderConfig(common.TransformerConfig):
   def __post_init__(self):
     super().__post_init__()
     layer_checks.check_bidirectional(self)
-    checks.least(self, 'model.', query_layers=0)
+    field_checks.least(self, 'model.', query_layers=0)
     if self.query_layers:
       layer_checks.check_query_layers(self)
     if self.two_stream:
       layer_checks.check_two_stream(self)
-    checks.least(self, 'model.', token_classes=0)
+    field_checks.least(self, 'model.', token_classes=0)
     if min(self.classes, default=1) < 1:
       raise ValueError(
         f'model.classes={self.classes}: a head has a class or more.'
@@ -134,18 +134,24 @@ class Encoder(nnx.Module):
       else None
     )
     self.towers = tuple(config.depths)
-    self.pooler = pooled.Dense(D, D, init, rngs=rngs) if config.pooler else None
+    self.pooler = (
+      pooled_heads.Dense(D, D, init, rngs=rngs) if config.pooler else None
+    )
     self.next_sentence = (
-      pooled.Dense(D, 2, init, rngs=rngs) if config.next_sentence else None
+      pooled_heads.Dense(D, 2, init, rngs=rngs)
+      if config.next_sentence
+      else None
     )
     self.classes = nnx.List(
-      [pooled.Dense(D, num, init, rngs=rngs) for num in config.classes]
+      [pooled_heads.Dense(D, num, init, rngs=rngs) for num in config.classes]
     )
     untied = config.tied_head == 'untied'
     self.output = common.OutputTable(config, rngs=rngs) if untied else None
     masked = config.masked_head
     rows = embed.padded(config.vocab_size, config.vocab_multiple)
-    self.transform = pooled.Dense(D, D, init, rngs=rngs) if masked else None
+    self.transform = (
+      pooled_heads.Dense(D, D, init, rngs=rngs) if masked else None
+    )
     self.transform_norm = make_norm() if masked else None
     self.output_bias_V = (
       param.param(rngs, (rows,), ('vocab',), param.zeros)
@@ -157,7 +163,9 @@ class Encoder(nnx.Module):
       param.param(rngs, (D,), (None,), drawn) if config.two_stream else None
     )
     num = config.token_classes
-    self.token_classes = pooled.Dense(D, num, init, rngs=rngs) if num else None
+    self.token_classes = (
+      pooled_heads.Dense(D, num, init, rngs=rngs) if num else None
+    )
 
   def __call__(self, inputs: jax.Array, **kwargs) -> jax.Array:
     """Returns float32 logits (B, T, V); arguments as for `features`."""
@@ -190,8 +198,8 @@ class Encoder(nnx.Module):
   def context(self, tower: str, batch, keys_B, zigzag: int) -> block.Context:
     """See `forward`."""
     common.check_length(self.config, batch['inputs'].shape[1])
-    if streams.are_in(batch):
-      return streams.context(batch, keys_B, self._asks_for_places)
+    if two_stream_lib.are_in(batch):
+      return two_stream_lib.context(batch, keys_B, self._asks_for_places)
     prefix = 'query_' if tower == 'queries' else ''
     segments, places = batch.get(f'{prefix}segments'), batch.get('places')
     layer_checks.check_documents(self.config, segments)
@@ -217,7 +225,9 @@ class Encoder(nnx.Module):
   def _asks_for_places(self) -> bool:
     """Whether it matters to scores which tokens of a row are missing."""
     own = self.config.position
-    plain = all(isinstance(k, attention.Dense) for k in self.config.kinds)
+    plain = all(
+      isinstance(k, attention_config.Dense) for k in self.config.kinds
+    )
     return not plain or (own is not None and position.is_bias(own))
 
   def enter(self, tower: str, batch, context: block.Context, x_BTD):
@@ -229,7 +239,7 @@ class Encoder(nnx.Module):
     assert positions_BT is not None
     T = inputs.shape[1]
     x_BTD = self.embeddings(inputs, positions_BT[:, :T])
-    if streams.are_in(batch):
+    if two_stream_lib.are_in(batch):
       assert self.query_D is not None, 'model.two_stream is off'
       asked_BM = positions_BT[:, T:]
       shape = (*asked_BM.shape, x_BTD.shape[-1])
@@ -250,8 +260,8 @@ class Encoder(nnx.Module):
     """See `forward`."""
     if self.queries is not None:
       return self._transformed(self.queries.end(x_BTD))
-    if streams.are_in(batch):
-      x_BTD = streams.asked(x_BTD, batch)
+    if two_stream_lib.are_in(batch):
+      x_BTD = two_stream_lib.asked(x_BTD, batch)
     x_BTD = self.tower.end(x_BTD)
     positions_BM = batch.get('target_positions')
     if positions_BM is not None:
@@ -259,11 +269,11 @@ class Encoder(nnx.Module):
       x_BTD = jax.vmap(lambda x_TD, at_M: x_TD[at_M])(x_BTD, positions_BM)
     return self._transformed(x_BTD)
 
-  def terms(self, x_BTD, batch, keys_B, zigzag: int) -> terms_lib.Terms:
+  def terms(self, x_BTD, batch, keys_B, zigzag: int) -> loss_terms.Terms:
     """See `forward`; and those of the pooled heads that a batch is for."""
     del keys_B, zigzag
-    terms = terms_lib.of_tokens(self.leave(x_BTD, batch), self.head, batch)
-    return terms | pooled.terms(self, x_BTD, batch)
+    terms = loss_terms.of_tokens(self.leave(x_BTD, batch), self.head, batch)
+    return terms | pooled_heads.terms(self, x_BTD, batch)
 
   def hidden(self, inputs: jax.Array, **kwargs) -> jax.Array:
     """Returns the features alone; arguments as for `features`."""

@@ -19,7 +19,7 @@ from t2x.layers import stack
 from t2x.models import common
 from t2x.models import forward
 from t2x.models import layer_checks
-from t2x.models import loss_terms as terms_lib
+from t2x.models import loss_terms
 from t2x.models import tower as tower_lib
 
 
@@ -181,10 +181,10 @@ class EncoderDecoder(nnx.Module):
     del batch
     return self.decoder.end(x_BTD)
 
-  def terms(self, x_BTD, batch, keys_B, zigzag: int) -> terms_lib.Terms:
+  def terms(self, x_BTD, batch, keys_B, zigzag: int) -> loss_terms.Terms:
     """See `forward`."""
     del keys_B, zigzag
-    return terms_lib.of_tokens(self.leave(x_BTD, batch), self.head, batch)
+    return loss_terms.of_tokens(self.leave(x_BTD, batch), self.head, batch)
 
   @property
   def head(self) -> embed.Head:

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 import functools
 
 from t2x.attention import patterns
-from t2x.layers import attention_config as attention_lib
-from t2x.layers import attention_kinds as kinds_lib
+from t2x.layers import attention_config
+from t2x.layers import attention_kinds
 from t2x.layers import moe
 from t2x.layers import transformer_xl
 from t2x.models import common
@@ -213,15 +213,15 @@ def _tower(
   for i in range(num_layers):
     kind, mlp = config.group[i % len(config.group)]
     seen = keys or length
-    if isinstance(kind, attention_lib.Softmax):
-      pattern = kinds_lib.pattern_of(kind, seen, causal)
+    if isinstance(kind, attention_config.Softmax):
+      pattern = attention_kinds.pattern_of(kind, seen, causal)
       scores = _attention(kind, length, seen, pattern, skip_masked)
       if isinstance(kind, transformer_xl.TransformerXL):
         num = pairs(length, seen, pattern) if skip_masked else length * seen
         scores += transformer_xl.num_flops(kind, length, D, num)
     else:
-      scores = kinds_lib.mixing_flops(kind, length, D, causal)
-    width = kind.head_dim * kinds_lib.projected_heads(kind)
+      scores = attention_kinds.mixing_flops(kind, length, D, causal)
+    width = kind.head_dim * attention_kinds.projected_heads(kind)
     layer = {
       'projections': 2 * length * D * width - _unseen(kind, length - seen, D),
       'scores and values': scores,
@@ -259,7 +259,7 @@ def _cross(config, kind, T, S, skip_masked) -> int:
 
 
 def _attention(
-  kind: kinds_lib.AttentionConfig,
+  kind: attention_kinds.AttentionConfig,
   T: int,
   S: int,
   pattern: patterns.Pattern,

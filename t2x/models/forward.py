@@ -23,7 +23,7 @@ import jax
 
 from t2x.layers import moe
 from t2x.layers import stack
-from t2x.models import segment_memory as memory_lib
+from t2x.models import segment_memory
 
 
 def run(
@@ -84,7 +84,7 @@ def recall(
   Returns:
     What `run` does, and the memory for the next rows.
   """
-  batch, (name,) = memory_lib.seen(batch, memory), model.towers
+  batch, (name,) = segment_memory.seen(batch, memory), model.towers
   context = model.context(name, batch, keys_B, execution.zigzag)
   x_BTD, _ = model.enter(name, batch, context, None)
   tower = getattr(model, name)
@@ -93,7 +93,7 @@ def recall(
       x_BTD, context, caches=memory['layers'], execution=execution
     )
   stats = {f'{name}.{path}': value for path, value in stats.items()}
-  return x_BTD, stats, memory_lib.kept(batch, layers)
+  return x_BTD, stats, segment_memory.kept(batch, layers)
 
 
 def features(

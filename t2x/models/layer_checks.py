@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import convolution
 from t2x.layers import low_rank
 from t2x.layers import moe
@@ -38,7 +38,7 @@ def check_positions(config: Any) -> None:
     )
   if own and position.is_bias(own):
     for kind in kinds:
-      if not isinstance(kind, attention.Softmax):
+      if not isinstance(kind, attention_config.Softmax):
         raise ValueError(
           f'model.position={own.kind} adds to scores, and model.attention='
           f'{kind.kind} has none. Choose rotary, learned or sinusoidal '
@@ -97,7 +97,9 @@ def check_memory(config: Any) -> None:
     )
   whole = (sparse.BlockSparse, sparse.Random, sparse.BigBird, sparse.Longformer)
   for kind in config.kinds:
-    if not isinstance(kind, attention.Softmax) or isinstance(kind, whole):
+    if not isinstance(kind, attention_config.Softmax) or isinstance(
+      kind, whole
+    ):
       raise ValueError(
         f'model.memory={config.memory}: model.attention={kind.kind} goes by '
         'whole rows. Choose dense, transformer_xl, local or dilated.'
@@ -119,7 +121,7 @@ def check_query_layers(config: Any) -> None:
     )
   whole = (sparse.BlockSparse, sparse.Random, sparse.BigBird)
   for kind in config.kinds:
-    softmax = isinstance(kind, attention.Softmax)
+    softmax = isinstance(kind, attention_config.Softmax)
     own = getattr(kind, 'global_projections', False)
     if not softmax or own or isinstance(kind, whole):
       raise ValueError(
@@ -133,7 +135,7 @@ def check_two_stream(config: Any) -> None:
   """Raises ValueError for what does not go by the ranks of tokens."""
   for kind in config.kinds:
     whole = not getattr(kind, 'global_projections', False)
-    if not (isinstance(kind, attention.Softmax) and whole):
+    if not (isinstance(kind, attention_config.Softmax) and whole):
       raise ValueError(
         f'model.two_stream=true hides tokens by the order of a permutation, '
         f'which model.attention={kind.kind} has no place for. Choose dense, '

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 from t2x.layers import embed
 from t2x.layers import param
-from t2x.models import loss_terms as terms_lib
+from t2x.models import loss_terms
 
 
-def terms(model: Any, x_BTD: jax.Array, batch) -> terms_lib.Terms:
+def terms(model: Any, x_BTD: jax.Array, batch) -> loss_terms.Terms:
   """Returns the terms of the heads for which a batch has targets.
 
   Args:
@@ -35,7 +35,7 @@ def terms(model: Any, x_BTD: jax.Array, batch) -> terms_lib.Terms:
     assert head is not None, f'the model has no head for {name}'
     # Where a mesh splits rows there is padding after the one target.
     shape = (*targets_BP.shape, x_BTD.shape[-1])
-    found[name] = terms_lib.Term(
+    found[name] = loss_terms.Term(
       x_BTD=jnp.broadcast_to(x_B1D, shape),
       head=head.head,
       targets_BT=targets_BP,

@@ -12,7 +12,7 @@ Where a paper is silent on initialisation, its released code is followed.
 from collections.abc import Callable
 import dataclasses
 
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import mlp
 from t2x.layers import moe
 from t2x.layers import norm
@@ -36,7 +36,7 @@ def transformer_base() -> encoder_decoder.EncoderDecoderConfig:
     vocab_size=37000,
     num_layers=6,
     embed_dim=512,
-    attention=attention.Dense(num_heads=8, head_dim=64),
+    attention=attention_config.Dense(num_heads=8, head_dim=64),
     mlp=mlp.MlpConfig(hidden=2048, activation='relu'),
     norm=norm.LayerNorm(eps=1e-6),
     residual='post_norm',
@@ -65,7 +65,7 @@ def _bert(*, num_layers: int, embed_dim: int) -> encoder.EncoderConfig:
     vocab_size=30522,
     num_layers=num_layers,
     embed_dim=embed_dim,
-    attention=attention.Dense(
+    attention=attention_config.Dense(
       num_heads=embed_dim // 64, bias=True, dropout=0.1
     ),
     mlp=mlp.MlpConfig(hidden=4 * embed_dim, activation='gelu'),
@@ -169,7 +169,7 @@ def _gpt2(*, num_layers: int, embed_dim: int) -> decoder.DecoderConfig:
     vocab_size=50257,
     num_layers=num_layers,
     embed_dim=embed_dim,
-    attention=attention.Dense(
+    attention=attention_config.Dense(
       num_heads=embed_dim // 64, bias=True, dropout=0.1
     ),
     mlp=mlp.MlpConfig(hidden=4 * embed_dim, activation='gelu_tanh'),
@@ -185,8 +185,10 @@ def gpt3_175b() -> decoder.DecoderConfig:
   Dense and locally banded layers alternate; the paper does not give the width
   of the band, here the 128 of the Sparse Transformer (Child et al., 2019).
   """
-  dense = attention.Dense(num_heads=96, head_dim=128, bias=True)
-  banded = attention.Local(num_heads=96, head_dim=128, bias=True, window=128)
+  dense = attention_config.Dense(num_heads=96, head_dim=128, bias=True)
+  banded = attention_config.Local(
+    num_heads=96, head_dim=128, bias=True, window=128
+  )
   return decoder.DecoderConfig(
     vocab_size=50257,
     num_layers=96,
@@ -210,7 +212,9 @@ def palm_540b() -> decoder.DecoderConfig:
     vocab_size=256000,
     num_layers=118,
     embed_dim=18432,
-    attention=attention.Dense(num_heads=48, num_kv_heads=1, head_dim=256),
+    attention=attention_config.Dense(
+      num_heads=48, num_kv_heads=1, head_dim=256
+    ),
     mlp=mlp.MlpConfig(
       hidden=4 * 18432, activation='silu', gated=True, bias=False
     ),
@@ -293,7 +297,7 @@ def _t5(
     vocab_size=32128,
     num_layers=num_layers,
     embed_dim=embed_dim,
-    attention=attention.Dense(
+    attention=attention_config.Dense(
       num_heads=num_heads, head_dim=head_dim, scale=1.0, dropout=0.1
     ),
     mlp=mlp.MlpConfig(
@@ -354,7 +358,7 @@ def _llama2(
     vocab_size=32000,
     num_layers=num_layers,
     embed_dim=embed_dim,
-    attention=attention.Dense(
+    attention=attention_config.Dense(
       num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=128
     ),
     mlp=mlp.MlpConfig(hidden=hidden, activation='silu', gated=True, bias=False),

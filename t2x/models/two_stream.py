@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from t2x.attention import mask as mask_lib
 from t2x.layers import block
-from t2x.models import segment_memory as memory
+from t2x.models import segment_memory
 
 
 def are_in(batch: dict[str, jax.Array]) -> bool:
@@ -39,7 +39,7 @@ def context(batch, keys_B, by_place: bool) -> block.Context:
     q_ranks_BT=both('ranks'),
     k_ranks_BS=batch['ranks'],
   )
-  remembers = memory.SEGMENTS in batch
+  remembers = segment_memory.SEGMENTS in batch
   if by_place or remembers:
     place_BT = jnp.broadcast_to(jnp.arange(length)[None], tokens_BT.shape)
     both_places = jnp.concatenate([place_BT, batch['query_places']], 1)
@@ -47,7 +47,7 @@ def context(batch, keys_B, by_place: bool) -> block.Context:
       mask, q_index_BT=both_places, k_index_BS=place_BT
     )
   if remembers:
-    mask = memory.mask_of(batch, mask)
+    mask = segment_memory.mask_of(batch, mask)
   return block.Context(
     mask=mask,
     positions_BT=both('positions'),

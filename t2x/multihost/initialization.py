@@ -17,7 +17,7 @@ from typing import Any
 from absl import logging as absl_logging
 import jax
 
-from t2x.multihost import liveness_monitor as watch
+from t2x.multihost import liveness_monitor
 
 START_SECONDS = 300.0  # Pods of a job start minutes apart.
 _EXTRA = 120  # JAX gives up later than we do, since it ends with a C++ trace.
@@ -60,8 +60,8 @@ def joined(
     if process_id == 0:
       _check_port(coordinator)
   initialize(given, start_seconds)
-  _speak_as(watch.state().process_id)
-  with watch.watching(watch.state().coordinator_address):
+  _speak_as(liveness_monitor.state().process_id)
+  with liveness_monitor.watching(liveness_monitor.state().coordinator_address):
     yield
 
 
@@ -133,7 +133,7 @@ def initialize(given: dict[str, Any], start_seconds: float) -> None:
     jax.distributed.initialize(
       **given,
       initialization_timeout=int(start_seconds) + _EXTRA,
-      heartbeat_timeout_seconds=watch.HEARTBEAT_SECONDS,
+      heartbeat_timeout_seconds=liveness_monitor.HEARTBEAT_SECONDS,
     )
   finally:
     timer.cancel()
@@ -154,8 +154,10 @@ def _check_port(coordinator: str) -> None:
 
 def _give_up(given: dict[str, Any], seconds: float) -> None:
   """Says who did not come. The main thread waits in C++, and for longer."""
-  address = given.get('coordinator_address', watch.state().coordinator_address)
-  index = given.get('process_id', watch.state().process_id)
+  address = given.get(
+    'coordinator_address', liveness_monitor.state().coordinator_address
+  )
+  index = given.get('process_id', liveness_monitor.state().process_id)
   num = given.get('num_processes', 'all')
   if index == 0:
     what = (

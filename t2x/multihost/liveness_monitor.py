@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from t2x.multihost import abort_handler as last_words
+from t2x.multihost import abort_handler
 
 # Of JAX: a death is noticed after half of it at the soonest, and at the latest
 # after all of it.
@@ -83,7 +83,7 @@ class Watch:
     self._dead: dict[int, str] = {}  # And how.
     self._broken = self._failing = self._stopped = False
     self._ending = threading.Lock()  # Held by whoever says the last words.
-    self._words = last_words.LastWords(coordinator, self._on_abort)
+    self._words = abort_handler.LastWords(coordinator, self._on_abort)
     self._threads = [
       threading.Thread(target=target, daemon=True)
       for target in (self._pulse, self._judge)
@@ -104,7 +104,7 @@ class Watch:
     line = f'{type(error).__name__}: {error}'.splitlines()[0][:300]
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       self._set(_DEAD, self._index, f'ended with an error ({line})')
-    last_words.exit_without_barrier(self._wait_for_the_others)
+    abort_handler.exit_without_barrier(self._wait_for_the_others)
 
   def finish(self) -> None:
     """Waits for all processes, and leaves JAX's cluster with them."""

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from t2x import field_checks as checks
+from t2x import field_checks
 from t2x.objectives import rows as rows_lib
 from t2x.objectives import vocab as vocab_lib
 
@@ -29,7 +29,7 @@ class CausalLM:
   paired: ClassVar[bool] = False
 
   def __post_init__(self):
-    checks.least(self, 'data.objective.', ahead=0)
+    field_checks.least(self, 'data.objective.', ahead=0)
 
   def source_length(self, length: int) -> int:
     """Raw tokens that one row of `length` is made from."""

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from t2x import field_checks as checks
+from t2x import field_checks
 from t2x.objectives import rows as rows_lib
 from t2x.objectives import vocab as vocab_lib
 
@@ -34,7 +34,7 @@ class Classification:
   paired: ClassVar[bool] = True
 
   def __post_init__(self):
-    checks.least(self, 'data.objective.', num_classes=2, head=0)
+    field_checks.least(self, 'data.objective.', num_classes=2, head=0)
     if self.labels and len(set(self.labels)) != self.num_classes:
       raise ValueError(
         f'data.objective.labels={self.labels} and num_classes='

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from t2x import field_checks as checks
+from t2x import field_checks
 from t2x.objectives import causal_lm
 from t2x.objectives import classification
 from t2x.objectives import denoising
@@ -131,8 +131,8 @@ class Mixture:
   paired: ClassVar[bool] = False
 
   def __post_init__(self):
-    checks.positive(self, 'data.objective.', 'temperature')
-    checks.least(self, 'data.objective.', cap=1)
+    field_checks.positive(self, 'data.objective.', 'temperature')
+    field_checks.least(self, 'data.objective.', cap=1)
     names = [task.name for task in self.tasks]
     if len(names) < 2 or '' in names or len({*names}) < len(names):
       raise ValueError(

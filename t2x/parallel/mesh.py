@@ -17,7 +17,7 @@ from jax.sharding import AxisType
 from jax.sharding import Mesh
 import numpy as np
 
-from t2x.parallel import simulated_devices as simulated
+from t2x.parallel import simulated_devices
 from t2x.parallel import torus
 
 # Outermost first: the axes that talk most get the nearest neighbours.
@@ -110,7 +110,7 @@ def sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     raise ValueError(
       f'{mismatch(config, num_devices)} Change --set mesh.AXIS=SIZE (one may '
       'be -1), or simulate devices on a CPU: '
-      f'XLA_FLAGS={simulated.COUNT}={fixed}.'
+      f'XLA_FLAGS={simulated_devices.COUNT}={fixed}.'
     )
   return result
 

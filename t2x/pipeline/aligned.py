@@ -13,13 +13,13 @@ import itertools
 
 import numpy as np
 
-from t2x.pipeline import list_scheduling as greedy
+from t2x.pipeline import list_scheduling
 from t2x.pipeline import operations as ops
 from t2x.pipeline import schedule as schedule_lib
 
 
 def schedule(
-  problem: greedy.Problem, cycle: Sequence[int], name: str
+  problem: list_scheduling.Problem, cycle: Sequence[int], name: str
 ) -> schedule_lib.Schedule:
   """Returns a table whose ticks take the kinds of `cycle` in turn.
 
@@ -29,8 +29,10 @@ def schedule(
     name: of the schedule.
   """
   num_parts = problem.num_stages * problem.num_chunks
-  done = greedy.not_done(problem)
-  stages = [greedy.Stage(problem, s) for s in range(problem.num_stages)]
+  done = list_scheduling.not_done(problem)
+  stages = [
+    list_scheduling.Stage(problem, s) for s in range(problem.num_stages)
+  ]
   total = problem.num_microbatches * num_parts * (3 + problem.recompute)
   rows: list[list[ops.Op]] = []
   idle = (ops.IDLE, 0, 0)
@@ -48,7 +50,7 @@ def schedule(
     for stage, choice in zip(stages, row):
       if choice:
         _, micro, chunk = choice
-        greedy.take(problem, stage, choice)
+        list_scheduling.take(problem, stage, choice)
         done[kind][stage.parts[chunk]][micro] = now + 1
         total -= 1
     rows.append([choice or idle for choice in row])
@@ -66,20 +68,20 @@ def schedule(
 
 
 def _choose(
-  problem: greedy.Problem,
-  stage: greedy.Stage,
-  done: greedy.Done,
+  problem: list_scheduling.Problem,
+  stage: list_scheduling.Stage,
+  done: list_scheduling.Done,
   now: float,
   kind: int,
 ) -> ops.Op | None:
   """What the stage can do of that kind."""
   if kind == ops.FORWARD:
-    return greedy.next_forward(problem, stage, done, now)
+    return list_scheduling.next_forward(problem, stage, done, now)
   if kind == ops.WEIGHT:
     return stage.put_off[0] if stage.put_off else None
-  choice = greedy.next_backward(problem, stage, done, now)
+  choice = list_scheduling.next_backward(problem, stage, done, now)
   if choice and choice[0] == kind:
     return choice
   if kind == ops.RECOMPUTE:
-    return greedy.early_recompute(problem, stage, done, now)
+    return list_scheduling.early_recompute(problem, stage, done, now)
   return None

@@ -25,11 +25,11 @@ import math
 import numpy as np
 
 from t2x.pipeline import partition
-from t2x.pipeline import placement_cost as cost_model
+from t2x.pipeline import placement_cost
 from t2x.pipeline import schedule as schedule_lib
 
-CostModel = cost_model.CostModel
-Stack = cost_model.Stack
+CostModel = placement_cost.CostModel
+Stack = placement_cost.Stack
 _GIB = 2**30
 # So many placements are few.
 _FEW = 10_000

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from t2x import field_checks as checks
+from t2x import field_checks
 from t2x.pipeline import schedules
 
 
@@ -21,7 +21,7 @@ class PipelineConfig:
       has as little as can be (embeddings and head included), or the layers of
       each part, in order of depth (groups, where the layers repeat in groups).
     memory_limit: GiB of a device that `balanced` may use, as estimated from
-      shapes (see `estimates`); None for no limit.
+      shapes (see `layer_costs`); None for no limit.
     gather: weights that `fsdp` splits are gathered `once` a step, or each
       `tick`, which needs less memory and moves more.
     uniform: all stages do whatever one of them does, masked, for machines on
@@ -37,8 +37,8 @@ class PipelineConfig:
   uniform: bool = False
 
   def __post_init__(self):
-    checks.least(self, 'pipeline.', microbatches=1, chunks=1)
-    checks.positive(self, 'pipeline.', 'memory_limit')
+    field_checks.least(self, 'pipeline.', microbatches=1, chunks=1)
+    field_checks.positive(self, 'pipeline.', 'memory_limit')
     if not self.own_table:
       try:
         schedules.check_name(self.schedule)

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 
 from t2x.pipeline import flow as flow_lib
-from t2x.pipeline import remat_policy as policy
+from t2x.pipeline import remat_policy
 
 # What a value depends on.
 _SLOT, _SHARED, _DATA, _GRAD = 1, 2, 4, 8
@@ -82,7 +82,7 @@ class Cut:
     *,
     remat: str = 'none',
   ):
-    self._keeps = functools.partial(policy.keeps, remat)
+    self._keeps = functools.partial(remat_policy.keeps, remat)
     args = (params, x, side, rest)
     self.y, self.aux, self.other = jax.eval_shape(fn, *args)
     whole = functools.partial(_whole, fn)

@@ -37,8 +37,8 @@ import numpy as np
 
 from t2x.attention import blocks
 from t2x.attention import splash
-from t2x.layers import attention_config as attention
-from t2x.layers import attention_kinds as kinds
+from t2x.layers import attention_config
+from t2x.layers import attention_kinds
 from t2x.layers import embed
 from t2x.layers import moe
 from t2x.layers import position
@@ -49,7 +49,7 @@ from t2x.models import model as model_lib
 from t2x.parallel import sharding
 from t2x.pipeline import instructions
 from t2x.pipeline import placement as placement_lib
-from t2x.pipeline import placement_cost as cost_model
+from t2x.pipeline import placement_cost
 from t2x.pipeline import schedule as schedule_lib
 
 
@@ -113,7 +113,7 @@ def stacks(
   towers: Sequence[placement_lib.Tower],
   batch: Batch,
   recompute: bool,
-) -> list[cost_model.Stack]:
+) -> list[placement_cost.Stack]:
   """Returns the FLOPs of each unit in a step, of one row; no bytes.
 
   Args:
@@ -134,7 +134,7 @@ def stacks(
     costs = times * np.add.reduceat(own, np.arange(0, len(own), tower.group))
     last = float(head if tower is towers[-1] else 0)
     costs = tuple(costs.tolist())
-    result.append(cost_model.Stack(tower=tower, costs=costs, last=last))
+    result.append(placement_cost.Stack(tower=tower, costs=costs, last=last))
   return result
 
 
@@ -146,12 +146,12 @@ def _shapes(model: model_lib.ModelConfig):
 
 
 def with_bytes(
-  stacks: Sequence[cost_model.Stack],
+  stacks: Sequence[placement_cost.Stack],
   table: schedule_lib.Schedule,
   model: model_lib.ModelConfig,
   batch: Batch,
   layout: Layout,
-) -> tuple[list[cost_model.Stack], int, int]:
+) -> tuple[list[placement_cost.Stack], int, int]:
   """Returns stacks with their bytes, and those of a device besides.
 
   Args:
@@ -212,7 +212,7 @@ def _logits(model, batch: Batch, layout: Layout) -> float:
 
 
 def messages(
-  stacks: Sequence[cost_model.Stack],
+  stacks: Sequence[placement_cost.Stack],
   table: schedule_lib.Schedule,
   model: model_lib.ModelConfig,
   batch: Batch,
@@ -254,10 +254,10 @@ def _activations(model, tower, batch: Batch, layout: Layout):
   for kind, mlp in model.group[: tower.group]:
     by_kernel = batch.kernels and takes_kernel(model, kind, T, T)
     # Blocks of 64 queries reach half a block further than each query.
-    pattern = kinds.pattern_of(kind, T, causal)
+    pattern = attention_kinds.pattern_of(kind, T, causal)
     reach = flops.pairs(T, T, pattern) + 32 * T * causal
     # What others keep grows with the length alone.
-    by_kernel |= not isinstance(kind, attention.Softmax)
+    by_kernel |= not isinstance(kind, attention_config.Softmax)
     read, made, whole = _attention(
       model, kind, T, T, None if by_kernel else reach, layout
     )
@@ -280,10 +280,10 @@ def _activations(model, tower, batch: Batch, layout: Layout):
 
 def takes_kernel(model, kind, T: int, S: int, cross: bool = False) -> bool:
   """Whether a TPU's kernel serves attention; see `attention/kernels`."""
-  kind = kinds.for_cross(kind) if cross else kind
+  kind = attention_kinds.for_cross(kind) if cross else kind
   if isinstance(kind, transformer_xl.TransformerXL):
     return False  # Its keys are wider than its values.
-  if not isinstance(kind, attention.Softmax):
+  if not isinstance(kind, attention_config.Softmax):
     return False
   biased = position.is_bias(model.position)
   refused = kind.kernel == 'blocks' or kind.dropout or biased and not cross

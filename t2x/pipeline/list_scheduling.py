@@ -15,7 +15,7 @@ import dataclasses
 import heapq
 import math
 
-from t2x.pipeline import from_orders as orders_lib
+from t2x.pipeline import from_orders
 from t2x.pipeline import operations as ops
 from t2x.pipeline import schedule as schedule_lib
 
@@ -68,7 +68,7 @@ def least(problem: Problem) -> float:
 
 def schedule(problem: Problem, name: str) -> schedule_lib.Schedule:
   """Returns the table of the orders, each operation as early as it can."""
-  return orders_lib.from_orders(
+  return from_orders.from_orders(
     orders(problem),
     name=name,
     num_microbatches=problem.num_microbatches,

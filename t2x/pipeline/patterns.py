@@ -1,7 +1,7 @@
 """The order of operations on each stage, by the patterns of the literature.
 
 Every function returns for each stage its (operation, microbatch, chunk) in
-order, to be placed by `orders.from_orders`.
+order, to be placed by `from_orders.from_orders`.
 """
 
 from collections.abc import Iterable

@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 
 from t2x.layers import dropout
-from t2x.losses import load_balancing as balance
-from t2x.models import loss_terms as terms_lib
+from t2x.losses import load_balancing
+from t2x.models import loss_terms
 from t2x.pipeline import cut
 
 # What parts are run with, of one microbatch.
 Rows = dict[str, jax.Array]
 
 
-# `loss.of_terms` with its settings.
+# `cross_entropy.of_terms` with its settings.
 Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
@@ -141,8 +141,8 @@ def _layer(name: str, combine, zigzag: int) -> cut.Function:
     if stats is None:
       return x_BTD, None, None
     stats = {'': jax.tree.map(lambda a: a[None], stats)}
-    losses = balance.losses(stats, rest.rows[terms_lib.ROW_SHARES])
-    load = jax.tree.map(lambda a: a[0], balance.loads(stats)[''])
+    losses = load_balancing.losses(stats, rest.rows[loss_terms.ROW_SHARES])
+    load = jax.tree.map(lambda a: a[0], load_balancing.loads(stats)[''])
     return x_BTD, sum(losses.values()), (losses, load)
 
   return fn

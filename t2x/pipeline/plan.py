@@ -9,7 +9,7 @@ from t2x.models import model as model_lib
 from t2x.pipeline import balancer
 from t2x.pipeline import config as config_lib
 from t2x.pipeline import instructions
-from t2x.pipeline import layer_costs as estimates
+from t2x.pipeline import layer_costs
 from t2x.pipeline import placement as placement_lib
 from t2x.pipeline import schedule as schedule_lib
 from t2x.pipeline import schedules
@@ -69,8 +69,8 @@ def make(
   config: config_lib.PipelineConfig,
   execution: stack.Execution,
   num_stages: int,
-  batch: estimates.Batch | None = None,
-  layout: estimates.Layout | None = None,
+  batch: layer_costs.Batch | None = None,
+  layout: layer_costs.Layout | None = None,
 ) -> Plan:
   """Returns the plan of a model.
 
@@ -100,10 +100,10 @@ def make(
 
 def _balanced(model, config, table, towers, batch, layout) -> list[int]:
   assert batch is not None and layout is not None
-  stacks = estimates.stacks(model, towers, batch, table.recompute)
+  stacks = layer_costs.stacks(model, towers, batch, table.recompute)
   if config.memory_limit is None:
     return balancer.balance(stacks, table)
-  stacks, fixed, moved = estimates.with_bytes(
+  stacks, fixed, moved = layer_costs.with_bytes(
     stacks, table, model, batch, layout
   )
   limit = config.memory_limit * 2**30

@@ -10,7 +10,7 @@ Its table and what a tick is stand in `table`.
 import dataclasses
 import functools
 
-from t2x import files as paths
+from t2x import files
 from t2x import reading
 from t2x.pipeline import drawing
 from t2x.pipeline import simulation
@@ -63,7 +63,7 @@ def read(path: str) -> Schedule:
   Raises:
     ValueError: there is no such file, or it holds no table; it is named.
   """
-  file = paths.path(path)
+  file = files.path(path)
   if not file.exists():
     raise ValueError(
       f'{path}: there is no such file. A run keeps a copy of its table, '

@@ -27,8 +27,8 @@ is spread over the groups.
 from collections.abc import Callable
 import difflib
 
-from t2x.pipeline import from_orders as orders_lib
-from t2x.pipeline import list_scheduling as greedy
+from t2x.pipeline import from_orders
+from t2x.pipeline import list_scheduling
 from t2x.pipeline import operations as ops
 from t2x.pipeline import patterns
 from t2x.pipeline import schedule as schedule_lib
@@ -131,7 +131,7 @@ def zb_h2(
   check_numbers(num_stages, num_microbatches, num_chunks)
   groups = patterns.groups(num_stages, num_microbatches)
   limit = 2 * num_stages - 1 + (num_chunks - 1) * len(groups[0])
-  problem = greedy.Problem(
+  problem = list_scheduling.Problem(
     num_stages=num_stages,
     num_microbatches=num_microbatches,
     num_chunks=num_chunks,
@@ -139,7 +139,7 @@ def zb_h2(
     limits=(limit,) * num_stages,
     groups=patterns.numbered(groups),
   )
-  found = greedy.schedule(problem, 'zb_h2')
+  found = list_scheduling.schedule(problem, 'zb_h2')
   if num_chunks == 1:
     return found
   orders = patterns.alternating(
@@ -174,7 +174,7 @@ def zb_v(
     orders = patterns.down_and_up(num_stages, num_microbatches)
     tables.append(_table('zb_v', orders, num_microbatches, 2, recompute, 'v'))
   if recompute or not tables:
-    problem = greedy.Problem(
+    problem = list_scheduling.Problem(
       num_stages=num_stages,
       num_microbatches=num_microbatches,
       num_chunks=2,
@@ -183,7 +183,7 @@ def zb_v(
       limits=(2 * num_stages,) * num_stages,
       groups=range(num_microbatches),
     )
-    tables.append(greedy.schedule(problem, 'zb_v'))
+    tables.append(list_scheduling.schedule(problem, 'zb_v'))
   return min(tables, key=lambda table: table.num_ticks)
 
 
@@ -203,7 +203,7 @@ def forward_only(
   if placement == 'v':  # A group would have to last there and back.
     groups = [range(num_microbatches)]
   pieces = patterns.pieces(groups, range(num_chunks))
-  return orders_lib.from_orders(
+  return from_orders.from_orders(
     [[(ops.FORWARD, *piece) for piece in pieces]] * num_stages,
     name='forward_only',
     num_microbatches=num_microbatches,
@@ -288,7 +288,7 @@ def _table(
   recompute: bool,
   placement: ops.Placement = 'loop',
 ) -> Schedule:
-  return orders_lib.from_orders(
+  return from_orders.from_orders(
     patterns.with_recompute(orders) if recompute else orders,
     name=name,
     num_microbatches=num_microbatches,

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from t2x.losses import load_balancing as balance
+from t2x.losses import load_balancing
 from t2x.parallel import sharding
 from t2x.pipeline import buffers
 from t2x.pipeline import executor
@@ -211,8 +211,8 @@ class Stage:
       grads = weights.with_stack(grads, self._trained, name, layers, stacks)
     return grads
 
-  def _loads(self, loads) -> balance.LoadsByPath:
-    """Returns the routers' loads, as `balance.loads` does."""
+  def _loads(self, loads) -> load_balancing.LoadsByPath:
+    """Returns the routers' loads, as `load_balancing.loads` does."""
     result = {}
     for t, name in enumerate(self._slots):
       layers = getattr(self._trained, name).layers

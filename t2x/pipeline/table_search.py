@@ -18,7 +18,7 @@ import dataclasses
 import numpy as np
 
 from t2x.pipeline import aligned
-from t2x.pipeline import list_scheduling as greedy
+from t2x.pipeline import list_scheduling
 from t2x.pipeline import operations as ops
 from t2x.pipeline import patterns
 from t2x.pipeline import schedule as schedule_lib
@@ -62,7 +62,7 @@ def generate(
     )
   limits = np.broadcast_to(np.asarray(limit, float), num_stages).tolist()
   cost_OP = costs.table(num_stages * num_chunks)
-  problem = greedy.Problem(
+  problem = list_scheduling.Problem(
     num_stages=num_stages,
     num_microbatches=num_microbatches,
     num_chunks=num_chunks,
@@ -76,7 +76,7 @@ def generate(
     weight=memory.weight,
     groups=range(num_microbatches),
   )
-  least = greedy.least(problem)
+  least = list_scheduling.least(problem)
   for stage, room in enumerate(limits):
     if not room >= least:
       raise ValueError(
@@ -93,7 +93,7 @@ def generate(
 
 
 def _heuristics(
-  problem: greedy.Problem, costs: list[list[float]]
+  problem: list_scheduling.Problem, costs: list[list[float]]
 ) -> Iterator[schedule_lib.Schedule]:
   num_microbatches = problem.num_microbatches
   dealt = patterns.groups(problem.num_stages, num_microbatches)
@@ -105,7 +105,7 @@ def _heuristics(
   for groups in groupings if problem.num_chunks > 1 else groupings[:1]:
     for defer in (True, False):
       for durations in (None, costs):
-        yield greedy.schedule(
+        yield list_scheduling.schedule(
           dataclasses.replace(
             problem, groups=groups, defer=defer, costs=durations
           ),
@@ -121,7 +121,7 @@ def _heuristics(
 
 
 def _known(
-  problem: greedy.Problem, memory: simulation.Memory
+  problem: list_scheduling.Problem, memory: simulation.Memory
 ) -> Iterator[schedule_lib.Schedule]:
   """The schedules of the literature that have this form and fit."""
   for name in schedules.NAMES:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from t2x.parallel import manual_sharding as shards
+from t2x.parallel import manual_sharding
 from t2x.parallel import sharding
 from t2x.pipeline import plan as plan_lib
 
@@ -56,7 +56,7 @@ class Route:
       return x_U[unit_SN[jax.lax.axis_index(PIPE)]]
     dim = self.dim + 1
     exchange = lambda a: jax.lax.all_to_all(a, PIPE, 0, dim, tiled=True)
-    return shards.on_parts(exchange, x_U[unit_SN], *self._names)[0]
+    return manual_sharding.on_parts(exchange, x_U[unit_SN], *self._names)[0]
 
   def give_back(self, x_N: jax.Array) -> jax.Array:
     """Returns this device's share of (U, ...), of sums (N, ...)."""
@@ -67,7 +67,7 @@ class Route:
       return jax.lax.psum(self._scattered(x_N, mine_N), PIPE)
     dim = self.dim + 1
     exchange = lambda a: jax.lax.all_to_all(a, PIPE, dim, 0, tiled=True)
-    x_SN = shards.on_parts(exchange, x_N[None], *self._names)
+    x_SN = manual_sharding.on_parts(exchange, x_N[None], *self._names)
     flat = x_SN.reshape(-1, *x_SN.shape[2:])
     return self._scattered(flat, jnp.asarray(self.unit_SN.reshape(-1)))
 

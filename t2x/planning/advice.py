@@ -5,14 +5,14 @@ import math
 
 from t2x.config import experiment
 from t2x.hardware import gpu_targets
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import moe
 from t2x.layers import position
 from t2x.layers import routing
 from t2x.parallel import mesh as mesh_lib
 from t2x.parallel import sharding
-from t2x.planning import plan as planning
-from t2x.planning import remedies as plan_remedy
+from t2x.planning import plan as plan_lib
+from t2x.planning import remedies
 from t2x.planning import sharding_table
 
 _LANES = 128  # Columns of a TPU's matrix unit and of its vector registers.
@@ -22,19 +22,19 @@ _LARGE = 0.05  # Of a device's memory.
 
 def of(
   config: experiment.Experiment,
-  plan: planning.Plan,
-  write: plan_remedy.Write = plan_remedy.set_text,
+  plan: plan_lib.Plan,
+  write: remedies.Write = remedies.set_text,
 ) -> list[str]:
   """Returns warnings, each with a remedy.
 
   Args:
     config: that was planned.
     plan: its plan.
-    write: flags for settings, as for `plan_remedy.remedy`.
+    write: flags for settings, as for `remedies.remedy`.
   """
   if plan.fits is False:
     where = plan.topology, plan.num_slices
-    first = [plan_remedy.remedy(config, *where, write)]
+    first = [remedies.remedy(config, *where, write)]
   else:
     first = []
   checks = (
@@ -225,7 +225,9 @@ def _why(config, gpu: bool) -> str:
   if position.is_bias(config.model.position):
     kind = type(config.model.position).__name__
     return f'model.position ({kind}) adds a bias to scores, which is not in it.'
-  kinds = [k for k in config.model.kinds if isinstance(k, attention.Softmax)]
+  kinds = [
+    k for k in config.model.kinds if isinstance(k, attention_config.Softmax)
+  ]
   if any(k.kernel == 'blocks' for k in kinds):
     return 'attention.kernel=blocks. Set it to auto.'
   if any(k.dropout for k in kinds):

@@ -3,7 +3,7 @@
 from typing import Any
 
 from t2x.cost_model import estimate as estimate_lib
-from t2x.planning import text as plan_text
+from t2x.planning import text as text_lib
 
 
 def text(found: estimate_lib.Estimate, limit: float | None = None) -> str:
@@ -18,14 +18,14 @@ def text(found: estimate_lib.Estimate, limit: float | None = None) -> str:
     for name, size in sorted(parts.items(), key=lambda item: -item[1])
     if size
   ]
-  fullest, peak = found.fullest, plan_text.gib(found.peak_bytes)
+  fullest, peak = found.fullest, text_lib.gib(found.peak_bytes)
   lines = [
     f'memory of a device: {peak} GiB at the fullest moment ({fullest.name})',
     *rows(found.arguments | fullest.parts, 2**30),
   ]
   if limit is not None:
     fits = 'should fit' if found.peak_bytes <= limit else 'should NOT fit'
-    lines.append(f'{fits}: a device has {plan_text.gib(limit)} GiB')
+    lines.append(f'{fits}: a device has {text_lib.gib(limit)} GiB')
   return '\n'.join(
     [
       *lines,

@@ -7,7 +7,7 @@ from typing import Any
 
 from t2x.config import experiment
 from t2x.hardware import machines
-from t2x.hlo import liveness as live
+from t2x.hlo import liveness
 from t2x.pipeline import tick
 from t2x.planning import sharding_table
 
@@ -53,7 +53,7 @@ class Memory:
     limit: what a device has; None where it is not known.
     state: part of the train state -> module -> bytes.
     activations: what is there at the fullest moment, by what made it; the sum
-      is near the temporaries (`plan.live`).
+      is near the temporaries (`liveness`).
   """
 
   arguments: float
@@ -86,7 +86,7 @@ def of_compiled(
     text: `compiled.as_text()`.
   """
   activations: dict[str, float] = {}
-  for buffer in live.at_peak(text):
+  for buffer in liveness.at_peak(text):
     name = source(buffer.op_name)
     activations[name] = activations.get(name, 0.0) + buffer.bytes
   host = sum(

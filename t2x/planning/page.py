@@ -6,11 +6,11 @@ One file without scripts; its style follows the reader's light or dark setting.
 from collections.abc import Iterable
 import html
 
-from t2x.planning import memory as plan_memory
-from t2x.planning import plan as planning
+from t2x.planning import memory as memory_lib
+from t2x.planning import plan as plan_lib
 from t2x.planning import sharding_table
-from t2x.planning import text as plan_text
-from t2x.tracking import html_page as report_page
+from t2x.planning import text as text_lib
+from t2x.tracking import html_page
 
 _STYLE = """
 .sub { margin: .25rem 0 1.25rem; color: var(--ink); }
@@ -32,15 +32,15 @@ _STYLE = """
 """
 
 
-def page(name: str, plan: planning.Plan, advice: Iterable[str] = ()) -> str:
+def page(name: str, plan: plan_lib.Plan, advice: Iterable[str] = ()) -> str:
   """Returns a whole page of HTML.
 
   Args:
     name: of the experiment.
     plan: the plan.
-    advice: of `plan_advice.of`.
+    advice: of `advice.of`.
   """
-  title, _, where = plan_text.title(
+  title, _, where = text_lib.title(
     name, plan.topology, plan.num_slices, plan.sizes
   ).partition(' on ')
   body = [
@@ -58,21 +58,21 @@ def page(name: str, plan: planning.Plan, advice: Iterable[str] = ()) -> str:
     body += ['<h2>Stages</h2>', _stages(plan)]
   note = '<br>'.join(map(html.escape, plan.formula.splitlines()[:3]))
   body += [f'<h2>FLOPs</h2><p class="note">{note}</p>']
-  return report_page.PAGE.format(
+  return html_page.PAGE.format(
     title=html.escape(f'Plan of {title}'),
-    style=report_page.STYLE + _STYLE,
+    style=html_page.STYLE + _STYLE,
     body='\n'.join(body),
   )
 
 
-def _tiles(plan: planning.Plan) -> str:
+def _tiles(plan: plan_lib.Plan) -> str:
   verdict = {True: 'fits', False: 'does not fit', None: 'not known'}[plan.fits]
   color = {True: 'yes', False: 'no', None: ''}[plan.fits]
   memory, f = plan.memory, plan.flops
   figures = [
     ('memory', f'<span class="{color}">{verdict}</span>'),
-    ('peak', f'{plan_text.gib(memory.peak)} GiB'),
-    ('FLOPs of the model', plan_text.flops(f.model)),
+    ('peak', f'{text_lib.gib(memory.peak)} GiB'),
+    ('FLOPs of the model', text_lib.flops(f.model)),
   ]
   if f.executed:
     figures.append(('executed / model', f'{f.ratio:.2f}'))
@@ -80,7 +80,7 @@ def _tiles(plan: planning.Plan) -> str:
     sent = sum(row.bytes for row in plan.sent)
     figures.append(('sent', sharding_table.bytes_text(sent)))
   if plan.roofline is not None and plan.mfu_limit is not None:
-    figures.append(('least time', plan_text.time(plan.roofline.seconds)))
+    figures.append(('least time', text_lib.time(plan.roofline.seconds)))
     figures.append(('MFU at most', sharding_table.percent(plan.mfu_limit)))
   figures.append(('compiled in', f'{plan.compile_seconds:.0f} s'))
   cells = (f'<div><dt>{n}</dt><dd>{v}</dd></div>' for n, v in figures)
@@ -104,9 +104,9 @@ def _stack(parts: list[tuple[str, float, str]], whole: float) -> str:
   )
 
 
-def _memory(plan: planning.Plan) -> str:
+def _memory(plan: plan_lib.Plan) -> str:
   memory = plan.memory
-  groups = plan_memory.on_device(memory.state)
+  groups = memory_lib.on_device(memory.state)
   parts = [(n, size, _gib(size)) for n, size in groups.items() if size > 1e5]
   batch = memory.arguments - sum(groups.values())
   if batch > 1e5:
@@ -129,7 +129,7 @@ def _memory(plan: planning.Plan) -> str:
 
 
 def _gib(num: float) -> str:
-  return f'{plan_text.gib(num)} GiB'
+  return f'{text_lib.gib(num)} GiB'
 
 
 def _table(title: str, sums) -> str:
@@ -149,7 +149,7 @@ def _table(title: str, sums) -> str:
   )
 
 
-def _times(plan: planning.Plan) -> str:
+def _times(plan: plan_lib.Plan) -> str:
   r = plan.roofline
   assert r is not None
   rows = [
@@ -162,7 +162,7 @@ def _times(plan: planning.Plan) -> str:
   lines = ''.join(
     f'<tr><th scope="row">{name}</th><td class="cell">'
     f'<i class="bar s{i}" style="width: {100 * value / most:.1f}%"></i></td>'
-    f'<td>{plan_text.time(value)}</td></tr>'
+    f'<td>{text_lib.time(value)}</td></tr>'
     for i, (name, value) in enumerate(rows)
   )
   idle = (
@@ -177,9 +177,9 @@ def _times(plan: planning.Plan) -> str:
   )
 
 
-def _stages(plan: planning.Plan) -> str:
+def _stages(plan: plan_lib.Plan) -> str:
   rows = ''.join(
-    f'<tr><th scope="row">{i}</th><td>{plan_text.flops(stage.executed)}</td>'
+    f'<tr><th scope="row">{i}</th><td>{text_lib.flops(stage.executed)}</td>'
     f'<td>{sharding_table.bytes_text(stage.sent)}</td></tr>'
     for i, stage in enumerate(plan.stages)
   )
@@ -193,7 +193,7 @@ def _stages(plan: planning.Plan) -> str:
   )
 
 
-def _sent(plan: planning.Plan) -> str:
+def _sent(plan: plan_lib.Plan) -> str:
   rows = ''.join(
     f'<tr><th scope="row">{row.kind}</th><td>{row.along}</td>'
     f'<td>{row.times:,.0f}</td><td>{sharding_table.bytes_text(row.bytes)}</td>'

@@ -16,23 +16,23 @@ from typing import Any
 
 import jax
 
-from t2x.compilation import lowering as traced
+from t2x.compilation import lowering
 from t2x.config import consistency
 from t2x.config import experiment
-from t2x.config import partitioning as on_mesh
+from t2x.config import partitioning
 from t2x.cost_model import roofline as roofline_lib
 from t2x.data import input_pipeline as data_pipeline
 from t2x.hardware import machines
-from t2x.hardware import target_devices as absent
+from t2x.hardware import target_devices
 from t2x.hlo import collectives as collectives_lib
 from t2x.hlo import divergence
-from t2x.hlo import kernel_flops as kernels
-from t2x.hlo import matmul_flops as matrix
-from t2x.hlo import memory_traffic as traffic
-from t2x.hlo import stage_trips as pipelines
+from t2x.hlo import kernel_flops
+from t2x.hlo import matmul_flops
+from t2x.hlo import memory_traffic
+from t2x.hlo import stage_trips
 from t2x.models import flops as flops_lib
 from t2x.parallel import mesh as mesh_lib
-from t2x.planning import memory as plan_memory
+from t2x.planning import memory as memory_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ class Plan:
   num_slices: int
   sizes: dict[str, int]
   chip: str | None
-  memory: plan_memory.Memory
+  memory: memory_lib.Memory
   compile_seconds: float
   refused: str | None = None
   flops: Flops
@@ -160,13 +160,13 @@ def make(
 
   Args:
     config: of the run.
-    topology: as for `absent.devices`.
+    topology: as for `target_devices.devices`.
     num_slices: of it.
 
   Raises:
     ValueError: no such topology, no compiler, or a layout that cannot be.
   """
-  devices = absent.devices(topology, num_slices)
+  devices = target_devices.devices(topology, num_slices)
   consistency.check(config, len(devices))
   mesh = mesh_lib.make(config.mesh, devices)
   chip = machines.chip_of(devices[0].device_kind)
@@ -180,9 +180,9 @@ def make(
     'formula': flops_lib.formula(*_arguments(config), peak=peak),
   }
   start = time.perf_counter()
-  lowered = traced.lower_step(config, mesh)
+  lowered = lowering.lower_step(config, mesh)
   try:
-    compiled = absent.compile(lowered)
+    compiled = target_devices.compile(lowered)
   except jax.errors.JaxRuntimeError as error:
     # Of the device's memory, and not of what a kernel has of the chip.
     if not re.search('RESOURCE_EXHAUSTED.*hbm', str(error), re.I | re.S):
@@ -191,7 +191,7 @@ def make(
       **given,
       compile_seconds=time.perf_counter() - start,
       refused=_sentence(error),
-      memory=plan_memory.of_refused(config, mesh, chip, str(error)),
+      memory=memory_lib.of_refused(config, mesh, chip, str(error)),
       flops=_flops(config, mesh.size, [(0, 0)]),
     )
   seconds = time.perf_counter() - start
@@ -203,20 +203,21 @@ def make(
 def _of_compiled(config, mesh, compiled: jax.stages.Compiled, given) -> Plan:
   text = compiled.as_text()
   assert text is not None, 'a compiled program has a text'
-  stages = on_mesh.pipeline(config, mesh.shape)
+  stages = partitioning.pipeline(config, mesh.shape)
   trips: Sequence[Any] = [None]
   bubble = 0.0
   if stages is not None:
     if not config.pipeline.uniform:
       divergence.check(text)
     numbers = range(stages.table.num_stages)
-    trips = [pipelines.trips(stages, number) for number in numbers]
+    trips = [stage_trips.trips(stages, number) for number in numbers]
     if not config.pipeline.uniform:  # Else they compute all the while.
       bubble = stages.table.simulate().bubble
   exchanges = [collectives_lib.collectives(text, mesh, t) for t in trips]
   found = max(exchanges, key=collectives_lib.total)
   executed = [
-    (matrix.matrix_flops(text, t), kernels.kernel_flops(text, t)) for t in trips
+    (matmul_flops.matrix_flops(text, t), kernel_flops.kernel_flops(text, t))
+    for t in trips
   ]
   flops = _flops(config, mesh.size, executed)
   mean = sum(map(sum, executed)) / len(executed)
@@ -226,14 +227,15 @@ def _of_compiled(config, mesh, compiled: jax.stages.Compiled, given) -> Plan:
     times = roofline_lib.exchange_seconds(found, mesh, chip)
     roofline = roofline_lib.Roofline(
       compute=flops.executed / given['peak'],
-      memory=max(traffic.memory_bytes(text, t) for t in trips) / chip.bandwidth,
+      memory=max(memory_traffic.memory_bytes(text, t) for t in trips)
+      / chip.bandwidth,
       network=sum(times),
       exposed=sum(t for c, t in zip(found, times) if not c.hidden),
       idle=roofline_lib.idle(flops.executed, mean, bubble),
     )
   return Plan(
     **given,
-    memory=plan_memory.of_compiled(
+    memory=memory_lib.of_compiled(
       config, mesh, given['chip'], compiled.memory_analysis(), text
     ),
     flops=flops,

@@ -11,12 +11,12 @@ import math
 from typing import Any
 
 from t2x.config import experiment
-from t2x.config import overrides as config_lib
+from t2x.config import overrides
 from t2x.cost_model import estimate as estimate_lib
-from t2x.hardware import target_devices as absent
+from t2x.hardware import target_devices
 from t2x.hardware import topologies
 from t2x.parallel import mesh as mesh_lib
-from t2x.planning import search as plan_search
+from t2x.planning import search
 
 Write = Callable[[Sequence[str], mesh_lib.MeshConfig], str]
 _MOST = 200  # Ways that are estimated, a second for about thirty.
@@ -38,7 +38,7 @@ def remedy(
 
   Args:
     config: the run.
-    topology: as for `absent.devices`.
+    topology: as for `target_devices.devices`.
     num_slices: of it.
     write: from settings, and the mesh with those of them that are its, to
       flags.
@@ -46,7 +46,7 @@ def remedy(
   Raises:
     ValueError: devices of which no figures are known.
   """
-  site = plan_search.Site(topology, num_slices, config.model.dtype)
+  site = search.Site(topology, num_slices, config.model.dtype)
   nearest = nearest_fit(config, site)
   if nearest is None:
     return too_large(config, topology, site.num_devices, site.limit)
@@ -58,22 +58,22 @@ def remedy(
 
 
 def nearest_fit(
-  config: experiment.Experiment, site: plan_search.Site
-) -> plan_search.Candidate | None:
+  config: experiment.Experiment, site: search.Site
+) -> search.Candidate | None:
   """Returns the way that should fit with the fewest settings changed.
 
   Of several the fastest. None where the leanest way of no mesh should fit.
   """
-  flat = config_lib.flatten(config_lib.to_json(config))
+  flat = overrides.flatten(overrides.to_json(config))
   count = lambda settings: len(_changed(settings, flat))
   # One without a change was planned, and does not fit whatever is estimated.
-  found = plan_search.leanest(config, site)
+  found = search.leanest(config, site)
   lean = [c for c in found if c.fits and count(c.settings)]
   if not lean:
     return None
-  ways = sorted(plan_search.ways(config, site), key=count)
+  ways = sorted(search.ways(config, site), key=count)
   ways = [settings for settings in ways if count(settings)][:_MOST]
-  best: list[plan_search.Candidate] = []
+  best: list[search.Candidate] = []
   for settings in ways:
     if best and count(settings) > count(best[0].settings):
       break
@@ -90,7 +90,7 @@ def changes(
 
   An axis that takes what remains (-1) follows from the others.
   """
-  return _changed(settings, config_lib.flatten(config_lib.to_json(config)))
+  return _changed(settings, overrides.flatten(overrides.to_json(config)))
 
 
 def _changed(settings: Sequence[str], flat: Mapping[str, Any]) -> list[str]:
@@ -111,7 +111,9 @@ def too_large(
   if need:
     most, name = topologies.largest(topology)
     here = topologies.parse(topology).shape
-    most *= len(absent.devices(topology)) // math.prod(here)  # To a chip.
+    most *= len(target_devices.devices(topology)) // math.prod(
+      here
+    )  # To a chip.
     how_many = f'{need:,} of them'
     if need > most:
       slices = -(-need // most)
@@ -138,9 +140,9 @@ def chips_needed(
     own = dataclasses.replace(config, mesh=mesh)
     settings = {'train.remat': 'full', 'train.accumulate': str(rows // fsdp)}
     try:
-      found = estimate_lib.step(config_lib.override(own, settings), num)
+      found = estimate_lib.step(overrides.override(own, settings), num)
     except ValueError:  # More parts than heads.
       continue
-    if plan_search.MARGIN * found.peak_bytes <= limit:
+    if search.MARGIN * found.peak_bytes <= limit:
       return num
   return None

@@ -3,7 +3,7 @@
 found = plan_search.candidates(config, 'v5e:4x4')
 
 Layouts (mesh sizes) x remat policies x microbatches that can be are estimated
-by `estimate` within seconds. `plan_trials` compiles the best.
+by `estimate` within seconds. `trials` compiles the best.
 """
 
 from collections.abc import Iterator
@@ -11,18 +11,18 @@ import dataclasses
 from typing import Any
 
 from t2x.config import experiment
-from t2x.config import layout_advice as layouts
-from t2x.config import overrides as config_lib
-from t2x.config import partitioning as on_mesh
+from t2x.config import layout_advice
+from t2x.config import overrides
+from t2x.config import partitioning
 from t2x.cost_model import estimate as estimate_lib
 from t2x.cost_model import links
 from t2x.cost_model import roofline
 from t2x.hardware import machines
-from t2x.hardware import target_devices as absent
+from t2x.hardware import target_devices
 from t2x.layers import moe
 from t2x.models import flops as flops_lib
 from t2x.parallel import mesh as mesh_lib
-from t2x.planning import memory as plan_memory
+from t2x.planning import memory
 
 _REMATS = ('none', 'dots', 'full')
 _SCHEDULES = ('one_f_one_b', 'interleaved', 'zb_h1')  # The leanest first.
@@ -65,19 +65,19 @@ class Site:
     """Makes one.
 
     Args:
-      topology: as for `absent.devices`.
+      topology: as for `target_devices.devices`.
       num_slices: of it.
       dtype: of products, whose speed matters.
 
     Raises:
       ValueError: devices of which no figures are known.
     """
-    self._devices = absent.devices(topology, num_slices)
+    self._devices = target_devices.devices(topology, num_slices)
     self.num_devices, self.num_slices = len(self._devices), num_slices
     kind = self._devices[0].device_kind
     chip = machines.chip_of(kind)
     peak = flops_lib.peak_flops(kind, dtype)
-    limit = plan_memory.limit_of(chip)
+    limit = memory.limit_of(chip)
     if chip is None or peak is None or limit is None:
       raise ValueError(
         f'--topology={topology}: no memory and speed are known of {kind!r}, so '
@@ -92,7 +92,7 @@ class Site:
   ) -> Candidate | None:
     """Returns an experiment with settings, estimated; None if it cannot be."""
     try:
-      own = config_lib.override(config, config_lib.parse_settings([*settings]))
+      own = overrides.override(config, overrides.parse_settings([*settings]))
       estimate = estimate_lib.step(own, self.num_devices)
       if own.mesh not in self._links:
         mesh = mesh_lib.make(own.mesh, self._devices)
@@ -117,7 +117,7 @@ def candidates(
 
   Args:
     config: the experiment; its rows and model stay.
-    topology: as for `absent.devices`.
+    topology: as for `target_devices.devices`.
     num_slices: of it.
 
   Raises:
@@ -146,7 +146,7 @@ def _seconds(config, estimate, axes, chip, peak) -> float:
     network += time
     if {*m.axes} & {'tensor', 'expert', 'context'}:
       exposed += time
-  stages = on_mesh.pipeline(config, estimate.sizes)
+  stages = partitioning.pipeline(config, estimate.sizes)
   bubble = 0.0
   if stages is not None and not config.pipeline.uniform:
     bubble = stages.table.simulate().bubble
@@ -192,7 +192,7 @@ def leanest(config: experiment.Experiment, site: Site) -> list[Candidate]:
 def _meshes(config, site: Site) -> Iterator[mesh_lib.MeshConfig]:
   model, rows = config.model, config.data.batch_size
   experts = any(isinstance(m, moe.MoeConfig) for m in model.mlp_kinds)
-  for sizes in layouts.factorisations(site.num_devices, 6):
+  for sizes in layout_advice.factorisations(site.num_devices, 6):
     data, fsdp, tensor, context, expert, pipe = sizes
     if tensor > _MOST_TENSOR or (expert > 1 and not experts):
       continue

@@ -8,7 +8,7 @@ import math
 
 from t2x.planning import sharding_drawing
 from t2x.planning import sharding_table
-from t2x.tracking import html_page as report_page
+from t2x.tracking import html_page
 
 # Of each mesh axis: the series of the page's style.
 _COLORS = {
@@ -69,7 +69,7 @@ def page(table: sharding_table.Table, *, title: str, notes=()) -> str:
     title: of the page.
     notes: lines to put under it.
   """
-  style = report_page.STYLE + _STYLE + ''.join(map(_axis_style, _COLORS))
+  style = html_page.STYLE + _STYLE + ''.join(map(_axis_style, _COLORS))
   lines = [f'{table.layout} ({table.num_devices:,} devices)', *notes]
   body = [
     *(f'<p class="sub">{html.escape(line)}</p>' for line in lines if line),
@@ -82,7 +82,7 @@ def page(table: sharding_table.Table, *, title: str, notes=()) -> str:
     '<h2>The rest of the state</h2>',
     _rest(table),
   ]
-  return report_page.PAGE.format(
+  return html_page.PAGE.format(
     title=html.escape(title), style=style, body='\n'.join(body)
   )
 

@@ -9,11 +9,11 @@ from absl import flags
 from t2x import main as main_lib
 from t2x.config import catalog
 from t2x.config import experiment
-from t2x.config import layout_advice as layouts
-from t2x.config import layout_flag as layout_text
-from t2x.hardware import target_devices as absent
+from t2x.config import layout_advice
+from t2x.config import layout_flag
+from t2x.hardware import target_devices
 from t2x.parallel import mesh as mesh_lib
-from t2x.planning import remedies as plan_remedy
+from t2x.planning import remedies
 
 flags.disclaim_key_flags()  # They are the script's: --helpshort lists them.
 
@@ -42,7 +42,7 @@ def laid_out(
 
   Args:
     config: of `experiment_of`.
-    devices: of `absent.devices`.
+    devices: of `target_devices.devices`.
 
   Raises:
     ValueError: it cannot run so; with the nearest layouts that can.
@@ -50,9 +50,9 @@ def laid_out(
   text = flags.FLAGS.layout
   slices = mesh_lib.num_slices(devices)
   if text is None:
-    layouts.check(config, len(devices), num_slices=slices)
+    layout_advice.check(config, len(devices), num_slices=slices)
     return config
-  layout = layout_text.parse(text)
+  layout = layout_flag.parse(text)
   own = layout.applied(config, slices)
   layout.check(own, len(devices), num_slices=slices, dcn=config.mesh.dcn)
   return own
@@ -67,7 +67,7 @@ def devices(host: str | None = None) -> tuple[Any, ...]:
       '(v5e:4x4, v5p:4x4x8), a kind of GPU and how many a node has (h100:8), '
       'or simulated devices (cpu:8).'
     )
-  return absent.devices(values.topology, values.num_slices, host)
+  return target_devices.devices(values.topology, values.num_slices, host)
 
 
 def changed(settings: Sequence[str], mesh: mesh_lib.MeshConfig) -> str:
@@ -79,5 +79,5 @@ def changed(settings: Sequence[str], mesh: mesh_lib.MeshConfig) -> str:
   """
   text = flags.FLAGS.layout
   if text is None:
-    return plan_remedy.set_text(settings, mesh)
-  return layout_text.parse(text).changed(settings, mesh)
+    return remedies.set_text(settings, mesh)
+  return layout_flag.parse(text).changed(settings, mesh)

@@ -5,7 +5,7 @@ import dataclasses
 import math
 from typing import Any
 
-from t2x.planning import plan as planning
+from t2x.planning import plan as plan_lib
 from t2x.planning import sharding_table
 
 _GIB = 2**30
@@ -50,13 +50,13 @@ def where(topology: str, num_slices: int) -> str:
   return f'{num_slices} x {topology}' if num_slices > 1 else topology
 
 
-def text(name: str, plan: planning.Plan, advice=()) -> str:
+def text(name: str, plan: plan_lib.Plan, advice=()) -> str:
   """Returns the plan as lines.
 
   Args:
     name: of the experiment.
     plan: the plan.
-    advice: of `plan_advice.of`.
+    advice: of `advice.of`.
   """
   lines = [
     title(name, plan.topology, plan.num_slices, plan.sizes),
@@ -77,7 +77,7 @@ def text(name: str, plan: planning.Plan, advice=()) -> str:
   return '\n'.join(lines)
 
 
-def _memory(plan: planning.Plan) -> list[str]:
+def _memory(plan: plan_lib.Plan) -> list[str]:
   memory = plan.memory
   rows = [['memory of a device', 'GiB']]
   for group, modules in memory.state.items():
@@ -102,7 +102,7 @@ def _memory(plan: planning.Plan) -> list[str]:
   return [*lines, _verdict(plan)]
 
 
-def _verdict(plan: planning.Plan) -> str:
+def _verdict(plan: plan_lib.Plan) -> str:
   memory = plan.memory
   if plan.refused is not None:
     return f'does not fit: the compiler says "{plan.refused}"'
@@ -122,7 +122,7 @@ def _large(sums: Mapping[str, float]) -> list[tuple[str, float]]:
   return large + ([('other', rest)] if rest >= least / 10 else [])
 
 
-def _flops(plan: planning.Plan) -> list[str]:
+def _flops(plan: plan_lib.Plan) -> list[str]:
   f = plan.flops
   lines = [f'FLOPs of a device in a step: the model has {flops(f.model)}']
   if f.executed:
@@ -133,7 +133,7 @@ def _flops(plan: planning.Plan) -> list[str]:
   return lines + [f'  {line}' for line in plan.formula.splitlines()[1:3]]
 
 
-def _sent(plan: planning.Plan) -> list[str]:
+def _sent(plan: plan_lib.Plan) -> list[str]:
   rows = [['sent by a device', 'along', 'times', 'MB', 'beside products']]
   for row in plan.sent:
     if row.bytes < plan.sent[0].bytes / 1e4:
@@ -151,7 +151,7 @@ def _sent(plan: planning.Plan) -> list[str]:
   return sharding_table.aligned(rows, '<<>>>')
 
 
-def _stages(plan: planning.Plan) -> list[str]:
+def _stages(plan: plan_lib.Plan) -> list[str]:
   rows = [['stage', 'executed', 'sent']]
   for i, stage in enumerate(plan.stages):
     sent = sharding_table.bytes_text(stage.sent)
@@ -159,11 +159,11 @@ def _stages(plan: planning.Plan) -> list[str]:
   return [plan.schedule, *sharding_table.aligned(rows, '>>>')]
 
 
-def _share(row: planning.Sent) -> float:
+def _share(row: plan_lib.Sent) -> float:
   return row.hidden / row.bytes if row.bytes else 0.0
 
 
-def _roofline(plan: planning.Plan) -> list[str]:
+def _roofline(plan: plan_lib.Plan) -> list[str]:
   r = plan.roofline
   assert r is not None and plan.mfu_limit is not None
   idle = f', stages idle {sharding_table.percent(r.idle)}' if r.idle else ''
@@ -176,7 +176,7 @@ def _roofline(plan: planning.Plan) -> list[str]:
   ]
 
 
-def to_json(plan: planning.Plan, advice=()) -> dict[str, Any]:
+def to_json(plan: plan_lib.Plan, advice=()) -> dict[str, Any]:
   """Returns dicts, lists and scalars; all figures are of one device."""
   memory, f, r = plan.memory, plan.flops, plan.roofline
   kinds: dict[str, float] = {}

@@ -22,10 +22,10 @@ from typing import Any
 
 from t2x.compilation import fingerprint
 from t2x.config import experiment
-from t2x.config import overrides as config_lib
-from t2x.planning import remedies as plan_remedy
-from t2x.planning import search as plan_search
-from t2x.planning import text as plan_text
+from t2x.config import overrides
+from t2x.planning import remedies
+from t2x.planning import search
+from t2x.planning import text as text_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,18 +34,18 @@ class Result:
 
   Attributes:
     candidate: it.
-    plan: as `plan_text.to_json`; None where time was up or it failed.
+    plan: as `text.to_json`; None where time was up or it failed.
     note: why there is none, or ''.
   """
 
-  candidate: plan_search.Candidate
+  candidate: search.Candidate
   plan: dict[str, Any] | None
   note: str = ''
 
 
 def check(
   name: str,
-  found: Sequence[plan_search.Candidate],
+  found: Sequence[search.Candidate],
   topology: str,
   num_devices: int,
 ) -> None:
@@ -58,9 +58,9 @@ def check(
     num_devices: of it.
   """
   best = found[0]
-  if best.fits or best.peak <= plan_search.MARGIN * best.limit:
+  if best.fits or best.peak <= search.MARGIN * best.limit:
     return
-  said = plan_remedy.too_large(best.config, topology, num_devices, best.limit)
+  said = remedies.too_large(best.config, topology, num_devices, best.limit)
   raise ValueError(
     f'{name} on {topology}: {said} The leanest way ({short(best)}) takes '
     f'{best.peak / 2**30:,.1f} GiB, and a device has '
@@ -69,7 +69,7 @@ def check(
 
 
 def compile_best(
-  found: Sequence[plan_search.Candidate],
+  found: Sequence[search.Candidate],
   topology: str,
   num_slices: int,
   *,
@@ -84,7 +84,7 @@ def compile_best(
 
   Args:
     found: candidates, the most promising first.
-    topology: as for `absent.devices`.
+    topology: as for `target_devices.devices`.
     num_slices: of it.
     command: that plans one: it is given --config, --topology, --num_slices
       and --json, and prints a plan as its last line.
@@ -96,7 +96,7 @@ def compile_best(
   """
   end = time.monotonic() + seconds
 
-  def one(candidate: plan_search.Candidate) -> Result:
+  def one(candidate: search.Candidate) -> Result:
     file = cache / f'{_key(candidate, topology, num_slices)}.json'
     if file.is_file():
       say(f'{short(candidate)}: known')
@@ -106,7 +106,7 @@ def compile_best(
       return Result(candidate=candidate, plan=None, note='time was up')
     with tempfile.TemporaryDirectory() as directory:
       saved = pathlib.Path(directory) / 'config.json'
-      saved.write_text(config_lib.dumps(candidate.config))
+      saved.write_text(overrides.dumps(candidate.config))
       flags = [f'--config={saved}', f'--topology={topology}']
       flags += [f'--num_slices={num_slices}', '--json', '--noadvice']
       start = time.monotonic()
@@ -142,7 +142,7 @@ def _compiled_order(result: Result):
   return (0 if plan['fits'] else 1, plan['roofline']['seconds'])
 
 
-def short(candidate: plan_search.Candidate) -> str:
+def short(candidate: search.Candidate) -> str:
   """Returns the settings that say something, in a line."""
   kept = [
     s.removeprefix('mesh.')
@@ -152,14 +152,12 @@ def short(candidate: plan_search.Candidate) -> str:
   return ' '.join(kept)
 
 
-def _key(
-  candidate: plan_search.Candidate, topology: str, num_slices: int
-) -> str:
+def _key(candidate: search.Candidate, topology: str, num_slices: int) -> str:
   source = fingerprint.of_source(candidate.config)
   outer = experiment.OUTER_SETTINGS
   config = {
     name: value
-    for name, value in config_lib.flatten(source['config']).items()
+    for name, value in overrides.flatten(source['config']).items()
     if not name.startswith(tuple(outer))
   }
   parts = [
@@ -182,13 +180,13 @@ def table(results: Sequence[Result]) -> list[list[str]]:
   for i, result in enumerate(results, 1):
     c, plan = result.candidate, result.plan
     gib = lambda size: f'{size / 2**30:.2f}'
-    guess = [gib(c.peak), plan_text.time(c.seconds)]
+    guess = [gib(c.peak), text_lib.time(c.seconds)]
     if plan is None or not plan['roofline']:
       cells = ['-', guess[0], '-', guess[1], '-', f'note {i}']
     else:
       r = plan['roofline']
       peak = gib(plan['memory']['peak_bytes'])
-      cells = [peak, guess[0], plan_text.time(r['seconds']), guess[1]]
+      cells = [peak, guess[0], text_lib.time(r['seconds']), guess[1]]
       cells += [f'{100 * r["mfu_limit"]:.1f}%', r['bound']]
     rows.append([str(i), short(result.candidate), *cells])
   return rows

@@ -26,13 +26,13 @@ from starlette import routing
 from starlette.middleware import trustedhost
 
 from t2x.decode import engine as engine_lib
-from t2x.serving import completions as answers
-from t2x.serving import engine_thread as runner_lib
+from t2x.serving import completions as completions_lib
+from t2x.serving import engine_thread
 from t2x.serving import metrics as metrics_lib
 from t2x.serving import page
 from t2x.serving import protocol
-from t2x.serving import request_translation as writer_lib
-from t2x.serving import responses as sending
+from t2x.serving import request_translation
+from t2x.serving import responses as responses_lib
 
 _LOG = logging.getLogger(__name__)
 
@@ -56,8 +56,8 @@ class AppConfig:
 
 
 def make(
-  writer: writer_lib.Writer,
-  runner: runner_lib.Runner,
+  writer: request_translation.Writer,
+  runner: engine_thread.Runner,
   metrics: metrics_lib.Metrics,
   config: AppConfig = AppConfig(),
 ) -> applications.Starlette:
@@ -84,13 +84,13 @@ def make(
       route('/v1/chat/completions', server.chats, methods=['POST']),
     ],
     exception_handlers={
-      sending.Refused: sending.refusal,
-      exceptions.HTTPException: sending.http_error,
-      Exception: sending.unexpected,
+      responses_lib.Refused: responses_lib.refusal,
+      exceptions.HTTPException: responses_lib.http_error,
+      Exception: responses_lib.unexpected,
     },
   )
   app.state.runner = runner
-  app.add_middleware(sending.Counting, metrics=metrics)
+  app.add_middleware(responses_lib.Counting, metrics=metrics)
   app.add_middleware(
     trustedhost.TrustedHostMiddleware, allowed_hosts=list(config.hosts)
   )
@@ -101,8 +101,8 @@ class _Server:
   """The handlers of the routes."""
 
   def __init__(self, writer, runner, metrics, config: AppConfig):
-    self._writer: writer_lib.Writer = writer
-    self._runner: runner_lib.Runner = runner
+    self._writer: request_translation.Writer = writer
+    self._runner: engine_thread.Runner = runner
     self._metrics: metrics_lib.Metrics = metrics
     self._config = config
     self._started = int(time.time())
@@ -160,12 +160,14 @@ class _Server:
       job = await asyncio.to_thread(self._writer.job, body)
       choices = self._writer.start(job, self._runner)
     except engine_lib.Overloaded as error:
-      raise sending.Refused(429, str(error)) from None
-    except runner_lib.Stopped as error:
-      raise sending.Refused(503, str(error)) from None
+      raise responses_lib.Refused(429, str(error)) from None
+    except engine_thread.Stopped as error:
+      raise responses_lib.Refused(503, str(error)) from None
     except ValueError as error:
-      raise sending.Refused(400, str(error)) from None
-    make_form = answers.Chats if is_chat else answers.Completions
+      raise responses_lib.Refused(400, str(error)) from None
+    make_form = (
+      completions_lib.Chats if is_chat else completions_lib.Completions
+    )
     form = make_form(self._writer.token_bytes, job.num_top)
     shell = {
       'id': f'{form.prefix}-{secrets.token_hex(12)}',
@@ -175,17 +177,17 @@ class _Server:
     if body.stream:
       options = body.stream_options or protocol.StreamOptions()
       events = self._events(form, shell, job, choices, options.include_usage)
-      return sending.EventStream(events, choices)
-    with sending.cancelling(choices):
+      return responses_lib.EventStream(events, choices)
+    with responses_lib.cancelling(choices):
       whole = asyncio.gather(*(_whole(choice) for choice in choices))
-      done = await sending.unless_gone(request, whole)
+      done = await responses_lib.unless_gone(request, whole)
     found = [form.choice(delta, is_chunk=False) for delta in done]
     return responses.JSONResponse(
       {
         **shell,
         'object': form.kind,
         'choices': found,
-        'usage': answers.usage(job.num_prompt, choices),
+        'usage': completions_lib.usage(job.num_prompt, choices),
       }
     )
 
@@ -199,24 +201,26 @@ class _Server:
       if (opening := form.opening(choice.index)) is not None:
         yield chunk(opening)
     try:
-      async for delta in sending.merged(choices):
+      async for delta in responses_lib.merged(choices):
         tells = bool(delta.tokens) and job.num_top is not None
         if delta.text or delta.reason or tells:
           yield chunk(form.choice(delta, is_chunk=True))
-    except answers.Failed as error:
-      yield sending.error_body(400 if error.is_own_fault else 500, str(error))
+    except completions_lib.Failed as error:
+      yield responses_lib.error_body(
+        400 if error.is_own_fault else 500, str(error)
+      )
       return
     except Exception:
       _LOG.exception('A stream failed.')
-      yield sending.error_body(500, 'The server failed.')
+      yield responses_lib.error_body(500, 'The server failed.')
       return
     if with_usage:
-      used = answers.usage(job.num_prompt, choices)
+      used = completions_lib.usage(job.num_prompt, choices)
       yield {**shell, 'choices': [], 'usage': used}
 
   def _check_name(self, name: str | None) -> None:
     if name not in (None, '', self._writer.name):
-      raise sending.Refused(
+      raise responses_lib.Refused(
         404,
         f'There is no model {name!r} here; it is {self._writer.name!r}.',
         'model',
@@ -231,7 +235,7 @@ class _Server:
     if not hmac.compare_digest(
       given.encode('latin-1'), f'Bearer {key}'.encode()
     ):
-      raise sending.Refused(
+      raise responses_lib.Refused(
         401, 'The API key is missing or wrong: Authorization: Bearer KEY.'
       )
 
@@ -239,11 +243,13 @@ class _Server:
     """Returns a body that is JSON by its type, not too long nor too slow."""
     kind = request.headers.get('content-type', '').split(';')[0].strip()
     if kind != 'application/json':
-      raise sending.Refused(
+      raise responses_lib.Refused(
         415, f'The content type is {kind!r}; send application/json.'
       )
     most = self._config.max_body
-    too_long = sending.Refused(413, f'The body has more than {most} bytes.')
+    too_long = responses_lib.Refused(
+      413, f'The body has more than {most} bytes.'
+    )
     length = request.headers.get('content-length', '0')
     if length.isdigit() and int(length) > most:
       raise too_long
@@ -256,11 +262,11 @@ class _Server:
             raise too_long
           parts.append(part)
     except TimeoutError:
-      raise sending.Refused(
+      raise responses_lib.Refused(
         408, f'The body did not arrive in {self._config.body_seconds:g} s.'
       ) from None
     except requests.ClientDisconnect:
-      raise sending.Refused(499, 'The client has gone.') from None
+      raise responses_lib.Refused(499, 'The client has gone.') from None
     return b''.join(parts)
 
 
@@ -269,12 +275,12 @@ def _parsed(form: Any, data: bytes) -> Any:
     return form.model_validate_json(data)
   except pydantic.ValidationError as error:
     message, field = protocol.explain(error, form)
-    raise sending.Refused(400, message, field) from None
+    raise responses_lib.Refused(400, message, field) from None
 
 
-async def _whole(choice: answers.Choice) -> answers.Delta:
+async def _whole(choice: completions_lib.Choice) -> completions_lib.Delta:
   try:
-    return answers.joined([delta async for delta in choice.deltas()])
-  except answers.Failed as error:
+    return completions_lib.joined([delta async for delta in choice.deltas()])
+  except completions_lib.Failed as error:
     status = 400 if error.is_own_fault else 500
-    raise sending.Refused(status, str(error)) from None
+    raise responses_lib.Refused(status, str(error)) from None

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
-from t2x.inference import text_stream as streaming
-from t2x.serving import engine_thread as runner_lib
+from t2x.inference import text_stream
+from t2x.serving import engine_thread
 from t2x.serving import log_probs
 
 
@@ -49,8 +49,8 @@ class Choice:
   def __init__(
     self,
     index: int,
-    stream: runner_lib.Stream,
-    text: streaming.TextStream,
+    stream: engine_thread.Stream,
+    text: text_stream.TextStream,
     prefix: str | None = None,
   ):
     """Follows a stream.
@@ -132,7 +132,7 @@ class Choice:
     return Delta(index=self.index, text=text, tokens=tokens, reason=reason)
 
 
-def _told(piece: runner_lib.Piece) -> log_probs.Told:
+def _told(piece: engine_thread.Piece) -> log_probs.Told:
   return log_probs.Told(
     token=piece.token,
     log_prob=piece.log_prob,

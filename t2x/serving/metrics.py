@@ -6,7 +6,7 @@ import prometheus_client
 from prometheus_client import core
 from prometheus_client import exposition
 
-from t2x.serving import engine_thread as runner_lib
+from t2x.serving import engine_thread
 
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -16,7 +16,7 @@ class Metrics:
 
   def __init__(self):
     self._registry = prometheus_client.CollectorRegistry()
-    self._runner: runner_lib.Runner | None = None
+    self._runner: engine_thread.Runner | None = None
     histogram = lambda name, text: prometheus_client.Histogram(
       name, text, buckets=_BUCKETS, registry=self._registry
     )
@@ -36,7 +36,7 @@ class Metrics:
     )
     self._registry.register(self)
 
-  def watch(self, runner: runner_lib.Runner) -> None:
+  def watch(self, runner: engine_thread.Runner) -> None:
     """Says whose engine is read."""
     self._runner = runner
 

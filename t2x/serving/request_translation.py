@@ -6,12 +6,12 @@ import secrets
 from typing import Any
 
 from t2x.decode import engine as engine_lib
-from t2x.inference import constraints as control_lib
-from t2x.inference import text_stream as streaming
-from t2x.inference import trained_model as trained_lib
+from t2x.inference import constraints
+from t2x.inference import text_stream
+from t2x.inference import trained_model
 from t2x.serving import chat as chat_lib
-from t2x.serving import completions as answers
-from t2x.serving import engine_thread as runner_lib
+from t2x.serving import completions
+from t2x.serving import engine_thread
 from t2x.serving import protocol
 
 
@@ -47,7 +47,7 @@ class Job:
   """
 
   requests: Sequence[engine_lib.Request]
-  texts: Sequence[streaming.TextStream]
+  texts: Sequence[text_stream.TextStream]
   prefixes: Sequence[str | None]
   num_prompt: int
   num_top: int | None
@@ -63,7 +63,7 @@ class Writer:
 
   def __init__(
     self,
-    trained: trained_lib.Trained,
+    trained: trained_model.Trained,
     name: str,
     *,
     chat: chat_lib.Chat,
@@ -84,7 +84,7 @@ class Writer:
     self._max_length = max_length
     self.token_bytes = trained.token_bytes
     self._ends = trained.end_ids
-    self._controls = control_lib.Controls(trained)
+    self._controls = constraints.Controls(trained)
 
   def job(self, body: protocol.CompletionBody | protocol.ChatBody) -> Job:
     """Returns what a body asks for; may take a while.
@@ -146,7 +146,9 @@ class Writer:
       num_top=num_top,
     )
 
-  def start(self, job: Job, runner: runner_lib.Runner) -> list[answers.Choice]:
+  def start(
+    self, job: Job, runner: engine_thread.Runner
+  ) -> list[completions.Choice]:
     """Begins to write; called on the event loop.
 
     Raises:
@@ -155,16 +157,16 @@ class Writer:
     """
     streams = runner.submit(list(job.requests))
     rows = zip(streams, job.texts, job.prefixes, strict=True)
-    return [answers.Choice(index, *row) for index, row in enumerate(rows)]
+    return [completions.Choice(index, *row) for index, row in enumerate(rows)]
 
   def _after(self, prompt, given, stops):
     """Returns what makes text that follows a prompt, and what it told: None."""
     del given
-    return streaming.TextStream(self._trained.tokenizer, prompt, stops), None
+    return text_stream.TextStream(self._trained.tokenizer, prompt, stops), None
 
   def _begun(self, prompt, given, stops):
     """Returns what makes text that begins with a prompt, and what it told."""
-    text = streaming.TextStream(self._trained.tokenizer, stop=stops)
+    text = text_stream.TextStream(self._trained.tokenizer, stop=stops)
     return text, text.echo(prompt, given)
 
   def _prompts(self, body: protocol.CompletionBody):

@@ -11,7 +11,7 @@ from typing import Any
 from starlette import requests
 from starlette import responses
 
-from t2x.serving import completions as answers
+from t2x.serving import completions
 from t2x.serving import metrics as metrics_lib
 
 _LOG = logging.getLogger(__name__)
@@ -32,8 +32,8 @@ class Refused(Exception):
 
 
 async def merged(
-  choices: Sequence[answers.Choice],
-) -> AsyncIterator[answers.Delta]:
+  choices: Sequence[completions.Choice],
+) -> AsyncIterator[completions.Delta]:
   """Yields the deltas of all choices as they come."""
   queue: asyncio.Queue[Any] = asyncio.Queue()
 
@@ -78,7 +78,7 @@ async def _gone(receive) -> None:
 
 
 @contextlib.contextmanager
-def cancelling(choices: Sequence[answers.Choice]):
+def cancelling(choices: Sequence[completions.Choice]):
   """Ends the texts that are not over, whatever happens."""
   try:
     yield

@@ -7,12 +7,12 @@ import signal
 import socket as socket_lib
 
 from t2x.decode import engine as engine_lib
-from t2x.inference import trained_model as trained_lib
+from t2x.inference import trained_model
 from t2x.serving import app as app_lib
 from t2x.serving import chat as chat_lib
-from t2x.serving import engine_thread as runner_lib
+from t2x.serving import engine_thread
 from t2x.serving import metrics as metrics_lib
-from t2x.serving import request_translation as writer_lib
+from t2x.serving import request_translation
 
 _LOG = logging.getLogger(__name__)
 _LOOPBACK = ('127.0.0.1', 'localhost', '::1', '[::1]')
@@ -36,7 +36,7 @@ def bind(host: str, port: int) -> socket_lib.socket:
 
 
 def make(
-  trained: trained_lib.Trained,
+  trained: trained_model.Trained,
   *,
   name: str = 'model',
   engine: engine_lib.EngineConfig = engine_lib.EngineConfig(),
@@ -47,7 +47,7 @@ def make(
   """Returns the application (ASGI) of a model, compiled and ready.
 
   Args:
-    trained: what `inference.load` returned.
+    trained: what `loading.load` returned.
     name: by which clients call the model.
     engine: sizes; `max_length` is by default the length of training.
     template: of chats, in Jinja; default the tokenizer's own.
@@ -70,20 +70,20 @@ def make(
   with trained.decoding():
     made = engine_lib.Engine(trained.writer, engine)
     made.warm(trained.temperature)
-  runner = runner_lib.Runner(made, trained.decoding, observe=metrics.observe)
+  runner = engine_thread.Runner(made, trained.decoding, observe=metrics.observe)
   metrics.watch(runner)
-  writer = writer_lib.Writer(
+  writer = request_translation.Writer(
     trained,
     name,
     chat=chat,
-    limits=writer_lib.Limits(max_tokens=max_tokens),
+    limits=request_translation.Limits(max_tokens=max_tokens),
     max_length=made.max_length,
   )
   return app_lib.make(writer, runner, metrics, app)
 
 
 def serve(
-  trained: trained_lib.Trained,
+  trained: trained_model.Trained,
   socket: socket_lib.socket,
   *,
   name: str,

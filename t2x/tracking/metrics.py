@@ -20,8 +20,8 @@ from typing import Any
 
 from etils import epath
 
-from t2x import files as paths
-from t2x.tracking import progress_bar as progress
+from t2x import files
+from t2x.tracking import progress_bar
 
 _log = logging.getLogger(__name__)
 
@@ -65,14 +65,14 @@ class Writer:
     self._failed = False
     if not primary:
       return
-    workdir = paths.path(workdir)
+    workdir = files.path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     self._parts = [
       _open_rows(workdir / FILE, start_step),
       _Events(workdir / 'tensorboard', start_step),
     ]
     if show:
-      self._parts.append(progress.Progress(num_steps, start_step, header))
+      self._parts.append(progress_bar.Progress(num_steps, start_step, header))
 
   def write(self, row: Mapping[str, Any]) -> None:
     """Writes the complete row of one step.
@@ -131,7 +131,7 @@ class Writer:
 
 def read_rows(workdir: epath.PathLike) -> list[dict[str, Any]]:
   """Returns the rows of a run, without a last line that a crash tore."""
-  path = paths.path(workdir) / FILE
+  path = files.path(workdir) / FILE
   return _parse(path.read_bytes(), path) if path.exists() else []
 
 
@@ -169,10 +169,10 @@ def _open_rows(path: epath.Path, start_step: int):
   data = path.read_bytes() if path.exists() else b''
   rows = _parse(data, path) if start_step else []
   kept = ''.join(_dump(row) for row in rows if row['step'] <= start_step)
-  if paths.is_remote(path):
+  if files.is_remote(path):
     return _UploadedRows(path, kept)
   if kept.encode() != data:
-    paths.write_whole(path, kept)
+    files.write_whole(path, kept)
   return _LocalRows(path)
 
 
@@ -234,7 +234,7 @@ class _Events:
     summary_pb2 = importlib.import_module('tensorboardX.proto.summary_pb2')
     self._event = event_pb2.Event
     self._summary = summary_pb2.Summary
-    self._remote = folder if paths.is_remote(folder) else None
+    self._remote = folder if files.is_remote(folder) else None
     self._folder = epath.Path(tempfile.mkdtemp() if self._remote else folder)
     self._folder.mkdir(parents=True, exist_ok=True)
     # File names count whole seconds; two runs within one must not collide.

@@ -14,11 +14,11 @@ from typing import Any
 
 from etils import epath
 
-from t2x import files as paths
+from t2x import files
 from t2x import reading
-from t2x.tracking import html_page as report_page
+from t2x.tracking import html_page
 from t2x.tracking import metrics
-from t2x.tracking import svg_charts as charts
+from t2x.tracking import svg_charts
 
 FILE = 'report.html'
 
@@ -32,7 +32,7 @@ def write(workdir: epath.PathLike) -> epath.Path:
   Raises:
     ValueError: `workdir` holds no run.
   """
-  workdir = paths.path(workdir)
+  workdir = files.path(workdir)
   if not (workdir / metrics.FILE).exists():
     raise ValueError(
       f'{workdir} has no {metrics.FILE}; a report needs the workdir of a '
@@ -47,7 +47,7 @@ def write(workdir: epath.PathLike) -> epath.Path:
     samples=_read(workdir / 'samples.json') or [],
     corpus=_read(workdir / 'corpus.json'),
   )
-  paths.write_whole(path, text)
+  files.write_whole(path, text)
   return path
 
 
@@ -74,9 +74,9 @@ def page(
     _section('Documents', _documents((corpus or {}).get('documents', {}))),
     _section('What ran', _versions(versions) + _config(config)),
   ]
-  return report_page.PAGE.format(
+  return html_page.PAGE.format(
     title=html.escape(title),
-    style=report_page.STYLE,
+    style=html_page.STYLE,
     body='\n'.join(sections),
   )
 
@@ -118,9 +118,9 @@ def training_seconds(rows: Sequence[Mapping[str, Any]]) -> float:
 
 def eval_points(
   rows: Sequence[Mapping[str, Any]],
-) -> dict[str, dict[str, list[charts.Point]]]:
+) -> dict[str, dict[str, list[svg_charts.Point]]]:
   """Returns metric -> name of the evaluated set -> points."""
-  result: dict[str, dict[str, list[charts.Point]]] = {}
+  result: dict[str, dict[str, list[svg_charts.Point]]] = {}
   for name in dict.fromkeys(name for row in rows for name in row):
     if name.startswith('eval/'):
       _, title, metric = name.split('/', 2)
@@ -130,7 +130,9 @@ def eval_points(
   return result
 
 
-def points(rows: Sequence[Mapping[str, Any]], name: str) -> list[charts.Point]:
+def points(
+  rows: Sequence[Mapping[str, Any]], name: str
+) -> list[svg_charts.Point]:
   """Returns step and value of a metric, where rows have it."""
   return [(r['step'], r[name]) for r in rows if r.get(name) is not None]
 
@@ -141,14 +143,14 @@ def _charts(rows: Sequence[Mapping[str, Any]]) -> str:
   eval_losses = _eval_series(evals.pop('loss', {}))
   training = _noisy('training', points(rows, 'loss'))
   figures = [
-    charts.draw('Loss', training + eval_losses, focus=True),
-    charts.draw('Evaluation loss', eval_losses),
+    svg_charts.draw('Loss', training + eval_losses, focus=True),
+    svg_charts.draw('Evaluation loss', eval_losses),
   ]
   evals.pop('num_tokens', None)  # The size of a set is no result.
   for metric, sets in evals.items():
     title = f'Evaluation {metric.replace("_", " ")}'
-    figures.append(charts.draw(title, _eval_series(sets)))
-  line = lambda name, metric: charts.Series(
+    figures.append(svg_charts.draw(title, _eval_series(sets)))
+  line = lambda name, metric: svg_charts.Series(
     name=name, points=points(rows, metric)
   )
   norms = line('norm', 'grad_norm')
@@ -156,19 +158,23 @@ def _charts(rows: Sequence[Mapping[str, Any]]) -> str:
   rates = line('learning rate', 'learning_rate')
   busiest = line('busiest expert', 'expert_load_max')
   figures += [
-    charts.draw('Loss by term', _ending(rows, 'nll')),
-    charts.draw('Weights of tasks', _ending(rows, '/weight')),
-    charts.draw('Gradient norm', [norms], log=True),
-    charts.draw('Learning rate', [rates]),
-    charts.draw("Busiest expert's load, as a multiple of the mean", [busiest]),
-    charts.draw('Choices dropped', [line('share', 'tokens_dropped')]),
-    charts.draw('Tokens per second', speeds, focus=True),
+    svg_charts.draw('Loss by term', _ending(rows, 'nll')),
+    svg_charts.draw('Weights of tasks', _ending(rows, '/weight')),
+    svg_charts.draw('Gradient norm', [norms], log=True),
+    svg_charts.draw('Learning rate', [rates]),
+    svg_charts.draw(
+      "Busiest expert's load, as a multiple of the mean", [busiest]
+    ),
+    svg_charts.draw('Choices dropped', [line('share', 'tokens_dropped')]),
+    svg_charts.draw('Tokens per second', speeds, focus=True),
   ]
   body = '\n'.join(filter(None, figures))
   return f'<div class="charts">{body}</div>' if body else ''
 
 
-def _ending(rows: Sequence[Mapping[str, Any]], end: str) -> list[charts.Series]:
+def _ending(
+  rows: Sequence[Mapping[str, Any]], end: str
+) -> list[svg_charts.Series]:
   """Returns smoothed lines of the training metrics so named, if several."""
   names = dict.fromkeys(name for row in rows for name in row)
   names = [n for n in names if n.endswith(end) and not n.startswith('eval/')]
@@ -176,26 +182,30 @@ def _ending(rows: Sequence[Mapping[str, Any]], end: str) -> list[charts.Series]:
   if len(found) < 2:
     return []
   return [
-    charts.Series(name=n, points=_smoothed(p), color=i)
+    svg_charts.Series(name=n, points=_smoothed(p), color=i)
     for i, (n, p) in enumerate(found.items())
   ]
 
 
-def _smoothed(found: Sequence[charts.Point]) -> list[charts.Point]:
-  return charts.smooth(found, len(found) // 100 + 1)
+def _smoothed(found: Sequence[svg_charts.Point]) -> list[svg_charts.Point]:
+  return svg_charts.smooth(found, len(found) // 100 + 1)
 
 
-def _noisy(name: str, found: Sequence[charts.Point]) -> list[charts.Series]:
+def _noisy(
+  name: str, found: Sequence[svg_charts.Point]
+) -> list[svg_charts.Series]:
   return [
-    charts.Series(name=name, points=found, faint=True),
-    charts.Series(name='smoothed', points=_smoothed(found)),
+    svg_charts.Series(name=name, points=found, faint=True),
+    svg_charts.Series(name='smoothed', points=_smoothed(found)),
   ]
 
 
-def _eval_series(sets: Mapping[str, list[charts.Point]]) -> list[charts.Series]:
+def _eval_series(
+  sets: Mapping[str, list[svg_charts.Point]],
+) -> list[svg_charts.Series]:
   # The first color is the training loss's.
   return [
-    charts.Series(name=title, points=points, color=1 + i, marked=True)
+    svg_charts.Series(name=title, points=points, color=1 + i, marked=True)
     for i, (title, points) in enumerate(sets.items())
   ]
 

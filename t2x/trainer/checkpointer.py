@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from t2x import files as paths
+from t2x import files
 from t2x.multihost import processes
 from t2x.trainer import checkpoint_files
 
@@ -33,9 +33,9 @@ class Checkpoints:
   def __init__(
     self, workdir: str, *, keep_last: int = 3, keep_every: int | None = None
   ):
-    self._directory = paths.path(workdir) / 'checkpoints'
-    if not paths.is_remote(workdir):  # Orbax wants it absolute.
-      self._directory = paths.path(os.path.abspath(self._directory))
+    self._directory = files.path(workdir) / 'checkpoints'
+    if not files.is_remote(workdir):  # Orbax wants it absolute.
+      self._directory = files.path(os.path.abspath(self._directory))
     self._options = ocp.CheckpointManagerOptions(
       max_to_keep=keep_last,
       keep_period=keep_every,

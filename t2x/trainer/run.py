@@ -13,21 +13,21 @@ from t2x.compilation import executables
 from t2x.compilation import program as program_lib
 from t2x.config import experiment
 from t2x.data import history
-from t2x.data import input_pipeline as pipeline
+from t2x.data import input_pipeline
 from t2x.models import flops
-from t2x.models import segment_memory as memory_lib
+from t2x.models import segment_memory
 from t2x.multihost import processes
 from t2x.multihost import stragglers
 from t2x.tracking import metrics as metrics_lib
-from t2x.tracking import run_report as report
-from t2x.trainer import checkpointer as checkpoint
-from t2x.trainer import workdir as run_dir
+from t2x.tracking import run_report
+from t2x.trainer import checkpointer
+from t2x.trainer import workdir as workdir_lib
 from t2x.training import evaluate
 from t2x.training import train_state
 
 _log = logging.getLogger(__name__)
 
-_MEMORY = f'carried.{memory_lib.NAME}.'  # Its arrays have a batch's rows.
+_MEMORY = f'carried.{segment_memory.NAME}.'  # Its arrays have a batch's rows.
 
 
 class NonFiniteError(RuntimeError):
@@ -53,7 +53,7 @@ class Run:
     self.step = 0
     self.history = [self._segment()]
     self._compile()
-    self.saved = checkpoint.Checkpoints(
+    self.saved = checkpointer.Checkpoints(
       workdir,
       keep_last=config.train.keep_last,
       keep_every=config.train.keep_every,
@@ -82,9 +82,9 @@ class Run:
     """Returns how the run reads from its step on."""
     data = dataclasses.replace(self.config.data, **changes)
     seed = self.config.train.seed
-    return pipeline.segment(self.corpus, data, seed=seed, step=self.step)
+    return input_pipeline.segment(self.corpus, data, seed=seed, step=self.step)
 
-  def restore(self, changes: run_dir.Changes | None = None) -> None:
+  def restore(self, changes: workdir_lib.Changes | None = None) -> None:
     """Restores the newest checkpoint, or draws the weights.
 
     Args:
@@ -105,14 +105,14 @@ class Run:
       self._compile()
     self.state = self.program.with_memory(self.state)
 
-  def _before(self, position: dict, changes: run_dir.Changes):
+  def _before(self, position: dict, changes: workdir_lib.Changes):
     """Returns the segments of a checkpoint."""
     found = history.from_json(position)
     if found:
       return found
     # Saved when positions were steps alone.
     step = position.get('step', 0)  # Of weights that came with no data.
-    size = run_dir.batch_size_at(self.workdir, step)
+    size = workdir_lib.batch_size_at(self.workdir, step)
     own = self._segment(batch_size=size or self.config.data.batch_size)
     if any(_moves_rows(name) for name in changes):
       own = dataclasses.replace(own, order='')
@@ -129,7 +129,7 @@ class Run:
       header=self._header(),
     )
     self.batches = self._global(
-      pipeline.train_batches(
+      input_pipeline.train_batches(
         self.corpus,
         self.config.data,
         seed=self.config.train.seed,
@@ -186,7 +186,7 @@ class Run:
     config = self.config
     row = {}
     model = train_state.averaged_model(self.state, config.step_config)
-    sets = pipeline.eval_sets(
+    sets = input_pipeline.eval_sets(
       self.corpus,
       config.data,
       rows=self.program.rows,
@@ -217,7 +217,7 @@ class Run:
     self.saved.wait()
     latest = self.saved.latest_step()
     if latest != self.step:
-      raise checkpoint.CheckpointError(
+      raise checkpointer.CheckpointError(
         f'The state of step {self.step} could not be saved; the last complete '
         f'checkpoint in {self.workdir} is that of step {latest}. Free space '
         'or make the directory writable, and give the same command again: it '
@@ -241,7 +241,7 @@ class Run:
     try:
       self.writer.close()
       if processes.is_primary():
-        report.write(self.workdir)
+        run_report.write(self.workdir)
     except OSError as error:
       _log.error('%s could not be written in full: %s', self.workdir, error)
 
@@ -275,9 +275,9 @@ class Run:
   def _header(self) -> str:
     """Returns what the run is about to read, and the formula of its MFU."""
     config = self.config
-    read = pipeline.described(self.corpus, config.data)
+    read = input_pipeline.described(self.corpus, config.data)
     epoch = self.history[-1].epoch
-    spec = pipeline.batch_spec(config.data)
+    spec = input_pipeline.batch_spec(config.data)
     shape = flops.arguments(config.model, {n: s for n, (s, _) in spec.items()})
     return (
       f'{read}, {epoch:,} steps an epoch\n'

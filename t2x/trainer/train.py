@@ -6,19 +6,19 @@ import signal
 
 import jax
 
-from t2x import files as paths
+from t2x import files
 from t2x.config import consistency
 from t2x.config import experiment
-from t2x.config import layout_advice as layouts
-from t2x.config import partitioning as on_mesh
+from t2x.config import layout_advice
+from t2x.config import partitioning
 from t2x.data import corpus as corpus_lib
-from t2x.data import input_pipeline as pipeline
-from t2x.multihost import liveness_monitor as watch
+from t2x.data import input_pipeline
+from t2x.multihost import liveness_monitor
 from t2x.multihost import processes
 from t2x.parallel import mesh as mesh_lib
 from t2x.parallel import sharding
 from t2x.trainer import run as run_lib
-from t2x.trainer import workdir as run_dir
+from t2x.trainer import workdir as workdir_lib
 from t2x.training import optim
 from t2x.training import train_state
 
@@ -55,13 +55,15 @@ def train(
     CheckpointError: no checkpoint can be used, or the last state not saved.
   """
   devices = jax.devices()
-  layouts.check(config, len(devices), num_slices=mesh_lib.num_slices(devices))
-  workdir = str(paths.path(workdir))
-  changes = run_dir.check(workdir, config, allow_change=allow_config_change)
+  layout_advice.check(
+    config, len(devices), num_slices=mesh_lib.num_slices(devices)
+  )
+  workdir = str(files.path(workdir))
+  changes = workdir_lib.check(workdir, config, allow_change=allow_config_change)
   mesh = mesh_lib.make(config.mesh)
-  tokenizer = run_dir.read_tokenizer(workdir, changes)
+  tokenizer = workdir_lib.read_tokenizer(workdir, changes)
   corpus = corpus_lib.prepare(config.data, tokenizer)
-  run_dir.check_corpus(
+  workdir_lib.check_corpus(
     workdir, corpus.fingerprint, allow_change=allow_config_change
   )
   consistency.check_vocabulary(config, corpus.tokenizer.vocab_size)
@@ -71,9 +73,9 @@ def train(
     _tell_of_warmup(config.optim.schedule, run.num_steps)
     # Only now, so that a run that cannot go on stays as it was.
     if processes.is_primary():
-      run_dir.write(workdir, config, corpus, changes, run.step)
+      workdir_lib.write(workdir, config, corpus, changes, run.step)
     run.open(show)
-    staged = on_mesh.pipeline(config, mesh.shape)
+    staged = partitioning.pipeline(config, mesh.shape)
     if staged is not None:
       _log.info('Pipeline: %s.', staged.summary())
     with contextlib.closing(run), jax.transfer_guard('disallow'):
@@ -87,7 +89,7 @@ def _loop(run: run_lib.Run, stopping, profiler) -> train_state.TrainState:
   for step in range(run.step + 1, run.num_steps + 1):
     profiler.before(step)
     run.advance(step)
-    watch.follow(run.where)
+    liveness_monitor.follow(run.where)
     profiler.after(step, run.state)
     last = step == run.num_steps
     # Kept: a signal may come at any time, and nothing goes unsaved.
@@ -112,7 +114,7 @@ def _due(every: int, step: int) -> bool:
 def resolve_num_steps(config: experiment.Experiment, corpus) -> int:
   """Returns the steps of a run that has not begun."""
   seed = config.train.seed
-  segment = pipeline.segment(corpus, config.data, seed=seed)
+  segment = input_pipeline.segment(corpus, config.data, seed=seed)
   steps = experiment.num_steps(config, [segment])
   assert steps is not None
   return steps
@@ -156,7 +158,7 @@ class _Profiler:
   """Records steps `first` to `last`, both included, if there are any."""
 
   def __init__(self, workdir: str, steps: tuple[int, int] | None):
-    self._folder = str(paths.path(workdir) / 'profile')
+    self._folder = str(files.path(workdir) / 'profile')
     self._first, self._last = steps or (0, 0)
     self._running = False
 

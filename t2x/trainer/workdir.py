@@ -18,11 +18,11 @@ from typing import Any
 
 from etils import epath
 
-from t2x import files as paths
+from t2x import files
 from t2x import reading
 from t2x.config import experiment
-from t2x.config import number_changes as changes_lib
-from t2x.config import overrides as config_lib
+from t2x.config import number_changes
+from t2x.config import overrides
 from t2x.data import corpus as corpus_lib
 from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
@@ -66,10 +66,10 @@ def check(
     ValueError: model, data, optimizer or seed differ, steps were taken and
       `allow_change` is False; every difference is listed.
   """
-  file = paths.path(workdir) / 'config.json'
+  file = files.path(workdir) / 'config.json'
   if not file.exists():
     return {}
-  changes = config_lib.differences(_read(file), config_lib.to_json(config))
+  changes = overrides.differences(_read(file), overrides.to_json(config))
   changes |= _change_of_table(workdir, config)
   fixed = {n: c for n, c in changes.items() if not _may_change(n)}
   if fixed and not allow_change and _has_steps(workdir):
@@ -92,13 +92,13 @@ _OTHER_COPIES = (
 
 
 def _had_other_copies(changes: Changes) -> bool:
-  missing = config_lib.MISSING
+  missing = overrides.MISSING
   return changes.get('data.duplicates', (None, None))[0] == missing
 
 
 def _has_steps(workdir: str) -> bool:
   """Whether there is anything that other settings would spoil."""
-  root = paths.path(workdir)
+  root = files.path(workdir)
   saved = root / 'checkpoints'
   found = saved.exists() and any(p.name.isdigit() for p in saved.iterdir())
   return found or bool(metrics.read_rows(root))
@@ -120,17 +120,17 @@ def write(
     changes: since the last start.
     step: that it goes on from.
   """
-  root = paths.path(workdir)
+  root = files.path(workdir)
   root.mkdir(parents=True, exist_ok=True)
   for name, (old, new) in changes.items():
     _log.info('changed since the last start: %s: %r -> %r', name, old, new)
   if changes:
     _add_to_history(root, {'step': step, 'changes': changes})
   _tell_of_numbers(root, config)
-  paths.write_whole(root / 'config.json', config_lib.dumps(config))
+  files.write_whole(root / 'config.json', overrides.dumps(config))
   table = _own_table(config)
   if table is not None:
-    paths.write_whole(root / _TABLE, table)
+    files.write_whole(root / _TABLE, table)
   labels = words.label_texts(config.data, corpus)
   if labels:
     write_labels(workdir, labels)
@@ -138,7 +138,7 @@ def write(
   if read_tokenizer(workdir, changes) is None:
     corpus.tokenizer.save(root / 'tokenizer')
   # Last: its presence says that the tokenizer is whole.
-  paths.write_whole(
+  files.write_whole(
     root / CORPUS, json.dumps(_corpus_facts(corpus), indent=1) + '\n'
   )
 
@@ -147,7 +147,7 @@ def _tell_of_numbers(root: epath.Path, config: experiment.Experiment) -> None:
   """Tells a run that has taken steps what is computed otherwise since."""
   file = root / NUMBERS
   known = _read(file) if file.exists() else []
-  new = changes_lib.since(known, config) if _has_steps(str(root)) else ()
+  new = number_changes.since(known, config) if _has_steps(str(root)) else ()
   for change in new:
     _log.warning(
       'This run began before %s, when its numbers changed: %s It goes on by '
@@ -163,7 +163,7 @@ def _add_to_history(root: epath.Path, entry: dict[str, Any]) -> None:
   """Adds a line; read and written whole, as an object takes no appending."""
   file = root / 'history.jsonl'
   text = file.read_text() if file.exists() else ''
-  paths.write_whole(file, text + json.dumps(entry) + '\n')
+  files.write_whole(file, text + json.dumps(entry) + '\n')
 
 
 def _corpus_facts(corpus: corpus_lib.Corpus) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def batch_size_at(workdir: str, step: int) -> int | None:
 
   Of a start that changed it and saved nothing after, the one before.
   """
-  root = paths.path(workdir)
+  root = files.path(workdir)
   if not (root / 'config.json').exists():
     return None
   size = _read(root / 'config.json').get('data', {}).get('batch_size')
@@ -194,7 +194,7 @@ def batch_size_at(workdir: str, step: int) -> int | None:
 
 def _own_table(config: experiment.Experiment) -> str | None:
   """Returns the text of the table that stages run, if it is one's own."""
-  file = paths.path(config.pipeline.schedule)
+  file = files.path(config.pipeline.schedule)
   if config.mesh.pipe == 1 or not config.pipeline.own_table:
     return None
   return reading.text(file) if file.exists() else None
@@ -202,7 +202,7 @@ def _own_table(config: experiment.Experiment) -> str | None:
 
 def _change_of_table(workdir: str, config: experiment.Experiment) -> Changes:
   """Returns whether a table has other lines than the run's copy."""
-  kept, table = paths.path(workdir) / _TABLE, _own_table(config)
+  kept, table = files.path(workdir) / _TABLE, _own_table(config)
   if table is None or not kept.exists():
     return {}
   lines = [text.splitlines() for text in (reading.text(kept), table)]
@@ -222,16 +222,16 @@ def read_tokenizer(
 
   None before the run has taken steps, and where `changes` ask for another.
   """
-  started = (paths.path(workdir) / CORPUS).exists()
+  started = (files.path(workdir) / CORPUS).exists()
   started = started and _has_steps(workdir)
   if not started or any(n.startswith('data.tokenizer') for n in changes or ()):
     return None
-  return tokenizer_loading.load(paths.path(workdir) / 'tokenizer')
+  return tokenizer_loading.load(files.path(workdir) / 'tokenizer')
 
 
 def check_corpus(workdir: str, fingerprint: str, *, allow_change: bool) -> None:
   """Raises ValueError if a run would go on with another text."""
-  file = paths.path(workdir) / CORPUS
+  file = files.path(workdir) / CORPUS
   if not file.exists() or allow_change or not _has_steps(workdir):
     return
   old = read_corpus(workdir)
@@ -246,7 +246,7 @@ def check_corpus(workdir: str, fingerprint: str, *, allow_change: bool) -> None:
 
 def read_corpus(workdir: str) -> str | None:
   """Returns the fingerprint of the text that a run reads, if it has begun."""
-  file = paths.path(workdir) / CORPUS
+  file = files.path(workdir) / CORPUS
   return _read(file)['id'] if file.exists() else None
 
 
@@ -260,36 +260,36 @@ def write_labels(workdir: str, labels: dict[str, list[str]]) -> None:
   for name in set(old) & set(labels):
     if old[name] != labels[name]:
       raise ValueError(
-        f'{paths.path(workdir) / LABELS} has the labels {old[name]} of '
+        f'{files.path(workdir) / LABELS} has the labels {old[name]} of '
         f'{name}, in the order of its classes, and the training text has '
         f'{labels[name]}. Set data.objective.labels={",".join(old[name])} for '
         'the same order, or use another --workdir.'
       )
   text = json.dumps({**old, **labels}, indent=1) + '\n'
-  paths.write_whole(paths.path(workdir) / LABELS, text)
+  files.write_whole(files.path(workdir) / LABELS, text)
 
 
 def read_labels(workdir: str) -> dict[str, list[str]]:
   """Returns the labels of each class head, by the name of its term."""
-  file = paths.path(workdir) / LABELS
+  file = files.path(workdir) / LABELS
   return _read(file) if file.exists() else {}
 
 
 def read_huggingface(workdir: str) -> dict[str, Any] | None:
   """Returns the config.json of Hugging Face that a run came with, if it did."""
-  file = paths.path(workdir) / HUGGINGFACE
+  file = files.path(workdir) / HUGGINGFACE
   return _read(file) if file.exists() else None
 
 
 def read_generation(workdir: str) -> dict[str, Any] | None:
   """Returns the generation_config.json that a run came with, if it did."""
-  file = paths.path(workdir) / GENERATION
+  file = files.path(workdir) / GENERATION
   return _read(file) if file.exists() else None
 
 
 def read_temperature(workdir: str) -> float:
   """Returns what the run's logits are divided by; see `calibration`."""
-  file = paths.path(workdir) / CALIBRATION
+  file = files.path(workdir) / CALIBRATION
   return float(_read(file)['temperature']) if file.exists() else 1.0
 
 
@@ -299,7 +299,7 @@ def read_config(workdir: str) -> experiment.Experiment:
   Raises:
     ValueError: there is no run in `workdir`.
   """
-  file = paths.path(workdir) / 'config.json'
+  file = files.path(workdir) / 'config.json'
   if not file.exists():
     raise ValueError(
       f'{workdir} holds no run: it has no config.json. Name the --workdir of '
@@ -315,18 +315,18 @@ def load_config(file: str) -> experiment.Experiment:
     ValueError: no such file, one that is not JSON, or a field or a value that
       cannot be.
   """
-  if not paths.path(file).exists():
+  if not files.path(file).exists():
     raise ValueError(
       f'--config={file}: there is no such file. A run keeps its own in '
       'WORKDIR/config.json.'
     )
-  data = _read(paths.path(file))
+  data = _read(files.path(file))
   if not isinstance(data, dict):
     raise ValueError(
       f'--config={file} holds no config: it is a JSON object, and here is '
       f'{json.dumps(data)[:40]}.'
     )
-  return config_lib.from_json(experiment.Experiment, data)
+  return overrides.from_json(experiment.Experiment, data)
 
 
 def versions() -> dict[str, str]:
@@ -349,15 +349,15 @@ def _may_change(name: str) -> bool:
 
 def write_versions(workdir: str) -> None:
   """Writes the versions of Python, of packages and of numbers, and of git."""
-  file, new = paths.path(workdir) / 'versions.json', versions()
+  file, new = files.path(workdir) / 'versions.json', versions()
   if file.exists():
     old = _read(file)
-    for name, pair in config_lib.differences(old, new).items():
+    for name, pair in overrides.differences(old, new).items():
       _log.warning('%s was %s when the run started, and is %s.', name, *pair)
-  paths.write_whole(file, json.dumps(new, indent=2) + '\n')
-  names = [change.name for change in changes_lib.CHANGES]
-  numbers = paths.path(workdir) / NUMBERS
-  paths.write_whole(numbers, json.dumps(names, indent=1) + '\n')
+  files.write_whole(file, json.dumps(new, indent=2) + '\n')
+  names = [change.name for change in number_changes.CHANGES]
+  numbers = files.path(workdir) / NUMBERS
+  files.write_whole(numbers, json.dumps(names, indent=1) + '\n')
 
 
 def _read(file: epath.Path) -> Any:
@@ -380,4 +380,4 @@ def write_samples(
 ) -> None:
   """Writes prompts and texts as the JSON that the report shows."""
   samples = [{'prompt': p, 'text': t} for p, t in zip(prompts, texts)]
-  paths.path(file).write_text(json.dumps(samples, indent=1))
+  files.path(file).write_text(json.dumps(samples, indent=1))

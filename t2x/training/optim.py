@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from optax import contrib
 
-from t2x import field_checks as checks
+from t2x import field_checks
 from t2x.parallel import sharding
 from t2x.training import optim_state
 
@@ -54,7 +54,7 @@ class Schedule:
   decay: float = 0.2
 
   def __post_init__(self):
-    checks.least(self, 'optim.schedule.', warmup_steps=0, final=0.0)
+    field_checks.least(self, 'optim.schedule.', warmup_steps=0, final=0.0)
     if not 0.0 < self.decay <= 1.0:
       raise ValueError(f'optim.schedule.decay={self.decay}; it is in (0, 1].')
 
@@ -74,11 +74,11 @@ class Optimizer:
   clip_norm: float | None = 1.0
 
   def __post_init__(self):
-    checks.positive(self, 'optim.', 'learning_rate', 'clip_norm')
+    field_checks.positive(self, 'optim.', 'learning_rate', 'clip_norm')
     names = {f.name for f in dataclasses.fields(self)}
     shares = names & {'b1', 'b2', 'beta', 'momentum'}
-    checks.share(self, 'optim.', *sorted(shares))
-    checks.least(
+    field_checks.share(self, 'optim.', *sorted(shares))
+    field_checks.least(
       self, 'optim.', **dict.fromkeys(names & {'weight_decay', 'eps'}, 0.0)
     )
 

@@ -16,7 +16,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from t2x import field_checks as checks
+from t2x import field_checks
 from t2x.layers import dropout
 from t2x.layers import stack
 from t2x.models import forward
@@ -46,7 +46,7 @@ class ScheduledSampling:
   kind: ClassVar[str] = 'scheduled'
 
   def __post_init__(self):
-    checks.least(self, 'train.sampling.', start=0, steps=1)
+    field_checks.least(self, 'train.sampling.', start=0, steps=1)
     if not 0.0 < self.share <= 1.0:
       raise ValueError(f'train.sampling.share={self.share}; it is in (0, 1].')
 

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import optax
 
 from t2x.layers import stack
-from t2x.losses import cross_entropy as loss_lib
-from t2x.losses import loss_based_masking as loss_masking
-from t2x.losses import task_weighting as task_weights
-from t2x.models import segment_memory as memory_lib
+from t2x.losses import cross_entropy
+from t2x.losses import loss_based_masking
+from t2x.losses import task_weighting
+from t2x.models import segment_memory
 from t2x.objectives import masking as masking_lib
 from t2x.parallel import sharding
 from t2x.pipeline import plan as plan_lib
@@ -71,11 +71,11 @@ class StepConfig:
   offload: Literal['none', 'optimizer'] = 'none'
   ema_decay: float | None = None
   trainable: str = '.*'
-  loss: loss_lib.LossConfig = loss_lib.LossConfig()
+  loss: cross_entropy.LossConfig = cross_entropy.LossConfig()
   execution: stack.Execution = stack.Execution()
   masking: masking_lib.ByLoss | None = None
   memory: tuple[int, int] | None = None
-  tasks: task_weights.Tasks | None = None
+  tasks: task_weighting.Tasks | None = None
   sampling: scheduled_sampling.ScheduledSampling | None = None
   pipeline: plan_lib.Plan | None = None
 
@@ -159,11 +159,11 @@ def _carried(model: Any, config: StepConfig) -> dict[str, Any]:
   carried: dict[str, Any] = {}
   if config.masking is not None:
     rows = len(model.head.table_VD)
-    carried[loss_masking.NAME] = loss_masking.start(rows)
+    carried[loss_based_masking.NAME] = loss_based_masking.start(rows)
   if config.tasks is not None:
-    carried |= task_weights.start(config.tasks)
+    carried |= task_weighting.start(config.tasks)
   if config.memory is not None:
-    carried[memory_lib.NAME] = memory_lib.empty(model, *config.memory)
+    carried[segment_memory.NAME] = segment_memory.empty(model, *config.memory)
   return carried
 
 
@@ -173,8 +173,8 @@ def state_shardings(state: TrainState, mesh, rules, config: StepConfig):
   rest = dataclasses.replace(state, opt_state=None)
   rest = sharding.shardings(rest, mesh, rules)
   if config.memory is not None:
-    name = memory_lib.NAME
-    memory = memory_lib.shardings(state.carried[name], mesh, rules)
+    name = segment_memory.NAME
+    memory = segment_memory.shardings(state.carried[name], mesh, rules)
     rest = dataclasses.replace(rest, carried={**rest.carried, name: memory})
   return dataclasses.replace(
     rest,

@@ -14,13 +14,13 @@ import optax
 from t2x.layers import dropout
 from t2x.layers import linear
 from t2x.layers import param
-from t2x.losses import cross_entropy as loss_lib
-from t2x.losses import load_balancing as balance
-from t2x.losses import loss_based_masking as loss_masking
-from t2x.losses import task_weighting as task_weights
+from t2x.losses import cross_entropy
+from t2x.losses import load_balancing
+from t2x.losses import loss_based_masking
+from t2x.losses import task_weighting
 from t2x.models import forward
-from t2x.models import loss_terms as terms_lib
-from t2x.models import segment_memory as memory_lib
+from t2x.models import loss_terms
+from t2x.models import segment_memory
 from t2x.objectives import mixture
 from t2x.parallel import sharding
 from t2x.pipeline import gradients as pipeline
@@ -61,21 +61,21 @@ def gradients_at(
   """Returns the gradients and summed metrics of a state's next update."""
   trained, rest = train_state.partition(state.model, config.trainable)
   if config.masking is not None:
-    losses_V = state.carried[loss_masking.NAME]
-    batch = loss_masking.masked(config.masking, batch, losses_V, key)
+    losses_V = state.carried[loss_based_masking.NAME]
+    batch = loss_based_masking.masked(config.masking, batch, losses_V, key)
   key = jax.random.fold_in(key, state.step)
   if config.tasks is not None:
-    batch = task_weights.with_factors(config.tasks, batch, state.carried)
+    batch = task_weighting.with_factors(config.tasks, batch, state.carried)
   if config.sampling is not None:
     share = config.sampling.share_at(state.step)
     rows = batch['inputs'].shape[:1]
     batch = {**batch, 'sampled_share': jnp.broadcast_to(share, rows)}
   if config.memory is not None:
-    batch = {**batch, memory_lib.NAME: state.carried[memory_lib.NAME]}
+    batch = {**batch, segment_memory.NAME: state.carried[segment_memory.NAME]}
   grads, sums = gradients(trained, rest, batch, key, config)
   if config.tasks is not None:
     num = len(config.tasks.names)
-    sums = {**sums, task_weights.ROWS: task_weights.rates(batch, num)}
+    sums = {**sums, task_weighting.ROWS: task_weighting.rates(batch, num)}
   return grads, sums
 
 
@@ -110,8 +110,8 @@ def apply_gradients(
   carried, sums = _carried(state, sums, config)
   carried = keep(carried, state.carried)
   if config.memory is not None:  # What stayed is not of the row before.
-    shown = memory_lib.shown_if(finite, carried[memory_lib.NAME])
-    carried = {**carried, memory_lib.NAME: shown}
+    shown = segment_memory.shown_if(finite, carried[segment_memory.NAME])
+    carried = {**carried, segment_memory.NAME: shown}
   num_skipped = jnp.where(finite, 0, state.num_skipped + 1)
   new_state = train_state.TrainState(
     step=state.step + 1,
@@ -126,31 +126,35 @@ def apply_gradients(
   sums = {name: value for name, value in sums.items() if name != 'loads'}
   metrics = {**sums, 'grad_norm': grad_norm, 'num_skipped': num_skipped}
   metrics['num_updates'] = optim.num_updates(state.opt_state)
-  return new_state, metrics | balance.metrics(loads)
+  return new_state, metrics | load_balancing.metrics(loads)
 
 
 def _carried(state: train_state.TrainState, sums, config):
   """Returns what is carried on after a step, and the metrics of the sums."""
-  carried, name = state.carried, loss_masking.NAME
-  by_task = {n: s for n, s in sums.items() if n.endswith(task_weights.BY_TASK)}
-  own = {name, memory_lib.NAME, *by_task}
+  carried, name = state.carried, loss_based_masking.NAME
+  by_task = {
+    n: s for n, s in sums.items() if n.endswith(task_weighting.BY_TASK)
+  }
+  own = {name, segment_memory.NAME, *by_task}
   rest = {n: s for n, s in sums.items() if n not in own}
   if config.masking is not None:
-    moved_V = loss_masking.updated(config.masking, carried[name], sums[name])
+    moved_V = loss_based_masking.updated(
+      config.masking, carried[name], sums[name]
+    )
     carried = {**carried, name: moved_V}
   if config.memory is not None:
-    carried = {**carried, memory_lib.NAME: sums[memory_lib.NAME]}
+    carried = {**carried, segment_memory.NAME: sums[segment_memory.NAME]}
   if config.tasks is not None:
-    factors_K = task_weights.factors(config.tasks, carried)
-    rest |= task_weights.metrics(config.tasks, by_task, factors_K)
-    carried = task_weights.updated(config.tasks, carried, by_task)
+    factors_K = task_weighting.factors(config.tasks, carried)
+    rest |= task_weighting.metrics(config.tasks, by_task, factors_K)
+    carried = task_weighting.updated(config.tasks, carried, by_task)
   return carried, rest
 
 
 def measure(config: train_state.StepConfig):
-  """Returns `loss.of_terms` with what a step asks of it."""
+  """Returns `cross_entropy.of_terms` with what a step asks of it."""
   return functools.partial(
-    loss_lib.of_terms,
+    cross_entropy.of_terms,
     config=config.loss,
     by_token=config.masking is not None,
     num_tasks=0 if config.tasks is None else len(config.tasks.names),
@@ -159,7 +163,7 @@ def measure(config: train_state.StepConfig):
 
 def _updated(rest: Any, loads: Any, step: jax.Array) -> Any:
   """Returns what is not trained, after a step: it has rules of its own."""
-  return linear.redraw(balance.update(rest, loads), step)
+  return linear.redraw(load_balancing.update(rest, loads), step)
 
 
 def eval_step(
@@ -177,17 +181,17 @@ def eval_step(
   """
   weights = {
     name.removesuffix('s'): batch[name].sum()
-    for name in terms_lib.weight_names(batch)
+    for name in loss_terms.weight_names(batch)
   }
   if config.pipeline is not None:
     nothing = jax.tree.map(lambda _: None, model)
     _, sums = pipeline.run(
       nothing,
       model,
-      terms_lib.with_row_shares(batch),
+      loss_terms.with_row_shares(batch),
       None,
       config.pipeline.for_evaluation(),
-      loss=functools.partial(loss_lib.of_terms, config=config.loss),
+      loss=functools.partial(cross_entropy.of_terms, config=config.loss),
       combine=train_state.combine,
     )
     measured = ('_nll', '_accuracy')
@@ -195,7 +199,7 @@ def eval_step(
     return sums | weights
   x_BTD, _, memory = _run(model, batch, memory, None, config)
   terms = model.terms(x_BTD, batch, None, config.execution.zigzag)
-  return loss_lib.of_terms(terms, config.loss)[1] | weights | memory
+  return cross_entropy.of_terms(terms, config.loss)[1] | weights | memory
 
 
 def _run(model, batch, memory, keys_B, config: train_state.StepConfig):
@@ -207,7 +211,7 @@ def _run(model, batch, memory, keys_B, config: train_state.StepConfig):
   if config.memory is None:
     return *forward.run(model, batch, **more), {}
   x_BTD, stats, memory = forward.recall(model, batch, memory, **more)
-  return x_BTD, stats, {memory_lib.NAME: memory}
+  return x_BTD, stats, {segment_memory.NAME: memory}
 
 
 def gradients(trained, rest, batch, key, config: train_state.StepConfig):
@@ -220,10 +224,10 @@ def gradients(trained, rest, batch, key, config: train_state.StepConfig):
   share = lambda a: a / jnp.maximum(a.sum(), 1e-9)
   batch = {
     **batch,
-    **{name: share(batch[name]) for name in terms_lib.weight_names(batch)},
+    **{name: share(batch[name]) for name in loss_terms.weight_names(batch)},
     'rows': jnp.arange(batch['weights'].shape[0]),
   }
-  batch = terms_lib.with_row_shares(batch)
+  batch = loss_terms.with_row_shares(batch)
   manual = _manual_axes(config)
   if config.pipeline is not None:
     return pipeline.run(
@@ -288,7 +292,7 @@ def _accumulate(trained, rest, batch, key, config: train_state.StepConfig):
     fn = grad_fn(trained, probes_K, rest, part, key, config)
     (_, sums), (grads, squares_K) = fn
     if squares_K is not None:
-      sums[task_weights.SQUARES] = squares_K
+      sums[task_weighting.SQUARES] = squares_K
     return grads, sums
 
   num = config.accumulate
@@ -322,19 +326,19 @@ def _loss(trained, probes_K, rest, batch, key, config: train_state.StepConfig):
       config.sampling, model, batch, keys_B, execution
     )
     batch = {**batch, 'inputs': inputs}
-  memory = batch.get(memory_lib.NAME)
+  memory = batch.get(segment_memory.NAME)
   x_BTD, stats, memory = _run(model, batch, memory, keys_B, config)
   if probes_K is not None:
     numbers_B = batch[mixture.TASKS][:, 0]
-    x_BTD = task_weights.probed(x_BTD, probes_K, numbers_B)
+    x_BTD = task_weighting.probed(x_BTD, probes_K, numbers_B)
   terms = model.terms(x_BTD, batch, keys_B, execution.zigzag)
   loss, sums = measure(config)(terms, batch=batch)
-  router_losses = balance.losses(stats, batch[terms_lib.ROW_SHARES])
+  router_losses = load_balancing.losses(stats, batch[loss_terms.ROW_SHARES])
   loss = loss + sum(router_losses.values())
   return loss, {
     'loss': loss,
     **sums,
     **memory,
     **router_losses,
-    'loads': balance.loads(stats),
+    'loads': load_balancing.loads(stats),
   }

@@ -38,14 +38,14 @@ import numpy as np
 from t2x.compilation import program as program_lib
 from t2x.config import consistency
 from t2x.config import experiment
-from t2x.config import layout_advice as layouts_lib
-from t2x.config import layout_flag as layout_text
-from t2x.config import overrides as config_lib
+from t2x.config import layout_advice
+from t2x.config import layout_flag
+from t2x.config import overrides
 from t2x.data import corpus as corpus_lib
-from t2x.data import input_pipeline as pipeline
+from t2x.data import input_pipeline
 from t2x.parallel import mesh as mesh_lib
 from t2x.parallel import sharding
-from t2x.parallel import simulated_devices as simulated
+from t2x.parallel import simulated_devices
 from t2x.trainer import train
 from t2x.verification import deviation
 
@@ -57,7 +57,7 @@ _FEW_TOKENS = 1024
 
 def verify(
   config: experiment.Experiment,
-  layouts: Sequence[layout_text.Layout],
+  layouts: Sequence[layout_flag.Layout],
   *,
   num_steps: int = 5,
   tolerance: float = TOLERANCE,
@@ -76,9 +76,9 @@ def verify(
     ValueError: a layout that cannot be, with two that can; before anything is
       compiled.
   """
-  config = config_lib.override(config, {'model.dtype': 'float32'})
+  config = overrides.override(config, {'model.dtype': 'float32'})
   alone = dataclasses.replace(config, mesh=mesh_lib.MeshConfig(data=1))
-  layouts_lib.check(alone, 1)
+  layout_advice.check(alone, 1)
   placed = [(layout, *_placed(layout, config)) for layout in layouts]
   batches, total = _read(config, num_steps)
   reference = _Side(alone, jax.local_devices()[:1], total)
@@ -90,7 +90,7 @@ def verify(
     )
 
 
-def _placed(layout: layout_text.Layout, config: experiment.Experiment):
+def _placed(layout: layout_flag.Layout, config: experiment.Experiment):
   """Returns the config in the layout, which can be, and its devices."""
   own = layout.applied(config)
   layout.check(own)
@@ -110,7 +110,7 @@ def _devices(text: str, num: int) -> list[Any]:
       f'--layout={text} needs {num} devices, as many of each process, and '
       f'there are {processes} x {there} (processes x devices). Choose another '
       'layout, or simulate more devices: '
-      f'XLA_FLAGS={simulated.COUNT}=N.'
+      f'XLA_FLAGS={simulated_devices.COUNT}=N.'
     )
   return [d for own in by_process for d in own[: num // processes]]
 
@@ -119,7 +119,9 @@ def _read(config: experiment.Experiment, num_steps: int):
   """Returns the first batches, whole, and the steps of a run."""
   corpus = corpus_lib.prepare(config.data)
   consistency.check_vocabulary(config, corpus.tokenizer.vocab_size)
-  batches = pipeline.train_batches(corpus, config.data, seed=config.train.seed)
+  batches = input_pipeline.train_batches(
+    corpus, config.data, seed=config.train.seed
+  )
   with contextlib.closing(batches):
     first = [next(batches) for _ in range(num_steps)]
   return first, train.resolve_num_steps(config, corpus)

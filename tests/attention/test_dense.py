@@ -15,7 +15,7 @@ from t2x.attention import dense
 from t2x.attention import mask as mask_lib
 from t2x.attention import patterns
 from t2x.attention import reference as oracle
-from t2x.hlo import matmul_flops as matrix
+from t2x.hlo import matmul_flops
 from t2x.layers import dropout
 from t2x.layers import position
 from t2x.parallel import zigzag
@@ -439,7 +439,7 @@ def flops(mask, length=512, block=64):
   options = dense.Options(block=block)
   cost = lambda q, k, v: dense.attend(q, k, v, mask, options=options)
   compiled = jax.jit(cost).lower(shape, shape, shape).compile()
-  return matrix.matrix_flops(compiled.as_text())
+  return matmul_flops.matrix_flops(compiled.as_text())
 
 
 def test_blocks_that_nothing_sees_cost_nothing():

@@ -8,7 +8,7 @@ import pytest
 
 from t2x.attention import linear
 from t2x.attention import mask as mask_lib
-from t2x.hlo import matmul_flops as matrix
+from t2x.hlo import matmul_flops
 from t2x.layers import linear as layers
 
 B, T, K, G, F, H = 2, 29, 2, 3, 5, 4
@@ -109,7 +109,7 @@ def test_cost_grows_with_the_length():
     shapes = jax.eval_shape(lambda: draw(length))
     run = lambda *a: linear.attend(*a, None, causal=True, chunk=32)
     text = jax.jit(run).lower(*shapes).compile().as_text()
-    return matrix.matrix_flops(text)
+    return matmul_flops.matrix_flops(text)
 
   assert flops(512) == 2 * flops(256) == 4 * flops(128)
 

@@ -21,7 +21,7 @@ from t2x.attention.patterns import Causal
 from t2x.attention.patterns import Dilated
 from t2x.attention.patterns import Global
 from t2x.attention.patterns import Window
-from t2x.hlo import matmul_flops as matrix
+from t2x.hlo import matmul_flops
 from t2x.layers import dropout
 from t2x.layers import position
 
@@ -203,7 +203,7 @@ def test_blocks_that_nothing_sees_are_left_out(name):
   # Each step costs the same, so its products are counted exactly.
   qkv, _ = draw(case)
   compiled = jax.jit(scan(case)).lower(*qkv, None).compile()
-  found = matrix.matrix_flops(compiled.as_text())
+  found = matmul_flops.matrix_flops(compiled.as_text())
   assert found == 2 * B * case.N * (H + case.V) * steps.pairs
 
 

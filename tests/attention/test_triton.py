@@ -15,7 +15,7 @@ from t2x.attention import reference
 from t2x.attention import splash
 from t2x.attention import triton
 from t2x.hlo import kernel_flops as plan_kernels
-from t2x.hlo import matmul_flops as matrix
+from t2x.hlo import matmul_flops
 from t2x.parallel import sharding
 
 B, T, N, K, H = 2, 64, 4, 2, 24  # The kernel fills H up to 32.
@@ -135,7 +135,7 @@ def test_compiled_for_gpus():
   with sharding.use(mesh, sharding.Rules()):
     step = jax.jit(jax.grad(total, (0, 1, 2)))
     text = step.trace(*parts, segments).lower().compile().as_text()
-  assert text and matrix.matrix_flops(text) == 0
+  assert text and matmul_flops.matrix_flops(text) == 0
   # Two rows and two heads a device; blocks of 128 and 32 on the diagonal.
   product = 2 * 2 * 2 * width
   forward, backward = 3 * 128**2, 36 * 32**2

@@ -20,8 +20,8 @@ import tpu
 
 from t2x.compilation import executables
 from t2x.compilation import program as program_lib
-from t2x.config import overrides as config_lib
-from t2x.hardware import target_devices as absent
+from t2x.config import overrides
+from t2x.hardware import target_devices
 from t2x.parallel import mesh as mesh_lib
 from t2x.trainer import train
 from t2x.training import train_step
@@ -71,7 +71,7 @@ def test_a_run_takes_programs_of_another_process(tmp_path, caplog):
   said, error = compiling.communicate(timeout=180)
   assert compiling.returncode == 0, error
   assert 'step: compiled in' in said and f'--executable={file}' in said
-  half = config_lib.override(config, {'train.num_steps': '2'})
+  half = overrides.override(config, {'train.num_steps': '2'})
   with _compiled_names(caplog) as loaded:
     for part in (half, config):  # From new weights, then from a checkpoint.
       state = train.train(
@@ -101,7 +101,7 @@ def test_programs_of_absent_tpus_are_kept(tmp_path):
   with zipfile.ZipFile(file) as archive:
     assert len(archive.read('step')) > 100_000
   with pytest.raises(ValueError, match='kind of device: TPU v5 lite in the '):
-    _load(file, config_lib.override(config, {'mesh.tensor': '2'}))
+    _load(file, overrides.override(config, {'mesh.tensor': '2'}))
 
 
 # --- What refuses a file: its payloads do not matter. ---
@@ -283,7 +283,7 @@ def test_nothing_is_unpickled_before_all_else_matches(directory, file):
   with pytest.raises(ValueError, match='another run'):
     _load(file, other)
   with pytest.raises(ValueError, match='another run'):
-    _load(file, config_lib.override(config, {'optim.b1': '0.5'}))
+    _load(file, overrides.override(config, {'optim.b1': '0.5'}))
   assert not trap.exists()
   with pytest.raises(TypeError):  # The trap does work.
     _load(file, config)
@@ -330,15 +330,15 @@ def test_steps_of_an_epoch_are_not_known(tmp_path):
 
 
 def test_simulated_devices():
-  assert absent.devices('cpu:8') == tuple(jax.devices())
+  assert target_devices.devices('cpu:8') == tuple(jax.devices())
   with pytest.raises(ValueError, match='cpu:2x4: .* as in cpu:8'):
-    absent.devices('cpu:2x4')
+    target_devices.devices('cpu:2x4')
   with pytest.raises(ValueError, match='cpu:4: this process simulates 8 '):
-    absent.devices('cpu:4')
+    target_devices.devices('cpu:4')
 
 
 def test_topologies_that_are_none():
   with pytest.raises(ValueError, match="'v5e:3x5': there is no such slice"):
     tpu.devices('v5e:3x5')
   with pytest.raises(ValueError, match="such as 2x4, and not as '2by4'"):
-    absent.devices('v5e:2x4', 1, '2by4')
+    target_devices.devices('v5e:2x4', 1, '2by4')

@@ -1,9 +1,9 @@
 import dataclasses
 
-from t2x.compilation import lowering as traced
+from t2x.compilation import lowering
 from t2x.config import experiment
 from t2x.data import config as data_config
-from t2x.hlo import jaxpr_costs as jaxpr
+from t2x.hlo import jaxpr_costs
 from t2x.models import presets
 
 
@@ -14,7 +14,7 @@ def test_a_7b_step_with_full_remat_has_the_known_products():
     data=data_config.DataConfig(length=2048, batch_size=16),
     train=experiment.TrainConfig(num_steps=1, remat='full'),
   )
-  counted = jaxpr.count(traced.step(config))
+  counted = jaxpr_costs.count(lowering.step(config))
   scores = counted.sources['tower/attention/scores'].flops
   weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
   down, head = 32 * 4096 * 11008, 32000 * 4096

@@ -12,9 +12,9 @@ import tiny
 
 from t2x.compilation import program
 from t2x.config import abstract_state
-from t2x.config import layout_advice as layouts
-from t2x.config import layout_flag as layout_text
-from t2x.config import overrides as config_lib
+from t2x.config import layout_advice
+from t2x.config import layout_flag
+from t2x.config import overrides
 from t2x.inference import evaluation
 from t2x.inference import loading
 from t2x.parallel import mesh as mesh_lib
@@ -25,14 +25,14 @@ _ADVICE = re.compile(r' Layouts of (\d+) devices? that work: (.*)\.$')
 
 
 def with_settings(module, *settings):
-  parsed = config_lib.parse_settings(settings)
-  return config_lib.override(module.get_config(), parsed)
+  parsed = overrides.parse_settings(settings)
+  return overrides.override(module.get_config(), parsed)
 
 
 def advice(config, num_devices, error=ValueError, **options):
   """Returns the message and the layouts of a config that is refused."""
   with pytest.raises(error) as caught:
-    layouts.check(config, num_devices, **options)
+    layout_advice.check(config, num_devices, **options)
   message = str(caught.value)
   match = _ADVICE.search(message)
   assert match and int(match[1]) == num_devices, message
@@ -41,16 +41,14 @@ def advice(config, num_devices, error=ValueError, **options):
 
 def nearest(config, num_devices, **options):
   """Returns the nearest layouts that work, as settings."""
-  found = layouts.nearest(config, num_devices, **options)
-  return [layouts.set_text(config.mesh, mesh) for mesh in found]
+  found = layout_advice.nearest(config, num_devices, **options)
+  return [layout_advice.set_text(config.mesh, mesh) for mesh in found]
 
 
 def assert_works(config, layout, num_devices):
   """Takes the advice as a user would, and looks at the result by hand."""
-  config = config_lib.override(
-    config, config_lib.parse_settings(layout.split())
-  )
-  layouts.check(config, num_devices)
+  config = overrides.override(config, overrides.parse_settings(layout.split()))
+  layout_advice.check(config, num_devices)
   sizes = mesh_lib.sizes(config.mesh, num_devices)
   assert config.model.attention.num_heads % sizes['tensor'] == 0
   rows = sizes['data'] * sizes['fsdp'] * sizes['expert']
@@ -176,7 +174,7 @@ def test_the_error_stays_what_it_was():
   config = with_settings(gpt2_tiny, 'mesh.tensor=16')
   advice(config, 16, error=sharding.ShardingError)
   with pytest.raises(ValueError) as caught:
-    layouts.check(with_settings(gpt2_tiny, 'data.batch_size=4'), 8)
+    layout_advice.check(with_settings(gpt2_tiny, 'data.batch_size=4'), 8)
   assert type(caught.value) is ValueError
 
 
@@ -186,7 +184,7 @@ def test_no_such_mesh_axis():
     r"rules\.length='contxt' names no mesh axis; the mesh has pipe, data"
   )
   with pytest.raises(sharding.ShardingError, match=message):
-    layouts.check(config, 8)
+    layout_advice.check(config, 8)
 
 
 @pytest.mark.parametrize(
@@ -205,13 +203,13 @@ def test_no_such_mesh_axis():
 def test_two_dimensions_of_an_activation_on_one_axis(settings, message):
   config = with_settings(gpt2_tiny, *settings)
   with pytest.raises(sharding.ShardingError, match=message):
-    layouts.check(config, 8)
+    layout_advice.check(config, 8)
 
 
 def test_no_layout_helps():
   config = with_settings(gpt2_tiny, 'data.objective=masked_lm')
   with pytest.raises(ValueError, match=r'prefix_lm, or another model\.$'):
-    layouts.check(config, 8)
+    layout_advice.check(config, 8)
   assert nearest(config, 8) == []
 
 
@@ -252,9 +250,9 @@ def test_stages_and_slices_that_cannot_be(settings, message, expected):
 def test_no_layout_mends_a_pipeline(settings, message):
   staged = ['mesh.pipe=2', 'mesh.data=4', 'pipeline.microbatches=4', *settings]
   with pytest.raises(ValueError, match=message) as caught:
-    layouts.check(with_settings(gpt2_tiny, *staged), 8)
+    layout_advice.check(with_settings(gpt2_tiny, *staged), 8)
   assert 'Layouts' not in str(caught.value)
-  layout = layout_text.parse(','.join(s.removeprefix('mesh.') for s in staged))
+  layout = layout_flag.parse(','.join(s.removeprefix('mesh.') for s in staged))
   with pytest.raises(ValueError, match=message) as caught:
     layout.check(layout.applied(gpt2_tiny.get_config()))
   assert 'Layouts' not in str(caught.value)
@@ -265,14 +263,14 @@ def test_microbatches_that_the_rows_allow(asked, near):
   settings = ['mesh.pipe=2', 'mesh.data=4', f'pipeline.microbatches={asked}']
   config = with_settings(gpt2_tiny, *settings)
   with pytest.raises(ValueError, match=f'pipeline.microbatches to {near}, or'):
-    layouts.check(config, 8)
+    layout_advice.check(config, 8)
 
 
 def test_one_device_is_no_devices():
   config = with_settings(gpt2_tiny, 'mesh.tensor=2', 'mesh.data=1')
   message = r'Layouts of 1 device that work: mesh\.tensor=1\.$'
   with pytest.raises(ValueError, match=message):
-    layouts.check(config, 1)
+    layout_advice.check(config, 1)
 
 
 def test_rows_of_ones_own_come_first():
@@ -280,7 +278,7 @@ def test_rows_of_ones_own_come_first():
   config = with_settings(moe_tiny, *settings)
   own = with_settings(moe_tiny, *settings[:2], 'data.batch_size=8')
   with pytest.raises(sharding.ShardingError) as caught:
-    layouts.check(config, 6, own=own)
+    layout_advice.check(config, 6, own=own)
   # Six devices and eight rows: none. Twelve rows do, and the error says so.
   message = r'Layouts of 6 devices that work with data\.batch_size=12: mesh\.'
   assert re.search(message, str(caught.value)), caught.value
@@ -292,7 +290,7 @@ def test_a_layout_that_works_is_the_nearest_to_itself():
   )
   first = nearest(config, 8, count=1)
   assert first == ['mesh.data=2 mesh.fsdp=2 mesh.tensor=2']
-  layouts.check(config, 8)
+  layout_advice.check(config, 8)
 
 
 def test_as_many_as_asked_each_farther_and_each_once():
@@ -305,7 +303,7 @@ def test_as_many_as_asked_each_farther_and_each_once():
 
 def test_layouts_over_slices():
   config = with_settings(gpt2_tiny, 'mesh.data=1', 'mesh.fsdp=8')
-  layouts.check(config, 8)
+  layout_advice.check(config, 8)
   said, found = advice(config, 8, num_slices=2)
   assert 'mesh.data=1 cannot be cut into mesh.dcn.data=2 parts' in said
   assert found == [

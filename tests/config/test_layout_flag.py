@@ -4,8 +4,8 @@ import gpt2_tiny
 import moe_tiny
 import pytest
 
-from t2x.config import layout_flag as layout_text
-from t2x.config import overrides as config_lib
+from t2x.config import layout_flag
+from t2x.config import overrides
 
 
 @pytest.mark.parametrize(
@@ -56,8 +56,8 @@ from t2x.config import overrides as config_lib
 )
 def test_advice_is_in_the_syntax_of_the_flag(module, layout, message, expected):
   settings = {'data.batch_size': '8'}
-  config = config_lib.override(module.get_config(), settings)
-  parsed = layout_text.parse(layout)
+  config = overrides.override(module.get_config(), settings)
+  parsed = layout_flag.parse(layout)
   with pytest.raises(ValueError) as caught:
     parsed.check(parsed.applied(config))
   start, found, said = str(caught.value).partition(message)
@@ -67,7 +67,7 @@ def test_advice_is_in_the_syntax_of_the_flag(module, layout, message, expected):
   assert advised == [f'--layout={text}' for text in expected]
   for text in advised:  # As a user would.
     flag = text.removeprefix('--layout=').partition(' (')[0]
-    parsed = layout_text.parse(flag)
+    parsed = layout_flag.parse(flag)
     parsed.check(parsed.applied(config))
 
 
@@ -82,42 +82,42 @@ def test_advice_is_in_the_syntax_of_the_flag(module, layout, message, expected):
 def test_axes_between_slices_stay(layout, dcn, expected):
   """What --set says of them holds in a layout that says nothing."""
   name, _, size = dcn.partition('=')
-  own = config_lib.override(
+  own = overrides.override(
     gpt2_tiny.get_config(),
     {'data.batch_size': '8', f'mesh.dcn.{name}': size},
   )
-  parsed = layout_text.parse(layout)
+  parsed = layout_flag.parse(layout)
   with pytest.raises(ValueError) as caught:
     parsed.check(parsed.applied(own, 2), 4, num_slices=2, dcn=own.mesh.dcn)
   said = str(caught.value).partition('that work: ')[2]
   first = said.partition(';')[0].removeprefix('--layout=')
   assert [first] == expected, caught.value
-  other = layout_text.parse(first)
+  other = layout_flag.parse(first)
   other.check(other.applied(own, 2), 4, num_slices=2)
 
 
 def test_fsdp_between_slices():
-  own = config_lib.override(
+  own = overrides.override(
     gpt2_tiny.get_config(),
     {'data.batch_size': '8', 'mesh.dcn.fsdp': '2', 'mesh.dcn.data': '1'},
   )
-  parsed = layout_text.parse('fsdp=4')
+  parsed = layout_flag.parse('fsdp=4')
   config = parsed.applied(own, num_slices=2)
   assert config.mesh.dcn.fsdp == 2
   parsed.check(config, 4, num_slices=2)
   with pytest.raises(ValueError, match='needs 2 slices and the devices lie in'):
     parsed.check(config, 4)
   parsed.check(parsed.applied(own), 4)  # Of one slice nothing lies between.
-  wrong = layout_text.parse('data=4,mesh.dcn.data=3')
+  wrong = layout_flag.parse('data=4,mesh.dcn.data=3')
   with pytest.raises(ValueError) as caught:
     wrong.check(wrong.applied(own, 2), 4, num_slices=2, dcn=own.mesh.dcn)
   _, _, said = str(caught.value).partition('that work: ')
-  first = layout_text.parse(said.partition(';')[0].removeprefix('--layout='))
+  first = layout_flag.parse(said.partition(';')[0].removeprefix('--layout='))
   first.check(first.applied(own, 2), 4, num_slices=2)
 
 
 def test_a_number_of_devices_that_is_given_stays():
-  parsed = layout_text.parse('data=3')
+  parsed = layout_flag.parse('data=3')
   config = parsed.applied(gpt2_tiny.get_config())
   message = (
     r'needs 3 devices and there are 4\. Change --layout or the number of '
@@ -149,7 +149,7 @@ def test_a_number_of_devices_that_is_given_stays():
 )
 def test_names_and_settings_that_a_layout_cannot_have(layout, message):
   with pytest.raises(ValueError, match=message):
-    layout_text.parse(layout).applied(gpt2_tiny.get_config())
+    layout_flag.parse(layout).applied(gpt2_tiny.get_config())
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_names_and_settings_that_a_layout_cannot_have(layout, message):
 )
 def test_settings_that_a_layout_may_have(setting):
   config = gpt2_tiny.get_config()
-  applied = layout_text.parse(f'data=2,{setting}').applied(config)
+  applied = layout_flag.parse(f'data=2,{setting}').applied(config)
   assert applied.mesh.data == 2
   if setting.startswith('compiler'):
     assert applied.compiler_options == ('xla_a=1', 'xla_b=')

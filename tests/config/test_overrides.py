@@ -13,9 +13,9 @@ import pytest
 
 import t2x
 from t2x.config import experiment
-from t2x.config import overrides as config
+from t2x.config import overrides
 from t2x.data import tokenizers
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import linear
 from t2x.layers import norm
 from t2x.models import decoder
@@ -56,7 +56,7 @@ class Tree:
 
 def setting(**settings):
   names = {n.replace('__', '.'): v for n, v in settings.items()}
-  return config.override(Tree(), names)
+  return overrides.override(Tree(), names)
 
 
 @pytest.mark.parametrize(
@@ -69,12 +69,12 @@ def setting(**settings):
 )
 def test_order_never_matters(settings):
   # size=7 alone lets radius=5 be, and only a circle has a radius.
-  result = config.override(Tree(), config.parse_settings(settings))
+  result = overrides.override(Tree(), overrides.parse_settings(settings))
   assert result == Tree(shape=Circle(size=7, radius=5.0, name='shape'), steps=4)
 
 
 def test_a_later_setting_of_the_same_name_wins():
-  assert config.parse_settings(['a=1', 'a=2', 'b = x=y ']) == {
+  assert overrides.parse_settings(['a=1', 'a=2', 'b = x=y ']) == {
     'a': '2',
     'b': 'x=y',
   }
@@ -82,10 +82,10 @@ def test_a_later_setting_of_the_same_name_wins():
 
 def test_another_kind_keeps_the_fields_that_both_have():
   tree = Tree(shape=Square(size=9, name='mine'))
-  by_value = config.override(tree, {'shape': 'circle'})
-  by_kind = config.override(tree, {'shape.kind': 'circle'})
+  by_value = overrides.override(tree, {'shape': 'circle'})
+  by_kind = overrides.override(tree, {'shape.kind': 'circle'})
   assert by_value.shape == by_kind.shape == Circle(size=9, name='mine')
-  same = config.override(tree, {'shape': 'square'})
+  same = overrides.override(tree, {'shape': 'square'})
   assert same == tree
 
 
@@ -93,8 +93,8 @@ def test_none_and_back():
   assert setting(limit='none').limit is None
   assert setting(maybe='circle', maybe__size='3').maybe == Circle(size=3)
   tree = Tree(maybe=Circle())
-  assert config.override(tree, {'maybe': 'none'}).maybe is None
-  assert config.override(tree, {'maybe.size': '4'}).maybe == Circle(size=4)
+  assert overrides.override(tree, {'maybe': 'none'}).maybe is None
+  assert overrides.override(tree, {'maybe.size': '4'}).maybe == Circle(size=4)
   assert tree == Tree(maybe=Circle())  # It is a value; nothing was set in it.
 
 
@@ -124,14 +124,14 @@ def test_none_and_back():
   ],
 )
 def test_values(name, text, value):
-  result = config.override(Tree(), {name: text})
+  result = overrides.override(Tree(), {name: text})
   result = getattr(result, name.partition('.')[0])
   assert result == value
   assert type(result) is type(value)
 
 
 def test_brackets_of_a_slice_belong_to_the_name():
-  parse = config.parse
+  parse = overrides.parse
   assert parse('train[90%:]', tuple[str, ...]) == ('train[90%:]',)
   assert parse('a[:1],b[2:]', tuple[str, ...]) == ('a[:1]', 'b[2:]')
   assert parse('(a[:1],b[2:])', tuple[str, ...]) == ('a[:1]', 'b[2:]')
@@ -165,19 +165,19 @@ def test_brackets_of_a_slice_belong_to_the_name():
 )
 def test_messages(settings, message):
   with pytest.raises(ValueError, match=message):
-    config.override(Tree(), settings)
+    overrides.override(Tree(), settings)
 
 
 def test_a_group_takes_no_value():
   with pytest.raises(
     ValueError, match="'train' is a group of settings .* train.NAME=VALUE with"
   ):
-    config.override(experiment.Experiment(), {'train': '5'})
+    overrides.override(experiment.Experiment(), {'train': '5'})
 
 
 def test_a_setting_needs_an_equals_sign():
   with pytest.raises(ValueError, match=r"--set 'a.b' is not of the form dotte"):
-    config.parse_settings(['a.b'])
+    overrides.parse_settings(['a.b'])
 
 
 def test_an_experiment_takes_settings_at_any_depth():
@@ -194,10 +194,10 @@ def test_an_experiment_takes_settings_at_any_depth():
     'data.eval_splits=train[90%:],validation',
   ]
   for order in (settings, settings[::-1]):
-    result = config.override(
-      experiment.Experiment(), config.parse_settings(order)
+    result = overrides.override(
+      experiment.Experiment(), overrides.parse_settings(order)
     )
-    assert result.model.attention == attention.Local(window=64)
+    assert result.model.attention == attention_config.Local(window=64)
     assert isinstance(result.model.norm, norm.RMSNorm)
     assert result.model.position is None
     assert result.data.tokenizer == tokenizers.Bytes()
@@ -210,12 +210,12 @@ def test_an_experiment_takes_settings_at_any_depth():
     experiment.Experiment(),
     optim=optim.AdamW(learning_rate=0.5, b1=0.7, weight_decay=0.2),
   )
-  new = config.override(old, {'optim': 'lion', 'optim.b2': '0.6'}).optim
+  new = overrides.override(old, {'optim': 'lion', 'optim.b2': '0.6'}).optim
   assert new == optim.Lion(learning_rate=0.5, b1=0.7, b2=0.6, weight_decay=0.2)
 
 
 def test_a_setting_that_no_layer_would_read_is_refused():
-  kinds = attention.Dense(), attention.Local(window=8)
+  kinds = attention_config.Dense(), attention_config.Local(window=8)
   model = decoder.DecoderConfig(attention_pattern=kinds)
   old = experiment.Experiment(model=model)
   message = (
@@ -230,18 +230,20 @@ def test_a_setting_that_no_layer_would_read_is_refused():
     {'model.attention': 'local', 'model.attention_pattern.1.window': '4'},
   ):
     with pytest.raises(ValueError, match=message):
-      config.override(old, settings)
+      overrides.override(old, settings)
   settings = {'model.attention': 'linear', 'model.attention_pattern': '()'}
-  assert config.override(old, settings).model.kinds == (linear.Linear(),)
+  assert overrides.override(old, settings).model.kinds == (linear.Linear(),)
   settings = {'model.attention_pattern.1.window': '4'}
-  assert config.override(old, settings).model.kinds[1].window == 4
+  assert overrides.override(old, settings).model.kinds[1].window == 4
 
 
 def test_what_another_kind_has_no_field_for_is_told(caplog):
-  model = decoder.DecoderConfig(attention=attention.Dense(dropout=0.1))
+  model = decoder.DecoderConfig(attention=attention_config.Dense(dropout=0.1))
   old = experiment.Experiment(model=model)
-  assert config.override(old, {'model.attention': 'local'}) and not caplog.text
-  config.override(old, {'model.attention': 'linear'})
+  assert (
+    overrides.override(old, {'model.attention': 'local'}) and not caplog.text
+  )
+  overrides.override(old, {'model.attention': 'linear'})
   assert 'model.attention=linear leaves out dropout=0.1.' in caplog.text
 
 
@@ -261,11 +263,11 @@ def _experiments():
 @pytest.mark.parametrize('name', _experiments())
 def test_experiments_survive_json(name):
   tree = importlib.import_module(name).get_config()
-  text = config.dumps(tree)
-  again = config.from_json(experiment.Experiment, json.loads(text))
+  text = overrides.dumps(tree)
+  again = overrides.from_json(experiment.Experiment, json.loads(text))
   assert again == tree
-  assert config.dumps(again) == text
-  assert not config.differences(json.loads(text), config.to_json(again))
+  assert overrides.dumps(again) == text
+  assert not overrides.differences(json.loads(text), overrides.to_json(again))
 
 
 def test_json_keeps_kinds_none_and_tuples():
@@ -275,14 +277,14 @@ def test_json_keeps_kinds_none_and_tuples():
     limit=None,
     where=('a', 'b'),
   )
-  data = json.loads(config.dumps(tree))
+  data = json.loads(overrides.dumps(tree))
   assert data['shape'] == {
     'kind': 'circle',
     'size': 2,
     'name': 'round',
     'radius': 0.25,
   }
-  assert config.from_json(Tree, data) == tree
+  assert overrides.from_json(Tree, data) == tree
 
 
 @pytest.mark.parametrize(
@@ -303,15 +305,15 @@ def test_json_keeps_kinds_none_and_tuples():
 )
 def test_a_saved_config_is_checked(data, message):
   with pytest.raises(ValueError, match=message):
-    config.from_json(Tree, data)
+    overrides.from_json(Tree, data)
 
 
 def test_differences_name_every_leaf():
-  old = config.to_json(Tree(shapes=(Square(),)))
-  new = config.to_json(
+  old = overrides.to_json(Tree(shapes=(Square(),)))
+  new = overrides.to_json(
     Tree(shape=Circle(), counts=(1, 3, 4), shapes=(Square(size=2),))
   )
-  assert config.differences(old, new) == {
+  assert overrides.differences(old, new) == {
     'shape.kind': ('square', 'circle'),
     'shape.size': (1, 2),
     'shape.name': ('shape', 'round'),

@@ -8,20 +8,20 @@ from typing import Any
 import jax
 import pytest
 
-from t2x.compilation import lowering as traced
+from t2x.compilation import lowering
 from t2x.config import catalog
 from t2x.config import experiment
-from t2x.config import overrides as config_lib
-from t2x.config import partitioning as on_mesh
-from t2x.cost_model import communication_bounds as theory
+from t2x.config import overrides
+from t2x.config import partitioning
+from t2x.cost_model import communication_bounds
 from t2x.cost_model import estimate
 from t2x.data import config as data
 from t2x.data import tokenizers
-from t2x.hardware import target_devices as absent
-from t2x.hlo import jaxpr_costs as jaxpr
-from t2x.hlo import matmul_flops as matrix
-from t2x.hlo import stage_trips as pipelines
-from t2x.layers import attention_config as attention
+from t2x.hardware import target_devices
+from t2x.hlo import jaxpr_costs
+from t2x.hlo import matmul_flops
+from t2x.hlo import stage_trips
+from t2x.layers import attention_config
 from t2x.layers import mlp
 from t2x.layers import moe
 from t2x.layers import norm
@@ -47,7 +47,7 @@ _EXPERTS = moe.MoeConfig(
   num_experts=4,
   router=routing.TokenChoice(top_k=2, capacity=1.25),
 )
-_BLOCKS = attention.Dense(
+_BLOCKS = attention_config.Dense(
   num_heads=4, num_kv_heads=2, head_dim=16, kernel='blocks'
 )
 _MODELS = {
@@ -65,7 +65,7 @@ _MODELS = {
   'sandwich': decoder.DecoderConfig(
     **_SHAPE,
     attention_pattern=(
-      attention.Local(
+      attention_config.Local(
         num_heads=4, head_dim=16, kernel='blocks', window=100, soft_cap=9.0
       ),
       dataclasses.replace(_BLOCKS, num_kv_heads=None, qk_norm=True),
@@ -104,13 +104,13 @@ def config_of(model: str = 'decoder', **settings) -> experiment.Experiment:
     ),
   )
   texts = {n.replace('__', '.'): str(v) for n, v in settings.items()}
-  return config_lib.override(config, {'mesh.data': '1', **texts})
+  return overrides.override(config, {'mesh.data': '1', **texts})
 
 
 @functools.cache
 def traced_flops(model: str, remat: str) -> int:
-  closed = traced.step(config_of(model, train__remat=remat))
-  return jaxpr.count(closed).total.flops
+  closed = lowering.step(config_of(model, train__remat=remat))
+  return jaxpr_costs.count(closed).total.flops
 
 
 @pytest.mark.parametrize('model', _MODELS)
@@ -136,10 +136,10 @@ def test_arguments_are_the_state_and_the_batch():
   table = sharding_table.make(config, 8)
   # Nothing of this size fills its tiles.
   assert found.argument_bytes > sharding_table.total(table).bytes_per_device
-  wide = config_lib.override(
+  wide = overrides.override(
     config, {'model.embed_dim': '1024', 'model.mlp.hidden': '2048'}
   )
-  wide = config_lib.override(
+  wide = overrides.override(
     wide,
     {'model.attention.num_heads': '8', 'model.attention.head_dim': '128'}
     | {'model.attention.num_kv_heads': '2'},
@@ -203,7 +203,7 @@ def test_exchanges_are_those_of_the_theory(layout):
   )
   config = dataclasses.replace(config, model=model)
   found = estimate.step(config)
-  expected = theory.bytes_sent(config, found.sizes)
+  expected = communication_bounds.bytes_sent(config, found.sizes)
   assert found.sent_bytes() == pytest.approx(expected, rel=0.01)
 
 
@@ -248,7 +248,7 @@ def test_compiled_programs_of_t5(layout, sent):
   """Figures of jax 0.10.2 and libtpu 0.0.42.1 for v5e 2x4, 64 rows."""
   config = catalog.load('t5_base')
   sizes = {f'mesh.{axis}': str(size) for axis, size in layout.items()}
-  config = config_lib.override(
+  config = overrides.override(
     config,
     {'mesh.data': '1', 'data.batch_size': '64', 'train.remat': 'none'}
     | {'pipeline.microbatches': '4', **sizes},
@@ -273,11 +273,13 @@ def stage_flops(config, num: int) -> list[float]:
   """Returns what each stage computes of a program for CPUs."""
   mesh = mesh_lib.make(config.mesh, jax.devices()[:num])
   options = {'xla_backend_optimization_level': 0}
-  text = absent.compile(traced.lower_step(config, mesh), options).as_text()
-  plan = on_mesh.pipeline(config, mesh.shape)
+  text = target_devices.compile(
+    lowering.lower_step(config, mesh), options
+  ).as_text()
+  plan = partitioning.pipeline(config, mesh.shape)
   assert plan is not None
   return [
-    matrix.matrix_flops(text, pipelines.trips(plan, stage))
+    matmul_flops.matrix_flops(text, stage_trips.trips(plan, stage))
     for stage in range(num)
   ]
 
@@ -313,7 +315,7 @@ def test_a_last_unit_has_fewer_layers():
 
 def test_a_compiled_pipeline_of_a_billion_parameters():
   """Figures of jax 0.10.2 and libtpu 0.0.42.1 for v5e 4x4."""
-  config = config_lib.override(
+  config = overrides.override(
     catalog.load('llama_1b'),
     {'mesh.fsdp': '4', 'mesh.pipe': '4', 'data.batch_size': '32'},
   )

@@ -9,7 +9,7 @@ from t2x.data import batches as batches_lib
 from t2x.data import config as config_lib
 from t2x.data import corpus as corpus_lib
 from t2x.data import history
-from t2x.data import input_pipeline as pipeline
+from t2x.data import input_pipeline
 from t2x.data import mixing
 from t2x.data import token_store
 from t2x.data import tokenizers
@@ -266,7 +266,7 @@ def test_a_history_goes_on_from_any_checkpoint():
 def test_an_order_is_named_by_what_it_depends_on(tmp_path):
   corpus = _corpus(tmp_path, _lengths())
   name = lambda seed=0, **s: (
-    pipeline.segment(corpus, _config(8, **s), seed=seed).order
+    input_pipeline.segment(corpus, _config(8, **s), seed=seed).order
   )
   own = name()
   masked = masked_lm.MaskedLM

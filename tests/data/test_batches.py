@@ -9,7 +9,7 @@ import pytest
 from t2x.data import batches as batches_lib
 from t2x.data import config as config_lib
 from t2x.data import corpus as corpus_lib
-from t2x.data import input_pipeline as pipeline
+from t2x.data import input_pipeline
 from t2x.data import token_store
 from t2x.data import tokenizers
 from t2x.objectives import causal_lm
@@ -95,8 +95,8 @@ def test_hosts_together_make_the_global_batch(variant, num_hosts):
   each = config.batch_size // num_hosts
   rows = [slice(h * each, (h + 1) * each) for h in range(num_hosts)]
   for make in (
-    lambda r: pipeline.train_batches(corpus, config, seed=1, rows=r),
-    lambda r: pipeline.eval_batches(corpus, config, 'validation', rows=r),
+    lambda r: input_pipeline.train_batches(corpus, config, seed=1, rows=r),
+    lambda r: input_pipeline.eval_batches(corpus, config, 'validation', rows=r),
   ):
     whole = _take(make(None), 6)
     parts = [_take(make(r), 6) for r in rows]
@@ -106,9 +106,9 @@ def test_hosts_together_make_the_global_batch(variant, num_hosts):
 
 def test_batches_match_their_spec(variant):
   corpus, config = variant
-  spec = pipeline.batch_spec(config)
+  spec = input_pipeline.batch_spec(config)
   lengths = set()
-  for batch in _take(pipeline.train_batches(corpus, config, seed=0), 12):
+  for batch in _take(input_pipeline.train_batches(corpus, config, seed=0), 12):
     assert batch.keys() == spec.keys()
     lengths.add(batch['inputs'].shape[1])
     for name, (shape, dtype) in spec.items():
@@ -120,7 +120,7 @@ def test_batches_match_their_spec(variant):
 
 def test_targets_have_weight_in_segments_only(variant):
   corpus, config = variant
-  for batch in _take(pipeline.train_batches(corpus, config, seed=0), 4):
+  for batch in _take(input_pipeline.train_batches(corpus, config, seed=0), 4):
     assert batch['weights'].any()
     segments = batch['segments']
     if 'target_positions' in batch:
@@ -131,8 +131,10 @@ def test_targets_have_weight_in_segments_only(variant):
 
 def test_start_step_continues_the_sequence(variant):
   corpus, config = variant
-  whole = _take(pipeline.train_batches(corpus, config, seed=2), 9)
-  late = _take(pipeline.train_batches(corpus, config, seed=2, start_step=6), 3)
+  whole = _take(input_pipeline.train_batches(corpus, config, seed=2), 9)
+  late = _take(
+    input_pipeline.train_batches(corpus, config, seed=2, start_step=6), 3
+  )
   for batch, other in zip(whole[6:], late):
     _assert_equal(batch, other)
 
@@ -140,7 +142,8 @@ def test_start_step_continues_the_sequence(variant):
 def test_seed_changes_the_order(variant):
   corpus, config = variant
   first, again, other = (
-    _take(pipeline.train_batches(corpus, config, seed=s), 3) for s in (1, 1, 2)
+    _take(input_pipeline.train_batches(corpus, config, seed=s), 3)
+    for s in (1, 1, 2)
   )
   for a, b in zip(first, again):
     _assert_equal(a, b)
@@ -161,7 +164,7 @@ def _epoch_rows(corpus, config, epoch, seed=0):
 def test_an_epoch_is_all_rows_once_and_the_next_another_order(tmp_path):
   corpus = _corpus(tmp_path)
   config = _config(length=16)
-  evaluated = pipeline.eval_batches(corpus, config, 'train')
+  evaluated = input_pipeline.eval_batches(corpus, config, 'train')
   rows = [tuple(r) for b in evaluated for r in b['targets'] if r.any()]
   # So many rows a batch that an epoch ends with a batch.
   size = next(n for n in range(5, len(rows)) if len(rows) % n == 0)
@@ -250,7 +253,7 @@ def test_masks_change_from_epoch_to_epoch_but_not_in_evaluation(tmp_path):
       masks.setdefault(tokens, set()).add(places)
   assert max(map(len, masks.values())) > 1
   first, second = (
-    _take(pipeline.eval_batches(corpus, config, 'validation'), 9)
+    _take(input_pipeline.eval_batches(corpus, config, 'validation'), 9)
     for _ in range(2)
   )
   for a, b in zip(first, second):
@@ -287,7 +290,7 @@ def test_no_two_examples_of_a_run_share_a_mask(tmp_path):
 def test_evaluation_is_one_pass_with_an_empty_end(tmp_path):
   corpus = _corpus(tmp_path)
   config = _config()
-  made = list(pipeline.eval_batches(corpus, config, 'validation'))
+  made = list(input_pipeline.eval_batches(corpus, config, 'validation'))
   (stream,) = corpus.splits['validation']
   weight = sum(b['weights'].sum() for b in made)
   assert weight == stream.num_tokens - stream.num_documents
@@ -296,18 +299,22 @@ def test_evaluation_is_one_pass_with_an_empty_end(tmp_path):
   used = made[-1]['segments'].any(axis=1)
   assert used.tolist() == [i < num_rows % 8 for i in range(8)]
   assert (
-    len(list(pipeline.eval_batches(corpus, config, 'train', max_batches=2)))
+    len(
+      list(input_pipeline.eval_batches(corpus, config, 'train', max_batches=2))
+    )
     == 2
   )
   assert len(
-    list(pipeline.eval_batches(corpus, config, 'train', max_batches=10**6))
+    list(
+      input_pipeline.eval_batches(corpus, config, 'train', max_batches=10**6)
+    )
   ) == len(made)
 
 
 def test_evaluation_of_buckets_covers_every_document(tmp_path):
   corpus = _corpus(tmp_path)
   config = _config(length=128, batching=config_lib.Pad(buckets=(16, 32, 128)))
-  made = list(pipeline.eval_batches(corpus, config, 'validation'))
+  made = list(input_pipeline.eval_batches(corpus, config, 'validation'))
   assert sum(b['segments'].any(axis=1).sum() for b in made) == 100
   assert {b['inputs'].shape[1] for b in made} == {16, 32, 128}
 
@@ -315,7 +322,9 @@ def test_evaluation_of_buckets_covers_every_document(tmp_path):
 def test_threads_do_not_change_the_batches(tmp_path):
   corpus = _corpus(tmp_path)
   plain, threaded = (
-    _take(pipeline.train_batches(corpus, _config(num_threads=n), seed=0), 20)
+    _take(
+      input_pipeline.train_batches(corpus, _config(num_threads=n), seed=0), 20
+    )
     for n in (0, 3)
   )
   for a, b in zip(plain, threaded):
@@ -329,7 +338,7 @@ def test_too_small_for_a_batch(tmp_path):
     match=r"'train' has \d rows of data.length=64, less than one batch of "
     'data.batch_size=8. Give more text, or lower',
   ):
-    pipeline.train_batches(corpus, _config(), seed=0)
+    input_pipeline.train_batches(corpus, _config(), seed=0)
 
 
 def test_unknown_split(tmp_path):
@@ -337,14 +346,14 @@ def test_unknown_split(tmp_path):
   with pytest.raises(
     ValueError, match=r"Unknown split 'test'; .*\['train', 'validation'\]"
   ):
-    pipeline.eval_batches(corpus, _config(), 'test')
+    input_pipeline.eval_batches(corpus, _config(), 'test')
 
 
 def test_rows_outside_the_batch(tmp_path):
   corpus = _corpus(tmp_path)
   for rows in (slice(4, 12), slice(3, 3)):
     with pytest.raises(ValueError, match='not rows of a batch of .*=8'):
-      pipeline.train_batches(corpus, _config(), seed=0, rows=rows)
+      input_pipeline.train_batches(corpus, _config(), seed=0, rows=rows)
 
 
 def test_objective_defaults_to_next_token():

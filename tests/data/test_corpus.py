@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from t2x.data import builders
 from t2x.data import config as config_lib
 from t2x.data import corpus as corpus_lib
-from t2x.data import input_pipeline as pipeline
+from t2x.data import input_pipeline
 from t2x.data import tokenizers
 from t2x.data import words
 from t2x.objectives import classification
@@ -202,7 +202,7 @@ def test_each_rule_of_copies_has_a_corpus_of_its_own(tmp_path, caplog):
 def test_a_tfds_dataset_is_taken_as_it_is(tmp_path):
   config = _tfds_config(tmp_path, duplicates='near')
   with pytest.raises(ValueError, match='duplicates=near: local_pairs is taken'):
-    pipeline.check(config)
+    input_pipeline.check(config)
   assert corpus_lib.prepare(_tfds_config(tmp_path)).documents == {}
 
 
@@ -220,11 +220,11 @@ def test_labels_of_json_lines_are_classes(tmp_path):
     objective=classification.Classification(num_classes=5),
     batching=config_lib.Pad(),
   )
-  pipeline.check(config)
+  input_pipeline.check(config)
   corpus = corpus_lib.prepare(config)
   (labels,) = words.label_texts(config, corpus).values()
   assert sorted(labels) == ['0.5', '3', 'false', 'true', 'yes']
-  for batch in pipeline.eval_batches(corpus, config, 'validation'):
+  for batch in input_pipeline.eval_batches(corpus, config, 'validation'):
     for row, found in zip(batch['inputs'], batch['class0_targets'][:, 0]):
       if row.any():
         i = int(corpus.tokenizer.decode(row.tolist()).split()[0])
@@ -241,7 +241,7 @@ def test_pairs_stay_together(tmp_path):
     target_field='de',
     objective=source_target.SourceTarget(),
   )
-  pipeline.check(config)
+  input_pipeline.check(config)
   corpus = corpus_lib.prepare(config)
   expected = {(_text(i, 9), _text(i + 999, 7)) for i in range(60)}
   decode = corpus.tokenizer.decode
@@ -301,11 +301,11 @@ def _tfds_config(tmp_path, **changes):
 
 def test_any_tfds_dataset(tmp_path):
   config = _tfds_config(tmp_path, train_split='train[:50%]')
-  pipeline.check(config)
+  input_pipeline.check(config)
   corpus = corpus_lib.prepare(config)
   assert corpus.streams('train[:50%]')[0].num_documents == 20
   assert corpus.streams('test')[0].num_documents == 9
-  batch = next(pipeline.train_batches(corpus, config, seed=0))
+  batch = next(input_pipeline.train_batches(corpus, config, seed=0))
   assert 'word' in corpus.tokenizer.decode(batch['inputs'][0])
 
 
@@ -316,11 +316,11 @@ def test_classes_of_a_tfds_dataset_are_their_names(tmp_path):
     objective=classification.Classification(),
     batching=config_lib.Pad(),
   )
-  pipeline.check(config)
+  input_pipeline.check(config)
   corpus = corpus_lib.prepare(config)
   assert words.label_texts(config, corpus) == {'class0': ['even', 'odd']}
   number = {_text(i)[:20]: i for i in range(9)}
-  for batch in pipeline.eval_batches(corpus, config, 'test'):
+  for batch in input_pipeline.eval_batches(corpus, config, 'test'):
     for row, found in zip(batch['inputs'], batch['class0_targets'][:, 0]):
       if row.any():
         text = corpus.tokenizer.decode(row.tolist())
@@ -368,7 +368,7 @@ def test_unknown_source_suggests_one():
     ValueError,
     match="Unknown data.source='instaled_docs'. Did you mean 'installed_docs'",
   ):
-    pipeline.check(config)
+    input_pipeline.check(config)
 
 
 def test_tfds_dataset_that_cannot_be_prepared_here(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 from t2x.data import batches as batches_lib
 from t2x.data import config as config_lib
 from t2x.data import corpus as corpus_lib
-from t2x.data import input_pipeline as pipeline
+from t2x.data import input_pipeline
 from t2x.data import token_store
 from t2x.data import tokenizers
 from t2x.objectives import causal_lm
@@ -74,7 +74,7 @@ def test_documents_that_are_padded(tmp_path, batching, ahead):
   over = [n - room for n in lengths if n > room]
   assert count == (read, 50, len(over), sum(over), max(over))
   assert count.tokens + count.lost == sum(lengths)
-  text = pipeline.described(corpus, config)
+  text = input_pipeline.described(corpus, config)
   assert text.startswith(f'train: {read:,} tokens of {sum(lengths):,} (')
   assert f'({len(over)} of 50 documents are cut, by ' in text
   assert f'and {max(over)} at most)' in text
@@ -134,7 +134,7 @@ def test_full_rows_cut_nothing(tmp_path):
     predicted = sum(b['weights'].sum() for b in _epoch(corpus, config))
     # Each token but the first of a document is predicted.
     assert _count(corpus, config).tokens == predicted + 50 == sum(lengths)
-    text = pipeline.described(corpus, config)
+    text = input_pipeline.described(corpus, config)
     assert text == f'train: {sum(lengths):,} tokens'
 
 
@@ -155,13 +155,13 @@ def test_short_documents_that_find_no_room_when_noised(tmp_path, most):
   assert made.share_lost() == pytest.approx(lost, abs=1e-9)
   assert (lost > 0.2) == (most == 7)
   said = f'about {lost:.1%} of them find no place'
-  assert (said in pipeline.described(corpus, config)) == (lost > 0.0005)
+  assert (said in input_pipeline.described(corpus, config)) == (lost > 0.0005)
 
 
 def test_a_step_reads_so_many_tokens(tmp_path):
   lengths = _lengths()
   corpus = _corpus(tmp_path, lengths)
-  of = lambda *args: pipeline.segment(corpus, _config(*args), seed=0)
+  of = lambda *args: input_pipeline.segment(corpus, _config(*args), seed=0)
   assert of(causal_lm.CausalLM(), config_lib.Pack()).tokens == 7 * LENGTH
   padded = of(masked_lm.MaskedLM(), BUCKETS).tokens
   read = sum(min(n, LENGTH) for n in lengths)

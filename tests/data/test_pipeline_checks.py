@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from t2x.data import config as config_lib
-from t2x.data import input_pipeline as pipeline
+from t2x.data import input_pipeline
 from t2x.data import tokenizers
 from t2x.objectives import source_target
 from t2x.objectives import span_corruption
@@ -14,11 +14,11 @@ DEFAULT = config_lib.DataConfig()
 
 def _fails(match, **changes):
   with pytest.raises(ValueError, match=match):
-    pipeline.check(dataclasses.replace(DEFAULT, **changes))
+    input_pipeline.check(dataclasses.replace(DEFAULT, **changes))
 
 
 def test_default_passes():
-  pipeline.check(DEFAULT)
+  input_pipeline.check(DEFAULT)
 
 
 def test_files_are_checked_before_anything_is_built(tmp_path):
@@ -62,8 +62,10 @@ def test_more_spans_than_sentinels():
     length=2048,
     objective=span,
   )
-  pipeline.check(dataclasses.replace(DEFAULT, length=1024, objective=span))
-  pipeline.check(
+  input_pipeline.check(
+    dataclasses.replace(DEFAULT, length=1024, objective=span)
+  )
+  input_pipeline.check(
     dataclasses.replace(
       DEFAULT,
       length=2048,
@@ -85,7 +87,7 @@ def test_numbers_in_range(name, value):
 
 
 def test_spec_of_a_decoder():
-  spec = pipeline.batch_spec(DEFAULT)
+  spec = input_pipeline.batch_spec(DEFAULT)
   assert set(spec) == {'inputs', 'targets', 'weights', 'segments', 'positions'}
   assert {shape for shape, _ in spec.values()} == {(32, 256)}
   assert spec['weights'][1] == np.float32 and spec['inputs'][1] == np.int32
@@ -95,7 +97,7 @@ def test_spec_of_an_encoder_decoder():
   config = dataclasses.replace(
     DEFAULT, length=512, objective=span_corruption.SpanCorruption()
   )
-  spec = pipeline.batch_spec(config)
+  spec = input_pipeline.batch_spec(config)
   assert spec['targets'][0] == (32, 128)
   assert spec['encoder_inputs'][0] == (32, 512)
   assert len(spec) == 8
@@ -105,4 +107,4 @@ def test_spec_is_of_the_largest_bucket():
   config = dataclasses.replace(
     DEFAULT, batching=config_lib.Pad(buckets=(32, 128))
   )
-  assert pipeline.batch_spec(config)['inputs'][0] == (32, 128)
+  assert input_pipeline.batch_spec(config)['inputs'][0] == (32, 128)

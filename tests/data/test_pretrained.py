@@ -9,7 +9,7 @@ import pytest
 
 from t2x.data import config as data_config
 from t2x.data import corpus as corpus_lib
-from t2x.data import input_pipeline as pipeline
+from t2x.data import input_pipeline
 from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
 from t2x.objectives import masked_lm
@@ -126,7 +126,7 @@ def test_a_model_is_trained_on_them(directories, tmp_path):
   corpus = corpus_lib.prepare(config)
   ours = read(directories['bert'])
   assert corpus.tokenizer.fingerprint == ours.fingerprint
-  batch = next(pipeline.train_batches(corpus, config, seed=0))
+  batch = next(input_pipeline.train_batches(corpus, config, seed=0))
   hidden = np.take_along_axis(batch['inputs'], batch['target_positions'], 1)
   assert (hidden[batch['weights'] > 0] == ours.mask_id).all()
   tokens = corpus.streams('train')[0].tokens

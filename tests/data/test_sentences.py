@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from t2x.data import config as config_lib
-from t2x.data import input_pipeline as pipeline
+from t2x.data import input_pipeline
 from t2x.data import sentences
 from t2x.data import token_store
 from t2x.objectives import lexicon
@@ -177,9 +177,9 @@ def test_messages(tmp_path):
     config(positive=1.0)
   packed = dataclasses.replace(config(), batching=config_lib.Pack())
   with pytest.raises(ValueError, match=r'batching=pad, without buckets\.$'):
-    pipeline.check(packed)
+    input_pipeline.check(packed)
   with pytest.raises(ValueError, match='no room for two sentences'):
-    pipeline.check(dataclasses.replace(config(), length=6))
+    input_pipeline.check(dataclasses.replace(config(), length=6))
   masked = masked_lm.MaskedLM(rate=0.01)
   with pytest.raises(ValueError, match='leaves no'):
-    pipeline.check(config(masked=masked))
+    input_pipeline.check(config(masked=masked))

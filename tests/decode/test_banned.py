@@ -9,7 +9,7 @@ import pytest
 
 from t2x.decode import banned as banned_lib
 from t2x.decode import beams
-from t2x.decode import constrained as controlled
+from t2x.decode import constrained
 from t2x.decode import drafts
 from t2x.decode import engine as engine_lib
 from t2x.decode import generate
@@ -232,7 +232,7 @@ def test_beside_a_control(model):
   """With what a control allows, and an error where nothing is left."""
   banned = banned_lib.Banned(['aa', 'ab'], PIECES)
   config = Sampling(banned_words=banned)
-  found = controlled.write(
+  found = constrained.write(
     model, [[3], [2]], num_tokens=LENGTH, control=Only([2, 3, 4, 5, 25]),
     sampling=config, eos_id=END, max_length=32,
   )  # fmt: skip
@@ -240,7 +240,7 @@ def test_beside_a_control(model):
     assert set(tokens) <= {2, 3, 4}
     assert_free(['aa', 'ab'], prompt, tokens)
   with pytest.raises(ValueError, match='No token may come next: what is bann'):
-    controlled.write(
+    constrained.write(
       model, [[2]], num_tokens=4, control=Only([2, 5]), sampling=config,
       max_length=32,
     )  # fmt: skip

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import test_generate
 
-from t2x.decode import decoding_weights as prepared
+from t2x.decode import decoding_weights
 from t2x.decode import engine as engine_lib
-from t2x.decode import engine_programs as steps
+from t2x.decode import engine_programs
 from t2x.decode import generate
 from t2x.decode import sampling
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import linear
 from t2x.layers import transformer_xl
 from t2x.models import decoder
@@ -53,7 +53,7 @@ MODELS = {
     'position': None,
   },
   'soft_cap': {
-    'attention': attention.Dense(num_heads=4, head_dim=8, soft_cap=2.0)
+    'attention': attention_config.Dense(num_heads=4, head_dim=8, soft_cap=2.0)
   },
 }
 
@@ -127,7 +127,7 @@ def test_texts_are_those_of_generate(name):
 
 def test_a_model_whose_layers_lie_apart_writes_the_same():
   model = make('dense_and_local')
-  engine = engine_lib.Engine(prepared.prepare(model), SMALL)
+  engine = engine_lib.Engine(decoding_weights.prepare(model), SMALL)
   check(model, run(engine, requests(7)))
 
 
@@ -148,7 +148,7 @@ def test_few_programs_serve_whatever_comes():
   model = make()
   config = dataclasses.replace(SMALL, num_pages=40)
   engine = engine_lib.Engine(model, config)
-  programs = steps.read, steps.write, steps.choose
+  programs = engine_programs.read, engine_programs.write, engine_programs.choose
   before = [program._cache_size() for program in programs]
   for seed in range(6):
     run(engine, requests(14, seed=seed))
@@ -279,9 +279,15 @@ def test_on_a_mesh(axes):
     placed = jax.device_put(model, jax.sharding.NamedSharding(mesh, jax.P()))
     engine = engine_lib.Engine(placed, SMALL)
     texts = run(engine, wanted)
-    before = steps.write._cache_size(), steps.read._cache_size()
+    before = (
+      engine_programs.write._cache_size(),
+      engine_programs.read._cache_size(),
+    )
     run(engine, wanted)
-    assert (steps.write._cache_size(), steps.read._cache_size()) == before
+    assert (
+      engine_programs.write._cache_size(),
+      engine_programs.read._cache_size(),
+    ) == before
     k = jax.tree.leaves(engine._decoder._caches)[0]
     assert k.sharding.shard_shape(k.shape)[2] == k.shape[2] // 2
   check(model, texts)
@@ -356,7 +362,7 @@ def test_what_cannot_be_met_is_refused():
   ('kind', 'message'),
   [
     (linear.Linear(num_heads=4, head_dim=8), 'kind=linear keeps a state'),
-    (attention.Dense(num_heads=4, head_dim=8), 'give max_length'),
+    (attention_config.Dense(num_heads=4, head_dim=8), 'give max_length'),
   ],
 )
 def test_models_that_cannot_be_served(kind, message):

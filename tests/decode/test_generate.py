@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2x.decode import decode_loop as loop
-from t2x.decode import decoding_weights as prepared
+from t2x.decode import decode_loop
+from t2x.decode import decoding_weights
 from t2x.decode import generate
-from t2x.decode import prefill as begin
+from t2x.decode import prefill
 from t2x.decode import sampling
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import convolution
 from t2x.layers import linear
 from t2x.layers import mlp
@@ -36,9 +36,11 @@ VOCAB = 50
 GREEDY = sampling.SamplingConfig(temperature=0)
 PROMPTS = [[7, 3, 9], list(range(1, 18)), [5] * 10 + list(range(20, 30))]
 
-HEADS = attention.Dense(num_heads=4, head_dim=8)
-GROUPED = attention.Dense(num_heads=4, num_kv_heads=2, head_dim=8, bias=True)
-WINDOW = attention.Local(num_heads=4, head_dim=8, window=5)
+HEADS = attention_config.Dense(num_heads=4, head_dim=8)
+GROUPED = attention_config.Dense(
+  num_heads=4, num_kv_heads=2, head_dim=8, bias=True
+)
+WINDOW = attention_config.Local(num_heads=4, head_dim=8, window=5)
 # Weights large enough that positions and neighbours change the next token.
 SHARED = {
   'vocab_size': VOCAB,
@@ -273,7 +275,10 @@ def test_seed():
 def test_two_compilations_whatever_the_lengths():
   config = decoder.DecoderConfig(**(SHARED | {'position': ROTARY}))
   model = decoder.Decoder(config, rngs=nnx.Rngs(1))
-  programs = lambda: (loop.prefill._cache_size(), loop.decode._cache_size())
+  programs = lambda: (
+    decode_loop.prefill._cache_size(),
+    decode_loop.decode._cache_size(),
+  )
   before = programs()
   lengths = [[3, 17, 60], [5, 100], [1], [64, 65, 128, 2]]
   for number, row_lengths in enumerate(lengths):
@@ -314,9 +319,9 @@ def test_loop_stops_when_every_row_has_ended():
     'settings': sampling.rows([GREEDY], 1, VOCAB),
     'history': sampling.History(),
   }
-  caches = loop.prefill(model, prompt, np.array([2]), chunk=16)
+  caches = decode_loop.prefill(model, prompt, np.array([2]), chunk=16)
   ends_BE = np.array([[eos]], np.int32)
-  state = loop.decode(model, caches, ends_BE=ends_BE, **settings)
+  state = decode_loop.decode(model, caches, ends_BE=ends_BE, **settings)
   assert int(state.number) <= 4
   assert int(state.count_B[0]) == int(state.number) - 1
 
@@ -365,11 +370,11 @@ def test_sharded_equals_one_device(name):
 def test_rows_are_padded_to_what_the_rules_split():
   config = mesh_lib.MeshConfig(data=4, tensor=2)
   mesh = mesh_lib.make(config, jax.devices()[:8])
-  assert begin.row_parts() == 1
+  assert prefill.row_parts() == 1
   with sharding.use(mesh, sharding.Rules()):
-    assert begin.row_parts() == 4
+    assert prefill.row_parts() == 4
   with sharding.use(mesh, sharding.Rules(batch=('data', 'tensor'))):
-    assert begin.row_parts() == 8
+    assert prefill.row_parts() == 8
 
 
 @pytest.mark.parametrize(
@@ -403,10 +408,10 @@ def test_rows_are_padded_to_what_the_rules_split():
   ],
 )
 def test_messages_before_compiling(prompts, settings, message):
-  before = loop.prefill._cache_size(), loop.decode._cache_size()
+  before = decode_loop.prefill._cache_size(), decode_loop.decode._cache_size()
   with pytest.raises(ValueError, match=message):
     run(make(), prompts, **({'num_tokens': 8} | settings))
-  after = loop.prefill._cache_size(), loop.decode._cache_size()
+  after = decode_loop.prefill._cache_size(), decode_loop.decode._cache_size()
   assert before == after
 
 
@@ -435,7 +440,7 @@ def test_a_kind_that_cannot_go_on():
 @pytest.mark.parametrize('name', ['learned', 'sandwich', 't5'])
 def test_a_prepared_model_writes_the_same(name):
   model = make(name)
-  apart = prepared.prepare(model)
+  apart = decoding_weights.prepare(model)
   stacks = [getattr(apart, tower).layers for tower in apart.towers]
   assert all(
     len(stack.remainder) == stack.num_layers and not stack.group
@@ -470,8 +475,8 @@ def test_int8_caches_are_small_and_close(name):
 @pytest.mark.parametrize('rows', [1, 4])
 def test_no_step_copies_a_cache(rows):
   """A step writes one position; a copy would cost as much as reading all."""
-  model = prepared.prepare(make())
-  lowered = loop.decode.lower(
+  model = decoding_weights.prepare(make())
+  lowered = decode_loop.decode.lower(
     model,
     model.empty_caches(rows, 64),
     token_B=jnp.zeros(rows, jnp.int32),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from t2x.decode import page_table as pages_lib
+from t2x.decode import page_table
 
 
 @pytest.mark.parametrize('seed', range(4))
@@ -11,7 +11,7 @@ def test_pages_hold_what_a_row_was_told(seed):
   """Rows come and go at random; a dict says what each page really holds."""
   rng = np.random.default_rng(seed)
   size = 4
-  pages = pages_lib.Pages(24, size)
+  pages = page_table.Pages(24, size)
   held: dict[int, tuple] = {}  # page -> all tokens up to its end
   rows = []
   num_shared = 0
@@ -50,7 +50,7 @@ def test_pages_hold_what_a_row_was_told(seed):
 
 
 def test_the_oldest_free_page_is_taken_and_one_in_use_never():
-  pages = pages_lib.Pages(3, 2)
+  pages = page_table.Pages(3, 2)
   first = pages.lend([1, 2, 3], 3)
   pages.fill(first, [1, 2])
   second = pages.lend([1, 2, 4], 2)  # Shares the only page it needs.
@@ -65,7 +65,7 @@ def test_the_oldest_free_page_is_taken_and_one_in_use_never():
 
 
 def test_a_page_that_was_taken_is_no_longer_found():
-  pages = pages_lib.Pages(2, 2)
+  pages = page_table.Pages(2, 2)
   first = pages.lend([1, 2, 3], 4)
   pages.fill(first, [1, 2, 3])
   pages.release(first)
@@ -75,7 +75,7 @@ def test_a_page_that_was_taken_is_no_longer_found():
 
 def test_tokens_after_other_tokens_are_not_the_same():
   """[5, 6] as a second page is found only after what stood before it."""
-  pages = pages_lib.Pages(8, 2)
+  pages = page_table.Pages(8, 2)
   first = pages.lend([1, 2, 5, 6, 0], 5)
   pages.fill(first, [1, 2, 5, 6])
   assert pages.lend([3, 4, 5, 6, 0], 5).num_shared == 0

@@ -13,7 +13,7 @@ from t2x.decode import drafts
 from t2x.decode import generate
 from t2x.decode import sampling
 from t2x.decode import speculative
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import linear
 from t2x.layers import param
 from t2x.layers import position
@@ -22,7 +22,7 @@ from t2x.models import encoder_decoder
 
 VOCAB = 23
 GREEDY = sampling.SamplingConfig(temperature=0)
-HEADS = attention.Dense(num_heads=2, head_dim=8)
+HEADS = attention_config.Dense(num_heads=2, head_dim=8)
 PROMPTS = [[7, 3, 9, 7, 3], list(range(1, 18)), [5] * 10 + list(range(12, 22))]
 run = functools.partial(generate.generate, chunk=16)
 speculate = functools.partial(speculative.speculate, chunk=16)
@@ -45,7 +45,7 @@ def make(seed=0, **settings):
 
 
 def local():
-  pattern = (HEADS, attention.Local(num_heads=2, head_dim=8, window=5))
+  pattern = (HEADS, attention_config.Local(num_heads=2, head_dim=8, window=5))
   return make(attention_pattern=pattern, logit_soft_cap=2.0)
 
 

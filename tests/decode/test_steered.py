@@ -7,7 +7,7 @@ import pytest
 import test_generate
 
 from t2x.decode import beams
-from t2x.decode import decoding_weights as prepared
+from t2x.decode import decoding_weights
 from t2x.decode import drafts
 from t2x.decode import engine as engine_lib
 from t2x.decode import generate
@@ -132,7 +132,9 @@ def test_gedi_is_its_formula(models, prefix):
 
 def test_prepared_models_write_the_same(models):
   plain = steered.Experts(*models)
-  fast = prepared.prepare(steered.Experts(*map(prepared.prepare, models)))
+  fast = decoding_weights.prepare(
+    steered.Experts(*map(decoding_weights.prepare, models))
+  )
   write = lambda model: generate.generate(model, PROMPTS, num_tokens=6, seed=1)
   assert write(plain).tokens == write(fast).tokens
 

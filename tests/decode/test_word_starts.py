@@ -13,7 +13,7 @@ from t2x.decode import beams
 from t2x.decode import generate
 from t2x.decode import pieces as pieces_lib
 from t2x.decode import word_starts
-from t2x.inference import keyword_constraints as keywords
+from t2x.inference import keyword_constraints
 
 LETTERS = list('aab "\n.\u00e9\u201c\u6f22\u20ac1') + [
   '\U00010330',
@@ -94,7 +94,7 @@ def test_keywords_are_met_by_their_text():
   early = 0
   for _ in range(200):
     prompt = test_banned.draw_prompts(rng, 1)[0]
-    made = keywords.Keywords(
+    made = keyword_constraints.Keywords(
       forms, num_tokens=30, vocab_size=test_banned.V, ends=(1,), texts=texts,
       strength=0.0,
     ).begin(prompt)  # fmt: skip

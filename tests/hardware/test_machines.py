@@ -27,13 +27,13 @@ import tpu
 from t2x import main
 from t2x.compilation import program
 from t2x.config import abstract_state
-from t2x.config import layout_advice as layouts
-from t2x.config import overrides as config_lib
-from t2x.hardware import compiler_options as xla_options
+from t2x.config import layout_advice
+from t2x.config import overrides as overrides_lib
+from t2x.hardware import compiler_options
 from t2x.hardware import machines
 from t2x.hlo import collectives
-from t2x.hlo import module as hlo
-from t2x.layers import attention_config as attention
+from t2x.hlo import module as module_lib
+from t2x.layers import attention_config
 from t2x.layers import mlp
 from t2x.models import decoder
 from t2x.parallel import mesh as mesh_lib
@@ -109,7 +109,7 @@ def test_nodes_of_gpus_reduce_more_at_once():
 
 
 def test_each_option_has_a_line_on_what_it_does():
-  with open(xla_options.__file__) as file:
+  with open(compiler_options.__file__) as file:
     lines = file.read().splitlines()
   options = [i for i, line in enumerate(lines) if re.match(r"\s+'xla_", line)]
   assert len(options) > 25
@@ -133,14 +133,14 @@ def test_overrides():
 
 
 def test_overrides_are_set_by_name_and_checked(tmp_path):
-  config = config_lib.override(
+  config = overrides_lib.override(
     tiny.experiment_of(tmp_path), {'compiler_options': 'xla_a=1,xla_b='}
   )
   assert config.compiler_options == ('xla_a=1', 'xla_b=')
   config = dataclasses.replace(config, compiler_options=('xla_a',))
   message = r"compiler_options='xla_a'; an option is xla_NAME=VALUE, or xla_NA"
   with pytest.raises(ValueError, match=message):
-    layouts.check(config, 8)
+    layout_advice.check(config, 8)
 
 
 # --- Compilers know the options. ---
@@ -166,7 +166,7 @@ def product_on(chip, num_slices):
 def test_tpu_options_are_known_to_the_compiler(chip, num_slices):
   options = machines.CHIPS[chip].options(num_slices)
   assert len(options) >= 5
-  options |= xla_options.DIVERGE_TPU if num_slices == 1 else {}
+  options |= compiler_options.DIVERGE_TPU if num_slices == 1 else {}
   assert tpu.compile_text(product_on(chip, num_slices), **options)
 
 
@@ -236,13 +236,14 @@ MODEL = decoder.DecoderConfig(
   vocab_size=512,
   num_layers=2,
   embed_dim=512,
-  attention=attention.Dense(num_heads=4, head_dim=128),
+  attention=attention_config.Dense(num_heads=4, head_dim=128),
   mlp=mlp.MlpConfig(hidden=2048, bias=False),
   dtype='bfloat16',
 )
 # All of them: a name that is not among a chip's options is passed over.
 _NO_ASYNC = [
-  f'{name}=' for name in xla_options.ASYNC_GATHER | xla_options.ASYNC_REDUCE
+  f'{name}='
+  for name in compiler_options.ASYNC_GATHER | compiler_options.ASYNC_REDUCE
 ]
 
 
@@ -256,7 +257,7 @@ def text_of(chip, overrides=(), **sizes):
 
 def asynchronous_gathers(chip, overrides=()):
   """How many all-gathers of an FSDP step run beside something else."""
-  module = hlo.parse(text_of(chip, overrides, data=1, fsdp=4))
+  module = module_lib.parse(text_of(chip, overrides, data=1, fsdp=4))
   instructions = [
     i for c in module.computations.values() for i in c.instructions.values()
   ]
@@ -277,7 +278,7 @@ def test_gathers_run_beside_computation():
 @pytest.mark.slow
 def test_other_cores_gather():
   of_sparse = lambda text: len(re.findall('[Ss]parse_?[Cc]ore', text))
-  off = [f'{name}=' for name in xla_options.SPARSE_GATHER]
+  off = [f'{name}=' for name in compiler_options.SPARSE_GATHER]
   assert of_sparse(text_of('v6e', off, data=1, fsdp=4)) == 0
   assert of_sparse(text_of('v6e', data=1, fsdp=4)) > 4
 
@@ -314,7 +315,7 @@ def test_a_program_compiles_with_them(tmp_path, monkeypatch):
   mesh = mesh_lib.make(config.mesh)
   program.Program(config, mesh, num_steps=2)
   options = [k['compiler_options'] for k in given if 'compiler_options' in k]
-  assert options and all(o == xla_options.CPU for o in options)
+  assert options and all(o == compiler_options.CPU for o in options)
   config = dataclasses.replace(
     config, compiler_options=('xla_cpu_no_such=true',)
   )
@@ -344,8 +345,8 @@ def state_bytes(config, num_devices):
 
 
 def on_machine(name):
-  settings = config_lib.parse_settings(_LLAMA[name].settings)
-  return config_lib.override(llama2_7b.get_config(), settings)
+  settings = overrides_lib.parse_settings(_LLAMA[name].settings)
+  return overrides_lib.override(llama2_7b.get_config(), settings)
 
 
 def test_the_table_has_what_is_rented():
@@ -359,7 +360,9 @@ def test_every_machine_has_a_layout_that_works(name):
   """And room for the state in half its memory; activations are not counted."""
   machine = _LLAMA[name]
   config = on_machine(name)
-  layouts.check(config, machine.num_devices, num_slices=machine.num_slices)
+  layout_advice.check(
+    config, machine.num_devices, num_slices=machine.num_slices
+  )
   # Else a run would not go on elsewhere.
   assert config.data.batch_size == 1024
   used = state_bytes(config, machine.num_devices)

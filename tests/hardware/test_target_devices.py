@@ -9,7 +9,7 @@ import tpu
 
 from t2x.hardware import gpu_targets
 from t2x.hardware import machines
-from t2x.hardware import target_devices as absent
+from t2x.hardware import target_devices
 from t2x.models import flops
 from t2x.parallel import mesh as mesh_lib
 
@@ -22,17 +22,17 @@ def test_slices_of_tpus():
 
 def test_no_slices():
   with pytest.raises(ValueError, match='num_slices=0; there is at least one'):
-    absent.devices('v5e:2x4', 0)
+    target_devices.devices('v5e:2x4', 0)
 
 
 def test_a_compiler_that_is_missing(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   message = r"for v5e:8x8 needs .* libtpu, .*: pip install '\.\[plan\]'"
   with pytest.raises(ValueError, match=message):
-    absent.devices('v5e:8x8')
+    target_devices.devices('v5e:8x8')
   message = r"for b200:2 needs .* GPU compiler.*: pip install '\.\[plan-gpu\]'"
   with pytest.raises(ValueError, match=message):
-    absent.devices('b200:2')
+    target_devices.devices('b200:2')
 
 
 def test_a_compiler_that_refuses(monkeypatch):
@@ -43,13 +43,15 @@ def test_a_compiler_that_refuses(monkeypatch):
       raise NotImplementedError('topology not implemented for cuda')
     raise jax.errors.JaxRuntimeError('INVALID_ARGUMENT: why\n=== trace')
 
-  monkeypatch.setattr(absent.jax_topologies, 'get_topology_desc', refuse)
+  monkeypatch.setattr(
+    target_devices.jax_topologies, 'get_topology_desc', refuse
+  )
   message = rf'for h100:2 .* Set JAX_PLATFORMS=cpu.* be {jax.__version__}\.$'
   with pytest.raises(ValueError, match=message):
-    absent.devices('h100:2')
+    target_devices.devices('h100:2')
   message = r'for v6e:8x8 \(num_slices=7\) cannot .*: INVALID_ARGUMENT: why$'
   with pytest.raises(ValueError, match=message):
-    absent.devices('v6e:8x8', 7)
+    target_devices.devices('v6e:8x8', 7)
 
 
 # --- GPUs. ---

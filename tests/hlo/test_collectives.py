@@ -15,10 +15,10 @@ import optax
 import pytest
 
 from t2x.hlo import collectives
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import embed
 from t2x.layers import mlp
-from t2x.losses import cross_entropy as loss_lib
+from t2x.losses import cross_entropy
 from t2x.models import decoder
 from t2x.parallel import mesh as mesh_lib
 from t2x.parallel import sharding
@@ -49,7 +49,7 @@ CONFIG = decoder.DecoderConfig(
   num_layers=2,
   embed_dim=32,
   vocab_multiple=8,
-  attention=attention.Dense(num_heads=8, head_dim=4),
+  attention=attention_config.Dense(num_heads=8, head_dim=4),
   mlp=mlp.MlpConfig(hidden=64),
 )
 ACCUMULATE = 4
@@ -144,12 +144,12 @@ def loss_collectives(mesh, **chunks):
   table = jax.ShapeDtypeStruct(
     (VOCAB, D), jnp.float32, sharding=where('tensor', 'fsdp')
   )
-  config = loss_lib.LossConfig(**chunks)
+  config = cross_entropy.LossConfig(**chunks)
 
   def mean(x, table, targets):
     head = embed.Head(table_VD=table, vocab_size=VOCAB)
     weights = jnp.ones(targets.shape) / targets.size
-    return loss_lib.mean_loss(x, head, targets, weights, config).objective
+    return cross_entropy.mean_loss(x, head, targets, weights, config).objective
 
   out = where(), (rows, table.sharding)
   fn = jax.jit(jax.value_and_grad(mean, (0, 1)), out_shardings=out)

@@ -11,13 +11,13 @@ import pytest
 import tpu
 
 from t2x.hlo import collectives
-from t2x.hlo import matmul_flops as matrix
-from t2x.layers import attention_config as attention
+from t2x.hlo import matmul_flops
+from t2x.layers import attention_config
 from t2x.layers import mlp
 from t2x.layers import norm
 from t2x.layers import position
 from t2x.layers import stack
-from t2x.losses import cross_entropy as loss_lib
+from t2x.losses import cross_entropy
 from t2x.models import decoder
 from t2x.parallel import sharding
 from t2x.training import train_state
@@ -30,7 +30,7 @@ MODEL = decoder.DecoderConfig(
   vocab_size=V,
   num_layers=L,
   embed_dim=D,
-  attention=attention.Dense(num_heads=N, head_dim=D // N),
+  attention=attention_config.Dense(num_heads=N, head_dim=D // N),
   mlp=mlp.MlpConfig(hidden=F, bias=False),
   norm=norm.RMSNorm(),
   position=position.Rotary(),
@@ -56,7 +56,7 @@ def text_of(
   rules = sharding.Rules(reduce_dtype=reduce_dtype)
   step = train_state.StepConfig(
     execution=stack.Execution(remat=remat),
-    loss=loss_lib.LossConfig(vocab_chunks=vocab_chunks),
+    loss=cross_entropy.LossConfig(vocab_chunks=vocab_chunks),
   )
   program = lowered.lower(
     tpu.mesh(**dict(sizes)),
@@ -209,7 +209,7 @@ def test_products_cost_six_flops_a_weight_and_token():
   # Scores and their product with the values; what the mask hides included.
   attention_flops = L * 2 * (2 * tokens * LENGTH * D)
   want = 6 * tokens * (weights + V * D) + 3 * attention_flops
-  assert matrix.matrix_flops(text_of((('data', 8),))) == want
+  assert matmul_flops.matrix_flops(text_of((('data', 8),))) == want
   again = 2 * tokens * (weights - L * D * F) + attention_flops
   text = text_of(tuple(FSDP.items()), 'full')
-  assert matrix.matrix_flops(text) == want + again
+  assert matmul_flops.matrix_flops(text) == want + again

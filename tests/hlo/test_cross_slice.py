@@ -9,10 +9,10 @@ from t2x.cost_model import estimate
 from t2x.cost_model import links
 from t2x.hardware import machines
 from t2x.hlo import collectives
-from t2x.hlo import cross_slice as slices
-from t2x.hlo import module as hlo
+from t2x.hlo import cross_slice
+from t2x.hlo import module
 from t2x.parallel import mesh
-from t2x.planning import plan as planning
+from t2x.planning import plan as plan_lib
 
 
 def config_of(*settings):
@@ -25,7 +25,7 @@ def test_two_slices_send_to_each_other():
   tpu.devices('v5e:2x2', 2)
   sizes = 'mesh.data=2', 'mesh.fsdp=4'
   config = config_of(*sizes)
-  plan = planning.make(config, 'v5e:2x2', 2)
+  plan = plan_lib.make(config, 'v5e:2x2', 2)
   found = estimate.step(config)
   sent = lambda axis: sum(r.bytes for r in plan.sent if r.axes == (axis,))
   assert {row.along for row in plan.sent} == {'data between slices', 'fsdp'}
@@ -50,7 +50,7 @@ def test_weights_are_gathered_between_slices():
   absent_ = tpu.devices('v5e:2x2', 4)
   sizes = 'mesh.data=2', 'mesh.fsdp=8', 'mesh.dcn.data=2', 'mesh.dcn.fsdp=2'
   config = config_of(*sizes)
-  plan = planning.make(config, 'v5e:2x2', 4)
+  plan = plan_lib.make(config, 'v5e:2x2', 4)
   sent = {(row.kind, row.along): row for row in plan.sent}
   within, between = (
     sent['all-gather', f'fsdp{where}'] for where in ('', ' between slices')
@@ -73,12 +73,12 @@ def test_sends_name_the_slices_that_they_join():
   devices = tpu.devices('v5e:2x2', 4)
   dcn = mesh.Dcn(data=2, fsdp=2)
   whole = mesh.make(mesh.MeshConfig(data=2, fsdp=8, dcn=dcn), devices)
-  send = lambda target: hlo.Instruction(
+  send = lambda target: module.Instruction(
     name='send', type='', op='send', operands=(), literal='', attributes=target
   )
   key = '_xla_megascale_target='
   found = [
-    slices.joined(send(key + target), whole)
+    cross_slice.joined(send(key + target), whole)
     for target in (
       '{{100000,200000},{100001,200001}},_xla',
       '{{100000,300000},{100001,300001}},_xla',

@@ -8,7 +8,7 @@ import pytest
 import tpu
 
 from t2x.hlo import collectives
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import mlp
 from t2x.layers import moe
 from t2x.layers import norm
@@ -25,7 +25,7 @@ MODEL = decoder.DecoderConfig(
   vocab_size=1024,
   num_layers=L,
   embed_dim=D,
-  attention=attention.Dense(num_heads=N, head_dim=D // N),
+  attention=attention_config.Dense(num_heads=N, head_dim=D // N),
   mlp=moe.MoeConfig(hidden=512, bias=False, num_experts=E),
   norm=norm.RMSNorm(),
   position=position.Rotary(),

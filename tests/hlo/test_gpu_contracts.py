@@ -8,16 +8,16 @@ import functools
 import gpu
 import pytest
 
-from t2x.compilation import lowering as traced
+from t2x.compilation import lowering
 from t2x.config import experiment
-from t2x.cost_model import communication_bounds as theory
+from t2x.cost_model import communication_bounds
 from t2x.data import config as data
 from t2x.data import tokenizers
 from t2x.hardware import machines
-from t2x.hardware import target_devices as absent
+from t2x.hardware import target_devices
 from t2x.hlo import collectives
-from t2x.hlo import matmul_flops as matrix
-from t2x.layers import attention_config as attention
+from t2x.hlo import matmul_flops
+from t2x.layers import attention_config
 from t2x.layers import mlp
 from t2x.layers import norm
 from t2x.layers import position
@@ -40,7 +40,9 @@ def step_of(num_nodes=1, **sizes):
       vocab_size=V,
       num_layers=4,
       embed_dim=D,
-      attention=attention.Dense(num_heads=8, head_dim=D // 8, kernel='blocks'),
+      attention=attention_config.Dense(
+        num_heads=8, head_dim=D // 8, kernel='blocks'
+      ),
       mlp=mlp.MlpConfig(hidden=256, bias=False),
       norm=norm.RMSNorm(),
       position=position.Rotary(),
@@ -54,7 +56,7 @@ def step_of(num_nodes=1, **sizes):
   )
   mesh = gpu.mesh('h100:8', num_nodes, **sizes)
   options = machines.options_of([*mesh.devices.flat]) | FAST
-  compiled = absent.compile(traced.lower_step(config, mesh), options)
+  compiled = target_devices.compile(lowering.lower_step(config, mesh), options)
   text = compiled.as_text()
   assert text and '"__cublas$lt$matmul"' in text
   stats = compiled.memory_analysis()
@@ -62,8 +64,8 @@ def step_of(num_nodes=1, **sizes):
   found = collectives.collectives(text, mesh)
   model = flops.forward_parts(config.model, 16, 64, skip_masked=False)
   # All is split over all devices.
-  assert matrix.matrix_flops(text) * mesh.size == 3 * sum(model.values())
-  return theory.bytes_sent(config, mesh.shape), found
+  assert matmul_flops.matrix_flops(text) * mesh.size == 3 * sum(model.values())
+  return communication_bounds.bytes_sent(config, mesh.shape), found
 
 
 def test_fsdp_within_nodes_and_data_between():

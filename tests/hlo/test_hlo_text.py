@@ -6,9 +6,9 @@ import jax
 import pytest
 
 from t2x.hlo import collectives
-from t2x.hlo import matmul_flops as matrix
-from t2x.hlo import module as hlo
-from t2x.hlo import replica_groups as groups
+from t2x.hlo import matmul_flops
+from t2x.hlo import module
+from t2x.hlo import replica_groups
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ from t2x.hlo import replica_groups as groups
   ],
 )
 def test_groups_in_all_forms(text, want):
-  found = groups.joined(f', {text}, dimensions={{0}}, channel_id=3', 4)
+  found = replica_groups.joined(f', {text}, dimensions={{0}}, channel_id=3', 4)
   assert found == want
 
 
@@ -176,16 +176,17 @@ ENTRY %main (a: bf16[32,8], b: bf16[32,16]) -> bf16[8,16] {{
   ROOT %d = bf16[8,16] get-tuple-element(%c), index=0
 }}
 """  # noqa: E501
-  assert matrix.matrix_flops(text) == 2 * 8 * 16 * 32
+  assert matmul_flops.matrix_flops(text) == 2 * 8 * 16 * 32
 
 
 def test_bytes_of_narrow_types():
   sizes = [
-    hlo.num_bytes(*s) for s in hlo.shapes('(f8e4m3fn[3,5], s4[3], pred[2])')
+    module.num_bytes(*s)
+    for s in module.shapes('(f8e4m3fn[3,5], s4[3], pred[2])')
   ]
   assert sizes == [15, 2, 2]
-  assert hlo.shapes('f32[<=8,4]{1,0:T(8,128)S(1)}') == [('f32', (8, 4))]
-  assert hlo.num_bytes('token', ()) == 0
+  assert module.shapes('f32[<=8,4]{1,0:T(8,128)S(1)}') == [('f32', (8, 4))]
+  assert module.num_bytes('token', ()) == 0
 
 
 def test_totals_and_the_table():
@@ -220,7 +221,7 @@ def test_what_is_not_the_program_of_a_mesh():
   with pytest.raises(ValueError, match='for 8 devices and the mesh has 4'):
     collectives.collectives(HEADER + text, mesh)
   with pytest.raises(ValueError, match='no ENTRY computation'):
-    matrix.matrix_flops('module @jit_fn {')
+    matmul_flops.matrix_flops('module @jit_fn {')
 
 
 def test_a_program_for_gpus():
@@ -235,7 +236,7 @@ def test_a_program_for_gpus():
   text = path.read_text()
   # Two products forward and four backward, split eight ways.
   want = layers * 6 * 2 * rows * width * hidden // 8
-  assert matrix.matrix_flops(text) == want
+  assert matmul_flops.matrix_flops(text) == want
   mesh = jax.sharding.AbstractMesh((4, 2), ('fsdp', 'tensor'))
   weights = 2 * 2 * width * hidden // 2  # bf16, two matrices, half of each.
   activations = 2 * (rows // 4) * width

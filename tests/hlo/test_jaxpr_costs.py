@@ -6,8 +6,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 import pytest
 
-from t2x.hlo import jaxpr_costs as jaxpr
-from t2x.hlo import matmul_flops as matrix
+from t2x.hlo import jaxpr_costs
+from t2x.hlo import matmul_flops
 
 _ONCE = 2 * 4 * 8 * 8  # Of (4, 8) with (8, 8).
 
@@ -19,8 +19,8 @@ def _shape(*sizes, dtype=jnp.float32):
 _X, _W = _shape(4, 8), _shape(8, 8)
 
 
-def _count(fn, *args, trips=None) -> jaxpr.Counted:
-  return jaxpr.count(jax.make_jaxpr(fn)(*args), trips)
+def _count(fn, *args, trips=None) -> jaxpr_costs.Counted:
+  return jaxpr_costs.count(jax.make_jaxpr(fn)(*args), trips)
 
 
 def _flops(fn, *args, trips=None) -> int:
@@ -189,7 +189,7 @@ def test_convolutions_count_as_in_the_compiled_program(
   fn = jax.value_and_grad(fn, (0, 1))
   args = _shape(2, 16, 8), _shape(3, 8 // groups, 12)
   compiled = jax.jit(fn).lower(*args).compile()
-  assert _flops(fn, *args) == matrix.matrix_flops(compiled.as_text()) > 0
+  assert _flops(fn, *args) == matmul_flops.matrix_flops(compiled.as_text()) > 0
 
 
 def _kernel(x, w, grid):
@@ -215,7 +215,7 @@ def test_a_pallas_kernel_counts_for_each_point_of_its_grid():
   found = _count(lambda x, w: _kernel(x, w, (2, 3)), *args)
   assert found.total.flops == 2 * 3 * _ONCE
   moved = 4 * (8 * 8 + 8 * 24 + 8 * 24)
-  assert found.total == jaxpr.Cost(
+  assert found.total == jaxpr_costs.Cost(
     flops=2 * 3 * _ONCE, bytes=moved, product_bytes=moved
   )
 

@@ -13,13 +13,13 @@ import tpu
 from t2x.attention import context
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
-from t2x.compilation import lowering as traced
+from t2x.compilation import lowering
 from t2x.config import experiment
 from t2x.data import config as data
 from t2x.data import tokenizers
 from t2x.hlo import collectives
-from t2x.hlo import kernel_flops as kernels
-from t2x.layers import attention_config as attention
+from t2x.hlo import kernel_flops
+from t2x.layers import attention_config
 from t2x.layers import mlp
 from t2x.layers import norm
 from t2x.layers import position
@@ -76,7 +76,7 @@ def test_rows_and_heads_stay_where_they_are():
   text = attend(mesh, num_kv=4)
   assert calls(text) == ['dkv', 'dq', 'fwd']
   assert collectives.collectives(text, mesh) == []
-  assert kernels.kernel_flops(text) == flops(ROWS // 4, N // 2)
+  assert kernel_flops.kernel_flops(text) == flops(ROWS // 4, N // 2)
 
 
 def test_keys_that_every_device_has():
@@ -88,7 +88,7 @@ def test_keys_that_every_device_has():
   assert {(c.kind, c.axes) for c in found} == {('all-reduce', ('tensor',))}
   keys = 2 * (ROWS // 2) * LENGTH * 2 * H
   assert collectives.total(found) == 2 * keys
-  assert kernels.kernel_flops(text) == flops(ROWS // 2, N // 4)
+  assert kernel_flops.kernel_flops(text) == flops(ROWS // 2, N // 4)
 
 
 def test_heads_that_were_exchanged():
@@ -99,7 +99,7 @@ def test_heads_that_were_exchanged():
   assert {(c.kind, c.axes) for c in found} == {('all-to-all', ('context',))}
   own = 2 * (ROWS // 2) * (LENGTH // 4) * N * H
   assert collectives.total(found) == 8 * own
-  assert kernels.kernel_flops(text) == flops(ROWS // 2, N // 4)
+  assert kernel_flops.kernel_flops(text) == flops(ROWS // 2, N // 4)
 
 
 # --- In whole steps. ---
@@ -109,7 +109,7 @@ MODEL = decoder.DecoderConfig(
   vocab_size=512,
   num_layers=L,
   embed_dim=D,
-  attention=attention.Dense(
+  attention=attention_config.Dense(
     num_heads=N, head_dim=H, kernel='flash', block=BLOCK
   ),
   mlp=mlp.MlpConfig(hidden=F, bias=False),
@@ -155,7 +155,7 @@ def test_sequence_parallelism_gathers_before_the_projections_alone():
     ('reduce-scatter', activation),
   }
   assert sum(c.times for c in layers) == 8 * L
-  assert kernels.kernel_flops(text) == L * flops(ROWS // 2, N // 4)
+  assert kernel_flops.kernel_flops(text) == L * flops(ROWS // 2, N // 4)
 
 
 @pytest.mark.slow
@@ -194,5 +194,5 @@ def test_stages_keep_what_it_gives():
     pipeline=pipeline_config.PipelineConfig(microbatches=2),
   )
   mesh = mesh_lib.make(config.mesh, tpu.devices('v5e:2x4'))
-  text = tpu.compile_text(traced.lower_step(config, mesh))
+  text = tpu.compile_text(lowering.lower_step(config, mesh))
   assert calls(text) == ['dkv', 'dq', 'fwd']

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import pytest
 import tpu
 
-from t2x.hardware import target_devices as absent
-from t2x.hlo import liveness as live
+from t2x.hardware import target_devices
+from t2x.hlo import liveness
 
 
 def test_a_stack_lives_once_and_a_donated_result_takes_nothing():
-  found = live.at_peak(hlo_programs.SCAN)
+  found = liveness.at_peak(hlo_programs.SCAN)
   sizes = sorted((b.bytes for b in found), reverse=True)
   # The stack, the row that a trip makes, and numbers; the first result is
   # where the argument was.
@@ -62,7 +62,7 @@ ENTRY %main (i: s32[]) -> f32[7,64] {
 }
 """
   text = text.replace('f32[8],\n  f32[9]) {', 'f32[8], f32[9]) {')
-  found = {b.type: b.op_name for b in live.at_peak(text)}
+  found = {b.type: b.op_name for b in liveness.at_peak(text)}
   assert found['f32[7,64]'] == 'a/in'
   assert found['f32[8]'] == 'a/out' and found['f32[9]'] == 'a/zeros'
 
@@ -79,7 +79,7 @@ ENTRY %main (x: f32[64]) -> f32[64] {
   ROOT %e = f32[64] add(%d, %d)
 }
 """
-  assert [b.bytes for b in live.at_peak(text)] == [256, 256]
+  assert [b.bytes for b in liveness.at_peak(text)] == [256, 256]
 
 
 def test_a_gather_keeps_what_it_is_given_until_it_ends():
@@ -94,7 +94,7 @@ ENTRY %main (x: f32[8]) -> f32[64] {
 }
 """
   # Where the broadcast is made: both ends of the exchange, and itself.
-  peak = sorted(b.bytes for b in live.at_peak(text))
+  peak = sorted(b.bytes for b in liveness.at_peak(text))
   assert peak == [256, 256] or peak == [32, 64, 256]
   assert sum(peak) == 512
 
@@ -114,13 +114,13 @@ def test_the_sum_is_near_the_compilers_own(target):
   shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32, sharding=place)
   fn = jax.jit(jax.grad(loss), out_shardings=place)
   lowered = fn.lower(shape(6, 512, 512), shape(65536, 512))
-  compiled = absent.compile(lowered)
+  compiled = target_devices.compile(lowered)
   memory, text = compiled.memory_analysis(), compiled.as_text()
   assert memory is not None and text is not None
   # Results are memory of their own, which `at_peak` counts.
   want = memory.temp_size_in_bytes + memory.output_size_in_bytes
-  assert sum(b.bytes for b in live.at_peak(text)) == pytest.approx(
+  assert sum(b.bytes for b in liveness.at_peak(text)) == pytest.approx(
     want, rel=0.15
   )
-  largest = max(live.at_peak(text), key=lambda b: b.bytes)
+  largest = max(liveness.at_peak(text), key=lambda b: b.bytes)
   assert largest.bytes == 6 * 4 * 65536 * 512

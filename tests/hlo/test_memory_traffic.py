@@ -6,11 +6,11 @@ import pytest
 
 from t2x.attention import splash
 from t2x.hlo import collectives
-from t2x.hlo import execution as loops
-from t2x.hlo import kernel_flops as kernels
-from t2x.hlo import liveness as live
-from t2x.hlo import memory_traffic as traffic
-from t2x.hlo import module as hlo
+from t2x.hlo import execution
+from t2x.hlo import kernel_flops
+from t2x.hlo import liveness
+from t2x.hlo import memory_traffic
+from t2x.hlo import module as module_lib
 
 # --- Traffic. ---
 
@@ -23,7 +23,7 @@ def test_a_product_reads_its_factors_and_writes_its_result():
 }
 """  # noqa: E501
   # The second factor lies in vector memory.
-  assert traffic.memory_bytes(text) == 2 * 32 * 8 + 4 * 32 * 16
+  assert memory_traffic.memory_bytes(text) == 2 * 32 * 8 + 4 * 32 * 16
 
 
 def test_a_loop_that_fills_a_stack_touches_a_row_each_time():
@@ -34,16 +34,16 @@ def test_a_loop_that_fills_a_stack_touches_a_row_each_time():
   condition = 2 * number + flag
   start = number + 7 * row + 2 * row
   want = start + 7 * trip + 8 * condition
-  assert traffic.memory_bytes(hlo_programs.SCAN) == want
+  assert memory_traffic.memory_bytes(hlo_programs.SCAN) == want
 
 
 def test_a_loop_whose_last_trip_was_taken_out():
   """What the counter will be is compared: one trip fewer."""
 
   def trips(text):
-    module = hlo.parse(text)
-    scope = loops.Scope(module, module.computations[module.entry])
-    return loops.trip_count(scope, scope.computation.instructions['w'])
+    module = module_lib.parse(text)
+    scope = execution.Scope(module, module.computations[module.entry])
+    return execution.trip_count(scope, scope.computation.instructions['w'])
 
   assert trips(hlo_programs.SCAN) == 7
   compare = '  ROOT %more = pred[] compare(%i, %bound), direction=LT'
@@ -80,8 +80,10 @@ ENTRY %main (p: f32[7,64], q: f32[1,64], i: s32[]) -> (f32[7,64], f32[1,64]) {
   )
   stack, row = 7 * 4 * 64, 4 * 64
   # The negation; a row read, the update, the new row, the place.
-  assert traffic.memory_bytes(text) == 2 * stack + row + 2 * row + row + 4
-  assert sorted(b.bytes for b in live.at_peak(text)) == [row, stack]
+  assert (
+    memory_traffic.memory_bytes(text) == 2 * stack + row + 2 * row + row + 4
+  )
+  assert sorted(b.bytes for b in liveness.at_peak(text)) == [row, stack]
 
 
 def test_what_a_fusion_within_a_fusion_slices_is_read_as_a_slice():
@@ -118,7 +120,7 @@ ENTRY %main (p: f32[7,64], q: f32[3,64], i: s32[]) -> f32[64] {
   )
   row = 4 * 64
   # A row of the first, the second, which row, and the result.
-  assert traffic.memory_bytes(text) == row + 3 * row + 4 + row
+  assert memory_traffic.memory_bytes(text) == row + 3 * row + 4 + row
 
 
 # --- What is hidden behind products. ---
@@ -206,4 +208,4 @@ def test_a_kernels_flops_are_in_its_name(name, factor):
   ROOT %k = f32[4,4] custom-call(%x), {target}, metadata={{op_name="{scope}"}}
 }}
 """
-  assert kernels.kernel_flops(text) == 1000 * factor
+  assert kernel_flops.kernel_flops(text) == 1000 * factor

@@ -13,13 +13,13 @@ import pytest
 import shrunk
 
 from t2x.attention import mask as mask_lib
-from t2x.hlo import jaxpr_costs as jaxpr
-from t2x.hlo import matmul_flops as matrix
+from t2x.hlo import jaxpr_costs
+from t2x.hlo import matmul_flops
 from t2x.layers import moe
 from t2x.layers import position
 from t2x.layers import routing
 from t2x.layers import stack
-from t2x.losses import cross_entropy as loss
+from t2x.losses import cross_entropy
 from t2x.models import encoder
 from t2x.models import encoder_decoder
 from t2x.models import flops
@@ -49,9 +49,9 @@ def _batch(config):
 
 
 @functools.cache
-def _forward(config) -> jaxpr.Counted:
+def _forward(config) -> jaxpr_costs.Counted:
   fn = lambda model, batch: model(**batch)
-  return jaxpr.count(jax.make_jaxpr(fn)(_model(config), _batch(config)))
+  return jaxpr_costs.count(jax.make_jaxpr(fn)(_model(config), _batch(config)))
 
 
 def _step_arguments(config):
@@ -65,9 +65,9 @@ def _step_arguments(config):
 
 
 @functools.cache
-def _train(config, step=_NONE) -> jaxpr.Counted:
+def _train(config, step=_NONE) -> jaxpr_costs.Counted:
   fn = functools.partial(train_step.train_step, tx=_TX, config=step)
-  return jaxpr.count(jax.make_jaxpr(fn)(*_step_arguments(config)))
+  return jaxpr_costs.count(jax.make_jaxpr(fn)(*_step_arguments(config)))
 
 
 # The parts of `flops.forward_parts` by the named scopes that make them.
@@ -82,7 +82,7 @@ _SCOPES = {
 }
 
 
-def _parts(counted: jaxpr.Counted) -> dict[str, int]:
+def _parts(counted: jaxpr_costs.Counted) -> dict[str, int]:
   """Returns FLOPs by the parts of the formula."""
   parts = {}
   for source, cost in counted.sources.items():
@@ -253,7 +253,7 @@ def _pairs_of_blocks(causal, kind) -> int:
   'changes',
   [
     {'accumulate': 2},
-    {'loss': loss.LossConfig(token_chunks=4)},
+    {'loss': cross_entropy.LossConfig(token_chunks=4)},
     {'execution': stack.Execution(scan=False)},
     {'execution': stack.Execution(scan=False, remat='full')},
     {'execution': stack.Execution(scan=False, remat='dots')},
@@ -268,7 +268,9 @@ def test_a_step_costs_the_same_however_it_is_cut(changes):
 
 def test_chunks_of_the_vocabulary_make_their_logits_twice():
   config = shrunk.CONFIGS['pattern']
-  chunked = dataclasses.replace(_NONE, loss=loss.LossConfig(vocab_chunks=4))
+  chunked = dataclasses.replace(
+    _NONE, loss=cross_entropy.LossConfig(vocab_chunks=4)
+  )
   forward = _parts(_forward(config))
   more = {'head': 4 * forward['head']}
   assert _parts(_train(config, chunked)) == _parts(_train(config)) | more
@@ -282,7 +284,7 @@ def test_the_compiled_step_has_the_products_of_its_jaxpr(name):
   fn = functools.partial(train_step.train_step, tx=_TX, config=step)
   compiled = jax.jit(fn).lower(*_step_arguments(config)).compile()
   counted = _train(config, step).total.flops
-  assert counted == matrix.matrix_flops(compiled.as_text())
+  assert counted == matmul_flops.matrix_flops(compiled.as_text())
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 import tpu
 
 from t2x.hlo import collectives
-from t2x.hlo import matmul_flops as matrix
+from t2x.hlo import matmul_flops
 from t2x.parallel import mesh as mesh_lib
 
 SIZES = {'data': 2, 'tensor': 4}
@@ -103,7 +103,7 @@ def test_a_loop_of_unknown_trips_is_named(mesh):
   message = r'The loop while\S* in \S+ \(jit\(fn\)/shard_map/while\) runs until'
   with pytest.raises(ValueError, match=message):
     collectives.collectives(text, mesh)
-  assert matrix.matrix_flops(text) == 0  # Nothing in it to count.
+  assert matmul_flops.matrix_flops(text) == 0  # Nothing in it to count.
 
 
 def test_products_in_a_scan(mesh):
@@ -113,7 +113,7 @@ def test_products_in_a_scan(mesh):
     return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
 
   text = compiled(fn, mesh, ((128, 256), P('data')), ((6, 256, 256), P()))
-  assert matrix.matrix_flops(text) == 6 * 2 * (128 // 2) * 256 * 256
+  assert matmul_flops.matrix_flops(text) == 6 * 2 * (128 // 2) * 256 * 256
 
 
 def test_the_dearest_branch_counts(mesh):
@@ -122,7 +122,7 @@ def test_the_dearest_branch_counts(mesh):
 
   square = (256, 256)
   text = compiled(fn, mesh, (square, P()), (square, P()), ((), P(), jnp.bool_))
-  assert matrix.matrix_flops(text) == 2 * 2 * 256**3
+  assert matmul_flops.matrix_flops(text) == 2 * 2 * 256**3
 
 
 @pytest.mark.parametrize(
@@ -153,6 +153,6 @@ def test_convolutions_and_their_gradients(groups, stride, padding):
   starts = range(-pad, T + pad - K + 1, stride)
   pairs = sum(0 <= start + k < T for start in starts for k in range(K))
   once = 2 * B * F * (C // groups) * pairs
-  assert matrix.matrix_flops(compiled(fn, mesh, *args)) == once
+  assert matmul_flops.matrix_flops(compiled(fn, mesh, *args)) == once
   both = jax.grad(lambda x, w: (fn(x, w) ** 2).sum(), (0, 1))
-  assert matrix.matrix_flops(compiled(both, mesh, *args)) == 3 * once
+  assert matmul_flops.matrix_flops(compiled(both, mesh, *args)) == 3 * once

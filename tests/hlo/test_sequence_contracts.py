@@ -5,13 +5,13 @@ import lowered
 import pytest
 import tpu
 
-from t2x.compilation import lowering as traced
+from t2x.compilation import lowering
 from t2x.config import experiment
-from t2x.config import partitioning as on_mesh
+from t2x.config import partitioning
 from t2x.data import config as data
 from t2x.data import tokenizers
 from t2x.hlo import collectives
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import mlp
 from t2x.layers import norm
 from t2x.layers import position
@@ -37,7 +37,9 @@ def ring_step(tpu_target, **rules):
       vocab_size=V,
       num_layers=L,
       embed_dim=D,
-      attention=attention.Dense(num_heads=N, num_kv_heads=K, head_dim=D // N),
+      attention=attention_config.Dense(
+        num_heads=N, num_kv_heads=K, head_dim=D // N
+      ),
       mlp=mlp.MlpConfig(hidden=F, bias=False),
       norm=norm.RMSNorm(),
       position=position.Rotary(),
@@ -52,9 +54,9 @@ def ring_step(tpu_target, **rules):
   )
   devices = tpu.devices('v5e:2x4') if tpu_target else jax.devices()
   mesh = mesh_lib.make(config.mesh, devices)
-  assert on_mesh.zigzag(config, mesh.shape) == C
+  assert partitioning.zigzag(config, mesh.shape) == C
   text = tpu.compile_text(
-    traced.lower_step(config, mesh), **({} if tpu_target else FAST)
+    lowering.lower_step(config, mesh), **({} if tpu_target else FAST)
   )
   return collectives.collectives(text, mesh)
 
@@ -106,7 +108,7 @@ def model_of(num_layers, width, hidden, vocab, dtype='float32'):
     vocab_size=vocab,
     num_layers=num_layers,
     embed_dim=width,
-    attention=attention.Dense(num_heads=8, head_dim=width // 8),
+    attention=attention_config.Dense(num_heads=8, head_dim=width // 8),
     mlp=mlp.MlpConfig(hidden=hidden, bias=False),
     norm=norm.RMSNorm(),
     position=position.Rotary(),

@@ -6,12 +6,12 @@ import jax
 import pytest
 import tiny
 
-from t2x.compilation import lowering as traced
-from t2x.config import partitioning as on_mesh
-from t2x.hardware import target_devices as absent
+from t2x.compilation import lowering
+from t2x.config import partitioning
+from t2x.hardware import target_devices
 from t2x.hlo import collectives
-from t2x.hlo import matmul_flops as matrix
-from t2x.hlo import stage_trips as pipelines
+from t2x.hlo import matmul_flops
+from t2x.hlo import stage_trips
 from t2x.parallel import mesh as mesh_lib
 from t2x.pipeline import schedules
 
@@ -39,8 +39,8 @@ def compiled(tmp_path):
     mesh = mesh_lib.make(config.mesh, jax.devices()[:num])
     # LLVM's optimisations cost half the time and change no count.
     options = {'xla_backend_optimization_level': 0}
-    program = absent.compile(traced.lower_step(config, mesh), options)
-    return program.as_text(), mesh, on_mesh.pipeline(config, mesh.shape)
+    program = target_devices.compile(lowering.lower_step(config, mesh), options)
+    return program.as_text(), mesh, partitioning.pipeline(config, mesh.shape)
 
   return make
 
@@ -52,9 +52,9 @@ def flops_of(compiled):
   def count(*, pipe=1, **settings):
     text, _, plan = compiled(pipe=pipe, **settings)
     if plan is None:
-      return [matrix.matrix_flops(text)]
-    trips = [pipelines.trips(plan, stage) for stage in range(pipe)]
-    return [matrix.matrix_flops(text, each) for each in trips]
+      return [matmul_flops.matrix_flops(text)]
+    trips = [stage_trips.trips(plan, stage) for stage in range(pipe)]
+    return [matmul_flops.matrix_flops(text, each) for each in trips]
 
   return count
 
@@ -111,7 +111,7 @@ def test_gradients_of_tables_are_not_gathered(compiled):
   """Of 8 rows of 32 tokens, width 16, on four devices a stage; 64 positions."""
   settings = {'pipeline__schedule': 'gpipe', 'pipeline__microbatches': 2}
   text, mesh, plan = compiled(pipe=2, mesh__fsdp=4, **settings)
-  sent = collectives.collectives(text, mesh, pipelines.trips(plan, 0))
+  sent = collectives.collectives(text, mesh, stage_trips.trips(plan, 0))
   found = [
     (row.kind, row.bytes)
     for row in sent
@@ -125,7 +125,7 @@ def test_gradients_of_tables_are_not_gathered(compiled):
 def test_messages_are_counted_in_the_ticks_in_which_they_are_sent(compiled):
   settings = {'pipeline__schedule': 'zb_v', 'pipeline__microbatches': 4}
   text, mesh, plan = compiled(pipe=4, **settings)
-  sent = collectives.collectives(text, mesh, pipelines.trips(plan, 0))
+  sent = collectives.collectives(text, mesh, stage_trips.trips(plan, 0))
   times = [row.times for row in sent if row.kind == 'collective-permute']
   ways = plan.told.sends_down_T, plan.told.sends_up_T
   assert sorted(times) == sorted(int(sends_T.sum()) for sends_T in ways)

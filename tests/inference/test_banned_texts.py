@@ -15,9 +15,9 @@ import tiny
 from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
 from t2x.decode import beams
-from t2x.inference import constraints as control
-from t2x.inference import generation as inference
-from t2x.inference import trained_model as trained_lib
+from t2x.inference import constraints
+from t2x.inference import generation
+from t2x.inference import trained_model
 from t2x.models import decoder
 from t2x.models import encoder_decoder
 from t2x.parallel import mesh as mesh_lib
@@ -34,7 +34,7 @@ def tokenizer_of(name, directory):
   return tokenizer_loading.read(tokenizers.Pretrained(directory=files))
 
 
-def make(name, directory, answers=False) -> trained_lib.Trained:
+def make(name, directory, answers=False) -> trained_model.Trained:
   """A model that was not trained: it would write anything."""
   base = tiny.experiment_of(directory, data__length=64)
   tokenizer = tokenizer_of(name, directory)
@@ -43,7 +43,7 @@ def make(name, directory, answers=False) -> trained_lib.Trained:
     kind = encoder_decoder.EncoderDecoderConfig
   size = {'num_layers': 1, 'embed_dim': 8}
   config = kind(vocab_size=tokenizer.vocab_size, **size)
-  return trained_lib.Trained(
+  return trained_model.Trained(
     config=dataclasses.replace(base, model=config),
     model=_model(config),
     tokenizer=tokenizer,
@@ -74,14 +74,14 @@ def test_what_is_banned_is_in_no_text(name, tmp_path):
   trained = make(name, tmp_path)
   rng = np.random.default_rng(0)
   common = {'num_tokens': NUM_TOKENS, 'ignore_end': True}
-  plain = inference.generate_text(trained, PROMPTS, **common)
+  plain = generation.generate_text(trained, PROMPTS, **common)
   hit = 0
   for seed in range(3):
     words = draw_words(rng, plain, 6)
     banned = trained.banned(words)
-    texts = inference.generate_text(
+    texts = generation.generate_text(
       trained, PROMPTS, seed=seed, **common,
-      sampling=inference.Sampling(banned_words=banned),
+      sampling=generation.Sampling(banned_words=banned),
     )  # fmt: skip
     for prompt, text in zip(PROMPTS, texts):
       assert not [word for word in words if word in text], (words, text)
@@ -101,9 +101,9 @@ def test_answers_and_their_sentinels(name, tmp_path):
   trained = make(name, tmp_path, answers=True)
   sentinels = [*trained.tokenizer.sentinel_ids]
   bias = dict.fromkeys(sentinels, 6.0)  # So that they are written.
-  write = lambda **more: inference.generate_text(
+  write = lambda **more: generation.generate_text(
     trained, PROMPTS, num_tokens=NUM_TOKENS, ignore_end=True,
-    sampling=inference.Sampling(bias=bias, **more),
+    sampling=generation.Sampling(bias=bias, **more),
   )  # fmt: skip
   assert any('id_1' in text for text in write())
   texts = write(banned_words=trained.banned(['id_1', '><', 'e']))
@@ -116,12 +116,12 @@ def test_words_in_texts_and_searches(tmp_path):
   """Keywords with bans beside them, drawn and searched for."""
   trained = make('bytes', tmp_path)
   words, banned = ['ox', 'zebra'], trained.banned(['q', 'xx', 'a"', '\n'])
-  sampling = inference.Sampling(banned_words=banned)
-  made = control.Controls(trained).make(num_tokens=30, keywords=words)
-  texts = inference.generate_text(
+  sampling = generation.Sampling(banned_words=banned)
+  made = constraints.Controls(trained).make(num_tokens=30, keywords=words)
+  texts = generation.generate_text(
     trained, PROMPTS, num_tokens=30, control=made, sampling=sampling
   )
-  found = inference.search_text(
+  found = generation.search_text(
     trained, PROMPTS[:2], num_tokens=24, keywords=words, sampling=sampling,
     beams=beams.BeamConfig(num_beams=4), num_best=2,
   )  # fmt: skip

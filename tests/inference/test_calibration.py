@@ -13,13 +13,13 @@ import tiny
 from t2x.decode import generate
 from t2x.decode import sampling
 from t2x.inference import calibration
-from t2x.inference import generation as inference
+from t2x.inference import generation
 from t2x.inference import loading
 from t2x.layers import param
 from t2x.models import decoder
 from t2x.parallel import mesh as mesh_lib
 from t2x.parallel import sharding
-from t2x.tracking import run_report as report
+from t2x.tracking import run_report
 from t2x.trainer import train
 
 VOCAB = 12
@@ -105,7 +105,7 @@ def test_the_temperature_that_made_the_data_is_found(held):
 
 
 def test_a_run_keeps_its_temperature_and_uses_it(tmp_path, monkeypatch):
-  monkeypatch.setattr(report, 'write', lambda workdir: None)
+  monkeypatch.setattr(run_report, 'write', lambda workdir: None)
   run = str(tmp_path / 'run')
   train.train(tiny.experiment_of(tmp_path), run, show=False)
   trained = loading.load(run)
@@ -127,7 +127,7 @@ def test_a_run_keeps_its_temperature_and_uses_it(tmp_path, monkeypatch):
   assert again.temperature == 2.5
   settings = again.calibrated(None)
   assert settings.calibration == 2.5
-  (text,) = inference.generate_text(again, ['the run'], num_tokens=3)
+  (text,) = generation.generate_text(again, ['the run'], num_tokens=3)
   assert isinstance(text, str)
 
 

@@ -13,16 +13,16 @@ import tiny
 
 from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
-from t2x.decode import constrained as controlled
-from t2x.inference import constraints as control
-from t2x.inference import generation as inference
-from t2x.inference import keyword_constraints as keywords
-from t2x.inference import trained_model as trained_lib
+from t2x.decode import constrained
+from t2x.inference import constraints
+from t2x.inference import generation
+from t2x.inference import keyword_constraints
+from t2x.inference import trained_model
 from t2x.models import encoder_decoder
 from t2x.models import model as model_lib
 from t2x.parallel import mesh as mesh_lib
 
-SAMPLING = inference.Sampling()
+SAMPLING = generation.Sampling()
 SCHEMA = {
   'type': 'object',
   'properties': {
@@ -39,7 +39,7 @@ SCHEMA = {
 def trained(tmp_path_factory):
   """A model that was not trained: it would write anything."""
   config = tiny.experiment_of(tmp_path_factory.mktemp('run'), data__length=64)
-  return trained_lib.Trained(
+  return trained_model.Trained(
     config=config,
     model=model_lib.make(config.model, rngs=nnx.Rngs(0)),
     tokenizer=tokenizers.BytesTokenizer(config.data.tokenizer),
@@ -53,11 +53,11 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def controls(trained):
-  return control.Controls(trained)
+  return constraints.Controls(trained)
 
 
 def write(trained, made, num_tokens=50, num=6, **options):
-  return inference.generate_text(
+  return generation.generate_text(
     trained, ['the run'] * num, num_tokens=num_tokens, control=made, **options
   )
 
@@ -107,8 +107,8 @@ def test_a_text_that_is_cut_is_the_beginning_of_one(trained, controls):
 
 def test_every_prompt_is_drawn_as_it_asks(trained, controls):
   made = controls.make(num_tokens=8, regex='[0-9]{6}')
-  settings = [inference.Sampling(temperature=0), SAMPLING]
-  found = inference.generation(
+  settings = [generation.Sampling(temperature=0), SAMPLING]
+  found = generation.generation(
     trained,
     ['the run', 'a'],
     num_tokens=8,
@@ -119,20 +119,20 @@ def test_every_prompt_is_drawn_as_it_asks(trained, controls):
   assert found.ended == [True, True]
   assert [len(row) for row in found.log_probs] == [6, 6]
   common = {'num_tokens': 8, 'control': made, 'seed': 3}
-  greedy = inference.generation(
+  greedy = generation.generation(
     trained, ['the run'], sampling=settings[0], **common
   )
   assert found.tokens[0] == greedy.tokens[0]
   np.testing.assert_allclose(found.log_probs[0], greedy.log_probs[0], atol=1e-5)
-  other = inference.generation(trained, ['', 'a'], sampling=SAMPLING, **common)
+  other = generation.generation(trained, ['', 'a'], sampling=SAMPLING, **common)
   assert found.tokens[1] == other.tokens[1]
-  cut = inference.generation(trained, ['a'], **common | {'num_tokens': 3})
+  cut = generation.generation(trained, ['a'], **common | {'num_tokens': 3})
   assert cut.ended == [False]
 
 
 def test_messages(trained, controls):
   made = controls.make(num_tokens=8, regex='[0-9]+')
-  write = functools.partial(inference.generate_text, trained, control=made)
+  write = functools.partial(generation.generate_text, trained, control=made)
   with pytest.raises(ValueError, match='ignore_end: a text that is held to a'):
     write(['a'], num_tokens=4, ignore_end=True)
   with pytest.raises(ValueError, match='Prompt 1 has 100 tokens'):
@@ -142,7 +142,7 @@ def test_messages(trained, controls):
   config = encoder_decoder.EncoderDecoderConfig(vocab_size=9)
   answers = encoder_decoder.EncoderDecoder(config, rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match='EncoderDecoder cannot be held to a ru'):
-    controlled.write(answers, [[3]], num_tokens=4, control=made)
+    constrained.write(answers, [[3]], num_tokens=4, control=made)
 
 
 @pytest.mark.parametrize('name', sorted(hf_files.MAKERS))
@@ -156,7 +156,7 @@ def test_tokenizers_of_others(name, tmp_path):
   ids = tokenizer.encode(text)
   joined = b''.join(pieces[i] for i in ids).decode()
   assert joined.strip() == tokenizer.decode(ids).strip()
-  rule = control.Rules(tokenizer, tokenizer.vocab_size).regex('[ ]?the.*')
+  rule = constraints.Rules(tokenizer, tokenizer.vocab_size).regex('[ ]?the.*')
   for token in ids[:4]:
     assert rule.allows(token)
     rule.advance(token)
@@ -186,7 +186,7 @@ def test_letters_that_no_token_has():
       return [p if p in b'ab' and p else b'' for p in super().token_bytes()]
 
   tokenizer = Letters(tokenizers.Bytes())
-  rules = control.Rules(tokenizer, tokenizer.vocab_size)
+  rules = constraints.Rules(tokenizer, tokenizer.vocab_size)
   with pytest.raises(ValueError, match='cannot be'):
     rules.regex('c')
   rule = rules.regex('ac')
@@ -198,7 +198,7 @@ def test_letters_that_no_token_has():
 def test_a_rule_that_breaks_ends_its_text_alone(trained):
   """With the reason; the others are written on."""
 
-  class Broken(keywords.Keywords):
+  class Broken(keyword_constraints.Keywords):
     def advance(self, token):
       raise ValueError('nothing goes on from here')
 
@@ -230,7 +230,7 @@ def test_keywords_are_there_whatever_is_drawn(seed):
   ]
   least = sum(min(map(len, word)) for word in words)
   num_tokens = least + int(rng.integers(0, 4))
-  made = keywords.Keywords(
+  made = keyword_constraints.Keywords(
     words, num_tokens=num_tokens, vocab_size=vocab_size, ends=ends
   )
   text = []

@@ -2,7 +2,7 @@
 
 import pytest
 
-from t2x.inference import detokenize as postprocess
+from t2x.inference import detokenize
 
 
 @pytest.mark.parametrize(
@@ -21,8 +21,8 @@ from t2x.inference import detokenize as postprocess
   ],
 )
 def test_detokenize(text, expected):
-  assert postprocess.detokenize(text) == expected
-  assert postprocess.detokenize(expected) == expected
+  assert detokenize.detokenize(text) == expected
+  assert detokenize.detokenize(expected) == expected
 
 
 @pytest.mark.parametrize(
@@ -35,11 +35,11 @@ def test_detokenize(text, expected):
   ],
 )
 def test_sentence_case(text, expected):
-  assert postprocess.sentence_case(text) == expected
+  assert detokenize.sentence_case(text) == expected
 
 
 def test_steps_follow_each_other():
   steps = ['strip', 'lower', 'sentence_case']
-  assert postprocess.apply(steps, '  Some TEXT. MORE ') == 'Some text. More'
+  assert detokenize.apply(steps, '  Some TEXT. MORE ') == 'Some text. More'
   with pytest.raises(ValueError, match="no step 'upper'"):
-    postprocess.apply(['upper'], 'a')
+    detokenize.apply(['upper'], 'a')

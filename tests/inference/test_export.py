@@ -14,14 +14,14 @@ import pytest
 import tiny
 
 from t2x.data import tokenizers
-from t2x.inference import export as artefact
-from t2x.inference import exported_runtime as artefact_run
-from t2x.inference import generation as inference
-from t2x.inference import text_stream as streaming
-from t2x.inference import trained_model as trained_lib
-from t2x.interop import generation_config as generation
+from t2x.inference import export
+from t2x.inference import exported_runtime
+from t2x.inference import generation as generation_lib
+from t2x.inference import text_stream
+from t2x.inference import trained_model
+from t2x.interop import generation_config
 from t2x.interop import tokenizer_file
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import position
 from t2x.models import decoder
 from t2x.models import encoder
@@ -46,13 +46,15 @@ def trained_of(directory, name):
   config = tiny.experiment_of(directory, data__length=64)
   shared = dict(
     vocab_size=384, num_layers=2, embed_dim=16,
-    attention=attention.Dense(num_heads=4, head_dim=4),
+    attention=attention_config.Dense(num_heads=4, head_dim=4),
   )  # fmt: skip
   model = {
     'decoder': config.model,
     'window': decoder.DecoderConfig(
       **shared
-      | {'attention': attention.Local(num_heads=4, head_dim=4, window=5)},
+      | {
+        'attention': attention_config.Local(num_heads=4, head_dim=4, window=5)
+      },
       position=position.Rotary(),
       dtype='bfloat16',
     ),
@@ -65,7 +67,7 @@ def trained_of(directory, name):
     'encoder': encoder.EncoderConfig(**shared),
   }[name]
   mesh = mesh_lib.make(mesh_lib.MeshConfig(data=1), jax.devices()[:1])
-  return trained_lib.Trained(
+  return trained_model.Trained(
     config=config.__class__(**{**vars(config), 'model': model}),
     model=model_lib.make(model, rngs=nnx.Rngs(0)),
     tokenizer=tokenizers.BytesTokenizer(config.data.tokenizer),
@@ -89,7 +91,7 @@ def run_alone(directory, calls):
 )
 def test_it_writes_what_the_run_writes(tmp_path, name):
   trained = trained_of(tmp_path, name)
-  artefact.write(
+  export.write(
     trained, str(tmp_path / 'made'), chunk=64 if name == 'few_positions' else 16
   )
   prompts = trained.prompt_ids(PROMPTS)
@@ -104,11 +106,11 @@ def test_it_writes_what_the_run_writes(tmp_path, name):
   for own, (tokens, log_probs) in zip(settings, found):
     own = dict(own)
     seed = own.pop('seed', 0)
-    expected = inference.generation(
+    expected = generation_lib.generation(
       trained,
       PROMPTS,
       num_tokens=12,
-      sampling=inference.Sampling(**own),
+      sampling=generation_lib.Sampling(**own),
       seed=seed,
     )
     assert tokens == expected.tokens
@@ -119,14 +121,14 @@ def test_it_writes_what_the_run_writes(tmp_path, name):
 def test_what_a_checkpoint_forbids(tmp_path, caplog):
   """Is in no text; that its defaults of drawing are left out is told."""
   trained = trained_of(tmp_path, 'encoder_decoder')
-  greedy = inference.Sampling(temperature=0)
+  greedy = generation_lib.Sampling(temperature=0)
   texts = lambda trained: (
-    inference.generation(
+    generation_lib.generation(
       trained, PROMPTS, num_tokens=12, sampling=greedy
     ).tokens
   )
   plain = texts(trained)
-  own = generation.Generation(
+  own = generation_config.Generation(
     ends=(plain[0][6], 2),
     first=plain[1][3],
     not_first=(plain[0][0],),
@@ -135,8 +137,8 @@ def test_what_a_checkpoint_forbids(tmp_path, caplog):
     sampling={'temperature': 0.0, 'repetition_penalty': 1.5},
   )
   trained = dataclasses.replace(trained, generation=own)
-  artefact.write(trained, str(tmp_path / 'made'), chunk=16)
-  made = artefact_run.Artefact(str(tmp_path / 'made'))
+  export.write(trained, str(tmp_path / 'made'), chunk=16)
+  made = exported_runtime.Artefact(str(tmp_path / 'made'))
   prompts = trained.prompt_ids(PROMPTS)
   found, _ = made.write(prompts, num_tokens=12, temperature=0.0)
   assert found == texts(trained) != plain
@@ -149,12 +151,12 @@ def test_as_a_command_and_for_other_platforms(tmp_path):
   """A program for TPUs and GPUs is made here; the one for CPUs is run."""
   trained = trained_of(tmp_path, 'decoder')
   made = tmp_path / 'made'
-  artefact.write(trained, str(made), platforms=('cpu', 'cuda', 'tpu'))
-  expected = inference.generate_text(
+  export.write(trained, str(made), platforms=('cpu', 'cuda', 'tpu'))
+  expected = generation_lib.generate_text(
     trained,
     ['the run'],
     num_tokens=9,
-    sampling=inference.Sampling(temperature=0),
+    sampling=generation_lib.Sampling(temperature=0),
   )
   ask = lambda *flags: subprocess.run(
     [sys.executable, str(made / 'run.py'), *flags],
@@ -181,15 +183,15 @@ def test_as_a_command_and_for_other_platforms(tmp_path):
 
 def test_what_cannot_be_written_is_refused(tmp_path):
   with pytest.raises(ValueError, match='cannot generate'):
-    artefact.write(trained_of(tmp_path, 'encoder'), str(tmp_path / 'made'))
+    export.write(trained_of(tmp_path, 'encoder'), str(tmp_path / 'made'))
   trained = trained_of(tmp_path, 'decoder')
   with pytest.raises(ValueError, match="platform 'gpu'"):
-    artefact.write(trained, str(tmp_path / 'made'), platforms=('gpu',))
+    export.write(trained, str(tmp_path / 'made'), platforms=('gpu',))
   assert not (tmp_path / 'made').exists()
   (tmp_path / 'full').mkdir()
   (tmp_path / 'full' / 'file').touch()
   with pytest.raises(ValueError, match='is not empty'):
-    artefact.write(trained, str(tmp_path / 'full'))
+    export.write(trained, str(tmp_path / 'full'))
 
 
 @pytest.mark.parametrize('name', ['decoder', 'encoder_decoder'])
@@ -197,18 +199,18 @@ def test_its_texts_are_those_of_the_run(tmp_path, name):
   """Any prompt has the run's ids, and any ids its text."""
   extras.need('tokenizers', extra='huggingface')
   trained = trained_of(tmp_path, name)
-  info = json.loads(json.dumps(artefact.reading(trained)))
+  info = json.loads(json.dumps(export.reading(trained)))
   write = tokenizer_file.writer(trained.tokenizer, trained.frame)
   write(tmp_path / 'made')
-  read = lambda: artefact_run.read_tokenizer(
+  read = lambda: exported_runtime.read_tokenizer(
     str(tmp_path / 'made' / 'tokenizer.json'), info
   )
   draw = np.random.default_rng(0)
   for text in nasty.texts(200):
-    found = artefact_run.ids_of(read(), info, text)
+    found = exported_runtime.ids_of(read(), info, text)
     assert [found] == trained.prompt_ids([text])
     ids = draw.integers(0, 361, 6).tolist()
-    wrote = artefact_run.text_of(read(), info, found, ids)
+    wrote = exported_runtime.text_of(read(), info, found, ids)
     assert [wrote] == trained.texts([text], [ids])
 
 
@@ -216,12 +218,12 @@ def test_a_character_that_a_prompt_begins_is_told_whole(tmp_path):
   """As the run tells it: not what it looked like before its end came."""
   extras.need('tokenizers', extra='huggingface')
   trained = trained_of(tmp_path, 'decoder')
-  info = json.loads(json.dumps(artefact.reading(trained)))
+  info = json.loads(json.dumps(export.reading(trained)))
   tokenizer_file.writer(trained.tokenizer, trained.frame)(tmp_path / 'made')
-  tokenizer = artefact_run.read_tokenizer(
+  tokenizer = exported_runtime.read_tokenizer(
     str(tmp_path / 'made' / 'tokenizer.json'), info
   )
   *begun, last = trained.tokenizer.encode('a \u00e9')
   rest = [last, *trained.tokenizer.encode(' b')]
-  told = artefact_run.text_of(tokenizer, info, begun, rest)
-  assert told == streaming.after(trained.tokenizer, begun, rest) == '\u00e9 b'
+  told = exported_runtime.text_of(tokenizer, info, begun, rest)
+  assert told == text_stream.after(trained.tokenizer, begun, rest) == '\u00e9 b'

@@ -10,7 +10,7 @@ import pytest
 
 from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
-from t2x.inference import text_stream as streaming
+from t2x.inference import text_stream
 
 TEXTS = [
   'The quick brown fox.',
@@ -153,9 +153,9 @@ def test_any_tokens_join_to_the_whole(kinds, kind):
   draws = Draws(tokenizer, seed=KINDS.index(kind))
   for case in range(60):
     before, ids = draws.ids(8), draws.ids(12)
-    whole = streaming.after(tokenizer, before, ids)
+    whole = text_stream.after(tokenizer, before, ids)
     stops = draws.stops(whole)
-    stream = streaming.TextStream(tokenizer, before, stops)
+    stream = text_stream.TextStream(tokenizer, before, stops)
     parts, left = [], ids
     while left:
       size = draws.rng.choice([1, 1, 2, 5])
@@ -163,7 +163,7 @@ def test_any_tokens_join_to_the_whole(kinds, kind):
       left = left[size:]
     text = ''.join(parts) + stream.finish()
     assert text == cut_naively(whole, stops), (case, before, ids, stops)
-    assert text == streaming.cut(whole, stops)
+    assert text == text_stream.cut(whole, stops)
     found = [stream.place(number) for number in range(len(ids))]
     known = places_naively(tokenizer, before, ids, text)
     if stream.stopped:  # Tokens after a stop string are not looked at.
@@ -179,12 +179,12 @@ def test_a_text_that_begins_with_its_prompt(kinds, kind):
   draws = Draws(tokenizer, seed=KINDS.index(kind))
   for _ in range(30):
     prompt, ids = draws.ids(8), draws.ids(6)
-    stream = streaming.TextStream(tokenizer)
+    stream = text_stream.TextStream(tokenizer)
     text = stream.echo(prompt) + stream.add(ids) + stream.finish()
     assert text == tokenizer.decode([*prompt, *ids])
     found = [stream.place(i) for i in range(len(prompt + ids))]
     assert found == places_naively(tokenizer, [], prompt + ids, text)
-  stream = streaming.TextStream(tokenizer, stop=['a'])
+  stream = text_stream.TextStream(tokenizer, stop=['a'])
   prompt, ids = tokenizer.encode('say a'), tokenizer.encode(' b a')
   text = stream.echo(prompt) + stream.add(ids) + stream.finish()
   start = tokenizer.decode(prompt)
@@ -221,7 +221,7 @@ def test_a_blank_after_a_special_token_stays(kinds):
     tokenizer = kinds[kind]
     ids = tokenizer.encode('say hello')
     more = tokenizer.encode('world')
-    stream = streaming.TextStream(tokenizer)
+    stream = text_stream.TextStream(tokenizer)
     pieces = [stream.add([i]) for i in [*ids, tokenizer.eos_id, *more]]
     assert ''.join(pieces) + stream.finish() == 'say hello world'
 
@@ -238,7 +238,7 @@ def test_places_of_a_text_that_the_tokenizer_changes(kinds):
   tokenizer = kinds['bert']
   text = 'The  Quick, quick fox'
   ids = tokenizer.encode(text)
-  found = streaming.places(tokenizer, ids, text)
+  found = text_stream.places(tokenizer, ids, text)
   assert found == sorted(found) and 0 <= found[0] and found[-1] < len(text)
   ends = [*found[1:], len(text)]
   parts = [text[start:end].lower() for start, end in zip(found, ends)]
@@ -254,7 +254,7 @@ def test_a_prompt_that_ends_within_a_character(kinds):
   tokenizer = kinds['bytes']
   ids = tokenizer.encode('a\u6f22b')
   for cut in (2, 3):
-    stream = streaming.TextStream(tokenizer, ids[:cut])
+    stream = text_stream.TextStream(tokenizer, ids[:cut])
     text = ''.join(stream.add([i]) for i in ids[cut:]) + stream.finish()
     assert text == '\u6f22b'
 
@@ -266,7 +266,7 @@ def test_pieces_join_to_the_text(kinds, kind, size):
   for before in ([], tokenizer.encode('Before it')):
     for text in TEXTS:
       ids = tokenizer.encode(text)
-      stream = streaming.TextStream(tokenizer, before)
+      stream = text_stream.TextStream(tokenizer, before)
       pieces = [stream.add(ids[i : i + size]) for i in range(0, len(ids), size)]
       pieces.append(stream.finish())
       whole = tokenizer.decode([*before, *ids])
@@ -277,7 +277,7 @@ def test_pieces_join_to_the_text(kinds, kind, size):
 
 def test_half_a_character_waits_for_the_rest(kinds):
   tokenizer = kinds['bytes']
-  stream = streaming.TextStream(tokenizer)
+  stream = text_stream.TextStream(tokenizer)
   assert [stream.add([i]) for i in tokenizer.encode('🙂')] == ['', '', '', '🙂']
   assert stream.add(tokenizer.encode('é')[:1]) == ''
   assert stream.finish() == '\ufffd'
@@ -294,7 +294,7 @@ def test_stop_strings_never_show(kinds):
     ('aaab', ['aab', 'b'], 'a'),
   ]
   for text, stop, want in cases:
-    stream = streaming.TextStream(tokenizer, stop=stop)
+    stream = text_stream.TextStream(tokenizer, stop=stop)
     got = []
     for i in tokenizer.encode(text):
       got.append(stream.add([i]))
@@ -304,4 +304,4 @@ def test_stop_strings_never_show(kinds):
     assert stream.stopped == (want != text)
     assert stream.add(tokenizer.encode('more')) == '' or not stream.stopped
   with pytest.raises(ValueError, match="stop holds ''"):
-    streaming.TextStream(tokenizer, stop=[''])
+    text_stream.TextStream(tokenizer, stop=[''])

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import tiny
 
-from t2x.inference import generation as inference
+from t2x.inference import generation
 from t2x.inference import loading
 from t2x.inference import uncertainty
 from t2x.models import encoder
 from t2x.models import model as model_lib
-from t2x.tracking import run_report as report
+from t2x.tracking import run_report
 from t2x.trainer import train
 
 TEXTS = ['the run of it', 'a', 'and some more of the text here']
@@ -24,7 +24,7 @@ TEXTS = ['the run of it', 'a', 'and some more of the text here']
 def run(tmp_path_factory):
   directory = tmp_path_factory.mktemp('run')
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(report, 'write', lambda workdir: None)
+    patch.setattr(run_report, 'write', lambda workdir: None)
     config = tiny.experiment_of(directory, train__num_steps=2)
     train.train(config, str(directory / 'run'), show=False)
   return str(directory / 'run')
@@ -119,7 +119,7 @@ def test_the_surest_of_some_texts_is_taken(trained):
   ask = dict(num_tokens=6, seed=3)
   prompts = ['the run', 'a']
   (first, second) = uncertainty.answer(trained, prompts, samples=3, **ask)
-  drawn = inference.generation(
+  drawn = generation.generation(
     trained, [p for p in prompts for _ in range(3)], **ask
   )
   means = [np.mean(row) if row else -math.inf for row in drawn.log_probs]

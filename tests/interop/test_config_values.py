@@ -8,7 +8,7 @@ import pytest
 
 from t2x.interop import configs
 from t2x.interop import exported
-from t2x.interop import generation_config as generation_lib
+from t2x.interop import generation_config
 from t2x.interop import llama_like
 from t2x.models import presets
 
@@ -116,8 +116,8 @@ def test_a_padding_that_is_left_open():
   llama = exported.from_t2x(presets.llama2_7b())[1]
   hf = {**llama, 'pad_token_id': None, 'rope_scaling': None}
   assert configs.to_t2x(hf) == configs.to_t2x(llama)
-  found = generation_lib.read(None, hf, vocab_size=50)
-  assert found == generation_lib.Generation()
+  found = generation_config.read(None, hf, vocab_size=50)
+  assert found == generation_config.Generation()
 
 
 GENERATION = {
@@ -153,7 +153,7 @@ def test_each_value_of_what_speaks_of_texts(own, answers):
       file = 'generation_config.json: ' if own else 'config.json: '
       files = (spoilt, {}) if own else (None, spoilt)
       read = functools.partial(
-        generation_lib.read, *files, vocab_size=50, answers=answers
+        generation_config.read, *files, vocab_size=50, answers=answers
       )
       results.append(outcome(read, f'{file}{key}'))
   assert 0 < sum(results) < len(results)
@@ -166,13 +166,13 @@ def test_what_is_not_honoured_is_named():
     'use_cache': True, 'num_return_sequences': 1, 'temperature': 0.6,
     'guidance_scale': None, 'transformers_version': '5.0', 'top_p': 1.0,
   }  # fmt: skip
-  found = generation_lib.read(given, {}, vocab_size=9)
+  found = generation_config.read(given, {}, vocab_size=9)
   assert found.ignored == (
     'temperature=0.6', 'num_beams=4', 'no_repeat_ngram_size=3', 'max_length=20',
     'forced_eos_token_id=1', "stop_strings=['.']", 'unknown_setting=[1, 2]',
   )  # fmt: skip
   drawn = {**given, 'do_sample': True, 'forced_bos_token_id': 1}
-  found = generation_lib.read(drawn, {}, vocab_size=9)
+  found = generation_config.read(drawn, {}, vocab_size=9)
   assert found.sampling == {'temperature': 0.6}
   assert 'forced_bos_token_id=1' in found.ignored
   assert found.first is None
@@ -183,9 +183,9 @@ def test_every_setting_of_transformers_is_known():
   transformers = extras.need('transformers', extra='reference')
   names = set(vars(transformers.GenerationConfig()))
   names = {name for name in names if not name.startswith('_')}
-  known = generation_lib._HONOURED | set(generation_lib._IGNORED)
-  assert names - known - generation_lib._NO_TEXT <= {
+  known = generation_config._HONOURED | set(generation_config._IGNORED)
+  assert names - known - generation_config._NO_TEXT <= {
     'transformers_version', 'continuous_batching_config',
   }  # fmt: skip
   one = json.loads(transformers.GenerationConfig().to_json_string())
-  assert generation_lib.read(one, {}, vocab_size=9).ignored == ()
+  assert generation_config.read(one, {}, vocab_size=9).ignored == ()

@@ -16,9 +16,9 @@ from safetensors import numpy as safetensors_numpy
 from t2x.data import letters
 from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
-from t2x.inference import embeddings as encoding
-from t2x.inference import generation as inference
-from t2x.inference import hf_conversion as conversion
+from t2x.inference import embeddings
+from t2x.inference import generation
+from t2x.inference import hf_conversion
 from t2x.inference import loading
 from t2x.interop import checkpoint_dir
 from t2x.interop import configs
@@ -114,7 +114,7 @@ def test_there_and_back(checkpoints, tmp_path, name):
   """The run computes what the checkpoint does, and so does its export."""
   directory, theirs = checkpoints[name]
   workdir, back = str(tmp_path / 'run'), str(tmp_path / 'back')
-  conversion.to_run(str(directory), workdir)
+  hf_conversion.to_run(str(directory), workdir)
   trained = loading.load(workdir)
   assert trained.step == 0
   assert trained.tokenizer.encode('A text.') == (
@@ -126,7 +126,7 @@ def test_there_and_back(checkpoints, tmp_path, name):
   np.testing.assert_allclose(
     our_logits(trained.model, ids), want, atol=1e-4, rtol=0
   )
-  conversion.from_run(workdir, back)
+  hf_conversion.from_run(workdir, back)
   again = transformers.AutoModel.from_pretrained(back)
   assert again.config.model_type == theirs.config.model_type
   again = type(theirs).from_pretrained(back).eval()
@@ -152,7 +152,7 @@ def test_the_command_and_what_it_says(checkpoints, tmp_path):
   wrong = run(f'--from={workdir}', f'--to={back}')
   assert wrong.returncode == 1 and wrong.stderr.startswith('error: ')
   assert 'nothing is written over' in wrong.stderr
-  text = inference.generate_text(
+  text = generation.generate_text(
     loading.load(workdir), ['A text'], num_tokens=3
   )
   assert len(text) == 1
@@ -190,7 +190,7 @@ def test_a_run_of_ones_own_loads_in_transformers(tmp_path):
   """Trained by t2x, with its own tokenizers."""
   from flax import nnx
 
-  from t2x.layers import attention_config as attention
+  from t2x.layers import attention_config
   from t2x.layers import mlp
   from t2x.models import decoder
 
@@ -201,7 +201,7 @@ def test_a_run_of_ones_own_loads_in_transformers(tmp_path):
     vocab_size=500,
     num_layers=2,
     embed_dim=32,
-    attention=attention.Dense(num_heads=4, head_dim=8, bias=True),
+    attention=attention_config.Dense(num_heads=4, head_dim=8, bias=True),
     mlp=mlp.MlpConfig(hidden=48, activation='gelu'),
   )
   model = decoder.Decoder(config, rngs=nnx.Rngs(0))
@@ -244,7 +244,7 @@ def test_embeddings(checkpoints):
   directory, theirs = checkpoints['bert']
   tokenizer = transformers.BertTokenizer(str(directory / 'vocab.txt'))
   texts = ['A short one.', 'Another text, and it is a longer one: ' * 2, 'word']
-  got = encoding.embed(loading.load(str(directory)), texts)
+  got = embeddings.embed(loading.load(str(directory)), texts)
   np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1.0, rtol=1e-6)
   for text, vector in zip(texts, got):
     batch = tokenizer(text, return_tensors='pt', truncation=True, max_length=34)
@@ -399,7 +399,7 @@ def test_what_is_wrong_is_said_and_nothing_written(
 ):
   spoil(gpt2)
   with pytest.raises(ValueError, match=message):
-    conversion.to_run(str(gpt2), str(tmp_path / 'run'))
+    hf_conversion.to_run(str(gpt2), str(tmp_path / 'run'))
   assert not (tmp_path / 'run').exists()
   assert not (gpt2 / 'it_ran').exists()
 
@@ -408,12 +408,12 @@ def test_nothing_is_written_over(gpt2, tmp_path):
   (tmp_path / 'full').mkdir()
   (tmp_path / 'full' / 'a').write_text('')
   with pytest.raises(ValueError, match='nothing is written over'):
-    conversion.to_run(str(gpt2), str(tmp_path / 'full'))
-  conversion.to_run(str(gpt2), str(tmp_path / 'run'))
+    hf_conversion.to_run(str(gpt2), str(tmp_path / 'full'))
+  hf_conversion.to_run(str(gpt2), str(tmp_path / 'run'))
   with pytest.raises(ValueError, match='nothing is written over'):
-    conversion.from_run(str(tmp_path / 'run'), str(tmp_path / 'full'))
+    hf_conversion.from_run(str(tmp_path / 'run'), str(tmp_path / 'full'))
   with pytest.raises(ValueError, match='there is no such directory'):
-    conversion.to_run(str(tmp_path / 'none'), str(tmp_path / 'other'))
+    hf_conversion.to_run(str(tmp_path / 'none'), str(tmp_path / 'other'))
   with pytest.raises(ValueError, match='gs://a/b is remote'):
     huggingface.read('gs://a/b')
 
@@ -454,10 +454,10 @@ def test_a_run_stays_whole_when_its_source_is_gone(checkpoints, tmp_path):
   import shutil
 
   source = shutil.copytree(checkpoints['t5'][0], tmp_path / 'source')
-  conversion.to_run(str(source), str(tmp_path / 'run'))
+  hf_conversion.to_run(str(source), str(tmp_path / 'run'))
   shutil.rmtree(source)
   trained = loading.load(str(tmp_path / 'run'))
-  texts = inference.generate_text(trained, ['A text.'], num_tokens=3)
+  texts = generation.generate_text(trained, ['A text.'], num_tokens=3)
   assert len(texts) == 1
 
 
@@ -505,12 +505,12 @@ def test_several_tokens_may_end_a_text(checkpoints, tmp_path):
   copy = shutil.copytree(checkpoints['llama'][0], tmp_path / 'copy')
   file = 'generation_config.json'
   edit(copy / file, lambda c: c.update(eos_token_id=[2, 41]))
-  conversion.to_run(str(copy), str(tmp_path / 'run'))
+  hf_conversion.to_run(str(copy), str(tmp_path / 'run'))
   for directory in (copy, tmp_path / 'run'):
     trained = loading.load(str(directory))
     assert trained.end_ids == (2, 41)
     assert trained.decode_options()['eos_id'] == (2, 41)
-  conversion.from_run(str(tmp_path / 'run'), str(tmp_path / 'back'))
+  hf_conversion.from_run(str(tmp_path / 'run'), str(tmp_path / 'back'))
   config = json.loads((tmp_path / 'back' / file).read_text())
   assert config['eos_token_id'] == [2, 41]
   assert loading.load(str(checkpoints['gpt2'][0])).end_ids == (0,)

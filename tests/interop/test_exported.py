@@ -8,8 +8,8 @@ import typing
 import pytest
 
 from t2x.interop import exported
-from t2x.layers import attention_config as attention
-from t2x.layers import attention_kinds as kinds
+from t2x.layers import attention_config
+from t2x.layers import attention_kinds
 from t2x.layers import mlp
 from t2x.layers import moe
 from t2x.layers import norm
@@ -85,8 +85,8 @@ def test_positions(preset, place):
 
 def test_kinds_of_attention():
   tried = 0
-  for kind in typing.get_args(kinds.AttentionConfig):
-    if kind is attention.Dense:
+  for kind in typing.get_args(attention_kinds.AttentionConfig):
+    if kind is attention_config.Dense:
       continue
     for preset in ('bert_large', 'gpt2_xl', 't5_3b'):
       try:
@@ -131,5 +131,5 @@ def test_a_head_of_classes_is_named():
 
 
 def test_heads_that_do_not_part_the_width():
-  heads = attention.Dense(num_heads=5, head_dim=16, bias=True)
+  heads = attention_config.Dense(num_heads=5, head_dim=16, bias=True)
   assert 'num_heads=5' in message(small('gpt2_xl', attention=heads))

@@ -11,11 +11,11 @@ import tiny
 
 from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
-from t2x.inference import embeddings as encoding
-from t2x.inference import generation as inference
-from t2x.inference import hf_conversion as conversion
+from t2x.inference import embeddings
+from t2x.inference import generation
+from t2x.inference import hf_conversion
 from t2x.inference import loading
-from t2x.inference import trained_model as trained_lib
+from t2x.inference import trained_model
 from t2x.interop import configs
 from t2x.interop import huggingface
 from t2x.models import model as model_lib
@@ -33,7 +33,7 @@ PROMPTS = [
   ' \u2581 <pad>\n',
   'A longer text: <mask>',
 ]
-GREEDY = inference.Sampling(temperature=0.0)
+GREEDY = generation.Sampling(temperature=0.0)
 SMALL = dict(
   num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
   hidden_size=16, max_position_embeddings=64,
@@ -73,7 +73,7 @@ def trained_of(family, tokenizer, tmp_path):
   model = model_lib.make(config, rngs=nnx.Rngs(3))
   # So far from 0 that texts differ.
   model = jax.tree.map(lambda x: x + 0.3 * np.sign(x) + 2 * x, model)
-  return trained_lib.Trained(
+  return trained_model.Trained(
     config=dataclasses.replace(own, model=config),
     model=model,
     tokenizer=tokenizer,
@@ -102,13 +102,13 @@ def test_greedy_texts(tmp_path, family, name):
   # To a run, from that a checkpoint once more.
   first, run, second = (str(tmp_path / name) for name in ('a', 'run', 'b'))
   huggingface.write(first, trained.model, trained.tokenizer)
-  conversion.to_run(first, run)
-  conversion.from_run(run, second)
+  hf_conversion.to_run(first, run)
+  hf_conversion.from_run(run, second)
   loaded = [loading.load(directory) for directory in (first, run, second)]
   for one in loaded:
     assert one.prompt_ids(prompts) == trained.prompt_ids(prompts)
   texts, again = (
-    inference.generate_text(one, prompts, num_tokens=8, sampling=GREEDY)
+    generation.generate_text(one, prompts, num_tokens=8, sampling=GREEDY)
     for one in (trained, loaded[-1])
   )
   assert texts == again and len(set(texts)) > 1
@@ -146,8 +146,8 @@ def test_vectors_of_encoders(tmp_path, family, name):
   assert huggingface.write(directory, trained.model, trained.tokenizer) == (
     family
   )
-  want = encoding.embed(trained, PROMPTS)
-  got = encoding.embed(loading.load(directory), PROMPTS)
+  want = embeddings.embed(trained, PROMPTS)
+  got = embeddings.embed(loading.load(directory), PROMPTS)
   np.testing.assert_allclose(got, want, atol=1e-5)
   auto = transformers.AutoTokenizer.from_pretrained(directory)
   model = transformers.AutoModel.from_pretrained(directory).eval()

@@ -21,12 +21,12 @@ from t2x.decode import engine
 from t2x.decode import generate
 from t2x.decode import sampling as sampling_lib
 from t2x.decode import speculative
-from t2x.inference import generation as inference
-from t2x.inference import hf_conversion as conversion
+from t2x.inference import generation
+from t2x.inference import hf_conversion
 from t2x.inference import loading
-from t2x.interop import generation_config as generation_lib
+from t2x.interop import generation_config
 from t2x.interop import huggingface
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import mlp
 from t2x.layers import norm
 from t2x.layers import position
@@ -127,7 +127,7 @@ def ours(directory, num_beams=1):
   ids = trained.prompt_ids(PROMPTS)
   if num_beams == 1:
     greedy = {**trained.generation.sampling, 'temperature': 0.0}
-    result = inference.generation(
+    result = generation.generation(
       trained,
       PROMPTS,
       num_tokens=NUM,
@@ -209,11 +209,11 @@ def test_settings_stay_with_a_run_and_with_its_export(plain, copy, tmp_path):
     settings |= settings_of(kind, plain['t5'])
   source = copy('t5', settings | {'no_repeat_ngram_size': 2})
   run, back, other = (tmp_path / name for name in ('run', 'back', 'other'))
-  conversion.to_run(str(source), str(run))
+  hf_conversion.to_run(str(source), str(run))
   ids, want = ours(source)
   assert ours(run) == (ids, want)
-  read = lambda path: json.loads((path / generation_lib.FILE).read_text())
-  conversion.from_run(str(run), str(back))
+  read = lambda path: json.loads((path / generation_config.FILE).read_text())
+  hf_conversion.from_run(str(run), str(back))
   for name, value in read(source).items():
     assert read(back)[name] == value
   assert ours(back) == (ids, want) == (ids, theirs_plain(back, ids))
@@ -239,7 +239,7 @@ def test_a_run_of_ones_own_says_how_its_texts_end(tmp_path):
     vocab_size=384,
     num_layers=1,
     embed_dim=8,
-    attention=attention.Dense(num_heads=2, head_dim=4, scale=1.0),
+    attention=attention_config.Dense(num_heads=2, head_dim=4, scale=1.0),
     mlp=mlp.MlpConfig(
       hidden=12, activation='gelu_tanh', gated=True, bias=False
     ),
@@ -290,7 +290,7 @@ def test_every_way_of_writing_ends_alike(plain, copy):
   trained = loading.load(str(copy('gpt2', settings)))
   ids = trained.prompt_ids(PROMPTS)
   sampling, options = trained.calibrated(GREEDY), trained.decode_options()
-  want = inference.generation(
+  want = generation.generation(
     trained, PROMPTS, num_tokens=NUM, sampling=GREEDY
   ).tokens
   assert want != plain['gpt2'] and any(len(tokens) < NUM for tokens in want)
@@ -314,9 +314,9 @@ def requests(trained, **body):
     extras.need(name, extra='serve')
   from t2x.serving import chat
   from t2x.serving import protocol
-  from t2x.serving import request_translation as writer
+  from t2x.serving import request_translation
 
-  made = writer.Writer(
+  made = request_translation.Writer(
     trained, 'name', chat=chat.Chat(trained.tokenizer, None), max_length=64
   )
   return made.job(protocol.CompletionBody(prompt=PROMPTS, **body)).requests
@@ -352,7 +352,7 @@ def test_defaults_of_drawing_hold_where_nothing_is_given(copy):
   assert (one.temperature, one.top_p, one.top_k) == (0.6, 0.9, 7)
   one = requests(trained, temperature=1.0, top_k=0)[0].sampling
   assert (one.temperature, one.top_p, one.top_k) == (1.0, 0.9, None)
-  inference.search_text(trained, PROMPTS[:1], num_tokens=2)
+  generation.search_text(trained, PROMPTS[:1], num_tokens=2)
 
 
 def test_what_is_not_honoured_is_told_in_one_line(copy, caplog):
@@ -366,7 +366,7 @@ def test_what_is_not_honoured_is_told_in_one_line(copy, caplog):
 
 def test_config_json_speaks_where_the_other_file_does_not(checkpoints, copy):
   directory = copy('gpt2', {'eos_token_id': 41}, 'config.json')
-  (directory / generation_lib.FILE).unlink()
+  (directory / generation_config.FILE).unlink()
   assert loading.load(str(directory)).end_ids == (41,)
   own = copy('gpt2', {'eos_token_id': [41, 42], 'suppress_tokens': [5]})
   (own / 'config.json').write_text((directory / 'config.json').read_text())

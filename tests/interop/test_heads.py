@@ -13,20 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2x.config import overrides as config_lib
+from t2x.config import overrides
 from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
-from t2x.inference import embeddings as encoding
-from t2x.inference import hf_conversion as conversion
+from t2x.inference import embeddings
+from t2x.inference import hf_conversion
 from t2x.inference import loading
 from t2x.interop import huggingface
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import mlp
 from t2x.layers import norm
 from t2x.layers import position
 from t2x.models import encoder
 from t2x.trainer import train
-from t2x.trainer import workdir as run_dir
+from t2x.trainer import workdir
 
 torch = extras.need('torch', extra='reference')
 transformers = extras.need('transformers', extra='reference')
@@ -119,10 +119,10 @@ def test_classes_of_texts(checkpoints, family, texts):
   assert trained.config.model.classes == (4,)
   _, want = asked(directory, theirs, texts)
   assert np.ptp(want) > 0.5, 'The comparison would see nothing.'
-  found = probabilities(encoding.classify(trained, texts))
+  found = probabilities(embeddings.classify(trained, texts))
   np.testing.assert_allclose(found, softmax(want), atol=1e-4)
   logits = np.zeros_like(want)
-  for part, own in encoding._logits(trained, texts, 0):
+  for part, own in embeddings._logits(trained, texts, 0):
     logits[part] = own
   np.testing.assert_allclose(logits, want, atol=1e-4)
 
@@ -141,7 +141,7 @@ def test_labels_of_tokens(checkpoints, family):
     return_special_tokens_mask=True,
   )
   want = softmax(logits)
-  for i, tags in enumerate(encoding.tag(trained, texts)):
+  for i, tags in enumerate(embeddings.tag(trained, texts)):
     spans = batch['offset_mapping'][i].tolist()
     kept = np.flatnonzero(batch['special_tokens_mask'][i] == 0)
     assert [[tag.start, tag.end] for tag in tags] == [spans[t] for t in kept]
@@ -153,7 +153,7 @@ def test_labels_of_tokens(checkpoints, family):
     )
     assert all(tag.text == texts[i][tag.start : tag.end] for tag in tags)
   with pytest.raises(ValueError, match='Text 1 has .* the model reads 3'):
-    encoding.tag(trained, ['a', LONG])
+    embeddings.tag(trained, ['a', LONG])
 
 
 @pytest.mark.parametrize('layout', ['mesh.tensor=2', 'mesh.fsdp=2'])
@@ -162,10 +162,10 @@ def test_heads_under_layouts(checkpoints, layout):
     str(checkpoints[family, head][0]), settings=[layout]
   )
   _, want = asked(*checkpoints['roberta', 'Sequence'], TEXTS)
-  found = encoding.classify(load('roberta', 'Sequence'), TEXTS)
+  found = embeddings.classify(load('roberta', 'Sequence'), TEXTS)
   np.testing.assert_allclose(probabilities(found), softmax(want), atol=1e-4)
   _, want = asked(*checkpoints['bert', 'Token'], TEXTS)
-  tags = encoding.tag(load('bert', 'Token'), TEXTS)[2]
+  tags = embeddings.tag(load('bert', 'Token'), TEXTS)[2]
   best = softmax(want)[2, 1 : 1 + len(tags)].max(-1)
   np.testing.assert_allclose([t.probability for t in tags], best, atol=1e-4)
 
@@ -182,20 +182,20 @@ def test_the_command(checkpoints):
   (row,) = json.loads(found.stdout)
   np.testing.assert_allclose([*row.values()], softmax(want)[0], atol=1e-4)
   trained = loading.load(str(checkpoints['bert', 'Token'][0]))
-  (tokens,) = encoding.labelled(trained, ['word'])
+  (tokens,) = embeddings.labelled(trained, ['word'])
   assert tokens[0]['start'] == 0 and tokens[0]['label'] in NAMES
   with pytest.raises(ValueError, match='--second has 1 texts for 1, and tok'):
-    encoding.labelled(trained, ['word'], ['b'])
+    embeddings.labelled(trained, ['word'], ['b'])
 
 
 @pytest.mark.parametrize('head', ['Sequence', 'Token'])
 @pytest.mark.parametrize('family', ['bert', 'roberta'])
 def test_there_and_back(checkpoints, tmp_path, family, head):
   directory, theirs = checkpoints[family, head]
-  conversion.to_run(str(directory), str(tmp_path / 'run'))
+  hf_conversion.to_run(str(directory), str(tmp_path / 'run'))
   name = 'class0' if head == 'Sequence' else 'tokens'
-  assert run_dir.read_labels(str(tmp_path / 'run')) == {name: NAMES}
-  conversion.from_run(str(tmp_path / 'run'), str(tmp_path / 'back'))
+  assert workdir.read_labels(str(tmp_path / 'run')) == {name: NAMES}
+  hf_conversion.from_run(str(tmp_path / 'run'), str(tmp_path / 'back'))
   kind = getattr(transformers, f'AutoModelFor{head}Classification')
   again, info = kind.from_pretrained(
     tmp_path / 'back', output_loading_info=True
@@ -219,14 +219,14 @@ def test_there_and_back(checkpoints, tmp_path, family, head):
 def test_what_outputs_are(tmp_path, problem, names):
   labels = {'id2label': dict(enumerate(names)), 'problem_type': problem}
   theirs = make('bert', 'Sequence', tmp_path / 'bert', **labels)
-  conversion.to_run(str(tmp_path / 'bert'), str(tmp_path / 'run'))
-  conversion.from_run(str(tmp_path / 'run'), str(tmp_path / 'back'))
+  hf_conversion.to_run(str(tmp_path / 'bert'), str(tmp_path / 'run'))
+  hf_conversion.from_run(str(tmp_path / 'run'), str(tmp_path / 'back'))
   _, logits = asked(tmp_path / 'bert', theirs, TEXTS)
   several = problem == 'multi_label_classification'
   want = 1 / (1 + np.exp(-logits)) if several else logits
   for place in ('bert', 'run', 'back'):
     trained = loading.load(str(tmp_path / place))
-    found = probabilities(encoding.classify(trained, TEXTS), names)
+    found = probabilities(embeddings.classify(trained, TEXTS), names)
     np.testing.assert_allclose(found, want, atol=1e-4)
 
 
@@ -265,7 +265,7 @@ def test_older_roberta_files_hold_a_pooler_that_no_class_reads(
   weights = safetensors_numpy.load_file(tmp_path / 'model.safetensors')
   more = {'roberta.pooler.dense.weight': np.ones((24, 24), np.float32)}
   safetensors_numpy.save_file(weights | more, tmp_path / 'model.safetensors')
-  found = encoding.classify(loading.load(str(tmp_path)), TEXTS)
+  found = embeddings.classify(loading.load(str(tmp_path)), TEXTS)
   _, want = asked(directory, theirs, TEXTS)
   np.testing.assert_allclose(probabilities(found), softmax(want), atol=1e-4)
 
@@ -308,11 +308,11 @@ def settings_of(directory):
 def test_a_run_with_labels_in_their_order_goes_out(checkpoints, tmp_path):
   """Its model is a BERT, and of its four classes the texts have two."""
   run = tmp_path / 'run'
-  conversion.to_run(str(checkpoints['bert', 'Sequence'][0]), str(run))
+  hf_conversion.to_run(str(checkpoints['bert', 'Sequence'][0]), str(run))
   settings = settings_of(write_pairs(tmp_path / 'texts'))
   settings |= {'data.objective.num_classes': '4', 'train.num_steps': '80'}
-  change = lambda **more: config_lib.override(
-    run_dir.read_config(str(run)), settings | more
+  change = lambda **more: overrides.override(
+    workdir.read_config(str(run)), settings | more
   )
   own = tmp_path / 'own'
   with pytest.raises(ValueError, match='has 2 labels'):
@@ -325,10 +325,10 @@ def test_a_run_with_labels_in_their_order_goes_out(checkpoints, tmp_path):
   trained = loading.load(str(own))
   assert trained.labels == {'class0': NAMES}
   texts = ['6 is odd.', '7 is even.']
-  found = encoding.classify(trained, texts)
+  found = embeddings.classify(trained, texts)
   best = [max(one, key=lambda name: one[name]) for one in found]
   assert best == [NAMES[0], NAMES[2]]
-  conversion.from_run(str(own), str(tmp_path / 'back'))
+  hf_conversion.from_run(str(own), str(tmp_path / 'back'))
   kind = transformers.AutoModelForSequenceClassification
   again = kind.from_pretrained(tmp_path / 'back').eval()
   assert again.config.id2label == dict(enumerate(NAMES))
@@ -337,12 +337,12 @@ def test_a_run_with_labels_in_their_order_goes_out(checkpoints, tmp_path):
 
 
 def test_labels_in_another_order_than_those_of_a_run(tmp_path):
-  run_dir.write_labels(str(tmp_path), {'class0': ['b', 'a']})
-  run_dir.write_labels(str(tmp_path), {'class1': ['x', 'y']})
+  workdir.write_labels(str(tmp_path), {'class0': ['b', 'a']})
+  workdir.write_labels(str(tmp_path), {'class1': ['x', 'y']})
   with pytest.raises(ValueError, match='Set data.objective.labels=b,a'):
-    run_dir.write_labels(str(tmp_path), {'class0': ['a', 'b']})
+    workdir.write_labels(str(tmp_path), {'class0': ['a', 'b']})
   want = {'class0': ['b', 'a'], 'class1': ['x', 'y']}
-  assert run_dir.read_labels(str(tmp_path)) == want
+  assert workdir.read_labels(str(tmp_path)) == want
 
 
 @pytest.mark.parametrize('places', [0, 2])
@@ -350,7 +350,7 @@ def test_a_classifier_of_a_run_goes_out(tmp_path, places):
   """As BERT, and with places after the padding's as RoBERTa."""
   config = encoder.EncoderConfig(
     vocab_size=260, num_layers=1, embed_dim=24, dropout=0.0,
-    attention=attention.Dense(num_heads=3, head_dim=8, bias=True),
+    attention=attention_config.Dense(num_heads=3, head_dim=8, bias=True),
     mlp=mlp.MlpConfig(hidden=40), residual='post_norm', embed_norm=True,
     norm=norm.LayerNorm(eps=1e-12), pooler=True, classes=(3,),
     num_token_types=2, position=position.Learned(max_length=20, offset=places),

@@ -15,8 +15,8 @@ import tokenizers
 from t2x.decode import beams
 from t2x.decode import generate
 from t2x.decode import sampling
-from t2x.inference import generation as inference
-from t2x.inference import hf_conversion as conversion
+from t2x.inference import generation
+from t2x.inference import hf_conversion
 from t2x.inference import loading
 from t2x.interop import configs
 from t2x.interop import exported
@@ -257,16 +257,16 @@ def test_a_run_of_a_fused_family_goes_back_to_it(pairs, tmp_path):
   hf_files.MAKERS['llama'](tmp_path / 'source')
   theirs.resize_token_embeddings(600)
   theirs.save_pretrained(tmp_path / 'source')
-  conversion.to_run(str(tmp_path / 'source'), str(tmp_path / 'run'))
-  assert conversion.from_run(str(tmp_path / 'run'), str(tmp_path / 'back')) == (
-    'phi3'
-  )
+  hf_conversion.to_run(str(tmp_path / 'source'), str(tmp_path / 'run'))
+  assert hf_conversion.from_run(
+    str(tmp_path / 'run'), str(tmp_path / 'back')
+  ) == ('phi3')
   again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'back')
   assert type(again) is type(theirs)
   np.testing.assert_array_equal(
     their_logits(again.eval(), ids()), their_logits(theirs, ids())
   )
-  text = inference.generate_text(
+  text = generation.generate_text(
     loading.load(str(tmp_path / 'run')), ['A text'], num_tokens=3
   )
   assert len(text) == 1
@@ -323,7 +323,7 @@ def test_a_smollm_and_its_tokenizer_write_what_transformers_writes(tmp_path):
   want = [tokenizer(t, add_special_tokens=False)['input_ids'] for t in texts]
   assert trained.tokenizer.encode_batch(texts) == want
   prompt = 'In 1,024 days the'
-  got = inference.generate_text(
+  got = generation.generate_text(
     trained,
     [prompt],
     num_tokens=8,

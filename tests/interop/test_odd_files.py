@@ -13,10 +13,10 @@ import tokenizers as library
 
 from t2x.data import tokenizer_loading
 from t2x.data import tokenizers
-from t2x.inference import embeddings as encoding
+from t2x.inference import embeddings
 from t2x.inference import evaluation
-from t2x.inference import generation as inference
-from t2x.inference import hf_conversion as conversion
+from t2x.inference import generation
+from t2x.inference import hf_conversion
 from t2x.inference import loading
 from t2x.interop import huggingface
 
@@ -66,8 +66,8 @@ def test_t5_1_1_as_transformers_5_writes_it(tmp_path, own_head):
   logits = jax.jit(lambda model: model(ids, encoder_inputs=ids))
   assert np.abs(want).max() > 0.5
   np.testing.assert_allclose(logits(found.model), want, atol=1e-4, rtol=0)
-  conversion.to_run(str(source), str(run))
-  conversion.from_run(str(run), str(back))
+  hf_conversion.to_run(str(source), str(run))
+  hf_conversion.from_run(str(run), str(back))
   assert json.loads((back / 'config.json').read_text()) == written
   again = huggingface.read(str(back)).model
   jax.tree.map(np.testing.assert_array_equal, again, found.model)
@@ -101,7 +101,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path, caplog, special):
   source, run = tmp_path / 'source', tmp_path / 'run'
   size = added(source, special)
   with caplog.at_level(logging.WARNING):
-    conversion.to_run(str(source), str(run))
+    hf_conversion.to_run(str(source), str(run))
   told = [r.getMessage() for r in caplog.records if 'no rows for' in r.msg]
   assert len(told) == 1 and '2 added tokens' in told[0]
   theirs = transformers.AutoModelForCausalLM.from_pretrained(source)
@@ -109,11 +109,11 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path, caplog, special):
     trained = loading.load(str(directory))
     assert trained.tokenizer.vocab_size == size + 2
     assert len(trained.token_bytes) == size
-    result = inference.generation(
+    result = generation.generation(
       trained,
       ['A text', 'and another of them'],
       num_tokens=5,
-      sampling=inference.Sampling(temperature=0),
+      sampling=generation.Sampling(temperature=0),
     )
     for ids, tokens in zip(
       trained.prompt_ids(['A text', 'and another of them']), result.tokens
@@ -123,7 +123,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path, caplog, special):
       )[0].tolist()
       assert tokens == [i for i in want[len(ids) :] if i]
     with pytest.raises(ValueError, match=f'Text 1 has the token id {size + 1}'):
-      inference.generate_text(trained, ['a', 'b<more>'], num_tokens=2)
+      generation.generate_text(trained, ['a', 'b<more>'], num_tokens=2)
     with pytest.raises(ValueError, match=f'has {size + 2} ids and model.vocab'):
       evaluation.evaluate_splits(trained, ['train'])
 
@@ -142,9 +142,9 @@ def test_a_text_of_an_encoder_with_a_token_that_it_has_no_row_for(tmp_path):
   made.add_special_tokens(['<entity>'])
   made.save(str(tmp_path / 'bert' / 'tokenizer.json'))
   trained = loading.load(str(tmp_path / 'bert'))
-  assert np.isfinite(encoding.embed(trained, ['a text'])).all()
+  assert np.isfinite(embeddings.embed(trained, ['a text'])).all()
   with pytest.raises(ValueError, match=f'has the token id {len(lines)}'):
-    encoding.embed(trained, ['a text <entity>'])
+    embeddings.embed(trained, ['a text <entity>'])
 
 
 VALUES = (

@@ -11,7 +11,7 @@ import numpy as np
 from t2x.models import encoder
 from t2x.models import forward
 from t2x.models import presets
-from t2x.models import segment_memory as memory
+from t2x.models import segment_memory
 from t2x.objectives import masking
 from t2x.objectives import noise
 from t2x.objectives import permutation
@@ -154,7 +154,7 @@ def test_memory():
       found.append(seen.logits.numpy())
   model = encoder.Encoder(config, rngs=nnx.Rngs(0))
   model = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(ours))
-  kept = memory.empty(model, B, config.memory)
+  kept = segment_memory.empty(model, B, config.memory)
 
   @jax.jit
   def run(model, batch, memory):

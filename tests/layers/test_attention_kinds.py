@@ -11,7 +11,7 @@ import seen
 
 from t2x.attention import mask as mask_lib
 from t2x.attention import patterns
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import attention_layer
 from t2x.layers import convolution
 from t2x.layers import linear
@@ -25,9 +25,9 @@ B, T, D = 2, 32, 24
 _HEADS = {'num_heads': 4, 'head_dim': 6}
 _BLOCKS = ('11000000', '11100001', '01110000', '00111000') + ('11111111',) * 4
 KINDS = {
-  'dense': attention.Dense(**_HEADS, num_kv_heads=2),
+  'dense': attention_config.Dense(**_HEADS, num_kv_heads=2),
   'transformer_xl': transformer_xl.TransformerXL(**_HEADS, num_kv_heads=2),
-  'local': attention.Local(**_HEADS, window=5),
+  'local': attention_config.Local(**_HEADS, window=5),
   'dilated': sparse.Dilated(**_HEADS, window=4, dilation=3),
   'block_sparse': sparse.BlockSparse(**_HEADS, sparse_block=4, rows=_BLOCKS),
   'random': sparse.Random(**_HEADS, sparse_block=4, num_random=2),
@@ -149,7 +149,7 @@ def test_regional_is_dense_where_each_region_is_alike():
   kind = KINDS['regional']
   layer = make(kind)
   x = jnp.repeat(inputs(length=T // kind.region), kind.region, axis=1)
-  dense = make(attention.Dense(**_HEADS))
+  dense = make(attention_config.Dense(**_HEADS))
   for causal in (True, False):
     mask = mask_lib.make(causal=causal)
     got, want = run(layer, x, mask), run(dense, x, mask)

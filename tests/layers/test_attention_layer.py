@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from t2x.attention import mask as mask_lib
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import attention_layer
 from t2x.layers import block
 from t2x.layers import dropout
@@ -20,7 +20,7 @@ from t2x.layers import position
 from t2x.models import decoder
 
 B, T, D = 2, 6, 10
-BASE = attention.Dense(num_heads=4, num_kv_heads=2, head_dim=4)
+BASE = attention_config.Dense(num_heads=4, num_kv_heads=2, head_dim=4)
 CAUSAL = mask_lib.make(causal=True)
 
 
@@ -86,7 +86,7 @@ CONFIGS = {
   ),
   'scale': dataclasses.replace(BASE, scale=1.0),
   'soft cap': dataclasses.replace(BASE, soft_cap=0.5),
-  'local': attention.Local(num_heads=2, head_dim=4, window=3),
+  'local': attention_config.Local(num_heads=2, head_dim=4, window=3),
 }
 
 
@@ -167,7 +167,7 @@ def test_layers_without_positions_need_a_model_with_rotary_ones():
   with pytest.raises(ValueError, match='logit_soft_cap=0; it is above 0'):
     decoder.DecoderConfig(logit_soft_cap=0)
   with pytest.raises(ValueError, match='qk_norm_eps=0; it is above 0'):
-    attention.Dense(qk_norm_eps=0)
+    attention_config.Dense(qk_norm_eps=0)
 
 
 def test_cross_attention():
@@ -226,6 +226,6 @@ def test_heads_that_do_not_divide():
   with pytest.raises(
     ValueError, match='num_heads=6 must be a multiple of .*=4'
   ):
-    attention.Dense(num_heads=6, num_kv_heads=4)
+    attention_config.Dense(num_heads=6, num_kv_heads=4)
   with pytest.raises(ValueError, match='attention.window=0; a query sees'):
-    attention.Local(window=0)
+    attention_config.Local(window=0)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import tpu
 
-from t2x.hardware import target_devices as absent
-from t2x.hlo import jaxpr_costs as jaxpr
-from t2x.hlo import kernel_flops as kernels
-from t2x.hlo import matmul_flops as matrix
-from t2x.layers import attention_config as attention
+from t2x.hardware import target_devices
+from t2x.hlo import jaxpr_costs
+from t2x.hlo import kernel_flops
+from t2x.hlo import matmul_flops
+from t2x.layers import attention_config
 from t2x.layers import grouped
 from t2x.layers import moe
 from t2x.layers import norm
@@ -85,14 +85,14 @@ def test_a_jaxpr_counts_each_row_once(kernel):
   closed = jax.make_jaxpr(jax.grad(fn, (0, 1)))(*parts, sizes)
   # The value is not used, and so the product is not made.
   products = 2
-  assert jaxpr.count(closed).total.flops == products * 2 * 200 * D * F
+  assert jaxpr_costs.count(closed).total.flops == products * 2 * 200 * D * F
 
 
 MODEL = decoder.DecoderConfig(
   vocab_size=512,
   num_layers=2,
   embed_dim=D,
-  attention=attention.Dense(num_heads=2, head_dim=64, kernel='blocks'),
+  attention=attention_config.Dense(num_heads=2, head_dim=64, kernel='blocks'),
   mlp=moe.MoeConfig(
     hidden=F,
     bias=False,
@@ -111,7 +111,7 @@ def check(mesh, options=None):
   """Each choice of a token meets its expert's matrices alone, three times."""
   step = train_state.StepConfig()
   program = lowered.lower(mesh, MODEL, step, rows=16, length=64)
-  text = absent.compile(program, options).as_text()
+  text = target_devices.compile(program, options).as_text()
   assert text
   parts = flops.forward_parts(MODEL, 16, 64, skip_masked=False)
   tokens = MODEL.num_layers * 16 * 64
@@ -119,8 +119,8 @@ def check(mesh, options=None):
   rest = sum(parts.values()) - own
   # Devices that hold the same tokens route each.
   rest += router * (mesh.shape['tensor'] - 1)
-  assert matrix.matrix_flops(text) * mesh.size == 3 * rest
-  assert kernels.kernel_flops(text) * mesh.size == 3 * own
+  assert matmul_flops.matrix_flops(text) * mesh.size == 3 * rest
+  assert kernel_flops.kernel_flops(text) * mesh.size == 3 * own
 
 
 @pytest.mark.slow

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import mlp
 from t2x.layers import moe
 from t2x.layers import param
 from t2x.layers import routing
-from t2x.losses import load_balancing as balance
+from t2x.losses import load_balancing
 from t2x.models import decoder
 from t2x.models import encoder
 from t2x.parallel import zigzag
@@ -150,7 +150,7 @@ def test_against_loops_over_tokens(name, bias):
   np.testing.assert_allclose(out, want, atol=2e-5)
   np.testing.assert_allclose(stats.balance_B, balance_B, rtol=1e-5)
   np.testing.assert_allclose(stats.z_B, z_B, rtol=1e-5)
-  load = balance.loads({'mlp': stats})['mlp']
+  load = load_balancing.loads({'mlp': stats})['mlp']
   np.testing.assert_array_equal(load.tokens_E, counts)
   assert load.lost == lost
   short = {'switch', 'capacity', 'biased', 'experts choose'}
@@ -270,8 +270,8 @@ def test_the_balancing_bias_follows_the_load():
   layer = make(ROUTERS['biased'])
   before = np.asarray(layer.balance_E[...])
   tokens_E = jnp.asarray([4.0, 1.0, 3.0, 3.0, 4.0])
-  load = balance.Load(tokens_E, jnp.zeros(()), jnp.asarray(15.0))
-  after = balance.update({'mlp': layer}, {'mlp': load})['mlp']
+  load = load_balancing.Load(tokens_E, jnp.zeros(()), jnp.asarray(15.0))
+  after = load_balancing.update({'mlp': layer}, {'mlp': load})['mlp']
   want = before + 0.1 * np.asarray([-1, 1, 0, 0, -1])
   np.testing.assert_allclose(after.balance_E[...], want, rtol=1e-6)
   np.testing.assert_array_equal(after.up_EDF[...], layer.up_EDF[...])
@@ -279,23 +279,25 @@ def test_the_balancing_bias_follows_the_load():
 
 def test_metrics_of_load():
   loads = {
-    'a': balance.Load(
+    'a': load_balancing.Load(
       jnp.asarray([[3.0, 1.0], [2.0, 2.0]]),
       jnp.asarray([1.0, 0.0]),
       jnp.asarray([4.0, 4.0]),
     ),
-    'b': balance.Load(
+    'b': load_balancing.Load(
       jnp.asarray([1.0, 1.0, 6.0]), jnp.asarray(0.0), jnp.asarray(8.0)
     ),
   }
-  metrics = balance.metrics(loads)
+  metrics = load_balancing.metrics(loads)
   np.testing.assert_allclose(
     metrics['expert_load/a'], [[0.75, 0.25], [0.5, 0.5]]
   )
   np.testing.assert_allclose(metrics['expert_load/b'], [0.125, 0.125, 0.75])
   assert metrics['expert_load_max'] == pytest.approx(2.25)
   assert metrics['tokens_dropped'] == pytest.approx(1 / 16)
-  assert balance.metrics({}) == balance.losses({}, jnp.ones(2)) == {}
+  assert (
+    load_balancing.metrics({}) == load_balancing.losses({}, jnp.ones(2)) == {}
+  )
 
 
 CHOICE = moe.MoeConfig(router=routing.ExpertChoice())
@@ -331,7 +333,7 @@ def test_what_cannot_be(build, message):
 def test_an_encoder_may_let_experts_choose():
   config = encoder.EncoderConfig(
     mlp=CHOICE,
-    attention_pattern=(attention.Dense(), attention.Local()),
+    attention_pattern=(attention_config.Dense(), attention_config.Local()),
     mlp_pattern=(mlp.MlpConfig(), CHOICE, CHOICE),
   )
   kinds = [(type(a).__name__, m) for a, m in config.group]

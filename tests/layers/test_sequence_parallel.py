@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from t2x.attention import mask as mask_lib
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import attention_layer
 from t2x.layers import dropout
 from t2x.layers import param
-from t2x.layers import sequence_parallel as branch
+from t2x.layers import sequence_parallel
 from t2x.parallel import mesh as mesh_lib
 from t2x.parallel import sharding
 
@@ -27,7 +27,7 @@ def run(layer, x_BTD, keys_B):
   apply = lambda layer, x_BTD, keys_B: layer(
     x_BTD, mask_lib.make(causal=True), keys_B=keys_B
   )
-  return branch.run(apply, layer, x_BTD, keys_B)
+  return sequence_parallel.run(apply, layer, x_BTD, keys_B)
 
 
 def loss_and_gradients(layer, x_BTD, keys_B):
@@ -52,7 +52,7 @@ def loss_and_gradients(layer, x_BTD, keys_B):
   ],
 )
 def test_attention(heads, kv_heads, rules, sizes):
-  config = attention.Dense(
+  config = attention_config.Dense(
     num_heads=heads, num_kv_heads=kv_heads, head_dim=4, bias=True, dropout=0.3
   )
   init = param.Init(std=0.5)

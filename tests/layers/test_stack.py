@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from t2x.attention import mask as mask_lib
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import block
 from t2x.layers import dropout
 from t2x.layers import mlp
@@ -114,7 +114,7 @@ CONFIG = decoder.DecoderConfig(
   vocab_multiple=1,
   num_layers=2,
   embed_dim=D,
-  attention=attention.Dense(num_heads=2, head_dim=8),
+  attention=attention_config.Dense(num_heads=2, head_dim=8),
   # What is recomputed must draw the same bits again.
   mlp=mlp.MlpConfig(hidden=64, dropout=0.1),
 )

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import mlp
 from t2x.layers import param
 from t2x.models import decoder
@@ -17,7 +17,7 @@ CONFIG = decoder.DecoderConfig(
   vocab_size=32,
   num_layers=2,
   embed_dim=16,
-  attention=attention.Dense(num_heads=2, head_dim=8),
+  attention=attention_config.Dense(num_heads=2, head_dim=8),
   mlp=mlp.MlpConfig(hidden=24, gated=True),
   dtype='bfloat16',
 )

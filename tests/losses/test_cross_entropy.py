@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from t2x.layers import embed
-from t2x.losses import cross_entropy as loss_lib
+from t2x.losses import cross_entropy
 from t2x.parallel import mesh as mesh_lib
 from t2x.parallel import sharding
 
@@ -71,7 +71,7 @@ def naive(x, head, targets, label_smoothing=0.0, z_loss=0.0):
 
 
 def config_of(settings, chunks=1):
-  return loss_lib.LossConfig(vocab_chunks=chunks, **SETTINGS[settings])
+  return cross_entropy.LossConfig(vocab_chunks=chunks, **SETTINGS[settings])
 
 
 @CAPS
@@ -84,7 +84,7 @@ def test_against_sums_over_lists(settings, chunks, cap):
   best = np.asarray(head(x)).argmax(-1)
   targets = targets.at[0].set(best[0])
   want = naive(x, head, targets, **SETTINGS[settings])
-  got = loss_lib.token_loss(x, head, targets, config_of(settings, chunks))
+  got = cross_entropy.token_loss(x, head, targets, config_of(settings, chunks))
   assert 0 < want[2].sum() < B * T
   for name, a, b in zip(got._fields, got, want):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=name)
@@ -95,7 +95,7 @@ def gradients(x, head, targets, config):
   weights = jnp.arange(1.0, B * T + 1).reshape(B, T)
 
   def total(x, head):
-    losses = loss_lib.token_loss(x, head, targets, config)
+    losses = cross_entropy.token_loss(x, head, targets, config)
     return (losses.objective_BT * weights).sum()
 
   return jax.value_and_grad(total, (0, 1))(x, head)
@@ -151,8 +151,8 @@ def test_a_tie_counts_as_correct(chunks):
   table = jnp.zeros((ROWS, D)).at[3].set(50.0).at[7].set(50.0)
   head = embed.Head(table_VD=table, vocab_size=VOCAB)
   targets = jnp.asarray([[3, 7, 4]])
-  config = loss_lib.LossConfig(vocab_chunks=chunks)
-  got = loss_lib.token_loss(jnp.ones((1, 3, D)), head, targets, config)
+  config = cross_entropy.LossConfig(vocab_chunks=chunks)
+  got = cross_entropy.token_loss(jnp.ones((1, 3, D)), head, targets, config)
   np.testing.assert_array_equal(got.correct_BT, [[1, 1, 0]])
   nll = np.log(2)
   np.testing.assert_allclose(got.nll_BT, [[nll, nll, 400 + nll]], rtol=1e-5)
@@ -168,7 +168,7 @@ def test_a_table_split_by_rows_and_columns(tensor, chunks):
   config = config_of('both', chunks)
 
   def total(x, head):
-    return loss_lib.token_loss(x, head, targets, config).objective_BT.sum()
+    return cross_entropy.token_loss(x, head, targets, config).objective_BT.sum()
 
   fn = lambda: jax.jit(jax.value_and_grad(total, (0, 1)))
   want = fn()(x, head)
@@ -192,27 +192,27 @@ def test_chunks_that_do_not_divide():
     r'Choose a divisor, or set model\.vocab_multiple to a multiple of 5\.'
   )
   with pytest.raises(ValueError, match=message):
-    config = loss_lib.LossConfig(vocab_chunks=5)
-    loss_lib.token_loss(x, make_head(rng), targets, config)
+    config = cross_entropy.LossConfig(vocab_chunks=5)
+    cross_entropy.token_loss(x, make_head(rng), targets, config)
 
 
 def test_settings_that_mean_nothing():
   with pytest.raises(ValueError, match=r'label_smoothing=1\.0; it is in'):
-    loss_lib.LossConfig(label_smoothing=1.0)
+    cross_entropy.LossConfig(label_smoothing=1.0)
   with pytest.raises(ValueError, match='vocab_chunks=0; it is 1 or more'):
-    loss_lib.LossConfig(vocab_chunks=0)
+    cross_entropy.LossConfig(vocab_chunks=0)
 
 
 # --- Memory and bytes, of the compiled program. ---
 
 
 def mean_loss(x, head, targets, config):
-  return loss_lib.token_loss(x, head, targets, config).objective_BT.mean()
+  return cross_entropy.token_loss(x, head, targets, config).objective_BT.mean()
 
 
 def temporaries(vocab_size, chunks):
   """Bytes beyond arguments and results: (loss, gradients of x and head)."""
-  config = loss_lib.LossConfig(vocab_chunks=chunks)
+  config = cross_entropy.LossConfig(vocab_chunks=chunks)
   f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
   head = embed.Head(table_VD=f32(vocab_size, 16), vocab_size=vocab_size)
   fn = jax.jit(
@@ -239,7 +239,7 @@ def mean_gradients(x, head, targets, config):
   weights = jnp.arange(1.0, B * T + 1).reshape(B, T) / 100
 
   def objective(x, head):
-    mean = loss_lib.mean_loss(x, head, targets, weights, config)
+    mean = cross_entropy.mean_loss(x, head, targets, weights, config)
     return 3.0 * mean.objective, mean
 
   return jax.value_and_grad(objective, (0, 1), has_aux=True)(x, head)
@@ -255,8 +255,10 @@ def test_closed_form_gradients_are_the_derived_ones(
   rng, x, targets = make_inputs(1)
   head = make_head(rng, scale=0.5, cap=cap)
   fn = jax.jit(mean_gradients, static_argnums=3)
-  derived = loss_lib.LossConfig(vocab_chunks=4, **SETTINGS[settings])
-  closed = loss_lib.LossConfig(token_chunks=token_chunks, **SETTINGS[settings])
+  derived = cross_entropy.LossConfig(vocab_chunks=4, **SETTINGS[settings])
+  closed = cross_entropy.LossConfig(
+    token_chunks=token_chunks, **SETTINGS[settings]
+  )
   want = fn(x, head, targets, derived)
   got = fn(x, head, targets, closed)
   paths = jax.tree_util.tree_leaves_with_path(want)
@@ -269,8 +271,8 @@ def test_chunks_of_tokens_equal_the_whole(settings):
   rng, x, targets = make_inputs(1)
   head = make_head(rng)
   fn = jax.jit(mean_gradients, static_argnums=3)
-  whole = loss_lib.LossConfig(**SETTINGS[settings])
-  chunked = loss_lib.LossConfig(token_chunks=T, **SETTINGS[settings])
+  whole = cross_entropy.LossConfig(**SETTINGS[settings])
+  chunked = cross_entropy.LossConfig(token_chunks=T, **SETTINGS[settings])
   want = fn(x, head, targets, whole)
   got = fn(x, head, targets, chunked)
   paths = jax.tree_util.tree_leaves_with_path(want)
@@ -282,7 +284,7 @@ def test_chunks_of_tokens_repeat_no_product():
   """Three products a chunk, and none left for the backward pass."""
   rng, x, targets = make_inputs(1)
   head = make_head(rng, bias=False)
-  config = loss_lib.LossConfig(token_chunks=T)
+  config = cross_entropy.LossConfig(token_chunks=T)
   jaxpr = str(
     jax.make_jaxpr(lambda x, h: mean_gradients(x, h, targets, config))(x, head)
   )
@@ -292,10 +294,10 @@ def test_chunks_of_tokens_repeat_no_product():
 
 def test_chunks_of_tokens_must_divide():
   _, x, targets = make_inputs(1)
-  config = loss_lib.LossConfig(token_chunks=T + 1)
+  config = cross_entropy.LossConfig(token_chunks=T + 1)
   head = embed.Head(table_VD=jnp.zeros((ROWS, D)), vocab_size=VOCAB)
   message = f'token_chunks={T + 1} does not divide the {T} tokens of a row'
   with pytest.raises(ValueError, match=message):
     mean_gradients(x, head, targets, config)
   with pytest.raises(ValueError, match='set one of them to 1'):
-    loss_lib.LossConfig(token_chunks=2, vocab_chunks=2)
+    cross_entropy.LossConfig(token_chunks=2, vocab_chunks=2)

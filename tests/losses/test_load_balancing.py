@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import mlp
 from t2x.layers import moe
 from t2x.layers import routing
@@ -27,7 +27,7 @@ CONFIG = decoder.DecoderConfig(
   vocab_multiple=8,
   num_layers=5,
   embed_dim=16,
-  attention=attention.Dense(num_heads=2, head_dim=8),
+  attention=attention_config.Dense(num_heads=2, head_dim=8),
   mlp_pattern=(mlp.MlpConfig(hidden=32), EXPERTS),
 )
 PATH = 'tower.layers.group.1.mlp'

@@ -11,8 +11,8 @@ import tiny
 
 from t2x.compilation import program as program_lib
 from t2x.data import corpus as corpus_lib
-from t2x.data import input_pipeline as pipeline
-from t2x.losses import loss_based_masking as loss_masking
+from t2x.data import input_pipeline
+from t2x.losses import loss_based_masking
 from t2x.objectives import masked_lm
 from t2x.objectives import masking
 from t2x.objectives import noise
@@ -41,7 +41,7 @@ def make_batch():
 
 
 def masked(loss_V, seed=0, **config):
-  fn = functools.partial(loss_masking.masked, masking.ByLoss(**config))
+  fn = functools.partial(loss_based_masking.masked, masking.ByLoss(**config))
   batch = jax.tree.map(jnp.asarray, make_batch()[1])
   return jax.device_get(jax.jit(fn)(batch, loss_V, jax.random.key(seed)))
 
@@ -93,11 +93,11 @@ def test_the_average_is_of_tokens_that_were_predicted():
   rng = np.random.default_rng(0)
   nll, targets = rng.random((3, 5)), rng.integers(0, 6, (3, 5))
   weights = rng.integers(0, 2, (3, 5)) * 0.3
-  sums = loss_masking.measured(
+  sums = loss_based_masking.measured(
     *map(jnp.asarray, (nll, targets, weights)), rows=8
   )
   config = masking.ByLoss(decay=0.75)
-  got = loss_masking.updated(config, jnp.full(8, 2.0), sums)
+  got = loss_based_masking.updated(config, jnp.full(8, 2.0), sums)
   for token in range(8):
     own = nll[(targets == token) & (weights > 0)]
     want = 0.75 * 2.0 + 0.25 * own.mean() if len(own) else 2.0
@@ -114,7 +114,7 @@ def test_an_example_draws_the_same_wherever_it_is():
   moved |= {n: np.pad(moved[n], ((0, 0), (0, 24))) for n in wide}
   few = ('targets', 'weights', 'target_positions')
   moved |= {n: np.pad(moved[n], ((0, 0), (0, 8))) for n in few}
-  find = functools.partial(loss_masking.masked, masking.ByLoss())
+  find = functools.partial(loss_based_masking.masked, masking.ByLoss())
   key = jax.random.key(0)
   want, got = (find(b, loss_V, key) for b in (batch, moved))
   for name in ('targets', 'target_positions'):
@@ -151,7 +151,7 @@ def trained(directory, num_steps=3, state=None, **settings):
     if state is None:
       state = program.init_state()
     first = int(state.step)
-    batches = pipeline.train_batches(
+    batches = input_pipeline.train_batches(
       corpus, config.data, seed=0, start_step=first
     )
     for _ in range(num_steps):
@@ -165,18 +165,18 @@ def trained(directory, num_steps=3, state=None, **settings):
 def test_layouts_and_continuation(tmp_path):
   one = {'mesh__data': 1, 'mesh__fsdp': 1, 'mesh__tensor': 1}
   state, losses, program = trained(tmp_path, **one)
-  mine = jax.device_get(state.carried[loss_masking.NAME])
+  mine = jax.device_get(state.carried[loss_based_masking.NAME])
   assert 0 < (mine != np.float32(np.log(len(mine)))).sum() < len(mine)
   other, split, _ = trained(tmp_path, train__accumulate=2)
   np.testing.assert_allclose(split, losses, rtol=1e-5)
-  theirs = jax.device_get(other.carried[loss_masking.NAME])
+  theirs = jax.device_get(other.carried[loss_based_masking.NAME])
   np.testing.assert_allclose(theirs, mine, rtol=1e-5)
 
   stages = {'mesh__data': 2, 'mesh__fsdp': 2, 'mesh__tensor': 1}
   stages |= {'mesh__pipe': 2, 'pipeline__microbatches': 2}
   other, split, _ = trained(tmp_path, **stages)
   np.testing.assert_allclose(split, losses, rtol=1e-5)
-  theirs = jax.device_get(other.carried[loss_masking.NAME])
+  theirs = jax.device_get(other.carried[loss_based_masking.NAME])
   np.testing.assert_allclose(theirs, mine, rtol=1e-5)
 
   # Interrupted after two steps, the third has the same masks.
@@ -184,7 +184,7 @@ def test_layouts_and_continuation(tmp_path):
   restored = tiny.saved_and_restored(tmp_path / 'run', before, program.shapes)
   again, last, _ = trained(tmp_path, num_steps=1, state=restored, **one)
   assert last == losses[2:]
-  np.testing.assert_array_equal(again.carried[loss_masking.NAME], mine)
+  np.testing.assert_array_equal(again.carried[loss_based_masking.NAME], mine)
 
 
 def test_messages(tmp_path):

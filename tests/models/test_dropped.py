@@ -11,9 +11,9 @@ import pytest
 import tiny
 
 from t2x.config import consistency
-from t2x.data import input_pipeline as pipeline
-from t2x.hlo import jaxpr_costs as jaxpr_lib
-from t2x.layers import attention_config as attention
+from t2x.data import input_pipeline
+from t2x.hlo import jaxpr_costs
+from t2x.layers import attention_config
 from t2x.layers import mlp
 from t2x.layers import position
 from t2x.models import encoder
@@ -33,7 +33,7 @@ CONFIG = encoder.EncoderConfig(
   num_layers=2,
   query_layers=1,
   embed_dim=32,
-  attention=attention.Dense(num_heads=4, head_dim=8),
+  attention=attention_config.Dense(num_heads=4, head_dim=8),
   mlp=mlp.MlpConfig(hidden=64),
   position=position.Learned(max_length=LENGTH),
 )
@@ -94,7 +94,9 @@ def test_a_row_is_what_is_left_and_what_is_asked_for(rate):
 
 KINDS = {
   'dense': {},
-  'local': {'attention': attention.Local(num_heads=4, head_dim=8, window=7)},
+  'local': {
+    'attention': attention_config.Local(num_heads=4, head_dim=8, window=7)
+  },
   'relative': {'position': position.RelativeBuckets(num_buckets=8)},
   'rotary': {'position': position.Rotary()},
 }
@@ -162,7 +164,7 @@ def counted(config, batch):
   def fn(model, batch):
     return model.head(model.features(**{n: batch[n] for n in names})[0])
 
-  return jaxpr_lib.count(jax.make_jaxpr(fn)(model, batch)).total.flops
+  return jaxpr_costs.count(jax.make_jaxpr(fn)(model, batch)).total.flops
 
 
 def test_the_cost_falls_with_the_rate():
@@ -198,7 +200,7 @@ def test_messages(tmp_path):
   )
   fine = {'data__objective__dropped': True, 'model__query_layers': 1}
   consistency.check(make(**fine), 8)
-  pipeline.check(make(**fine).data)
+  input_pipeline.check(make(**fine).data)
   with pytest.raises(ValueError, match='asked for by query layers'):
     consistency.check(make(data__objective__dropped=True), 8)
   with pytest.raises(ValueError, match='asked for by query layers'):

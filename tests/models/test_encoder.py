@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2x.hlo import matmul_flops as matrix
-from t2x.layers import attention_config as attention
+from t2x.hlo import matmul_flops
+from t2x.layers import attention_config
 from t2x.layers import convolution
 from t2x.layers import linear
 from t2x.layers import low_rank
 from t2x.layers import mlp
 from t2x.layers import position
 from t2x.layers import sparse
-from t2x.losses import cross_entropy as loss_lib
+from t2x.losses import cross_entropy
 from t2x.models import decoder
 from t2x.models import encoder
 from t2x.models import flops
@@ -26,7 +26,7 @@ CONFIG = encoder.EncoderConfig(
   vocab_size=300,
   num_layers=1,
   embed_dim=32,
-  attention=attention.Dense(num_heads=4, head_dim=8),
+  attention=attention_config.Dense(num_heads=4, head_dim=8),
   mlp=mlp.MlpConfig(hidden=48),
 )
 ROWS, LENGTH = 4, 64
@@ -45,14 +45,14 @@ def loss(model, batch):
   inputs = {n: a for n, a in batch.items() if n != 'targets'}
   weights = jnp.full(targets.shape, 1 / targets.size)
   x_BMD = model.hidden(**inputs)
-  return loss_lib.mean_loss(x_BMD, model.head, targets, weights).objective
+  return cross_entropy.mean_loss(x_BMD, model.head, targets, weights).objective
 
 
 def counted(batch):
   """The FLOPs of a forward pass, as compiled."""
   make = lambda: encoder.Encoder(CONFIG, rngs=nnx.Rngs(0))
   compiled = jax.jit(loss).lower(jax.eval_shape(make), batch).compile()
-  return matrix.matrix_flops(compiled.as_text())
+  return matmul_flops.matrix_flops(compiled.as_text())
 
 
 def test_kinds_that_do_not_fit():

@@ -5,7 +5,7 @@ import pytest
 
 from t2x.attention import mask as mask_lib
 from t2x.attention import patterns
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import mlp
 from t2x.layers import moe
 from t2x.layers import position
@@ -15,9 +15,9 @@ from t2x.models import encoder
 from t2x.models import encoder_decoder
 from t2x.models import flops
 
-_DENSE = attention.Dense(num_heads=4, head_dim=16)
-_GROUPED = attention.Dense(num_heads=4, num_kv_heads=2, head_dim=8)
-_LOCAL = attention.Local(num_heads=4, head_dim=16, window=7)
+_DENSE = attention_config.Dense(num_heads=4, head_dim=16)
+_GROUPED = attention_config.Dense(num_heads=4, num_kv_heads=2, head_dim=8)
+_LOCAL = attention_config.Local(num_heads=4, head_dim=16, window=7)
 _GATED = mlp.MlpConfig(hidden=48, gated=True, activation='silu', bias=False)
 # Slots for 2 of 4 experts of a token: products of a fixed number of rows.
 _EXPERTS = moe.MoeConfig(
@@ -90,7 +90,7 @@ def _gpt2_tiny(**changes):
     vocab_size=8192,
     num_layers=4,
     embed_dim=256,
-    attention=attention.Dense(num_heads=4, head_dim=64),
+    attention=attention_config.Dense(num_heads=4, head_dim=64),
     mlp=mlp.MlpConfig(hidden=1024),
     **changes,
   )

@@ -11,9 +11,9 @@ import pytest
 
 from t2x.config import consistency
 from t2x.config import experiment
-from t2x.config import overrides as config_lib
+from t2x.config import overrides
 from t2x.data import config as data
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import dropout
 from t2x.layers import mlp
 from t2x.layers import moe
@@ -22,7 +22,7 @@ from t2x.layers import stack
 from t2x.models import decoder
 from t2x.models import encoder
 from t2x.models import encoder_decoder
-from t2x.models import loss_terms as terms_lib
+from t2x.models import loss_terms
 from t2x.objectives import causal_lm
 from t2x.objectives import noise
 from t2x.objectives import rows as rows_lib
@@ -38,7 +38,7 @@ SMALL = {
   'vocab_multiple': 8,
   'num_layers': 2,
   'embed_dim': 16,
-  'attention': attention.Dense(num_heads=2, head_dim=8),
+  'attention': attention_config.Dense(num_heads=2, head_dim=8),
   'mlp': mlp.MlpConfig(hidden=32),
   'position': position.Learned(max_length=LENGTH),
 }
@@ -245,8 +245,8 @@ def test_a_step_reads_what_the_first_pass_predicts():
 
 
 def test_scheduled_sampling_needs_a_decoder_beside_an_encoder():
-  set_to = lambda config, *lines: config_lib.override(
-    config, config_lib.parse_settings(lines)
+  set_to = lambda config, *lines: overrides.override(
+    config, overrides.parse_settings(lines)
   )
   config = experiment.Experiment(
     model=encoder_decoder.EncoderDecoderConfig(**SMALL),
@@ -312,14 +312,14 @@ def test_rows_share_what_terms_there_are():
   main = {'weights': weights / weights.sum()}
   nothing = {'class0_weights': np.zeros((ROWS, 1), np.float32)}
   alone, beside = (
-    terms_lib.with_row_shares(batch)[terms_lib.ROW_SHARES]
+    loss_terms.with_row_shares(batch)[loss_terms.ROW_SHARES]
     for batch in (main, main | nothing)
   )
   np.testing.assert_allclose(alone, main['weights'].sum(1), rtol=1e-6)
   np.testing.assert_allclose(beside, alone, rtol=1e-6)
   first = np.zeros((ROWS, 1), np.float32)
   first[0] = 1.0
-  both = terms_lib.with_row_shares(main | {'class0_weights': first})
+  both = loss_terms.with_row_shares(main | {'class0_weights': first})
   np.testing.assert_allclose(
-    both[terms_lib.ROW_SHARES], (alone + first[:, 0]) / 2, rtol=1e-6
+    both[loss_terms.ROW_SHARES], (alone + first[:, 0]) / 2, rtol=1e-6
   )

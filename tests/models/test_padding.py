@@ -14,7 +14,7 @@ from t2x.attention import dense
 from t2x.attention import mask as mask_lib
 from t2x.decode import generate
 from t2x.decode import sampling
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import convolution
 from t2x.layers import linear
 from t2x.layers import low_rank
@@ -27,7 +27,7 @@ from t2x.models import decoder
 from t2x.models import encoder
 from t2x.models import encoder_decoder
 from t2x.models import forward
-from t2x.models import segment_memory as memory
+from t2x.models import segment_memory
 from t2x.parallel import mesh as mesh_lib
 from t2x.parallel import sharding
 
@@ -36,7 +36,7 @@ BOTH = {
   'vocab_size': 50,
   'num_layers': 2,
   'embed_dim': 32,
-  'attention': attention.Dense(**HEADS),
+  'attention': attention_config.Dense(**HEADS),
   'mlp': mlp.MlpConfig(hidden=48),
 }
 EXPERTS = moe.MoeConfig(
@@ -284,7 +284,7 @@ def test_a_memory_needs_no_segments_and_asks_for_the_rest():
 
   @jax.jit
   def fn(model):
-    before, found = memory.empty(model, 1, 8), []
+    before, found = segment_memory.empty(model, 1, 8), []
     for row in rows:
       x_BTD, _, before = forward.recall(model, row, before)
       found.append(model.leave(x_BTD, row))

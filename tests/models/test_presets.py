@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import mlp
 from t2x.layers import norm
 from t2x.layers import position
@@ -109,7 +109,7 @@ def test_heads_of_bert_are_those_left_out():
 def test_gpt3_alternates_dense_and_banded_layers():
   config = presets.gpt3_175b()
   kinds = [type(kind) for kind in config.kinds]
-  assert kinds == [attention.Dense, attention.Local]
+  assert kinds == [attention_config.Dense, attention_config.Local]
   leaves = shapes(config)
   group = [p for p in leaves if re.search(r'group\.\d\.attention\.q_DNH', p)]
   assert [leaves[p].shape for p in group] == [(48, 12288, 96, 128)] * 2
@@ -403,16 +403,25 @@ def test_presets_are_the_other_librarys_configs():
   'make,message',
   [
     (
-      lambda: attention.Dense(num_heads=0),
+      lambda: attention_config.Dense(num_heads=0),
       r'attention\.num_heads=0; it is 1 or more',
     ),
     (
-      lambda: attention.Dense(num_kv_heads=0),
+      lambda: attention_config.Dense(num_kv_heads=0),
       r'attention\.num_kv_heads=0; it is 1 or more',
     ),
-    (lambda: attention.Dense(block=-1), r'attention\.block=-1; it is 1 or'),
-    (lambda: attention.Dense(soft_cap=0.0), r'soft_cap=0\.0; it is above 0'),
-    (lambda: attention.Dense(dropout=1.0), r'dropout=1\.0; it is in \[0, 1\)'),
+    (
+      lambda: attention_config.Dense(block=-1),
+      r'attention\.block=-1; it is 1 or',
+    ),
+    (
+      lambda: attention_config.Dense(soft_cap=0.0),
+      r'soft_cap=0\.0; it is above 0',
+    ),
+    (
+      lambda: attention_config.Dense(dropout=1.0),
+      r'dropout=1\.0; it is in \[0, 1\)',
+    ),
     (lambda: mlp.MlpConfig(hidden=0), r'mlp\.hidden=0; it is 1 or more'),
     (lambda: position.Learned(max_length=0), r'max_length=0; it is 1 or more'),
     (
@@ -431,7 +440,7 @@ def test_presets_are_the_other_librarys_configs():
     ),
     (
       lambda: decoder.DecoderConfig(
-        position=position.Rotary(), attention=attention.Dense(head_dim=5)
+        position=position.Rotary(), attention=attention_config.Dense(head_dim=5)
       ),
       r'fraction=1\.0 of attention\.head_dim=5 rotates 5 entries; .* even',
     ),
@@ -442,8 +451,8 @@ def test_presets_are_the_other_librarys_configs():
     (
       lambda: decoder.DecoderConfig(
         attention_pattern=(
-          attention.Dense(num_heads=2),
-          attention.Local(num_heads=4),
+          attention_config.Dense(num_heads=2),
+          attention_config.Local(num_heads=4),
         )
       ),
       r'has layers of \[2, 4\] heads; all have as many',

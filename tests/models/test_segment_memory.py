@@ -14,8 +14,8 @@ from t2x.compilation import program as program_lib
 from t2x.config import consistency
 from t2x.data import batches as batches_lib
 from t2x.data import corpus as corpus_lib
-from t2x.data import input_pipeline as pipeline
-from t2x.layers import attention_config as attention
+from t2x.data import input_pipeline
+from t2x.layers import attention_config
 from t2x.layers import linear
 from t2x.layers import mlp
 from t2x.layers import moe
@@ -24,7 +24,7 @@ from t2x.layers import stack
 from t2x.layers import transformer_xl
 from t2x.models import decoder
 from t2x.models import forward
-from t2x.models import segment_memory as memory_lib
+from t2x.models import segment_memory
 from t2x.objectives import causal_lm
 from t2x.objectives import mixture
 from t2x.objectives import rows as rows_lib
@@ -41,7 +41,7 @@ CONFIG = decoder.DecoderConfig(
   vocab_multiple=8,
   num_layers=3,
   embed_dim=32,
-  attention=attention.Dense(**HEADS),
+  attention=attention_config.Dense(**HEADS),
   mlp=mlp.MlpConfig(hidden=64),
   position=position.Rotary(),
   memory=LENGTH,
@@ -53,13 +53,13 @@ KINDS = {
     'position': None,
   },
   'buckets': {'position': position.RelativeBuckets(num_buckets=8)},
-  'window': {'attention': attention.Local(**HEADS, window=7)},
-  'long_window': {'attention': attention.Local(**HEADS, window=99)},
+  'window': {'attention': attention_config.Local(**HEADS, window=7)},
+  'long_window': {'attention': attention_config.Local(**HEADS, window=99)},
   # Two layers that repeat, one that is left, and experts.
   'groups': {
     'attention_pattern': (
-      attention.Dense(**HEADS, num_kv_heads=2),
-      attention.Local(**HEADS, num_kv_heads=1, window=9),
+      attention_config.Dense(**HEADS, num_kv_heads=2),
+      attention_config.Local(**HEADS, num_kv_heads=1, window=9),
     ),
     'mlp': moe.MoeConfig(hidden=16, num_experts=4),
   },
@@ -108,7 +108,7 @@ def run(config, num=3, execution=stack.Execution()):
   """Features row by row, each with the memory of those before."""
   model = make(config)
   fn = jit(functools.partial(forward.recall, execution=execution))
-  memory, found = memory_lib.empty(model, ROWS, config.memory), []
+  memory, found = segment_memory.empty(model, ROWS, config.memory), []
   for batch in pieces(num):
     x, _, memory = fn(model, batch, memory)
     found.append(model.leave(x, batch))
@@ -149,7 +149,7 @@ def test_a_short_memory_is_a_short_look_back():
 def test_nothing_of_another_document_is_seen():
   model, fn = make(CONFIG), jit(forward.recall)
   first, second = [*pieces(2)]
-  empty = memory_lib.empty(model, ROWS, LENGTH)
+  empty = segment_memory.empty(model, ROWS, LENGTH)
   _, _, memory = fn(model, first, empty)
   changed = first | {'inputs': (first['inputs'] + 7) % VOCAB}
   _, _, other = fn(model, changed, empty)
@@ -168,7 +168,7 @@ def test_nothing_of_another_document_is_seen():
 
 def test_memory_has_no_gradient():
   model, (first, second) = make(CONFIG), [*pieces(2)]
-  empty = memory_lib.empty(model, ROWS, LENGTH)
+  empty = segment_memory.empty(model, ROWS, LENGTH)
 
   def loss(model, memory):
     return (forward.recall(model, second, memory)[0] ** 2).sum()
@@ -207,7 +207,7 @@ def test_rows_follow_each_other(tmp_path):
   training = batches_lib.TrainBatches(corpus, config.data, seed=0)
   num = training.steps_per_epoch
   starts = {*stream.offsets[:-1].tolist()}
-  evaluated = [*pipeline.eval_batches(corpus, config.data, 'train')]
+  evaluated = [*input_pipeline.eval_batches(corpus, config.data, 'train')]
   assert len(evaluated) == num and (num - 1) * 8 * 32 < stream.num_tokens
   for batches in ([training[step] for step in range(num)], evaluated):
     # The parts of the batch, one after the other, are the text.
@@ -245,7 +245,9 @@ def trained(directory, num_steps=3, state=None, **settings):
     for step in range(int(state.step), int(state.step) + num_steps):
       state, metrics = program.step(state, program.place(batches[step]))
       losses.append(float(metrics['loss']))
-    sets = pipeline.eval_batches(corpus, config.data, 'train', max_batches=3)
+    sets = input_pipeline.eval_batches(
+      corpus, config.data, 'train', max_batches=3
+    )
     found = evaluate.evaluate(
       program.evaluate, state.model, map(program.place, sets)
     )
@@ -257,7 +259,7 @@ def test_layouts_continuation_and_evaluation(tmp_path):
   other, split, again, _ = trained(tmp_path)
   np.testing.assert_allclose(split, losses, rtol=1e-5)
   np.testing.assert_allclose(again['loss'], found['loss'], rtol=1e-5)
-  mine, theirs = (s.carried[memory_lib.NAME] for s in (state, other))
+  mine, theirs = (s.carried[segment_memory.NAME] for s in (state, other))
   for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
   parts = jax.tree.leaves(theirs['layers'])[0].sharding
@@ -279,9 +281,9 @@ def test_a_skipped_step_hides_what_was_before(tmp_path):
   grads, sums = program.gradients(state, batches[2])
   for loss, is_shown in ((sums['loss'], True), (np.float32('nan'), False)):
     after, _ = program.apply(state, grads, {**sums, 'loss': loss})
-    memory = jax.device_get(after.carried[memory_lib.NAME])
+    memory = jax.device_get(after.carried[segment_memory.NAME])
     assert (memory['segments'] > 0).any() == is_shown
-    before = jax.device_get(state.carried[memory_lib.NAME]['layers'])
+    before = jax.device_get(state.carried[segment_memory.NAME]['layers'])
     same = [
       np.array_equal(a, b)
       for a, b in zip(
@@ -300,7 +302,9 @@ def test_compiled_programs_hand_a_memory_on(tmp_path):
   with sharding.use(mesh, config.rules):
     lowered = program.lowered()['evaluate']
     program.replace({'evaluate': lowered.compile()})
-    sets = pipeline.eval_batches(corpus, config.data, 'train', max_batches=3)
+    sets = input_pipeline.eval_batches(
+      corpus, config.data, 'train', max_batches=3
+    )
     again = evaluate.evaluate(
       program.evaluate, state.model, map(program.place, sets)
     )
@@ -312,10 +316,10 @@ def test_an_evaluation_goes_on_from_batch_to_batch(tmp_path):
   state, _, found, program = trained(tmp_path, num_steps=1, **ONE)
   config = program.config
   corpus = corpus_lib.prepare(config.data)
-  memory, total, num = memory_lib.empty(state.model, 8, 24), 0.0, 0.0
+  memory, total, num = segment_memory.empty(state.model, 8, 24), 0.0, 0.0
   step = dataclasses.replace(train_state.StepConfig(), memory=(8, 24))
   fn = jit(functools.partial(train_step.eval_step, config=step))
-  for batch in pipeline.eval_batches(
+  for batch in input_pipeline.eval_batches(
     corpus, config.data, 'train', max_batches=3
   ):
     sums = fn(state.model, batch, memory)
@@ -362,13 +366,13 @@ def test_messages(tmp_path):
     tmp_path, data__batching='stream', data__objective='next_sentence'
   )
   with pytest.raises(ValueError, match='next_sentence has other rows'):
-    pipeline.check(pairs.data)
+    input_pipeline.check(pairs.data)
   tasks = [mixture.Task(name=n, objective=causal_lm.CausalLM()) for n in 'ab']
   mixed = dataclasses.replace(
     pairs.data, objective=mixture.Mixture(tasks=tuple(tasks))
   )
   with pytest.raises(ValueError, match='=mixture are of several'):
-    pipeline.check(mixed)
+    input_pipeline.check(mixed)
   with pytest.raises(ValueError, match='before the first position'):
     dataclasses.replace(CONFIG, position=position.Learned())
   with pytest.raises(ValueError, match='goes by whole rows'):

@@ -17,7 +17,7 @@ import pytest
 import simulated
 import tiny
 
-from t2x.multihost import initialization as cluster
+from t2x.multihost import initialization
 
 _SLURM = {
   'SLURM_JOB_ID': '7',
@@ -53,7 +53,7 @@ def _set(monkeypatch, variables):
 def _call(**arguments):
   """Returns what JAX was called with, or None."""
   try:
-    with cluster.joined(**arguments):
+    with initialization.joined(**arguments):
       return None
   except _Called as call:
     return call.args[0]
@@ -150,7 +150,7 @@ def test_flags_reach_jax_and_turn_detection_off(initialize, monkeypatch):
 )
 def test_flags_that_cannot_be(initialize, arguments, message):
   with pytest.raises(ValueError, match=message):
-    cluster.check(*arguments)
+    initialization.check(*arguments)
   names = ('coordinator', 'num_processes', 'process_id')
   with pytest.raises(ValueError, match=message):
     _call(**dict(zip(names, arguments)))
@@ -198,7 +198,7 @@ def test_a_port_that_is_taken(tmp_path):
 
 _JOIN = """
 import jax
-from t2x.multihost import initialization as cluster
+from t2x.multihost import initialization
 with cluster.joined():
   import numpy as np
   from jax.experimental import multihost_utils

@@ -10,8 +10,8 @@ import pytest
 import tiny
 
 from t2x.config import consistency
-from t2x.hlo import jaxpr_costs as jaxpr
-from t2x.layers import attention_config as attention
+from t2x.hlo import jaxpr_costs
+from t2x.layers import attention_config
 from t2x.layers import linear
 from t2x.layers import mlp
 from t2x.layers import moe
@@ -90,11 +90,11 @@ SMALL = encoder.EncoderConfig(
 KINDS = {
   'transformer_xl': {},
   'dense and rotary': {
-    'attention': attention.Dense(num_heads=4, head_dim=8),
+    'attention': attention_config.Dense(num_heads=4, head_dim=8),
     'position': position.Rotary(),
   },
   'local and learned': {
-    'attention': attention.Local(num_heads=4, head_dim=8, window=12),
+    'attention': attention_config.Local(num_heads=4, head_dim=8, window=12),
     'position': position.Learned(max_length=LENGTH),
   },
 }
@@ -133,7 +133,9 @@ def test_flops_are_those_of_the_program():
   names = set(batch) - {'targets', 'weights'}
   model = jax.eval_shape(lambda: encoder.Encoder(SMALL, rngs=nnx.Rngs(0)))
   fn = lambda model, batch: model(**batch)
-  counted = jaxpr.count(jax.make_jaxpr(fn)(model, {n: batch[n] for n in names}))
+  counted = jaxpr_costs.count(
+    jax.make_jaxpr(fn)(model, {n: batch[n] for n in names})
+  )
   num = batch['targets'].shape[1]
   want = flops.forward_flops(
     SMALL, 4, LENGTH, num_targets=num, skip_masked=False

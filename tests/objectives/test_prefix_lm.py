@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import mlp
 from t2x.models import decoder
 from t2x.objectives import causal_lm
@@ -66,7 +66,7 @@ def test_a_decoder_sees_the_prefix_and_nothing_that_it_predicts():
     vocab_size=400,
     num_layers=2,
     embed_dim=16,
-    attention=attention.Dense(num_heads=2, head_dim=8),
+    attention=attention_config.Dense(num_heads=2, head_dim=8),
     mlp=mlp.MlpConfig(hidden=16),
   )
   model = decoder.Decoder(config, rngs=nnx.Rngs(0))

@@ -8,7 +8,7 @@ import pytest
 import tpu
 
 from t2x.config import experiment
-from t2x.config import overrides as config_lib
+from t2x.config import overrides
 from t2x.parallel import mesh
 
 
@@ -136,7 +136,7 @@ def test_simulated_devices_keep_their_order():
 
 
 def test_slices_can_be_set_by_name():
-  config = config_lib.override(
+  config = overrides.override(
     experiment.Experiment(), {'mesh.dcn.data': '1', 'mesh.dcn.fsdp': '-1'}
   )
   assert config.mesh.dcn == mesh.Dcn(data=1, fsdp=-1)

@@ -11,8 +11,8 @@ import tiny
 
 from t2x.compilation import program as program_lib
 from t2x.config import consistency
-from t2x.config import overrides as config_lib
-from t2x.config import partitioning as on_mesh
+from t2x.config import overrides
+from t2x.config import partitioning
 from t2x.parallel import mesh as mesh_lib
 from t2x.parallel import sharding
 from t2x.pipeline import balancer
@@ -288,7 +288,7 @@ def plan_of(directory, **settings):
   config = tiny.experiment_of(directory, **PIPE | BALANCED | settings)
   sizes = mesh_lib.sizes(config.mesh, 8)
   consistency.check(config, 8)
-  return on_mesh.pipeline(config, sizes)
+  return partitioning.pipeline(config, sizes)
 
 
 def test_a_large_vocabulary_takes_layers_from_the_last_stage(tmp_path):
@@ -314,7 +314,7 @@ def test_memory_is_refused_before_anything_is_built(tmp_path):
 
 def test_layers_in_words_and_in_numbers():
   config = pipeline_config.PipelineConfig()
-  read = lambda text: config_lib.override(config, {'layers': text}).layers
+  read = lambda text: overrides.override(config, {'layers': text}).layers
   assert [read(t) for t in ('even', 'balanced', '3,2', '(4,)')] == [
     'even',
     'balanced',
@@ -322,9 +322,9 @@ def test_layers_in_words_and_in_numbers():
     (4,),
   ]
   for text in ('balanced', '3,2'):
-    changed = config_lib.override(config, {'layers': text})
-    data = config_lib.to_json(changed)
-    assert config_lib.from_json(type(config), data) == changed
+    changed = overrides.override(config, {'layers': text})
+    data = overrides.to_json(changed)
+    assert overrides.from_json(type(config), data) == changed
   with pytest.raises(ValueError, match="'layers': 'evn' does not fit"):
     read('evn')
 
@@ -353,7 +353,7 @@ def test_gradients_of_a_balanced_pipeline(tmp_path):
   staged = {'mesh__pipe': 2, 'pipeline__schedule': 'zb_h1'}
   config = tiny.experiment_of(tmp_path, **BALANCED | alone | staged)
   sizes = mesh_lib.sizes(config.mesh, 2)
-  plan = on_mesh.pipeline(config, sizes)
+  plan = partitioning.pipeline(config, sizes)
   assert plan is not None and plan.place.units_P.tolist() == [4, 2]
   grads, sums = gradients_of(config, 2)
   single = tiny.experiment_of(tmp_path, model__num_layers=6, **alone)

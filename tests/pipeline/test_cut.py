@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from t2x.attention import mask as mask_lib
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import block
 from t2x.layers import mlp
 from t2x.layers import moe
 from t2x.layers import norm
 from t2x.layers import position
-from t2x.losses import load_balancing as balance
+from t2x.losses import load_balancing
 from t2x.models import decoder
 from t2x.models import model as model_lib
 from t2x.pipeline import cut
@@ -34,7 +34,7 @@ _MODEL = decoder.DecoderConfig(
   num_layers=1,
   embed_dim=D,
   dropout=0.1,
-  attention=attention.Dense(num_heads=4, head_dim=8, bias=True),
+  attention=attention_config.Dense(num_heads=4, head_dim=8, bias=True),
   mlp=mlp.MlpConfig(hidden=128),
 )
 _CONFIGS = {
@@ -51,7 +51,7 @@ _CONFIGS = {
     _MODEL,
     residual='sandwich',
     norm=norm.RMSNorm(unit_offset=True),
-    attention=attention.Dense(
+    attention=attention_config.Dense(
       num_heads=4, head_dim=8, bias=True, out_bias=False, qk_norm=True
     ),
   ),
@@ -101,7 +101,7 @@ class Layer:
     if stats is None:
       return y, None, None
     stats = {'': jax.tree.map(lambda a: a[None], stats)}
-    return y, sum(balance.losses(stats, share_B).values()), None
+    return y, sum(load_balancing.losses(stats, share_B).values()), None
 
   @property
   def fixed(self):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from t2x.hardware import machines
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import mlp
 from t2x.layers import moe
 from t2x.layers import norm
@@ -19,7 +19,7 @@ from t2x.layers import param
 from t2x.layers import position
 from t2x.layers import routing
 from t2x.layers import stack
-from t2x.losses import cross_entropy as loss_lib
+from t2x.losses import cross_entropy
 from t2x.models import decoder
 from t2x.models import encoder
 from t2x.models import encoder_decoder
@@ -31,7 +31,7 @@ from t2x.pipeline import instructions
 from t2x.pipeline import plan as plan_lib
 from t2x.pipeline import schedules
 from t2x.pipeline import simulation
-from t2x.pipeline import table_search as generate
+from t2x.pipeline import table_search
 from t2x.pipeline import weights
 from t2x.training import train_state
 from t2x.training import train_step
@@ -52,7 +52,7 @@ SHARED = {
   'dropout': 0.1,
   # Large weights, so that a mistake shows.
   'init': param.Init(std=0.2),
-  'attention': attention.Dense(num_heads=4, head_dim=4, dropout=0.1),
+  'attention': attention_config.Dense(num_heads=4, head_dim=4, dropout=0.1),
   'mlp': mlp.MlpConfig(hidden=32),
 }
 MODELS = {
@@ -98,8 +98,8 @@ _CAPPED = {'num_heads': 4, 'head_dim': 4, 'soft_cap': 2.0, 'qk_norm': True}
 MODELS['gemma'] = dataclasses.replace(
   MODELS['decoder'],
   attention_pattern=(
-    attention.Local(**_CAPPED, window=3),
-    attention.Dense(**_CAPPED, bias=True, out_bias=False, rotary=False),
+    attention_config.Local(**_CAPPED, window=3),
+    attention_config.Dense(**_CAPPED, bias=True, out_bias=False, rotary=False),
   ),
   norm=norm.RMSNorm(unit_offset=True),
   residual='sandwich',
@@ -111,7 +111,7 @@ MODELS['gemma'] = dataclasses.replace(
 MODELS['dropped'] = dataclasses.replace(
   MODELS['encoder'], num_token_types=0, query_layers=2
 )
-LOSS = loss_lib.LossConfig(label_smoothing=0.1, z_loss=1e-3)
+LOSS = cross_entropy.LossConfig(label_smoothing=0.1, z_loss=1e-3)
 
 
 def batch_of(config, rows=ROWS):
@@ -359,7 +359,9 @@ def test_a_table_of_ones_own(tmp_path):
   """One that was made for costs, kept in a file and changed there."""
   file = tmp_path / 'mine.csv'
   costs = simulation.Costs(backward=1.5, weight=0.5)
-  lines = generate.generate(2, 4, limit=3, costs=costs).to_csv().splitlines()
+  lines = (
+    table_search.generate(2, 4, limit=3, costs=costs).to_csv().splitlines()
+  )
   file.write_text('\n'.join([*lines, f'{len(lines) - 2},,']))  # An idle tick.
   mesh = mesh_of(pipe=2)
   step = step_config('decoder', mesh, str(file))

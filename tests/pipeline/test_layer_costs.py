@@ -8,19 +8,19 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import mlp
 from t2x.layers import moe
 from t2x.layers import norm
 from t2x.layers import position
 from t2x.layers import routing
-from t2x.losses import cross_entropy as loss_lib
+from t2x.losses import cross_entropy
 from t2x.models import decoder
 from t2x.models import encoder
 from t2x.models import encoder_decoder
 from t2x.models import model as model_lib
 from t2x.parallel import sharding
-from t2x.pipeline import layer_costs as estimates
+from t2x.pipeline import layer_costs
 from t2x.pipeline import pieces as pieces_lib
 from t2x.pipeline import placement
 from t2x.pipeline import schedules
@@ -28,7 +28,7 @@ from t2x.pipeline import weights
 from t2x.training import train_state
 
 ROWS, LENGTH = 2, 128
-HEADS = attention.Dense(num_heads=4, num_kv_heads=2, head_dim=16)
+HEADS = attention_config.Dense(num_heads=4, num_kv_heads=2, head_dim=16)
 SHARED = {
   'vocab_size': 96,
   'vocab_multiple': 32,
@@ -61,13 +61,13 @@ CONFIGS = {
     **SHARED | {'attention': dataclasses.replace(HEADS, qk_norm=True)}
   ),
 }
-WHOLE = estimates.Layout(sizes={'pipe': 2}, rules=sharding.Rules())
+WHOLE = layer_costs.Layout(sizes={'pipe': 2}, rules=sharding.Rules())
 
 
 def batch_of(config):
   encodes = isinstance(config, encoder_decoder.EncoderDecoderConfig)
   source = LENGTH // 2 if encodes else None
-  return estimates.Batch(
+  return layer_costs.Batch(
     rows=ROWS, length=LENGTH, num_targets=LENGTH, encoder_length=source
   )
 
@@ -105,7 +105,7 @@ def pieces_of(config):
     rows,
     jax.eval_shape(lambda: jax.random.key(0)),
     combine=train_state.combine,
-    loss=loss_lib.of_terms,
+    loss=cross_entropy.of_terms,
     zigzag=1,
     remat='none',
   )
@@ -123,8 +123,8 @@ def stacks_of(config, layout=WHOLE, batch=None):
   towers = [placement.Tower(name, num, group) for name in names]
   batch = batch or batch_of(config)
   table = schedules.make('one_f_one_b', num_stages=2, num_microbatches=2)
-  stacks = estimates.stacks(config, towers, batch, False)
-  return estimates.with_bytes(stacks, table, config, batch, layout)
+  stacks = layer_costs.stacks(config, towers, batch, False)
+  return layer_costs.with_bytes(stacks, table, config, batch, layout)
 
 
 def size(tree):
@@ -197,7 +197,7 @@ def test_dearer_layers_and_the_head():
   """Costs are FLOPs: 3 forwards of each, 4 of a layer that is run again."""
   config = CONFIGS['experts']
   tower = placement.Tower('tower', 3, 2)
-  of = lambda again: estimates.stacks(
+  of = lambda again: layer_costs.stacks(
     dataclasses.replace(config, num_layers=3), [tower], batch_of(config), again
   )[0]
   once, again = of(False), of(True)

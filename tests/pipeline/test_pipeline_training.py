@@ -9,8 +9,8 @@ import pytest
 import tiny
 
 from t2x.config import consistency
-from t2x.config import overrides as config_lib
-from t2x.config import partitioning as on_mesh
+from t2x.config import overrides
+from t2x.config import partitioning
 from t2x.inference import loading
 from t2x.parallel import mesh as mesh_lib
 from t2x.pipeline import schedules
@@ -109,7 +109,7 @@ def test_a_run_keeps_a_table_of_ones_own(directory, tmp_path, caplog):
   assert kept.read_text() == file.read_text()
   # A change of the file is a change of the run, said and kept.
   file.write_text(schedules.gpipe(2, 2).to_csv())
-  more = config_lib.override(config, {'train.num_steps': '2'})
+  more = overrides.override(config, {'train.num_steps': '2'})
   train.train(more, workdir)
   name = 'pipeline.schedule, line 1 of the table'
   old, new = tiny.history(workdir)[-1][name]
@@ -120,10 +120,10 @@ def test_a_run_keeps_a_table_of_ones_own(directory, tmp_path, caplog):
   with pytest.raises(ValueError, match='keeps a copy .* WORKDIR/schedule.csv'):
     train.train(more, workdir)
   consistency.check(
-    config_lib.override(more, {'pipeline.schedule': str(kept)}), 8
+    overrides.override(more, {'pipeline.schedule': str(kept)}), 8
   )
   train.train(
-    config_lib.override(more, {'mesh.pipe': '1', 'mesh.data': '4'}), workdir
+    overrides.override(more, {'mesh.pipe': '1', 'mesh.data': '4'}), workdir
   )
   assert kept.exists()
 
@@ -138,5 +138,5 @@ def test_a_run_keeps_a_table_of_ones_own(directory, tmp_path, caplog):
 )
 def test_a_pipeline_in_a_line(directory, settings, said):
   config = tiny.experiment_of(directory, **RUN, **(STAGES | settings))
-  plan = on_mesh.pipeline(config, mesh_lib.sizes(config.mesh, 8))
+  plan = partitioning.pipeline(config, mesh_lib.sizes(config.mesh, 8))
   assert plan is not None and re.search(said, plan.summary()), plan.summary()

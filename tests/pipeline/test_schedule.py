@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from t2x.pipeline import from_orders as orders
+from t2x.pipeline import from_orders
 from t2x.pipeline import operations as ops
 from t2x.pipeline import schedule as schedule_lib
 from t2x.pipeline import schedules
@@ -177,7 +177,7 @@ def _orders(*stages):
 
 
 def _from_orders(*stages, num_microbatches=2):
-  return orders.from_orders(
+  return from_orders.from_orders(
     _orders(*stages), name='x', num_microbatches=num_microbatches
   )
 

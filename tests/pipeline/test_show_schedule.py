@@ -12,7 +12,7 @@ import pytest
 from t2x.pipeline import schedule as schedule_lib
 from t2x.pipeline import schedules
 from t2x.pipeline import simulation
-from t2x.pipeline import table_search as generate
+from t2x.pipeline import table_search
 
 _SCRIPT = pathlib.Path(__file__).parents[2] / 'scripts' / 'show_schedule.py'
 
@@ -62,7 +62,7 @@ def test_a_table_is_made_for_costs_kept_and_shown_again(tmp_path):
     *_sizes('generated'), '--limit=6', '--costs=1,1.3,0.8', f'--csv={file}'
   )
   assert code == 0, err
-  wanted = generate.generate(
+  wanted = table_search.generate(
     4, 8, limit=6, costs=simulation.parse_costs('1,1.3,0.8')
   )
   _equal(schedule_lib.from_csv(file.read_text()), wanted)

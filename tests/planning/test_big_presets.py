@@ -25,8 +25,8 @@ sys.path.append(str(pathlib.Path(__file__).parents[1]))  # As a script.
 import tpu
 
 from t2x.config import catalog
-from t2x.config import overrides as config_lib
-from t2x.planning import plan as planning
+from t2x.config import overrides
+from t2x.planning import plan as plan_lib
 from t2x.planning import sharding_table
 
 _LIBTPU = '0.0.42.1'
@@ -111,8 +111,8 @@ CASES = {
 
 
 def config_of(name):
-  settings = config_lib.parse_settings(CASES[name].settings.split())
-  return config_lib.override(catalog.load(name), settings)
+  settings = overrides.parse_settings(CASES[name].settings.split())
+  return overrides.override(catalog.load(name), settings)
 
 
 @functools.cache
@@ -123,7 +123,7 @@ def plan_of(name):
   before = getattr(jax.config, option)
   jax.config.update(option, -1.0)
   try:
-    return planning.make(config, case.topology)
+    return plan_lib.make(config, case.topology)
   finally:
     jax.config.update(option, before)
 

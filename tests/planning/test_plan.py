@@ -11,19 +11,19 @@ import extras
 import pytest
 import tpu
 
-from t2x.config import overrides as config_lib
+from t2x.config import overrides
 from t2x.cost_model import estimate
 from t2x.cost_model import links
 from t2x.hardware import machines
 from t2x.parallel import mesh
-from t2x.planning import advice as plan_advice
-from t2x.planning import memory as plan_memory
-from t2x.planning import page as plan_page
-from t2x.planning import plan as planning
-from t2x.planning import search as plan_search
+from t2x.planning import advice as advice_lib
+from t2x.planning import memory
+from t2x.planning import page as page_lib
+from t2x.planning import plan as plan_lib
+from t2x.planning import search
 from t2x.planning import sharding_table
-from t2x.planning import text as plan_text
-from t2x.planning import trials as plan_trials
+from t2x.planning import text as text_lib
+from t2x.planning import trials
 
 _SCRIPT = os.path.join(
   os.path.dirname(__file__), '..', '..', 'scripts', 'plan.py'
@@ -37,7 +37,7 @@ def planned():
   config = tpu.config_of(
     *tpu.TINY, 'mesh.fsdp=2', 'mesh.data=1', 'mesh.tensor=2'
   )
-  return config, planning.make(config, 'v5e:2x2')
+  return config, plan_lib.make(config, 'v5e:2x2')
 
 
 @pytest.mark.slow
@@ -67,13 +67,13 @@ def test_figures_are_those_of_the_program():
 @pytest.mark.slow
 def test_a_plan_as_text_json_and_page():
   config, plan = planned()
-  advice = plan_advice.of(config, plan)
+  advice = advice_lib.of(config, plan)
   assert any('head_dim=32 fills 25.0% of the 128 lanes' in a for a in advice)
-  text = plan_text.text('gpt2_tiny', plan, advice)
+  text = text_lib.text('gpt2_tiny', plan, advice)
   assert text.startswith('gpt2_tiny on v5e:2x2 (4 devices), fsdp=2, tensor=2')
   assert 'fits: a device has 15.75 GiB' in text
   assert '(a model by published figures of the chip, not a measurement)' in text
-  found = json.loads(json.dumps(plan_text.to_json(plan, advice)))
+  found = json.loads(json.dumps(text_lib.to_json(plan, advice)))
   assert found['fits'] is True and found['warnings'] == advice
   assert {
     'arguments_bytes',
@@ -83,7 +83,7 @@ def test_a_plan_as_text_json_and_page():
   assert found['flops']['executed_matmul'] == plan.flops.executed_matmul
   kinds = found['collectives']['by_kind']
   assert sum(kinds.values()) == found['collectives']['total_bytes']
-  page = plan_page.page('gpt2_tiny', plan, advice)
+  page = page_lib.page('gpt2_tiny', plan, advice)
   assert 'Plan of gpt2_tiny' in page and 'tower mlp' in page
   assert page.count('<p class="warn">') == len(advice)
 
@@ -94,24 +94,22 @@ def test_what_does_not_fit_is_told_with_what_would():
   config = tpu.config_of(
     'train.remat=none', 'data.batch_size=64', experiment='llama2_7b'
   )
-  plan = planning.make(config, 'v5e:4x4')
+  plan = plan_lib.make(config, 'v5e:4x4')
   assert plan.fits is False and 'Ran out of memory' in plan.refused
   assert plan.memory.peak > plan.memory.limit
-  first, *_ = plan_advice.of(config, plan)
+  first, *_ = advice_lib.of(config, plan)
   assert first.startswith('it should fit with --set train.remat=full: by')
-  assert 'does not fit: the compiler says' in plan_text.text('7b', plan)
+  assert 'does not fit: the compiler says' in text_lib.text('7b', plan)
 
 
 @pytest.mark.slow
 def test_what_fits_in_no_layout_is_told_how_many_chips_it_needs():
   tpu.devices('v5e:2x2')
   config = tpu.config_of('data.batch_size=4', experiment='llama2_7b')
-  plan = planning.make(config, 'v5e:2x2')
-  first, *_ = plan_advice.of(config, plan)
+  plan = plan_lib.make(config, 'v5e:2x2')
+  first, *_ = advice_lib.of(config, plan)
   assert 'in no layout' in first and 'it needs 8 of them' in first
-  fits = lambda where: any(
-    c.fits for c in plan_search.candidates(config, where)
-  )
+  fits = lambda where: any(c.fits for c in search.candidates(config, where))
   assert fits('v5e:2x4') and not fits('v5e:2x2')
 
 
@@ -122,7 +120,7 @@ def test_gathers_that_the_compiler_makes_sums_are_told(data, told):
   tpu.devices('v4:4x4x4')
   sizes = f'mesh.data={data}', f'mesh.fsdp={64 // data}'
   config = tpu.config_of(*tpu.TINY, 'data.batch_size=64', *sizes)
-  advice = plan_advice.of(config, planning.make(config, 'v4:4x4x4'))
+  advice = advice_lib.of(config, plan_lib.make(config, 'v4:4x4x4'))
   found = [a for a in advice if 'by all-reduces of whole arrays' in a]
   assert len(found) == told
   assert not told or 'With mesh.data=2 mesh.fsdp=32 it may' in found[0]
@@ -138,27 +136,27 @@ def test_a_pipelines_plan_tells_what_each_stage_does():
     'mesh.fsdp=2',
     'pipeline.microbatches=4',
   )
-  plan = planning.make(config, 'v5e:2x2')
+  plan = plan_lib.make(config, 'v5e:2x2')
   first, last = plan.stages
   # The head is computed by the last alone, and all else by both.
   assert last.executed == plan.flops.executed > 1.2 * first.executed
   sent = sum(row.bytes for row in plan.sent)
   assert max(first.sent, last.sent) == pytest.approx(sent)
-  text = plan_text.text('gpt2_tiny', plan).splitlines()
+  text = text_lib.text('gpt2_tiny', plan).splitlines()
   start = next(i for i, line in enumerate(text) if '2 stages x 4 micro' in line)
   assert text[start].startswith('one_f_one_b')
   assert text[start + 3].split()[:2] == ['1', f'{last.executed / 1e9:,.4g}']
-  found = plan_text.to_json(plan)['pipeline']
+  found = text_lib.to_json(plan)['pipeline']
   assert found['stages'][1] == {'executed': last.executed, 'sent': last.sent}
-  assert '2 stages x 4 microbatches' in plan_page.page('gpt2_tiny', plan)
+  assert '2 stages x 4 microbatches' in page_lib.page('gpt2_tiny', plan)
 
 
 def test_simulated_devices_have_no_limit():
   config = tpu.config_of(*tpu.TINY, 'mesh.fsdp=8', 'mesh.data=1')
-  plan = planning.make(config, 'cpu:8')
+  plan = plan_lib.make(config, 'cpu:8')
   assert plan.fits is None and plan.roofline is None and plan.chip is None
   assert plan.flops.executed_matmul > plan.flops.model
-  assert 'of a memory whose size is not known' in plan_text.text('x', plan)
+  assert 'of a memory whose size is not known' in text_lib.text('x', plan)
 
 
 # --- The search. ---
@@ -167,7 +165,7 @@ def test_simulated_devices_have_no_limit():
 def test_candidates_can_all_run():
   tpu.devices('v5e:2x4')
   config = tpu.config_of(*tpu.TINY)
-  found = plan_search.candidates(config, 'v5e:2x4')
+  found = search.candidates(config, 'v5e:2x4')
   assert len(found) > 20
   assert len({c.settings for c in found}) == len(found)
   fitting = [c.seconds for c in found if c.fits]
@@ -177,37 +175,35 @@ def test_candidates_can_all_run():
     s for c in pipes for s in c.settings
   }
   for c in found[:: len(found) // 8]:
-    again = config_lib.override(
-      config, config_lib.parse_settings([*c.settings])
-    )
+    again = overrides.override(config, overrides.parse_settings([*c.settings]))
     assert again == c.config
     assert c.peak == estimate.step(again, 8).peak_bytes
 
 
 def test_nothing_to_rank_simulated_devices_by():
   with pytest.raises(ValueError, match='no memory and speed are known'):
-    plan_search.candidates(tpu.config_of(*tpu.TINY), 'cpu:8')
+    search.candidates(tpu.config_of(*tpu.TINY), 'cpu:8')
 
 
 def test_what_cannot_fit_is_not_compiled():
   tpu.devices('v5e:2x4')
-  found = plan_search.candidates(tpu.config_of(*tpu.TINY), 'v5e:2x4')
-  plan_trials.check('tiny', found, 'v5e:2x4', 8)
+  found = search.candidates(tpu.config_of(*tpu.TINY), 'v5e:2x4')
+  trials.check('tiny', found, 'v5e:2x4', 8)
   small = [dataclasses.replace(c, limit=1e4, fits=False) for c in found]
   message = (
     'tiny on v5e:2x4: it fits on 8 of these devices in no layout.*many more'
   )
   with pytest.raises(ValueError, match=message):
-    plan_trials.check('tiny', small, 'v5e:2x4', 8)
+    trials.check('tiny', small, 'v5e:2x4', 8)
 
 
 @pytest.mark.slow
 def test_the_best_are_compiled_once(tmp_path):
   tpu.devices('v5e:2x2')
   config = tpu.config_of(*tpu.TINY)
-  found = plan_search.candidates(config, 'v5e:2x2')
+  found = search.candidates(config, 'v5e:2x2')
   compile_best = functools.partial(
-    plan_trials.compile_best,
+    trials.compile_best,
     found,
     'v5e:2x2',
     1,
@@ -224,9 +220,9 @@ def test_the_best_are_compiled_once(tmp_path):
   (again,) = compile_best(say=said.append)
   assert again.plan == result.plan
   assert 'known' in said[1] and 'known' not in said[0]
-  header, row = plan_trials.table([again])
+  header, row = trials.table([again])
   assert len(header) == len(row) and row[2] != '-'
-  (late,) = plan_trials.compile_best(
+  (late,) = trials.compile_best(
     found[1:2],
     'v5e:2x2',
     1,
@@ -313,10 +309,10 @@ def test_errors_are_a_line_each(flags, words):
 
 
 def test_modules_of_paths():
-  assert plan_memory.module_of('tower.layers.group.0.mlp.up_DF') == 'tower mlp'
-  assert plan_memory.module_of('output.table_VD') == 'output'
-  assert plan_memory.module_of('0.count') == 'count'
-  assert plan_memory.source('') == 'elsewhere'
+  assert memory.module_of('tower.layers.group.0.mlp.up_DF') == 'tower mlp'
+  assert memory.module_of('output.table_VD') == 'output'
+  assert memory.module_of('0.count') == 'count'
+  assert memory.source('') == 'elsewhere'
   loop = 'while/body/pipeline_loop_recompute_tower/while/body/'
-  assert plan_memory.source(loop + 'update') == 'kept by recomputation'
-  assert plan_memory.source(loop + 'mlp/dot') == 'mlp'
+  assert memory.source(loop + 'update') == 'kept by recomputation'
+  assert memory.source(loop + 'mlp/dot') == 'mlp'

@@ -15,8 +15,8 @@ import tiny
 
 from t2x.compilation import program
 from t2x.config import catalog
-from t2x.config import layout_flag as layout_text
-from t2x.config import overrides as config_lib
+from t2x.config import layout_flag
+from t2x.config import overrides
 from t2x.parallel import mesh as mesh_lib
 from t2x.parallel import sharding
 from t2x.planning import sharding_drawing
@@ -39,10 +39,10 @@ def show(*flags):
 
 
 def table_of(name, layout, *settings):
-  config = config_lib.override(
-    catalog.load(name), config_lib.parse_settings(settings)
+  config = overrides.override(
+    catalog.load(name), overrides.parse_settings(settings)
   )
-  parsed = layout_text.parse(layout)
+  parsed = layout_flag.parse(layout)
   return sharding_table.make(parsed.applied(config), parsed.num_devices)
 
 

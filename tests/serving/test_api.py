@@ -9,7 +9,7 @@ import pytest
 import serving_run
 
 from t2x.decode import sampling
-from t2x.inference import generation as inference
+from t2x.inference import generation
 from t2x.serving import app as app_lib
 
 
@@ -34,7 +34,7 @@ def client(url):
 
 
 def greedy(trained, prompt, num):
-  return inference.generate_text(
+  return generation.generate_text(
     trained,
     [prompt],
     num_tokens=num,
@@ -64,7 +64,7 @@ def test_a_seed_decides_what_is_drawn(client, trained):
   ]
   assert ask(5) == ask(5) != ask(6)
   assert len(set(ask(5, n=3))) == 3
-  expected = inference.generate_text(
+  expected = generation.generate_text(
     trained, ['no step'], num_tokens=16, seed=5
   )
   assert ask(5) == expected
@@ -112,7 +112,7 @@ def test_log_probabilities(client, trained):
     assert max(top, key=top.get) == token
     assert top[token] == pytest.approx(log_prob, abs=1e-5)
     assert len(top) == 3 and sum(map(math.exp, top.values())) <= 1 + 1e-5
-  expected = inference.generation(
+  expected = generation.generation(
     trained,
     ['the run'],
     num_tokens=6,

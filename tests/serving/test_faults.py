@@ -13,7 +13,7 @@ import serving_run
 
 from t2x.decode import engine as engine_lib
 from t2x.decode import sampling
-from t2x.inference import generation as inference
+from t2x.inference import generation
 from t2x.serving import app as app_lib
 
 SLOW = 0.02  # Seconds that each step takes here, at least.
@@ -127,7 +127,7 @@ def test_too_many_are_told_to_come_back(url, trained):
     found = list(pool.map(ask, prompts))
   taken = [i for i, text in enumerate(found) if text is not None]
   assert 12 <= len(taken) < 40
-  expected = inference.generate_text(
+  expected = generation.generate_text(
     trained,
     [prompts[i] for i in taken],
     num_tokens=20,
@@ -198,17 +198,17 @@ def test_a_step_that_fails_ends_the_texts_that_it_wrote(url, app):
 
 def test_a_stream_that_fails_ends(url, app):
   """By an error of any kind: the client is told, and waits no longer."""
-  from t2x.inference import text_stream as streaming
+  from t2x.inference import text_stream
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(streaming.TextStream, 'add', lambda *_: 1 / 0)
+    patch.setattr(text_stream.TextStream, 'add', lambda *_: 1 / 0)
     answer = httpx.post(
       f'{url}/v1/completions', json=body(5, stream=True), timeout=20
     )
   assert 'The server failed' in answer.text
   found = serving_run.figures(url)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(streaming.TextStream, 'add', lambda *_: 1 / 0)
+    patch.setattr(text_stream.TextStream, 'add', lambda *_: 1 / 0)
     assert (
       httpx.post(f'{url}/v1/completions', json=body(5), timeout=20).status_code
       == 500
@@ -246,7 +246,7 @@ def test_memory_returns_to_where_it_was(url):
   """Texts, streams and threads of many requests are gone."""
   import gc
 
-  from t2x.serving import engine_thread as runner
+  from t2x.serving import engine_thread
 
   def ask(number):
     if number % 3 == 0:
@@ -263,7 +263,7 @@ def test_memory_returns_to_where_it_was(url):
 
   def num_left():
     gc.collect()
-    kinds = (engine_lib.Text, runner.Stream)
+    kinds = (engine_lib.Text, engine_thread.Stream)
     return sum(type(one) in kinds for one in gc.get_objects())
 
   # What the last step's settings hold on to, and no more.

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import serving_run
 
-from t2x.inference import hf_conversion as conversion
-from t2x.inference import text_stream as streaming
+from t2x.inference import hf_conversion
+from t2x.inference import text_stream
 
 extras.need('lm_eval', extra='reference')
 transformers = extras.need('transformers', extra='reference')
@@ -59,7 +59,7 @@ def made(tmp_path_factory):
     data__tokenizer__num_sentinels=2,
     model__attention__bias=True,  # As GPT-2's.
   )
-  conversion.from_run(str(root / 'run'), str(root / 'exported'))
+  hf_conversion.from_run(str(root / 'run'), str(root / 'exported'))
   return trained, str(root / 'exported')
 
 
@@ -222,7 +222,7 @@ def test_scores_are_those_of_the_model(made, tmp_path):
     assert float(sample['resps'][0][0]) == pytest.approx(expected, abs=1e-3)
   for sample in samples['until']:
     ids = encode(sample['doc']['question'])
-    text = streaming.after(trained.tokenizer, ids, greedy(trained, ids, 12))
+    text = text_stream.after(trained.tokenizer, ids, greedy(trained, ids, 12))
     expected = re.split('\n| no', text)[0]
     assert sample['resps'][0][0] == expected
 

@@ -7,7 +7,7 @@ import extras
 import pytest
 import serving_run
 
-from t2x.inference import generation as inference
+from t2x.inference import generation
 from t2x.serving import app as app_lib
 
 _BROWSER = shutil.which('chromium') or shutil.which('google-chrome')
@@ -69,11 +69,11 @@ def test_a_text_is_written_and_its_tokens_coloured(page, trained):
     page.goto(url)
     playwright.expect(page).to_have_title(re.compile('tiny'))
     write(page, temperature=0)
-    expected = inference.generate_text(
+    expected = generation.generate_text(
       trained,
       ['the run'],
       num_tokens=12,
-      sampling=inference.Sampling(temperature=0),
+      sampling=generation.Sampling(temperature=0),
     )
     assert page.inner_text('#text') == 'the run' + expected[0]
     colours = page.eval_on_selector_all(

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from t2x.tracking import metrics
-from t2x.tracking import progress_bar as progress
+from t2x.tracking import progress_bar
 
 
 def test_without_a_terminal_lines_are_rare_and_the_last_is_shown(
@@ -34,8 +34,8 @@ def test_time_left_goes_by_the_rows_after_the_first(
   tmp_path, capsys, monkeypatch
 ):
   seconds = iter(range(0, 10_000, 30))
-  monkeypatch.setattr(progress.time, 'monotonic', lambda: next(seconds))
-  shown = progress.Progress(1000, 0, '')
+  monkeypatch.setattr(progress_bar.time, 'monotonic', lambda: next(seconds))
+  shown = progress_bar.Progress(1000, 0, '')
   for step in (10, 20):
     shown.write({'step': step, 'loss': math.nan})
   # Each row reads the clock twice, so 10 steps took a minute.

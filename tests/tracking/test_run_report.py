@@ -6,7 +6,7 @@ import re
 import pytest
 
 from t2x.tracking import metrics
-from t2x.tracking import run_report as report
+from t2x.tracking import run_report
 
 _CONFIG = {'model': {'kind': 'decoder', 'note': '<b>&'}}
 _SAMPLES = [{'prompt': 'a < b', 'text': '<script>alert(1)</script> & so on'}]
@@ -84,7 +84,7 @@ def _table(text):
 
 
 def test_the_page_needs_nothing_else(workdir):
-  path = report.write(workdir)
+  path = run_report.write(workdir)
   assert path.name == 'report.html' and path.parent == workdir
   text = path.read_text()
   page = _Page(text)
@@ -97,7 +97,7 @@ def test_the_page_needs_nothing_else(workdir):
 
 
 def test_the_page_shows_what_ran_escaped(workdir):
-  text = report.write(workdir).read_text()
+  text = run_report.write(workdir).read_text()
   page = _Page(text)
   assert '<script' not in text
   assert 'run <1>' in page.text
@@ -119,7 +119,7 @@ def test_what_became_of_the_documents(workdir):
   none = {**facts, 'duplicates': 'none', 'dropped': {}, 'list': '/data/2'}
   text = json.dumps({'id': 'x', 'documents': {'one': facts, 'two': none}})
   (workdir / 'corpus.json').write_text(text)
-  page = report.write(workdir).read_text()
+  page = run_report.write(workdir).read_text()
   rows = _table(page[page.index('<h2>Documents') :])
   assert rows['one'] == {
     'source': 'text_files',
@@ -133,21 +133,21 @@ def test_what_became_of_the_documents(workdir):
   assert rows['two']['dropped: copy'] == '0'
   assert '/data/&lt;1&gt;/dropped.jsonl' in page and '/data/2' not in page
   (workdir / 'corpus.json').write_text('{"id": "of a run from before"}')
-  assert '<h2>Documents' not in report.write(workdir).read_text()
+  assert '<h2>Documents' not in run_report.write(workdir).read_text()
 
 
 def test_curves_follow_the_rows(workdir):
-  page = _Page(report.write(workdir).read_text())
+  page = _Page(run_report.write(workdir).read_text())
   # Loss, two evaluation metrics, gradient norm, rate, speed.
   assert page.count('figure') == page.count('svg') == 6
   for title in ('Loss', 'Evaluation loss', 'Evaluation bits per byte'):
     assert title in page.texts
-  few = _Page(report.page(title='x', rows=[{'step': 1, 'loss': 2.0}]))
+  few = _Page(run_report.page(title='x', rows=[{'step': 1, 'loss': 2.0}]))
   assert few.count('figure') == 1
 
 
 def test_the_table_has_final_and_best_values():
-  table = _table(report.page(title='x', rows=_rows()))
+  table = _table(run_report.page(title='x', rows=_rows()))
   assert table['a'] == {
     'final loss': '2.5',
     'best loss': '2',
@@ -162,12 +162,13 @@ def test_the_table_has_final_and_best_values():
 def test_the_runs_own_perplexity_is_taken_where_it_has_one():
   rows = [_row(1, **{'eval/a/loss': 2.0, 'eval/a/perplexity': 5.0})]
   assert (
-    _table(report.page(title='x', rows=rows))['a']['final perplexity'] == '5'
+    _table(run_report.page(title='x', rows=rows))['a']['final perplexity']
+    == '5'
   )
 
 
 def test_headlines():
-  figures = dict(report.headlines(_rows()))
+  figures = dict(run_report.headlines(_rows()))
   assert figures == {
     'final training loss': '0.8',
     'steps': '10',
@@ -175,32 +176,34 @@ def test_headlines():
     'time in steps': '20 s',
   }
   rows = [_row(1, mfu=0.25), _row(2, loss=None, non_finite=['loss'])]
-  figures = dict(report.headlines(rows))
+  figures = dict(run_report.headlines(rows))
   assert figures['MFU, median'] == '25.0%'
   assert figures['final training loss'] == '8'
   assert figures['steps with a loss that is not finite'] == '1'
-  many = dict(report.headlines([{'step': i, 'loss': i} for i in range(100)]))
+  many = dict(
+    run_report.headlines([{'step': i, 'loss': i} for i in range(100)])
+  )
   assert many['mean of the last 3'] == '98'
 
 
 def test_a_row_stands_for_the_steps_since_the_last():
   rows = [{'step': step, 'step_seconds': 2.0} for step in (10, 20, 25)]
-  assert report.training_seconds(rows) == 50.0
+  assert run_report.training_seconds(rows) == 50.0
 
 
 def test_a_run_without_rows_has_a_page():
-  page = _Page(report.page(title='x', rows=[]))
+  page = _Page(run_report.page(title='x', rows=[]))
   assert page.count('svg') == 0
   assert 'steps 0' in page.text
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
   with pytest.raises(ValueError, match='has no metrics.jsonl; a report needs'):
-    report.write(tmp_path)
+    run_report.write(tmp_path)
 
 
 def test_colors_come_from_the_page(workdir):
-  text = report.write(workdir).read_text()
+  text = run_report.write(workdir).read_text()
   svg = '\n'.join(re.findall(r'<svg.*?</svg>', text, re.DOTALL))
   assert 'stroke: var(--s1)' in svg and 'fill: var(--ink)' in svg
   # Nothing is left in a color that only one of light and dark can show.
@@ -213,5 +216,5 @@ def test_drawing_leaves_matplotlibs_settings_alone(workdir):
   import matplotlib
 
   before = dict(matplotlib.rcParams)
-  report.write(workdir)
+  run_report.write(workdir)
   assert dict(matplotlib.rcParams) == before

@@ -10,11 +10,11 @@ import pytest
 import tiny
 
 from t2x.compilation import program as program_lib
-from t2x.config import overrides as config_lib
+from t2x.config import overrides
 from t2x.data import batches as batches_lib
 from t2x.data import corpus as corpus_lib
 from t2x.data import history
-from t2x.data import input_pipeline as pipeline
+from t2x.data import input_pipeline
 from t2x.parallel import mesh as mesh_lib
 from t2x.parallel import sharding
 from t2x.trainer import run as run_lib
@@ -64,7 +64,7 @@ def test_an_evaluation_does_not_depend_on_its_batch_size(directory):
     with sharding.use(mesh, config.rules):
       program = program_lib.Program(config, mesh, num_steps=1)
       model = model or program.init_state().model
-      ((_, _, batches),) = pipeline.eval_sets(corpus, config.data)
+      ((_, _, batches),) = input_pipeline.eval_sets(corpus, config.data)
       losses.append(
         evaluate.evaluate(program.evaluate, model, map(program.place, batches))
       )
@@ -81,18 +81,18 @@ class _Watched:
     own = {'model__num_layers': 1, 'train__checkpoint_every': 0}
     self.settings = own | settings
     self.read = []
-    made = pipeline.train_batches
+    made = input_pipeline.train_batches
 
     def watched(*args, **kwargs):
       for batch in made(*args, **kwargs):
         self.read.append(batch)
         yield batch
 
-    monkeypatch.setattr(pipeline, 'train_batches', watched)
+    monkeypatch.setattr(input_pipeline, 'train_batches', watched)
 
   def config(self, **settings):
     config = tiny.experiment_of(self.directory, **{**self.settings, **settings})
-    return config_lib.override(config, {'data.num_threads': '0'})
+    return overrides.override(config, {'data.num_threads': '0'})
 
   def train(self, change=True, **settings):
     """Returns the inputs of the steps that were taken, row by row."""

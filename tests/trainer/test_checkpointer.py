@@ -14,9 +14,9 @@ import pytest
 import tiny
 
 from t2x.tracking import metrics
-from t2x.tracking import run_report as report
+from t2x.tracking import run_report
 from t2x.trainer import checkpoint_files
-from t2x.trainer import checkpointer as checkpoint
+from t2x.trainer import checkpointer
 from t2x.trainer import train
 
 # What fails leaves its tasks for the garbage collector to complain about.
@@ -43,7 +43,7 @@ def _shapes(state):
 
 
 def _save(workdir, steps, **options):
-  saved = checkpoint.Checkpoints(str(workdir), **options)
+  saved = checkpointer.Checkpoints(str(workdir), **options)
   for step in steps:
     assert saved.save(step, _state(step), {'step': step})
   assert saved.wait()
@@ -51,7 +51,7 @@ def _save(workdir, steps, **options):
 
 
 def _restore(workdir, **options):
-  saved = checkpoint.Checkpoints(str(workdir))
+  saved = checkpointer.Checkpoints(str(workdir))
   try:
     return saved.restore(_shapes(_state()), **options)
   finally:
@@ -127,7 +127,7 @@ def test_what_is_saved_is_restored(tmp_path):
   _assert_step(_restore(tmp_path, step=3), 3)
   assert _steps(tmp_path) == [3, 5]
   with pytest.raises(
-    checkpoint.CheckpointError, match='no checkpoint of step 4; it has 3, 5'
+    checkpointer.CheckpointError, match='no checkpoint of step 4; it has 3, 5'
   ):
     _restore(tmp_path, step=4)
 
@@ -177,7 +177,7 @@ def test_all_damaged_lists_all(tmp_path):
   _save(tmp_path, [2, 4, 6])
   for damage, step in zip((_truncate, _remove_meta, _change_sum), (2, 4, 6)):
     damage(tmp_path, step)
-  with pytest.raises(checkpoint.CheckpointError) as info:
+  with pytest.raises(checkpointer.CheckpointError) as info:
     _restore(tmp_path)
   message = str(info.value)
   assert message.startswith(f'No checkpoint in {tmp_path}/checkpoints can be u')
@@ -191,7 +191,7 @@ def test_all_damaged_lists_all(tmp_path):
 def test_reading_moves_nothing(tmp_path):
   _save(tmp_path, [2, 4])
   _truncate(tmp_path, 4)
-  saved = checkpoint.Checkpoints(str(tmp_path))
+  saved = checkpointer.Checkpoints(str(tmp_path))
   wanted = {'layers': _shapes(_state())['layers']}
   step, state, _ = saved.restore(wanted, partial=True)
   saved.close()
@@ -221,8 +221,8 @@ def test_another_model_is_refused(tmp_path, change, message):
   _save(tmp_path, [2])
   shapes = _shapes(_state())
   change(shapes)
-  saved = checkpoint.Checkpoints(str(tmp_path))
-  with pytest.raises(checkpoint.CheckpointError, match=message):
+  saved = checkpointer.Checkpoints(str(tmp_path))
+  with pytest.raises(checkpointer.CheckpointError, match=message):
     saved.restore(shapes)
   saved.close()
   assert _steps(tmp_path) == [2]
@@ -240,7 +240,7 @@ def test_what_cannot_be_reached_now_is_not_damaged(
   tmp_path, monkeypatch, error
 ):
   _save(tmp_path, [2, 4])
-  saved = checkpoint.Checkpoints(str(tmp_path))
+  saved = checkpointer.Checkpoints(str(tmp_path))
 
   def fail(*args, **kwargs):
     raise error
@@ -257,7 +257,7 @@ def test_what_cannot_be_reached_now_is_not_damaged(
 def test_a_failed_save_is_reported_and_the_next_one_works(
   tmp_path, caplog, monkeypatch
 ):
-  saved = checkpoint.Checkpoints(str(tmp_path))
+  saved = checkpointer.Checkpoints(str(tmp_path))
   assert saved.save(2, _state(2), {'step': 2}) and saved.wait()
   with monkeypatch.context() as patch:
 
@@ -318,7 +318,7 @@ def _fill(disk):
 
 @_GARBAGE
 def test_a_full_disk_for_a_while(small_disk, caplog):
-  saved = checkpoint.Checkpoints(str(small_disk))
+  saved = checkpointer.Checkpoints(str(small_disk))
   assert saved.save(2, _state(2), {'step': 2}) and saved.wait()
   _fill(small_disk)
   ok = saved.save(4, _state(4), {'step': 4})
@@ -334,7 +334,7 @@ def test_a_full_disk_for_a_while(small_disk, caplog):
 
 @pytest.fixture
 def directory(tmp_path, monkeypatch):
-  monkeypatch.setattr(report, 'write', lambda workdir: None)
+  monkeypatch.setattr(run_report, 'write', lambda workdir: None)
   return tmp_path
 
 
@@ -385,7 +385,7 @@ def test_a_disk_that_stays_full_ends_in_one_message(
     patch.setattr(metrics.Writer, 'write', filling)
     try:
       with pytest.raises(
-        checkpoint.CheckpointError,
+        checkpointer.CheckpointError,
         match='The state of step 8 could not be saved; the last complete '
         'chec.*step [24]. Free space .* give the same command again',
       ):
@@ -481,7 +481,7 @@ def test_a_run_that_cannot_go_on_keeps_its_config(directory):
   before = (run / 'config.json').read_text()
   config = tiny.experiment_of(directory, model__embed_dim=32)
   with pytest.raises(
-    checkpoint.CheckpointError, match='--allow_config_change or not. Undo the'
+    checkpointer.CheckpointError, match='--allow_config_change or not. Undo the'
   ):
     train.train(config, str(run), show=False, allow_config_change=True)
   assert (run / 'config.json').read_text() == before
@@ -492,7 +492,7 @@ def test_a_step_that_was_asked_for_is_damaged(tmp_path, caplog):
   _save(tmp_path, [2, 4, 6])
   _change_sum(tmp_path, 4)
   with pytest.raises(
-    checkpoint.CheckpointError,
+    checkpointer.CheckpointError,
     match=r'step 4: damaged arrays.*or take another of the steps \[2, 6\]\.',
   ):
     _restore(tmp_path, step=4)

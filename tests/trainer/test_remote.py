@@ -11,11 +11,11 @@ import extras
 import pytest
 import tiny
 
-from t2x.inference import generation as inference
+from t2x.inference import generation
 from t2x.inference import loading
 from t2x.tracking import metrics
-from t2x.tracking import run_report as report
-from t2x.trainer import checkpointer as checkpoint
+from t2x.tracking import run_report
+from t2x.trainer import checkpointer
 from t2x.trainer import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.reference]
@@ -126,12 +126,17 @@ def test_a_run_on_an_object_store(bucket, directory, caplog):
   _train(directory, directory / 'whole', 6)
   _train(directory, workdir, 4)
   names = {path.name for path in root.iterdir()}
-  assert names >= {'checkpoints', 'config.json', 'metrics.jsonl', report.FILE}
+  assert names >= {
+    'checkpoints',
+    'config.json',
+    'metrics.jsonl',
+    run_report.FILE,
+  }
   assert [*(root / 'tensorboard').iterdir()]
   # A save that never ended has its final name and no last file.
   torn = root / 'checkpoints' / '4'
   (torn / 'commit_success.txt').unlink()
-  assert checkpoint.Checkpoints(workdir).latest_step() == 2
+  assert checkpointer.Checkpoints(workdir).latest_step() == 2
   caplog.set_level(logging.INFO)
   _train(directory, workdir, 4)
   assert 'Going on from the checkpoint of step 2' in caplog.text
@@ -145,5 +150,5 @@ def test_a_run_on_an_object_store(bucket, directory, caplog):
   assert [row['step'] for row in metrics.read_rows(workdir)] == [*range(1, 7)]
   trained = loading.load(workdir)
   assert trained.step == 6
-  (text,) = inference.generate_text(trained, ['the run'], num_tokens=4)
+  (text,) = generation.generate_text(trained, ['the run'], num_tokens=4)
   assert isinstance(text, str)

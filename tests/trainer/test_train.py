@@ -15,13 +15,13 @@ from t2x.config import abstract_state
 from t2x.config import consistency
 from t2x.data import corpus as corpus_lib
 from t2x.data import history
-from t2x.data import input_pipeline as pipeline
+from t2x.data import input_pipeline
 from t2x.models import flops
 from t2x.parallel import mesh as mesh_lib
 from t2x.parallel import sharding
 from t2x.tracking import metrics
-from t2x.tracking import run_report as report
-from t2x.trainer import checkpointer as checkpoint
+from t2x.tracking import run_report
+from t2x.trainer import checkpointer
 from t2x.trainer import run as run_lib
 from t2x.trainer import train
 from t2x.training import evaluate
@@ -62,7 +62,7 @@ def base(directory):
 @pytest.fixture(autouse=True)
 def _no_reports(monkeypatch, request):
   if 'base' not in request.fixturenames or request.node.name != _REPORTING:
-    monkeypatch.setattr(report, 'write', lambda workdir: None)
+    monkeypatch.setattr(run_report, 'write', lambda workdir: None)
 
 
 _REPORTING = 'test_the_run_leaves_a_report'
@@ -112,7 +112,7 @@ def _train(directory, workdir, *, profile_steps=None, **settings):
 
 def _same(a, b):
   """Asserts that two states are equal bit for bit, and returns how many."""
-  a, b = checkpoint.by_path(a), checkpoint.by_path(b)
+  a, b = checkpointer.by_path(a), checkpointer.by_path(b)
   assert a.keys() == b.keys()
   for name, leaf in a.items():
     np.testing.assert_array_equal(np.asarray(leaf), np.asarray(b[name]), name)
@@ -171,7 +171,7 @@ def _evaluate(config, model):
   mesh = mesh_lib.make(config.mesh)
   program = program_lib.Program(config, mesh, num_steps=1)
   corpus = corpus_lib.prepare(config.data)
-  batches = pipeline.eval_batches(corpus, config.data, 'train')
+  batches = input_pipeline.eval_batches(corpus, config.data, 'train')
   with sharding.use(mesh, config.rules):
     batches = map(program.place, batches)
     return evaluate.evaluate(program.evaluate, model, batches)
@@ -341,7 +341,7 @@ def test_the_average_is_evaluated_and_the_rest_is_frozen(
       for n in (1, 2, 3)
     )
   ]
-  first, second, last = (checkpoint.by_path(s.model) for s in states)
+  first, second, last = (checkpointer.by_path(s.model) for s in states)
   frozen = [n for n in last if '.mlp.' not in n]
   trained = [n for n in last if '.mlp.' in n]
   assert len(frozen) > 5 and len(trained) >= 2
@@ -349,7 +349,7 @@ def test_the_average_is_evaluated_and_the_rest_is_frozen(
     np.testing.assert_array_equal(last[name], first[name], name)
   for name in trained:
     assert np.abs(np.asarray(last[name] - second[name])).max() > 1e-4, name
-  before, after = (checkpoint.by_path(s.ema) for s in states[1:])
+  before, after = (checkpointer.by_path(s.ema) for s in states[1:])
   assert sorted(after) == sorted(trained)
   for name in trained:
     expected = 0.75 * before[name] + 0.25 * last[name]
@@ -412,8 +412,10 @@ def scheduled(directory):
     'mesh__tensor': 1,
   }
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(report, 'write', lambda workdir: None)
-    patch.setattr(pipeline, 'train_batches', _spoiled(pipeline.train_batches))
+    patch.setattr(run_report, 'write', lambda workdir: None)
+    patch.setattr(
+      input_pipeline, 'train_batches', _spoiled(input_pipeline.train_batches)
+    )
     _train(directory, directory / 'scheduled', **settings)
   return settings, directory / 'scheduled'
 
@@ -442,9 +444,9 @@ def test_the_learning_rate_of_a_row_is_the_one_that_was_used(scheduled):
   assert not any('num_updates' in row for row in rows)
   config = _config(workdir.parent, **settings)
   shapes, _ = abstract_state.shapes_of(config, mesh_lib.make(config.mesh))
-  saved = checkpoint.Checkpoints(str(workdir))
+  saved = checkpointer.Checkpoints(str(workdir))
   models = [
-    checkpoint.by_path(saved.restore(shapes, step)[1].model)
+    checkpointer.by_path(saved.restore(shapes, step)[1].model)
     for step in range(1, 7)
   ]
   saved.close()
@@ -537,7 +539,7 @@ def test_mfu_goes_by_the_length_of_each_batch(directory, tmp_path, monkeypatch):
 
 def test_the_run_leaves_a_report(base):
   workdir, _ = base
-  report.write(workdir)
+  run_report.write(workdir)
   assert 'loss' in (workdir / 'report.html').read_text()
 
 
@@ -565,7 +567,7 @@ def test_the_length_of_a_run(directory, settings, steps):
 def test_a_length_in_epochs_is_not_rounded_up_twice(directory, monkeypatch):
   """Binary fractions make 11.000000000000002 of 1.1 epochs of 10 steps."""
   ten = history.Segment(batch_size=8, epoch=10)
-  monkeypatch.setattr(pipeline, 'segment', lambda *_, **__: ten)
+  monkeypatch.setattr(input_pipeline, 'segment', lambda *_, **__: ten)
   for epochs, steps in ((1.1, 11), (0.7, 7), (2.3, 23), (1.11, 12), (1e-9, 1)):
     settings = {'train__num_steps': 'none', 'train__num_epochs': epochs}
     config = _config(directory, **settings)

@@ -5,14 +5,14 @@ import pathlib
 import pytest
 import tiny
 
-from t2x import files as paths
-from t2x.config import number_changes as changes_lib
-from t2x.config import overrides as config_lib
+from t2x import files
+from t2x.config import number_changes
+from t2x.config import overrides
 from t2x.data import corpus as corpus_lib
 from t2x.data import tokenizer_loading
 from t2x.layers import low_rank
 from t2x.models import encoder
-from t2x.trainer import workdir as run_dir
+from t2x.trainer import workdir as workdir_lib
 from t2x.training import optim
 
 
@@ -27,8 +27,8 @@ def run(tmp_path):
 
 
 def _write(workdir, config, **options):
-  changes = run_dir.check(str(workdir), config, **options)
-  run_dir.write(str(workdir), config, _corpus(config), changes)
+  changes = workdir_lib.check(str(workdir), config, **options)
+  workdir_lib.write(str(workdir), config, _corpus(config), changes)
 
 
 def _corpus(config, fingerprint='a text'):
@@ -39,13 +39,13 @@ def _corpus(config, fingerprint='a text'):
 
 
 def _set(config, *settings):
-  return config_lib.override(config, config_lib.parse_settings(settings))
+  return overrides.override(config, overrides.parse_settings(settings))
 
 
 def test_a_run_says_what_it_is(run):
   workdir, config = run
-  assert run_dir.read_config(str(workdir)) == config
-  assert run_dir.load_config(str(workdir / 'config.json')) == config
+  assert workdir_lib.read_config(str(workdir)) == config
+  assert workdir_lib.load_config(str(workdir / 'config.json')) == config
   versions = json.loads((workdir / 'versions.json').read_text())
   assert {'python', 'jax', 'flax', 'optax'} <= set(versions)
   assert tokenizer_loading.load(workdir / 'tokenizer').decode([]) == ''
@@ -69,7 +69,7 @@ def test_every_difference_is_listed(run):
     new, optim=optim.Lion(learning_rate=0.5, b2=0.9, weight_decay=0.1)
   )
   with pytest.raises(ValueError) as info:
-    run_dir.check(str(workdir), new)
+    workdir_lib.check(str(workdir), new)
   lines = str(info.value).splitlines()
   assert lines[0] == f'{workdir} holds a run with other settings:'
   assert lines[-1] == (
@@ -115,7 +115,7 @@ def test_what_would_change_the_numbers_is_refused(run, setting):
   workdir, config = run
   name = setting.partition('=')[0]
   with pytest.raises(ValueError, match=f'\n  {name}: .* -> '):
-    run_dir.check(str(workdir), _set(config, setting))
+    workdir_lib.check(str(workdir), _set(config, setting))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_the_rest_may_change_and_is_logged(run, setting):
   new = _set(config, setting)
   assert new != config
   _write(workdir, new)
-  assert run_dir.read_config(str(workdir)) == new
+  assert workdir_lib.read_config(str(workdir)) == new
   (changes,) = tiny.history(workdir)
   name = setting.partition('=')[0]
   assert changes and all(n.startswith(name) for n in changes)
@@ -174,7 +174,7 @@ def test_a_run_is_told_once_of_numbers_that_changed_since(run, caplog):
   workdir, config = run
   numbers = workdir / 'numbers.json'
   names = json.loads(numbers.read_text())
-  assert names == [change.name for change in changes_lib.CHANGES]
+  assert names == [change.name for change in number_changes.CHANGES]
   assert len(set(names)) == len(names)
   config = _set(config, 'optim.schedule.shape=wsd')
   _write(workdir, config, allow_change=True)
@@ -205,7 +205,7 @@ def test_a_run_without_steps_or_concern_is_told_of_no_numbers(run, caplog):
 
 def test_whom_changes_concern(run):
   _, config = run  # Causal, packed, with a constant rate.
-  since = lambda config: [c.name for c in changes_lib.since((), config)]
+  since = lambda config: [c.name for c in number_changes.since((), config)]
   names = lambda *settings: since(_set(config, *settings))
   assert names() == []
   assert names('data.objective=prefix_lm') == ['draws_by_example']
@@ -219,8 +219,8 @@ def test_whom_changes_concern(run):
 
 def test_other_versions_are_reported(run, caplog, monkeypatch):
   workdir, config = run
-  versions = {**run_dir.versions(), 'jax': '99.0'}
-  monkeypatch.setattr(run_dir, 'versions', lambda: versions)
+  versions = {**workdir_lib.versions(), 'jax': '99.0'}
+  monkeypatch.setattr(workdir_lib, 'versions', lambda: versions)
   _write(workdir, config)
   assert 'jax was 0.' in caplog.text
   assert 'and is 99.0' in caplog.text
@@ -233,10 +233,10 @@ def test_a_crash_while_writing_leaves_the_old_config(run, monkeypatch):
     raise OSError(28, 'No space left on device')
 
   with monkeypatch.context() as patch:
-    patch.setattr(paths.os, 'fsync', fail)
+    patch.setattr(files.os, 'fsync', fail)
     with pytest.raises(OSError, match='No space left'):
       _write(workdir, _set(config, 'train.num_steps=9'))
-  assert run_dir.read_config(str(workdir)) == config
+  assert workdir_lib.read_config(str(workdir)) == config
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_a_damaged_config(run, text, message):
   workdir, _ = run
   (workdir / 'config.json').write_text(text)
   with pytest.raises(ValueError, match=message):
-    run_dir.read_config(str(workdir))
+    workdir_lib.read_config(str(workdir))
 
 
 def test_a_config_that_an_editor_has_saved(run):
@@ -264,26 +264,26 @@ def test_a_config_that_an_editor_has_saved(run):
   file = workdir / 'config.json'
   text = file.read_text()
   file.write_bytes(b'\xef\xbb\xbf' + text.replace('\n', '\r\n').encode())
-  assert run_dir.read_config(str(workdir)) == config
+  assert workdir_lib.read_config(str(workdir)) == config
   file.write_bytes(text.encode().replace(b'"model"', b'\n"mod\xe9l"', 1))
   with pytest.raises(ValueError, match='config.json:3: not UTF-8: byte 0xe9'):
-    run_dir.read_config(str(workdir))
+    workdir_lib.read_config(str(workdir))
 
 
 def test_no_run_and_no_file(tmp_path):
   with pytest.raises(ValueError, match='holds no run: it has no config.json'):
-    run_dir.read_config(str(tmp_path))
+    workdir_lib.read_config(str(tmp_path))
   with pytest.raises(ValueError, match='--config=.*there is no such file'):
-    run_dir.load_config(str(tmp_path / 'config.json'))
+    workdir_lib.load_config(str(tmp_path / 'config.json'))
 
 
 def test_another_text_is_refused(run):
   workdir, _ = run
-  run_dir.check_corpus(str(workdir), 'a text', allow_change=False)
-  run_dir.check_corpus(str(workdir), 'another', allow_change=True)
+  workdir_lib.check_corpus(str(workdir), 'a text', allow_change=False)
+  workdir_lib.check_corpus(str(workdir), 'another', allow_change=True)
   message = 'holds a run on another text: its corpus was a text and is now ano'
   with pytest.raises(ValueError, match=message):
-    run_dir.check_corpus(str(workdir), 'another', allow_change=False)
+    workdir_lib.check_corpus(str(workdir), 'another', allow_change=False)
 
 
 def test_a_run_from_before_the_rule_of_copies_is_told(run):
@@ -293,18 +293,18 @@ def test_a_run_from_before_the_rule_of_copies_is_told(run):
   del old['data']['duplicates']
   file.write_text(json.dumps(old))
   with pytest.raises(ValueError) as error:
-    run_dir.check(str(workdir), config)
+    workdir_lib.check(str(workdir), config)
   lines = str(error.value).split('\n')
   assert "  data.duplicates: '(not set)' -> 'exact'" in lines
   assert 'The run is older than the setting data.duplicates' in str(error.value)
-  changes = run_dir.check(str(workdir), config, allow_change=True)
+  changes = workdir_lib.check(str(workdir), config, allow_change=True)
   assert list(changes) == ['data.duplicates']
 
 
 def test_what_became_of_the_documents_is_kept(tmp_path):
   config = tiny.experiment_of(tmp_path)
   corpus = corpus_lib.prepare(config.data)
-  run_dir.write(str(tmp_path / 'run'), config, corpus, {})
+  workdir_lib.write(str(tmp_path / 'run'), config, corpus, {})
   kept = json.loads((tmp_path / 'run' / 'corpus.json').read_text())
   assert kept['id'] == corpus.fingerprint
   facts = kept['documents']['']
@@ -315,25 +315,25 @@ def test_what_became_of_the_documents_is_kept(tmp_path):
   assert listed.count('\n') == dropped
   tfds = dataclasses.replace(corpus, documents={})
   mixed = dataclasses.replace(corpus, tasks={'a': corpus, 'b': tfds})
-  assert run_dir._corpus_facts(mixed)['documents'] == {'a': facts}
+  assert workdir_lib._corpus_facts(mixed)['documents'] == {'a': facts}
 
 
 def test_a_run_without_a_step_takes_any_settings(run):
   workdir, config = run
   (workdir / 'metrics.jsonl').unlink()
   new = _set(config, 'model.embed_dim=32')
-  changes = run_dir.check(str(workdir), new)
+  changes = workdir_lib.check(str(workdir), new)
   assert list(changes) == ['model.embed_dim']
-  run_dir.check_corpus(str(workdir), 'another', allow_change=False)
-  assert run_dir.read_tokenizer(str(workdir)) is None
+  workdir_lib.check_corpus(str(workdir), 'another', allow_change=False)
+  assert workdir_lib.read_tokenizer(str(workdir)) is None
   (workdir / 'checkpoints' / '5').mkdir(parents=True)
   with pytest.raises(ValueError, match='other settings'):
-    run_dir.check(str(workdir), new)
+    workdir_lib.check(str(workdir), new)
 
 
 def test_a_new_workdir_has_no_tokenizer(run, tmp_path):
   workdir, config = run
-  assert run_dir.read_tokenizer(str(tmp_path / 'new')) is None
-  own = run_dir.read_tokenizer(str(workdir))
+  assert workdir_lib.read_tokenizer(str(tmp_path / 'new')) is None
+  own = workdir_lib.read_tokenizer(str(workdir))
   assert own is not None
   assert own.fingerprint == _corpus(config).tokenizer.fingerprint

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from t2x.hardware import machines
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import convolution
 from t2x.layers import linear
 from t2x.layers import low_rank
@@ -26,7 +26,7 @@ from t2x.layers import regional
 from t2x.layers import routing
 from t2x.layers import sparse
 from t2x.layers import transformer_xl
-from t2x.losses import cross_entropy as loss_lib
+from t2x.losses import cross_entropy
 from t2x.models import decoder
 from t2x.models import encoder
 from t2x.models import encoder_decoder
@@ -56,7 +56,7 @@ MESHES = {
 }
 TX = optim.make(optim.AdamW(), 10)
 STEP = train_state.StepConfig(
-  loss=loss_lib.LossConfig(label_smoothing=0.1, z_loss=1e-3)
+  loss=cross_entropy.LossConfig(label_smoothing=0.1, z_loss=1e-3)
 )
 
 # 101 tokens in a table of 104 rows: no mesh axis divides the vocabulary.
@@ -73,7 +73,7 @@ HEADS = {'num_heads': 8, 'head_dim': 4}
 CONFIGS = {
   'llama': decoder.DecoderConfig(
     **SHARED,
-    attention=attention.Dense(**HEADS),
+    attention=attention_config.Dense(**HEADS),
     mlp=mlp.MlpConfig(hidden=64, activation='silu', gated=True, bias=False),
     norm=norm.RMSNorm(),
     position=position.Rotary(),
@@ -81,13 +81,13 @@ CONFIGS = {
   ),
   'gpt2': decoder.DecoderConfig(
     **SHARED,
-    attention=attention.Dense(**HEADS, bias=True, dropout=0.1),
+    attention=attention_config.Dense(**HEADS, bias=True, dropout=0.1),
     mlp=mlp.MlpConfig(hidden=64, dropout=0.1),
     position=position.Learned(max_length=LENGTH),
   ),
   'bert': encoder.EncoderConfig(
     **SHARED,
-    attention=attention.Dense(**HEADS, bias=True),
+    attention=attention_config.Dense(**HEADS, bias=True),
     mlp=mlp.MlpConfig(hidden=64, activation='gelu'),
     residual='post_norm',
     position=position.Learned(max_length=LENGTH),
@@ -96,7 +96,7 @@ CONFIGS = {
   ),
   't5': encoder_decoder.EncoderDecoderConfig(
     **SHARED,
-    attention=attention.Dense(**HEADS, scale=1.0),
+    attention=attention_config.Dense(**HEADS, scale=1.0),
     mlp=mlp.MlpConfig(hidden=64, activation='relu', bias=False),
     norm=norm.RMSNorm(),
     position=position.RelativeBuckets(num_buckets=8, max_distance=16),
@@ -111,8 +111,8 @@ CONFIGS |= {
   'gemma2': decoder.DecoderConfig(
     **SHARED,
     attention_pattern=(
-      attention.Local(**_CAPPED, window=5),
-      attention.Dense(**_CAPPED),
+      attention_config.Local(**_CAPPED, window=5),
+      attention_config.Dense(**_CAPPED),
     ),
     mlp=_GATED,
     norm=norm.RMSNorm(unit_offset=True),
@@ -123,7 +123,7 @@ CONFIGS |= {
   ),
   'qwen3': decoder.DecoderConfig(
     **SHARED,
-    attention=attention.Dense(
+    attention=attention_config.Dense(
       **HEADS, num_kv_heads=4, bias=True, out_bias=False, qk_norm=True
     ),
     mlp=_GATED,
@@ -162,7 +162,7 @@ KINDS = {
     transformer_xl.TransformerXL(**HEADS, num_kv_heads=4),
   ),
   'gpt of patterns': (
-    attention.Local(**HEADS, window=5, dropout=0.1),
+    attention_config.Local(**HEADS, window=5, dropout=0.1),
     sparse.Dilated(**HEADS, window=3, dilation=2),
     sparse.BigBird(
       **HEADS, window=2, num_global=2, sparse_block=4, num_random=1
@@ -217,7 +217,7 @@ CONFIGS |= {
     CONFIGS['bert'],
     num_token_types=0,
     query_layers=1,
-    attention=attention.Local(**HEADS, window=6, bias=True),
+    attention=attention_config.Local(**HEADS, window=6, bias=True),
   ),
 }
 SAMPLED = dataclasses.replace(

@@ -13,14 +13,14 @@ import tiny
 
 from t2x.compilation import program as program_lib
 from t2x.config import consistency
-from t2x.config import overrides as config_lib
+from t2x.config import overrides
 from t2x.data import config as data
 from t2x.data import corpus as corpus_lib
-from t2x.data import input_pipeline as pipeline
+from t2x.data import input_pipeline
 from t2x.data import mixing
-from t2x.inference import embeddings as encoding
+from t2x.inference import embeddings
 from t2x.inference import loading
-from t2x.losses import task_weighting as task_weights
+from t2x.losses import task_weighting
 from t2x.objectives import causal_lm
 from t2x.objectives import classification
 from t2x.objectives import masked_lm
@@ -143,7 +143,7 @@ def test_rates_in_proportion_to_rows():
 def test_batches_are_of_their_tasks(shared):
   _, config, corpus = shared
   batches = mixing.MixedBatches(corpus, config.data, seed=0)
-  spec = pipeline.batch_spec(config.data)
+  spec = input_pipeline.batch_spec(config.data)
   seen = collections.Counter()
   for step in range(8):
     batch = batches[step]
@@ -183,7 +183,7 @@ def test_hosts_together_make_the_batch_and_rates_read_nothing_anew(shared):
 
 def test_a_task_is_evaluated_alone_and_whole(shared):
   _, config, corpus = shared
-  sets = pipeline.eval_sets(corpus, config.data)
+  sets = input_pipeline.eval_sets(corpus, config.data)
   for number, (title, split, batches) in enumerate(sets):
     name = config.data.objective.tasks[number].name
     assert (title, split) == (f'train.{name}', 'train')
@@ -304,7 +304,7 @@ def test_probes_are_norms_of_gradients():
   )
 
   def loss(x, probes):
-    return (jnp.sin(task_weights.probed(x, probes, numbers)) * weights).sum()
+    return (jnp.sin(task_weighting.probed(x, probes, numbers)) * weights).sum()
 
   grads, squares = jax.grad(loss, (0, 1))(x, jnp.zeros(3))
   plain = np.asarray(weights * jnp.cos(x))
@@ -315,7 +315,7 @@ def test_probes_are_norms_of_gradients():
 
 def moved(weighting, losses, norms=None, rates=(0.5, 0.5), steps=4000):
   """Weights after many steps of these losses, and norms of a row's gradient."""
-  tasks = task_weights.Tasks(
+  tasks = task_weighting.Tasks(
     names=('a', 'b'), weights=(1.0, 1.0), terms=((), ()), weighting=weighting
   )
   losses, share = jnp.asarray(losses), jnp.asarray(rates)
@@ -324,13 +324,13 @@ def moved(weighting, losses, norms=None, rates=(0.5, 0.5), steps=4000):
     sums = {'by_task': jnp.stack([losses * share, share, share])}
     if norms is not None:
       # A batch of 100 rows; its loss is a mean, to which each adds 1 / 100.
-      each = task_weights.factors(tasks, carried) * jnp.asarray(norms) / 100
-      sums[task_weights.SQUARES] = 100 * share * each**2
-      sums[task_weights.ROWS] = share
-    return task_weights.updated(tasks, carried, sums), None
+      each = task_weighting.factors(tasks, carried) * jnp.asarray(norms) / 100
+      sums[task_weighting.SQUARES] = 100 * share * each**2
+      sums[task_weighting.ROWS] = share
+    return task_weighting.updated(tasks, carried, sums), None
 
-  end, _ = jax.lax.scan(step, task_weights.start(tasks), length=steps)
-  return np.asarray(task_weights.factors(tasks, end))
+  end, _ = jax.lax.scan(step, task_weighting.start(tasks), length=steps)
+  return np.asarray(task_weighting.factors(tasks, end))
 
 
 def test_uncertainty_rests_at_one_over_twice_the_loss():
@@ -353,7 +353,7 @@ def test_grad_norm_makes_norms_equal(rates):
 def test_a_run_of_a_mixture(shared, tmp_path):
   directory, _, _ = shared
   config = experiment_of(directory, train__num_steps=30)
-  config = config_lib.override(config, {'train.eval_batches': 'none'})
+  config = overrides.override(config, {'train.eval_batches': 'none'})
   train.train(config, tmp_path / 'run', show=False)
   rows = metrics_lib.read_rows(tmp_path / 'run')
   last = rows[-1]
@@ -375,13 +375,13 @@ def test_a_run_of_a_mixture(shared, tmp_path):
   trained = loading.load(str(tmp_path / 'run'))
   assert trained.labels == {'class0': ['a', 'b']}
   texts = [f'{i} is {("even", "odd")[i % 2]}.' for i in range(40)]
-  found = encoding.classify(trained, texts)
+  found = embeddings.classify(trained, texts)
   assert all(abs(sum(one.values()) - 1) < 1e-5 for one in found)
   nll = np.mean([-np.log(p['ab'[i % 2]]) for i, p in enumerate(found)])
   want = last['eval/train.sorts/class0_loss']
   np.testing.assert_allclose(nll, want, rtol=5e-3)
   with pytest.raises(ValueError, match='none for head 1'):
-    encoding.classify(trained, texts, head=1)
+    embeddings.classify(trained, texts, head=1)
 
 
 def test_messages(shared):
@@ -414,8 +414,8 @@ def test_messages(shared):
     consistency.check(dataclasses.replace(config, data=wrong), 8)
   buckets = dataclasses.replace(config.data, batching=data.Pad(buckets=(8, 16)))
   with pytest.raises(ValueError, match='are all as long'):
-    pipeline.check(buckets)
-  staged = config_lib.override(
+    input_pipeline.check(buckets)
+  staged = overrides.override(
     config,
     {
       'data.objective.weighting': 'grad_norm',

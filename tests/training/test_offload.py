@@ -9,15 +9,15 @@ import pytest
 import tiny
 import tpu
 
-from t2x.compilation import lowering as traced
+from t2x.compilation import lowering
 from t2x.compilation import program as program_lib
 from t2x.config import abstract_state
 from t2x.config import consistency
-from t2x.hardware import target_devices as absent
+from t2x.hardware import target_devices
 from t2x.layers import stack
 from t2x.parallel import mesh as mesh_lib
 from t2x.parallel import sharding
-from t2x.trainer import checkpointer as checkpoint
+from t2x.trainer import checkpointer
 from t2x.training import optim_state
 
 OPTIMIZER: dict[str, Any] = {'train__offload': 'optimizer'}
@@ -89,7 +89,7 @@ def test_offloaded_moments_train_alike(directory, settings):
 def test_checkpoints_go_between_memories(directory, tmp_path):
   for number, (one, other) in enumerate([({}, OPTIMIZER), (OPTIMIZER, {})]):
     state, _ = trained(directory, steps=1, **one)
-    checkpoints = checkpoint.Checkpoints(str(tmp_path / str(number)))
+    checkpoints = checkpointer.Checkpoints(str(tmp_path / str(number)))
     assert checkpoints.save(1, state, {}) and checkpoints.wait()
     program, _ = program_of(directory, **other)
     found = checkpoints.restore(program.shapes)
@@ -159,8 +159,8 @@ def test_moments_leave_a_tpus_memory(directory):
       model__mlp__hidden='2048',
     )
     mesh = tpu.mesh('v5e:2x2', fsdp=4)
-    lowered = traced.lower_step(config, mesh)
-    sizes.append(absent.compile(lowered).memory_analysis())
+    lowered = lowering.lower_step(config, mesh)
+    sizes.append(target_devices.compile(lowered).memory_analysis())
     params = abstract_state.state_shapes(config).model
   num = sum(a.size for a in jax.tree.leaves(params)) // 4
   without, offloaded = sizes
@@ -186,8 +186,8 @@ def test_activations_lie_in_a_hosts_memory(directory):
     data__length='64',
     data__batch_size='512',
   )
-  lowered = traced.lower_step(config, tpu.mesh('v5e:2x2', fsdp=4))
-  memory = absent.compile(lowered).memory_analysis()
+  lowered = lowering.lower_step(config, tpu.mesh('v5e:2x2', fsdp=4))
+  memory = target_devices.compile(lowered).memory_analysis()
   layers, rows, tokens, hidden = 8, 512 // 4, 64, 1024
   kept = 2 * layers * rows * tokens * hidden
   assert memory.host_temp_size_in_bytes == kept

@@ -13,12 +13,12 @@ import optax
 import pytest
 
 from t2x.config import experiment
-from t2x.config import overrides as config_lib
+from t2x.config import overrides
 from t2x.layers import position
 from t2x.models import decoder
 from t2x.parallel import mesh as mesh_lib
 from t2x.parallel import sharding
-from t2x.trainer import checkpointer as checkpoint
+from t2x.trainer import checkpointer
 from t2x.training import optim
 from t2x.training import optim_state
 from t2x.training import train_state
@@ -563,16 +563,16 @@ def test_settings_that_mean_nothing(make, message):
 
 def test_another_kind_on_the_command_line_leaves_the_decay_behind():
   config = experiment.Experiment(optim=optim.Muon(learning_rate=0.5))
-  new = config_lib.override(config, {'optim': 'adam', 'optim.b2': '0.9'})
+  new = overrides.override(config, {'optim': 'adam', 'optim.b2': '0.9'})
   assert new.optim == optim.Adam(learning_rate=0.5, b2=0.9)
   with pytest.raises(ValueError, match="Adam has no 'weight_decay'"):
-    config_lib.override(config, {'optim': 'adam', 'optim.weight_decay': '0.1'})
+    overrides.override(config, {'optim': 'adam', 'optim.weight_decay': '0.1'})
 
 
 def test_tables_of_relative_biases_are_not_decayed():
   config = decoder.DecoderConfig(position=position.RelativeBuckets())
   model = jax.eval_shape(lambda: decoder.Decoder(config, rngs=nnx.Rngs(0)))
-  found = checkpoint.by_path(optim.is_decayed(model))
+  found = checkpointer.by_path(optim.is_decayed(model))
   (table,) = (name for name in found if name.endswith('table_RN.value'))
   assert table == 'tower.bias.table_RN.value'
   assert not found[table] and found['embeddings.tokens.table_VD.value']

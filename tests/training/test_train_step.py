@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2x.layers import attention_config as attention
+from t2x.layers import attention_config
 from t2x.layers import dropout
 from t2x.layers import mlp
 from t2x.layers import stack
-from t2x.losses import cross_entropy as loss_lib
+from t2x.losses import cross_entropy
 from t2x.models import decoder
 from t2x.parallel import mesh as mesh_lib
 from t2x.parallel import sharding
@@ -28,11 +28,12 @@ CONFIG = decoder.DecoderConfig(
   num_layers=2,
   embed_dim=16,
   dropout=0.1,
-  attention=attention.Dense(num_heads=2, head_dim=8, bias=True),
+  attention=attention_config.Dense(num_heads=2, head_dim=8, bias=True),
   mlp=mlp.MlpConfig(hidden=32),
 )
 STEP = train_state.StepConfig(
-  ema_decay=0.75, loss=loss_lib.LossConfig(label_smoothing=0.1, z_loss=1e-3)
+  ema_decay=0.75,
+  loss=cross_entropy.LossConfig(label_smoothing=0.1, z_loss=1e-3),
 )
 TX = optim.make(
   optim.AdamW(learning_rate=0.01, schedule=optim.Schedule(shape='constant')),
@@ -93,7 +94,9 @@ def test_metrics_of_a_step():
 
   def loss(model):
     x_BTD = model.hidden(batch['inputs'], keys_B=keys_B)
-    losses = loss_lib.token_loss(x_BTD, model.head, batch['targets'], STEP.loss)
+    losses = cross_entropy.token_loss(
+      x_BTD, model.head, batch['targets'], STEP.loss
+    )
     mean = lambda x: (x * batch['weights']).sum() / batch['weights'].sum()
     return mean(losses.objective_BT), (
       mean(losses.nll_BT),

@@ -22,15 +22,15 @@ import tiny
 
 from t2x.attention import ring
 from t2x.compilation import program
-from t2x.config import layout_flag as layout_text
-from t2x.config import overrides as config_lib
+from t2x.config import layout_flag
+from t2x.config import overrides
 from t2x.layers import dropout
 from t2x.layers import experts
-from t2x.layers import sequence_parallel as branch
-from t2x.parallel import manual_sharding as shards
+from t2x.layers import sequence_parallel
+from t2x.parallel import manual_sharding
 from t2x.training import train_step
 from t2x.verification import deviation
-from t2x.verification import report as verify_report
+from t2x.verification import report
 from t2x.verification import verify
 
 SETTINGS = {
@@ -49,7 +49,7 @@ def directory(tmp_path_factory):
 
 def verdict_of(directory, layout, num_steps=2, **settings):
   config = tiny.experiment_of(directory, **(SETTINGS | settings))
-  layouts = [layout_text.parse(layout)]
+  layouts = [layout_flag.parse(layout)]
   (verdict,) = verify.verify(config, layouts, num_steps=num_steps)
   return verdict
 
@@ -90,26 +90,26 @@ def missing_tensor_reduction(patch):
 
   def scatter(x_BTD, axis):
     del axis
-    axes = shards.fine_axes(manual=True)
+    axes = manual_sharding.fine_axes(manual=True)
     return own_part(x_BTD, axes) if axes else x_BTD
 
-  patch.setattr(branch, 'scatter', scatter)
+  patch.setattr(sequence_parallel, 'scatter', scatter)
 
 
 def missing_tensor_reduction_of_gradients(patch):
   """The same in the backward pass, where the loss does not show it."""
-  real = branch.gather
+  real = sequence_parallel.gather
 
   @jax.custom_vjp
   def gather(x_BTD):
     return real(x_BTD)
 
   def backward(_, grad_BTD):
-    axes = shards.fine_axes(manual=True)
+    axes = manual_sharding.fine_axes(manual=True)
     return (own_part(grad_BTD, axes) if axes else grad_BTD,)
 
   gather.defvjp(lambda x_BTD: (gather(x_BTD), None), backward)
-  patch.setattr(branch, 'gather', gather)
+  patch.setattr(sequence_parallel, 'gather', gather)
 
 
 def ring_order(patch):
@@ -182,7 +182,7 @@ def update_of_parts(patch):
   real = _muon.orthogonalize_via_newton_schulz
 
   def orthogonalize(x, *args):
-    parts = shards.num_parts('embed')
+    parts = manual_sharding.num_parts('embed')
     parts = [real(part, *args) for part in jnp.split(x, parts, -1)]
     return jnp.concatenate(parts, -1)
 
@@ -290,15 +290,15 @@ def test_a_planted_fault_is_found_and_named(fault, directory, monkeypatch):
   assert not verdict.ok
   first = verdict.past[0]
   assert (first.name, first.step) == (fault.check, fault.step)
-  text = verify_report.parting(verdict)
+  text = report.parting(verdict)
   assert f'first part in the {fault.check} of step {fault.step} (' in text
   if not fault.parameter:
     assert 'no gradient or update with it' in text
     return
-  path = verify_report.worst_parameter(verdict)
+  path = report.worst_parameter(verdict)
   assert re.fullmatch(fault.parameter, path), text
   assert f'  {path}' in text
-  entry = verify_report.to_json(verdict)
+  entry = report.to_json(verdict)
   assert entry['worst_parameter'] == path and not entry['ok']
   assert entry['max_relative_deviation'] > 10 * verify.TOLERANCE
   assert entry['first_parting']['step'] == fault.step
@@ -319,7 +319,7 @@ def test_a_layout_of_everything_passes(directory):
     model__dropout=0.1,
     model__attention__bias=True,
   )
-  assert verdict.ok, verify_report.parting(verdict)
+  assert verdict.ok, report.parting(verdict)
   names = ['loss', 'gradients', 'update', 'trajectory']
   assert [c.name for c in verdict.checks] == ['weights'] + 3 * names
   assert [c.step for c in verdict.checks] == [0, *np.repeat([1, 2, 3], 4)]
@@ -329,12 +329,12 @@ def test_a_layout_of_everything_passes(directory):
   paths = set(verdict.by_parameter())
   assert 'tower.layers.group.0.attention.k_bias_KH' in paths
   assert len(paths) > 15
-  assert not verify_report.parting(verdict)
+  assert not report.parting(verdict)
 
 
 def test_a_choice_of_experts_is_compared(directory):
   verdict = verdict_of(directory, 'data=2,expert=2', **EXPERTS)
-  assert verdict.ok, verify_report.parting(verdict)
+  assert verdict.ok, report.parting(verdict)
   mlp = 'tower.layers.group.0.mlp.'
   paths = set(verdict.by_parameter())
   assert {mlp + n for n in ('tokens_E', 'balance_E', 'router_DE')} <= paths
@@ -412,7 +412,7 @@ def test_parameters_of_zero_have_no_scale():
 
 def test_a_layout_is_read():
   text = 'data=2, tensor=4,rules.norm_length=context,tensor,train.accumulate=2'
-  layout = layout_text.parse(text)
+  layout = layout_flag.parse(text)
   assert (layout.mesh.data, layout.mesh.tensor, layout.mesh.fsdp) == (2, 4, 1)
   assert layout.num_devices == 8
   assert layout.settings == {
@@ -461,14 +461,14 @@ def test_all_layouts_are_checked_before_one_compiles(
 ):
   monkeypatch.setattr(verify, '_Side', lambda *_: pytest.fail('compiles'))
   config = tiny.experiment_of(directory, **SETTINGS)
-  layouts = layout_text.parse_all(['data=2', second])
+  layouts = layout_flag.parse_all(['data=2', second])
   with pytest.raises(ValueError, match=message):
     next(verify.verify(config, layouts))
 
 
 def test_no_layout_at_all():
   with pytest.raises(ValueError, match='--layout is missing: .* may repeat'):
-    layout_text.parse_all([])
+    layout_flag.parse_all([])
 
 
 def test_a_reference_that_is_not_finite(directory):
@@ -645,9 +645,9 @@ def test_tiny_experiments(name, layouts, optimizer, directory):
   """Packing and dropout included; the script runs all layouts of all."""
   settings = {n: str(v) for n, v in tiny.small(directory, name).items()}
   config = importlib.import_module(name).get_config()
-  config = config_lib.override(config, settings | {'optim': optimizer})
-  layouts = layout_text.parse_all(layouts)
+  config = overrides.override(config, settings | {'optim': optimizer})
+  layouts = layout_flag.parse_all(layouts)
   verdicts = list(verify.verify(config, layouts, num_steps=2))
-  wrong = [verify_report.parting(v) for v in verdicts if not v.ok]
+  wrong = [report.parting(v) for v in verdicts if not v.ok]
   assert not wrong, '\n'.join(wrong)
   assert len(verdicts) == len(layouts)
