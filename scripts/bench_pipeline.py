@@ -205,7 +205,7 @@ def figures(config, mesh, compiled: jax.stages.Compiled) -> dict[str, Any]:
   """Returns what is known of a program without running it."""
   text, memory = compiled.as_text(), compiled.memory_analysis()
   assert text is not None and memory is not None, 'no such figures here'
-  plan = partitioning.pipeline(config, mesh.shape)
+  plan = partitioning.of(config, mesh.shape).pipeline
   trips: list[Any] = [None]
   row: dict[str, Any] = {}
   if plan is not None:

@@ -114,7 +114,7 @@ def compiled_figures(
 
 def of_text(text: str, config: experiment.Experiment, mesh) -> dict[str, int]:
   """Returns products and bytes, of the stage that has the most."""
-  plan = partitioning.pipeline(config, mesh.shape)
+  plan = partitioning.of(config, mesh.shape).pipeline
   trips: list[Any] = [None]
   if plan is not None:
     trips = [stage_trips.trips(plan, s) for s in range(plan.table.num_stages)]

@@ -92,7 +92,7 @@ def with_rows(config: experiment.Experiment, num_devices: int):
     sizes = mesh.sizes(config.mesh, num_devices)
   except ValueError:  # `layout_advice.check` says it, with what to do.
     return config, None
-  multiple = partitioning.rows_multiple(config, sizes)
+  multiple = partitioning.of(config, sizes).rows_multiple
   rows = config.data.batch_size
   if rows % multiple == 0:
     return config, None

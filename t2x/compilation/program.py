@@ -25,6 +25,7 @@ from t2x.hardware import machines
 from t2x.hlo import divergence
 from t2x.models import segment_memory
 from t2x.multihost import processes
+from t2x.objectives import batch_keys
 from t2x.parallel import sharding
 from t2x.parallel import zigzag
 from t2x.training import optim
@@ -69,6 +70,7 @@ class Program:
   """Initialisation, step and evaluation, each compiled at its first call.
 
   Attributes:
+    partitioning: what the mesh makes of the experiment.
     shapes: the train state as sharded shapes.
     trained: the shapes of the trained parameters, which gradients share.
     batch_sharding: of every array of a batch.
@@ -93,14 +95,12 @@ class Program:
     self.rows = abstract_state.local_rows(
       self.batch_sharding, config.data.batch_size
     )
-    self._zigzag = partitioning.zigzag(config, mesh.shape)
-    self._target_parts = partitioning.target_parts(config, mesh.shape)
+    self.partitioning = partitioning.of(config, mesh.shape)
     self.learning_rate = jax.jit(optim.make_schedule(config.optim, num_steps))
     self._whole = whole = NamedSharding(mesh, P())
     tx = optim.make(config.optim, num_steps)
-    self._define(
-      jit_for(config, mesh), tx, abstract_state.step_config(config, mesh), whole
-    )
+    step_config = self.partitioning.step_config
+    self._define(jit_for(config, mesh), tx, step_config, whole)
 
   def _define(self, jit, tx, step_config, whole) -> None:
     of_state, of_grads = jax.tree.map(
@@ -256,15 +256,16 @@ class Program:
 
   def _arranged(self, name: str, array):
     """Pads the targets' side so that it can be split; orders it for a ring."""
-    if name.startswith('encoder_'):
+    if batch_keys.is_source(name):
       return array
     padding = self._padding(name, array.shape[1])
     array = np.pad(array, ((0, 0), (0, padding)))
-    return array[:, zigzag.index(array.shape[1], self._zigzag)]
+    return array[:, zigzag.index(array.shape[1], self.partitioning.zigzag)]
 
   def _padding(self, name: str, length: int) -> int:
-    is_source = name.startswith('encoder_')
-    return 0 if is_source else -length % self._target_parts
+    if batch_keys.is_source(name):
+      return 0
+    return -length % self.partitioning.target_multiple
 
 
 def jit_for(config: experiment.Experiment, mesh: jax.sharding.Mesh):

@@ -3,7 +3,6 @@
 Nothing is allocated or compiled.
 """
 
-import dataclasses
 import functools
 
 from flax import nnx
@@ -20,17 +19,6 @@ from t2x.training import optim
 from t2x.training import train_state
 
 AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
-
-
-def step_config(
-  config: experiment.Experiment, mesh: AnyMesh
-) -> train_state.StepConfig:
-  """Returns what an update does on a mesh, the order of tokens included."""
-  execution = partitioning.execution_of(config, mesh.shape)
-  pipeline = partitioning.pipeline(config, mesh.shape)
-  return dataclasses.replace(
-    config.step_config, execution=execution, pipeline=pipeline
-  )
 
 
 def shapes_of(config: experiment.Experiment, mesh: AnyMesh):
@@ -71,10 +59,7 @@ def shardings_of(
   Raises:
     ShardingError: a layout that cannot be.
   """
-  pipeline = partitioning.pipeline(config, mesh.shape)
-  rules = config.rules
-  if pipeline is not None and pipeline.place.is_contiguous:
-    rules = dataclasses.replace(rules, layers=sharding.PIPE)
+  rules = partitioning.of(config, mesh.shape).rules
   shardings = train_state.state_shardings(
     shapes, mesh, rules, config.step_config
   )

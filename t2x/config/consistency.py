@@ -4,7 +4,6 @@ Single configs check their own fields; this finds what they cannot see. It runs
 before anything is built or compiled.
 """
 
-from collections.abc import Mapping
 import math
 
 from t2x.attention import all_to_all
@@ -26,32 +25,42 @@ from t2x.parallel import mesh as mesh_lib
 from t2x.parallel import sharding
 
 Experiment = experiment.Experiment
+Partitioning = partitioning.Partitioning
 
 
-def check(config: Experiment, num_devices: int) -> None:
-  """Raises ValueError for parts that do not fit each other or the devices."""
+def check(config: Experiment, num_devices: int) -> Partitioning:
+  """Returns the partitioning of an experiment that fits its devices.
+
+  Args:
+    config: the experiment.
+    num_devices: the number of devices of the mesh.
+
+  Raises:
+    ValueError: parts of the experiment do not fit each other or the devices.
+    ShardingError: an array cannot be split as the layout says.
+  """
   data_pipeline.check(config.data)
   machines.check_overrides(config.compiler_options)
   sizes = mesh_lib.sizes(config.mesh, num_devices)
   sharding.check_rules(config.rules, sizes)
-  _check_offload(config, sizes)
-  _check_pipeline(config, sizes)
-  _check_attention(config, sizes)
-  _check_rows(config, sizes)
-  _check_context(config, sizes)
+  partitioned = partitioning.of(config, sizes)
+  _check_offload(partitioned)
+  _check_pipeline(partitioned)
+  _check_attention(partitioned)
+  _check_rows(partitioned)
+  _check_context(partitioned)
   _check_activations(config)
-  _check_groups(config, sizes)
-  _check_experts(config, sizes)
-  objective_consistency.check(config, sizes)
+  _check_groups(partitioned)
+  _check_experts(partitioned)
+  objective_consistency.check(partitioned)
   _check_lengths(config)
-  _check_chunks(config, sizes)
+  _check_chunks(partitioned)
+  return partitioned
 
 
-def _check_pipeline(config: Experiment, sizes: dict[str, int]) -> None:
-  if (
-    partitioning.pipeline(config, sizes) is None
-    or partitioning.context_size(config, sizes) == 1
-  ):
+def _check_pipeline(partitioned: Partitioning) -> None:
+  config = partitioned.config
+  if partitioned.pipeline is None or partitioned.context_size == 1:
     return
   ring = config.rules.context_attention == 'ring'
   if ring and not config.pipeline.uniform:
@@ -63,10 +72,11 @@ def _check_pipeline(config: Experiment, sizes: dict[str, int]) -> None:
     )
 
 
-def _check_offload(config: Experiment, sizes: Mapping[str, int]) -> None:
+def _check_offload(partitioned: Partitioning) -> None:
   """Layers are updated one by one, and stages keep what they choose."""
+  config, sizes = partitioned.config, partitioned.sizes
   train = config.train
-  if partitioning.has_stages(sizes) and train.execution.kept['offload']:
+  if partitioned.has_stages and train.execution.kept['offload']:
     raise partitioning.PipelineError(
       f'train.remat={train.remat}: the stages of a pipeline keep activations '
       'on their devices. Set train.remat to none, full, dots or save:NAMES, '
@@ -83,8 +93,9 @@ def _check_offload(config: Experiment, sizes: Mapping[str, int]) -> None:
     )
 
 
-def _check_attention(config: Experiment, sizes: Mapping[str, int]) -> None:
+def _check_attention(partitioned: Partitioning) -> None:
   """Kinds of attention say which rows and layouts they are for."""
+  config, sizes = partitioned.config, partitioned.sizes
   parts = data_config.parts(config.data).values()
   packed = [
     own.batching.kind
@@ -94,7 +105,7 @@ def _check_attention(config: Experiment, sizes: Mapping[str, int]) -> None:
   has_prefix = any(
     isinstance(own.objective, prefix_lm.PrefixLM) for own in parts
   )
-  splits = partitioning.context_size(config, sizes) > 1
+  splits = partitioned.context_size > 1
   ring = splits and config.rules.context_attention == 'ring'
   for kind in config.model.kinds:
     # A memory is looked at from the row, by distance.
@@ -116,7 +127,7 @@ def _check_attention(config: Experiment, sizes: Mapping[str, int]) -> None:
       raise sharding.ShardingError(
         f'model.attention={kind.kind}: {context.NEEDS_EXCHANGE}'
       )
-    if splits and getattr(kind, 'global_projections', False):
+    if splits and kind.global_projections:
       raise sharding.ShardingError(
         'attention.global_projections=true takes the first tokens of whole '
         f'rows, and mesh.context={sizes["context"]} splits them. Set it to '
@@ -124,14 +135,15 @@ def _check_attention(config: Experiment, sizes: Mapping[str, int]) -> None:
       )
 
 
-def _check_rows(config: Experiment, sizes: dict[str, int]) -> None:
+def _check_rows(partitioned: Partitioning) -> None:
+  config, sizes = partitioned.config, partitioned.sizes
   rows = config.data.batch_size
-  need = partitioning.rows_multiple(config, sizes)
+  need = partitioned.rows_multiple
   if rows % need:
-    axes = partitioning.row_axes(config, sizes)
+    axes = partitioned.row_axes
     by = ' x '.join(f'mesh.{a}={sizes[a]}' for a in axes if sizes.get(a, 1) > 1)
     micro, other = f'train.accumulate={config.train.accumulate}', ''
-    if partitioning.has_stages(sizes):
+    if partitioned.has_stages:
       asked = config.pipeline.microbatches
       micro += f' x pipeline.microbatches={asked}'
       of_each, rest = divmod(rows * asked, need)
@@ -146,14 +158,14 @@ def _check_rows(config: Experiment, sizes: dict[str, int]) -> None:
     )
 
 
-def _check_context(config: Experiment, sizes: dict[str, int]) -> None:
+def _check_context(partitioned: Partitioning) -> None:
+  config, sizes = partitioned.config, partitioned.sizes
   has_encoder = config.data.objective.has_encoder
-  parts_of = (
-    partitioning.source_parts if has_encoder else partitioning.target_parts
-  )
-  parts = parts_of(config, sizes)
+  parts = partitioned.target_multiple
+  if has_encoder:  # Its targets are padded.
+    parts = partitioned.source_multiple
   rules = config.rules
-  axes = {*sharding.mesh_axes(rules.length), *partitioning.fine_axes(rules)}
+  axes = {*sharding.mesh_axes(rules.length), *partitioned.fine_axes}
   named = ' x '.join(f'mesh.{a}={sizes[a]}' for a in sorted(axes))
   for length in data_config.buckets(config.data):
     if length % parts:
@@ -162,7 +174,7 @@ def _check_context(config: Experiment, sizes: dict[str, int]) -> None:
         f'(rules.length, rules.norm_length): it must be a multiple of {parts}. '
         f'Set it to {-(-length // parts) * parts}, or change the mesh.'
       )
-  devices = partitioning.context_size(config, sizes)
+  devices = partitioned.context_size
   if devices > 1 and config.rules.context_attention == 'all_to_all':
     split = sharding.mesh_axes(config.rules.kv_heads)
     parts = math.prod(sizes[a] for a in split)
@@ -188,9 +200,10 @@ def _check_activations(config: Experiment) -> None:
     sharding.to_spec(axes, config.rules)
 
 
-def _check_groups(config: Experiment, sizes: dict[str, int]) -> None:
+def _check_groups(partitioned: Partitioning) -> None:
   """Query heads must find their key/value heads on their device."""
-  rules, fine = config.rules, partitioning.fine_axes(config.rules)
+  config, sizes = partitioned.config, partitioned.sizes
+  rules, fine = config.rules, partitioned.fine_axes
   over = lambda axes: math.prod(
     sizes[a] for a in sharding.mesh_axes(axes) if a in fine
   )
@@ -202,14 +215,16 @@ def _check_groups(config: Experiment, sizes: dict[str, int]) -> None:
       local_heads.key_heads(kind, num, held)
 
 
-def _check_experts(config: Experiment, sizes: dict[str, int]) -> None:
+def _check_experts(partitioned: Partitioning) -> None:
+  config, sizes = partitioned.config, partitioned.sizes
   rules = config.rules
   if any(isinstance(kind, moe.MoeConfig) for kind in config.model.mlp_kinds):
     kept = lambda axes: [a for a in sharding.mesh_axes(axes) if sizes[a] > 1]
     experts.check_axes(*map(kept, (rules.experts, rules.batch, rules.length)))
 
 
-def _check_chunks(config: Experiment, sizes: dict[str, int]) -> None:
+def _check_chunks(partitioned: Partitioning) -> None:
+  config = partitioned.config
   loss, model = config.train.loss, config.model
   rows = embed.padded(model.vocab_size, model.vocab_multiple)
   if rows % loss.vocab_chunks:
@@ -220,10 +235,8 @@ def _check_chunks(config: Experiment, sizes: dict[str, int]) -> None:
     )
   for bucket in data_config.buckets(config.data):
     length = data_config.num_targets(config.data, bucket)
-    parts = partitioning.target_parts(config, sizes)
-    length = (
-      -(-length // parts) * parts // partitioning.context_size(config, sizes)
-    )
+    parts = partitioned.target_multiple
+    length = -(-length // parts) * parts // partitioned.context_size
     if length % loss.token_chunks:
       raise ValueError(
         f'train.loss.token_chunks={loss.token_chunks} does not divide the '

@@ -148,8 +148,8 @@ class Experiment:
   def step_config(self) -> train_state.StepConfig:
     """What a step does, on no mesh in particular."""
     objective = self.data.objective
-    own = getattr(getattr(objective, 'masked', objective), 'masking', None)
-    by_loss = own if isinstance(own, masking.ByLoss) else None
+    chosen = objective.token_masking
+    by_loss = chosen if isinstance(chosen, masking.ByLoss) else None
     tasks = task_weighting.tasks_of(objective)
     step = self.train.step_config
     length = self.model.memory

@@ -1,6 +1,5 @@
 """Whether what is predicted fits the model, the step and the mesh."""
 
-from collections.abc import Mapping
 import dataclasses
 
 from t2x.config import experiment
@@ -12,25 +11,30 @@ from t2x.models import encoder_decoder
 from t2x.objectives import causal_lm
 from t2x.objectives import classification
 from t2x.objectives import masked_lm
+from t2x.objectives import mixture
 from t2x.objectives import next_sentence
 from t2x.objectives import permutation
 from t2x.objectives import prefix_lm
 from t2x.parallel import sharding
 
 Experiment = experiment.Experiment
+Partitioning = partitioning.Partitioning
 
 
-def check(config: Experiment, sizes: Mapping[str, int]) -> None:
+def check(partitioned: Partitioning) -> None:
   """Raises ValueError for objectives that cannot be trained so.
 
   Args:
-    config: of the run.
-    sizes: of the mesh axes.
+    partitioned: the experiment on its mesh axes.
+
+  Raises:
+    ValueError: the objective fits neither the model nor the step.
+    ShardingError: it does not fit the mesh.
   """
-  _check_memory(config, sizes)
-  _check_weighting(config, sizes)
-  _check_sampling(config, sizes)
-  devices = partitioning.context_size(config, sizes)
+  _check_memory(partitioned)
+  _check_weighting(partitioned)
+  _check_sampling(partitioned)
+  config, devices = partitioned.config, partitioned.context_size
   for data in data_config.parts(config.data).values():
     own = dataclasses.replace(config, data=data)
     _check_model(own)
@@ -75,16 +79,17 @@ def _check_model(config: Experiment) -> None:
 def _check_heads(config: Experiment) -> None:
   """The model has what the objective's targets are for."""
   objective, model = config.data.objective, config.model
-  ahead = len(getattr(model, 'ahead', ()))
-  if ahead != getattr(objective, 'ahead', 0):
+  assert isinstance(objective, mixture.Single)  # Of one task.
+  ahead = model.num_ahead
+  if ahead != objective.num_ahead:
     raise ValueError(
       f'model.ahead has {ahead} heads, and the targets of data.objective='
-      f'{objective.kind} are for {getattr(objective, "ahead", 0)}. Set '
+      f'{objective.kind} are for {objective.num_ahead}. Set '
       f'data.objective=causal_lm and data.objective.ahead={ahead}, or '
       'model.ahead to a weight for each (model.ahead=0.3).'
     )
   if isinstance(objective, classification.Classification):
-    classes = getattr(model, 'classes', ())
+    classes = model.head_classes
     own = classes[objective.head] if objective.head < len(classes) else 0
     if own != objective.num_classes:
       raise ValueError(
@@ -93,22 +98,21 @@ def _check_heads(config: Experiment) -> None:
         f'one to {objective.num_classes}, and model.pooler=true.'
       )
   permuted = isinstance(objective, permutation.Permutation)
-  if permuted != getattr(model, 'two_stream', False):
+  if permuted != model.is_two_stream:
     raise ValueError(
       f'data.objective={objective.kind} and model.two_stream='
       f'{str(not permuted).lower()}: the second stream asks for the tokens of '
       'data.objective=permutation, and of no other. Set both or neither.'
     )
-  masked = getattr(objective, 'masked', objective)
-  dropped = getattr(masked, 'dropped', False)
-  if dropped != bool(getattr(model, 'query_layers', 0)):
+  dropped = objective.drops_tokens
+  if dropped != bool(model.num_query_layers):
     raise ValueError(
       f'data.objective.dropped={str(dropped).lower()} and model.query_layers='
-      f'{getattr(model, "query_layers", 0)}: tokens that are dropped from the '
+      f'{model.num_query_layers}: tokens that are dropped from the '
       'encoder are asked for by query layers. Set dropped=true and '
       'query_layers to 1 or more, or false and 0.'
     )
-  if dropped and masked is not objective:
+  if dropped and isinstance(objective, next_sentence.NextSentence):
     raise ValueError(
       'data.objective=next_sentence reads whole rows: set data.objective.masked'
       '.dropped=false.'
@@ -128,7 +132,8 @@ def _check_heads(config: Experiment) -> None:
       )
 
 
-def _check_memory(config: Experiment, sizes: Mapping[str, int]) -> None:
+def _check_memory(partitioned: Partitioning) -> None:
+  config, sizes = partitioned.config, partitioned.sizes
   model, data = config.model, config.data
   if not model.memory:
     return
@@ -143,16 +148,15 @@ def _check_memory(config: Experiment, sizes: Mapping[str, int]) -> None:
       f'model.memory={model.memory} is of the rows before, and data.batching='
       f'{data.batching.kind} shuffles rows. Set data.batching=stream.'
     )
-  ahead = getattr(model, 'ahead', ())
-  if ahead:
+  if isinstance(model, decoder.DecoderConfig) and model.ahead:
     raise ValueError(
-      f'model.memory={model.memory} and model.ahead={ahead}: the heads for '
-      'further tokens have no memory. Set memory to 0, or ahead to ().'
+      f'model.memory={model.memory} and model.ahead={model.ahead}: the heads '
+      'for further tokens have no memory. Set memory to 0, or ahead to ().'
     )
-  fine = partitioning.fine_axes(config.rules)
-  split = partitioning.context_size(config, sizes) > 1
+  fine = partitioned.fine_axes
+  split = partitioned.context_size > 1
   split |= any(sizes.get(axis, 1) > 1 for axis in fine)
-  if split or partitioning.has_stages(sizes) or config.train.accumulate > 1:
+  if split or partitioned.has_stages or config.train.accumulate > 1:
     raise sharding.ShardingError(
       f'model.memory={model.memory} is of whole rows of a whole batch, and '
       f'mesh.context={sizes.get("context", 1)}, mesh.pipe='
@@ -163,9 +167,10 @@ def _check_memory(config: Experiment, sizes: Mapping[str, int]) -> None:
     )
 
 
-def _check_weighting(config: Experiment, sizes: Mapping[str, int]) -> None:
+def _check_weighting(partitioned: Partitioning) -> None:
+  config, sizes = partitioned.config, partitioned.sizes
   tasks = config.step_config.tasks
-  if tasks is not None and tasks.probes and partitioning.has_stages(sizes):
+  if tasks is not None and tasks.probes and partitioned.has_stages:
     raise partitioning.PipelineError(
       'data.objective.weighting=grad_norm asks for the gradients of each task, '
       'which the stages of a pipeline do not tell apart (mesh.pipe='
@@ -174,7 +179,8 @@ def _check_weighting(config: Experiment, sizes: Mapping[str, int]) -> None:
     )
 
 
-def _check_sampling(config: Experiment, sizes: Mapping[str, int]) -> None:
+def _check_sampling(partitioned: Partitioning) -> None:
+  config, sizes = partitioned.config, partitioned.sizes
   if config.train.sampling is None:
     return
   if not config.data.objective.has_encoder:
@@ -183,7 +189,7 @@ def _check_sampling(config: Experiment, sizes: Mapping[str, int]) -> None:
       'decoder that reads targets beside an encoder. Set train.sampling=none, '
       'or train an encoder_decoder.'
     )
-  if partitioning.has_stages(sizes):
+  if partitioned.has_stages:
     raise partitioning.PipelineError(
       'train.sampling reads predictions of a first pass, which the stages of a '
       f'pipeline do not have (mesh.pipe={sizes[sharding.PIPE]}). Set '
@@ -194,7 +200,7 @@ def _check_sampling(config: Experiment, sizes: Mapping[str, int]) -> None:
 def _check_whole(config: Experiment, devices: int) -> None:
   """Raises ShardingError for objectives whose rows cannot be split."""
   objective, what = config.data.objective, None
-  if getattr(objective, 'dropped', False):
+  if isinstance(objective, masked_lm.MaskedLM) and objective.dropped:
     what = 'data.objective.dropped=true leaves rows of which places are missing'
   if isinstance(objective, permutation.Permutation):
     what = 'data.objective=permutation puts two streams into a row'

@@ -201,7 +201,7 @@ class Local:
     causal = has_encoder or not isinstance(model, encoder.EncoderConfig)
     source = data.length if has_encoder else self.length
     asked = data_config.num_targets(data, data.length)
-    own = self.length + asked * getattr(model, 'two_stream', False)
+    own = self.length + asked * model.is_two_stream
     # Tokens, whether they see earlier ones alone, what else they look at.
     towers = {
       'encoder': (source, False, None),

@@ -117,7 +117,7 @@ def step(
   consistency.check(config, num_devices)
   whole = mesh_lib.sizes(config.mesh, num_devices)
   state, batch_sharding = _shapes(config, whole)
-  plan = partitioning.pipeline(config, whole)
+  plan = partitioning.of(config, whole).pipeline
   local = device_share.Local(
     config=config,
     sizes=whole,

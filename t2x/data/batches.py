@@ -210,7 +210,7 @@ class Examples:
   def __call__(self, read: order.Read) -> Batch:
     examples = self.layout.examples(read.group, read.rows)
     keys = noise.keys(self._seed, examples)
-    if not getattr(self._objective, 'static', False):
+    if not self._objective.draws_once:
       keys = noise.visited(keys, read.visits)
     batch = self._objective.examples(
       *self.layout.read(read.group, read.rows, keys),

@@ -4,8 +4,6 @@ import dataclasses
 import os
 from typing import ClassVar
 
-import numpy as np
-
 from t2x import field_checks
 from t2x.data import documents
 from t2x.data import tokenizers
@@ -150,11 +148,6 @@ CHECKED = (
 )
 # Their rows are no pieces of documents that follow each other.
 ONE_A_ROW = next_sentence.NextSentence | classification.Classification
-
-
-def dtype_of(name: str) -> type:
-  """Returns the dtype of an array of a batch."""
-  return np.float32 if name.endswith('weights') else np.int32
 
 
 def target_length(config: DataConfig) -> int:

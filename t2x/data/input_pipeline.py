@@ -28,6 +28,7 @@ from t2x.data import history
 from t2x.data import mixing
 from t2x.data import text_files
 from t2x.data import tokenizer_loading
+from t2x.objectives import batch_keys
 from t2x.objectives import mixture
 from t2x.objectives import span_corruption
 from t2x.objectives import ul2
@@ -81,7 +82,7 @@ def check(config: config_lib.DataConfig) -> None:
       f'data.target_field={config.target_field!r}: installed_docs holds no '
       'pairs. Set data.source=text_files with .jsonl files, or a TFDS name.'
     )
-  if in_order and not hasattr(config.objective, 'stride'):
+  if in_order and not config.objective.follows_text:
     raise ValueError(
       'data.batching=stream reads a text from start to end, and data.'
       f'objective={config.objective.kind} has other rows. Set data.batching='
@@ -239,12 +240,11 @@ def batch_spec(
 ) -> dict[str, tuple[tuple[int, int], np.dtype]]:
   """Returns shape and dtype of each array in a batch of the largest bucket."""
   length = config_lib.buckets(config)[-1]
-  dtype = config_lib.dtype_of
   lengths = config.objective.lengths(length)
   if isinstance(config.batching, config_lib.Stream):
-    lengths = lengths | {'continues': 1}
+    lengths = lengths | {batch_keys.CONTINUES: 1}
   return {
-    name: ((config.batch_size, own), np.dtype(dtype(name)))
+    name: ((config.batch_size, own), batch_keys.of(name).dtype)
     for name, own in lengths.items()
   }
 

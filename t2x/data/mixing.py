@@ -10,6 +10,7 @@ from t2x.data import config as config_lib
 from t2x.data import corpus as corpus_lib
 from t2x.data import history
 from t2x.data import order
+from t2x.objectives import batch_keys
 from t2x.objectives import mixture
 from t2x.objectives import noise
 
@@ -107,7 +108,7 @@ def empty(config: config_lib.DataConfig, num: int) -> batches_lib.Batch:
   """Returns rows of nothing, with the arrays of every task."""
   lengths = config.objective.lengths(config.length)
   return {
-    name: np.zeros((num, own), config_lib.dtype_of(name))
+    name: np.zeros((num, own), batch_keys.of(name).dtype)
     for name, own in lengths.items()
   }
 
@@ -119,6 +120,6 @@ def fill(
   rows: batches_lib.Batch,
 ) -> None:
   """Puts rows of a task into a batch; what it has not weighs nothing."""
-  batch[mixture.TASKS][places] = task
+  batch[batch_keys.TASKS][places] = task
   for name, array in rows.items():
     batch[name][places, : array.shape[1]] = array

@@ -309,7 +309,7 @@ def _check(models, texts, passes: int) -> None:
         'compared. Take models of one run, or of runs with one tokenizer.'
       )
     config = trained.config.model
-    rates = [config.dropout, *(getattr(k, 'dropout', 0) for k in config.kinds)]
+    rates = [config.dropout, *(k.dropout for k in config.kinds)]
     if passes and not any(rates):
       raise ValueError(
         f'passes={passes} draws dropout, and the model has none. Load it with '

@@ -66,11 +66,11 @@ class Checkpoint:
   labels: dict[str, list[str]]
 
   @functools.cached_property
-  def model(self) -> model_lib.Model:
+  def model(self) -> model_lib.Transformer:
     """The model, float32, on one device."""
     return self.build(self.config)
 
-  def build(self, config: model_lib.ModelConfig) -> model_lib.Model:
+  def build(self, config: model_lib.ModelConfig) -> model_lib.Transformer:
     """Returns the model of a config that says more, such as another dtype.
 
     Raises:
@@ -168,7 +168,7 @@ def generation_of(
 
 def write(
   directory: str,
-  model: model_lib.Model,
+  model: model_lib.Transformer,
   tokenizer: tokenizers.Tokenizer | None = None,
   *,
   hf: Mapping[str, Any] | None = None,

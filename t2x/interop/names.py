@@ -24,6 +24,7 @@ import numpy as np
 
 from t2x.interop import released
 from t2x.interop import tables
+from t2x.models import encoder
 from t2x.models import model as model_lib
 
 Tensors = Mapping[str, Any]  # Of what has a shape and becomes an array.
@@ -48,7 +49,7 @@ class _Slot:
 
 def to_t2x(
   family: str, config: model_lib.ModelConfig, tensors: Tensors
-) -> model_lib.Model:
+) -> model_lib.Transformer:
   """Builds the model of `config` from Hugging Face's parameters.
 
   Args:
@@ -90,7 +91,7 @@ def to_t2x(
 def from_t2x(
   family: str,
   config: model_lib.ModelConfig,
-  model: model_lib.Model,
+  model: model_lib.Transformer,
   *,
   bare: bool = False,
   copies: bool = True,
@@ -231,7 +232,8 @@ def _problems(expected, copies, found) -> list[str]:
 
 def _copies(table, config, tensors) -> dict[str, str]:
   """Returns the tied copies that a model of this config has."""
-  headless = not getattr(config, 'masked_head', True)
+  is_encoder = isinstance(config, encoder.EncoderConfig)
+  headless = is_encoder and not config.masked_head
   return {
     copy: name
     for copy, name in table.copies.items()

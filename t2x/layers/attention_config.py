@@ -52,6 +52,10 @@ class Heads:
   not_causal: ClassVar[str | None] = None
   decoding: ClassVar[str | None] = 'keys and values of all positions'
   mixes_rows: ClassVar[bool] = False
+  # Fields of some kinds, as the others have them.
+  dropout = 0.0
+  global_projections = False
+  num_token_types = 0
 
   def __post_init__(self):
     least = dict.fromkeys(('num_heads', 'num_kv_heads', 'head_dim'), 1)

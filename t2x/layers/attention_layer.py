@@ -94,7 +94,7 @@ class Attention(nnx.Module):
     qk_norm = lambda: norm.Norm(of_heads, H, rngs=rngs)
     self.q_norm = qk_norm() if config.qk_norm else None
     self.k_norm = qk_norm() if config.qk_norm else None
-    has_globals = getattr(config, 'global_projections', False)
+    has_globals = config.global_projections
     self.global_tokens: Any = (
       global_tokens.GlobalTokens(
         lambda: make(N, 'heads', into(N)), lambda: heads(N, 'heads')

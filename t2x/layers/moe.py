@@ -108,7 +108,7 @@ class Moe(nnx.Module):
     out = param.initializer(init, fan_in=F, fan_out=embed, factor=out_factor)
     route = param.initializer(init, fan_in=embed, fan_out=E)
     self.router_DE = param.param(rngs, (embed, E), ('embed', None), route)
-    rate = getattr(config.router, 'bias_rate', 0.0)
+    rate = config.router.bias_rate
     self.balance_E = (
       BalanceBias(jnp.zeros(E, jnp.float32), axes=(None,), rate=rate)
       if rate

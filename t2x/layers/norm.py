@@ -15,6 +15,7 @@ class LayerNorm:
   """Ba et al., 2016."""
 
   kind: ClassVar[str] = 'layernorm'
+  unit_offset = False  # A field of RMSNorm.
   eps: float = 1e-5
   bias: bool = True
 
@@ -44,7 +45,7 @@ class Norm(nnx.Module):
 
   def __init__(self, config: NormConfig, size: int, *, rngs: nnx.Rngs):
     self.config = config
-    self.offset = 1.0 if getattr(config, 'unit_offset', False) else 0.0
+    self.offset = 1.0 if config.unit_offset else 0.0
     start = param.zeros if self.offset else param.ones
     # A scale is small and used whole: no mesh axis splits it.
     self.scale = param.param(rngs, (size,), (None,), start)

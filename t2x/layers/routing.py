@@ -76,6 +76,7 @@ class ExpertChoice:
   """
 
   kind: ClassVar[str] = 'expert_choice'
+  bias_rate = 0.0  # A field of TokenChoice.
   capacity: float = 2.0
 
   def __post_init__(self):

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from t2x.objectives import batch_keys
 from t2x.objectives import classification
 from t2x.objectives import mixture
 
@@ -87,19 +88,19 @@ def factors(tasks: Tasks, carried: dict[str, jax.Array]) -> jax.Array:
 
 def with_factors(tasks: Tasks, batch, carried) -> dict[str, jax.Array]:
   """Returns a batch whose rows know the weights of their tasks."""
-  numbers_B = batch[mixture.TASKS][:, 0]
+  numbers_B = batch[batch_keys.TASKS][:, 0]
   return {**batch, FACTORS: factors(tasks, carried)[numbers_B]}
 
 
 def rates(batch, num: int) -> jax.Array:
   """Returns the share of each task in the rows of a batch, (K,)."""
-  rows = len(batch[mixture.TASKS])
+  rows = len(batch[batch_keys.TASKS])
   return by_task([jnp.full(rows, 1.0 / rows)], batch, num)[0]
 
 
 def by_task(values_B: list[jax.Array], batch, num: int) -> jax.Array:
   """Returns sums over the rows of each task, one row for each value."""
-  return _sums(jnp.stack(values_B), batch[mixture.TASKS][:, 0], num)
+  return _sums(jnp.stack(values_B), batch[batch_keys.TASKS][:, 0], num)
 
 
 def _sums(values_XB: jax.Array, numbers_B: jax.Array, num: int) -> jax.Array:

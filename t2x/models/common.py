@@ -114,6 +114,26 @@ class TransformerConfig:
     return [(kinds[i % len(kinds)], mlps[i % len(mlps)]) for i in range(size)]
 
   @property
+  def num_ahead(self) -> int:
+    """The number of heads for tokens after the next."""
+    return 0
+
+  @property
+  def head_classes(self) -> tuple[int, ...]:
+    """The number of classes of each head over whole texts."""
+    return ()
+
+  @property
+  def is_two_stream(self) -> bool:
+    """Whether a second stream of queries asks for tokens (XLNet)."""
+    return False
+
+  @property
+  def num_query_layers(self) -> int:
+    """The layers that ask for tokens dropped from the encoder."""
+    return 0
+
+  @property
   def depths(self) -> dict[str, int]:
     """Layers of each stack, in order of depth, by the name of the tower."""
     return {'tower': self.num_layers}

@@ -36,6 +36,10 @@ class DecoderConfig(common.TransformerConfig):
   kind: ClassVar[str] = 'decoder'
   ahead: tuple[float, ...] = ()
 
+  @property
+  def num_ahead(self) -> int:
+    return len(self.ahead)
+
   def __post_init__(self):
     super().__post_init__()
     layer_checks.check_causal(self)
@@ -112,8 +116,14 @@ class Decoder(nnx.Module):
     }
     return forward.features(self, batch, keys_B=keys_B, execution=execution)
 
-  def context(self, tower: str, batch, keys_B, zigzag: int) -> block.Context:
-    """See `forward`."""
+  def context(
+    self,
+    tower: str,
+    batch: forward.Batch,
+    keys_B: jax.Array | None,
+    zigzag: int,
+  ) -> block.Context:
+    """See `forward.Model`."""
     del tower
     inputs = batch['inputs']
     common.check_length(self.config, inputs.shape[1])
@@ -129,15 +139,21 @@ class Decoder(nnx.Module):
       keys_B=keys_B,
     )
 
-  def enter(self, tower: str, batch, context: block.Context, x_BTD):
-    """See `forward`."""
+  def enter(
+    self,
+    tower: str,
+    batch: forward.Batch,
+    context: block.Context,
+    x_BTD: jax.Array | None,
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """See `forward.Model`."""
     del x_BTD
     positions_BT = context.positions_BT
     assert positions_BT is not None
     return self.embeddings(batch['inputs'], positions_BT), None
 
-  def leave(self, x_BTD: jax.Array, batch) -> jax.Array:
-    """See `forward`."""
+  def leave(self, x_BTD: jax.Array, batch: forward.Batch) -> jax.Array:
+    """See `forward.Model`."""
     del batch
     return self.tower.end(x_BTD)
 

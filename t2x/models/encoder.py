@@ -67,6 +67,18 @@ class EncoderConfig(common.TransformerConfig):
   two_stream: bool = False
   query_layers: int = 0
 
+  @property
+  def head_classes(self) -> tuple[int, ...]:
+    return self.classes
+
+  @property
+  def is_two_stream(self) -> bool:
+    return self.two_stream
+
+  @property
+  def num_query_layers(self) -> int:
+    return self.query_layers
+
   def __post_init__(self):
     super().__post_init__()
     layer_checks.check_bidirectional(self)
@@ -195,8 +207,14 @@ class Encoder(nnx.Module):
     batch = {'inputs': inputs, **more}
     return forward.run(self, batch, towers, keys_B=keys_B, execution=execution)
 
-  def context(self, tower: str, batch, keys_B, zigzag: int) -> block.Context:
-    """See `forward`."""
+  def context(
+    self,
+    tower: str,
+    batch: forward.Batch,
+    keys_B: jax.Array | None,
+    zigzag: int,
+  ) -> block.Context:
+    """See `forward.Model`."""
     common.check_length(self.config, batch['inputs'].shape[1])
     if two_stream_lib.are_in(batch):
       return two_stream_lib.context(batch, keys_B, self._asks_for_places)
@@ -230,8 +248,14 @@ class Encoder(nnx.Module):
     )
     return not plain or (own is not None and position.is_bias(own))
 
-  def enter(self, tower: str, batch, context: block.Context, x_BTD):
-    """See `forward`."""
+  def enter(
+    self,
+    tower: str,
+    batch: forward.Batch,
+    context: block.Context,
+    x_BTD: jax.Array | None,
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """See `forward.Model`."""
     encoded_BSD = None
     if tower == 'queries':
       encoded_BSD, batch = self.tower.end(x_BTD), _query_batch(batch)
@@ -256,8 +280,8 @@ class Encoder(nnx.Module):
       x_BTD = self.embed_norm(x_BTD)
     return x_BTD, encoded_BSD
 
-  def leave(self, x_BTD: jax.Array, batch) -> jax.Array:
-    """See `forward`."""
+  def leave(self, x_BTD: jax.Array, batch: forward.Batch) -> jax.Array:
+    """See `forward.Model`."""
     if self.queries is not None:
       return self._transformed(self.queries.end(x_BTD))
     if two_stream_lib.are_in(batch):

@@ -146,8 +146,14 @@ class EncoderDecoder(nnx.Module):
     x_BSD, _ = forward.run(self, batch, ('encoder',), execution=execution)
     return self.encoder.end(x_BSD)
 
-  def context(self, tower: str, batch, keys_B, zigzag: int) -> block.Context:
-    """See `forward`."""
+  def context(
+    self,
+    tower: str,
+    batch: forward.Batch,
+    keys_B: jax.Array | None,
+    zigzag: int,
+  ) -> block.Context:
+    """See `forward.Model`."""
     encodes = tower == 'encoder'
     prefix = 'encoder_' if encodes else ''
     zigzag = 1 if encodes else zigzag
@@ -167,8 +173,14 @@ class EncoderDecoder(nnx.Module):
       cross_mask=cross,
     )
 
-  def enter(self, tower: str, batch, context: block.Context, x_BTD):
-    """See `forward`."""
+  def enter(
+    self,
+    tower: str,
+    batch: forward.Batch,
+    context: block.Context,
+    x_BTD: jax.Array | None,
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """See `forward.Model`."""
     positions = context.positions_BT
     assert positions is not None
     if tower == 'encoder':
@@ -176,13 +188,19 @@ class EncoderDecoder(nnx.Module):
     encoded_BSD = self.encoder.end(x_BTD)
     return self.embeddings(batch['inputs'], positions), encoded_BSD
 
-  def leave(self, x_BTD: jax.Array, batch) -> jax.Array:
-    """See `forward`."""
+  def leave(self, x_BTD: jax.Array, batch: forward.Batch) -> jax.Array:
+    """See `forward.Model`."""
     del batch
     return self.decoder.end(x_BTD)
 
-  def terms(self, x_BTD, batch, keys_B, zigzag: int) -> loss_terms.Terms:
-    """See `forward`."""
+  def terms(
+    self,
+    x_BTD: jax.Array,
+    batch: forward.Batch,
+    keys_B: jax.Array | None,
+    zigzag: int,
+  ) -> loss_terms.Terms:
+    """See `forward.Model`."""
     del keys_B, zigzag
     return loss_terms.of_tokens(self.leave(x_BTD, batch), self.head, batch)
 

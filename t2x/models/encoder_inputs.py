@@ -63,5 +63,5 @@ def _list(names: Collection[str]) -> str:
 
 def tells_types(config: Any) -> bool:
   """Whether sentences A and B of a row look different to a model."""
-  by_kind = (getattr(kind, 'num_token_types', 0) for kind in config.kinds)
+  by_kind = (kind.num_token_types for kind in config.kinds)
   return bool(config.num_token_types) or any(by_kind)

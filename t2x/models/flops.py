@@ -158,7 +158,7 @@ def head_flops(config: model_lib.ModelConfig, num_targets: int) -> int:
 
 def _layers_ahead(config, T, skip_masked) -> list[dict[str, int]]:
   """Terms of the layer of each head that predicts further ahead."""
-  num = len(getattr(config, 'ahead', ()))
+  num = config.num_ahead
   last = len(config.group)
   tower = _tower(config, last, T, True, skip_masked) if num else [{}]
   return num * tower[-1:]
@@ -172,7 +172,7 @@ def _layers(
   tower = functools.partial(_tower, config, skip_masked=skip_masked)
   if 'encoder' not in depths:
     M = num_targets or T
-    if getattr(config, 'two_stream', False) and num_targets:
+    if config.is_two_stream and num_targets:
       return {'tower': tower(depths['tower'], T + num_targets, causal, keys=T)}
     layers = {'tower': tower(depths['tower'], T, causal)}
     if 'queries' in depths:

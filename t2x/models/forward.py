@@ -1,34 +1,111 @@
 """A forward pass in order of depth, in the steps that a pipeline cuts.
 
-A model names its towers (stacks of layers) in order of depth, and for each
-
-  context(tower, batch, keys_B, zigzag)  what its layers share, a
-                                         `block.Context` without `encoded_BSD`;
-  enter(tower, batch, context, x)        its first input, of the output x of the
-                                         tower before (None at the first), and
-                                         what its layers look at besides
-                                         (`encoded_BSD`) or None;
-
-and leave(x, batch), the features that reach the head, of the output of the
-last, and terms(x, batch, keys_B, zigzag), what the loss is made of.
-
-Shape suffixes: B batch, T position, D embed.
+Shape suffixes: B batch, T position, S position of an encoder's sequence, D
+embed.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 from typing import Any
+from typing import Protocol
 
 import jax
 
+from t2x.layers import block
+from t2x.layers import embed
 from t2x.layers import moe
 from t2x.layers import stack
+from t2x.models import loss_terms
 from t2x.models import segment_memory
+
+Batch = Mapping[str, Any]
+
+
+class Model(Protocol):
+  """What a training step and a pipeline ask of a model.
+
+  A model is an `nnx.Module` whose layers lie in towers (stacks), each an
+  attribute by its name. A forward pass enters each tower in order of depth and
+  leaves the last one; `run` is that pass.
+
+  Attributes:
+    config: the settings that the model was made of; `config.depths` names the
+      towers with their numbers of layers.
+    towers: names of the towers, in order of depth.
+  """
+
+  config: Any
+  towers: tuple[str, ...]
+
+  def context(
+    self, tower: str, batch: Batch, keys_B: jax.Array | None, zigzag: int
+  ) -> block.Context:
+    """Returns what the layers of a tower share, without `encoded_BSD`.
+
+    Args:
+      tower: the name of the tower.
+      batch: arrays by name, see `t2x.objectives.batch_keys`; one that is
+        missing or None has its default.
+      keys_B: dropout keys of the rows; None means no dropout.
+      zigzag: number of devices over which the tokens of a causal row lie in
+        zigzag order; 1 is the order of the sequence.
+
+    Raises:
+      ValueError: more tokens than the model has positions.
+    """
+    ...
+
+  def enter(
+    self,
+    tower: str,
+    batch: Batch,
+    context: block.Context,
+    x_BTD: jax.Array | None,
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """Returns a tower's first input, and the sequence that it also attends to.
+
+    Args:
+      tower: the name of the tower.
+      batch: arrays by name.
+      context: the result of `context`.
+      x_BTD: output of the tower before; None at the first.
+
+    Returns:
+      The input (B, T, D), and `encoded_BSD` of cross-attention or None.
+    """
+    ...
+
+  def leave(self, x_BTD: jax.Array, batch: Batch) -> jax.Array:
+    """Returns the features (B, T, D) of the last tower's output."""
+    ...
+
+  def terms(
+    self,
+    x_BTD: jax.Array,
+    batch: Batch,
+    keys_B: jax.Array | None,
+    zigzag: int,
+  ) -> loss_terms.Terms:
+    """Returns the terms of the loss, by name, of the last tower's output.
+
+    Args:
+      x_BTD: output of the last tower.
+      batch: arrays by name, targets and their weights among them.
+      keys_B: dropout keys of the rows, or None.
+      zigzag: see `context`.
+    """
+    ...
+
+  @property
+  def head(self) -> embed.Head:
+    """The head that turns features into logits of the vocabulary."""
+    ...
 
 
 def run(
-  model: Any,
-  batch: dict[str, Any],
+  model: Model,
+  batch: Batch,
   towers: Sequence[str] | None = None,
   *,
   keys_B: jax.Array | None = None,
@@ -37,8 +114,8 @@ def run(
   """Runs towers one after another.
 
   Args:
-    model: of any architecture.
-    batch: its inputs by name; None is as good as missing.
+    model: a model of any architecture.
+    batch: arrays by name; None is as good as missing.
     towers: names of the first towers; default all.
     keys_B: dropout keys of the rows; None means no dropout.
     execution: scan or unroll, what to recompute, and in which order the tokens
@@ -65,8 +142,8 @@ def run(
 
 
 def recall(
-  model: Any,
-  batch: dict[str, Any],
+  model: Model,
+  batch: Batch,
   memory: dict[str, Any],
   *,
   keys_B: jax.Array | None = None,
@@ -97,7 +174,7 @@ def recall(
 
 
 def features(
-  model: Any, batch: dict[str, Any], **kwargs
+  model: Model, batch: Batch, **kwargs: Any
 ) -> tuple[jax.Array, dict[str, moe.Stats]]:
   """Returns the features (B, T, D) that the head reads; otherwise as `run`."""
   x_BTD, stats = run(model, batch, **kwargs)

@@ -44,7 +44,7 @@ def check_positions(config: Any) -> None:
           f'{kind.kind} has none. Choose rotary, learned or sinusoidal '
           'positions.'
         )
-  apart = any(getattr(kind, 'global_projections', False) for kind in kinds)
+  apart = any(kind.global_projections for kind in kinds)
   if apart and own is not None and not position.is_added(own):
     raise ValueError(
       'attention.global_projections=true takes learned or sinusoidal '
@@ -67,12 +67,12 @@ def check_causal(config: Any) -> None:
         f'model.attention={kind.kind}: {kind.not_causal}, so a decoder would '
         'see the future. It is for model.kind=encoder.'
       )
-    if getattr(kind, 'num_token_types', 0):
+    if kind.num_token_types:
       raise ValueError(
         f'attention.num_token_types={kind.num_token_types} is for model.kind='
         'encoder: rows of a decoder have no sentences A and B. Set it to 0.'
       )
-    if getattr(kind, 'global_projections', False):
+    if kind.global_projections:
       raise ValueError(
         'attention.global_projections=true is for model.kind=encoder: the '
         'first tokens of a decoder see no later ones. Set it to false.'
@@ -104,7 +104,7 @@ def check_memory(config: Any) -> None:
         f'model.memory={config.memory}: model.attention={kind.kind} goes by '
         'whole rows. Choose dense, transformer_xl, local or dilated.'
       )
-  if config.kind == 'encoder_decoder' or getattr(config, 'query_layers', 0):
+  if config.kind == 'encoder_decoder' or config.num_query_layers:
     raise ValueError(
       f'model.memory={config.memory} is for models of one stack. Set it to 0.'
     )
@@ -122,7 +122,7 @@ def check_query_layers(config: Any) -> None:
   whole = (sparse.BlockSparse, sparse.Random, sparse.BigBird)
   for kind in config.kinds:
     softmax = isinstance(kind, attention_config.Softmax)
-    own = getattr(kind, 'global_projections', False)
+    own = kind.global_projections
     if not softmax or own or isinstance(kind, whole):
       raise ValueError(
         f'model.query_layers={config.query_layers} leave rows of which tokens '
@@ -134,7 +134,7 @@ def check_query_layers(config: Any) -> None:
 def check_two_stream(config: Any) -> None:
   """Raises ValueError for what does not go by the ranks of tokens."""
   for kind in config.kinds:
-    whole = not getattr(kind, 'global_projections', False)
+    whole = not kind.global_projections
     if not (isinstance(kind, attention_config.Softmax) and whole):
       raise ValueError(
         f'model.two_stream=true hides tokens by the order of a permutation, '

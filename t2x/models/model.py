@@ -11,7 +11,7 @@ ModelConfig = (
   | encoder.EncoderConfig
   | encoder_decoder.EncoderDecoderConfig
 )
-Model = decoder.Decoder | encoder.Encoder | encoder_decoder.EncoderDecoder
+Transformer = decoder.Decoder | encoder.Encoder | encoder_decoder.EncoderDecoder
 
 _CLASSES = {
   decoder.DecoderConfig: decoder.Decoder,
@@ -20,6 +20,11 @@ _CLASSES = {
 }
 
 
-def make(config: ModelConfig, *, rngs: nnx.Rngs) -> Model:
-  """Builds the model that `config` describes."""
+def make(config: ModelConfig, *, rngs: nnx.Rngs) -> Transformer:
+  """Builds the model that a config describes.
+
+  Args:
+    config: the settings of an encoder, a decoder or an encoder-decoder.
+    rngs: keys of the initial weights.
+  """
   return _CLASSES[type(config)](config, rngs=rngs)

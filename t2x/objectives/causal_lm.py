@@ -6,12 +6,13 @@ from typing import ClassVar
 import numpy as np
 
 from t2x import field_checks
+from t2x.objectives import objective
 from t2x.objectives import rows as rows_lib
 from t2x.objectives import vocab as vocab_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CausalLM:
+class CausalLM(objective.Objective):
   """Predicts each token of a document from those before it.
 
   A row of `length` predictions needs `length + 1` tokens; neighbouring rows
@@ -25,8 +26,10 @@ class CausalLM:
   ahead: int = 0
 
   kind: ClassVar[str] = 'causal_lm'
-  has_encoder: ClassVar[bool] = False
-  paired: ClassVar[bool] = False
+
+  @property
+  def num_ahead(self) -> int:
+    return self.ahead
 
   def __post_init__(self):
     field_checks.least(self, 'data.objective.', ahead=0)

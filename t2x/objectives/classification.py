@@ -6,12 +6,13 @@ from typing import ClassVar
 import numpy as np
 
 from t2x import field_checks
+from t2x.objectives import objective
 from t2x.objectives import rows as rows_lib
 from t2x.objectives import vocab as vocab_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Classification:
+class Classification(objective.Objective):
   """Says which class a text is of; its label is the pair's target text.
 
   Classes are the labels of the training text in the order of their ids. A text
@@ -30,7 +31,7 @@ class Classification:
   labels: tuple[str, ...] = ()
 
   kind: ClassVar[str] = 'classification'
-  has_encoder: ClassVar[bool] = False
+  follows_text: ClassVar[bool] = False
   paired: ClassVar[bool] = True
 
   def __post_init__(self):

@@ -7,12 +7,13 @@ import numpy as np
 
 from t2x.objectives import noise
 from t2x.objectives import noised
+from t2x.objectives import objective
 from t2x.objectives import rows as rows_lib
 from t2x.objectives import vocab as vocab_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Denoising:
+class Denoising(objective.Objective):
   """The decoder writes the document that the encoder reads noised.
 
   The defaults are BART's own: sentences in another order, and text infilling.
@@ -36,7 +37,6 @@ class Denoising:
 
   kind: ClassVar[str] = 'denoising'
   has_encoder: ClassVar[bool] = True
-  paired: ClassVar[bool] = False
 
   def __post_init__(self):
     for name in ('rotate', 'infill', 'mask', 'delete'):
@@ -50,14 +50,6 @@ class Denoising:
         f'data.objective.mean_span={self.mean_span}; it is above 0. BART uses '
         '3.'
       )
-
-  def source_length(self, length: int) -> int:
-    """Raw tokens that one row of `length` is made from."""
-    return length
-
-  def stride(self, length: int) -> int:
-    """Raw tokens from the start of one row to the start of the next."""
-    return length
 
   def lengths(self, length: int) -> dict[str, int]:
     """How long the arrays of a batch are, by name."""

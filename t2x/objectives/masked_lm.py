@@ -11,12 +11,13 @@ import numpy as np
 from t2x.objectives import choosing
 from t2x.objectives import masking as masking_lib
 from t2x.objectives import noise
+from t2x.objectives import objective
 from t2x.objectives import rows as rows_lib
 from t2x.objectives import vocab as vocab_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MaskedLM:
+class MaskedLM(objective.Objective):
   """Predicts a random `rate` of the tokens from all the others.
 
   A row has as many chosen tokens as BERT's: the nearest number to the rate, one
@@ -44,8 +45,18 @@ class MaskedLM:
   random_share: float = 0.1
 
   kind: ClassVar[str] = 'masked_lm'
-  has_encoder: ClassVar[bool] = False
-  paired: ClassVar[bool] = False
+
+  @property
+  def token_masking(self) -> masking_lib.Config:
+    return self.masking
+
+  @property
+  def drops_tokens(self) -> bool:
+    return self.dropped
+
+  @property
+  def draws_once(self) -> bool:
+    return self.static
 
   def __post_init__(self):
     if not 0 < self.rate < 1:
@@ -70,14 +81,6 @@ class MaskedLM:
         'data.objective.dropped=true takes tokens out of rows before a step, '
         'and masking=by_loss chooses them in it. Set one of them.'
       )
-
-  def source_length(self, length: int) -> int:
-    """Raw tokens that one row of `length` is made from."""
-    return length
-
-  def stride(self, length: int) -> int:
-    """Raw tokens from the start of one row to the start of the next."""
-    return length
 
   def num_targets(self, length: int) -> int:
     """Positions of a row that reach the head, up to a multiple of 8."""

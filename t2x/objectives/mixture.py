@@ -7,10 +7,12 @@ from typing import Literal
 import numpy as np
 
 from t2x import field_checks
+from t2x.objectives import batch_keys
 from t2x.objectives import causal_lm
 from t2x.objectives import classification
 from t2x.objectives import denoising
 from t2x.objectives import masked_lm
+from t2x.objectives import masking
 from t2x.objectives import next_sentence
 from t2x.objectives import permutation
 from t2x.objectives import prefix_lm
@@ -18,7 +20,6 @@ from t2x.objectives import source_target
 from t2x.objectives import span_corruption
 from t2x.objectives import ul2
 
-TASKS = 'tasks'  # In a batch: the number of each row's task, (B, 1).
 Single = (
   causal_lm.CausalLM
   | prefix_lm.PrefixLM
@@ -129,6 +130,7 @@ class Mixture:
 
   kind: ClassVar[str] = 'mixture'
   paired: ClassVar[bool] = False
+  follows_text: ClassVar[bool] = True
 
   def __post_init__(self):
     field_checks.positive(self, 'data.objective.', 'temperature')
@@ -160,8 +162,7 @@ class Mixture:
         f'and some have one of them ({self._kinds()}). One model trains all.'
       )
     for task in self.tasks:
-      own = getattr(task.objective, 'masked', task.objective)
-      if getattr(getattr(own, 'masking', None), 'kind', '') == 'by_loss':
+      if isinstance(task.objective.token_masking, masking.ByLoss):
         raise ValueError(
           f'data.objective.tasks: masking=by_loss of {task.name!r} is for a '
           'run of one task. Choose another masking.'
@@ -171,12 +172,17 @@ class Mixture:
     return ', '.join(f'{t.name}: {t.objective.kind}' for t in self.tasks)
 
   @property
+  def token_masking(self) -> None:
+    """Tasks choose masked tokens by themselves."""
+    return None
+
+  @property
   def has_encoder(self) -> bool:
     return self.tasks[0].objective.has_encoder
 
   def lengths(self, length: int) -> dict[str, int]:
     """How long the arrays of a batch are, by name: the longest of any task."""
-    found = {TASKS: 1}
+    found = {batch_keys.TASKS: 1}
     for task in self.tasks:
       for name, own in task.objective.lengths(length).items():
         found[name] = max(own, found.get(name, 0))

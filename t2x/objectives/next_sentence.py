@@ -9,6 +9,8 @@ from typing import ClassVar
 import numpy as np
 
 from t2x.objectives import masked_lm
+from t2x.objectives import masking as masking_lib
+from t2x.objectives import objective
 from t2x.objectives import rows as rows_lib
 from t2x.objectives import vocab as vocab_lib
 
@@ -16,7 +18,7 @@ FOLLOWS, WRONG = 0, 1  # The two classes, as BERT's release numbers them.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NextSentence:
+class NextSentence(objective.Objective):
   """Says whether text B follows text A, and predicts masked tokens of both.
 
   A row is <bos> A <eos> B <eos>, of one document that is cut after a sentence;
@@ -41,8 +43,7 @@ class NextSentence:
   swapped: float = 0.0
 
   kind: ClassVar[str] = 'next_sentence'
-  has_encoder: ClassVar[bool] = False
-  paired: ClassVar[bool] = False
+  follows_text: ClassVar[bool] = False
 
   def __post_init__(self):
     if not 0 < self.positive < 1:
@@ -58,8 +59,16 @@ class NextSentence:
       )
 
   @property
-  def static(self) -> bool:
-    return self.masked.static
+  def token_masking(self) -> masking_lib.Config:
+    return self.masked.token_masking
+
+  @property
+  def drops_tokens(self) -> bool:
+    return self.masked.drops_tokens
+
+  @property
+  def draws_once(self) -> bool:
+    return self.masked.draws_once
 
   def source_length(self, length: int) -> int:
     """Raw tokens of A and B together, the most in a row of `length`."""

@@ -11,12 +11,13 @@ import numpy as np
 from t2x.objectives import masked_lm
 from t2x.objectives import masking as masking_lib
 from t2x.objectives import noise
+from t2x.objectives import objective
 from t2x.objectives import rows as rows_lib
 from t2x.objectives import vocab as vocab_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Permutation:
+class Permutation(objective.Objective):
   """Predicts the last tokens of a random order from all before them in it.
 
   The order leaves each token where it stands; it says who sees whom. Of a row,
@@ -30,8 +31,6 @@ class Permutation:
   masking: masking_lib.Config = masking_lib.Spans()
 
   kind: ClassVar[str] = 'permutation'
-  has_encoder: ClassVar[bool] = False
-  paired: ClassVar[bool] = False
 
   def __post_init__(self):
     assert self._masked  # Its construction checks the rate.
@@ -44,14 +43,6 @@ class Permutation:
   @property
   def _masked(self) -> masked_lm.MaskedLM:
     return masked_lm.MaskedLM(rate=self.rate, masking=self.masking)
-
-  def source_length(self, length: int) -> int:
-    """Raw tokens that one row of `length` is made from."""
-    return length
-
-  def stride(self, length: int) -> int:
-    """Raw tokens from the start of one row to the start of the next."""
-    return length
 
   def lengths(self, length: int) -> dict[str, int]:
     """How long the arrays of a batch are, by name."""

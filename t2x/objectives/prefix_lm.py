@@ -10,13 +10,14 @@ import numpy as np
 
 from t2x.objectives import causal_lm
 from t2x.objectives import noise
+from t2x.objectives import objective
 from t2x.objectives import rows as rows_lib
 from t2x.objectives import segments as segments_lib
 from t2x.objectives import vocab as vocab_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrefixLM:
+class PrefixLM(objective.Objective):
   """Each document's first part is seen as a whole, its rest is predicted.
 
   As `CausalLM`, but that tokens of a prefix of random length see each other in
@@ -31,8 +32,6 @@ class PrefixLM:
   most: float = 1.0
 
   kind: ClassVar[str] = 'prefix_lm'
-  has_encoder: ClassVar[bool] = False
-  paired: ClassVar[bool] = False
 
   def __post_init__(self):
     if not 0 <= self.least <= self.most <= 1:

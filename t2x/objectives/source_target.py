@@ -5,12 +5,13 @@ from typing import ClassVar
 
 import numpy as np
 
+from t2x.objectives import objective
 from t2x.objectives import rows as rows_lib
 from t2x.objectives import vocab as vocab_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SourceTarget:
+class SourceTarget(objective.Objective):
   """Predicts every token of the target, given the source.
 
   Both sides end with <eos> and hold at most `length` tokens. In a packed row
@@ -18,6 +19,7 @@ class SourceTarget:
   """
 
   kind: ClassVar[str] = 'source_target'
+  follows_text: ClassVar[bool] = False
   has_encoder: ClassVar[bool] = True
   paired: ClassVar[bool] = True
 

@@ -15,12 +15,13 @@ import numpy as np
 
 from t2x.objectives import noise
 from t2x.objectives import noised
+from t2x.objectives import objective
 from t2x.objectives import rows as rows_lib
 from t2x.objectives import vocab as vocab_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SpanCorruption:
+class SpanCorruption(objective.Objective):
   """Drops a `rate` of the tokens in spans of `mean_span` tokens on average.
 
   Rows are made of so many raw tokens that one long document fills the encoder
@@ -34,7 +35,6 @@ class SpanCorruption:
 
   kind: ClassVar[str] = 'span_corruption'
   has_encoder: ClassVar[bool] = True
-  paired: ClassVar[bool] = False
 
   def __post_init__(self):
     if not 0 < self.rate < 1:
@@ -54,10 +54,6 @@ class SpanCorruption:
     while self.sides(raw + 1)[0] <= length:
       raw += 1
     return raw
-
-  def stride(self, length: int) -> int:
-    """Raw tokens from the start of one row to the start of the next."""
-    return self.source_length(length)
 
   def target_length(self, length: int) -> int:
     """Targets of one long document, up to a multiple of 64."""

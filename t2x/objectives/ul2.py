@@ -8,6 +8,7 @@ import numpy as np
 
 from t2x.objectives import noise
 from t2x.objectives import noised
+from t2x.objectives import objective
 from t2x.objectives import rows as rows_lib
 from t2x.objectives import span_corruption
 from t2x.objectives import vocab as vocab_lib
@@ -71,7 +72,7 @@ DENOISERS = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class UL2:
+class UL2(objective.Objective):
   """Each document draws a denoiser; its mode is the encoder's first token.
 
   Modes are the last three sentinels. S alone is a prefix language model.
@@ -81,7 +82,6 @@ class UL2:
 
   kind: ClassVar[str] = 'ul2'
   has_encoder: ClassVar[bool] = True
-  paired: ClassVar[bool] = False
 
   def __post_init__(self):
     if not self.denoisers:
@@ -90,10 +90,6 @@ class UL2:
   def source_length(self, length: int) -> int:
     """Raw tokens that one row of `length` is made from."""
     return max(length - 2, 1)
-
-  def stride(self, length: int) -> int:
-    """Raw tokens from the start of one row to the start of the next."""
-    return self.source_length(length)
 
   def target_length(self, length: int) -> int:
     """Targets of one long document by any denoiser, a multiple of 64."""

@@ -239,7 +239,7 @@ def messages(
 def _tokens(model, tower: placement_lib.Tower, batch: Batch) -> int:
   """Tokens of a row of a tower."""
   own = {'encoder': batch.encoder_length or 0, 'queries': batch.num_targets}
-  both = batch.num_targets if getattr(model, 'two_stream', False) else 0
+  both = batch.num_targets if model.is_two_stream else 0
   return own.get(tower.name, batch.length + both)
 
 

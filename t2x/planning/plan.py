@@ -203,7 +203,7 @@ def make(
 def _of_compiled(config, mesh, compiled: jax.stages.Compiled, given) -> Plan:
   text = compiled.as_text()
   assert text is not None, 'a compiled program has a text'
-  stages = partitioning.pipeline(config, mesh.shape)
+  stages = partitioning.of(config, mesh.shape).pipeline
   trips: Sequence[Any] = [None]
   bubble = 0.0
   if stages is not None:

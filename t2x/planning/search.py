@@ -146,7 +146,7 @@ def _seconds(config, estimate, axes, chip, peak) -> float:
     network += time
     if {*m.axes} & {'tensor', 'expert', 'context'}:
       exposed += time
-  stages = partitioning.pipeline(config, estimate.sizes)
+  stages = partitioning.of(config, estimate.sizes).pipeline
   bubble = 0.0
   if stages is not None and not config.pipeline.uniform:
     bubble = stages.table.simulate().bubble

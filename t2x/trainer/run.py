@@ -18,6 +18,7 @@ from t2x.models import flops
 from t2x.models import segment_memory
 from t2x.multihost import processes
 from t2x.multihost import stragglers
+from t2x.objectives import batch_keys
 from t2x.tracking import metrics as metrics_lib
 from t2x.tracking import run_report
 from t2x.trainer import checkpointer
@@ -252,13 +253,7 @@ class Run:
     share = len(rows) / self.config.data.batch_size
     with contextlib.closing(batches):
       for batch in batches:
-        # Of a second stream each token stands in the first one already.
-        twice = 'query_segments' if 'ranks' in batch else ''
-        num_tokens = sum(
-          np.count_nonzero(v)
-          for k, v in batch.items()
-          if 'segments' in k and k != twice
-        )
+        num_tokens = batch_keys.num_tokens(batch)
         yield self.program.place(batch), num_tokens / share
 
   def _stop_non_finite(self, step: int, metrics: dict[str, float]) -> None:

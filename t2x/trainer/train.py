@@ -10,7 +10,6 @@ from t2x import files
 from t2x.config import consistency
 from t2x.config import experiment
 from t2x.config import layout_advice
-from t2x.config import partitioning
 from t2x.data import corpus as corpus_lib
 from t2x.data import input_pipeline
 from t2x.multihost import liveness_monitor
@@ -75,9 +74,9 @@ def train(
     if processes.is_primary():
       workdir_lib.write(workdir, config, corpus, changes, run.step)
     run.open(show)
-    staged = partitioning.pipeline(config, mesh.shape)
-    if staged is not None:
-      _log.info('Pipeline: %s.', staged.summary())
+    stages = run.program.partitioning.pipeline
+    if stages is not None:
+      _log.info('Pipeline: %s.', stages.summary())
     with contextlib.closing(run), jax.transfer_guard('disallow'):
       return _loop(run, stopping, _Profiler(workdir, profile_steps))
 

@@ -21,7 +21,7 @@ from t2x.losses import task_weighting
 from t2x.models import forward
 from t2x.models import loss_terms
 from t2x.models import segment_memory
-from t2x.objectives import mixture
+from t2x.objectives import batch_keys
 from t2x.parallel import sharding
 from t2x.pipeline import gradients as pipeline
 from t2x.training import optim
@@ -329,7 +329,7 @@ def _loss(trained, probes_K, rest, batch, key, config: train_state.StepConfig):
   memory = batch.get(segment_memory.NAME)
   x_BTD, stats, memory = _run(model, batch, memory, keys_B, config)
   if probes_K is not None:
-    numbers_B = batch[mixture.TASKS][:, 0]
+    numbers_B = batch[batch_keys.TASKS][:, 0]
     x_BTD = task_weighting.probed(x_BTD, probes_K, numbers_B)
   terms = model.terms(x_BTD, batch, keys_B, execution.zigzag)
   loss, sums = measure(config)(terms, batch=batch)

@@ -276,7 +276,7 @@ def stage_flops(config, num: int) -> list[float]:
   text = target_devices.compile(
     lowering.lower_step(config, mesh), options
   ).as_text()
-  plan = partitioning.pipeline(config, mesh.shape)
+  plan = partitioning.of(config, mesh.shape).pipeline
   assert plan is not None
   return [
     matmul_flops.matrix_flops(text, stage_trips.trips(plan, stage))

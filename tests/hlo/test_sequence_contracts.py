@@ -54,7 +54,7 @@ def ring_step(tpu_target, **rules):
   )
   devices = tpu.devices('v5e:2x4') if tpu_target else jax.devices()
   mesh = mesh_lib.make(config.mesh, devices)
-  assert partitioning.zigzag(config, mesh.shape) == C
+  assert partitioning.of(config, mesh.shape).zigzag == C
   text = tpu.compile_text(
     lowering.lower_step(config, mesh), **({} if tpu_target else FAST)
   )

@@ -40,7 +40,7 @@ def compiled(tmp_path):
     # LLVM's optimisations cost half the time and change no count.
     options = {'xla_backend_optimization_level': 0}
     program = target_devices.compile(lowering.lower_step(config, mesh), options)
-    return program.as_text(), mesh, partitioning.pipeline(config, mesh.shape)
+    return program.as_text(), mesh, partitioning.of(config, mesh.shape).pipeline
 
   return make
 

@@ -288,7 +288,7 @@ def plan_of(directory, **settings):
   config = tiny.experiment_of(directory, **PIPE | BALANCED | settings)
   sizes = mesh_lib.sizes(config.mesh, 8)
   consistency.check(config, 8)
-  return partitioning.pipeline(config, sizes)
+  return partitioning.of(config, sizes).pipeline
 
 
 def test_a_large_vocabulary_takes_layers_from_the_last_stage(tmp_path):
@@ -353,7 +353,7 @@ def test_gradients_of_a_balanced_pipeline(tmp_path):
   staged = {'mesh__pipe': 2, 'pipeline__schedule': 'zb_h1'}
   config = tiny.experiment_of(tmp_path, **BALANCED | alone | staged)
   sizes = mesh_lib.sizes(config.mesh, 2)
-  plan = partitioning.pipeline(config, sizes)
+  plan = partitioning.of(config, sizes).pipeline
   assert plan is not None and plan.place.units_P.tolist() == [4, 2]
   grads, sums = gradients_of(config, 2)
   single = tiny.experiment_of(tmp_path, model__num_layers=6, **alone)

@@ -138,5 +138,5 @@ def test_a_run_keeps_a_table_of_ones_own(directory, tmp_path, caplog):
 )
 def test_a_pipeline_in_a_line(directory, settings, said):
   config = tiny.experiment_of(directory, **RUN, **(STAGES | settings))
-  plan = partitioning.pipeline(config, mesh_lib.sizes(config.mesh, 8))
+  plan = partitioning.of(config, mesh_lib.sizes(config.mesh, 8)).pipeline
   assert plan is not None and re.search(said, plan.summary()), plan.summary()
