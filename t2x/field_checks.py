@@ -9,8 +9,8 @@ def least(config: Any, prefix: str, **least: float) -> None:
 
   Args:
     config: a dataclass.
-    prefix: of the fields' dotted names, as in 'train.'.
-    **least: field -> smallest value.
+    prefix: start of the fields' dotted names, as in 'train.'.
+    **least: smallest value of each field.
   """
   for name, low in least.items():
     value = getattr(config, name)

@@ -32,8 +32,8 @@ def run(get_config: GetConfig, machines: Machines | None = None) -> None:
   """Parses the flags and trains the experiment that `get_config` returns.
 
   Args:
-    get_config: of the experiment.
-    machines: name -> what --machine=NAME stands for.
+    get_config: function that returns the experiment.
+    machines: the machine that --machine=NAME stands for, by name.
   """
   flags.DEFINE_string('workdir', None, 'Where the run is kept; may be gs://.')
   define_set_flag()
@@ -95,13 +95,14 @@ def joined() -> contextlib.AbstractContextManager[None]:
 
 
 def define_set_flag() -> None:
+  """Defines --set, which changes single fields of a config."""
   flags.DEFINE_multi_string('set', [], 'dotted.name=value; may repeat.')
 
 
 def app_run(main: Callable[[], None]) -> None:
   """Runs `main` under absl; what a user can mend is said in one message."""
 
-  def guarded(argv):
+  def guarded(argv: Sequence[str]) -> None:
     if argv[1:]:
       sys.exit(
         f'error: unexpected argument {argv[1]!r}; settings are written '
@@ -128,7 +129,7 @@ def app_run(main: Callable[[], None]) -> None:
   app.run(guarded, flags_parser=_parse)
 
 
-def _parse(argv):
+def _parse(argv: Sequence[str]) -> list[str]:
   """As absl does, whose own message spans four lines."""
   for argument in argv:
     try:

@@ -56,13 +56,13 @@ def lines(data: bytes, file: str) -> Iterator[tuple[int, str]]:
 
 
 def parse_json(data: str, place: str, remedy: str, **options: Any) -> Any:
-  """Returns what JSON text says.
+  """Returns the value of JSON text.
 
   Args:
     data: the text.
-    place: where it stands, for messages: a file, or a file and a line.
-    remedy: what to do if it cannot be read, a sentence.
-    **options: of `json.loads`.
+    place: file, or file and line, that messages name.
+    remedy: a sentence on what to do if it cannot be read.
+    **options: options of `json.loads`.
 
   Raises:
     ValueError: it is not JSON, or more than Python reads.
@@ -83,8 +83,8 @@ def json_object(file: epath.PathLike, remedy: str) -> dict[str, Any]:
   """Returns the object that a JSON file holds.
 
   Args:
-    file: local or remote.
-    remedy: what to do if it holds none, a sentence.
+    file: a path, local or remote.
+    remedy: a sentence on what to do if it holds none.
 
   Raises:
     ValueError: it is not UTF-8, not JSON, or something else than an object.

@@ -16,6 +16,7 @@ and results are the run's own.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 import contextlib
 import hashlib
 import io
@@ -58,10 +59,11 @@ def save(
   """Compiles what a run compiles, and writes it to one file.
 
   Args:
-    file: to write, local or gs://; whole or not at all.
-    config: of the run.
-    mesh: of devices that may be absent.
-    say: takes a line for each program as it is done.
+    file: the path to write to, local or gs://; the file appears whole or not
+      at all.
+    config: the experiment of the run.
+    mesh: the mesh, whose devices may be absent.
+    say: the function that takes a line for each program as it is done.
 
   Returns:
     The manifest.
@@ -108,8 +110,9 @@ def load(
   """Returns the programs of a file, for `Program.replace`.
 
   Args:
-    file: what `save` wrote; local or gs://, the same for every process.
-    program: of the run, on the devices that run it.
+    file: the path of a file that `save` wrote, local or gs://, the same for
+      every process.
+    program: the program of the run, on the devices that run it.
 
   Raises:
     ValueError: no such file, a damaged one, or one made for something else,
@@ -146,7 +149,7 @@ def load(
 
 
 @contextlib.contextmanager
-def _no_cache():
+def _no_cache() -> Iterator[None]:
   """Leaves JAX's persistent cache alone.
 
   A program read from it cannot be written again: on CPUs its file loads, and
@@ -163,7 +166,9 @@ def _no_cache():
     compilation_cache.reset_cache()
 
 
-def _deserialize(payload, lowered, devices) -> jax.stages.Compiled:
+def _deserialize(
+  payload: bytes, lowered: jax.stages.Lowered, devices: list[jax.Device]
+) -> jax.stages.Compiled:
   return serialize_executable.deserialize_and_load(
     payload,
     jax.tree.structure(lowered.args_info),
@@ -195,7 +200,9 @@ def _refusal(file: str, differences: list[str]) -> str:
   )
 
 
-def _reasons(manifest, program, unlike: list[str]) -> list[str]:
+def _reasons(
+  manifest: dict[str, Any], program: program_lib.Program, unlike: list[str]
+) -> list[str]:
   """Returns why programs differ, as far as it is known."""
   source = fingerprint.of_source(program.config)
   reasons = fingerprint.source_differences(manifest['source'], source)
@@ -239,7 +246,9 @@ def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
   return {kind: size for kind, size in sizes.items() if size}
 
 
-def _write(file: str, manifest, payloads: dict[str, bytes]) -> None:
+def _write(
+  file: str, manifest: dict[str, Any], payloads: dict[str, bytes]
+) -> None:
   buffer = io.BytesIO()
   with zipfile.ZipFile(
     buffer, 'w', zipfile.ZIP_DEFLATED, compresslevel=1

@@ -36,10 +36,12 @@ _MOST = 8  # Differences that a message lists.
 
 
 def of_target(program: program_lib.Program) -> dict[str, Any]:
-  """Returns what must match before anything is lowered, as JSON.
+  """Returns the devices, compilers and flags of a program, as JSON.
+
+  They must match before anything is lowered.
 
   Args:
-    program: of the run; its devices may be absent.
+    program: the program of a run; its devices may be absent.
   """
   mesh = program.batch_sharding.mesh
   assert isinstance(mesh, jax.sharding.Mesh)
@@ -66,7 +68,10 @@ def compilers() -> dict[str, str]:
 
 
 def of_source(config: experiment.Experiment) -> dict[str, Any]:
-  """Returns what explains lowered texts that differ, as JSON."""
+  """Returns settings, libraries and code, as JSON.
+
+  They explain lowered texts that differ.
+  """
   return {
     'config': overrides.to_json(config),
     'libraries': _versions(_LIBRARIES),
@@ -119,7 +124,7 @@ def source_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
   return said
 
 
-def _pairs(then: Any, now: Any) -> list[str]:
+def _pairs(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
   pairs = overrides.differences(then, now).items()
   text = lambda value: 'none' if value in ('', None) else value
   return [
@@ -138,7 +143,7 @@ def _some(items: list[str], separator: str) -> str:
   return separator.join(shown)
 
 
-def _place(device: Any) -> dict[str, Any]:
+def _place(device: jax.Device) -> dict[str, Any]:
   """Returns which of all devices it is; a single slice may go unnumbered."""
   return {
     'id': device.id,

@@ -25,7 +25,7 @@ def step(config: experiment.Experiment) -> core.ClosedJaxpr:
   """Returns one update on a whole batch (of the largest bucket), traced.
 
   Args:
-    config: of the run; its mesh, rules and pipeline count for nothing.
+    config: the experiment; its mesh, rules and pipeline count for nothing.
   """
   batch = {
     name: jax.ShapeDtypeStruct(shape, dtype)
@@ -46,8 +46,8 @@ def lower_step(
   """Returns the train step of a run lowered, for full batches.
 
   Args:
-    config: of the run.
-    mesh: of any devices.
+    config: the experiment of the run.
+    mesh: the mesh, of devices that may be absent.
   """
   made = program.Program(config, mesh, num_steps=1)
   with sharding.use(mesh, config.rules):

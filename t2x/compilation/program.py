@@ -12,10 +12,12 @@ import dataclasses
 import functools
 from typing import Any
 
+from flax import nnx
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
+import optax
 
 from t2x.config import abstract_state
 from t2x.config import experiment
@@ -40,17 +42,18 @@ class Checked:
   """A jitted function that compiles, is checked, and only then runs.
 
   Args:
-    fn: what `jax.jit` returned. Its programs are made under the mesh and the
-      rules that are active at the first call with given arguments' shapes.
-    check: raises for the text of a program that must not run.
+    fn: a function that `jax.jit` returned. Its programs are made under the mesh
+      and the rules that are active at the first call with given arguments'
+      shapes.
+    check: a function that raises for the text of a program that must not run.
   """
 
-  def __init__(self, fn: Any, check: Callable[[str], None]):
+  def __init__(self, fn: jax.stages.Wrapped, check: Callable[[str], None]):
     self._fn = fn
     self._check = check
     self._compiled: dict[Any, jax.stages.Compiled] = {}
 
-  def __call__(self, *args):
+  def __call__(self, *args: Any) -> Any:
     leaves, treedef = jax.tree.flatten(args)
     key = treedef, tuple((x.shape, x.dtype, x.sharding) for x in leaves)
     if key not in self._compiled:
@@ -61,7 +64,7 @@ class Checked:
       self._compiled[key] = compiled
     return self._compiled[key](*args)
 
-  def lower(self, *args) -> jax.stages.Lowered:
+  def lower(self, *args: Any) -> jax.stages.Lowered:
     """Returns the function lowered for arrays or sharded shapes."""
     return self._fn.lower(*args)
 
@@ -70,11 +73,12 @@ class Program:
   """Initialisation, step and evaluation, each compiled at its first call.
 
   Attributes:
-    partitioning: what the mesh makes of the experiment.
+    partitioning: the experiment on the mesh: its stages, multiples of rows,
+      order of tokens.
     shapes: the train state as sharded shapes.
     trained: the shapes of the trained parameters, which gradients share.
-    batch_sharding: of every array of a batch.
-    rows: the rows of a global batch that this process holds.
+    batch_sharding: the sharding of every array of a batch.
+    rows: numbers of the rows of a global batch that this process holds.
     learning_rate: update (from 0; see `optim.num_updates`) -> learning rate.
     check: raises for the text of a compiled program that must not run; None
       where none needs it.
@@ -102,7 +106,13 @@ class Program:
     step_config = self.partitioning.step_config
     self._define(jit_for(config, mesh), tx, step_config, whole)
 
-  def _define(self, jit, tx, step_config, whole) -> None:
+  def _define(
+    self,
+    jit: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    step_config: train_state.StepConfig,
+    whole: NamedSharding,
+  ) -> None:
     of_state, of_grads = jax.tree.map(
       lambda s: s.sharding, (self.shapes, self.trained)
     )
@@ -135,8 +145,14 @@ class Program:
       zip(NAMES, (self._init, self._step, self._eval), strict=True)
     )
 
-  def _checked(self, step_config):
-    """Returns what wraps a function that a pipeline's stages run unlike."""
+  def _checked(
+    self, step_config: train_state.StepConfig
+  ) -> Callable[[Any], Any]:
+    """Returns a wrapper that checks a compiled program before it first runs.
+
+    The stages of a pipeline run different code, and an exchange among all
+    devices within it would wait for ever.
+    """
     self.check = None
     if step_config.pipeline is None or self.config.pipeline.uniform:
       return lambda fn: fn
@@ -154,15 +170,21 @@ class Program:
     """Draws the weights, on the devices that hold them."""
     return self._runs['init'](self._key)
 
-  def step(self, state: train_state.TrainState, batch: train_step.Batch):
+  def step(
+    self, state: train_state.TrainState, batch: train_step.Batch
+  ) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
     """Returns the next state and metrics; `state` is given up."""
     return self._runs['step'](state, batch, self._key)
 
-  def gradients(self, state: train_state.TrainState, batch: train_step.Batch):
+  def gradients(
+    self, state: train_state.TrainState, batch: train_step.Batch
+  ) -> tuple[Any, dict[str, Any]]:
     """Returns the gradients and metrics of the next update; keeps `state`."""
     return self._gradients(state, batch, self._key)
 
-  def apply(self, state: train_state.TrainState, grads: Any, sums: Any):
+  def apply(
+    self, state: train_state.TrainState, grads: Any, sums: dict[str, Any]
+  ) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
     """Returns the next state and metrics of an update; keeps its arguments."""
     return self._apply(state, grads, sums)
 
@@ -171,7 +193,7 @@ class Program:
     return self._step.lower(self.shapes, batch, self._key_shape())
 
   def lowered(self) -> dict[str, jax.stages.Lowered]:
-    """Returns what a run compiles, by name, for full batches.
+    """Returns the programs of a run, lowered for full batches, by name.
 
     The mesh may be of absent devices, and is in use (`sharding.use`).
     """
@@ -189,7 +211,7 @@ class Program:
     self._runs |= compiled
 
   def batch_shapes(self) -> train_step.Batch:
-    """Returns what `place` makes of a batch's rows, as sharded shapes."""
+    """Returns the sharded shapes of the batches that `place` makes."""
     shapes = {}
     for name, (shape, dtype) in data_pipeline.batch_spec(
       self.config.data
@@ -207,15 +229,18 @@ class Program:
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=self._whole)
 
   def evaluate(
-    self, model: Any, batch: train_step.Batch, memory: Any = None
+    self,
+    model: nnx.Module,
+    batch: train_step.Batch,
+    memory: dict[str, Any] | None = None,
   ) -> dict[str, Any]:
     """Returns the sums of `train_step.eval_step`.
 
     Args:
-      model: its parameters may be the moving averages.
-      batch: global.
-      memory: that of the batch before, for models that remember; None at the
-        first.
+      model: the model, whose parameters may be moving averages.
+      batch: a global batch.
+      memory: the memory of the batch before, for models that remember; None
+        at the first.
     """
     if memory is None:
       memory = self._nothing
@@ -227,7 +252,9 @@ class Program:
     """The memory of an evaluation's first batch, None without one."""
     return self._empty_memory() if self._remembered() else None
 
-  def with_memory(self, state: train_state.TrainState):
+  def with_memory(
+    self, state: train_state.TrainState
+  ) -> train_state.TrainState:
     """Returns a state with a memory of nothing where it has lost its own."""
     name = segment_memory.NAME
     if not self._remembered() or state.carried[name]['segments'] is not None:
@@ -254,7 +281,7 @@ class Program:
     num_rows = self.config.data.batch_size
     return processes.put(batch, self.batch_sharding, self.rows, num_rows)
 
-  def _arranged(self, name: str, array):
+  def _arranged(self, name: str, array: np.ndarray) -> np.ndarray:
     """Pads the targets' side so that it can be split; orders it for a ring."""
     if batch_keys.is_source(name):
       return array
@@ -268,13 +295,17 @@ class Program:
     return -length % self.partitioning.target_multiple
 
 
-def jit_for(config: experiment.Experiment, mesh: jax.sharding.Mesh):
+def jit_for(
+  config: experiment.Experiment, mesh: jax.sharding.Mesh
+) -> Callable[..., Any]:
   """Returns `jax.jit` with the compiler's options for the mesh's devices."""
   options = options_for(config, mesh)
   return functools.partial(jax.jit, compiler_options=options or None)
 
 
-def options_for(config: experiment.Experiment, mesh: jax.sharding.Mesh):
+def options_for(
+  config: experiment.Experiment, mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
   """Returns the compiler's options for the mesh's devices, by name."""
   return machines.options_of(
     [*mesh.devices.flat],

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
+import optax
 
 from t2x.config import experiment
 from t2x.config import partitioning
@@ -18,10 +19,10 @@ from t2x.parallel import sharding
 from t2x.training import optim
 from t2x.training import train_state
 
-AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
-
-def shapes_of(config: experiment.Experiment, mesh: AnyMesh):
+def shapes_of(
+  config: experiment.Experiment, mesh: sharding.AnyMesh
+) -> tuple[train_state.TrainState, NamedSharding]:
   """Returns the state as sharded shapes, and the sharding of a batch.
 
   Nothing is allocated or compiled.
@@ -47,14 +48,16 @@ def state_shapes(config: experiment.Experiment) -> train_state.TrainState:
 
 
 def shardings_of(
-  config: experiment.Experiment, shapes: train_state.TrainState, mesh: AnyMesh
-):
+  config: experiment.Experiment,
+  shapes: train_state.TrainState,
+  mesh: sharding.AnyMesh,
+) -> tuple[train_state.TrainState, NamedSharding]:
   """Returns the shardings of the state and of a batch.
 
   Args:
     config: the experiment.
-    shapes: what `state_shapes` returned.
-    mesh: of devices, or of sizes alone.
+    shapes: the shapes that `state_shapes` returned.
+    mesh: the mesh, of devices or of sizes alone.
 
   Raises:
     ShardingError: a layout that cannot be.
@@ -83,6 +86,11 @@ def local_rows(batch_sharding: NamedSharding, num_rows: int) -> np.ndarray:
   return np.unique([i for s in slices for i in range(*s.indices(num_rows))])
 
 
-def init_state(config, tx, key: jax.Array) -> train_state.TrainState:
+def init_state(
+  config: experiment.Experiment,
+  tx: optax.GradientTransformation,
+  key: jax.Array,
+) -> train_state.TrainState:
+  """Returns the state before the first step, its weights drawn by a key."""
   model = model_lib.make(config.model, rngs=nnx.Rngs(key))
   return train_state.init_state(model, tx, config.step_config)

@@ -14,8 +14,8 @@ def load(name: str | None) -> experiment.Experiment:
   """Returns the config of an experiment.
 
   Args:
-    name: of a file in experiments/, such as `llama2_7b`, or the path of any
-      file with a `get_config`.
+    name: the name of a file in experiments/, such as `llama2_7b`, or the path
+      of any file with a `get_config`.
 
   Raises:
     ValueError: none is named, there is no such file, or it is no experiment.

@@ -31,27 +31,29 @@ class TrainConfig:
     num_tokens: tokens in all, rounded up to steps: rows x length a step, and
       where rows are padded, as many as they hold on average.
     num_epochs: passes over the training split, rounded up to steps.
-    seed: of the weights, the order of the data, masks and dropout.
+    seed: the seed of the weights, the order of the data, masks and dropout.
     log_every: steps between rows of metrics.jsonl.
     eval_every: steps between evaluations; 0 evaluates at the end alone.
     eval_batches: batches of an evaluation; None is the whole split.
     checkpoint_every: steps between checkpoints; 0 saves at the end alone.
     keep_last: newest checkpoints that are kept.
     keep_every: checkpoints at multiples of this are kept for good.
-    remat: what the backward pass recomputes: none, full, dots, save:NAMES,
+    remat: activations that the backward pass recomputes: none, full, dots
+      (all but products), save:NAMES (all but these),
       offload:NAMES (kept by the hosts).
     scan_layers: run layers as a scan, which compiles once, or unrolled.
     accumulate: microbatches a step; gradients are reduced over `data` once.
     accumulate_whole: keep whole gradients while accumulating (one reduction
       over `fsdp` too, more memory), instead of a reduce-scatter a microbatch.
-    offload: what lies in the hosts' memory between steps: none, optimizer (its
-      moments).
-    ema_decay: of a moving average of the weights, which is then evaluated.
+    offload: state that lies in the hosts' memory between steps: none, or
+      optimizer (its moments).
+    ema_decay: decay of a moving average of the weights, which is then
+      evaluated; None for no average.
     trainable: regular expression on the dotted paths of trained parameters.
     max_skipped: updates in a row that a non-finite value may skip.
     loss: smoothing, z-loss, chunks.
-    sampling: how often a decoder reads its own predictions in place of the true
-      targets, with an encoder; none of them if None.
+    sampling: rule by which the decoder of an encoder-decoder reads its own
+      predictions in place of some targets; None for none of them.
   """
 
   num_steps: int | None = 1000
@@ -75,7 +77,7 @@ class TrainConfig:
   loss: cross_entropy.LossConfig = cross_entropy.LossConfig()
   sampling: scheduled_sampling.ScheduledSampling | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     lengths = (self.num_steps, self.num_tokens, self.num_epochs)
     if sum(length is not None for length in lengths) != 1:
       raise ValueError(
@@ -110,10 +112,12 @@ class TrainConfig:
 
   @property
   def execution(self) -> stack.Execution:
+    """How layers run: scanned or unrolled, with which recomputation."""
     return stack.Execution(scan=self.scan_layers, remat=self.remat)
 
   @property
   def step_config(self) -> train_state.StepConfig:
+    """The part of these settings that a step needs."""
     return train_state.StepConfig(
       accumulate=self.accumulate,
       accumulate_whole=self.accumulate_whole,
@@ -165,8 +169,9 @@ def num_steps(
   """Returns a run's steps; None where they depend on the corpus.
 
   Args:
-    config: of the run.
-    segments: how a corpus is read; then it is known.
+    config: the experiment of the run.
+    segments: the parts of a run that has read a corpus, whose length is then
+      known.
   """
   train = config.train
   if train.num_steps is not None:

@@ -5,6 +5,7 @@ would do. Only shapes are looked at, so that no device is needed.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
@@ -20,6 +21,7 @@ from t2x.config import consistency
 from t2x.config import experiment
 from t2x.config import partitioning
 from t2x.parallel import mesh as mesh_lib
+from t2x.training import train_state
 
 # Changed in this order where two layouts are as near.
 _AXES = ('data', 'fsdp', 'tensor', 'context', 'expert')
@@ -43,7 +45,7 @@ def check(
   Args:
     config: the experiment.
     num_devices: all of them.
-    num_slices: in which they lie.
+    num_slices: number of slices in which they lie.
     own: the experiment whose layouts are advised first, as for `advice`.
 
   Raises:
@@ -91,16 +93,17 @@ def advice(
   any_number: bool = False,
   write: Callable[[mesh_lib.MeshConfig, mesh_lib.MeshConfig], str] = set_text,
 ) -> str:
-  """Returns what follows an error: the two nearest layouts that work, or ''.
+  """Returns a sentence on the two nearest layouts that work, or ''.
 
   Args:
-    error: what was wrong; no layout mends a pipeline's own settings.
+    error: the error to mend; no layout mends a pipeline's own settings.
     configs: the experiment; then others, with more rows, whose layouts are
       sought where it has none.
     num_devices: all of them.
-    num_slices: in which they lie.
+    num_slices: number of slices in which they lie.
     any_number: also other numbers of devices may be advised.
-    write: from the mesh that was asked for and one that works, to text.
+    write: function from the mesh that was asked for and one that works to
+      text.
   """
   if isinstance(error, partitioning.PipelineError):
     return ''
@@ -142,8 +145,9 @@ def nearest(
     config: the experiment.
     num_devices: all of them.
     count: the most meshes.
-    num_slices: in which the devices lie.
-    any_number: where no mesh of so many devices works, seek others.
+    num_slices: number of slices in which the devices lie.
+    any_number: whether meshes of other numbers of devices are sought where
+      none works.
 
   Returns:
     Fewer, or none, where not so many are found.
@@ -155,7 +159,7 @@ def nearest(
   except ValueError:  # The model itself cannot be, wherever it is put.
     return []
 
-  def passes(mesh, check):
+  def passes(mesh: mesh_lib.MeshConfig, check: Callable[..., Any]) -> bool:
     own = dataclasses.replace(config, mesh=mesh)
     try:
       check(own, _num_devices(mesh))
@@ -163,7 +167,9 @@ def nearest(
       return False
     return True
 
-  def search(meshes):
+  def search(
+    meshes: Iterable[mesh_lib.MeshConfig],
+  ) -> Iterator[mesh_lib.MeshConfig]:
     meshes = sorted(meshes, key=lambda mesh: _distance(config.mesh, mesh))
     meshes = meshes[:_MOST_CHECKED]
     agree = (mesh for mesh in meshes if passes(mesh, consistency.check))
@@ -171,7 +177,7 @@ def nearest(
       if passes(mesh, check_shapes):
         yield mesh
 
-  def check_shapes(own, num):
+  def check_shapes(own: experiment.Experiment, num: int) -> None:
     _check_shapes(own, shapes, num, num_slices)
 
   plainer = list(_plainer(config.mesh, num_slices))
@@ -185,7 +191,10 @@ def nearest(
 
 
 def _check_shapes(
-  config: experiment.Experiment, shapes: Any, num_devices: int, num_slices: int
+  config: experiment.Experiment,
+  shapes: train_state.TrainState,
+  num_devices: int,
+  num_slices: int,
 ) -> None:
   sizes = mesh_lib.sizes(config.mesh, num_devices)
   mesh_lib.dcn_sizes(config.mesh, sizes, num_slices)
@@ -250,7 +259,9 @@ def factorisations(total: int, num: int) -> Iterator[tuple[int, ...]]:
         yield (size, *rest)
 
 
-def _distance(asked: mesh_lib.MeshConfig, mesh: mesh_lib.MeshConfig):
+def _distance(
+  asked: mesh_lib.MeshConfig, mesh: mesh_lib.MeshConfig
+) -> tuple[float, int, list[int]]:
   """Sorts layouts: how far, how many axes changed, then the first axes."""
   pairs = [
     (getattr(asked, axis), getattr(mesh, axis))

@@ -23,9 +23,9 @@ class Layout:
   """A mesh, and settings that say how it is used.
 
   Attributes:
-    text: as it was given.
-    mesh: sizes of the axes.
-    settings: dotted name -> value.
+    text: the flag as it was given.
+    mesh: sizes of the mesh axes.
+    settings: the value of each further setting, by its dotted name.
   """
 
   text: str
@@ -56,8 +56,8 @@ class Layout:
 
     Args:
       config: the experiment.
-      num_slices: in which the devices lie. Of several, its `mesh.dcn` stays,
-        but for what settings say.
+      num_slices: number of slices in which the devices lie. With several, the
+        `mesh.dcn` of `config` stays, but for what settings say.
 
     Raises:
       ValueError: a setting that is none, or that no layout may have.
@@ -91,11 +91,11 @@ class Layout:
     """Refuses a config in this layout that cannot run.
 
     Args:
-      config: what `applied` returned.
-      num_devices: by default what the sizes multiply to; then layouts of other
-        numbers may be advised.
-      num_slices: in which they lie.
-      dcn: what holds between them without this layout.
+      config: the experiment that `applied` returned.
+      num_devices: number of devices; None for the product of the sizes, and
+        then layouts of other numbers may be advised.
+      num_slices: number of slices in which they lie.
+      dcn: sizes of the axes between slices without this layout.
       own: the experiment whose layouts are advised first, as for
         `layout_advice.check`.
 
@@ -159,8 +159,8 @@ class Layout:
     """Returns the flags for this layout with some settings changed.
 
     Args:
-      settings: as for --set.
-      mesh: with those of them that are a mesh's.
+      settings: settings as for --set.
+      mesh: the mesh with those of them that are about it.
     """
     pairs = [text.partition('=')[::2] for text in settings]
     sizes = [f'mesh.{axis}' for axis in mesh_lib.AXES]

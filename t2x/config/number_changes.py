@@ -20,8 +20,8 @@ class Change:
 
   Attributes:
     name: unlike any other; it stays for good.
-    date: when, as 2026-11-30.
-    text: what is computed now, in one sentence.
+    date: day of the change, as 2026-11-30.
+    text: one sentence on what is computed now.
     concerns: whether runs of a config are changed by it.
   """
 

@@ -146,7 +146,9 @@ def _tell_lost(old: Any, cls: type, path: str) -> None:
     _log.warning('%s=%s leaves out %s.', path, kind, ', '.join(lost))
 
 
-def _rebuild_tuple(hint, value, tree, path):
+def _rebuild_tuple(
+  hint: Any, value: tuple[Any, ...], tree: dict[str, Any], path: str
+) -> tuple[Any, ...]:
   items = list(value)
   item_hint = _item_hint(hint)
   for name, subtree in tree.items():
@@ -367,7 +369,9 @@ def _default(field: dataclasses.Field) -> Any:
   return None
 
 
-def _unknown_message(cls, name, path, fields) -> str:
+def _unknown_message(
+  cls: type, name: str, path: str, fields: Mapping[str, Any]
+) -> str:
   close = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
   hint = (
     f'Did you mean {close[0]!r}?' if close else f'It has {", ".join(fields)}.'
@@ -375,7 +379,9 @@ def _unknown_message(cls, name, path, fields) -> str:
   return f'{path!r}: {cls.__name__} has no {name!r}. {hint}'
 
 
-def _no_fields_message(path, value, tree, classes) -> str:
+def _no_fields_message(
+  path: str, value: Any, tree: dict[str, Any], classes: Sequence[type]
+) -> str:
   name = next(iter(tree))
   if classes:
     kinds = ', '.join(getattr(c, 'kind', c.__name__) for c in classes)

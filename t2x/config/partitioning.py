@@ -4,6 +4,7 @@ parts = partitioning.of(config, mesh.shape)
 parts.pipeline, parts.step_config, parts.rows_multiple
 """
 
+from collections.abc import Iterable
 from collections.abc import Mapping
 import dataclasses
 import functools
@@ -162,7 +163,7 @@ class Partitioning:
     pieces = 1 if self.zigzag == 1 else 2 * self.context_size
     return math.lcm(self.source_multiple, pieces)
 
-  def _devices(self, axes) -> int:
+  def _devices(self, axes: Iterable[str]) -> int:
     return math.prod(self.sizes[axis] for axis in axes)
 
 
@@ -177,5 +178,7 @@ def of(config: experiment.Experiment, sizes: Mapping[str, int]) -> Partitioning:
 
 
 @functools.lru_cache(maxsize=32)
-def _made(config, axis_sizes) -> Partitioning:
+def _made(
+  config: experiment.Experiment, axis_sizes: tuple[tuple[str, int], ...]
+) -> Partitioning:
   return Partitioning(config, axis_sizes)

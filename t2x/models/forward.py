@@ -41,7 +41,9 @@ class Model(Protocol):
   def context(
     self, tower: str, batch: Batch, keys_B: jax.Array | None, zigzag: int
   ) -> block.Context:
-    """Returns what the layers of a tower share, without `encoded_BSD`.
+    """Returns the masks and positions that the layers of a tower share.
+
+    Without `encoded_BSD`, which `enter` returns.
 
     Args:
       tower: the name of the tower.
@@ -152,11 +154,11 @@ def recall(
   """Runs a model of one tower that remembers the rows before.
 
   Args:
-    model: with `config.memory`.
-    batch: its inputs by name.
-    memory: of the rows before; see `t2x.models.segment_memory`.
-    keys_B: as for `run`.
-    execution: as for `run`.
+    model: a model with `config.memory`.
+    batch: arrays by name.
+    memory: the memory of the rows before; see `t2x.models.segment_memory`.
+    keys_B: dropout keys, see `run`.
+    execution: the way in which layers run, see `run`.
 
   Returns:
     What `run` does, and the memory for the next rows.

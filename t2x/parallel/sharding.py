@@ -13,11 +13,13 @@ from typing import Literal
 
 from flax import nnx
 import jax
+from jax.sharding import AbstractMesh
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 MeshAxes = str | tuple[str, ...] | None
+AnyMesh = Mesh | AbstractMesh  # An abstract one has sizes and no devices.
 
 PIPE = 'pipe'  # The mesh axis of a pipeline's stages.
 

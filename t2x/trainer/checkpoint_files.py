@@ -9,6 +9,7 @@ Nothing here waits for other processes except the votes of `_reading`, so that
 one process that cannot read does not leave the others behind.
 """
 
+from collections.abc import Iterator
 import contextlib
 import json
 import re
@@ -33,14 +34,14 @@ class Damaged(Exception):
 
 def read(
   folder: epath.Path, shapes: Any, *, partial: bool, fresh: str | None = None
-):
-  """Returns the state in `folder`, and what was saved with it.
+) -> tuple[Any, dict[str, Any]]:
+  """Returns the state in `folder`, and the metadata saved with it.
 
   Args:
-    folder: of one step.
+    folder: the directory of one step.
     shapes: the state as ShapeDtypeStructs with shardings.
-    partial: `shapes` is a part of what was saved.
-    fresh: how the paths of arrays begin that need not go on; where they were
+    partial: whether `shapes` is a part of what was saved.
+    fresh: prefix of the paths of arrays that need not go on; where they were
       saved with other shapes, they are None.
 
   Raises:
@@ -85,7 +86,9 @@ def _unlike(was: dict[str, str], now: dict[str, str], start: str) -> set[str]:
   return set() if same else names
 
 
-def _check_arrays(folder, was, now, partial) -> None:
+def _check_arrays(
+  folder: epath.Path, was: dict[str, str], now: dict[str, str], partial: bool
+) -> None:
   """Raises CheckpointError where other settings shaped what was saved."""
   extra, missing = sorted(was.keys() - now), sorted(now.keys() - was)
   other = [n for n in now if n in was and was[n] != now[n]]
@@ -109,7 +112,7 @@ def _check_arrays(folder, was, now, partial) -> None:
 
 
 @contextlib.contextmanager
-def _reading(what: str):
+def _reading(what: str) -> Iterator[None]:
   """Makes one process's failure to read that of all.
 
   Damage becomes `Damaged` in each of them; where one cannot reach the files,

@@ -47,6 +47,7 @@ class Checkpoints:
 
   @property
   def manager(self) -> ocp.CheckpointManager:
+    """Orbax's manager of the directory, made at its first use."""
     if self._manager is None:
       self._manager = ocp.CheckpointManager(
         self._directory, options=self._options
@@ -115,7 +116,7 @@ class Checkpoints:
     *,
     partial: bool = False,
     fresh: str | None = None,
-  ):
+  ) -> tuple[int, Any, dict[str, Any]] | None:
     """Restores the newest checkpoint that is whole.
 
     Damaged newer ones are renamed to `damaged_checkpoint_STEP`, so that a run
@@ -123,10 +124,10 @@ class Checkpoints:
 
     Args:
       shapes: the state as ShapeDtypeStructs with shardings.
-      step: take this one; default the newest.
-      partial: `shapes` is a part of what was saved (a model without its
+      step: the step to take; None for the newest.
+      partial: whether `shapes` is a part of what was saved (a model without its
         optimizer), and the files are only read.
-      fresh: how the paths of arrays begin that need not go on; where they were
+      fresh: prefix of the paths of arrays that need not go on; where they were
         saved with other shapes, they are None.
 
     Returns:
@@ -178,6 +179,7 @@ class Checkpoints:
     return None
 
   def close(self) -> None:
+    """Ends the manager's threads."""
     if self._manager is not None:
       self._manager.close()
 

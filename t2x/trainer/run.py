@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import logging
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from t2x.compilation import executables
 from t2x.compilation import program as program_lib
 from t2x.config import experiment
+from t2x.data import corpus as corpus_lib
 from t2x.data import history
 from t2x.data import input_pipeline
 from t2x.models import flops
@@ -44,8 +46,23 @@ class Run:
     state: the train state, on the devices.
   """
 
-  def __init__(self, config, workdir, mesh, corpus, executable=None):
-    """Arguments as for `train.train`, and its corpus."""
+  def __init__(
+    self,
+    config: experiment.Experiment,
+    workdir: str,
+    mesh: jax.sharding.Mesh,
+    corpus: corpus_lib.Corpus,
+    executable: str | None = None,
+  ):
+    """Compiles nothing yet; arguments are those of `train.train`.
+
+    Args:
+      config: the experiment.
+      workdir: directory of the run, local or gs://.
+      mesh: the mesh of the run's devices.
+      corpus: the prepared text that it reads.
+      executable: file of programs made ahead of time, or None.
+    """
     self.config = config
     self.workdir = workdir
     self.corpus = corpus
@@ -79,7 +96,7 @@ class Run:
     assert num_steps is not None  # The corpus is there.
     return num_steps
 
-  def _segment(self, **changes) -> history.Segment:
+  def _segment(self, **changes: Any) -> history.Segment:
     """Returns how the run reads from its step on."""
     data = dataclasses.replace(self.config.data, **changes)
     seed = self.config.train.seed
@@ -89,7 +106,7 @@ class Run:
     """Restores the newest checkpoint, or draws the weights.
 
     Args:
-      changes: of settings since the last start.
+      changes: settings that changed since the last start.
     """
     restored = self.saved.restore(self.program.shapes, fresh=_MEMORY)
     if restored is None:
@@ -106,7 +123,9 @@ class Run:
       self._compile()
     self.state = self.program.with_memory(self.state)
 
-  def _before(self, position: dict, changes: workdir_lib.Changes):
+  def _before(
+    self, position: dict[str, Any], changes: workdir_lib.Changes
+  ) -> list[history.Segment]:
     """Returns the segments of a checkpoint."""
     found = history.from_json(position)
     if found:
@@ -236,6 +255,7 @@ class Run:
     return f' after step {self.step}; {saved}.'
 
   def close(self) -> None:
+    """Ends the threads of data and checkpoints, and writes the report."""
     self.batches.close()
     self.saved.wait()
     self.saved.close()
@@ -268,7 +288,7 @@ class Run:
     )
 
   def _header(self) -> str:
-    """Returns what the run is about to read, and the formula of its MFU."""
+    """Returns a line on the data to come, and the formula of the MFU."""
     config = self.config
     read = input_pipeline.described(self.corpus, config.data)
     epoch = self.history[-1].epoch

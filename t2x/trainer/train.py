@@ -1,8 +1,10 @@
 """Training: set up, restore, step, save, evaluate, done."""
 
+from collections.abc import Iterator
 import contextlib
 import logging
 import signal
+from typing import Any
 
 import jax
 
@@ -39,7 +41,7 @@ def train(
 
   Args:
     config: the experiment.
-    workdir: where everything is kept, local or gs://.
+    workdir: directory of the run, local or gs://.
     allow_config_change: go on although model, data, optimizer or seed differ.
     profile_steps: (first, last) step to record for TensorBoard's profiler.
     executable: file of programs made ahead of time; see executables.py.
@@ -81,7 +83,9 @@ def train(
       return _loop(run, stopping, _Profiler(workdir, profile_steps))
 
 
-def _loop(run: run_lib.Run, stopping, profiler) -> train_state.TrainState:
+def _loop(
+  run: run_lib.Run, stopping: list[int], profiler: '_Profiler'
+) -> train_state.TrainState:
   config = run.config.train
   # Every process stops after the same step, whichever of them was asked to.
   any_process = processes.AnyProcess(run.mesh)
@@ -110,7 +114,9 @@ def _due(every: int, step: int) -> bool:
   return bool(every) and step % every == 0
 
 
-def resolve_num_steps(config: experiment.Experiment, corpus) -> int:
+def resolve_num_steps(
+  config: experiment.Experiment, corpus: corpus_lib.Corpus
+) -> int:
   """Returns the steps of a run that has not begun."""
   seed = config.train.seed
   segment = input_pipeline.segment(corpus, config.data, seed=seed)
@@ -132,11 +138,11 @@ def _tell_of_warmup(schedule: optim.Schedule, num_steps: int) -> None:
 
 
 @contextlib.contextmanager
-def _stop_signals():
+def _stop_signals() -> Iterator[list[int]]:
   """Yields a list that fills when the process is asked to stop."""
   received: list[int] = []
 
-  def handle(number, frame):
+  def handle(number: int, frame: Any) -> None:
     del frame
     received.append(number)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -114,11 +114,11 @@ def write(
   """Writes what the run is, and logs the changes that `check` returned.
 
   Args:
-    workdir: of the run.
-    config: of the run.
-    corpus: that it reads.
-    changes: since the last start.
-    step: that it goes on from.
+    workdir: directory of the run.
+    config: the experiment of the run.
+    corpus: the prepared text that it reads.
+    changes: settings that changed since the last start.
+    step: the step that it goes on from.
   """
   root = files.path(workdir)
   root.mkdir(parents=True, exist_ok=True)
@@ -288,7 +288,7 @@ def read_generation(workdir: str) -> dict[str, Any] | None:
 
 
 def read_temperature(workdir: str) -> float:
-  """Returns what the run's logits are divided by; see `calibration`."""
+  """Returns the divisor of the run's logits; see `calibration`."""
   file = files.path(workdir) / CALIBRATION
   return float(_read(file)['temperature']) if file.exists() else 1.0
 

@@ -3,9 +3,11 @@
 import collections
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Mapping
 import math
 from typing import Any
 
+from flax import nnx
 import jax
 
 from t2x.data import config as data_config
@@ -17,14 +19,14 @@ Batch = dict[str, Any]
 
 def evaluate(
   eval_fn: Callable[..., dict[str, Any]],
-  model: Any,
+  model: nnx.Module,
   batches: Iterable[Batch],
 ) -> dict[str, float]:
   """Returns token-weighted means over all batches.
 
   Args:
     eval_fn: `Program.evaluate`.
-    model: its first argument.
+    model: the model to evaluate, the first argument of `eval_fn`.
     batches: global batches; empty rows weigh nothing.
 
   Returns:
@@ -58,7 +60,7 @@ def evaluate(
   return result
 
 
-def _mean(sums, name: str, what: str) -> float:
+def _mean(sums: Mapping[str, float], name: str, what: str) -> float:
   return sums[name + what] / (sums[f'{name}weight'] or math.nan)
 
 

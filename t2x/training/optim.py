@@ -9,6 +9,7 @@ from typing import Any
 from typing import ClassVar
 from typing import Literal
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,7 +54,7 @@ class Schedule:
   final: float = 0.1
   decay: float = 0.2
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     field_checks.least(self, 'optim.schedule.', warmup_steps=0, final=0.0)
     if not 0.0 < self.decay <= 1.0:
       raise ValueError(f'optim.schedule.decay={self.decay}; it is in (0, 1].')
@@ -73,7 +74,7 @@ class Optimizer:
   schedule: Schedule = Schedule()
   clip_norm: float | None = 1.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     field_checks.positive(self, 'optim.', 'learning_rate', 'clip_norm')
     names = {f.name for f in dataclasses.fields(self)}
     shares = names & {'b1', 'b2', 'beta', 'momentum'}
@@ -174,7 +175,7 @@ def make_schedule(config: Optimizer, num_steps: int) -> optax.Schedule:
   Updates that are skipped are not counted (`num_updates`).
 
   Args:
-    config: of the optimizer.
+    config: settings of the optimizer.
     num_steps: updates of the run.
   """
   s, peak = config.schedule, config.learning_rate
@@ -183,7 +184,7 @@ def make_schedule(config: Optimizer, num_steps: int) -> optax.Schedule:
   if s.shape == 'wsd':
     start = max(start, last - max(round(num_steps * s.decay), 1))
 
-  def rate(count):
+  def rate(count: jax.Array) -> jax.Array:
     if s.shape == 'constant':
       value = peak
     elif s.shape == 'inverse_sqrt':
@@ -209,7 +210,7 @@ def warmup_updates(config: Schedule, num_steps: int) -> int:
   return min(config.warmup_steps, num_steps - 1)
 
 
-def num_updates(opt_state: Any) -> jax.Array:
+def num_updates(opt_state: optax.OptState) -> jax.Array:
   """Returns the updates that an optimizer of `make` has counted.
 
   It is what its schedule goes by. An update that a non-finite value skipped is
@@ -234,7 +235,14 @@ def make(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
 def _clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
   """`optax.clip_by_global_norm`, where the norm of all may be given."""
 
-  def update(updates, state, params=None, *, norm=None, **_):
+  def update(
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None = None,
+    *,
+    norm: jax.Array | None = None,
+    **_: Any,
+  ) -> tuple[optax.Updates, optax.OptState]:
     del params
     norm = optax.tree.norm(updates) if norm is None else norm
     cut = lambda u: jnp.where(
@@ -274,14 +282,14 @@ def _scaling(config: OptimConfig) -> optax.GradientTransformation:
   return optax.trace(config.momentum, config.nesterov)
 
 
-def is_decayed(params: Any) -> Any:
+def is_decayed(params: optax.Params) -> Any:
   """Returns, for each parameter, whether weight decay applies to it.
 
   Biases (relative position biases among them) and norm scales are told by the
   names on their path.
   """
 
-  def leaf(path, p):
+  def leaf(path: jax.tree_util.KeyPath, p: nnx.Variable) -> Any:
     name = sharding.path_name(path).removesuffix('.value')
     spared = 'bias' in name or name.rpartition('.')[2] == 'scale'
     return jax.tree.map(lambda _: not spared, p)
@@ -294,7 +302,7 @@ def is_decayed(params: Any) -> Any:
 _MATRIX_OUT = {'heads', 'kv_heads', 'mlp'}
 
 
-def muon_dimensions(params: Any) -> Any:
+def muon_dimensions(params: optax.Params) -> Any:
   """Returns `MuonDimensionNumbers` for each of the layers' matrices.
 
   A projection into heads reduces `embed`; one out of them reduces all but
@@ -302,7 +310,7 @@ def muon_dimensions(params: Any) -> Any:
   dimensions.
   """
 
-  def leaf(p):
+  def leaf(p: nnx.Variable) -> nnx.Variable:
     axes = p.get_metadata('axes')
     stacked = len(p.shape) - len(axes)
     matrix = [i for i, a in enumerate(axes) if a != 'experts']
@@ -321,14 +329,16 @@ def muon_dimensions(params: Any) -> Any:
   )
 
 
-def _scale_to_adam(updates: Any, params: Any = None) -> Any:
+def _scale_to_adam(
+  updates: optax.Updates, params: optax.Params | None = None
+) -> optax.Updates:
   """Gives orthogonal updates the root mean square of Adam's, about 0.2.
 
   Liu et al., 2025, equation 4.
   """
   del params
 
-  def scale(u, spec):
+  def scale(u: jax.Array, spec: contrib.MuonDimensionNumbers) -> jax.Array:
     sizes = [
       np.prod([u.shape[i] for i in axes])
       for axes in (spec.reduction_axis, spec.output_axis)
@@ -338,8 +348,8 @@ def _scale_to_adam(updates: Any, params: Any = None) -> Any:
   return jax.tree.map(scale, updates, muon_dimensions(updates))
 
 
-def _muon_labels(params: Any) -> Any:
-  def leaf(p):
+def _muon_labels(params: optax.Params) -> Any:
+  def leaf(p: nnx.Variable) -> Any:
     axes = p.get_metadata('axes')
     muon = 'embed' in axes and bool(_MATRIX_OUT & set(axes))
     return jax.tree.map(lambda _: 'muon' if muon else 'adam', p)

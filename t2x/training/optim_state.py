@@ -11,7 +11,6 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
@@ -32,13 +31,17 @@ def per_layer(
   from the parameter's path to the state of `tx`.
   """
 
-  def init(params):
+  def init(params: optax.Params) -> optax.OptState:
     return {
       name: _over_stack(tx.init, p, _state_axes(tx, p))(p)
       for name, p in named(params).items()
     }
 
-  def update(updates, state, params=None):
+  def update(
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None = None,
+  ) -> tuple[optax.Updates, optax.OptState]:
     assert params is not None, 'per_layer needs the parameters'
     by_name = named(params)
     new_updates, new_state = {}, {**state}
@@ -48,7 +51,7 @@ def per_layer(
       fn = _over_stack(tx.update, p, (0, axes), in_axes=(0, axes, 0))
       new_updates[name], new_state[name] = fn(u, state[name], p)
 
-    def put_back(path, u):
+    def put_back(path: jax.tree_util.KeyPath, u: Any) -> Any:
       return new_updates.get(sharding.path_name(path), u)
 
     updates = jax.tree_util.tree_map_with_path(
@@ -78,7 +81,9 @@ def _num_stacked(p: nnx.Variable) -> int:
   return len(p.shape) - len(p.get_metadata('axes'))
 
 
-def _over_stack(fn, p, out_axes: Any, in_axes: Any = 0) -> Callable:
+def _over_stack(
+  fn: Callable[..., Any], p: nnx.Variable, out_axes: Any, in_axes: Any = 0
+) -> Callable[..., Any]:
   for _ in range(_num_stacked(p)):
     fn = jax.vmap(fn, in_axes=in_axes, out_axes=out_axes)
   return fn
@@ -92,8 +97,13 @@ def _state_axes(tx: optax.GradientTransformation, p: nnx.Variable) -> Any:
 
 
 def shardings(
-  opt_state: Any, params: Any, mesh: Mesh, rules, *, offload: bool = False
-) -> Any:
+  opt_state: optax.OptState,
+  params: optax.Params,
+  mesh: sharding.AnyMesh,
+  rules: sharding.Rules,
+  *,
+  offload: bool = False,
+) -> optax.OptState:
   """Returns the sharding of every leaf of an optimizer's state.
 
   A moment of its parameter's shape is sharded like it; Adafactor's rows and
@@ -102,14 +112,14 @@ def shardings(
   Args:
     opt_state: shapes of the state.
     params: shapes of the trainable parameters.
-    mesh: the device mesh.
-    rules: logical axis -> mesh axes.
-    offload: moments lie in the memory of the devices' hosts.
+    mesh: the mesh of devices, or of sizes alone.
+    rules: the mesh axes of each logical axis.
+    offload: whether moments lie in the memory of the devices' hosts.
   """
   kind = HOST if offload else None
   by_name = named(params)
 
-  def leaf(path, x):
+  def leaf(path: jax.tree_util.KeyPath, x: Any) -> Any:
     if not _is_moment(x):
       return jax.tree.map(lambda _: NamedSharding(mesh, P()), x)
     p = _owner(path, by_name)
@@ -123,13 +133,13 @@ def shardings(
 
 def update_offloaded(
   tx: optax.GradientTransformation,
-  grads: Any,
-  opt_state: Any,
-  params: Any,
+  grads: optax.Updates,
+  opt_state: optax.OptState,
+  params: optax.Params,
   *,
   norm: jax.Array,
   finite: jax.Array,
-) -> tuple[Any, Any]:
+) -> tuple[optax.Params, optax.OptState]:
   """Returns new parameters, and the new state, whose moments lie on the hosts.
 
   Stacked layers are updated one by one in a loop, so that the moments of one
@@ -137,16 +147,18 @@ def update_offloaded(
   them at the start.
 
   Args:
-    tx: as `optim.make` makes it: but for `norm`, parameters do not meet.
-    grads: on the device.
-    opt_state: moments on the host.
-    params: on the device.
-    norm: of all gradients.
+    tx: an optimizer that `optim.make` made; parameters meet in `norm` alone.
+    grads: gradients, on the device.
+    opt_state: the optimizer's state, its moments on the host.
+    params: trainable parameters, on the device.
+    norm: the norm of all gradients together.
     finite: whether parameters and moments change.
   """
   by_name = named(params)
 
-  def update(grads, state, params):
+  def update(
+    grads: optax.Updates, state: optax.OptState, params: optax.Params
+  ) -> tuple[optax.Params, optax.OptState]:
     state = _moved(state, jax.memory.Space.Device)
     updates, new_state = optax.with_extra_args_support(tx).update(
       grads, state, params, norm=norm
@@ -166,15 +178,21 @@ def update_offloaded(
   return new_params, new_state
 
 
-def _layer_by_layer(update, num: int, grads, state, params):
+def _layer_by_layer(
+  update: Callable[..., Any],
+  num: int,
+  grads: optax.Updates,
+  state: optax.OptState,
+  params: optax.Params,
+) -> tuple[optax.Params, optax.OptState]:
   """Returns update(grads, state, params), layer after layer."""
 
-  def layer(tree, i):
+  def layer(tree: Any, i: jax.Array) -> Any:
     take = lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False)
     cut = lambda _, x: jax.tree.map(take, x) if _is_moment(x) else x
     return _map(cut, tree)
 
-  def body(i, carry):
+  def body(i: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
     old_state, old_params = carry
     # Each layer counts from where the step began.
     at = _map(lambda _, x, c: x if _is_moment(x) else c, old_state, state)
@@ -182,7 +200,7 @@ def _layer_by_layer(update, num: int, grads, state, params):
       layer(grads, i), layer(at, i), layer(old_params, i)
     )
 
-    def put(_, x, new):
+    def put(_: jax.tree_util.KeyPath, x: Any, new: Any) -> Any:
       if not _is_moment(x):
         return new
       place = lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, i, 0)
@@ -197,14 +215,20 @@ def _layer_by_layer(update, num: int, grads, state, params):
 def _part(tree: Any, names: set[str], by_name: dict[str, nnx.Variable]) -> Any:
   """Empties the variables that belong to other parameters, as frozen ones."""
 
-  def leaf(path, x):
+  def leaf(path: jax.tree_util.KeyPath, x: Any) -> Any:
     other = sharding.is_variable(x) and _owner_name(path, by_name) not in names
     return x.replace(None) if other else x
 
   return _map(leaf, tree)
 
 
-def _filled(names: set[str], by_name, path, x: Any, changed: Any) -> Any:
+def _filled(
+  names: set[str],
+  by_name: dict[str, nnx.Variable],
+  path: jax.tree_util.KeyPath,
+  x: Any,
+  changed: Any,
+) -> Any:
   """Takes what belongs to a part, and the step counts that all share."""
   owner = _owner_name(path, by_name)
   shared = owner is None and not sharding.is_variable(x)
@@ -221,7 +245,9 @@ def _map(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
   )
 
 
-def _moved(opt_state: Any, space: Any) -> Any:
+def _moved(
+  opt_state: optax.OptState, space: jax.memory.Space
+) -> optax.OptState:
   move = lambda _, x: jax.device_put(x, space) if _is_moment(x) else x
   return _map(move, opt_state)
 
@@ -231,13 +257,17 @@ def _is_moment(x: Any) -> bool:
   return sharding.is_variable(x) and has_value(x)
 
 
-def _owner(path: Any, by_name: dict[str, nnx.Variable]):
+def _owner(
+  path: jax.tree_util.KeyPath, by_name: dict[str, nnx.Variable]
+) -> nnx.Variable | None:
   """Finds the parameter that a leaf of the state belongs to, by its path."""
   name = _owner_name(path, by_name)
   return None if name is None else by_name[name]
 
 
-def _owner_name(path: Any, by_name: dict[str, nnx.Variable]) -> str | None:
+def _owner_name(
+  path: jax.tree_util.KeyPath, by_name: dict[str, nnx.Variable]
+) -> str | None:
   for i, key in enumerate(path):
     # The second are the dicts of `per_layer`.
     for name in (sharding.path_name(path[i:]), sharding.path_name((key,))):
@@ -246,7 +276,13 @@ def _owner_name(path: Any, by_name: dict[str, nnx.Variable]) -> str | None:
   return None
 
 
-def _moment_spec(path, x, p, mesh, rules) -> P:
+def _moment_spec(
+  path: jax.tree_util.KeyPath,
+  x: nnx.Variable,
+  p: nnx.Variable,
+  mesh: sharding.AnyMesh,
+  rules: sharding.Rules,
+) -> P:
   spec = list(sharding.parameter_sharding(p, mesh, rules, '').spec)
   spec += [None] * (len(p.shape) - len(spec))
   if x.shape == p.shape:

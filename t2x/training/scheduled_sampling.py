@@ -8,8 +8,8 @@ in place of some targets (Mihaylova and Martins, 2019, for Transformers).
 Shape suffixes: B rows, T target position, V vocabulary.
 """
 
+from collections.abc import Callable
 import dataclasses
-from typing import Any
 from typing import ClassVar
 from typing import Literal
 
@@ -30,9 +30,11 @@ class ScheduledSampling:
   """How often a predicted token takes the place of the true one.
 
   Attributes:
-    share: of the targets, from the last of the steps that it grows over on.
+    share: the part of the targets that is replaced once it has grown, in
+      (0, 1].
     start: steps before any is replaced.
-    steps: that the share grows over, the last of which takes it whole.
+    steps: the number of steps that the share grows over; the last one has it
+      whole.
     shape: `linear`, or `sigmoid`, slow at both ends.
     predict: the `best` token, or a `sample` of the model's distribution.
   """
@@ -45,7 +47,7 @@ class ScheduledSampling:
 
   kind: ClassVar[str] = 'scheduled'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     field_checks.least(self, 'train.sampling.', start=0, steps=1)
     if not 0.0 < self.share <= 1.0:
       raise ValueError(f'train.sampling.share={self.share}; it is in (0, 1].')
@@ -62,19 +64,19 @@ class ScheduledSampling:
 
 def replaced(
   config: ScheduledSampling,
-  model: Any,
+  model: forward.Model,
   batch: dict[str, jax.Array],
-  keys_B: Any,
+  keys_B: jax.Array,
   execution: stack.Execution,
 ) -> jax.Array:
   """Returns the decoder's inputs, some of which are predictions, (B, T).
 
   Args:
-    config: how often.
+    config: the share that is replaced, and by which predictions.
     model: an encoder-decoder.
     batch: its inputs, and `sampled_share` (B,).
-    keys_B: of the rows.
-    execution: of the first pass.
+    keys_B: random keys of the rows.
+    execution: the way in which the first pass runs.
   """
   zigzag = execution.zigzag
   keys_B = dropout.fold(keys_B, _SITE)
@@ -101,7 +103,13 @@ def _gumbel(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return jax.random.gumbel(key, shape, jnp.float32)
 
 
-def _noise(keys_B, shape, site: int, zigzag: int, draw) -> jax.Array:
+def _noise(
+  keys_B: jax.Array,
+  shape: tuple[int, ...],
+  site: int,
+  zigzag: int,
+  draw: Callable[[jax.Array, tuple[int, ...]], jax.Array],
+) -> jax.Array:
   """Draws for each row in the natural order of its tokens, then in its own."""
   keys_B = dropout.fold(keys_B, site)
   index_T = zigzag_lib.index(shape[0], zigzag)

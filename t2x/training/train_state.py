@@ -31,10 +31,10 @@ class TrainState:
   Attributes:
     step: updates so far, skipped ones included.
     model: float32 parameters.
-    opt_state: of the trainable parameters.
+    opt_state: the optimizer's state, of the trainable parameters.
     ema: moving average of the trainable parameters, or None.
     num_skipped: updates skipped in a row because of a non-finite value.
-    carried: what else steps hand on, by name.
+    carried: other values that a step hands to the next, by name.
   """
 
   step: jax.Array
@@ -55,15 +55,15 @@ def of_model(model: Any) -> TrainState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepConfig:
-  """What one update does; see `t2x.config.experiment.TrainConfig` for each
-  field.
+  """Settings of one update; `t2x.config.experiment.TrainConfig` says more.
 
   Attributes:
     masking: masks that each step draws by itself, if it does.
     memory: rows and tokens of what a model remembers, None if it does not.
-    tasks: of a mixture, None where there is one.
-    sampling: how a decoder reads its own predictions, if it does.
-    pipeline: what stages run, on a mesh that has them.
+    tasks: the tasks of a mixture; None where there is one.
+    sampling: the rule by which a decoder reads its own predictions; None where
+      it reads the targets alone.
+    pipeline: the plan of the stages, on a mesh that has them.
   """
 
   accumulate: int = 1
@@ -98,7 +98,7 @@ def partition(model: Any, pattern: str) -> tuple[Any, Any]:
   expression = re.compile(pattern)
   paths = []
 
-  def chosen(path, x):
+  def chosen(path: jax.tree_util.KeyPath, x: Any) -> Any:
     name = sharding.path_name(path).removesuffix('.value')
     paths.append(name)
     # Other variables (a router's balancing bias) have rules of their own.
@@ -167,8 +167,20 @@ def _carried(model: Any, config: StepConfig) -> dict[str, Any]:
   return carried
 
 
-def state_shardings(state: TrainState, mesh, rules, config: StepConfig):
-  """Returns the sharding of every leaf of a state (of shapes)."""
+def state_shardings(
+  state: TrainState,
+  mesh: sharding.AnyMesh,
+  rules: sharding.Rules,
+  config: StepConfig,
+) -> TrainState:
+  """Returns the sharding of every leaf of a state.
+
+  Args:
+    state: shapes of the state.
+    mesh: the mesh of devices, or of sizes alone.
+    rules: the mesh axes of each logical axis.
+    config: the settings of a step, whose memory and offload count.
+  """
   trained, _ = partition(state.model, config.trainable)
   rest = dataclasses.replace(state, opt_state=None)
   rest = sharding.shardings(rest, mesh, rules)

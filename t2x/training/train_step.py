@@ -3,6 +3,7 @@
 Shape suffixes: B batch, M microbatch.
 """
 
+from collections.abc import Callable
 import functools
 from typing import Any
 
@@ -13,6 +14,7 @@ import optax
 
 from t2x.layers import dropout
 from t2x.layers import linear
+from t2x.layers import moe
 from t2x.layers import param
 from t2x.losses import cross_entropy
 from t2x.losses import load_balancing
@@ -129,8 +131,12 @@ def apply_gradients(
   return new_state, metrics | load_balancing.metrics(loads)
 
 
-def _carried(state: train_state.TrainState, sums, config):
-  """Returns what is carried on after a step, and the metrics of the sums."""
+def _carried(
+  state: train_state.TrainState,
+  sums: dict[str, Any],
+  config: train_state.StepConfig,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns `carried` after a step, and the metrics of the sums."""
   carried, name = state.carried, loss_based_masking.NAME
   by_task = {
     n: s for n, s in sums.items() if n.endswith(task_weighting.BY_TASK)
@@ -151,8 +157,8 @@ def _carried(state: train_state.TrainState, sums, config):
   return carried, rest
 
 
-def measure(config: train_state.StepConfig):
-  """Returns `cross_entropy.of_terms` with what a step asks of it."""
+def measure(config: train_state.StepConfig) -> Callable[..., Any]:
+  """Returns `cross_entropy.of_terms` with the settings of a step."""
   return functools.partial(
     cross_entropy.of_terms,
     config=config.loss,
@@ -162,7 +168,7 @@ def measure(config: train_state.StepConfig):
 
 
 def _updated(rest: Any, loads: Any, step: jax.Array) -> Any:
-  """Returns what is not trained, after a step: it has rules of its own."""
+  """Returns the part without gradients after a step, by rules of its own."""
   return linear.redraw(load_balancing.update(rest, loads), step)
 
 
@@ -172,7 +178,7 @@ def eval_step(
   memory: dict[str, Any] | None = None,
   *,
   config: train_state.StepConfig,
-):
+) -> dict[str, Any]:
   """Returns the sums of nll (nats), accuracy and weight over a batch.
 
   Of other terms than the main one as NAME_nll, NAME_accuracy, NAME_weight. In
@@ -202,7 +208,13 @@ def eval_step(
   return cross_entropy.of_terms(terms, config.loss)[1] | weights | memory
 
 
-def _run(model, batch, memory, keys_B, config: train_state.StepConfig):
+def _run(
+  model: forward.Model,
+  batch: Batch,
+  memory: dict[str, Any] | None,
+  keys_B: jax.Array | None,
+  config: train_state.StepConfig,
+) -> tuple[jax.Array, dict[str, moe.Stats], dict[str, Any]]:
   """Returns the last layer's output, routers' figures, and a new memory.
 
   The memory stands under its name, in a dict that is empty without one.
@@ -214,7 +226,13 @@ def _run(model, batch, memory, keys_B, config: train_state.StepConfig):
   return x_BTD, stats, {segment_memory.NAME: memory}
 
 
-def gradients(trained, rest, batch, key, config: train_state.StepConfig):
+def gradients(
+  trained: Any,
+  rest: Any,
+  batch: Batch,
+  key: jax.Array,
+  config: train_state.StepConfig,
+) -> tuple[Any, dict[str, Any]]:
   """Returns gradients and summed metrics of a whole batch.
 
   Microbatch m holds the rows m, m + M, m + 2 M, ... of each device's share,
@@ -245,7 +263,7 @@ def gradients(trained, rest, batch, key, config: train_state.StepConfig):
   if not manual:
     return fn(trained, rest, batch, key)
 
-  def reduced(*args):
+  def reduced(*args: Any) -> Any:
     return jax.lax.psum(fn(*args), manual)
 
   batch_spec = jax.tree.map(lambda _: P(manual), batch)
@@ -265,8 +283,8 @@ def axes_by_hand(
   """Mesh axes over which gradients are reduced by hand, after the loop.
 
   Args:
-    config: of the step.
-    staged: a pipeline's ticks are such a loop.
+    config: the settings of the step.
+    staged: whether there is a pipeline, whose ticks are such a loop.
   """
   if config.accumulate == 1 and not staged:
     return ()
@@ -282,13 +300,19 @@ def _manual_axes(config: train_state.StepConfig) -> tuple[str, ...]:
   return tuple(a for a in axes_by_hand(config, staged) if mesh.shape[a] > 1)
 
 
-def _accumulate(trained, rest, batch, key, config: train_state.StepConfig):
+def _accumulate(
+  trained: Any,
+  rest: Any,
+  batch: Batch,
+  key: jax.Array,
+  config: train_state.StepConfig,
+) -> tuple[Any, dict[str, Any]]:
   probes_K = None
   if config.tasks is not None and config.tasks.probes:
     probes_K = jnp.zeros(len(config.tasks.names))
   grad_fn = jax.value_and_grad(_loss, (0, 1), has_aux=True)
 
-  def micro(part):
+  def micro(part: Batch) -> tuple[Any, dict[str, Any]]:
     fn = grad_fn(trained, probes_K, rest, part, key, config)
     (_, sums), (grads, squares_K) = fn
     if squares_K is not None:
@@ -305,7 +329,7 @@ def _accumulate(trained, rest, batch, key, config: train_state.StepConfig):
     jax.eval_shape(micro, jax.tree.map(lambda a: a[0], parts)),
   )
 
-  def add(sums, part):
+  def add(sums: Any, part: Batch) -> tuple[Any, None]:
     # A TPU's compiler would take reductions of bfloat16 out of the loop, and
     # fails where they are converted before they are added (libtpu 0.0.42).
     new = jax.lax.optimization_barrier(micro(part))
@@ -314,7 +338,14 @@ def _accumulate(trained, rest, batch, key, config: train_state.StepConfig):
   return jax.lax.scan(add, zeros, parts)[0]
 
 
-def _loss(trained, probes_K, rest, batch, key, config: train_state.StepConfig):
+def _loss(
+  trained: Any,
+  probes_K: jax.Array | None,
+  rest: Any,
+  batch: Batch,
+  key: jax.Array,
+  config: train_state.StepConfig,
+) -> tuple[jax.Array, dict[str, Any]]:
   """Returns the share of the loss that these rows make, and metrics."""
   model = train_state.combine(trained, rest)
   if not sharding.reduces_in_float32():
