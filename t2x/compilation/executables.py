@@ -167,7 +167,7 @@ def _no_cache() -> Iterator[None]:
 
 
 def _deserialize(
-  payload: bytes, lowered: jax.stages.Lowered, devices: list[jax.Device]
+  payload: bytes, lowered: jax.stages.Lowered, devices: list[Any]
 ) -> jax.stages.Compiled:
   return serialize_executable.deserialize_and_load(
     payload,

@@ -143,7 +143,7 @@ def _some(items: list[str], separator: str) -> str:
   return separator.join(shown)
 
 
-def _place(device: jax.Device) -> dict[str, Any]:
+def _place(device: Any) -> dict[str, Any]:
   """Returns which of all devices it is; a single slice may go unnumbered."""
   return {
     'id': device.id,

@@ -258,6 +258,7 @@ class Encoder(nnx.Module):
     """See `forward.Model`."""
     encoded_BSD = None
     if tower == 'queries':
+      assert x_BTD is not None, 'queries come after the tower'
       encoded_BSD, batch = self.tower.end(x_BTD), _query_batch(batch)
     inputs, positions_BT = batch['inputs'], context.positions_BT
     assert positions_BT is not None

@@ -4,7 +4,6 @@ Shape suffixes: B batch, T position, S position of an encoder's sequence, D
 embed.
 """
 
-from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 from typing import Any
@@ -19,7 +18,7 @@ from t2x.layers import stack
 from t2x.models import loss_terms
 from t2x.models import segment_memory
 
-Batch = Mapping[str, Any]
+Batch = dict[str, Any]
 
 
 class Model(Protocol):
@@ -29,14 +28,17 @@ class Model(Protocol):
   attribute by its name. A forward pass enters each tower in order of depth and
   leaves the last one; `run` is that pass.
 
-  Attributes:
-    config: the settings that the model was made of; `config.depths` names the
-      towers with their numbers of layers.
-    towers: names of the towers, in order of depth.
   """
 
-  config: Any
-  towers: tuple[str, ...]
+  @property
+  def config(self) -> Any:
+    """The settings of the model; its `depths` are the layers of each tower."""
+    ...
+
+  @property
+  def towers(self) -> tuple[str, ...]:
+    """The names of the towers, in order of depth."""
+    ...
 
   def context(
     self, tower: str, batch: Batch, keys_B: jax.Array | None, zigzag: int

@@ -184,7 +184,7 @@ def make_schedule(config: Optimizer, num_steps: int) -> optax.Schedule:
   if s.shape == 'wsd':
     start = max(start, last - max(round(num_steps * s.decay), 1))
 
-  def rate(count: jax.Array) -> jax.Array:
+  def rate(count: Any) -> jax.Array:
     if s.shape == 'constant':
       value = peak
     elif s.shape == 'inverse_sqrt':
@@ -210,7 +210,7 @@ def warmup_updates(config: Schedule, num_steps: int) -> int:
   return min(config.warmup_steps, num_steps - 1)
 
 
-def num_updates(opt_state: optax.OptState) -> jax.Array:
+def num_updates(opt_state: Any) -> jax.Array:
   """Returns the updates that an optimizer of `make` has counted.
 
   It is what its schedule goes by. An update that a non-finite value skipped is
@@ -237,12 +237,12 @@ def _clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
 
   def update(
     updates: optax.Updates,
-    state: optax.OptState,
+    state: Any,
     params: optax.Params | None = None,
     *,
     norm: jax.Array | None = None,
     **_: Any,
-  ) -> tuple[optax.Updates, optax.OptState]:
+  ) -> tuple[optax.Updates, Any]:
     del params
     norm = optax.tree.norm(updates) if norm is None else norm
     cut = lambda u: jnp.where(
@@ -338,7 +338,7 @@ def _scale_to_adam(
   """
   del params
 
-  def scale(u: jax.Array, spec: contrib.MuonDimensionNumbers) -> jax.Array:
+  def scale(u: jax.Array, spec: Any) -> jax.Array:
     sizes = [
       np.prod([u.shape[i] for i in axes])
       for axes in (spec.reduction_axis, spec.output_axis)

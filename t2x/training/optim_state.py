@@ -31,7 +31,7 @@ def per_layer(
   from the parameter's path to the state of `tx`.
   """
 
-  def init(params: optax.Params) -> optax.OptState:
+  def init(params: optax.Params) -> Any:
     return {
       name: _over_stack(tx.init, p, _state_axes(tx, p))(p)
       for name, p in named(params).items()
@@ -39,9 +39,9 @@ def per_layer(
 
   def update(
     updates: optax.Updates,
-    state: optax.OptState,
+    state: Any,
     params: optax.Params | None = None,
-  ) -> tuple[optax.Updates, optax.OptState]:
+  ) -> tuple[optax.Updates, Any]:
     assert params is not None, 'per_layer needs the parameters'
     by_name = named(params)
     new_updates, new_state = {}, {**state}
@@ -97,13 +97,13 @@ def _state_axes(tx: optax.GradientTransformation, p: nnx.Variable) -> Any:
 
 
 def shardings(
-  opt_state: optax.OptState,
+  opt_state: Any,
   params: optax.Params,
   mesh: sharding.AnyMesh,
   rules: sharding.Rules,
   *,
   offload: bool = False,
-) -> optax.OptState:
+) -> Any:
   """Returns the sharding of every leaf of an optimizer's state.
 
   A moment of its parameter's shape is sharded like it; Adafactor's rows and
@@ -134,12 +134,12 @@ def shardings(
 def update_offloaded(
   tx: optax.GradientTransformation,
   grads: optax.Updates,
-  opt_state: optax.OptState,
+  opt_state: Any,
   params: optax.Params,
   *,
   norm: jax.Array,
   finite: jax.Array,
-) -> tuple[optax.Params, optax.OptState]:
+) -> tuple[optax.Params, Any]:
   """Returns new parameters, and the new state, whose moments lie on the hosts.
 
   Stacked layers are updated one by one in a loop, so that the moments of one
@@ -157,8 +157,8 @@ def update_offloaded(
   by_name = named(params)
 
   def update(
-    grads: optax.Updates, state: optax.OptState, params: optax.Params
-  ) -> tuple[optax.Params, optax.OptState]:
+    grads: optax.Updates, state: Any, params: optax.Params
+  ) -> tuple[optax.Params, Any]:
     state = _moved(state, jax.memory.Space.Device)
     updates, new_state = optax.with_extra_args_support(tx).update(
       grads, state, params, norm=norm
@@ -182,9 +182,9 @@ def _layer_by_layer(
   update: Callable[..., Any],
   num: int,
   grads: optax.Updates,
-  state: optax.OptState,
+  state: Any,
   params: optax.Params,
-) -> tuple[optax.Params, optax.OptState]:
+) -> tuple[optax.Params, Any]:
   """Returns update(grads, state, params), layer after layer."""
 
   def layer(tree: Any, i: jax.Array) -> Any:
@@ -245,9 +245,7 @@ def _map(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
   )
 
 
-def _moved(
-  opt_state: optax.OptState, space: jax.memory.Space
-) -> optax.OptState:
+def _moved(opt_state: Any, space: Any) -> Any:
   move = lambda _, x: jax.device_put(x, space) if _is_moment(x) else x
   return _map(move, opt_state)
 

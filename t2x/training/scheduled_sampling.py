@@ -66,7 +66,7 @@ def replaced(
   config: ScheduledSampling,
   model: forward.Model,
   batch: dict[str, jax.Array],
-  keys_B: jax.Array,
+  keys_B: jax.Array | None,
   execution: stack.Execution,
 ) -> jax.Array:
   """Returns the decoder's inputs, some of which are predictions, (B, T).
@@ -104,7 +104,7 @@ def _gumbel(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _noise(
-  keys_B: jax.Array,
+  keys_B: jax.Array | None,
   shape: tuple[int, ...],
   site: int,
   zigzag: int,

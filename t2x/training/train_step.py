@@ -222,6 +222,7 @@ def _run(
   more = {'keys_B': keys_B, 'execution': config.execution}
   if config.memory is None:
     return *forward.run(model, batch, **more), {}
+  assert memory is not None, 'a model that remembers is given a memory'
   x_BTD, stats, memory = forward.recall(model, batch, memory, **more)
   return x_BTD, stats, {segment_memory.NAME: memory}
 
@@ -357,7 +358,7 @@ def _loss(
       config.sampling, model, batch, keys_B, execution
     )
     batch = {**batch, 'inputs': inputs}
-  memory = batch.get(segment_memory.NAME)
+  memory: Any = batch.get(segment_memory.NAME)
   x_BTD, stats, memory = _run(model, batch, memory, keys_B, config)
   if probes_K is not None:
     numbers_B = batch[batch_keys.TASKS][:, 0]
