@@ -81,10 +81,10 @@ def _choose(
   if kind == ops.FORWARD:
     return list_scheduling.next_forward(problem, stage, done, now)
   if kind == ops.WEIGHT:
-    return stage.put_off[0] if stage.put_off else None
+    return stage.deferred[0] if stage.deferred else None
   choice = list_scheduling.next_backward(problem, stage, done, now)
   if choice and choice[0] == kind:
     return choice
   if kind == ops.RECOMPUTE:
-    return list_scheduling.early_recompute(problem, stage, done, now)
+    return list_scheduling.early_recompute(problem, stage)
   return None

@@ -88,8 +88,12 @@ def _forward_of(
   side = state[:t]
 
   def layer(
-    i: int, j: jax.Array, number: jax.Array, active: buffers.Active, loop: Any
-  ) -> Any:
+    i: int,
+    j: jax.Array,
+    number: jax.Array,
+    active: buffers.Active,
+    loop: tuple[Any, ...],
+  ) -> tuple[Any, ...]:
     x, stored, loads, sums = loop
     piece = tick.pieces.layers[t][i]
     args = tick.fixed(t, i, j), x, side, tick.rest(number, 0)
@@ -133,7 +137,9 @@ def measure(
   """Adds the loss and metrics of the last part's output, without gradients."""
   piece = tick.pieces.leave
 
-  def body(zero: jax.Array, active: buffers.Active, loop: Any) -> Any:
+  def body(
+    zero: jax.Array, active: buffers.Active, loop: tuple[Any, ...]
+  ) -> tuple[Any, ...]:
     x, sums = loop
     fixed, rest = ([], tick.values.leave), tick.rest(0, zero)
     _, _, other = piece.forward_only(fixed, x, None, rest)
@@ -154,7 +160,9 @@ def leave(
   piece = tick.pieces.leave
   grad = buffers.read(carry.inbox, tick.instruction['gradient'])
 
-  def body(zero: jax.Array, active: buffers.Active, loop: Any) -> Any:
+  def body(
+    zero: jax.Array, active: buffers.Active, loop: tuple[Any, ...]
+  ) -> tuple[Any, ...]:
     grad, shared, sums = loop
     fixed = ([], tick.values.leave)
     rest = tick.rest(0, zero)
@@ -204,8 +212,12 @@ def _backward_of(
   c, units = tick.instruction, tick.plan.place.most_units[t]
 
   def layer(
-    i: int, j: jax.Array, number: jax.Array, active: buffers.Active, loop: Any
-  ) -> Any:
+    i: int,
+    j: jax.Array,
+    number: jax.Array,
+    active: buffers.Active,
+    loop: tuple[Any, ...],
+  ) -> tuple[Any, ...]:
     d_x, d_side, crossing, grads, shared = loop
     piece = tick.pieces.layers[t][i]
     kept = [
@@ -248,10 +260,10 @@ def enter_backward(
     def body(
       zero: jax.Array,
       active: buffers.Active,
-      loop: Any,
+      loop: tuple[Any, ...],
       t: int = t,
       piece: cut.Cut = piece,
-    ) -> Any:
+    ) -> tuple[Any, ...]:
       grad, shared = loop
       args = _entering(tick, inbox, t, zero)
       # Without the barrier the compiler moves the communication of values from
@@ -295,8 +307,12 @@ def _weight_of(
   c, units = tick.instruction, tick.plan.place.most_units[t]
 
   def layer(
-    i: int, j: jax.Array, number: jax.Array, active: buffers.Active, loop: Any
-  ) -> Any:
+    i: int,
+    j: jax.Array,
+    number: jax.Array,
+    active: buffers.Active,
+    loop: tuple[Any, ...],
+  ) -> tuple[Any, ...]:
     grads, shared = loop
     piece = tick.pieces.layers[t][i]
     kept = buffers.read(carry.stored[t][i][1], tick.rows_of(t, j)[1])
