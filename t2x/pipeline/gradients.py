@@ -9,12 +9,11 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 from t2x.models import model as model_lib
+from t2x.parallel import sharding
 from t2x.pipeline import pieces
 from t2x.pipeline import plan as plan_lib
 from t2x.pipeline import stage
 from t2x.pipeline import weights
-
-PIPE = weights.PIPE
 
 
 def run(
@@ -62,6 +61,6 @@ def run(
     run_stage,
     in_specs=(*specs, batch_spec, P()),
     out_specs=(grads, P()),
-    axis_names={PIPE, *manual},
+    axis_names={sharding.PIPE, *manual},
     check_vma=False,
   )(trained, rest, batch, key)

@@ -271,8 +271,7 @@ def _fill(
   tick, sizes = table.tick_OMP, []
   for t in range(len(place.towers)):
     lifetimes = _Lifetimes()
-    parts = np.flatnonzero(place.tower_P == t)
-    for p in parts:
+    for p in np.flatnonzero(place.tower_P == t).tolist():
       for m in range(table.num_microbatches):
         # Taken during the first tick and free after the last.
         start, end = tick[first, m, p], tick[last, m, p] + 1

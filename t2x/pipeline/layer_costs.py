@@ -314,7 +314,8 @@ def takes_kernel(
     return False  # Its keys are wider than its values.
   if not isinstance(kind, attention_config.Softmax):
     return False
-  biased = position.is_bias(model.position)
+  places = model.position
+  biased = places is not None and position.is_bias(places)
   refused = kind.kernel == 'blocks' or kind.dropout or biased and not cross
   refused = refused or model.memory  # Its keys have positions of their own.
   block = kind.block or splash.LANES

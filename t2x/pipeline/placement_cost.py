@@ -175,7 +175,7 @@ class CostModel:
       shares: number of parts of each tower.
     """
     extra_P = np.zeros(self.table.num_parts, int)
-    ends = np.cumsum(shares)
+    ends = np.cumsum(shares, dtype=int)
     np.add.at(extra_P, ends - shares, self.firsts)
     np.add.at(extra_P, ends - 1, self.lasts)
     return extra_P

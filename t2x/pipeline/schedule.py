@@ -21,8 +21,6 @@ from t2x.pipeline import table as table_lib
 from t2x.pipeline import table_text
 from t2x.pipeline import validation
 
-Placement = table_lib.Placement
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Schedule(table_lib.Table):

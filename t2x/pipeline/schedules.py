@@ -17,6 +17,9 @@ two, and the bubble is 2(S - 1) / (3vM + 2(S - 1)). In flight, from F until W,
 stage s holds M microbatches with gpipe, min(M, S - s) with one_f_one_b, at most
 S with zb_h1, 2S - 1 with zb_h2, and 2S parts of half a stage with zb_v.
 
+Each function takes these numbers, with the chunks as the parts on each stage,
+and whether the backward recomputes the forward: an R before every B.
+
 Every schedule takes any number of microbatches, stages and chunks, except zb_v,
 which has two chunks. With several chunks one_f_one_b is interleaved, gpipe is
 breadth_first, and zb_h1 and zb_h2 defer the W of interleaved. Interleaving in

@@ -20,7 +20,6 @@ from t2x.pipeline import plan as plan_lib
 from t2x.pipeline import tick
 from t2x.pipeline import weights
 
-PIPE = weights.PIPE
 # Parameters (N, ...) of the layers of a unit, by tower.
 _Slots = dict[str, list[Any]]
 
@@ -101,7 +100,7 @@ class Stage:
       None,
     )
     end = jax.lax.scan(step, self._start(pieces), batches)[0]
-    sums = jax.lax.psum(end.sums, (PIPE, *self._manual))
+    sums = jax.lax.psum(end.sums, (sharding.PIPE, *self._manual))
     sums['loads'] = self._loads(end.loads)
     grads = self._grads(end) if plan.table.training else None
     return grads, sums
@@ -242,7 +241,7 @@ class Stage:
     end_grads, shared = end.grads, end.shared
     if self._manual:
       end_grads, shared = jax.lax.psum((end_grads, shared), self._manual)
-    grads = _filled(jax.lax.psum(shared, PIPE), self._shared)
+    grads = _filled(jax.lax.psum(shared, sharding.PIPE), self._shared)
     for t, (name, members) in enumerate(self._slots.items()):
       stacks = []
       for i, slots in enumerate(members):

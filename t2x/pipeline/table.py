@@ -15,8 +15,6 @@ import numpy as np
 
 from t2x.pipeline import operations as ops
 
-Placement = ops.Placement
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Table:
@@ -42,7 +40,7 @@ class Table:
   chunk_TS: np.ndarray
   num_microbatches: int
   num_chunks: int = 1
-  placement: Placement = 'loop'
+  placement: ops.Placement = 'loop'
   recompute: bool = False
   training: bool = True
 

@@ -68,7 +68,7 @@ def check_table(schedule: table_lib.Table) -> np.ndarray:
   kinds = ops.kinds(training=schedule.training, recompute=schedule.recompute)
   foreign = np.flatnonzero(~np.isin(op_N, kinds))
   if len(foreign):
-    i = foreign[0]
+    i = int(foreign[0])
     used = ', '.join(ops.LETTERS[kind] for kind in kinds)
     raise ValueError(
       f'{_place(schedule, tick_N[i], op_N[i], micro_N[i], part_N[i])} is not '
@@ -81,7 +81,7 @@ def check_table(schedule: table_lib.Table) -> np.ndarray:
   tick_K[key_N[::-1]] = tick_N[::-1]
   again = np.flatnonzero(tick_K[key_N] != tick_N)
   if len(again):
-    i = again[0]
+    i = int(again[0])
     raise ValueError(
       f'{_place(schedule, tick_N[i], op_N[i], micro_N[i], part_N[i])} is done '
       f'a second time; the first was in tick {tick_K[key_N[i]]}.'

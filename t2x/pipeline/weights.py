@@ -28,8 +28,6 @@ from t2x.parallel import manual_sharding
 from t2x.parallel import sharding
 from t2x.pipeline import plan as plan_lib
 
-PIPE = sharding.PIPE
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Route:
@@ -63,9 +61,11 @@ class Route:
       return x_U
     unit_SN = jnp.asarray(np.maximum(self.unit_SN, 0))
     if self.dim is None:
-      return x_U[unit_SN[jax.lax.axis_index(PIPE)]]
+      return x_U[unit_SN[jax.lax.axis_index(sharding.PIPE)]]
     dim = self.dim + 1
-    exchange = lambda a: jax.lax.all_to_all(a, PIPE, 0, dim, tiled=True)
+    exchange = lambda a: jax.lax.all_to_all(
+      a, sharding.PIPE, 0, dim, tiled=True
+    )
     return manual_sharding.on_parts(exchange, x_U[unit_SN], *self._names)[0]
 
   def give_back(self, x_N: jax.Array) -> jax.Array:
@@ -77,10 +77,12 @@ class Route:
     if self.dim == 0:
       return x_N
     if self.dim is None:
-      unit_N = jnp.asarray(self.unit_SN)[jax.lax.axis_index(PIPE)]
-      return jax.lax.psum(self._scattered(x_N, unit_N), PIPE)
+      unit_N = jnp.asarray(self.unit_SN)[jax.lax.axis_index(sharding.PIPE)]
+      return jax.lax.psum(self._scattered(x_N, unit_N), sharding.PIPE)
     dim = self.dim + 1
-    exchange = lambda a: jax.lax.all_to_all(a, PIPE, dim, 0, tiled=True)
+    exchange = lambda a: jax.lax.all_to_all(
+      a, sharding.PIPE, dim, 0, tiled=True
+    )
     x_SN = manual_sharding.on_parts(exchange, x_N[None], *self._names)
     flat = x_SN.reshape(-1, *x_SN.shape[2:])
     return self._scattered(flat, jnp.asarray(self.unit_SN.reshape(-1)))
@@ -105,7 +107,7 @@ def _spec(dim: int | None) -> P:
   Args:
     dim: the dimension, or None if `pipe` splits none.
   """
-  return P() if dim is None else P(*[None] * dim, PIPE)
+  return P() if dim is None else P(*[None] * dim, sharding.PIPE)
 
 
 def joined(stack: stack_lib.Stack) -> list[Any]:
@@ -186,7 +188,7 @@ class Layout:
         of the group that it is stacked with.
     """
     rules = sharding.active_rules()
-    layers = PIPE if plan.place.is_contiguous else None
+    layers = sharding.PIPE if plan.place.is_contiguous else None
     rules = dataclasses.replace(rules, layers=layers)
     sizes = jax.sharding.get_abstract_mesh().shape
     names = _layer_paths(tree)
