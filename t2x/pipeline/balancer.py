@@ -87,13 +87,14 @@ def balance(
 
 def _exact(model: CostModel) -> list[np.ndarray]:
   """Returns the best placements with one part a stage; none if none fits."""
-  rows = [
-    partition.Row(*row) for row in zip(model.costs, model.firsts, model.lasts)
+  chains = [
+    partition.Chain(*costs)
+    for costs in zip(model.costs, model.firsts, model.lasts)
   ]
   options = []  # (slowest stage, parts of each tower, most units of a part)
   for shares in model.shares():
     for most in _most_units(model, shares):
-      each = (r.slowest(num, cap) for r, num, cap in zip(rows, shares, most))
+      each = (c.slowest(num, cap) for c, num, cap in zip(chains, shares, most))
       options.append((max(each), shares, most))
   bound = min((option[0] for option in options), default=0)
   placements = []
@@ -101,8 +102,8 @@ def _exact(model: CostModel) -> list[np.ndarray]:
     if slowest == bound:
       ends = np.cumsum(shares)
       pieces = [
-        row.even(model.even_P[end - num : end], cap, bound)
-        for row, num, cap, end in zip(rows, shares, most, ends)
+        chain.even(model.even_P[end - num : end], cap, bound)
+        for chain, num, cap, end in zip(chains, shares, most, ends)
       ]
       placements.append(np.concatenate(pieces))
   return placements
@@ -145,14 +146,16 @@ def _all(model: CostModel) -> list[np.ndarray]:
   """Returns the best placement for each way to deal parts to towers."""
   placements = []
   for shares in model.shares():
-    rows = [
+    divisions = [
       [
         np.diff([0, *cuts, n])
         for cuts in itertools.combinations(range(1, n), k - 1)
       ]
       for n, k in zip(model.sizes, shares)
     ]
-    units_CP = np.array([np.concatenate(p) for p in itertools.product(*rows)])
+    units_CP = np.array(
+      [np.concatenate(p) for p in itertools.product(*divisions)]
+    )
     best = np.lexsort(model.ranks(units_CP, shares)[::-1])[0]
     placements.append(units_CP[best])
   return placements

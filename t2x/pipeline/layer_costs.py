@@ -266,25 +266,27 @@ def _activations(
   cross_lengths = {'decoder': batch.encoder_length, 'queries': batch.length}
   S = cross_lengths.get(tower.name)
   itemsize, kept, left = jnp.dtype(model.dtype).itemsize, 0.0, 0.0
-  for kind, mlp in model.group[: tower.group]:
-    by_kernel = batch.kernels and takes_kernel(model, kind, T, T)
+  for attention, mlp in model.group[: tower.group]:
+    by_kernel = batch.kernels and takes_kernel(model, attention, T, T)
     # Blocks of 64 queries reach half a block further than each query.
-    pattern = attention_kinds.pattern_of(kind, T, causal)
+    pattern = attention_kinds.pattern_of(attention, T, causal)
     reach = flops.pairs(T, T, pattern) + 32 * T * causal
     # What other kinds of attention keep grows with the length alone.
-    by_kernel |= not isinstance(kind, attention_config.Softmax)
-    read, made, whole = _attention(
-      model, kind, T, T, None if by_kernel else reach, layout
+    by_kernel |= not isinstance(attention, attention_config.Softmax)
+    read, made, in_float32 = _attention(
+      model, attention, T, T, None if by_kernel else reach, layout
     )
     hidden_read, hidden_made = _feed_forward(model, mlp, T, layout)
-    kept += itemsize * (read + hidden_read) + 4 * whole
+    kept += itemsize * (read + hidden_read) + 4 * in_float32
     left += itemsize * (made + hidden_made)
     if S is not None:
-      by_kernel = batch.kernels and takes_kernel(model, kind, T, S, cross=True)
-      read, made, whole = _attention(
-        model, kind, T, S, None if by_kernel else T * S, layout
+      by_kernel = batch.kernels and takes_kernel(
+        model, attention, T, S, cross=True
       )
-      kept += itemsize * read + 4 * whole
+      read, made, in_float32 = _attention(
+        model, attention, T, S, None if by_kernel else T * S, layout
+      )
+      kept += itemsize * read + 4 * in_float32
       left += itemsize * made
     # The last norm reads the output of the feed-forward layer, or a sum of it.
     if model.residual in ('post_norm', 'sandwich'):
@@ -295,7 +297,7 @@ def _activations(
 
 def takes_kernel(
   model: model_lib.ModelConfig,
-  kind: attention_kinds.AttentionConfig,
+  attention: attention_kinds.AttentionConfig,
   T: int,
   S: int,
   cross: bool = False,
@@ -304,28 +306,30 @@ def takes_kernel(
 
   Args:
     model: config of the model.
-    kind: config of the attention.
+    attention: config of the attention.
     T: number of query positions.
     S: number of key positions.
     cross: whether it is cross-attention.
   """
-  kind = attention_kinds.for_cross(kind) if cross else kind
-  if isinstance(kind, transformer_xl.TransformerXL):
+  attention = attention_kinds.for_cross(attention) if cross else attention
+  if isinstance(attention, transformer_xl.TransformerXL):
     return False  # Its keys are wider than its values.
-  if not isinstance(kind, attention_config.Softmax):
+  if not isinstance(attention, attention_config.Softmax):
     return False
   places = model.position
   biased = places is not None and position.is_bias(places)
-  refused = kind.kernel == 'blocks' or kind.dropout or biased and not cross
+  refused = (
+    attention.kernel == 'blocks' or attention.dropout or biased and not cross
+  )
   refused = refused or model.memory  # Its keys have positions of their own.
-  block = kind.block or splash.LANES
-  whole = not (block % splash.LANES or T % block or S % block)
-  return whole and not refused
+  block = attention.block or splash.LANES
+  divides = not (block % splash.LANES or T % block or S % block)
+  return divides and not refused
 
 
 def _attention(
   model: model_lib.ModelConfig,
-  kind: attention_kinds.AttentionConfig,
+  attention: attention_kinds.AttentionConfig,
   T: int,
   S: int,
   pairs: float | None,
@@ -335,7 +339,7 @@ def _attention(
 
   Args:
     model: config of the model.
-    kind: config of the attention.
+    attention: config of the attention.
     T: number of query positions.
     S: number of key positions.
     pairs: number of pairs of query and key whose scores are computed in blocks;
@@ -346,18 +350,18 @@ def _attention(
     Numbers kept in the dtype of activations; numbers left for W; numbers kept
     in float32.
   """
-  D, H = model.embed_dim, kind.head_dim
-  N = kind.num_heads / layout.over('heads')
-  K = kind.kv_heads / layout.over('kv_heads')
-  wide = isinstance(kind, transformer_xl.TransformerXL) * D
+  D, H = model.embed_dim, attention.head_dim
+  N = attention.num_heads / layout.over('heads')
+  K = attention.kv_heads / layout.over('kv_heads')
+  wide = isinstance(attention, transformer_xl.TransformerXL) * D
   projected = T * N * (H + wide) + S * K * (2 * H + wide)
-  whole = T * N
+  in_float32 = T * N
   if pairs is not None:
     # The output before its normalisation is kept, too.
-    whole = T * N * H
+    in_float32 = T * N * H
     if S <= blocks.KEEP_KEYS:
-      whole += N * min(pairs, T * S)
-  return projected + T * D + T * N * H, projected + T * D, whole
+      in_float32 += N * min(pairs, T * S)
+  return projected + T * D + T * N * H, projected + T * D, in_float32
 
 
 def _feed_forward(

@@ -1,4 +1,4 @@
-"""Divides a row of units into consecutive parts by dynamic programming.
+"""Divides a chain of units into consecutive parts by dynamic programming.
 
 Shape suffixes: U ends of parts, 0 to the number of units.
 """
@@ -11,7 +11,7 @@ _NEVER = 2**62
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Row:
+class Chain:
   """The costs of units in order.
 
   Attributes:
@@ -39,8 +39,8 @@ class Row:
       first_UU = np.minimum(cost_UU + self.first, _NEVER)
       last_U = np.minimum(cost_UU[:, -1] + self.last, _NEVER)
       # Entry n is for n parts. The first part begins at 0.
-      whole = min(int(first_UU[0, -1]) + self.last, _NEVER)
-      results = [_NEVER, whole]
+      one_part = min(int(first_UU[0, -1]) + self.last, _NEVER)
+      results = [_NEVER, one_part]
       best_U = first_UU[0]
       for _ in range(len(self.costs) - 1):
         results.append(int(np.maximum(best_U, last_U).min()))

@@ -179,7 +179,7 @@ def simulate(
   span, span_executed = np.nanmax(finish_TS), tick_T.sum()
   own_S = np.nanmax(finish_TS, axis=0) - np.nanmin(start_TS, axis=0)
   # Rounding can make the share slightly negative.
-  share = lambda whole: float(max(0.0, 1 - work_S.sum() / whole))
+  share = lambda total: float(max(0.0, 1 - work_S.sum() / total))
   stages = schedule.num_stages
   in_flight_S = _peak(schedule, Memory())
   return Simulation(

@@ -134,10 +134,10 @@ class Stage:
       layers.append([])
       for i, slots in enumerate(members):
         piece = pieces.layers[t][i]
-        own = jax.vmap(piece.slot_values)(slots, self._slots_frozen[name][i])
+        fixed = jax.vmap(piece.slot_values)(slots, self._slots_frozen[name][i])
         layers[-1].append(
           (
-            self._placed(own, piece.origins, self._axes(name, i)),
+            self._placed(fixed, piece.origins, self._axes(name, i)),
             piece.shared_values(*shared),
           )
         )
