@@ -175,8 +175,8 @@ class CostModel:
       shares: number of parts of each tower.
     """
     extra_P = np.zeros(self.table.num_parts, int)
-    ends = np.cumsum(shares, dtype=int)
-    np.add.at(extra_P, ends - shares, self.firsts)
+    ends = np.cumsum(shares)
+    np.add.at(extra_P, ends - np.asarray(shares), self.firsts)
     np.add.at(extra_P, ends - 1, self.lasts)
     return extra_P
 
