@@ -30,7 +30,8 @@ def enter(
     state: message of the part before.
 
   Returns:
-    The input of the part's layers, with the outputs of earlier towers.
+    The input of the part's layers, with the outputs of earlier towers. It is
+    `state` itself if the part is not the first of its tower.
   """
   for t, piece in enumerate(tick.pieces.enter):
 
@@ -134,7 +135,13 @@ def _forward_of(
 def measure(
   tick: tick_lib.Tick, carry: tick_lib.Carry, x: jax.Array
 ) -> tick_lib.Carry:
-  """Adds the loss and metrics of the last part's output, without gradients."""
+  """Adds the loss and metrics of the last part's output, without gradients.
+
+  Args:
+    tick: the tick.
+    carry: buffers and sums.
+    x: output of the part's layers; used on the last part alone.
+  """
   piece = tick.pieces.leave
 
   def body(
@@ -153,9 +160,15 @@ def measure(
 def leave(
   tick: tick_lib.Tick, carry: tick_lib.Carry
 ) -> tuple[_Activations, tick_lib.Carry]:
-  """Returns the gradient of the loss with respect to the last part's output.
+  """Computes the loss and its gradients, on the last part.
 
-  On other parts it is the gradient that came from the part after.
+  Args:
+    tick: the tick.
+    carry: buffers and sums.
+
+  Returns:
+    The gradient of the loss with respect to the part's output, and the buffers
+    and sums. On other parts it is the gradient that came from the part after.
   """
   piece = tick.pieces.leave
   grad = buffers.read(carry.inbox, tick.instruction['gradient'])

@@ -157,7 +157,7 @@ class Stage:
     origins: Sequence[int | None],
     axes: Sequence[tuple[str | None, ...]],
   ) -> list[jax.Array]:
-    """Gathers the values that `fsdp` splits, once and not in every tick.
+    """Gathers the values that `fsdp` splits, if weights are gathered once.
 
     Args:
       values: values of the layer's own parameters, (N, ...) each.
