@@ -1,1 +1,1 @@
-"""Pipeline schedules as tables: built, checked, simulated and drawn."""
+"""Pipeline parallelism: schedules, the layers of stages, and the executor."""

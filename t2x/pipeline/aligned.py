@@ -1,11 +1,11 @@
 """List scheduling in which every tick has one kind of operation.
 
-Where F, B and W take unlike times, a lock-step tick that has several kinds
-wastes what the cheaper ones leave. Here all stages do the same kind in a tick,
-or nothing: the work of many microbatches then fills the ticks whatever the
-operations cost, for more ticks at the start and the end, and a message waits
-until its kind's turn comes. With few microbatches that loses more than it
-saves.
+A tick lasts as long as its slowest operation. Where F, B and W take different
+times, a tick that mixes kinds leaves the stages with a cheaper kind idle. Here
+all stages do the same kind in a tick, or nothing. With many microbatches the
+ticks are then full whatever the operations cost. In return there are more ticks
+at the start and at the end, and a message waits until the turn of its kind
+comes. With few microbatches that loses more than it saves.
 """
 
 from collections.abc import Sequence
@@ -21,17 +21,20 @@ from t2x.pipeline import schedule as schedule_lib
 def schedule(
   problem: list_scheduling.Problem, cycle: Sequence[int], name: str
 ) -> schedule_lib.Schedule:
-  """Returns a table whose ticks take the kinds of `cycle` in turn.
+  """Returns a schedule whose ticks take the kinds of `cycle` in turn.
 
   Args:
-    problem: what is to be put in order; its costs and `defer` do not matter.
-    cycle: operations; each kind that the schedule has is in it.
-    name: of the schedule.
+    problem: the numbers and limits of the schedule. Its `costs` and `defer` are
+      ignored.
+    cycle: kinds of operations, repeated until all work is done. Every kind that
+      the schedule uses must be in it. A turn in which no stage can do anything
+      takes no tick.
+    name: name of the schedule.
   """
   num_parts = problem.num_stages * problem.num_chunks
   done = list_scheduling.not_done(problem)
   stages = [
-    list_scheduling.Stage(problem, s) for s in range(problem.num_stages)
+    list_scheduling.Progress(problem, s) for s in range(problem.num_stages)
   ]
   total = problem.num_microbatches * num_parts * (3 + problem.recompute)
   rows: list[list[ops.Op]] = []
@@ -69,19 +72,19 @@ def schedule(
 
 def _choose(
   problem: list_scheduling.Problem,
-  stage: list_scheduling.Stage,
+  stage: list_scheduling.Progress,
   done: list_scheduling.Done,
   now: float,
   kind: int,
 ) -> ops.Op | None:
-  """What the stage can do of that kind."""
+  """Returns the operation of that kind that the stage can do, or None."""
   if kind == ops.FORWARD:
     return list_scheduling.next_forward(problem, stage, done, now)
   if kind == ops.WEIGHT:
-    return stage.put_off[0] if stage.put_off else None
+    return stage.deferred[0] if stage.deferred else None
   choice = list_scheduling.next_backward(problem, stage, done, now)
   if choice and choice[0] == kind:
     return choice
   if kind == ops.RECOMPUTE:
-    return list_scheduling.early_recompute(problem, stage, done, now)
+    return list_scheduling.early_recompute(problem, stage)
   return None

@@ -1,18 +1,19 @@
-"""Which layers each part has, so that the slowest stage is as fast as can be.
+"""Load balancing: divides the layers so that the slowest stage is fast.
 
-The load of a stage is what its parts cost, what comes before the first layer
-of a tower and after the last included. Of placements whose slowest stage is
-equally loaded the one with the least sum of squared loads is best, and of
-those the one that is next to the even placement.
+The load of a stage is the cost of its parts. It includes the work before the
+first layer and after the last layer of a tower. The best placement has the
+least load on its slowest stage. Of several, it is the one with the least sum of
+squared loads, and of those the one closest to the even placement.
 
-With one part to a stage the result is exact: dynamic programming over where
-the parts end, once for the slowest stage and once, under that bound, for the
-squares. With several all placements are tried where they are few. Else it is a
-local search, from even placements and from those that give unit after unit to
-the stage that has least: single units move from part to part while that makes
-the placement better, or need less memory where that is over the limit. Where
-all units of the only tower cost the same and there is no limit, the start is
-the best already.
+With one part on each stage the result is exact: dynamic programming over the
+ends of the parts, once for the slowest stage and once, under that bound, for
+the squares. With several parts on each stage all placements are tried if there
+are few. Otherwise a local search starts from even placements and from greedy
+ones, which give one unit after another to the stage with the least load. The
+search moves single units between parts while that makes the placement better,
+or makes it need less memory where it is over the limit. Where all units of the
+only tower cost the same and there is no limit, the even placement is already
+the best.
 
 Shape suffixes: P parts, S stages, C candidates.
 """
@@ -31,10 +32,10 @@ from t2x.pipeline import schedule as schedule_lib
 CostModel = placement_cost.CostModel
 Stack = placement_cost.Stack
 _GIB = 2**30
-# So many placements are few.
-_FEW = 10_000
-# Starts of the local search, the best of those found.
-_STARTS = 3
+# All placements are tried if there are at most this many.
+_MAX_EXHAUSTIVE = 10_000
+# The local search starts from this many placements, the best of all candidates.
+_NUM_STARTS = 3
 
 
 def balance(
@@ -45,33 +46,34 @@ def balance(
   moved_bytes: float = 0.0,
   limit: float | None = None,
 ) -> list[int]:
-  """Returns the units of each part.
+  """Returns the number of units of each part, in order of depth.
 
   Args:
-    stacks: of the towers, in order of depth.
-    table: says which parts a stage has, and how many microbatches of them are
-      in flight.
-    fixed_bytes: of a device, whatever the placement.
-    moved_bytes: besides, unless each stage has the same share in order and
-      layers stay where they are kept.
-    limit: bytes of a device, or None.
+    stacks: costs of the towers, in order of depth.
+    table: schedule, which says which parts a stage has and how many of their
+      microbatches are in flight.
+    fixed_bytes: bytes that a device needs whatever the placement is.
+    moved_bytes: bytes that a device needs in addition where layers move from
+      where they are kept to where they are used. They stay only if each stage
+      has the same share of every tower, in order.
+    limit: most bytes that a device may need, or None for no limit.
 
   Raises:
-    ValueError: fewer units than parts, fewer parts than towers, or no
-      placement within the limit.
+    ValueError: there are fewer units than parts, fewer parts than towers, or
+      no placement is within the limit.
   """
   model = CostModel(stacks, table, fixed_bytes, moved_bytes, limit)
   even = [model.even_P, *map(model.spread, model.shares())]
   if table.num_chunks == 1:
-    found = _exact(model)
-  elif _num_placements(model) <= _FEW:
-    found = _all(model)
+    candidates = _exact(model)
+  elif _num_placements(model) <= _MAX_EXHAUSTIVE:
+    candidates = _all(model)
   else:
     starts = [*even, *(_filled(model, shares) for shares in model.shares())]
-    starts = sorted(starts, key=model.rank)[:_STARTS]
-    found = [_improved(model, start) for start in starts]
-  best = min([*even, *found], key=model.rank)
-  need = min(map(model.bytes_of, [*even, *found]))
+    starts = sorted(starts, key=model.rank)[:_NUM_STARTS]
+    candidates = [_improved(model, start) for start in starts]
+  best = min([*even, *candidates], key=model.rank)
+  need = min(map(model.bytes_of, [*even, *candidates]))
   if limit is not None and model.bytes_of(best) > limit:
     raise ValueError(
       f'pipeline.layers=balanced: a device needs {need / _GIB:.4g} GiB at '
@@ -84,32 +86,35 @@ def balance(
 
 
 def _exact(model: CostModel) -> list[np.ndarray]:
-  """Returns the best of parts that each have a stage; none if none fits."""
-  rows = [
-    partition.Row(*row) for row in zip(model.costs, model.firsts, model.lasts)
+  """Returns the best placements with one part a stage; none if none fits."""
+  chains = [
+    partition.Chain(*costs)
+    for costs in zip(model.costs, model.firsts, model.lasts)
   ]
   options = []  # (slowest stage, parts of each tower, most units of a part)
   for shares in model.shares():
     for most in _most_units(model, shares):
-      each = (r.slowest(num, cap) for r, num, cap in zip(rows, shares, most))
+      each = (c.slowest(num, cap) for c, num, cap in zip(chains, shares, most))
       options.append((max(each), shares, most))
   bound = min((option[0] for option in options), default=0)
-  found = []
+  placements = []
   for slowest, shares, most in options:
     if slowest == bound:
       ends = np.cumsum(shares)
       pieces = [
-        row.even(model.even_P[end - num : end], cap, bound)
-        for row, num, cap, end in zip(rows, shares, most, ends)
+        chain.even(model.even_P[end - num : end], cap, bound)
+        for chain, num, cap, end in zip(chains, shares, most, ends)
       ]
-      found.append(np.concatenate(pieces))
-  return found
+      placements.append(np.concatenate(pieces))
+  return placements
 
 
-def _most_units(model: CostModel, shares) -> Iterator[tuple[int, ...]]:
-  """Yields how many units the parts of each tower can have within the limit.
+def _most_units(
+  model: CostModel, shares: Sequence[int]
+) -> Iterator[tuple[int, ...]]:
+  """Yields the most units that a part of each tower can have within the limit.
 
-  What the parts of one tower leave, those of the next can use.
+  The last tower gets the memory that the other towers leave.
   """
   sizes = model.sizes
   if model.limit is None:
@@ -138,37 +143,39 @@ def _num_placements(model: CostModel) -> int:
 
 
 def _all(model: CostModel) -> list[np.ndarray]:
-  """Returns the best of all placements, for all parts of the towers."""
-  found = []
+  """Returns the best placement for each way to deal parts to towers."""
+  placements = []
   for shares in model.shares():
-    rows = [
+    divisions = [
       [
         np.diff([0, *cuts, n])
         for cuts in itertools.combinations(range(1, n), k - 1)
       ]
       for n, k in zip(model.sizes, shares)
     ]
-    units_CP = np.array([np.concatenate(p) for p in itertools.product(*rows)])
+    units_CP = np.array(
+      [np.concatenate(p) for p in itertools.product(*divisions)]
+    )
     best = np.lexsort(model.ranks(units_CP, shares)[::-1])[0]
-    found.append(units_CP[best])
-  return found
+    placements.append(units_CP[best])
+  return placements
 
 
 def _filled(model: CostModel, shares: Sequence[int]) -> np.ndarray:
-  """Gives unit after unit to the stage that then has least."""
+  """Gives one unit after another to the stage with the least load after it."""
   units_P = np.ones(model.table.num_parts, int)
   mean_P = np.repeat([costs.mean() for costs in model.costs], shares)
   load_S = (mean_P + model.extra_P(shares))[model.part_SV].sum(1)
   tower_P = np.repeat(np.arange(len(shares)), shares)
-  rest = np.array(model.sizes) - shares
-  while rest.any():
-    open_P = rest[tower_P] > 0
+  remaining = np.array(model.sizes) - shares
+  while remaining.any():
+    open_P = remaining[tower_P] > 0
     then_P = np.where(open_P, load_S[model.stage_P] + mean_P, math.inf)
-    # Of equals, the part that has the fewest units.
+    # Of equal loads, the part that has the fewest units.
     p = np.lexsort((units_P, then_P))[0]
     units_P[p] += 1
     load_S[model.stage_P[p]] += mean_P[p]
-    rest[tower_P[p]] -= 1
+    remaining[tower_P[p]] -= 1
   return units_P
 
 

@@ -1,4 +1,4 @@
-"""How a pipeline runs, as part of an experiment's config."""
+"""Settings of pipeline parallelism in the config of an experiment."""
 
 import dataclasses
 from typing import Literal
@@ -9,23 +9,30 @@ from t2x.pipeline import schedules
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
-  """Used where `mesh.pipe` is more than 1; the numbers do not depend on it.
+  """How a pipeline runs; the computed numbers do not depend on it.
+
+  The settings are used where `mesh.pipe` is more than 1.
 
   Attributes:
-    schedule: gpipe, one_f_one_b, interleaved, breadth_first, zb_h1, zb_h2,
-      zb_v, or the path of a table (a CSV file, see `Schedule.to_csv`).
-    microbatches: pieces of a batch that go through the pipeline one by one;
-      of each of `train.accumulate` batches.
-    chunks: parts of the model on each stage; None is the schedule's own.
-    layers: `even` shares, `balanced` ones, where the stage with the most to do
-      has as little as can be (embeddings and head included), or the layers of
-      each part, in order of depth (groups, where the layers repeat in groups).
-    memory_limit: GiB of a device that `balanced` may use, as estimated from
-      shapes (see `layer_costs`); None for no limit.
-    gather: weights that `fsdp` splits are gathered `once` a step, or each
-      `tick`, which needs less memory and moves more.
-    uniform: all stages do whatever one of them does, masked, for machines on
-      which devices of one program must not diverge.
+    schedule: name of a schedule (gpipe, one_f_one_b, interleaved,
+      breadth_first, zb_h1, zb_h2, zb_v), or path of a table (a CSV file, see
+      `Schedule.to_csv`).
+    microbatches: number of pieces of a batch that go through the pipeline one
+      after another. Each of the `train.accumulate` batches has that many.
+    chunks: parts of the model on each stage; None for the schedule's own
+      number.
+    layers: division of the layers among the parts. `even` gives all parts the
+      same number, as nearly as possible. `balanced` gives the stage with the
+      most work as little as possible, embeddings and head included. Numbers
+      are the layers of each part, in order of depth (groups of layers, where
+      the layers repeat in groups).
+    memory_limit: most GiB of a device that `balanced` may use, as estimated
+      from shapes (see `layer_costs`); None for no limit.
+    gather: time at which weights that `fsdp` splits are gathered: `once` a
+      step, or in each `tick`, which needs less memory and moves more bytes.
+    uniform: whether all stages compute every kind of operation that any of
+      them does in a tick, and mask the results of the others. For machines on
+      which the devices of one program must not diverge.
   """
 
   schedule: str = 'one_f_one_b'
@@ -36,7 +43,7 @@ class PipelineConfig:
   gather: Literal['once', 'tick'] = 'once'
   uniform: bool = False
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     field_checks.least(self, 'pipeline.', microbatches=1, chunks=1)
     field_checks.positive(self, 'pipeline.', 'memory_limit')
     if not self.own_table:
@@ -53,5 +60,5 @@ class PipelineConfig:
 
   @property
   def own_table(self) -> bool:
-    """Whether the schedule is the path of a table."""
+    """Whether the schedule is the path of a table, not a name."""
     return self.schedule.endswith('.csv')

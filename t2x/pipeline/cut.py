@@ -1,33 +1,45 @@
-"""Cuts a layer's forward and backward pass into programs that repeat nothing.
+"""Cuts a layer's forward and backward pass into programs that repeat no work.
 
-A pipeline runs the pieces of one gradient in different ticks:
+A pipeline computes the pieces of one gradient in different ticks:
 
-  fixed      what depends on parameters alone (casts): once, before all;
+  fixed      values that depend on parameters alone (casts): once, before all;
   forward    the output, and the activations that the backward pass needs;
-  backward   the gradient by the input, needed by the stage before (B);
-  weight     the gradients by the parameters, needed by no one yet (W).
+  backward   the gradient with respect to the input, which the stage before
+             needs (B);
+  weight     the gradients with respect to the parameters, which no other stage
+             needs (W).
 
-The flat jaxpr of layer and gradient, calls inlined, is cut along its data flow,
-so no layer knows of it. Splitting B from W follows Qi et al., 2023 (Zero Bubble
-Pipeline Parallelism): W is what holds a product that the gradient by the input
-does not need; a gradient without one (a bias, a norm) is made in B, from where
-it is as small as it ever will be. Between the programs travel activations only:
-nothing that depends on parameters alone, and of the others those that cost a
-product, the rest being recomputed.
+The layer and its gradient become one flat jaxpr with all calls inlined, which
+is cut along its data flow. So no layer needs code for it. B and W are separated
+as by Qi et al., 2023 (Zero Bubble Pipeline Parallelism,
+https://arxiv.org/abs/2401.10241): W has every gradient that needs a product
+which the gradient with respect to the input does not need. A gradient without
+such a product (of a bias or a norm) is computed in B, where its inputs are.
+Only activations are stored between the programs. Values that depend on
+parameters alone are not, nor are activations that take no product: these are
+computed again.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
 
 import jax
+from jax.extend import core
 
 from t2x.pipeline import flow as flow_lib
 from t2x.pipeline import remat_policy
 
-# What a value depends on.
+# Flags of a value, by what it depends on.
 _SLOT, _SHARED, _DATA, _GRAD = 1, 2, 4, 8
+
+# Values that depend on parameters alone: the layer's own, the model's.
+Fixed = tuple[Sequence[jax.Array], Sequence[jax.Array]]
+# Activations that `forward` keeps: for `backward` alone, for `weight` too.
+Stored = list[list[jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +47,11 @@ class Params:
   """Parameters of a layer: its own, one set a slot, and those of the model.
 
   Attributes:
-    slot: trained, of the layer itself.
-    slot_frozen: the same, not trained.
-    shared: trained, of the model.
-    shared_frozen: the same, not trained.
+    slot: trained parameters of the layer itself.
+    slot_frozen: parameters of the layer itself that are not trained.
+    shared: trained parameters of the model outside its layers.
+    shared_frozen: parameters of the model outside its layers that are not
+      trained.
   """
 
   slot: Any = None
@@ -57,19 +70,33 @@ class Cut:
   """The programs of one function, traced once for given shapes.
 
   `fn(params, x, side, rest)` returns the output y, a scalar that is added to
-  the loss (or None), and whatever else is measured. It has gradients by the
-  trained parameters, by `x` and by `side`, which is an input that many layers
-  share (an encoder's output); `rest` has none (tokens, keys of dropout).
+  the loss (or None), and any other values that are measured. It has gradients
+  with respect to the trained parameters, `x` and `side`. `side` is an input
+  that many layers share (the output of an encoder). `rest` has no gradient
+  (tokens, dropout keys).
+
+  Args:
+    fn: function to be cut.
+    params: parameters, or their shapes.
+    x: shapes of the input.
+    side: shapes of the shared input, or None.
+    rest: shapes of the inputs without gradients.
+    remat: activations that the backward pass computes again; see
+      `stack.Execution`.
 
   Attributes:
-    early: leaves of `trained(params)` whose gradients `backward` returns.
-    late: those whose gradients `weight` returns; the others have none.
-    fixed_slot: shapes of what the loop needs of a layer's own parameters.
-    stored: shapes of what `forward` keeps, for `backward` alone and for
-      `weight` too.
-    crossing: shapes of what `backward` keeps for `weight`.
-    y: shape of the output.
-    other: shapes of what else is measured.
+    early: indices of the leaves of (slot, shared) whose gradients `backward`
+      returns.
+    late: indices of the leaves whose gradients `weight` returns. A leaf that is
+      in neither list has no gradient.
+    fixed_slot: shapes of the values that the loop needs of a layer's own
+      parameters.
+    stored: shapes of the values that `forward` keeps: those for `backward`
+      alone, then those for `weight` too.
+    crossing: shapes of the values that `backward` keeps for `weight`.
+    y: shapes of the output.
+    aux: shape of the scalar that is added to the loss, or None.
+    other: shapes of the other values that are measured.
   """
 
   def __init__(
@@ -85,14 +112,13 @@ class Cut:
     self._keeps = functools.partial(remat_policy.keeps, remat)
     args = (params, x, side, rest)
     self.y, self.aux, self.other = jax.eval_shape(fn, *args)
-    whole = functools.partial(_whole, fn)
-    self._flow = flow_lib.Flow(whole, *args, self.y, self.aux)
-    self._name_inputs(args)
+    with_gradients = functools.partial(_with_gradients, fn)
+    self._flow = flow_lib.Flow(with_gradients, *args, self.y, self.aux)
+    self._name_inputs(params, x, side, rest)
     self._name_outputs()
     self._cut()
 
-  def _name_inputs(self, args) -> None:
-    params, x, side, rest = args
+  def _name_inputs(self, params: Params, x: Any, side: Any, rest: Any) -> None:
     trees = {
       'slot': (params.slot, _SLOT),
       'slot_frozen': (params.slot_frozen, _SLOT),
@@ -105,7 +131,7 @@ class Cut:
       'd_aux': (self.aux, _GRAD),
     }
     left, flags = self._flow.inputs, {}
-    self._in: dict[str, list[Any]] = {}
+    self._in: dict[str, list[core.Var]] = {}
     for name, (tree, flag) in trees.items():
       num = len(jax.tree.leaves(tree))
       self._in[name], left = left[:num], left[num:]
@@ -116,24 +142,25 @@ class Cut:
   def _name_outputs(self) -> None:
     names = ('y', 'aux', 'other', 'slot', 'shared', 'x', 'side')
     left = self._flow.outputs
-    self._out: dict[str, list[Any]] = {}
+    self._out: dict[str, list[flow_lib.Atom]] = {}
     self._tree: dict[str, Any] = {}
     for name, tree in zip(names, self._flow.shapes):
       leaves, self._tree[name] = jax.tree.flatten(tree)
       self._out[name], left = left[: len(leaves)], left[len(leaves) :]
 
-  def _is_fixed(self, v) -> bool:
-    """Whether a value is made before the loop: it has one kind of parameter.
+  def _is_fixed(self, v: core.Var) -> bool:
+    """Whether a value is computed before the loop.
 
-    And is no larger than these: a table of positions times heads is made again
-    wherever it is needed.
+    It must depend on one kind of parameters alone, and be no larger than they
+    are. A table of positions times heads is larger, and is computed wherever it
+    is needed.
     """
     if self._flow.flags(v) not in (_SLOT, _SHARED):
       return False
     _, reads = self._flow.closure([v], lambda _: False)
     return flow_lib.num_bytes(v) <= sum(map(flow_lib.num_bytes, reads))
 
-  def _is_stored(self, v) -> bool:
+  def _is_stored(self, v: core.Var) -> bool:
     """Whether the forward pass keeps a value, if the backward pass needs it."""
     flags, eqn = self._flow.flags(v), self._flow.equation(v)
     primal = flags & _DATA and not flags & _GRAD
@@ -147,15 +174,15 @@ class Cut:
     base, _ = flow.closure(inputs, until)
     made = lambda v: until(v) or flow.makes(v, base)
     used = [i for i, v in enumerate(grads) if flow.flags(v) & (_DATA | _GRAD)]
-    # Those with a product that the gradient by the input does without.
+    # Gradients with a product that the gradient of the input does not need.
     self.late = [i for i in used if flow.is_costly(grads[i], made)]
     self.early = [i for i in used if i not in self.late]
     self._early = [grads[i] for i in self.early]
     self._late = [grads[i] for i in self.late]
     in_b, b_reads = flow.closure([*inputs, *self._early], until)
 
-    def until_w(v):
-      # Of what B makes, W makes again what costs no product.
+    def until_w(v: core.Var) -> bool:
+      # Of the values that B computes, W repeats those that take no product.
       costly = flow.flags(v) & _GRAD or flow.is_costly(v, until)
       return until(v) or (flow.makes(v, in_b) and bool(costly))
 
@@ -181,7 +208,7 @@ class Cut:
     _, reads = flow.closure([*outputs, *all_grads], self._is_fixed)
     self._fix(f_reads | reads | b_reads | w_reads)
 
-  def _fix(self, reads) -> None:
+  def _fix(self, reads: Iterable[core.Var]) -> None:
     fixed = [v for v in reads if self._is_fixed(v)]
     self._fixed = {
       flag: [v for v in fixed if self._flow.flags(v) == flag]
@@ -191,108 +218,183 @@ class Cut:
     self.stored = [_shapes(part) for part in self._kept]
     self.crossing = _shapes(self._crossing)
 
-  def _known(self, **values) -> dict[Any, Any]:
+  def _known(
+    self,
+    fixed: Fixed = ((), ()),
+    *pairs: tuple[Iterable[core.Var], Iterable[jax.Array]],
+    **inputs: Any,
+  ) -> dict[core.Var, jax.Array]:
+    """Returns values by variable: inputs by name, fixed values, other pairs."""
     known = {}
-    for name, tree in values.items():
+    for name, tree in inputs.items():
       leaves = jax.tree.leaves(tree)
       assert len(leaves) == len(self._in[name]), name
       known |= zip(self._in[name], leaves)
-    return known
-
-  def _with(self, known, fixed, *pairs):
-    slot, shared = fixed
-    known |= zip(self._fixed[_SLOT], slot)
-    known |= zip(self._fixed[_SHARED], shared)
-    for variables, values in pairs:
-      known |= zip(variables, values)
+    variables = (self._fixed[_SLOT], self._fixed[_SHARED])
+    for some, values in (*zip(variables, fixed), *pairs):
+      known |= zip(some, values)
     return known
 
   def slot_values(self, slot: Any, slot_frozen: Any) -> list[jax.Array]:
-    """Returns what the loop needs of one layer's own parameters."""
+    """Returns the values that the loop needs of one layer's own parameters.
+
+    Args:
+      slot: trained parameters of the layer.
+      slot_frozen: other parameters of the layer.
+    """
     known = self._known(slot=slot, slot_frozen=slot_frozen)
     return self._flow.run(self._fixed[_SLOT], known)
 
   def shared_values(self, shared: Any, shared_frozen: Any) -> list[jax.Array]:
-    """Returns what the loop needs of the model's parameters."""
+    """Returns the values that the loop needs of the model's parameters.
+
+    Args:
+      shared: trained parameters of the model outside its layers.
+      shared_frozen: other parameters of the model outside its layers.
+    """
     known = self._known(shared=shared, shared_frozen=shared_frozen)
     return self._flow.run(self._fixed[_SHARED], known)
 
   @property
   def origins(self) -> list[int | None]:
-    """Of each of `fixed_slot`, the parameter of its shape that it comes from.
+    """For each of `fixed_slot` the parameter that it comes from.
 
-    As the place among the leaves of (slot, slot_frozen); None where it comes
-    from several or has another shape.
+    It is an index among the leaves of (slot, slot_frozen). None means that the
+    value comes from several parameters or has another shape than its one.
     """
     inputs = [*self._in['slot'], *self._in['slot_frozen']]
     result = []
     for v in self._fixed[_SLOT]:
       _, reads = self._flow.closure([v], lambda _: False)
       source = [r for r in reads if r in inputs]
-      same = len(source) == 1 and source[0].aval.shape == v.aval.shape
+      shapes = [flow_lib.shape_of(r).shape for r in source]
+      same = shapes == [flow_lib.shape_of(v).shape]
       result.append(inputs.index(source[0]) if same else None)
     return result
 
-  def forward(self, fixed, x, side, rest):
-    """Returns (y, aux, other, stored); `fixed` is (slot's, shared's)."""
-    known = self._with(self._known(x=x, side=side, rest=rest), fixed)
-    *out, for_b, for_w = self._made(known, ('y', 'aux', 'other'), *self._kept)
+  def forward(
+    self, fixed: Fixed, x: Any, side: Any, rest: Any
+  ) -> tuple[Any, ...]:
+    """Returns (y, aux, other, stored); `stored` is for the backward pass."""
+    known = self._known(fixed, x=x, side=side, rest=rest)
+    *out, for_b, for_w = self._run(known, ('y', 'aux', 'other'), *self._kept)
     return *out, [for_b, for_w]
 
-  def forward_only(self, fixed, x, side, rest):
+  def forward_only(
+    self, fixed: Fixed, x: Any, side: Any, rest: Any
+  ) -> tuple[Any, ...]:
     """Returns (y, aux, other)."""
-    known = self._with(self._known(x=x, side=side, rest=rest), fixed)
-    return self._made(known, ('y', 'aux', 'other'))
+    known = self._known(fixed, x=x, side=side, rest=rest)
+    return self._run(known, ('y', 'aux', 'other'))
 
-  def recompute(self, fixed, x, side, rest):
-    """Returns (y, stored), what `forward` returned of them."""
-    known = self._with(self._known(x=x, side=side, rest=rest), fixed)
-    y, for_b, for_w = self._made(known, ('y',), *self._kept)
+  def recompute(
+    self, fixed: Fixed, x: Any, side: Any, rest: Any
+  ) -> tuple[Any, Stored]:
+    """Returns (y, stored), the same values as `forward`."""
+    known = self._known(fixed, x=x, side=side, rest=rest)
+    y, for_b, for_w = self._run(known, ('y',), *self._kept)
     return y, [for_b, for_w]
 
-  def backward(self, fixed, stored, side, rest, d_y, d_aux):
-    """Returns (d_x, d_side, early gradients, crossing)."""
-    known = self._known(side=side, rest=rest, d_y=d_y, d_aux=d_aux)
-    known = self._with(known, fixed, *zip(self._kept, stored))
-    return self._made(known, ('x', 'side'), self._early, self._crossing)
+  def backward(
+    self,
+    fixed: Fixed,
+    stored: Stored,
+    side: Any,
+    rest: Any,
+    d_y: Any,
+    d_aux: Any,
+  ) -> tuple[Any, ...]:
+    """Returns (d_x, d_side, gradients of `early`, crossing).
 
-  def weight(self, fixed, stored, side, rest, crossing):
-    """Returns the late gradients; `stored` is the second part alone."""
-    known = self._known(side=side, rest=rest)
+    Args:
+      fixed: values of `slot_values` and of `shared_values`.
+      stored: values that `forward` or `recompute` kept.
+      side: shared input.
+      rest: inputs without gradients.
+      d_y: gradient of the loss with respect to the output.
+      d_aux: gradient of the loss with respect to the added scalar, or None.
+    """
+    pairs = zip(self._kept, stored)
+    known = self._known(
+      fixed, *pairs, side=side, rest=rest, d_y=d_y, d_aux=d_aux
+    )
+    return self._run(known, ('x', 'side'), self._early, self._crossing)
+
+  def weight(
+    self,
+    fixed: Fixed,
+    stored: Sequence[jax.Array],
+    side: Any,
+    rest: Any,
+    crossing: Sequence[jax.Array],
+  ) -> list[jax.Array]:
+    """Returns the gradients of `late`.
+
+    Args:
+      fixed: values of `slot_values` and of `shared_values`.
+      stored: second part of the values that `forward` or `recompute` kept.
+      side: shared input.
+      rest: inputs without gradients.
+      crossing: values that `backward` kept.
+    """
     pairs = (self._kept[1], stored), (self._crossing, crossing)
-    return self._flow.run(self._late, self._with(known, fixed, *pairs))
+    known = self._known(fixed, *pairs, side=side, rest=rest)
+    return self._flow.run(self._late, known)
 
-  def at_once(self, fixed, x, side, rest, d_y, d_aux):
+  def at_once(
+    self, fixed: Fixed, x: Any, side: Any, rest: Any, d_y: Any, d_aux: Any
+  ) -> tuple[Any, ...]:
     """Returns (y, aux, other, d_x, d_side, gradients: early, then late)."""
-    known = self._known(x=x, side=side, rest=rest, d_y=d_y, d_aux=d_aux)
-    known = self._with(known, fixed)
+    known = self._known(fixed, x=x, side=side, rest=rest, d_y=d_y, d_aux=d_aux)
     names = ('y', 'aux', 'other', 'x', 'side')
-    return self._made(known, names, [*self._early, *self._late])
+    return self._run(known, names, [*self._early, *self._late])
 
-  def _made(self, known, names, *lists):
-    """Returns the trees of some outputs, and lists of values, of known ones."""
-    wanted = [*(self._out[name] for name in names), *lists]
+  def _run(
+    self,
+    known: dict[core.Var, jax.Array],
+    names: Sequence[str],
+    *lists: Sequence[flow_lib.Atom],
+  ) -> tuple[Any, ...]:
+    """Computes outputs and lists of values from known values.
+
+    Args:
+      known: values by variable.
+      names: names of outputs.
+      *lists: lists of variables.
+
+    Returns:
+      The trees of the outputs, then a list of values for each of `lists`.
+    """
+    wanted = [*(self._out[name] for name in names), *map(list, lists)]
     values = iter(self._flow.run(sum(wanted, []), known))
-    made = [[next(values) for _ in part] for part in wanted]
+    parts = [[next(values) for _ in part] for part in wanted]
     num = len(names)
-    trees = zip(names, made[:num])
+    trees = zip(names, parts[:num])
     trees = [self._tree[name].unflatten(leaves) for name, leaves in trees]
-    return *trees, *made[num:]
+    return *trees, *parts[num:]
 
 
-def _whole(fn, params: Params, x, side, rest, d_y, d_aux):
+def _with_gradients(
+  fn: Function,
+  params: Params,
+  x: Any,
+  side: Any,
+  rest: Any,
+  d_y: Any,
+  d_aux: Any,
+) -> tuple[Any, ...]:
   """Returns y, aux, other and all gradients."""
 
-  def of(slot, shared, x, side):
-    own = dataclasses.replace(params, slot=slot, shared=shared)
-    y, aux, other = fn(own, x, side, rest)
+  def primal(slot: Any, shared: Any, x: Any, side: Any) -> tuple[Any, Any]:
+    replaced = dataclasses.replace(params, slot=slot, shared=shared)
+    y, aux, other = fn(replaced, x, side, rest)
     return (y, aux), other
 
   (y, aux), pull, other = jax.vjp(
-    of, params.slot, params.shared, x, side, has_aux=True
+    primal, params.slot, params.shared, x, side, has_aux=True
   )
   return y, aux, other, *pull((d_y, d_aux))
 
 
-def _shapes(variables) -> list[jax.ShapeDtypeStruct]:
-  return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in variables]
+def _shapes(variables: Iterable[core.Var]) -> list[jax.ShapeDtypeStruct]:
+  return [flow_lib.shape_of(v) for v in variables]

@@ -1,8 +1,8 @@
-"""A schedule as a Gantt chart: a row a stage, a box an operation.
+"""Draws a schedule as a Gantt chart: a row for each stage.
 
-Boxes stand where the lock-step executor runs them. Colors tell operations, and
-a darker shade a later chunk; the number is the microbatch. What is grey is
-idle.
+Each operation is a box at the time at which the lock-step executor runs it. The
+color says which kind of operation it is, a darker shade means a later chunk,
+and the number is the microbatch. Idle time is grey.
 """
 
 from collections.abc import Iterable
@@ -13,8 +13,9 @@ import numpy as np
 
 from t2x.pipeline import operations as ops
 from t2x.pipeline import simulation as simulation_lib
+from t2x.pipeline import table as table_lib
 
-# From the palette of Okabe and Ito, told apart with any color vision.
+# From the palette of Okabe and Ito, made for all forms of color vision.
 _COLORS = {
   ops.FORWARD: '#56b4e9',
   ops.BACKWARD: '#e69f00',
@@ -28,13 +29,17 @@ _NAMES = {
   ops.RECOMPUTE: 'R forward again',
 }
 _IDLE = '#e8e8e8'
-_MOST_NUMBERS = 2500  # Boxes; more would be a blur.
-_MOST_VECTORS = 10000  # Boxes; more would make an .svg of many megabytes.
+_MAX_NUMBERED = 2500  # Boxes; the numbers of more could not be read.
+_MAX_VECTORS = 10000  # Boxes; more would make an .svg of many megabytes.
 _SUFFIXES = ('.svg', '.png')
 
 
 def draw(simulation: simulation_lib.Simulation, path: str) -> None:
-  """Writes the chart to `path`.
+  """Writes the chart to a file.
+
+  Args:
+    simulation: schedule with the times of its operations.
+    path: name of the file; its folder is created if there is none.
 
   Raises:
     ValueError: the name ends in neither .svg nor .png.
@@ -45,7 +50,7 @@ def draw(simulation: simulation_lib.Simulation, path: str) -> None:
       f'{path!r}: a drawing is one of {" or ".join(_SUFFIXES)}, by the name of '
       'its file.'
     )
-  # Imported here: nothing else needs it. Without pyplot, whose global state
+  # Imported here, since nothing else needs it. Not pyplot: its global state
   # belongs to the caller.
   import matplotlib
   from matplotlib import figure
@@ -83,7 +88,9 @@ def _title(simulation: simulation_lib.Simulation) -> str:
   )
 
 
-def _boxes(axes: Any, simulation: simulation_lib.Simulation, size: float):
+def _boxes(
+  axes: Any, simulation: simulation_lib.Simulation, size: float
+) -> None:
   """Draws all operations; `size` is the width of a tick in inches."""
   from matplotlib import collections
 
@@ -99,8 +106,8 @@ def _boxes(axes: Any, simulation: simulation_lib.Simulation, size: float):
     [np.stack([x_N, stages + 0.42 * side], -1) for x_N, side in corners], 1
   )
   for stage in range(table.num_stages):
-    whole = (0, simulation.span_executed)
-    axes.fill_between(whole, stage - 0.42, stage + 0.42, color=_IDLE, lw=0)
+    span = (0, simulation.span_executed)
+    axes.fill_between(span, stage - 0.42, stage + 0.42, color=_IDLE, lw=0)
   axes.add_collection(
     collections.PolyCollection(
       list(boxes_NCX),
@@ -110,28 +117,33 @@ def _boxes(axes: Any, simulation: simulation_lib.Simulation, size: float):
       ],
       edgecolors='white',
       linewidths=min(0.8, 4 * size),
-      rasterized=len(ticks) > _MOST_VECTORS,
+      rasterized=len(ticks) > _MAX_VECTORS,
     )
   )
-  if len(ticks) > _MOST_NUMBERS or size < 0.12:
+  if len(ticks) > _MAX_NUMBERED or size < 0.12:
     return
   fontsize = min(8, 40 * size)
   for start, finish, stage, micro in zip(start_N, finish_N, stages, micro_N):
-    at = ((start + finish) / 2, stage)
+    center = ((start + finish) / 2, stage)
     axes.text(
-      *at, str(micro), ha='center', va='center', fontsize=fontsize, clip_on=True
+      *center,
+      str(micro),
+      ha='center',
+      va='center',
+      fontsize=fontsize,
+      clip_on=True,
     )
 
 
 def _shade(kind: int, chunk: int, num_chunks: int) -> tuple[float, ...]:
-  """The color of an operation, from a light one for chunk 0 to a full one."""
+  """Returns the color of an operation: light for chunk 0, full for the last."""
   from matplotlib import colors
 
   share = 1.0 if num_chunks == 1 else 0.45 + 0.55 * chunk / (num_chunks - 1)
   return tuple(1 + share * (x - 1) for x in colors.to_rgb(_COLORS[kind]))
 
 
-def _legend(fig: Any, table: Any) -> None:
+def _legend(fig: Any, table: table_lib.Table) -> None:
   from matplotlib import patches
 
   kinds: Iterable[int] = ops.kinds(

@@ -1,21 +1,22 @@
-"""Runs a schedule's table, whatever the schedule.
+"""Runs the table of any pipeline schedule, tick by tick.
 
-In each tick a device does the one operation that its instructions name, and
-others, in the same program, do theirs. What is not a tick's operation is a loop
-of no trips, and a part with fewer layers a loop of fewer trips: no work is
-masked away. (Loops, since XLA updates what they carry in place; a conditional
-copies the buffers that it passes on.) Between ticks, activations and gradients
-move to neighbours.
+All devices run one program. In each tick a device does the one operation that
+its instructions name. Every kind of operation is a loop: one that the device
+does not do in this tick has no trips, and a part with fewer layers has fewer
+trips. So no work is masked away. (They are loops because XLA updates in place
+the values that a loop carries; a conditional copies its buffers.) Between ticks
+activations and gradients move to neighbouring stages.
 
-Only collectives that name their groups may run within an operation: others wait
-for devices that do something else. Where a machine cannot have devices diverge,
-`uniform` has all of them do whatever one of them does, masked.
+Only collectives that name their groups of devices may run within an operation:
+any other would wait for devices that do something else. On machines whose
+devices must not diverge, `uniform` has all devices compute every kind of
+operation that any of them does, and masks the results of the others.
 
 Shape suffixes: S stages, C columns of the instructions, N slots.
 """
 
+from collections.abc import Sequence
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from t2x.pipeline import pieces as pieces_lib
 from t2x.pipeline import plan as plan_lib
 from t2x.pipeline import tick as tick_lib
 
-# Collective-permutes of this name move messages, on all devices at once.
+# Name of the collective-permutes that send messages, on all devices at once.
 EXCHANGE = 'pipeline_exchange'
 
 
@@ -36,35 +37,48 @@ def run(
   pieces: pieces_lib.Pieces,
   plan: plan_lib.Plan,
   values: tick_lib.Values,
-  rows: Any,
-  key: Any,
+  rows: pieces_lib.Rows,
+  key: jax.Array | None,
   start: tick_lib.Carry,
 ) -> tick_lib.Carry:
-  """Runs all ticks; to be traced inside a `shard_map` over `pipe`.
+  """Runs all ticks of a table.
+
+  To be traced inside a `shard_map` over `pipe`.
 
   Args:
-    pieces: the programs of a microbatch.
-    plan: what is run.
-    values: of parameters.
-    rows: the microbatches, (M, B, ...) each.
-    key: of dropout, or None.
-    start: buffers and sums, of zeros or of an earlier run.
-  """
-  told = plan.told
+    pieces: programs of a microbatch.
+    plan: schedule, and the layers of its parts.
+    values: values that depend on the parameters alone.
+    rows: microbatches by name, (M, B, ...) each.
+    key: dropout key of the step, or None without dropout.
+    start: buffers and sums, zeros or those of an earlier run.
 
-  def step(carry, told_now):
-    table_SC, *sends = told_now
+  Returns:
+    The buffers and sums after the last tick.
+  """
+  instructions = plan.told
+
+  def step(
+    carry: tick_lib.Carry, xs: tuple[jax.Array, ...]
+  ) -> tuple[tick_lib.Carry, None]:
+    table_SC, *sends = xs
     tick = tick_lib.Tick(pieces, plan, values, rows, key, table_SC)
     carry, out = _operate(tick, carry)
     return _exchange(tick, carry, out, sends), None
 
-  xs = (told.rows_TSC, told.sends_down_T, told.sends_up_T)
+  xs = (
+    instructions.rows_TSC,
+    instructions.sends_down_T,
+    instructions.sends_up_T,
+  )
   return jax.lax.scan(step, start, tuple(map(jnp.asarray, xs)))[0]
 
 
-def _operate(tick: tick_lib.Tick, carry: tick_lib.Carry):
-  """Does the tick's operation; returns what it makes for another part."""
-  state = buffers.read(carry.inbox, tick.own['input'])
+def _operate(
+  tick: tick_lib.Tick, carry: tick_lib.Carry
+) -> tuple[tick_lib.Carry, pieces_lib.Activations]:
+  """Does the tick's operation; returns its message to another part, too."""
+  state = buffers.read(carry.inbox, tick.instruction['input'])
   state = passes.enter(tick, carry, state)
   state, carry = passes.forward(tick, carry, state)
   if not tick.plan.table.training:
@@ -73,24 +87,35 @@ def _operate(tick: tick_lib.Tick, carry: tick_lib.Carry):
   grad, carry = passes.backward(tick, carry, state, grad)
   grad, carry = passes.enter_backward(tick, carry, grad)
   carry = passes.weight(tick, carry, state)
-  is_grad = tick.own['operation'] == operations.BACKWARD
+  is_grad = tick.instruction['operation'] == operations.BACKWARD
   return carry, buffers.select(is_grad, grad, state)
 
 
 def _exchange(
-  tick: tick_lib.Tick, carry: tick_lib.Carry, out, sends
+  tick: tick_lib.Tick,
+  carry: tick_lib.Carry,
+  out: pieces_lib.Activations,
+  sends: Sequence[jax.Array],
 ) -> tick_lib.Carry:
-  """Sends what a tick has made to where it is needed."""
-  put = jax.named_scope('messages')(buffers.write)  # As plans name them.
-  inbox = put(carry.inbox, tick.own['from_self'], out, True)
+  """Sends the messages of a tick to the stages that need them.
+
+  Args:
+    tick: the tick.
+    carry: buffers.
+    out: message of this device.
+    sends: whether any stage sends to the next one, and to the one before.
+  """
+  # Plans of memory show this name.
+  put = jax.named_scope('messages')(buffers.write)
+  inbox = put(carry.inbox, tick.instruction['from_self'], out, True)
   num = tick.plan.table.num_stages
   ways = zip(sends, (1, -1), ('from_previous', 'from_next'))
   for sent, step, slot in ways if num > 1 else ():
     pairs = [(s, (s + step) % num) for s in range(num)]
 
     move = lambda pairs=pairs: jax.lax.ppermute(out, sharding.PIPE, pairs)
-    # All devices know whether any sends.
+    # All devices agree on whether any of them sends.
     with jax.named_scope(f'{EXCHANGE}_{slot}'):
       arrived = jax.lax.cond(sent, move, lambda: out)
-    inbox = put(inbox, tick.own[slot], arrived, True)
+    inbox = put(inbox, tick.instruction[slot], arrived, True)
   return dataclasses.replace(carry, inbox=inbox)

@@ -1,11 +1,12 @@
-"""The data flow of a function: which equations make a value, of what.
+"""The data flow of a function: which equations a value depends on.
 
-Functions become flat jaxprs, calls inlined, whose equations can be run in
-several programs.
+A function becomes a flat jaxpr with all calls inlined. Its equations can then
+be divided among several programs.
 """
 
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Sequence
 import math
 from typing import Any
 
@@ -14,7 +15,7 @@ from jax import core as jax_core
 from jax.extend import core
 import jax.numpy as jnp
 
-# Primitives that hold a jaxpr, and under which name.
+# Primitives that call a jaxpr, and the name of the parameter that holds it.
 _CALLS = {
   'jit': 'jaxpr',
   'pjit': 'jaxpr',
@@ -23,7 +24,8 @@ _CALLS = {
   'custom_jvp_call': 'call_jaxpr',
   'custom_vjp_call': 'call_jaxpr',
 }
-# Run once, or kept: products, loops, and whatever moves between devices.
+# Costly primitives, whose results are kept rather than computed again: matrix
+# products, loops, and communication between devices.
 HEAVY = {
   'all_gather',
   'all_to_all',
@@ -45,20 +47,26 @@ HEAVY = {
   'while',
 }
 
-Stop = Callable[[Any], bool]
+Atom = core.Var | core.Literal
+Stop = Callable[[core.Var], bool]
 
 
 class Flow:
   """A flat jaxpr.
 
   Attributes:
-    inputs: its variables.
-    outputs: variables or literals.
-    shapes: of the function's result.
+    inputs: variables of the function's arguments.
+    outputs: variables or literals of its result.
+    shapes: shapes of its result, as a tree.
   """
 
-  def __init__(self, fn: Callable, *args: Any):
-    """Traces fn(*args)."""
+  def __init__(self, fn: Callable[..., Any], *args: Any):
+    """Traces `fn` for arguments, or for their shapes.
+
+    Args:
+      fn: function of trees of arrays.
+      *args: arguments, or their shapes.
+    """
     closed, self.shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
     inlined = lambda *leaves: _evaluate(closed.jaxpr, closed.consts, leaves)
     flat = jax.make_jaxpr(inlined)(*jax.tree.leaves(args))
@@ -67,35 +75,46 @@ class Flow:
     self._producer = {
       v: i for i, eqn in enumerate(self._jaxpr.eqns) for v in eqn.outvars
     }
-    self._flags: dict[Any, int] = {}
+    self._flags: dict[core.Var, int] = {}
     self.inputs = list(self._jaxpr.invars)
     self.outputs = list(self._jaxpr.outvars)
 
-  def mark(self, flags: dict[Any, int]) -> None:
-    """Says what inputs are; every value has the flags of all it depends on."""
-    self._flags = dict.fromkeys(self._jaxpr.constvars, 0) | flags
-    for eqn in self._jaxpr.eqns:
-      own = 0
-      for v in variables(eqn.invars):
-        own |= self._flags[v]
-      self._flags |= dict.fromkeys(eqn.outvars, own)
+  def mark(self, flags: dict[core.Var, int]) -> None:
+    """Sets the flags of all values.
 
-  def flags(self, v: Any) -> int:
-    return 0 if isinstance(v, core.Literal) else self._flags[v]
-
-  def equation(self, v: Any) -> Any:
-    """Returns what makes a value; None for an input."""
-    return self._jaxpr.eqns[self._producer[v]] if v in self._producer else None
-
-  def closure(self, targets: Iterable[Any], stop: Stop):
-    """Returns what makes `targets`, and all that is read for it.
+    Every value has the flags of all inputs that it depends on.
 
     Args:
-      targets: values.
-      stop: whether a value is at hand, and need not be made.
+      flags: flags of each input, as the bits of an integer.
+    """
+    self._flags = dict.fromkeys(self._jaxpr.constvars, 0) | flags
+    for eqn in self._jaxpr.eqns:
+      union = 0
+      for v in variables(eqn.invars):
+        union |= self._flags[v]
+      self._flags |= dict.fromkeys(eqn.outvars, union)
+
+  def flags(self, v: Atom) -> int:
+    """Returns the flags of a value; a literal has none."""
+    return 0 if isinstance(v, core.Literal) else self._flags[v]
+
+  def equation(self, v: core.Var) -> core.JaxprEqn | None:
+    """Returns the equation whose result a value is; None for an input."""
+    return self._jaxpr.eqns[self._producer[v]] if v in self._producer else None
+
+  def closure(
+    self, targets: Iterable[Atom], stop: Stop
+  ) -> tuple[set[int], dict[core.Var, None]]:
+    """Returns the equations that compute `targets`, and the values they read.
+
+    Args:
+      targets: values to be computed.
+      stop: predicate that is true for a value that is known and need not be
+        computed.
 
     Returns:
-      The numbers of equations, and inputs and values at hand.
+      The indices of the equations; and the inputs and known values that they
+      read, in order, as the keys of a dictionary.
     """
     made, reads, seen = set(), {}, set()
     todo = variables(targets)
@@ -108,20 +127,32 @@ class Flow:
         reads[v] = None
       elif self._producer[v] not in made:
         made.add(self._producer[v])
-        todo += variables(self.equation(v).invars)
+        todo += variables(self._jaxpr.eqns[self._producer[v]].invars)
     return made, reads
 
-  def makes(self, v: Any, equations: set[int]) -> bool:
-    """Whether some equations make a value."""
+  def makes(self, v: core.Var, equations: set[int]) -> bool:
+    """Whether one of some equations, given by index, computes a value."""
     return self._producer.get(v) in equations
 
-  def is_costly(self, v: Any, stop: Stop) -> bool:
-    """Whether it takes a product, or the like, to make a value."""
+  def is_costly(self, v: Atom, stop: Stop) -> bool:
+    """Whether a value takes one of the primitives of `HEAVY`.
+
+    Args:
+      v: value to be computed.
+      stop: predicate that is true for a value that is known.
+    """
     made, _ = self.closure([v], stop)
     return any(self._jaxpr.eqns[i].primitive.name in HEAVY for i in made)
 
-  def run(self, targets: Iterable[Any], known: dict[Any, Any]) -> list[Any]:
-    """Computes values of known ones, and nothing else."""
+  def run(
+    self, targets: Iterable[Atom], known: dict[core.Var, jax.Array]
+  ) -> list[jax.Array]:
+    """Computes values, with no equation that they do not need.
+
+    Args:
+      targets: values to be computed.
+      known: arrays of known values.
+    """
     targets = list(targets)
     made, reads = self.closure(targets, lambda v: v in known)
     missing = [v for v in reads if v not in known]
@@ -131,24 +162,33 @@ class Flow:
     return jax_core.eval_jaxpr(part, self._consts, *(known[v] for v in reads))
 
 
-def variables(atoms: Iterable[Any]) -> list[Any]:
-  """Returns those that are no literals."""
+def variables(atoms: Iterable[Atom]) -> list[core.Var]:
+  """Returns the atoms that are variables, without the literals."""
   return [v for v in atoms if isinstance(v, core.Var)]
 
 
-def num_bytes(v: Any) -> int:
-  dtype = v.aval.dtype
-  size = dtype.itemsize if jnp.issubdtype(dtype, jnp.number) else 1
-  return math.prod(v.aval.shape) * size
+def shape_of(v: Atom) -> jax.ShapeDtypeStruct:
+  """Returns the shape and dtype of a value."""
+  aval: Any = v.aval
+  return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
-def _part(jaxpr, eqns):
+def num_bytes(v: Atom) -> int:
+  """Returns the size of a value; a key of random numbers counts as one byte."""
+  shape = shape_of(v)
+  is_number = jnp.issubdtype(shape.dtype, jnp.number)
+  return math.prod(shape.shape) * (shape.dtype.itemsize if is_number else 1)
+
+
+def _part(jaxpr: core.Jaxpr, eqns: list[core.JaxprEqn]) -> core.Jaxpr:
   info = jaxpr.debug_info.with_unknown_names()
   return jaxpr.replace(eqns=eqns, debug_info=info)
 
 
-def _evaluate(jaxpr, consts, args) -> list[Any]:
-  """Evaluates a jaxpr, going into calls."""
+def _evaluate(
+  jaxpr: core.Jaxpr, consts: Sequence[jax.Array], args: Sequence[jax.Array]
+) -> list[jax.Array]:
+  """Evaluates a jaxpr, with the equations of the jaxprs that it calls."""
   env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args]))
   read = lambda v: v.val if isinstance(v, core.Literal) else env[v]
   for eqn in jaxpr.eqns:

@@ -1,7 +1,7 @@
-"""From the order of operations on each stage to a table.
+"""Makes a schedule's table from the order of operations on each stage.
 
-Every operation takes one tick and stands in the first one that its stage's
-order and its needs allow.
+Every operation takes one tick. It is in the first tick that the order of its
+stage and the operations it depends on allow.
 """
 
 from collections.abc import Sequence
@@ -22,15 +22,21 @@ def from_orders(
   recompute: bool = False,
   training: bool = True,
 ) -> schedule_lib.Schedule:
-  """Places each operation in the earliest tick that it can have.
+  """Returns a schedule with each operation in the earliest tick possible.
 
   Args:
-    orders: for each stage its (operation, microbatch, chunk) in order.
-    name: of the schedule, as the other arguments.
+    orders: operations of each stage in order, as (operation, microbatch,
+      chunk).
+    name: name of the schedule.
+    num_microbatches: number of microbatches, M.
+    num_chunks: parts on each stage.
+    placement: order in which the stages hold the parts; see `operations`.
+    recompute: whether there is an R before every B.
+    training: whether there are backward passes; False for forwards alone.
 
   Raises:
-    ValueError: stages wait for each other, or for what no order holds; or
-      whatever `Schedule` refuses.
+    ValueError: stages wait for each other, or for an operation that no order
+      has; or `Schedule` refuses the table.
   """
   num_stages = len(orders)
   ticks = _placed(orders, num_chunks, placement, recompute)
@@ -59,12 +65,12 @@ def _placed(
   placement: ops.Placement,
   recompute: bool,
 ) -> dict[ops.Op, int]:
-  """Returns the tick of each (operation, microbatch, part)."""
+  """Returns the tick of each operation: (operation, microbatch, part)."""
   num_stages = len(orders)
   num_parts = num_stages * num_chunks
   ticks: dict[ops.Op, int] = {}
-  done = [0] * num_stages  # How many of its order each stage has placed.
-  free = [0] * num_stages  # The first tick that it has not used.
+  done = [0] * num_stages  # Number of operations that each stage has placed.
+  free = [0] * num_stages  # First tick that each stage has not used.
   waiting: dict[ops.Op, list[int]] = {}  # Operation -> stages that need it.
   todo = list(range(num_stages))
   while todo:
@@ -97,8 +103,22 @@ def _placed(
   return ticks
 
 
-def _deadlock(orders, done, waiting, num_stages, placement) -> str:
-  """Says which stages wait for which, from one to the next."""
+def _deadlock(
+  orders: Sequence[Sequence[ops.Op]],
+  done: Sequence[int],
+  waiting: dict[ops.Op, list[int]],
+  num_stages: int,
+  placement: ops.Placement,
+) -> str:
+  """Returns an error message that says which stage waits for which.
+
+  Args:
+    orders: operations of each stage in order.
+    done: number of operations that each stage has placed.
+    waiting: operation that is missing -> stages that need it.
+    num_stages: number of stages, S.
+    placement: order in which the stages hold the parts.
+  """
   needed = {stage: key for key, stages in waiting.items() for stage in stages}
   stage, lines, seen = min(needed), [], set()
   while stage in needed and stage not in seen:

@@ -1,53 +1,58 @@
-"""Gradients and evaluation of a model whose layers are spread over stages.
+"""Gradients and evaluation of a model whose layers are on several stages.
 
 Shape suffixes: M microbatches, B rows, N slots of a device, U units.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec as P
 
+from t2x.models import model as model_lib
+from t2x.parallel import sharding
 from t2x.pipeline import pieces
 from t2x.pipeline import plan as plan_lib
 from t2x.pipeline import stage
 from t2x.pipeline import weights
 
-PIPE = weights.PIPE
-Combine = Callable[[Any, Any], Any]
-
 
 def run(
-  trained: Any,
-  rest: Any,
+  trained: model_lib.Model,
+  rest: model_lib.Model,
   batch: dict[str, jax.Array],
   key: jax.Array | None,
   plan: plan_lib.Plan,
   *,
   loss: pieces.Loss,
-  combine: Combine,
+  combine: pieces.Combine,
   accumulate: int = 1,
   manual: tuple[str, ...] = (),
 ) -> tuple[Any, dict[str, Any]]:
-  """Returns gradients (None for a table of forwards) and sums of a batch.
+  """Returns the gradients of a batch and the sums of its metrics.
 
   Args:
-    trained: the part of the model that gradients are wanted of.
-    rest: the others.
-    batch: its `weights` are over those of the whole batch.
-    key: of dropout, or None.
-    plan: what is run.
-    loss: of terms and their batch, what they make and measure.
-    combine: puts a trained and another part together.
-    accumulate: times that the table is run, each with its share of the rows.
-    manual: mesh axes over which gradients are reduced once, after all.
+    trained: model with its trained parameters alone.
+    rest: model with its other parameters alone.
+    batch: arrays by name, (rows, ...) each. Its `weights` are divided by those
+      of the whole batch.
+    key: dropout key of the step, or None without dropout.
+    plan: schedule, and the layers of its parts.
+    loss: function from the terms of the loss and their batch to the loss and
+      its metrics.
+    combine: function that joins trained and other parameters.
+    accumulate: times that the table runs, each time with its share of the rows.
+    manual: mesh axes over which gradients are reduced once, after the last
+      microbatch.
+
+  Returns:
+    The gradients in the structure of `trained`, or None for a schedule without
+    backward passes; and the sums of metrics by name.
   """
   layouts = tuple(weights.Layout.of(tree, plan) for tree in (trained, rest))
 
-  def run_stage(*args):
-    own = stage.Stage(plan, layouts, loss, combine, manual, *args)
-    return own.run(accumulate)
+  def run_stage(*args: Any) -> tuple[Any, dict[str, Any]]:
+    on_device = stage.Stage(plan, layouts, loss, combine, manual, *args)
+    return on_device.run(accumulate)
 
   batch_spec = jax.tree.map(lambda _: P(manual or None), batch)
   specs = [layout.specs for layout in layouts]
@@ -56,6 +61,6 @@ def run(
     run_stage,
     in_specs=(*specs, batch_spec, P()),
     out_specs=(grads, P()),
-    axis_names={PIPE, *manual},
+    axis_names={sharding.PIPE, *manual},
     check_vma=False,
   )(trained, rest, batch, key)

@@ -1,8 +1,9 @@
-"""What each device is told in each tick, from a schedule's table.
+"""The instructions of each device for each tick, from a schedule's table.
 
-Messages that arrive wait in slots of an inbox; so do the activations between a
-forward and its backward. Which slot is free when is known beforehand: slots are
-given out here, and buffers have as many as the fullest device ever needs.
+Messages wait in the slots of an inbox until they are used. Activations wait in
+the slots of other buffers from a forward until its backward. The table says
+when each slot is free, so slots are allocated here, before the run. A buffer
+has as many slots as the device that needs most of them.
 
 Shape suffixes: T ticks, S stages, P parts, M microbatches.
 """
@@ -22,22 +23,23 @@ COLUMNS: tuple[str, ...] = (
   'microbatch',
   'tower',
   'units',  # Units of the part.
-  'unit',  # Its first unit in the tower.
-  'slot',  # The same on the device.
+  'unit',  # Index of its first unit in the tower.
+  'slot',  # Index of its first unit on the device.
   'enters',  # 1 for the first part of a tower.
   'ends',  # 1 for the last part of all.
-  'input',  # Inbox: what came from the part before.
-  'gradient',  # Inbox: what came from the part after; the output, of the last.
-  'until_backward',  # What F leaves for B, all units of a part to a slot.
-  'until_weight',  # What F leaves for W, the same.
-  'crossing',  # What B leaves for W, the same.
-  'from_self',  # Inbox: where what this device makes goes, if it stays.
-  'from_previous',  # Inbox: where the message of the stage before goes.
-  'from_next',  # Inbox: where the message of the stage after goes.
+  'input',  # Inbox slot of the message of the part before.
+  'gradient',  # Inbox slot of the message of the part after. On the last part
+  # it has the part's own output.
+  'until_backward',  # Slot of values from F until B, one for a part's units.
+  'until_weight',  # Slot of values from F until W, one for a part's units.
+  'crossing',  # Slot of values from B until W, one for a part's units.
+  'from_self',  # Inbox slot for this device's own message, if it stays here.
+  'from_previous',  # Inbox slot for the message of the stage before.
+  'from_next',  # Inbox slot for the message of the stage after.
 )
 
 
-# The loops of a tick, by what runs in them.
+# The loops of a tick, named by the work in them.
 LOOPS = (
   'enter',
   'forward',
@@ -60,37 +62,44 @@ def trips(loop: str, tower: int, columns: dict[str, Any]) -> Any:
   """Returns how often a loop runs.
 
   Args:
-    loop: one of LOOPS.
-    tower: whose part it is for; any for `measure` and `leave`.
-    columns: integers, or arrays of any shape.
+    loop: one of `LOOPS`.
+    tower: index of the tower whose parts the loop is for. `measure` and `leave`
+      do not use it.
+    columns: instructions by column: scalars, or arrays of one shape.
+
+  Returns:
+    The number of trips, in the shape of the columns.
   """
   c, operation = columns, columns['operation']
-  mine = c['tower'] == tower
+  of_tower = c['tower'] == tower
   if loop in _UNITS:
-    return (operation == _UNITS[loop]) * mine * c['units']
+    return (operation == _UNITS[loop]) * of_tower * c['units']
   if loop == 'enter':
-    # What later towers look at is made of their input, whatever is done.
+    # `enter` of a later tower makes the output of the tower before, which every
+    # operation needs for cross-attention.
     runs = operation != ops.IDLE
     if not tower:
       runs = (operation == ops.FORWARD) | (operation == ops.RECOMPUTE)
-    return runs * mine * c['enters']
+    return runs * of_tower * c['enters']
   if loop == 'enter_backward':
-    return (operation == ops.BACKWARD) * mine * c['enters']
-  is_it = operation == {'measure': ops.FORWARD, 'leave': ops.BACKWARD}[loop]
-  return is_it * c['ends']
+    return (operation == ops.BACKWARD) * of_tower * c['enters']
+  runs = operation == {'measure': ops.FORWARD, 'leave': ops.BACKWARD}[loop]
+  return runs * c['ends']
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Instructions:
-  """A table for devices.
+  """A schedule's table in the form that devices read.
 
   Attributes:
-    rows_TSC: int32, in the order of COLUMNS.
-    sends_down_T: whether any stage sends to the next.
-    sends_up_T: whether any stage sends to the one before.
-    inbox: slots that messages need. Slot `inbox` is for what no one reads.
-    stored: for each tower, slots between F and B, and between F and W.
-    crossing: for each tower, slots between B and W.
+    rows_TSC: int32 instructions, with the columns in the order of `COLUMNS`.
+    sends_down_T: whether any stage sends a message to the stage after it.
+    sends_up_T: whether any stage sends a message to the stage before it.
+    inbox: number of slots that messages need. One more slot, of index `inbox`,
+      takes messages that no part reads.
+    stored: numbers of slots for values from F until B, and from F until W, a
+      pair for each tower.
+    crossing: number of slots for values from B until W, for each tower.
   """
 
   rows_TSC: np.ndarray
@@ -102,29 +111,30 @@ class Instructions:
 
   @property
   def columns(self) -> dict[str, np.ndarray]:
-    """Each column by name, (T, S)."""
+    """The columns by name, (T, S) each."""
     return dict(zip(COLUMNS, np.moveaxis(self.rows_TSC, -1, 0)))
 
   def trips(self, loop: str, tower: int) -> np.ndarray:
-    """Returns how often each stage runs a loop, over all ticks."""
+    """Returns how often each stage runs a loop in all ticks together, (S,)."""
     return trips(loop, tower, self.columns).sum(0)
 
 
-class _Lives:
-  """When slots are taken: from the end of tick `start` to tick `end`."""
+class _Lifetimes:
+  """Allocates slots to values by the ticks in which they are needed."""
 
   def __init__(self):
     self._of_stage: dict[int, list[tuple[int, int, tuple]]] = {}
 
   def add(self, stage: int, start: int, end: int, key: tuple) -> None:
+    """Adds a value that is kept from the end of tick `start` to tick `end`."""
     self._of_stage.setdefault(stage, []).append((start, end, key))
 
   def slots(self) -> tuple[dict[tuple, int], int]:
-    """Returns the slot of each key, and how many there are."""
+    """Returns the slot of each value, and the number of slots of a device."""
     slots, size = {}, 0
-    for lives in self._of_stage.values():
+    for lifetimes in self._of_stage.values():
       free, taken, num = [], [], 0
-      for start, end, key in sorted(lives):
+      for start, end, key in sorted(lifetimes):
         while taken and taken[0][0] <= start:
           heapq.heappush(free, heapq.heappop(taken)[1])
         if free:
@@ -140,11 +150,11 @@ class _Lives:
 def make(
   table: schedule_lib.Schedule, place: placement_lib.Placement
 ) -> Instructions:
-  """Returns the instructions of a table.
+  """Returns the instructions of a schedule.
 
   Args:
-    table: the schedule.
-    place: the layers of its parts.
+    table: schedule.
+    place: layers of its parts.
   """
   columns = {
     name: np.zeros(table.operation_TS.shape, np.int32) for name in COLUMNS
@@ -180,20 +190,25 @@ def make(
   )
 
 
-def _fill_inbox(table, place, columns, sends) -> int:
-  """Gives out the slots of messages; returns how many there are."""
-  lives, S = _Lives(), table.num_stages
+def _fill_inbox(
+  table: schedule_lib.Schedule,
+  place: placement_lib.Placement,
+  columns: dict[str, np.ndarray],
+  sends: dict[str, np.ndarray],
+) -> int:
+  """Fills the columns of the inbox's slots; returns the number of slots."""
+  lifetimes, S = _Lifetimes(), table.num_stages
   tick, last = table.tick_OMP, table.num_parts - 1
   messages = []  # (key, tick, from stage, to stage)
   for p in range(table.num_parts):
     stage = int(table.stage_of(p))
-    uses = _uses_of_input(table, place, p)
+    last_use = _last_use_of_input(table, place, p)
     for m in range(table.num_microbatches):
       at = lambda op, p=p, m=m: int(tick[op, m, p])
       if p:
         made = int(tick[ops.FORWARD, m, p - 1])
         key = ('input', m, p)
-        lives.add(stage, made, max(at(op) for op in uses), key)
+        lifetimes.add(stage, made, at(last_use), key)
         messages.append((key, made, int(table.stage_of(p - 1)), stage))
       if table.training:
         key = ('gradient', m, p)
@@ -201,9 +216,9 @@ def _fill_inbox(table, place, columns, sends) -> int:
         made = (
           at(ops.FORWARD) if p == last else int(tick[ops.BACKWARD, m, p + 1])
         )
-        lives.add(stage, made, at(ops.BACKWARD), key)
+        lifetimes.add(stage, made, at(ops.BACKWARD), key)
         messages.append((key, made, source, stage))
-  slots, size = lives.slots()
+  slots, size = lifetimes.slots()
   for name in ('from_self', 'from_previous', 'from_next'):
     columns[name][:] = size
   for key, made, source, to in messages:
@@ -225,15 +240,26 @@ def _fill_inbox(table, place, columns, sends) -> int:
   return size
 
 
-def _uses_of_input(table, place, p) -> list[int]:
-  """Returns the operations that may read what came from the part before."""
+def _last_use_of_input(
+  table: schedule_lib.Schedule, place: placement_lib.Placement, p: int
+) -> int:
+  """Returns the last operation that reads the message of the part before."""
   if place.tower_P[p] and table.training:
-    return [ops.WEIGHT]  # It carries what cross-attention looks at.
-  return [ops.RECOMPUTE] if table.recompute else [ops.FORWARD]
+    return ops.WEIGHT  # The message has the input of cross-attention.
+  return ops.RECOMPUTE if table.recompute else ops.FORWARD
 
 
-def _fill(table, place, columns, name) -> tuple[int, ...]:
-  """Gives out the slots of what stays on a device; returns how many."""
+def _fill(
+  table: schedule_lib.Schedule,
+  place: placement_lib.Placement,
+  columns: dict[str, np.ndarray],
+  name: str,
+) -> tuple[int, ...]:
+  """Fills a column of slots of values that stay on a device.
+
+  Returns:
+    The number of slots, for each tower.
+  """
   if not table.training:
     return tuple(0 for _ in place.towers)
   made_by = ops.RECOMPUTE if table.recompute else ops.FORWARD
@@ -244,14 +270,13 @@ def _fill(table, place, columns, name) -> tuple[int, ...]:
   }[name]
   tick, sizes = table.tick_OMP, []
   for t in range(len(place.towers)):
-    lives = _Lives()
-    parts = np.flatnonzero(place.tower_P == t)
-    for p in parts:
+    lifetimes = _Lifetimes()
+    for p in np.flatnonzero(place.tower_P == t).tolist():
       for m in range(table.num_microbatches):
         # Taken during the first tick and free after the last.
         start, end = tick[first, m, p], tick[last, m, p] + 1
-        lives.add(int(table.stage_of(p)), int(start), int(end), (m, p))
-    slots, size = lives.slots()
+        lifetimes.add(int(table.stage_of(p)), int(start), int(end), (m, p))
+    slots, size = lifetimes.slots()
     sizes.append(size)
     for (m, p), slot in slots.items():
       stage = int(table.stage_of(p))

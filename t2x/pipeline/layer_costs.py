@@ -1,22 +1,23 @@
-"""What the layers of a model cost, in FLOPs and bytes, before any is built.
+"""Costs of a model's layers in FLOPs and bytes, estimated from its config.
 
-A step of a layer is a forward and twice that for its gradients (B and W), and
-a forward more where all is recomputed; the head is 3 forwards, in the B of the
-last part. What other kinds of remat recompute is not counted.
+A step of a layer costs a forward pass, and twice as much for its gradients (B
+and W). With full recomputation it costs one more forward pass. The head costs 3
+forward passes, in the B of the last part. Recomputation by other policies of
+remat is not counted.
 
-Bytes of a device are those that last from tick to tick:
+The bytes of a device are those that are kept from one tick to the next:
 
-  where parameters are kept: 12 for each, float32 with two moments (Adam), split
-  over all stages alike, and 4 for the gradient of a layer that moves;
-  where they are used: a copy in the dtype of activations (of the embeddings and
-  the head, which all stages have, in float32), and 4 for the gradient;
-  of each layer and microbatch in flight: what its products read, and what they
-  make where that is not linear in what comes next; between B and W, the
-  gradients of what they make;
+  where parameters are kept: 12 bytes for each, float32 with two moments (Adam),
+  split evenly over all stages, and 4 for the gradient of a layer that moves;
+  where parameters are used: a copy in the dtype of activations (in float32 for
+  the embeddings and the head, which all stages have), and 4 for the gradient;
+  for each layer and microbatch in flight: the inputs of its products, and their
+  outputs where the next operation is not linear; between B and W, the gradients
+  of the outputs;
   messages between stages, and the logits and their gradient in float32.
 
-What lives within a tick is not counted. No FLOPs are counted for norms and
-lookups, as in `flops`.
+Values that are used within one tick alone are not counted. Norms and lookups
+count no FLOPs, as in `flops`.
 
 Letters: T query positions, S key positions, D embed, N heads, K key/value
 heads, H head dim, F feed-forward, E experts, k experts of a token.
@@ -55,15 +56,15 @@ from t2x.pipeline import schedule as schedule_lib
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-  """What a device has of a microbatch.
+  """A device's share of a microbatch.
 
   Attributes:
-    rows: sequences.
-    length: tokens of each, before a mesh axis splits them.
-    num_targets: tokens of each that reach the head.
-    encoder_length: of the source, None without an encoder.
-    head_chunks: in how many pieces the logits are made.
-    kernels: whether attention runs in a TPU's kernels, where it can.
+    rows: number of sequences.
+    length: tokens of a sequence, before a mesh axis splits them.
+    num_targets: tokens of a sequence that reach the head.
+    encoder_length: tokens of a source sequence, or None without an encoder.
+    head_chunks: number of pieces in which the logits are computed.
+    kernels: whether attention runs in TPU kernels, where they support it.
   """
 
   rows: float
@@ -76,12 +77,12 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-  """Where things are.
+  """How a mesh splits parameters and activations.
 
   Attributes:
-    sizes: of the mesh axes.
-    rules: logical axis -> mesh axes.
-    gather: see `PipelineConfig`.
+    sizes: number of devices along each mesh axis.
+    rules: mesh axes of each logical axis.
+    gather: time at which split weights are gathered; see `PipelineConfig`.
   """
 
   sizes: Mapping[str, int]
@@ -89,11 +90,14 @@ class Layout:
   gather: Literal['once', 'tick'] = 'once'
 
   def elements(self, x: nnx.Variable, used: bool = False) -> float:
-    """Returns the elements of a parameter that a device has, but for stages.
+    """Returns the number of elements of a parameter that a device has.
+
+    The split over stages is not counted.
 
     Args:
-      x: the parameter, or its shape.
-      used: where layers use it, after `gather`.
+      x: parameter, or its shape.
+      used: whether the parameter is where layers use it, after `gather`, or
+        where it is kept.
     """
     names = [str(name) for name in sharding.axes_of(x, len(x.shape)) if name]
     names = [name for name in names if name != 'layers']
@@ -102,7 +106,7 @@ class Layout:
     return math.prod(x.shape) / self.over(*names)
 
   def over(self, *names: str) -> int:
-    """Returns over how many devices dimensions of these names are split."""
+    """Returns the number of parts into which logical axes are split."""
     axes = [getattr(self.rules, name) for name in names]
     each = [a for axis in axes for a in sharding.mesh_axes(axis)]
     return math.prod(self.sizes.get(a, 1) for a in each)
@@ -114,13 +118,15 @@ def stacks(
   batch: Batch,
   recompute: bool,
 ) -> list[placement_cost.Stack]:
-  """Returns the FLOPs of each unit in a step, of one row; no bytes.
+  """Returns the FLOPs of each tower's units, for a step of one row.
+
+  The bytes of the stacks are zero; `with_bytes` adds them.
 
   Args:
-    model: its config.
-    towers: in order of depth.
-    batch: gives the lengths.
-    recompute: forwards are run again.
+    model: config of the model.
+    towers: towers, in order of depth.
+    batch: lengths of the sequences.
+    recompute: whether the backward pass computes all forwards again.
   """
   lengths = batch.length, batch.encoder_length, batch.num_targets
   layers = flops.layer_flops(model, *lengths)
@@ -130,8 +136,8 @@ def stacks(
   times = 4 if recompute else 3
   result = []
   for tower in towers:
-    own = np.array(layers[tower.name], float)
-    costs = times * np.add.reduceat(own, np.arange(0, len(own), tower.group))
+    each = np.array(layers[tower.name], float)
+    costs = times * np.add.reduceat(each, np.arange(0, len(each), tower.group))
     last = float(head if tower is towers[-1] else 0)
     costs = tuple(costs.tolist())
     result.append(placement_cost.Stack(tower=tower, costs=costs, last=last))
@@ -139,8 +145,8 @@ def stacks(
 
 
 @functools.lru_cache(maxsize=8)
-def _shapes(model: model_lib.ModelConfig):
-  """Returns the model's shapes: the same for all schedules and layouts."""
+def _shapes(model: model_lib.ModelConfig) -> model_lib.Model:
+  """Returns the model's shapes, which no schedule and no layout changes."""
   make = lambda key: model_lib.make(model, rngs=nnx.Rngs(key))
   return jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0)))
 
@@ -152,18 +158,18 @@ def with_bytes(
   batch: Batch,
   layout: Layout,
 ) -> tuple[list[placement_cost.Stack], int, int]:
-  """Returns stacks with their bytes, and those of a device besides.
+  """Returns stacks with the bytes of their units, and the other bytes.
 
   Args:
-    stacks: of all towers.
-    table: the schedule.
-    model: its config.
-    batch: of a device.
-    layout: of parameters and activations.
+    stacks: costs of all towers, in order of depth.
+    table: schedule.
+    model: config of the model.
+    batch: a device's share of a microbatch.
+    layout: layout of parameters and activations.
 
   Returns:
-    Stacks, what a device needs whatever the placement, and what it needs
-    besides where layers move.
+    The stacks; the bytes that a device needs whatever the placement is; and the
+    bytes that it needs in addition where layers move.
   """
   shapes = _shapes(model)
   itemsize = jnp.dtype(model.dtype).itemsize
@@ -204,8 +210,10 @@ def _variables(tree: Any) -> list[nnx.Variable]:
   return [x for x in leaves if sharding.is_variable(x)]
 
 
-def _logits(model, batch: Batch, layout: Layout) -> float:
-  """Logits and their gradient, float32, of one chunk."""
+def _logits(
+  model: model_lib.ModelConfig, batch: Batch, layout: Layout
+) -> float:
+  """Returns the bytes of one chunk of logits and their gradient, in float32."""
   rows = embed.padded(model.vocab_size, model.vocab_multiple)
   num = batch.rows * batch.num_targets * rows / layout.over('length', 'vocab')
   return 2 * 4 * num / batch.head_chunks
@@ -218,14 +226,14 @@ def messages(
   batch: Batch,
   layout: Layout,
 ) -> float:
-  """Returns bytes of activations in as many slots as messages need.
+  """Returns the bytes of the inbox, in which messages wait.
 
   Args:
-    stacks: of all towers.
-    table: the schedule.
-    model: its config.
-    batch: of a device.
-    layout: of activations.
+    stacks: costs of all towers, in order of depth.
+    table: schedule.
+    model: config of the model.
+    batch: a device's share of a microbatch.
+    layout: layout of activations.
   """
   towers = [stack.tower for stack in stacks]
   even = placement_lib.even(towers, table.num_parts)
@@ -236,90 +244,138 @@ def messages(
   return slots * itemsize * tokens * model.embed_dim / layout.over('length')
 
 
-def _tokens(model, tower: placement_lib.Tower, batch: Batch) -> int:
-  """Tokens of a row of a tower."""
-  own = {'encoder': batch.encoder_length or 0, 'queries': batch.num_targets}
+def _tokens(
+  model: model_lib.ModelConfig, tower: placement_lib.Tower, batch: Batch
+) -> int:
+  """Returns the number of tokens in a row of a tower."""
+  lengths = {'encoder': batch.encoder_length or 0, 'queries': batch.num_targets}
   both = batch.num_targets if model.is_two_stream else 0
-  return own.get(tower.name, batch.length + both)
+  return lengths.get(tower.name, batch.length + both)
 
 
-def _activations(model, tower, batch: Batch, layout: Layout):
-  """Bytes that a unit keeps, and those that its B leaves for W."""
+def _activations(
+  model: model_lib.ModelConfig,
+  tower: placement_lib.Tower,
+  batch: Batch,
+  layout: Layout,
+) -> tuple[float, float]:
+  """Returns the bytes that a unit keeps, and those that its B leaves for W."""
   encodes = tower.name == 'encoder'
   causal = not encodes and not isinstance(model, encoder.EncoderConfig)
   T = _tokens(model, tower, batch)
-  looked_at = {'decoder': batch.encoder_length, 'queries': batch.length}
-  S = looked_at.get(tower.name)
-  num, kept, left = jnp.dtype(model.dtype).itemsize, 0.0, 0.0
-  for kind, mlp in model.group[: tower.group]:
-    by_kernel = batch.kernels and takes_kernel(model, kind, T, T)
+  cross_lengths = {'decoder': batch.encoder_length, 'queries': batch.length}
+  S = cross_lengths.get(tower.name)
+  itemsize, kept, left = jnp.dtype(model.dtype).itemsize, 0.0, 0.0
+  for attention, mlp in model.group[: tower.group]:
+    by_kernel = batch.kernels and takes_kernel(model, attention, T, T)
     # Blocks of 64 queries reach half a block further than each query.
-    pattern = attention_kinds.pattern_of(kind, T, causal)
+    pattern = attention_kinds.pattern_of(attention, T, causal)
     reach = flops.pairs(T, T, pattern) + 32 * T * causal
-    # What others keep grows with the length alone.
-    by_kernel |= not isinstance(kind, attention_config.Softmax)
-    read, made, whole = _attention(
-      model, kind, T, T, None if by_kernel else reach, layout
+    # What other kinds of attention keep grows with the length alone.
+    by_kernel |= not isinstance(attention, attention_config.Softmax)
+    read, made, in_float32 = _attention(
+      model, attention, T, T, None if by_kernel else reach, layout
     )
     hidden_read, hidden_made = _feed_forward(model, mlp, T, layout)
-    kept += num * (read + hidden_read) + 4 * whole
-    left += num * (made + hidden_made)
+    kept += itemsize * (read + hidden_read) + 4 * in_float32
+    left += itemsize * (made + hidden_made)
     if S is not None:
-      by_kernel = batch.kernels and takes_kernel(model, kind, T, S, cross=True)
-      read, made, whole = _attention(
-        model, kind, T, S, None if by_kernel else T * S, layout
+      by_kernel = batch.kernels and takes_kernel(
+        model, attention, T, S, cross=True
       )
-      kept += num * read + 4 * whole
-      left += num * made
-    # The last norm reads what the feed-forward layer made, or its sum.
+      read, made, in_float32 = _attention(
+        model, attention, T, S, None if by_kernel else T * S, layout
+      )
+      kept += itemsize * read + 4 * in_float32
+      left += itemsize * made
+    # The last norm reads the output of the feed-forward layer, or a sum of it.
     if model.residual in ('post_norm', 'sandwich'):
-      kept += num * T * model.embed_dim
+      kept += itemsize * T * model.embed_dim
   split = layout.over('length')
   return batch.rows * kept / split, batch.rows * left / split
 
 
-def takes_kernel(model, kind, T: int, S: int, cross: bool = False) -> bool:
-  """Whether a TPU's kernel serves attention; see `attention/kernels`."""
-  kind = attention_kinds.for_cross(kind) if cross else kind
-  if isinstance(kind, transformer_xl.TransformerXL):
-    return False  # Its keys are wider than its values.
-  if not isinstance(kind, attention_config.Softmax):
-    return False
-  biased = position.is_bias(model.position)
-  refused = kind.kernel == 'blocks' or kind.dropout or biased and not cross
-  refused = refused or model.memory  # Keys that have places of their own.
-  block = kind.block or splash.LANES
-  whole = not (block % splash.LANES or T % block or S % block)
-  return whole and not refused
+def takes_kernel(
+  model: model_lib.ModelConfig,
+  attention: attention_kinds.AttentionConfig,
+  T: int,
+  S: int,
+  cross: bool = False,
+) -> bool:
+  """Whether a TPU kernel supports an attention; see `attention/kernels`.
 
-
-def _attention(model, kind, T, S, pairs, layout: Layout):
-  """Numbers of a row: kept in the activations' dtype, left, in float32.
-
-  `pairs` of queries and keys are those whose scores blocks make; None where a
-  kernel serves.
+  Args:
+    model: config of the model.
+    attention: config of the attention.
+    T: number of query positions.
+    S: number of key positions.
+    cross: whether it is cross-attention.
   """
-  D, H = model.embed_dim, kind.head_dim
-  N = kind.num_heads / layout.over('heads')
-  K = kind.kv_heads / layout.over('kv_heads')
-  wide = isinstance(kind, transformer_xl.TransformerXL) * D
+  attention = attention_kinds.for_cross(attention) if cross else attention
+  if isinstance(attention, transformer_xl.TransformerXL):
+    return False  # Its keys are wider than its values.
+  if not isinstance(attention, attention_config.Softmax):
+    return False
+  places = model.position
+  biased = places is not None and position.is_bias(places)
+  refused = (
+    attention.kernel == 'blocks' or attention.dropout or biased and not cross
+  )
+  refused = refused or model.memory  # Its keys have positions of their own.
+  block = attention.block or splash.LANES
+  divides = not (block % splash.LANES or T % block or S % block)
+  return divides and not refused
+
+
+def _attention(
+  model: model_lib.ModelConfig,
+  attention: attention_kinds.AttentionConfig,
+  T: int,
+  S: int,
+  pairs: float | None,
+  layout: Layout,
+) -> tuple[float, float, float]:
+  """Returns how many numbers of a row's attention are stored.
+
+  Args:
+    model: config of the model.
+    attention: config of the attention.
+    T: number of query positions.
+    S: number of key positions.
+    pairs: number of pairs of query and key whose scores are computed in blocks;
+      None where a kernel computes them.
+    layout: layout of activations.
+
+  Returns:
+    Numbers kept in the dtype of activations; numbers left for W; numbers kept
+    in float32.
+  """
+  D, H = model.embed_dim, attention.head_dim
+  N = attention.num_heads / layout.over('heads')
+  K = attention.kv_heads / layout.over('kv_heads')
+  wide = isinstance(attention, transformer_xl.TransformerXL) * D
   projected = T * N * (H + wide) + S * K * (2 * H + wide)
-  whole = T * N
+  in_float32 = T * N
   if pairs is not None:
-    # Its output is kept as it was before it was normalised, too.
-    whole = T * N * H
+    # The output before its normalisation is kept, too.
+    in_float32 = T * N * H
     if S <= blocks.KEEP_KEYS:
-      whole += N * min(pairs, T * S)
-  return projected + T * D + T * N * H, projected + T * D, whole
+      in_float32 += N * min(pairs, T * S)
+  return projected + T * D + T * N * H, projected + T * D, in_float32
 
 
-def _feed_forward(model, mlp, T, layout: Layout):
-  """Numbers of a row that are kept, and those that are left."""
+def _feed_forward(
+  model: model_lib.ModelConfig,
+  mlp: moe.FeedForwardConfig,
+  T: int,
+  layout: Layout,
+) -> tuple[float, float]:
+  """Returns how many numbers of a row are kept, and how many left for W."""
   D, F = model.embed_dim, mlp.hidden / layout.over('mlp')
   products = 2 if mlp.gated else 1
   if not isinstance(mlp, moe.MoeConfig):
     return T * (D + products * F), T * (D + products * F)
   E, k = mlp.num_experts, mlp.experts_of_token
-  # Dispatched tokens, and what comes back of them.
-  own = k * (D + products * F) + E
-  return T * (own + D + E), T * own
+  # Tokens that are sent to experts, and the outputs that come back.
+  made = k * (D + products * F) + E
+  return T * (made + D + E), T * made

@@ -1,13 +1,17 @@
-"""List scheduling: each stage does the best of what it can do now.
+"""List scheduling: each free stage does the best operation that it can.
 
-Whenever a stage is free it takes a B whose gradient is there, else an F whose
-input is there and for which it has room, else a W that it put off, as the
-heuristic of Qi et al. (2023), https://arxiv.org/abs/2401.10241.
+A free stage takes a B whose gradient has come. Otherwise it takes an F whose
+input has come and for which it has memory. Otherwise it takes a W that it
+deferred. That is the heuristic of Qi et al. (2023),
+https://arxiv.org/abs/2401.10241.
 
-An F is let in only if the oldest microbatch that has still to come to the
-stage would find room there once those before it are gone (the banker's
-algorithm, Dijkstra, 1965). So no limit that holds one microbatch can lead to a
-deadlock. For the same reason room for one recomputation is left.
+A stage starts an F only if the oldest microbatch that has not reached the stage
+would still have memory there after the ones before it are done (the banker's
+algorithm, Dijkstra, 1965). So there is no deadlock with any limit that allows
+one microbatch. For the same reason each stage reserves the memory of one
+recomputation.
+
+Memory is in any unit, for example in microbatches of parts.
 """
 
 from collections.abc import Sequence
@@ -19,27 +23,30 @@ from t2x.pipeline import from_orders
 from t2x.pipeline import operations as ops
 from t2x.pipeline import schedule as schedule_lib
 
+# [operation][part][microbatch] -> time at which it ends.
 Done = list[list[list[float]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-  """What is to be put in order.
+  """The numbers, limits and durations of a schedule to be found.
 
   Attributes:
-    num_stages: S.
-    num_microbatches: M.
+    num_stages: number of stages, S.
+    num_microbatches: number of microbatches, M.
     num_chunks: parts on each stage.
-    placement: which parts they are.
-    recompute: an R stands before every B.
-    limits: what each stage has room for: at least `least(problem)`.
-    waiting: what a microbatch of a part takes from F until R.
-    full: from F, or R, until B; at least `waiting` and `weight`.
-    weight: from B until W.
-    groups: of each microbatch the number of its group. A group passes a chunk
-      before it comes to the next, and goes before later groups.
-    defer: W gives way to F; otherwise it follows its B at once.
-    costs: [operation][part], its duration; None for 1 each.
+    placement: order in which the stages hold the parts; see `operations`.
+    recompute: whether there is an R before every B.
+    limits: memory of each stage, at least `least(problem)`.
+    waiting: memory of a microbatch of a part from F until R.
+    full: memory of a microbatch of a part from F, or R, until B; at least
+      `waiting` and `weight`.
+    weight: memory of a microbatch of a part from B until W.
+    groups: number of each microbatch's group. A whole group passes through a
+      chunk before it comes to the next chunk, and comes before later groups.
+    defer: whether an F comes before a W that could be done; otherwise each W
+      follows its B at once.
+    costs: duration of each operation, [operation][part]; None for 1 each.
   """
 
   num_stages: int
@@ -57,17 +64,22 @@ class Problem:
 
   @property
   def piece(self) -> float:
-    """What a microbatch of a part takes after its F."""
+    """Memory of a microbatch of a part after its F."""
     return self.waiting if self.recompute else self.full
 
 
 def least(problem: Problem) -> float:
-  """The room that one microbatch needs on a stage."""
+  """Returns the memory that one microbatch needs on a stage."""
   return problem.piece * (problem.num_chunks - 1) + problem.full
 
 
 def schedule(problem: Problem, name: str) -> schedule_lib.Schedule:
-  """Returns the table of the orders, each operation as early as it can."""
+  """Returns the schedule that list scheduling finds.
+
+  Args:
+    problem: numbers, limits and durations.
+    name: name of the schedule.
+  """
   return from_orders.from_orders(
     orders(problem),
     name=name,
@@ -78,35 +90,51 @@ def schedule(problem: Problem, name: str) -> schedule_lib.Schedule:
   )
 
 
-class Stage:
-  """What one stage has done and holds."""
+class Progress:
+  """The progress and the free memory of one stage.
+
+  Args:
+    problem: numbers, limits and durations.
+    stage: index of the stage.
+
+  Attributes:
+    parts: parts of the stage, one for each chunk.
+    next: next microbatch, [operation][chunk].
+    deferred: each W whose B is done.
+    order: operations that the stage has done.
+    limit: memory of the stage.
+    space: memory that is free.
+    free_at: time at which the stage has finished its last operation.
+  """
 
   def __init__(self, problem: Problem, stage: int):
     place = (problem.num_stages, problem.placement)
     parts = [ops.part(stage, c, *place) for c in range(problem.num_chunks)]
     self.parts = parts
-    # next[operation][chunk] is the next microbatch.
     self.next = [[0] * len(parts) for _ in ops.LETTERS]
-    self.put_off: list[ops.Op] = []  # Each W whose B is done.
+    self.deferred: list[ops.Op] = []
     self.order: list[ops.Op] = []
-    # Sums of sizes can be off in the last bits.
+    # A sum of sizes can be slightly too large by rounding.
     self.limit = self.space = problem.limits[stage] * (1 + 1e-9)
     self.free_at = 0.0
 
 
 def not_done(problem: Problem) -> Done:
-  """Returns [operation][part][microbatch] -> when it ends, so far never."""
+  """Returns the times at which operations end: infinity for all of them."""
   num_parts = problem.num_stages * problem.num_chunks
   never = [math.inf] * problem.num_microbatches
   return [[never.copy() for _ in range(num_parts)] for _ in ops.LETTERS]
 
 
 def orders(problem: Problem) -> list[list[ops.Op]]:
-  """Returns for each stage its (operation, microbatch, chunk) in order."""
+  """Returns the operations of each stage in order.
+
+  Each is (operation, microbatch, chunk).
+  """
   num_stages, num_chunks = problem.num_stages, problem.num_chunks
   num_parts = num_stages * num_chunks
   done = not_done(problem)
-  stages = [Stage(problem, s) for s in range(num_stages)]
+  stages = [Progress(problem, s) for s in range(num_stages)]
   events = [(0.0, s) for s in range(num_stages)]
   while events:
     now, s = heapq.heappop(events)
@@ -115,7 +143,7 @@ def orders(problem: Problem) -> list[list[ops.Op]]:
       continue
     choice = _choose(problem, stage, done, now)
     if choice is None:
-      continue  # A message will wake it.
+      continue  # The stage is tried again when a message comes.
     kind, micro, chunk = choice
     part = stage.parts[chunk]
     take(problem, stage, choice)
@@ -134,28 +162,38 @@ def orders(problem: Problem) -> list[list[ops.Op]]:
 
 
 def _choose(
-  problem: Problem, stage: Stage, done: Done, now: float
+  problem: Problem, stage: Progress, done: Done, now: float
 ) -> ops.Op | None:
-  """The operation that the stage does now, or None if there is none."""
+  """Returns the operation that the stage does now, or None."""
   backward = next_backward(problem, stage, done, now)
   if backward:
     return backward
-  if stage.put_off and not problem.defer:
-    return stage.put_off[0]
+  if stage.deferred and not problem.defer:
+    return stage.deferred[0]
   forward = next_forward(problem, stage, done, now)
   if forward:
     return forward
   if problem.recompute:
-    early = early_recompute(problem, stage, done, now)
+    early = early_recompute(problem, stage)
     if early:
       return early
-  return stage.put_off[0] if stage.put_off else None
+  return stage.deferred[0] if stage.deferred else None
 
 
 def next_backward(
-  problem: Problem, stage: Stage, done: Done, now: float
+  problem: Problem, stage: Progress, done: Done, now: float
 ) -> ops.Op | None:
-  """The B to do now, or the R that it lacks if there is room for that."""
+  """Returns the B that the stage can do now, or the R that must precede it.
+
+  Args:
+    problem: numbers, limits and durations.
+    stage: progress of the stage.
+    done: times at which operations end.
+    now: current time.
+
+  Returns:
+    The operation, or None if none can be done or there is no memory for the R.
+  """
   best, groups = None, problem.groups
   last = problem.num_stages * problem.num_chunks - 1
   for chunk, part in enumerate(stage.parts):
@@ -166,44 +204,56 @@ def next_backward(
       done[ops.BACKWARD][part + 1] if part < last else done[ops.FORWARD][part]
     )
     if source[micro] <= now:
-      lacks = problem.recompute and stage.next[ops.RECOMPUTE][chunk] == micro
-      if lacks and problem.full - problem.waiting > stage.space:
+      needs_r = problem.recompute and stage.next[ops.RECOMPUTE][chunk] == micro
+      if needs_r and problem.full - problem.waiting > stage.space:
         continue
-      kind = ops.RECOMPUTE if lacks else ops.BACKWARD
+      kind = ops.RECOMPUTE if needs_r else ops.BACKWARD
       choice = (groups[micro], -chunk, (kind, micro, chunk))
       best = choice if best is None else min(best, choice)
   return best and best[-1]
 
 
 def next_forward(
-  problem: Problem, stage: Stage, done: Done, now: float
+  problem: Problem, stage: Progress, done: Done, now: float
 ) -> ops.Op | None:
-  """The F to do now, if there is room for it."""
+  """Returns the F that the stage can do now, or None.
+
+  Args:
+    problem: numbers, limits and durations.
+    stage: progress of the stage.
+    done: times at which operations end.
+    now: current time.
+  """
   best, groups = None, problem.groups
   piece = problem.piece
-  again = problem.full - piece  # Left for one recomputation.
-  if stage.space < piece + again:
+  reserve = problem.full - piece  # For one recomputation.
+  if stage.space < piece + reserve:
     return None
   forwarded = stage.next[ops.FORWARD]
   oldest = min(forwarded)
-  # None of the younger has begun its backward.
+  # None of the younger microbatches has begun its backward.
   younger = sum(max(0, micro - 1 - oldest) for micro in forwarded)
-  held = piece * (len(forwarded) + younger) + again
+  needed = piece * (len(forwarded) + younger) + reserve
   for chunk, part in enumerate(stage.parts):
     micro = forwarded[chunk]
     if micro == problem.num_microbatches:
       continue
     if part == 0 or done[ops.FORWARD][part - 1][micro] <= now:
-      if micro == oldest or held + piece <= stage.limit:
+      if micro == oldest or needed + piece <= stage.limit:
         choice = (groups[micro], chunk, (ops.FORWARD, micro, chunk))
         best = choice if best is None else min(best, choice)
   return best and best[-1]
 
 
-def early_recompute(
-  problem: Problem, stage: Stage, done: Done, now: float
-) -> ops.Op | None:
-  """An R ahead of its gradient, one at most, that leaves room for another."""
+def early_recompute(problem: Problem, stage: Progress) -> ops.Op | None:
+  """Returns an R that the stage can do before its gradient comes, or None.
+
+  There is at most one such R at a time, and it leaves memory for another one.
+
+  Args:
+    problem: numbers, limits and durations.
+    stage: progress of the stage.
+  """
   again, back = stage.next[ops.RECOMPUTE], stage.next[ops.BACKWARD]
   if again != back:
     return None
@@ -217,8 +267,14 @@ def early_recompute(
   return min(choices)[-1] if choices else None
 
 
-def take(problem: Problem, stage: Stage, choice: ops.Op) -> None:
-  """Writes an operation down and takes or gives back its room."""
+def take(problem: Problem, stage: Progress, choice: ops.Op) -> None:
+  """Records that a stage does an operation, and updates its free memory.
+
+  Args:
+    problem: numbers, limits and durations.
+    stage: progress of the stage; it is changed.
+    choice: the operation.
+  """
   kind, micro, chunk = choice
   stage.order.append(choice)
   stage.next[kind][chunk] += 1
@@ -228,7 +284,7 @@ def take(problem: Problem, stage: Stage, choice: ops.Op) -> None:
     stage.space -= problem.full - problem.waiting
   elif kind == ops.BACKWARD:
     stage.space += problem.full - problem.weight
-    stage.put_off.append((ops.WEIGHT, micro, chunk))
+    stage.deferred.append((ops.WEIGHT, micro, chunk))
   else:
     stage.space += problem.weight
-    stage.put_off.pop(0)
+    stage.deferred.pop(0)

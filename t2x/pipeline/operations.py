@@ -1,19 +1,21 @@
-"""What a stage can do in a tick, which parts it holds, what needs what.
+"""The operations of a schedule, their dependencies, and the parts of stages.
 
-A model is cut into `num_stages` x `num_chunks` parts, numbered in depth order;
-a stage holds one part of each chunk. Placement 'loop' deals the parts round
-and round, so that part p + 1 is always one stage further and the last stage
-passes to the first. Placement 'v' goes down the stages in even chunks and back
-up in odd ones (Qi et al., 2024, https://arxiv.org/abs/2405.15362), so that
-where the direction turns the next part is on the same stage.
+A model is cut into `num_stages` x `num_chunks` parts, numbered in order of
+depth. A stage holds one part of each chunk. With placement 'loop' part p + 1 is
+on the stage after that of part p, and the first stage follows the last. With
+placement 'v' the parts of even chunks go down the stages and those of odd
+chunks go back up (Qi et al., 2024, https://arxiv.org/abs/2405.15362). Where the
+direction turns, the next part is on the same stage.
 
-An `Op` is (operation, microbatch, chunk) in the order of one stage, or
-(operation, microbatch, part) where the whole model is meant.
+An `Op` is (operation, microbatch, chunk) in the order of one stage, and
+(operation, microbatch, part) for the whole model.
 """
 
-from typing import Any
 from typing import Literal
+from typing import TypeVar
 from typing import get_args
+
+import numpy as np
 
 IDLE, FORWARD, BACKWARD, WEIGHT, RECOMPUTE = range(5)
 LETTERS = ' FBWR'
@@ -21,30 +23,54 @@ LETTERS = ' FBWR'
 Placement = Literal['loop', 'v']
 PLACEMENTS = get_args(Placement)
 Op = tuple[int, int, int]
+Ints = TypeVar('Ints', int, np.ndarray)
 
 
-def part(stage: Any, chunk: Any, num_stages: int, placement: str) -> Any:
-  """The part that a stage holds of a chunk: integers or integer arrays."""
+def part(stage: Ints, chunk: Ints, num_stages: int, placement: str) -> Ints:
+  """Returns the part of a chunk that a stage holds.
+
+  Args:
+    stage: index of the stage, or an array of indices.
+    chunk: index of the chunk, or an array of indices.
+    num_stages: number of stages, S.
+    placement: one of `PLACEMENTS`.
+  """
   if placement == 'v':
     stage = stage + (chunk % 2) * (num_stages - 1 - 2 * stage)
   return chunk * num_stages + stage
 
 
-def stage_of(part: Any, num_stages: int, placement: str) -> Any:
-  """The stage that holds a part."""
+def stage_of(part: Ints, num_stages: int, placement: str) -> Ints:
+  """Returns the stage that holds a part.
+
+  Args:
+    part: index of the part, or an array of indices.
+    num_stages: number of stages, S.
+    placement: one of `PLACEMENTS`.
+  """
   chunk, stage = part // num_stages, part % num_stages
   if placement == 'v':
     stage = stage + (chunk % 2) * (num_stages - 1 - 2 * stage)
   return stage
 
 
-def chunk_of(part: Any, num_stages: int) -> Any:
-  """The chunk that a part is of."""
+def chunk_of(part: Ints, num_stages: int) -> Ints:
+  """Returns the chunk that a part belongs to.
+
+  Args:
+    part: index of the part, or an array of indices.
+    num_stages: number of stages, S.
+  """
   return part // num_stages
 
 
 def kinds(*, training: bool, recompute: bool) -> tuple[int, ...]:
-  """The operations that each microbatch needs on each part, in order."""
+  """Returns the operations of each microbatch on each part, in order.
+
+  Args:
+    training: whether there are backward passes.
+    recompute: whether there is an R before every B.
+  """
   if not training:
     return (FORWARD,)
   if recompute:
@@ -55,10 +81,19 @@ def kinds(*, training: bool, recompute: bool) -> tuple[int, ...]:
 def needs(
   operation: int, part: int, num_parts: int, *, recompute: bool
 ) -> tuple[tuple[int, int], ...]:
-  """The (operation, part) of the same microbatch that must come before.
+  """Returns the operations that an operation depends on.
 
-  An operation uses what the same part made before it, and a message of the
-  part before (F) or after (B).
+  They belong to the same microbatch: an earlier operation on the same part, and
+  the one that makes the message of the part before (for F) or after (for B).
+
+  Args:
+    operation: kind of the operation.
+    part: index of its part.
+    num_parts: number of parts, P.
+    recompute: whether there is an R before every B.
+
+  Returns:
+    A pair (operation, part) for each.
   """
   return tuple(
     (other, part + step)
@@ -68,7 +103,15 @@ def needs(
 
 
 def steps(operation: int, *, recompute: bool) -> tuple[tuple[int, int], ...]:
-  """What `needs` is made of: operations, and how many parts further."""
+  """Returns the operations that an operation depends on, for any part.
+
+  Args:
+    operation: kind of the operation.
+    recompute: whether there is an R before every B.
+
+  Returns:
+    A pair (operation, its part minus the part of `operation`) for each.
+  """
   return {
     FORWARD: ((FORWARD, -1),),
     RECOMPUTE: ((FORWARD, 0),),

@@ -1,4 +1,4 @@
-"""A row of units cut into consecutive parts, by dynamic programming.
+"""Divides a chain of units into consecutive parts by dynamic programming.
 
 Shape suffixes: U ends of parts, 0 to the number of units.
 """
@@ -11,13 +11,13 @@ _NEVER = 2**62
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Row:
-  """Units in order.
+class Chain:
+  """The costs of units in order.
 
   Attributes:
-    costs: whole numbers whose sum is below 2^30.
-    first: of the first part besides.
-    last: of the last part besides.
+    costs: cost of each unit, integers with a sum below 2^30.
+    first: additional cost of the first part.
+    last: additional cost of the last part.
   """
 
   costs: np.ndarray
@@ -28,19 +28,19 @@ class Row:
   )
 
   def slowest(self, num: int, most: int) -> int:
-    """Returns the least cost of the dearest part.
+    """Returns the cost of the most expensive part in the best division.
 
     Args:
-      num: of parts.
-      most: units of a part.
+      num: number of parts.
+      most: most units that a part may have.
     """
     if most not in self._slowest:
       cost_UU = self._parts(most)
       first_UU = np.minimum(cost_UU + self.first, _NEVER)
       last_U = np.minimum(cost_UU[:, -1] + self.last, _NEVER)
-      # Index 0: of no parts; the first part begins at 0.
-      whole = min(int(first_UU[0, -1]) + self.last, _NEVER)
-      results = [_NEVER, whole]
+      # Entry n is for n parts. The first part begins at 0.
+      one_part = min(int(first_UU[0, -1]) + self.last, _NEVER)
+      results = [_NEVER, one_part]
       best_U = first_UU[0]
       for _ in range(len(self.costs) - 1):
         results.append(int(np.maximum(best_U, last_U).min()))
@@ -49,21 +49,21 @@ class Row:
     return self._slowest[most][num]
 
   def even(self, near: np.ndarray, most: int, bound: int) -> np.ndarray:
-    """Returns the units of each part: with the least sum of squared costs.
+    """Returns the units of each part with the least sum of squared costs.
 
-    Of equals, the one that is next to a given placement.
+    Of several such divisions it is the one closest to a given one.
 
     Args:
-      near: units of each part of the given placement.
-      most: units of a part.
-      bound: what a part costs at most; some placement has that.
+      near: units of each part in the given division.
+      most: most units that a part may have.
+      bound: highest cost that a part may have; some division must meet it.
     """
     size, num = len(self.costs), len(near)
     cost_UU = self._parts(most)
     units_UU = np.arange(size + 1) - np.arange(size + 1)[:, None]
     square_U = np.where(np.arange(size + 1), _NEVER, 0)
     away_U = np.zeros(size + 1, int)
-    froms = []
+    begins = []
     for part in range(num):
       cost = cost_UU + self.first * (part == 0) + self.last * (part == num - 1)
       there_UU = (cost <= bound) & (square_U[:, None] < _NEVER)
@@ -74,16 +74,16 @@ class Row:
       square_U = squares.min(0)
       away = away_U[:, None] + np.abs(units_UU - near[part])
       away = np.where(squares == square_U, away, _NEVER)
-      froms.append(away.argmin(0))
+      begins.append(away.argmin(0))
       away_U = away.min(0)
     assert square_U[-1] < _NEVER, bound
     ends = [size]
-    for from_U in reversed(froms):
-      ends.append(int(from_U[ends[-1]]))
+    for begin_U in reversed(begins):
+      ends.append(int(begin_U[ends[-1]]))
     return np.diff(ends[::-1])
 
   def _parts(self, most: int) -> np.ndarray:
-    """Returns what a part costs, by where it begins and ends."""
+    """Returns the cost of a part by its begin and its end, cost_UU."""
     before_U = np.concatenate([[0], np.cumsum(self.costs)])
     units = np.arange(len(before_U)) - np.arange(len(before_U))[:, None]
     fits = (units >= 1) & (units <= most)

@@ -1,7 +1,7 @@
-"""The order of operations on each stage, by the patterns of the literature.
+"""The order of operations on each stage, in the patterns of the literature.
 
-Every function returns for each stage its (operation, microbatch, chunk) in
-order, to be placed by `from_orders.from_orders`.
+An order is a list of (operation, microbatch, chunk) for each stage.
+`from_orders.from_orders` makes a table of it.
 """
 
 from collections.abc import Iterable
@@ -13,10 +13,14 @@ Orders = list[list[ops.Op]]
 
 
 def groups(num_stages: int, num_microbatches: int) -> list[range]:
-  """Deals microbatches to groups of at least S, and of about equal size.
+  """Divides microbatches into groups of at least S, of about equal size.
 
-  A group that passes through a chunk keeps S stages busy until the first of it
-  is back for the next chunk.
+  While such a group passes through a chunk, it keeps all S stages busy until
+  its first microbatch can start with the next chunk.
+
+  Args:
+    num_stages: number of stages, S.
+    num_microbatches: number of microbatches, M.
   """
   num_groups = max(1, num_microbatches // num_stages)
   size, more = divmod(num_microbatches, num_groups)
@@ -25,14 +29,19 @@ def groups(num_stages: int, num_microbatches: int) -> list[range]:
 
 
 def numbered(groups: Sequence[Sequence[int]]) -> list[int]:
-  """Returns for each microbatch the number of its group."""
+  """Returns the number of each microbatch's group."""
   return [i for i, group in enumerate(groups) for _ in group]
 
 
 def pieces(
   groups: Sequence[Sequence[int]], chunks: Iterable[int]
 ) -> list[tuple[int, int]]:
-  """(microbatch, chunk): each group through all chunks, then the next."""
+  """Returns (microbatch, chunk) pairs: each group passes through all chunks.
+
+  Args:
+    groups: microbatches of each group.
+    chunks: chunks in the order in which a group passes through them.
+  """
   chunks = list(chunks)
   return [(m, c) for group in groups for c in chunks for m in group]
 
@@ -40,7 +49,13 @@ def pieces(
 def breadth_first(
   num_stages: int, num_microbatches: int, num_chunks: int
 ) -> Orders:
-  """All forwards, chunk by chunk, then all backwards."""
+  """Returns orders with all forwards, chunk by chunk, then all backwards.
+
+  Args:
+    num_stages: number of stages, S.
+    num_microbatches: number of microbatches, M.
+    num_chunks: parts on each stage.
+  """
   everything = [range(num_microbatches)]
   order = [
     (ops.FORWARD, *piece) for piece in pieces(everything, range(num_chunks))
@@ -55,15 +70,17 @@ def alternating(
   num_microbatches: int,
   num_chunks: int,
   *,
-  put_off: bool = False,
+  defer_weight: bool = False,
 ) -> Orders:
-  """Forwards until a gradient can be there, then B, W and F in turn.
+  """Returns orders with forwards at first, then B, W and F in turn.
+
+  A stage starts with as many forwards as it takes until a gradient can come.
 
   Args:
-    num_stages: S.
-    num_microbatches: M.
+    num_stages: number of stages, S.
+    num_microbatches: number of microbatches, M.
     num_chunks: parts on each stage.
-    put_off: stage s does its W s turns later.
+    defer_weight: whether stage s does each W s turns later.
   """
   dealt = groups(num_stages, num_microbatches)
   forwards = pieces(dealt, range(num_chunks))
@@ -73,7 +90,7 @@ def alternating(
     first = num_stages - stage
     if num_chunks > 1:
       first = 2 * first - 1 + (num_chunks - 1) * len(dealt[0])
-    late = stage if put_off else 0
+    late = stage if defer_weight else 0
     order = [(ops.FORWARD, *piece) for piece in forwards[:first]]
     for k, piece in enumerate(backwards):
       order.append((ops.BACKWARD, *piece))
@@ -81,16 +98,21 @@ def alternating(
         order.append((ops.WEIGHT, *backwards[k - late]))
       if first + k < len(forwards):
         order.append((ops.FORWARD, *forwards[first + k]))
-    rest = backwards[max(0, len(backwards) - late) :]
-    orders.append(order + [(ops.WEIGHT, *piece) for piece in rest])
+    deferred = backwards[max(0, len(backwards) - late) :]
+    orders.append(order + [(ops.WEIGHT, *piece) for piece in deferred])
   return orders
 
 
 def down_and_up(num_stages: int, num_microbatches: int) -> Orders:
-  """Chunk 0 down the stages and chunk 1 up, for M >= 2S - 1.
+  """Returns orders with chunk 0 down the stages and chunk 1 up.
 
-  Forwards until the first gradient is there, then F, B and W of both chunks in
-  turn; at the end B before W, so that W fill the time in which others finish.
+  They start with forwards until the first gradient comes, and go on with F, B
+  and W of both chunks in turn. At the end B comes before W, so that W fills the
+  time in which other stages finish.
+
+  Args:
+    num_stages: number of stages, S.
+    num_microbatches: number of microbatches, M, at least 2S - 1.
   """
   orders = []
   for stage in range(num_stages):
@@ -104,7 +126,7 @@ def down_and_up(num_stages: int, num_microbatches: int) -> Orders:
     plan += ['W1'] * above + ['W0'] * above
     order, count = [], dict.fromkeys(plan, 0)
     for step in plan:
-      # The last turns of some stages have no F0 left.
+      # On some stages no F0 is left for the last turns.
       if count[step] < num_microbatches:
         kind = ops.LETTERS.index(step[0])
         order.append((kind, count[step], int(step[1])))
@@ -114,7 +136,7 @@ def down_and_up(num_stages: int, num_microbatches: int) -> Orders:
 
 
 def with_recompute(orders: Orders) -> Orders:
-  """Puts an R before every B."""
+  """Returns orders with an R before every B."""
   result = []
   for order in orders:
     result.append([])

@@ -1,8 +1,8 @@
-"""A model's forward and backward pass, cut into the pieces of a pipeline.
+"""A model's forward and backward pass, cut into the programs of a pipeline.
 
-The state that travels between parts has an activation for each tower: in part
-of tower t entry t is the running one, and those before it are the outputs of
-earlier towers, to be looked at.
+A message between parts has an activation for each tower. In a part of tower t
+entry t is the activation that the part's layers change; the entries before it
+are the outputs of earlier towers, for cross-attention.
 
 Shape suffixes: B rows of a microbatch, E experts.
 """
@@ -15,32 +15,37 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from t2x.layers import block
 from t2x.layers import dropout
 from t2x.losses import load_balancing
 from t2x.models import loss_terms
+from t2x.models import model as model_lib
 from t2x.pipeline import cut
 
-# What parts are run with, of one microbatch.
+# The arrays of a microbatch by name, (B, ...) each.
 Rows = dict[str, jax.Array]
-
-
+# An activation for each tower, or its gradient.
+Activations = tuple[jax.Array, ...]
 # `cross_entropy.of_terms` with its settings.
 Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+# (trained parameters, other parameters) -> a model or a layer with all of them.
+Combine = Callable[[Any, Any], Any]
 
 
 class Rest(NamedTuple):
   """Inputs of a piece that have no gradient.
 
   Attributes:
-    rows: the microbatch by name, `rows` (numbers in the global batch) and
-      `weights` over those of the whole batch included.
-    key: of this step's dropout.
-    number: of the layer in its tower.
+    rows: arrays of the microbatch by name. They include `rows`, the numbers of
+      the rows in the global batch, and `weights`, which are divided by those of
+      the whole batch.
+    key: dropout key of the step, or None without dropout.
+    number: number of the layer in its tower, an int32 scalar.
   """
 
   rows: Rows
-  key: jax.Array
-  number: Any
+  key: jax.Array | None
+  number: jax.Array | jax.ShapeDtypeStruct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +53,11 @@ class Pieces:
   """The programs of one microbatch.
 
   Attributes:
-    enter: for each tower, from the output of the one before to its input.
-    layers: for each tower, the layers of a unit.
-    leave: from the last output to the loss.
-    state: shapes of what travels.
+    enter: program of each tower that makes its input of the output of the tower
+      before.
+    layers: programs of each tower, one for each layer of a unit.
+    leave: program that makes the loss of the last output.
+    state: shapes of a message between parts.
   """
 
   enter: tuple[cut.Cut, ...]
@@ -61,13 +67,13 @@ class Pieces:
 
 
 def make(
-  shared: Any,
-  shared_frozen: Any,
+  shared: model_lib.Model,
+  shared_frozen: model_lib.Model,
   units: dict[str, list[tuple[Any, Any]]],
   rows: Rows,
-  key: jax.Array,
+  key: jax.Array | None,
   *,
-  combine: Callable[[Any, Any], Any],
+  combine: Combine,
   loss: Loss,
   zigzag: int,
   remat: str,
@@ -75,15 +81,19 @@ def make(
   """Traces the pieces for given shapes.
 
   Args:
-    shared: the trained parameters outside of layers, in the model's structure.
-    shared_frozen: the others.
-    units: for each tower, (trained, other) parameters of each layer of a unit.
-    rows: shapes of a microbatch.
-    key: shape of the step's dropout key.
-    combine: puts a trained and another part together.
-    loss: of terms and their batch, what they make and measure.
-    zigzag: order of the tokens of a row.
-    remat: what the backward pass recomputes.
+    shared: model with its trained parameters outside the layers alone.
+    shared_frozen: model with its other parameters outside the layers alone.
+    units: shapes of each tower's (trained, other) parameters, a pair for each
+      layer of a unit.
+    rows: shapes of the arrays of a microbatch.
+    key: dropout key of the step, or None without dropout.
+    combine: function that joins trained and other parameters.
+    loss: function from the terms of the loss and their batch to the loss and
+      its metrics.
+    zigzag: number of devices over which the tokens of a row are in zigzag
+      order; see `stack.Execution`.
+    remat: activations that the backward pass computes again; see
+      `stack.Execution`.
   """
   params = cut.Params(shared=shared, shared_frozen=shared_frozen)
   towers = combine(shared, shared_frozen).towers
@@ -117,8 +127,10 @@ def make(
   return Pieces(tuple(enters), tuple(layers), leave, tuple(state))
 
 
-def _enter(name: str, combine, zigzag: int) -> cut.Function:
-  def fn(params, x, side, rest):
+def _enter(name: str, combine: Combine, zigzag: int) -> cut.Function:
+  def fn(
+    params: cut.Params, x: jax.Array | None, side: None, rest: Rest
+  ) -> tuple[tuple[jax.Array, jax.Array | None], None, None]:
     del side
     model = combine(params.shared, params.shared_frozen)
     context = _context(model, name, rest, zigzag)
@@ -129,8 +141,10 @@ def _enter(name: str, combine, zigzag: int) -> cut.Function:
   return fn
 
 
-def _layer(name: str, combine, zigzag: int) -> cut.Function:
-  def fn(params, x_BTD, side, rest):
+def _layer(name: str, combine: Combine, zigzag: int) -> cut.Function:
+  def fn(
+    params: cut.Params, x_BTD: jax.Array, side: Activations, rest: Rest
+  ) -> tuple[jax.Array, Any, Any]:
     model = combine(params.shared, params.shared_frozen)
     context = _context(model, name, rest, zigzag)
     if side:
@@ -148,8 +162,10 @@ def _layer(name: str, combine, zigzag: int) -> cut.Function:
   return fn
 
 
-def _leave(combine, loss: Loss, zigzag: int) -> cut.Function:
-  def fn(params, x_BTD, side, rest):
+def _leave(combine: Combine, loss: Loss, zigzag: int) -> cut.Function:
+  def fn(
+    params: cut.Params, x_BTD: jax.Array, side: None, rest: Rest
+  ) -> tuple[None, jax.Array, dict[str, jax.Array]]:
     del side
     model = combine(params.shared, params.shared_frozen)
     terms = model.terms(x_BTD, rest.rows, _keys(rest), zigzag)
@@ -159,7 +175,9 @@ def _leave(combine, loss: Loss, zigzag: int) -> cut.Function:
   return fn
 
 
-def _context(model, name, rest: Rest, zigzag: int):
+def _context(
+  model: model_lib.Model, name: str, rest: Rest, zigzag: int
+) -> block.Context:
   return model.context(name, rest.rows, _keys(rest), zigzag)
 
 

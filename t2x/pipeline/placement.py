@@ -1,9 +1,9 @@
-"""Which layers each part of a pipeline holds, and where a device keeps them.
+"""The layers of each part of a pipeline, and the slots of a device for them.
 
-The layers of a tower come in units: one repeat of its group of layers, the last
-perhaps with fewer. A part holds consecutive units of one tower. A device has
-several slots for the units of each tower, as many as the fullest device needs,
-since all run one program.
+The layers of a tower are divided into units. A unit is one repeat of the
+tower's group of layers; the last unit may have fewer layers. A part has
+consecutive units of one tower. A device has slots for the units of each tower.
+All devices run one program, so each has as many slots as the fullest one needs.
 
 Shape suffixes: S stages, P parts, N slots of a tower on a device.
 """
@@ -18,7 +18,7 @@ from t2x.pipeline import schedule as schedule_lib
 
 
 class PartsError(ValueError):
-  """Not one layer for each part of a pipeline, or no part for a tower."""
+  """There are fewer layers than parts, or fewer parts than towers."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,9 +26,9 @@ class Tower:
   """A stack of layers.
 
   Attributes:
-    name: in the model.
-    num_layers: in all.
-    group: layers of a unit.
+    name: name of the stack in the model.
+    num_layers: number of layers.
+    group: number of layers in a unit.
   """
 
   name: str
@@ -37,20 +37,21 @@ class Tower:
 
   @property
   def num_units(self) -> int:
+    """Number of units; the last may have fewer layers."""
     return -(-self.num_layers // self.group)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Placement:
-  """Where the parts' layers are.
+  """The layers of each part, and their slots.
 
   Attributes:
-    towers: in order of depth.
-    tower_P: the tower of each part.
-    first_P: its first unit.
-    units_P: how many units it has.
-    slot_P: where they begin on its device.
-    unit_SN: for each tower, the unit in each slot; -1 where there is none.
+    towers: towers, in order of depth.
+    tower_P: index of each part's tower.
+    first_P: index of each part's first unit in its tower.
+    units_P: number of each part's units.
+    slot_P: slot of each part's first unit on its device.
+    unit_SN: unit in each slot, -1 in an empty slot; one array for each tower.
   """
 
   towers: tuple[Tower, ...]
@@ -68,13 +69,16 @@ class Placement:
 
   @property
   def most_units(self) -> tuple[int, ...]:
-    """For each tower, the most units of a part."""
+    """Most units of a part, for each tower."""
     towers = range(len(self.towers))
     return tuple(int(self.units_P[self.tower_P == t].max()) for t in towers)
 
   @property
   def is_contiguous(self) -> bool:
-    """Whether each stage has the same share of every tower, in order."""
+    """Whether each stage has the same share of every tower, in order.
+
+    The layers of a stage are then those after the layers of the stage before.
+    """
     for tower, unit_SN in zip(self.towers, self.unit_SN):
       if tower.num_layers % (tower.group * len(unit_SN)):
         return False
@@ -88,16 +92,16 @@ def place(
   units_P: Sequence[int],
   table: schedule_lib.Schedule,
 ) -> Placement:
-  """Places units, part by part.
+  """Assigns units to the parts in order of depth, and slots to the units.
 
   Args:
-    towers: in order of depth.
-    units_P: units of each part; a part lies within one tower.
-    table: says which parts a stage has.
+    towers: towers, in order of depth.
+    units_P: number of units of each part. No part has units of two towers.
+    table: schedule, which says which parts a stage has.
 
   Raises:
-    ValueError: the parts are not as many as the table's, one is empty, or
-      they do not make up the towers.
+    ValueError: the number of parts is not that of the schedule, a part is
+      empty, or the parts of a tower do not add up to its units.
   """
   units = np.asarray(units_P, int)
   if len(units) != table.num_parts or (units < 1).any():
@@ -126,25 +130,38 @@ def _layers(tower: Tower) -> str:
   return f'{tower.num_units} {units} of the {tower.name}'
 
 
-def _slots(num_towers, tower_P, first_P, units_P, stage_P, table):
-  """Returns where parts begin on their devices, and what the slots hold."""
-  held = [[[] for _ in range(table.num_stages)] for _ in range(num_towers)]
+def _slots(
+  num_towers: int,
+  tower_P: np.ndarray,
+  first_P: np.ndarray,
+  units_P: np.ndarray,
+  stage_P: np.ndarray,
+  table: schedule_lib.Schedule,
+) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+  """Returns the slot of each part's first unit, and the unit in each slot."""
+  units = [[[] for _ in range(table.num_stages)] for _ in range(num_towers)]
   slot_P = np.zeros_like(units_P)
   for p, (t, s) in enumerate(zip(tower_P, stage_P)):
-    slot_P[p] = len(held[t][s])
-    held[t][s] += range(first_P[p], first_P[p] + units_P[p])
+    slot_P[p] = len(units[t][s])
+    units[t][s] += range(first_P[p], first_P[p] + units_P[p])
   unit_SN = []
-  for rows in held:
+  for rows in units:
     num = max(map(len, rows))
     unit_SN.append(np.array([r + [-1] * (num - len(r)) for r in rows]))
   return slot_P, tuple(unit_SN)
 
 
 def even(towers: Sequence[Tower], num_parts: int) -> list[int]:
-  """Returns units of each part: as even as can be, none across towers.
+  """Returns the units of each part, divided as evenly as possible.
+
+  No part has units of two towers.
+
+  Args:
+    towers: towers, in order of depth.
+    num_parts: number of parts, P.
 
   Raises:
-    PartsError: fewer units than parts, or fewer parts than towers.
+    PartsError: there are fewer units than parts, or fewer parts than towers.
   """
   sizes = [t.num_units for t in towers]
   if num_parts < len(towers) or num_parts > sum(sizes):
@@ -163,18 +180,21 @@ def even(towers: Sequence[Tower], num_parts: int) -> list[int]:
   shares = _shares(sizes, num_parts)
   result = []
   for size, parts in zip(sizes, shares):
-    # Later parts have one less: the last stage has the head besides.
-    small, rest = divmod(size, parts)
-    result += [small + 1] * rest + [small] * (parts - rest)
+    # Later parts have one unit less: the last stage has the head, too.
+    small, more = divmod(size, parts)
+    result += [small + 1] * more + [small] * (parts - more)
   return result
 
 
 def _shares(sizes: list[int], num_parts: int) -> list[int]:
-  """Returns the parts of each tower, so that the fullest is least full."""
+  """Returns the number of parts of each tower.
+
+  The most units of a part are as few as possible.
+  """
   shares = [1] * len(sizes)
   for _ in range(num_parts - len(sizes)):
     loads = [math.ceil(s / n) if n < s else 0 for s, n in zip(sizes, shares)]
-    # Of equals, the one that has the fewest parts for its size.
+    # Of equally full towers, the one that has the fewest parts for its size.
     best = max(
       range(len(sizes)), key=lambda i: (loads[i], sizes[i] / shares[i])
     )

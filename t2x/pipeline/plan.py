@@ -1,5 +1,6 @@
-"""From an experiment's config to what a pipeline runs."""
+"""Makes the plan of a pipeline, its schedule and layers, from a config."""
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 
@@ -17,13 +18,13 @@ from t2x.pipeline import schedules
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-  """A table with the layers of its parts.
+  """A schedule with the layers of its parts.
 
   Attributes:
-    table: the schedule.
-    place: the layers of its parts.
-    config: of the pipeline.
-    execution: what to recompute, and the order of tokens.
+    table: schedule.
+    place: layers of its parts.
+    config: settings of the pipeline.
+    execution: recomputation, and the order of tokens.
   """
 
   table: schedule_lib.Schedule
@@ -33,28 +34,28 @@ class Plan:
 
   @functools.cached_property
   def told(self) -> instructions.Instructions:
-    """What devices are told."""
+    """The instructions of all devices."""
     return instructions.make(self.table, self.place)
 
   def summary(self) -> str:
-    """What is run, in a line."""
+    """Returns a line that describes the pipeline and its idle time."""
     table, config = self.table, self.config
-    found = table.simulate()
+    times = table.simulate()
     of = f' of {table.num_chunks} chunks' if table.num_chunks > 1 else ''
     text = (
       f'{config.schedule}, {table.num_stages} stages{of} x '
       f'{table.num_microbatches} microbatches'
     )
     if config.uniform:
-      return f'{text}, uniform: {found.uniform:.1f} x the work'
-    text += f', {found.bubble_executed:.0%} idle if F, B and W last as long'
-    few = table.num_microbatches < 2 * table.num_stages
-    if few and not config.own_table:
+      return f'{text}, uniform: {times.uniform:.1f} x the work'
+    text += f', {times.bubble_executed:.0%} idle if F, B and W last as long'
+    has_few = table.num_microbatches < 2 * table.num_stages
+    if has_few and not config.own_table:
       text += '; more pipeline.microbatches leave less idle'
     return text
 
   def for_evaluation(self) -> 'Plan':
-    """Returns the plan of forwards alone."""
+    """Returns the plan for evaluation: forwards alone."""
     table = schedules.forward_only(
       self.table.num_stages,
       self.table.num_microbatches,
@@ -75,16 +76,18 @@ def make(
   """Returns the plan of a model.
 
   Args:
-    model: its config.
-    config: of the pipeline.
-    execution: what to recompute, and the order of tokens.
-    num_stages: devices along `pipe`.
-    batch: of a device; it and the layout are needed for `balanced` layers.
-    layout: of parameters and activations.
+    model: config of the model.
+    config: settings of the pipeline.
+    execution: recomputation, and the order of tokens.
+    num_stages: number of devices along `pipe`.
+    batch: a device's share of a microbatch, for `balanced` layers; may be None
+      for others.
+    layout: layout of parameters and activations, for `balanced` layers; may be
+      None for others.
 
   Raises:
-    ValueError: a schedule that cannot be, layers that do not fit it, or more
-      than the limit of memory.
+    ValueError: the schedule cannot have these numbers, the layers do not fit
+      the schedule, or a device needs more memory than the limit.
   """
   recompute = execution.remat == 'full'
   table = _table(config, num_stages, recompute)
@@ -98,7 +101,14 @@ def make(
   return Plan(table, place, config, execution)
 
 
-def _balanced(model, config, table, towers, batch, layout) -> list[int]:
+def _balanced(
+  model: model_lib.ModelConfig,
+  config: config_lib.PipelineConfig,
+  table: schedule_lib.Schedule,
+  towers: Sequence[placement_lib.Tower],
+  batch: layer_costs.Batch | None,
+  layout: layer_costs.Layout | None,
+) -> list[int]:
   assert batch is not None and layout is not None
   stacks = layer_costs.stacks(model, towers, batch, table.recompute)
   if config.memory_limit is None:
@@ -113,11 +123,11 @@ def _balanced(model, config, table, towers, batch, layout) -> list[int]:
 
 
 def _towers(model: common.TransformerConfig) -> list[placement_lib.Tower]:
-  def tower(name, num_layers):
-    group = min(len(model.group), num_layers)
-    return placement_lib.Tower(name, num_layers, group)
-
-  return [tower(name, num) for name, num in model.depths.items()]
+  group = len(model.group)
+  return [
+    placement_lib.Tower(name, num_layers, min(group, num_layers))
+    for name, num_layers in model.depths.items()
+  ]
 
 
 def _table(
@@ -141,12 +151,14 @@ def _table(
     ) from error
 
 
-# A run asks several times and a search for layouts many; tables do not change.
+# A run makes its schedule several times, and a search for layouts many times.
 _named = functools.lru_cache(maxsize=16)(schedules.make)
 
 
-def _own_table(config, num_stages, recompute) -> schedule_lib.Schedule:
-  """Reads a table, which must be of the config's numbers."""
+def _own_table(
+  config: config_lib.PipelineConfig, num_stages: int, recompute: bool
+) -> schedule_lib.Schedule:
+  """Reads the table of a file, and checks that it has the config's numbers."""
   table = schedule_lib.read(config.schedule)
   chunks = config.chunks or table.num_chunks
   for name, given, needed, setting in (

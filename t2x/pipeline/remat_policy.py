@@ -1,4 +1,7 @@
-"""What a forward pass keeps for the backward pass, by `train.remat`."""
+"""Rematerialisation: activations that the forward pass keeps for the backward.
+
+`train.remat` (`stack.Execution.remat`) names the policy.
+"""
 
 from jax.extend import core
 
@@ -9,12 +12,17 @@ from t2x.pipeline import flow
 
 
 def keeps(remat: str, eqn: core.JaxprEqn) -> bool:
-  """Whether a policy keeps what an equation of the forward pass makes."""
+  """Whether a policy keeps the results of an equation of the forward pass.
+
+  Args:
+    remat: policy; see `stack.Execution`.
+    eqn: equation of the forward pass.
+  """
   name = eqn.params.get('name') if eqn.primitive.name == 'name' else None
   if name == routing.CHOICE:
     return True
   if remat in ('none', 'full'):
-    # What attention gives is smaller than the scores that it is made of.
+    # The output of attention is smaller than the scores that it takes.
     return eqn.primitive.name in flow.HEAVY or name == 'attention'
   if remat == 'dots':
     return name == param.PRODUCT
@@ -25,19 +33,20 @@ def keeps(remat: str, eqn: core.JaxprEqn) -> bool:
 
 
 def _names(eqn: core.JaxprEqn) -> set[str]:
-  """Returns the names of what an equation makes.
+  """Returns the names that the program gives to the results of an equation.
 
-  A kernel's are inside a `shard_map`, which gives nothing else out.
+  The names of a kernel's results are inside a `shard_map`, which has no other
+  results.
   """
   if eqn.primitive.name == 'name':
     return {eqn.params['name']}
-  return _inside(eqn) if eqn.primitive.name == 'shard_map' else set()
+  return _names_inside(eqn) if eqn.primitive.name == 'shard_map' else set()
 
 
-def _inside(eqn: core.JaxprEqn) -> set[str]:
-  found = set()
+def _names_inside(eqn: core.JaxprEqn) -> set[str]:
+  names = set()
   for jaxpr in core.jaxprs_in_params(eqn.params):
     for inner in jaxpr.eqns:
       is_name = inner.primitive.name == 'name'
-      found |= {inner.params['name']} if is_name else _inside(inner)
-  return found
+      names |= {inner.params['name']} if is_name else _names_inside(inner)
+  return names

@@ -1,67 +1,103 @@
-"""A pipeline schedule: what each stage does in each tick.
+"""A pipeline schedule: a table that is checked, simulated, drawn and saved.
 
   schedule = schedules.make('zb_h1', num_stages=4, num_microbatches=8)
   print(schedule.text())
   print(schedule.simulate().bubble)
 
-Its table and what a tick is stand in `table`.
+`table` says what a tick is.
 """
 
 import dataclasses
 import functools
 
+import numpy as np
+
 from t2x import files
 from t2x import reading
 from t2x.pipeline import drawing
+from t2x.pipeline import operations as ops
 from t2x.pipeline import simulation
 from t2x.pipeline import table as table_lib
 from t2x.pipeline import table_text
-
-Placement = table_lib.Placement
+from t2x.pipeline import validation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Schedule(table_lib.Table):
-  """A checked table that can be simulated, drawn and written."""
+  """A table that has been checked: it can run, or it raises when it is made.
+
+  Attributes:
+    tick_OMP: tick of each kind of operation, microbatch and part, computed from
+      the table; -1 for kinds that are not used.
+
+  Raises:
+    ValueError: an operation is missing, is done twice, or comes before one that
+      it depends on; or a value is out of range. The message gives the tick,
+      stage and microbatch.
+  """
+
+  tick_OMP: np.ndarray = dataclasses.field(init=False, repr=False)
+
+  def __post_init__(self) -> None:
+    validation.check_fields(self)
+    used_TS = np.asarray(self.operation_TS) != ops.IDLE
+    for name in ('operation_TS', 'microbatch_TS', 'chunk_TS'):
+      array_TS = np.where(used_TS, getattr(self, name), 0).astype(np.int32)
+      self._keep(name, array_TS)
+    self._keep('tick_OMP', validation.check_table(self))
+
+  def _keep(self, name: str, array: np.ndarray) -> None:
+    array.setflags(write=False)
+    object.__setattr__(self, name, array)
 
   def simulate(
     self,
     costs: simulation.Costs | None = None,
     memory: simulation.Memory | None = None,
   ) -> simulation.Simulation:
-    """Returns times, bubbles and memory; see `simulation.simulate`."""
+    """Returns times, bubbles and memory; see `simulation.simulate`.
+
+    Args:
+      costs: durations of the operations; None for 1 each.
+      memory: memory of a microbatch of a part; None for 1.
+    """
     return simulation.simulate(
       self, costs or simulation.Costs(), memory or simulation.Memory()
     )
 
   def draw(self, path: str, costs: simulation.Costs | None = None) -> None:
-    """Draws a Gantt chart to an .svg or .png file; see `drawing.draw`."""
+    """Draws a Gantt chart; see `drawing.draw`.
+
+    Args:
+      path: name of an .svg or .png file.
+      costs: durations of the operations; None for 1 each.
+    """
     drawing.draw(self.simulate(costs), path)
 
   def text(self) -> str:
-    """Returns the table, a line a stage; see `table_text.text`."""
+    """Returns the table with a line for each stage; see `table_text.text`."""
     return table_text.text(self)
 
   def to_csv(self) -> str:
-    """Returns the table as CSV, a line a tick; see `table_text.to_csv`."""
+    """Returns the table as CSV, a line for each tick; see `table_text`."""
     return table_text.to_csv(self)
 
 
 def from_csv(text: str) -> Schedule:
-  """Reads a schedule that `Schedule.to_csv` wrote, perhaps changed by hand.
+  """Returns the schedule of a CSV table in the form of `Schedule.to_csv`.
 
   Raises:
-    ValueError: a line is not of that form, which is named; or whatever `Table`
-      refuses.
+    ValueError: a line has another form, and the message gives it; or the table
+      cannot run.
   """
   return Schedule(**table_text.parse_csv(text))
 
 
 def read(path: str) -> Schedule:
-  """Reads a schedule from a file, local or remote.
+  """Reads a schedule from a CSV file, local or remote.
 
   Raises:
-    ValueError: there is no such file, or it holds no table; it is named.
+    ValueError: there is no such file, or it has no table that can run.
   """
   file = files.path(path)
   if not file.exists():
@@ -78,5 +114,5 @@ def read(path: str) -> Schedule:
 
 @functools.lru_cache(maxsize=4)
 def _parsed(text: str) -> Schedule:
-  """As `from_csv`, once for a text: a search for layouts reads it often."""
+  """As `from_csv`, cached: a search for layouts reads one file many times."""
   return from_csv(text)

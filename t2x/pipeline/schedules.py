@@ -2,26 +2,29 @@
 
   table = schedules.make('interleaved', num_stages=4, num_microbatches=8)
 
-With S stages, M >= S microbatches, v chunks and F = B = W = 1, of which each
-stage has 3vM, the ticks are
+Let there be S stages, M >= S microbatches and v chunks, and let F, B and W take
+one tick each. Each stage has 3vM operations. The number of ticks is
 
   gpipe, breadth_first         3vM + 2(S - 1)
   one_f_one_b, interleaved     at most that
   zb_h1, zb_h2                 3vM + S - 1
-  zb_v                         3vM + S - 1 from M = 2S - 2 on
+  zb_v                         3vM + S - 1 for M >= 2S - 2
 
-and the bubble is what is over 3vM, by all ticks. The literature has
-(S - 1) / (vM + S - 1) for the first two, with a backward in one piece; here
-B's result is sent on before W, so the way back takes one tick a stage and not
+and the bubble is the share of ticks beyond 3vM. The literature has
+(S - 1) / (vM + S - 1) for the first two, whose backward is one operation. Here
+the result of B is sent before W, so the way back takes one tick a stage and not
 two, and the bubble is 2(S - 1) / (3vM + 2(S - 1)). In flight, from F until W,
-stage s holds M with gpipe, min(M, S - s) with one_f_one_b, at most S with
-zb_h1, 2S - 1 with zb_h2, and with zb_v 2S parts of half a stage.
+stage s holds M microbatches with gpipe, min(M, S - s) with one_f_one_b, at most
+S with zb_h1, 2S - 1 with zb_h2, and 2S parts of half a stage with zb_v.
 
-Every schedule takes any number of microbatches and stages, and any number of
-chunks, but zb_v, which has two. With chunks, one_f_one_b is interleaved, gpipe
-is breadth_first, and zb_h1 and zb_h2 put off the W of interleaved. Interleaving
-in groups of S would need M to be a multiple of S; here the rest of a division
-is spread over the groups.
+Each function takes these numbers, with the chunks as the parts on each stage,
+and whether the backward recomputes the forward: an R before every B.
+
+Every schedule takes any number of microbatches, stages and chunks, except zb_v,
+which has two chunks. With several chunks one_f_one_b is interleaved, gpipe is
+breadth_first, and zb_h1 and zb_h2 defer the W of interleaved. Interleaving in
+groups of S microbatches would need M to be a multiple of S. Here the remaining
+microbatches are spread over the groups.
 """
 
 from collections.abc import Callable
@@ -42,7 +45,7 @@ def gpipe(
   num_chunks: int = 1,
   recompute: bool = False,
 ) -> Schedule:
-  """All forwards, then all backwards (Huang et al., 2018).
+  """All forwards, then all backwards (GPipe; Huang et al., 2018).
 
   https://arxiv.org/abs/1811.06965
   """
@@ -104,14 +107,14 @@ def zb_h1(
   num_chunks: int = 1,
   recompute: bool = False,
 ) -> Schedule:
-  """1F1B whose stage s is s weight gradients behind (Qi et al., 2023).
+  """1F1B in which stage s does each W s turns later (Qi et al., 2023).
 
-  https://arxiv.org/abs/2401.10241. Every stage then holds as much as the
+  https://arxiv.org/abs/2401.10241. Every stage then needs as much memory as the
   first, and gradients reach the first stage sooner.
   """
   check_numbers(num_stages, num_microbatches, num_chunks)
   orders = patterns.alternating(
-    num_stages, num_microbatches, num_chunks, put_off=True
+    num_stages, num_microbatches, num_chunks, defer_weight=True
   )
   return _table('zb_h1', orders, num_microbatches, num_chunks, recompute)
 
@@ -124,9 +127,10 @@ def zb_h2(
 ) -> Schedule:
   """No idle tick between a stage's first and last (Qi et al., 2023).
 
-  https://arxiv.org/abs/2401.10241. Holds 2S - 1 microbatches in flight, with
-  chunks S parts more for each further chunk. So from M = 2S - 1 on; with fewer
-  microbatches, or chunks and M no multiple of S, stages can wait.
+  https://arxiv.org/abs/2401.10241. There are 2S - 1 microbatches in flight, and
+  S parts more for each further chunk. Stages never wait if M is 2S - 1 or more.
+  With fewer microbatches, or with several chunks and M no multiple of S, they
+  may wait.
   """
   check_numbers(num_stages, num_microbatches, num_chunks)
   groups = patterns.groups(num_stages, num_microbatches)
@@ -139,14 +143,14 @@ def zb_h2(
     limits=(limit,) * num_stages,
     groups=patterns.numbered(groups),
   )
-  found = list_scheduling.schedule(problem, 'zb_h2')
+  listed = list_scheduling.schedule(problem, 'zb_h2')
   if num_chunks == 1:
-    return found
+    return listed
   orders = patterns.alternating(
-    num_stages, num_microbatches, num_chunks, put_off=True
+    num_stages, num_microbatches, num_chunks, defer_weight=True
   )
   other = _table('zb_h2', orders, num_microbatches, num_chunks, recompute)
-  return min(found, other, key=lambda table: table.num_ticks)
+  return min(listed, other, key=lambda table: table.num_ticks)
 
 
 def zb_v(
@@ -157,8 +161,8 @@ def zb_v(
 ) -> Schedule:
   """Down the stages in chunk 0 and back up in chunk 1 (Qi et al., 2024).
 
-  https://arxiv.org/abs/2405.15362; the same placement as DualPipe-V. No stage
-  waits between its first and last operation from M = 2S - 1 on.
+  https://arxiv.org/abs/2405.15362. DualPipe-V has the same placement. If M is
+  2S - 1 or more, no stage waits between its first and its last operation.
 
   Raises:
     ValueError: num_chunks is not 2.
@@ -193,14 +197,22 @@ def forward_only(
   num_chunks: int = 1,
   placement: ops.Placement = 'loop',
 ) -> Schedule:
-  """A table without backwards, for evaluation.
+  """Forwards alone, for evaluation.
 
-  It has vM + S - 1 ticks from M = S on; with placement 'v' vM + v(S - 1), since
-  the last microbatch goes all the way each time.
+  If M is S or more, there are vM + S - 1 ticks. With placement 'v' there are
+  vM + v(S - 1), since the last microbatch passes through all stages for each
+  chunk.
+
+  Args:
+    num_stages: number of stages, S.
+    num_microbatches: number of microbatches, M.
+    num_chunks: parts on each stage, v.
+    placement: order in which the stages hold the parts; see `operations`.
   """
   check_numbers(num_stages, num_microbatches, num_chunks)
   groups = patterns.groups(num_stages, num_microbatches)
-  if placement == 'v':  # A group would have to last there and back.
+  # A group would have to keep the stages busy on the way down and back up.
+  if placement == 'v':
     groups = [range(num_microbatches)]
   pieces = patterns.pieces(groups, range(num_chunks))
   return from_orders.from_orders(
@@ -237,14 +249,14 @@ def make(
 
   Args:
     name: one of `NAMES`.
-    num_stages: S.
-    num_microbatches: M.
+    num_stages: number of stages, S.
+    num_microbatches: number of microbatches, M.
     num_chunks: parts on each stage; None for the schedule's own number.
-    recompute: whether the backward does the forward again.
+    recompute: whether there is an R before every B.
 
   Raises:
-    ValueError: an unknown name, or numbers that the schedule cannot take; the
-      nearest that it can are named.
+    ValueError: the name is unknown, or the schedule cannot take the numbers.
+      The message gives the nearest that it can take.
   """
   check_name(name)
   chunks = {} if num_chunks is None else {'num_chunks': num_chunks}
@@ -254,7 +266,14 @@ def make(
 
 
 def check_name(name: str) -> None:
-  """Raises a ValueError for a name that is none of `NAMES`."""
+  """Checks that a schedule exists.
+
+  Args:
+    name: name of the schedule.
+
+  Raises:
+    ValueError: the name is none of `NAMES`.
+  """
   if name in _MAKERS:
     return
   close = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
@@ -269,7 +288,16 @@ def check_name(name: str) -> None:
 def check_numbers(
   num_stages: int, num_microbatches: int, num_chunks: int
 ) -> None:
-  """Raises a ValueError for a number below 1."""
+  """Checks that the numbers of a schedule are at least 1.
+
+  Args:
+    num_stages: number of stages, S.
+    num_microbatches: number of microbatches, M.
+    num_chunks: parts on each stage.
+
+  Raises:
+    ValueError: one of them is below 1.
+  """
   numbers = {
     'stages': num_stages,
     'microbatches': num_microbatches,

@@ -1,9 +1,9 @@
-"""When each operation of a schedule runs, how long stages wait, what they hold.
+"""Simulates a schedule: times of operations, idle time and memory of stages.
 
-Two time lines. By dependencies only: each stage does its operations in the
-table's order, each as soon as the stage is free and what it needs is there;
-sending takes no time. As executed: ticks are lock-step, so each lasts as long
-as its dearest operation.
+There are two time lines. "By dependencies only" each stage does its operations
+in the order of the table, each as soon as the stage is free and the operations
+it depends on have ended; sending takes no time. "As executed" ticks are
+lock-step, and each tick lasts as long as its slowest operation.
 
 Shape suffixes: T ticks, S stages, O kinds of operation, M microbatches, P
 parts.
@@ -20,13 +20,13 @@ from t2x.pipeline import table as table_lib
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Costs:
-  """How long operations take, in any unit: of every part, or one for each.
+  """Durations of operations in any unit: one for all parts, or one for each.
 
   Attributes:
-    forward: of F.
-    backward: of B, the gradient of a part's input.
-    weight: of W, the gradients of its weights.
-    recompute: of R; None for as long as F.
+    forward: duration of F.
+    backward: duration of B, the gradient of a part's input.
+    weight: duration of W, the gradients of a part's weights.
+    recompute: duration of R; None for that of F.
   """
 
   forward: float | Sequence[float] = 1.0
@@ -35,17 +35,18 @@ class Costs:
   recompute: float | Sequence[float] | None = None
 
   def table(self, num_parts: int) -> np.ndarray:
-    """Returns cost_OP.
+    """Returns the duration of each operation on each part, cost_OP.
 
     Raises:
-      ValueError: a cost is not positive, or there is not one for each part.
+      ValueError: a cost is not positive, or the number of costs is neither one
+        nor that of the parts.
     """
-    again = self.forward if self.recompute is None else self.recompute
+    recompute = self.forward if self.recompute is None else self.recompute
     fields = {
       'forward': self.forward,
       'backward': self.backward,
       'weight': self.weight,
-      'recompute': again,
+      'recompute': recompute,
     }
     rows = [np.zeros(num_parts)]
     for name, value in fields.items():
@@ -62,10 +63,10 @@ class Costs:
 
 
 def parse_costs(text: str) -> Costs:
-  """Reads 'F,B,W' or 'F,B,W,R', as in '1,1,1'.
+  """Parses costs of the form 'F,B,W' or 'F,B,W,R', for example '1,1,1'.
 
   Raises:
-    ValueError: it is not of that form.
+    ValueError: the text has another form.
   """
   try:
     numbers = [float(word) for word in text.split(',')]
@@ -82,21 +83,23 @@ def parse_costs(text: str) -> Costs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-  """What a stage holds for one microbatch of one part, in any unit.
+  """Memory of one microbatch of one part, in any unit.
 
-  The defaults count microbatches of parts, each the same until its W is done.
+  The defaults count the microbatches of parts from F until W is done.
 
   Attributes:
-    inputs: where the forward is recomputed, from F until R: the part's input.
-    activations: from F, or R, until B is done.
-    weight: from B until W is done: what the weights' gradients need.
+    inputs: memory from F until R, where the forward is recomputed: that of the
+      part's input.
+    activations: memory from F, or R, until B is done.
+    weight: memory from B until W is done: that of the values which the
+      gradients of the weights need.
   """
 
   inputs: float = 1.0
   activations: float = 1.0
   weight: float = 1.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for name, value in dataclasses.asdict(self).items():
       if not 0 <= value < np.inf:
         raise ValueError(f'Memory({name}={value}): it is at least 0.')
@@ -104,28 +107,33 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Simulation:
-  """A schedule with times.
+  """A schedule with the times of its operations.
+
+  Times are in the unit of `Costs`.
 
   Attributes:
-    schedule: what was simulated.
-    costs: of its operations.
-    start_TS: when each entry of the table starts, by dependencies only; NaN
-      where idle.
-    finish_TS: when it ends.
-    executed_start_TS: when it starts as executed, which is when its tick does.
-    executed_finish_TS: when it ends as executed; its tick may go on.
-    tick_T: how long each tick lasts as executed.
-    span: from the first start to the last end, by dependencies only.
-    span_executed: as executed.
-    bubble: 1 - work / (stages x span).
-    bubble_executed: the same share of `span_executed`.
-    bubble_per_stage: idle share between a stage's own first and last
+    schedule: schedule that was simulated.
+    costs: durations of its operations.
+    start_TS: start of each entry of the table, by dependencies only; NaN where
+      idle.
+    finish_TS: end of each entry, by dependencies only; NaN where idle.
+    executed_start_TS: start of each entry as executed, which is the start of
+      its tick; NaN where idle.
+    executed_finish_TS: end of each entry as executed; its tick may last longer.
+      NaN where idle.
+    tick_T: duration of each tick as executed.
+    span: time from the first start to the last end, by dependencies only.
+    span_executed: time from the first start to the last end, as executed.
+    bubble: idle share by dependencies only, 1 - work / (stages x span).
+    bubble_executed: idle share as executed, the same with `span_executed`.
+    bubble_per_stage: idle share of each stage between its own first and last
       operation, by dependencies only.
-    peak_in_flight: for each stage, the microbatches of its parts that are at
-      most between F and W (with v chunks a part is 1 / v of the stage).
-    peak_memory: for each stage, in the unit of `Memory`.
-    uniform: work of a device where all stages do whatever one of them does in
-      a tick (`PipelineConfig.uniform`), over the mean of their own work.
+    peak_in_flight: most microbatches of parts that are between F and W at once,
+      for each stage (with v chunks a part is 1 / v of the stage).
+    peak_memory: most memory at once, for each stage, in the unit of `Memory`.
+    uniform: work of a device where all stages do every kind of operation that
+      any of them does in a tick (`PipelineConfig.uniform`), divided by the mean
+      work of a stage.
   """
 
   schedule: table_lib.Table
@@ -150,10 +158,15 @@ def simulate(
   costs: Costs = Costs(),
   memory: Memory = Memory(),
 ) -> Simulation:
-  """Returns times, idle shares and memory of a schedule.
+  """Returns the times, idle shares and memory of a schedule.
+
+  Args:
+    schedule: schedule to be simulated.
+    costs: durations of its operations.
+    memory: memory of a microbatch of a part.
 
   Raises:
-    ValueError: the costs do not fit its parts.
+    ValueError: the number of costs is neither one nor that of the parts.
   """
   used_TS = schedule.operation_TS != ops.IDLE
   part_TS = schedule.part(np.arange(schedule.num_stages), schedule.chunk_TS)
@@ -165,10 +178,10 @@ def simulate(
   work_S = cost_TS.sum(axis=0)
   span, span_executed = np.nanmax(finish_TS), tick_T.sum()
   own_S = np.nanmax(finish_TS, axis=0) - np.nanmin(start_TS, axis=0)
-  # Sums in another order differ in the last bits.
-  share = lambda whole: float(max(0.0, 1 - work_S.sum() / whole))
+  # Rounding can make the share slightly negative.
+  share = lambda total: float(max(0.0, 1 - work_S.sum() / total))
   stages = schedule.num_stages
-  held_S = _peak(schedule, Memory())
+  in_flight_S = _peak(schedule, Memory())
   return Simulation(
     schedule=schedule,
     costs=costs,
@@ -182,21 +195,26 @@ def simulate(
     bubble=share(stages * span),
     bubble_executed=share(stages * span_executed),
     bubble_per_stage=tuple(np.maximum(0.0, 1 - work_S / own_S).tolist()),
-    peak_in_flight=tuple(int(held) for held in held_S),
+    peak_in_flight=tuple(int(num) for num in in_flight_S),
     peak_memory=tuple(_peak(schedule, memory).tolist()),
-    uniform=_of_any(schedule, cost_TS) / float(work_S.mean()),
+    uniform=_uniform_work(schedule, cost_TS) / float(work_S.mean()),
   )
 
 
-def _of_any(schedule: table_lib.Table, cost_TS: np.ndarray) -> float:
-  """The work of all kinds of operations that any stage does, by tick."""
+def _uniform_work(schedule: table_lib.Table, cost_TS: np.ndarray) -> float:
+  """Returns the work of every kind of operation that any stage does in a tick.
+
+  It is summed over all ticks.
+  """
   kinds = ops.kinds(training=schedule.training, recompute=schedule.recompute)
   of = lambda kind: np.where(schedule.operation_TS == kind, cost_TS, 0)
   return float(sum(of(kind).max(axis=1).sum() for kind in kinds))
 
 
-def _finish(schedule, part_TS, cost_TS) -> np.ndarray:
-  """When each entry ends, by dependencies only."""
+def _finish(
+  schedule: table_lib.Table, part_TS: np.ndarray, cost_TS: np.ndarray
+) -> np.ndarray:
+  """Returns the end of each entry, by dependencies only."""
   num_parts = schedule.num_parts
   shape = (len(ops.LETTERS), schedule.num_microbatches, num_parts)
   end_OMP = np.zeros(shape)
@@ -212,7 +230,7 @@ def _finish(schedule, part_TS, cost_TS) -> np.ndarray:
       part_N, micro_N = part_TS[tick, s_N], schedule.microbatch_TS[tick, s_N]
       for other, step in ops.steps(kind, recompute=schedule.recompute):
         where_N = part_N + step
-        # What precedes the first part or follows the last is there at once.
+        # The first part waits for no part before it, the last for none after.
         there_N = (where_N >= 0) & (where_N < num_parts)
         end_N = end_OMP[other, micro_N, where_N.clip(0, num_parts - 1)]
         begin_S[s_N] = np.maximum(begin_S[s_N], np.where(there_N, end_N, 0))
@@ -225,8 +243,8 @@ def _finish(schedule, part_TS, cost_TS) -> np.ndarray:
 
 
 def _peak(schedule: table_lib.Table, memory: Memory) -> np.ndarray:
-  """The most that each stage holds at once: peak_S."""
-  if not schedule.training:  # Nothing outlives its own tick.
+  """Returns the most memory that each stage needs at once, peak_S."""
+  if not schedule.training:  # Activations are used within their tick alone.
     return np.full(schedule.num_stages, memory.activations)
   after = {ops.FORWARD: memory.activations, ops.BACKWARD: memory.weight}
   if schedule.recompute:
@@ -236,6 +254,6 @@ def _peak(schedule: table_lib.Table, memory: Memory) -> np.ndarray:
   for kind in ops.kinds(training=True, recompute=schedule.recompute):
     more_O[kind] = after.get(kind, 0.0) - before
     before = after.get(kind, 0.0)
-  # An operation holds what is there before it or after it, whichever is more,
-  # and what was there before it is there after the one before.
+  # An operation needs the memory before it or after it, whichever is more. The
+  # memory before it is the memory after the previous operation.
   return np.cumsum(more_O[schedule.operation_TS], axis=0).max(axis=0)

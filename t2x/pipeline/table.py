@@ -1,45 +1,37 @@
-"""The table of a pipeline schedule: who does what in which tick, checked.
+"""The table of a pipeline schedule: the operation of each stage in each tick.
 
-Ticks are lock-step: at the end of each, stages exchange messages with their
-neighbours, and what was made in a tick can be used from the next on. So a tick
-lasts as long as its dearest operation, and one tick carries about one forward
-of work: the backward is a tick for the gradient of a part's input (B) and one
-for that of its weights (W), and recomputing the forward is a tick too (R).
+Ticks are lock-step. At the end of a tick stages exchange messages with their
+neighbours, and a result can be used from the next tick on. A tick lasts as long
+as its slowest operation, so each operation is about as much work as a forward.
+The backward is two operations: the gradient of a part's input (B) and that of
+its weights (W). Recomputation of the forward is an operation of its own (R).
 
-Shape suffixes: T ticks, S stages, O kinds of operation, M microbatches, P
-parts.
+Shape suffixes: T ticks, S stages.
 """
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
 from t2x.pipeline import operations as ops
-from t2x.pipeline import validation
-
-Placement = ops.Placement
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Table:
-  """A table that has been checked: making one that cannot run raises.
+  """The table of a schedule; `schedule.Schedule` is one that can run.
 
   Attributes:
-    name: of the schedule.
-    operation_TS: IDLE, FORWARD, BACKWARD, WEIGHT or RECOMPUTE of `operations`.
-    microbatch_TS: which microbatch; 0 where idle.
-    chunk_TS: which of the stage's parts; 0 where idle.
-    num_microbatches: M.
+    name: name of the schedule.
+    operation_TS: kind of operation: IDLE, FORWARD, BACKWARD, WEIGHT or
+      RECOMPUTE of `operations`.
+    microbatch_TS: index of the microbatch; 0 where idle.
+    chunk_TS: index of the chunk, that is, of the stage's part; 0 where idle.
+    num_microbatches: number of microbatches, M.
     num_chunks: parts on each stage.
-    placement: which parts they are; see `operations`.
-    recompute: an R stands before every B, and F keeps only a part's input.
-    training: False for a table of forwards alone.
-    tick_OMP: the tick of each operation, computed; -1 for kinds not used.
-
-  Raises:
-    ValueError: an operation is lost, done twice, or before what it needs; a
-      value is out of range. It names the tick, stage and microbatch.
+    placement: order in which the stages hold the parts; see `operations`.
+    recompute: whether there is an R before every B; F then keeps the input of
+      the part alone.
+    training: whether there are backward passes; False for forwards alone.
   """
 
   name: str
@@ -48,44 +40,38 @@ class Table:
   chunk_TS: np.ndarray
   num_microbatches: int
   num_chunks: int = 1
-  placement: Placement = 'loop'
+  placement: ops.Placement = 'loop'
   recompute: bool = False
   training: bool = True
-  tick_OMP: np.ndarray = dataclasses.field(init=False, repr=False)
-
-  def __post_init__(self):
-    validation.check_fields(self)
-    used_TS = np.asarray(self.operation_TS) != ops.IDLE
-    for name in ('operation_TS', 'microbatch_TS', 'chunk_TS'):
-      array_TS = np.where(used_TS, getattr(self, name), 0).astype(np.int32)
-      self._keep(name, array_TS)
-    self._keep('tick_OMP', validation.check_table(self))
-
-  def _keep(self, name: str, array: np.ndarray) -> None:
-    array.setflags(write=False)
-    object.__setattr__(self, name, array)
 
   @property
   def num_ticks(self) -> int:
+    """Number of ticks, T."""
     return self.operation_TS.shape[0]
 
   @property
   def num_stages(self) -> int:
+    """Number of stages, S."""
     return self.operation_TS.shape[1]
 
   @property
   def num_parts(self) -> int:
-    """Pieces into which the model is cut, over all stages."""
+    """Number of parts into which the model is cut, over all stages."""
     return self.num_stages * self.num_chunks
 
-  def part(self, stage: Any, chunk: Any) -> Any:
-    """The part that a stage holds of a chunk: integers or integer arrays."""
+  def part(self, stage: ops.Ints, chunk: ops.Ints) -> ops.Ints:
+    """Returns the part of a chunk that a stage holds.
+
+    Args:
+      stage: index of the stage, or an array of indices.
+      chunk: index of the chunk, or an array of indices.
+    """
     return ops.part(stage, chunk, self.num_stages, self.placement)
 
-  def stage_of(self, part: Any) -> Any:
-    """The stage that holds a part."""
+  def stage_of(self, part: ops.Ints) -> ops.Ints:
+    """Returns the stage that holds a part, or those of an array of parts."""
     return ops.stage_of(part, self.num_stages, self.placement)
 
-  def chunk_of(self, part: Any) -> Any:
-    """The chunk that a part is of."""
+  def chunk_of(self, part: ops.Ints) -> ops.Ints:
+    """Returns the chunk of a part, or those of an array of parts."""
     return ops.chunk_of(part, self.num_stages)

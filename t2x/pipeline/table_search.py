@@ -1,14 +1,15 @@
-"""A table made for given costs and memory.
+"""Searches for a schedule for given costs and a memory limit.
 
-  table = generate.generate(
+  table = table_search.generate(
     4, 16, costs=simulation.Costs(forward=1, backward=1.2, weight=0.8), limit=6
   )
 
-Several heuristics are tried, with the costs as they are and as if they were
-alike, and with ticks of one kind of operation each; and the schedules of the
-literature that fit the limit. The one that the lock-step executor runs in the
-least time is returned. It is a search by heuristics (Qi et al., 2023,
-https://arxiv.org/abs/2401.10241), so not always the best.
+The candidates are: the results of list scheduling with several heuristics, with
+the given costs and with equal ones; tables whose ticks have one kind of
+operation each; and the schedules of the literature that are within the limit.
+The candidate that the lock-step executor runs in the least time is returned.
+The heuristics (Qi et al., 2023, https://arxiv.org/abs/2401.10241) do not always
+find the best schedule.
 """
 
 from collections.abc import Iterator
@@ -37,22 +38,24 @@ def generate(
   placement: ops.Placement = 'loop',
   recompute: bool = False,
 ) -> schedule_lib.Schedule:
-  """Returns a schedule within a memory limit.
+  """Returns a fast schedule within a memory limit.
 
   Args:
-    num_stages: S.
-    num_microbatches: M.
-    limit: of every stage, or one for each, in the unit of `memory`; with the
-      default that is how many microbatches of parts are in flight.
-    costs: how long operations take.
-    memory: what a microbatch of a part takes.
+    num_stages: number of stages, S.
+    num_microbatches: number of microbatches, M.
+    limit: memory of every stage, or of each stage, in the unit of `memory`.
+      With the default `memory` it is the number of microbatches of parts that
+      are in flight.
+    costs: durations of the operations.
+    memory: memory of a microbatch of a part.
     num_chunks: parts on each stage.
-    placement: which parts they are.
-    recompute: whether the backward does the forward again.
+    placement: order in which the stages hold the parts; see `operations`.
+    recompute: whether there is an R before every B.
 
   Raises:
-    ValueError: numbers below 1, costs that do not fit, or a limit below what
-      one microbatch needs; the least that works is named.
+    ValueError: a number is below 1, the number of costs is wrong, or a limit is
+      below the memory of one microbatch. The message gives the least limit that
+      works.
   """
   schedules.check_numbers(num_stages, num_microbatches, num_chunks)
   if np.ndim(limit) and np.size(limit) != num_stages:
@@ -83,12 +86,12 @@ def generate(
         f'stage {stage}: a memory limit of {room:g} is below what one '
         f'microbatch needs; the least that works is {least:g}.'
       )
-  found = [
+  candidates = [
     *_heuristics(problem, cost_OP.tolist()),
-    *_known(problem, memory),
+    *_named(problem, memory),
   ]
   seconds = lambda table: simulation.simulate(table, costs).span_executed
-  best = min(found, key=seconds)
+  best = min(candidates, key=seconds)
   return dataclasses.replace(best, name='generated')
 
 
@@ -98,7 +101,7 @@ def _heuristics(
   num_microbatches = problem.num_microbatches
   dealt = patterns.groups(problem.num_stages, num_microbatches)
   groupings = [
-    range(num_microbatches),  # The oldest first.
+    range(num_microbatches),  # The oldest microbatch first.
     patterns.numbered(dealt),
     [0] * num_microbatches,  # The first chunk first.
   ]
@@ -120,10 +123,10 @@ def _heuristics(
       )
 
 
-def _known(
+def _named(
   problem: list_scheduling.Problem, memory: simulation.Memory
 ) -> Iterator[schedule_lib.Schedule]:
-  """The schedules of the literature that have this form and fit."""
+  """Yields the schedules of the literature that are within the limits."""
   for name in schedules.NAMES:
     if (name == 'zb_v') != (problem.placement == 'v'):
       continue

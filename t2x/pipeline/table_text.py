@@ -1,12 +1,12 @@
-"""A schedule as text to look at, and as CSV to keep.
+"""Formats a schedule's table as text, and writes and reads it as CSV.
 
   # name=zb_h1 microbatches=8 chunks=1 placement=loop recompute=0 training=1
   tick,stage 0,stage 1
   0,F0,
   1,F1,F0
 
-An entry is the operation's letter, the microbatch and, where a stage has
-several, `.` and the chunk; an idle stage has none.
+An entry is the letter of the operation and the microbatch. Where a stage has
+several chunks, `.` and the chunk follow. The entry of an idle stage is empty.
 """
 
 import re
@@ -30,7 +30,7 @@ _KEYS = (
 
 
 def entry(table: table_lib.Table, tick: int, stage: int) -> str:
-  """What a stage does in a tick: 'F3', 'B0.1', or '' if nothing."""
+  """Returns the entry of a tick and a stage: 'F3', 'B0.1', or '' if idle."""
   kind = table.operation_TS[tick, stage]
   if kind == ops.IDLE:
     return ''
@@ -40,7 +40,7 @@ def entry(table: table_lib.Table, tick: int, stage: int) -> str:
 
 
 def text(table: table_lib.Table) -> str:
-  """Returns a line for each stage, with a column for each tick."""
+  """Returns a table with a line for each stage and a column for each tick."""
   ticks = range(table.num_ticks)
   lines = []
   entries = [
@@ -56,7 +56,7 @@ def text(table: table_lib.Table) -> str:
 
 
 def to_csv(table: table_lib.Table) -> str:
-  """Returns the table with a line for each tick, and what else it is."""
+  """Returns a table as CSV: its settings, then a line for each tick."""
   values = (
     table.name,
     table.num_microbatches,
@@ -77,10 +77,10 @@ def to_csv(table: table_lib.Table) -> str:
 
 
 def parse_csv(text: str) -> dict[str, Any]:
-  """Returns the fields of a table that `to_csv` wrote.
+  """Returns the fields of a table in the form of `to_csv`.
 
   Raises:
-    ValueError: a line is not of that form, which is named.
+    ValueError: a line has another form; the message gives the line.
   """
   lines = text.splitlines()
   if len(lines) < 3:
@@ -121,18 +121,18 @@ def parse_csv(text: str) -> dict[str, Any]:
   }
 
 
-def _settings(line: str) -> dict:
+def _settings(line: str) -> dict[str, Any]:
   pairs = [word.partition('=') for word in line.removeprefix('#').split()]
-  found = {key: value for key, _, value in pairs}
-  numbers = [found.get(key, '') for key in _KEYS if key != 'placement'][1:]
-  if set(found) != set(_KEYS) or not all(n.isdigit() for n in numbers):
+  given = {key: value for key, _, value in pairs}
+  numbers = [given.get(key, '') for key in _KEYS if key != 'placement'][1:]
+  if set(given) != set(_KEYS) or not all(n.isdigit() for n in numbers):
     keys = ' '.join(f'{key}=...' for key in _KEYS)
     raise ValueError(f"line 1: {line!r} is not of the form '# {keys}'.")
   return {
-    'name': found['name'],
-    'num_microbatches': int(found['microbatches']),
-    'num_chunks': int(found['chunks']),
-    'placement': found['placement'],
-    'recompute': found['recompute'] != '0',
-    'training': found['training'] != '0',
+    'name': given['name'],
+    'num_microbatches': int(given['microbatches']),
+    'num_chunks': int(given['chunks']),
+    'placement': given['placement'],
+    'recompute': given['recompute'] != '0',
+    'training': given['training'] != '0',
   }

@@ -1,21 +1,23 @@
-"""Whether a table can be run: errors name the tick, stage and microbatch.
+"""Checks that a table can run; errors give the tick, stage and microbatch.
 
 Shape suffixes: T ticks, S stages, N operations of the table in order of ticks,
 O kinds of operation, M microbatches, P parts.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from t2x.pipeline import operations as ops
+from t2x.pipeline import table as table_lib
 
 
-def check_fields(schedule: Any) -> None:
-  """Checks sizes, types and that every entry of the table is in range.
+def check_fields(schedule: table_lib.Table) -> None:
+  """Checks the sizes and types of a table, and the range of every entry.
 
   Raises:
-    ValueError: one is not; the first such tick and stage are named.
+    ValueError: one of them is wrong. For an entry out of range the message
+      gives the first such tick and its stage.
   """
   for name in ('num_microbatches', 'num_chunks'):
     value = getattr(schedule, name)
@@ -51,22 +53,22 @@ def check_fields(schedule: Any) -> None:
       )
 
 
-def check_table(schedule: Any) -> np.ndarray:
-  """Checks that every operation is there once and after what it needs.
+def check_table(schedule: table_lib.Table) -> np.ndarray:
+  """Checks that each operation is done once, after those it depends on.
 
   Returns:
-    tick_OMP, the tick of each operation; -1 for those not used.
+    The tick of each operation, tick_OMP; -1 for kinds that are not used.
 
   Raises:
-    ValueError: an operation is lost, done twice, of a kind that the schedule
-      does not use, or before what it needs.
+    ValueError: an operation is missing, is done twice, is of a kind that the
+      schedule does not use, or comes before one that it depends on.
   """
   op_N, micro_N, part_N, tick_N = listed(schedule)
   shape = (len(ops.LETTERS), schedule.num_microbatches, schedule.num_parts)
   kinds = ops.kinds(training=schedule.training, recompute=schedule.recompute)
   foreign = np.flatnonzero(~np.isin(op_N, kinds))
   if len(foreign):
-    i = foreign[0]
+    i = int(foreign[0])
     used = ', '.join(ops.LETTERS[kind] for kind in kinds)
     raise ValueError(
       f'{_place(schedule, tick_N[i], op_N[i], micro_N[i], part_N[i])} is not '
@@ -75,11 +77,11 @@ def check_table(schedule: Any) -> np.ndarray:
     )
   key_N = np.ravel_multi_index((op_N, micro_N, part_N), shape)
   tick_K = np.full(np.prod(shape), -1)
-  # Backwards, so that the first of two stays.
+  # In reverse, so that the first of two entries remains.
   tick_K[key_N[::-1]] = tick_N[::-1]
   again = np.flatnonzero(tick_K[key_N] != tick_N)
   if len(again):
-    i = again[0]
+    i = int(again[0])
     raise ValueError(
       f'{_place(schedule, tick_N[i], op_N[i], micro_N[i], part_N[i])} is done '
       f'a second time; the first was in tick {tick_K[key_N[i]]}.'
@@ -90,15 +92,22 @@ def check_table(schedule: Any) -> np.ndarray:
   return tick_OMP
 
 
-def listed(schedule: Any) -> tuple[np.ndarray, ...]:
-  """Returns op_N, micro_N, part_N, tick_N of all that is not idle."""
+def listed(schedule: table_lib.Table) -> tuple[np.ndarray, ...]:
+  """Returns all operations of a table: op_N, micro_N, part_N, tick_N."""
   tick_N, stage_N = np.nonzero(schedule.operation_TS)
-  at = (tick_N, stage_N)
-  part_N = schedule.part(stage_N, schedule.chunk_TS[at])
-  return schedule.operation_TS[at], schedule.microbatch_TS[at], part_N, tick_N
+  entries = (tick_N, stage_N)
+  part_N = schedule.part(stage_N, schedule.chunk_TS[entries])
+  return (
+    schedule.operation_TS[entries],
+    schedule.microbatch_TS[entries],
+    part_N,
+    tick_N,
+  )
 
 
-def _check_none_lost(schedule, kinds, tick_OMP) -> None:
+def _check_none_lost(
+  schedule: table_lib.Table, kinds: Sequence[int], tick_OMP: np.ndarray
+) -> None:
   for kind in kinds:
     lost = np.argwhere(tick_OMP[kind] < 0)
     if len(lost):
@@ -112,9 +121,11 @@ def _check_none_lost(schedule, kinds, tick_OMP) -> None:
       )
 
 
-def _check_order(schedule, kinds, tick_OMP) -> None:
-  """Raises for the earliest operation that stands before what it needs."""
-  found = []
+def _check_order(
+  schedule: table_lib.Table, kinds: Sequence[int], tick_OMP: np.ndarray
+) -> None:
+  """Raises for the first operation that comes before one it depends on."""
+  violations = []
   for kind in kinds:
     for part in range(schedule.num_parts):
       for other, where in ops.needs(
@@ -122,9 +133,9 @@ def _check_order(schedule, kinds, tick_OMP) -> None:
       ):
         tick_M, need_M = tick_OMP[kind, :, part], tick_OMP[other, :, where]
         for m in np.flatnonzero(need_M >= tick_M)[:1]:
-          found.append((tick_M[m], kind, m, part, other, where, need_M[m]))
-  if found:
-    tick, kind, m, part, other, where, need = min(found)
+          violations.append((tick_M[m], kind, m, part, other, where, need_M[m]))
+  if violations:
+    tick, kind, m, part, other, where, need = min(violations)
     what = {
       ops.FORWARD: 'the output',
       ops.BACKWARD: 'the gradient',
@@ -138,12 +149,14 @@ def _check_order(schedule, kinds, tick_OMP) -> None:
     )
 
 
-def _place(schedule, tick, kind, micro, part) -> str:
+def _place(
+  schedule: table_lib.Table, tick: int, kind: int, micro: int, part: int
+) -> str:
   stage = schedule.stage_of(part)
   return f'tick {tick}, stage {stage}: {_name(schedule, kind, micro, part)}'
 
 
-def _name(schedule, kind, micro, part) -> str:
+def _name(schedule: table_lib.Table, kind: int, micro: int, part: int) -> str:
   chunk = f', chunk {schedule.chunk_of(part)}'
   return (
     f'{ops.LETTERS[kind]} of microbatch {micro}'

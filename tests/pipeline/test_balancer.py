@@ -149,7 +149,7 @@ def test_no_placement_within_the_limit_is_better(name, towers):
 
 def test_local_search(monkeypatch):
   """Equal units are placed best; others within a few percent in the mean."""
-  monkeypatch.setattr(balancer, '_FEW', 0)
+  monkeypatch.setattr(balancer, '_MAX_EXHAUSTIVE', 0)
   rng, ratios = random.Random(2), []
   for name, stages in [('interleaved', 3), ('zb_v', 4), ('zb_v', 2)] * 8:
     table = table_of(name, stages)
@@ -165,7 +165,7 @@ def test_local_search(monkeypatch):
 
 
 def test_local_search_within_a_limit(monkeypatch):
-  monkeypatch.setattr(balancer, '_FEW', 0)
+  monkeypatch.setattr(balancer, '_MAX_EXHAUSTIVE', 0)
   bounded = 0
   for name, stages, extra in itertools.product(
     ('interleaved', 'zb_v'), (2, 3), (1, 2, 4)
