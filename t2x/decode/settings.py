@@ -28,14 +28,12 @@ class SamplingConfig:
   Attributes:
     temperature: divisor of the logits; 0 takes the most likely token.
     top_k: number of most likely tokens to keep; None keeps all.
-    top_p: probability mass p; of the tokens that top-k kept, the smallest set of
-      most likely ones whose probabilities sum to at least p is kept. None keeps
-      all.
+    top_p: probability mass p; of the tokens that top-k keeps, the most likely
+      ones are kept, as few as sum to at least p. None keeps all.
     min_p: fraction of the largest probability below which tokens are dropped;
       None keeps all.
-    typical_p: probability mass p; the smallest set of tokens whose surprise is
-      nearest to the entropy and that sums to at least p is kept. None keeps
-      all.
+    typical_p: probability mass p; the tokens whose surprise is nearest to the
+      entropy are kept, as few as sum to at least p. None keeps all.
     repetition_penalty: divisor of the positive logits, and factor of the
       negative ones, of tokens that occur in the prompt or the new tokens.
     presence_penalty: amount subtracted from the logits of tokens that were
