@@ -217,12 +217,16 @@ def decode(
   state = jax.lax.while_loop(goes_on, extend, state)
   return dataclasses.replace(
     state,
-    # Replicated on every device, so that each host can read them.
-    tokens_BN=sharding.constrain(state.tokens_BN, None, None),
-    log_probs_BN=sharding.constrain(state.log_probs_BN, None, None),
-    count_B=sharding.constrain(state.count_B, None),
-    ended_B=sharding.constrain(state.ended_B, None),
+    tokens_BN=replicated(state.tokens_BN),
+    log_probs_BN=replicated(state.log_probs_BN),
+    count_B=replicated(state.count_B),
+    ended_B=replicated(state.ended_B),
   )
+
+
+def replicated(array: jax.Array) -> jax.Array:
+  """Replicates an array on every device, so that each host can read it."""
+  return sharding.constrain(array, *[None] * array.ndim)
 
 
 def next_logits(

@@ -20,7 +20,6 @@ from t2x.decode import decode_loop
 from t2x.decode import processors
 from t2x.decode import sampling as sampling_lib
 from t2x.models import decoder
-from t2x.parallel import sharding
 
 _Top = tuple[jax.Array, jax.Array]  # Log-probabilities and ids.
 
@@ -110,9 +109,9 @@ def score(
   x_BCD, caches = model.step(tokens_BC, index_BC, caches)
   log_probs_BCV, top = _likeliest(model.head(x_BCD), calibration_B, num)
   next_BC1 = jnp.take_along_axis(log_probs_BCV, next_BC[..., None], axis=-1)
-  whole = lambda a: sharding.constrain(a, *[None] * a.ndim)
   caches = paged.placed(paged.with_tables(caches, None))
-  return whole(next_BC1[..., 0]), jax.tree.map(whole, top), caches
+  replicated = decode_loop.replicated
+  return replicated(next_BC1[..., 0]), jax.tree.map(replicated, top), caches
 
 
 @functools.partial(jax.jit, donate_argnames='caches')
@@ -179,9 +178,7 @@ def choose(
   token_B = jnp.where(jnp.isfinite(left_BV.max(-1)), token_B, processors.NONE)
   logit_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
   log_prob_B = logit_B - jax.nn.logsumexp(logits_BV, axis=-1)
-  # Replicated on every device, so that each host can read them.
-  whole = lambda a: sharding.constrain(a, None)
-  return whole(token_B), whole(log_prob_B)
+  return decode_loop.replicated(token_B), decode_loop.replicated(log_prob_B)
 
 
 @functools.partial(jax.jit, static_argnames='num')
@@ -196,7 +193,7 @@ def alternatives(
     num: number of tokens.
   """
   _, top = _likeliest(logits_BV, calibration_B, num)
-  return jax.tree.map(lambda a: sharding.constrain(a, None, None), top)
+  return jax.tree.map(decode_loop.replicated, top)
 
 
 def _likeliest(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t2x.decode import beam_config
-from t2x.parallel import sharding
+from t2x.decode import decode_loop
 
 NEVER = -1e9  # Score of an empty place; finite, since scores are summed.
 
@@ -167,9 +167,7 @@ def whole(groups: Sequence[Beams]) -> Beams:
   joined = {name: join(*named(name)) for name in fields}
   order_BW = jnp.argsort(-joined['scores_BW'], axis=1, stable=True)
   joined = {name: take(a, order_BW) for name, a in joined.items()}
-  joined = {
-    name: sharding.constrain(a, *[None] * a.ndim) for name, a in joined.items()
-  }
+  joined = {name: decode_loop.replicated(a) for name, a in joined.items()}
   return Beams(open_B=groups[0].open_B, **joined)
 
 

@@ -16,7 +16,6 @@ from t2x.decode import drafts
 from t2x.decode import processors
 from t2x.decode import sampling as sampling_lib
 from t2x.models import decoder
-from t2x.parallel import sharding
 
 
 @jax.tree_util.register_dataclass
@@ -168,12 +167,10 @@ def decode(
     return _append(state, new_BC, num_B, logits_BCV, ends_BE, num_tokens)
 
   state = jax.lax.while_loop(goes_on, extend, state)
-  whole = ('text_BS', 'log_probs_BS', 'count_B', 'ended_B', 'index_B')
-  whole += ('proposed_B', 'accepted_B')
-  arrays = {name: getattr(state, name) for name in whole}
+  names = ('text_BS', 'log_probs_BS', 'count_B', 'ended_B', 'index_B')
+  names += ('proposed_B', 'accepted_B')
   return dataclasses.replace(
-    state,
-    **{n: sharding.constrain(a, *[None] * a.ndim) for n, a in arrays.items()},
+    state, **{n: decode_loop.replicated(getattr(state, n)) for n in names}
   )
 
 
