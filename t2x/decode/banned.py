@@ -50,20 +50,20 @@ class Banned:
     self.pieces = pieces
     encoded = sorted({_bytes(word) for word in words})
     self.words = tuple(encoded)
-    starts = {text[:n] for text in encoded for n in range(len(text))} | {b''}
-    self._starts = sorted(starts, key=len)
+    prefixes = {word[:n] for word in encoded for n in range(len(word))} | {b''}
+    self._prefixes = sorted(prefixes, key=len)
     self._rests: dict[bytes, list[bytes]] = {}
-    for text in encoded:
-      for n in range(1, len(text)):
-        self._rests.setdefault(text[:n], []).append(text[n:])
-    if len(starts) * self.num_tokens > _MOST_BITS:
+    for word in encoded:
+      for n in range(1, len(word)):
+        self._rests.setdefault(word[:n], []).append(word[n:])
+    if len(prefixes) * self.num_tokens > _MOST_BITS:
       raise ValueError(
-        f'{len(encoded)} banned words have {len(starts)} beginnings, too many '
-        f'for a vocabulary of {self.num_tokens} tokens; ban fewer.'
+        f'{len(encoded)} banned words have {len(prefixes)} beginnings, too '
+        f'many for a vocabulary of {self.num_tokens} tokens; ban fewer.'
       )
     self.table_SX = self._table()
     self._hidden: dict[int, np.ndarray] = {}
-    self._ending: dict[bytes, np.ndarray] = {}
+    self._completing: dict[bytes, np.ndarray] = {}
 
   def __repr__(self) -> str:
     return f'Banned({[word.decode() for word in self.words]})'
@@ -74,20 +74,20 @@ class Banned:
     return len(self.pieces.token_bytes)
 
   def _table(self) -> np.ndarray:
-    number = {text: i for i, text in enumerate(self._starts)}
+    number = {prefix: i for i, prefix in enumerate(self._prefixes)}
     longer: dict[bytes, list[bytes]] = {}
-    for text in self._starts[1:]:
-      longer.setdefault(text[:-1], []).append(text)
+    for prefix in self._prefixes[1:]:
+      longer.setdefault(prefix[:-1], []).append(prefix)
     table_SX = np.zeros((len(number), 256), np.int32)
     # For each state, that of its longest proper suffix which is a state too.
     shorter = np.zeros(len(number), int)
     # From short to long, so that the state to fall back to is complete.
-    for text, state in number.items():
-      if len(text) > 1:
-        shorter[state] = table_SX[shorter[number[text[:-1]]], text[-1]]
-      if text:
+    for prefix, state in number.items():
+      if len(prefix) > 1:
+        shorter[state] = table_SX[shorter[number[prefix[:-1]]], prefix[-1]]
+      if prefix:
         table_SX[state] = table_SX[shorter[state]]
-      for other in longer.get(text, ()):
+      for other in longer.get(prefix, ()):
         table_SX[state, other[-1]] = number[other]
     return table_SX
 
@@ -104,8 +104,8 @@ class Banned:
   def hidden(self, state: int) -> np.ndarray:
     """Returns the banned tokens as bits of uint32 words, lowest bit first."""
     if state not in self._hidden:
-      is_banned_V = self._holding.copy()
-      begun = self._starts[state]
+      is_banned_V = self._containing.copy()
+      begun = self._prefixes[state]
       for start in range(len(begun)):
         for rest in self._rests.get(begun[start:], ()):
           is_banned_V[self._beginning(rest)] = True
@@ -114,7 +114,7 @@ class Banned:
     return self._hidden[state]
 
   @functools.cached_property
-  def _holding(self) -> np.ndarray:
+  def _containing(self) -> np.ndarray:
     """Whether each token contains a word, padded to a multiple of 32."""
     is_banned_V = np.zeros(-(-self.num_tokens // 32) * 32, bool)
     for word in self.words:
@@ -122,9 +122,9 @@ class Banned:
     return is_banned_V
 
   def _beginning(self, rest: bytes) -> np.ndarray:
-    if rest not in self._ending:
-      self._ending[rest] = self.pieces.beginning(rest)
-    return self._ending[rest]
+    if rest not in self._completing:
+      self._completing[rest] = self.pieces.beginning(rest)
+    return self._completing[rest]
 
 
 def _bytes(word: str) -> bytes:

@@ -275,8 +275,9 @@ Draft = ModelDraft | HeadsDraft | LookupDraft
 
 def num_drafted(draft: Proposer[Any], model: decoder.Decoder) -> int:
   """Returns the number of tokens that a draft proposes at a time."""
-  own = isinstance(draft, ModelDraft | LookupDraft)
-  return draft.num if own else len(model.ahead)
+  if isinstance(draft, ModelDraft | LookupDraft):
+    return draft.num
+  return len(model.ahead)
 
 
 def _prefill_heads(

@@ -127,8 +127,8 @@ def beam_search(
   >>> from t2x.models import decoder
   >>> config = decoder.DecoderConfig(vocab_size=9, num_layers=2)
   >>> model = decoder.Decoder(config, rngs=nnx.Rngs(0))
-  >>> found = beam_search(model, [[1, 2], [3]], num_tokens=5, num_best=2)
-  >>> [len(texts) for texts in found.tokens]
+  >>> result = beam_search(model, [[1, 2], [3]], num_tokens=5, num_best=2)
+  >>> [len(tokens) for tokens in result.tokens]
   [2, 2]
 
   Args:
@@ -178,7 +178,7 @@ def beam_search(
   num_rows = request.num_rows * beams.num_beams
   settings = sampling_lib.rows([sampling], num_rows, vocab_size)
   histories = [p for p in request.histories for _ in range(beams.num_beams)]
-  found = beams_lib.search(
+  state = beams_lib.search(
     model,
     **request.start(),
     live_B=np.arange(request.num_rows) < len(prompts),
@@ -189,7 +189,7 @@ def beam_search(
     history=sampling_lib.begin(settings, histories, vocab_size),
     words=_required(words, texts, request.histories),
   )
-  result = hypotheses.to_lists(found, len(prompts), num_best)
+  result = hypotheses.to_lists(state, len(prompts), num_best)
   if not all(result.tokens):
     raise ValueError(
       f'No text of {num_tokens} tokens was found'

@@ -192,18 +192,18 @@ class Hypotheses:
 
 
 def to_lists(beams: Beams, num_prompts: int, num: int) -> Hypotheses:
-  """Returns the best `num` hypotheses of each prompt, or fewer if found."""
-  found = jax.device_get(beams)
+  """Returns the best `num` hypotheses of each prompt, or fewer if host."""
+  host = jax.device_get(beams)
   prompts = range(num_prompts)
-  counts, tokens = found.counts_BW, found.done_BWN
+  counts, tokens = host.counts_BW, host.done_BWN
   # There may be fewer: few short sequences exist, and tokens may be banned.
-  places = [np.flatnonzero(found.is_done_BW[b])[:num] for b in prompts]
+  places = [np.flatnonzero(host.is_done_BW[b])[:num] for b in prompts]
   of = lambda array_BW: [array_BW[b, places[b]].tolist() for b in prompts]
   return Hypotheses(
     tokens=[
       [tokens[b, w, : counts[b, w]].tolist() for w in places[b]]
       for b in prompts
     ],
-    scores=of(found.scores_BW),
-    ended=of(found.ended_BW),
+    scores=of(host.scores_BW),
+    ended=of(host.ended_BW),
   )

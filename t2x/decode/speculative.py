@@ -61,9 +61,9 @@ def speculate(
   >>> from flax import nnx
   >>> config = decoder.DecoderConfig(vocab_size=9, num_layers=2)
   >>> model = decoder.Decoder(config, rngs=nnx.Rngs(0))
-  >>> found = speculate(
+  >>> result = speculate(
   ...     model, [[1, 2, 1, 2]], num_tokens=5, draft=drafts.LookupDraft())
-  >>> len(host.tokens[0])
+  >>> len(result.tokens[0])
   5
 
   Args:
