@@ -1,3 +1,3 @@
-"""Generation token by token: caches, sampling, beams, drafts, the engine of
-requests that come and go.
+"""Generation token by token: prefill, decoding, sampling, beam search,
+speculative decoding, and an engine with continuous batching.
 """

@@ -1,95 +1,47 @@
-"""Beam search: the continuations of highest score, many at a time.
+"""Beam search: the continuations of highest score, for many prompts at a time.
 
 One compiled loop keeps for each prompt the running beams and the best of those
-that ended. With one group the tokens are those of Hugging Face's `generate`,
-whose rules of when to stop and what a longer text may cost are followed; with
-several, groups search in turn and keep away from what earlier ones take
-(Vijayakumar et al., 2018).
+that ended. With one group the tokens are those of Hugging Face's `generate`:
+the rules for stopping and for the length penalty are the same. With several
+groups, the groups advance in turn, and each is penalized for the tokens that
+earlier groups take (Vijayakumar et al., 2018, diverse beam search).
 
 Shape suffixes: B prompts, G groups, W beams of a group, R = B * G * W rows, C
 candidates, N new token, V vocabulary.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from t2x.decode import beam_config
 from t2x.decode import decode_loop
 from t2x.decode import hypotheses
 from t2x.decode import required_words
 from t2x.decode import sampling as sampling_lib
+from t2x.layers import block
 
+BeamConfig = beam_config.BeamConfig
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BeamConfig:
-  """How beams are kept, and when the search ends.
-
-  Attributes:
-    num_beams: beams of a prompt, over all groups.
-    num_groups: groups of beams that differ from each other.
-    diversity: what a token costs for each earlier group that takes it in the
-      same step.
-    length_penalty: the alpha of `length_form`; above 0 favours longer texts.
-    length_form: `power` divides a sum of log-probabilities by length ** alpha
-      (Hugging Face), `gnmt` by ((5 + length) / 6) ** alpha (Wu et al., 2016).
-    early_stopping: `heuristic` ends when the best running beam, at its present
-      length, is below the worst that ended; `first` when enough beams have
-      ended; `never` when no running beam could become better.
-  """
-
-  num_beams: int = 4
-  num_groups: int = 1
-  diversity: float = 0.0
-  length_penalty: float = 1.0
-  length_form: Literal['power', 'gnmt'] = 'power'
-  early_stopping: Literal['heuristic', 'first', 'never'] = 'heuristic'
-
-  def __post_init__(self):
-    if self.num_beams < 1 or self.num_groups < 1:
-      raise ValueError(
-        f'beams.num_beams={self.num_beams}, num_groups={self.num_groups}; both '
-        'are 1 or more.'
-      )
-    if self.num_beams % self.num_groups:
-      raise ValueError(
-        f'beams.num_beams={self.num_beams} are not {self.num_groups} groups of '
-        'as many beams. Let num_groups divide num_beams.'
-      )
-    if self.num_groups > 1 and self.diversity <= 0:
-      raise ValueError(
-        f'beams.diversity={self.diversity} with num_groups={self.num_groups}: '
-        'the groups would all find the same. Set it above 0, such as 0.5.'
-      )
-    for name, values in (
-      ('length_form', ('power', 'gnmt')),
-      ('early_stopping', ('heuristic', 'first', 'never')),
-    ):
-      if getattr(self, name) not in values:
-        raise ValueError(
-          f'beams.{name}={getattr(self, name)!r}; it is one of '
-          f'{", ".join(values)}.'
-        )
-
-  @property
-  def group_size(self) -> int:
-    return self.num_beams // self.num_groups
-
-  def divisor(self, length: jax.Array) -> jax.Array:
-    """Returns what a text of so many new tokens has its score divided by."""
-    length = length.astype(jnp.float32)
-    if self.length_form == 'gnmt':
-      length = (5 + length) / 6
-    return length**self.length_penalty
+# Of the loop: its step, latest tokens and their positions, groups, caches and
+# the history of all rows.
+_Carry = tuple[
+  jax.Array,
+  jax.Array,
+  jax.Array,
+  tuple[hypotheses.Beams, ...],
+  decode_loop.Caches,
+  sampling_lib.History,
+]
 
 
 @functools.partial(jax.jit, static_argnames=('capacity', 'config'))
 def search(
   model: decode_loop.Model,
-  caches: Any,
+  caches: decode_loop.Caches,
   *,
   token_B: jax.Array,
   index_B: jax.Array,
@@ -103,40 +55,43 @@ def search(
   source_segments_BS: jax.Array | None = None,
   words: required_words.Words | None = None,
 ) -> hypotheses.Beams:
-  """Searches; arguments are as of `decode_loop.decode`.
+  """Runs a beam search for every prompt.
 
   Args:
-    model: the model.
-    caches: of the tokens before `token_B`.
-    token_B: the token of each prompt to go on from.
-    index_B: where it stands.
-    live_B: prompts; the other rows pad the batch.
-    num_tokens: the most new tokens, not above `capacity`.
-    ends_E: tokens that end a text; -1 is none.
-    capacity: of the caches.
-    config: of the search.
-    settings: of R rows; what is drawn from does not matter, what hides or
-      weakens tokens does.
-    history: of R rows.
-    source_segments_BS: as of `decode_loop.decode`.
-    words: that each text must hold; None for none.
+    model: a `Decoder` or an `EncoderDecoder`.
+    caches: keys and values of the tokens before `token_B`, one row a prompt.
+    token_B: last token of each prompt, which decoding continues from.
+    index_B: position of `token_B` in its row.
+    live_B: whether each row is a prompt; the others pad the batch.
+    num_tokens: the most new tokens, at most `capacity`.
+    ends_E: tokens that end a sequence; -1 is padding.
+    capacity: number of positions in the caches.
+    config: settings of the search.
+    settings: sampling settings of R rows. The processors that ban or penalize
+      tokens apply; those that only shape the drawing have no effect.
+    history: sampling history of R rows.
+    source_segments_BS: the source positions that an encoder-decoder attends to,
+      1 for a token and 0 for padding; None with a decoder.
+    words: words that every sequence must contain; None if there are none.
 
   Returns:
-    The beams of all groups; `done_BWN` is (B, G * W, N), best first.
+    The hypotheses of all groups; `done_BWN` is (B, G * W, N), best first.
   """
   B, G, W = len(token_B), config.num_groups, config.group_size
   rows = lambda a: jnp.repeat(a, G * W, axis=0)
   caches = _map_rows(rows, caches)
   segments_RS = None if source_segments_BS is None else rows(source_segments_BS)
-  own = None if words is None else required_words.begin(words, (B, W))
-  groups = tuple(hypotheses.empty(live_B, W, capacity, own) for _ in range(G))
+  progress = None if words is None else required_words.begin(words, (B, W))
+  groups = tuple(
+    hypotheses.empty(live_B, W, capacity, progress) for _ in range(G)
+  )
   first = (jnp.int32(0), rows(token_B), rows(index_B), groups, caches, history)
 
-  def goes_on(state):
+  def goes_on(state: _Carry) -> jax.Array:
     number, _, _, groups, _, _ = state
     return (number < num_tokens) & _any_open(groups, live_B, config)
 
-  def extend(state):
+  def extend(state: _Carry) -> _Carry:
     number, token_R, index_R, groups, caches, history = state
     logits_RV, caches = decode_loop.next_logits(
       model, token_R, index_R, caches, segments_RS
@@ -153,14 +108,14 @@ def search(
     )
     log_probs_BGWV = log_probs_RV.reshape(B, G, W, -1)
     taken_BV = jnp.zeros_like(log_probs_BGWV[:, 0, 0])
-    groups, parents, tokens = list(groups), [], []
+    new_groups, parents, tokens = list(groups), [], []
     for g in range(G):
       log_probs_BWV = (
         log_probs_BGWV[:, g] - config.diversity * taken_BV[:, None]
       )
-      step = number, num_tokens, ends_E
+      step = hypotheses.Step(number, num_tokens, ends_E)
       parts = groups[g], log_probs_BWV, step, config
-      groups[g], parent_BW, token_BW = (
+      new_groups[g], parent_BW, token_BW = (
         _advance(*parts)
         if words is None
         else required_words.advance(*parts, words)
@@ -175,17 +130,26 @@ def search(
     pick = lambda a: jnp.take(a, parent_R, axis=0)
     caches = _map_rows(pick, caches, cross=False)
     history = jax.tree.map(pick, history).add(token_R, settings)
-    return number + 1, token_R, index_R + 1, tuple(groups), caches, history
+    return number + 1, token_R, index_R + 1, tuple(new_groups), caches, history
 
   *_, groups, _, _ = jax.lax.while_loop(goes_on, extend, first)
   return hypotheses.whole(groups)
 
 
-def _advance(beams: hypotheses.Beams, log_probs_BWV, step, config: BeamConfig):
-  """Returns beams with one more token, which one each came from, its token."""
+def _advance(
+  beams: hypotheses.Beams,
+  log_probs_BWV: jax.Array,
+  step: hypotheses.Step,
+  config: BeamConfig,
+) -> tuple[hypotheses.Beams, jax.Array, jax.Array]:
+  """Extends the beams of one group by a token.
+
+  Returns:
+    The new beams; the beam that each continues (B, W); its new token (B, W).
+  """
   number, num_tokens, ends_E = step
   B, W, V = log_probs_BWV.shape
-  # Enough that W of them go on, whichever end.
+  # So many that at least W of them do not end.
   num = min(max(2, 1 + len(ends_E)) * W, W * V)
   sums_BWV = log_probs_BWV + beams.sums_BW[..., None]
   sums_BC, place_BC = jax.lax.top_k(sums_BWV.reshape(B, -1), num)
@@ -200,17 +164,22 @@ def _advance(beams: hypotheses.Beams, log_probs_BWV, step, config: BeamConfig):
   running = dataclasses.replace(
     beams, tokens_BWN=hypotheses.take(tokens_BCN, keep_BW), sums_BW=on_BW
   )
-  # Of candidates past the first W none ends: they only fill up the others.
+  # Only the first W candidates may end; the others replace those that do.
   stops_BC = stops_BC & (jnp.arange(num) < W)[None]
   running = hypotheses.ended(
-    running, (tokens_BCN, sums_BC, stops_BC, is_end_BC), step, config
+    running,
+    hypotheses.Candidates(tokens_BCN, sums_BC, stops_BC, is_end_BC),
+    step,
+    config,
   )
   at = lambda a: jnp.take_along_axis(a, keep_BW, axis=1)
   return running, at(parent_BC), at(token_BC).astype(jnp.int32)
 
 
-def _any_open(groups, live_B, config: BeamConfig):
-  """Whether any prompt's search goes on."""
+def _any_open(
+  groups: tuple[hypotheses.Beams, ...], live_B: jax.Array, config: BeamConfig
+) -> jax.Array:
+  """Whether the search continues for any prompt."""
   opens = [beams.open_B.any() for beams in groups]
   if config.early_stopping == 'first':
     opens = [
@@ -220,21 +189,26 @@ def _any_open(groups, live_B, config: BeamConfig):
   return functools.reduce(jnp.logical_or, opens)
 
 
-def _map_rows(fn, caches, cross: bool = True):
-  """Applies `fn` to the rows of caches, stacked over layers or not.
+def _map_rows(
+  fn: Callable[[jax.Array], jax.Array],
+  caches: decode_loop.Caches,
+  cross: bool = True,
+) -> decode_loop.Caches:
+  """Applies `fn` to the rows of caches, whether stacked over layers or not.
 
-  Without `cross`, keys and values of a source stay: all beams of a prompt have
-  the same.
+  Without `cross`, the keys and values of the source are left as they are: they
+  are the same for all beams of a prompt.
   """
   group, rest = caches
 
-  def of_layer(cache, apply):
+  def map_layer(
+    cache: block.BlockCache, apply: Callable[[jax.Array], jax.Array]
+  ) -> block.BlockCache:
     if cross:
       return jax.tree.map(apply, cache)
-    own = jax.tree.map(apply, cache.own)
-    return dataclasses.replace(cache, own=own)
+    return dataclasses.replace(cache, own=jax.tree.map(apply, cache.own))
 
   return (
-    tuple(of_layer(cache, jax.vmap(fn)) for cache in group),
-    tuple(of_layer(cache, fn) for cache in rest),
+    tuple(map_layer(cache, jax.vmap(fn)) for cache in group),
+    tuple(map_layer(cache, fn) for cache in rest),
   )

@@ -1,4 +1,4 @@
-"""Texts that are held to what a control says, written all at once."""
+"""Constrained generation for a batch of prompts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,30 +26,32 @@ def write(
   seed: int = 0,
   **options: Any,
 ) -> generate_lib.Generation:
-  """As `generate.generate`, with texts that are held to a control.
+  """Generates as `generate.generate`, with every sequence under a constraint.
 
   Args:
     model: a decoder.
-    prompts: token ids of each row.
-    num_tokens: the most new tokens of a row.
-    control: of each text, at its beginning.
-    sampling: as for `generate`.
-    seed: as for `generate`.
+    prompts: token ids of each prompt.
+    num_tokens: the most new tokens of each prompt.
+    control: the constraint; each sequence follows it from its own beginning.
+    sampling: sampling settings, one for all prompts or one for each; None draws
+      from the model's distribution.
+    seed: random seed; see `generate`.
     **options: eos_id, pad_id, start_id and max_length of `prefill.Options`.
 
   Returns:
-    As `generate`; a text whose control is done has ended.
+    As `generate`; a sequence that completes the constraint has ended.
 
   Raises:
-    ValueError: as `generate` and `Engine`; the control cannot be followed.
+    ValueError: as `generate` and `Engine`; the constraint cannot be followed.
   """
   if not isinstance(model, decoder.Decoder):
     raise ValueError(
       f'{type(model).__name__} cannot be held to a rule: only a decoder can. '
       'Leave the rule out.'
     )
-  own = prefill.Options(**options)
-  request = prefill.check(model, prompts, num_tokens, own)
+  request = prefill.check(
+    model, prompts, num_tokens, prefill.Options(**options)
+  )
   configs = generate_lib.configs_of(sampling, len(prompts))
   config = engine_lib.EngineConfig(
     num_slots=min(prompts_lib.power_of_two(len(prompts)), _MOST_SLOTS),
@@ -57,27 +59,27 @@ def write(
     max_length=request.limit,
   )
   engine = engine_lib.Engine(model, config)
-  texts = [
+  sequences = [
     engine.add(
       engine_lib.Request(
         prompt=prompt.tolist(),
         num_tokens=num_tokens,
-        sampling=drawn,
+        sampling=row_sampling,
         seed=seed,
         row=row,
         ends=tuple(request.ends),
         control=control.begin(prompt.tolist()),
       )
     )
-    for row, (prompt, drawn) in enumerate(zip(request.rows, configs))
+    for row, (prompt, row_sampling) in enumerate(zip(request.rows, configs))
   ]
   while engine.is_busy:
     engine.step()
-  for text in texts:
-    if text.error:
-      raise ValueError(text.error)
+  for sequence in sequences:
+    if sequence.error:
+      raise ValueError(sequence.error)
   return generate_lib.Generation(
-    tokens=[text.tokens for text in texts],
-    log_probs=[text.log_probs for text in texts],
-    ended=[text.reason == 'stop' for text in texts],
+    tokens=[sequence.tokens for sequence in sequences],
+    log_probs=[sequence.log_probs for sequence in sequences],
+    ended=[sequence.reason == 'stop' for sequence in sequences],
   )

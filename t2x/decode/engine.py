@@ -1,12 +1,12 @@
-"""Texts that come and go: rows of one batch that begin and end by themselves.
+"""Continuous batching: an engine that serves requests as they come and go.
 
-Each step reads some tokens of the prompts that wait and writes one token of
-every row that is read (Yu et al., 2022, Orca; Agrawal et al., 2023, on prompts
-in chunks). Keys and values lie in pages, which rows that begin alike share. A
-row's text is what `generate` writes for it alone, whatever else is in the
-batch.
+Each step prefills some tokens of the waiting prompts, and decodes one token of
+every sequence whose prompt is complete (Yu et al., 2022, Orca; chunked prefill
+as in Agrawal et al., 2023). Keys and values are kept in pages, which sequences
+with a common prefix share. A request yields the tokens that `generate` gives
+for it alone, whatever else is in the batch.
 
-Shape suffixes: B rows of a step, V vocabulary.
+Shape suffixes: B rows of a step.
 """
 
 import collections
@@ -28,22 +28,31 @@ Overloaded = requests.Overloaded
 
 
 class Engine:
-  """Runs a model for requests that come and go; not for several threads.
+  """Serves requests with continuous batching; not thread-safe.
 
   >>> from flax import nnx
   >>> config = decoder.DecoderConfig(vocab_size=9, num_layers=2)
   >>> engine = Engine(decoder.Decoder(config, rngs=nnx.Rngs(0)))
-  >>> texts = [engine.add(Request(prompt=[1, n], num_tokens=n)) for n in (2, 3)]
+  >>> requests = [Request(prompt=[1, n], num_tokens=n) for n in (2, 3)]
+  >>> sequences = [engine.add(request) for request in requests]
   >>> while engine.is_busy:
   ...   _ = engine.step()
-  >>> [len(text.tokens) for text in texts]
+  >>> [len(sequence.tokens) for sequence in sequences]
   [2, 3]
   """
 
   def __init__(
     self, model: decoder.Decoder, config: EngineConfig = EngineConfig()
   ):
-    """Makes the pool; arguments and errors as for `PagedDecoder`."""
+    """Creates the pool of pages.
+
+    Args:
+      model: the decoder, best in the form of `decoding_weights.prepare`.
+      config: sizes of the engine.
+
+    Raises:
+      ValueError: as `PagedDecoder`.
+    """
     self.config = config
     self._decoder = paged_decoder.PagedDecoder(model, config)
     self.max_length = self._decoder.max_length
@@ -51,7 +60,7 @@ class Engine:
     self._begin()
 
   def restart(self) -> None:
-    """Forgets all texts, and makes the pages anew."""
+    """Drops all requests, and creates empty pages."""
     self._begin()
     self._decoder.restart()
 
@@ -60,28 +69,31 @@ class Engine:
       self._decoder.num_pages, self.config.page_size
     )
     self._waiting: collections.deque[Text] = collections.deque()
-    self._reading: Text | None = None
-    self._writing: list[Text] = []
+    self._prefilling: Text | None = None
+    self._decoding: list[Text] = []
 
   @property
   def is_busy(self) -> bool:
-    return bool(self._waiting or self._reading or self._writing)
+    """Whether any request waits or runs."""
+    return bool(self._waiting or self._prefilling or self._decoding)
 
   @property
   def most(self) -> int:
-    """Texts that may be written or wait at a time."""
+    """The most requests that may run or wait at a time."""
     return self.config.num_slots + self.config.max_waiting
 
   @property
   def num_waiting(self) -> int:
+    """Number of requests that wait for a slot."""
     return len(self._waiting)
 
   @property
   def num_running(self) -> int:
-    return len(self._writing) + (self._reading is not None)
+    """Number of requests in prefill or decoding."""
+    return len(self._decoding) + (self._prefilling is not None)
 
   def check(self, request: Request) -> None:
-    """Raises ValueError if a request cannot be met by this engine."""
+    """Raises ValueError if this engine cannot serve a request."""
     vocab_size = self._decoder.vocab_size
     if request.num_tokens < 0:
       raise ValueError(f'num_tokens={request.num_tokens}; it is 0 or more.')
@@ -101,11 +113,14 @@ class Engine:
     settings_lib.check_ids(request.sampling, vocab_size)
 
   def add(self, request: Request) -> Text:
-    """Takes a request; its text comes about in the steps that follow.
+    """Queues a request.
+
+    Returns:
+      The sequence of the request, to which the following steps add tokens.
 
     Raises:
-      ValueError: it cannot be met.
-      Overloaded: too many wait.
+      ValueError: this engine cannot serve the request.
+      Overloaded: too many requests wait.
     """
     self.check(request)
     if self.num_waiting + self.num_running >= self.most:
@@ -115,149 +130,156 @@ class Engine:
         f'{self.config.num_slots}, max_waiting={self.config.max_waiting}). Ask '
         'again later.'
       )
-    text = Text(request)
-    self._waiting.append(text)
-    return text
+    sequence = Text(request)
+    self._waiting.append(sequence)
+    return sequence
 
-  def cancel(self, text: Text) -> None:
-    """Ends a text; its slot and its pages are free at once."""
-    if text.reason is None:
-      self._end(text, 'cancelled')
+  def cancel(self, sequence: Text) -> None:
+    """Ends a sequence, and frees its slot and pages at once."""
+    if sequence.reason is None:
+      self._end(sequence, 'cancelled')
 
   def step(self) -> list[Text]:
-    """Reads some of the prompts, and writes a token of each text.
+    """Prefills some prompt tokens, and decodes a token of each sequence.
 
     Returns:
-      The texts that have a new token or are over.
+      The sequences that have a new token or have finished.
     """
-    budget, over = self.config.read, []
-    while budget > 0 and (text := self._next_to_read()):
-      budget -= self._read_chunk(text)
-      if text.reason is not None:
-        over.append(text)
-    return over + self._write()
+    budget, finished = self.config.read, []
+    while budget > 0 and (sequence := self._next_to_prefill()):
+      budget -= self._prefill_chunk(sequence)
+      if sequence.reason is not None:
+        finished.append(sequence)
+    return finished + self._decode()
 
   def forget(self) -> None:
-    """Leaves nothing of texts that are over for others to share."""
+    """Makes the pages of finished sequences unavailable for sharing."""
     self.pages.forget()
 
   def warm(self, calibration: float = 1.0) -> None:
-    """Compiles what most requests need, before any comes.
+    """Compiles the programs that most requests need.
 
     Args:
-      calibration: of their sampling.
+      calibration: value of `SamplingConfig.calibration` in these requests.
     """
     self._decoder.warm(calibration)
 
-  def _next_to_read(self) -> Text | None:
-    """Returns the text whose prompt is being read; one at a time.
+  def _next_to_prefill(self) -> Text | None:
+    """Returns the sequence in prefill, which is one at a time.
 
-    So that of many that begin alike, one is read, and the others share it.
+    So the first of many with a common prefix is computed, and the others share
+    its pages.
     """
-    if self._reading is None and self._waiting:
-      if len(self._writing) < self.config.num_slots:
-        text = self._waiting[0]
-        prompt = text.request.prompt
-        # The last token is written and never read.
-        length = len(prompt) + text.request.num_tokens - 1
-        # Scores come of reading.
-        share = not text.request.scores_prompt
-        text.lease = self.pages.lend(prompt, length, share)
-        if text.lease is not None:
+    if self._prefilling is None and self._waiting:
+      if len(self._decoding) < self.config.num_slots:
+        sequence = self._waiting[0]
+        prompt = sequence.request.prompt
+        # The last new token is never fed to the model.
+        length = len(prompt) + sequence.request.num_tokens - 1
+        # Scores of a prompt are computed in its prefill.
+        share = not sequence.request.scores_prompt
+        sequence.lease = self.pages.lend(prompt, length, share)
+        if sequence.lease is not None:
           self._waiting.popleft()
-          self._reading = text
-          text.num_shared = text.num_read = text.lease.num_shared
+          self._prefilling = sequence
+          sequence.num_shared = sequence.num_cached = sequence.lease.num_shared
           self.counts['prompt_tokens'] += len(prompt)
-          self.counts['shared_tokens'] += text.num_shared
-    return self._reading
+          self.counts['shared_tokens'] += sequence.num_shared
+    return self._prefilling
 
-  def _read_chunk(self, text: Text) -> int:
-    """Reads on in a prompt, up to its last token; returns what it cost."""
-    prompt, lease = text.request.prompt, text.lease
+  def _prefill_chunk(self, sequence: Text) -> int:
+    """Runs a chunk of a prompt, up to the token before its last.
+
+    Returns:
+      The number of tokens in the chunk, padding included.
+    """
+    prompt, lease = sequence.request.prompt, sequence.lease
     assert lease is not None
-    if not (text.request.num_tokens or text.request.scores_prompt):
-      self._end(text, 'length')
+    if not (sequence.request.num_tokens or sequence.request.scores_prompt):
+      self._end(sequence, 'length')
       return 0
-    left = len(prompt) - 1 - text.num_read
+    num_left = len(prompt) - 1 - sequence.num_cached
     size = 0
-    if left:
-      fitting = [size for size in self.config.chunks if size >= left]
+    if num_left:
+      fitting = [size for size in self.config.chunks if size >= num_left]
       size = min(fitting, default=max(self.config.chunks))
-      part = prompt[text.num_read : text.num_read + min(size, left)]
-      if text.request.scores_prompt:
-        self._decoder.score(text, len(part), size)
+      start = sequence.num_cached
+      part = prompt[start : start + min(size, num_left)]
+      if sequence.request.scores_prompt:
+        self._decoder.score(sequence, len(part), size)
       else:
-        self._decoder.read(part, text.num_read, size, lease.pages)
-      text.num_read += len(part)
-    if text.num_read == len(prompt) - 1:
+        self._decoder.prefill(part, start, size, lease.pages)
+      sequence.num_cached += len(part)
+    if sequence.num_cached == len(prompt) - 1:
       self.pages.fill(lease, prompt[:-1])
-      self._reading = None
-      if text.request.num_tokens:
-        self._writing.append(text)
+      self._prefilling = None
+      if sequence.request.num_tokens:
+        self._decoding.append(sequence)
       else:
-        self._end(text, 'length')
+        self._end(sequence, 'length')
     return size
 
-  def _write(self) -> list[Text]:
-    masks, broken = [], []
-    for text in list(self._writing):
+  def _decode(self) -> list[Text]:
+    """Decodes a token of each sequence; returns those that change."""
+    masks, failed = [], []
+    for sequence in list(self._decoding):
       try:
-        masks.append(text.mask())
+        masks.append(sequence.mask())
       except ValueError as error:
-        self._break(text, error)
-        broken.append(text)
-    texts = list(self._writing)
-    if not texts:
-      return broken
-    token_B, log_prob_B, top = self._decoder.write(texts, masks)
-    for number, text in enumerate(texts):
-      scores, own = requests.Scores(), slice(number, number + 1)
-      likeliest = None if top is None else [a[own] for a in top]
-      scores.add(log_prob_B[own], likeliest, text.request.num_top)
-      self._take(text, int(token_B[number]), scores)
+        self._fail(sequence, error)
+        failed.append(sequence)
+    sequences = list(self._decoding)
+    if not sequences:
+      return failed
+    token_B, log_prob_B, top = self._decoder.decode(sequences, masks)
+    for number, sequence in enumerate(sequences):
+      scores, row = requests.Scores(), slice(number, number + 1)
+      likeliest = None if top is None else [a[row] for a in top]
+      scores.add(log_prob_B[row], likeliest, sequence.request.num_top)
+      self._take(sequence, int(token_B[number]), scores)
     self.counts['steps'] += 1
-    self.counts['tokens'] += len(texts)
-    return broken + texts
+    self.counts['tokens'] += len(sequences)
+    return failed + sequences
 
-  def _take(self, text: Text, token: int, scores: requests.Scores) -> None:
-    """Adds a token to a text, which may end with it."""
-    request = text.request
+  def _take(self, sequence: Text, token: int, scores: requests.Scores) -> None:
+    """Adds a token to a sequence, which may end with it."""
+    request = sequence.request
     if token == processors.NONE:
-      text.error = (
+      sequence.error = (
         'No token may come next: what is banned, biased and asked for leaves '
         'none.'
       )
-      self._end(text, 'error')
+      self._end(sequence, 'error')
       return
     if token in request.ends:
-      text.end = token, scores
-      self._end(text, 'stop')
+      sequence.end = token, scores
+      self._end(sequence, 'stop')
       return
     try:
-      text.add(token, scores)
+      sequence.add(token, scores)
     except ValueError as error:
-      self._break(text, error)
+      self._fail(sequence, error)
       return
     control = request.control
     if control is not None and control.is_done:
-      self._end(text, 'stop')
-    elif len(text.tokens) == request.num_tokens:
-      self._end(text, 'length')
+      self._end(sequence, 'stop')
+    elif len(sequence.tokens) == request.num_tokens:
+      self._end(sequence, 'length')
 
-  def _break(self, text: Text, error: ValueError) -> None:
-    text.error = str(error)
-    self._end(text, 'error')
+  def _fail(self, sequence: Text, error: ValueError) -> None:
+    sequence.error = str(error)
+    self._end(sequence, 'error')
 
-  def _end(self, text: Text, reason: str) -> None:
-    text.reason = reason
-    if text in self._waiting:
-      self._waiting.remove(text)
-    if text is self._reading:
-      self._reading = None
-    lease = text.lease
-    if text in self._writing and lease is not None:
-      self._writing.remove(text)
-      # Of the latest token there is no entry.
-      self.pages.fill(lease, text.all_tokens[:-1])
+  def _end(self, sequence: Text, reason: str) -> None:
+    sequence.reason = reason
+    if sequence in self._waiting:
+      self._waiting.remove(sequence)
+    if sequence is self._prefilling:
+      self._prefilling = None
+    lease = sequence.lease
+    if sequence in self._decoding and lease is not None:
+      self._decoding.remove(sequence)
+      # The keys and values of the latest token were never computed.
+      self.pages.fill(lease, sequence.all_tokens[:-1])
     if lease is not None:
       self.pages.release(lease)

@@ -1,10 +1,11 @@
 """The compiled programs of the engine.
 
-One for each size of a chunk, one for each number of rows, and small ones that
-draw a token; none depends on the lengths of texts or on who is in the batch.
+One for each size of a chunk of prefill, one for each number of rows in a decode
+step, and small ones that draw a token. None depends on the lengths of sequences
+or on the requests in a batch.
 
 Shape suffixes: B rows, C chunk, N blocks of a row, V vocabulary, E ends, W
-words of 32 tokens.
+words of 32 tokens, M tokens with raised logits.
 """
 
 import dataclasses
@@ -19,18 +20,19 @@ from t2x.decode import decode_loop
 from t2x.decode import processors
 from t2x.decode import sampling as sampling_lib
 from t2x.models import decoder
-from t2x.parallel import sharding
+
+_Top = tuple[jax.Array, jax.Array]  # Log-probabilities and ids.
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Controls:
-  """What is said of the next token of each row.
+  """Constraints on the next token of each row.
 
   Attributes:
-    allowed_BW: bits of the tokens that may come, uint32, the lowest first.
-    raised_BM: tokens whose logits are raised, -1 for fewer.
-    amounts_BM: by how much.
+    allowed_BW: allowed tokens as bits of uint32 words, lowest bit first.
+    raised_BM: tokens whose logits are raised; -1 is padding.
+    amounts_BM: amounts that are added to these logits.
   """
 
   allowed_BW: Any
@@ -38,7 +40,7 @@ class Controls:
   amounts_BM: Any
 
   def __call__(self, logits_BV: jax.Array) -> jax.Array:
-    """Returns the logits that are drawn from."""
+    """Raises logits, and bans the tokens that are not allowed."""
     V = logits_BV.shape[1]
     raise_ = lambda row, at, by: row.at[at].add(by, mode='drop')
     place_BM = jnp.where(self.raised_BM < 0, V, self.raised_BM)
@@ -47,14 +49,30 @@ class Controls:
 
 
 @functools.partial(jax.jit, static_argnames=('num', 'size', 'dtype'))
-def empty_pages(model: decoder.Decoder, num: int, size: int, dtype=None) -> Any:
-  """Returns the pages of all layers; see `Decoder.empty_pages`."""
+def empty_pages(
+  model: decoder.Decoder, num: int, size: int, dtype: str | None = None
+) -> decode_loop.Caches:
+  """Returns empty pages of all layers; see `Decoder.empty_pages`."""
   return paged.placed(model.empty_pages(num, size, dtype))
 
 
 @functools.partial(jax.jit, donate_argnames='caches')
-def read(model: decoder.Decoder, caches, tokens_BC, index_BC, pages_BN) -> Any:
-  """Returns caches that hold some more tokens of prompts."""
+def read(
+  model: decoder.Decoder,
+  caches: decode_loop.Caches,
+  tokens_BC: jax.Array,
+  index_BC: jax.Array,
+  pages_BN: jax.Array,
+) -> decode_loop.Caches:
+  """Prefills a chunk of prompts; returns the new caches.
+
+  Args:
+    model: the decoder.
+    caches: pages of all layers.
+    tokens_BC: prompt tokens.
+    index_BC: position of each token in its row.
+    pages_BN: pages of each row's blocks.
+  """
   caches = paged.with_tables(caches, pages_BN)
   caches = model.step(tokens_BC, index_BC, caches)[1]
   return paged.placed(paged.with_tables(caches, None))
@@ -63,42 +81,56 @@ def read(model: decoder.Decoder, caches, tokens_BC, index_BC, pages_BN) -> Any:
 @functools.partial(jax.jit, static_argnames='num', donate_argnames='caches')
 def score(
   model: decoder.Decoder,
-  caches,
+  caches: decode_loop.Caches,
   tokens_BC: jax.Array,
   index_BC: jax.Array,
   pages_BN: jax.Array,
   next_BC: jax.Array,
   calibration_B: jax.Array | None,
   num: int,
-) -> Any:
-  """As `read`, and says how likely the token after each was.
+) -> tuple[jax.Array, _Top, decode_loop.Caches]:
+  """Prefills a chunk of prompts, and scores the token after each.
 
   Args:
     model: the decoder.
-    caches: of the tokens before.
-    tokens_BC: of prompts.
-    index_BC: where each stands.
-    pages_BN: of the texts.
-    next_BC: the token after each.
-    calibration_B: of each row.
-    num: alternatives in the place of each.
+    caches: pages of all layers.
+    tokens_BC: prompt tokens.
+    index_BC: position of each token in its row.
+    pages_BN: pages of each row's blocks.
+    next_BC: token after each.
+    calibration_B: divisor of the logits of each row; None is 1.
+    num: number of likeliest tokens to return at each position.
 
   Returns:
-    Log-probabilities of the next tokens (B, C); those of the likeliest and
-    their ids (B, C, num); and the caches.
+    Log-probabilities of the next tokens (B, C); log-probabilities and ids of
+    the likeliest ones (B, C, num); and the new caches.
   """
   caches = paged.with_tables(caches, pages_BN)
   x_BCD, caches = model.step(tokens_BC, index_BC, caches)
   log_probs_BCV, top = _likeliest(model.head(x_BCD), calibration_B, num)
-  own_BC1 = jnp.take_along_axis(log_probs_BCV, next_BC[..., None], axis=-1)
-  whole = lambda a: sharding.constrain(a, *[None] * a.ndim)
+  next_BC1 = jnp.take_along_axis(log_probs_BCV, next_BC[..., None], axis=-1)
   caches = paged.placed(paged.with_tables(caches, None))
-  return whole(own_BC1[..., 0]), jax.tree.map(whole, top), caches
+  replicated = decode_loop.replicated
+  return replicated(next_BC1[..., 0]), jax.tree.map(replicated, top), caches
 
 
 @functools.partial(jax.jit, donate_argnames='caches')
-def write(model: decoder.Decoder, caches, token_B, index_B, pages_BN):
-  """Returns logits (B, V) after the latest token of each row, and caches."""
+def write(
+  model: decoder.Decoder,
+  caches: decode_loop.Caches,
+  token_B: jax.Array,
+  index_B: jax.Array,
+  pages_BN: jax.Array,
+) -> tuple[jax.Array, decode_loop.Caches]:
+  """Runs a decode step; returns logits (B, V) and the new caches.
+
+  Args:
+    model: the decoder.
+    caches: pages of all layers.
+    token_B: latest token of each row.
+    index_B: position of the latest token in its row.
+    pages_BN: pages of each row's blocks.
+  """
   caches = paged.with_tables(caches, pages_BN)
   logits_BV, caches = decode_loop.next_logits(
     model, token_B, index_B, caches, None
@@ -120,18 +152,18 @@ def choose(
   """Draws the next token of each row.
 
   Args:
-    logits_BV: of the model.
-    settings: of each row.
-    history: of each row.
-    seed_B: of each row, uint32.
-    row_B: numbers that tell rows of one seed apart.
-    number_B: tokens that each row has written.
-    ends_BE: tokens that end each row.
-    controls: of each row; None where no row has one.
+    logits_BV: logits of the model.
+    settings: sampling settings of each row.
+    history: sampling history of each row.
+    seed_B: random seed of each row, uint32.
+    row_B: row number of each request, which distinguishes those of one seed.
+    number_B: number of new tokens of each row so far.
+    ends_BE: tokens that end each row; -1 is padding.
+    controls: constraints of each row; None if no row has any.
 
   Returns:
-    Tokens and their log-probabilities under the model itself, (B,); -1 where
-    nothing is left to draw.
+    Tokens and their log-probabilities under the model itself, (B,); a token is
+    -1 if all are banned.
   """
   logits_BV = sampling_lib.calibrated(logits_BV, settings)
   key = lambda seed, row, number: jax.random.fold_in(
@@ -146,22 +178,30 @@ def choose(
   token_B = jnp.where(jnp.isfinite(left_BV.max(-1)), token_B, processors.NONE)
   logit_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
   log_prob_B = logit_B - jax.nn.logsumexp(logits_BV, axis=-1)
-  # Whole on every device, so that each host can read them.
-  whole = lambda a: sharding.constrain(a, None)
-  return whole(token_B), whole(log_prob_B)
+  return decode_loop.replicated(token_B), decode_loop.replicated(log_prob_B)
 
 
 @functools.partial(jax.jit, static_argnames='num')
-def alternatives(logits_BV: jax.Array, calibration_B, num: int):
-  """Returns log-probabilities and ids of the likeliest tokens, (B, num)."""
-  _, found = _likeliest(logits_BV, calibration_B, num)
-  return jax.tree.map(lambda a: sharding.constrain(a, None, None), found)
+def alternatives(
+  logits_BV: jax.Array, calibration_B: jax.Array | None, num: int
+) -> _Top:
+  """Returns log-probabilities and ids of the likeliest tokens, (B, num).
+
+  Args:
+    logits_BV: logits of the model.
+    calibration_B: divisor of the logits of each row; None is 1.
+    num: number of tokens.
+  """
+  _, top = _likeliest(logits_BV, calibration_B, num)
+  return jax.tree.map(decode_loop.replicated, top)
 
 
-def _likeliest(logits: jax.Array, calibration_B, num: int):
-  """Returns all log-probabilities, and those of the likeliest with their ids.
+def _likeliest(
+  logits: jax.Array, calibration_B: jax.Array | None, num: int
+) -> tuple[jax.Array, _Top]:
+  """Returns all log-probabilities, and the `num` largest with their ids.
 
-  Of (B, V) or (B, C, V), after the model's calibration.
+  The logits are (B, V) or (B, C, V), before the calibration.
   """
   settings = sampling_lib.Rows(calibration_B=calibration_B)
   logits = sampling_lib.calibrated(logits, settings)

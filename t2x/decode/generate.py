@@ -1,9 +1,9 @@
-"""Text from a model, one prompt a row: drawn, or by beam search.
+"""Generation for a batch of prompts, by sampling or beam search.
 
-Rows are padded on the right and each writes at its own index, so a row stands
-at the same positions alone and in any batch. The arrays' shapes depend only on
-the number of rows and on the capacity of the cache, both rounded up, so that
-the programs of decode_loop.py compile once for many calls.
+Rows are padded on the right and each continues at its own index, so a row has
+the same positions alone and in any batch. The shapes of arrays depend only on
+the number of rows and the capacity of the caches, both rounded up, so that the
+programs of decode_loop.py compile once for many calls.
 
 Shape suffixes: B batch (padded).
 """
@@ -31,14 +31,14 @@ _DRAWS = ('temperature', 'top_k', 'top_p', 'min_p', 'typical_p')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
-  """What `generate` returns, one entry for each prompt.
+  """Result of `generate`: lists with one entry for each prompt.
 
   Attributes:
-    tokens: the new tokens, without the prompt, the end token and padding.
-    log_probs: the log-probability of each of them under the model itself, that
-      is before temperature, top-k and top-p.
-    ended: whether the row met its end token before `num_tokens`, or the end of
-      what it is held to, or had no token left that is not banned.
+    tokens: new tokens, without the prompt, the end token and padding.
+    log_probs: log-probability of each new token under the model itself, before
+      temperature, top-k and top-p.
+    ended: whether the row reached an end token within `num_tokens`, completed
+      the constraint that it follows, or had all next tokens banned.
   """
 
   tokens: list[list[int]]
@@ -56,10 +56,10 @@ def generate(
   keys_B: jax.Array | None = None,
   **options: Any,
 ) -> Generation:
-  """Goes on with the prompts or, with an encoder-decoder, answers them.
+  """Continues prompts; an encoder-decoder answers them.
 
-  Inside `sharding.use(mesh, rules)` rows and cache are split as the rules say;
-  outside, this runs where the model is.
+  Inside `sharding.use(mesh, rules)` rows and caches are sharded by the rules;
+  outside, this runs on the devices that hold the model.
 
   >>> from flax import nnx
   >>> from t2x.models import decoder
@@ -70,24 +70,27 @@ def generate(
 
   Args:
     model: a `Decoder` or an `EncoderDecoder`.
-    prompts: token ids of each row: a text to go on with, or a source.
-    num_tokens: the most new tokens of a row.
-    sampling: how tokens are drawn, for all rows or for each; None means from
-      the model's distribution. Other values share a compiled program as long
-      as they ask for the same processors.
-    seed: what row i draws depends on `seed`, on i and on its prompt alone.
-    keys_B: a key for each prompt, instead of `seed`.
-    **options: of `prefill.Options`: eos_id, pad_id, max_length, ...
+    prompts: token ids of each prompt: a sequence to continue, or a source.
+    num_tokens: the most new tokens of each prompt.
+    sampling: sampling settings, one for all prompts or one for each; None draws
+      from the model's distribution. Settings that use the same logit processors
+      share a compiled program.
+    seed: random seed; the draws of row i depend only on `seed`, i and the
+      prompt of the row.
+    keys_B: random key of each prompt, which replaces `seed`.
+    **options: fields of `prefill.Options`, such as eos_id.
 
   Returns:
     The new tokens and their log-probabilities.
 
   Raises:
-    ValueError: an encoder, no or empty prompts, a prompt that is too long, ids
-      outside the vocabulary, a setting out of range; before any compilation.
+    ValueError: the model is an encoder, prompts are missing, empty or too long,
+      ids are outside the vocabulary, or a setting is out of range. It is raised
+      before any compilation.
   """
-  own = prefill.Options(**options)
-  request = prefill.check(model, prompts, num_tokens, own)
+  request = prefill.check(
+    model, prompts, num_tokens, prefill.Options(**options)
+  )
   num_rows, vocab_size = request.num_rows, model.config.vocab_size
   configs = configs_of(sampling, len(prompts))
   settings = sampling_lib.rows(configs, num_rows, vocab_size)
@@ -98,7 +101,7 @@ def generate(
     keys_B=keys_B,
     ended_B=np.arange(num_rows) >= len(prompts),
     num_tokens=np.int32(num_tokens),
-    pad_id=np.int32(own.pad_id),
+    pad_id=np.int32(request.options.pad_id),
     ends_BE=request.ends_BE,
     settings=settings,
     history=sampling_lib.begin(settings, request.histories, vocab_size),
@@ -118,34 +121,36 @@ def beam_search(
   texts: word_starts.Words | None = None,
   **options: Any,
 ) -> hypotheses.Hypotheses:
-  """Searches for the continuations, or answers, of highest score.
+  """Searches for the continuations of highest score, by beam search.
 
   >>> from flax import nnx
   >>> from t2x.models import decoder
   >>> config = decoder.DecoderConfig(vocab_size=9, num_layers=2)
   >>> model = decoder.Decoder(config, rngs=nnx.Rngs(0))
-  >>> found = beam_search(model, [[1, 2], [3]], num_tokens=5, num_best=2)
-  >>> [len(texts) for texts in found.tokens]
+  >>> result = beam_search(model, [[1, 2], [3]], num_tokens=5, num_best=2)
+  >>> [len(tokens) for tokens in result.tokens]
   [2, 2]
 
   Args:
     model: a `Decoder` or an `EncoderDecoder`.
-    prompts: as for `generate`.
-    num_tokens: the most new tokens of a text.
-    beams: how many, and when the search ends.
-    num_best: texts of each prompt that are returned.
+    prompts: token ids of each prompt: a sequence to continue, or a source.
+    num_tokens: the most new tokens of a hypothesis.
+    beams: settings of the search.
+    num_best: number of hypotheses of each prompt that are returned.
     sampling: bias, penalties, banned words and least length; they act on the
       log-probabilities, as in Hugging Face's beam search.
-    words: that each text must hold, each as token ids in one form or several.
-    texts: of these words, by which they are there whatever the tokens.
-    **options: as for `generate`.
+    words: words that each hypothesis must contain, each as the token ids of one
+      form or several.
+    texts: strings of these words, which then count however they are tokenized;
+      None if only the forms count.
+    **options: fields of `prefill.Options`, such as eos_id.
 
   Returns:
-    The best texts of each prompt, best first.
+    The hypotheses of each prompt, best first.
 
   Raises:
-    ValueError: as `generate`; more texts are asked for than there are beams,
-      the settings draw tokens, or no text is left that holds the words.
+    ValueError: as `generate`; `num_best` exceeds the number of beams, a setting
+      is for random drawing, or no hypothesis contains the words.
   """
   if not 1 <= num_best <= beams.num_beams:
     raise ValueError(
@@ -166,13 +171,14 @@ def beam_search(
       'beams are shared out among those already. Leave one of them out.'
     )
   required_words.check(words, num_tokens)
-  own = prefill.Options(**options)
-  request = prefill.check(model, prompts, num_tokens, own)
+  request = prefill.check(
+    model, prompts, num_tokens, prefill.Options(**options)
+  )
   vocab_size = model.config.vocab_size
   num_rows = request.num_rows * beams.num_beams
   settings = sampling_lib.rows([sampling], num_rows, vocab_size)
   histories = [p for p in request.histories for _ in range(beams.num_beams)]
-  found = beams_lib.search(
+  state = beams_lib.search(
     model,
     **request.start(),
     live_B=np.arange(request.num_rows) < len(prompts),
@@ -183,7 +189,7 @@ def beam_search(
     history=sampling_lib.begin(settings, histories, vocab_size),
     words=_required(words, texts, request.histories),
   )
-  result = hypotheses.to_lists(found, len(prompts), num_best)
+  result = hypotheses.to_lists(state, len(prompts), num_best)
   if not all(result.tokens):
     raise ValueError(
       f'No text of {num_tokens} tokens was found'
@@ -194,11 +200,15 @@ def beam_search(
   return result
 
 
-def _required(words, texts, prompts) -> required_words.Words | None:
+def _required(
+  words: Sequence[required_words.Word],
+  texts: word_starts.Words | None,
+  prompts: Sequence[Sequence[int]],
+) -> required_words.Words | None:
   if not words:
     return None
-  own = None if texts is None else word_starts.arrays(texts, prompts)
-  return required_words.make(words, own)
+  arrays = None if texts is None else word_starts.arrays(texts, prompts)
+  return required_words.make(words, arrays)
 
 
 def _to_lists(state: decode_loop.State, num_prompts: int) -> Generation:
@@ -213,8 +223,18 @@ def _to_lists(state: decode_loop.State, num_prompts: int) -> Generation:
   )
 
 
-def configs_of(sampling, num_prompts: int) -> Sequence[Sampling]:
-  """Returns the settings of each prompt."""
+def configs_of(
+  sampling: Sampling | Sequence[Sampling] | None, num_prompts: int
+) -> Sequence[Sampling]:
+  """Returns the sampling settings of each prompt.
+
+  Args:
+    sampling: settings of all prompts or of each; None for the default.
+    num_prompts: number of prompts.
+
+  Raises:
+    ValueError: the number of settings is not that of prompts.
+  """
   if sampling is None or isinstance(sampling, Sampling):
     return [sampling or Sampling()] * num_prompts
   if len(sampling) != num_prompts:
@@ -225,8 +245,20 @@ def configs_of(sampling, num_prompts: int) -> Sequence[Sampling]:
   return sampling
 
 
-def row_keys(keys_B, seed: int, num_prompts: int, num_rows: int) -> jax.Array:
-  """Returns a key for each row, from those of the prompts or from a seed."""
+def row_keys(
+  keys_B: jax.Array | None, seed: int, num_prompts: int, num_rows: int
+) -> jax.Array:
+  """Returns the random key of each row of a padded batch.
+
+  Args:
+    keys_B: keys of the prompts; None makes them from `seed`.
+    seed: random seed.
+    num_prompts: number of prompts.
+    num_rows: number of rows.
+
+  Raises:
+    ValueError: the number of keys is not that of prompts.
+  """
   if keys_B is None:
     return dropout.row_keys(jax.random.key(seed), jnp.arange(num_rows))
   if keys_B.shape != (num_prompts,):

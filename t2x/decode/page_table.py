@@ -1,9 +1,9 @@
-"""Which row has which page, and which pages of one row another one can use.
+"""Page table: the pages of each sequence, and prefix sharing between them.
 
-Nothing here touches a device. A page that is full is known by the tokens that
-lead up to its end, so that a text which begins alike finds it (Kwon et al.,
-2023; the hash of a page holds that of the page before). Pages that nobody
-reads keep what they hold until they are needed, the oldest first.
+Nothing here touches a device. A full page is identified by a hash of all tokens
+up to its end, so that a sequence with the same prefix finds it (Kwon et al.,
+2023; the hash of a page covers that of the page before). Free pages keep their
+contents until they are needed, the least recently used first.
 """
 
 import collections
@@ -16,11 +16,11 @@ import numpy as np
 
 @dataclasses.dataclass
 class Lease:
-  """The pages of one row.
+  """The pages of one sequence.
 
   Attributes:
-    pages: of its blocks, in order.
-    num_shared: positions whose entries were there already.
+    pages: page of each of its blocks, in order.
+    num_shared: number of its first positions that lie in shared pages.
   """
 
   pages: list[int]
@@ -29,7 +29,7 @@ class Lease:
 
 
 class Pages:
-  """Lends pages of a pool.
+  """A pool of pages, which are lent to sequences.
 
   >>> pages = Pages(4, 2)
   >>> first = pages.lend([1, 2, 3], 5)
@@ -44,41 +44,43 @@ class Pages:
   """
 
   def __init__(self, num_pages: int, size: int):
-    """Starts with all of them free.
+    """Creates a pool of free pages.
 
     Args:
-      num_pages: of the pool.
-      size: positions of a page.
+      num_pages: number of pages in the pool.
+      size: number of positions in a page.
     """
     self.num_pages, self.size = num_pages, size
-    self._readers = [0] * num_pages
+    self._num_users = [0] * num_pages
     self._digest: list[bytes | None] = [None] * num_pages
     self._page_of: dict[bytes, int] = {}
-    # In the order in which they are taken.
+    # In the order in which they are reused.
     self._free = collections.OrderedDict.fromkeys(range(num_pages))
 
   @property
   def num_free(self) -> int:
+    """Number of pages that no sequence uses."""
     return len(self._free)
 
   @property
   def num_used(self) -> int:
+    """Number of pages that sequences use."""
     return self.num_pages - len(self._free)
 
   def needed(self, length: int) -> int:
-    """Returns the pages of so many positions."""
+    """Returns the number of pages for `length` positions."""
     return -(-length // self.size)
 
   def lend(
     self, prompt: Sequence[int], length: int, share: bool = True
   ) -> Lease | None:
-    """Returns pages for a row, or None while too few are free.
+    """Lends pages to a sequence; returns None if too few are free.
 
     Args:
-      prompt: its first tokens; pages that hold entries of the same ones are
-        shared, but for the last token, which is yet to be read.
-      length: positions in all.
-      share: whether it takes pages that others have filled.
+      prompt: first tokens of the sequence; pages that hold the same prefix are
+        shared. The last token is not counted, since it is still to be computed.
+      length: number of positions of the whole sequence.
+      share: whether to use pages that other sequences have filled.
     """
     digests = self._digests(prompt[: len(prompt) - 1], []) if share else []
     shared = []
@@ -91,7 +93,7 @@ class Pages:
     if num_new > self.num_free - idle:
       return None
     for page in shared:
-      self._readers[page] += 1
+      self._num_users[page] += 1
       self._free.pop(page, None)
     new = [self._take() for _ in range(num_new)]
     return Lease(
@@ -101,33 +103,34 @@ class Pages:
     )
 
   def fill(self, lease: Lease, tokens: Sequence[int]) -> None:
-    """Says that the entries of a row's first tokens are all written.
+    """Records that the keys and values of a sequence's first tokens are there.
 
     Args:
-      lease: of the row.
-      tokens: from its start; those told before may be among them.
+      lease: lease of the sequence.
+      tokens: all its tokens so far whose pages are filled, also those that were
+        recorded before.
     """
     known = len(lease._digests)
     lease._digests = self._digests(tokens, lease._digests)
     for digest, page in zip(lease._digests[known:], lease.pages[known:]):
-      # Where two rows wrote the same, that of the first is found.
+      # If two sequences filled equal pages, the first one is shared.
       if digest not in self._page_of:
         self._page_of[digest] = page
         self._digest[page] = digest
 
   def release(self, lease: Lease) -> None:
-    """Takes a row's pages back; what they hold can still be shared."""
-    # The last ones are taken first: none is of use without those before.
+    """Takes back the pages of a sequence; their contents can be shared."""
+    # The last pages are reused first: none is of use without those before.
     for page in reversed(lease.pages):
-      self._readers[page] -= 1
-      if not self._readers[page]:
+      self._num_users[page] -= 1
+      if not self._num_users[page]:
         self._free[page] = None
         if self._digest[page] is None:
           self._free.move_to_end(page, last=False)
     lease.pages = []
 
   def forget(self) -> None:
-    """Shares nothing of what was told so far."""
+    """Makes all pages filled so far unavailable for sharing."""
     self._page_of.clear()
     self._digest = [None] * self.num_pages
 
@@ -136,11 +139,11 @@ class Pages:
     digest, self._digest[page] = self._digest[page], None
     if digest is not None:
       del self._page_of[digest]
-    self._readers[page] = 1
+    self._num_users[page] = 1
     return page
 
-  def _digests(self, tokens, known: list[bytes]) -> list[bytes]:
-    """Returns one digest for each page that the tokens fill."""
+  def _digests(self, tokens: Sequence[int], known: list[bytes]) -> list[bytes]:
+    """Returns the digest of each page that the tokens fill."""
     result = list(known)
     for number in range(len(known), len(tokens) // self.size):
       part = tokens[number * self.size : (number + 1) * self.size]

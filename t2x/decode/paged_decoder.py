@@ -1,7 +1,7 @@
-"""A decoder and its pool of pages: what an engine runs on the devices.
+"""A decoder with paged caches: the device side of the engine.
 
-A bounded set of programs: one for each size of a prompt's chunk, one for each
-number of rows, and one for each form of sampling.
+It compiles a bounded set of programs: one for each size of a chunk of prefill,
+one for each number of rows, and one for each form of sampling.
 
 Shape suffixes: B rows of a step, C chunk of a prompt, N blocks of a row, V
 vocabulary, E ends, K alternatives.
@@ -10,7 +10,6 @@ vocabulary, E ends, K alternatives.
 from collections.abc import Sequence
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import numpy as np
@@ -25,27 +24,29 @@ from t2x.layers import attention_kinds
 from t2x.models import decoder
 
 Sampling = settings_lib.SamplingConfig
+_Decoded = tuple[np.ndarray, np.ndarray, Sequence[np.ndarray] | None]
 
 
 class PagedDecoder:
-  """Reads chunks of prompts and writes a token of many rows.
+  """Prefills chunks of prompts, and decodes a token of many sequences.
 
   Attributes:
-    max_length: the most tokens of a text, prompt and new ones.
-    num_pages: of the pool.
-    vocab_size: of the model.
+    max_length: the most tokens of a sequence, prompt and new ones.
+    num_pages: number of pages in the pool.
+    vocab_size: size of the model's vocabulary.
   """
 
   def __init__(self, model: decoder.Decoder, config: requests_lib.EngineConfig):
-    """Makes the pool.
+    """Creates the pool of pages.
 
     Args:
-      model: a decoder, best as `decoding_weights.prepare` returns it.
-      config: sizes.
+      model: the decoder, best in the form of `decoding_weights.prepare`.
+      config: sizes of the engine.
 
     Raises:
-      ValueError: another model, or one with layers that keep no keys; no
-        length is known; too few pages for one row.
+      ValueError: the model is no decoder, or has layers that keep no keys;
+        neither model nor config limits the length; there are too few pages for
+        one sequence.
     """
     if not isinstance(model, decoder.Decoder):
       raise ValueError(
@@ -73,61 +74,61 @@ class PagedDecoder:
         f'{length} tokens needs {self._blocks}.'
       )
     self.num_pages: int = num_pages
-    self._parts = prefill.row_parts()  # Into which the mesh splits rows.
+    self._parts = prefill.row_parts()  # Rows come in multiples of this.
     self._row_sizes = _row_sizes(config.num_slots, self._parts)
     self.restart()
 
   def restart(self) -> None:
-    """Makes the pages anew, and forgets how the last rows were drawn."""
+    """Creates empty pages, and drops the settings of the last step."""
     size, dtype = self._config.page_size, self._config.cache_dtype
     self._settings = rows_lib.Settings(self.vocab_size)
-    self._caches = None  # Freed before others are made.
+    self._caches = None  # Frees the old pages before the new are allocated.
     self._caches = engine_programs.empty_pages(
       self._model, self.num_pages, size, dtype
     )
 
   def warm(self, calibration: float) -> None:
-    """Compiles what most requests need, before any comes.
+    """Compiles the programs that most requests need.
 
     Args:
-      calibration: of their sampling.
+      calibration: value of `SamplingConfig.calibration` in these requests.
     """
     for size in self._config.chunks:
-      self.read([0] * size, 0, size, [])
+      self.prefill([0] * size, 0, size, [])
     for rows in self._row_sizes:
-      for own in (Sampling(temperature=0), Sampling(), Sampling(top_p=0.9)):
-        drawn = dataclasses.replace(own, calibration=calibration)
+      for form in (Sampling(temperature=0), Sampling(), Sampling(top_p=0.9)):
+        sampling = dataclasses.replace(form, calibration=calibration)
         request = requests_lib.Request(
-          prompt=[0], num_tokens=1, sampling=drawn, num_top=1
+          prompt=[0], num_tokens=1, sampling=sampling, num_top=1
         )
-        self._write([requests_lib.Text(request)], rows, [None])
+        self._decode([requests_lib.Text(request)], rows, [None])
 
-  def read(
+  def prefill(
     self, tokens: Sequence[int], start: int, size: int, pages: Sequence[int]
   ) -> None:
-    """Reads part of a prompt.
+    """Writes the keys and values of part of a prompt into its pages.
 
     Args:
-      tokens: at most `size` of them.
-      start: position of the first.
-      size: of the chunk that is compiled.
-      pages: of the text; none keeps nothing.
+      tokens: token ids, at most `size` of them.
+      start: position of the first token.
+      size: size of the compiled chunk, to which the tokens are padded.
+      pages: pages of the sequence; if empty, nothing is kept.
     """
     chunk = self._chunk(tokens, start, size, pages)
     self._caches = engine_programs.read(self._model, self._caches, *chunk)
 
-  def score(self, text: requests_lib.Text, num: int, size: int) -> None:
-    """Reads on in a text's prompt, and adds the scores of the tokens after.
+  def score(self, sequence: requests_lib.Text, num: int, size: int) -> None:
+    """Prefills part of a prompt, and adds the scores of the tokens after it.
 
     Args:
-      text: whose prompt is read up to its `num_read`.
-      num: tokens that are read, at most `size`.
-      size: of the chunk that is compiled.
+      sequence: the sequence, in whose prompt `num_cached` tokens are done.
+      num: number of tokens to prefill, at most `size`.
+      size: size of the compiled chunk, to which the tokens are padded.
     """
-    request, start = text.request, text.num_read
-    assert text.lease is not None
+    request, start = sequence.request, sequence.num_cached
+    assert sequence.lease is not None
     part = request.prompt[start : start + num]
-    chunk = self._chunk(part, start, size, text.lease.pages)
+    chunk = self._chunk(part, start, size, sequence.lease.pages)
     rows = self._parts
     after = request.prompt[start + 1 : start + 1 + num]
     calibration = request.sampling.calibration
@@ -140,13 +141,15 @@ class PagedDecoder:
       self._config.num_top,
     )
     log_prob_C, top = jax.device_get((log_prob_BC[0], [a[0] for a in top]))
-    text.prompt_scores.add(
+    sequence.prompt_scores.add(
       log_prob_C[:num], [a[:num] for a in top], request.num_top
     )
 
-  def _chunk(self, tokens, start: int, size: int, pages) -> tuple[Any, ...]:
-    """Returns part of a prompt, where it stands, and its pages."""
-    rows = self._parts  # One, but on meshes that split rows.
+  def _chunk(
+    self, tokens: Sequence[int], start: int, size: int, pages: Sequence[int]
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns tokens (B, C), their positions (B, C) and pages (B, N)."""
+    rows = self._parts  # One, except on meshes that shard rows.
     tokens_BC = prompts_lib.pad([tokens], (rows, size), 0)
     index_BC = np.full((rows, size), self._nowhere, np.int32)
     if pages:
@@ -154,38 +157,49 @@ class PagedDecoder:
     pages_BN = prompts_lib.pad([pages], (rows, self._blocks), 0)
     return tokens_BC, index_BC, pages_BN
 
-  def write(
-    self, texts: Sequence[requests_lib.Text], masks: Sequence[Any]
-  ) -> Any:
-    """Returns the next token of each text, and what is told beside it.
+  def decode(
+    self,
+    sequences: Sequence[requests_lib.Text],
+    masks: Sequence[requests_lib.Mask | None],
+  ) -> _Decoded:
+    """Decodes the next token of each sequence.
 
     Args:
-      texts: whose prompts are read, up to the last token.
-      masks: what the control of each says of its next token, or None.
+      sequences: sequences whose prompts are done, up to the last token.
+      masks: mask of the next token of each; None if it has no constraint.
 
     Returns:
-      Arrays of at least as many rows: tokens (B,), their log-probabilities
-      (B,), and log-probabilities and tokens (B, K) of the most probable if any
-      text asks for them.
+      Arrays of at least as many rows as sequences: tokens (B,), their
+      log-probabilities (B,), and log-probabilities and ids (B, K) of the
+      likeliest tokens; None if no request needs them.
     """
-    rows = min(n for n in self._row_sizes if n >= len(texts))
-    return self._write(texts, rows, masks)
+    rows = min(n for n in self._row_sizes if n >= len(sequences))
+    return self._decode(sequences, rows, masks)
 
   @property
   def _nowhere(self) -> int:
-    """The position past the last block: what is written there is lost."""
+    """The position past the last block, where writes are dropped."""
     return self._blocks * self._config.page_size
 
-  def _write(self, texts: Sequence[requests_lib.Text], rows: int, masks) -> Any:
-    requests = [text.request for text in texts]
-    lengths = [len(text.all_tokens) for text in texts]
-    pages = [text.lease.pages if text.lease else [] for text in texts]
-    places = [n - 1 if own else self._nowhere for n, own in zip(lengths, pages)]
+  def _decode(
+    self,
+    sequences: Sequence[requests_lib.Text],
+    rows: int,
+    masks: Sequence[requests_lib.Mask | None],
+  ) -> _Decoded:
+    requests = [sequence.request for sequence in sequences]
+    lengths = [len(sequence.all_tokens) for sequence in sequences]
+    leases = [sequence.lease for sequence in sequences]
+    pages = [lease.pages if lease else [] for lease in leases]
+    places = [
+      length - 1 if row_pages else self._nowhere
+      for length, row_pages in zip(lengths, pages)
+    ]
     column = functools.partial(rows_lib.column, rows=rows)
     logits_BV, self._caches = engine_programs.write(
       self._model,
       self._caches,
-      column(text.all_tokens[-1] for text in texts),
+      column(sequence.all_tokens[-1] for sequence in sequences),
       column(places, fill=self._nowhere),
       prompts_lib.pad(pages, (rows, self._blocks), 0),
     )
@@ -194,14 +208,14 @@ class PagedDecoder:
     token_B, log_prob_B = engine_programs.choose(
       logits_BV,
       settings,
-      rows_lib.history(texts, settings, rows, self.vocab_size),
+      rows_lib.history(sequences, settings, rows, self.vocab_size),
       column(seeds, dtype=np.uint32),
       column(request.row for request in requests),
-      column(len(text.tokens) for text in texts),
+      column(len(sequence.tokens) for sequence in sequences),
       ends_BE,
       rows_lib.controls(masks, rows),
     )
-    top: Any = None
+    top = None
     if any(request.num_top for request in requests):
       calibration_B = settings.calibration_B
       top = engine_programs.alternatives(
@@ -211,7 +225,10 @@ class PagedDecoder:
 
 
 def _row_sizes(num_slots: int, parts: int) -> list[int]:
-  """Returns multiples of the parts up to the slots, each a quarter of the next.
+  """Returns the numbers of rows that are compiled.
+
+  They are multiples of `parts` up to the slots, each about a quarter of the
+  next.
 
   >>> _row_sizes(16, 1)
   [1, 4, 16]

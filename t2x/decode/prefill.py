@@ -1,6 +1,6 @@
-"""From prompts to the caches that decoding goes on from; checked before that.
+"""Prefill: checks the prompts of a call, and computes their caches.
 
-Shape suffixes: B batch (padded), S capacity or source, E ends.
+Shape suffixes: B batch (padded), S cache capacity or source, E ends.
 """
 
 from collections.abc import Sequence
@@ -16,28 +16,32 @@ from t2x.decode import processors
 from t2x.decode import prompts as prompts_lib
 from t2x.layers import attention_kinds
 from t2x.models import decoder
+from t2x.models import encoder_decoder
 from t2x.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-  """What all ways of decoding take.
+  """Options that sampling, beam search and speculative decoding share.
 
   Attributes:
-    eos_id: the token that ends a row, or several of them; None always goes on
-      to `num_tokens`.
-    pad_id: fills rows up; no other token sees it.
-    start_id: the first token of an answer, by default `pad_id` as in T5; with a
-      decoder, what an empty prompt becomes, which is else an error.
-    max_length: the most tokens of a sequence, new ones included: as in
-      training, for a model whose positions have no limit of their own.
-    capacity: positions in the cache; calls of one capacity and `num_rows` share
-      their compiled programs. None rounds up what this call needs.
-    num_rows: rows that the prompts are padded to. None takes a power of two,
-      at least 4.
-    chunk: how many tokens of the prompts run at a time.
-    cache_dtype: of cached keys and values, by default the model's; `int8` keeps
-      a scale for each vector and changes the numbers a little.
+    eos_id: token that ends a sequence, or several such tokens; None always
+      generates `num_tokens` tokens.
+    pad_id: token that pads rows; no other token attends to it.
+    start_id: first token of an encoder-decoder's answer, `pad_id` if None, as
+      in T5. With a decoder, the token that replaces an empty prompt, which is
+      an error if None.
+    max_length: the most tokens of a sequence, new ones included; for a model
+      whose positions have no limit, usually the length of training. None sets
+      no limit beside the model's options.
+    capacity: number of positions in the caches; calls of one capacity and
+      `num_rows` share their compiled programs. None rounds up the need of this
+      call.
+    num_rows: number of rows to which the prompts are padded. None takes a power
+      of two, at least 4.
+    chunk: number of prompt tokens that run at a time.
+    cache_dtype: dtype of cached keys and values; None is the model's. `int8`
+      keeps a scale for each vector and changes the results slightly.
   """
 
   eos_id: int | Sequence[int] | None = None
@@ -52,16 +56,16 @@ class Options:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-  """Prompts that were checked.
+  """The checked arguments of a call that generates.
 
   Attributes:
-    model: what goes on with them.
-    rows: the prompts, as arrays.
-    num_tokens: the most new tokens.
-    num_rows: of the padded batch.
-    ends: the tokens that end a row.
-    limit: the most tokens of a sequence.
-    options: of the call.
+    model: a `Decoder` or an `EncoderDecoder`.
+    rows: prompts, as arrays of token ids.
+    num_tokens: the most new tokens of each prompt.
+    num_rows: number of rows of the padded batch.
+    ends: tokens that end a sequence.
+    limit: the most tokens of a sequence; None if there is no limit.
+    options: the other options of the call.
   """
 
   model: decode_loop.Model
@@ -74,16 +78,17 @@ class Request:
 
   @property
   def ends_BE(self) -> np.ndarray:
-    """The ends of each row; at least four, so that programs are shared."""
+    """The end tokens of each row, padded to 4 or more to share programs."""
     width = max(4, prompts_lib.power_of_two(max(len(self.ends), 1)))
     shape = self.num_rows, width
     return prompts_lib.pad([self.ends] * self.num_rows, shape, processors.NONE)
 
   @property
   def histories(self) -> list[Any]:
-    """What each row's text begins with: its prompt, or the start of an answer.
+    """The tokens that come before the new ones in each row's sequence.
 
-    A source is no part of the text.
+    That is the prompt, or the first token of an answer, which does not contain
+    its source.
     """
     if not isinstance(self.model, decoder.Decoder):
       return [[self.start_id]] * self.num_rows
@@ -92,21 +97,23 @@ class Request:
   @property
   def start_id(self) -> int:
     """The first token of an answer."""
-    own = self.options
-    return own.pad_id if own.start_id is None else own.start_id
+    options = self.options
+    return options.pad_id if options.start_id is None else options.start_id
 
   def start(self, slack: int = 0) -> dict[str, Any]:
     """Computes the caches of the prompts.
 
     Args:
-      slack: tokens of a step that may turn out not to count.
+      slack: number of a step's tokens that may be taken back; see
+        `Decoder.empty_caches`.
 
     Returns:
       Arguments of `decode_loop.decode`: caches, token_B, index_B, capacity, and
       with an encoder source_segments_BS.
     """
-    continues = isinstance(self.model, decoder.Decoder)
-    return _text(self, slack) if continues else _answer(self)
+    if isinstance(self.model, decoder.Decoder):
+      return _prefill(self, self.model, slack)
+    return _encode(self, self.model)
 
 
 def check(
@@ -115,17 +122,17 @@ def check(
   num_tokens: int,
   options: Options,
 ) -> Request:
-  """Checks a request; nothing is compiled yet.
+  """Checks the arguments of a call that generates, before any compilation.
 
   Args:
     model: a `Decoder` or an `EncoderDecoder`.
-    prompts: token ids of each row: a text to go on with, or a source.
-    num_tokens: the most new tokens of a row.
-    options: of the call.
+    prompts: token ids of each prompt: a sequence to continue, or a source.
+    num_tokens: the most new tokens of each prompt.
+    options: the other options of the call.
 
   Raises:
-    ValueError: an encoder, no or empty prompts, a prompt that is too long, ids
-      outside the vocabulary, or a setting out of range.
+    ValueError: the model is an encoder, prompts are missing, empty or too long,
+      ids are outside the vocabulary, or an option is out of range.
   """
   check_model(model)
   vocab_size = model.config.vocab_size
@@ -168,8 +175,8 @@ def check(
   )
 
 
-def check_model(model: Any) -> None:
-  """Raises ValueError if a model cannot go on token by token."""
+def check_model(model: object) -> None:
+  """Raises ValueError if a model cannot generate token by token."""
   if not isinstance(model, decode_loop.Model):
     raise ValueError(
       f'{type(model).__name__} cannot generate: only a Decoder or an '
@@ -181,22 +188,27 @@ def check_model(model: Any) -> None:
       raise ValueError(attention_kinds.no_decoding(kind))
 
 
-def _text(request: Request, slack: int) -> dict[str, Any]:
-  """Returns where decoding goes on from: after the prompts."""
-  rows, num_rows, own = request.rows, request.num_rows, request.options
+def _prefill(
+  request: Request, model: decoder.Decoder, slack: int
+) -> dict[str, Any]:
+  """Returns the arguments of decoding after the prompts."""
+  rows, num_rows, options = request.rows, request.num_rows, request.options
   lengths = [len(row) for row in rows]
   capacity = prompts_lib.capacity(
-    own.capacity, max(lengths) + request.num_tokens, request.limit, own.chunk
+    options.capacity,
+    max(lengths) + request.num_tokens,
+    request.limit,
+    options.chunk,
   )
-  tokens_BS = prompts_lib.pad(rows, (num_rows, capacity), own.pad_id)
+  tokens_BS = prompts_lib.pad(rows, (num_rows, capacity), options.pad_id)
   last_B = np.zeros(num_rows, np.int32)
   last_B[: len(rows)] = np.array(lengths) - 1
   caches = decode_loop.prefill(
-    request.model,
+    model,
     tokens_BS,
     last_B,
-    chunk=own.chunk,
-    cache_dtype=own.cache_dtype,
+    chunk=options.chunk,
+    cache_dtype=options.cache_dtype,
     slack=slack,
   )
   return {
@@ -207,25 +219,27 @@ def _text(request: Request, slack: int) -> dict[str, Any]:
   }
 
 
-def _answer(request: Request) -> dict[str, Any]:
-  """Returns where decoding goes on from: a start token, with the sources."""
-  rows, num_rows, own = request.rows, request.num_rows, request.options
+def _encode(
+  request: Request, model: encoder_decoder.EncoderDecoder
+) -> dict[str, Any]:
+  """Returns the arguments of decoding from a start token, given the sources."""
+  rows, num_rows, options = request.rows, request.num_rows, request.options
   lengths = [len(row) for row in rows]
   limit = request.limit
   new = request.num_tokens
-  capacity = prompts_lib.capacity(own.capacity, new, limit, own.chunk)
-  length = prompts_lib.capacity(None, max(lengths), limit, own.chunk)
-  # The encoder refuses more positions than it has, padding or not.
-  most = request.model.config.max_length or length
+  capacity = prompts_lib.capacity(options.capacity, new, limit, options.chunk)
+  length = prompts_lib.capacity(None, max(lengths), limit, options.chunk)
+  # The encoder has a limit of positions, which padding must not exceed either.
+  most = model.config.max_length or length
   shape = (num_rows, min(length, most))
-  source_BS = prompts_lib.pad(rows, shape, own.pad_id)
+  source_BS = prompts_lib.pad(rows, shape, options.pad_id)
   segments_BS = prompts_lib.pad([[1] * n for n in lengths], shape, 0)
   caches = decode_loop.encode(
-    request.model,
+    model,
     source_BS,
     segments_BS,
     capacity=capacity,
-    cache_dtype=own.cache_dtype,
+    cache_dtype=options.cache_dtype,
   )
   return {
     'caches': caches,
@@ -237,7 +251,7 @@ def _answer(request: Request) -> dict[str, Any]:
 
 
 def row_parts() -> int:
-  """Returns the fewest rows that the active rules can split."""
+  """Returns the least number of rows that the active rules can shard."""
   mesh = jax.sharding.get_abstract_mesh()
   for parts in range(1, mesh.size):
     rows = jax.ShapeDtypeStruct((parts,), jnp.int32)

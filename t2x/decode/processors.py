@@ -1,8 +1,8 @@
-"""What is done to logits before a token is drawn: small pure functions.
+"""Logit processors: small pure functions that change logits before a draw.
 
-Each takes logits (B, V) and its settings, one a row, and gives logits back;
--inf is a token that cannot be drawn. `sampling` composes them. None sorts a
-vocabulary: the least value that stays is found by halving.
+Each takes logits (B, V) and settings with one entry a row, and returns logits;
+-inf marks a token that cannot be drawn. `sampling` composes them. None sorts
+the vocabulary: thresholds are found by bisection.
 
 Shape suffixes: B batch, V vocabulary, M words, W tokens of the longest word.
 """
@@ -10,8 +10,8 @@ Shape suffixes: B batch, V vocabulary, M words, W tokens of the longest word.
 import jax
 import jax.numpy as jnp
 
-NONE = -1  # No token has this id: it fills up words and ends.
-MOST_SORTED = 256  # Up to here a partial sort finds the k largest sooner.
+NONE = -1  # No token has this id; it pads words and ends.
+MOST_SORTED = 256  # Up to this k, a partial sort is faster than bisection.
 
 
 def biased(logits_BV: jax.Array, bias_BV: jax.Array) -> jax.Array:
@@ -22,14 +22,15 @@ def biased(logits_BV: jax.Array, bias_BV: jax.Array) -> jax.Array:
 def repetition(
   logits_BV: jax.Array, seen_BV: jax.Array, penalty_B: jax.Array
 ) -> jax.Array:
-  """Weakens tokens that were there before (Keskar et al., 2019, CTRL).
+  """Penalizes tokens that have occurred before (Keskar et al., 2019, CTRL).
 
   Positive logits are divided by the penalty, negative ones multiplied.
 
   Args:
-    logits_BV: of the next token.
-    seen_BV: which tokens the prompt or the text so far holds.
-    penalty_B: above 1 weakens them, below strengthens; 1 changes nothing.
+    logits_BV: logits of the next token.
+    seen_BV: whether each token occurs in the prompt or the new tokens.
+    penalty_B: penalty of each row; above 1 makes repetition less likely, below
+      1 more likely, and 1 changes nothing.
   """
   penalty_B1 = penalty_B[:, None]
   weaker_BV = jnp.where(
@@ -44,9 +45,15 @@ def frequency(
   presence_B: jax.Array,
   frequency_B: jax.Array,
 ) -> jax.Array:
-  """Subtracts presence + frequency * count from tokens that were written.
+  """Subtracts presence + frequency * count from tokens that were generated.
 
-  As OpenAI's API defines both penalties: the prompt does not count.
+  Both penalties are those of OpenAI's API: the prompt does not count.
+
+  Args:
+    logits_BV: logits of the next token.
+    counts_BV: number of times that each token was generated.
+    presence_B: presence penalty of each row.
+    frequency_B: frequency penalty of each row.
   """
   counts_BV = counts_BV.astype(logits_BV.dtype)
   once_BV = (counts_BV > 0).astype(logits_BV.dtype)
@@ -61,10 +68,10 @@ def without_words(
   """Bans the token that would complete a word.
 
   Args:
-    logits_BV: of the next token.
-    recent_BW: the latest tokens of each row, the last one last; one fewer than
-      the longest word has.
-    words_BMW: banned words, each flush right after fillers `NONE`.
+    logits_BV: logits of the next token.
+    recent_BW: latest tokens of each row in order, one fewer than the longest
+      word has.
+    words_BMW: banned words, padded on the left with `NONE`.
   """
   begun_BMW = (words_BMW[..., :-1] == recent_BW[:, None]) | (
     words_BMW[..., :-1] == NONE
@@ -76,8 +83,8 @@ def without_bits(logits_BV: jax.Array, bits_BW: jax.Array) -> jax.Array:
   """Bans the tokens whose bits are set.
 
   Args:
-    logits_BV: of the next token.
-    bits_BW: uint32 words with a bit for each token, the lowest first.
+    logits_BV: logits of the next token.
+    bits_BW: bits of uint32 words, one a token, lowest bit first.
   """
   B, V = logits_BV.shape
   place = jnp.arange(32, dtype=jnp.uint32)[None, None]
@@ -91,24 +98,24 @@ def min_length(
   """Bans the tokens that end a row while it is short.
 
   Args:
-    logits_BV: of the next token.
-    is_short_B: rows that may not end yet.
-    ends_BE: tokens that end each row, `NONE` for fewer.
+    logits_BV: logits of the next token.
+    is_short_B: whether each row may not end yet.
+    ends_BE: tokens that end each row, padded with `NONE`.
   """
   return _without(logits_BV, ends_BE, is_short_B[:, None])
 
 
 def only(logits_BV: jax.Array, token_B: jax.Array) -> jax.Array:
-  """Leaves one token of a row, with the logit 0; `NONE` leaves all."""
+  """Bans all tokens of a row except one; `NONE` changes nothing."""
   is_it_BV = jnp.arange(logits_BV.shape[-1])[None] == token_B[:, None]
   given_BV = jnp.where(is_it_BV, 0.0, -jnp.inf).astype(logits_BV.dtype)
   return jnp.where(token_B[:, None] == NONE, logits_BV, given_BV)
 
 
 def temperature(logits_BV: jax.Array, value_B: jax.Array) -> jax.Array:
-  """Divides by a temperature; the largest logit becomes 0.
+  """Divides by the temperature, after a shift of the largest logit to 0.
 
-  At 0 the largest ones alone stay.
+  At temperature 0, only the largest logits remain.
   """
   # Shifted first, so that a tiny temperature overflows to -inf, not to NaN.
   shifted_BV = logits_BV - logits_BV.max(-1, keepdims=True)
@@ -123,12 +130,12 @@ def top_k(
 ) -> jax.Array:
   """Keeps the k largest logits (Fan et al., 2018).
 
-  Tokens that equal the k-th stay too: nothing tells them apart.
+  Logits that equal the k-th largest are kept too.
 
   Args:
-    logits_BV: of the next token.
-    k_B: how many, for each row.
-    most: no k is above it; None if that is not known.
+    logits_BV: logits of the next token.
+    k_B: number of logits to keep in each row.
+    most: upper bound of all k; None if there is no known bound.
   """
   V = logits_BV.shape[-1]
   if most is not None and most <= MOST_SORTED:
@@ -137,27 +144,27 @@ def top_k(
     least_B1 = jnp.take_along_axis(largest_BK, place_B[:, None], axis=1)
     return _where(logits_BV, logits_BV >= least_B1)
   ones_BV = jnp.ones_like(logits_BV)
-  least_B = _least(logits_BV, ones_BV, k_B.astype(jnp.float32))
+  least_B = _threshold(logits_BV, ones_BV, k_B.astype(jnp.float32))
   return _where(logits_BV, logits_BV >= least_B[:, None])
 
 
 def largest_few(logits_BV: jax.Array, num: int) -> tuple[jax.Array, jax.Array]:
-  """Returns the `num` largest logits and their tokens, by token, (B, num)."""
-  found = jax.lax.top_k(logits_BV, min(num, logits_BV.shape[-1]))
-  token_BC, few_BC = jax.lax.sort(found[::-1], dimension=-1, num_keys=1)
-  return few_BC, token_BC
+  """Returns the `num` largest logits and their ids, ordered by id, (B, num)."""
+  largest = jax.lax.top_k(logits_BV, min(num, logits_BV.shape[-1]))
+  token_BC, logits_BC = jax.lax.sort(largest[::-1], dimension=-1, num_keys=1)
+  return logits_BC, token_BC
 
 
 def top_p(logits_BV: jax.Array, p_B: jax.Array) -> jax.Array:
   """Keeps the most likely tokens up to a mass of p (Holtzman et al., 2020).
 
-  A token stays if those before it, most likely first, sum to less than p: the
-  one that crosses p stays, and there is always one. Tokens that equal the last
-  one stay too. 1 keeps all.
+  A token is kept if the more likely ones sum to less than p, so the one that
+  crosses p is kept, and there is always one. Tokens as likely as the last one
+  are kept too. p = 1 keeps all.
   """
   weights_BV, total_B = _weights(logits_BV)
-  least_B = _least(weights_BV, weights_BV, p_B * total_B)
-  # Rounding must not cut the tail where p = 1 asks for everything.
+  least_B = _threshold(weights_BV, weights_BV, p_B * total_B)
+  # At p = 1, rounding must not cut the tail.
   least_B = jnp.where(p_B >= 1, -1.0, least_B)
   is_kept_BV = weights_BV >= least_B[:, None]
   return _where(logits_BV, is_kept_BV)
@@ -175,7 +182,7 @@ def min_p(logits_BV: jax.Array, p_B: jax.Array) -> jax.Array:
 def typical(logits_BV: jax.Array, p_B: jax.Array) -> jax.Array:
   """Keeps tokens whose surprise is nearest to the entropy, up to a mass of p.
 
-  Meister et al., 2023 (Locally Typical Sampling). 1 keeps all.
+  Meister et al., 2023 (Locally Typical Sampling). p = 1 keeps all.
   """
   weights_BV, total_B = _weights(logits_BV)
   log_probs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
@@ -184,20 +191,25 @@ def typical(logits_BV: jax.Array, p_B: jax.Array) -> jax.Array:
   surprise_BV = jnp.where(finite_BV, -log_probs_BV, 0.0)
   entropy_B1 = (probs_BV * surprise_BV).sum(-1, keepdims=True)
   distance_BV = jnp.where(finite_BV, jnp.abs(surprise_BV - entropy_B1), jnp.inf)
-  least_B = _least(-distance_BV, weights_BV, p_B * total_B)
+  least_B = _threshold(-distance_BV, weights_BV, p_B * total_B)
   least_B = jnp.where(p_B >= 1, -jnp.inf, least_B)
   return _where(logits_BV, -distance_BV >= least_B[:, None])
 
 
 def draw(logits_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
-  """Draws one token a row by a number in [0, 1): where its mass is reached.
+  """Draws one token a row, by inversion of the cumulative distribution.
 
-  One number a row instead of one a token: for a vocabulary of 50k that is
-  fifteen times faster than perturbing every logit. Sums run over pieces of the
-  vocabulary and then over one of them, so that they stay precise.
+  It uses one random number a row instead of one a token: for a vocabulary of
+  50k that is fifteen times faster than perturbing every logit. The cumulative
+  sum runs over pieces of the vocabulary and then within one piece, so that it
+  stays precise.
+
+  Args:
+    logits_BV: logits of the next token, at least one of a row above -inf.
+    uniform_B: random number of each row, uniform in [0, 1).
 
   Returns:
-    int32 (B,); never a token of -inf.
+    Token ids (B,), int32; never a token whose logit is -inf.
   """
   weights_BV, _ = _weights(logits_BV)
   B, V = weights_BV.shape
@@ -210,9 +222,11 @@ def draw(logits_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
   piece_B = (ends_BP <= wanted_B[:, None]).sum(-1)
   starts_BP = jnp.pad(ends_BP, ((0, 0), (1, 0)))
   at = lambda a, i: jnp.take_along_axis(a, i[:, None], axis=1)[:, 0]
-  own_BS = jnp.take_along_axis(pieces_BPS, piece_B[:, None, None], axis=1)[:, 0]
-  mass_BS = jnp.cumsum(own_BS, axis=-1)
-  # Rounding may ask for more than the piece has: then its last token.
+  piece_BS = jnp.take_along_axis(pieces_BPS, piece_B[:, None, None], axis=1)[
+    :, 0
+  ]
+  mass_BS = jnp.cumsum(piece_BS, axis=-1)
+  # Rounding may exceed the sum of the piece; then its last token is taken.
   most_B = mass_BS[:, -1] * (1 - 2.0**-23)
   inside_B = jnp.minimum(wanted_B - at(starts_BP, piece_B), most_B)
   place_B = (mass_BS <= inside_B[:, None]).sum(-1)
@@ -220,40 +234,47 @@ def draw(logits_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
 
 
 def largest(logits_BV: jax.Array) -> jax.Array:
-  """Returns the most likely token of each row, the first of equal ones."""
-  # CPUs find a maximum and then its place in a quarter of argmax's time.
+  """Returns the most likely token of each row; of equal ones the first."""
+  # On CPUs this takes a quarter of the time of argmax.
   V = logits_BV.shape[-1]
   is_largest_BV = logits_BV == logits_BV.max(-1, keepdims=True)
   place_BV = jnp.where(is_largest_BV, jnp.arange(V, dtype=jnp.int32)[None], V)
   return jnp.minimum(place_BV.min(-1), V - 1)
 
 
-def _without(logits_BV, tokens_BM, is_banned_BM):
-  """Bans some of the tokens of each row; `NONE` is no token."""
+def _without(
+  logits_BV: jax.Array, tokens_BM: jax.Array, is_banned_BM: jax.Array
+) -> jax.Array:
+  """Bans the tokens of each row that are marked; `NONE` is no token."""
   V = logits_BV.shape[-1]
   place_BM = jnp.where(is_banned_BM & (tokens_BM != NONE), tokens_BM, V)
   ban = jax.vmap(lambda row, place: row.at[place].set(-jnp.inf, mode='drop'))
   return ban(logits_BV, place_BM)
 
 
-def _where(logits_BV, is_kept_BV):
+def _where(logits_BV: jax.Array, is_kept_BV: jax.Array) -> jax.Array:
   return jnp.where(is_kept_BV, logits_BV, -jnp.inf)
 
 
-def _weights(logits_BV):
-  """Returns exp(logits), 1 for the largest, and their sums (B,)."""
+def _weights(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns exp(logits), scaled so that the largest is 1, and sums (B,)."""
   weights_BV = jnp.exp(logits_BV - logits_BV.max(-1, keepdims=True))
   return weights_BV, weights_BV.sum(-1)
 
 
-def _least(x_BV, weights_BV, limit_B) -> jax.Array:
-  """Returns the least float of each row above which weights sum below a limit.
+def _threshold(
+  x_BV: jax.Array, weights_BV: jax.Array, limit_B: jax.Array
+) -> jax.Array:
+  """Returns the least x of each row above which weights sum below a limit.
 
-  The interval between the smallest and the largest x of a row is halved, by the
-  order of floats as integers: 32 times, each one sum over the vocabulary.
+  It bisects the interval from the smallest to the largest x of a row, with
+  floats mapped to integers of the same order: 32 steps, each one sum over the
+  vocabulary.
   """
 
-  def halve(_, bounds):
+  def bisect(
+    _: jax.Array, bounds: tuple[jax.Array, jax.Array]
+  ) -> tuple[jax.Array, jax.Array]:
     low_B, high_B = bounds
     # The mean without overflow.
     middle_B = (low_B & high_B) + ((low_B ^ high_B) >> 1)
@@ -265,17 +286,17 @@ def _least(x_BV, weights_BV, limit_B) -> jax.Array:
     )
 
   bounds = _integer(x_BV.min(-1)), _integer(x_BV.max(-1))
-  return _float(jax.lax.fori_loop(0, 32, halve, bounds)[0])
+  return _float(jax.lax.fori_loop(0, 32, bisect, bounds)[0])
 
 
 def _integer(x: jax.Array) -> jax.Array:
-  """Returns int32s in the order of float32s."""
+  """Maps float32 to int32 with the same order."""
   bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
-  # Those of negative numbers grow as the numbers fall; -0.0 equals 0.0.
+  # The bits of negative numbers have the opposite order; -0.0 equals 0.0.
   return jnp.where(bits < 0, jnp.int32(-(2**31)) - bits, bits)
 
 
 def _float(order: jax.Array) -> jax.Array:
-  """The inverse of `_integer`."""
+  """Inverts `_integer`."""
   bits = jnp.where(order < 0, jnp.int32(-(2**31)) - order, order)
   return jax.lax.bitcast_convert_type(bits, jnp.float32)

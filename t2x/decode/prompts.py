@@ -1,4 +1,4 @@
-"""Prompts as arrays of few different shapes, checked before anything compiles.
+"""Prompts as padded arrays of few shapes, checked before any compilation.
 
 Shape suffixes: B batch (padded), S capacity.
 """
@@ -9,21 +9,24 @@ from typing import Any
 
 import numpy as np
 
-# Smaller shapes save little and cost a compilation each.
+# Smaller shapes save little time, and each costs a compilation.
 _MIN_CHUNKS = 4
 _MIN_ROWS = 4
 _CACHE_DTYPES = ('float32', 'bfloat16', 'int8')
 
 
 def check_settings(
-  counts: Mapping[str, int | None], *, vocab_size: int, ids: Mapping[str, Any]
+  counts: Mapping[str, int | None],
+  *,
+  vocab_size: int,
+  ids: Mapping[str, int | None],
 ) -> None:
   """Raises ValueError for a setting out of range.
 
   Args:
-    counts: name -> number, at least 1, or None.
-    vocab_size: what ids must stay below.
-    ids: name -> token id or None.
+    counts: numbers that must be at least 1, by name; None is not checked.
+    vocab_size: upper bound of ids.
+    ids: token ids by name; None is not checked.
   """
   for name, value in counts.items():
     if value is not None and value < 1:
@@ -37,7 +40,7 @@ def check_settings(
 
 
 def ends(eos_id: int | Sequence[int] | None) -> list[int]:
-  """Returns the tokens that end a row."""
+  """Returns a list of the tokens that end a sequence."""
   if eos_id is None:
     return []
   return list(eos_id) if isinstance(eos_id, Sequence) else [eos_id]
@@ -49,8 +52,8 @@ def to_rows(
   """Returns the prompts as int32 arrays; an empty one becomes `start_id`.
 
   Raises:
-    ValueError: no prompts, an empty one without `start_id`, something that is
-      not a sequence of integers, or ids outside the vocabulary.
+    ValueError: there are no prompts, a prompt is empty without `start_id` or no
+      sequence of integers, or an id is outside the vocabulary.
   """
   if isinstance(prompts, str) or not len(prompts):
     raise ValueError(
@@ -63,7 +66,9 @@ def to_rows(
   ]
 
 
-def _to_row(number, prompt, vocab_size, start_id) -> np.ndarray:
+def _to_row(
+  number: int, prompt: Sequence[int], vocab_size: int, start_id: int | None
+) -> np.ndarray:
   row = np.asarray(prompt)
   if row.ndim == 1 and not row.size:
     if start_id is None:
@@ -88,16 +93,20 @@ def _to_row(number, prompt, vocab_size, start_id) -> np.ndarray:
 
 
 def limit(*limits: int | None) -> int | None:
-  """Returns the least of some limits, of which None is none."""
+  """Returns the least of some limits; None is no limit."""
   return min((n for n in limits if n is not None), default=None)
 
 
 def check_text(
   lengths: Sequence[int], num_tokens: int, limit: int | None, more: str
 ) -> None:
-  """Raises ValueError if prompt and new tokens pass the limit of positions.
+  """Raises ValueError if a prompt and its new tokens exceed the limit.
 
-  `more` says how the limit is raised.
+  Args:
+    lengths: number of tokens of each prompt.
+    num_tokens: number of new tokens.
+    limit: the most tokens of a sequence; None is no limit.
+    more: advice on how to raise the limit, for the message.
   """
   longest = max(lengths)
   if limit is None or longest + num_tokens <= limit:
@@ -119,7 +128,14 @@ def check_text(
 def check_answer(
   lengths: Sequence[int], num_tokens: int, limit: int | None, more: str
 ) -> None:
-  """Raises ValueError if a source or its answer passes the limit."""
+  """Raises ValueError if a source or its answer exceeds the limit.
+
+  Args:
+    lengths: number of tokens of each source.
+    num_tokens: number of tokens of an answer.
+    limit: the most tokens of a source and of an answer; None is no limit.
+    more: advice on how to raise the limit, for the message.
+  """
   if limit is None:
     return
   longest = max(lengths)
@@ -138,16 +154,18 @@ def check_answer(
 def capacity(
   given: int | None, needed: int, limit: int | None, chunk: int
 ) -> int:
-  """Returns the positions of a cache: whole chunks, and few different sizes.
+  """Returns the capacity of a cache, a multiple of `chunk`.
 
   Args:
-    given: what the caller asks for, or None for a power of two of chunks.
-    needed: the least that will do.
-    limit: positions that the model has; more are of no use.
-    chunk: the result is a multiple of it.
+    given: capacity that the caller sets; None takes a number of chunks that is
+      a power of two.
+    needed: number of positions that are needed.
+    limit: the most positions of the model, which the result exceeds by less
+      than a chunk; None is no limit.
+    chunk: number of tokens in a chunk of prefill.
 
   Raises:
-    ValueError: less is given than is needed.
+    ValueError: `given` is less than `needed`.
   """
   if given is not None:
     if given < needed:
@@ -161,15 +179,15 @@ def capacity(
 
 
 def num_rows(given: int | None, needed: int, parts: int) -> int:
-  """Returns the rows of a padded batch, a multiple of `parts`.
+  """Returns the number of rows of a padded batch, a multiple of `parts`.
 
   Args:
-    given: what the caller asks for, or None for a power of two.
-    needed: the number of prompts.
-    parts: how many parts a mesh splits the rows into.
+    given: number that the caller sets; None takes a power of two.
+    needed: number of prompts.
+    parts: number of shards of the rows on the mesh.
 
   Raises:
-    ValueError: fewer are given than there are prompts.
+    ValueError: `given` is less than `needed`.
   """
   if given is not None and given < needed:
     raise ValueError(
@@ -180,7 +198,7 @@ def num_rows(given: int | None, needed: int, parts: int) -> int:
 
 
 def check_cache_dtype(given: str | None) -> None:
-  """Raises ValueError if a cache cannot have it."""
+  """Raises ValueError if a cache cannot have this dtype."""
   if given not in (None, *_CACHE_DTYPES):
     raise ValueError(
       f'cache_dtype={given!r}; it is one of {", ".join(_CACHE_DTYPES)}, or '
@@ -189,7 +207,13 @@ def check_cache_dtype(given: str | None) -> None:
 
 
 def pad(rows: Sequence[Any], shape: tuple[int, int], fill: int) -> np.ndarray:
-  """Returns the rows as one array, filled up on the right and below."""
+  """Returns rows as one int32 array, padded on the right and at the end.
+
+  Args:
+    rows: ids of each row.
+    shape: number of rows and length of a row.
+    fill: id of padding.
+  """
   result_BS = np.full(shape, fill, np.int32)
   for row, values in zip(result_BS, rows):
     row[: len(values)] = values
@@ -197,7 +221,7 @@ def pad(rows: Sequence[Any], shape: tuple[int, int], fill: int) -> np.ndarray:
 
 
 def power_of_two(number: int) -> int:
-  """Returns the least power of two that is not below `number`."""
+  """Returns the least power of two that is at least `number`."""
   return 1 << (number - 1).bit_length()
 
 

@@ -1,4 +1,4 @@
-"""Texts that an engine is asked for, and what comes of them."""
+"""Requests to an engine, and the sequences that it generates for them."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -7,55 +7,57 @@ from typing import Protocol
 
 import numpy as np
 
+from t2x.decode import banned as banned_lib
 from t2x.decode import page_table
 from t2x.decode import prompts as prompts_lib
 from t2x.decode import sampling as sampling_lib
 
 
 class Control(Protocol):
-  """Says which tokens may come next; see `t2x.inference.constraints`."""
+  """A constraint on the next token; see `t2x.inference.constraints`."""
 
   def allowed(self) -> np.ndarray:
-    """Returns uint32 words with a bit for each token that may be next."""
+    """Returns the allowed tokens as bits of uint32 words, lowest bit first."""
     ...
 
   def advance(self, token: int) -> None:
-    """Goes on with a token.
+    """Updates the state with the token that was drawn.
 
     Raises:
-      ValueError: nothing can go on from here; the text ends as `error`.
+      ValueError: no token can follow; the sequence ends with reason `error`.
     """
     ...
 
   def raised(self) -> Mapping[int, float]:
-    """Returns what is added to the logits of some tokens."""
+    """Returns the amounts to add to logits, by token id."""
     ...
 
   @property
   def is_done(self) -> bool:
-    """Whether the text is complete and nothing may follow but its end."""
+    """Whether the sequence is complete, so that only an end may follow."""
     ...
 
   def begin(self, prompt: Sequence[int]) -> 'Control':
-    """Returns the same for a text that follows a prompt, at its beginning."""
+    """Returns this constraint for a new sequence, which follows `prompt`."""
     ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-  """A text that is asked for.
+  """A request for the generation of one sequence.
 
   Attributes:
-    prompt: its tokens so far, at least one.
-    num_tokens: the most new tokens; 0 for the prompt's scores alone.
-    sampling: how they are drawn.
-    seed: of what is drawn.
-    row: tells texts of one seed apart, as the rows of `generate`.
-    ends: tokens that end the text.
-    num_top: likeliest tokens that are told beside each new one.
-    control: what may come next; None for anything.
+    prompt: token ids of the prompt, at least one.
+    num_tokens: the most new tokens; 0 for the scores of the prompt alone.
+    sampling: sampling settings.
+    seed: random seed.
+    row: number that distinguishes the draws of requests with one seed, as the
+      row number does in `generate`.
+    ends: tokens that end the sequence.
+    num_top: number of likeliest tokens that are reported at each new token.
+    control: constraint on the new tokens; None if there is none.
     scores_prompt: whether the log-probabilities of the prompt's tokens are
-      told; the whole prompt is read then, whatever others have read of it.
+      reported; the whole prompt is then computed, without shared pages.
   """
 
   prompt: Sequence[int]
@@ -69,32 +71,42 @@ class Request:
   scores_prompt: bool = False
 
 
-# The likeliest tokens in some place, with their log-probabilities.
+# The tokens that may come next, as bits of uint32 words, and the amounts to add
+# to the logits of some.
+Mask = tuple[np.ndarray, Mapping[int, float]]
+# The likeliest tokens at one position, with their log-probabilities.
 Top = list[tuple[int, float]]
 
 
 @dataclasses.dataclass(kw_only=True)
 class Scores:
-  """How likely some tokens were, each after those before it.
+  """Log-probabilities of consecutive tokens, each given those before it.
 
   Attributes:
-    log_probs: of each, under the model itself.
-    top: the likeliest tokens in the place of each, where they are asked for.
+    log_probs: log-probability of each token under the model itself.
+    top: likeliest tokens at the position of each; empty unless requested.
   """
 
   log_probs: list[float] = dataclasses.field(default_factory=list)
   top: list[Top] = dataclasses.field(default_factory=list)
 
-  def add(self, log_probs, top, num: int) -> None:
-    """Adds some tokens'.
+  def add(
+    self,
+    log_probs: np.ndarray,
+    top: Sequence[np.ndarray] | None,
+    num: int,
+  ) -> None:
+    """Appends the scores of some tokens.
 
     Args:
-      log_probs: of each.
-      top: values and ids of the likeliest in the place of each.
-      num: of them that are kept.
+      log_probs: log-probability of each token.
+      top: log-probabilities and ids of the likeliest tokens at the position of
+        each, two arrays; None only if `num` is 0.
+      num: number of likeliest tokens to keep.
     """
     self.log_probs += [float(value) for value in log_probs]
     if num:
+      assert top is not None
       self.top += [
         list(zip(ids[:num].tolist(), values[:num].tolist()))
         for values, ids in zip(*top)
@@ -103,26 +115,26 @@ class Scores:
 
 @dataclasses.dataclass(eq=False)
 class Text:
-  """One text as it comes about.
+  """The sequence of one request, while it is generated and after.
 
   Attributes:
-    request: what was asked for.
-    tokens: new tokens, without the one that ended it.
-    log_probs: of each, under the model itself.
-    top: the likeliest tokens in the place of each new one, with their
-      log-probabilities, where they are asked for.
-    end: the token that ended it, and its scores; None where none did.
-    prompt_scores: of the prompt's tokens but the first, where they are asked
-      for.
-    num_shared: tokens of the prompt that another text had read.
-    reason: why it is over: `stop` (an end token, or a control that is done),
-      `length`, `cancelled`, `error`; None while it goes on.
-    error: what is wrong with its control.
-    lease: of its pages.
-    num_read: positions whose entries are written.
-    counts_V: how often each token was written, where a setting asks.
-    begun: what it has begun of its banned words, if it has any; a state of
-      `banned.Banned`.
+    request: the request.
+    tokens: new tokens, without the end token.
+    log_probs: log-probability of each new token under the model itself.
+    top: likeliest tokens at the position of each new token, with their
+      log-probabilities; empty unless requested.
+    end: end token and its scores; None if no token ended the sequence.
+    prompt_scores: scores of the prompt's tokens except the first; empty unless
+      requested.
+    num_shared: number of prompt tokens whose pages another sequence had filled.
+    reason: reason for its end: `stop` (an end token, or a complete control),
+      `length`, `cancelled` or `error`; None before the end.
+    error: message of the error; '' without one.
+    lease: lease of its pages; None before prefill.
+    num_cached: number of prompt tokens in the caches.
+    counts_V: number of times that each token was generated; None unless a
+      sampling setting needs it.
+    begun: state of the automaton of its banned words; 0 without any.
   """
 
   request: Request
@@ -135,41 +147,41 @@ class Text:
   reason: str | None = None
   error: str = ''
   lease: page_table.Lease | None = None
-  num_read: int = 0
+  num_cached: int = 0
   counts_V: np.ndarray | None = None
   begun: int = 0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self._banned is not None:
       self.begun = self._banned.start(self.request.prompt)
 
   @property
-  def _banned(self):
+  def _banned(self) -> banned_lib.Banned | None:
     return self.request.sampling.banned_words
 
-  def mask(self) -> tuple[np.ndarray, Mapping[int, float]] | None:
-    """Returns which tokens may come next and which are raised; None for all.
+  def mask(self) -> Mask | None:
+    """Returns the mask of the next token; None if there is no constraint.
 
     Raises:
-      ValueError: its control knows none.
+      ValueError: the control allows no token.
     """
-    control, found = self.request.control, None
+    control, mask = self.request.control, None
     if control is not None:
-      found = control.allowed(), control.raised()
+      mask = control.allowed(), control.raised()
     if self._banned is None:
-      return found
+      return mask
     free = ~self._banned.hidden(self.begun)
-    return (free, {}) if found is None else (found[0] & free, found[1])
+    return (free, {}) if mask is None else (mask[0] & free, mask[1])
 
   def add(self, token: int, scores: Scores) -> None:
-    """Goes on with a token.
+    """Appends a new token.
 
     Args:
-      token: its id.
-      scores: log-probabilities in its place.
+      token: id of the token.
+      scores: scores at its position.
 
     Raises:
-      ValueError: its control does not.
+      ValueError: the control does not allow the token.
     """
     self.tokens.append(token)
     self.log_probs += scores.log_probs
@@ -183,11 +195,12 @@ class Text:
 
   @property
   def all_tokens(self) -> list[int]:
+    """Prompt and new tokens."""
     return [*self.request.prompt, *self.tokens]
 
 
 class Overloaded(ValueError):
-  """So many requests wait that no more are taken."""
+  """The queue of requests is full."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,18 +208,20 @@ class EngineConfig:
   """Sizes of an engine.
 
   Attributes:
-    num_slots: rows that are written at a time.
-    page_size: positions of a page, a power of two; prompts are shared by whole
-      pages.
-    num_pages: of the pool; None takes as many as all slots at full length
-      need. With fewer, requests wait for pages.
-    max_length: tokens of a row, new ones included; None takes the model's.
-    max_waiting: requests that wait for a slot; more are refused.
-    chunks: sizes in which prompts are read; each is a compiled program.
-    read: tokens of prompts that are read, at least, before the rows that write
-      get their next token: more favours those who wait, fewer those who write.
-    cache_dtype: as in `prefill.Options`.
-    num_top: most alternatives of a token that a request may ask for.
+    num_slots: number of sequences that are decoded at a time.
+    page_size: number of positions in a page, a power of two; sequences share
+      whole pages.
+    num_pages: number of pages in the pool; None takes as many as all slots need
+      at full length. With fewer, requests wait for pages.
+    max_length: the most tokens of a sequence, new ones included; None is the
+      model's limit.
+    max_waiting: the most requests that wait for a slot; others are rejected.
+    chunks: sizes of the chunks of prefill; each is a compiled program.
+    read: least number of prompt tokens to prefill in each step, if so many
+      wait. More shortens the wait for the first token, fewer the time between
+      tokens.
+    cache_dtype: dtype of cached keys and values; see `prefill.Options`.
+    num_top: the largest `Request.num_top`.
   """
 
   num_slots: int = 16
@@ -219,7 +234,7 @@ class EngineConfig:
   cache_dtype: str | None = None
   num_top: int = 20
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     counts = {
       name: getattr(self, name)
       for name in ('num_slots', 'page_size', 'num_pages', 'max_length', 'read')

@@ -1,17 +1,19 @@
-"""Words that every text of a beam search must hold.
+"""Required words: words that every sequence of a beam search must contain.
 
-A beam knows how far it is in each form of each word (the automaton of Knuth,
-Morris and Pratt, 1977). Beside the likeliest tokens, those that go on with a
-word are always candidates, and beams are shared out among the numbers of tokens
-that are still missing, so that those that have begun late are not crowded out
-(Post and Vilar, 2018, dynamic beam allocation). A beam that could not finish
-its words in the tokens that are left is dropped; words are counted apart, as if
-they could share no tokens. Where the texts of words are known, one is there as
-soon as its text is, whatever the tokens (`word_starts`); its forms then say how
-it may be written.
+Each word has one or more forms, which are lists of tokens, such as the word
+with and without a space before it. The automaton of Knuth, Morris and Pratt
+(1977) follows each form: its state is the number of tokens of the form with
+which the beam ends. The tokens that continue or begin a missing word are always
+candidates, beside the likeliest ones. The beams are divided evenly among the
+numbers of tokens that are still missing, so that beams which begin their words
+late are not crowded out (Post and Vilar, 2018, dynamic beam allocation). A beam
+that cannot complete its words in the remaining tokens is dropped; the count
+assumes that words share no tokens. If the strings of the words are given, a
+word counts as soon as its string appears, however it is tokenized
+(`word_starts`); its forms then only guide the search.
 
 Shape suffixes: B prompts, W beams, C candidates, V vocabulary, N new token, F
-forms, K words, S places in a form, A letters, the tokens that forms have.
+forms, K words, S positions in a form, A alphabet (the tokens of all forms).
 """
 
 from collections.abc import Sequence
@@ -23,28 +25,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from t2x.decode import beam_config
 from t2x.decode import hypotheses
 from t2x.decode import processors
 from t2x.decode import prompts as prompts_lib
 from t2x.decode import word_starts
 
-# A word: its forms, such as with and without a space before it.
+# A word as the token ids of its forms.
 Word = Sequence[Sequence[int]]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Words:
-  """Words as automata; padded, so that few programs serve all.
+  """Required words as automata, padded so that few shapes are compiled.
 
   Attributes:
-    shortest_K: tokens of each word's shortest form; 0 for padding.
-    word_F: the word of each form.
-    length_F: its tokens; 0 for padding.
-    form_FS: its tokens, one by one.
-    letter_A: the tokens that forms have.
-    table_FSA: the place after a letter; that of the length is the end.
-    texts: of the words; None where they are tokens alone.
+    shortest_K: number of tokens of each word's shortest form; 0 for padding.
+    word_F: index of the word of each form.
+    length_F: number of tokens of each form; 0 for padding.
+    form_FS: token ids of each form.
+    letter_A: token ids that occur in forms; -1 for padding.
+    table_FSA: number of matched tokens after one more token of the alphabet;
+      a form is complete when it equals the form's length.
+    texts: strings of the words, as automata over bytes; None if the words are
+      given by tokens alone.
   """
 
   shortest_K: Any
@@ -57,7 +62,10 @@ class Words:
 
 
 def borders(form: Sequence[int]) -> list[int]:
-  """Returns for each prefix the longest proper one that also ends it."""
+  """Returns the length of the longest border of each prefix.
+
+  A border is a proper prefix that is also a suffix.
+  """
   result, place = [0], 0
   for token in form[1:]:
     place = after(form, result, place, token)
@@ -69,13 +77,13 @@ def borders(form: Sequence[int]) -> list[int]:
 def after(
   form: Sequence[int], back: Sequence[int], place: int, token: int
 ) -> int:
-  """Returns how much of a form a text ends with, one token on.
+  """Returns how many tokens of a form match after one more token.
 
   Args:
-    form: tokens of a word.
-    back: its `borders`.
-    place: how much of it the text ended with, less than all.
-    token: that comes next.
+    form: token ids of the form.
+    back: lengths of its borders; see `borders`.
+    place: number of tokens that matched before, less than all.
+    token: token id that comes next.
   """
   while place and form[place] != token:
     place = back[place - 1]
@@ -83,7 +91,7 @@ def after(
 
 
 def check(words: Sequence[Word], num_tokens: int) -> None:
-  """Raises ValueError for words that a text cannot hold."""
+  """Raises ValueError for words that do not fit into `num_tokens` tokens."""
   if not all(words) or any(not len(form) for word in words for form in word):
     raise ValueError('A keyword has no tokens; give words of a letter or more.')
   least = sum(min(map(len, word)) for word in words)
@@ -97,7 +105,12 @@ def check(words: Sequence[Word], num_tokens: int) -> None:
 def make(
   words: Sequence[Word], texts: word_starts.Arrays | None = None
 ) -> Words:
-  """Returns words as arrays."""
+  """Builds the automata of required words.
+
+  Args:
+    words: the forms of each word, as token ids.
+    texts: strings of the words; None if the tokens alone count.
+  """
   up = prompts_lib.power_of_two
   forms = [(k, tuple(form)) for k, word in enumerate(words) for form in word]
   letters = sorted({token for _, form in forms for token in form})
@@ -127,12 +140,15 @@ def make(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class State:
-  """What texts have of the words; leading dimensions are those of the texts.
+  """Progress of sequences in their required words.
+
+  Leading dimensions are those of the sequences.
 
   Attributes:
-    place_F: how much of each form a text ends with.
-    missing_K: which words it lacks.
-    text_K: its state in the automata of `Words.texts`, if there are any.
+    place_F: number of tokens of each form with which a sequence ends.
+    missing_K: whether each word is still missing.
+    text_K: state in the automaton of each word's string; None if there are no
+      `Words.texts`.
   """
 
   place_F: jax.Array
@@ -141,7 +157,7 @@ class State:
 
 
 def begin(words: Words, shape: tuple[int, int]) -> State:
-  """Returns the state of texts without a token: of prompts and beams."""
+  """Returns the state before the first token, of leading dimensions `shape`."""
   missing_K = jnp.asarray(words.shortest_K > 0)
   text_K = None
   if words.texts is not None:
@@ -155,7 +171,7 @@ def begin(words: Words, shape: tuple[int, int]) -> State:
 
 
 def _after(words: Words, state: State, token: jax.Array) -> State:
-  """Returns the state of a text after one more token."""
+  """Returns the state of a sequence after one more token."""
   is_letter_A = token == jnp.asarray(words.letter_A)
   letter = jnp.argmax(is_letter_A)
   forms = jnp.arange(len(words.word_F))
@@ -177,22 +193,25 @@ def _after(words: Words, state: State, token: jax.Array) -> State:
 
 
 def _needed(words: Words, state: State) -> jax.Array:
-  """Returns the tokens that a text lacks, the word that is begun first."""
-  whole = (state.missing_K * words.shortest_K).sum()
+  """Returns the number of tokens still needed for the missing words.
+
+  The word that has been begun furthest is completed first.
+  """
+  total = (state.missing_K * words.shortest_K).sum()
   shortest_F = jnp.asarray(words.shortest_K)[words.word_F]
   saved_F = shortest_F - (words.length_F - state.place_F)
   is_begun_F = _is_missing(words, state) & (state.place_F > 0)
-  return whole - jnp.where(is_begun_F, saved_F, 0).max(initial=0)
+  return total - jnp.where(is_begun_F, saved_F, 0).max(initial=0)
 
 
 def _is_missing(words: Words, state: State) -> jax.Array:
-  """Returns which forms are of words that are missing."""
+  """Returns whether each form belongs to a missing word (F,)."""
   missing_F = state.missing_K[jnp.asarray(words.word_F)]
   return missing_F & (words.length_F > 0)
 
 
 def _forced(words: Words, state: State) -> jax.Array:
-  """Returns tokens that go on with a word or begin one, -1 for none."""
+  """Returns tokens that continue or begin a missing word, -1 for padding."""
   form_FS = jnp.asarray(words.form_FS)
   forms = jnp.arange(len(words.word_F))
   is_missing_F = _is_missing(words, state)
@@ -204,10 +223,24 @@ def _forced(words: Words, state: State) -> jax.Array:
   return jnp.where(is_again_C, processors.NONE, token_C)
 
 
-def advance(beams, log_probs_BWV, step, config: Any, words: Words):
-  """Returns beams with one more token, which one each came from, its token.
+def advance(
+  beams: hypotheses.Beams,
+  log_probs_BWV: jax.Array,
+  step: hypotheses.Step,
+  config: beam_config.BeamConfig,
+  words: Words,
+) -> tuple[hypotheses.Beams, jax.Array, jax.Array]:
+  """Extends the beams of one group by a token, with required words.
 
-  As `beams._advance`, of beams that have a state of their words.
+  Args:
+    beams: beams of the group; `beams.words` is their `State`.
+    log_probs_BWV: log-probabilities of each beam's next token.
+    step: the step of the search.
+    config: settings of the search.
+    words: the required words.
+
+  Returns:
+    The new beams; the beam that each continues (B, W); its new token (B, W).
   """
   number, num_tokens, ends_E = step
   B, W, V = log_probs_BWV.shape
@@ -215,7 +248,7 @@ def advance(beams, log_probs_BWV, step, config: Any, words: Words):
   is_done_BW = ~state.missing_K.any(-1)
   each = lambda fn: jax.vmap(jax.vmap(functools.partial(fn, words)))
   forced_BWC = each(_forced)(state)
-  # Ends wait until all words are there; what is forced is drawn apart.
+  # No beam ends before it has all words; forced tokens are separate candidates.
   ban = jax.vmap(
     jax.vmap(lambda row, at: row.at[at].set(-jnp.inf, mode='drop'))
   )
@@ -227,14 +260,16 @@ def advance(beams, log_probs_BWV, step, config: Any, words: Words):
   free_BWV = ban(free_BWV, placed(forced_BWC)) + beams.sums_BW[..., None]
   num = min(max(2, 1 + len(ends_E)) * W, W * V)
   sums_BC, place_BC = jax.lax.top_k(free_BWV.reshape(B, -1), num)
-  own_BWC = jnp.take_along_axis(
+  forced_sums_BWC = jnp.take_along_axis(
     log_probs_BWV, jnp.maximum(forced_BWC, 0), axis=2
   )
-  own_BWC = jnp.where(forced_BWC < 0, -jnp.inf, own_BWC)
-  own_BWC = own_BWC + beams.sums_BW[..., None]
-  parents_BWC = jnp.broadcast_to(jnp.arange(W)[None, :, None], own_BWC.shape)
+  forced_sums_BWC = jnp.where(forced_BWC < 0, -jnp.inf, forced_sums_BWC)
+  forced_sums_BWC = forced_sums_BWC + beams.sums_BW[..., None]
+  parents_BWC = jnp.broadcast_to(
+    jnp.arange(W)[None, :, None], forced_sums_BWC.shape
+  )
   join = lambda a, b: jnp.concatenate([a, b.reshape(B, -1)], axis=1)
-  sums_BC = join(sums_BC, own_BWC)
+  sums_BC = join(sums_BC, forced_sums_BWC)
   parent_BC = join(place_BC // V, parents_BWC)
   token_BC = join(place_BC % V, jnp.maximum(forced_BWC, 0)).astype(jnp.int32)
   pick = lambda a: hypotheses.take(a, parent_BC)
@@ -244,7 +279,7 @@ def advance(beams, log_probs_BWV, step, config: Any, words: Words):
   sums_BC = jnp.where(is_real_BC, sums_BC, 2 * hypotheses.NEVER)
   is_end_BC = jnp.isin(token_BC, ends_E)
   stops_BC = is_end_BC | (number + 1 >= num_tokens)
-  keep_BW = _shared_out(sums_BC, needed_BC, is_real_BC & ~stops_BC, W)
+  keep_BW = _allocate(sums_BC, needed_BC, is_real_BC & ~stops_BC, W)
   tokens_BCN = jax.lax.dynamic_update_slice_in_dim(
     pick(beams.tokens_BWN), token_BC[..., None], number, axis=2
   )
@@ -258,15 +293,21 @@ def advance(beams, log_probs_BWV, step, config: Any, words: Words):
   )
   stops_BC = stops_BC & is_real_BC & (needed_BC <= 0)
   running = hypotheses.ended(
-    running, (tokens_BCN, sums_BC, stops_BC, is_end_BC), step, config
+    running,
+    hypotheses.Candidates(tokens_BCN, sums_BC, stops_BC, is_end_BC),
+    step,
+    config,
   )
   return running, kept(parent_BC), kept(token_BC)
 
 
-def _shared_out(sums_BC, needed_BC, goes_on_BC, num: int) -> jax.Array:
-  """Returns `num` candidates: the best of each number of missing tokens.
+def _allocate(
+  sums_BC: jax.Array, needed_BC: jax.Array, goes_on_BC: jax.Array, num: int
+) -> jax.Array:
+  """Chooses `num` candidates by dynamic beam allocation (B, num).
 
-  Then the second of each, and so on; those that lack the fewest come first.
+  The best candidate of each number of missing tokens is taken, then the second
+  best of each, and so on; those that miss the fewest come first.
   """
   alike = needed_BC[:, :, None] == needed_BC[:, None, :]
   better = sums_BC[:, None, :] > sums_BC[:, :, None]

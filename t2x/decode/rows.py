@@ -1,14 +1,16 @@
-"""Arrays over the rows of a step, from the texts that are written in it.
+"""The sequences of a decode step as arrays, one row a sequence.
 
 Shape suffixes: B rows, V vocabulary, E ends, W words of 32 tokens, M tokens
-that are raised.
+with raised logits.
 """
 
+from collections.abc import Iterable
 from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from t2x.decode import engine_programs
 from t2x.decode import processors
@@ -16,17 +18,22 @@ from t2x.decode import prompts as prompts_lib
 from t2x.decode import requests as requests_lib
 from t2x.decode import sampling as sampling_lib
 
-_MOST_RAISED = 64  # Tokens of a row.
+_MOST_RAISED = 64  # The most tokens of a row whose logits are raised.
 
 
-def column(values, rows: int, fill: int = 0, dtype: Any = np.int32):
-  """Returns one number a row, filled up."""
+def column(
+  values: Iterable[float],
+  rows: int,
+  fill: int = 0,
+  dtype: npt.DTypeLike = np.int32,
+) -> np.ndarray:
+  """Returns an array of one number a row, padded to `rows` with `fill`."""
   values = list(values)
   return np.array([*values, *[fill] * (rows - len(values))], dtype)
 
 
 class Settings:
-  """How tokens are drawn, made anew where the rows of a step change."""
+  """Sampling settings of a step's rows, rebuilt only if the rows change."""
 
   def __init__(self, vocab_size: int):
     self._vocab_size = vocab_size
@@ -35,10 +42,15 @@ class Settings:
   def of(
     self, requests: Sequence[requests_lib.Request], rows: int
   ) -> tuple[sampling_lib.Rows, np.ndarray]:
-    """Returns the settings of each row, and the tokens that end it (B, E)."""
+    """Returns the settings of each row, and its end tokens (B, E).
+
+    Args:
+      requests: requests of the first rows.
+      rows: number of rows, padding included.
+    """
     key = (rows, *map(id, requests))
     if self._last[0] != key:
-      # Texts know the words that are banned; see `Engine`.
+      # Banned words are part of each sequence's mask; see `requests.Text`.
       configs = [
         dataclasses.replace(request.sampling, banned_words=None)
         for request in requests
@@ -51,34 +63,48 @@ class Settings:
         (rows, prompts_lib.power_of_two(width)),
         processors.NONE,
       )
-      # Requests are kept, or another one might come to have an id of theirs.
+      # The requests are kept, so that no other object can get their ids.
       self._last = key, (settings, ends_BE, requests)
     settings, ends_BE, _ = self._last[1]
     return settings, ends_BE
 
 
 def history(
-  texts: Sequence[requests_lib.Text],
+  sequences: Sequence[requests_lib.Text],
   settings: sampling_lib.Rows,
   rows: int,
   vocab_size: int,
 ) -> sampling_lib.History:
-  """Returns what processors know of each row's text."""
-  prompts = [text.all_tokens for text in texts]
-  prompts += [[]] * (rows - len(texts))
+  """Returns the sampling history of each row.
+
+  Args:
+    sequences: the sequences of the first rows.
+    settings: sampling settings of the rows.
+    rows: number of rows, padding included.
+    vocab_size: size of the vocabulary.
+  """
+  prompts = [sequence.all_tokens for sequence in sequences]
+  prompts += [[]] * (rows - len(sequences))
   result = sampling_lib.begin(settings, prompts, vocab_size)
   if result.counts_BV is None:
     return result
-  for row_V, text in zip(result.counts_BV, texts):
-    if text.counts_V is None:
-      text.counts_V = np.zeros(vocab_size, np.int32)
-      np.add.at(text.counts_V, np.array(text.tokens, int), 1)
-    row_V[:] = text.counts_V
+  for row_V, sequence in zip(result.counts_BV, sequences):
+    if sequence.counts_V is None:
+      sequence.counts_V = np.zeros(vocab_size, np.int32)
+      np.add.at(sequence.counts_V, np.array(sequence.tokens, int), 1)
+    row_V[:] = sequence.counts_V
   return result
 
 
-def controls(masks, rows: int) -> engine_programs.Controls | None:
-  """Returns what controls say of the next tokens; None if there are none."""
+def controls(
+  masks: Sequence[requests_lib.Mask | None], rows: int
+) -> engine_programs.Controls | None:
+  """Joins the masks of the next tokens; returns None if there are none.
+
+  Args:
+    masks: mask of each sequence; None if it has no constraint.
+    rows: number of rows, padding included.
+  """
   given = [mask for mask in masks if mask is not None]
   if not given:
     return None
@@ -89,8 +115,9 @@ def controls(masks, rows: int) -> engine_programs.Controls | None:
     if mask is None:
       continue
     allowed_BW[row], raised = mask
-    some = list(raised.items())[:_MOST_RAISED]
-    for place, (token, amount) in enumerate(some):
+    for place, (token, amount) in enumerate(
+      list(raised.items())[:_MOST_RAISED]
+    ):
       raised_BM[row, place], amounts_BM[row, place] = token, amount
   return engine_programs.Controls(
     allowed_BW=allowed_BW, raised_BM=raised_BM, amounts_BM=amounts_BM

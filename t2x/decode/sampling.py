@@ -1,11 +1,11 @@
-"""From logits to tokens, by settings of each row.
+"""Sampling: draws tokens from logits, with settings of each row.
 
-The processors run in this order: bias, repetition, presence and frequency,
-banned words, least length, first tokens; then temperature, top-k, top-p, min-p,
-typical. It is that of Hugging Face's `generate`, so that the same settings mean
-the same.
-A row's result depends on its own logits, settings and key, never on the rest
-of the batch; and a program holds those processors alone that a row asks for.
+The processors run in this order: bias, repetition, presence and frequency
+penalties, banned words, least length, first tokens; then temperature, top-k,
+top-p, min-p, typical. The order is that of Hugging Face's `generate`, so that
+equal settings have equal effects. A row's result depends only on its own
+logits, settings and key, never on the rest of the batch. A program contains
+only the processors that some row uses.
 
 Shape suffixes: B batch, V vocabulary, M words, W tokens of a word, E ends.
 """
@@ -31,13 +31,15 @@ few = settings_lib.few
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class History:
-  """What processors know of each row's text; None where none asks.
+  """Summary of each row's tokens that logit processors need.
+
+  An array is None if no processor needs it.
 
   Attributes:
-    prompt_BV: whether the prompt holds a token.
-    counts_BV: how often a token was written.
-    recent_BW: the latest tokens, the last one last.
-    begun_B: what the text has begun of banned words: states of `banned.Rows`.
+    prompt_BV: whether each token occurs in the prompt.
+    counts_BV: number of times that each token was generated.
+    recent_BW: latest tokens, in order.
+    begun_B: states of the automata of banned words; see `banned.Rows`.
   """
 
   prompt_BV: Any = None
@@ -65,7 +67,13 @@ class History:
 
 
 def begin(settings: Rows, prompts: Sequence[Any], vocab_size: int) -> History:
-  """Returns the history of rows that have their prompts alone."""
+  """Returns the history of rows before their first new token.
+
+  Args:
+    settings: sampling settings of the rows.
+    prompts: token ids of each row's prompt.
+    vocab_size: size of the vocabulary.
+  """
   shape = len(prompts), vocab_size
   prompt_BV = counts_BV = recent_BW = None
   if settings.repetition_B is not None:
@@ -89,7 +97,7 @@ def begin(settings: Rows, prompts: Sequence[Any], vocab_size: int) -> History:
 
 
 def calibrated(logits: jax.Array, settings: Rows) -> jax.Array:
-  """Returns the logits (B, V) or (B, T, V) of a model after its calibration."""
+  """Divides logits, (B, V) or (B, T, V), by the calibration of each row."""
   if settings.calibration_B is None:
     return logits
   return logits / settings.calibration_B.reshape(-1, *[1] * (logits.ndim - 1))
@@ -107,43 +115,43 @@ def sample(
   """Draws one token for each row.
 
   Args:
-    logits_BV: float32, without the padding of the vocabulary.
-    keys_B: a key for each row; unused where the temperature is 0.
-    settings: of each row.
-    history: of each row.
-    number_B: tokens that each row has written, where `min_tokens` is asked, or
-      how a text begins.
-    ends_BE: the tokens that end each row, where `min_tokens` is asked.
+    logits_BV: float32 logits, without the padding of the vocabulary.
+    keys_B: random key of each row; unused at temperature 0.
+    settings: sampling settings of each row.
+    history: sampling history of each row.
+    number_B: number of new tokens of each row so far; needed for `min_tokens`,
+      `first` and `not_first`.
+    ends_BE: tokens that end each row; needed for `min_tokens`.
 
   Returns:
-    Token ids (B,), int32. At temperature 0 the lowest id of equal ones.
+    Token ids (B,), int32. At temperature 0, the lowest id of equal logits.
   """
   logits_BV = shaped(logits_BV, settings, history, number_B, ends_BE)
   return drawn(logits_BV, keys_B, settings)
 
 
 def drawn(logits_BV: jax.Array, keys_B: jax.Array, settings: Rows) -> jax.Array:
-  """As `sample`, of logits that `shaped` returned."""
+  """Draws one token for each row from the logits that `shaped` returned."""
   if settings.temperature_B is None:
     return processors.largest(logits_BV)
   uniform_B = jax.vmap(jax.random.uniform)(keys_B)
   if (settings.most_k or math.inf) <= processors.MOST_SORTED:
     assert settings.most_k is not None
-    # All that follows has a few tokens to look at, still in their order.
-    few_BC, token_BC = processors.largest_few(logits_BV, settings.most_k)
+    # The following processors then see few tokens, in order of their ids.
+    largest_BC, token_BC = processors.largest_few(logits_BV, settings.most_k)
 
-    def draw_of_few():
-      place_B = processors.draw(truncated(few_BC, settings), uniform_B)
+    def draw_of_largest() -> jax.Array:
+      place_B = processors.draw(truncated(largest_BC, settings), uniform_B)
       return jnp.take_along_axis(token_BC, place_B[:, None], axis=1)[:, 0]
 
-    # Not where others equal the least of them: those stay with it.
-    least_B1 = few_BC.min(-1, keepdims=True)
+    # Unless others equal the least of these: they must be kept as well.
+    least_B1 = largest_BC.min(-1, keepdims=True)
     num_B = (logits_BV >= least_B1).sum(-1)
-    is_whole = (num_B <= few_BC.shape[1]).all()
+    is_whole = (num_B <= largest_BC.shape[1]).all()
     draw_of_all = lambda: processors.draw(
       truncated(logits_BV, settings), uniform_B
     )
-    drawn_B = jax.lax.cond(is_whole, draw_of_few, draw_of_all)
+    drawn_B = jax.lax.cond(is_whole, draw_of_largest, draw_of_all)
   else:
     drawn_B = processors.draw(truncated(logits_BV, settings), uniform_B)
   best_B = processors.largest(logits_BV)
@@ -157,7 +165,15 @@ def shaped(
   number_B: jax.Array | None = None,
   ends_BE: jax.Array | None = None,
 ) -> jax.Array:
-  """Returns logits after what depends on the text: bias to first tokens."""
+  """Applies the processors from bias to first tokens.
+
+  Args:
+    logits_BV: logits of the next token.
+    settings: sampling settings of each row.
+    history: sampling history of each row.
+    number_B: number of new tokens of each row so far; see `sample`.
+    ends_BE: tokens that end each row; see `sample`.
+  """
   if settings.bias_BV is not None:
     logits_BV = processors.biased(logits_BV, settings.bias_BV)
   if settings.repetition_B is not None:
@@ -193,11 +209,13 @@ def shaped(
 
 
 def is_stuck(left_BV: jax.Array, settings: Rows) -> jax.Array | None:
-  """Returns which rows have no token left (B,); None where that cannot be.
+  """Returns whether all tokens of a row are banned (B,).
+
+  It returns None if the settings can ban no token.
 
   Args:
     left_BV: logits that `shaped` returned.
-    settings: of each row.
+    settings: sampling settings of each row.
   """
   hiding = ('bias_BV', 'words_BMW', 'bans', 'min_tokens_B')
   if all(getattr(settings, name) is None for name in hiding):
@@ -206,9 +224,9 @@ def is_stuck(left_BV: jax.Array, settings: Rows) -> jax.Array | None:
 
 
 def truncated(logits_BV: jax.Array, settings: Rows) -> jax.Array:
-  """Returns the logits that are drawn from: temperature to typical.
+  """Applies the processors from temperature to typical.
 
-  Tokens that are left out have -inf; the others are not normalised.
+  Tokens that cannot be drawn get -inf; the others are not normalized.
   """
   logits_BV = processors.temperature(logits_BV, settings.temperature_B)
   if settings.top_k_B is not None:

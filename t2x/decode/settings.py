@@ -1,4 +1,4 @@
-"""How tokens are drawn: the settings of a text, and those of a batch as arrays.
+"""Sampling settings: those of one sequence, and those of a batch as arrays.
 
 Shape suffixes: B batch, V vocabulary, M words, W tokens of a word.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import numpy.typing as npt
 
 from t2x.decode import banned as banned_lib
 from t2x.decode import processors
@@ -19,35 +20,37 @@ from t2x.decode import prompts as prompts_lib
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-  """How the next token is drawn; the default is the model's distribution.
+  """Sampling settings; the default draws from the model's distribution.
 
   >>> SamplingConfig(temperature=0.8, top_p=0.9).top_p
   0.9
 
   Attributes:
-    temperature: logits are divided by it; 0 takes the most likely token.
-    top_k: only the k most likely tokens stay; None keeps all.
-    top_p: of these, only the smallest set of the most likely tokens whose
-      probabilities sum to at least p stays; None keeps all.
-    min_p: only tokens of at least p times the largest probability stay.
-    typical_p: only tokens whose surprise is nearest to the entropy stay, the
-      smallest set that sums to at least p.
-    repetition_penalty: divides positive logits of tokens that the prompt or
-      the text holds, and multiplies negative ones.
-    presence_penalty: is subtracted from logits of tokens already written.
-    frequency_penalty: the same, times how often they were.
-    min_tokens: so many tokens come before an end token may.
-    bias: token id -> added to its logit; -inf bans it.
-    banned: words, as token ids, that are never completed by these tokens.
-    banned_words: words that the text never holds, whatever its tokens; see
-      `Trained.banned`.
-    first: the token that a text begins with, whatever the model says; None for
-      any.
-    not_first: tokens that a text does not begin with; after `first` those that
-      do not follow it.
-    calibration: logits are divided by it before all else, and the
-      log-probabilities that are reported as well; see
-      `t2x.inference.calibration`.
+    temperature: divisor of the logits; 0 takes the most likely token.
+    top_k: number of most likely tokens to keep; None keeps all.
+    top_p: probability mass p; of the tokens that top-k keeps, the most likely
+      ones are kept, as few as sum to at least p. None keeps all.
+    min_p: fraction of the largest probability below which tokens are dropped;
+      None keeps all.
+    typical_p: probability mass p; the tokens whose surprise is nearest to the
+      entropy are kept, as few as sum to at least p. None keeps all.
+    repetition_penalty: divisor of the positive logits, and factor of the
+      negative ones, of tokens that occur in the prompt or the new tokens.
+    presence_penalty: amount subtracted from the logits of tokens that were
+      already generated.
+    frequency_penalty: amount subtracted from the logits of tokens for each time
+      that they were generated.
+    min_tokens: number of new tokens before an end token is allowed.
+    bias: amounts added to logits, by token id; -inf bans the token.
+    banned: words as token ids; the token that would complete one is banned.
+    banned_words: strings that the sequence never contains, however they are
+      tokenized; see `Trained.banned`.
+    first: token that is forced at the beginning of the new tokens; None forces
+      none.
+    not_first: tokens that are banned at the beginning of the new tokens, or
+      after `first` if it is given.
+    calibration: divisor of the logits before all else, which also applies to
+      the log-probabilities that are reported; see `t2x.inference.calibration`.
   """
 
   temperature: float = 1.0
@@ -66,7 +69,7 @@ class SamplingConfig:
   not_first: Sequence[int] = ()
   calibration: float = 1.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not (math.isfinite(self.temperature) and self.temperature >= 0):
       raise ValueError(
         f'sampling.temperature={self.temperature}; it must be 0 (the most '
@@ -117,11 +120,12 @@ class SamplingConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
-  """Settings of each row, as arrays; None where no row asks for them.
+  """Sampling settings of each row, as arrays.
 
-  Attributes are those of `SamplingConfig`; a temperature of None is 0
-  everywhere. `words_BMW` are flush right, `bans` are of `banned_words`;
-  `most_k` is at least every k.
+  The attributes are those of `SamplingConfig`, None if no row uses them. If
+  `temperature_B` is None, all temperatures are 0. `words_BMW` are the words of
+  `banned`, padded on the left; `bans` are the automata of `banned_words`;
+  `most_k` is an upper bound of every k, None if there is none.
   """
 
   temperature_B: Any = None
@@ -147,23 +151,25 @@ class Rows:
 def rows(
   configs: Sequence[SamplingConfig], num_rows: int, vocab_size: int
 ) -> Rows:
-  """Returns the settings of a batch.
+  """Returns the sampling settings of a batch as arrays.
 
   Args:
-    configs: of each row, or one for all.
-    num_rows: of the padded batch.
-    vocab_size: what ids must stay below.
+    configs: settings of the first rows; the last one also applies to the rest.
+    num_rows: number of rows of the padded batch.
+    vocab_size: size of the vocabulary.
 
   Raises:
-    ValueError: a bias or a banned word with an id outside the vocabulary, or
-      of another vocabulary.
+    ValueError: an id is outside the vocabulary, or banned words are of another
+      vocabulary.
   """
   configs = [configs[min(i, len(configs) - 1)] for i in range(num_rows)]
   for config in configs:
     check_ids(config, vocab_size)
   plain = SamplingConfig()
 
-  def column(name: str, dtype, empty: Any = None):
+  def column(
+    name: str, dtype: npt.DTypeLike, empty: float | None = None
+  ) -> np.ndarray | None:
     values = [getattr(config, name) for config in configs]
     if all(value == getattr(plain, name) for value in values):
       return None
@@ -180,7 +186,7 @@ def rows(
   return Rows(
     temperature_B=temperature_B if temperature_B.any() else None,
     top_k_B=column('top_k', np.int32, vocab_size),
-    # Rounded up, so that few programs serve every k.
+    # Rounded up, so that different k share few programs.
     most_k=prompts_lib.power_of_two(max(ks)) if len(ks) == num_rows else None,
     top_p_B=column('top_p', np.float32, 1.0),
     min_p_B=column('min_p', np.float32, 0.0),
@@ -199,12 +205,16 @@ def rows(
 
 
 def few(settings: Rows, vocab_size: int) -> Rows:
-  """Returns settings that draw the same, in one of few forms.
+  """Returns equivalent settings in one of few forms, to share programs.
 
-  Where one of several settings is asked for, its companions are given as well,
-  with values that change nothing. Banned words and first tokens apart there
-  are ten forms: greedy; drawn; with top-p and min-p; these two with a top-k up
-  to 64, up to 256 and above; and everything.
+  If one of several related settings is used, the others are set as well, to
+  values that change nothing. Without banned words and first tokens, there are
+  ten forms: greedy; drawing; drawing with top-p and min-p; the latter two with
+  a top-k up to 64, up to 256 and above; and everything.
+
+  Args:
+    settings: sampling settings of each row.
+    vocab_size: size of the vocabulary.
   """
   if settings.words_BMW is not None:
     words_BMW = _padded(settings.words_BMW)
@@ -217,7 +227,7 @@ def few(settings: Rows, vocab_size: int) -> Rows:
     names = 'words_BMW', 'first_B', 'not_first_BM', 'calibration_B', 'bans'
     return Rows(**{name: getattr(settings, name) for name in names})
   B = len(jax.tree.leaves(settings)[0])
-  full = lambda value, kind: np.full(B, value, kind)
+  full = lambda value, dtype: np.full(B, value, dtype)
   neutral: dict[str, Any] = {}
   if given((*common, *rare)):
     neutral |= {name: full(x, np.float32) for name, x in zip(common, (1, 0))}
@@ -238,7 +248,7 @@ def few(settings: Rows, vocab_size: int) -> Rows:
 
 
 def _padded(words_BMW: np.ndarray) -> np.ndarray:
-  """Returns banned words in one of few shapes, still flush right."""
+  """Pads banned words to one of few shapes, on the left."""
   _, M, W = words_BMW.shape
   size = lambda n, sizes: next((s for s in sizes if n <= s), n)
   more = size(M, (16, 128)) - M, size(W, (4, 16)) - W
@@ -247,7 +257,7 @@ def _padded(words_BMW: np.ndarray) -> np.ndarray:
 
 
 def check_ids(config: SamplingConfig, vocab_size: int) -> None:
-  """Raises ValueError for ids outside the vocabulary, or if none is left."""
+  """Raises ValueError if ids are outside the vocabulary, or all are banned."""
   banned = {i for i, value in config.bias.items() if value == -math.inf}
   banned |= {word[0] for word in config.banned if len(word) == 1}
   banned |= set(config.not_first)
@@ -277,7 +287,9 @@ def check_ids(config: SamplingConfig, vocab_size: int) -> None:
     )
 
 
-def _bias(configs, vocab_size: int) -> np.ndarray | None:
+def _bias(
+  configs: Sequence[SamplingConfig], vocab_size: int
+) -> np.ndarray | None:
   if not any(config.bias for config in configs):
     return None
   bias_BV = np.zeros((len(configs), vocab_size), np.float32)
@@ -286,8 +298,8 @@ def _bias(configs, vocab_size: int) -> np.ndarray | None:
   return bias_BV
 
 
-def _words(configs) -> np.ndarray | None:
-  """Returns banned words; numbers and lengths are rounded up to few shapes."""
+def _words(configs: Sequence[SamplingConfig]) -> np.ndarray | None:
+  """Returns banned words; their number and length are rounded up."""
   longest = max((len(w) for c in configs for w in c.banned), default=0)
   if not longest:
     return None
@@ -301,8 +313,8 @@ def _words(configs) -> np.ndarray | None:
   return words_BMW
 
 
-def _not_first(configs) -> np.ndarray | None:
-  """Returns the tokens that no text begins with, in few shapes."""
+def _not_first(configs: Sequence[SamplingConfig]) -> np.ndarray | None:
+  """Returns the tokens banned at the beginning; their number is rounded up."""
   most = max(len(config.not_first) for config in configs)
   if not most:
     return None

@@ -1,10 +1,11 @@
-"""Several tokens for one pass of a model: drafted cheaply, then checked.
+"""Speculative decoding: several tokens in one pass of the model.
 
-A draft proposes K tokens, the model reads them all at once, and as many stay as
-it would have written itself: by the test of Leviathan et al. (2023) what is
-written has exactly the model's distribution, whatever the draft, and at
-temperature 0 it is the model's own text (but for ties that rounding decides: a
-pass of several tokens sums in another order than one of a single token).
+A cheap draft proposes K tokens, the model computes the probabilities of all of
+them in one pass, and a prefix of them is accepted. By the test of Leviathan et
+al. (2023) the output has exactly the model's distribution, whatever the draft,
+and at temperature 0 it is the model's own greedy output (except for ties that
+rounding decides: a pass of several tokens sums in another order than a pass of
+one token).
 
 Shape suffixes: B batch, S positions.
 """
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from t2x.decode import decode_loop
 from t2x.decode import drafts
 from t2x.decode import generate as generate_lib
 from t2x.decode import prefill
@@ -29,12 +31,12 @@ Sampling = sampling_lib.SamplingConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Speculation(generate_lib.Generation):
-  """As `generate.Generation`.
+  """Result of `speculate`; see `generate.Generation`.
 
   Attributes:
-    proposed: drafted tokens of each prompt that were checked.
-    accepted: those of them that stayed.
-    passes: how often the model ran, over all prompts.
+    proposed: number of drafted tokens of each prompt that were verified.
+    accepted: number of those that were accepted.
+    passes: number of passes of the model, each over all prompts.
   """
 
   proposed: list[int]
@@ -54,33 +56,37 @@ def speculate(
   forced: float | None = None,
   **options: Any,
 ) -> Speculation:
-  """As `generate.generate`, in fewer passes of the model.
+  """Generates as `generate.generate`, in fewer passes of the model.
 
   >>> from flax import nnx
   >>> config = decoder.DecoderConfig(vocab_size=9, num_layers=2)
   >>> model = decoder.Decoder(config, rngs=nnx.Rngs(0))
-  >>> found = speculate(
+  >>> result = speculate(
   ...     model, [[1, 2, 1, 2]], num_tokens=5, draft=drafts.LookupDraft())
-  >>> len(found.tokens[0])
+  >>> len(result.tokens[0])
   5
 
   Args:
     model: a `Decoder`.
-    prompts: token ids of each row.
-    num_tokens: the most new tokens of a row.
-    draft: what proposes tokens: `ModelDraft`, `HeadsDraft` or `LookupDraft`.
-    sampling: as for `generate`, without what depends on the text so far.
-    seed: as for `generate`; other tokens are drawn than there.
-    keys_B: as for `generate`.
-    forced: see `speculative_loop.decode`.
-    **options: as for `generate`.
+    prompts: token ids of each prompt.
+    num_tokens: the most new tokens of each prompt.
+    draft: proposer of tokens: `ModelDraft`, `HeadsDraft` or `LookupDraft`.
+    sampling: sampling settings, one for all prompts or one for each, without
+      those that depend on the tokens so far.
+    seed: random seed; the tokens drawn differ from those of `generate`.
+    keys_B: random key of each prompt, which replaces `seed`.
+    forced: probability of acceptance, for timings alone; see
+      `speculative_loop.decode`.
+    **options: fields of `prefill.Options`, such as eos_id.
 
   Raises:
-    ValueError: as `generate`; the draft has another vocabulary or no heads, a
-      layer's state cannot be taken back, or settings look at the text so far.
+    ValueError: as `generate`; the draft has another vocabulary or no heads, the
+      state of a layer cannot be rolled back, or a sampling setting depends on
+      the tokens so far.
   """
-  own = prefill.Options(**options)
-  request = prefill.check(model, prompts, num_tokens, own)
+  request = prefill.check(
+    model, prompts, num_tokens, prefill.Options(**options)
+  )
   _check(model, draft)
   num_rows, vocab_size = request.num_rows, model.config.vocab_size
   configs = generate_lib.configs_of(sampling, len(prompts))
@@ -88,18 +94,20 @@ def speculate(
     _check_sampling(config)
   settings = sampling_lib.rows(configs, num_rows, vocab_size)
   keys_B = generate_lib.row_keys(keys_B, seed, len(prompts), num_rows)
-  begun = request.start(drafts.num_drafted(draft, model) + 1)
-  capacity = begun['capacity']
+  start = request.start(drafts.num_drafted(draft, model) + 1)
+  capacity = start['capacity']
   state = speculative_loop.decode(
     model,
-    **begun,
+    **start,
     draft=draft,
-    prompt_BS=prompts_lib.pad(request.rows, (num_rows, capacity), own.pad_id),
+    prompt_BS=prompts_lib.pad(
+      request.rows, (num_rows, capacity), request.options.pad_id
+    ),
     keys_B=keys_B,
     ended_B=np.arange(num_rows) >= len(prompts),
     num_tokens=np.int32(num_tokens),
     ends_BE=request.ends_BE,
-    chunk=own.chunk,
+    chunk=request.options.chunk,
     settings=settings,
     forced=forced,
   )
@@ -108,24 +116,24 @@ def speculate(
 
 def _to_lists(
   state: speculative_loop.State, lengths: Sequence[int], num_tokens: int
-):
-  found = jax.device_get(dataclasses.replace(state, caches=None, draft=None))
-  counts = found.count_B[: len(lengths)].tolist()
+) -> Speculation:
+  host = jax.device_get(dataclasses.replace(state, caches=None, draft=None))
+  counts = host.count_B[: len(lengths)].tolist()
   cut = lambda array_BS: [
     row[start : start + count].tolist()
     for row, start, count in zip(array_BS, lengths, counts)
   ]
   return Speculation(
-    tokens=cut(found.text_BS),
-    log_probs=cut(found.log_probs_BS),
+    tokens=cut(host.text_BS),
+    log_probs=cut(host.log_probs_BS),
     ended=[count < num_tokens for count in counts],
-    proposed=found.proposed_B[: len(lengths)].tolist(),
-    accepted=found.accepted_B[: len(lengths)].tolist(),
-    passes=int(found.passes),
+    proposed=host.proposed_B[: len(lengths)].tolist(),
+    accepted=host.accepted_B[: len(lengths)].tolist(),
+    passes=int(host.passes),
   )
 
 
-def _check(model: Any, draft: drafts.Draft) -> None:
+def _check(model: decode_loop.Model, draft: drafts.Draft) -> None:
   models = [model]
   if isinstance(model, decoder.Decoder) and not model.towers:
     raise ValueError(

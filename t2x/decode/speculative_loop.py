@@ -1,7 +1,7 @@
-"""The loop of speculative decoding: draft, read at once, keep what fits.
+"""The compiled loop of speculative decoding: draft, verify, accept.
 
-Shape suffixes: B batch, K drafted tokens, C = K + 1 of a pass, S positions, D
-embed, V vocabulary, E ends.
+Shape suffixes: B batch, K drafted tokens, C = K + 1 tokens of a pass, S
+positions, D embed, V vocabulary, E ends.
 """
 
 import dataclasses
@@ -11,29 +11,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from t2x.decode import decode_loop
 from t2x.decode import drafts
 from t2x.decode import processors
 from t2x.decode import sampling as sampling_lib
 from t2x.models import decoder
-from t2x.parallel import sharding
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class State:
-  """What the loop carries.
+  """State of the loop.
 
   Attributes:
-    passes: of the model so far.
-    token_B: the latest token of each row, which no cache holds yet.
-    index_B: where it stands.
-    ended_B: rows that are done.
-    count_B: new tokens of each row, the end left out.
-    text_BS: prompt and new tokens.
-    log_probs_BS: of the new tokens, under the model itself, where they stand.
-    proposed_B: drafted tokens that were checked.
-    accepted_B: those that stayed.
-    caches: of the model.
+    passes: number of passes of the model so far.
+    token_B: latest token of each row, which is not in the caches yet.
+    index_B: position of the latest token in its row.
+    ended_B: whether each row is done.
+    count_B: number of new tokens of each row, without the end token.
+    text_BS: prompt and new tokens of each row.
+    log_probs_BS: log-probabilities of the new tokens under the model itself, at
+      the same positions as in `text_BS`.
+    proposed_B: number of drafted tokens of each row that were verified.
+    accepted_B: number of those that were accepted.
+    caches: keys and values of the model.
     draft: state of the draft.
   """
 
@@ -46,7 +47,7 @@ class State:
   log_probs_BS: jax.Array
   proposed_B: jax.Array
   accepted_B: jax.Array
-  caches: Any
+  caches: decode_loop.Caches
   draft: Any
 
 
@@ -57,9 +58,9 @@ class State:
 )
 def decode(
   model: decoder.Decoder,
-  caches: Any,
+  caches: decode_loop.Caches,
   *,
-  draft: drafts.Draft,
+  draft: drafts.Proposer[Any],
   prompt_BS: jax.Array,
   token_B: jax.Array,
   index_B: jax.Array,
@@ -72,24 +73,31 @@ def decode(
   settings: sampling_lib.Rows,
   forced: float | None = None,
 ) -> State:
-  """Writes up to `num_tokens` tokens a row, several for each pass.
+  """Draws up to `num_tokens` tokens for each row, several in each pass.
 
   Args:
-    model: the model.
-    caches: of the tokens before `token_B`, with room for a draft.
-    draft: what proposes tokens.
-    prompt_BS: the prompts, padded to the capacity.
-    token_B: as for `decode_loop.decode`, and so are the other arguments.
-    index_B: likewise.
-    ended_B: likewise.
-    keys_B: likewise.
-    num_tokens: likewise.
-    ends_BE: likewise.
-    capacity: likewise.
-    chunk: of the draft's prefill.
-    settings: without penalties, banned words and least length.
-    forced: accept drafted tokens with this probability instead: for timings, as
-      the text means nothing then.
+    model: the decoder.
+    caches: keys and values of the tokens before `token_B`, with slack for a
+      draft.
+    draft: proposer of tokens.
+    prompt_BS: prompts, padded on the right to the capacity.
+    token_B: token of each row that decoding continues from.
+    index_B: position of `token_B` in its row.
+    ended_B: whether each row is padding of the batch.
+    keys_B: random key of each row.
+    num_tokens: the most new tokens, at most `capacity`.
+    ends_BE: tokens that end each row; -1 is padding.
+    capacity: number of positions in the caches.
+    chunk: number of tokens in a chunk of the draft's prefill.
+    settings: sampling settings of each row, without those that depend on the
+      tokens so far: penalties, banned words and least length.
+    forced: probability with which drafted tokens are accepted, whatever the
+      model says; only for timings, since the output has no meaning. None for
+      the test of Leviathan et al. (2023).
+
+  Returns:
+    The last state; its arrays over rows but `token_B` are replicated on every
+    device.
   """
   num = drafts.num_drafted(draft, model)
   state = State(
@@ -106,17 +114,17 @@ def decode(
     draft=draft.begin(model, prompt_BS, index_B, chunk),
   )
 
-  def goes_on(state):
+  def goes_on(state: State) -> jax.Array:
     return ~state.ended_B.all()
 
-  def extend(state):
-    # By where a row stands, so that neighbours do not change what it draws.
+  def extend(state: State) -> State:
+    # Keys depend on the row's own count, so other rows do not change its draws.
     fold = jax.vmap(jax.random.fold_in)
-    own_B = fold(keys_B, state.count_B)
+    step_keys_B = fold(keys_B, state.count_B)
     uniform = lambda number: jax.vmap(
       lambda key: jax.random.uniform(jax.random.fold_in(key, number))
-    )(own_B)
-    tokens_BK, q_BKV, own = draft.draft(
+    )(step_keys_B)
+    tokens_BK, q_BKV, draft_state = draft.draft(
       state.draft,
       uniform,
       state.text_BS,
@@ -135,56 +143,65 @@ def decode(
     if settings.temperature_B is None:
       best_BC = of(drafts.best)
       chance_BK = (tokens_BK == best_BC[:, :-1]).astype(jnp.float32)
+      draw_next = lambda num_B: jnp.take_along_axis(
+        best_BC, num_B[:, None], axis=1
+      )[:, 0]
     else:
       p_BCV = of(drafts.probs)
-      chance_BK = _chances(p_BCV, q_BKV, tokens_BK)
+      chance_BK = _acceptance(p_BCV, q_BKV, tokens_BK)
+      draw_next = lambda num_B: _next(
+        p_BCV, q_BKV, tokens_BK, num_B, uniform(99)
+      )
     if forced is not None:
       chance_BK = jnp.full_like(chance_BK, forced)
     uniform_BK = jnp.stack([uniform(100 + k) for k in range(num)], axis=1)
     is_kept_BK = jnp.cumprod(uniform_BK < chance_BK, axis=1).astype(bool)
     num_B = is_kept_BK.sum(1)
-    if settings.temperature_B is None:
-      next_B = jnp.take_along_axis(best_BC, num_B[:, None], axis=1)[:, 0]
-    else:
-      next_B = _next(p_BCV, q_BKV, tokens_BK, num_B, uniform(99))
-    own = draft.after(own, model, x_BCD, index_BC, num_B)
+    next_B = draw_next(num_B)
+    draft_state = draft.after(draft_state, model, x_BCD, index_BC, num_B)
     new_BC = jnp.concatenate([tokens_BK, tokens_BK[:, -1:]], axis=1)
     new_BC = jnp.where(
       jnp.arange(num + 1)[None] == num_B[:, None], next_B[:, None], new_BC
     )
-    state = dataclasses.replace(state, caches=caches, draft=own)
-    return _written(state, new_BC, num_B, logits_BCV, ends_BE, num_tokens)
+    state = dataclasses.replace(state, caches=caches, draft=draft_state)
+    return _append(state, new_BC, num_B, logits_BCV, ends_BE, num_tokens)
 
   state = jax.lax.while_loop(goes_on, extend, state)
-  whole = ('text_BS', 'log_probs_BS', 'count_B', 'ended_B', 'index_B')
-  whole += ('proposed_B', 'accepted_B')
-  arrays = {name: getattr(state, name) for name in whole}
+  names = ('text_BS', 'log_probs_BS', 'count_B', 'ended_B', 'index_B')
+  names += ('proposed_B', 'accepted_B')
   return dataclasses.replace(
-    state,
-    **{n: sharding.constrain(a, *[None] * a.ndim) for n, a in arrays.items()},
+    state, **{n: decode_loop.replicated(getattr(state, n)) for n in names}
   )
 
 
-def _chances(p_BCV, q_BKV, tokens_BK):
-  """Returns how likely each drafted token stays: min(1, p / q)."""
+def _acceptance(
+  p_BCV: jax.Array, q_BKV: jax.Array | None, tokens_BK: jax.Array
+) -> jax.Array:
+  """Returns p / q, above which a uniform number rejects a drafted token."""
   of = lambda a: jnp.take_along_axis(a, tokens_BK[..., None], axis=2)[..., 0]
   p_BK = of(p_BCV[:, :-1])
   if q_BKV is None:
     return p_BK
-  # What is drawn has a chance above 0.
+  # A token that was drawn has q > 0.
   return p_BK / jnp.maximum(of(q_BKV), 1e-30)
 
 
-def _next(p_BCV, q_BKV, tokens_BK, num_B, uniform_B):
-  """Draws the token after those that stayed.
+def _next(
+  p_BCV: jax.Array,
+  q_BKV: jax.Array | None,
+  tokens_BK: jax.Array,
+  num_B: jax.Array,
+  uniform_B: jax.Array,
+) -> jax.Array:
+  """Draws the token after the `num_B` accepted ones.
 
-  From what p has more than q where a token was refused, else from p.
+  From the positive part of p - q if a token was rejected, otherwise from p.
   """
   B, C, V = p_BCV.shape
   at = lambda a: jnp.take_along_axis(a, num_B[:, None, None], axis=1)[:, 0]
   if q_BKV is None:
     q_BKV = jax.nn.one_hot(tokens_BK, V)
-  # After the last drafted token nothing was refused.
+  # After the last drafted token there is none to reject.
   q_BCV = jnp.concatenate([q_BKV, jnp.zeros((B, 1, V))], axis=1)
   p_BV, rest_BV = at(p_BCV), jnp.maximum(at(p_BCV) - at(q_BCV), 0.0)
   # Rounding can leave nothing where both are the same.
@@ -192,8 +209,15 @@ def _next(p_BCV, q_BKV, tokens_BK, num_B, uniform_B):
   return processors.draw(jnp.log(jnp.where(has_B1, rest_BV, p_BV)), uniform_B)
 
 
-def _written(state, new_BC, num_B, logits_BCV, ends_BE, num_tokens) -> State:
-  """Returns the state with each row's new tokens, up to an end or the limit."""
+def _append(
+  state: State,
+  new_BC: jax.Array,
+  num_B: jax.Array,
+  logits_BCV: jax.Array,
+  ends_BE: jax.Array,
+  num_tokens: jax.Array,
+) -> State:
+  """Appends each row's new tokens, up to an end token or the limit."""
   C, S = new_BC.shape[1], state.text_BS.shape[1]
   place_1C = jnp.arange(C)[None]
   is_end_BC = (new_BC[..., None] == ends_BE[:, None]).any(-1)
@@ -223,6 +247,6 @@ def _written(state, new_BC, num_B, logits_BCV, ends_BE, num_tokens) -> State:
     text_BS=put(state.text_BS, target_BC, new_BC),
     log_probs_BS=put(state.log_probs_BS, target_BC, log_probs_BC),
     proposed_B=state.proposed_B + is_live_B * (C - 1),
-    # Those past an end or the limit were for nothing.
+    # Accepted tokens past an end token or the limit do not count.
     accepted_B=state.accepted_B + is_live_B * jnp.minimum(num_B, move_B),
   )

@@ -1,12 +1,11 @@
-"""A decoder whose texts others steer: towards a style, a topic, away from one.
+"""Steered decoders: one decoder's output is steered by others.
 
-What they make is a decoder again, which drawing, beam search and (Experts) the
-engine take.
+For instance towards a style or a topic, or away from one. The result is again a
+decoder, for sampling, beam search and (`Experts`) the engine.
 
 Shape suffixes: B batch, T position, P prefix, V vocabulary.
 """
 
-from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
 from typing import Any
@@ -15,6 +14,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from t2x.decode import decode_loop
 from t2x.decode import prefill
 from t2x.decode import prompts as prompts_lib
 from t2x.layers import block
@@ -23,10 +23,10 @@ from t2x.models import decoder
 
 
 class Experts(decoder.Decoder):
-  """Adds what an expert would rather say than an anti-expert (DExperts).
+  """Adds the difference between an expert and an anti-expert (DExperts).
 
   Logits are z + strength (z_expert - z_anti) (Liu et al., 2021, equation 1).
-  Without an anti-expert the decoder itself stands in its place.
+  Without an anti-expert, the base decoder takes its place.
 
   >>> config = decoder.DecoderConfig(vocab_size=9, num_layers=1, embed_dim=8)
   >>> make = lambda seed: decoder.Decoder(config, rngs=nnx.Rngs(seed))
@@ -47,44 +47,50 @@ class Experts(decoder.Decoder):
     """Joins decoders of one vocabulary.
 
     Args:
-      base: whose texts are steered.
-      expert: writes as is wanted.
-      anti_expert: writes as is not wanted.
-      strength: 0 leaves the base as it is.
+      base: decoder whose output is steered.
+      expert: decoder of the wanted style.
+      anti_expert: decoder of the unwanted style; None for the base.
+      strength: factor of the difference; 0 leaves the base as it is.
 
     Raises:
-      ValueError: one cannot generate, or has another vocabulary.
+      ValueError: a decoder cannot generate, or has another vocabulary.
     """
     others = [expert] if anti_expert is None else [expert, anti_expert]
     self.models = nnx.List([base, *others])
-    self.config = _joint(self.models)
+    self.config = _joint_config(self.models)
     self.strength = strength
 
-  def __call__(self, inputs: jax.Array, **kwargs) -> jax.Array:
+  def __call__(self, inputs: jax.Array, **kwargs: Any) -> jax.Array:
     """Returns float32 logits (B, T, V); arguments as of `Decoder`."""
     return self._combined([model(inputs, **kwargs) for model in self.models])
 
-  def empty_caches(self, batch: int, capacity: int, dtype=None, slack: int = 0):
+  def empty_caches(
+    self, batch: int, capacity: int, dtype: str | None = None, slack: int = 0
+  ) -> decode_loop.Caches:
     """See `Decoder.empty_caches`."""
     return _joined(
       [m.empty_caches(batch, capacity, dtype, slack) for m in self.models]
     )
 
-  def empty_pages(self, num_pages: int, size: int, dtype=None):
+  def empty_pages(
+    self, num_pages: int, size: int, dtype: str | None = None
+  ) -> decode_loop.Caches:
     """See `Decoder.empty_pages`."""
     return _joined(
       [model.empty_pages(num_pages, size, dtype) for model in self.models]
     )
 
-  def step(self, inputs: jax.Array, index_BT: jax.Array, caches):
-    """See `Decoder.step`; the features are those of all."""
+  def step(
+    self, inputs: jax.Array, index_BT: jax.Array, caches: decode_loop.Caches
+  ) -> tuple[Any, decode_loop.Caches]:
+    """See `Decoder.step`; the features are a tuple, those of each decoder."""
     parts = zip(self.models, _apart(caches, self.models), strict=True)
-    found = [model.step(inputs, index_BT, own) for model, own in parts]
-    return tuple(x for x, _ in found), _joined([own for _, own in found])
+    steps = [model.step(inputs, index_BT, cache) for model, cache in parts]
+    return tuple(x for x, _ in steps), _joined([cache for _, cache in steps])
 
   @property
-  def head(self) -> Callable[[Any], jax.Array]:
-    """Maps what `step` gives to logits."""
+  def head(self) -> Any:
+    """A function from the features of `step` to logits."""
     heads = [model.head for model in self.models]
     return lambda features: self._combined(
       [head(x) for head, x in zip(heads, features, strict=True)]
@@ -97,13 +103,14 @@ class Experts(decoder.Decoder):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Seen:
-  """What the classes said of each row's text so far.
+class _Evidence:
+  """Evidence for the wanted class in each row's new tokens so far.
 
   Attributes:
-    sum_B: log-likelihood under the wanted class less that under the other.
-    count_B: tokens that it is of.
-    next_BV: the same of each token that may be next; 0 where none was asked.
+    sum_B: log-likelihood under the wanted class minus that under the other.
+    count_B: number of tokens in `sum_B`.
+    next_BV: difference of log-likelihoods of each possible next token; 0 if it
+      was not computed.
   """
 
   sum_B: jax.Array
@@ -112,17 +119,17 @@ class _Seen:
 
 
 class Gedi(decoder.Decoder):
-  """Weighs tokens by how likely they make a wanted class (GeDi).
+  """Weighs tokens by the probability of a wanted class (GeDi).
 
-  Two class-conditional decoders, or one with two prefixes, tell how likely the
-  text is of the wanted class, by Bayes' rule; log-probabilities of the next
-  token are log P(v) + strength log P(class | text v) (Krause et al., 2021,
-  equations 4 and 5). Only new tokens count: those of the prompt, which are read
-  several at a time, do not.
+  Two class-conditional decoders, or one with two prefixes, give the probability
+  of the wanted class by Bayes' rule. The log-probability of next token v is
+  log P(v) + strength log P(class | sequence, v), not normalized (Krause et al.,
+  2021, equations 4 and 5). Only new tokens count as evidence, not those of the
+  prompt, which run several at a time.
   """
 
   towers = ()
-  least_chunk = 2  # A single token counts as written.
+  least_chunk = 2  # A step of a single token is a decode step.
 
   def __init__(
     self,
@@ -138,17 +145,19 @@ class Gedi(decoder.Decoder):
     """Joins decoders of one vocabulary.
 
     Args:
-      base: whose texts are steered.
-      wanted: writes texts of the wanted class.
-      other: writes others; with prefixes it may be the same decoder.
-      wanted_prefix: tokens that make `wanted` write them, before each text.
-      other_prefix: the same for `other`, of the same length.
-      strength: omega; 0 leaves the base as it is.
-      sharpness: alpha, by which log-likelihoods a token are multiplied.
+      base: decoder whose output is steered.
+      wanted: decoder of the wanted class.
+      other: decoder of the other class; with prefixes it may be the same one.
+      wanted_prefix: tokens before each sequence that condition `wanted` on its
+        class.
+      other_prefix: tokens that condition `other`, as many.
+      strength: omega, the factor of the class's log-probability; 0 leaves the
+        base as it is.
+      sharpness: alpha, the factor of the mean log-likelihood difference.
 
     Raises:
-      ValueError: one cannot generate, or has another vocabulary; prefixes of
-        different lengths.
+      ValueError: a decoder cannot generate, or has another vocabulary; the
+        prefixes have different lengths.
     """
     if len(wanted_prefix) != len(other_prefix):
       raise ValueError(
@@ -156,83 +165,87 @@ class Gedi(decoder.Decoder):
         f'{len(other_prefix)}; they must be of one length.'
       )
     self.models = nnx.List([base, wanted, other])
-    self.config = _joint(self.models, len(wanted_prefix))
+    self.config = _joint_config(self.models, len(wanted_prefix))
     self._num_prefix = len(wanted_prefix)
     self._prefixes = tuple(wanted_prefix), tuple(other_prefix)
     self.strength, self.sharpness = strength, sharpness
 
-  def __call__(self, inputs: jax.Array, **kwargs) -> jax.Array:
-    """Raises ValueError: what counts is known only step by step."""
+  def __call__(self, inputs: jax.Array, **kwargs: Any) -> jax.Array:
+    """Raises ValueError: the evidence is only known step by step."""
     raise ValueError(
       'Gedi weighs tokens as they are written: call it through generate.'
     )
 
-  def empty_caches(self, batch: int, capacity: int, dtype=None, slack: int = 0):
-    """See `Decoder.empty_caches`; those of the classes hold their prefixes."""
+  def empty_caches(
+    self, batch: int, capacity: int, dtype: str | None = None, slack: int = 0
+  ) -> decode_loop.Caches:
+    """See `Decoder.empty_caches`; those of the classes contain the prefixes."""
     base, *classes = self.models
     P = self._num_prefix
-    found = [base.empty_caches(batch, capacity, dtype, slack)]
+    parts = [base.empty_caches(batch, capacity, dtype, slack)]
     for model, prefix in zip(classes, self._prefixes):
       caches = model.empty_caches(batch, capacity + P, dtype, slack)
       if P:
         prefix_BP = jnp.broadcast_to(jnp.array([prefix]), (batch, P))
         caches = model.step(prefix_BP, jnp.arange(P)[None], caches)[1]
-      found.append(caches)
-    group, rest = _joined(found)
+      parts.append(caches)
+    group, rest = _joined(parts)
     V = self.config.vocab_size
     zeros_B = jnp.zeros((batch,), jnp.float32)
-    seen = _Seen(
+    evidence = _Evidence(
       sum_B=zeros_B, count_B=zeros_B, next_BV=jnp.zeros((batch, V), jnp.float32)
     )
-    return group, (*rest, block.BlockCache(own=seen))
+    return group, (*rest, block.BlockCache(own=evidence))
 
-  def empty_pages(self, num_pages: int, size: int, dtype=None):
-    """Raises ValueError: a row's class is known from its own text alone."""
+  def empty_pages(
+    self, num_pages: int, size: int, dtype: str | None = None
+  ) -> decode_loop.Caches:
+    """Raises ValueError: pages cannot hold the evidence of a row."""
     raise ValueError(
       'Gedi keeps a state for each row, which pages cannot hold: it is not '
       'served. Experts are.'
     )
 
-  def step(self, inputs: jax.Array, index_BT: jax.Array, caches):
+  def step(
+    self, inputs: jax.Array, index_BT: jax.Array, caches: decode_loop.Caches
+  ) -> tuple[Any, decode_loop.Caches]:
     """See `Decoder.step`."""
     group, (*rest, last) = caches
-    seen, P = last.own, self._num_prefix
-    (base, *classes), (own, *others) = (
-      self.models,
-      _apart((group, tuple(rest)), self.models),
-    )
-    x_BTD, own = base.step(inputs, index_BT, own)
-    log_probs, new = [], [own]
-    for model, cache in zip(classes, others):
-      # What is written at the capacity is lost, there and here.
+    evidence, P = last.own, self._num_prefix
+    base, *classes = self.models
+    base_cache, *class_caches = _apart((group, tuple(rest)), self.models)
+    x_BTD, base_cache = base.step(inputs, index_BT, base_cache)
+    log_probs, new = [], [base_cache]
+    for model, cache in zip(classes, class_caches):
+      # Writes at the capacity are dropped, with the prefix or without.
       y_BTD, cache = model.step(inputs, index_BT + P, cache)
       logits_BV = model.head(y_BTD[:, -1:])[:, 0]
       log_probs.append(jax.nn.log_softmax(logits_BV, axis=-1))
       new.append(cache)
     next_BV = log_probs[0] - log_probs[1]
-    if inputs.shape[1] > 1:  # Of a prompt.
-      seen = dataclasses.replace(seen, next_BV=jnp.zeros_like(next_BV))
+    if inputs.shape[1] > 1:  # Prefill.
+      evidence = dataclasses.replace(evidence, next_BV=jnp.zeros_like(next_BV))
     else:
-      read_B = jnp.take_along_axis(seen.next_BV, inputs, axis=1)[:, 0]
-      was_asked_B = (seen.next_BV != 0).any(-1)
-      seen = _Seen(
-        sum_B=seen.sum_B + read_B,
-        count_B=seen.count_B + was_asked_B,
+      latest_B = jnp.take_along_axis(evidence.next_BV, inputs, axis=1)[:, 0]
+      was_computed_B = (evidence.next_BV != 0).any(-1)
+      evidence = _Evidence(
+        sum_B=evidence.sum_B + latest_B,
+        count_B=evidence.count_B + was_computed_B,
         next_BV=next_BV,
       )
     group, rest = _joined(new)
-    caches = group, (*rest, block.BlockCache(own=seen))
-    return (x_BTD, seen), caches
+    caches = group, (*rest, block.BlockCache(own=evidence))
+    return (x_BTD, evidence), caches
 
   @property
-  def head(self) -> Callable[[Any], jax.Array]:
-    """Maps what `step` gives to log-probabilities."""
+  def head(self) -> Any:
+    """A function from the features of `step` to log-probabilities."""
     base = self.models[0].head
 
-    def head(features):
-      x_BTD, seen = features
-      mean_BV = (seen.sum_B[:, None] + seen.next_BV) / (
-        seen.count_B[:, None] + 1
+    def head(features: tuple[jax.Array, _Evidence]) -> jax.Array:
+      x_BTD, evidence = features
+      mean_BV = (evidence.sum_B[:, None] + evidence.next_BV) / (
+        evidence.count_B[:, None] + 1
       )
       weights_BV = jax.nn.log_sigmoid(self.sharpness * mean_BV)
       logits_BTV = jax.nn.log_softmax(base(x_BTD), axis=-1)
@@ -241,15 +254,20 @@ class Gedi(decoder.Decoder):
     return head
 
 
-def _joint(
+def _joint_config(
   models: Sequence[decoder.Decoder], num_prefix: int = 0
 ) -> decoder.DecoderConfig:
-  """Returns the config by which a base and its steerers are called.
+  """Returns the config of a steered decoder.
 
-  It has no more positions than any of them, less those of a prefix.
+  It is that of the base, with no more positions than any other decoder has
+  after its prefix.
+
+  Args:
+    models: the base and the decoders that steer it.
+    num_prefix: number of tokens in the prefixes of the latter.
 
   Raises:
-    ValueError: they cannot write together.
+    ValueError: a model cannot generate, or the vocabularies differ.
   """
   base, *others = models
   for model in models:
@@ -273,19 +291,21 @@ def _joint(
   return dataclasses.replace(base.config, position=position)
 
 
-def _joined(parts: Sequence[Any]) -> Any:
+def _joined(parts: Sequence[decode_loop.Caches]) -> decode_loop.Caches:
   """Returns the caches of several decoders as those of one."""
   groups, rests = zip(*parts)
   return tuple(c for g in groups for c in g), tuple(c for r in rests for c in r)
 
 
-def _apart(caches: Any, models: Sequence[decoder.Decoder]) -> list[Any]:
-  """The inverse of `_joined`."""
+def _apart(
+  caches: decode_loop.Caches, models: Sequence[decoder.Decoder]
+) -> list[decode_loop.Caches]:
+  """Inverts `_joined`."""
   group, rest = caches
   result = []
   for model in models:
-    own = model.tower.layers
-    sizes = len(own.group), len(own.remainder)
+    layers = model.tower.layers
+    sizes = len(layers.group), len(layers.remainder)
     result.append((group[: sizes[0]], rest[: sizes[1]]))
     group, rest = group[sizes[0] :], rest[sizes[1] :]
   return result

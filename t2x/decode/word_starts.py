@@ -1,11 +1,11 @@
-"""Which words a text holds, by its bytes: whatever tokens it is made of.
+"""Finds words in a sequence by its bytes, however they are tokenized.
 
-A word counts from its beginning on: at the start of a text, or after what is
-neither a letter nor a digit, in any script. Those that do not begin with a
-letter or a digit count anywhere.
+A word counts only where it starts: at the beginning of a sequence, or after a
+character that is neither a letter nor a digit, in any script. Words that do not
+begin with a letter or a digit count anywhere.
 
-Shape suffixes: S states, X values of a byte, U states within characters, K
-words, B texts.
+Shape suffixes: S states, X byte values, U states within characters, K words, B
+sequences.
 """
 
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ from t2x.decode import pieces as pieces_lib
 from t2x.decode import prompts as prompts_lib
 
 _LETTER = 1  # The state after a letter or a digit; 0 is that after others.
-_MOST_BYTES = 8  # The last of so many bytes of UTF-8 are a whole character.
+_MOST_BYTES = 8  # So many bytes of UTF-8 contain a whole character.
 
 
 @functools.cache
 def _characters() -> np.ndarray:
-  """Returns the state after each byte of UTF-8 (U, X).
+  """Returns the automaton of characters: the state after each byte (U, X).
 
-  What is no UTF-8 is shown by a sign, after which a word may begin.
+  Invalid UTF-8 counts as a replacement character, after which a word may begin.
   """
   is_letter = np.array([chr(c).isalnum() for c in range(0x110000)])
   is_letter = np.concatenate([is_letter, np.zeros(0x140000 - 0x110000, bool)])
@@ -36,7 +36,7 @@ def _characters() -> np.ndarray:
   known: dict[bytes, int] = {}
 
   def state_of(part: np.ndarray) -> int:
-    """Of the characters that may come of the bytes so far."""
+    """Returns the state whose possible characters are letters as in `part`."""
     if len(part) == 1:
       return int(part[0])
     key = part.tobytes()
@@ -48,7 +48,7 @@ def _characters() -> np.ndarray:
 
   first_X = np.zeros(256, np.int32)
   first_X[:0x80] = is_letter[:0x80]
-  # First bytes, how many characters each begins, the least of that length.
+  # Range of first bytes, number of characters of each, least of that length.
   for low, high, size, least in (
     (0xC0, 0xDF, 64, 0x80),
     (0xE0, 0xEF, 64**2, 0x800),
@@ -64,24 +64,24 @@ def _characters() -> np.ndarray:
 
 
 def _table(word: bytes, characters_UX: np.ndarray) -> np.ndarray:
-  """Returns the state after each byte (S, X) of a text that should hold a word.
+  """Returns the automaton that finds a word: the state after each byte (S, X).
 
-  The first U states are those of the characters, the others say how much of
-  the word is there; the last one stays.
+  The first U states are those of the characters; the others are the matched
+  prefixes of the word. The last one means that the word was found, and stays.
   """
   U, num = len(characters_UX), len(word)
   table_SX = np.zeros((U + num, 256), np.int32)
   table_SX[:U] = characters_UX
-  # Within a character too: what breaks off there is shown by a sign.
+  # Also within a character, since a character that breaks off is invalid.
   table_SX[[u for u in range(U) if u != _LETTER], word[0]] = U
   table_SX[-1] = U + num - 1
-  state, within = 0, [0]  # Of the characters, after each part of the word.
+  state, within = 0, [0]  # States of characters after each prefix of the word.
   for byte in word:
     state = int(characters_UX[state, byte])
     within.append(state)
   for place in range(1, num):
     row_X = characters_UX[within[place]].copy()
-    # The longest of the words that may have begun within this one wins.
+    # The longest prefix of the word that ends here is the next state.
     for start in range(place, -1, -1):
       size = place - start
       if word[:size] == word[start:place] and within[start] != _LETTER:
@@ -91,7 +91,7 @@ def _table(word: bytes, characters_UX: np.ndarray) -> np.ndarray:
 
 
 class Words:
-  """Words that texts should hold, and what a text has of them.
+  """Words to find in sequences, as automata over bytes.
 
   >>> pieces = pieces_lib.Pieces([b'an "', b'o', b'x', b'en', b'f'])
   >>> words = Words(['ox'], [True], pieces)
@@ -108,12 +108,12 @@ class Words:
     from_start: Sequence[bool],
     pieces: pieces_lib.Pieces,
   ):
-    """Makes an automaton for each.
+    """Builds an automaton for each word.
 
     Args:
-      words: texts.
-      from_start: which of them count from the beginning of a word alone.
-      pieces: of the vocabulary.
+      words: the words, as strings.
+      from_start: whether each counts only where a word starts.
+      pieces: bytes of the vocabulary's tokens.
     """
     anywhere = np.zeros((1, 256), np.int32)
     self._characters = [
@@ -126,10 +126,10 @@ class Words:
     self.pieces = pieces
 
   def start(self, prompt: Sequence[int] = ()) -> list[int]:
-    """Returns the state of each word at the beginning of a text.
+    """Returns the state of each word before the first new token.
 
     Args:
-      prompt: tokens before it; no word is within them.
+      prompt: tokens before the new ones, in which no word is found.
     """
     before = self.pieces.last(prompt, _MOST_BYTES)
     follow = pieces_lib.follow
@@ -142,7 +142,7 @@ class Words:
     return [follow(t, state, text) for t, state in zip(self.tables, states)]
 
   def found(self, states: Sequence[int]) -> set[int]:
-    """Returns the numbers of the words that are there."""
+    """Returns the indices of the words that were found."""
     pairs = enumerate(zip(self.tables, states))
     return {k for k, (table, state) in pairs if state == len(table) - 1}
 
@@ -150,14 +150,14 @@ class Words:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arrays:
-  """Words as arrays, padded.
+  """The automata of words as padded arrays.
 
-  The states of different words stand one after the other.
+  The states of different words are concatenated in one table.
 
   Attributes:
-    reader: of the texts.
-    start_BK: the state of each word after each prompt.
-    whole_K: its state when it is there; -1 for padding.
+    reader: automaton that follows the bytes of sequences.
+    start_BK: state of each word after each prompt.
+    whole_K: state of each word when it was found; -1 for padding.
   """
 
   reader: pieces_lib.Reader
@@ -165,18 +165,18 @@ class Arrays:
   whole_K: Any
 
   def after(self, state_K: jax.Array, token: jax.Array) -> jax.Array:
-    """Returns the states of a text after one more token."""
+    """Returns the states of a sequence after one more token."""
     return self.reader.after(state_K, jnp.broadcast_to(token, state_K.shape))
 
 
 def arrays(words: Words, prompts: Sequence[Sequence[int]]) -> Arrays:
-  """Returns words at the beginning of the texts that follow prompts."""
+  """Returns the automata of words as arrays, and their states after prompts."""
   up = prompts_lib.power_of_two
   first = np.cumsum([0, *map(len, words.tables)])
   num, K = up(int(first[-1]) + 1), up(len(words.tables))
   table_SX = np.full((num, 256), num - 1, np.int32)
-  for start, own_SX in zip(first, words.tables):
-    table_SX[start : start + len(own_SX)] = own_SX + start
+  for start, word_SX in zip(first, words.tables):
+    table_SX[start : start + len(word_SX)] = word_SX + start
   start_BK = np.full((len(prompts), K), num - 1, np.int32)
   for row, prompt in zip(start_BK, prompts):
     row[: len(words.tables)] = words.start(prompt) + first[:-1]

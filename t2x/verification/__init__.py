@@ -1,1 +1,1 @@
-"""Whether a layout computes what one device does."""
+"""Checks that a layout computes the same numbers as one device."""

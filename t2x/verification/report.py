@@ -1,4 +1,4 @@
-"""What `t2x.verification.verify` found, as a table, as text and as JSON."""
+"""Reports of `t2x.verification.verify`: a table, text and JSON."""
 
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import Any
 from t2x.verification import deviation
 
 _CHECKS = ('weights', 'loss', 'gradients', 'update', 'trajectory')
-_MOST = 4  # Parameters that are named where numbers part.
+_MOST_NAMED = 4  # Parameters that are named at the first difference.
 
 
 def header(layouts: Sequence[str]) -> str:
@@ -18,11 +18,11 @@ def header(layouts: Sequence[str]) -> str:
 
 
 def row(verdict: deviation.Verdict, layouts: Sequence[str]) -> str:
-  """Returns the line of a layout: the largest deviation of all steps.
+  """Returns the table's line of a layout: its largest deviations.
 
   Args:
-    verdict: of the layout.
-    layouts: all in the table, for their width.
+    verdict: verdict of the layout.
+    layouts: texts of all layouts in the table, which set the width.
   """
   cells = [_number(_largest(verdict, name)) for name in _CHECKS]
   ok = 'yes' if verdict.ok else 'NO'
@@ -31,7 +31,7 @@ def row(verdict: deviation.Verdict, layouts: Sequence[str]) -> str:
 
 
 def steps(verdict: deviation.Verdict) -> Iterator[str]:
-  """Yields a line for each check, and one for each parameter."""
+  """Yields a line for each check, then one for each parameter."""
   for check in verdict.checks:
     path, value = check.worst
     where = path and f'  {path}'
@@ -42,7 +42,7 @@ def steps(verdict: deviation.Verdict) -> Iterator[str]:
 
 
 def explanation(verdict: deviation.Verdict) -> str:
-  """Returns the tolerance of a verdict, and why it is that."""
+  """Returns a text that explains deviations and the tolerance."""
   measure = (
     'A deviation is max|a - b| / max(max|b|, 1e-3 x the largest entry of the '
     'tree); of an update, in changes of the weights; of a loss, relative, and '
@@ -59,7 +59,7 @@ def explanation(verdict: deviation.Verdict) -> str:
 
 
 def parting(verdict: deviation.Verdict) -> str:
-  """Returns where the numbers of a layout first part; '' where they do not."""
+  """Describes the first check that fails; returns '' if none does."""
   if verdict.ok:
     return ''
   first = verdict.past[0]
@@ -67,21 +67,21 @@ def parting(verdict: deviation.Verdict) -> str:
     f'{verdict.layout}: the numbers first part in {_place(first)} '
     f'({_number(first.worst[1])})'
   )
-  named = _first_by_parameter(verdict)
-  if named is None:
+  check = _first_by_parameter(verdict)
+  if check is None:
     return f'{text}, and no gradient or update with it.'
-  if named is not first:
-    text += f'; with it {_place(named)}'
-  past = {p: d for p, d in named.deviations.items() if d > verdict.tolerance}
+  if check is not first:
+    text += f'; with it {_place(check)}'
+  past = {p: d for p, d in check.deviations.items() if d > verdict.tolerance}
   worst = sorted(past, key=lambda path: -past[path])
-  text += f', {len(past)} of {len(named.deviations)} parameters:'
-  lines = [f'\n  {_number(past[p]):>8}  {p}' for p in worst[:_MOST]]
-  more = len(worst) - _MOST
+  text += f', {len(past)} of {len(check.deviations)} parameters:'
+  lines = [f'\n  {_number(past[p]):>8}  {p}' for p in worst[:_MOST_NAMED]]
+  more = len(worst) - _MOST_NAMED
   return text + ''.join(lines) + (f'\n  and {more} more' if more > 0 else '')
 
 
 def to_json(verdict: deviation.Verdict) -> dict[str, Any]:
-  """Returns a layout's entry; a deviation that is not finite is null."""
+  """Returns a layout's JSON entry; a deviation that is not finite is null."""
   return {
     'layout': verdict.layout,
     'max_relative_deviation': _finite(verdict.largest(of_loss=False)),
@@ -97,16 +97,16 @@ def to_json(verdict: deviation.Verdict) -> dict[str, Any]:
 
 
 def worst_parameter(verdict: deviation.Verdict) -> str:
-  """Returns the parameter that is furthest off, where parameters first part.
+  """Returns the parameter of largest deviation in the first check that fails.
 
-  Of all steps, where they do not.
+  If no check of parameters fails, it is that of the largest deviation of all.
   """
   first = _first_by_parameter(verdict)
   return first.worst[0] if first else next(iter(verdict.by_parameter()))
 
 
 def _first_by_parameter(verdict: deviation.Verdict) -> deviation.Check | None:
-  """Returns the first check past the tolerance that names parameters."""
+  """Returns the first check of parameters that exceeds the tolerance."""
   return next((c for c in verdict.past if not c.of_loss), None)
 
 
@@ -138,7 +138,13 @@ def _number(value: float) -> str:
   return '0' if value == 0.0 else f'{value:.1e}'
 
 
-def _row(first, layouts, cells, ok, last) -> str:
+def _row(
+  first: str,
+  layouts: Sequence[str],
+  cells: Sequence[str],
+  ok: str,
+  last: str,
+) -> str:
   width = max(map(len, ('layout', *layouts)))
   numbers = ''.join(f'{cell:>11}' for cell in cells)
   return f'{first:<{width}}{numbers}  {ok:<4}{last}'

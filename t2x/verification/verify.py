@@ -1,26 +1,27 @@
-"""Whether a layout computes what one device does, step by step.
+"""Verifies that a layout computes the same as one device, step by step.
 
 The reference is the experiment on one device, with the same seed, in float32.
-At each step of its training, a layout is asked for
+At each training step, these are compared:
 
   loss, gradients   at the reference's weights, on the same rows;
   update            of the reference's weights by the reference's gradients,
-                    the optimizer's state being the layout's own;
-  trajectory        the loss of its own training, by the step that trains.
+                    with the layout's own optimizer state;
+  trajectory        the loss of the layout's own training, by the train step.
 
-So each step starts anew from the reference, an error shows where it is made,
-and only the trajectory carries it on. Before the first step, the `weights` as
-drawn are compared.
+Each step starts again from the reference, so an error shows at the step that
+makes it, and only the trajectory accumulates errors. Before the first step, the
+initial `weights` are compared.
 
-Gradients are measured as `t2x.verification.deviation` says. An updated
-parameter would hide an error of its update, which is hundreds of times smaller:
-its deviation is measured against the update, the change of the reference's
-parameters, after what the rounding of their sum may cost. The loss of the
-trajectory at step k has the deviations of k - 1 updates in it besides its own,
-so it is divided by k.
+The deviation of gradients is defined in `t2x.verification.deviation`. An update
+is hundreds of times smaller than its parameter, which would hide an error. So
+the deviation of an updated parameter is divided by the update (the change of
+the reference's parameter), after one rounding of the sum is subtracted. The
+loss of the trajectory at step k contains the deviations of k - 1 updates
+besides its own, so its deviation is divided by k.
 
-Dropout may be on: its bits belong to a row's number and to a token's place in
-it (`t2x.layers.dropout`), so neither the layout nor microbatches change them.
+Dropout may be on: its bits depend on the number of a row and the position of a
+token in it (`t2x.layers.dropout`), so layouts and microbatches do not change
+them.
 """
 
 from collections.abc import Iterator
@@ -29,11 +30,13 @@ import contextlib
 import dataclasses
 import math
 from typing import Any
+from typing import SupportsFloat
 
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
+import numpy.typing as npt
 
 from t2x.compilation import program as program_lib
 from t2x.config import consistency
@@ -41,17 +44,19 @@ from t2x.config import experiment
 from t2x.config import layout_advice
 from t2x.config import layout_flag
 from t2x.config import overrides
+from t2x.data import batches as batches_lib
 from t2x.data import corpus as corpus_lib
 from t2x.data import input_pipeline
 from t2x.parallel import mesh as mesh_lib
 from t2x.parallel import sharding
 from t2x.parallel import simulated_devices
 from t2x.trainer import train
+from t2x.training import train_step
 from t2x.verification import deviation
 
 TOLERANCE = 1e-4
-# Of a step, up to which LLVM's optimisations (most of the time that compiling
-# takes) are not worth their time.
+# Up to so many tokens a step, LLVM's optimizations, which are most of the
+# compile time, cost more than they save.
 _FEW_TOKENS = 1024
 
 
@@ -62,61 +67,65 @@ def verify(
   num_steps: int = 5,
   tolerance: float = TOLERANCE,
 ) -> Iterator[deviation.Verdict]:
-  """Compares layouts with one device; yields as each is done.
+  """Compares layouts with one device; yields the verdict of each.
 
-  Every process of a run calls it; the reference is computed by each.
+  Every process of a run must call it; each computes the reference itself.
 
   Args:
-    config: the experiment; its mesh does not matter.
-    layouts: to compare.
-    num_steps: of training.
-    tolerance: largest deviation that is rounding.
+    config: the experiment; its mesh is ignored.
+    layouts: layouts to compare.
+    num_steps: number of training steps.
+    tolerance: largest deviation that counts as rounding.
 
   Raises:
-    ValueError: a layout that cannot be, with two that can; before anything is
-      compiled.
+    ValueError: a layout does not fit the experiment or the devices; the message
+      names two that do. It is raised before any compilation.
   """
   config = overrides.override(config, {'model.dtype': 'float32'})
   alone = dataclasses.replace(config, mesh=mesh_lib.MeshConfig(data=1))
   layout_advice.check(alone, 1)
   placed = [(layout, *_placed(layout, config)) for layout in layouts]
-  batches, total = _read(config, num_steps)
+  batches, total = _batches(config, num_steps)
   reference = _Side(alone, jax.local_devices()[:1], total)
-  for layout, own, devices in placed:
-    side = _Side(own, devices, total)
+  for layout, layout_config, devices in placed:
+    side = _Side(layout_config, devices, total)
     checks = _compare(side, _reference_steps(reference, batches), batches)
     yield deviation.Verdict(
       layout=layout.text, tolerance=tolerance, checks=tuple(checks)
     )
 
 
-def _placed(layout: layout_flag.Layout, config: experiment.Experiment):
-  """Returns the config in the layout, which can be, and its devices."""
-  own = layout.applied(config)
-  layout.check(own)
-  return own, _devices(layout.text, layout.num_devices)
+def _placed(
+  layout: layout_flag.Layout, config: experiment.Experiment
+) -> tuple[experiment.Experiment, list[Any]]:
+  """Returns the config with the checked layout, and its devices."""
+  config = layout.applied(config)
+  layout.check(config)
+  return config, _devices(layout.text, layout.num_devices)
 
 
 def _devices(text: str, num: int) -> list[Any]:
-  """Returns so many devices, the first ones of every process."""
+  """Returns `num` devices, the first ones of every process."""
   processes = jax.process_count()
   by_process = [
     [d for d in jax.devices() if d.process_index == index]
     for index in range(processes)
   ]
-  there = min(map(len, by_process))
-  if num % processes or num // processes > there:
+  available = min(map(len, by_process))
+  if num % processes or num // processes > available:
     raise ValueError(
       f'--layout={text} needs {num} devices, as many of each process, and '
-      f'there are {processes} x {there} (processes x devices). Choose another '
-      'layout, or simulate more devices: '
+      f'there are {processes} x {available} (processes x devices). Choose '
+      'another layout, or simulate more devices: '
       f'XLA_FLAGS={simulated_devices.COUNT}=N.'
     )
-  return [d for own in by_process for d in own[: num // processes]]
+  return [d for devices in by_process for d in devices[: num // processes]]
 
 
-def _read(config: experiment.Experiment, num_steps: int):
-  """Returns the first batches, whole, and the steps of a run."""
+def _batches(
+  config: experiment.Experiment, num_steps: int
+) -> tuple[list[batches_lib.Batch], int]:
+  """Returns the first global batches, and the number of steps of a run."""
   corpus = corpus_lib.prepare(config.data)
   consistency.check_vocabulary(config, corpus.tokenizer.vocab_size)
   batches = input_pipeline.train_batches(
@@ -128,9 +137,14 @@ def _read(config: experiment.Experiment, num_steps: int):
 
 
 class _Side:
-  """A program on its mesh, that takes and gives what lies on the host."""
+  """One side of a comparison: a program on its mesh."""
 
-  def __init__(self, config: experiment.Experiment, devices, num_steps: int):
+  def __init__(
+    self,
+    config: experiment.Experiment,
+    devices: Sequence[Any],
+    num_steps: int,
+  ):
     self._rules = config.rules
     self.mesh = mesh_lib.make(config.mesh, devices)
     small = config.data.batch_size * config.data.length <= _FEW_TOKENS
@@ -141,21 +155,23 @@ class _Side:
       self.program = program_lib.Program(config, self.mesh, num_steps=num_steps)
 
   @contextlib.contextmanager
-  def active(self):
-    # On accelerators, products of float32 are made of bfloat16 by default.
+  def active(self) -> Iterator[None]:
+    # By default, accelerators compute float32 products from bfloat16.
     precise = jax.default_matmul_precision('highest')
     with sharding.use(self.mesh, self._rules), precise:
       yield
 
-  def batch(self, whole: dict[str, np.ndarray]):
+  def batch(self, whole: batches_lib.Batch) -> train_step.Batch:
     rows = self.program.rows
     return self.program.place({name: a[rows] for name, a in whole.items()})
 
   def put(self, tree: Any, shapes: Any) -> Any:
-    """Puts arrays of the host where `shapes` live; scalars everywhere."""
+    """Puts host arrays where `shapes` says; None replicates them."""
     whole = NamedSharding(self.mesh, P())
 
-    def place(a, shape=None):
+    def place(
+      a: npt.ArrayLike, shape: jax.ShapeDtypeStruct | None = None
+    ) -> jax.Array:
       a = np.asarray(a)
       where = whole if shape is None else shape.sharding
       return jax.make_array_from_callback(a.shape, where, lambda i: a[i])
@@ -166,7 +182,7 @@ class _Side:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Step:
-  """A step of the reference, on the host."""
+  """A step of the reference: arrays on the host."""
 
   state: Any
   grads: Any
@@ -174,8 +190,10 @@ class _Step:
   after: Any
 
 
-def _reference_steps(side: _Side, batches) -> Iterator[_Step]:
-  """Yields the steps anew for each layout, so that only one is held."""
+def _reference_steps(
+  side: _Side, batches: Sequence[batches_lib.Batch]
+) -> Iterator[_Step]:
+  """Yields the steps of the reference, one in memory at a time."""
   with side.active():
     state = side.program.init_state()
   for batch in batches:
@@ -191,43 +209,48 @@ def _reference_steps(side: _Side, batches) -> Iterator[_Step]:
 
 
 def _compare(
-  side: _Side, reference: Iterator[_Step], batches
+  side: _Side,
+  reference: Iterator[_Step],
+  batches: Sequence[batches_lib.Batch],
 ) -> Iterator[deviation.Check]:
   """Yields the checks of a layout."""
   program, check = side.program, deviation.Check
   with side.active():
-    own, running = program.init_state(), program.init_state()
+    updated, running = program.init_state(), program.init_state()
   for number, (step, batch) in enumerate(zip(reference, batches), 1):
     loss = _finite(step.sums['loss'], number)
     if number == 1:
-      of_weights = deviation.of_tree(own.model, step.state.model)
+      of_weights = deviation.of_tree(updated.model, step.state.model)
       yield check(step=0, name='weights', deviations=of_weights)
     with side.active():
       batch = side.batch(batch)
       state = side.put(step.state, program.shapes)
       grads, sums = program.gradients(state, batch)
-      # The moments stay the layout's own: an error in them shows one step on.
-      state = dataclasses.replace(state, opt_state=own.opt_state, ema=own.ema)
-      own, _ = program.apply(
+      # The optimizer state stays the layout's own, so that an error in it shows
+      # at the next step.
+      state = dataclasses.replace(
+        state, opt_state=updated.opt_state, ema=updated.ema
+      )
+      updated, _ = program.apply(
         state, side.put(step.grads, program.trained), side.put(step.sums, None)
       )
       running, metrics = program.step(running, batch)
     of_loss = deviation.of_loss(sums['loss'], loss)
     yield check(step=number, name='loss', deviations={'': of_loss})
     of_grads = deviation.of_tree(grads, step.grads)
-    # Another choice of experts shows here, whatever their outputs.
+    # Here a different choice of experts shows, whatever their outputs.
     of_grads |= deviation.of_tree(sums['loads'], step.sums['loads'])
     yield check(step=number, name='gradients', deviations=of_grads)
     change = jax.tree.map(np.subtract, step.after, step.state.model)
     of_update = deviation.of_tree(
-      own.model, step.after, scale=change, rounded=True
+      updated.model, step.after, scale=change, rounded=True
     )
     yield check(step=number, name='update', deviations=of_update)
-    of_own = deviation.of_loss(metrics['loss'], loss) / number
-    yield check(step=number, name='trajectory', deviations={'': of_own})
+    of_running = deviation.of_loss(metrics['loss'], loss) / number
+    yield check(step=number, name='trajectory', deviations={'': of_running})
 
 
-def _finite(loss: Any, number: int) -> float:
+def _finite(loss: SupportsFloat, number: int) -> float:
   loss = float(loss)
   if not math.isfinite(loss):
     raise ValueError(

@@ -295,14 +295,14 @@ def test_rows_that_pad_the_batch_do_not_keep_a_search_going():
   """One prompt whose text ends at once, and three rows of padding."""
   ends = list(range(6))
   steps = []
-  original = beams_lib.loop.next_logits
+  original = beams_lib.decode_loop.next_logits
 
   def counted(*args):
     jax.debug.callback(lambda: steps.append(1))
     return original(*args)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(beams_lib.loop, 'next_logits', counted)
+    patch.setattr(beams_lib.decode_loop, 'next_logits', counted)
     beams_lib.search.clear_cache()
     generate.beam_search(
       tiny(), [[1, 3]], num_tokens=9, eos_id=ends[:5], chunk=16,

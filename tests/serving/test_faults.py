@@ -175,7 +175,7 @@ def test_a_step_that_fails_ends_the_texts_that_it_wrote(url, app):
   step, failures = engine.step, []
 
   def broken():
-    if engine._writing and not failures:
+    if engine._decoding and not failures:
       failures.append(1)
       raise RuntimeError('out of memory')
     return step()
