@@ -14,26 +14,22 @@ import json
 from absl import flags
 
 from t2x import main
+from t2x.inference import run_flags
 
-_TEXT = flags.DEFINE_multi_string('text', [], 'A text; may repeat.')
-_TEXT_FILE = flags.DEFINE_string('text_file', None, 'One text a line.')
 _SECOND = flags.DEFINE_multi_string(
   'second', [], 'What goes with a text, for each in their order.'
 )
-_STEP = flags.DEFINE_integer('step', None, 'Checkpoint; default the newest.')
-flags.DEFINE_string('workdir', None, 'The run.')
-main.define_set_flag()
+run_flags.define()
+run_flags.define_texts()
 
 
 def classify() -> None:
   from t2x.inference import embeddings
   from t2x.inference import loading
 
-  texts = main.read_lines(_TEXT.value, _TEXT_FILE.value, 'text')
+  texts = run_flags.texts()
   main.use_compilation_cache()
-  trained = loading.load(
-    main.workdir(), step=_STEP.value, settings=flags.FLAGS.set
-  )
+  trained = loading.load(**run_flags.load_arguments())
   print(json.dumps(embeddings.labelled(trained, texts, _SECOND.value)))
 
 

@@ -22,6 +22,7 @@ from absl import flags
 
 from t2x import main
 from t2x import reading
+from t2x.inference import run_flags
 
 _HOST = flags.DEFINE_string('host', '127.0.0.1', '0.0.0.0 serves everyone.')
 _PORT = flags.DEFINE_integer('port', 8000, '0 takes a free one.')
@@ -50,9 +51,7 @@ _CACHE_DTYPE = flags.DEFINE_string(
 _TEMPLATE = flags.DEFINE_string(
   'chat_template', None, "A file in Jinja; default the tokenizer's own."
 )
-_STEP = flags.DEFINE_integer('step', None, 'Checkpoint; default the newest.')
-flags.DEFINE_string('workdir', None, 'The run.')
-main.define_set_flag()
+run_flags.define()
 
 
 _PACKAGES = 'starlette', 'uvicorn', 'pydantic', 'prometheus_client', 'jinja2'
@@ -93,7 +92,7 @@ def _serve() -> None:
   )
   socket = server.bind(_HOST.value, _PORT.value)
   main.use_compilation_cache()
-  trained = loading.load(directory, step=_STEP.value, settings=flags.FLAGS.set)
+  trained = loading.load(**run_flags.load_arguments())
   server.serve(
     trained,
     socket,

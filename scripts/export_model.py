@@ -13,6 +13,7 @@ import sys
 from absl import flags
 
 from t2x import main
+from t2x.inference import run_flags
 
 _TO = flags.DEFINE_string('to', None, 'What is made, new or empty.')
 _ROWS = flags.DEFINE_integer('rows', 4, 'Prompts at a time.')
@@ -22,9 +23,7 @@ _MAX_LENGTH = flags.DEFINE_integer(
 _PLATFORMS = flags.DEFINE_list(
   'platforms', [], 'Of cpu, cuda, rocm, tpu; default the one that is here.'
 )
-_STEP = flags.DEFINE_integer('step', None, 'Checkpoint; default the newest.')
-flags.DEFINE_string('workdir', None, 'The run.')
-main.define_set_flag()
+run_flags.define()
 
 
 def export() -> None:
@@ -33,9 +32,7 @@ def export() -> None:
 
   if not _TO.value:
     sys.exit('error: --to is missing: name a directory for what is made.')
-  trained = loading.load(
-    main.workdir(), step=_STEP.value, settings=flags.FLAGS.set
-  )
+  trained = loading.load(**run_flags.load_arguments())
   export_lib.write(
     trained,
     _TO.value,
