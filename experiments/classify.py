@@ -14,22 +14,21 @@ import json
 from absl import flags
 
 from t2x import main
-from t2x.inference import run_flags
 
 _SECOND = flags.DEFINE_multi_string(
   'second', [], 'What goes with a text, for each in their order.'
 )
-run_flags.define()
-run_flags.define_texts()
+main.define_trained_flags()
+main.define_text_flags()
 
 
 def classify() -> None:
   from t2x.inference import embeddings
   from t2x.inference import loading
 
-  texts = run_flags.texts()
+  texts = main.texts()
   main.use_compilation_cache()
-  trained = loading.load(**run_flags.load_arguments())
+  trained = loading.load(**main.load_arguments())
   print(json.dumps(embeddings.labelled(trained, texts, _SECOND.value)))
 
 

@@ -11,19 +11,18 @@ a line.
 import json
 
 from t2x import main
-from t2x.inference import run_flags
 
-run_flags.define()
-run_flags.define_texts()
+main.define_trained_flags()
+main.define_text_flags()
 
 
 def embed() -> None:
   from t2x.inference import embeddings
   from t2x.inference import loading
 
-  texts = run_flags.texts()
+  texts = main.texts()
   main.use_compilation_cache()
-  trained = loading.load(**run_flags.load_arguments())
+  trained = loading.load(**main.load_arguments())
   vectors = embeddings.embed(trained, texts)
   print(json.dumps([[float(f'{x:.7g}') for x in v] for v in vectors]))
 

@@ -11,13 +11,12 @@ import json
 from absl import flags
 
 from t2x import main
-from t2x.inference import run_flags
 
 _SPLIT = flags.DEFINE_multi_string('split', [], 'Default: data.eval_splits.')
 _BATCHES = flags.DEFINE_integer(
   'max_batches', None, 'Default: the whole split.'
 )
-run_flags.define()
+main.define_trained_flags()
 
 
 def evaluate() -> None:
@@ -25,7 +24,7 @@ def evaluate() -> None:
   from t2x.inference import loading
 
   main.use_compilation_cache()
-  trained = loading.load(**run_flags.load_arguments())
+  trained = loading.load(**main.load_arguments())
   result = evaluation.evaluate_splits(
     trained, _SPLIT.value, max_batches=_BATCHES.value
   )

@@ -24,7 +24,6 @@ from absl import flags
 from t2x import main
 from t2x import reading
 from t2x.decode import sampling
-from t2x.inference import run_flags
 
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'A prompt; may repeat.')
 _PROMPT_FILE = flags.DEFINE_string('prompt_file', None, 'One prompt a line.')
@@ -85,7 +84,7 @@ _IGNORE_END = flags.DEFINE_bool(
   'ignore_end', False, 'Go on past the end token.'
 )
 _OUTPUT = flags.DEFINE_string('output', None, 'Also write JSON to this file.')
-run_flags.define()
+main.define_trained_flags()
 
 
 def generate() -> None:
@@ -102,7 +101,7 @@ def generate() -> None:
     if flags.FLAGS[name].present and not _EXPERT.value:
       sys.exit(f'error: --{name} needs --expert, what to write instead.')
   main.use_compilation_cache()
-  trained = loading.load(**run_flags.load_arguments())
+  trained = loading.load(**main.load_arguments())
   trained = _steered(trained)
   banned = trained.banned(_BANNED.value)
   own = trained.generation

@@ -22,7 +22,6 @@ from absl import flags
 
 from t2x import main
 from t2x import reading
-from t2x.inference import run_flags
 
 _HOST = flags.DEFINE_string('host', '127.0.0.1', '0.0.0.0 serves everyone.')
 _PORT = flags.DEFINE_integer('port', 8000, '0 takes a free one.')
@@ -51,7 +50,7 @@ _CACHE_DTYPE = flags.DEFINE_string(
 _TEMPLATE = flags.DEFINE_string(
   'chat_template', None, "A file in Jinja; default the tokenizer's own."
 )
-run_flags.define()
+main.define_trained_flags()
 
 
 _PACKAGES = 'starlette', 'uvicorn', 'pydantic', 'prometheus_client', 'jinja2'
@@ -92,7 +91,7 @@ def _serve() -> None:
   )
   socket = server.bind(_HOST.value, _PORT.value)
   main.use_compilation_cache()
-  trained = loading.load(**run_flags.load_arguments())
+  trained = loading.load(**main.load_arguments())
   server.serve(
     trained,
     socket,

@@ -12,13 +12,12 @@ then on; --nosave leaves the run as it is.
 from absl import flags
 
 from t2x import main
-from t2x.inference import run_flags
 
 _SPLIT = flags.DEFINE_string('split', None, 'Default the first of eval_splits.')
 _PLOT = flags.DEFINE_string('plot', None, 'Also draw diagrams into this file.')
 _SAVE = flags.DEFINE_bool('save', True, 'Keep the temperature with the run.')
 _MOST = flags.DEFINE_integer('max_batches', 64, 'At most so many are read.')
-run_flags.define()
+main.define_trained_flags()
 
 
 def calibrate() -> None:
@@ -26,7 +25,7 @@ def calibrate() -> None:
   from t2x.inference import loading
 
   main.use_compilation_cache()
-  trained = loading.load(**run_flags.load_arguments())
+  trained = loading.load(**main.load_arguments())
   found = calibration.calibrate(
     trained, split=_SPLIT.value, max_batches=_MOST.value
   )

@@ -13,7 +13,6 @@ import sys
 from absl import flags
 
 from t2x import main
-from t2x.inference import run_flags
 
 _TO = flags.DEFINE_string('to', None, 'What is made, new or empty.')
 _ROWS = flags.DEFINE_integer('rows', 4, 'Prompts at a time.')
@@ -23,7 +22,7 @@ _MAX_LENGTH = flags.DEFINE_integer(
 _PLATFORMS = flags.DEFINE_list(
   'platforms', [], 'Of cpu, cuda, rocm, tpu; default the one that is here.'
 )
-run_flags.define()
+main.define_trained_flags()
 
 
 def export() -> None:
@@ -32,7 +31,7 @@ def export() -> None:
 
   if not _TO.value:
     sys.exit('error: --to is missing: name a directory for what is made.')
-  trained = loading.load(**run_flags.load_arguments())
+  trained = loading.load(**main.load_arguments())
   export_lib.write(
     trained,
     _TO.value,
