@@ -10,26 +10,19 @@ a line.
 
 import json
 
-from absl import flags
-
 from t2x import main
 
-_TEXT = flags.DEFINE_multi_string('text', [], 'A text; may repeat.')
-_TEXT_FILE = flags.DEFINE_string('text_file', None, 'One text a line.')
-_STEP = flags.DEFINE_integer('step', None, 'Checkpoint; default the newest.')
-flags.DEFINE_string('workdir', None, 'The run.')
-main.define_set_flag()
+main.define_trained_flags()
+main.define_text_flags()
 
 
 def embed() -> None:
   from t2x.inference import embeddings
   from t2x.inference import loading
 
-  texts = main.read_lines(_TEXT.value, _TEXT_FILE.value, 'text')
+  texts = main.texts()
   main.use_compilation_cache()
-  trained = loading.load(
-    main.workdir(), step=_STEP.value, settings=flags.FLAGS.set
-  )
+  trained = loading.load(**main.load_arguments())
   vectors = embeddings.embed(trained, texts)
   print(json.dumps([[float(f'{x:.7g}') for x in v] for v in vectors]))
 

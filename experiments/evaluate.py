@@ -13,23 +13,18 @@ from absl import flags
 from t2x import main
 
 _SPLIT = flags.DEFINE_multi_string('split', [], 'Default: data.eval_splits.')
-_STEP = flags.DEFINE_integer('step', None, 'Checkpoint; default the newest.')
 _BATCHES = flags.DEFINE_integer(
   'max_batches', None, 'Default: the whole split.'
 )
-flags.DEFINE_string('workdir', None, 'The run.')
-main.define_set_flag()
+main.define_trained_flags()
 
 
 def evaluate() -> None:
-
   from t2x.inference import evaluation
   from t2x.inference import loading
 
   main.use_compilation_cache()
-  trained = loading.load(
-    main.workdir(), step=_STEP.value, settings=flags.FLAGS.set
-  )
+  trained = loading.load(**main.load_arguments())
   result = evaluation.evaluate_splits(
     trained, _SPLIT.value, max_batches=_BATCHES.value
   )

@@ -80,13 +80,11 @@ _SEED = flags.DEFINE_integer('seed', 0, 'Of what is drawn.')
 _MAX_LENGTH = flags.DEFINE_integer(
   'max_length', None, 'Tokens of a sequence; default as in training.'
 )
-_STEP = flags.DEFINE_integer('step', None, 'Checkpoint; default the newest.')
 _IGNORE_END = flags.DEFINE_bool(
   'ignore_end', False, 'Go on past the end token.'
 )
 _OUTPUT = flags.DEFINE_string('output', None, 'Also write JSON to this file.')
-flags.DEFINE_string('workdir', None, 'The run.')
-main.define_set_flag()
+main.define_trained_flags()
 
 
 def generate() -> None:
@@ -103,9 +101,7 @@ def generate() -> None:
     if flags.FLAGS[name].present and not _EXPERT.value:
       sys.exit(f'error: --{name} needs --expert, what to write instead.')
   main.use_compilation_cache()
-  trained = loading.load(
-    main.workdir(), step=_STEP.value, settings=flags.FLAGS.set
-  )
+  trained = loading.load(**main.load_arguments())
   trained = _steered(trained)
   banned = trained.banned(_BANNED.value)
   own = trained.generation

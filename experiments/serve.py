@@ -50,9 +50,7 @@ _CACHE_DTYPE = flags.DEFINE_string(
 _TEMPLATE = flags.DEFINE_string(
   'chat_template', None, "A file in Jinja; default the tokenizer's own."
 )
-_STEP = flags.DEFINE_integer('step', None, 'Checkpoint; default the newest.')
-flags.DEFINE_string('workdir', None, 'The run.')
-main.define_set_flag()
+main.define_trained_flags()
 
 
 _PACKAGES = 'starlette', 'uvicorn', 'pydantic', 'prometheus_client', 'jinja2'
@@ -93,7 +91,7 @@ def _serve() -> None:
   )
   socket = server.bind(_HOST.value, _PORT.value)
   main.use_compilation_cache()
-  trained = loading.load(directory, step=_STEP.value, settings=flags.FLAGS.set)
+  trained = loading.load(**main.load_arguments())
   server.serve(
     trained,
     socket,

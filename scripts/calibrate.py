@@ -17,9 +17,7 @@ _SPLIT = flags.DEFINE_string('split', None, 'Default the first of eval_splits.')
 _PLOT = flags.DEFINE_string('plot', None, 'Also draw diagrams into this file.')
 _SAVE = flags.DEFINE_bool('save', True, 'Keep the temperature with the run.')
 _MOST = flags.DEFINE_integer('max_batches', 64, 'At most so many are read.')
-_STEP = flags.DEFINE_integer('step', None, 'Checkpoint; default the newest.')
-flags.DEFINE_string('workdir', None, 'The run.')
-main.define_set_flag()
+main.define_trained_flags()
 
 
 def calibrate() -> None:
@@ -27,9 +25,7 @@ def calibrate() -> None:
   from t2x.inference import loading
 
   main.use_compilation_cache()
-  trained = loading.load(
-    main.workdir(), step=_STEP.value, settings=flags.FLAGS.set
-  )
+  trained = loading.load(**main.load_arguments())
   found = calibration.calibrate(
     trained, split=_SPLIT.value, max_batches=_MOST.value
   )

@@ -22,9 +22,7 @@ _MAX_LENGTH = flags.DEFINE_integer(
 _PLATFORMS = flags.DEFINE_list(
   'platforms', [], 'Of cpu, cuda, rocm, tpu; default the one that is here.'
 )
-_STEP = flags.DEFINE_integer('step', None, 'Checkpoint; default the newest.')
-flags.DEFINE_string('workdir', None, 'The run.')
-main.define_set_flag()
+main.define_trained_flags()
 
 
 def export() -> None:
@@ -33,9 +31,7 @@ def export() -> None:
 
   if not _TO.value:
     sys.exit('error: --to is missing: name a directory for what is made.')
-  trained = loading.load(
-    main.workdir(), step=_STEP.value, settings=flags.FLAGS.set
-  )
+  trained = loading.load(**main.load_arguments())
   export_lib.write(
     trained,
     _TO.value,

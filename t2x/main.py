@@ -99,6 +99,30 @@ def define_set_flag() -> None:
   flags.DEFINE_multi_string('set', [], 'dotted.name=value; may repeat.')
 
 
+def define_trained_flags() -> None:
+  """Defines --workdir, --step and --set of programs that use a trained run."""
+  flags.DEFINE_integer('step', None, 'Checkpoint; default the newest.')
+  flags.DEFINE_string('workdir', None, 'The run.')
+  define_set_flag()
+
+
+def load_arguments() -> dict[str, Any]:
+  """Returns the arguments of `loading.load` from `define_trained_flags`."""
+  values = flags.FLAGS
+  return {'workdir': workdir(), 'step': values.step, 'settings': values.set}
+
+
+def define_text_flags() -> None:
+  """Defines --text and --text_file; see `texts`."""
+  flags.DEFINE_multi_string('text', [], 'A text; may repeat.')
+  flags.DEFINE_string('text_file', None, 'One text a line.')
+
+
+def texts() -> list[str]:
+  """Returns the texts of --text and --text_file; see `read_lines`."""
+  return read_lines(flags.FLAGS.text, flags.FLAGS.text_file, 'text')
+
+
 def app_run(main: Callable[[], None]) -> None:
   """Runs `main` under absl; what a user can mend is said in one message."""
 

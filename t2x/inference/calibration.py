@@ -1,16 +1,19 @@
-"""How far a model's probabilities can be believed, and one number that helps.
+"""Calibration of a model's probabilities by a temperature.
 
-Held-out tokens are sorted by the probability of the model's best guess; of
-those at 0.8 four in five should be right. The expected calibration error is the
-mean distance from that, and one temperature for all logits, fitted on other
-held-out tokens, mostly removes it (Guo et al., 2017).
+Held-out tokens are sorted by the probability of the model's best guess. Of the
+guesses at a probability of 0.8, four in five should be right. The expected
+calibration error (ECE) is the mean distance from that. Dividing all logits by
+one temperature, fitted on other held-out tokens, mostly removes it (Guo et al.,
+2017, "On Calibration of Modern Neural Networks").
 
-  found = calibration.calibrate(inference.load(workdir))
-  calibration.draw(found, 'reliability.png')
+  result = calibration.calibrate(loading.load(workdir))
+  calibration.draw(result, 'reliability.png')
 
 Shape suffixes: B batch, T position, V vocabulary, M bins.
 """
 
+from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import functools
@@ -29,24 +32,29 @@ from t2x.data import input_pipeline
 from t2x.inference import trained_model
 from t2x.models import forward
 from t2x.models import loss_terms
+from t2x.models import model as model_lib
 from t2x.parallel import sharding
 from t2x.trainer import workdir as workdir_lib
+from t2x.training import train_step
+
+_Sums = Mapping[str, np.ndarray]  # Sums over tokens; see `_measure`.
 
 NUM_BINS = 15
-_RANGE = (0.05, 20.0)  # Temperatures that a fit may give.
+_RANGE = (0.05, 20.0)  # Bounds of the fitted temperature.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reliability:
-  """What held-out tokens say of a model's probabilities.
+  """A reliability diagram: confidence and accuracy on held-out tokens.
+
+  The bins divide the probabilities from 0 to 1 into equal parts.
 
   Attributes:
-    temperature: that its logits were divided by.
-    counts: tokens whose best guess has its probability in each bin; all are
-      equally wide.
+    temperature: divisor of the logits.
+    counts: number of tokens in each bin, by the probability of the best guess.
     confidence: mean probability of the best guess in each bin.
-    accuracy: how many of them are right.
-    nll: mean negative log-likelihood, nats.
+    accuracy: share of the best guesses in each bin that are right.
+    nll: mean negative log-likelihood of a token, in nats.
   """
 
   temperature: float
@@ -57,6 +65,7 @@ class Reliability:
 
   @property
   def num_tokens(self) -> float:
+    """Number of tokens in all bins."""
     return sum(self.counts)
 
   @property
@@ -68,7 +77,13 @@ class Reliability:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
-  """A fit, and the tokens that it was not fitted on before and after it."""
+  """A fitted temperature and what it changes.
+
+  Attributes:
+    temperature: fitted divisor of the logits.
+    before: reliability at temperature 1, on tokens that were not fitted on.
+    after: reliability of the same tokens at the fitted temperature.
+  """
 
   temperature: float
   before: Reliability
@@ -81,12 +96,12 @@ def calibrate(
   split: str | None = None,
   max_batches: int = 64,
 ) -> Calibration:
-  """Fits a temperature on every second batch of a split; the others judge it.
+  """Fits a temperature on half the batches of a split; the others test it.
 
   Args:
-    trained: what `loading.load` returned; its own temperature is not used.
-    split: default the first of data.eval_splits.
-    max_batches: at most so many are read, at least two.
+    trained: model to calibrate; its own temperature is not used.
+    split: name of the split; None takes the first of data.eval_splits.
+    max_batches: greatest number of batches to read; at least two are.
 
   Raises:
     ValueError: the split has no two batches of targets.
@@ -108,44 +123,55 @@ def calibrate(
   )
 
 
-def save(workdir: str, found: Calibration) -> None:
-  """Keeps the temperature with the run; `loading.load` then uses it."""
+def save(workdir: str, calibration: Calibration) -> None:
+  """Writes the temperature to a run's directory; `loading.load` then uses it.
+
+  Args:
+    workdir: directory of the run.
+    calibration: result of `calibrate`.
+  """
+  before, after = calibration.before, calibration.after
   data = {
-    'temperature': found.temperature,
-    'num_tokens': found.after.num_tokens,
-    'ece': [found.before.ece, found.after.ece],
-    'nll': [found.before.nll, found.after.nll],
+    'temperature': calibration.temperature,
+    'num_tokens': after.num_tokens,
+    'ece': [before.ece, after.ece],
+    'nll': [before.nll, after.nll],
   }
   file = files.path(workdir) / workdir_lib.CALIBRATION
   files.write_whole(file, json.dumps(data, indent=1) + '\n')
 
 
-def draw(found: Calibration, path: str) -> None:
-  """Draws both reliability diagrams into a PNG or SVG file."""
+def draw(calibration: Calibration, path: str) -> None:
+  """Draws the reliability diagrams before and after the fit, side by side.
+
+  Args:
+    calibration: result of `calibrate`.
+    path: file to write, whose ending gives the format, such as .png or .svg.
+  """
   import matplotlib
 
   matplotlib.use('Agg')
   from matplotlib import pyplot
 
   figure, axes = pyplot.subplots(1, 2, figsize=(9, 4.2), sharey=True)
-  for axis, part in zip(axes, (found.before, found.after)):
+  for axis, part in zip(axes, (calibration.before, calibration.after)):
     edges = np.linspace(0, 1, len(part.counts) + 1)
-    there = np.array(part.counts) > 0
+    is_used = np.array(part.counts) > 0
     axis.plot([0, 1], [0, 1], color='0.6', linewidth=1)
     bars = axis.bar(
-      edges[:-1][there],
-      np.array(part.accuracy)[there],
+      edges[:-1][is_used],
+      np.array(part.accuracy)[is_used],
       width=edges[1],
       align='edge',
       color='#4c78a8',
       edgecolor='white',
     )
-    for bar, count in zip(bars, np.array(part.counts)[there]):
+    for bar, count in zip(bars, np.array(part.counts)[is_used]):
       # A bin of a few tokens says little, and looks so.
       bar.set_alpha(min(1.0, 0.2 + count / 60))
     axis.plot(
-      np.array(part.confidence)[there],
-      np.array(part.accuracy)[there],
+      np.array(part.confidence)[is_used],
+      np.array(part.accuracy)[is_used],
       'o',
       color='#e45756',
       markersize=4,
@@ -166,7 +192,9 @@ def draw(found: Calibration, path: str) -> None:
   pyplot.close(figure)
 
 
-def _batches(trained, split: str | None, most: int) -> list[Any]:
+def _batches(
+  trained: trained_model.Trained, split: str | None, max_batches: int
+) -> list[train_step.Batch]:
   """Returns batches of a split, on the devices."""
   config = trained.config
   split = split or config.data.eval_splits[0]
@@ -176,22 +204,30 @@ def _batches(trained, split: str | None, most: int) -> list[Any]:
   program = program_lib.Program(config, trained.mesh, num_steps=1)
   with sharding.use(trained.mesh, config.rules):
     sets = input_pipeline.eval_sets(
-      corpus, config.data, rows=program.rows, max_batches=most
+      corpus, config.data, rows=program.rows, max_batches=max_batches
     )
     return [program.place(b) for _, _, batches in sets for b in batches]
 
 
-def _sums(trained, batches: Sequence[Any], temperature: float):
-  """Returns sums over the main targets of batches, as floats and arrays."""
+def _sums(
+  trained: trained_model.Trained,
+  batches: Sequence[train_step.Batch],
+  temperature: float,
+) -> _Sums:
+  """Returns the sums of `_measure` over batches, in float64.
+
+  Raises:
+    ValueError: the batches have no target of the main term.
+  """
   total: Any = None
   with sharding.use(trained.mesh, trained.config.rules):
     for batch in batches:
-      found = jax.device_get(
+      sums = jax.device_get(
         _measure(trained.model, batch, jnp.float32(temperature))
       )
       if total is not None:
-        found = jax.tree.map(np.add, total, found)
-      total = jax.tree.map(lambda a: a.astype(np.float64), found)
+        sums = jax.tree.map(np.add, total, sums)
+      total = jax.tree.map(lambda a: a.astype(np.float64), sums)
   if not total['counts_M'].sum():
     raise ValueError(
       'The split has no target of the main term, so there is nothing to '
@@ -201,11 +237,17 @@ def _sums(trained, batches: Sequence[Any], temperature: float):
 
 
 @jax.jit
-def _measure(model, batch, temperature) -> dict[str, jax.Array]:
+def _measure(
+  model: model_lib.Transformer, batch: train_step.Batch, temperature: jax.Array
+) -> dict[str, jax.Array]:
   """Returns sums over a batch's targets at a temperature.
 
-  Of the loss also its first two derivatives by 1 / temperature: what the logits
-  are expected to be less what they are, and their variance.
+  Returns:
+    By bin, `counts_M` (tokens), `confidence_M` (probabilities of the best
+    guess) and `right_M` (best guesses that are right); of all tokens, `nll`
+    and its first and second derivatives by 1 / temperature: `slope` (the
+    expected logit minus the target's logit) and `curve` (the variance of the
+    logits).
   """
   x_BTD, _ = forward.run(model, batch)
   term = model.terms(x_BTD, batch, None, 1)[loss_terms.MAIN]
@@ -231,17 +273,21 @@ def _measure(model, batch, temperature) -> dict[str, jax.Array]:
   }
 
 
-def _fit(sums) -> float:
+def _fit(sums: Callable[[float], _Sums]) -> float:
   """Returns the temperature of least loss, by Newton's method on its inverse.
 
-  The loss is convex in it. A step that leaves the range is cut to its end.
+  The loss is convex in the inverse temperature. A step that leaves the range is
+  cut to the range's end.
+
+  Args:
+    sums: function from a temperature to the sums of `_measure`.
   """
   low, high = 1 / _RANGE[1], 1 / _RANGE[0]
   inverse = 1.0
   for _ in range(30):
-    found = sums(1 / inverse)
-    step = float(found['slope'] / max(found['curve'], 1e-12))
-    # Half of it at most, so that a flat end does not throw it far away.
+    at = sums(1 / inverse)
+    step = float(at['slope'] / max(at['curve'], 1e-12))
+    # At most half of the inverse, so that a flat loss makes no huge step.
     step = math.copysign(min(abs(step), inverse / 2), step)
     new = min(max(inverse - step, low), high)
     done = abs(new - inverse) < 1e-4 * inverse
@@ -251,7 +297,7 @@ def _fit(sums) -> float:
   return 1 / inverse
 
 
-def _reliability(sums, temperature: float) -> Reliability:
+def _reliability(sums: _Sums, temperature: float) -> Reliability:
   counts_M = sums['counts_M']
   safe_M = np.maximum(counts_M, 1)
   return Reliability(

@@ -1,13 +1,13 @@
-"""What a text must be: a regular expression, a JSON schema, a grammar.
+"""Constrained generation: regular expressions, JSON schemas and grammars.
 
 control = Controls(trained).make(num_tokens=20, regex='[0-9]{4}')
-inference.generate_text(
+generation.generate_text(
   trained, ['The year'], num_tokens=20, control=control)
 
 The library llguidance follows the grammar and says which tokens may come next;
-the engine bans the others. A text holds to its rule from its first token to its
-end, and ends only where the rule is met; one that is cut by its number of
-tokens is the beginning of such a text.
+the engine bans the others. A text obeys its rule from its first token on, and
+ends only where it is a complete match. A text that is cut at its number of
+tokens is the beginning of a match.
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import json
+import types
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,10 @@ from t2x.inference import trained_model
 
 
 class Rules:
-  """Makes rules for the texts of one tokenizer.
+  """Compiles rules for the texts of one tokenizer.
+
+  Attributes:
+    ends: token ids that end a text.
 
   >>> from t2x.data import tokenizers
   >>> bytes_ = tokenizers.BytesTokenizer(tokenizers.Bytes())
@@ -40,12 +44,13 @@ class Rules:
     vocab_size: int,
     ends: Sequence[int] = (),
   ):
-    """Prepares; takes a second for 50,000 tokens.
+    """Prepares the vocabulary, in about a second for 50,000 tokens.
 
     Args:
-      tokenizer: of the model.
-      vocab_size: of the model; it may have more tokens.
-      ends: tokens that end a text; default the tokenizer's.
+      tokenizer: tokenizer of the model.
+      vocab_size: number of tokens of the model, which may exceed that of the
+        tokenizer.
+      ends: token ids that end a text; empty for the tokenizer's EOS.
 
     Raises:
       ValueError: llguidance is not installed.
@@ -59,7 +64,8 @@ class Rules:
     wrapper = self._library.TokenizerWrapper(
       _Pieces(
         tokens=[
-          # No text has it: what cannot be written is never allowed.
+          # A token without text: these bytes occur in no text, so that no
+          # rule allows it.
           b'\xff<%d>' % i if i in silent else piece
           for i, piece in enumerate(pieces)
         ],
@@ -68,7 +74,8 @@ class Rules:
         tokenizer=tokenizer,
       )
     )
-    # The library lets one of them through where nothing else may come.
+    # Where no other token is possible, the library allows one of those without
+    # text; this mask removes it.
     is_written_V = np.zeros(-(-vocab_size // 32) * 32, bool)
     is_written_V[[*set(range(vocab_size)) - silent, *self.ends]] = True
     written = np.packbits(is_written_V, bitorder='little').view(np.uint32)
@@ -78,31 +85,38 @@ class Rules:
     )
 
   def regex(self, pattern: str) -> 'Rule':
-    """Returns the rule that a text is matched by a regular expression, whole.
+    """Returns the rule that a regular expression matches the whole text.
+
+    Args:
+      pattern: regular expression in the syntax of Rust's crate `regex`.
 
     Raises:
-      ValueError: it cannot be read, or no text of this vocabulary meets it.
+      ValueError: the pattern is invalid, or no text of this vocabulary matches.
     """
     grammar = self._library.LLMatcher.grammar_from_regex(pattern)
     return self._rule(f'The regular expression {pattern!r}', grammar)
 
   def grammar(self, text: str) -> 'Rule':
-    """Returns the rule that a text is of a context-free grammar.
+    """Returns the rule that a context-free grammar derives the text.
 
     Args:
-      text: in Lark's syntax, as llguidance takes it; it begins at `start`.
+      text: grammar in llguidance's variant of Lark's syntax, with the start
+        symbol `start`.
 
     Raises:
-      ValueError: as `regex`.
+      ValueError: the grammar is invalid, or derives no text of this vocabulary.
     """
     grammar = self._library.LLMatcher.grammar_from_lark(text)
     return self._rule('The grammar', grammar)
 
   def json_schema(self, schema: Mapping[str, Any] | str) -> 'Rule':
-    """Returns the rule that a text is JSON of a schema.
+    """Returns the rule that a text is JSON that a schema allows.
+
+    Args:
+      schema: JSON schema, as an object or as its JSON text.
 
     Raises:
-      ValueError: as `regex`.
+      ValueError: the schema is invalid, or no text of this vocabulary fits it.
     """
     try:
       text = schema if isinstance(schema, str) else json.dumps(schema)
@@ -113,21 +127,29 @@ class Rules:
       raise ValueError(f'The JSON schema cannot be read: {error}') from None
     return self._rule('The JSON schema', grammar)
 
-  def _rule(self, what: str, grammar: str) -> 'Rule':
+  def _rule(self, name: str, grammar: str) -> 'Rule':
     matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0)
-    rule = Rule(what, matcher, self._written_W, self.ends)
+    rule = Rule(name, matcher, self._written_W, self.ends)
     rule.allowed()
     return rule
 
 
 class Rule:
-  """Follows one text; what `engine.Request.control` takes."""
+  """A rule and how far one text has followed it: a `requests.Control`."""
 
   def __init__(
-    self, what: str, matcher: Any, written_W: np.ndarray, ends: Sequence[int]
+    self, name: str, matcher: Any, written_W: np.ndarray, ends: Sequence[int]
   ):
-    """Begins before the first token; see `Rules`."""
-    self._what, self._matcher, self._ends = what, matcher, ends
+    """Begins before the first token of a text; `Rules` makes it.
+
+    Args:
+      name: words for the rule in error messages.
+      matcher: state of the grammar, an `llguidance.LLMatcher`.
+      written_W: uint32 words with a bit for each token that has text or ends
+        one.
+      ends: token ids that end a text.
+    """
+    self._name, self._matcher, self._ends = name, matcher, ends
     self._written_W = written_W
     self._is_done = False
     self._check()
@@ -136,7 +158,7 @@ class Rule:
     """Returns uint32 words with a bit for each token that may be next.
 
     Raises:
-      ValueError: there is none: the text can neither go on nor end.
+      ValueError: no token may be next: the text can neither go on nor end.
     """
     words_W = np.zeros_like(self._written_W)
     self._matcher.unsafe_compute_mask_ptr(words_W.ctypes.data, words_W.nbytes)
@@ -144,13 +166,13 @@ class Rule:
     words_W &= self._written_W
     if not words_W.any():
       raise ValueError(
-        f'{self._what} cannot be met: after this text it asks for something '
+        f'{self._name} cannot be met: after this text it asks for something '
         'that no token of the vocabulary begins.'
       )
     return words_W
 
   def raised(self) -> dict[int, float]:
-    """Raises no tokens."""
+    """Returns no additions to logits: a rule only bans tokens."""
     return {}
 
   def allows(self, token: int) -> bool:
@@ -158,10 +180,13 @@ class Rule:
     return bool(self.allowed()[token // 32] >> np.uint32(token % 32) & 1)
 
   def advance(self, token: int) -> None:
-    """Goes on with a token.
+    """Appends a token to the text that is followed.
+
+    Args:
+      token: id of the token that came next.
 
     Raises:
-      ValueError: it is not allowed.
+      ValueError: the rule does not allow the token.
     """
     if token in self._ends and self._matcher.is_accepting():
       self._is_done = True
@@ -176,26 +201,26 @@ class Rule:
     return self._is_done
 
   def copy(self) -> 'Rule':
-    """Returns the rule after the same text, to be followed apart."""
+    """Returns an independent copy, at the same place of the text."""
     matcher = self._matcher.deep_copy()
-    return Rule(self._what, matcher, self._written_W, self._ends)
+    return Rule(self._name, matcher, self._written_W, self._ends)
 
   def begin(self, prompt: Sequence[int]) -> 'Rule':
-    """Returns the rule for a text after a prompt, which it says nothing of."""
+    """Returns a copy for the text after a prompt, which the rule ignores."""
     del prompt
     return self.copy()
 
   def _check(self) -> None:
     if self._matcher.is_error():
-      found = ' '.join(self._matcher.get_error().split())
-      if 'NoExtension' in found:
-        found = 'no text of this vocabulary meets it'
-      raise ValueError(f'{self._what} cannot be followed: {found[:300]}')
+      error = ' '.join(self._matcher.get_error().split())
+      if 'NoExtension' in error:
+        error = 'no text of this vocabulary meets it'
+      raise ValueError(f'{self._name} cannot be followed: {error[:300]}')
 
 
 @dataclasses.dataclass
 class _Pieces:
-  """What llguidance asks of a tokenizer."""
+  """A tokenizer with the attributes that llguidance reads."""
 
   tokens: list[bytes]
   special_token_ids: list[int]
@@ -208,7 +233,7 @@ class _Pieces:
     return self.tokenizer.encode(text)
 
 
-def _library() -> Any:
+def _library() -> types.ModuleType:
   try:
     import llguidance
   except ImportError:
@@ -220,14 +245,20 @@ def _library() -> Any:
 
 
 class Controls:
-  """Makes what a text of one model is held to."""
+  """Makes the constraints of texts of one model."""
 
   def __init__(self, trained: trained_model.Trained):
+    """Prepares constraints for texts of a model.
+
+    Args:
+      trained: model that generates the texts, a decoder.
+    """
     self._trained = trained
     self._size = trained.config.model.vocab_size
 
   @functools.cached_property
   def rules(self) -> Rules:
+    """Rules for the model's tokenizer, prepared at the first use."""
     return Rules(self._trained.tokenizer, self._size, self._trained.end_ids)
 
   def make(
@@ -239,17 +270,17 @@ class Controls:
     json_schema: Mapping[str, Any] | str | None = None,
     keywords: Sequence[str] = (),
   ) -> Rule | keyword_constraints.Keywords | None:
-    """Returns a control at the beginning of a text, or None for none.
+    """Returns a constraint at the beginning of a text; None if none is given.
 
     Args:
-      num_tokens: the most new tokens of the text.
-      regex: see `Rules.regex`.
-      grammar: see `Rules.grammar`.
-      json_schema: see `Rules.json_schema`.
-      keywords: words that it must hold; see `Keywords`.
+      num_tokens: greatest number of new tokens of the text.
+      regex: regular expression; see `Rules.regex`.
+      grammar: context-free grammar; see `Rules.grammar`.
+      json_schema: JSON schema; see `Rules.json_schema`.
+      keywords: words that the text must contain; see `Keywords`.
 
     Raises:
-      ValueError: more than one is given, or one that cannot be met.
+      ValueError: more than one constraint is given, or one that no text meets.
     """
     given = {
       'regex': regex,

@@ -1,7 +1,8 @@
-"""From what a model wrote to what is shown: spaces and case.
+"""Cleans generated texts for display: spaces around punctuation, and case.
 
-Models of texts whose words and marks stand apart (WikiText, the output of
-Moses' tokenizer, uncased WordPiece) write in that form.
+Models write as their training texts are written: in some of these, spaces
+separate words from punctuation, or all letters are lower case (WikiText, the
+output of Moses' tokenizer, uncased WordPiece).
 
 >>> apply(['detokenize', 'sentence_case'], 'i do n\\'t know , he said . so ?')
 "I don't know, he said. So?"
@@ -11,7 +12,8 @@ from collections.abc import Callable
 from collections.abc import Sequence
 import re
 
-# In this order; Koehn et al., 2007 (Moses), and WikiText's marks within words.
+# Replacements, applied in this order: after the detokenizer of Moses (Koehn et
+# al., 2007), and for WikiText's marks within words.
 _RULES = (
   (r' ?@([-,.])@ ?', r'\1'),
   (r" n ?['’] ?t\b", "n't"),
@@ -23,9 +25,9 @@ _QUOTES = re.compile(r'(["“”])\s*([^"“”]*?)\s*(["“”])')
 
 
 def detokenize(text: str) -> str:
-  """Returns a text whose marks join the words that they belong to.
+  """Removes spaces between punctuation marks and the words they belong to.
 
-  Of English and its like; lines stay lines.
+  The rules are those of English. Line breaks are kept.
   """
   return '\n'.join(_line(line) for line in text.split('\n'))
 
@@ -38,9 +40,9 @@ def _line(line: str) -> str:
 
 
 def sentence_case(text: str) -> str:
-  """Returns a text with a capital at each sentence's start, and I for i.
+  """Capitalises the first letter of each sentence, and the word "i".
 
-  Letters that are capitals stay so.
+  Other letters are kept.
   """
   first = re.compile(r'(^|[.!?]["”)]?\s+|\n\s*)(["“(]?)(\w)')
   text = first.sub(lambda m: m[1] + m[2] + m[3].upper(), text)
@@ -56,10 +58,14 @@ STEPS: dict[str, Callable[[str], str]] = {
 
 
 def apply(names: Sequence[str], text: str) -> str:
-  """Returns a text after some of `STEPS`, in their order.
+  """Returns a text after the named steps, in their order.
+
+  Args:
+    names: names of steps, of `STEPS`.
+    text: text to change.
 
   Raises:
-    ValueError: there is no such step.
+    ValueError: there is no step of a name.
   """
   for name in names:
     if name not in STEPS:

@@ -1,4 +1,4 @@
-"""A trained run evaluated on splits of its own data, or of another."""
+"""Evaluates a trained run on splits of its data."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -22,7 +22,17 @@ def evaluate_splits(
   splits: Sequence[str] = (),
   max_batches: int | None = None,
 ) -> dict[str, float]:
-  """Returns `eval/NAME/METRIC` for each split, default data.eval_splits."""
+  """Returns the metrics of a run on splits of its data.
+
+  Args:
+    trained: run to evaluate, with the data that its config names.
+    splits: names of splits; empty for data.eval_splits.
+    max_batches: greatest number of batches of a split; None for all, and then
+      metrics such as bits per byte are added where they are known.
+
+  Returns:
+    Values by `eval/NAME/METRIC`, as in metrics.jsonl.
+  """
   config = trained.config
   if splits:
     data = dataclasses.replace(config.data, eval_splits=tuple(splits))

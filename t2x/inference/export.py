@@ -1,9 +1,10 @@
-"""A model as compiled programs, which run without t2x.
+"""Exports a model as compiled programs that run without t2x.
 
-A directory of: programs that JAX has serialised (`jax.export`), one that reads
-prompts and one that writes; the weights, which are their arguments; the
-tokenizer; and run.py, which needs jax, numpy and flatbuffers alone. JAX reads
-programs of releases up to half a year older.
+An artefact is a directory of two programs that JAX has serialised
+(`jax.export`), one for prefill and one for decoding; the weights, which are
+arguments of the programs; the tokenizer; and run.py, which needs no packages
+but jax, numpy and flatbuffers. JAX loads programs of releases up to half a year
+older.
 
 Shape suffixes: B rows, S capacity or source, N new token, E ends.
 """
@@ -48,20 +49,21 @@ def write(
   chunk: int = 64,
   platforms: Sequence[str] = (),
 ) -> None:
-  """Writes an artefact of a run.
+  """Writes the artefact of a run.
 
   Args:
-    trained: what `loading.load` returned, on one device.
-    directory: new or empty.
-    rows: prompts that the programs take at a time.
-    max_length: positions of a row; default the length of training.
-    chunk: tokens of the prompts that run at a time.
-    platforms: that the programs run on, of cpu, cuda, rocm and tpu; default
-      the one that is here.
+    trained: a decoder or an encoder-decoder, on one device.
+    directory: directory to write, new or empty.
+    rows: number of prompts that the programs take at a time.
+    max_length: greatest number of tokens of a row, prompt and new ones; None
+      for the length that the model was trained on.
+    chunk: number of positions that prefill runs at a time.
+    platforms: platforms that the programs run on, of cpu, cuda, rocm and tpu;
+      empty for that of this process.
 
   Raises:
-    ValueError: the model cannot generate or lies on several devices, the
-      directory holds something, or a platform is unknown.
+    ValueError: the model cannot generate or is on several devices, the
+      directory is not empty, or a platform is unknown.
   """
   prefill.check_model(trained.model)
   if importlib.util.find_spec('flatbuffers') is None:
@@ -85,7 +87,7 @@ def write(
   target = files.path(directory)
   if target.exists() and any(target.iterdir()):
     raise ValueError(f'{directory} is not empty. Name a new directory.')
-  # In layers apart where they are faster, which is on CPUs.
+  # `writer` holds each layer's weights apart, which is faster on CPUs alone.
   model = trained.writer if platforms == ('cpu',) else trained.model
   positions = trained.config.model.max_length
   wanted = max_length or trained.config.data.length
@@ -101,7 +103,7 @@ def write(
     chunk=chunk,
   )
   num_ends = max(_NUM_ENDS, prompts_lib.power_of_two(len(trained.end_ids)))
-  _tell_defaults(trained)
+  _warn_of_defaults(trained)
   fixed = _fixed(trained, rows)
   with trained.decoding():
     programs, weights = _programs(model, shapes, platforms, num_ends, fixed)
@@ -129,20 +131,29 @@ def write(
 
 
 def reading(trained: trained_model.Trained) -> dict[str, Any]:
-  """Returns what the manifest says of texts."""
+  """Returns the manifest's entries on how texts become token ids and back."""
   tokenizer, frame = trained.tokenizer, trained.frame
   return {
     'before': frame.before,
     'after': frame.after,
     'answers': frame.marks,
     'sentinels': tokenizer.sentinel_ids,
-    # Whether the names of special tokens in texts are text.
+    # Whether the names of special tokens are ordinary text within texts.
     'split': getattr(tokenizer, 'splits_names', True),
   }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Shapes:
+  """Sizes of the programs' arguments.
+
+  Attributes:
+    rows: number of prompts.
+    capacity: positions of the cache, a multiple of `chunk`.
+    num_read: positions of the prompts or sources that prefill takes.
+    chunk: number of positions that prefill runs at a time.
+  """
+
   rows: int
   capacity: int
   num_read: int
@@ -154,22 +165,23 @@ def _platform() -> str:
 
 
 def _fixed(trained: trained_model.Trained, rows: int) -> sampling_lib.Rows:
-  """Returns what a checkpoint forbids, which no call can change."""
-  own = trained.calibrated(sampling_lib.SamplingConfig())
-  single = {word[0]: -math.inf for word in own.banned if len(word) == 1}
-  longer = [word for word in own.banned if len(word) > 1]
+  """Returns the sampling settings of a checkpoint that no call can change."""
+  config = trained.calibrated(sampling_lib.SamplingConfig())
+  single = {word[0]: -math.inf for word in config.banned if len(word) == 1}
+  longer = [word for word in config.banned if len(word) > 1]
   if longer:
     _LOG.warning(
       'The artefact does not honour %d of bad_words_ids, those of several '
       'tokens.',
       len(longer),
     )
-  own = dataclasses.replace(own, bias={**own.bias, **single}, banned=())
-  return sampling_lib.rows([own], rows, trained.config.model.vocab_size)
+  bias = {**config.bias, **single}
+  config = dataclasses.replace(config, bias=bias, banned=())
+  return sampling_lib.rows([config], rows, trained.config.model.vocab_size)
 
 
-def _tell_defaults(trained: trained_model.Trained) -> None:
-  """Names the settings of a checkpoint that its artefact leaves to calls."""
+def _warn_of_defaults(trained: trained_model.Trained) -> None:
+  """Warns of a checkpoint's sampling settings that the artefact leaves out."""
   defaults = trained.generation.sampling
   if defaults:
     _LOG.warning(
@@ -179,20 +191,36 @@ def _tell_defaults(trained: trained_model.Trained) -> None:
     )
 
 
-def _programs(model, shapes: _Shapes, platforms, num_ends: int, fixed):
-  """Returns serialised programs by name, and the weights that they take.
+def _programs(
+  model: decode_loop.Model,
+  shapes: _Shapes,
+  platforms: Sequence[str],
+  num_ends: int,
+  fixed: sampling_lib.Rows,
+) -> tuple[dict[str, bytearray], list[jax.Array]]:
+  """Returns the serialised programs by name, and the weights that they take.
 
-  They take and give lists of arrays, as t2x's own trees are unknown elsewhere.
+  The programs take and return lists of arrays, since the classes of t2x's own
+  trees are unknown where they run.
+
+  Args:
+    model: model to export.
+    shapes: sizes of the programs' arguments.
+    platforms: platforms that the programs run on.
+    num_ends: number of end tokens of each row.
+    fixed: sampling settings that no call can change.
   """
   weights, model_def = jax.tree.flatten(model)
   B, S, R = shapes.rows, shapes.capacity, shapes.num_read
   ids = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
   answers = isinstance(model, encoder_decoder.EncoderDecoder)
 
-  def segments(count_B):
+  def segments(count_B: jax.Array) -> jax.Array:
     return (jnp.arange(R)[None] < count_B[:, None]).astype(jnp.int32)
 
-  def caches_of(weights, tokens_BS, count_B):
+  def caches_of(
+    weights: list[jax.Array], tokens_BS: jax.Array, count_B: jax.Array
+  ) -> Any:
     model = model_def.unflatten(weights)
     if answers:
       segments_BS = segments(count_B)
@@ -201,15 +229,25 @@ def _programs(model, shapes: _Shapes, platforms, num_ends: int, fixed):
       model, tokens_BS, count_B - 1, chunk=shapes.chunk
     )
 
-  def read(*args):
-    return jax.tree.leaves(caches_of(*args))
+  def read(
+    weights: list[jax.Array], tokens_BS: jax.Array, count_B: jax.Array
+  ) -> list[jax.Array]:
+    return jax.tree.leaves(caches_of(weights, tokens_BS, count_B))
 
   like = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), weights)
   caches, caches_def = jax.tree.flatten(
     jax.eval_shape(caches_of, like, ids(B, R), ids(B))
   )
 
-  def write(weights, caches, token_B, index_B, is_real_B, sources_B, drawn):
+  def write(
+    weights: list[jax.Array],
+    caches: list[jax.Array],
+    token_B: jax.Array,
+    index_B: jax.Array,
+    is_real_B: jax.Array,
+    sources_B: jax.Array,
+    drawn: dict[str, jax.Array],
+  ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     model = model_def.unflatten(weights)
     settings = dataclasses.replace(
       fixed,
@@ -262,12 +300,12 @@ def _write_tokenizer(
 ) -> None:
   try:
     tokenizer_file.writer(trained.tokenizer, trained.frame)(target)
-  except ValueError as error:  # Token ids do without.
+  except ValueError as error:  # Prompts of token ids need no tokenizer.
     _LOG.warning('The artefact takes token ids alone. %s', error)
 
 
 def _write_weights(target: epath.Path, weights: Sequence[jax.Array]) -> None:
-  """Writes arrays one after the other, and where each of them is."""
+  """Writes arrays one after the other, and an index of their places."""
   index, offset = [], 0
   with (target / 'weights.bin').open('wb') as file:
     for weight in weights:

@@ -1,18 +1,23 @@
-r"""Text from the programs of this directory; needs jax, numpy, flatbuffers.
+r"""Generates text with an exported model; needs jax, numpy and flatbuffers.
 
 python run.py --prompt='The function' --num_tokens=32 [--temperature=0.8]
     [--top_k=50] [--top_p=0.95] [--seed=0]
 python run.py --ids=5,17,301
 
-With the package tokenizers prompts may be text, without it token ids. From
-Python: `Artefact(DIRECTORY).write([[5, 17, 301]], num_tokens=32)`.
+This file is run.py in the directory that `t2x.inference.export` writes, and
+imports nothing of t2x. With the package tokenizers prompts may be text, without
+it they are token ids. From Python:
+`Artefact(DIRECTORY).write([[5, 17, 301]], num_tokens=32)`.
 """
 
 import argparse
+from collections.abc import Mapping
+from collections.abc import Sequence
 import itertools
 import json
 import os
 import sys
+from typing import Any
 
 import jax
 import jax.export
@@ -20,10 +25,19 @@ import numpy as np
 
 
 class Artefact:
-  """The programs of a model, with its weights."""
+  """The exported programs of a model, with its weights.
 
-  def __init__(self, directory):
-    """Reads them; compiled at the first call."""
+  Attributes:
+    manifest: contents of artefact.json.
+    weights: arguments of the programs, in their order.
+  """
+
+  def __init__(self, directory: str):
+    """Loads an artefact; its programs are compiled at their first call.
+
+    Args:
+      directory: path of the artefact.
+    """
     path = lambda name: os.path.join(directory, name)
     with open(path('artefact.json')) as file:
       self.manifest = json.load(file)
@@ -49,28 +63,28 @@ class Artefact:
 
   def write(
     self,
-    prompts,
-    num_tokens,
-    temperature=1.0,
-    top_k=None,
-    top_p=1.0,
-    seed=0,
-    ignore_end=False,
-  ):
-    """Returns new token ids of each prompt, and their log-probabilities.
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+    ignore_end: bool = False,
+  ) -> tuple[list[list[int]], list[list[float]]]:
+    """Returns new token ids for each prompt, and their log-probabilities.
 
     Args:
-      prompts: token ids of each.
-      num_tokens: the most new ones.
-      temperature: 0 takes the likeliest token.
-      top_k: only so many of the likeliest are drawn from; None is all.
-      top_p: only so much of the probability is drawn from.
-      seed: of what is drawn.
-      ignore_end: go on past the end token.
+      prompts: token ids of each prompt.
+      num_tokens: greatest number of new tokens of a prompt.
+      temperature: divisor of the logits; 0 takes the likeliest token.
+      top_k: number of likeliest tokens to sample from; None for all.
+      top_p: probability of the smallest set of likeliest tokens to sample from.
+      seed: seed of the sampling.
+      ignore_end: whether a text goes on past its end token.
 
     Raises:
-      ValueError: too many prompts, an empty or too long one, ids outside the
-        vocabulary, a setting out of range.
+      ValueError: there are too many prompts, a prompt is empty or too long or
+        has ids outside the vocabulary, or a setting is out of range.
     """
     info = self.manifest
     rows, num_read = info['rows'], info['num_read']
@@ -121,18 +135,29 @@ class Artefact:
       'ends_BE': ends,
     }
     is_real = np.arange(rows) < len(prompts)
-    found = self._call['write'](
+    outputs = self._call['write'](
       self.weights, caches, token, last, is_real, counts, drawn
     )
-    new, log_probs, counts, _ = (np.asarray(a) for a in found)
+    new, log_probs, counts, _ = (np.asarray(a) for a in outputs)
     cut = lambda array: [
       array[row, : counts[row]].tolist() for row in range(len(prompts))
     ]
     return cut(new), cut(log_probs)
 
 
-def read_tokenizer(file, info):
-  """Returns the tokenizer of a file, which takes texts of any length."""
+def read_tokenizer(file: str, info: Mapping[str, Any]) -> Any:
+  """Returns the tokenizer of a file, without truncation and padding.
+
+  Args:
+    file: path of a tokenizer.json.
+    info: manifest of the artefact.
+
+  Returns:
+    A `tokenizers.Tokenizer`.
+
+  Raises:
+    ImportError: the package tokenizers is not installed.
+  """
   import tokenizers
 
   tokenizer = tokenizers.Tokenizer.from_file(file)
@@ -142,14 +167,26 @@ def read_tokenizer(file, info):
   return tokenizer
 
 
-def ids_of(tokenizer, info, text):
-  """Returns the token ids of a prompt."""
+def ids_of(tokenizer: Any, info: Mapping[str, Any], text: str) -> list[int]:
+  """Returns the token ids of a prompt, special tokens around it included."""
   ids = tokenizer.encode(text, add_special_tokens=False).ids
   return [*info['before'], *ids, *info['after']]
 
 
-def text_of(tokenizer, info, prompt, ids):
-  """Returns the text of what was written after a prompt, or as its answer."""
+def text_of(
+  tokenizer: Any,
+  info: Mapping[str, Any],
+  prompt: Sequence[int],
+  ids: Sequence[int],
+) -> str:
+  """Returns the text of generated tokens.
+
+  Args:
+    tokenizer: tokenizer from `read_tokenizer`.
+    info: manifest of the artefact.
+    prompt: token ids of the prompt.
+    ids: token ids that were generated after it.
+  """
   if info['answers']:
     names = {i: f'<extra_id_{n}>' for n, i in enumerate(info['sentinels'])}
     parts = itertools.groupby(ids, lambda i: i in names)
@@ -157,12 +194,14 @@ def text_of(tokenizer, info, prompt, ids):
       ''.join(names[i] for i in run) if is_name else tokenizer.decode([*run])
       for is_name, run in parts
     )
-  # By itself a text may lack its first space; as t2x's `text_stream.after`.
+  # Decoded alone, a text may lack its first space: see t2x's
+  # `text_stream.after`.
   before, text = tokenizer.decode(prompt), tokenizer.decode([*prompt, *ids])
   return text[len(os.path.commonprefix([before, text])) :]
 
 
-def main():
+def main() -> None:
+  """Runs the command line."""
   parser = argparse.ArgumentParser(description='text from an artefact')
   parser.add_argument('--prompt', action='append', default=[])
   parser.add_argument('--ids', action='append', default=[])
@@ -190,7 +229,7 @@ def main():
       sys.exit('error: text needs the package tokenizers; or give --ids=5,17.')
     prompts += [ids_of(tokenizer, info, text) for text in args.prompt]
   try:
-    found, _ = artefact.write(
+    answers, _ = artefact.write(
       prompts,
       args.num_tokens,
       temperature=args.temperature,
@@ -200,7 +239,7 @@ def main():
     )
   except ValueError as error:
     sys.exit(f'error: {error}')
-  for prompt, ids in zip(prompts, found):
+  for prompt, ids in zip(prompts, answers):
     if tokenizer is None:
       print(','.join(map(str, ids)))
       continue

@@ -1,12 +1,12 @@
-"""Texts that a trained run writes.
+"""Generates text with a trained run: by sampling, or by beam search.
 
 trained = loading.load('runs/quickstart')
 generation.generate_text(trained, ['The function'], num_tokens=20)
 """
 
 from collections.abc import Sequence
+import functools
 import logging
-from typing import Any
 
 from t2x.decode import beams as beams_lib
 from t2x.decode import constrained
@@ -34,26 +34,32 @@ def generate_text(
   control: requests.Control | None = None,
   stop: Sequence[str] = (),
 ) -> list[str]:
-  """Returns the text that follows each prompt (or answers it).
+  """Returns a sampled continuation of, or answer to, each prompt.
+
+  There are two engines. Without `control`, all prompts run as one batch in one
+  compiled loop (`decode.generate`). With `control`, the engine of the server
+  (`decode.engine`, continuous batching over a paged cache) runs them token by
+  token, and the constraint is followed between tokens on the host
+  (`decode.constrained`).
 
   Args:
-    trained: what `load` returned.
-    prompts: texts; an encoder-decoder takes them as sources, in which
+    trained: a decoder or an encoder-decoder.
+    prompts: texts to continue; for an encoder-decoder source texts, in which
       <extra_id_0>, <extra_id_1>, ... stand for its sentinels.
-    num_tokens: the most new tokens of each.
-    sampling: temperature, top-k, penalties, ..., for all prompts or for each;
-      None for what the checkpoint says.
-    seed: of what is drawn.
-    ignore_end: go on past the end token.
-    max_length: the most tokens of a sequence, new ones included; default the
-      length that the model was trained on.
-    control: what each text of a decoder is held to, at its beginning; see
-      `constraints.Controls`.
-    stop: a text ends before the first of these.
+    num_tokens: greatest number of new tokens of a text.
+    sampling: temperature, top-k, penalties and the like, for all prompts or one
+      for each; None for the settings of the checkpoint.
+    seed: seed of the sampling.
+    ignore_end: whether a text goes on past its end token.
+    max_length: greatest number of tokens of a sequence, new ones included; None
+      for the length that the model was trained on.
+    control: constraint of each text at its beginning, from
+      `constraints.Controls`, for a decoder alone; None for no constraint.
+    stop: strings before the first of which a text ends.
 
   Raises:
-    ValueError: a prompt longer than the context, a model that is an encoder,
-      a control that cannot be followed, or one beside ignore_end.
+    ValueError: a prompt is longer than the context, the model is an encoder,
+      a control cannot be followed, or is given beside ignore_end.
   """
   text_stream.check_stop(stop)
   result = generation(
@@ -81,22 +87,24 @@ def generation(
   max_length: int | None = None,
   control: requests.Control | None = None,
 ) -> generate_lib.Generation:
-  """As `generate_text`, with its arguments and errors; returns tokens.
+  """Returns the tokens of `generate_text` and their log-probabilities.
 
-  Returns:
-    The tokens of each text, with their log-probabilities.
+  Arguments, errors and the choice of the engine are those of `generate_text`.
   """
   if control is not None and ignore_end:
     raise ValueError('ignore_end: a text that is held to a rule ends with it.')
   rows = trained.prompt_ids(prompts)
-  sampling = _calibrated(trained, sampling)
-  options = trained.decode_options(ignore_end=ignore_end, max_length=max_length)
-  common = {'num_tokens': num_tokens, 'sampling': sampling, 'seed': seed}
+  engine = generate_lib.generate
+  if control is not None:
+    engine = functools.partial(constrained.write, control=control)
   with trained.decoding():
-    if control is None:
-      return generate_lib.generate(trained.writer, rows, **common, **options)
-    return constrained.write(
-      trained.writer, rows, control=control, **common, **options
+    return engine(
+      trained.writer,
+      rows,
+      num_tokens=num_tokens,
+      sampling=_calibrated(trained, sampling),
+      seed=seed,
+      **trained.decode_options(ignore_end=ignore_end, max_length=max_length),
     )
 
 
@@ -114,40 +122,46 @@ def search_text(
   """Returns the best texts of each prompt with their scores, by beam search.
 
   Args:
-    trained: what `load` returned.
-    prompts: as for `generate_text`.
-    num_tokens: the most new tokens of each.
-    beams: how many, and when the search ends; None for what the checkpoint
-      says of the end.
-    num_best: texts of each prompt.
-    sampling: penalties, banned words and least length; None likewise.
-    keywords: words that each text must hold.
-    max_length: as for `generate_text`.
+    trained: a decoder or an encoder-decoder.
+    prompts: texts, as for `generate_text`.
+    num_tokens: greatest number of new tokens of a text.
+    beams: number of beams, length penalty and the end of the search; None for
+      the settings of the checkpoint.
+    num_best: number of texts to return for each prompt.
+    sampling: penalties, banned words and least length; None for the settings of
+      the checkpoint.
+    keywords: words that each text must contain.
+    max_length: greatest number of tokens of a sequence, as for `generate_text`.
+
+  Returns:
+    For each prompt (text, score) pairs, the best first.
 
   Raises:
-    ValueError: as `generate.beam_search`.
+    ValueError: `generate.beam_search` raises it.
   """
-  own = trained.generation
+  defaults = trained.generation
   with trained.decoding():
     result = generate_lib.beam_search(
       trained.writer,
       trained.prompt_ids(prompts),
       num_tokens=num_tokens,
-      beams=beams or beams_lib.BeamConfig(**own.search),
+      beams=beams or beams_lib.BeamConfig(**defaults.search),
       num_best=num_best,
-      sampling=trained.calibrated(sampling or Sampling(**own.searching)),
+      sampling=trained.calibrated(sampling or Sampling(**defaults.searching)),
       words=trained.keyword_ids(keywords),
       texts=trained.keyword_texts(keywords),
       **trained.decode_options(max_length=max_length),
     )
-  found = []
+  best = []
   for prompt, tokens, scores in zip(prompts, result.tokens, result.scores):
     texts = trained.texts([prompt] * len(tokens), tokens)
-    found.append(list(zip(texts, scores)))
-  return found
+    best.append(list(zip(texts, scores)))
+  return best
 
 
-def _calibrated(trained: Trained, sampling: Any) -> Any:
+def _calibrated(
+  trained: Trained, sampling: Sampling | Sequence[Sampling] | None
+) -> Sampling | list[Sampling]:
   if isinstance(sampling, Sequence):
     return [trained.calibrated(config) for config in sampling]
   return trained.calibrated(sampling)

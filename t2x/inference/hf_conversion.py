@@ -1,7 +1,7 @@
-"""Checkpoints of Hugging Face to runs, and runs to checkpoints.
+"""Converts checkpoints of Hugging Face to runs, and runs to such checkpoints.
 
-conversion.to_run('path/of/gpt2', 'runs/gpt2')
-conversion.from_run('runs/mine', 'path/of/mine')
+hf_conversion.to_run('path/of/gpt2', 'runs/gpt2')
+hf_conversion.from_run('runs/mine', 'path/of/mine')
 """
 
 import json
@@ -20,22 +20,22 @@ from t2x.training import train_state
 
 
 def is_run(directory: str) -> bool:
-  """Whether a run has left checkpoints in a directory."""
+  """Whether a directory holds the checkpoints of a run."""
   return (files.path(directory) / 'checkpoints').exists()
 
 
 def to_run(directory: str, workdir: str) -> int:
-  """Makes a run, at its step 0, of a checkpoint of Hugging Face.
+  """Makes a run, at step 0, from a checkpoint of Hugging Face.
 
   Args:
-    directory: of the checkpoint.
-    workdir: of the run, new or empty; may be gs://.
+    directory: directory of the checkpoint.
+    workdir: directory of the run, new or empty; may be gs://.
 
   Returns:
     The number of parameters.
 
   Raises:
-    ValueError: see `huggingface.read`; or there is something in `workdir`.
+    ValueError: `huggingface.read` raises it, or `workdir` is not empty.
   """
   root = files.path(workdir)
   if root.exists() and any(root.iterdir()):
@@ -43,44 +43,45 @@ def to_run(directory: str, workdir: str) -> int:
       f'{workdir} is there already and nothing is written over. Name a new '
       '--to, or remove it.'
     )
-  found = huggingface.read(directory)
-  model = found.model  # What does not fit is said before anything is written.
-  # Of its own copy, which stays with the run.
-  own = root / 'tokenizer' / tokenizers.FILES
-  config = huggingface.experiment_of(found, own)
+  checkpoint = huggingface.read(directory)
+  # The weights are read first, so that errors come before anything is written.
+  model = checkpoint.model
+  # The config names the run's own copy of the tokenizer.
+  tokenizer_files = root / 'tokenizer' / tokenizers.FILES
+  config = huggingface.experiment_of(checkpoint, tokenizer_files)
   root.mkdir(parents=True, exist_ok=True)
-  found.tokenizer.save(root / 'tokenizer')
-  text = json.dumps(found.hf, indent=2) + '\n'
+  checkpoint.tokenizer.save(root / 'tokenizer')
+  text = json.dumps(checkpoint.hf, indent=2) + '\n'
   files.write_whole(root / workdir_lib.HUGGINGFACE, text)
-  if found.own_generation is not None:
-    text = json.dumps(found.own_generation, indent=2) + '\n'
+  if checkpoint.own_generation is not None:
+    text = json.dumps(checkpoint.own_generation, indent=2) + '\n'
     files.write_whole(root / workdir_lib.GENERATION, text)
-  if found.labels:
-    workdir_lib.write_labels(workdir, found.labels)
+  if checkpoint.labels:
+    workdir_lib.write_labels(workdir, checkpoint.labels)
   workdir_lib.write_versions(workdir)
   files.write_whole(root / 'config.json', overrides.dumps(config))
   state = train_state.of_model(model)
   saved = checkpointer.Checkpoints(workdir)
-  done = saved.save(0, state, {}) and saved.wait()
+  is_saved = saved.save(0, state, {}) and saved.wait()
   saved.close()
-  if not done:
+  if not is_saved:
     raise ValueError(f'The checkpoint could not be written to {workdir}.')
   return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(model))
 
 
 def from_run(workdir: str, directory: str, step: int | None = None) -> str:
-  """Writes a run's model as `transformers` loads it.
+  """Writes a run's model as a checkpoint that `transformers` loads.
 
   Args:
-    workdir: of the run.
-    directory: new, or empty.
-    step: of the checkpoint; default the newest.
+    workdir: directory of the run.
+    directory: directory to write, new or empty.
+    step: step of the run's checkpoint; None for the newest.
 
   Returns:
-    The family that computes the same, such as gpt2.
+    The `model_type` of the written checkpoint, such as gpt2.
 
   Raises:
-    ValueError: see `loading.load` and `huggingface.write`.
+    ValueError: `loading.load` or `huggingface.write` raises it.
   """
   trained = loading.load(workdir, step=step)
   hf = workdir_lib.read_huggingface(workdir)

@@ -1,10 +1,11 @@
-"""Words that a text must hold, while it is drawn.
+"""Keyword constraints: words that a sampled text must contain.
 
-Until all are there, the end is banned and the tokens that go on with one are
-raised, the more the fewer tokens are left (after Pascual et al., 2021); where
-only just enough are left, nothing else may come. A word is there as soon as its
-text is, whatever the tokens (`word_starts`), or its tokens are, one after the
-other, in one of its forms. Beam search has its own
+Until the text contains all words, the end token is banned and the logits of
+tokens that begin or continue a missing word are raised, the more the fewer
+tokens are left (after Pascual et al., 2021). Where only just enough tokens are
+left, all others are banned. The text contains a word as soon as its characters
+do, whatever the tokens (`word_starts`), or as soon as the tokens of one of its
+forms have come one after the other. Beam search has constraints of its own
 (`t2x.decode.required_words`).
 """
 
@@ -17,7 +18,7 @@ from t2x.decode import word_starts
 
 
 class Keywords:
-  """Follows one text; what `engine.Request.control` takes.
+  """Required words and how far one text has them: a `requests.Control`.
 
   >>> words = Keywords(
   ...   [[(5, 6)], [(7,)]], num_tokens=4, vocab_size=9, ends=(1,))
@@ -26,9 +27,13 @@ class Keywords:
   >>> words.missing, np.flatnonzero(np.unpackbits(
   ...     words.allowed().view(np.uint8), bitorder='little'))
   ([0], array([5]))
+
+  Attributes:
+    missing: indices of the words that the text does not contain yet.
+    is_done: False: a text goes on after its last word, up to its end.
   """
 
-  is_done = False  # A text goes on after its last word, up to its end.
+  is_done = False
 
   def __init__(
     self,
@@ -40,19 +45,21 @@ class Keywords:
     strength: float = 10.0,
     texts: word_starts.Words | None = None,
   ):
-    """Begins before the first token.
+    """Begins before the first token of a text.
 
     Args:
-      words: each as token ids, in one form or several.
-      num_tokens: of the text.
-      vocab_size: of the model.
-      ends: tokens that end a text.
-      strength: what is added to the logit of a token that begins a word when
-        as many tokens are left as the words need; 0 raises none.
-      texts: of the words; without them tokens alone count.
+      words: forms of each word, such as with and without a space before it,
+        as token ids.
+      num_tokens: greatest number of tokens of the text.
+      vocab_size: number of tokens of the model.
+      ends: token ids that end a text.
+      strength: addition to the logit of a token that begins a word, when as
+        many tokens are left as the words need; 0 raises no logits.
+      texts: automata of the words' characters; None finds words by their tokens
+        alone.
 
     Raises:
-      ValueError: a word without tokens, or more than the text has room for.
+      ValueError: a word has no tokens, or the words have more than num_tokens.
     """
     self._forms = [
       (number, tuple(form))
@@ -76,7 +83,8 @@ class Keywords:
     if self.missing:
       is_allowed_V[self._ends] = False
     whole = sum(self._shortest[number] for number in self.missing)
-    if whole > self._left - 1:  # Any other token might lose what was begun.
+    # Another token might break off a begun word, for which no room is left.
+    if whole > self._left - 1:
       is_allowed_V[:] = False
       for token in self._next():
         places, _, missing = self._after(token)
@@ -85,29 +93,29 @@ class Keywords:
     return np.packbits(is_allowed_V, bitorder='little').view(np.uint32)
 
   def raised(self) -> dict[int, float]:
-    """Returns what is added to the logits of tokens."""
+    """Returns the additions to logits by token id."""
     if not self.missing or not self._strength:
       return {}
     needed = self._needed(self._places, self.missing)
     amount = self._strength * needed / max(self._left, 1)
     raised = dict.fromkeys(self._next(), amount)
-    # What was begun is finished: half a word is of no use.
+    # Words that are begun come first: half a word is of no use.
     begun = self._next(begun=True)
     return raised | dict.fromkeys(begun, max(amount, self._strength / 2))
 
   def advance(self, token: int) -> None:
-    """Goes on with a token."""
+    """Appends a token to the text that is followed."""
     self._places, self._states, self.missing = self._after(token)
     self._left -= 1
 
   def copy(self) -> 'Keywords':
-    """Returns the same after the same text, to be followed apart."""
+    """Returns an independent copy, at the same place of the text."""
     result = object.__new__(Keywords)
     result.__dict__.update(self.__dict__)
     return result
 
   def begin(self, prompt: Sequence[int]) -> 'Keywords':
-    """Returns the same at the beginning of a text that follows a prompt."""
+    """Returns a copy for a text that follows a prompt of these token ids."""
     result = self.copy()
     if self._texts is not None:
       result._states = self._texts.start(prompt)
@@ -118,7 +126,7 @@ class Keywords:
     return -(-self._size // 32)
 
   def _next(self, begun: bool = False) -> set[int]:
-    """Returns tokens that go on with a missing word, or that begin one."""
+    """Returns tokens that continue or, unless `begun`, start a missing word."""
     return {
       token
       for (number, form), place in zip(self._forms, self._places)
@@ -127,25 +135,32 @@ class Keywords:
     }
 
   def _after(self, token: int) -> tuple[list[int], list[int], list[int]]:
-    """Returns where forms and texts stand after a token; what is missing."""
-    places, found = [], set()
+    """Returns the state after a token.
+
+    Returns:
+      The place in each form, the states of `texts`, and the missing words.
+    """
+    places, complete = [], set()
     for (number, form), back, place in zip(
       self._forms, self._back, self._places
     ):
       place = required_words.after(form, back, place, token)
       if place == len(form):
-        found.add(number)
+        complete.add(number)
         place = 0
       places.append(place)
     states = self._states
     if self._texts is not None:
       states = self._texts.after(states, token)
-      found |= self._texts.found(states)
-    missing = [number for number in self.missing if number not in found]
+      complete |= self._texts.found(states)
+    missing = [number for number in self.missing if number not in complete]
     return places, states, missing
 
   def _needed(self, places: list[int], missing: list[int]) -> int:
-    """Returns the tokens of the missing words, the one that is begun first."""
+    """Returns the number of tokens that the missing words still need.
+
+    Of the words that are begun, the one that saves the most is continued.
+    """
     saved = 0
     for (number, form), place in zip(self._forms, places):
       if number in missing and place:

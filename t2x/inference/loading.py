@@ -1,4 +1,4 @@
-"""A trained run, or a checkpoint of Hugging Face, loaded for use.
+"""Loads a trained run, or a checkpoint of Hugging Face, for inference.
 
 trained = loading.load('runs/quickstart')
 """
@@ -36,27 +36,32 @@ def load(
   """Restores a run's model, by default onto one device.
 
   Args:
-    workdir: of the run, or the directory of a checkpoint of Hugging Face.
-    step: of the checkpoint; default the newest.
-    settings: as for --set; `mesh.tensor=8` spreads the model.
+    workdir: directory of a run, or of a checkpoint of Hugging Face.
+    step: step of the checkpoint; None for the newest.
+    settings: overrides of the config such as 'model.dropout=0.1', as for --set;
+      'mesh.tensor=8' spreads the model over eight devices.
 
   Raises:
-    ValueError: no run, no such checkpoint, or a setting that cannot be.
+    ValueError: there is no run or no such checkpoint, or a setting is invalid.
   """
   workdir = str(files.path(workdir))
   if huggingface.is_one(workdir):
-    found = huggingface.read(workdir)
-    config = huggingface.experiment_of(found, workdir)
+    checkpoint = huggingface.read(workdir)
+    config = huggingface.experiment_of(checkpoint, workdir)
     config, mesh, shapes = _placed(config, settings)
     model = jax.device_put(
-      found.build(config.model),
+      checkpoint.build(config.model),
       jax.tree.map(lambda x: x.sharding, shapes.model),
     )
-    own = {'config': config, 'mesh': mesh, 'labels': found.labels}
-    own['generation'] = _told(workdir, found.generation)
-    own['problem'] = labels_lib.problem(found.hf)
     return trained_model.Trained(
-      model=model, tokenizer=found.tokenizer, step=0, **own
+      config=config,
+      model=model,
+      tokenizer=checkpoint.tokenizer,
+      step=0,
+      mesh=mesh,
+      labels=checkpoint.labels,
+      generation=_warn_of_ignored(workdir, checkpoint.generation),
+      problem=labels_lib.problem(checkpoint.hf),
     )
   config, mesh, shapes = _placed(workdir_lib.read_config(workdir), settings)
   wanted = dataclasses.replace(
@@ -75,8 +80,8 @@ def load(
   tokenizer = tokenizer_loading.load(files.path(workdir) / 'tokenizer')
   model = train_state.averaged_model(state, config.step_config)
   hf = workdir_lib.read_huggingface(workdir) or {}
-  # Training on classes means one of them, whatever the head was before.
-  trains = words.has_classes(config.data)
+  # Training on classes gives one label to a text, whatever the head was before.
+  has_classes = words.has_classes(config.data)
   return trained_model.Trained(
     config=config,
     model=model,
@@ -85,14 +90,16 @@ def load(
     mesh=mesh,
     labels=workdir_lib.read_labels(workdir),
     temperature=workdir_lib.read_temperature(workdir),
-    generation=_told(workdir, _generation(workdir, config)),
+    generation=_warn_of_ignored(workdir, _generation(workdir, config)),
     corpus=workdir_lib.read_corpus(workdir),
-    problem=labels_lib.SINGLE if trains else labels_lib.problem(hf),
+    problem=labels_lib.SINGLE if has_classes else labels_lib.problem(hf),
   )
 
 
-def _generation(workdir: str, config: experiment.Experiment):
-  """Returns how the texts of a run that came from elsewhere are written."""
+def _generation(
+  workdir: str, config: experiment.Experiment
+) -> generation_config.Generation:
+  """Returns the generation settings of a run that began at a checkpoint."""
   return huggingface.generation_of(
     config.model,
     workdir_lib.read_huggingface(workdir) or {},
@@ -101,23 +108,30 @@ def _generation(workdir: str, config: experiment.Experiment):
   )
 
 
-def _told(workdir: str, found: generation_config.Generation):
-  """Returns what is asked for, after telling what of it is not done."""
-  if found.ignored:
+def _warn_of_ignored(
+  workdir: str, generation: generation_config.Generation
+) -> generation_config.Generation:
+  """Returns generation settings after a warning of those that are ignored."""
+  if generation.ignored:
     _log.warning(
       '%s: settings of its texts that are not honoured: %s.',
       workdir,
-      ', '.join(found.ignored),
+      ', '.join(generation.ignored),
     )
-  return found
+  return generation
 
 
-def _placed(config: experiment.Experiment, settings: Sequence[str]):
-  """Returns the config with its settings, its mesh, and the state's shapes."""
+def _placed(
+  config: experiment.Experiment, settings: Sequence[str]
+) -> tuple[experiment.Experiment, jax.sharding.Mesh, train_state.TrainState]:
+  """Returns the config with its settings, its mesh, and the state's shapes.
+
+  The shapes are a state of `jax.ShapeDtypeStruct` with shardings.
+  """
   config = dataclasses.replace(config, mesh=mesh_lib.MeshConfig(data=1))
   config = overrides.override(config, overrides.parse_settings(settings))
   devices = _devices(config.mesh)
-  # Rows that training deals to microbatches matter to nobody here.
+  # How training divides rows into microbatches does not matter here.
   train = dataclasses.replace(config.train, accumulate=1)
   layout_advice.check(
     dataclasses.replace(config, train=train),
@@ -130,7 +144,7 @@ def _placed(config: experiment.Experiment, settings: Sequence[str]):
 
 
 def _devices(config: mesh_lib.MeshConfig) -> list[Any]:
-  """Returns as many devices as the mesh asks for; -1 takes them all."""
+  """Returns as many devices as the mesh asks for; all if an axis is -1."""
   sizes = [getattr(config, axis) for axis in mesh_lib.AXES]
   devices = jax.devices()
   return devices if -1 in sizes else devices[: math.prod(sizes)]

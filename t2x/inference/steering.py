@@ -1,4 +1,4 @@
-"""Runs whose texts other runs steer; see `t2x.decode.steered`."""
+"""Generation that is steered by other runs; see `t2x.decode.steered`."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -15,19 +15,21 @@ def experts(
   *,
   strength: float = 2.0,
 ) -> trained_model.Trained:
-  """Returns a run that writes rather as an expert than as an anti-expert.
+  """Returns a run steered towards an expert and away from an anti-expert.
 
-  Such as runs that went on from the same one with texts that are wanted, and
-  with texts that are not (Liu et al., 2021).
+  This is DExperts (Liu et al., 2021). The expert is, for instance, the same
+  run trained further on wanted texts, the anti-expert on unwanted ones.
 
   Args:
-    trained: whose texts are steered.
-    expert: of the same tokenizer.
-    anti_expert: of the same tokenizer; None takes `trained`.
-    strength: 0 leaves the texts as they are.
+    trained: run to steer, a decoder.
+    expert: run with the same tokenizer to steer towards.
+    anti_expert: run with the same tokenizer to steer away from; None takes
+      `trained`.
+    strength: factor of the difference between the experts' logits; 0 has no
+      effect.
 
   Raises:
-    ValueError: tokenizers or vocabularies differ, or one is no decoder.
+    ValueError: tokenizers or vocabularies differ, or a model is not a decoder.
   """
   others = [expert] if anti_expert is None else [expert, anti_expert]
   _check(trained, others)
@@ -46,18 +48,24 @@ def gedi(
   other_prefix: str = '',
   strength: float = 30.0,
 ) -> trained_model.Trained:
-  """Returns a run that writes what class-conditional runs hold to be wanted.
+  """Returns a run steered towards a class by class-conditional runs (GeDi).
+
+  See Krause et al., 2021, "GeDi: Generative Discriminator Guided Sequence
+  Generation".
 
   Args:
-    trained: whose texts are steered.
-    wanted: a run on texts of the wanted class.
-    other: a run on others; with prefixes it may be the same.
-    wanted_prefix: text that stood before those of the wanted class.
-    other_prefix: the same of the others, of as many tokens.
-    strength: 0 leaves the texts as they are.
+    trained: run to steer, a decoder.
+    wanted: run with the same tokenizer, trained on texts of the wanted class.
+    other: run trained on texts of other classes; with prefixes it may be the
+      same as `wanted`.
+    wanted_prefix: text that stood before the texts of the wanted class in
+      training.
+    other_prefix: text that stood before the other texts, of as many tokens.
+    strength: exponent of the probability of the wanted class (omega in the
+      paper); 0 has no effect.
 
   Raises:
-    ValueError: as `experts`; prefixes of different lengths.
+    ValueError: `experts` would raise it, or the prefixes differ in length.
   """
   _check(trained, [wanted, other])
   _check_strength(strength)
@@ -79,8 +87,8 @@ def _check_strength(strength: float) -> None:
 def _check(
   trained: trained_model.Trained, others: Sequence[trained_model.Trained]
 ) -> None:
-  prints = [one.tokenizer.fingerprint for one in (trained, *others)]
-  if len(set(prints)) > 1:
+  fingerprints = {one.tokenizer.fingerprint for one in (trained, *others)}
+  if len(fingerprints) > 1:
     raise ValueError(
       'The runs have different tokenizers, so that their tokens mean different '
       'things. Train those that steer with the tokenizer of the one that they '

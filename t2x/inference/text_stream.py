@@ -1,4 +1,6 @@
-"""Text of tokens as they come: whole characters, and nothing of a stop string.
+"""Streaming detokenization: text of tokens as they come, up to a stop string.
+
+Only whole characters are returned, and no part of a stop string.
 
 >>> from t2x.data import tokenizers
 >>> bytes_ = tokenizers.BytesTokenizer(tokenizers.Bytes())
@@ -17,8 +19,8 @@ import os
 
 from t2x.data import tokenizers
 
-_BROKEN = '\ufffd'  # What stands for a part of a character.
-_NEAR = 16  # Characters between tokens that a tokenizer may have dropped.
+_BROKEN = '\ufffd'  # What a decoder puts for a part of a character.
+_NEAR = 16  # Most characters between tokens that a tokenizer may drop.
 
 
 def check_stop(stop: Sequence[str]) -> None:
@@ -28,39 +30,48 @@ def check_stop(stop: Sequence[str]) -> None:
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
-  """Returns the text before the stop string that is whole first.
+  """Returns the text before the stop string that is complete first.
 
-  Of those that end at one place, it is the longest. So the text is the same
-  whether it is cut at its end or as it comes.
+  If several are complete at one place, the longest counts. The result is the
+  same whether a text is cut once it is complete or while it is generated.
+
+  Args:
+    text: text to cut.
+    stop: stop strings, none of which is empty.
   """
-  found = [(text.find(end), len(end)) for end in stop if end in text]
-  if not found:
+  matches = [(text.find(end), len(end)) for end in stop if end in text]
+  if not matches:
     return text
-  return text[: min((at + size, at) for at, size in found)[1]]
+  return text[: min((at + size, at) for at, size in matches)[1]]
 
 
 def after(
   tokenizer: tokenizers.Tokenizer, before: Sequence[int], ids: Iterable[int]
 ) -> str:
-  """Returns the text that ids add to a prompt's.
+  """Returns the text that token ids add to the text of a prompt.
 
-  By themselves they may lack their first space, which some tokenizers take for
-  the start of a text. A character that the prompt has begun is told with its
-  end.
+  Decoded alone, the ids may lack their first space, since some tokenizers drop
+  it at the start of a text. A character whose first bytes are in the prompt is
+  returned whole.
+
+  Args:
+    tokenizer: tokenizer of the model.
+    before: token ids of the prompt.
+    ids: token ids that follow the prompt.
   """
   start, whole = tokenizer.decode(before), tokenizer.decode([*before, *ids])
   return whole[_alike(start, whole) :]
 
 
 class TextStream:
-  """Turns one row's tokens into text piece by piece.
+  """Turns the tokens of one text into characters, piece by piece.
 
-  What `add` and `finish` return, joined, is what `after` returns of all tokens,
-  cut before the first stop string.
+  The results of `add` and `finish`, joined, are the result of `after` for all
+  tokens, cut before the first stop string.
 
   Attributes:
-    num_told: characters that were returned.
-    stopped: whether a stop string was met; nothing more comes then.
+    num_told: number of characters returned so far.
+    stopped: whether a stop string was complete; nothing more is returned then.
   """
 
   def __init__(
@@ -72,9 +83,10 @@ class TextStream:
     """Starts after a prompt.
 
     Args:
-      tokenizer: of the model.
-      before: the prompt's ids: they decide whether a space begins the text.
-      stop: strings before which the text ends.
+      tokenizer: tokenizer of the model.
+      before: token ids of the prompt, on which it depends whether the text
+        begins with a space.
+      stop: strings before the first of which the text ends.
 
     Raises:
       ValueError: a stop string is empty.
@@ -82,34 +94,36 @@ class TextStream:
     check_stop(stop)
     self._tokenizer = tokenizer
     self._stop = tuple(stop)
-    self._held = ''
-    self._prompt = ''  # What an echo has of the text that is open.
-    self._free = 0  # Characters that come next and are an echo's.
+    self._held = ''  # Certain text that may be the start of a stop string.
+    self._prompt = ''  # The part of an echoed prompt that is not certain yet.
+    self._free = 0  # Number of the next characters that belong to an echo.
     self._is_over = False
     self.num_told = 0
     self.stopped = False
-    self._starts: list[int] = []  # Of the tokens whose text has a place.
-    self._length = 0  # Of the text that is certain.
+    self._starts: list[int] = []  # Places of the tokens that have one.
+    self._length = 0  # Number of characters that are certain.
     self._begin(before)
 
   def _begin(self, before: Sequence[int]) -> None:
-    # The latest ids that have text, after some in whose company it is what it
-    # is within the whole text; those from `_recent` on came last.
+    # The latest ids that have text. The ids before `_recent` are context: with
+    # them the later ids decode as they do within the whole text.
     self._ids = self._tokenizer.shown(before)
     self._recent = len(self._ids)
-    self._text = self._tokenizer.decode(self._ids)  # That is told.
+    self._text = self._tokenizer.decode(self._ids)  # The part that is certain.
     self._is_open = self._may_change(self._text)
-    self._waiting: list[int] = []  # Of tokens in an open text: ids before each.
+    # For each token whose text is not certain, the number of `_ids` before it.
+    self._waiting: list[int] = []
 
   def echo(self, prompt: Sequence[int], text: str | None = None) -> str:
-    """Returns what is told of a prompt with which the text begins.
+    """Begins the text with the prompt itself, and returns its certain part.
 
-    It comes before anything else. Its tokens have places like those after it,
-    and stop strings do not count in it.
+    Must be called before `add`. The prompt's tokens have places like those
+    after it, and stop strings in it do not count.
 
     Args:
-      prompt: ids.
-      text: what they were made of, told as it is; None tells their own text.
+      prompt: token ids of the prompt.
+      text: text that the ids were made of, which is returned as it is; None
+        decodes the ids.
     """
     if text is None:
       stop, self._stop = self._stop, ()
@@ -122,29 +136,31 @@ class TextStream:
     return text
 
   def add(self, tokens: Iterable[int]) -> str:
-    """Returns the text that is certain once these tokens have come."""
+    """Appends tokens, and returns the text that is now certain."""
     return ''.join([self._add(int(token)) for token in tokens])
 
   def finish(self) -> str:
-    """Returns what was held back, when no more tokens come."""
+    """Returns the rest of the text; no more tokens may follow."""
     if self._is_over or self.stopped:
       return ''
     text = self._tokenizer.decode(self._ids)
-    # What is held is told as well, if it is not of a stop string.
+    # Held text is returned too: it did not become a stop string.
     result = self._released(self._settle(text)) + self._held
     self._is_over, self._held = True, ''
     self.num_told += len(result)
     return result
 
   def place(self, number: int) -> int | None:
-    """Returns where in the text told so far a token's own text begins.
+    """Returns the offset, in characters, where a token's text begins.
 
-    What a token adds to the text lies between its place and the next one's; a
-    character of several tokens comes with the last of them. None while the
-    place is not certain or not told.
+    The text of a token ends at the place of the next token. A character of
+    several tokens belongs to the last of them.
 
     Args:
-      number: of the token, counted from 0; those of `before` have none.
+      number: index of the token from 0; tokens of `before` are not counted.
+
+    Returns:
+      The place, or None while it is not certain, or not in the returned text.
     """
     if number >= len(self._starts):
       return None
@@ -175,12 +191,12 @@ class TextStream:
     return released
 
   def _may_change(self, text: str) -> bool:
-    """Returns whether a text may become another one with what follows."""
+    """Returns whether the next tokens may change the end of a text."""
     runs = self._tokenizer.run_ids
     return text.endswith(_BROKEN) or (bool(self._ids) and self._ids[-1] in runs)
 
   def _settle(self, text: str) -> str:
-    """Returns what is new in a text that is certain, and places its tokens."""
+    """Returns the new part of a text that is certain, and places its tokens."""
     known = _alike(self._text, text)
     first = self._length - known
     for number in self._waiting:
@@ -194,55 +210,66 @@ class TextStream:
     return text[known:]
 
   def _forget(self) -> None:
-    """Leaves of the ids what those that follow need before them."""
+    """Drops the ids that the decoding of later ids does not need."""
     recent = self._ids[self._recent :]
     text = self._tokenizer.decode(recent)
-    # Spaces alone may be taken for the start of a text.
+    # Spaces alone give no context: a tokenizer may drop the next space.
     if text.strip(' '):
       self._ids, self._text, self._recent = recent, text, len(recent)
 
   def _released(self, text: str) -> str:
-    """Holds back what may be the start of a stop string."""
-    own, text = text[: self._free], self._held + text[self._free :]
+    """Returns the text but for an end that may begin a stop string."""
+    echo, text = text[: self._free], self._held + text[self._free :]
     before = cut(text, self._stop)
     if before != text:
       self.stopped, self._held = True, ''
-      return own + before
+      return echo + before
     most = max(map(len, self._stop), default=1) - 1
     for size in range(min(most, len(text)), 0, -1):
       tail = text[-size:]
       if any(end.startswith(tail) for end in self._stop):
         self._held = tail
-        return own + text[:-size]
+        return echo + text[:-size]
     self._held = ''
-    return own + text
+    return echo + text
 
 
 def places(
   tokenizer: tokenizers.Tokenizer, ids: Sequence[int], text: str
 ) -> list[int]:
-  """Returns where in the text that ids were made of each one's part begins.
+  """Returns the offset, in a text, of the part that each token was made of.
 
-  Exact where the tokenizer gives the text back; where it has changed letters
-  or dropped some, the parts are looked for, in order.
+  The offsets are exact if decoding the ids gives the text. If the tokenizer
+  changes or drops letters, the parts are searched for in order.
+
+  Args:
+    tokenizer: tokenizer of the model.
+    ids: token ids of the text.
+    text: text that the ids were made of.
   """
   stream = TextStream(tokenizer)
-  own = stream.add(ids) + stream.finish()
+  decoded = stream.add(ids) + stream.finish()
   starts = [stream.place(number) or 0 for number in range(len(ids))]
-  if own == text:
+  if decoded == text:
     return starts
   result, position, near = [], 0, _NEAR
-  folded = [s.lower() if len(s.lower()) == len(s) else s for s in (text, own)]
-  for start, end in zip(starts, [*starts[1:], len(own)]):
-    part = folded[1][start:end]
-    found = folded[0].find(part, position, position + len(part) + near)
-    position = position if found < 0 else found
+  lower, lower_decoded = _lower(text), _lower(decoded)
+  for start, end in zip(starts, [*starts[1:], len(decoded)]):
+    part = lower_decoded[start:end]
+    at = lower.find(part, position, position + len(part) + near)
+    position = position if at < 0 else at
     result.append(position)
-    position += 0 if found < 0 else len(part)
-    near = near + len(part) if found < 0 else _NEAR
+    position += 0 if at < 0 else len(part)
+    near = near + len(part) if at < 0 else _NEAR
   return result
 
 
+def _lower(text: str) -> str:
+  """Returns a text in lower case if that has the same length."""
+  lower = text.lower()
+  return lower if len(lower) == len(text) else text
+
+
 def _alike(first: str, second: str) -> int:
-  """Returns with how many characters both begin."""
+  """Returns the length of the longest common prefix."""
   return len(os.path.commonprefix([first, second]))

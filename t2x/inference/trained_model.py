@@ -1,4 +1,4 @@
-"""A trained model with what it reads and writes in: texts to ids and back."""
+"""A trained model with its tokenizer, mesh and generation settings."""
 
 from collections.abc import Sequence
 import contextlib
@@ -29,17 +29,20 @@ class Trained:
   """A model restored from a run, on its mesh; `loading.load` makes it.
 
   Attributes:
-    config: of the run, with the settings given to `load`.
-    model: its weights; the moving average where the run kept one.
-    tokenizer: the run's own.
-    step: of the checkpoint.
-    mesh: where the model is.
-    labels: of each class head, in the order of its classes, by the name of its
-      term.
-    temperature: that makes its probabilities true; see `calibration`.
-    generation: how its texts are written, where a checkpoint's files say.
-    corpus: fingerprint of the text that it was trained on, if that is known.
-    problem: what the outputs of its head of classes are; see `interop.labels`.
+    config: config of the run, with the settings given to `load`.
+    model: module with the weights; their moving average where the run kept one.
+    tokenizer: tokenizer of the run.
+    step: step of the checkpoint.
+    mesh: device mesh that holds the model.
+    labels: names of the classes of each class head, in order, by the name of
+      the head's term in the loss.
+    temperature: divisor of the logits that calibrates the probabilities; see
+      `calibration`.
+    generation: generation settings of a checkpoint of Hugging Face; the
+      defaults for other runs.
+    corpus: fingerprint of the training text; None if it is unknown.
+    problem: meaning of the class heads' outputs, one of the constants of
+      `interop.labels`: one label, several labels, or values.
   """
 
   config: experiment.Experiment
@@ -55,52 +58,52 @@ class Trained:
 
   @property
   def end_ids(self) -> tuple[int, ...]:
-    """The tokens that end a text."""
+    """Token ids that end a text."""
     return self.generation.ends or (self.tokenizer.eos_id,)
 
   @property
   def start_id(self) -> int:
-    """What an answer goes on from, or a text without a prompt."""
+    """Token id that an answer, or a text without a prompt, starts from."""
     if self._answers:
-      # As training's targets begin, whatever the tokenizer pads with.
+      # The token that targets begin with in training, whatever the pad token.
       return self.tokenizer.vocab.start
     bos = self.generation.bos
     return self.tokenizer.bos_id if bos is None else bos
 
   @property
   def frame(self) -> framing.Frame:
-    """What stands around the texts that the model reads."""
+    """Special tokens around the texts that the model reads."""
     return framing.of(self.config.model, self.tokenizer)
 
   @functools.cached_property
   def token_bytes(self) -> list[bytes]:
-    """What each token of the model adds to a text; nothing if special."""
-    found, size = self.tokenizer.token_bytes(), self.config.model.vocab_size
-    return found[:size] + [b''] * (size - len(found))
+    """Bytes that each token of the model adds to a text; b'' if special."""
+    pieces, size = self.tokenizer.token_bytes(), self.config.model.vocab_size
+    return pieces[:size] + [b''] * (size - len(pieces))
 
   @property
   def pad_id(self) -> int:
-    """A token to fill rows up with, which the model has a row for."""
+    """Token id of padding, which is in the model's vocabulary."""
     pad = self.tokenizer.pad_id
     return pad if pad < self.config.model.vocab_size else 0
 
   @functools.cached_property
   def pieces(self) -> pieces_lib.Pieces:
-    """The bytes of tokens, sentinels as `texts` writes them."""
-    found = list(self.token_bytes)
+    """The bytes of tokens, those of sentinels as `texts` writes them."""
+    pieces = list(self.token_bytes)
     if self._answers:
       for number, token in enumerate(self.tokenizer.sentinel_ids):
-        found[token] = f'<extra_id_{number}>'.encode()
-    return pieces_lib.Pieces(found)
+        pieces[token] = f'<extra_id_{number}>'.encode()
+    return pieces_lib.Pieces(pieces)
 
   @functools.cached_property
   def writer(self) -> Any:
-    """The model in the form that writes token by token the fastest."""
+    """The model in the form that decodes fastest; see `decoding_weights`."""
     return decoding_weights.prepare(self.model)
 
   def decoding(self) -> contextlib.AbstractContextManager[Any]:
-    """Returns the context in which the model writes on its mesh."""
-    # One token at a time: there is no length to split.
+    """Returns the context in which the model generates on its mesh."""
+    # Decoding takes one token at a time, so that no length axis can be split.
     rules = self.config.rules
     rules = dataclasses.replace(rules, length=None, norm_length=None)
     return sharding.use(self.mesh, rules)
@@ -108,11 +111,12 @@ class Trained:
   def decode_options(
     self, *, ignore_end: bool = False, max_length: int | None = None
   ) -> dict[str, Any]:
-    """Returns what the tokenizer and the training say to `decode.generate`.
+    """Returns the `prefill.Options` of this model, as keyword arguments.
 
     Args:
-      ignore_end: texts go on past their end.
-      max_length: of a sequence; default that of training.
+      ignore_end: whether texts go on past their end token.
+      max_length: greatest number of tokens of a sequence; None for the length
+        that the model was trained on.
     """
     return {
       'eos_id': None if ignore_end else self.end_ids,
@@ -122,30 +126,35 @@ class Trained:
     }
 
   def calibrated(self, sampling: Sampling | None = None) -> Sampling:
-    """Returns settings under which the model's probabilities are true.
+    """Returns sampling settings with the model's temperature and bans.
 
-    Nothing is written then that its checkpoint forbids. None asks for what the
-    checkpoint says.
+    The temperature is the one that calibrates the probabilities. The bans are
+    those of the checkpoint, such as tokens that are never generated.
+
+    Args:
+      sampling: settings to complete; None for the checkpoint's own.
     """
     sampling = sampling or Sampling(**self.generation.sampling)
     sampling = dataclasses.replace(sampling, calibration=self.temperature)
     return self.generation.constrain(sampling)
 
   def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
-    """Returns what the model reads; see `framing`.
+    """Returns the token ids of prompts, special tokens included (`framing`).
 
     Args:
-      prompts: texts; in sources <extra_id_N> is the N-th sentinel.
+      prompts: texts; for an encoder-decoder <extra_id_N> in them is the N-th
+        sentinel.
 
     Raises:
-      ValueError: there is no such sentinel, or no row for a token.
+      ValueError: there is no such sentinel, or a token is outside the model's
+        vocabulary.
     """
     rows = self.frame.ids(self.tokenizer, prompts)
     self.check_rows(rows)
     return rows
 
   def check_rows(self, rows: Sequence[Sequence[int]]) -> None:
-    """Raises ValueError for a token that the model has no row for."""
+    """Raises ValueError if a token id is outside the model's vocabulary."""
     size = self.config.model.vocab_size
     wrong = [(n, i) for n, ids in enumerate(rows) for i in ids if i >= size]
     if wrong:
@@ -159,7 +168,12 @@ class Trained:
   def texts(
     self, prompts: Sequence[str], tokens: Sequence[Sequence[int]]
   ) -> list[str]:
-    """Returns the texts of tokens that the model wrote after prompts."""
+    """Returns the texts of generated tokens.
+
+    Args:
+      prompts: prompt of each text.
+      tokens: token ids that were generated for each prompt.
+    """
     tokenizer = self.tokenizer
     if self._answers:
       return [tokenizer.decode_marked(ids) for ids in tokens]
@@ -169,22 +183,30 @@ class Trained:
     ]
 
   def banned(self, words: Sequence[str]) -> banned_lib.Banned | None:
-    """Returns words that a text never holds: `SamplingConfig.banned_words`.
+    """Returns the value of `SamplingConfig.banned_words` for words.
 
-    A word is banned wherever its letters follow each other, within longer words
-    too, whatever the tokens; upper and lower case are told apart. With the end
-    of a prompt before it as well.
+    A word is banned wherever its letters follow each other, in upper and lower
+    case as given: within longer words too, whatever the tokens, and where it
+    begins at the end of the prompt.
+
+    Args:
+      words: words that no text may contain; if there are none, the result is
+        None.
 
     Raises:
-      ValueError: a word is empty or no text, or there are too many.
+      ValueError: a word is empty or no valid Unicode, or there are too many.
     """
     return banned_lib.Banned(words, self.pieces) if words else None
 
   def keyword_ids(self, words: Sequence[str]) -> list[list[tuple[int, ...]]]:
-    """Returns the forms in which each word that a text must hold is written.
+    """Returns the forms, as token ids, of each word that a text must contain.
 
-    With the space before it, so that it is no part of the word before, but
-    where the word itself begins with a space or a mark.
+    A form includes the space before the word, so that the word is not part of
+    the word before. Words that begin with a space or a punctuation mark also
+    have a form without it.
+
+    Args:
+      words: required words.
 
     Raises:
       ValueError: a word is empty.
@@ -192,7 +214,10 @@ class Trained:
     return [self._forms(word)[0] for word in words]
 
   def keyword_texts(self, words: Sequence[str]) -> word_starts.Words | None:
-    """Returns by which texts words that a text must hold are there.
+    """Returns automata that find words in a text by characters; None for none.
+
+    Args:
+      words: required words.
 
     Raises:
       ValueError: a word is empty.
@@ -203,7 +228,7 @@ class Trained:
     return word_starts.Words(words, from_start, self.pieces)
 
   def _forms(self, word: str) -> tuple[list[tuple[int, ...]], bool]:
-    """Returns the forms of a word, and whether it begins where a word does."""
+    """Returns the forms of a word, and whether it starts at a word boundary."""
     if not word:
       raise ValueError('A keyword is empty; give a letter or more.')
     if not pieces_lib.is_text(word):
@@ -217,6 +242,6 @@ class Trained:
 
   @property
   def _answers(self) -> bool:
-    """Whether it reads a source and writes another text."""
+    """Whether the model is an encoder-decoder."""
     config = self.config.model
     return isinstance(config, encoder_decoder.EncoderDecoderConfig)

@@ -1,12 +1,13 @@
-"""How sure a model is of a text, and what to do where it is not.
+"""Uncertainty of generated texts, and abstaining where it is high.
 
-Entropy of each next token, of one model, over dropout (Gal and Ghahramani,
-2016) or over several models (Lakshminarayanan et al., 2017): what is left when
-they agree is chance in the text, what they disagree about is what they do not
-know (Houlsby et al., 2011). Spread over the meanings of drawn texts (after Kuhn
-et al., 2023).
+`token_scores` gives the entropy of each next token: of one model, averaged over
+dropout masks (Gal and Ghahramani, 2016), or averaged over several models
+(Lakshminarayanan et al., 2017). The mutual information between the prediction
+and the choice of model is the part that comes from what the models do not know;
+the rest is chance in the text (Houlsby et al., 2011). `spread` is an entropy
+over the meanings of sampled texts (after Kuhn et al., 2023).
 
-  trained = inference.load(workdir)
+  trained = loading.load(workdir)
   uncertainty.token_scores([trained], ['A text.'])[0].entropies
   uncertainty.answer(trained, ['A question'], num_tokens=20, least=-1.5)
 
@@ -32,19 +33,21 @@ from t2x.layers import dropout
 from t2x.models import decoder
 from t2x.parallel import sharding
 
-_ROWS = 4  # Texts at a time: each position has a distribution of its own.
+_ROWS = 4  # Texts in a batch; few, since each needs (T, V) probabilities.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scores:
-  """What models say of the tokens of a text.
+  """Scores of the tokens of a text, under the mean of several models.
 
   Attributes:
-    tokens: the ids that were predicted.
-    log_probs: of each, under the mean of the models, nats.
-    entropies: of that mean, nats: all that is uncertain.
-    disagreement: the part of it on which the models differ (mutual
-      information), nats; 0 with one model.
+    tokens: ids of the predicted tokens: all but the first.
+    log_probs: log-probability of each token under the models' mean, in nats.
+    entropies: entropy of the mean distribution at each token, in nats: the
+      total uncertainty.
+    disagreement: mutual information between the token and the choice of model,
+      in nats: the part of the entropy on which the models differ; 0 for one
+      model.
   """
 
   tokens: list[int]
@@ -59,7 +62,7 @@ class Scores:
 
   @property
   def mean(self) -> float:
-    """The same a token: minus the logarithm of the perplexity."""
+    """Mean log-probability of a token: minus the log of the perplexity."""
     return self.total / max(len(self.log_probs), 1)
 
 
@@ -70,18 +73,19 @@ def token_scores(
   passes: int = 0,
   seed: int = 0,
 ) -> list[Scores]:
-  """Returns the scores of texts.
+  """Returns the scores of the tokens of texts.
 
   Args:
     models: decoders with one tokenizer; several are an ensemble, such as the
       checkpoints of a run.
-    texts: what is scored; a prompt and its answer in one.
-    passes: draws of dropout of each model; 0 is none.
-    seed: of the draws.
+    texts: texts to score, each a prompt followed by its answer.
+    passes: number of dropout masks drawn for each model; 0 for no dropout.
+    seed: seed of the dropout masks.
 
   Raises:
-    ValueError: no models or texts, one that is no decoder or has another
-      tokenizer, passes without dropout, a text that is empty or too long.
+    ValueError: there are no models or texts, a model is not a decoder or has
+      another tokenizer, `passes` is given to a model without dropout, or a text
+      is empty or too long.
   """
   _check(models, texts, passes)
   first = models[0]
@@ -93,7 +97,7 @@ def token_scores(
         f'Text {number} has {len(row)} tokens with its start; scores need 2 to '
         f'{length}, the length that the model was trained on.'
       )
-  found = []
+  scores = []
   for start in range(0, len(rows), _ROWS):
     part = rows[start : start + _ROWS]
     size = min(prompts_lib.power_of_two(max(map(len, part))), length)
@@ -104,19 +108,21 @@ def token_scores(
         key = jax.random.fold_in(jax.random.key(seed), number)
         keys_B = dropout.row_keys(key, jnp.arange(start, start + _ROWS))
         with sharding.use(trained.mesh, trained.config.rules):
-          given = _distribution(
+          outputs = _distribution(
             trained.model,
             ids_BT,
             keys_B if passes else None,
             jnp.float32(trained.temperature),
           )
-        sums = given if sums is None else jax.tree.map(jnp.add, sums, given)
+        if sums is not None:
+          outputs = jax.tree.map(jnp.add, sums, outputs)
+        sums = outputs
     members = len(models) * max(passes, 1)
     result = jax.device_get(_summed(*sums, ids_BT, jnp.float32(members)))
     for i, row in enumerate(part):
       cut = lambda a_BT, i=i, row=row: a_BT[i, : len(row) - 1].tolist()
       log_probs, entropies, disagreement = map(cut, result)
-      found.append(
+      scores.append(
         Scores(
           tokens=row[1:],
           log_probs=log_probs,
@@ -124,12 +130,24 @@ def token_scores(
           disagreement=disagreement,
         )
       )
-  return found
+  return scores
 
 
 @jax.jit
-def _distribution(model, ids_BT, keys_B, temperature):
-  """Returns probabilities of the next tokens (B, T, V), entropies (B, T)."""
+def _distribution(
+  model: decoder.Decoder,
+  ids_BT: jax.Array,
+  keys_B: jax.Array | None,
+  temperature: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns probabilities of the next tokens (B, T, V), entropies (B, T).
+
+  Args:
+    model: a decoder.
+    ids_BT: token ids.
+    keys_B: keys of dropout; None for no dropout.
+    temperature: divisor of the logits.
+  """
   logits_BTV = model(ids_BT, keys_B=keys_B) / temperature
   log_probs_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
   probs_BTV = jnp.exp(log_probs_BTV)
@@ -137,14 +155,26 @@ def _distribution(model, ids_BT, keys_B, temperature):
 
 
 @jax.jit
-def _summed(probs_BTV, entropies_BT, ids_BT, members):
-  """Returns log-probabilities, entropies and disagreement of the mean."""
+def _summed(
+  probs_BTV: jax.Array,
+  entropies_BT: jax.Array,
+  ids_BT: jax.Array,
+  members: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns log-probabilities, entropies and disagreement of the mean.
+
+  Args:
+    probs_BTV: sum over members of the probabilities of the next tokens.
+    entropies_BT: sum over members of the entropies.
+    ids_BT: token ids.
+    members: number of members: of models times dropout masks.
+  """
   mean_BTV = probs_BTV / members
   logs_BTV = jnp.log(jnp.maximum(mean_BTV, 1e-37))
   next_BT = jnp.concatenate([ids_BT[:, 1:], ids_BT[:, :1]], axis=1)
-  own_BT = jnp.take_along_axis(logs_BTV, next_BT[..., None], axis=-1)[..., 0]
+  log_prob_BT = jnp.take_along_axis(logs_BTV, next_BT[..., None], -1)[..., 0]
   entropy_BT = -(mean_BTV * logs_BTV).sum(-1)
-  return own_BT, entropy_BT, entropy_BT - entropies_BT / members
+  return log_prob_BT, entropy_BT, entropy_BT - entropies_BT / members
 
 
 def spread(
@@ -153,20 +183,21 @@ def spread(
   encoder: trained_model.Trained | None = None,
   alike: float | None = None,
 ) -> float:
-  """Returns the entropy of the meanings of texts that answer one prompt, nats.
+  """Returns the entropy, in nats, of the meanings of texts for one prompt.
 
-  Texts that are alike form a group, as do those between which others lead; 0 if
-  all mean the same, log(n) if each of n says something else.
+  Texts form a group of one meaning if they are similar, directly or through
+  other texts. The entropy of the groups' shares is 0 if all n texts mean the
+  same, and log(n) if each means something else.
 
   Args:
-    texts: drawn for the same prompt.
-    encoder: whose vectors tell what is alike, by their cosine; without one
-      texts are, by the words that they share (Jaccard).
-    alike: from where on two texts count as alike; default 0.9 for cosines, 0.5
-      for words.
+    texts: texts that were sampled for the same prompt.
+    encoder: model of which the cosines between embeddings are the similarities;
+      None compares the sets of words instead (Jaccard index).
+    alike: least similarity of two similar texts; default 0.9 for cosines, 0.5
+      for sets of words.
 
   Raises:
-    ValueError: no texts.
+    ValueError: there are no texts.
   """
   if not texts:
     raise ValueError('There are no texts whose spread could be told.')
@@ -188,22 +219,22 @@ def _jaccard(a: frozenset[str], b: frozenset[str]) -> float:
 
 
 def _groups(alike: np.ndarray) -> np.ndarray:
-  """Returns the number of each text's group, from 0."""
-  found = np.arange(len(alike))
+  """Returns the number, from 0, of the connected component of each text."""
+  groups = np.arange(len(alike))
   for i, j in zip(*np.nonzero(alike)):
-    found[found == found[i]] = found[j]
-  return np.unique(found, return_inverse=True)[1]
+    groups[groups == groups[i]] = groups[j]
+  return np.unique(groups, return_inverse=True)[1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-  """A text that the model is sure enough of, or why there is none.
+  """A text that the model is sure enough of, or an abstention.
 
   Attributes:
-    text: None where every try was below the threshold.
-    score: of the best try: its mean log-probability a token.
-    tries: texts that were drawn.
-    spread: over the meanings of the last tries, nats.
+    text: best text; None if the scores of all texts were below the threshold.
+    score: mean log-probability of a token of the best text, in nats.
+    tries: number of texts that were sampled.
+    spread: entropy of the meanings of the last round's texts, in nats.
   """
 
   text: str | None
@@ -225,22 +256,25 @@ def answer(
   rank: Callable[[str, float], float] | None = None,
   seed: int = 0,
 ) -> list[Answer]:
-  """Draws texts, takes the one that the model is surest of, or abstains.
+  """Samples texts and returns the likeliest for each prompt, or abstains.
 
   Args:
     trained: a decoder or an encoder-decoder.
-    prompts: as for `generation.generate_text`.
-    num_tokens: the most new tokens.
-    sampling: how they are drawn.
-    samples: texts of a prompt in a round, of which the best is taken.
-    rounds: at most so many; one more where the best is below `least`.
-    least: mean log-probability a token below which there is no answer.
-    stop_below: a text ends before its first token of a probability below it.
-    rank: (text, score) -> what decides instead of the score.
-    seed: of what is drawn.
+    prompts: texts, as for `generation.generate_text`.
+    num_tokens: greatest number of new tokens of a text.
+    sampling: temperature, top-k and the like; None for the checkpoint's own.
+    samples: number of texts of a prompt in a round.
+    rounds: greatest number of rounds; a further one runs for prompts whose best
+      score is below `least`.
+    least: mean log-probability of a token below which there is no answer.
+    stop_below: probability; a text ends before its first token below it.
+    rank: function from a text and its score to the value that decides which
+      text is best; None for the score.
+    seed: seed of the sampling.
 
   Raises:
-    ValueError: as `generate_text`; samples or rounds below 1.
+    ValueError: `generate_text` raises it, or `samples`, `rounds` or
+      `stop_below` is out of range.
   """
   if samples < 1 or rounds < 1 or not 0 <= stop_below < 1:
     raise ValueError(
@@ -248,11 +282,9 @@ def answer(
       'two are 1 or more, the last is in [0, 1).'
     )
   rank = rank or (lambda text, score: score)
-  found: list[Answer | None] = [None] * len(prompts)
+  answers: list[Answer | None] = [None] * len(prompts)
   for number in range(rounds):
-    open_ = [
-      i for i, own in enumerate(found) if own is None or own.score < least
-    ]
+    open_ = [i for i, a in enumerate(answers) if a is None or a.score < least]
     if not open_:
       break
     asked = [prompts[i] for i in open_ for _ in range(samples)]
@@ -260,41 +292,49 @@ def answer(
       trained, asked, num_tokens, sampling, seed * rounds + number, stop_below
     )
     for place, i in enumerate(open_):
-      own = texts[place * samples : (place + 1) * samples]
-      text, score = max(own, key=lambda pair: rank(*pair))
-      before = found[i]
+      candidates = texts[place * samples : (place + 1) * samples]
+      text, score = max(candidates, key=lambda pair: rank(*pair))
+      before = answers[i]
       if before is not None and before.score >= score:
         text, score = before.text, before.score
-      found[i] = Answer(
+      answers[i] = Answer(
         text=text,
         score=score,
         tries=(number + 1) * samples,
-        spread=spread([text for text, _ in own]),
+        spread=spread([text for text, _ in candidates]),
       )
-  sure = lambda own: own.score >= least
   return [
-    own if sure(own) else dataclasses.replace(own, text=None)
-    for own in found
-    if own is not None
+    a if a.score >= least else dataclasses.replace(a, text=None)
+    for a in answers
+    if a is not None
   ]
 
 
-def _drawn(trained, prompts, num_tokens, sampling, seed, stop_below):
-  """Returns (text, mean log-probability a token) of each prompt."""
+def _drawn(
+  trained: trained_model.Trained,
+  prompts: Sequence[str],
+  num_tokens: int,
+  sampling: sampling_lib.SamplingConfig | None,
+  seed: int,
+  stop_below: float,
+) -> list[tuple[str, float]]:
+  """Returns a text for each prompt, and its mean log-probability of a token."""
   result = generation.generation(
     trained, prompts, num_tokens=num_tokens, sampling=sampling, seed=seed
   )
   least = math.log(stop_below) if stop_below else -math.inf
   tokens, means = [], []
   for ids, log_probs in zip(result.tokens, result.log_probs):
-    doubtful = [i for i, own in enumerate(log_probs) if own < least]
+    doubtful = [i for i, value in enumerate(log_probs) if value < least]
     end = doubtful[0] if doubtful else len(ids)
     tokens.append(ids[:end])
     means.append(sum(log_probs[:end]) / end if end else -math.inf)
   return list(zip(trained.texts(prompts, tokens), means))
 
 
-def _check(models, texts, passes: int) -> None:
+def _check(
+  models: Sequence[trained_model.Trained], texts: Sequence[str], passes: int
+) -> None:
   if not models or not texts:
     raise ValueError('token_scores needs a model and a text at least.')
   for trained in models:
@@ -313,5 +353,5 @@ def _check(models, texts, passes: int) -> None:
     if passes and not any(rates):
       raise ValueError(
         f'passes={passes} draws dropout, and the model has none. Load it with '
-        "inference.load(workdir, settings=['model.dropout=0.1'])."
+        "loading.load(workdir, settings=['model.dropout=0.1'])."
       )

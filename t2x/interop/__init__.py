@@ -1,1 +1,1 @@
-"""Checkpoints and tokenizers of other libraries, in and out."""
+"""Reads and writes checkpoints and tokenizers of Hugging Face."""

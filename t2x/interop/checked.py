@@ -1,10 +1,9 @@
-"""The values of a config.json, each of the kind that its key has.
+"""Checks that each value of a config.json has the type and range of its key.
 
-A family reads the keys that it has; what is checked here holds for all of them.
+The checks hold for all families; each family reads the keys that it has.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from t2x.interop import values
 
@@ -29,7 +28,7 @@ _SIZES = (
   'num_heads',
   'relative_attention_max_distance',
 )
-# The same, or null for what follows from the others.
+# Sizes too, but null where the value follows from others.
 _OPTIONAL = (
   'num_decoder_layers',
   'num_key_value_heads',
@@ -83,11 +82,11 @@ _MOST_LAYERS = 10_000
 _MOST_SIZE = 2**31
 
 
-def check(hf: Mapping[str, Any]) -> Mapping[str, Any]:
-  """Returns a config.json.
+def check(hf: values.Hf) -> values.Hf:
+  """Returns a config.json after checking its values.
 
   Raises:
-    ValueError: a value is of another kind than its key's, or out of range.
+    ValueError: a value has another type than its key, or is out of range.
   """
   may_be_open = (*_OPTIONAL, *_CAPS, *_MAPPINGS, *_OPEN)
   for key, value in hf.items():
@@ -96,25 +95,29 @@ def check(hf: Mapping[str, Any]) -> Mapping[str, Any]:
   return hf
 
 
-def rope(key: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
-  """Returns what says how positions turn.
+def rope(key: str, given: values.Hf) -> values.Hf:
+  """Returns the parameters of rotary positions after checking them.
+
+  Args:
+    key: key of the parameters in the config.json, for errors.
+    given: parameters, such as rope_type and factor.
 
   Raises:
-    ValueError: a value is of another kind than its key's, or out of range.
+    ValueError: a value has another type than its key, or is out of range.
   """
   for name, value in given.items():
-    own = f'{key}: {name}'
+    full = f'{key}: {name}'
     if name in ('type', 'rope_type') and not isinstance(value, str):
-      raise values.Wrong(own, value, 'a text, such as llama3')
+      raise values.Wrong(full, value, 'a text, such as llama3')
     if name in ('rope_theta', *LLAMA3):
       whole = name == 'original_max_position_embeddings'
-      values.within(own, value, above=0, below=_MOST_SIZE, whole=whole)
+      values.within(full, value, above=0, below=_MOST_SIZE, whole=whole)
     if name == 'partial_rotary_factor':
-      values.within(own, value, above=0, below=1 + 1e-9)
+      values.within(full, value, above=0, below=1 + 1e-9)
   return given
 
 
-def _check(key: str, value: Any, kind: Any) -> None:
+def _check(key: str, value: object, model_type: object) -> None:
   if key in _LAYERS or key == 'num_decoder_layers':
     values.within(key, value, above=0, below=_MOST_LAYERS, whole=True)
   elif key == 'num_local_experts':
@@ -142,6 +145,6 @@ def _check(key: str, value: Any, kind: Any) -> None:
       isinstance(name, str) for name in value
     ):
       raise values.Wrong(key, value, 'a list of names of classes')
-  elif key == 'pad_token_id' and kind == 'roberta':
-    # RoBERTa counts positions from it on.
+  elif key == 'pad_token_id' and model_type == 'roberta':
+    # RoBERTa's positions start after this id.
     values.within(key, value, above=-1, below=_MOST_SIZE, whole=True)

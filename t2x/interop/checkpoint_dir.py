@@ -1,7 +1,7 @@
-"""Directories of safetensors and a config.json, as Hugging Face keeps them.
+"""Reads and writes checkpoint directories: safetensors and a config.json.
 
-Weights are read one at a time and only when they are asked for. Files that run
-code when they are loaded (pickles: .bin, .pt, .ckpt) are never opened.
+Weights are read lazily, one at a time. Files that can run code when they are
+loaded (pickles: .bin, .pt, .ckpt) are never opened.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ import pathlib
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from t2x import reading
 
@@ -23,7 +24,7 @@ _FLOATS = ('F64', 'F32', 'F16', 'BF16')
 
 
 def is_one(directory: str) -> bool:
-  """Whether a directory holds a checkpoint of Hugging Face's form."""
+  """Whether a directory holds a checkpoint of Hugging Face."""
   file = pathlib.Path(directory) / CONFIG
   try:
     return 'model_type' in reading.json_object(file, '')
@@ -32,10 +33,11 @@ def is_one(directory: str) -> bool:
 
 
 def read_config(directory: str) -> dict[str, Any]:
-  """Returns the parsed config.json.
+  """Returns the parsed config.json of a directory.
 
   Raises:
-    ValueError: there is none, or it is no JSON object with a `model_type`.
+    ValueError: the directory is remote or does not exist, or its config.json is
+      missing or not a JSON object with a `model_type`.
   """
   if '://' in str(directory):
     raise ValueError(
@@ -55,10 +57,10 @@ def read_config(directory: str) -> dict[str, Any]:
 
 
 def read_optional(directory: str, name: str) -> dict[str, Any] | None:
-  """Returns a parsed JSON file; None if there is none.
+  """Returns a parsed JSON file of a directory; None if it does not exist.
 
   Raises:
-    ValueError: it is no JSON object.
+    ValueError: the file is not a JSON object.
   """
   file = pathlib.Path(directory) / name
   return _json(file) if file.exists() else None
@@ -68,21 +70,20 @@ def read_tensors(directory: str) -> 'Tensors':
   """Returns the weights of a directory, by name.
 
   Raises:
-    ValueError: no safetensors, a shard that is missing, damaged or outside of
-      the directory, a name that its shard does not hold, weights that are no
-      floats.
+    ValueError: there are no safetensors, a shard is missing, damaged or outside
+      the directory, or a shard lacks a name that the index lists.
   """
   root = pathlib.Path(directory)
   if (root / _INDEX).exists():
     return Tensors(_indexed(root))
-  found = [root / _SINGLE]
-  if not found[0].exists():
-    found = sorted(root.glob('*.safetensors'))
-  if len(found) == 1:
-    return Tensors(dict.fromkeys(_names(found[0]), found[0]))
-  if found:
+  files = [root / _SINGLE]
+  if not files[0].exists():
+    files = sorted(root.glob('*.safetensors'))
+  if len(files) == 1:
+    return Tensors(dict.fromkeys(_names(files[0]), files[0]))
+  if files:
     raise ValueError(
-      f'{root} has {len(found)} safetensors and no {_INDEX}, which says what '
+      f'{root} has {len(files)} safetensors and no {_INDEX}, which says what '
       'each of them holds. Copy the index too.'
     )
   pickles = sorted(p.name for kind in _WITH_CODE for p in root.glob(kind))
@@ -97,20 +98,35 @@ def read_tensors(directory: str) -> 'Tensors':
 
 
 class Tensor:
-  """A weight that is read when it becomes an array."""
+  """A weight that is read when it is converted to an array.
+
+  Attributes:
+    shape: shape of the array.
+  """
 
   def __init__(self, file: pathlib.Path, name: str):
+    """Reads the shape and dtype of a weight.
+
+    Args:
+      file: a safetensors file.
+      name: name of the weight in the file.
+
+    Raises:
+      ValueError: the file is damaged, or safetensors is not installed.
+    """
     with _open(file) as f:
       part = f.get_slice(name)
-      self.shape, self._kind = tuple(part.get_shape()), part.get_dtype()
+      self.shape, self._dtype = tuple(part.get_shape()), part.get_dtype()
     self._file, self._name = file, name
 
-  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+  def __array__(
+    self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
+  ) -> np.ndarray:
     del copy
-    # Not before it is asked for: files hold buffers of integers that nobody is.
-    if self._kind not in _FLOATS:
+    # Checked here, since files may also hold integer buffers that are not read.
+    if self._dtype not in _FLOATS:
       raise ValueError(
-        f'{self._name} in {self._file} is of type {self._kind}; t2x reads '
+        f'{self._name} in {self._file} is of type {self._dtype}; t2x reads '
         f'{", ".join(_FLOATS)}. Take a checkpoint that is not quantised.'
       )
     with _open(self._file) as f:
@@ -122,6 +138,7 @@ class Tensors(Mapping[str, Tensor]):
   """Weights by name; see `read_tensors`."""
 
   def __init__(self, files: Mapping[str, pathlib.Path]):
+    """Takes the safetensors file of each name."""
     self._files = files
 
   def __getitem__(self, name: str) -> Tensor:
@@ -142,17 +159,18 @@ def write(
   shard_bytes: int = _SHARD_BYTES,
   beside: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-  """Writes config.json and safetensors, several files if they are large.
+  """Writes a config.json and weights, in several files if they are large.
 
   Args:
-    directory: new, or empty.
-    config: what config.json shall hold.
-    tensors: name -> array.
-    shard_bytes: the most of a file; a weight is never cut.
-    beside: further JSON files, by name.
+    directory: directory to write, new or empty.
+    config: contents of config.json.
+    tensors: weights by name.
+    shard_bytes: greatest size of a file of weights, unless one weight is
+      larger.
+    beside: contents of further JSON files, by file name.
 
   Raises:
-    ValueError: something is in the directory already.
+    ValueError: the directory is not empty.
   """
   from safetensors import numpy as safetensors_numpy
 
@@ -165,7 +183,7 @@ def write(
     name = f'model-{number:05}-of-{len(shards):05}.safetensors'
     name = _SINGLE if len(shards) == 1 else name
     arrays = {key: np.ascontiguousarray(tensors[key]) for key in shard}
-    # Other readers refuse files that do not say whose layout they have.
+    # transformers refuses files without the key `format`.
     safetensors_numpy.save_file(arrays, root / name, {'format': 'pt'})
     where |= dict.fromkeys(shard, name)
   if len(shards) > 1:
@@ -174,12 +192,12 @@ def write(
     (root / _INDEX).write_text(json.dumps(index, indent=2) + '\n')
   for name, data in (beside or {}).items():
     (root / name).write_text(json.dumps(data, indent=2) + '\n')
-  # Last: with it the directory is a checkpoint.
+  # Written last, since with it the directory counts as a checkpoint.
   (root / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
 
 
 def check_new(directory: str) -> None:
-  """Raises ValueError if there is something in a directory."""
+  """Raises ValueError if a directory is not empty."""
   root = pathlib.Path(directory)
   if root.exists() and (not root.is_dir() or any(root.iterdir())):
     raise ValueError(
@@ -188,7 +206,10 @@ def check_new(directory: str) -> None:
     )
 
 
-def _shards(tensors, shard_bytes: int) -> list[list[str]]:
+def _shards(
+  tensors: Mapping[str, np.ndarray], shard_bytes: int
+) -> list[list[str]]:
+  """Returns the names of the weights of each file."""
   shards: list[list[str]] = [[]]
   size = 0
   for name, array in tensors.items():
@@ -201,14 +222,14 @@ def _shards(tensors, shard_bytes: int) -> list[list[str]]:
 
 
 def _indexed(root: pathlib.Path) -> dict[str, pathlib.Path]:
-  """Returns the file of each weight, as the index says."""
+  """Returns the file of each weight, as the index lists them."""
   index = _json(root / _INDEX).get('weight_map')
   if not isinstance(index, dict) or not index:
     raise ValueError(f'{root / _INDEX} has no weight_map of names to files.')
   for file in index.values():
-    # It comes from elsewhere: it may not make us read another directory.
-    own = isinstance(file, str) and pathlib.PurePath(file).name == file
-    if not own or file in ('.', '..'):
+    # The index is not trusted: it must not make us read another directory.
+    is_name = isinstance(file, str) and pathlib.PurePath(file).name == file
+    if not is_name or file in ('.', '..'):
       raise ValueError(
         f'{root / _INDEX} names the file {file!r}, which is not one of its own '
         'directory. Do not use this checkpoint unless you know why.'
@@ -220,12 +241,12 @@ def _indexed(root: pathlib.Path) -> dict[str, pathlib.Path]:
       f'{root} lacks {len(missing)} of its {len(files)} files: '
       f'{", ".join(missing[:4])}. Copy them too.'
     )
-  held = {file: _names(root / file) for file in files}
-  absent = [name for name, file in index.items() if name not in held[file]]
-  if absent:
+  names = {file: _names(root / file) for file in files}
+  lacking = [name for name, file in index.items() if name not in names[file]]
+  if lacking:
     raise ValueError(
       f'{root / _INDEX} promises weights that its files do not hold: '
-      f'{", ".join(absent[:4])}. Index and files are of different checkpoints.'
+      f'{", ".join(lacking[:4])}. Index and files are of different checkpoints.'
     )
   return {name: root / file for name, file in index.items()}
 

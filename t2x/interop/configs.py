@@ -1,4 +1,4 @@
-"""From a Hugging Face config.json to a config of t2x.
+"""Translates a config.json of Hugging Face to a config of t2x.
 
 >>> family, config = to_t2x({
 ...     'model_type': 'gpt2', 'vocab_size': 50257, 'n_embd': 768,
@@ -8,7 +8,6 @@
 """
 
 from collections.abc import Collection
-from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
@@ -28,7 +27,7 @@ from t2x.models import encoder
 from t2x.models import encoder_decoder
 from t2x.models import model
 
-Hf = Mapping[str, Any]
+Hf = values.Hf
 
 _ACTIVATIONS = {
   'relu': 'relu',
@@ -41,25 +40,26 @@ _ACTIVATIONS = {
 
 
 def to_t2x(hf: Hf) -> tuple[str, model.ModelConfig]:
-  """Translates a config.json, already parsed.
+  """Translates a config.json.
 
   Args:
-    hf: the dictionary; `model_type` is bert, roberta, gpt2, t5, llama, mixtral
-      or one of `llama_like`.
+    hf: parsed config.json, whose `model_type` is bert, roberta, gpt2, t5,
+      llama, mixtral or one of `llama_like.NAMES`.
 
   Returns:
-    The family, for `names.to_t2x`, and the config.
+    The family, a key of `tables.FAMILIES`, and the config.
 
   Raises:
-    ValueError: another kind of model, or a setting that t2x does not have.
+    ValueError: the model is of another family, or has a setting that t2x does
+      not have.
   """
-  kind = hf.get('model_type')
-  if not isinstance(kind, str) or kind not in _TRANSLATIONS:
+  name = hf.get('model_type')
+  if not isinstance(name, str) or name not in _TRANSLATIONS:
     raise ValueError(
-      f'model_type={values.shown(kind)}; t2x reads {", ".join(_TRANSLATIONS)}.'
+      f'model_type={values.shown(name)}; t2x reads {", ".join(_TRANSLATIONS)}.'
     )
   try:
-    return _TRANSLATIONS[kind](checked.check(hf))
+    return _TRANSLATIONS[name](checked.check(hf))
   except KeyError as error:
     raise ValueError(
       f'The config.json lacks {error.args[0]!r}. Copy it again.'
@@ -69,15 +69,19 @@ def to_t2x(hf: Hf) -> tuple[str, model.ModelConfig]:
 def with_parts(
   config: model.ModelConfig, names: Collection[str]
 ) -> model.ModelConfig:
-  """Returns the config with the heads that a file has weights of.
+  """Returns the config with the heads that a checkpoint has weights of.
 
-  Released files of BERT and RoBERTa hold more than their `architectures` say
-  (a pooler, the sentence head), or a body alone; those of T5 1.1 a head of
-  their own, which newer config.json do not tell.
+  Released files of BERT and RoBERTa hold more than their `architectures` name
+  (a pooler, the next-sentence head), or the body alone. Those of T5 1.1 hold an
+  untied head, which newer config.json files do not mention.
+
+  Args:
+    config: config from `to_t2x`.
+    names: names of the checkpoint's weights.
   """
   if isinstance(config, encoder_decoder.EncoderDecoderConfig):
-    own = config.tied_head == 'tied' and 'lm_head.weight' in names
-    return dataclasses.replace(config, tied_head='untied') if own else config
+    untied = config.tied_head == 'tied' and 'lm_head.weight' in names
+    return dataclasses.replace(config, tied_head='untied') if untied else config
   if not isinstance(config, encoder.EncoderConfig):
     return config
   has = lambda *ends: any(name.endswith(ends) for name in names)
@@ -99,7 +103,7 @@ def _bert(hf: Hf) -> tuple[str, encoder.EncoderConfig]:
     add_cross_attention=False,
     tie_word_embeddings=True,
   )
-  # RoBERTa counts positions from the padding id on, after a row for it.
+  # RoBERTa's positions start at the row after that of the padding id.
   roberta = hf['model_type'] == 'roberta'
   offset = hf.get('pad_token_id', 1) + 1 if roberta else 0
   classes = ' '.join(hf.get('architectures') or ['ForPreTraining'])
@@ -142,9 +146,9 @@ def _bert(hf: Hf) -> tuple[str, encoder.EncoderConfig]:
     masked_head=masked_head,
     **heads,
   )
-  # The head of classes has other names than a pooler.
-  own = '_classes' if roberta and config.classes else ''
-  return hf['model_type'] + own, config
+  # RoBERTa's classification head has other names than the pooler.
+  suffix = '_classes' if roberta and config.classes else ''
+  return hf['model_type'] + suffix, config
 
 
 def _gpt2(hf: Hf) -> tuple[str, decoder.DecoderConfig]:
@@ -185,14 +189,15 @@ def _t5(hf: Hf) -> tuple[str, encoder_decoder.EncoderDecoderConfig]:
   gated, _, act = given.rpartition('-')
   if gated not in ('', 'gated'):
     raise values.Wrong('feed_forward_proj', given, 'gated-NAME or NAME')
-  # T5's 'gated-gelu' has always been computed by the approximation.
+  # T5's 'gated-gelu' is the tanh approximation in all implementations.
   act = (
     'gelu_tanh'
     if given == 'gated-gelu'
     else _activation(act, 'feed_forward_proj')
   )
   tied = hf.get('tie_word_embeddings', True)
-  # Newer files say only that the features are not scaled; see `with_parts`.
+  # Newer files say only that the features are not scaled, and not whether the
+  # head is tied; see `with_parts`.
   scaled = hf.get('scale_decoder_outputs', tied)
   if scaled and not tied:
     raise ValueError(
@@ -237,8 +242,11 @@ def _llama(hf: Hf) -> tuple[str, decoder.DecoderConfig]:
   _require(hf, mlp_bias=False)
   heads = hf['num_attention_heads']
   kv_heads = hf.get('num_key_value_heads') or heads
-  own = {**hf, 'num_key_value_heads': kv_heads}
-  _share(own, 'num_attention_heads', 'num_key_value_heads')
+  _share(
+    {**hf, 'num_key_value_heads': kv_heads},
+    'num_attention_heads',
+    'num_key_value_heads',
+  )
   gemma2 = hf['model_type'] == 'gemma2'
   act = 'hidden_activation' if gemma2 else 'hidden_act'
   config = decoder.DecoderConfig(
@@ -277,7 +285,7 @@ def _mixtral(hf: Hf) -> tuple[str, decoder.DecoderConfig]:
   _require(hf, sliding_window=None, router_jitter_noise=0.0)
   _, config = _llama({'rms_norm_eps': 1e-5, 'rope_theta': 1e6, **hf})
   num, key = hf.get('num_local_experts', 8), 'num_experts_per_tok'
-  # By one expert alone the router would learn nothing.
+  # With a single expert per token the router would get no gradient.
   top_k = values.within(key, hf.get(key, 2), above=1, below=num + 1, whole=True)
   experts = moe.MoeConfig(
     **dataclasses.asdict(config.mlp),
@@ -299,16 +307,18 @@ def _rotary(hf: Hf) -> position.Rotary:
   if share != 1 and hf['model_type'] != 'phi3':
     raise values.Wrong(f'{key}: partial_rotary_factor', share, '1')
   base = rope.get('rope_theta') or hf.get('rope_theta', 10000.0)
-  kind = rope.get('rope_type') or rope.get('type')
-  if kind is None and 'factor' in rope:
+  rope_type = rope.get('rope_type') or rope.get('type')
+  if rope_type is None and 'factor' in rope:
     raise ValueError(
       f'{key}={values.shown(rope)} names no rope_type; t2x has default and '
       'llama3.'
     )
-  if kind in (None, 'default'):
+  if rope_type in (None, 'default'):
     return position.Rotary(base=base)
-  if kind != 'llama3':
-    raise ValueError(f'{key}: rope_type={kind!r}; t2x has default and llama3.')
+  if rope_type != 'llama3':
+    raise ValueError(
+      f'{key}: rope_type={rope_type!r}; t2x has default and llama3.'
+    )
   lacking = [name for name in checked.LLAMA3 if name not in rope]
   if lacking:
     raise ValueError(f'{key} lacks {", ".join(lacking)}, which llama3 has.')
@@ -322,10 +332,10 @@ def _rotary(hf: Hf) -> position.Rotary:
 
 
 def _share(hf: Hf, whole: str, parts: str) -> int:
-  """Returns one of equal parts, such as the width of a head.
+  """Returns a setting divided by another, such as the width of a head.
 
   Raises:
-    ValueError: it cannot be parted so.
+    ValueError: the division has a remainder.
   """
   if hf[whole] % hf[parts]:
     raise ValueError(
@@ -335,13 +345,14 @@ def _share(hf: Hf, whole: str, parts: str) -> int:
 
 
 def _activation(name: str, key: str = 'hidden_act') -> Any:
+  """Returns t2x's name of an activation."""
   if name not in _ACTIVATIONS:
     raise values.Wrong(key, name, f'one of {", ".join(_ACTIVATIONS)}')
   return _ACTIVATIONS[name]
 
 
-def _require(hf: Hf, **only: Any) -> None:
-  """Raises ValueError for settings that t2x has no counterpart of."""
+def _require(hf: Hf, **only: object) -> None:
+  """Raises ValueError if a setting is given and is not the one that t2x has."""
   for name, value in only.items():
     if hf.get(name, value) != value:
       raise ValueError(

@@ -1,4 +1,6 @@
-"""From a config of t2x to a Hugging Face config.json: the way back of configs.
+"""Translates a config of t2x to a config.json of Hugging Face.
+
+This is the inverse of configs.py.
 
 >>> from t2x.models import presets
 >>> family, hf = from_t2x(presets.gpt2_small())
@@ -27,9 +29,9 @@ _ACTIVATIONS = {
   'gelu_tanh': 'gelu_new',
   'silu': 'silu',
 }
-# They change no number that a trained model computes.
+# Settings that do not change the outputs of a trained model.
 _NEUTRAL = ('dropout', 'kernel', 'block', 'vocab_multiple', 'dtype', 'std')
-# Files say by their weights which of these they have.
+# Heads that a checkpoint has if it has their weights.
 _PARTS = ('pooler', 'next_sentence', 'masked_head')
 
 
@@ -37,14 +39,14 @@ def from_t2x(config: model_lib.ModelConfig) -> tuple[str, dict[str, Any]]:
   """Translates a model's config.
 
   Args:
-    config: of a model that one of Hugging Face's families computes as well.
+    config: config of a model that one of Hugging Face's families can compute.
 
   Returns:
-    The family, for `names.from_t2x`, and the dictionary of a config.json.
+    The family, a key of `tables.FAMILIES`, and the contents of a config.json.
 
   Raises:
-    ValueError: the nearest family computes something else; every setting that
-      it lacks is named.
+    ValueError: the nearest family computes something else; the message names
+      every setting that it lacks.
   """
   config = _plain(config)
   if isinstance(config, encoder.EncoderConfig):
@@ -69,7 +71,7 @@ def from_t2x(config: model_lib.ModelConfig) -> tuple[str, dict[str, Any]]:
     lacking = {
       name: (ours, theirs)
       for name, (ours, theirs) in lacking.items()
-      # What follows from another kind goes without saying.
+      # If the class of a part differs, its fields are not listed.
       if name.endswith('.kind') or not name.startswith(tuple(of_kind))
     }
     settings = [
@@ -84,7 +86,12 @@ def from_t2x(config: model_lib.ModelConfig) -> tuple[str, dict[str, Any]]:
 
 
 def same(config: model_lib.ModelConfig, hf: configs.Hf) -> bool:
-  """Whether a config.json describes exactly the model of `config`."""
+  """Whether a config.json describes exactly the model of `config`.
+
+  Args:
+    config: config of the model.
+    hf: config.json of a family that `configs.to_t2x` reads.
+  """
   head = ['lm_head.weight'] if config.tied_head == 'untied' else []
   again = configs.to_t2x(hf)[1]
   if isinstance(config, encoder_decoder.EncoderDecoderConfig):
@@ -93,18 +100,18 @@ def same(config: model_lib.ModelConfig, hf: configs.Hf) -> bool:
   return not set(overrides.differences(ours, theirs)) - set(_PARTS)
 
 
-def _plain(config: Any) -> Any:
-  """Returns the config of the same numbers that files would give."""
+def _plain(config: model_lib.ModelConfig) -> model_lib.ModelConfig:
+  """Returns an equivalent config in the form that `configs.to_t2x` gives."""
 
-  def plain(kind):
+  def plain(layer: Any) -> Any:
     change: dict[str, Any] = {}
-    if kind.num_kv_heads == kind.num_heads:
+    if layer.num_kv_heads == layer.num_heads:
       change |= {'num_kv_heads': None}
-    if kind.out_bias == kind.bias:
+    if layer.out_bias == layer.bias:
       change |= {'out_bias': None}
-    if not kind.qk_norm:
+    if not layer.qk_norm:
       change |= {'qk_norm_eps': 1e-6}
-    return dataclasses.replace(kind, **change)
+    return dataclasses.replace(layer, **change)
 
   if not isinstance(config, decoder.DecoderConfig):
     return dataclasses.replace(
@@ -112,8 +119,8 @@ def _plain(config: Any) -> Any:
       attention=plain(config.attention),
       attention_pattern=tuple(map(plain, config.attention_pattern)),
     )
-  kinds = [plain(kind) for kind in config.kinds]
-  layers = [kinds[i % len(kinds)] for i in range(config.num_layers)]
+  group = [plain(layer) for layer in config.kinds]
+  layers = [group[i % len(group)] for i in range(config.num_layers)]
   return llama_like.with_layers(config, layers)
 
 
@@ -122,13 +129,13 @@ def _bert(config: encoder.EncoderConfig) -> dict[str, Any]:
   offset = place.offset if isinstance(place, position.Learned) else 0
   length = place.max_length if isinstance(place, position.Learned) else 512
   prefix = 'Roberta' if offset else 'Bert'
-  kind = 'ForMaskedLM' if config.masked_head else 'Model'
-  kind = 'ForPreTraining' if config.next_sentence else kind
-  kind, of_labels = labels_lib.written(config, kind)
+  suffix = 'ForMaskedLM' if config.masked_head else 'Model'
+  suffix = 'ForPreTraining' if config.next_sentence else suffix
+  suffix, label_settings = labels_lib.written(config, suffix)
   return {
     'model_type': prefix.lower(),
-    'architectures': [prefix + kind],
-    **of_labels,
+    'architectures': [prefix + suffix],
+    **label_settings,
     **({'pad_token_id': offset - 1} if offset else {}),
     'vocab_size': config.vocab_size,
     'num_hidden_layers': config.num_layers,
@@ -167,7 +174,7 @@ def _gpt2(config: decoder.DecoderConfig) -> dict[str, Any]:
 def _t5(config: encoder_decoder.EncoderDecoderConfig) -> dict[str, Any]:
   gated = config.mlp.gated
   act = _ACTIVATIONS.get(config.mlp.activation, 'relu')
-  # By 'gated-gelu' T5 means the approximation.
+  # T5's 'gated-gelu' is the tanh approximation.
   act = 'gelu' if act == 'gelu_new' and gated else act
   place = config.position
   buckets = isinstance(place, position.RelativeBuckets)
@@ -232,7 +239,7 @@ def _llama(config: decoder.DecoderConfig) -> dict[str, Any]:
 
 
 def _heads(config: model_lib.ModelConfig) -> int:
-  """Returns the heads, or the number nearest to it that parts the width."""
+  """Returns the divisor of the width nearest to the number of heads."""
   wanted, width = config.attention.num_heads, config.embed_dim
   fits = [num for num in range(1, width + 1) if not width % num]
   return min(fits, key=lambda num: abs(num - wanted))

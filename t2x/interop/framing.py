@@ -1,6 +1,6 @@
-"""What a model reads of a text: its ids, and what stands around them.
+"""Special tokens around the texts that a model reads.
 
-Runs, their exports and their artefacts all take it from here.
+Runs, exported checkpoints and artefacts all take them from here.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,14 @@ from t2x.models import model as model_lib
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Frame:
-  """What surrounds a text.
+  """Special tokens around a text.
 
   Attributes:
-    before: ids in front of it.
-    after: ids behind it.
+    before: token ids before the text.
+    after: token ids after the text.
     marks: whether <extra_id_N> in a text is the N-th sentinel.
-    pairs: whether two texts are read as one row, the second of another type.
+    pairs: whether two texts can form one row, the second with another token
+      type.
   """
 
   before: tuple[int, ...] = ()
@@ -31,10 +32,10 @@ class Frame:
   def ids(
     self, tokenizer: tokenizers.Tokenizer, texts: Sequence[str]
   ) -> list[list[int]]:
-    """Returns what is read of each text.
+    """Returns the token ids of each text, the special ones included.
 
     Raises:
-      ValueError: a text names a sentinel that there is not.
+      ValueError: a text names a sentinel that does not exist.
     """
     if self.marks:
       encoded = [tokenizer.encode_marked(text) for text in texts]
@@ -46,8 +47,13 @@ class Frame:
 def of(config: model_lib.ModelConfig, tokenizer: tokenizers.Tokenizer) -> Frame:
   """Returns the frame of a model's texts.
 
-  A decoder's text begins as its tokenizer's texts do (with BOS, but for
-  GPT-2's) and goes on; an encoder's ends as well; a source ends with EOS.
+  A decoder's text has the tokenizer's prefix (BOS, except for GPT-2's), so that
+  it can be continued. An encoder's text has the suffix too. The source of an
+  encoder-decoder ends with EOS.
+
+  Args:
+    config: config of the model.
+    tokenizer: tokenizer of the model.
   """
   before, after = tokenizer.prefix_ids, tokenizer.suffix_ids
   if isinstance(config, encoder_decoder.EncoderDecoderConfig):

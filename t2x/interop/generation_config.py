@@ -1,14 +1,15 @@
-"""What a checkpoint says of how its texts are written.
+"""Reads the text generation settings of a checkpoint.
 
-As in `transformers`, generation_config.json is read first, and config.json
-where that file is not there; the ids of special tokens that the first leaves
-out are those of the second. What t2x has no setting for is named.
+As in `transformers`, they are in generation_config.json, or in config.json if
+that file does not exist; ids of special tokens that the first file leaves out
+are taken from the second. Settings that t2x does not have are listed.
 
->>> found = read({'eos_token_id': [2, 41], 'num_beams': 4}, {}, vocab_size=50)
->>> found.ends, found.ignored
+>>> result = read({'eos_token_id': [2, 41], 'num_beams': 4}, {}, vocab_size=50)
+>>> result.ends, result.ignored
 ((2, 41), ('num_beams=4',))
 """
 
+from collections.abc import Callable
 from collections.abc import Mapping
 import dataclasses
 import functools
@@ -27,10 +28,10 @@ _ENDS, _BOS, _PAD = 'eos_token_id', 'bos_token_id', 'pad_token_id'
 _START = 'decoder_start_token_id'
 _WORDS = 'bad_words_ids'
 _SUPPRESSED = 'suppress_tokens', 'begin_suppress_tokens'
-# Of drawing; elsewhere only where `do_sample` is true.
+# Settings of sampling, which transformers applies only if `do_sample` is true.
 _DRAWS = ('temperature', 'top_k', 'top_p', 'min_p', 'typical_p')
 _STOPPING = {True: 'first', False: 'heuristic', 'never': 'never'}
-# What changes no text, and what asks for nothing.
+# Keys that have no effect on the generated text.
 _NO_TEXT = {
   'transformers_version',
   '_from_model_config',
@@ -58,7 +59,7 @@ _NO_TEXT = {
   'compile_config',
   'disable_compile',
 }
-# What t2x does not take from a file, and its values that ask for nothing.
+# Keys that t2x does not take from a file, and their values without effect.
 _IGNORED: dict[str, tuple[Any, ...]] = {
   'max_length': (),
   'max_new_tokens': (),
@@ -96,27 +97,30 @@ _HONOURED = {
   'do_sample', 'forced_bos_token_id', 'repetition_penalty', 'min_new_tokens',
   'length_penalty', 'early_stopping',
 }  # fmt: skip
-# The keys of a config.json that speak of writing.
+# The keys of a config.json that concern generation.
 _KEYS = _HONOURED | set(_IGNORED)
 _IDS = (_ENDS, _BOS, _PAD, _START)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
-  """How texts of a checkpoint are written; by default as t2x writes.
+  """Generation settings of a checkpoint; the defaults are those of t2x.
 
   Attributes:
-    ends: tokens that end a text; none for the tokenizer's own.
-    bos: begins a decoder's text that has no other token.
-    start: the token that an encoder-decoder's answer goes on from.
-    first: the token that an answer begins with, whatever the model says.
-    not_first: tokens that a text does not begin with.
-    suppressed: tokens that are never written.
-    banned: words, as token ids, that are never written.
-    sampling: settings of `SamplingConfig` where none are given.
-    search: settings of `BeamConfig` likewise.
-    ignored: what is asked for and not done, as `key=value`.
-    source: what the file says.
+    ends: token ids that end a text; empty for the tokenizer's EOS.
+    bos: token id that begins a decoder's text without a prompt; None for the
+      tokenizer's BOS.
+    start: token id that an encoder-decoder's answer starts from, which is not
+      part of it; None if no file gives one.
+    first: token id that is forced to be the first of an answer; None for no
+      such token.
+    not_first: token ids that are banned at the beginning of a text.
+    suppressed: token ids that are never generated.
+    banned: words, as token ids, that are never generated.
+    sampling: fields of `SamplingConfig` for calls that give no settings.
+    search: fields of `BeamConfig` for calls that give no settings.
+    ignored: settings that t2x does not apply, as `key=value`.
+    source: entries of the files that were read.
   """
 
   ends: tuple[int, ...] = ()
@@ -133,11 +137,11 @@ class Generation:
 
   @property
   def searching(self) -> dict[str, Any]:
-    """Those of `sampling` that a search has, which draws nothing."""
+    """The fields in `sampling` that also apply to beam search."""
     return {k: v for k, v in self.sampling.items() if k not in _DRAWS}
 
   def constrain(self, sampling: Sampling) -> Sampling:
-    """Returns settings under which nothing is written that may not be."""
+    """Returns sampling settings with the checkpoint's bans and first token."""
     bias = {i: -math.inf for i in self.suppressed}
     return dataclasses.replace(
       sampling,
@@ -155,21 +159,21 @@ def read(
   vocab_size: int,
   answers: bool = False,
 ) -> Generation:
-  """Returns what the files say.
+  """Returns the settings in the files of a checkpoint.
 
   Args:
-    own: generation_config.json, parsed; None where there is none.
-    hf: config.json.
-    vocab_size: of the model; ids are below it.
+    own: parsed generation_config.json; None if there is no such file.
+    hf: parsed config.json.
+    vocab_size: number of tokens of the model.
     answers: whether the model is an encoder-decoder.
 
   Raises:
-    ValueError: a value that cannot be; the file is named.
+    ValueError: a value is invalid; the message names the file.
   """
   source = {k: v for k, v in hf.items() if k in _KEYS and v is not None}
   if own is not None:
     ids = {key: source[key] for key in _IDS if key in source}
-    # A start of its own comes before that of the other file.
+    # A BOS in this file takes precedence over a start in the other.
     if own.get(_BOS) is not None:
       ids.pop(_START, None)
     source = ids | {k: v for k, v in own.items() if v is not None}
@@ -183,7 +187,7 @@ def read(
 
 
 class _Reader:
-  """Reads one dictionary, without nulls."""
+  """Reads settings from one dictionary without nulls; see `read`."""
 
   def __init__(self, given: Mapping[str, Any], vocab_size: int, answers: bool):
     self._given, self._answers = given, answers
@@ -243,15 +247,16 @@ class _Reader:
     first = self._one(key)
     if first is None or self._answers:
       return first
-    self._ignore(key)  # Elsewhere it acts on prompts of one token alone.
+    # For a decoder, transformers applies it to prompts of one token alone.
+    self._ignore(key)
     return None
 
   def _sampling(self) -> dict[str, Any]:
-    """Returns the settings of `SamplingConfig` that differ from its own."""
-    given, found = self._given, {}
+    """Returns the fields of `SamplingConfig` that differ from its defaults."""
+    given, fields = self._given, {}
     draws = values.flag('do_sample', given.get('do_sample'))
     if draws is False:
-      found['temperature'] = 0.0
+      fields['temperature'] = 0.0
     for key in (*_DRAWS, 'repetition_penalty', 'min_new_tokens'):
       if given.get(key) is None:
         continue
@@ -263,27 +268,26 @@ class _Reader:
       name = {'min_new_tokens': 'min_tokens'}.get(key, key)
       _check(key, value, lambda n=name, v=value: Sampling(**{n: v}))
       if key not in _DRAWS or draws:
-        found[name] = value
+        fields[name] = value
       elif draws is None:
         self._ignore(key)
-    return found
+    return fields
 
   def _search(self) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     penalty = self._given.get('length_penalty')
     if penalty is not None:
-      found['length_penalty'] = values.number('length_penalty', penalty)
+      fields['length_penalty'] = values.number('length_penalty', penalty)
     stopping = self._given.get('early_stopping')
     if stopping is not None:
       if not isinstance(stopping, bool | str) or stopping not in _STOPPING:
         raise values.Wrong('early_stopping', stopping, 'true, false or "never"')
-      found['early_stopping'] = _STOPPING[stopping]
-    return {
-      k: v for k, v in found.items() if v != getattr(beams_lib.BeamConfig(), k)
-    }
+      fields['early_stopping'] = _STOPPING[stopping]
+    defaults = beams_lib.BeamConfig()
+    return {k: v for k, v in fields.items() if v != getattr(defaults, k)}
 
   def _rest(self) -> tuple[str, ...]:
-    """Returns what is not done, after the others have added to it."""
+    """Returns all ignored settings; to be called after the other methods."""
     for key, value in self._given.items():
       if key in _HONOURED | _NO_TEXT or value in _IGNORED.get(key, ()):
         continue
@@ -294,7 +298,8 @@ class _Reader:
     self._ignored.append(f'{key}={values.shown(self._given[key])}')
 
 
-def _check(key: str, value: Any, make) -> None:
+def _check(key: str, value: object, make: Callable[[], object]) -> None:
+  """Calls `make`, and turns a ValueError of it into one about `key`."""
   try:
     make()
   except ValueError as error:

@@ -1,7 +1,9 @@
-"""Whole checkpoints of Hugging Face: config, weights and tokenizer.
+"""Reads and writes whole checkpoints of Hugging Face.
 
-found = huggingface.read('path/of/gpt2')
-huggingface.write('path/of/mine', found.model, found.tokenizer)
+A checkpoint is a directory of a config, weights and a tokenizer.
+
+checkpoint = huggingface.read('path/of/gpt2')
+huggingface.write('path/of/mine', checkpoint.model, checkpoint.tokenizer)
 """
 
 from collections.abc import Mapping
@@ -12,6 +14,7 @@ import logging
 import os
 from typing import Any
 
+from etils import epath
 import numpy as np
 
 from t2x.config import experiment
@@ -43,17 +46,18 @@ is_one = checkpoint_dir.is_one
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-  """What a directory holds.
+  """A checkpoint of Hugging Face.
 
   Attributes:
-    family: how its weights are named, a key of `tables.FAMILIES`.
-    hf: its config.json.
-    config: of the model.
-    tensors: its weights, read when they are asked for.
-    tokenizer: its own.
-    generation: how its texts are written.
-    own_generation: its generation_config.json; None where there is none.
-    labels: of its head of classes, by the name of the head's term.
+    family: naming scheme of the weights, a key of `tables.FAMILIES`.
+    hf: parsed config.json.
+    config: config of the model in t2x.
+    tensors: weights by name, which are read lazily.
+    tokenizer: tokenizer of the checkpoint.
+    generation: settings of text generation.
+    own_generation: parsed generation_config.json; None if there is no such
+      file.
+    labels: labels of the classification head, by the name of the head's term.
   """
 
   family: str
@@ -71,19 +75,22 @@ class Checkpoint:
     return self.build(self.config)
 
   def build(self, config: model_lib.ModelConfig) -> model_lib.Transformer:
-    """Returns the model of a config that says more, such as another dtype.
+    """Returns the model, float32, on one device.
+
+    Args:
+      config: the checkpoint's config, with changes such as another dtype.
 
     Raises:
-      ValueError: the weights do not fit it.
+      ValueError: the weights do not fit the config.
     """
     return names.to_t2x(self.family, config, self.tensors)
 
 
 def read(directory: str) -> Checkpoint:
-  """Reads a checkpoint of a family that `configs` reads.
+  """Reads a checkpoint of one of the families of `configs`.
 
   Args:
-    directory: with config.json, safetensors and the tokenizer's files.
+    directory: path of config.json, safetensors and the tokenizer's files.
 
   Raises:
     ValueError: a file is missing or damaged, or weights, config and tokenizer
@@ -118,10 +125,11 @@ def read(directory: str) -> Checkpoint:
 def _check_sizes(
   tokenizer: tokenizers.Tokenizer, size: int, directory: str
 ) -> None:
-  """Tells of added tokens that the model has no rows for.
+  """Warns of added tokens that are not in the model's vocabulary.
 
   Raises:
-    ValueError: the tokenizer's own vocabulary is larger than the model's.
+    ValueError: the tokenizer's vocabulary without added tokens is larger than
+      the model's.
   """
   assert isinstance(tokenizer, pretrained.PretrainedTokenizer)
   if tokenizer.learnt_past(size):
@@ -145,16 +153,16 @@ def generation_of(
   own: Mapping[str, Any] | None,
   directory: str,
 ) -> generation_config.Generation:
-  """Returns how the texts of a checkpoint are written.
+  """Returns the generation settings of a checkpoint.
 
   Args:
-    config: of the model; an encoder writes none.
-    hf: its config.json.
-    own: its generation_config.json, if there is one.
-    directory: of the files, for messages.
+    config: config of the model; an encoder gets the defaults.
+    hf: parsed config.json.
+    own: parsed generation_config.json; None if there is no such file.
+    directory: directory of the files, for messages.
 
   Raises:
-    ValueError: a value that cannot be.
+    ValueError: a value is invalid.
   """
   if isinstance(config, encoder.EncoderConfig):
     return generation_config.Generation()
@@ -177,19 +185,20 @@ def write(
   problem: str = labels_lib.SINGLE,
   shard_bytes: int | None = None,
 ) -> str:
-  """Writes a model as `transformers` loads it.
+  """Writes a model as a checkpoint that `transformers` loads.
 
   Args:
-    directory: new, or empty.
-    model: of a config that one of the families computes.
-    tokenizer: written beside it.
-    hf: the config.json that the model came with; it is kept where it still
-      describes the model.
-    generation: how its texts are written; default with the ends of the
-      tokenizer.
-    labels: of the head of classes, in their order, by the name of its term.
-    problem: what the head's outputs are, as `labels.problem` has it.
-    shard_bytes: the most of a file of weights; default 5 GB.
+    directory: directory to write, new or empty.
+    model: model that one of the families can compute.
+    tokenizer: tokenizer of the model; None writes none.
+    hf: config.json of the checkpoint that the model was read from, which is
+      kept if it still describes the model; None writes a new one.
+    generation: generation settings of that checkpoint; None for the tokenizer's
+      special tokens alone.
+    labels: labels of the classification head, in order, by the name of the
+      head's term.
+    problem: meaning of the head's outputs; see `labels.problem`.
+    shard_bytes: greatest size of a file of weights; None for 5 GB.
 
   Returns:
     The family.
@@ -217,7 +226,7 @@ def write(
   if not isinstance(config, encoder.EncoderConfig):
     source = {name: hf[name] for name in ids if name in hf} | source
   hf = labels_lib.with_labels(hf, config, labels or {}, problem)
-  # Whatever may fail comes before the weights are written.
+  # Everything that may fail comes before the weights are written.
   write_tokenizer = tokenizer and tokenizer_file.writer(
     tokenizer, framing.of(config, tokenizer), as_it_came=as_it_came
   )
@@ -239,25 +248,30 @@ def write(
 
 
 def experiment_of(
-  found: Checkpoint, tokenizer_directory: Any
+  checkpoint: Checkpoint, tokenizer_directory: epath.PathLike
 ) -> experiment.Experiment:
-  """Returns the settings of a run that would have made a checkpoint."""
-  config = found.config
+  """Returns the config of a run on the data that a checkpoint is made for.
+
+  Args:
+    checkpoint: checkpoint that the run begins with.
+    tokenizer_directory: local directory of the tokenizer's files.
+  """
+  config = checkpoint.config
   objective: Any = causal_lm.CausalLM()
   if isinstance(config, encoder.EncoderConfig):
     objective = masked_lm.MaskedLM()
   elif isinstance(config, encoder_decoder.EncoderDecoderConfig):
     objective = span_corruption.SpanCorruption()
-    if not found.tokenizer.sentinel_ids:
+    if not checkpoint.tokenizer.sentinel_ids:
       objective = denoising.Denoising()
-  own = ('max_position_embeddings', 'n_positions')
-  lengths = [found.hf[name] for name in own if found.hf.get(name)]
+  keys = ('max_position_embeddings', 'n_positions')
+  lengths = [checkpoint.hf[key] for key in keys if checkpoint.hf.get(key)]
   return experiment.Experiment(
     model=config,
     data=data_config.DataConfig(
       tokenizer=tokenizers.Pretrained(
         directory=os.path.abspath(tokenizer_directory),
-        start=found.generation.start,
+        start=checkpoint.generation.start,
       ),
       length=config.max_length or min(lengths, default=512),
       objective=objective,
@@ -268,13 +282,12 @@ def experiment_of(
 def _unused_positions(
   hf: Mapping[str, Any], tokenizer: tokenizers.Tokenizer | None
 ) -> int:
-  """Returns how many rows of positions are too many; below 0 some lack.
+  """Returns the number of position rows to drop; below 0, to add.
 
-  RoBERTa counts positions from the row after that of the padding's id, and
-  takes this id from the tokenizer's texts.
+  RoBERTa's positions start at the row after that of the tokenizer's padding id.
 
   Raises:
-    ValueError: the id stands in texts.
+    ValueError: the padding id begins or ends texts too.
   """
   if hf['model_type'] != 'roberta' or tokenizer is None:
     return 0
@@ -291,7 +304,7 @@ def _unused_positions(
 
 
 def _without_rows(table: np.ndarray, num: int) -> np.ndarray:
-  """Returns a table without its first rows, or with more if below 0."""
+  """Returns a table without its first `num` rows; below 0, with zeros added."""
   return np.pad(table, ((max(-num, 0), 0), (0, 0)))[max(num, 0) :]
 
 

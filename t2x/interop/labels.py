@@ -1,10 +1,10 @@
-"""Heads that tell classes apart, and their labels, in a config.json.
+"""Classification heads and their labels in a config.json.
 
-`architectures` says which head there is, `id2label` what its classes are
-called, and `problem_type` what its outputs are: logits of which one class is
-meant, logits of which each stands for itself, or values. As in `transformers`,
-`id2label` holds where `label2id` or `num_labels` say something else, without it
-there are two classes, and one class alone is a value.
+`architectures` gives the head, `id2label` the names of its classes, and
+`problem_type` the meaning of its outputs: logits of a softmax (one label),
+logits of a sigmoid each (several labels), or values (regression). As in
+`transformers`, `id2label` takes precedence over `label2id` and `num_labels`;
+without it there are two classes; and one class alone is a value.
 """
 
 from collections.abc import Mapping
@@ -12,24 +12,27 @@ from collections.abc import Sequence
 from typing import Any
 
 from t2x.interop import values
+from t2x.models import encoder
+from t2x.models import model as model_lib
 
-Hf = Mapping[str, Any]
+Hf = values.Hf
 
-TOKENS = 'tokens'  # In labels: of the head on each token.
+# Keys of labels: the heads on each token and on the whole text.
+TOKENS = 'tokens'
 TEXTS = 'class0'
 SINGLE = 'single_label_classification'
 MULTI = 'multi_label_classification'
 VALUES = 'regression'
 _OF_TEXTS, _OF_TOKENS = 'ForSequenceClassification', 'ForTokenClassification'
 _UNKNOWN = ('ForQuestionAnswering', 'ForMultipleChoice')
-_MOST = 2**20  # Labels of a head.
+_MOST = 2**20  # Bound of the number of labels of a head.
 
 
 def sizes(hf: Hf) -> dict[str, Any]:
-  """Returns the fields of an `EncoderConfig` that say which head there is.
+  """Returns the fields of an `EncoderConfig` for the head of a config.json.
 
   Raises:
-    ValueError: a head that t2x does not have, or labels that are none.
+    ValueError: t2x does not have the head, or its labels are invalid.
   """
   name = ' '.join(hf.get('architectures') or ())
   if any(name.endswith(unknown) for unknown in _UNKNOWN):
@@ -44,20 +47,30 @@ def sizes(hf: Hf) -> dict[str, Any]:
   return {'token_classes': len(_names(hf))} if _tags(hf) else {}
 
 
-def read(hf: Hf, config: Any) -> dict[str, list[str]]:
-  """Returns the labels by the name of their head's term.
+def read(hf: Hf, config: model_lib.ModelConfig) -> dict[str, list[str]]:
+  """Returns the labels by the name of their head: `TOKENS` or `TEXTS`.
 
   Args:
-    hf: the config.json.
-    config: of the model.
+    hf: parsed config.json.
+    config: config of the model.
   """
   if getattr(config, 'token_classes', 0):
     return {TOKENS: _names(hf)}
   return {TEXTS: _names(hf)} if getattr(config, 'classes', ()) else {}
 
 
-def check(labels: Mapping[str, Sequence[str]], tensors: Mapping[str, Any]):
-  """Raises ValueError if a file's head has more or fewer rows than labels."""
+def check(
+  labels: Mapping[str, Sequence[str]], tensors: Mapping[str, Any]
+) -> None:
+  """Checks that a head has as many rows as labels.
+
+  Args:
+    labels: labels by the name of their head.
+    tensors: weights of the checkpoint by name; only shapes are read.
+
+  Raises:
+    ValueError: the numbers differ.
+  """
   for names in labels.values():
     for weight in ('classifier.out_proj.weight', 'classifier.weight'):
       if weight in tensors and tensors[weight].shape[0] != len(names):
@@ -69,10 +82,13 @@ def check(labels: Mapping[str, Sequence[str]], tensors: Mapping[str, Any]):
 
 
 def problem(hf: Hf) -> str:
-  """Returns what the outputs of the head of classes are.
+  """Returns the meaning of the outputs of the head on texts.
+
+  Returns:
+    `SINGLE`, `MULTI` or `VALUES`; `SINGLE` if there is no such head.
 
   Raises:
-    ValueError: none of what `transformers` knows.
+    ValueError: the `problem_type` is not one that `transformers` has.
   """
   if not ' '.join(hf.get('architectures') or ()).endswith(_OF_TEXTS):
     return SINGLE
@@ -88,15 +104,22 @@ def problem(hf: Hf) -> str:
   return given
 
 
-def written(config: Any, kind: str) -> tuple[str, dict[str, Any]]:
-  """Returns the class that has a model's heads, and its part of a config.json.
+def written(
+  config: encoder.EncoderConfig, suffix: str
+) -> tuple[str, dict[str, Any]]:
+  """Returns the class with a model's heads, and its entries of a config.json.
 
   Args:
-    config: an `EncoderConfig`.
-    kind: the class without a head of classes, without its family's name.
+    config: config of the model.
+    suffix: name of the class of a model without a classification head, without
+      the family's name, such as ForMaskedLM.
+
+  Returns:
+    The name of the class, likewise without the family's name, and the labels
+    of its classification head, if it has one.
 
   Raises:
-    ValueError: no class has them.
+    ValueError: no class has these heads.
   """
   num = [
     *config.classes,
@@ -109,15 +132,25 @@ def written(config: Any, kind: str) -> tuple[str, dict[str, Any]]:
       'classes. Export a run that has one.'
     )
   if not num:
-    return kind, {}
+    return suffix, {}
   names = _of_labels([f'LABEL_{i}' for i in range(num[0])])
   return (_OF_TOKENS if config.token_classes else _OF_TEXTS), names
 
 
 def with_labels(
-  hf: Hf, config: Any, labels: Mapping[str, Sequence[str]], problem: str
+  hf: Hf,
+  config: model_lib.ModelConfig,
+  labels: Mapping[str, Sequence[str]],
+  problem: str,
 ) -> dict[str, Any]:
-  """Returns a config.json with the labels of a model's head, if it has one."""
+  """Returns a config.json with the labels of a model's head, if it has one.
+
+  Args:
+    hf: config.json to add to.
+    config: config of the model.
+    labels: labels by the name of their head.
+    problem: `problem_type` of a head on texts.
+  """
   hf = dict(hf)
   if getattr(config, 'token_classes', 0):
     names = labels.get(TOKENS)

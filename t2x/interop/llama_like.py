@@ -1,10 +1,9 @@
-"""Decoders of others that differ from Llama in a few settings.
+"""Reads the config.json of decoder families that resemble Llama.
 
-configs.py reads such a config.json as a Llama's, and `adapted` changes what
-the family computes otherwise; llama_like_exported.py goes the way back.
+configs.py reads such a config.json as a Llama's, and `adapted` changes the
+settings that the family has otherwise. llama_like_exported.py is the inverse.
 """
 
-from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 from typing import Any
@@ -15,13 +14,13 @@ from t2x.layers import norm
 from t2x.layers import position
 from t2x.models import decoder
 
-Hf = Mapping[str, Any]
+Hf = values.Hf
 Config = decoder.DecoderConfig
 
 SLIDING, FULL = 'sliding_attention', 'full_attention'
 
-# What transformers takes where a config.json is silent and Llama's value is
-# another one.
+# Defaults of transformers for keys that a config.json leaves out, where they
+# differ from Llama's.
 _QWEN = {'num_key_value_heads': 32, 'sliding_window': 4096}
 _GEMMA: dict[str, Any] = {'head_dim': 256, 'tie_word_embeddings': True}
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -52,88 +51,96 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 NAMES = tuple(_DEFAULTS)
 _PARTIAL = 'partial_rotary_factor'
 _SLIDES = 'use_sliding_window'
-# They say which layers slide; in the others all do, or none.
+# Families that choose for each layer whether it has a sliding window; in the
+# others all layers have one, or none.
 BY_LAYER = ('qwen2', 'qwen3', 'gemma2', 'smollm3')
 
 
 def as_llama(hf: Hf) -> dict[str, Any]:
-  """Returns a config.json of these families as Llama's would say it.
+  """Returns the config.json of such a family in Llama's terms.
 
   Raises:
-    ValueError: tokens that see later ones.
+    ValueError: the attention is bidirectional.
   """
-  kind = hf['model_type']
-  hf = {**_DEFAULTS[kind], **hf}
+  family = hf['model_type']
+  hf = {**_DEFAULTS[family], **hf}
   if hf.get('use_bidirectional_attention'):
     raise ValueError(
       'use_bidirectional_attention=True in the config; t2x has decoders whose '
       'tokens see no later ones.'
     )
-  if kind == 'gemma2':
+  if family == 'gemma2':
     hf['hidden_act'] = hf['hidden_activation']
-  # Gemma's first releases say gelu and mean the approximation.
-  if kind == 'gemma' and hf['hidden_act'] == 'gelu':
+  # Gemma's first releases say gelu for the tanh approximation.
+  if family == 'gemma' and hf['hidden_act'] == 'gelu':
     hf['hidden_act'] = 'gelu_pytorch_tanh'
-  if kind in ('mistral', 'qwen2', 'phi3'):
-    hf['attention_bias'] = kind == 'qwen2'
+  if family in ('mistral', 'qwen2', 'phi3'):
+    hf['attention_bias'] = family == 'qwen2'
   rope = hf.get('rope_parameters')
-  if kind == 'phi3' and rope:  # Llama's turn whole heads.
+  if family == 'phi3' and rope:  # Llama rotates whole heads.
     hf['rope_parameters'] = {k: v for k, v in rope.items() if k != _PARTIAL}
     hf |= {k: v for k, v in rope.items() if k == _PARTIAL}
   return hf
 
 
 def adapted(config: Config, hf: Hf) -> Config:
-  """Returns what a family computes otherwise than Llama.
+  """Returns the config of a family, given that of a Llama.
 
   Args:
-    config: Llama's, of the same settings.
-    hf: what `as_llama` returned.
+    config: config of a Llama with the same settings.
+    hf: result of `as_llama`.
 
   Raises:
-    ValueError: a setting that t2x does not have.
+    ValueError: a setting is invalid, or t2x does not have it.
   """
-  kind = hf['model_type']
+  family = hf['model_type']
   heads: Any = dataclasses.replace(config.attention, **_heads(hf, config))
   change: dict[str, Any] = {}
-  if kind in ('gemma', 'gemma2'):
-    own = norm.RMSNorm(eps=config.norm.eps, unit_offset=True)
-    change |= {'norm': own, 'embed_scale': True}
-  if kind == 'gemma2':
+  if family in ('gemma', 'gemma2'):
+    change |= {
+      'norm': norm.RMSNorm(eps=config.norm.eps, unit_offset=True),
+      'embed_scale': True,
+    }
+  if family == 'gemma2':
     cap = _optional(hf, 'final_logit_softcapping')
     change |= {'residual': 'sandwich', 'logit_soft_cap': cap}
-  if kind == 'phi3':
+  if family == 'phi3':
     change |= {'position': _partial(config.position, hf)}
     change |= {'dropout': hf.get('resid_pdrop', 0.0)}
   layers = _layers(heads, hf)
   return with_layers(dataclasses.replace(config, **change), layers)
 
 
-def with_layers(config: Config, kinds: Sequence[Any]) -> Config:
-  """Returns the config whose layers have these kinds of attention, in order.
+def with_layers(config: Config, layers: Sequence[Any]) -> Config:
+  """Returns a config with the given attention of each layer.
 
-  As the shortest group that repeats: of one kind alone, no pattern.
+  The pattern is the shortest group that repeats, and empty if all layers are
+  the same.
+
+  Args:
+    config: config to change.
+    layers: config of the attention of each layer, in order.
   """
   size = next(
     p
-    for p in range(1, len(kinds) + 1)
-    if all(kind == kinds[i % p] for i, kind in enumerate(kinds))
+    for p in range(1, len(layers) + 1)
+    if all(layer == layers[i % p] for i, layer in enumerate(layers))
   )
   return dataclasses.replace(
     config,
-    attention=kinds[0],
-    attention_pattern=tuple(kinds[:size]) if size > 1 else (),
+    attention=layers[0],
+    attention_pattern=tuple(layers[:size]) if size > 1 else (),
   )
 
 
 def _heads(hf: Hf, config: Config) -> dict[str, Any]:
-  """Returns the fields of attention that a family has otherwise."""
-  kind = hf['model_type']
-  if kind == 'qwen2':
+  """Returns the fields of attention in which a family differs from Llama."""
+  family = hf['model_type']
+  if family == 'qwen2':
     return {'out_bias': False}
-  if kind == 'qwen3':
+  if family == 'qwen3':
     return {'qk_norm': True, 'qk_norm_eps': config.norm.eps}
-  if kind == 'gemma2':
+  if family == 'gemma2':
     scalar = _number(hf, 'query_pre_attn_scalar')
     plain = scalar == config.attention.head_dim
     return {
@@ -143,8 +150,9 @@ def _heads(hf: Hf, config: Config) -> dict[str, Any]:
   return {}
 
 
-def _partial(rotary: Any, hf: Hf) -> position.Rotary:
-  """Returns Phi-3's positions, which may turn a part of each head."""
+def _partial(rotary: position.PositionConfig | None, hf: Hf) -> position.Rotary:
+  """Returns Phi-3's positions, which may rotate only a part of each head."""
+  assert isinstance(rotary, position.Rotary)
   if rotary.scaling is not None:
     raise ValueError(
       "rope_type='llama3' in the config; a phi3 has default or longrope, and "
@@ -155,16 +163,17 @@ def _partial(rotary: Any, hf: Hf) -> position.Rotary:
 
 
 def _layers(heads: attention_config.Dense, hf: Hf) -> list[Any]:
-  """Returns the attention of each layer."""
+  """Returns the config of the attention of each layer."""
   num = hf['num_hidden_layers']
-  turned = _turned(hf, num) if hf['model_type'] == 'smollm3' else [True] * num
+  is_smollm3 = hf['model_type'] == 'smollm3'
+  rotary = _rotary_layers(hf, num) if is_smollm3 else [True] * num
   return [
-    _kind(dataclasses.replace(heads, rotary=turns), window)
-    for window, turns in zip(_windows(hf, turned), turned)
+    _windowed(dataclasses.replace(heads, rotary=has_rotary), window)
+    for window, has_rotary in zip(_windows(hf, rotary), rotary)
   ]
 
 
-def _kind(
+def _windowed(
   heads: attention_config.Dense, window: int | None
 ) -> attention_config.Softmax:
   if window is None:
@@ -172,38 +181,43 @@ def _kind(
   return attention_config.Local(**dataclasses.asdict(heads), window=window)
 
 
-def _turned(hf: Hf, num: int) -> list[bool]:
-  """Returns which layers of a SmolLM3 have positions."""
+def _rotary_layers(hf: Hf, num: int) -> list[bool]:
+  """Returns, for each layer of a SmolLM3, whether it has rotary positions."""
   given, name = hf.get('no_rope_layers'), 'no_rope_layer_interval'
   if given is None:
     every = _number({name: 4, **hf}, name, whole=True)
     return [(i + 1) % every != 0 for i in range(num)]
   whole = isinstance(given, list) and len(given) >= num
-  if not whole or any(turns not in (0, 1) for turns in given):
+  if not whole or any(flag not in (0, 1) for flag in given):
     raise values.Wrong(
       'no_rope_layers', given, f'a 1 or a 0 for each of num_hidden_layers={num}'
     )
-  return [bool(turns) for turns in given[:num]]
+  return [bool(flag) for flag in given[:num]]
 
 
-def _windows(hf: Hf, turned: Sequence[bool]) -> list[int | None]:
-  """Returns the tokens that each layer sees, None for all."""
-  kind, num = hf['model_type'], len(turned)
+def _windows(hf: Hf, rotary: Sequence[bool]) -> list[int | None]:
+  """Returns the sliding window of each layer, in tokens; None for no window.
+
+  Args:
+    hf: result of `as_llama`.
+    rotary: flag of each layer, whether it has rotary positions.
+  """
+  family, num = hf['model_type'], len(rotary)
   window = _optional(hf, 'sliding_window', whole=True)
-  if kind == 'gemma':
+  if family == 'gemma':
     return [None] * num
-  if kind not in BY_LAYER:
+  if family not in BY_LAYER:
     return [window] * num
-  if kind != 'gemma2' and not values.flag(_SLIDES, hf.get(_SLIDES)):
+  if family != 'gemma2' and not values.flag(_SLIDES, hf.get(_SLIDES)):
     return [None] * num
   types = hf.get('layer_types')
   if types is None:
-    types = _default_types(hf, turned)
+    types = _default_types(hf, rotary)
   whole = isinstance(types, list) and len(types) == num
   if not whole or any(name not in (SLIDING, FULL) for name in types):
     needed = f'{SLIDING} or {FULL} for each of num_hidden_layers={num}'
     raise values.Wrong('layer_types', types, needed)
-  if window is None and kind == 'gemma2' and SLIDING in types:
+  if window is None and family == 'gemma2' and SLIDING in types:
     raise ValueError(
       'sliding_window=None in the config, and some of layer_types are '
       f'{SLIDING}. Set the number of tokens, or the layers to {FULL}.'
@@ -211,16 +225,16 @@ def _windows(hf: Hf, turned: Sequence[bool]) -> list[int | None]:
   return [window if name == SLIDING else None for name in types]
 
 
-def _default_types(hf: Hf, turned: Sequence[bool]) -> list[str]:
-  """Returns which layers slide where a config.json does not say it."""
-  kind, name = hf['model_type'], 'max_window_layers'
-  if kind == 'gemma2':
-    slides = [i % 2 == 0 for i in range(len(turned))]
-  elif kind == 'smollm3':
-    slides = [not turns for turns in turned]
+def _default_types(hf: Hf, rotary: Sequence[bool]) -> list[str]:
+  """Returns `layer_types` for a config.json that leaves it out."""
+  family, name = hf['model_type'], 'max_window_layers'
+  if family == 'gemma2':
+    slides = [i % 2 == 0 for i in range(len(rotary))]
+  elif family == 'smollm3':
+    slides = [not has_rotary for has_rotary in rotary]
   else:
     first = _number({name: 28, **hf}, name, above=-1, whole=True)
-    slides = [i >= first for i in range(len(turned))]
+    slides = [i >= first for i in range(len(rotary))]
   return [SLIDING if slide else FULL for slide in slides]
 
 

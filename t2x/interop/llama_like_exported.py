@@ -1,15 +1,16 @@
-"""To the config.json of decoders that are like Llama: the way back."""
+"""Writes the config.json of decoder families that resemble Llama.
 
-from collections.abc import Mapping
+This is the inverse of llama_like.py.
+"""
+
 from typing import Any
 
 from t2x.interop import llama_like
 from t2x.layers import attention_config
 from t2x.layers import position
-from t2x.models import decoder
 
-Hf = Mapping[str, Any]
-Config = decoder.DecoderConfig
+Hf = llama_like.Hf
+Config = llama_like.Config
 
 _CLASSES = {
   'mistral': 'Mistral',
@@ -23,62 +24,63 @@ _CLASSES = {
 
 
 def family_of(config: Config) -> str:
-  """Returns the family, or the nearest, that computes a decoder.
+  """Returns the family that computes a decoder, or the nearest one.
 
   Args:
-    config: with rotary positions and a plain feed-forward layer.
+    config: config with rotary positions and a feed-forward layer without
+      experts.
   """
-  kinds = config.kinds
+  layers = config.kinds
   rotary = config.position
   assert isinstance(rotary, position.Rotary)
   if config.residual == 'sandwich':
     return 'gemma2'
   if getattr(config.norm, 'unit_offset', False):
     return 'gemma'
-  if not all(kind.rotary for kind in kinds):
+  if not all(layer.rotary for layer in layers):
     return 'smollm3'
-  if kinds[0].qk_norm:
+  if layers[0].qk_norm:
     return 'qwen3'
-  if kinds[0].bias and not kinds[0].has_out_bias:
+  if layers[0].bias and not layers[0].has_out_bias:
     return 'qwen2'
   if rotary.fraction != 1.0:
     return 'phi3'
-  windows = any(isinstance(kind, attention_config.Local) for kind in kinds)
+  windows = any(isinstance(layer, attention_config.Local) for layer in layers)
   return 'mistral' if windows else 'llama'
 
 
 def written(config: Config, hf: Hf) -> dict[str, Any]:
-  """Returns the config.json of a family.
+  """Returns the config.json of a decoder, for its family.
 
   Args:
-    config: of the model.
-    hf: Llama's config.json of it.
+    config: config of the model.
+    hf: config.json of the model as a Llama.
   """
-  kind = family_of(config)
-  if kind == 'llama':
+  family = family_of(config)
+  if family == 'llama':
     return dict(hf)
-  # Their classes' own ids may lie past the vocabulary.
+  # The default ids of these classes may be outside the vocabulary.
   ids = dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'))
   result = {
     **hf,
-    'model_type': kind,
-    'architectures': [f'{_CLASSES[kind]}ForCausalLM'],
+    'model_type': family,
+    'architectures': [f'{_CLASSES[family]}ForCausalLM'],
     **ids,
-    **_window_settings(kind, config),
+    **_window_settings(family, config),
   }
-  if kind in ('mistral', 'qwen2', 'phi3'):
+  if family in ('mistral', 'qwen2', 'phi3'):
     del result['attention_bias']
-  if kind != 'smollm3':
+  if family != 'smollm3':
     del result['mlp_bias']
-  if kind == 'phi3':
+  if family == 'phi3':
     rotary: Any = config.position
     result |= {'partial_rotary_factor': rotary.fraction}
     result |= {'resid_pdrop': config.dropout}
-  if kind in ('gemma', 'gemma2'):
+  if family in ('gemma', 'gemma2'):
     act = result.pop('hidden_act')
     act = 'gelu_pytorch_tanh' if act == 'gelu_new' else act
-    result['hidden_act' if kind == 'gemma' else 'hidden_activation'] = act
-  if kind == 'gemma2':
+    result['hidden_act' if family == 'gemma' else 'hidden_activation'] = act
+  if family == 'gemma2':
     result |= _caps(config)
   return result
 
@@ -93,27 +95,27 @@ def _caps(config: Config) -> dict[str, Any]:
   }
 
 
-def _window_settings(kind: str, config: Config) -> dict[str, Any]:
-  """Returns what says how far each layer sees."""
-  num, kinds = config.num_layers, config.kinds
-  layers = [kinds[i % len(kinds)] for i in range(num)]
+def _window_settings(family: str, config: Config) -> dict[str, Any]:
+  """Returns the entries of a config.json for the layers' sliding windows."""
+  num, group = config.num_layers, config.kinds
+  layers = [group[i % len(group)] for i in range(num)]
   windows = [getattr(layer, 'window', None) for layer in layers]
   window = next((w for w in windows if w is not None), None)
-  if kind == 'gemma':
+  if family == 'gemma':
     return {}
   result: dict[str, Any] = {'sliding_window': window}
-  if kind not in llama_like.BY_LAYER:
+  if family not in llama_like.BY_LAYER:
     return result
   types = [
     llama_like.FULL if w is None else llama_like.SLIDING for w in windows
   ]
   result |= {'layer_types': types}
-  if kind == 'gemma2':  # It asks for a number even where no layer slides.
+  if family == 'gemma2':  # It needs a number even if no layer has a window.
     return result | {'sliding_window': window or 4096}
   first = (
     types.index(llama_like.SLIDING) if llama_like.SLIDING in types else num
   )
   result |= {'use_sliding_window': window is not None}
-  if kind == 'smollm3':
-    return result | {'no_rope_layers': [int(k.rotary) for k in layers]}
+  if family == 'smollm3':
+    return result | {'no_rope_layers': [int(layer.rotary) for layer in layers]}
   return result | {'max_window_layers': first}

@@ -1,7 +1,7 @@
-"""Parameters from and to the names and layouts of Hugging Face.
+"""Converts parameters from and to the names and layouts of Hugging Face.
 
-The table of each family is in tables.py; here it is applied, both ways. Only
-arrays pass through: read a checkpoint with safetensors or torch.
+tables.py has the table of each family; this file applies it in both directions.
+It converts arrays, and reads and writes no files.
 
   >>> from t2x.interop import configs
   >>> family, config = configs.to_t2x({
@@ -12,6 +12,7 @@ arrays pass through: read a checkpoint with safetensors or torch.
   (9, 8)
 """
 
+from collections.abc import Collection
 from collections.abc import Mapping
 import dataclasses
 import re
@@ -25,9 +26,11 @@ import numpy as np
 from t2x.interop import released
 from t2x.interop import tables
 from t2x.models import encoder
+from t2x.models import encoder_decoder
 from t2x.models import model as model_lib
 
-Tensors = Mapping[str, Any]  # Of what has a shape and becomes an array.
+# Weights by name: objects with a shape that NumPy converts to arrays.
+Tensors = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +38,10 @@ class _Slot:
   """One leaf of a model: a parameter, or one stacked over layers.
 
   Attributes:
-    row: the leaf's row of the table.
-    names: its names, one for each layer if it is stacked.
-    shape: in t2x, without the stacking.
-    stacked: whether the leaf has a leading layer dimension.
+    row: row of the table for this leaf.
+    names: names in Hugging Face; one for each layer if the leaf is stacked.
+    shape: shape in t2x, without a dimension of layers.
+    stacked: whether the leaf has a leading dimension of layers.
   """
 
   row: tables.Row
@@ -53,31 +56,31 @@ def to_t2x(
   """Builds the model of `config` from Hugging Face's parameters.
 
   Args:
-    family: a key of `tables.FAMILIES`.
-    config: the model; `configs.to_t2x` reads it from a config.json.
-    tensors: name -> array; with or without the family's prefix, with or
+    family: naming scheme, a key of `tables.FAMILIES`.
+    config: config of the model; `configs.to_t2x` reads it from a config.json.
+    tensors: arrays by name, with or without the family's prefix, and with or
       without copies of tied weights.
 
   Returns:
     The model, float32; rows that pad the vocabulary are zero.
 
   Raises:
-    ValueError: names that are missing or unexpected, arrays of another shape,
-      tied copies that differ; all of them in one message.
+    ValueError: names are missing or unexpected, arrays have another shape, or
+      tied copies differ; the message lists all of them.
   """
   table = _family(family)
   slots, treedef = _slots(table, config)
-  found = _canonical(table, released.merged(tensors))
+  arrays = _canonical(table, released.merged(tensors))
   cuts = _cuts(slots, config.vocab_size)
   expected = _expected_shapes(slots, cuts, config.vocab_size)
   copies = _copies(table, config, expected)
   # A checkpoint may hold a tied weight under its copy's name only.
-  found |= {
-    name: found[copy]
+  arrays |= {
+    name: arrays[copy]
     for copy, name in copies.items()
-    if copy in found and name not in found
+    if copy in arrays and name not in arrays
   }
-  problems = _problems(expected, copies, found)
+  problems = _problems(expected, copies, arrays)
   if problems:
     raise ValueError(
       f'The parameters do not fit the {family} model of the config:\n  '
@@ -85,7 +88,7 @@ def to_t2x(
       + '\nCheck that the config is that of the checkpoint (layers, sizes, '
       'pooler, heads, tied_head).'
     )
-  return treedef.unflatten([_gather(slot, cuts, found) for slot in slots])
+  return treedef.unflatten([_gather(slot, cuts, arrays) for slot in slots])
 
 
 def from_t2x(
@@ -99,15 +102,15 @@ def from_t2x(
   """Returns the model's parameters under Hugging Face's names.
 
   Args:
-    family: a key of `tables.FAMILIES`.
-    config: the model's config.
-    model: the model.
-    bare: leave out the heads and the prefix, as the classes without a head
-      (BertModel, GPT2Model, LlamaModel) have it.
-    copies: with the copies of tied weights, which files leave out.
+    family: naming scheme, a key of `tables.FAMILIES`.
+    config: config of the model.
+    model: model whose parameters are converted.
+    bare: whether to leave out the heads and the prefix, as the classes without
+      a head (BertModel, GPT2Model, LlamaModel) do.
+    copies: whether to add the copies of tied weights, which files leave out.
 
   Returns:
-    Name -> float32 array.
+    Float32 arrays by name.
   """
   table = _family(family)
   slots, _ = _slots(table, config)
@@ -142,8 +145,10 @@ def _family(family: str) -> tables.Family:
   return tables.FAMILIES[family]
 
 
-def _slots(table: tables.Family, config: model_lib.ModelConfig):
-  """Returns the slots of a model's leaves in order, and its tree structure."""
+def _slots(
+  table: tables.Family, config: model_lib.ModelConfig
+) -> tuple[list[_Slot], Any]:
+  """Returns the slots of a model's leaves in order, and its `PyTreeDef`."""
   rows = {row.path: row for row in table.rows}
   shapes = jax.eval_shape(lambda: model_lib.make(config, rngs=nnx.Rngs(0)))
   leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
@@ -172,10 +177,12 @@ def _slots(table: tables.Family, config: model_lib.ModelConfig):
   return slots, treedef
 
 
-def _layers(path: str, config: Any) -> tuple[str, tuple[int, ...], bool]:
-  """Returns the path with `*`, its layers' numbers, whether it is stacked.
+def _layers(
+  path: str, config: model_lib.ModelConfig
+) -> tuple[str, tuple[int, ...], bool]:
+  """Returns a path with `*` for the layer, its layers, whether it is stacked.
 
-  A parameter that belongs to no layer counts as one of layer 0.
+  A parameter outside the layers has the path unchanged and the layers (0,).
   """
   match = re.fullmatch(r'(.*layers)\.(group|remainder)\.(\d+)\.(.*)', path)
   if not match:
@@ -184,6 +191,7 @@ def _layers(path: str, config: Any) -> tuple[str, tuple[int, ...], bool]:
   size, member = len(config.group), int(member)
   num_layers = config.num_layers
   if before.startswith('encoder'):
+    assert isinstance(config, encoder_decoder.EncoderDecoderConfig)
     num_layers = config.num_encoder_layers or num_layers
   whole = num_layers // size * size
   stacked = place == 'group'
@@ -192,34 +200,44 @@ def _layers(path: str, config: Any) -> tuple[str, tuple[int, ...], bool]:
 
 
 def _canonical(table: tables.Family, tensors: Tensors) -> dict[str, Any]:
-  """Renames to names with the prefix, and drops buffers."""
-  # Enough to tell whether a name is the family's: the layer does not matter.
+  """Adds the prefix to names that lack it, and drops buffers."""
+  # The pattern of a name without its layer tells whether the family has it.
   pattern = lambda name: re.sub(r'\d+|{layer}', '#', name)
   known = {pattern(row.name) for row in table.rows}
-  found = {}
+  result = {}
   for name, tensor in tensors.items():
     if re.fullmatch(table.ignored, name):
       continue
-    # BERT's first checkpoints have TensorFlow's names of a norm's vectors.
+    # BERT's first checkpoints have TensorFlow's names of a norm's parameters.
     name = re.sub(r'\.gamma$', '.weight', re.sub(r'\.beta$', '.bias', name))
     full = table.prefix + name
-    found[full if pattern(full) in known else name] = tensor
-  return found
+    result[full if pattern(full) in known else name] = tensor
+  return result
 
 
-def _problems(expected, copies, found) -> list[str]:
-  """Returns a line for each kind of mismatch; each names the parameters."""
-  missing = [name for name in expected if name not in found]
-  unexpected = [n for n in found if n not in expected and n not in copies]
+def _problems(
+  expected: Mapping[str, tuple[int, ...]],
+  copies: Mapping[str, str],
+  arrays: Tensors,
+) -> list[str]:
+  """Returns a line for each kind of mismatch, which lists the parameters.
+
+  Args:
+    expected: shape of each parameter of the family.
+    copies: name of a tied copy -> name of the parameter.
+    arrays: arrays of the checkpoint.
+  """
+  missing = [name for name in expected if name not in arrays]
+  unexpected = [n for n in arrays if n not in expected and n not in copies]
   shapes = [
-    f'{name} has {found[name].shape}, not {shape}'
+    f'{name} has {arrays[name].shape}, not {shape}'
     for name, shape in expected.items()
-    if name in found and tuple(found[name].shape) != shape
+    if name in arrays and tuple(arrays[name].shape) != shape
   ]
   untied = [
     f'{copy} and {name}'
     for copy, name in copies.items()
-    if copy in found and not np.array_equal(found[copy], found.get(name))
+    if copy in arrays and not np.array_equal(arrays[copy], arrays[name])
   ]
   kinds = {
     'Missing': missing,
@@ -230,8 +248,18 @@ def _problems(expected, copies, found) -> list[str]:
   return [f'{kind}: {", ".join(x)}.' for kind, x in kinds.items() if x]
 
 
-def _copies(table, config, tensors) -> dict[str, str]:
-  """Returns the tied copies that a model of this config has."""
+def _copies(
+  table: tables.Family,
+  config: model_lib.ModelConfig,
+  tensors: Collection[str],
+) -> dict[str, str]:
+  """Returns the tied copies of a model: name of the copy -> of the parameter.
+
+  Args:
+    table: table of the family.
+    config: config of the model.
+    tensors: names of the model's parameters.
+  """
   is_encoder = isinstance(config, encoder.EncoderConfig)
   headless = is_encoder and not config.masked_head
   return {
@@ -243,10 +271,13 @@ def _copies(table, config, tensors) -> dict[str, str]:
   }
 
 
-def _gather(slot: _Slot, cuts, found) -> jax.Array:
+def _gather(
+  slot: _Slot, cuts: Mapping[str, list[int]], arrays: Tensors
+) -> jax.Array:
   """Returns a leaf: its layers converted, padded and stacked."""
   layers = [
-    _to_layout(slot, cuts[name], np.asarray(found[name])) for name in slot.names
+    _to_layout(slot, cuts[name], np.asarray(arrays[name]))
+    for name in slot.names
   ]
   layers = [
     np.pad(x, [(0, n - m) for m, n in zip(x.shape, slot.shape)]) for x in layers
@@ -255,13 +286,13 @@ def _gather(slot: _Slot, cuts, found) -> jax.Array:
 
 
 def _part_shape(slot: _Slot, vocab_size: int) -> list[int]:
-  """Returns the shape of a slot's part of the other array."""
+  """Returns the shape of a slot's part of an array of Hugging Face."""
   sizes = dict(zip(slot.row.letters, slot.shape), V=vocab_size)
   return [int(np.prod([sizes[x] for x in group])) for group in slot.row.groups]
 
 
 def _cuts(slots: list[_Slot], vocab_size: int) -> dict[str, list[int]]:
-  """Returns the sizes of the parts of each array, in order, by its name."""
+  """Returns the sizes of the parts of each array of Hugging Face, by name."""
   cuts: dict[str, list[int]] = {}
   for slot in slots:
     index, num, dim = slot.row.part
@@ -271,7 +302,10 @@ def _cuts(slots: list[_Slot], vocab_size: int) -> dict[str, list[int]]:
   return cuts
 
 
-def _expected_shapes(slots, cuts, vocab_size: int) -> dict[str, tuple]:
+def _expected_shapes(
+  slots: list[_Slot], cuts: Mapping[str, list[int]], vocab_size: int
+) -> dict[str, tuple[int, ...]]:
+  """Returns the shape of each array of Hugging Face."""
   shapes = {}
   for slot in slots:
     shape, dim = _part_shape(slot, vocab_size), slot.row.part[2]
@@ -296,7 +330,7 @@ def _to_layout(slot: _Slot, cuts: list[int], array: np.ndarray) -> np.ndarray:
 def _from_layout(
   row: tables.Row, array: np.ndarray, vocab_size: int
 ) -> np.ndarray:
-  """The inverse of `_to_layout`, without the rows that pad the vocabulary."""
+  """Inverts `_to_layout`, without the rows that pad the vocabulary."""
   sizes = dict(zip(row.letters, array.shape))
   if 'V' in sizes:
     array = np.take(array, np.arange(vocab_size), row.letters.index('V'))

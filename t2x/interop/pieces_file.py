@@ -1,8 +1,9 @@
-"""Bytes and SentencePiece's BPE as models of the library `tokenizers`."""
+"""Converts byte and SentencePiece tokenizers to the library `tokenizers`."""
 
 from collections.abc import Iterable
 from collections.abc import Sequence
 import importlib
+import types
 from typing import Any
 
 from t2x.data import letters
@@ -15,15 +16,18 @@ _PROBES = (
 
 
 def bpe(
-  library: Any, vocab: dict[str, int], pieces: Iterable[str], **options: Any
+  library: types.ModuleType,
+  vocab: dict[str, int],
+  pieces: Iterable[str],
+  **options: object,
 ) -> Any:
-  """Returns a model in which two pieces merge if they make one.
+  """Returns a BPE model in which two pieces merge if they form a piece.
 
   Args:
-    library: `tokenizers`.
-    vocab: the id of each piece and special token.
-    pieces: those that are made by merging, the first to merge first.
-    **options: of the library's model.
+    library: the module `tokenizers`.
+    vocab: id of each piece and special token.
+    pieces: pieces that merging produces, in order of priority.
+    **options: further arguments of `tokenizers.models.BPE`.
   """
   merges = []
   for piece in pieces:
@@ -33,10 +37,16 @@ def bpe(
   return library.models.BPE(vocab=vocab, merges=merges, **options)
 
 
-def of_bytes(library: Any, names: list[str]) -> tuple[Any, list[Any]]:
-  """Returns what has one id a byte, and its decoders.
+def of_bytes(
+  library: types.ModuleType, names: list[str]
+) -> tuple[Any, list[Any]]:
+  """Returns a tokenizer with one id for each byte, and its decoders.
 
-  GPT-2's letters stand for bytes, and there is nothing to merge.
+  Bytes are written as GPT-2's letters, and there are no merges.
+
+  Args:
+    library: the module `tokenizers`.
+    names: names of the special tokens, whose ids come before those of bytes.
   """
   table = letters.byte_letters()
   vocab = {name: i for i, name in enumerate(names)}
@@ -49,27 +59,39 @@ def of_bytes(library: Any, names: list[str]) -> tuple[Any, list[Any]]:
 
 
 def of_own(
-  library: Any, names: list[str], pieces: list[str]
+  library: types.ModuleType, names: list[str], pieces: list[str]
 ) -> tuple[Any, list[Any]]:
-  """Returns the form of a model that t2x has trained, and its decoders.
+  """Converts a SentencePiece model that t2x has trained.
 
-  A space is a space here: U+2581, which stands for it in SentencePiece's own
-  files, is a letter like others and falls back to its bytes.
+  A space is written as a space: U+2581, which stands for it in SentencePiece's
+  own files, is a letter like others and falls back to its bytes.
+
+  Args:
+    library: the module `tokenizers`.
+    names: names of the special tokens, whose ids come first.
+    pieces: pieces of the model in the order of their ids.
+
+  Returns:
+    A `tokenizers.Tokenizer`, and its decoders.
   """
   pieces = [piece.replace(letters.SPACE, ' ') for piece in pieces]
   vocab = {piece: i for i, piece in enumerate(pieces)}
   vocab |= {name: i for i, name in enumerate(names)}
-  first = len(names) + 256  # After the bytes that stand in for the unknown.
+  first = len(names) + 256  # The pieces after the bytes of the fallback.
   options = {'byte_fallback': True, 'unk_token': '<unk>'}
   made = library.Tokenizer(bpe(library, vocab, pieces[first:], **options))
   return made, [library.decoders.ByteFallback(), library.decoders.Fuse()]
 
 
 def of_others(tokenizer: pretrained.PretrainedTokenizer) -> Any | None:
-  """Returns the form of a model that others have trained, such as Llama's.
+  """Converts a SentencePiece model of a checkpoint, such as Llama's.
 
-  None if the library has none that gives the same ids: unigrams, and models
-  that normalise texts (T5's).
+  Args:
+    tokenizer: tokenizer of a checkpoint of Hugging Face.
+
+  Returns:
+    A `tokenizers.Tokenizer`; None if the library cannot give the same ids, as
+    for unigram models and those that normalise texts (T5's).
   """
   import tokenizers as library
 
@@ -113,7 +135,8 @@ def of_others(tokenizer: pretrained.PretrainedTokenizer) -> Any | None:
   return made if same else None
 
 
-def _add_spaces(library: Any, made: Any, *, prefix: bool) -> None:
+def _add_spaces(library: types.ModuleType, made: Any, *, prefix: bool) -> None:
+  """Makes a tokenizer write spaces as U+2581, with one before the text."""
   space = letters.SPACE
   before: Sequence[Any] = [library.normalizers.Prepend(space)] if prefix else []
   made.normalizer = library.normalizers.Sequence(

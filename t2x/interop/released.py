@@ -1,4 +1,4 @@
-"""Released checkpoints whose arrays are cut otherwise than the library's."""
+"""Merges arrays of released checkpoints as `transformers` has them."""
 
 from collections.abc import Mapping
 import re
@@ -9,10 +9,13 @@ _EXPERT = re.compile(r'(.*)block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight')
 
 
 def merged(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Merges the experts that Mixtral's released files keep apart.
+  """Merges the experts' arrays, which Mixtral's released files keep apart.
 
-  There w1 is the gate, w3 goes up and w2 down. What other families have is
-  returned as it is.
+  There w1 is the gate projection, w3 the up projection and w2 the down
+  projection. Arrays of other families are returned as they are.
+
+  Args:
+    tensors: weights of a checkpoint by name.
 
   Raises:
     ValueError: some weights of an expert are missing.

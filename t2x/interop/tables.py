@@ -1,11 +1,12 @@
-"""How Hugging Face names and lays out the parameters that t2x has.
+"""Names and layouts of parameters in Hugging Face, by model family.
 
-A row reads: path in t2x (`*` for the layer), name in Hugging Face, and its
-layout. The letters at the end of a path are its dimensions in order; the
-layout has the same letters as they stand in the other array, those that it
-merges written together: a torch Linear of N heads is 'NH D' where t2x has
-`DNH`. A fourth field (i, n, dim) is part i of n along that dimension; parts
-may differ in size.
+A row has the path of a parameter in t2x (`*` for the layer), its name in
+Hugging Face, and its layout there. The letters at the end of a path are the
+dimensions in t2x, in order. The layout has the same letters in the order of the
+other array, and merged dimensions are written together: a torch Linear of N
+heads has the layout 'NH D' where t2x has `DNH`. A fourth field (i, n, dim)
+means part i of n of the other array along that dimension; parts may differ in
+size.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,15 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One parameter of a layer or of the model."""
+  """One parameter of a layer or of the model.
+
+  Attributes:
+    path: path in t2x, with `*` for the layer.
+    name: name in Hugging Face, with `{layer}` for the layer.
+    layout: dimensions in Hugging Face; merged ones are written together.
+    part: index, number and dimension of the parts of the array in Hugging Face,
+      of which this parameter is one.
+  """
 
   path: str
   name: str
@@ -23,7 +32,7 @@ class Row:
 
   @property
   def letters(self) -> str:
-    """The dimensions in t2x: those of the path, or the layout's own order."""
+    """The dimensions in t2x: those of the path, or else of the layout."""
     last = self.path.rpartition('_')[2]
     return last if last.isupper() else self.layout.replace(' ', '')
 
@@ -35,15 +44,16 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """All rows of a model family.
+  """The table of a model family.
 
   Attributes:
-    prefix: stands before the names of the body in models that have a head,
-      and is left out in those without.
-    rows: the parameters.
+    prefix: prefix of the body's names in models with a head; models without a
+      head leave it out.
+    rows: parameters of the family.
     copies: name of a tied copy -> name of the parameter; checkpoints may have
       either or both.
-    ignored: regular expression of buffers that are no parameters.
+    ignored: regular expression that matches names of buffers, which are not
+      parameters.
   """
 
   prefix: str
@@ -55,7 +65,7 @@ class Family:
 def _rows(
   rows: Sequence[tuple], path: str = '', name: str = ''
 ) -> tuple[Row, ...]:
-  """Makes rows with common beginnings of path and name."""
+  """Makes rows with a common prefix of the paths and of the names."""
   return tuple(Row(path + p, name + n, *rest) for p, n, *rest in rows)
 
 
@@ -66,7 +76,7 @@ def _norm(path: str, name: str) -> list[tuple]:
   ]
 
 
-# --- BERT and RoBERTa: the same body, other heads. ---
+# --- BERT and RoBERTa: the same body, different heads. ---
 
 _BERT_LAYER = [
   ('attention.q_DNH', 'attention.self.query.weight', 'NH D'),
@@ -112,7 +122,7 @@ def _dense(path: str, name: str) -> list[tuple]:
   ]
 
 
-# A file has one of the two heads.
+# The heads on texts and on tokens have one name: a file has one of them.
 _TOKEN_CLASSES = _dense('token_classes', 'classifier')
 _CLASSES = _dense('classes.0', 'classifier')
 
@@ -156,7 +166,7 @@ _ROBERTA = Family(
   ignored=_POSITION_BUFFERS,
 )
 
-# RoBERTa's head of classes is BERT's pooler and head under other names.
+# RoBERTa's classification head is BERT's pooler and head under other names.
 _ROBERTA_CLASSES = dataclasses.replace(
   _ROBERTA,
   rows=tuple(r for r in _bert('roberta.') if not r.path.startswith('pooler.'))
@@ -165,11 +175,11 @@ _ROBERTA_CLASSES = dataclasses.replace(
     + _dense('pooler', 'classifier.dense')
     + _dense('classes.0', 'classifier.out_proj')
   ),
-  # Early files hold a pooler too, which the class has no place for.
+  # Early files also hold a pooler, which the class does not have.
   ignored=rf'{_POSITION_BUFFERS}|roberta\.pooler\.dense\.(weight|bias)',
 )
 
-# --- GPT-2: its Conv1D keeps (in, out), and one holds queries to values. ---
+# --- GPT-2: Conv1D is (in, out); one holds queries, keys and values. ---
 
 _GPT2_LAYER = [
   *_norm('attention_norm', 'ln_1'),
@@ -240,7 +250,8 @@ _SANDWICH = [
   ('mlp_out_norm.scale', 'post_feedforward_layernorm.weight', 'D'),
 ]
 
-# Phi-3: one array holds queries, keys and values, one gates and ups.
+# Phi-3: one array holds queries, keys and values; one the gate and up
+# projections.
 _PHI3_LAYER = [
   ('attention_norm.scale', 'input_layernorm.weight', 'D'),
   ('attention.q_DNH', 'self_attn.qkv_proj.weight', 'NH D', (0, 3, 0)),
@@ -253,7 +264,7 @@ _PHI3_LAYER = [
   ('mlp.down_FD', 'mlp.down_proj.weight', 'D F'),
 ]
 
-# One array holds the gates, then the ups, of all experts of a layer.
+# One array holds the gate, then the up projections of all experts of a layer.
 _MIXTRAL_EXPERTS = [
   ('mlp.router_DE', 'mlp.gate.weight', 'E D'),
   ('mlp.gate_EDF', 'mlp.experts.gate_up_proj', 'E F D', (0, 2, 1)),
@@ -300,7 +311,7 @@ def _t5_mlp(name: str, gated: bool) -> list[tuple]:
 
 
 def _t5_side(side: str, layer: list[tuple]) -> tuple[Row, ...]:
-  own = [
+  self_attention = [
     ('attention_norm.scale', 'layer.0.layer_norm.weight', 'D'),
     *_t5_attention('attention', 'layer.0.SelfAttention'),
   ]
@@ -314,7 +325,9 @@ def _t5_side(side: str, layer: list[tuple]) -> tuple[Row, ...]:
       ),
       (f'{side}.final_norm.scale', f'{side}.final_layer_norm.weight', 'D'),
     ]
-  ) + _rows(own + layer, f'{side}.layers.*.', side + '.block.{layer}.')
+  ) + _rows(
+    self_attention + layer, f'{side}.layers.*.', side + '.block.{layer}.'
+  )
 
 
 def _t5(*, gated: bool) -> Family:

@@ -1,11 +1,11 @@
-"""Tokenizers as the tokenizer.json of `tokenizers`, which `transformers` reads.
+"""Writes tokenizers as a tokenizer.json, which `transformers` reads.
 
-The text `<s>` is text to t2x's own tokenizers, and never the start token. So
-their special tokens are no added tokens of the file, since `tokenizers` finds
-those in texts whatever it is told: the vocabulary names them, the template of
-the post-processor puts them around a text, and the decoder leaves them out.
-`transformers` adds those that have a role, and does not look for them in texts
-where `split_special_tokens` is set.
+To t2x's own tokenizers `<s>` within a text is ordinary text, and never the
+start token. The library `tokenizers` always finds added tokens in texts, so in
+the file the special tokens are not added tokens. They are entries of the
+vocabulary, the template of the post-processor puts them around a text, and the
+decoder leaves them out. `transformers` adds those that have a role, and does
+not look for them in texts if `split_special_tokens` is set.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import json
 import logging
 import re
+import types
 from typing import Any
 
 from etils import epath
@@ -50,18 +51,19 @@ def writer(
   *,
   as_it_came: bool = False,
 ) -> Callable[[epath.PathLike], None]:
-  """Returns what writes a tokenizer's files to a directory.
+  """Returns a function that writes a tokenizer's files to a directory.
 
-  Whatever may fail has been done by then.
+  Everything that may fail is done before it returns.
 
   Args:
-    tokenizer: of a run.
-    frame: what its model reads.
-    as_it_came: one of others keeps its own files where they say the same.
+    tokenizer: tokenizer of a run.
+    frame: special tokens around the texts that the model reads.
+    as_it_came: whether a tokenizer of a checkpoint of Hugging Face keeps its
+      files if they give the same ids.
 
   Raises:
-    ValueError: a library is not installed, or there is no file with which it
-      gives these ids.
+    ValueError: a library is not installed, or no file gives these ids in the
+      library.
   """
   if isinstance(tokenizer, pretrained.PretrainedTokenizer):
     says_it = tokenizer.files_say(frame.before, frame.after)
@@ -80,7 +82,7 @@ def writer(
   else:
     made, settings = make(tokenizer, frame), _settings(tokenizer, frame)
   settings |= {
-    # What reads the file as it stands.
+    # The class that uses the file without changes.
     'tokenizer_class': 'PreTrainedTokenizerFast',
     'clean_up_tokenization_spaces': False,
     'model_input_names': [
@@ -103,7 +105,11 @@ def writer(
 def _as_pieces(
   tokenizer: pretrained.PretrainedTokenizer, says_it: bool
 ) -> Callable[[epath.PathLike], None]:
-  """Returns what writes a SentencePiece model that has no other form."""
+  """Returns a function that writes a SentencePiece model as it is.
+
+  Raises:
+    ValueError: the model's files do not give the frame of the texts.
+  """
   if not says_it:
     raise ValueError(
       f'{tokenizer.root} has a SentencePiece model alone, whose texts begin or '
@@ -131,9 +137,13 @@ def _as_pieces(
 
 
 def make(tokenizer: tokenizers_lib.Tokenizer, frame: framing.Frame) -> Any:
-  """Returns one of t2x's own tokenizers as one of the library's.
+  """Converts one of t2x's own tokenizers to a `tokenizers.Tokenizer`.
 
-  It is tried on texts: the ids are the same.
+  The ids of some texts are compared.
+
+  Args:
+    tokenizer: tokenizer that t2x has trained, or that of bytes.
+    frame: special tokens around the texts that the model reads.
 
   Raises:
     ValueError: the library is not installed, or gives other ids.
@@ -176,7 +186,12 @@ def _settings(
 def _settings_of(
   tokenizer: pretrained.PretrainedTokenizer, made: Any
 ) -> dict[str, Any]:
-  """Returns the names of the roles, and what else counts of the settings."""
+  """Returns the tokens of the roles, and the settings that are kept.
+
+  Args:
+    tokenizer: tokenizer of a checkpoint of Hugging Face.
+    made: the tokenizer that is written, a `tokenizers.Tokenizer`.
+  """
   ids = {
     'bos': tokenizer.bos_id,
     'eos': tokenizer.eos_id,
@@ -184,7 +199,7 @@ def _settings_of(
   }
   names = {f'{role}_token': made.id_to_token(i) for role, i in ids.items()}
   names |= tokenizer.token_names
-  # A name alone would lose what its token does to the blanks around it.
+  # A name alone would lose the flags of its token, such as those on spaces.
   added = {
     token.content: token for token in made.get_added_tokens_decoder().values()
   }
@@ -207,6 +222,7 @@ def _settings_of(
 
 
 def _token(token: Any) -> dict[str, Any]:
+  """Returns a `tokenizers.AddedToken` as JSON values."""
   flags = (
     'content',
     'lstrip',
@@ -219,7 +235,7 @@ def _token(token: Any) -> dict[str, Any]:
 
 
 def _template(made: Any, frame: framing.Frame) -> Any:
-  """Returns what puts the ids of a frame around a text, or around two."""
+  """Returns the post-processor that adds a frame to a text, or to a pair."""
   import tokenizers as library
 
   ids = dict.fromkeys((*frame.before, *frame.after))
@@ -238,8 +254,11 @@ def _template(made: Any, frame: framing.Frame) -> Any:
 
 
 def _made(
-  library: Any, tokenizer: tokenizers_lib.Tokenizer, frame: framing.Frame
+  library: types.ModuleType,
+  tokenizer: tokenizers_lib.Tokenizer,
+  frame: framing.Frame,
 ) -> Any:
+  """Returns the `tokenizers.Tokenizer` of `make`, without post-processor."""
   marks = [f'<extra_id_{i}>' for i in range(len(tokenizer.sentinel_ids))]
   names = [*_NAMED.values(), *marks]
   if isinstance(tokenizer, tokenizers_lib.BytesTokenizer):
@@ -256,18 +275,22 @@ def _made(
 
 
 def _hidden(names: Iterable[str]) -> str:
+  """Returns a regular expression of the tokens that the decoder leaves out."""
   return rf'\A(?:{"|".join(map(re.escape, names))})\z'
 
 
-def _add_marks(library: Any, made: Any, marks: Iterable[str]) -> None:
-  # Not as special ones: sources have them, and answers show them.
+def _add_marks(
+  library: types.ModuleType, made: Any, marks: Iterable[str]
+) -> None:
+  """Adds sentinels to a tokenizer."""
+  # Not as special tokens: sources contain them, and answers show them.
   made.add_tokens([library.AddedToken(n, normalized=False) for n in marks])
 
 
 def _remade(
   made: Any, tokenizer: pretrained.PretrainedTokenizer, frame: framing.Frame
 ) -> Any:
-  """Returns what t2x wrote once, for models of another frame."""
+  """Returns a tokenizer that t2x has written before, for another frame."""
   import tokenizers as library
 
   data = json.loads(made.to_str())

@@ -17,8 +17,8 @@ from t2x.pipeline import weights
 
 
 def run(
-  trained: model_lib.Model,
-  rest: model_lib.Model,
+  trained: model_lib.Transformer,
+  rest: model_lib.Transformer,
   batch: dict[str, jax.Array],
   key: jax.Array | None,
   plan: plan_lib.Plan,

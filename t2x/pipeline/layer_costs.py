@@ -145,7 +145,7 @@ def stacks(
 
 
 @functools.lru_cache(maxsize=8)
-def _shapes(model: model_lib.ModelConfig) -> model_lib.Model:
+def _shapes(model: model_lib.ModelConfig) -> model_lib.Transformer:
   """Returns the model's shapes, which no schedule and no layout changes."""
   make = lambda key: model_lib.make(model, rngs=nnx.Rngs(key))
   return jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0)))

@@ -67,8 +67,8 @@ class Pieces:
 
 
 def make(
-  shared: model_lib.Model,
-  shared_frozen: model_lib.Model,
+  shared: model_lib.Transformer,
+  shared_frozen: model_lib.Transformer,
   units: dict[str, list[tuple[Any, Any]]],
   rows: Rows,
   key: jax.Array | None,
@@ -176,7 +176,7 @@ def _leave(combine: Combine, loss: Loss, zigzag: int) -> cut.Function:
 
 
 def _context(
-  model: model_lib.Model, name: str, rest: Rest, zigzag: int
+  model: model_lib.Transformer, name: str, rest: Rest, zigzag: int
 ) -> block.Context:
   return model.context(name, rest.rows, _keys(rest), zigzag)
 

@@ -49,8 +49,8 @@ class Stage:
     loss: pieces_lib.Loss,
     combine: pieces_lib.Combine,
     manual: tuple[str, ...],
-    trained: model_lib.Model,
-    rest: model_lib.Model,
+    trained: model_lib.Transformer,
+    rest: model_lib.Transformer,
     batch: pieces_lib.Rows,
     key: jax.Array | None,
   ):
@@ -62,7 +62,7 @@ class Stage:
     self._slots = self._fetched(trained, layouts[0])
     self._slots_frozen = self._fetched(rest, layouts[1])
 
-  def _fetched(self, tree: model_lib.Model, layout: weights.Layout) -> _Slots:
+  def _fetched(self, tree: model_lib.Transformer, layout: weights.Layout) -> _Slots:
     """Returns the parameters of the layers in this stage's slots."""
     result = {}
     for name in tree.towers:

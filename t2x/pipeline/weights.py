@@ -176,7 +176,7 @@ class Layout:
   routes: dict[str, list[list[Route]]]
 
   @classmethod
-  def of(cls, tree: model_lib.Model, plan: plan_lib.Plan) -> 'Layout':
+  def of(cls, tree: model_lib.Transformer, plan: plan_lib.Plan) -> 'Layout':
     """Returns the layout of a model on the active mesh.
 
     Args:
@@ -251,11 +251,11 @@ def _variables(tree: Any) -> list[nnx.Variable]:
   return [x for x in leaves if _has_value(x)]
 
 
-def _layer_paths(model: model_lib.Model) -> tuple[str, ...]:
+def _layer_paths(model: model_lib.Transformer) -> tuple[str, ...]:
   return tuple(f'{name}.layers.' for name in model.towers)
 
 
-def outside_layers(model: model_lib.Model) -> Any:
+def outside_layers(model: model_lib.Transformer) -> Any:
   """Returns a model with None in place of each parameter of its layers."""
   names = _layer_paths(model)
 
@@ -267,7 +267,7 @@ def outside_layers(model: model_lib.Model) -> Any:
 
 def with_stack(
   grads: Any,
-  trained: model_lib.Model,
+  trained: model_lib.Transformer,
   name: str,
   layers: stack_lib.Stack,
   stacks: Sequence[Any],

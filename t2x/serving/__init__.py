@@ -1,1 +1,1 @@
-"""A trained model behind HTTP: requests, streams, limits, the page."""
+"""Serves a trained model over HTTP: requests, streams, limits, a web page."""

@@ -1,14 +1,15 @@
-"""The HTTP interface of a running engine.
+"""The HTTP interface of the server: its routes and their handlers.
 
 /                       a page to try the model
-/v1/completions         as OpenAI's interface
+/v1/completions         as in OpenAI's API
 /v1/chat/completions
 /v1/models
-/health, /metrics       for those who watch over it
+/health, /metrics       for monitoring
 """
 
 import asyncio
 from collections.abc import AsyncIterator
+from collections.abc import Sequence
 import contextlib
 import dataclasses
 import hmac
@@ -35,18 +36,19 @@ from t2x.serving import request_translation
 from t2x.serving import responses as responses_lib
 
 _LOG = logging.getLogger(__name__)
+_BodyClass = type[protocol.CompletionBody] | type[protocol.ChatBody]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AppConfig:
-  """What the server allows.
+  """Limits and access rules of the server.
 
   Attributes:
-    api_key: that requests to /v1 must bear; None lets anyone in.
-    max_body: bytes of a body.
-    body_seconds: that a body may take to arrive.
-    hosts: names by which the server may be called; others are refused, so that
-      no page elsewhere can have its name point here.
+    api_key: key that requests to /v1 must send; None for no key.
+    max_body: greatest size of a request's body, in bytes.
+    body_seconds: longest time that a body may take to arrive, in seconds.
+    hosts: names by which the server may be called. Others are refused, so that
+      a page of another site cannot call it by DNS rebinding.
   """
 
   api_key: str | None = None
@@ -61,11 +63,18 @@ def make(
   metrics: metrics_lib.Metrics,
   config: AppConfig = AppConfig(),
 ) -> applications.Starlette:
-  """Returns the application; it starts and stops the runner."""
+  """Returns the ASGI application, which starts and stops the runner.
+
+  Args:
+    writer: translator between bodies, requests and texts.
+    runner: thread of the engine.
+    metrics: metrics of the server.
+    config: limits and access rules.
+  """
   server = _Server(writer, runner, metrics, config)
 
   @contextlib.asynccontextmanager
-  async def lifespan(app):
+  async def lifespan(app: applications.Starlette) -> AsyncIterator[None]:
     del app
     runner.start()
     yield
@@ -100,20 +109,24 @@ def make(
 class _Server:
   """The handlers of the routes."""
 
-  def __init__(self, writer, runner, metrics, config: AppConfig):
-    self._writer: request_translation.Writer = writer
-    self._runner: engine_thread.Runner = runner
-    self._metrics: metrics_lib.Metrics = metrics
-    self._config = config
+  def __init__(
+    self,
+    writer: request_translation.Writer,
+    runner: engine_thread.Runner,
+    metrics: metrics_lib.Metrics,
+    config: AppConfig,
+  ):
+    self._writer, self._runner = writer, runner
+    self._metrics, self._config = metrics, config
     self._started = int(time.time())
 
   async def page(self, request: requests.Request) -> responses.Response:
-    text, kind = page.read(request.scope['path'])
+    text, media_type = page.read(request.scope['path'])
     headers = {
       'Content-Security-Policy': page.POLICY,
       'X-Content-Type-Options': 'nosniff',
     }
-    return responses.Response(text, headers=headers, media_type=kind)
+    return responses.Response(text, headers=headers, media_type=media_type)
 
   async def health(self, request: requests.Request) -> responses.Response:
     del request
@@ -123,8 +136,8 @@ class _Server:
 
   async def metrics(self, request: requests.Request) -> responses.Response:
     del request
-    text, kind = self._metrics.text()
-    return responses.Response(text, media_type=kind)
+    text, media_type = self._metrics.text()
+    return responses.Response(text, media_type=media_type)
 
   async def models(self, request: requests.Request) -> responses.Response:
     self._check_key(request)
@@ -145,18 +158,26 @@ class _Server:
       'max_model_len': self._runner.engine.max_length,
     }
 
-  async def completions(self, request: requests.Request):
-    return await self._answer(request, protocol.CompletionBody, False)
+  async def completions(self, request: requests.Request) -> responses.Response:
+    form = completions_lib.Completions
+    return await self._answer(request, protocol.CompletionBody, form)
 
-  async def chats(self, request: requests.Request):
-    return await self._answer(request, protocol.ChatBody, True)
+  async def chats(self, request: requests.Request) -> responses.Response:
+    form = completions_lib.Chats
+    return await self._answer(request, protocol.ChatBody, form)
 
-  async def _answer(self, request: requests.Request, form: Any, is_chat: bool):
+  async def _answer(
+    self,
+    request: requests.Request,
+    body_class: _BodyClass,
+    make_format: type[completions_lib.Format],
+  ) -> responses.Response:
+    """Answers a request for completions, at once or as a stream."""
     self._check_key(request)
-    body = _parsed(form, await self._read(request))
+    body = _parsed(body_class, await self._read(request))
     self._check_name(body.model)
     try:
-      # Prompts are cut into tokens and grammars compiled beside the loop.
+      # Tokenizing prompts and compiling grammars must not block the loop.
       job = await asyncio.to_thread(self._writer.job, body)
       choices = self._writer.start(job, self._runner)
     except engine_lib.Overloaded as error:
@@ -165,10 +186,7 @@ class _Server:
       raise responses_lib.Refused(503, str(error)) from None
     except ValueError as error:
       raise responses_lib.Refused(400, str(error)) from None
-    make_form = (
-      completions_lib.Chats if is_chat else completions_lib.Completions
-    )
-    form = make_form(self._writer.token_bytes, job.num_top)
+    form = make_format(self._writer.token_bytes, job.num_top)
     shell = {
       'id': f'{form.prefix}-{secrets.token_hex(12)}',
       'created': int(time.time()),
@@ -181,20 +199,32 @@ class _Server:
     with responses_lib.cancelling(choices):
       whole = asyncio.gather(*(_whole(choice) for choice in choices))
       done = await responses_lib.unless_gone(request, whole)
-    found = [form.choice(delta, is_chunk=False) for delta in done]
     return responses.JSONResponse(
       {
         **shell,
         'object': form.kind,
-        'choices': found,
+        'choices': [form.choice(delta, is_chunk=False) for delta in done],
         'usage': completions_lib.usage(job.num_prompt, choices),
       }
     )
 
   async def _events(
-    self, form, shell, job, choices, with_usage: bool
+    self,
+    form: completions_lib.Format,
+    shell: dict[str, Any],
+    job: request_translation.Job,
+    choices: Sequence[completions_lib.Choice],
+    with_usage: bool,
   ) -> AsyncIterator[Any]:
-    """Yields what a stream sends, as objects."""
+    """Yields the events of a stream as JSON values.
+
+    Args:
+      form: format of the interface.
+      shell: fields that all events have.
+      job: requests of the body.
+      choices: texts that are generated.
+      with_usage: whether the last event has the numbers of tokens.
+    """
     shell = {**shell, 'object': form.chunk_kind}
     chunk = lambda choice: {**shell, 'choices': [choice]}
     for choice in choices:
@@ -202,8 +232,8 @@ class _Server:
         yield chunk(opening)
     try:
       async for delta in responses_lib.merged(choices):
-        tells = bool(delta.tokens) and job.num_top is not None
-        if delta.text or delta.reason or tells:
+        has_scores = bool(delta.tokens) and job.num_top is not None
+        if delta.text or delta.reason or has_scores:
           yield chunk(form.choice(delta, is_chunk=True))
     except completions_lib.Failed as error:
       yield responses_lib.error_body(
@@ -231,7 +261,7 @@ class _Server:
     if key is None:
       return
     given = request.headers.get('authorization', '')
-    # Headers come as latin-1, whatever their bytes mean.
+    # Starlette decodes headers as latin-1, whatever their encoding.
     if not hmac.compare_digest(
       given.encode('latin-1'), f'Bearer {key}'.encode()
     ):
@@ -240,11 +270,15 @@ class _Server:
       )
 
   async def _read(self, request: requests.Request) -> bytes:
-    """Returns a body that is JSON by its type, not too long nor too slow."""
-    kind = request.headers.get('content-type', '').split(';')[0].strip()
-    if kind != 'application/json':
+    """Returns the body of a request.
+
+    Raises:
+      Refused: its content type is not JSON, or it is too long or too slow.
+    """
+    media_type = request.headers.get('content-type', '').split(';')[0].strip()
+    if media_type != 'application/json':
       raise responses_lib.Refused(
-        415, f'The content type is {kind!r}; send application/json.'
+        415, f'The content type is {media_type!r}; send application/json.'
       )
     most = self._config.max_body
     too_long = responses_lib.Refused(
@@ -270,11 +304,13 @@ class _Server:
     return b''.join(parts)
 
 
-def _parsed(form: Any, data: bytes) -> Any:
+def _parsed(
+  body_class: _BodyClass, data: bytes
+) -> protocol.CompletionBody | protocol.ChatBody:
   try:
-    return form.model_validate_json(data)
+    return body_class.model_validate_json(data)
   except pydantic.ValidationError as error:
-    message, field = protocol.explain(error, form)
+    message, field = protocol.explain(error, body_class)
     raise responses_lib.Refused(400, message, field) from None
 
 

@@ -1,4 +1,4 @@
-"""From a conversation to the prompt that a model goes on with."""
+"""Turns the messages of a conversation into a prompt, by a chat template."""
 
 from collections.abc import Sequence
 import datetime
@@ -7,12 +7,14 @@ from typing import Any
 
 import jinja2
 from jinja2 import ext
+from jinja2 import nodes
+from jinja2 import parser as parser_lib
 from jinja2 import sandbox
 
 from t2x.data import pretrained
 from t2x.data import tokenizers
 
-# Lines of `role: content`, where no template says more.
+# The template if there is no other: lines of `role: content`.
 _PLAIN = (
   "{% for message in messages %}{{ message['role'] }}: "
   "{{ message['content'] }}\n{% endfor %}assistant:"
@@ -20,7 +22,7 @@ _PLAIN = (
 
 
 class Chat:
-  """Writes messages as one text, by a template in Jinja.
+  """Formats messages as one text, by a template in Jinja.
 
   >>> chat = Chat(tokenizers.BytesTokenizer(tokenizers.Bytes()))
   >>> chat.text([{'role': 'user', 'content': 'Hi'}])
@@ -36,22 +38,24 @@ class Chat:
     """Reads the template.
 
     Args:
-      tokenizer: of the model; that of a checkpoint of others may bring its own
-        template (chat_template.jinja, or in tokenizer_config.json).
-      template: instead of it.
+      tokenizer: tokenizer of the model. One of a checkpoint of Hugging Face may
+        have a template (chat_template.jinja, or in tokenizer_config.json).
+      template: template in Jinja to use instead; None for the tokenizer's own,
+        or else plain lines.
 
     Raises:
-      ValueError: the template cannot be read.
+      ValueError: the template has a syntax error.
     """
     self._tokenizer = tokenizer
     self._names: dict[str, Any] = {}
-    own = None
+    text = template
     if isinstance(tokenizer, pretrained.PretrainedTokenizer):
-      own, self._names = tokenizer.chat_template, tokenizer.token_names
-    text = template or own
+      text = template or tokenizer.chat_template
+      self._names = tokenizer.token_names
     self.stops = () if text else ('\nuser:',)
     self._prefix = () if text else tokenizer.prefix_ids
-    # It comes with a checkpoint: it may make text and do nothing else.
+    # The template is not trusted, since it comes with a checkpoint: in the
+    # sandbox it can format text and do nothing else.
     environment = sandbox.ImmutableSandboxedEnvironment(
       trim_blocks=True,
       lstrip_blocks=True,
@@ -67,10 +71,13 @@ class Chat:
       raise ValueError(f'The chat template cannot be read: {error}') from None
 
   def text(self, messages: Sequence[dict[str, str]]) -> str:
-    """Returns messages as one text, up to where the answer begins.
+    """Returns messages as one text, up to the start of the answer.
+
+    Args:
+      messages: dictionaries with `role` and `content`, in order.
 
     Raises:
-      ValueError: the template refuses them.
+      ValueError: the template refuses the messages.
     """
     try:
       return self._template.render(
@@ -86,21 +93,24 @@ class Chat:
       ) from None
 
   def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-    """Returns the tokens of `text`; special ones stand in the template."""
+    """Returns the token ids of `text`.
+
+    Special tokens are part of a template; only the plain lines get a prefix.
+    """
     return [*self._prefix, *self._tokenizer.encode(self.text(messages))]
 
 
 class _Generation(ext.Extension):
-  """{% generation %}: what training looks at; here it is as if not there."""
+  """Ignores {% generation %}, which marks the answers for training."""
 
   tags = {'generation'}
 
-  def parse(self, parser):
+  def parse(self, parser: parser_lib.Parser) -> list[nodes.Node]:
     next(parser.stream)
     return parser.parse_statements(('name:endgeneration',), drop_needle=True)
 
 
-def _to_json(value: Any, **options: Any) -> str:
+def _to_json(value: object, **options: Any) -> str:
   return json.dumps(value, **{'ensure_ascii': False, **options})
 
 

@@ -1,14 +1,16 @@
-"""Answers in the form of the completion interface.
+"""Turns the tokens of the engine into answers in the interfaces' formats.
 
-One `Choice` follows one text of the engine: from its tokens to pieces of text,
-log-probabilities and the reason of its end.
+One `Choice` follows one sequence of the engine. It turns the tokens into pieces
+of text, log-probabilities and a reason of the end.
 """
 
 import collections
+from collections.abc import AsyncIterator
 from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
+from t2x.decode import engine as engine_lib
 from t2x.inference import text_stream
 from t2x.serving import engine_thread
 from t2x.serving import log_probs
@@ -16,13 +18,13 @@ from t2x.serving import log_probs
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Delta:
-  """What a choice has more than before.
+  """The next part of a choice.
 
   Attributes:
-    index: of the choice.
-    text: that is certain by now.
-    tokens: whose places in the text are certain by now.
-    reason: why it is over: `stop`, `length`; None while it goes on.
+    index: index of the choice among those of its request.
+    text: text that is now certain.
+    tokens: tokens whose places in the text are now certain.
+    reason: reason of the end, `stop` or `length`; None while the text goes on.
   """
 
   index: int
@@ -32,10 +34,10 @@ class Delta:
 
 
 class Failed(Exception):
-  """A text could not be written on.
+  """The error for a text that could not be continued.
 
   Attributes:
-    is_own_fault: whether the request is to blame, and not the server.
+    is_own_fault: whether the request caused the error, and not the server.
   """
 
   def __init__(self, message: str, *, is_own_fault: bool):
@@ -44,7 +46,14 @@ class Failed(Exception):
 
 
 class Choice:
-  """One text that is written for a request."""
+  """One text that is generated for a request.
+
+  Attributes:
+    index: index of the choice among those of its request.
+    stream: tokens of the text.
+    num_tokens: number of generated tokens so far.
+    num_shared: number of the prompt's tokens that were in the prefix cache.
+  """
 
   def __init__(
     self,
@@ -53,18 +62,18 @@ class Choice:
     text: text_stream.TextStream,
     prefix: str | None = None,
   ):
-    """Follows a stream.
+    """Begins to follow a stream.
 
     Args:
-      index: of the choice.
-      stream: of its tokens.
-      text: turns them into text.
-      prefix: what `text` told of the prompt, with which the answer begins;
-        None where it does not.
+      index: index of the choice among those of its request.
+      stream: stream of the text's tokens.
+      text: detokenizer of the text.
+      prefix: text of the prompt, from `TextStream.echo`, for an answer that
+        begins with the prompt; None for others.
     """
     self.index, self.stream, self._text = index, stream, text
     self._prefix = prefix or ''
-    # Tokens that have no place yet, and how many have one.
+    # Tokens that have no place yet, and the number of those that have one.
     self._waiting: collections.deque[log_probs.Told] = collections.deque()
     request = stream.request
     is_skipped = prefix is not None and not request.scores_prompt
@@ -72,20 +81,19 @@ class Choice:
     self.num_tokens = 0
     self.num_shared = 0
 
-  async def deltas(self):
-    """Yields what comes; the last one has a reason.
+  async def deltas(self) -> AsyncIterator[Delta]:
+    """Yields the parts of the text as they come; the last one has a reason.
 
     Raises:
-      Failed: the text could not be written on.
+      Failed: the text could not be continued.
     """
-    # Its tokens come with the first piece.
+    # If the prompt is scored, its tokens come with the first piece.
     scores_prompt = self.stream.request.scores_prompt
     if self._prefix and not scores_prompt:
       yield Delta(index=self.index, text=self._prefix)
     async for piece in self.stream:
       if piece.reason in ('error', 'failed'):
-        own = piece.reason == 'error'
-        raise Failed(piece.error, is_own_fault=own)
+        raise Failed(piece.error, is_own_fault=piece.reason == 'error')
       self.num_shared = piece.num_shared
       if piece.prompt_scores is not None:
         self._waiting.extend(self._prompt(piece.prompt_scores))
@@ -103,8 +111,8 @@ class Choice:
         return
       yield self._delta(new)
 
-  def _prompt(self, scores) -> list[log_probs.Told]:
-    """Returns the tokens of the prompt, of which the first has no scores."""
+  def _prompt(self, scores: engine_lib.Scores) -> list[log_probs.Told]:
+    """Returns the tokens of the prompt; the first has no scores."""
     tokens = self.stream.request.prompt
     tops = [None, *(scores.top or [()] * len(scores.log_probs))]
     return [
@@ -118,10 +126,10 @@ class Choice:
     return self._delta(rest, 'stop' if self._text.stopped else reason)
 
   def _delta(self, text: str, reason: str | None = None) -> Delta:
-    """Returns some text, and the tokens that have a place now."""
+    """Returns a delta of some text and of the tokens that now have a place."""
     tokens = []
     while self._waiting:
-      # What ends a text is no part of it, whatever text it would have.
+      # The end token is placed after the text, whatever its own text is.
       is_end = self._waiting[0].is_end
       place = self._text.num_told if is_end else self._text.place(self._number)
       if place is None:
@@ -142,7 +150,7 @@ def _told(piece: engine_thread.Piece) -> log_probs.Told:
 
 
 def joined(deltas: Sequence[Delta]) -> Delta:
-  """Returns the deltas of one choice as one."""
+  """Joins all deltas of one choice to one delta."""
   return Delta(
     index=deltas[0].index,
     text=''.join(delta.text for delta in deltas),
@@ -151,18 +159,52 @@ def joined(deltas: Sequence[Delta]) -> Delta:
   )
 
 
-class Completions:
-  """The form of /v1/completions."""
+class Format:
+  """The format of an interface's answers.
+
+  Attributes:
+    prefix: beginning of the answers' ids.
+    kind: field `object` of whole answers.
+    chunk_kind: field `object` of the events of a stream.
+  """
+
+  prefix: str
+  kind: str
+  chunk_kind: str
+
+  def __init__(self, token_bytes: Sequence[bytes], num_top: int | None):
+    """Makes the format of one request's answers.
+
+    Args:
+      token_bytes: bytes that each token of the model adds to a text.
+      num_top: number of likeliest tokens that are shown at each position; None
+        for no log-probabilities at all.
+    """
+    self._token_bytes, self._num_top = token_bytes, num_top
+
+  def choice(self, delta: Delta, *, is_chunk: bool) -> dict[str, Any]:
+    """Returns a choice as JSON values.
+
+    Args:
+      delta: whole choice, or a part of it.
+      is_chunk: whether it is a part, for a stream.
+    """
+    raise NotImplementedError
+
+  def opening(self, index: int) -> dict[str, Any] | None:
+    """Returns the first event of a streamed choice; None for no such event."""
+    del index
+    return None
+
+
+class Completions(Format):
+  """The format of /v1/completions."""
 
   prefix = 'cmpl'
   kind = chunk_kind = 'text_completion'
 
-  def __init__(self, token_bytes: Sequence[bytes], num_top: int | None):
-    """As below; `num_top` None tells no log-probabilities."""
-    self._token_bytes, self._num_top = token_bytes, num_top
-
   def choice(self, delta: Delta, *, is_chunk: bool) -> dict[str, Any]:
-    del is_chunk  # Both have one form.
+    del is_chunk  # Whole choices and parts have the same format.
     return {
       'index': delta.index,
       'text': delta.text,
@@ -170,28 +212,19 @@ class Completions:
       'finish_reason': delta.reason,
     }
 
-  def opening(self, index: int) -> dict[str, Any] | None:
-    """Returns what a stream begins with."""
-    del index
-    return None
-
-  def _log_probs(self, delta: Delta):
+  def _log_probs(self, delta: Delta) -> dict[str, Any] | None:
     if self._num_top is None:
       return None
     with_top = self._num_top > 0
     return log_probs.completion(delta.tokens, self._token_bytes, with_top)
 
 
-class Chats:
-  """The form of /v1/chat/completions."""
+class Chats(Format):
+  """The format of /v1/chat/completions."""
 
   prefix = 'chatcmpl'
   kind = 'chat.completion'
   chunk_kind = 'chat.completion.chunk'
-
-  def __init__(self, token_bytes: Sequence[bytes], num_top: int | None):
-    """As `Completions`."""
-    self._token_bytes, self._num_top = token_bytes, num_top
 
   def choice(self, delta: Delta, *, is_chunk: bool) -> dict[str, Any]:
     content = {'content': delta.text}
@@ -212,24 +245,24 @@ class Chats:
       'finish_reason': None,
     }
 
-  def _log_probs(self, delta: Delta):
+  def _log_probs(self, delta: Delta) -> dict[str, Any] | None:
     if self._num_top is None:
       return None
     return log_probs.chat(delta.tokens, self._token_bytes)
 
 
 def usage(num_prompt: int, choices: Sequence[Choice]) -> dict[str, Any]:
-  """Returns tokens read and written.
+  """Returns the field `usage` of an answer: numbers of tokens.
 
   Args:
-    num_prompt: tokens of the prompts.
-    choices: that were written for them.
+    num_prompt: number of tokens of the prompts.
+    choices: texts that were generated for the prompts.
   """
-  written = sum(choice.num_tokens for choice in choices)
+  generated = sum(choice.num_tokens for choice in choices)
   shared = sum(choice.num_shared for choice in choices)
   return {
     'prompt_tokens': num_prompt,
-    'completion_tokens': written,
-    'total_tokens': num_prompt + written,
+    'completion_tokens': generated,
+    'total_tokens': num_prompt + generated,
     'prompt_tokens_details': {'cached_tokens': min(shared, num_prompt)},
   }

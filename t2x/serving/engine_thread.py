@@ -1,4 +1,4 @@
-"""A thread that runs the engine, for callers on an event loop."""
+"""Runs the engine on a thread of its own, for callers on an event loop."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -19,18 +19,19 @@ _LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Piece:
-  """What a text has more than before.
+  """The next part of a sequence: one token, its end, or both.
 
   Attributes:
-    token: the new one; -1 where the text ended without one, and otherwise at
-      an end the one that ended it, which is no part of the text.
-    log_prob: of the token.
-    top: the likeliest tokens in its place.
-    prompt_scores: in the first piece, where they are asked for.
-    reason: why the text is over, or None.
-    num_shared: tokens of the prompt that another text had read.
-    error: what went wrong, where the reason is `error` (the request's fault)
-      or `failed` (the server's).
+    token: id of the new token. In the last piece it is the end token, which is
+      not part of the text, or -1 if the sequence ended without one.
+    log_prob: log-probability of the token.
+    top: ids and log-probabilities of the likeliest tokens at this position.
+    prompt_scores: scores of the prompt's tokens, in the first piece alone and
+      if the request asks for them; else None.
+    reason: reason of the end, in the last piece alone; else None.
+    num_shared: number of the prompt's tokens that were in the prefix cache.
+    error: message for the reasons `error` (the request's fault) and `failed`
+      (the server's); else ''.
   """
 
   token: int = -1
@@ -43,20 +44,28 @@ class Piece:
 
 
 class Stopped(Exception):
-  """The engine has stopped, and writes nothing any more."""
+  """The error for a request to an engine that has stopped."""
 
 
 class Stream:
-  """The pieces of one text as they come: an async iterator."""
+  """The pieces of one sequence as they come: an async iterator.
+
+  Attributes:
+    request: request that the sequence is for.
+    asked: time, in seconds of `time.monotonic`, of the request or of the token
+      that came last.
+    is_over: whether the last piece was sent.
+  """
 
   def __init__(self, runner: 'Runner', request: engine_lib.Request):
+    """Makes the stream of a request; `Runner.submit` does so."""
     self.request = request
     self.asked = time.monotonic()
     self._runner = runner
     self._loop = asyncio.get_running_loop()
     self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
     self._text: engine_lib.Text | None = None
-    self._told = 0
+    self._num_sent = 0  # Tokens.
     self._is_begun = False
     self.is_over = False
 
@@ -68,13 +77,17 @@ class Stream:
         return
 
   def cancel(self) -> None:
-    """Ends the text, if it is not over; its slot is free at once."""
+    """Cancels the sequence, if it is not over."""
     if not self.is_over:
       self._runner.cancel(self)
 
 
 class Runner:
-  """Owns an engine; all that touches it happens on one thread."""
+  """Owns an engine, and calls it on one thread alone.
+
+  Attributes:
+    engine: engine that is run.
+  """
 
   def __init__(
     self,
@@ -83,49 +96,58 @@ class Runner:
     *,
     observe: Callable[[str, float], None] = lambda name, value: None,
   ):
-    """Prepares; `start` starts.
+    """Prepares a thread, which `start` starts.
 
     Args:
-      engine: no other caller may use it.
-      context: returns what steps run in, such as a mesh.
-      observe: is told seconds to the first token (`first`) and between tokens
-        (`between`).
+      engine: engine that no other caller uses.
+      context: function that returns the context of the steps, such as a mesh.
+      observe: function that gets the seconds to the first token (`first`) and
+        between tokens (`between`).
     """
     self.engine = engine
     self._context = context
     self._observe = observe
     self._orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    self._live: dict[engine_lib.Text, Stream] = {}
+    self._streams: dict[engine_lib.Text, Stream] = {}  # Unfinished ones.
     self._thread = threading.Thread(target=self._run, daemon=True)
     self._lock = threading.Lock()
     self._pending = 0  # Streams that are not over.
     self._stopped = False
-    self._is_over = False  # Nobody takes orders any more.
+    self._is_over = False  # No orders are taken any more.
 
   def start(self) -> None:
+    """Starts the thread."""
     self._thread.start()
 
   def stop(self) -> None:
-    """Ends all texts and the thread."""
+    """Ends all sequences and the thread."""
     self._stopped = True
     self._orders.put(None)
     self._thread.join(timeout=30)
 
   @property
   def is_alive(self) -> bool:
+    """Whether the thread runs and takes requests."""
     return self._thread.is_alive() and not (self._stopped or self._is_over)
 
   @property
   def num_pending(self) -> int:
+    """Number of streams that are not over."""
     return self._pending
 
   def submit(self, requests: list[engine_lib.Request]) -> list[Stream]:
-    """Takes requests, all or none; called on an event loop.
+    """Submits requests, all or none; must be called on an event loop.
+
+    Args:
+      requests: requests to the engine.
+
+    Returns:
+      The stream of each request.
 
     Raises:
-      ValueError: one cannot be met.
-      engine.Overloaded: too many wait.
-      Stopped: the engine has.
+      ValueError: the engine cannot run a request.
+      engine.Overloaded: too many requests are waiting.
+      Stopped: the engine has stopped.
     """
     for request in requests:
       self.engine.check(request)
@@ -145,6 +167,7 @@ class Runner:
     return streams
 
   def cancel(self, stream: Stream) -> None:
+    """Orders the engine to end a sequence and to free its slot."""
     self._orders.put((self._cancel, stream))
 
   def _run(self) -> None:
@@ -152,10 +175,10 @@ class Runner:
       with self._context():
         while not self._stopped:
           try:
-            self._obey()
+            self._take_orders()
             if self.engine.is_busy and not self._stopped:
-              self._tell(self.engine.step())
-          except Exception:  # The server goes on; nobody waits forever.
+              self._deliver(self.engine.step())
+          except Exception:  # All streams end, and the server goes on.
             _LOG.exception('A step of the engine failed.')
             self._fail('The engine failed; the log of the server says how.')
             self.engine.restart()
@@ -167,11 +190,11 @@ class Runner:
       while not self._orders.empty():
         order = self._orders.get()
         if order is not None and order[0] == self._add:
-          self._live[engine_lib.Text(order[1].request)] = order[1]
+          self._streams[engine_lib.Text(order[1].request)] = order[1]
       self._fail('The engine has stopped.')
 
-  def _obey(self) -> None:
-    """Takes what was ordered; waits for it where there is nothing to do."""
+  def _take_orders(self) -> None:
+    """Carries out all orders; waits for one if the engine is idle."""
     wait = not self.engine.is_busy
     while True:
       try:
@@ -189,31 +212,32 @@ class Runner:
     except ValueError as error:
       self._send(stream, [Piece(reason='error', error=str(error))])
       return
-    self._live[stream._text] = stream
+    self._streams[stream._text] = stream
 
   def _cancel(self, stream: Stream) -> None:
     text = stream._text
-    if text is not None and text in self._live:
+    if text is not None and text in self._streams:
       self.engine.cancel(text)
-      self._tell([text])
+      self._deliver([text])
 
-  def _tell(self, texts: list[engine_lib.Text]) -> None:
+  def _deliver(self, texts: list[engine_lib.Text]) -> None:
+    """Sends the new tokens of sequences to their streams."""
     for text in texts:
-      stream = self._live.get(text)
+      stream = self._streams.get(text)
       if stream is None:
         continue
       pieces = [
-        self._piece(text, i) for i in range(stream._told, len(text.tokens))
+        self._piece(text, i) for i in range(stream._num_sent, len(text.tokens))
       ]
       now = time.monotonic()
       for _ in pieces:
-        name = 'first' if not stream._told else 'between'
+        name = 'first' if not stream._num_sent else 'between'
         self._observe(name, now - stream.asked)
         stream.asked = now
-        stream._told += 1
+        stream._num_sent += 1
       if text.reason is not None:
         pieces.append(self._end(text))
-        del self._live[text]
+        del self._streams[text]
       if text.request.scores_prompt and pieces and not stream._is_begun:
         scores = text.prompt_scores
         pieces[0] = dataclasses.replace(pieces[0], prompt_scores=scores)
@@ -249,17 +273,17 @@ class Runner:
       with self._lock:
         self._pending -= 1
 
-    def put():
+    def put() -> None:
       for piece in pieces:
         stream._pieces.put_nowait(piece)
 
     try:
       stream._loop.call_soon_threadsafe(put)
-    except RuntimeError:  # Its loop is closed: nobody listens.
+    except RuntimeError:  # The loop is closed, so that nobody reads.
       pass
 
   def _fail(self, message: str) -> None:
-    """Ends all texts with an error."""
-    for stream in self._live.values():
+    """Ends all streams with an error of the server."""
+    for stream in self._streams.values():
       self._send(stream, [Piece(reason='failed', error=message)])
-    self._live.clear()
+    self._streams.clear()

@@ -1,8 +1,9 @@
-"""Log-probabilities in the forms of the two interfaces.
+"""Log-probabilities in the formats of /v1/completions and chat completions.
 
-The older form keys the likeliest tokens by their text. Tokens may have one
-text, as a letter and its byte; the likelier one has it then, and the others are
-called by their ids, so that none is lost.
+The format of /v1/completions keys the likeliest tokens by their text. Several
+tokens may have the same text, such as a letter and its byte. The likeliest of
+them keeps the text, and the others are named by their ids, so that none is
+lost.
 """
 
 from collections.abc import Sequence
@@ -12,15 +13,16 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Told:
-  """A token of an answer.
+  """A token of an answer, with its log-probability and its place.
 
   Attributes:
-    token: its id.
-    log_prob: under the model itself; None of a text's first token.
-    top: the likeliest tokens in its place with theirs, the likeliest first;
-      None of a text's first token.
-    place: where in the answer's text what it adds begins, in characters.
-    is_end: whether it ended the text.
+    token: id of the token.
+    log_prob: log-probability under the model, before temperature and the like;
+      None for the first token of an echoed prompt.
+    top: ids and log-probabilities of the likeliest tokens at this position, the
+      likeliest first; None for the first token of an echoed prompt.
+    place: offset of the token's text in the answer's text, in characters.
+    is_end: whether the token ended the text.
   """
 
   token: int
@@ -33,12 +35,12 @@ class Told:
 def completion(
   tokens: Sequence[Told], token_bytes: Sequence[bytes], with_top: bool
 ) -> dict[str, Any]:
-  """Returns `logprobs` of a completion.
+  """Returns the field `logprobs` of a completion.
 
   Args:
-    tokens: of the answer.
-    token_bytes: what each token of the model adds to a text.
-    with_top: whether the likeliest are told.
+    tokens: tokens of the answer.
+    token_bytes: bytes that each token of the model adds to a text.
+    with_top: whether to include the likeliest tokens at each position.
   """
   named = [_names(told, token_bytes) for told in tokens]
   tops = [
@@ -56,14 +58,19 @@ def completion(
 def chat(
   tokens: Sequence[Told], token_bytes: Sequence[bytes]
 ) -> dict[str, Any]:
-  """Returns `logprobs` of a chat's answer; arguments as for `completion`."""
+  """Returns the field `logprobs` of a chat completion.
+
+  Args:
+    tokens: tokens of the answer.
+    token_bytes: bytes that each token of the model adds to a text.
+  """
 
   def one(token: int, log_prob: float | None) -> dict[str, Any]:
     data = token_bytes[token]
     name = token_name(data)
     return {'token': name, 'logprob': log_prob, 'bytes': list(data)}
 
-  # The end is no part of a message.
+  # The end token is not part of a message.
   return {
     'content': [
       {
@@ -77,7 +84,7 @@ def chat(
 
 
 def token_name(data: bytes) -> str:
-  r"""Returns a token's text, or for part of a character bytes:\xNN."""
+  r"""Returns a token's text, or bytes:\xNN for a part of a character."""
   try:
     return data.decode()
   except UnicodeDecodeError:
@@ -85,12 +92,11 @@ def token_name(data: bytes) -> str:
 
 
 def _names(told: Told, token_bytes: Sequence[bytes]) -> dict[int, str]:
-  """Returns what the tokens in one place are called, each by another name."""
-  found: dict[int, str] = {}
-  taken = set()
+  """Returns distinct names of a token and the likeliest at its position."""
+  names: dict[int, str] = {}
   for token in [*(token for token, _ in told.top or ()), told.token]:
-    if token not in found:
+    if token not in names:
       name = token_name(token_bytes[token])
-      found[token] = f'token_id:{token}' if name in taken else name
-      taken.add(found[token])
-  return found
+      is_taken = name in names.values()
+      names[token] = f'token_id:{token}' if is_taken else name
+  return names

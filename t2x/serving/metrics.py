@@ -1,4 +1,4 @@
-"""Figures of a server in Prometheus' form."""
+"""Metrics of the server, in the format of Prometheus."""
 
 from collections.abc import Iterator
 
@@ -12,9 +12,16 @@ _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class Metrics:
-  """Counts and times; those of the engine are read when they are asked for."""
+  """Counters, gauges and histograms of a server.
+
+  Those of the engine are read from it at each `text`.
+
+  Attributes:
+    requests: counter of requests by path and status.
+  """
 
   def __init__(self):
+    """Registers the metrics, without an engine: see `watch`."""
     self._registry = prometheus_client.CollectorRegistry()
     self._runner: engine_thread.Runner | None = None
     histogram = lambda name, text: prometheus_client.Histogram(
@@ -37,20 +44,26 @@ class Metrics:
     self._registry.register(self)
 
   def watch(self, runner: engine_thread.Runner) -> None:
-    """Says whose engine is read."""
+    """Sets the runner whose engine is read."""
     self._runner = runner
 
   def observe(self, name: str, value: float) -> None:
-    """Adds seconds to a histogram; see `Runner`."""
+    """Adds a value to a histogram.
+
+    Args:
+      name: `first` for the time to the first token of a text, `between` for
+        that between two tokens.
+      value: time in seconds.
+    """
     self._times[name].observe(value)
 
   def text(self) -> tuple[bytes, str]:
-    """Returns all figures, and their media type."""
+    """Returns all metrics in the format of Prometheus, and the media type."""
     text = exposition.generate_latest(self._registry)
     return text, exposition.CONTENT_TYPE_LATEST
 
   def collect(self) -> Iterator[core.Metric]:
-    """Yields what the engine knows; called by the registry."""
+    """Yields the metrics of the engine; the registry calls it."""
     if self._runner is None:
       return
     engine = self._runner.engine

@@ -1,8 +1,8 @@
-"""The files of the page that tries a model."""
+"""The files of the web page on which one can try the model."""
 
 from importlib import resources
 
-# Everything comes from this server; nothing is run that stands in a text.
+# The page loads from this server alone, and runs no code in generated texts.
 POLICY = "default-src 'none'; connect-src 'self'; script-src 'self'; " + (
   "style-src 'self' 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
   "frame-ancestors 'none'"
@@ -16,7 +16,7 @@ PATHS = tuple(_FILES)
 
 
 def read(path: str) -> tuple[str, str]:
-  """Returns the text of one of `PATHS`, and its media type."""
-  name, kind = _FILES[path]
+  """Returns the contents of one of `PATHS`, and its media type."""
+  name, media_type = _FILES[path]
   file = resources.files('t2x.serving') / name
-  return file.read_text(encoding='utf-8'), kind
+  return file.read_text(encoding='utf-8'), media_type

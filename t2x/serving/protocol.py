@@ -1,8 +1,8 @@
-"""What the completion interface takes, checked field by field.
+"""Bodies of requests, and the checks of their fields.
 
-The names are those of OpenAI's API; what it lacks (top_k, min_p, regex, ...)
-has the names that other servers gave it. A field that is unknown, or that this
-server cannot honour, is an error and never ignored.
+The fields are those of OpenAI's API, and some of other servers (top_k, min_p,
+regex, ...). A field that is unknown, or that this server does not support, is
+an error and never ignored.
 """
 
 import difflib
@@ -24,7 +24,7 @@ Ids = Annotated[list[int], pydantic.Field(min_length=1)]
 
 
 class Body(pydantic.BaseModel):
-  """Any body: exact types, no unknown fields."""
+  """The base of all JSON objects: exact types, no unknown fields."""
 
   model_config = pydantic.ConfigDict(
     extra='forbid', strict=True, allow_inf_nan=False
@@ -32,31 +32,53 @@ class Body(pydantic.BaseModel):
 
   @pydantic.model_validator(mode='before')
   @classmethod
-  def _null_is_default(cls, data):
+  def _null_is_default(cls, data: object) -> object:
     if not isinstance(data, dict):
       return data
     return {name: value for name, value in data.items() if value is not None}
 
 
 class StreamOptions(Body):
+  """Options of a streamed answer.
+
+  Attributes:
+    include_usage: whether the last event has the numbers of tokens.
+    include_obfuscation: accepted without effect: events are never padded.
+  """
+
   include_usage: bool = False
-  include_obfuscation: bool = False  # Nothing is padded.
+  include_obfuscation: bool = False
 
 
 class JsonSchema(Body):
+  """The JSON schema of a `response_format`.
+
+  Attributes:
+    name: name of the schema, without effect.
+    description: purpose of the schema, without effect.
+    definition: the field `schema`, whose name would hide a method of pydantic.
+    strict: accepted without effect: answers always follow the schema.
+  """
+
   name: str = ''
   description: str | None = None
-  # `schema` would hide a method of pydantic's.
-  own: dict[str, Any] = pydantic.Field(alias='schema')
+  definition: dict[str, Any] = pydantic.Field(alias='schema')
   strict: bool | None = None
 
 
 class ResponseFormat(Body):
+  """The format of an answer: text, any JSON object, or JSON of a schema.
+
+  Attributes:
+    type: format of the answer.
+    json_schema: schema of the type `json_schema`; None for the other types.
+  """
+
   type: Literal['text', 'json_object', 'json_schema']
   json_schema: JsonSchema | None = None
 
   @pydantic.model_validator(mode='after')
-  def _has_schema(self):
+  def _has_schema(self) -> 'ResponseFormat':
     if (self.type == 'json_schema') != (self.json_schema is not None):
       raise ValueError(
         'type json_schema needs the field json_schema, and no other type has it'
@@ -65,7 +87,7 @@ class ResponseFormat(Body):
 
 
 class Common(Body):
-  """What both kinds of completion take."""
+  """Fields of both interfaces; docs/serving.md explains them."""
 
   model: str | None = None
   n: int = pydantic.Field(default=1, ge=1, le=_MOST_CHOICES)
@@ -89,14 +111,14 @@ class Common(Body):
   regex: str | None = None
   grammar: str | None = None
   keywords: list[Stop] = pydantic.Field(default=[], max_length=_MOST_WORDS)
-  # They change nothing about a text.
+  # Fields that are accepted without effect.
   user: str | None = None
   metadata: dict[str, str] | None = None
   safety_identifier: str | None = None
   prompt_cache_key: str | None = None
   service_tier: str | None = None
   store: bool | None = None
-  # Where they ask for nothing.
+  # Accepted only if empty.
   tools: Annotated[list[Any], pydantic.Field(max_length=0)] | None = None
 
   @property
@@ -118,18 +140,33 @@ class CompletionBody(Common):
 
 
 class TextPart(Body):
+  """A part of a message's content.
+
+  Attributes:
+    type: always `text`; other contents are not supported.
+    text: text of the part.
+  """
+
   type: Literal['text']
   text: str
 
 
 class Message(Body):
+  """A message of a conversation.
+
+  Attributes:
+    role: author of the message.
+    content: text of the message, or its parts.
+    name: name of the author; None for no name.
+  """
+
   role: Literal['system', 'developer', 'user', 'assistant']
   content: str | list[TextPart]
   name: str | None = None
 
   @property
   def as_dict(self) -> dict[str, str]:
-    """What a template sees."""
+    """The message as a chat template reads it, its parts joined."""
     content = self.content
     if not isinstance(content, str):
       content = ''.join(part.text for part in content)
@@ -147,7 +184,7 @@ class ChatBody(Common):
   top_logprobs: int = pydantic.Field(default=0, ge=0, le=20)
 
   @pydantic.model_validator(mode='after')
-  def _asks_for_log_probs(self):
+  def _asks_for_log_probs(self) -> 'ChatBody':
     if self.top_logprobs and not self.logprobs:
       raise ValueError('top_logprobs needs logprobs to be true')
     return self
@@ -156,10 +193,18 @@ class ChatBody(Common):
 def explain(
   error: pydantic.ValidationError, form: type[Body]
 ) -> tuple[str, str | None]:
-  """Returns what is wrong with a body in one line, and the field."""
+  """Returns a message of one line for an invalid body, and the field.
+
+  Args:
+    error: errors of pydantic, of which the first is explained.
+    form: class of the body.
+
+  Returns:
+    The message, and the field at fault; None if the error is of no field.
+  """
   first = error.errors(include_url=False, include_context=False)[0]
   place = [str(part) for part in first['loc']]
-  # Of the members of a union, their names are noise.
+  # For a union, `loc` ends with names of its members, which say nothing.
   field = next(iter(place), None)
   if first['type'] == 'extra_forbidden':
     name = '.'.join(place)

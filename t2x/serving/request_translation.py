@@ -1,4 +1,4 @@
-"""From the body of a request to texts of the engine."""
+"""Translates the body of an HTTP request to requests of the engine."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -7,6 +7,7 @@ from typing import Any
 
 from t2x.decode import engine as engine_lib
 from t2x.inference import constraints
+from t2x.inference import keyword_constraints
 from t2x.inference import text_stream
 from t2x.inference import trained_model
 from t2x.serving import chat as chat_lib
@@ -17,33 +18,33 @@ from t2x.serving import protocol
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-  """What one request may ask for.
+  """Limits of one HTTP request.
 
   Attributes:
-    max_tokens: new tokens of a text.
-    max_texts: texts, of all its prompts.
+    max_tokens: greatest number of new tokens of a text.
+    max_texts: greatest number of texts, for all prompts together.
   """
 
   max_tokens: int = 4096
   max_texts: int = 64
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.max_tokens < 1:
       raise ValueError(f'max_tokens={self.max_tokens}; it must be 1 or more.')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-  """What a body asks for.
+  """The requests of one body.
 
   Attributes:
-    requests: for the engine, one for each text.
-    texts: what turns the tokens of each into text.
-    prefixes: what each told of the prompt that its text begins with (`echo`);
-      None where it does not.
-    num_prompt: tokens of all prompts.
-    num_top: alternatives that are told of each token; None tells not even its
-      own log-probability.
+    requests: requests to the engine, one for each text.
+    texts: detokenizer of each text.
+    prefixes: text of the prompt for each text that begins with it (`echo`);
+      None for the others.
+    num_prompt: number of tokens of all prompts.
+    num_top: number of likeliest tokens that are shown at each position; None
+      for no log-probabilities at all.
   """
 
   requests: Sequence[engine_lib.Request]
@@ -54,11 +55,11 @@ class Job:
 
 
 class Writer:
-  """Turns bodies into requests, and tokens into text.
+  """Turns bodies into requests to the engine, and its tokens into text.
 
   Attributes:
-    name: of the model.
-    token_bytes: what each token adds to a text.
+    name: name of the model for clients.
+    token_bytes: bytes that each token of the model adds to a text.
   """
 
   def __init__(
@@ -70,14 +71,15 @@ class Writer:
     limits: Limits = Limits(),
     max_length: int,
   ):
-    """Prepares.
+    """Prepares the translation for one model.
 
     Args:
-      trained: what writes.
-      name: by which clients call it.
-      chat: makes prompts of conversations.
-      limits: of one request.
-      max_length: tokens of a text in the engine.
+      trained: model that is served.
+      name: name of the model for clients.
+      chat: formatter of conversations.
+      limits: limits of one HTTP request.
+      max_length: greatest number of tokens of a sequence in the engine, prompt
+        and new ones.
     """
     self.name = name
     self._trained, self._chat, self._limits = trained, chat, limits
@@ -87,10 +89,15 @@ class Writer:
     self._controls = constraints.Controls(trained)
 
   def job(self, body: protocol.CompletionBody | protocol.ChatBody) -> Job:
-    """Returns what a body asks for; may take a while.
+    """Returns the requests of a body.
+
+    Tokenizing and compiling grammars may take a while.
+
+    Args:
+      body: checked body of an HTTP request.
 
     Raises:
-      ValueError: it asks for something that cannot be.
+      ValueError: the body asks for something impossible.
     """
     if isinstance(body, protocol.ChatBody):
       messages = [message.as_dict for message in body.messages]
@@ -112,7 +119,7 @@ class Writer:
       )
     seed = secrets.randbits(32) if body.seed is None else body.seed
     sampling = self._sampling(body)
-    made = []
+    requests = []
     for number, prompt in enumerate(prompts):
       num_tokens = self._num_tokens(wanted, len(prompt))
       if body.min_tokens > num_tokens:
@@ -122,7 +129,7 @@ class Writer:
         )
       control = self._control(body, num_tokens)
       for choice in range(body.n):
-        made.append(
+        requests.append(
           engine_lib.Request(
             prompt=prompt,
             num_tokens=num_tokens,
@@ -135,13 +142,15 @@ class Writer:
             scores_prompt=echoes and num_top is not None,
           )
         )
-    begin = self._begun if echoes else self._after
-    rows = [given[number // body.n] for number in range(len(made))]
-    begun = [begin(own.prompt, text, stops) for own, text in zip(made, rows)]
+    begin = self._echoed if echoes else self._after
+    streams = [
+      begin(request.prompt, given[number // body.n], stops)
+      for number, request in enumerate(requests)
+    ]
     return Job(
-      requests=made,
-      texts=[text for text, _ in begun],
-      prefixes=[prefix for _, prefix in begun],
+      requests=requests,
+      texts=[text for text, _ in streams],
+      prefixes=[prefix for _, prefix in streams],
       num_prompt=sum(map(len, prompts)),
       num_top=num_top,
     )
@@ -149,28 +158,51 @@ class Writer:
   def start(
     self, job: Job, runner: engine_thread.Runner
   ) -> list[completions.Choice]:
-    """Begins to write; called on the event loop.
+    """Submits the requests of a job; must be called on the event loop.
+
+    Args:
+      job: requests, from `job`.
+      runner: thread of the engine.
+
+    Returns:
+      One choice for each request.
 
     Raises:
-      ValueError: a request cannot be met.
-      engine.Overloaded: too many wait.
+      ValueError: the engine cannot run a request.
+      engine.Overloaded: too many requests are waiting.
+      engine_thread.Stopped: the engine has stopped.
     """
     streams = runner.submit(list(job.requests))
     rows = zip(streams, job.texts, job.prefixes, strict=True)
     return [completions.Choice(index, *row) for index, row in enumerate(rows)]
 
-  def _after(self, prompt, given, stops):
-    """Returns what makes text that follows a prompt, and what it told: None."""
+  def _after(
+    self, prompt: Sequence[int], given: str | None, stops: Sequence[str]
+  ) -> tuple[text_stream.TextStream, str | None]:
+    """Returns the detokenizer of a text that follows a prompt, and None."""
     del given
     return text_stream.TextStream(self._trained.tokenizer, prompt, stops), None
 
-  def _begun(self, prompt, given, stops):
-    """Returns what makes text that begins with a prompt, and what it told."""
+  def _echoed(
+    self, prompt: Sequence[int], given: str | None, stops: Sequence[str]
+  ) -> tuple[text_stream.TextStream, str | None]:
+    """Returns the detokenizer of a text with its prompt, and the prompt's text.
+
+    Args:
+      prompt: token ids of the prompt.
+      given: text of the prompt; None if it was given as token ids.
+      stops: strings before the first of which the text ends.
+    """
     text = text_stream.TextStream(self._trained.tokenizer, stop=stops)
     return text, text.echo(prompt, given)
 
-  def _prompts(self, body: protocol.CompletionBody):
-    """Returns the tokens of the prompts, and their texts as far as given."""
+  def _prompts(
+    self, body: protocol.CompletionBody
+  ) -> tuple[list[list[int]], Sequence[str | None]]:
+    """Returns the token ids of the prompts, and their texts.
+
+    The texts are None for prompts that were given as token ids.
+    """
     given: Any = body.prompt
     if isinstance(given, str) or (given and isinstance(given[0], int)):
       given = [given]
@@ -178,24 +210,30 @@ class Writer:
       raise ValueError('prompt is an empty list; give a text.')
     texts = [prompt for prompt in given if isinstance(prompt, str)]
     if texts:
-      found = self._trained.prompt_ids(texts)
-      if not all(found):
+      rows = self._trained.prompt_ids(texts)
+      if not all(rows):
         raise ValueError(
           'prompt is empty, and texts of this model begin with no token of '
           'their own: give it a few letters to go on from.'
         )
     else:
-      found = [list(prompt) for prompt in given]
+      rows = [list(prompt) for prompt in given]
       size = self._trained.config.model.vocab_size
-      wrong = [i for ids in found for i in ids if not 0 <= i < size]
+      wrong = [i for ids in rows for i in ids if not 0 <= i < size]
       if wrong:
         raise ValueError(
           f'prompt has the token id {wrong[0]}, and the vocabulary has {size} '
           f'tokens, 0 to {size - 1}.'
         )
-    return found, texts or [None] * len(found)
+    return rows, texts or [None] * len(rows)
 
   def _num_tokens(self, wanted: int | None, length: int) -> int:
+    """Returns the greatest number of new tokens of a text.
+
+    Args:
+      wanted: number that the body asks for; None for as many as possible.
+      length: number of tokens of the prompt.
+    """
     most, room = self._limits.max_tokens, self._max_length - length
     least = 1 if wanted is None else wanted
     if least > room:
@@ -219,7 +257,7 @@ class Writer:
         raise ValueError(
           f'logit_bias names {token!r}; its keys are token ids, as in "50256".'
         )
-      # -100 bans a token, as elsewhere.
+      # -100 bans a token, as in OpenAI's API.
       bias[int(token)] = float('-inf') if value <= -100 else value
     off = lambda value, neutral: None if value == neutral else value
     given = {
@@ -233,22 +271,25 @@ class Writer:
       'frequency_penalty': body.frequency_penalty,
       'min_tokens': body.min_tokens,
     }
-    # What a request leaves open is as the checkpoint says.
-    own = self._trained.generation.sampling
-    given |= {k: v for k, v in own.items() if k not in body.model_fields_set}
+    # Fields that the body leaves out have the checkpoint's defaults.
+    defaults = self._trained.generation.sampling
+    fields = body.model_fields_set
+    given |= {k: v for k, v in defaults.items() if k not in fields}
     return self._trained.calibrated(
       engine_lib.Sampling(
         **given, bias=bias, banned_words=self._trained.banned(body.banned_words)
       )
     )
 
-  def _control(self, body: protocol.Common, num_tokens: int) -> Any:
-    """Returns what the texts are held to, or None."""
+  def _control(
+    self, body: protocol.Common, num_tokens: int
+  ) -> constraints.Rule | keyword_constraints.Keywords | None:
+    """Returns the constraint of the texts; None for no constraint."""
     form = body.response_format
     schema = None
     if form is not None and form.type != 'text':
-      schema = {'type': 'object'}
-      schema = schema if form.json_schema is None else form.json_schema.own
+      given = form.json_schema
+      schema = {'type': 'object'} if given is None else given.definition
     return self._controls.make(
       num_tokens=num_tokens,
       regex=body.regex,

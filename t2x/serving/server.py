@@ -1,10 +1,13 @@
-"""Runs the interface of `app` for a trained model."""
+"""Serves a trained model: builds the application of `app` and runs it."""
 
+from collections.abc import Iterator
 import contextlib
 import dataclasses
 import logging
 import signal
 import socket as socket_lib
+
+from starlette import applications
 
 from t2x.decode import engine as engine_lib
 from t2x.inference import trained_model
@@ -19,10 +22,14 @@ _LOOPBACK = ('127.0.0.1', 'localhost', '::1', '[::1]')
 
 
 def bind(host: str, port: int) -> socket_lib.socket:
-  """Returns a socket that listens, before anything that takes long.
+  """Returns a listening socket, so that a bad address is an error at once.
+
+  Args:
+    host: address or name of this machine.
+    port: number of the port; 0 for a free one.
 
   Raises:
-    ValueError: the address is taken, or not this machine's.
+    ValueError: the address is in use, or is not one of this machine.
   """
   family = socket_lib.AF_INET6 if ':' in host else socket_lib.AF_INET
   try:
@@ -43,19 +50,20 @@ def make(
   template: str | None = None,
   max_tokens: int = 4096,
   app: app_lib.AppConfig = app_lib.AppConfig(),
-):
-  """Returns the application (ASGI) of a model, compiled and ready.
+) -> applications.Starlette:
+  """Returns the ASGI application of a model, with compiled programs.
 
   Args:
-    trained: what `loading.load` returned.
-    name: by which clients call the model.
-    engine: sizes; `max_length` is by default the length of training.
-    template: of chats, in Jinja; default the tokenizer's own.
-    max_tokens: the most new tokens of a text.
-    app: what the server allows.
+    trained: model to serve, a decoder.
+    name: name of the model for clients.
+    engine: sizes of the engine; a `max_length` of None is the length that the
+      model was trained on.
+    template: chat template in Jinja; None for the tokenizer's own.
+    max_tokens: greatest number of new tokens of a text.
+    app: limits and access rules of the application.
 
   Raises:
-    ValueError: the model cannot be served, or the template cannot be read.
+    ValueError: the model cannot be served, or the template has a syntax error.
   """
   chat = chat_lib.Chat(trained.tokenizer, template)
   length = engine.max_length or trained.config.data.length
@@ -94,7 +102,23 @@ def serve(
   api_key: str | None,
   allowed_hosts: tuple[str, ...] = (),
 ) -> None:
-  """Serves until it is stopped; arguments as for `make` and `AppConfig`."""
+  """Serves a model until a signal stops it.
+
+  Args:
+    trained: model to serve, a decoder.
+    socket: listening socket, from `bind`.
+    name: name of the model for clients.
+    engine: sizes of the engine; see `make`.
+    template: chat template in Jinja; None for the tokenizer's own.
+    max_tokens: greatest number of new tokens of a text.
+    max_body: greatest size of a request's body, in bytes.
+    api_key: key that requests to /v1 must send; None for no key.
+    allowed_hosts: names by which the server may be called, besides those of
+      the loopback on a local address; if empty, any on other addresses.
+
+  Raises:
+    ValueError: `make` raises it.
+  """
   import uvicorn
 
   host, port = socket.getsockname()[:2]
@@ -123,14 +147,18 @@ def serve(
   )
 
   class Server(uvicorn.Server):
-    """Says when it serves; a signal ends it, and is not raised again."""
+    """Prints when it serves; a signal ends it and is not raised again."""
 
-    async def startup(self, sockets=None) -> None:
+    async def startup(
+      self, sockets: list[socket_lib.socket] | None = None
+    ) -> None:
+      """Starts to listen, and prints the address."""
       await super().startup(sockets)
       print(line, flush=True)
 
     @contextlib.contextmanager
-    def capture_signals(self):
+    def capture_signals(self) -> Iterator[None]:
+      """Ends the server at a signal, without raising it again afterwards."""
       signals = signal.SIGINT, signal.SIGTERM
       before = {s: signal.signal(s, self.handle_exit) for s in signals}
       try:

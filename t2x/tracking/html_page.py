@@ -1,4 +1,4 @@
-"""The frame of report.html: its style, for light and dark, and its HTML."""
+"""The HTML template of report.html and its style sheet, for light and dark."""
 
 # Series colors after Okabe and Ito's set, told apart under color blindness,
 # with lighter tones on dark.

@@ -1,4 +1,4 @@
-"""Watching a run: metrics.jsonl, TensorBoard events and a progress bar.
+"""Writes the metrics of a run to metrics.jsonl, TensorBoard and a progress bar.
 
 `metrics.jsonl` holds one JSON object a line and one line a step. Values of
 the training step stand under plain names, those of an evaluation after it in
@@ -31,8 +31,8 @@ FILE = 'metrics.jsonl'
 class Writer:
   """Writes the rows of a run and shows its progress.
 
-  Opening it at step s, the steps that the restored state has taken, drops the
-  rows past s that an interrupted run left behind; at 0 all of them.
+  Where a run resumes after `start_step` steps, the rows of later steps, which
+  an interrupted run left behind, are dropped. At 0 all rows are dropped.
 
   >>> with tempfile.TemporaryDirectory() as workdir:
   ...   with Writer(workdir, start_step=0, num_steps=2, show=False) as writer:
@@ -41,13 +41,13 @@ class Writer:
   [{'step': 1, 'loss': 5.5, 'eval/held_out/loss': 5.25}]
 
   Args:
-    workdir: of the run; gs:// and other remote paths are uploaded to on
-      `flush` alone.
-    start_step: steps taken so far.
-    num_steps: steps in all.
-    primary: False writes and shows nothing; one process of a run is primary.
-    show: show a progress bar, or lines where stdout is no terminal.
-    header: printed once at the start, such as the formula of the MFU.
+    workdir: directory of the run. gs:// and other remote paths are uploaded
+      to by `flush` alone.
+    start_step: number of steps that the restored state has taken.
+    num_steps: number of steps that the run takes in all.
+    primary: whether this process writes; exactly one process of a run does.
+    show: whether to show a progress bar, or lines where stdout is no terminal.
+    header: text printed once at the start, such as the formula of the MFU.
   """
 
   def __init__(
@@ -78,8 +78,9 @@ class Writer:
     """Writes the complete row of one step.
 
     Args:
-      row: `step`, then numbers or arrays of one number, None where unknown;
-        steps must grow.
+      row: the key `step` and the values of metrics by name: numbers or arrays
+        of one number, None where unknown. `step` must exceed that of the row
+        before.
     """
     row = _plain_row(row)
     assert row['step'] > self._last_step, (row['step'], self._last_step)
@@ -88,10 +89,12 @@ class Writer:
       self._guarded(part.write, row)
 
   def flush(self) -> bool:
-    """Returns once every row written so far is on disk, or uploaded.
+    """Puts every row written so far on disk, or uploads it.
 
-    False if some rows cannot be written, as on a full disk. This is reported
-    once, they stay in memory, and each further row and flush tries again.
+    Returns:
+      Whether it succeeded. On a full disk, say, it does not: the rows stay in
+      memory, the error is logged once, and each further `write` and `flush`
+      tries again.
     """
     # The rows come first; a list, so that the others are flushed all the same.
     done = [self._guarded(part.flush) for part in self._parts]
@@ -99,8 +102,8 @@ class Writer:
       self._failed = False
     return not done or done[0]
 
-  def _guarded(self, action: Callable[..., None], *args: Any) -> bool:
-    """Returns whether the disk let `action` through."""
+  def _guarded(self, action: Callable[..., None], *args: object) -> bool:
+    """Runs `action` and returns whether it raised no OSError."""
     try:
       action(*args)
     except OSError as error:
@@ -115,7 +118,7 @@ class Writer:
     return True
 
   def close(self) -> None:
-    """Flushes and closes; a second call does nothing."""
+    """Flushes and closes all outputs; a second call does nothing."""
     parts, self._parts = self._parts, []
     # All are closed, the bar first, even where a disk is full.
     with contextlib.ExitStack() as stack:
@@ -125,12 +128,16 @@ class Writer:
   def __enter__(self) -> 'Writer':
     return self
 
-  def __exit__(self, *exc_info) -> None:
+  def __exit__(self, *exc_info: object) -> None:
     self.close()
 
 
 def read_rows(workdir: epath.PathLike) -> list[dict[str, Any]]:
-  """Returns the rows of a run, without a last line that a crash tore."""
+  """Returns the rows of a run, in order of step.
+
+  A line that is not valid JSON, such as a last line that a crash cut off, is
+  logged and left out. A run without metrics.jsonl has no rows.
+  """
   path = files.path(workdir) / FILE
   return _parse(path.read_bytes(), path) if path.exists() else []
 
@@ -146,7 +153,7 @@ def _parse(data: bytes, path: epath.Path) -> list[dict[str, Any]]:
 
 
 def _plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
-  """Turns arrays into numbers, and what JSON cannot hold into null."""
+  """Turns arrays into numbers, and NaN and infinity into None."""
   plain = {
     name: value.item() if hasattr(value, 'item') else value
     for name, value in row.items()
@@ -164,8 +171,10 @@ def _dump(row: Mapping[str, Any]) -> str:
   return json.dumps(row, allow_nan=False) + '\n'
 
 
-def _open_rows(path: epath.Path, start_step: int):
-  """Opens the file of rows, cut back to those of the steps taken."""
+def _open_rows(
+  path: epath.Path, start_step: int
+) -> '_LocalRows | _UploadedRows':
+  """Opens the file of rows after dropping those past `start_step`."""
   data = path.read_bytes() if path.exists() else b''
   rows = _parse(data, path) if start_step else []
   kept = ''.join(_dump(row) for row in rows if row['step'] <= start_step)
@@ -177,41 +186,45 @@ def _open_rows(path: epath.Path, start_step: int):
 
 
 class _LocalRows:
-  """Appends; a line outlives the process at once, the machine by `flush`."""
+  """Appends rows to a local file.
+
+  A written line survives the end of the process at once, and a crash of the
+  machine after `flush`.
+  """
 
   def __init__(self, path: epath.Path):
-    # Without a buffer it is known how much of a line a full disk took.
+    # Unbuffered, so that `write` tells how much of a line a full disk took.
     self._file = open(path, 'ab', buffering=0)
     self._pending = b''
 
-  def write(self, row):
+  def write(self, row: Mapping[str, Any]) -> None:
     self._pending += _dump(row).encode()
     self._drain()
 
-  def flush(self):
+  def flush(self) -> None:
     self._drain()
     os.fsync(self._file.fileno())
 
-  def _drain(self):
+  def _drain(self) -> None:
     while self._pending:
       self._pending = self._pending[self._file.write(self._pending) :]
 
-  def close(self):
+  def close(self) -> None:
     with self._file:
       self.flush()
 
 
 class _UploadedRows:
-  """Holds all rows, since an object cannot be appended to."""
+  """Uploads all rows at each flush: a remote object cannot be appended to."""
 
   def __init__(self, path: epath.Path, text: str):
     self._path = path
     self._lines = [text]
 
-  def write(self, row):
+  def write(self, row: Mapping[str, Any]) -> None:
     self._lines.append(_dump(row))
 
-  def flush(self):
+  def flush(self) -> None:
     self._lines = [''.join(self._lines)]
     self._path.write_text(self._lines[0])
 
@@ -219,10 +232,11 @@ class _UploadedRows:
 
 
 class _Events:
-  """TensorBoard events; for a remote folder written here and uploaded.
+  """Writes TensorBoard events, one for each row.
 
-  One event a row, written in this thread: tensorboardX's SummaryWriter hands
-  events to another, whose queue its `flush` does not wait for.
+  Events of a remote folder are written to a local one and uploaded. They are
+  written in this thread: tensorboardX's SummaryWriter hands them to another
+  thread, and its `flush` does not wait for that thread's queue.
   """
 
   def __init__(self, folder: epath.Path, start_step: int):
@@ -245,7 +259,7 @@ class _Events:
     log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._add(start_step + 1 if start_step else 0, session_log=log)
 
-  def write(self, row):
+  def write(self, row: Mapping[str, Any]) -> None:
     values = [
       self._summary.Value(tag=_tag(name), simple_value=value)
       for name, value in row.items()
@@ -253,21 +267,21 @@ class _Events:
     ]
     self._add(row['step'], summary=self._summary(value=values))
 
-  def _add(self, step, **fields):
+  def _add(self, step: int, **fields: object) -> None:
     event = self._event(wall_time=time.time(), step=step, **fields)
     self._writer.write_event(event)
 
-  def flush(self):
+  def flush(self) -> None:
     self._writer.flush()
     self._upload()
 
-  def close(self):
+  def close(self) -> None:
     self._writer.close()
     self._upload()
     if self._remote is not None:
       self._folder.rmtree()
 
-  def _upload(self):
+  def _upload(self) -> None:
     if self._remote is not None:
       self._remote.mkdir(parents=True, exist_ok=True)
       for path in self._folder.iterdir():

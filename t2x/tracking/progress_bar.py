@@ -1,4 +1,4 @@
-"""The progress of a run: a bar at a terminal, lines elsewhere."""
+"""Shows the progress of a run: a bar at a terminal, lines elsewhere."""
 
 from collections.abc import Mapping
 import sys
@@ -9,12 +9,12 @@ _LINE_SECONDS = 5.0  # Between progress lines where there is no terminal.
 
 
 class Progress:
-  """A bar at the foot of a terminal; elsewhere a line every few seconds.
+  """Shows a bar at the foot of a terminal; elsewhere a line every few seconds.
 
   Args:
-    num_steps: steps in all.
-    start_step: steps taken so far.
-    header: printed once at the start.
+    num_steps: number of steps that the run takes in all.
+    start_step: number of steps taken so far.
+    header: text printed once at the start; empty for none.
   """
 
   def __init__(self, num_steps: int, start_step: int, header: str):
@@ -28,7 +28,8 @@ class Progress:
       self._bar.start()
       self._bar.add_task('compiling', total=num_steps, completed=start_step)
 
-  def write(self, row):
+  def write(self, row: Mapping[str, Any]) -> None:
+    """Shows the row of a step, and one line for each set evaluated in it."""
     step = row['step']
     text = f'{_summary(row)}  ETA {self._eta(step)}'
     now = time.monotonic()
@@ -41,14 +42,17 @@ class Progress:
     for line in _eval_lines(row):
       self._print(line)
 
-  def _print(self, text):
+  def _print(self, text: str) -> None:
     if self._bar is None:
       print(text, flush=True)
     else:  # Above the bar.
       self._bar.console.print(text, markup=False, highlight=False)
 
-  def _eta(self, step):
-    """Goes by the rows since the first, whose step compiled the program."""
+  def _eta(self, step: int) -> str:
+    """Returns the time left, estimated from the steps after the first row's.
+
+    The first step took longer: the program was compiled in it.
+    """
     now = time.monotonic()
     if self._first is None:
       self._first = step, now
@@ -58,16 +62,18 @@ class Progress:
     per_step = (now - start) / (step - first_step)
     return _duration(per_step * max(0, self._num_steps - step))
 
-  def flush(self):
-    pass
+  def flush(self) -> None:
+    """Does nothing: rows are shown as they are written."""
 
-  def close(self):
+  def close(self) -> None:
+    """Takes the bar off the terminal's foot; a last state of it stays."""
     if self._bar is not None:
       self._bar.stop()
 
 
-def _make_bar():
-  # Only needed at a terminal.
+def _make_bar() -> Any:
+  """Returns a `rich.progress.Progress`."""
+  # Imported here, since it is needed at a terminal alone.
   from rich import progress
 
   return progress.Progress(

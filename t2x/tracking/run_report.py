@@ -1,7 +1,7 @@
-"""report.html: what a run was and how it went, on one page without a network.
+"""Writes report.html: the curves, results and settings of a run on one page.
 
-The figures are SVG in the page itself and take their colors from its style,
-so that they follow the reader's light or dark setting.
+The page needs no network. The charts are SVG in the page itself and take their
+colors from its style, so that they follow the reader's light or dark setting.
 """
 
 from collections.abc import Mapping
@@ -24,10 +24,16 @@ FILE = 'report.html'
 
 
 def write(workdir: epath.PathLike) -> epath.Path:
-  """Writes `report.html` of the run in `workdir`, and returns its path.
+  """Writes the `report.html` of a run.
 
   Reads metrics.jsonl, and corpus.json, config.json, versions.json and
   samples.json (a list of {prompt, text}) where they exist.
+
+  Args:
+    workdir: directory of the run.
+
+  Returns:
+    The path of the report.
 
   Raises:
     ValueError: `workdir` holds no run.
@@ -61,12 +67,21 @@ def page(
   *,
   title: str,
   rows: Sequence[Mapping[str, Any]],
-  config: Any = None,
+  config: Mapping[str, Any] | None = None,
   versions: Mapping[str, str] | None = None,
   samples: Sequence[Mapping[str, str]] = (),
   corpus: Mapping[str, Any] | None = None,
 ) -> str:
-  """Returns the page as text; see `write`."""
+  """Returns the HTML of a report; see `write`.
+
+  Args:
+    title: heading of the page, such as the name of the run.
+    rows: rows of metrics.jsonl, in order of step.
+    config: the run's config as JSON values; None leaves it out.
+    versions: version of each package that the run used.
+    samples: generated texts, each with the keys `prompt` and `text`.
+    corpus: contents of corpus.json; None leaves the documents out.
+  """
   sections = [
     _section('Figures', _tiles(headlines(rows)) + _eval_table(rows)),
     _section('Curves', _charts(rows)),
@@ -82,7 +97,7 @@ def page(
 
 
 def headlines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-  """Returns the run's figures as (name, value)."""
+  """Returns the main results of a run as (name, value) texts."""
   last = rows[-1]['step'] if rows else 0
   figures = [('steps', f'{last:,}')]
   losses = points(rows, 'loss')
@@ -108,7 +123,10 @@ def headlines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 
 
 def training_seconds(rows: Sequence[Mapping[str, Any]]) -> float:
-  """Returns the time spent in steps; a row stands for those since the last."""
+  """Returns the seconds spent in training steps.
+
+  The `step_seconds` of a row counts for all steps since the row before.
+  """
   total, previous = 0.0, 0
   for step, seconds in points(rows, 'step_seconds'):
     total += seconds * (step - previous)
@@ -119,26 +137,26 @@ def training_seconds(rows: Sequence[Mapping[str, Any]]) -> float:
 def eval_points(
   rows: Sequence[Mapping[str, Any]],
 ) -> dict[str, dict[str, list[svg_charts.Point]]]:
-  """Returns metric -> name of the evaluated set -> points."""
+  """Returns the points of evaluations: metric -> evaluated set -> points."""
   result: dict[str, dict[str, list[svg_charts.Point]]] = {}
   for name in dict.fromkeys(name for row in rows for name in row):
     if name.startswith('eval/'):
       _, title, metric = name.split('/', 2)
-      found = points(rows, name)
-      if found:
-        result.setdefault(metric, {})[title] = found
+      curve = points(rows, name)
+      if curve:
+        result.setdefault(metric, {})[title] = curve
   return result
 
 
 def points(
   rows: Sequence[Mapping[str, Any]], name: str
 ) -> list[svg_charts.Point]:
-  """Returns step and value of a metric, where rows have it."""
+  """Returns (step, value) of a metric, for the rows that have it."""
   return [(r['step'], r[name]) for r in rows if r.get(name) is not None]
 
 
 def _charts(rows: Sequence[Mapping[str, Any]]) -> str:
-  """Returns all figures that the rows have values for."""
+  """Returns the charts of all metrics that the rows have values for."""
   evals = eval_points(rows)
   eval_losses = _eval_series(evals.pop('loss', {}))
   training = _noisy('training', points(rows, 'loss'))
@@ -175,28 +193,32 @@ def _charts(rows: Sequence[Mapping[str, Any]]) -> str:
 def _ending(
   rows: Sequence[Mapping[str, Any]], end: str
 ) -> list[svg_charts.Series]:
-  """Returns smoothed lines of the training metrics so named, if several."""
+  """Returns smoothed lines of the training metrics whose names end in `end`.
+
+  The list is empty if there are fewer than two.
+  """
   names = dict.fromkeys(name for row in rows for name in row)
   names = [n for n in names if n.endswith(end) and not n.startswith('eval/')]
-  found = {name: found for name in names if (found := points(rows, name))}
-  if len(found) < 2:
+  curves = {name: curve for name in names if (curve := points(rows, name))}
+  if len(curves) < 2:
     return []
   return [
     svg_charts.Series(name=n, points=_smoothed(p), color=i)
-    for i, (n, p) in enumerate(found.items())
+    for i, (n, p) in enumerate(curves.items())
   ]
 
 
-def _smoothed(found: Sequence[svg_charts.Point]) -> list[svg_charts.Point]:
-  return svg_charts.smooth(found, len(found) // 100 + 1)
+def _smoothed(curve: Sequence[svg_charts.Point]) -> list[svg_charts.Point]:
+  return svg_charts.smooth(curve, len(curve) // 100 + 1)
 
 
 def _noisy(
-  name: str, found: Sequence[svg_charts.Point]
+  name: str, curve: Sequence[svg_charts.Point]
 ) -> list[svg_charts.Series]:
+  """Returns a curve as a faint line, and its moving average over it."""
   return [
-    svg_charts.Series(name=name, points=found, faint=True),
-    svg_charts.Series(name='smoothed', points=_smoothed(found)),
+    svg_charts.Series(name=name, points=curve, faint=True),
+    svg_charts.Series(name='smoothed', points=_smoothed(curve)),
   ]
 
 
@@ -223,7 +245,7 @@ def _tiles(figures: Sequence[tuple[str, str]]) -> str:
 
 
 def _eval_table(rows: Sequence[Mapping[str, Any]]) -> str:
-  """Returns a row for each evaluated set: its loss, then all other metrics."""
+  """Returns a table of evaluated sets: the loss, then the other metrics."""
   evals = eval_points(rows)
   losses = evals.pop('loss', {})
   perplexities = evals.pop('perplexity', {})
@@ -244,7 +266,7 @@ def _eval_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _documents(tasks: Mapping[str, Mapping[str, Any]]) -> str:
-  """Returns a row for each task: what was read, kept, and dropped and why."""
+  """Returns a table of each task's documents: read, kept, and dropped."""
   reasons = dict.fromkeys(
     r for facts in tasks.values() for r in facts['dropped']
   )
@@ -269,8 +291,14 @@ def _table(head: Sequence[str], body: str) -> str:
   )
 
 
-def _loss_cells(losses, perplexities) -> list[str]:
-  """Final loss, best loss, its step, and perplexity, exp(loss) by default."""
+def _loss_cells(
+  losses: Sequence[svg_charts.Point] | None,
+  perplexities: Sequence[svg_charts.Point] | None,
+) -> list[str]:
+  """Returns final loss, best loss, its step, and final perplexity.
+
+  Without `perplexities` the last is exp(final loss).
+  """
   if not losses:
     return ['-'] * 4
   final = losses[-1][1]
@@ -305,7 +333,7 @@ def _versions(versions: Mapping[str, str] | None) -> str:
   )
 
 
-def _config(config: Any) -> str:
+def _config(config: Mapping[str, Any] | None) -> str:
   if config is None:
     return ''
   text = html.escape(json.dumps(config, indent=2))

@@ -1,4 +1,4 @@
-"""Curves of a run, drawn as SVG text that goes into a page.
+"""Draws the curves of a run as SVG text to put into an HTML page.
 
 Colors are the CSS variables `--ink` (text), `--grid` and `--s0` to `--s5` (the
 series), which the page defines.
@@ -15,7 +15,7 @@ from typing import Any
 
 Point = tuple[float, float]  # Step, value.
 
-_MAX_POINTS = 600  # To a line; a page stays small however long the run was.
+_MAX_POINTS = 600  # Of a line, so that pages of long runs stay small.
 _NUM_SERIES = 6  # Colors in the style.
 
 
@@ -24,11 +24,11 @@ class Series:
   """One line of a chart.
 
   Attributes:
-    name: in the legend.
-    points: in order of step.
-    color: which of the page's series colors.
-    faint: thin and pale, behind the others.
-    marked: a dot for each point.
+    name: label of the line in the legend.
+    points: (step, value) pairs in order of step.
+    color: index of the page's series color, taken modulo their number.
+    faint: whether the line is thin and pale.
+    marked: whether each point has a dot.
   """
 
   name: str
@@ -39,11 +39,19 @@ class Series:
 
 
 def smooth(points: Sequence[Point], reach: int) -> list[Point]:
-  """Averages each value with up to `reach` on either side.
+  """Returns a centred moving average of points.
 
-  As many on one side as on the other, so that the line does not lag behind a
-  loss that falls; fewer towards both ends. Where there are enough, the last
-  reach / 2 are left out, whose means would be of few.
+  Each value is averaged with up to `reach` values on either side. As many are
+  taken on one side as on the other, so that the line does not lag behind a
+  falling loss; towards both ends they are fewer.
+
+  Args:
+    points: (step, value) pairs in order of step.
+    reach: greatest number of neighbours on one side.
+
+  Returns:
+    One point for each of `points`. If these are more than 2 * reach, the last
+    reach / 2 are left out, since their averages would be over few values.
   """
   sums = list(itertools.accumulate((v for _, v in points), initial=0.0))
   result = []
@@ -57,7 +65,11 @@ def smooth(points: Sequence[Point], reach: int) -> list[Point]:
 
 
 def thin(points: Sequence[Point], most: int = _MAX_POINTS) -> list[Point]:
-  """Keeps the least and the greatest value of each of `most` / 2 pieces."""
+  """Returns at most about `most` of the points, extremes included.
+
+  The points are cut into `most` / 2 pieces, and the least and the greatest
+  value of each piece are kept.
+  """
   if len(points) <= most:
     return list(points)
   size = math.ceil(len(points) / (most // 2))
@@ -76,13 +88,15 @@ def draw(
   log: bool = False,
   focus: bool = False,
 ) -> str:
-  """Returns a figure, or nothing where there are no points.
+  """Returns an HTML figure of a line chart; '' if there are no points.
 
   Args:
-    title: of the figure.
-    series: lines; those without points are left out.
-    log: a logarithmic value axis, where the values span a decade.
-    focus: cut the value axis where only the first steps lie above it.
+    title: caption of the figure.
+    series: lines to draw; those without points are left out.
+    log: whether the value axis is logarithmic, if the values are positive and
+      span more than a decade.
+    focus: whether the value axis leaves out values that only the first steps
+      reach.
   """
   series = [s for s in series if s.points]
   if not series:
@@ -141,8 +155,10 @@ def _svg(series: Sequence[Series], *, log: bool, focus: bool) -> str:
   return _restyle(buffer.getvalue())
 
 
-def _scale(axes: Any, series: Sequence[Series], *, log: bool, focus: bool):
-  """Sets the ranges of a chart's axes and where their labels stand."""
+def _scale(
+  axes: Any, series: Sequence[Series], *, log: bool, focus: bool
+) -> None:
+  """Sets the ranges and tick labels of a chart's axes (of matplotlib)."""
   from matplotlib import ticker
 
   values = [value for s in series for _, value in s.points]
@@ -160,10 +176,10 @@ def _scale(axes: Any, series: Sequence[Series], *, log: bool, focus: bool):
 
 
 def _restyle(svg: str) -> str:
-  """Keeps the drawing alone and puts CSS variables for its colors."""
+  """Returns the <svg> element alone, with CSS variables for its colors."""
   svg = svg[svg.index('<svg') :]
   svg = re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.DOTALL)
-  # Ids would repeat from figure to figure; these are never referred to.
+  # Ids must be unique in a page; nothing refers to these.
   svg = re.sub(r'<g id="[^"]*">', '<g>', svg)
   variables = {_INK: '--ink', _GRID: '--grid'}
   variables |= {c: f'--s{i}' for i, c in enumerate(_COLORS)}
@@ -173,7 +189,7 @@ def _restyle(svg: str) -> str:
 
 
 def _focus_range(series: Sequence[Series]) -> Point:
-  """Leaves out the heights that only the first fiftieth of a line reaches."""
+  """Returns a range of the values after the first fiftieth of each line."""
   values = []
   for s in series:
     values += [value for _, value in s.points[len(s.points) // 50 :]]
