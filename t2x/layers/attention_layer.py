@@ -332,7 +332,9 @@ class Attention(nnx.Module):
         keys_B=keys_B, rate=config.dropout, heads_KG=local_heads.numbers(config)
       )
     options = self._options(kernel)
-    k_BSKH, v_BSKH = (local_heads.met(a, config) for a in (k_BSKH, v_BSKH))
+    k_BSKH, v_BSKH = (
+      local_heads.used_key_heads(a, config) for a in (k_BSKH, v_BSKH)
+    )
     with jax.named_scope('scores'):
       return context.attend(
         q_BTNH, k_BSKH, v_BSKH, mask, options=options, bias=bias, dropout=drop
@@ -355,7 +357,9 @@ class Attention(nnx.Module):
   def _mixed(self, q_BTNH, k_BSKH, v_BSKH, mask) -> jax.Array:
     """Mixes the values of a kind without scores."""
     config = self.config
-    k_BSKH, v_BSKH = (local_heads.met(a, config) for a in (k_BSKH, v_BSKH))
+    k_BSKH, v_BSKH = (
+      local_heads.used_key_heads(a, config) for a in (k_BSKH, v_BSKH)
+    )
     with jax.named_scope('scores'):
       heads_N = local_heads.numbers(config).reshape(-1)
       out_BTNH = context.mix(self.mixer, q_BTNH, k_BSKH, v_BSKH, mask, heads_N)

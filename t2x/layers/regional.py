@@ -65,7 +65,7 @@ class _Elsewhere(patterns.Pattern):
 
 
 class RegionalMixer(nnx.Module):
-  """Runs `Regional`; see `attention_kinds.Mixer`."""
+  """Runs `Regional`; see `context.Mixer`."""
 
   def __init__(self, config: Regional):
     self.config = config
