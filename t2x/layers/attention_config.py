@@ -37,8 +37,8 @@ class Heads:
       rotary; false is a layer without positions (Kazemnejad et al., 2023).
     kind: name of the kind, for `model.attention`.
     not_causal: reason why a decoder cannot have this kind, or None.
-    decoding: what a decoder keeps of earlier tokens to generate token by token;
-      None if it cannot.
+    decoding: description of what a decoder keeps of earlier tokens to generate
+      token by token; None if it cannot.
     mixes_rows: whether queries see other documents packed into their row.
   """
 

@@ -34,17 +34,15 @@ from t2x.parallel import sharding
 from t2x.parallel import zigzag
 
 
-def make(
-  config: attention_kinds.AttentionConfig, embed: int, **draw: Any
-) -> Any:
-  """Returns the layer that runs a kind; arguments as for `Attention`."""
-  if isinstance(config, convolution.Convolution):
-    return convolution.Convolve(config, embed, **draw)
-  return Attention(config, embed, **draw)
-
-
 class Attention(nnx.Module):
-  """Attention over the sequence itself, or over another (cross-attention).
+  """Attention over the sequence itself, or over another one (cross-attention).
+
+  Args:
+    config: config of the layer, of any kind but a convolution.
+    embed: width D of the activations.
+    init: initialisation of the weights.
+    out_factor: factor of the std of the output projection's weights.
+    rngs: random keys of the parameters.
 
   >>> layer = Attention(
   ...     attention.Dense(num_heads=4, num_kv_heads=2, head_dim=8), 32,
@@ -65,7 +63,7 @@ class Attention(nnx.Module):
   ):
     self.config: Any = config
     N, K, H = config.num_heads, config.kv_heads, config.head_dim
-    # Where the scores are not divided by sqrt(H), the queries are drawn so.
+    # If the scores are not divided by sqrt(H), the queries' weights are.
     folded = init.scale == 'fan_in' and getattr(config, 'scale', None) == 1.0
     into = lambda heads, factor=1.0: param.initializer(
       init, fan_in=embed, fan_out=heads * H, factor=factor
@@ -125,15 +123,18 @@ class Attention(nnx.Module):
     """Attends to the sequence itself, or to `encoded_BSD`.
 
     Args:
-      x_BTD: the queries' sequence, and the keys' unless `encoded_BSD` is set.
-      mask: what each query sees; the layer adds its own pattern.
-      positions_BT: positions for `rotary`; default 0, 1, 2, ...
-      types_BT: sentences, for kinds whose scores tell them apart.
-      rotary: rotation of queries and keys, if any.
-      bias: added to the scores.
-      keys_B: dropout keys of the rows; None means no dropout.
-      encoded_BSD: another sequence to look at.
-      num_keys: tokens that have keys, the first ones; default all.
+      x_BTD: sequence of the queries, and of the keys unless `encoded_BSD` is
+        set.
+      mask: description of the keys that each query sees; the layer adds its own
+        pattern.
+      positions_BT: positions of the tokens; None is 0, 1, 2, ...
+      types_BT: token type (sentence) of each token, for kinds whose scores
+        depend on it; None is none.
+      rotary: rotary encoding of queries and keys; None is none.
+      bias: bias of the scores; None is none.
+      keys_B: dropout key of each row; None means no dropout.
+      encoded_BSD: another sequence to attend to; None is self-attention.
+      num_keys: number of tokens, the first ones, that have keys; None is all.
 
     Returns:
       (B, T, D).
@@ -141,8 +142,8 @@ class Attention(nnx.Module):
     x_BTD = sequence_parallel.gather(x_BTD)
     q_BTNH = self.queries(x_BTD)
     if encoded_BSD is not None:
-      # Its gradients by keys and by values are added before they are summed
-      # over the devices that have other heads.
+      # With this constraint the gradients by keys and by values are added
+      # before they are summed over devices with other heads.
       encoded_BSD = sharding.constrain(
         encoded_BSD, 'batch', 'length', 'act_embed'
       )
@@ -150,12 +151,12 @@ class Attention(nnx.Module):
       return self.attend(q_BTNH, k_BSKH, v_BSKH, mask, bias, keys_B)
     k_BSKH, v_BSKH = self.keys_and_values(x_BTD[:, :num_keys])
     if positions_BT is None:
-      place_T = zigzag.index(x_BTD.shape[1], mask.q_zigzag)
-      positions_BT = jnp.asarray(place_T)[None]
-    own_BS = None if types_BT is None else types_BT[:, :num_keys]
+      index_T = zigzag.index(x_BTD.shape[1], mask.q_zigzag)
+      positions_BT = jnp.asarray(index_T)[None]
+    types_BS = None if types_BT is None else types_BT[:, :num_keys]
     q_BTNH = self._placed_queries(q_BTNH, positions_BT, rotary, types_BT)
-    places_BS = positions_BT[:, :num_keys]
-    k_BSKH = self._placed_keys(k_BSKH, places_BS, rotary, own_BS)
+    positions_BS = positions_BT[:, :num_keys]
+    k_BSKH = self._placed_keys(k_BSKH, positions_BS, rotary, types_BS)
     length = num_keys or x_BTD.shape[1]
     self.config.check_limit(length)
     if self.mixer is not None:
@@ -178,10 +179,19 @@ class Attention(nnx.Module):
     keys_B: jax.Array | None = None,
     num_keys: int | None = None,
   ) -> tuple[jax.Array, cache_lib.Memory]:
-    """Attends to what rows before had, and to the sequence itself.
+    """Attends to a memory of the previous rows and to the sequence itself.
 
-    Its own keys follow those of the memory, in `mask` too; otherwise as
-    `__call__`.
+    The keys of the memory come before those of the sequence, also in `mask`.
+
+    Args:
+      x_BTD: the sequence.
+      mask: description of the keys that each query sees.
+      memory: keys and values of the previous rows.
+      positions_BT: positions of the tokens; the memory ends at -1.
+      rotary: rotary encoding of queries and keys; None is none.
+      bias: bias of the scores; None is none.
+      keys_B: dropout key of each row; None means no dropout.
+      num_keys: number of tokens, the first ones, that have keys; None is all.
 
     Returns:
       (B, T, D), and the memory for the next rows.
@@ -190,16 +200,24 @@ class Attention(nnx.Module):
     before_BM = jnp.broadcast_to(
       jnp.arange(-length, 0)[None], (len(positions_BT), length)
     )
-    places_BS = jnp.concatenate([before_BM, positions_BT[:, :num_keys]], 1)
-    own = self.keys_and_values(x_BTD[:, :num_keys])
-    k_BSKH, v_BSKH, memory = memory.followed_by(*own)
+    positions_BS = jnp.concatenate([before_BM, positions_BT[:, :num_keys]], 1)
+    new = self.keys_and_values(x_BTD[:, :num_keys])
+    k_BSKH, v_BSKH, memory = memory.followed_by(*new)
     q_BTNH = self._placed_queries(self.queries(x_BTD), positions_BT, rotary)
-    k_BSKH = self._placed_keys(k_BSKH, places_BS, rotary)
+    k_BSKH = self._placed_keys(k_BSKH, positions_BS, rotary)
     mask = self._narrowed(mask, num_keys or x_BTD.shape[1])
     return self.attend(q_BTNH, k_BSKH, v_BSKH, mask, bias, keys_B), memory
 
-  def empty_memory(self, batch: int, length: int, dtype) -> cache_lib.Memory:
-    """Returns what `recall` goes on from in the first rows."""
+  def empty_memory(
+    self, batch: int, length: int, dtype: jax.typing.DTypeLike
+  ) -> cache_lib.Memory:
+    """Returns the memory with which `recall` starts, of zeros.
+
+    Args:
+      batch: number of rows.
+      length: number of tokens M in the memory.
+      dtype: dtype of keys and values.
+    """
     shape = batch, length, self.config.kv_heads, self.config.head_dim
     zeros = jnp.zeros(shape, dtype)
     return cache_lib.Memory(k_BMKH=zeros, v_BMKH=zeros)
@@ -214,9 +232,16 @@ class Attention(nnx.Module):
     rotary: position.Rotary | None = None,
     bias: dense.Bias | None = None,
   ) -> tuple[jax.Array, Any]:
-    """Attends to a cache, after adding this call's keys and values to it.
+    """Adds keys and values to a cache, and attends to all that it has.
 
-    They go where `mask.q_index_BT` says; otherwise as `__call__`.
+    Args:
+      x_BTD: new tokens of each row.
+      mask: description of the keys that each query sees; `mask.q_index_BT` is
+        the index of each token in its row.
+      cache: cache of the layer, from `empty_cache` or `empty_pages`.
+      positions_BT: positions of the tokens; None is their index.
+      rotary: rotary encoding of queries and keys; None is none.
+      bias: bias of the scores; None is none.
 
     Returns:
       (B, T, D), and the new cache.
@@ -230,9 +255,8 @@ class Attention(nnx.Module):
     if rotary is not None:
       k_BTKH = position.rotate(k_BTKH, positions_BT, rotary)
     if self.mixer is not None:
-      mixer: Any = self.mixer
       index_BT = mask.q_index_BT
-      out_BTNH, cache = mixer.step(q_BTNH, k_BTKH, v_BTKH, index_BT, cache)
+      out_BTNH, cache = self.mixer.step(q_BTNH, k_BTKH, v_BTKH, index_BT, cache)
       return self._out(out_BTNH), cache
     if isinstance(cache, paged.PagedCache):
       cache = cache.extend(k_BTKH, v_BTKH, mask.q_index_BT)
@@ -240,16 +264,22 @@ class Attention(nnx.Module):
     k_BSKH, v_BSKH, index_BS, cache = cache.extend(
       k_BTKH, v_BTKH, mask.q_index_BT
     )
-    if self.distances is not None:  # Kept narrow, by places that are known.
-      place_BS = jnp.arange(k_BSKH.shape[1])[None]
-      k_BSKH = self.distances.keys(k_BSKH, place_BS)
+    if self.distances is not None:  # The cache has keys that are not widened.
+      positions_BS = jnp.arange(k_BSKH.shape[1])[None]
+      k_BSKH = self.distances.keys(k_BSKH, positions_BS)
     mask = dataclasses.replace(mask, k_index_BS=index_BS)
     mask = self._narrowed(mask, cache.capacity)
-    # There is no kernel for a few queries and a cache.
+    # No kernel supports a cache.
     out_BTD = self.attend(q_BTNH, k_BSKH, v_BSKH, mask, bias, kernel='blocks')
     return out_BTD, cache
 
-  def _step_paged(self, q_BTNH, mask, cache, bias) -> jax.Array:
+  def _step_paged(
+    self,
+    q_BTNH: jax.Array,
+    mask: mask_lib.Mask,
+    cache: paged.PagedCache,
+    bias: dense.Bias | None,
+  ) -> jax.Array:
     with jax.named_scope('scores'):
       out_BTNH = paged.attend(
         q_BTNH,
@@ -262,24 +292,42 @@ class Attention(nnx.Module):
       )
     return self._out(out_BTNH)
 
-  def _placed_queries(self, q_BTNH, positions_BT, rotary, types_BT=None):
-    """Returns queries that know where they stand."""
+  def _placed_queries(
+    self,
+    q_BTNH: jax.Array,
+    positions_BT: jax.Array,
+    rotary: position.Rotary | None,
+    types_BT: jax.Array | None = None,
+  ) -> jax.Array:
+    """Encodes positions in queries, by rotation or by `distances`."""
     if self.distances is not None:
       return self.distances.queries(q_BTNH, positions_BT, types_BT)
     if rotary is None:
       return q_BTNH
     return position.rotate(q_BTNH, positions_BT, rotary)
 
-  def _placed_keys(self, k_BSKH, positions_BS, rotary, types_BS=None):
-    """Returns keys that know where they stand."""
+  def _placed_keys(
+    self,
+    k_BSKH: jax.Array,
+    positions_BS: jax.Array,
+    rotary: position.Rotary | None,
+    types_BS: jax.Array | None = None,
+  ) -> jax.Array:
+    """Encodes positions in keys, by rotation or by `distances`."""
     if self.distances is not None:
       return self.distances.keys(k_BSKH, positions_BS, types_BS)
     if rotary is None:
       return k_BSKH
     return position.rotate(k_BSKH, positions_BS, rotary)
 
-  def _with_globals(self, out_BTNH, x_BTD, mask, keys_B):
-    """Replaces the outputs of global tokens by those of their own weights."""
+  def _with_globals(
+    self,
+    out_BTNH: jax.Array,
+    x_BTD: jax.Array,
+    mask: mask_lib.Mask,
+    keys_B: jax.Array | None,
+  ) -> jax.Array:
+    """Replaces the outputs of global tokens by those of their projections."""
     num, segments_BT = self.config.num_global, mask.q_segments_BT
     whole = mask_lib.Mask(
       q_segments_BT=None if segments_BT is None else segments_BT[:, :num],
@@ -287,15 +335,18 @@ class Attention(nnx.Module):
     )
     q_BGNH, k_BSNH, v_BSNH = self.global_tokens(x_BTD, num)
     keys_B = dropout.fold(keys_B, 1)
-    found = self._attend(q_BGNH, k_BSNH, v_BSNH, whole, None, keys_B, 'blocks')
-    return jnp.concatenate([found, out_BTNH[:, num:]], axis=1)
+    globals_ = self._attend(
+      q_BGNH, k_BSNH, v_BSNH, whole, None, keys_B, 'blocks'
+    )
+    return jnp.concatenate([globals_, out_BTNH[:, num:]], axis=1)
 
   def _narrowed(self, mask: mask_lib.Mask, length: int) -> mask_lib.Mask:
-    """Adds what the layer's kind leaves of a sequence that sees itself."""
+    """Adds the pattern of the layer's kind to a mask."""
     causal = patterns.has(mask.pattern, patterns.Causal)
     return mask & self.config.pattern(length, causal=causal)
 
   def queries(self, x_BTD: jax.Array) -> jax.Array:
+    """Projects a sequence to queries, (B, T, N, H)."""
     q_BTNH = param.project(x_BTD, self.q_DNH, 'BTD,DNH->BTNH')
     q_BTNH = param.add_bias(q_BTNH, self.q_bias_NH)
     if self.q_norm is not None:
@@ -303,8 +354,8 @@ class Attention(nnx.Module):
     q_BTNH = checkpoint_name(q_BTNH, 'query')
     return sharding.constrain(q_BTNH, 'batch', 'length', 'heads', None)
 
-  def keys_and_values(self, x_BSD: jax.Array):
-    """Returns keys and values (B, S, K, H) of a sequence."""
+  def keys_and_values(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Projects a sequence to keys and values, (B, S, K, H)."""
     k_BSKH = param.project(x_BSD, self.k_DKH, 'BSD,DKH->BSKH')
     v_BSKH = param.project(x_BSD, self.v_DKH, 'BSD,DKH->BSKH')
     k_BSKH = param.add_bias(k_BSKH, self.k_bias_KH)
@@ -317,14 +368,43 @@ class Attention(nnx.Module):
     return k_BSKH, v_BSKH
 
   def attend(
-    self, q_BTNH, k_BSKH, v_BSKH, mask, bias=None, keys_B=None, kernel=None
-  ):
-    """Attends with given queries, keys and values; returns (B, T, D)."""
+    self,
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask: mask_lib.Mask,
+    bias: dense.Bias | None = None,
+    keys_B: jax.Array | None = None,
+    kernel: str | None = None,
+  ) -> jax.Array:
+    """Attends with given queries, keys and values.
+
+    Args:
+      q_BTNH: queries.
+      k_BSKH: keys.
+      v_BSKH: values.
+      mask: description of the keys that each query sees.
+      bias: bias of the scores; None is none.
+      keys_B: dropout key of each row; None means no dropout.
+      kernel: value in the place of `config.kernel`; None is that of the config.
+
+    Returns:
+      (B, T, D).
+    """
     parts = q_BTNH, k_BSKH, v_BSKH, mask
     return self._out(self._attend(*parts, bias, keys_B, kernel))
 
-  def _attend(self, q_BTNH, k_BSKH, v_BSKH, mask, bias, keys_B, kernel):
-    """As `attend`; returns (B, T, N, H)."""
+  def _attend(
+    self,
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask: mask_lib.Mask,
+    bias: dense.Bias | None,
+    keys_B: jax.Array | None,
+    kernel: str | None,
+  ) -> jax.Array:
+    """Attends as `attend`, without the output projection: (B, T, N, H)."""
     config = self.config
     drop = None
     if keys_B is not None and config.dropout:
@@ -354,8 +434,14 @@ class Attention(nnx.Module):
     out_BTD = sequence_parallel.scatter(out_BTD, 'heads')
     return param.add_bias(out_BTD, self.o_bias_D)
 
-  def _mixed(self, q_BTNH, k_BSKH, v_BSKH, mask) -> jax.Array:
-    """Mixes the values of a kind without scores."""
+  def _mixed(
+    self,
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask: mask_lib.Mask,
+  ) -> jax.Array:
+    """Applies the mixer of a kind without scores: (B, T, N, H)."""
     config = self.config
     k_BSKH, v_BSKH = (
       local_heads.used_key_heads(a, config) for a in (k_BSKH, v_BSKH)
@@ -365,18 +451,33 @@ class Attention(nnx.Module):
       out_BTNH = context.mix(self.mixer, q_BTNH, k_BSKH, v_BSKH, mask, heads_N)
     return checkpoint_name(out_BTNH, splash.NAME)
 
-  def empty_pages(self, num_pages: int, size: int, dtype) -> paged.PagedCache:
-    """Returns pages that `step` goes on from; see `paged.empty`."""
+  def empty_pages(
+    self, num_pages: int, size: int, dtype: jax.typing.DTypeLike
+  ) -> paged.PagedCache:
+    """Returns empty pages for `step`.
+
+    Args:
+      num_pages: number of pages.
+      size: number of positions in a page.
+      dtype: dtype of keys and values.
+    """
     config = self.config
     return paged.empty(num_pages, size, config.kv_heads, config.head_dim, dtype)
 
   def empty_cache(
-    self, batch: int, capacity: int, dtype, slack: int = 0
+    self, batch: int, capacity: int, dtype: jax.typing.DTypeLike, slack: int = 0
   ) -> Any:
-    """Returns what `step` goes on from.
+    """Returns an empty cache for `step`.
+
+    Args:
+      batch: number of rows.
+      capacity: number of positions in a row.
+      dtype: dtype of keys and values.
+      slack: largest number of tokens written in one step that may be rejected
+        later; see `cache.empty`.
 
     Raises:
-      ValueError: the kind cannot go on token by token.
+      ValueError: the kind cannot generate token by token.
     """
     config = self.config
     K, H = config.kv_heads, config.head_dim
@@ -386,3 +487,18 @@ class Attention(nnx.Module):
       return self.mixer.empty_cache(batch, capacity, K, H, dtype)
     reach = config.reach
     return cache_lib.empty(batch, capacity, K, H, H, dtype, reach, slack)
+
+
+def make(
+  config: attention_kinds.AttentionConfig,
+  embed: int,
+  *,
+  init: param.Init,
+  out_factor: float,
+  rngs: nnx.Rngs,
+) -> Attention | convolution.Convolve:
+  """Builds the layer of a config; arguments as for `Attention`."""
+  draw: Any = {'init': init, 'out_factor': out_factor, 'rngs': rngs}
+  if isinstance(config, convolution.Convolution):
+    return convolution.Convolve(config, embed, **draw)
+  return Attention(config, embed, **draw)

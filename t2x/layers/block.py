@@ -305,6 +305,7 @@ def _recall(
   context: Context,
   memory: cache_lib.Memory,
 ) -> tuple[jax.Array, cache_lib.Memory]:
+  assert context.positions_BT is not None
   y_BTD = sharding.constrain(y_BTD, 'batch', 'length', 'act_embed')
   return layer.recall(
     y_BTD,

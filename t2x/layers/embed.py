@@ -105,6 +105,7 @@ def _exchanged(
     return None
 
   def local(table_VD: jax.Array, tokens_BT: jax.Array) -> Any:
+    there_BT = None
     if embed:
       tokens_BT = jax.lax.all_gather(tokens_BT, embed, axis=0, tiled=True)
     if vocab:
@@ -113,7 +114,7 @@ def _exchanged(
       there_BT = (tokens_BT >= 0) & (tokens_BT < num)
       tokens_BT = jnp.where(there_BT, tokens_BT, 0)
     x_BTD = param.look_up(table_VD, tokens_BT).astype(dtype)
-    if vocab:
+    if there_BT is not None:
       x_BTD = jnp.where(there_BT[..., None], x_BTD, 0)
     if embed:
       x_BTD = jax.lax.all_to_all(x_BTD, embed, 0, 2, tiled=True)

@@ -160,13 +160,16 @@ def _local(
   """Computes the layer for one device's tokens."""
   if axes.fine:
     x_BTD = jax.lax.all_gather(x_BTD, axes.fine, axis=1, tiled=True)
-  by = _by_slots if isinstance(routed, routing.Slots) else _by_choices
   if axes.hidden and 'down_bias_ED' in weights:
     # The outputs of these devices are summed, and the bias counts once.
     first = jax.lax.axis_index(axes.hidden) == 0
     bias_ED = jnp.where(first, weights['down_bias_ED'], 0.0)
     weights = {**weights, 'down_bias_ED': bias_ED}
-  out_BTD = by(weights, x_BTD, routed, axes, config).astype(x_BTD.dtype)
+  if isinstance(routed, routing.Slots):
+    out_BTD = _by_slots(weights, x_BTD, routed, axes, config)
+  else:
+    out_BTD = _by_choices(weights, x_BTD, routed, axes, config)
+  out_BTD = out_BTD.astype(x_BTD.dtype)
   # Devices that split experts or their width have terms of one sum.
   parts = (*axes.experts_only, *axes.hidden)
   summed = tuple(a for a in parts if a not in axes.fine)

@@ -1,4 +1,4 @@
-"""Longformer's projections of global tokens (Beltagy et al., 2020, section 3.2).
+"""Longformer's projections of global tokens (Beltagy et al., 2020, 3.2).
 
 Shape suffixes: B batch, T position, D embed, N heads, H head dim.
 """

@@ -4,8 +4,8 @@ A block of rows is multiplied only with the matrices of its own groups, as in
 Gale et al. (2022), "MegaBlocks". A block with rows of two groups is computed
 once for each of them.
 
-Shape suffixes: P rows, E groups, D and F columns, X pairs of a block of rows and
-a group, the visits of a kernel.
+Shape suffixes: P rows, E groups, D and F columns, X pairs of a block of rows
+and a group, the visits of a kernel.
 """
 
 import jax

@@ -21,7 +21,6 @@ from t2x.attention import patterns
 from t2x.layers import attention_config
 
 Model = TypeVar('Model')
-Leaf = TypeVar('Leaf')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -275,7 +274,7 @@ def redraw(model: Model, step: jax.Array) -> Model:
   """
   place = itertools.count()
 
-  def redrawn(x: Leaf) -> Leaf:
+  def redrawn(x: object) -> object:
     if not isinstance(x, Projection):
       return x
     every, orthogonal = (x.get_metadata(n) for n in ('every', 'orthogonal'))
