@@ -204,7 +204,10 @@ def _pairs_of(blocks: Iterable[Span]) -> int:
 
 
 def _block_size(num_queries: int, mask: mask_lib.Mask) -> int:
-  """Returns a number of queries: few skip more, many blocks compile slowly."""
+  """Returns the number of queries in a block.
+
+  Small blocks skip more keys, but many blocks take long to compile.
+  """
   if not mask.is_ordered and num_queries <= KEEP_KEYS:
     return num_queries
   least = -(-num_queries // _MAX_BLOCKS)

@@ -282,8 +282,8 @@ def empty(
     key_dim: head dim of the keys.
     value_dim: head dim of the values.
     dtype: dtype of the entries; int8 keeps a scale for each vector too.
-    reach: number of latest keys that a query sees, its own included; None
-      keeps all.
+    reach: number of tokens from a query back to its farthest key, both
+      included; None keeps all.
     slack: largest number of tokens written in one step that may be rejected
       later; a window keeps as many more entries, since the rejected tokens
       overwrite older ones.

@@ -174,7 +174,7 @@ def with_prefix(prefix_BS: jax.Array) -> Mask:
 
 
 def _with_prefix_shown(mask: Mask, prefix_BS: jax.Array) -> Mask:
-  """Adds a prefix; a query sees that of its own segment only."""
+  """Adds a prefix; a query sees only the prefix of its own segment."""
   pattern = mask.pattern | patterns.Prefix()
   return dataclasses.replace(mask, pattern=pattern, prefix_BS=prefix_BS)
 

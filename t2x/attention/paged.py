@@ -94,8 +94,8 @@ def attend(
       index at or past the capacity is padding, whose result is undefined.
     options: scale and cap.
     bias: the bias of `dense.attend`.
-    reach: number of latest keys that a query sees, its own included; None is
-      all.
+    reach: number of tokens from a query back to its farthest key, both
+      included; None is all.
     keys: function applied to the keys (B, S, K, H) as they are read, given
       their indices (B, S); for example rotary positions.
   """

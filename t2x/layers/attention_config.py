@@ -138,7 +138,10 @@ class Softmax(Heads):
 
   @property
   def reach(self) -> int | None:
-    """Number of latest keys that a causal query sees; None is all."""
+    """Number of tokens from a causal query back to its farthest key, or None.
+
+    Both are included; None is no limit.
+    """
     return None
 
 

@@ -1,7 +1,7 @@
 """Multi-head, multi-query and grouped-query attention layers.
 
-Shape suffixes: B batch, T query position, S key position, D embed, N query
-heads, K key/value heads, H head dim.
+Shape suffixes: B batch, T query position, S key position, M memory, D embed, N
+query heads, K key/value heads, H head dim.
 """
 
 import dataclasses
@@ -9,32 +9,23 @@ from typing import Any
 
 from flax import nnx
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from t2x.attention import cache as cache_lib
-from t2x.attention import context
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
 from t2x.attention import paged
-from t2x.attention import patterns
-from t2x.attention import splash
-from t2x.layers import attention_config
 from t2x.layers import attention_kinds
+from t2x.layers import attention_variants
 from t2x.layers import convolution
-from t2x.layers import dropout
-from t2x.layers import global_tokens
-from t2x.layers import local_heads
-from t2x.layers import norm
 from t2x.layers import param
 from t2x.layers import position
 from t2x.layers import sequence_parallel
-from t2x.layers import transformer_xl
 from t2x.parallel import sharding
 from t2x.parallel import zigzag
 
 
-class Attention(nnx.Module):
+class Attention(attention_variants.Variants):
   """Attention over the sequence itself, or over another one (cross-attention).
 
   Args:
@@ -51,61 +42,6 @@ class Attention(nnx.Module):
   >>> layer(x, mask_lib.make(causal=True)).shape
   (2, 5, 32)
   """
-
-  def __init__(
-    self,
-    config: attention_config.Heads,
-    embed: int,
-    *,
-    init: param.Init,
-    out_factor: float,
-    rngs: nnx.Rngs,
-  ):
-    self.config: Any = config
-    N, K, H = config.num_heads, config.kv_heads, config.head_dim
-    # If the scores are not divided by sqrt(H), the queries' weights are.
-    folded = init.scale == 'fan_in' and getattr(config, 'scale', None) == 1.0
-    into = lambda heads, factor=1.0: param.initializer(
-      init, fan_in=embed, fan_out=heads * H, factor=factor
-    )
-    make = lambda heads, axis, init: param.weight(
-      rngs, (embed, heads, H), ('embed', axis, 'head_dim'), init
-    )
-    self.q_DNH = make(N, 'heads', into(N, H**-0.5 if folded else 1.0))
-    self.k_DKH = make(K, 'kv_heads', into(K))
-    self.v_DKH = make(K, 'kv_heads', into(K))
-    out = param.initializer(
-      init, fan_in=N * H, fan_out=embed, factor=out_factor
-    )
-    self.o_NHD = param.weight(
-      rngs, (N, H, embed), ('heads', 'head_dim', 'embed'), out
-    )
-    zeros = lambda shape, axes: param.param(rngs, shape, axes, param.zeros)
-    heads = lambda n, axis: (
-      zeros((n, H), (axis, 'head_dim')) if config.bias else None
-    )
-    self.q_bias_NH = heads(N, 'heads')
-    self.k_bias_KH = heads(K, 'kv_heads')
-    self.v_bias_KH = heads(K, 'kv_heads')
-    self.o_bias_D = zeros((embed,), (None,)) if config.has_out_bias else None
-    of_heads = norm.RMSNorm(eps=config.qk_norm_eps)
-    qk_norm = lambda: norm.Norm(of_heads, H, rngs=rngs)
-    self.q_norm = qk_norm() if config.qk_norm else None
-    self.k_norm = qk_norm() if config.qk_norm else None
-    has_globals = getattr(config, 'global_projections', False)
-    self.global_tokens: Any = (
-      global_tokens.GlobalTokens(
-        lambda: make(N, 'heads', into(N)), lambda: heads(N, 'heads')
-      )
-      if has_globals
-      else None
-    )
-    self.distances: Any = (
-      transformer_xl.Distances(config, embed, init=init, rngs=rngs)
-      if isinstance(config, transformer_xl.TransformerXL)
-      else None
-    )
-    self.mixer: Any = attention_kinds.mixer(config, rngs=rngs)
 
   def __call__(
     self,
@@ -291,165 +227,6 @@ class Attention(nnx.Module):
         keys=lambda k_BSKH, index_BS: self._placed_keys(k_BSKH, index_BS, None),
       )
     return self._out(out_BTNH)
-
-  def _placed_queries(
-    self,
-    q_BTNH: jax.Array,
-    positions_BT: jax.Array,
-    rotary: position.Rotary | None,
-    types_BT: jax.Array | None = None,
-  ) -> jax.Array:
-    """Encodes positions in queries, by rotation or by `distances`."""
-    if self.distances is not None:
-      return self.distances.queries(q_BTNH, positions_BT, types_BT)
-    if rotary is None:
-      return q_BTNH
-    return position.rotate(q_BTNH, positions_BT, rotary)
-
-  def _placed_keys(
-    self,
-    k_BSKH: jax.Array,
-    positions_BS: jax.Array,
-    rotary: position.Rotary | None,
-    types_BS: jax.Array | None = None,
-  ) -> jax.Array:
-    """Encodes positions in keys, by rotation or by `distances`."""
-    if self.distances is not None:
-      return self.distances.keys(k_BSKH, positions_BS, types_BS)
-    if rotary is None:
-      return k_BSKH
-    return position.rotate(k_BSKH, positions_BS, rotary)
-
-  def _with_globals(
-    self,
-    out_BTNH: jax.Array,
-    x_BTD: jax.Array,
-    mask: mask_lib.Mask,
-    keys_B: jax.Array | None,
-  ) -> jax.Array:
-    """Replaces the outputs of global tokens by those of their projections."""
-    num, segments_BT = self.config.num_global, mask.q_segments_BT
-    whole = mask_lib.Mask(
-      q_segments_BT=None if segments_BT is None else segments_BT[:, :num],
-      k_segments_BS=mask.k_segments_BS,
-    )
-    q_BGNH, k_BSNH, v_BSNH = self.global_tokens(x_BTD, num)
-    keys_B = dropout.fold(keys_B, 1)
-    globals_ = self._attend(
-      q_BGNH, k_BSNH, v_BSNH, whole, None, keys_B, 'blocks'
-    )
-    return jnp.concatenate([globals_, out_BTNH[:, num:]], axis=1)
-
-  def _narrowed(self, mask: mask_lib.Mask, length: int) -> mask_lib.Mask:
-    """Adds the pattern of the layer's kind to a mask."""
-    causal = patterns.has(mask.pattern, patterns.Causal)
-    return mask & self.config.pattern(length, causal=causal)
-
-  def queries(self, x_BTD: jax.Array) -> jax.Array:
-    """Projects a sequence to queries, (B, T, N, H)."""
-    q_BTNH = param.project(x_BTD, self.q_DNH, 'BTD,DNH->BTNH')
-    q_BTNH = param.add_bias(q_BTNH, self.q_bias_NH)
-    if self.q_norm is not None:
-      q_BTNH = self.q_norm(q_BTNH)
-    q_BTNH = checkpoint_name(q_BTNH, 'query')
-    return sharding.constrain(q_BTNH, 'batch', 'length', 'heads', None)
-
-  def keys_and_values(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Projects a sequence to keys and values, (B, S, K, H)."""
-    k_BSKH = param.project(x_BSD, self.k_DKH, 'BSD,DKH->BSKH')
-    v_BSKH = param.project(x_BSD, self.v_DKH, 'BSD,DKH->BSKH')
-    k_BSKH = param.add_bias(k_BSKH, self.k_bias_KH)
-    v_BSKH = param.add_bias(v_BSKH, self.v_bias_KH)
-    if self.k_norm is not None:
-      k_BSKH = self.k_norm(k_BSKH)
-    axes = ('batch', 'length', 'kv_heads', None)
-    k_BSKH = sharding.constrain(checkpoint_name(k_BSKH, 'key'), *axes)
-    v_BSKH = sharding.constrain(checkpoint_name(v_BSKH, 'value'), *axes)
-    return k_BSKH, v_BSKH
-
-  def attend(
-    self,
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    mask: mask_lib.Mask,
-    bias: dense.Bias | None = None,
-    keys_B: jax.Array | None = None,
-    kernel: str | None = None,
-  ) -> jax.Array:
-    """Attends with given queries, keys and values.
-
-    Args:
-      q_BTNH: queries.
-      k_BSKH: keys.
-      v_BSKH: values.
-      mask: description of the keys that each query sees.
-      bias: bias of the scores; None is none.
-      keys_B: dropout key of each row; None means no dropout.
-      kernel: value in the place of `config.kernel`; None is that of the config.
-
-    Returns:
-      (B, T, D).
-    """
-    parts = q_BTNH, k_BSKH, v_BSKH, mask
-    return self._out(self._attend(*parts, bias, keys_B, kernel))
-
-  def _attend(
-    self,
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    mask: mask_lib.Mask,
-    bias: dense.Bias | None,
-    keys_B: jax.Array | None,
-    kernel: str | None,
-  ) -> jax.Array:
-    """Attends as `attend`, without the output projection: (B, T, N, H)."""
-    config = self.config
-    drop = None
-    if keys_B is not None and config.dropout:
-      drop = dropout.OfScores(
-        keys_B=keys_B, rate=config.dropout, heads_KG=local_heads.numbers(config)
-      )
-    options = self._options(kernel)
-    k_BSKH, v_BSKH = (
-      local_heads.used_key_heads(a, config) for a in (k_BSKH, v_BSKH)
-    )
-    with jax.named_scope('scores'):
-      return context.attend(
-        q_BTNH, k_BSKH, v_BSKH, mask, options=options, bias=bias, dropout=drop
-      )
-
-  def _options(self, kernel: str | None = None) -> dense.Options:
-    config = self.config
-    return dense.Options(
-      kernel=kernel or config.kernel,
-      scale=config.scale or config.head_dim**-0.5,
-      soft_cap=config.soft_cap,
-      block=config.block,
-    )
-
-  def _out(self, out_BTNH: jax.Array) -> jax.Array:
-    out_BTD = param.project(out_BTNH, self.o_NHD, 'BTNH,NHD->BTD')
-    out_BTD = sequence_parallel.scatter(out_BTD, 'heads')
-    return param.add_bias(out_BTD, self.o_bias_D)
-
-  def _mixed(
-    self,
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    mask: mask_lib.Mask,
-  ) -> jax.Array:
-    """Applies the mixer of a kind without scores: (B, T, N, H)."""
-    config = self.config
-    k_BSKH, v_BSKH = (
-      local_heads.used_key_heads(a, config) for a in (k_BSKH, v_BSKH)
-    )
-    with jax.named_scope('scores'):
-      heads_N = local_heads.numbers(config).reshape(-1)
-      out_BTNH = context.mix(self.mixer, q_BTNH, k_BSKH, v_BSKH, mask, heads_N)
-    return checkpoint_name(out_BTNH, splash.NAME)
 
   def empty_pages(
     self, num_pages: int, size: int, dtype: jax.typing.DTypeLike

@@ -3,11 +3,13 @@
 Shape suffixes: B batch, T position, D embed, N heads, H head dim.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 from flax import nnx
 import jax
 
+from t2x.layers import attention_config
+from t2x.layers import attention_projections
 from t2x.layers import param
 
 
@@ -15,13 +17,25 @@ class GlobalTokens(nnx.Module):
   """Separate projections to the queries, keys and values of global tokens.
 
   Args:
-    weight: function that makes a weight (D, N, H).
-    bias: function that makes a bias (N, H), or returns None for no bias.
+    config: config of the layer.
+    embed: width D of the activations.
+    init: initialisation of the weights.
+    rngs: random keys of the parameters.
   """
 
   def __init__(
-    self, weight: Callable[[], nnx.Param], bias: Callable[[], nnx.Param | None]
+    self,
+    config: attention_config.Heads,
+    embed: int,
+    *,
+    init: param.Init,
+    rngs: nnx.Rngs,
   ):
+    draw: Any = {'init': init, 'rngs': rngs}
+    weight = lambda: attention_projections.weight(
+      config, embed, 'heads', **draw
+    )
+    bias = lambda: attention_projections.bias(config, 'heads', rngs=rngs)
     self.q_DNH, self.k_DNH, self.v_DNH = weight(), weight(), weight()
     self.q_bias_NH, self.k_bias_NH, self.v_bias_NH = bias(), bias(), bias()
 

@@ -203,7 +203,7 @@ class Longformer(attention_config.Softmax):
 
 
 def _reach(config: Dilated | Longformer) -> int:
-  """Returns the number of tokens from a query to the farthest key."""
+  """Returns the number of tokens from a query to its farthest key."""
   return (config.window - 1) * config.dilation + 1
 
 
