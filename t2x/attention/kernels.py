@@ -22,8 +22,6 @@ from t2x.attention import triton
 from t2x.parallel import manual_sharding
 from t2x.parallel import sharding
 
-Shaped = jax.Array | jax.ShapeDtypeStruct
-
 
 def attend(
   q_BTNH: jax.Array,
@@ -91,9 +89,9 @@ def attend(
 
 
 def why_not(
-  q_BTNH: Shaped,
-  k_BSKH: Shaped,
-  v_BSKH: Shaped,
+  q_BTNH: triton.Shaped,
+  k_BSKH: triton.Shaped,
+  v_BSKH: triton.Shaped,
   mask: mask_lib.Mask,
   *,
   platform: str,

@@ -22,7 +22,7 @@ from t2x.attention import mask as mask_lib
 from t2x.attention import patterns
 from t2x.attention import splash
 
-Shaped = jax.Array | jax.ShapeDtypeStruct
+Shaped = jax.Array | jax.ShapeDtypeStruct  # An array, or its shape and dtype.
 
 # Sides of a block of scores, in the order in which they are tried. Products on
 # tensor cores cannot be smaller.
