@@ -12,7 +12,7 @@ from t2x.layers import param
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerNorm:
-  """Config of layer normalization (Ba et al., 2016).
+  """Config of layer normalisation (Ba et al., 2016).
 
   Attributes:
     eps: epsilon that is added to the variance.
@@ -26,7 +26,7 @@ class LayerNorm:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RMSNorm:
-  """Config of RMS normalization (Zhang and Sennrich, 2019): no mean, no bias.
+  """Config of RMS normalisation (Zhang and Sennrich, 2019): no mean, no bias.
 
   Attributes:
     eps: epsilon that is added to the mean square.
@@ -43,7 +43,7 @@ NormConfig = LayerNorm | RMSNorm
 
 
 class Norm(nnx.Module):
-  """Normalizes the last dimension.
+  """Normalises the last dimension.
 
   >>> norm = Norm(RMSNorm(), 8, rngs=nnx.Rngs(0))
   >>> norm(jnp.ones((2, 3, 8))).shape
@@ -62,7 +62,7 @@ class Norm(nnx.Module):
     )
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns normalized `x`, in its own dtype."""
+    """Returns normalised `x`, in its own dtype."""
     y = x.astype(jnp.float32)
     if isinstance(self.config, LayerNorm):
       y = y - y.mean(-1, keepdims=True)

@@ -77,13 +77,13 @@ def drawn(distribution: str, std: float) -> Initializer:
 
 
 def zeros(key: jax.Array, shape: Sequence[int]) -> jax.Array:
-  """Initializes with zeros, float32; an `Initializer`."""
+  """Initialises with zeros, float32; an `Initializer`."""
   del key
   return jnp.zeros(shape, jnp.float32)
 
 
 def ones(key: jax.Array, shape: Sequence[int]) -> jax.Array:
-  """Initializes with ones, float32; an `Initializer`."""
+  """Initialises with ones, float32; an `Initializer`."""
   del key
   return jnp.ones(shape, jnp.float32)
 
