@@ -1,8 +1,8 @@
-"""Attention of split rows by exchanging heads against sequence.
+"""Attention over a sequence split between devices, by all-to-all exchanges.
 
-Each device of a mesh axis holds a piece of every row; an all-to-all gives it
-whole rows of some heads instead, and another gives its piece back (Jacobs et
-al., 2023, "DeepSpeed Ulysses").
+Each device of a mesh axis holds a piece of every row. An all-to-all exchange
+gives it whole rows of some of the heads instead, and a second one gives its
+piece back (Jacobs et al., 2023, "DeepSpeed Ulysses").
 
 Shape suffixes: B batch, T query position, S key position, N query heads, K
 key/value heads, G query heads per key/value head, H head dim. C is the number
@@ -27,13 +27,13 @@ from t2x.parallel import sharding
 
 
 def repeats(num_heads: int, num_kv_heads: int, devices: int, parts: int) -> int:
-  """Returns how often each key/value head is sent, so that heads divide.
+  """Returns how many copies of each key/value head let the heads divide.
 
   Args:
-    num_heads: N.
-    num_kv_heads: K.
-    devices: C, over which heads are dealt.
-    parts: over which tensor parallelism splits the heads.
+    num_heads: number of query heads N.
+    num_kv_heads: number of key/value heads K.
+    devices: number of devices C that exchange heads.
+    parts: number of parts into which tensor parallelism splits the heads.
 
   Raises:
     ShardingError: no number of copies lets the heads divide.
@@ -60,19 +60,35 @@ def attend(
   axis: str,
   *,
   options: dense.Options = dense.Options(),
-  bias: Any = None,
-  dropout: Any = None,
+  bias: dense.Bias | None = None,
+  dropout: dense.Dropout | None = None,
 ) -> jax.Array:
-  """As `dense.attend`, of rows that a mesh axis splits along the sequence.
+  """Attends as `context.attend` in rows that a mesh axis splits.
 
-  Arguments as for `context.attend`, but for the axis; the tokens come in the
-  order of the sequence.
+  The tokens of a row are in the order of the sequence.
+
+  Args:
+    q_BTNH: queries, split along the sequence.
+    k_BSKH: keys, split along the sequence.
+    v_BSKH: values, split along the sequence.
+    mask: description of the keys that each query sees.
+    axis: mesh axis that splits the sequence.
+    options: the options of `dense.attend`.
+    bias: the bias of `dense.attend`; a pytree.
+    dropout: the dropout of `dense.attend`.
 
   Raises:
     ShardingError: the heads do not divide.
   """
 
-  def whole_rows(extra, q, k, v, mask, heads_KG):
+  def whole_rows(
+    extra: tuple[dense.Bias | None, dense.Dropout | None],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: mask_lib.Mask,
+    heads_KG: jax.Array,
+  ) -> jax.Array:
     bias, dropout = extra
     return kernels.attend(
       q,
@@ -97,17 +113,20 @@ def apply(
   mask: mask_lib.Mask,
   axis: str,
 ) -> jax.Array:
-  """Returns what `fn` makes of whole rows, on each device for some heads.
+  """Applies `fn` to whole rows, on each device to some of the heads.
 
   Args:
-    fn: takes `extra`, queries, keys, values, the mask and the numbers of the
-      heads (K, G).
-    extra: a pytree that every device has whole.
+    fn: function of `extra`, queries, keys, values, the mask and the numbers of
+      the query heads (K, G), that returns (B, T, N, H).
+    extra: pytree that every device has whole.
     q_BTNH: queries, split along the sequence.
-    k_BSKH: keys.
-    v_BSKH: values.
-    mask: what each query sees.
-    axis: that splits the sequence.
+    k_BSKH: keys, split along the sequence.
+    v_BSKH: values, split along the sequence.
+    mask: description of the keys that each query sees.
+    axis: mesh axis that splits the sequence.
+
+  Returns:
+    The result of `fn` (B, T, N, H), split along the sequence.
 
   Raises:
     ShardingError: the heads do not divide.
@@ -128,19 +147,27 @@ def apply(
   )(extra, q_BTNH, k_BSKH, v_BSKH, mask)
 
 
-def _exchange(fn, axis, extra, q_BTNH, k_BSKH, v_BSKH, mask):
+def _exchange(
+  fn: Callable[..., jax.Array],
+  axis: str,
+  extra: Any,
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  mask: mask_lib.Mask,
+) -> jax.Array:
   C, rank = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
   N, K = q_BTNH.shape[2], k_BSKH.shape[2]
   # Every C-th key/value head with its query heads, so that a split of the
   # heads over other axes stays as it is.
   heads_KG = jnp.arange(N).reshape(K // C, C, N // K)[:, rank]
 
-  def exchange(a, **axes):
+  def exchange(a: jax.Array, **axes: int) -> jax.Array:
     fn = lambda a: jax.lax.all_to_all(a, axis, tiled=True, **axes)
     names = 'batch', None, 'kv_heads', None, None, None
     return manual_sharding.on_parts(fn, a, *names)
 
-  def to_heads(a, group):
+  def to_heads(a: jax.Array, group: int) -> jax.Array:
     """(B, T / C, K group, H) to (B, T, K / C group, H)."""
     a = a.reshape(*a.shape[:2], K // C, C, group, -1)
     a = exchange(a, split_axis=3, concat_axis=1)
@@ -157,7 +184,7 @@ def _exchange(fn, axis, extra, q_BTNH, k_BSKH, v_BSKH, mask):
     mask,
     q_segments_BT=gather(mask.q_segments_BT),
     k_segments_BS=gather(mask.k_segments_BS),
-    # A row's one prefix is whole on every device.
+    # A single prefix for a whole row is on every device.
     prefix_BS=(
       mask.prefix_BS
       if mask.own_prefix_BS is None
@@ -170,6 +197,6 @@ def _exchange(fn, axis, extra, q_BTNH, k_BSKH, v_BSKH, mask):
   return out.reshape(*q_BTNH.shape[:3], -1)
 
 
-def _of_heads(bias, heads_N):
-  """Returns the bias of some heads."""
+def _of_heads(bias: dense.Bias, heads_N: jax.Array) -> dense.Bias:
+  """Returns the bias of some heads, given by their numbers."""
   return lambda relative: jnp.take(bias(relative), heads_N, axis=-3)

@@ -1,4 +1,4 @@
-"""Patterns of whole blocks: any matrix of them, and random ones."""
+"""Mask patterns made of whole blocks: from a matrix, or drawn at random."""
 
 import dataclasses
 import functools
@@ -11,12 +11,12 @@ from t2x.attention import patterns
 
 @dataclasses.dataclass(frozen=True)
 class Blocks(patterns.Pattern):
-  """Any pattern of whole blocks.
+  """Pattern given by a matrix of blocks.
 
   Attributes:
-    size: tokens to a side of a block.
-    rows: a string for each block of queries, with a 1 for each block of keys
-      that it sees and a 0 for each that it does not.
+    size: number of tokens along a side of a block.
+    rows: one string for each block of queries, with a 1 for each block of keys
+      that it sees and a 0 for each block that it does not see.
   """
 
   size: int
@@ -28,20 +28,25 @@ class Blocks(patterns.Pattern):
     """Whether each block of queries sees each block of keys."""
     return _matrix(self)
 
-  def _made(self) -> np.ndarray:
+  def _build(self) -> np.ndarray:
     return np.array([[c == '1' for c in row] for row in self.rows], bool)
 
-  def sees(self, q, k, prefix):
+  def sees(
+    self,
+    q: patterns.Indices,
+    k: patterns.Indices,
+    prefix: patterns.Indices | None,
+  ) -> patterns.Indices:
     matrix = self.matrix
     rows, columns = matrix.shape
     q, k = q // self.size, k // self.size
-    # Padding past the matrix sees nothing that counts.
+    # Tokens past the matrix are padding, whose results are not used.
     q, k = q.clip(0, rows - 1), k.clip(0, columns - 1)
     if isinstance(q, np.ndarray) and isinstance(k, np.ndarray):
       return matrix[q, k]
     return jnp.asarray(matrix)[q, k]
 
-  def reach(self, q, k):
+  def reach(self, q: patterns.Span, k: patterns.Span) -> patterns.Reach:
     sums = _sums(self)
     rows, columns = self.matrix.shape
     (q_0, q_1), (k_0, k_1) = (
@@ -56,15 +61,16 @@ class Blocks(patterns.Pattern):
 class RandomBlocks(Blocks):
   """Each block of queries sees `num` blocks of keys, drawn once.
 
-  A causal one draws among the blocks up to its own, so that the first rows are
-  the same in longer sequences; then a row has no more than there are.
+  A causal pattern draws among the blocks up to the query's own, so that the
+  first rows are the same in longer sequences. The first blocks of queries then
+  see fewer than `num` blocks.
 
   Attributes:
-    size: tokens to a side of a block.
-    num: blocks of keys that a block of queries sees.
-    num_blocks: of the sequence.
-    causal: draw among the blocks up to the query's own.
-    seed: of the draws.
+    size: number of tokens along a side of a block.
+    num: number of blocks of keys that a block of queries sees.
+    num_blocks: number of blocks in the sequence.
+    causal: whether to draw among the blocks up to the query's own only.
+    seed: seed of the random draws.
   """
 
   rows: tuple[str, ...] = ()
@@ -73,7 +79,7 @@ class RandomBlocks(Blocks):
   causal: bool = False
   seed: int = 0
 
-  def _made(self) -> np.ndarray:
+  def _build(self) -> np.ndarray:
     matrix = np.zeros((self.num_blocks, self.num_blocks), bool)
     for row in range(self.num_blocks):
       among = row + 1 if self.causal else self.num_blocks
@@ -84,10 +90,10 @@ class RandomBlocks(Blocks):
 
 @functools.lru_cache(maxsize=32)
 def _sums(blocks: Blocks) -> np.ndarray:
-  """Blocks that are seen up to each row and column."""
+  """Returns the number of visible blocks before each row and column."""
   return np.pad(blocks.matrix.cumsum(0, np.int32).cumsum(1), (1, 0))
 
 
 @functools.lru_cache(maxsize=32)
 def _matrix(blocks: Blocks) -> np.ndarray:
-  return blocks._made()  # pylint: disable=protected-access
+  return blocks._build()  # pylint: disable=protected-access

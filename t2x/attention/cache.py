@@ -1,7 +1,8 @@
-"""Keys and values kept from earlier positions; values, never mutated.
+"""Key/value caches for decoding token by token.
 
-They lie with a head's positions side by side, (B, K, S, H), as the products of
-a step read them: a step reads all of a cache and writes one position of it.
+A cache is a value: adding entries returns a new one. Its arrays have the layout
+(B, K, S, H), in which the products of a step read them: a step reads the whole
+cache and writes one position of it.
 
 Shape suffixes: B batch, T query position, S slot, K key/value heads, H head
 dim.
@@ -22,7 +23,7 @@ class Entries:
 
   Attributes:
     data_BKSH: the vectors.
-    scale_BKS: what int8 vectors are multiplied by, float32; else None.
+    scale_BKS: float32 factors of int8 vectors; None for other dtypes.
   """
 
   data_BKSH: jax.Array
@@ -30,10 +31,17 @@ class Entries:
 
   @property
   def size(self) -> int:
+    """Number of slots."""
     return self.data_BKSH.shape[2]
 
   def put(self, new_BTKH: jax.Array, slot_BT: jax.Array) -> 'Entries':
-    """Writes at each row's own slots; what is past the end is lost."""
+    """Writes vectors into slots.
+
+    Args:
+      new_BTKH: vectors to write.
+      slot_BT: slot of each vector in its row; a vector whose slot is past the
+        last one is dropped.
+    """
     new_BKTH = jnp.swapaxes(new_BTKH, 1, 2)
     if self.scale_BKS is None:
       return Entries(data_BKSH=_put(self.data_BKSH, new_BKTH, slot_BT))
@@ -43,8 +51,17 @@ class Entries:
       scale_BKS=_put(self.scale_BKS, scale_BKT, slot_BT),
     )
 
-  def put_at(self, new_BTKH, page_BT, place_BT) -> 'Entries':
-    """Writes at places of pages; what is past the last page is lost."""
+  def put_at(
+    self, new_BTKH: jax.Array, page_BT: jax.Array, place_BT: jax.Array
+  ) -> 'Entries':
+    """Writes vectors into pages, which stand in the place of rows.
+
+    Args:
+      new_BTKH: vectors to write.
+      page_BT: page of each vector; a vector whose page is past the last one is
+        dropped.
+      place_BT: slot of each vector in its page.
+    """
     if self.scale_BKS is None:
       data_BTKH, scale_BTK = new_BTKH, None
     else:
@@ -63,14 +80,14 @@ class Entries:
     )
 
   def seen(self, new_BTKH: jax.Array) -> jax.Array:
-    """Returns new vectors as `read` would after `put`."""
+    """Returns new vectors as `read` returns them after `put`."""
     if self.scale_BKS is None:
       return new_BTKH.astype(self.data_BKSH.dtype)
     data_BTKH, scale_BTK = _quantized(new_BTKH)
     return (data_BTKH * scale_BTK[..., None]).astype(new_BTKH.dtype)
 
-  def read(self, dtype) -> jax.Array:
-    """Returns (B, S, K, H)."""
+  def read(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Returns all vectors, (B, S, K, H); int8 ones are cast to `dtype`."""
     # The transposition is undone by that of the product that follows.
     data_BSKH = jnp.swapaxes(self.data_BKSH, 1, 2)
     if self.scale_BKS is None:
@@ -94,45 +111,73 @@ def _quantized(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cache:
-  """Keys and values by index in the sequence, `capacity` of them a row."""
+  """Keys and values of all positions: index i of the sequence is in slot i.
+
+  Attributes:
+    k: keys.
+    v: values.
+  """
 
   k: Entries
   v: Entries
 
   @property
   def capacity(self) -> int:
+    """Number of positions in a row."""
     return self.k.size
 
-  def extend(self, k_BTKH, v_BTKH, index_BT: jax.Array):
-    """Adds T entries at each row's own indices.
+  def extend(
+    self, k_BTKH: jax.Array, v_BTKH: jax.Array, index_BT: jax.Array
+  ) -> tuple[jax.Array, jax.Array, None, 'Cache']:
+    """Adds keys and values at given indices.
 
-    Indices at or past the capacity are dropped: the caller checks lengths.
+    Args:
+      k_BTKH: keys to add.
+      v_BTKH: values to add.
+      index_BT: index of each in its row; those at or past the capacity are
+        dropped, so the caller checks lengths.
 
     Returns:
-      Keys, values and their indices (B, S), or None for 0, 1, 2, ..., of all
-      positions; and the new cache.
+      Keys (B, S, K, H) and values (B, S, K, H) of all positions; their indices
+      (B, S), or None for 0, 1, 2, ...; and the new cache.
     """
     new = Cache(k=self.k.put(k_BTKH, index_BT), v=self.v.put(v_BTKH, index_BT))
     return *new.read(k_BTKH.dtype), None, new
 
-  def read(self, dtype) -> tuple[jax.Array, jax.Array]:
-    """Returns keys and values (B, S, K, H)."""
+  def read(self, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """Returns keys and values, (B, S, K, H); int8 ones are cast to `dtype`."""
     return self.k.read(dtype), self.v.read(dtype)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-  """Keys and values of the last tokens of the rows before, without gradient.
+  """Keys and values of the last M tokens of the previous rows (Transformer-XL).
 
-  They are kept as they come, before they are told where they stand.
+  No gradient flows through them. They are stored before any position encoding,
+  since their positions change from row to row.
+
+  Attributes:
+    k_BMKH: keys.
+    v_BMKH: values.
   """
 
   k_BMKH: jax.Array
   v_BMKH: jax.Array
 
-  def followed_by(self, k_BTKH, v_BTKH):
-    """Returns keys and values of both, and the memory of the last of them."""
+  def followed_by(
+    self, k_BTKH: jax.Array, v_BTKH: jax.Array
+  ) -> tuple[jax.Array, jax.Array, 'Memory']:
+    """Appends keys and values of the current rows.
+
+    Args:
+      k_BTKH: keys of the current rows.
+      v_BTKH: values of the current rows.
+
+    Returns:
+      Keys and values of the memory and the current rows, (B, M + T, K, H), and
+      the memory of the last M of them.
+    """
     join = lambda old, new: jnp.concatenate([old.astype(new.dtype), new], 1)
     k_BSKH, v_BSKH = join(self.k_BMKH, k_BTKH), join(self.v_BMKH, v_BTKH)
     length = self.k_BMKH.shape[1]
@@ -143,13 +188,14 @@ class Memory:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WindowCache:
-  """The latest keys and values of each row: that of index i in slot i modulo S.
+  """The latest keys and values of each row: index i is in slot i modulo S.
 
   Attributes:
     k: keys.
     v: values.
-    index_BS: where the entry of each slot stands in its row.
-    capacity: entries at or past it are dropped, as in `Cache`.
+    index_BS: index in its row of the entry in each slot.
+    capacity: number of positions in a row; entries at or past it are dropped,
+      as in `Cache`.
   """
 
   k: Entries
@@ -157,15 +203,18 @@ class WindowCache:
   index_BS: jax.Array
   capacity: int = dataclasses.field(metadata={'static': True})
 
-  def extend(self, k_BTKH, v_BTKH, index_BT: jax.Array):
-    """As `Cache.extend`; the keys are those of before and the new ones."""
+  def extend(
+    self, k_BTKH: jax.Array, v_BTKH: jax.Array, index_BT: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array, 'WindowCache']:
+    """As `Cache.extend`; returns the S entries before and the T new ones."""
     index_BT = jnp.broadcast_to(index_BT, k_BTKH.shape[:2])
     is_real_BT = index_BT < self.capacity
     join = lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], 1)
     keys = join(self.k.read(k_BTKH.dtype), self.k.seen(k_BTKH))
     values = join(self.v.read(v_BTKH.dtype), self.v.seen(v_BTKH))
     new_index_BT = jnp.where(is_real_BT, index_BT, _NEVER)
-    # What was written there before did not count: see `slack` of `empty`.
+    # Older entries at or after these indices are replaced: see `slack` of
+    # `empty`.
     first_B1 = new_index_BT.min(1, keepdims=True)
     old_BS = jnp.where(self.index_BS < first_B1, self.index_BS, _NEVER)
     index = join(old_BS, new_index_BT)
@@ -185,26 +234,28 @@ class WindowCache:
     return keys, values, index, new
 
 
-def _put(old, new, slot_BT):
-  """Writes (B, K, T, ...) at each row's own slots of (B, K, S, ...)."""
+def _put(old: jax.Array, new: jax.Array, slot_BT: jax.Array) -> jax.Array:
+  """Writes (B, K, T, ...) into the given slots of (B, K, S, ...)."""
   # Mapped over rows: an index array of rows would make the partitioner gather
   # the batch.
   slot_BT = jnp.broadcast_to(slot_BT, (new.shape[0], new.shape[2]))
   if slot_BT.size == 1:
-    # A second one that is lost: XLA turns the write of a single entry into an
-    # update that it fuses with every use, each with a copy of the cache.
+    # A second entry, which is dropped: XLA turns the write of a single one into
+    # an update that it fuses with every use, each with a copy of the cache.
     new = jnp.concatenate([new, new], axis=2)
     slot_BT = jnp.concatenate([slot_BT, jnp.full((1, 1), old.shape[2])], 1)
   write = jax.vmap(lambda a, b, slot: a.at[:, slot].set(b, mode='drop'))
   return write(old, new.astype(old.dtype), slot_BT)
 
 
-def of(k_BSKH: jax.Array, v_BSKH: jax.Array, dtype) -> Cache:
-  """Returns a cache that is full, of another sequence's keys and values."""
+def of(
+  k_BSKH: jax.Array, v_BSKH: jax.Array, dtype: jax.typing.DTypeLike
+) -> Cache:
+  """Returns a full cache of the given keys and values, for cross-attention."""
   return Cache(k=_entries(k_BSKH, dtype), v=_entries(v_BSKH, dtype))
 
 
-def _entries(x_BSKH: jax.Array, dtype) -> Entries:
+def _entries(x_BSKH: jax.Array, dtype: jax.typing.DTypeLike) -> Entries:
   x_BKSH = jnp.swapaxes(x_BSKH, 1, 2)
   if jnp.dtype(dtype) != jnp.int8:
     return Entries(data_BKSH=x_BKSH.astype(dtype))
@@ -218,22 +269,24 @@ def empty(
   num_heads: int,
   key_dim: int,
   value_dim: int,
-  dtype: jnp.dtype,
+  dtype: jax.typing.DTypeLike,
   reach: int | None = None,
   slack: int = 0,
 ) -> Cache | WindowCache:
-  """Returns a cache of zeros; a mask by index keeps them unseen.
+  """Returns a cache of zeros, which the mask hides by their indices.
 
   Args:
-    batch: rows.
-    capacity: positions of a row.
-    num_heads: K.
-    key_dim: H of keys.
-    value_dim: H of values.
-    dtype: of the entries; int8 keeps a scale for each vector too.
-    reach: positions back to the farthest key that is seen; None for all.
-    slack: tokens written at a time that may turn out not to count: a window
-      keeps as many more, whose places they take.
+    batch: number of rows.
+    capacity: number of positions in a row.
+    num_heads: number of key/value heads K.
+    key_dim: head dim of the keys.
+    value_dim: head dim of the values.
+    dtype: dtype of the entries; int8 keeps a scale for each vector too.
+    reach: number of tokens from a query back to its farthest key, both
+      included; None keeps all.
+    slack: largest number of tokens written in one step that may be rejected
+      later; a window keeps as many more entries, since the rejected tokens
+      overwrite older ones.
   """
   slots = capacity if reach is None else min(reach + slack, capacity)
   k, v = (
@@ -249,8 +302,8 @@ def empty(
   )
 
 
-def zeros(shape: tuple[int, ...], dtype) -> Entries:
-  """Returns vectors of zeros, (B, K, S, H)."""
+def zeros(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Entries:
+  """Returns vectors of zeros of a shape (B, K, S, H); int8 ones with scales."""
   scaled = jnp.dtype(dtype) == jnp.int8
   return Entries(
     data_BKSH=jnp.zeros(shape, dtype),

@@ -1,6 +1,6 @@
-"""Attention wherever the sequence is: whole, or split over a mesh axis."""
+"""Attention over a sequence that is whole or split over a mesh axis."""
 
-from typing import Any
+from typing import Protocol
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -16,27 +16,57 @@ from t2x.parallel import manual_sharding
 from t2x.parallel import sharding
 
 
+class Mixer(Protocol):
+  """Mixes values by queries and keys, in the place of softmax attention.
+
+  A module; its kinds are in `t2x/layers/attention_kinds.py`.
+  """
+
+  def __call__(
+    self,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    mask: mask_lib.Mask,
+    heads_N: jax.Array,
+  ) -> jax.Array:
+    """Returns (B, T, N, H) of a sequence that attends to itself.
+
+    Args:
+      q_BTNH: queries.
+      k_BTKH: keys.
+      v_BTKH: values.
+      mask: mask that is causal or shows everything, with segments or none.
+      heads_N: numbers of the query heads among all of the layer.
+    """
+    ...
+
+
 def mix(
-  mixer: Any,
+  mixer: Mixer,
   q_BTNH: jax.Array,
   k_BTKH: jax.Array,
   v_BTKH: jax.Array,
   mask: mask_lib.Mask,
   heads_N: jax.Array,
 ) -> jax.Array:
-  """Returns mixer(q, k, v, mask, heads) of whole rows, wherever they are.
+  """Applies a mixer to whole rows, also where a mesh axis splits the rows.
 
   Args:
-    mixer: what mixes values, a module; see `t2x/layers/attention_kinds.py`.
+    mixer: the mixer.
     q_BTNH: queries.
     k_BTKH: keys.
     v_BTKH: values.
-    mask: of a sequence that looks at itself.
+    mask: mask of a sequence that attends to itself.
     heads_N: numbers of the query heads among all of the layer.
 
+  Returns:
+    (B, T, N, H).
+
   Raises:
-    ValueError: the mask says more than order and segments.
-    ShardingError: a mesh axis splits rows, and heads are not exchanged.
+    ValueError: the mask has a prefix, ranks or indices.
+    ShardingError: a mesh axis splits rows, and `rules.context_attention` is not
+      all_to_all.
   """
   check_plain(mask)
   axes = manual_sharding.auto_axes('length')
@@ -46,7 +76,14 @@ def mix(
   if sharding.active_rules().context_attention != 'all_to_all':
     raise sharding.ShardingError(NEEDS_EXCHANGE)
 
-  def whole_rows(extra, q, k, v, mask, heads_KG):
+  def whole_rows(
+    extra: tuple[Mixer, jax.Array],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: mask_lib.Mask,
+    heads_KG: jax.Array,
+  ) -> jax.Array:
     mixer, heads_N = extra
     return mixer(q, k, v, mask, jnp.take(heads_N, heads_KG.reshape(-1)))
 
@@ -55,7 +92,7 @@ def mix(
 
 
 def check_plain(mask: mask_lib.Mask) -> None:
-  """Raises ValueError for masks of which kinds without scores know nothing."""
+  """Raises ValueError for a mask that attention without scores cannot apply."""
   given = [
     name
     for name in ('prefix_BS', 'q_ranks_BT', 'q_index_BT', 'k_index_BS')
@@ -71,7 +108,7 @@ def check_plain(mask: mask_lib.Mask) -> None:
 
 
 def _check_split(mask: mask_lib.Mask, axis: str) -> None:
-  """Raises ShardingError for masks that know of whole rows alone."""
+  """Raises ShardingError for a mask that needs whole rows on each device."""
   placed = mask.q_index_BT is not None or mask.k_index_BS is not None
   if placed or mask.goes_by_rank:
     raise sharding.ShardingError(
@@ -104,23 +141,27 @@ def attend(
   mask: mask_lib.Mask,
   *,
   options: dense.Options = dense.Options(),
-  bias: Any = None,
-  dropout: Any = None,
+  bias: dense.Bias | None = None,
+  dropout: dense.Dropout | None = None,
 ) -> jax.Array:
-  """As `dense.attend`; where `rules.length` splits rows, across devices.
+  """Attends as `dense.attend`, across devices where `rules.length` splits rows.
 
   Args:
     q_BTNH: queries.
     k_BSKH: keys.
     v_BSKH: values.
-    mask: what each query sees.
-    options: as for `dense.attend`.
-    bias: as for `dense.attend`; a pytree.
-    dropout: `dropout.OfScores` or None.
+    mask: description of the keys that each query sees.
+    options: the options of `dense.attend`.
+    bias: the bias of `dense.attend`; a pytree.
+    dropout: the dropout of `dense.attend`.
+
+  Returns:
+    (B, T, N, H) in the dtype of the queries.
 
   Raises:
-    ShardingError: two mesh axes split the sequence, or the heads cannot be
-      exchanged.
+    ValueError: `options.kernel` is `flash` in a ring of devices.
+    ShardingError: two mesh axes split the sequence, the mask needs whole rows,
+      or the heads cannot be exchanged.
   """
   kwargs = {'options': options, 'bias': bias, 'dropout': dropout}
   axes = manual_sharding.auto_axes('length')

@@ -1,9 +1,9 @@
-"""Softmax attention that never holds the whole T x S matrix.
+"""Softmax attention in blocks, without the whole T x S matrix of scores.
 
-Each block of queries meets only the range of keys that its mask can reach, so
-a causal mask costs half and a sliding window costs its width. Ranges longer
-than a limit are cut into pieces whose results merge by their log-sum-exp
-(Rabe and Staats, 2021; Milakov and Gimelshein, 2018).
+Each block of queries is multiplied only with the range of keys that its mask
+can reach, so a causal mask costs half and a sliding window costs its width.
+Ranges longer than a limit are cut into pieces whose results are merged by their
+log-sum-exp (Rabe and Staats, 2021; Milakov and Gimelshein, 2018).
 
 Shape suffixes: B batch, T query position, S key position, N query heads, K
 key/value heads, G query heads per key/value head, H head dim.
@@ -13,6 +13,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,25 +25,52 @@ from t2x.attention import mask as mask_lib
 # (N, T, S) or (B, N, T, S).
 Bias = Callable[[jax.Array], jax.Array]
 
-# Maps a block's probabilities (B, K, G, T, S) and the indices of its queries,
-# (T,) or (B, T), and of its keys to what is left of them.
-Dropout = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# The output (..., H) for some of the keys and the log-sum-exp of their scores
+# (...), float32.
+Part = tuple[jax.Array, jax.Array]
+
+# Running sums over keys: weighted values (..., T, H), the largest score so far
+# (..., T), and the sum of the weights (..., T), both sums relative to it.
+Sums = tuple[jax.Array, jax.Array, jax.Array]
 
 _MAX_KEYS = 2048  # Longer key ranges are cut.
 NEVER = -1e30  # Finite: a query that sees no key must not become NaN.
 
 
+class Dropout(Protocol):
+  """Dropout of attention probabilities; a pytree, `dropout.OfScores`."""
+
+  def __call__(
+    self, probs_BKGTS: jax.Array, q_index_BT: jax.Array, k_index_BS: jax.Array
+  ) -> jax.Array:
+    """Returns the probabilities of a block with dropped ones set to zero.
+
+    Args:
+      probs_BKGTS: probabilities.
+      q_index_BT: indices of the queries in their rows, (T,) or (B, T).
+      k_index_BS: indices of the keys in their rows, (S,) or (B, S).
+    """
+    ...
+
+  def of_heads(self, heads_KG: jax.Array) -> 'Dropout':
+    """Returns the dropout of some of the heads, given by their numbers."""
+    ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-  """What a score goes through before the softmax, and the block size.
+  """Scale and cap of the scores, and how attention is computed.
 
   Attributes:
     kernel: `auto`, `flash` or `blocks`; see `kernels.attend`.
     scale: factor of the scores; None means 1 / sqrt(head_dim).
-    soft_cap: scores become cap * tanh(score / cap) (Gemma 2, 2024).
-    block: queries to a block, and keys where blocks are scanned; None chooses.
-    runs: at most so many ranges of keys are told apart where order decides
-      what blocks see; the blocks of a range run in a loop. None is no limit.
+    soft_cap: bound of the scores, which become cap * tanh(score / cap) (Gemma
+      2, 2024); None leaves them as they are.
+    block: number of queries in a block, and of keys where blocks are scanned;
+      None chooses.
+    runs: largest number of different key ranges; neighbouring blocks of queries
+      share a range, and the blocks of one range run in a loop. None gives each
+      block its own range.
   """
 
   kernel: str = 'auto'
@@ -66,15 +94,16 @@ def attend(
 
   Args:
     q_BTNH: queries.
-    k_BSKH: keys; query head n looks at key head n // (N / K).
+    k_BSKH: keys; query head n attends to key head n // (N / K).
     v_BSKH: values; their head dim may differ from the keys'.
-    mask: what each query sees.
+    mask: description of the keys that each query sees.
     options: scale, cap and block size.
-    bias: added to the scores, computed per block from relative indices.
-    dropout: applied to the probabilities of each block.
+    bias: function that gives the bias of a block's scores from relative
+      indices; None adds none.
+    dropout: dropout of the probabilities of each block; None drops none.
 
   Returns:
-    (B, T, N, H) in the dtype of the queries; a query that sees no key gives 0.
+    (B, T, N, H) in the dtype of the queries; 0 for a query that sees no key.
   """
   out, _ = attend_part(
     q_BTNH,
@@ -97,19 +126,29 @@ def attend_part(
   options: Options = Options(),
   bias: Bias | None = None,
   dropout: Dropout | None = None,
-) -> tuple[jax.Array, jax.Array]:
-  """As `attend`, for `merge` with the results of other keys.
+) -> Part:
+  """Attends to some of the keys, to `merge` with the results of the others.
+
+  Arguments as for `attend`.
 
   Returns:
-    float32 (B, T, N, H), and the log-sum-exp of the scores, (B, T, N).
+    float32 output (B, T, N, H), and the log-sum-exp of the scores, (B, T, N).
   """
-  # Up to some length the backward pass keeps what it would make again.
+  # Up to some length the backward pass keeps the probabilities.
   kept = k_BSKH.shape[1] <= blocks.KEEP_KEYS or q_BTNH.shape[1] == 1
   fn = functools.partial(
     _attend_rows, options=options, bias=bias, dropout=dropout
   )
-  cut = dict(block=options.block, runs=options.runs, kept=kept)
-  return blocks.apply(fn, (q_BTNH,), k_BSKH, v_BSKH, mask, **cut)
+  return blocks.apply(
+    fn,
+    (q_BTNH,),
+    k_BSKH,
+    v_BSKH,
+    mask,
+    block=options.block,
+    runs=options.runs,
+    kept=kept,
+  )
 
 
 def weighted(
@@ -122,22 +161,23 @@ def weighted(
   options: Options = Options(),
   bias: Bias | None = None,
   dropout: Dropout | None = None,
-) -> tuple[jax.Array, jax.Array]:
-  """Returns what these keys add to attention whose log-sum-exp is known.
+) -> Part:
+  """Sums weights and weighted values of some keys, given the log-sum-exp.
 
-  With p = exp(scores - lse) and m what dropout makes of ones, the sums over
-  keys of m p v, and of p. Their gradient for the cotangents dO and -<dO, O> is
-  that of attention (Dao et al., 2022), whichever keys are elsewhere.
+  With p = exp(scores - lse) and m the dropout mask (0 or 1 / (1 - rate)), these
+  are the sums over these keys of m p v, and of p. Their gradient for the
+  cotangents dO and -<dO, O> is the gradient of attention (Dao et al., 2022),
+  whatever the other keys are.
 
   Args:
     q_BTNH: queries.
     k_BSKH: some of the keys.
-    v_BSKH: their values.
+    v_BSKH: values of these keys.
     lse_BTN: log-sum-exp of the scores of all keys.
-    mask: what each query sees of these keys.
-    options: as for `attend`.
-    bias: as for `attend`.
-    dropout: as for `attend`.
+    mask: description of the keys, among these, that each query sees.
+    options: the options of `attend`.
+    bias: the bias of `attend`.
+    dropout: the dropout of `attend`.
 
   Returns:
     float32 sums (B, T, N, H) and (B, T, N).
@@ -145,20 +185,27 @@ def weighted(
   fn = functools.partial(
     _weigh_rows, options=options, bias=bias, dropout=dropout
   )
-  queries = q_BTNH, lse_BTN
-  cut = dict(block=options.block, runs=options.runs, kept=False)
-  return blocks.apply(fn, queries, k_BSKH, v_BSKH, mask, **cut)
+  return blocks.apply(
+    fn,
+    (q_BTNH, lse_BTN),
+    k_BSKH,
+    v_BSKH,
+    mask,
+    block=options.block,
+    runs=options.runs,
+    kept=False,
+  )
 
 
-def merge(first, second):
-  """Joins attention over two disjoint sets of keys.
+def merge(first: Part, second: Part) -> Part:
+  """Merges attention over two disjoint sets of keys.
 
   Args:
-    first: (out, lse) with shapes (..., H) and (...).
-    second: the same over other keys.
+    first: output (..., H) and log-sum-exp (...) of one set of keys.
+    second: output and log-sum-exp of the other set.
 
   Returns:
-    (out, lse) over both, float32.
+    Output and log-sum-exp of both sets, float32.
   """
   (out_a, lse_a), (out_b, lse_b) = first, second
   lse = jnp.logaddexp(lse_a, lse_b)
@@ -167,9 +214,18 @@ def merge(first, second):
 
 
 def _attend_rows(
-  queries, k_BSKH, v_BSKH, *, mask, options, rows, keys, bias, dropout
-):
-  """One block of queries over the keys in reach, piece by piece."""
+  queries: list[jax.Array],
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  *,
+  mask: mask_lib.Mask,
+  options: Options,
+  rows: slice,
+  keys: slice,
+  bias: Bias | None,
+  dropout: Dropout | None,
+) -> Part:
+  """Attends from one block of queries to the keys in reach, piece by piece."""
   (q_BTKGH,) = queries
   total: Any = None
   for start in range(keys.start, keys.stop, _MAX_KEYS):
@@ -184,9 +240,18 @@ def _attend_rows(
 
 
 def _weigh_rows(
-  queries, k_BSKH, v_BSKH, *, mask, options, rows, keys, bias, dropout
-):
-  """One block of queries over the keys in reach, whose weights are known."""
+  queries: list[jax.Array],
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  *,
+  mask: mask_lib.Mask,
+  options: Options,
+  rows: slice,
+  keys: slice,
+  bias: Bias | None,
+  dropout: Dropout | None,
+) -> Part:
+  """As `weighted`, for one block of queries and the keys in its reach."""
   q_BTKGH, lse_BTKG = queries
   lse_BKGT = lse_BTKG.transpose(0, 2, 3, 1)
   out, total = jnp.float32(0.0), jnp.float32(0.0)
@@ -202,8 +267,22 @@ def _weigh_rows(
   return out, total
 
 
-def dropped(weights_BKGTS, dropout, mask, rows, keys):
-  """Returns what dropout leaves of a block's probabilities."""
+def dropped(
+  weights_BKGTS: jax.Array,
+  dropout: Dropout | None,
+  mask: mask_lib.Mask,
+  rows: slice,
+  keys: slice,
+) -> jax.Array:
+  """Applies dropout, if any, to the probabilities of a block.
+
+  Args:
+    weights_BKGTS: probabilities.
+    dropout: the dropout of `attend`.
+    mask: mask of the whole row, which gives the indices of its tokens.
+    rows: positions of the block's queries.
+    keys: positions of the block's keys.
+  """
   if dropout is None:
     return weights_BKGTS
   q_index, k_index = (
@@ -213,7 +292,15 @@ def dropped(weights_BKGTS, dropout, mask, rows, keys):
   return dropout(weights_BKGTS, q_index_BT=q_index, k_index_BS=k_index)
 
 
-def _scores(q_BTKGH, k_BSKH, mask, options, rows, keys, bias):
+def _scores(
+  q_BTKGH: jax.Array,
+  k_BSKH: jax.Array,
+  mask: mask_lib.Mask,
+  options: Options,
+  rows: slice,
+  keys: slice,
+  bias: Bias | None,
+) -> jax.Array:
   """Returns float32 scores (B, K, G, T, S), unseen keys at `NEVER`."""
   scores = jnp.einsum(
     'BTKGH,BSKH->BKGTS',
@@ -224,8 +311,27 @@ def _scores(q_BTKGH, k_BSKH, mask, options, rows, keys, bias):
   return shaped(scores, mask, options, rows, keys, bias)
 
 
-def shaped(scores, mask, options, rows, keys, bias):
-  """Caps a block's products (B, K, G, T, S), adds a bias, hides the unseen."""
+def shaped(
+  scores: jax.Array,
+  mask: mask_lib.Mask,
+  options: Options,
+  rows: slice,
+  keys: slice,
+  bias: Bias | None,
+) -> jax.Array:
+  """Caps the scores of a block, adds the bias, and masks hidden keys.
+
+  Args:
+    scores: scaled products of queries and keys, (B, K, G, T, S), float32.
+    mask: mask of the whole row.
+    options: options that give the cap.
+    rows: positions of the block's queries.
+    keys: positions of the block's keys.
+    bias: the bias of `attend`.
+
+  Returns:
+    The scores, `NEVER` where the key is hidden.
+  """
   if options.soft_cap is not None:
     scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
   if bias is not None:
@@ -241,7 +347,11 @@ def shaped(scores, mask, options, rows, keys, bias):
   return jnp.where(seen[:, None, None], scores, NEVER)
 
 
-def _softmax_product(scores_BKGTS, v_BSKH, drop):
+def _softmax_product(
+  scores_BKGTS: jax.Array,
+  v_BSKH: jax.Array,
+  drop: Callable[[jax.Array], jax.Array],
+) -> Part:
   """Returns (out (B, T, K, G, H), lse (B, T, K, G)), float32."""
   largest = jax.lax.stop_gradient(scores_BKGTS.max(-1, keepdims=True))
   # Where nothing is seen `largest` is NEVER: every weight must become 0.
@@ -254,12 +364,12 @@ def _softmax_product(scores_BKGTS, v_BSKH, drop):
   return out / to_BTKG(safe_BKGT)[..., None], to_BTKG(lse_BKGT)
 
 
-def no_sums(shape: tuple[int, ...], dim: int):
-  """Returns what `added` goes on from before any key was seen.
+def no_sums(shape: tuple[int, ...], dim: int) -> Sums:
+  """Returns the running sums over no keys, from which `added` starts.
 
   Args:
-    shape: of the queries, (..., T).
-    dim: H of the values.
+    shape: shape of the queries without their head dim, (..., T).
+    dim: head dim H of the values.
   """
   return (
     jnp.zeros((*shape, dim), jnp.float32),
@@ -268,14 +378,19 @@ def no_sums(shape: tuple[int, ...], dim: int):
   )
 
 
-def added(sums, scores, product: Callable[[jax.Array], jax.Array]):
+def added(
+  sums: Sums, scores: jax.Array, product: Callable[[jax.Array], jax.Array]
+) -> Sums:
   """Adds some keys to running sums (Milakov and Gimelshein, 2018).
 
   Args:
-    sums: weighted values (..., T, H) and weights (..., T) relative to the
-      largest score so far, which comes between them.
-    scores: of these keys, (..., T, S).
-    product: maps their weights (..., T, S) to weighted values (..., T, H).
+    sums: sums over the keys so far.
+    scores: scores of these keys, (..., T, S).
+    product: function from their weights (..., T, S) to the weighted sum of
+      their values (..., T, H).
+
+  Returns:
+    Sums over the keys so far and these.
   """
   out, largest, total = sums
   new = jnp.maximum(largest, scores.max(-1))
@@ -286,7 +401,11 @@ def added(sums, scores, product: Callable[[jax.Array], jax.Array]):
   return out * shrink[..., None] + product(weights), new, total
 
 
-def _product(weights_BKGTS, v_BSKH, drop):
+def _product(
+  weights_BKGTS: jax.Array,
+  v_BSKH: jax.Array,
+  drop: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
   weights_BKGTS = drop(weights_BKGTS)
   return jnp.einsum(
     'BKGTS,BSKH->BTKGH',
@@ -297,4 +416,5 @@ def _product(weights_BKGTS, v_BSKH, drop):
 
 
 def scale_of(options: Options, q: jax.Array) -> float:
+  """Returns the factor of the scores for queries (..., H)."""
   return q.shape[-1] ** -0.5 if options.scale is None else options.scale

@@ -1,11 +1,11 @@
-"""Attention by the device's own kernel where it has one that serves.
+"""Chooses how attention is computed on a device: a fused kernel, or blocks.
 
 Shape suffixes: B batch, T query position, S key position, N query heads, K
 key/value heads, H head dim.
 """
 
+from collections.abc import Callable
 import functools
-from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -30,15 +30,30 @@ def attend(
   mask: mask_lib.Mask,
   *,
   options: dense.Options = dense.Options(),
-  bias: Any = None,
-  dropout: Any = None,
+  bias: dense.Bias | None = None,
+  dropout: dense.Dropout | None = None,
 ) -> jax.Array:
-  """As `dense.attend`, by a kernel where `options.kernel` says so.
+  """Attends as `dense.attend`, by the way that `options.kernel` chooses.
 
-  What the backward pass needs of the result is named `attention`, for `remat`.
+  `auto` takes the device's kernel where it supports the arguments and blocks
+  elsewhere, `flash` requires the kernel, and `blocks` takes blocks. What the
+  backward pass needs of the result has the name `attention`, for `remat`.
+
+  Args:
+    q_BTNH: queries.
+    k_BSKH: keys.
+    v_BSKH: values.
+    mask: description of the keys that each query sees.
+    options: the options of `dense.attend`.
+    bias: the bias of `dense.attend`; a pytree.
+    dropout: the dropout of `dense.attend`.
+
+  Returns:
+    (B, T, N, H) in the dtype of the queries.
 
   Raises:
-    ValueError: `options.kernel` asks for one that cannot be.
+    ValueError: `options.kernel` is `flash`, and no kernel supports the
+      arguments.
   """
   device, why = manual_sharding.platform(), None
   parts = {'options': options, 'bias': bias, 'dropout': dropout}
@@ -63,7 +78,9 @@ def attend(
     return splash.attend(q_BTNH, k_BSKH, v_BSKH, mask, place=place, **settings)
   flip = lambda a: a.swapaxes(1, 2)
 
-  def local(q_BNTH, k_BKSH, v_BKSH, mask):
+  def local(
+    q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: mask_lib.Mask
+  ) -> jax.Array:
     q, k, v = map(flip, (q_BNTH, k_BKSH, v_BKSH))
     return flip(triton.attend(q, k, v, mask, **settings))
 
@@ -72,27 +89,27 @@ def attend(
 
 
 def why_not(
-  q_BTNH: Any,
-  k_BSKH: Any,
-  v_BSKH: Any,
+  q_BTNH: triton.Shaped,
+  k_BSKH: triton.Shaped,
+  v_BSKH: triton.Shaped,
   mask: mask_lib.Mask,
   *,
   platform: str,
   options: dense.Options = dense.Options(),
-  bias: Any = None,
-  dropout: Any = None,
+  bias: dense.Bias | None = None,
+  dropout: dense.Dropout | None = None,
 ) -> str | None:
-  """Returns why no kernel serves here, or None where one does.
+  """Returns why no kernel supports the arguments, or None where one does.
 
   Args:
-    q_BTNH: queries, or their shape.
+    q_BTNH: queries, or their shape and dtype.
     k_BSKH: keys, or their shape.
     v_BSKH: values, or their shape.
-    mask: what each query sees.
-    platform: of the devices.
-    options: as for `dense.attend`.
-    bias: as for `dense.attend`.
-    dropout: as for `dense.attend`.
+    mask: description of the keys that each query sees.
+    platform: platform of the devices; only `tpu` and `gpu` have kernels.
+    options: the options of `dense.attend`.
+    bias: the bias of `dense.attend`.
+    dropout: the dropout of `dense.attend`.
   """
   if platform not in ('tpu', 'gpu'):
     return f'there is no kernel for {platform} devices'
@@ -100,8 +117,8 @@ def why_not(
     return 'a bias on the scores (relative positions, ALiBi) is not in it'
   if dropout is not None:
     return 'dropout on the scores is not in it'
-  own = mask.prefix_BS is not None or mask.q_ranks_BT is not None
-  if not mask.has_static_order or own:
+  unordered = mask.prefix_BS is not None or mask.q_ranks_BT is not None
+  if not mask.has_static_order or unordered:
     return 'prefixes, and tokens in another order, are not in it'
   if platform == 'gpu' and mask.q_segments_BT is not mask.k_segments_BS:
     return 'queries and keys with segments of their own are not in it'
@@ -131,10 +148,16 @@ def why_not(
   return None
 
 
-def _on_parts(fn, q_BNTH, k_BKSH, v_BKSH, mask):
+def _on_parts(
+  fn: Callable[..., jax.Array],
+  q_BNTH: jax.Array,
+  k_BKSH: jax.Array,
+  v_BKSH: jax.Array,
+  mask: mask_lib.Mask,
+) -> jax.Array:
   """Applies `fn` on each device to its rows and heads.
 
-  The partitioner cannot cut a kernel, so every mesh axis is named.
+  The partitioner cannot split a kernel, so the `shard_map` names all mesh axes.
   """
   axes = {*manual_sharding.free_axes()}
   if not sharding.is_active() or not axes:
@@ -146,9 +169,11 @@ def _on_parts(fn, q_BNTH, k_BKSH, v_BKSH, mask):
   kv_heads = manual_sharding.auto_axes('kv_heads')
   group = q_BNTH.shape[1] // k_BKSH.shape[1]
 
-  def local(q_BNTH, k_BKSH, v_BKSH, mask):
+  def local(
+    q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask: mask_lib.Mask
+  ) -> jax.Array:
     if kv_heads != heads:
-      # Each device has all keys, of which its queries look at some.
+      # Each device has all key heads, of which its query heads need some.
       num = q_BNTH.shape[1]
       of_N = (jax.lax.axis_index(heads) * num + jnp.arange(num)) // group
       k_BKSH, v_BKSH = (jnp.take(a, of_N, 1) for a in (k_BKSH, v_BKSH))

@@ -1,9 +1,9 @@
-"""Attention by feature maps: sums over keys are made once and read by queries.
+"""Linear attention by feature maps: sums over keys, shared by all queries.
 
 With weights phi(q) . phi(k) for a feature map phi, the sum over keys of
-phi(k) v^T is all that a query needs to know (Katharopoulos et al., 2020). A
-causal one is scanned in chunks, with the state of the chunks before; the rows
-of packed documents start anew where a segment does.
+phi(k) v^T is all that a query needs (Katharopoulos et al., 2020). Causal
+attention is a scan over chunks whose state is that sum over the chunks before;
+in rows of packed documents the sum starts again at each segment.
 
 Shape suffixes: B batch, T position, N query heads, K key/value heads, G query
 heads per key/value head, F features, H head dim of values, C chunks.
@@ -21,11 +21,12 @@ _TINY = 1e-30  # Where the weights' sum is below, the output is about 0.
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class State:
-  """What the keys of earlier positions leave, float32.
+  """Sums over the keys of earlier positions, float32.
 
   Attributes:
-    sum_BKFH: over keys, of features times values and, last, times 1.
-    segment_B: of the latest key; keys of others are forgotten.
+    sum_BKFH: sum over keys of features times values; the last column of H is
+      the sum of the features themselves.
+    segment_B: segment of the latest key; the sum is over its keys alone.
   """
 
   sum_BKFH: jax.Array
@@ -33,7 +34,14 @@ class State:
 
 
 def empty(batch: int, num_heads: int, features: int, dim: int) -> State:
-  """Returns the state of no keys, for values of `dim`."""
+  """Returns the state of no keys.
+
+  Args:
+    batch: number of rows.
+    num_heads: number of key/value heads K.
+    features: number of features F.
+    dim: head dim H of the values.
+  """
   return State(
     sum_BKFH=jnp.zeros((batch, num_heads, features, dim + 1), jnp.float32),
     segment_B=jnp.zeros((batch,), jnp.int32),
@@ -52,13 +60,13 @@ def attend(
   """Returns the mean of values, weighted by the products of features.
 
   Args:
-    q_BTNF: features of queries, not negative in sum with those of keys.
+    q_BTNF: features of queries; no product with features of keys is negative.
     k_BTKF: features of keys.
     v_BTKH: values.
-    segments_BT: tokens see their own segment alone, whose tokens are
-      neighbours; None is one segment.
-    causal: tokens see those before and themselves.
-    chunk: tokens whose weights exist at a time.
+    segments_BT: segment of each token, which sees its own segment alone; the
+      tokens of a segment are neighbours. None is one segment.
+    causal: whether a token sees only itself and earlier tokens.
+    chunk: number of tokens whose weights exist at a time.
 
   Returns:
     (B, T, N, H) in the dtype of the values.
@@ -67,11 +75,11 @@ def attend(
   if causal or segments_BT is not None:
     segments_BT = _segments(segments_BT, q)
     start = empty(q.shape[0], k.shape[2], k.shape[3], v.shape[-1] - 1)
-    sums, _ = _scan(q, k, v, segments_BT, start, chunk, own=True)
+    sums, _ = _scan(q, k, v, segments_BT, start, chunk, inclusive=True)
     if not causal:
       flip = lambda a: jnp.flip(a, 1)
       q, k, v, segments_BT = (flip(a) for a in (q, k, v, segments_BT))
-      later, _ = _scan(q, k, v, segments_BT, start, chunk, own=False)
+      later, _ = _scan(q, k, v, segments_BT, start, chunk, inclusive=False)
       sums = sums + flip(later)
   else:
     state = jnp.einsum('BSKF,BSKH->BKFH', k, v)
@@ -87,33 +95,43 @@ def step(
   state: State,
   chunk: int = CHUNK,
 ) -> tuple[jax.Array, State]:
-  """Goes on from a state, of one segment; keys that are not real are ignored.
+  """Attends causally to the keys of a state and to the given keys.
+
+  Args:
+    q_BTNF: features of queries.
+    k_BTKF: features of keys, of the same segment as the state.
+    v_BTKH: values.
+    is_real_BT: False for padding, whose keys are ignored.
+    state: sums over the earlier keys.
+    chunk: number of tokens whose weights exist at a time.
 
   Returns:
-    (B, T, N, H), and the new state.
+    (B, T, N, H), and the state that includes the given keys.
   """
   q, k, v = _parts(q_BTNF, k_BTKF, v_BTKH)
   k = k * is_real_BT[..., None, None]
   segments_BT = jnp.broadcast_to(state.segment_B[:, None], q.shape[:2])
-  sums, state = _scan(q, k, v, segments_BT, state, chunk, own=True)
+  sums, state = _scan(q, k, v, segments_BT, state, chunk, inclusive=True)
   return _mean(sums, v_BTKH.dtype), state
 
 
-def _parts(q_BTNF, k_BTKF, v_BTKH):
-  """Groups queries by their key heads; values get a 1, for the sum."""
+def _parts(
+  q_BTNF: jax.Array, k_BTKF: jax.Array, v_BTKH: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Casts to float32, groups queries by key heads, appends 1 to the values."""
   q, k, v = (a.astype(jnp.float32) for a in (q_BTNF, k_BTKF, v_BTKH))
   (B, T, _, F), K = q.shape, k.shape[2]
   v = jnp.concatenate([v, jnp.ones((*v.shape[:-1], 1), v.dtype)], axis=-1)
   return q.reshape(B, T, K, -1, F), k, v
 
 
-def _segments(segments_BT, q):
+def _segments(segments_BT: jax.Array | None, q: jax.Array) -> jax.Array:
   if segments_BT is None:
     return jnp.zeros(q.shape[:2], jnp.int32)
   return segments_BT
 
 
-def _mean(sums, dtype):
+def _mean(sums: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
   B, T, K, G, H = sums.shape
   total = sums[..., -1:]
   # Scaled to 1 first: the square of a small sum, which its gradient divides by,
@@ -123,32 +141,48 @@ def _mean(sums, dtype):
   return mean.reshape(B, T, K * G, H - 1).astype(dtype)
 
 
-def _scan(q, k, v, segments_BT, state: State, chunk, *, own: bool):
-  """Returns the sums (B, T, K, G, H + 1) over keys before, and the last state.
+def _scan(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segments_BT: jax.Array,
+  state: State,
+  chunk: int,
+  *,
+  inclusive: bool,
+) -> tuple[jax.Array, State]:
+  """Scans over chunks of tokens.
 
   Args:
     q: features of queries (B, T, K, G, F).
-    k: features of keys.
-    v: values and 1.
-    segments_BT: of tokens.
-    state: of the keys before the first.
-    chunk: tokens to a step.
-    own: a query's own key is among its keys.
+    k: features of keys (B, T, K, F).
+    v: values, with a 1 at the end (B, T, K, H + 1).
+    segments_BT: segment of each token.
+    state: sums over the keys before the first.
+    chunk: number of tokens in a step.
+    inclusive: whether a query sees its own key; else only keys before it.
+
+  Returns:
+    Sums (B, T, K, G, H + 1) over the keys that each query sees, and the last
+    state.
   """
   T = q.shape[1]
   chunk = min(chunk, T)
   num = -(-T // chunk)
 
-  def cut(a, mode='constant'):
+  def cut(a: jax.Array, mode: str = 'constant') -> jax.Array:
     width = [(0, 0), (0, num * chunk - T)] + [(0, 0)] * (a.ndim - 2)
     a = jnp.pad(a, width, mode=mode)
     return jnp.moveaxis(a.reshape(a.shape[0], num, chunk, *a.shape[2:]), 1, 0)
 
-  before_TS = jnp.tril(jnp.ones((chunk, chunk), bool), 0 if own else -1)
+  before_TS = jnp.tril(jnp.ones((chunk, chunk), bool), 0 if inclusive else -1)
 
-  # What is in a chunk is made again: only the states between chunks are kept.
+  # The backward pass computes chunks again: only the states between them are
+  # kept.
   @jax.checkpoint
-  def body(state, part):
+  def body(
+    state: State, part: tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+  ) -> tuple[State, jax.Array]:
     q, k, v, segments_BT = part
     goes_on_BT = segments_BT == state.segment_B[:, None]
     sums = jnp.einsum('BTKGF,BKFH->BTKGH', q, state.sum_BKFH)

@@ -1,4 +1,4 @@
-"""What a query may see, as a description and never as a (T, S) array.
+"""Attention masks: a description of what a query sees, not a (T, S) array.
 
 Shape suffixes: B batch, T query position, S key position.
 """
@@ -20,32 +20,37 @@ from t2x.parallel import zigzag as zigzag_lib
 class Mask:
   """The keys that each query sees.
 
-  `&` and `|` join masks as they join patterns; both sides are of the same
-  queries and keys, and segments hold for the whole.
+  `&` and `|` combine masks as they combine patterns. Both sides describe the
+  same queries and keys, and segments apply to the combined mask as a whole.
 
-  Order along the sequence is by index: `q_index_BT` and `k_index_BS` where
-  given (a cache, a piece of a sequence), else 0, 1, 2, ... from the start of
-  the arrays, which lets blocks that nothing sees be left out at trace time.
+  Tokens are ordered by their index in the sequence: `q_index_BT` and
+  `k_index_BS` where given (a cache, a piece of a sequence), else 0, 1, 2, ...
+  from the start of the arrays, so that blocks that no query sees can be left
+  out at trace time.
 
   Attributes:
-    pattern: what is seen by place; see patterns.py.
-    prefix_BS: for `patterns.Prefix`, where the prefix of each key's document
-      ends, by index; S is 1 where a row has one.
-    q_segments_BT: with `k_segments_BS`, only keys of the same segment are seen,
-      whatever the pattern says.
-    k_segments_BS: see `q_segments_BT`.
-    q_ranks_BT: with `k_ranks_BS`, only keys of a rank not above the query's are
-      seen: an order other than that of places (XLNet, Yang et al., 2019).
-    k_ranks_BS: see `q_ranks_BT`.
+    pattern: keys that are seen by their index; see patterns.py.
+    prefix_BS: index at which the prefix of each key's document ends, for
+      `patterns.Prefix`; S is 1 where a row has a single prefix.
+    q_segments_BT: segment of each query; a query sees only keys of its own
+      segment, whatever the pattern is. None, with `k_segments_BS`, is one
+      segment.
+    k_segments_BS: segment of each key.
+    q_ranks_BT: rank of each query; a query sees only keys of its own or a lower
+      rank: an order other than that of the sequence (XLNet, Yang et al., 2019).
+      None, with `k_ranks_BS`, ignores ranks.
+    k_ranks_BS: rank of each key.
     q_index_BT: index of each query in its sequence; B may be 1.
     k_index_BS: index of each key in its sequence; B may be 1.
-    start: index of the first query and the first key, where none is given.
-    q_zigzag: devices over which the queries lie in zigzag order
+    start: index of the first query and the first key, where the two above are
+      None; None is 0.
+    q_zigzag: number of devices over which the queries are in zigzag order
       (t2x/parallel/zigzag.py); 1 is the order of the sequence.
-    k_zigzag: the same of the keys.
+    k_zigzag: number of devices over which the keys are in zigzag order.
 
   Raises:
-    ValueError: one of two arrays that only count together is missing.
+    ValueError: one array of a pair is given without the other, or `prefix_BS`
+      is given and the pattern shows no prefix.
   """
 
   pattern: patterns.Pattern = dataclasses.field(
@@ -62,7 +67,7 @@ class Mask:
   q_zigzag: int = dataclasses.field(default=1, metadata={'static': True})
   k_zigzag: int = dataclasses.field(default=1, metadata={'static': True})
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for name in ('segments', 'ranks'):
       both = f'q_{name}_BT', f'k_{name}_BS'
       given = [n for n in both if getattr(self, n) is not None]
@@ -81,25 +86,28 @@ class Mask:
 
   @property
   def has_static_order(self) -> bool:
+    """Whether the arrays are in the order of the sequence, without indices."""
     given = self.q_index_BT is not None or self.k_index_BS is not None
     return not given and self.q_zigzag == self.k_zigzag == 1
 
   @property
   def is_ordered(self) -> bool:
-    """Whether the place of tokens matters to what is seen."""
+    """Whether the position of tokens matters to what is seen."""
     return not isinstance(self.pattern, patterns.Everything)
 
   @property
   def has_segments(self) -> bool:
+    """Whether queries see only keys of their own segment."""
     return self.q_segments_BT is not None and self.k_segments_BS is not None
 
   @property
   def goes_by_rank(self) -> bool:
+    """Whether queries see only keys of their own or a lower rank."""
     return self.q_ranks_BT is not None
 
   @property
   def own_prefix_BS(self) -> jax.Array | None:
-    """`prefix_BS` where each key has its own, else None."""
+    """`prefix_BS` if each key has a value of its own, else None."""
     prefix_BS = self.prefix_BS
     each = prefix_BS is not None and prefix_BS.shape[1] > 1
     return prefix_BS if each else None
@@ -124,7 +132,7 @@ def _as_mask(mask: Mask | patterns.Pattern) -> Mask:
 
 
 def _joined(left: Mask, right: Mask, pattern: patterns.Pattern) -> Mask:
-  """Returns a mask with the arrays of both, which must not contradict."""
+  """Returns a mask with the arrays of both, which must not conflict."""
   fields: dict[str, Any] = {'pattern': pattern}
   for field in dataclasses.fields(Mask)[1:]:
     a, b = getattr(left, field.name), getattr(right, field.name)
@@ -142,14 +150,16 @@ def make(
   causal: bool = False,
   window: int | None = None,
   prefix_B: jax.Array | None = None,
-  **arrays,
+  **arrays: Any,
 ) -> Mask:
   """Returns a mask of the usual parts: causal & window | prefix.
 
   Args:
-    causal: a query sees keys of its own index and before.
-    window: a query sees keys at a distance below this.
-    prefix_B: keys of an index below this are seen by every query (prefix LM).
+    causal: whether a query sees only its own key and earlier ones.
+    window: distance between a query and a key below which it sees the key; None
+      is no limit.
+    prefix_B: index in each row below which all queries see the keys (prefix
+      LM); None is no prefix.
     **arrays: other fields of `Mask`.
   """
   mask = Mask(pattern=patterns.ordered(causal=causal, window=window), **arrays)
@@ -159,12 +169,12 @@ def make(
 
 
 def with_prefix(prefix_BS: jax.Array) -> Mask:
-  """Returns the mask of what a prefix shows, to join with others by |."""
+  """Returns a mask that shows a prefix alone, to combine with others by |."""
   return Mask(pattern=patterns.Prefix(), prefix_BS=prefix_BS)
 
 
 def _with_prefix_shown(mask: Mask, prefix_BS: jax.Array) -> Mask:
-  """Adds a prefix within the segments, which hold for it too."""
+  """Adds a prefix; a query sees only the prefix of its own segment."""
   pattern = mask.pattern | patterns.Prefix()
   return dataclasses.replace(mask, pattern=pattern, prefix_BS=prefix_BS)
 
@@ -176,7 +186,15 @@ def self_attention(
   zigzag: int = 1,
   prefix_BS: jax.Array | None = None,
 ) -> Mask:
-  """Returns the mask of a sequence that looks at itself."""
+  """Returns the mask of a sequence that attends to itself.
+
+  Args:
+    segments_BT: segment of each token; None is one segment.
+    causal: whether a token sees only itself and earlier tokens.
+    zigzag: number of devices over which the tokens are in zigzag order.
+    prefix_BS: index at which the prefix of each key's document ends; None is no
+      prefix.
+  """
   mask = make(
     causal=causal,
     q_segments_BT=segments_BT,
@@ -194,16 +212,17 @@ def cross_attention(
   *,
   zigzag: int = 1,
 ) -> Mask:
-  """Returns the mask of targets that look at a source.
+  """Returns the mask of targets that attend to a source (cross-attention).
 
-  A target sees the source of its own segment; all of the source but its padding
-  where targets have no segments, and all of it where the source has none.
+  A target sees the source tokens of its own segment. It sees all source tokens
+  but padding where the targets have no segments, and all of them where the
+  source has none.
 
   Args:
-    inputs_BT: targets.
-    segments_BT: of the targets, or None.
-    source_segments_BS: of the source, 0 is padding, or None.
-    zigzag: devices over which the targets lie in zigzag order.
+    inputs_BT: target tokens.
+    segments_BT: segment of each target token, or None.
+    source_segments_BS: segment of each source token, 0 for padding, or None.
+    zigzag: number of devices over which the targets are in zigzag order.
   """
   if source_segments_BS is None:
     return Mask(q_zigzag=zigzag)
@@ -217,19 +236,31 @@ def cross_attention(
   )
 
 
-def key_range(mask: Mask, q_start: int, q_end: int, num_keys: int):
-  """Returns (start, end) of the keys that any query of a block may see."""
+def key_range(
+  mask: Mask, q_start: int, q_end: int, num_keys: int
+) -> tuple[int, int]:
+  """Returns the range of keys that the queries of a block may see.
+
+  Args:
+    mask: the mask.
+    q_start: position of the block's first query.
+    q_end: position after the block's last query.
+    num_keys: number of keys in a row.
+
+  Returns:
+    Position of the first key, and that after the last one.
+  """
   if not mask.has_static_order:
     return 0, num_keys
   keys, at = np.arange(num_keys), lambda i: np.array([i])
   some, _ = mask.pattern.reach((at(q_start), at(q_end - 1)), (keys, keys))
   (seen,) = np.nonzero(some)
-  # Queries that see nothing have a range of one key, hidden when it runs.
+  # Queries that see nothing have a range of one key, which `visible` hides.
   return (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 1)
 
 
 def specs(mask: Mask, axis: str) -> Mask:
-  """Returns how a mesh axis that splits the sequence splits a mask's arrays."""
+  """Returns a mask of the partition specs of its arrays, split along `axis`."""
   split = jax.tree.map(lambda _: P(None, axis), mask)
   if mask.prefix_BS is None or mask.own_prefix_BS is not None:
     return split
@@ -237,9 +268,17 @@ def specs(mask: Mask, axis: str) -> Mask:
 
 
 def placed(mask: Mask, num_queries: int, num_keys: int) -> Mask:
-  """Returns the mask with zigzag order written out as indices."""
+  """Returns the mask with zigzag order replaced by explicit indices.
 
-  def index(given, length, devices):
+  Args:
+    mask: the mask.
+    num_queries: number of queries in a row.
+    num_keys: number of keys in a row.
+  """
+
+  def index(
+    given: jax.Array | None, length: int, devices: int
+  ) -> jax.Array | None:
     if devices == 1:
       return given
     return jnp.asarray(zigzag_lib.index(length, devices))[None]
@@ -254,13 +293,15 @@ def placed(mask: Mask, num_queries: int, num_keys: int) -> Mask:
 
 
 def relative(mask: Mask, q_slice: slice, k_slice: slice) -> jax.Array:
-  """Returns key index minus query index: (T, S), or (B, T, S)."""
+  """Returns key index minus query index of a block: (T, S), or (B, T, S)."""
   q_index, k_index = _indices(mask, q_slice, k_slice)
   return k_index[..., None, :] - q_index[..., :, None]
 
 
-def _indices(mask: Mask, q_slice: slice, k_slice: slice):
-  """Returns indices of a block's queries and keys, of as many dimensions."""
+def _indices(
+  mask: Mask, q_slice: slice, k_slice: slice
+) -> tuple[jax.Array, jax.Array]:
+  """Returns indices of a block's queries and keys, with equal dimensions."""
   q_index, k_index = q_index_of(mask, q_slice), k_index_of(mask, k_slice)
   if q_index.ndim != k_index.ndim:
     q_index, k_index = jnp.atleast_2d(q_index), jnp.atleast_2d(k_index)
@@ -268,9 +309,18 @@ def _indices(mask: Mask, q_slice: slice, k_slice: slice):
 
 
 def visible(mask: Mask, q_slice: slice, k_slice: slice) -> jax.Array | None:
-  """Returns which keys of a block are seen: (T, S), (B, T, S), or None (all).
+  """Returns whether each query of a block sees each key.
 
-  This is also the oracle's mask, over one block that holds everything.
+  This is also the mask of the oracle, reference.py, over one block that holds
+  everything.
+
+  Args:
+    mask: the mask.
+    q_slice: positions of the block's queries.
+    k_slice: positions of the block's keys.
+
+  Returns:
+    A boolean array (T, S) or (B, T, S), or None if all keys are seen.
   """
   conditions = []
   if mask.is_ordered:
@@ -292,7 +342,7 @@ def visible(mask: Mask, q_slice: slice, k_slice: slice) -> jax.Array | None:
 
 
 def _prefix_of(mask: Mask, keys: slice) -> jax.Array | None:
-  """Returns where the prefixes of a block of keys end, (B, 1, S)."""
+  """Returns the indices at which the prefixes of keys end, (B, 1, S)."""
   if mask.own_prefix_BS is not None:
     return mask.own_prefix_BS[:, None, keys]
   return None if mask.prefix_BS is None else mask.prefix_BS[:, None]

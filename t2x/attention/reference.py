@@ -1,4 +1,4 @@
-"""The oracle of attention: holds every score, in float32. For tests."""
+"""The oracle of attention, for tests: computes all scores, in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,25 @@ from t2x.attention import dense
 from t2x.attention import mask as mask_lib
 
 
-def attend(q_BTNH, k_BSKH, v_BSKH, mask, *, options=dense.Options(), bias=None):
-  """As `dense.attend`."""
+def attend(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  mask: mask_lib.Mask,
+  *,
+  options: dense.Options = dense.Options(),
+  bias: dense.Bias | None = None,
+) -> jax.Array:
+  """Attends as `dense.attend`, with the whole matrix of scores.
+
+  Args:
+    q_BTNH: queries.
+    k_BSKH: keys.
+    v_BSKH: values.
+    mask: description of the keys that each query sees.
+    options: scale and cap.
+    bias: the bias of `dense.attend`.
+  """
   T, S = q_BTNH.shape[1], k_BSKH.shape[1]
   N, K = q_BTNH.shape[2], k_BSKH.shape[2]
   q, k, v = (a.astype(jnp.float32) for a in (q_BTNH, k_BSKH, v_BSKH))

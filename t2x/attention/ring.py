@@ -1,20 +1,23 @@
-"""Ring attention: a row's keys travel past the devices that hold its queries.
+"""Ring attention: keys and values travel round the devices of a sequence.
 
 Each device of a mesh axis holds a piece of the sequence (in zigzag order an
-early and a late piece). Keys and values go round by collective-permute; what a
-device makes of each visitor merges by its log-sum-exp (Liu et al., 2023, "Ring
-attention with blockwise transformers"). What no query of a step sees is neither
-computed nor, where a window ends the reach, sent. The backward pass goes round
-again with the gradients of keys and values beside them, so that no device ever
-holds more than its own piece and a visitor.
+early and a late piece). Keys and values go round by collective-permute, and a
+device merges its results for each visiting piece by their log-sum-exp (Liu et
+al., 2023, "Ring attention with blockwise transformers"). Pieces that no query
+of a step sees are not computed and, past the reach of a window, not sent. The
+backward pass goes round again with the gradients of keys and values beside
+them, so that no device ever holds more than its own piece and a visiting one.
 
 Shape suffixes: B batch, T query position, S key position, N query heads, K
 key/value heads, H head dim, P pieces on a device. C is the number of devices.
 """
 
+from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +29,15 @@ from t2x.attention import mask as mask_lib
 from t2x.attention import ring_plan
 from t2x.parallel import sharding
 
-# Rows that fill a matrix unit; key ranges along the diagonal.
-BLOCK, RUNS = 128, 4
+BLOCK = 128  # Number of queries in a block, which fill a matrix unit.
+RUNS = 4  # Number of key ranges along the diagonal.
+
+Tree = TypeVar('Tree')
+_Static = tuple[str, dense.Options]  # The mesh axis of the ring, and options.
+_QKV = tuple[jax.Array, jax.Array, jax.Array]
+_Residuals = tuple[Any, ...]
+# Segments and prefixes of keys.
+_OfKeys = tuple[jax.Array | None, jax.Array | None]
 
 
 def attend(
@@ -38,15 +48,23 @@ def attend(
   axis: str,
   *,
   options: dense.Options = dense.Options(),
-  bias: Any = None,
-  dropout: Any = None,
+  bias: dense.Bias | None = None,
+  dropout: dense.Dropout | None = None,
 ) -> jax.Array:
-  """As `dense.attend`, of rows that a mesh axis splits along the sequence.
+  """Attends as `context.attend` in rows that a mesh axis splits.
 
-  Arguments as for `context.attend`, but for the axis.
+  Args:
+    q_BTNH: queries, split along the sequence.
+    k_BSKH: keys, split along the sequence.
+    v_BSKH: values, split along the sequence.
+    mask: description of the keys that each query sees, without indices.
+    axis: mesh axis that splits the sequence.
+    options: the options of `dense.attend`.
+    bias: the bias of `dense.attend`; a pytree.
+    dropout: the dropout of `dense.attend`.
   """
   assert mask.q_index_BT is None and mask.k_index_BS is None, 'a cache?'
-  # However long the pieces are, the scores of a few blocks exist at a time.
+  # With blocks of a fixed size, memory does not grow with the pieces.
   options = dataclasses.replace(
     options, block=options.block or BLOCK, runs=RUNS
   )
@@ -54,11 +72,23 @@ def attend(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static, qkv, bias, dropout, mask):
+def _attend(
+  static: _Static,
+  qkv: _QKV,
+  bias: dense.Bias | None,
+  dropout: dense.Dropout | None,
+  mask: mask_lib.Mask,
+) -> jax.Array:
   return _forward(static, qkv, bias, dropout, mask)[0]
 
 
-def _forward(static, qkv, bias, dropout, mask):
+def _forward(
+  static: _Static,
+  qkv: _QKV,
+  bias: dense.Bias | None,
+  dropout: dense.Dropout | None,
+  mask: mask_lib.Mask,
+) -> tuple[jax.Array, _Residuals]:
   split = P(None, static[0])
   specs = (split, P(), P(), mask_lib.specs(mask, static[0]))
   fn = _manual(_travel, static, specs, (split, split))
@@ -66,7 +96,9 @@ def _forward(static, qkv, bias, dropout, mask):
   return out, (qkv, bias, dropout, mask, out, lse)
 
 
-def _backward(static, residuals, d_out):
+def _backward(
+  static: _Static, residuals: _Residuals, d_out: jax.Array
+) -> tuple[_QKV, Any, None, None]:
   qkv, bias, dropout, mask, out, lse = residuals
   split = P(None, static[0])
   of_mask = mask_lib.specs(mask, static[0])
@@ -79,8 +111,10 @@ def _backward(static, residuals, d_out):
 _attend.defvjp(_forward, _backward)
 
 
-def _manual(fn, static, in_specs, out_specs):
-  """A `shard_map` over the axis of the ring alone."""
+def _manual(
+  fn: Callable[..., Any], static: _Static, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+  """Wraps `fn` in a `shard_map` over the axis of the ring alone."""
   return jax.shard_map(
     functools.partial(fn, static),
     in_specs=in_specs,
@@ -91,9 +125,11 @@ def _manual(fn, static, in_specs, out_specs):
 
 
 class _Place:
-  """This device's view of the ring: its pieces, and those of its visitors."""
+  """A device's place in the ring: its own pieces, and those that visit it."""
 
-  def __init__(self, axis, mask, num_queries: int, num_keys: int):
+  def __init__(
+    self, axis: str, mask: mask_lib.Mask, num_queries: int, num_keys: int
+  ):
     self.axis = axis
     self.size = jax.lax.axis_size(axis)
     self.rank = jax.lax.axis_index(axis)
@@ -107,35 +143,42 @@ class _Place:
       S, self.size, mask.k_zigzag
     )
 
-  def of(self, table_C: np.ndarray):
-    """Returns this device's entry, known at trace time if all have the same."""
+  def of(self, table_C: np.ndarray) -> jax.Array | int:
+    """Returns this device's entry of a table; an int if all are the same."""
     if (table_C == table_C[0]).all():
       return int(table_C[0])
     return jnp.asarray(table_C)[self.rank]
 
-  def hop(self, visitor, distance: int):
-    """Sends a visitor `distance` devices on."""
+  def hop(self, visitor: Tree, distance: int) -> Tree:
+    """Sends visiting arrays `distance` devices on."""
     if distance % self.size == 0:
       return visitor
     pairs = [(i, (i + distance) % self.size) for i in range(self.size)]
     return jax.lax.ppermute(visitor, self.axis, pairs)
 
-  def q_pieces(self, x):
-    """(B, T, ...) to (B, P, T / P, ...), of this device's queries."""
+  def q_pieces(self, x: jax.Array) -> jax.Array:
+    """Cuts arrays of queries, (B, T, ...), into pieces (B, P, T / P, ...)."""
     return _pieces(x, self.q_starts.shape[1])
 
-  def k_pieces(self, x):
+  def k_pieces(self, x: jax.Array) -> jax.Array:
+    """Cuts arrays of keys, (B, S, ...), into pieces (B, P, S / P, ...)."""
     return _pieces(x, self.k_starts.shape[1])
 
   @property
-  def of_keys(self):
-    """What a mask knows of each key, which travels with it."""
+  def of_keys(self) -> _OfKeys:
+    """Segments and prefixes of this device's keys, which travel with them."""
     return self.mask.k_segments_BS, self.mask.own_prefix_BS
 
   def mask_of(
-    self, step: ring_plan.Step, slot: ring_plan.Slot, of_keys
+    self, step: ring_plan.Step, slot: ring_plan.Slot, of_keys: _OfKeys
   ) -> mask_lib.Mask:
-    """Returns what one pair of pieces sees."""
+    """Returns the mask of one pair of pieces.
+
+    Args:
+      step: step of the ring.
+      slot: pair of pieces.
+      of_keys: segments and prefixes of the visiting keys, in pieces.
+    """
     mask, devices = self.mask, np.arange(self.size)
     k_segments, prefix = of_keys
     segments = {}
@@ -159,8 +202,21 @@ class _Place:
       return mask_lib.Mask(**index, **segments)
     return mask_lib.Mask(**order, **index, **segments)
 
-  def where_seen(self, slot: ring_plan.Slot, fn, args, empty):
-    """Returns fn(*args); `empty`, without computing, where nothing is seen."""
+  def where_seen(
+    self,
+    slot: ring_plan.Slot,
+    fn: Callable[..., Any],
+    args: Sequence[jax.Array],
+    empty: Any,
+  ) -> Any:
+    """Returns fn(*args), or `empty` without computing if nothing is seen.
+
+    Args:
+      slot: pair of pieces.
+      fn: function of `args`.
+      args: arrays.
+      empty: tree prefix of numbers that fill the result if nothing is seen.
+    """
     if (slot.seen_C != ring_plan.NONE).all():
       return fn(*args)
     shapes = jax.eval_shape(fn, *args)
@@ -172,23 +228,29 @@ class _Place:
     return jax.lax.cond(seen, fn, nothing, *args)
 
 
-def _pieces(x, num):
+def _pieces(x: jax.Array, num: int) -> jax.Array:
   return x.reshape(x.shape[0], num, -1, *x.shape[2:])
 
 
-def _whole(x):
+def _whole(x: jax.Array) -> jax.Array:
   return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def _get(x, piece):
+def _get(x: jax.Array, piece: jax.Array | int) -> jax.Array:
   return jax.lax.dynamic_index_in_dim(x, piece, 1, keepdims=False)
 
 
-def _set(x, value, piece):
+def _set(x: jax.Array, value: jax.Array, piece: jax.Array | int) -> jax.Array:
   return jax.lax.dynamic_update_index_in_dim(x, value, piece, 1)
 
 
-def _travel(static, qkv, bias, dropout, mask):
+def _travel(
+  static: _Static,
+  qkv: _QKV,
+  bias: dense.Bias | None,
+  dropout: dense.Dropout | None,
+  mask: mask_lib.Mask,
+) -> dense.Part:
   """Returns the output and the log-sum-exp of this device's queries."""
   (axis, options), (q, k, v) = static, qkv
   place = _Place(axis, mask, q.shape[1], k.shape[1])
@@ -202,20 +264,37 @@ def _travel(static, qkv, bias, dropout, mask):
     for slot in step.slots:
       q_piece, k_piece = place.of(slot.q_C), place.of(slot.k_C)
 
-      def met(q, k, v, mask=place.mask_of(step, slot, of_keys)):
+      def attend_pair(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: mask_lib.Mask = place.mask_of(step, slot, of_keys),
+      ) -> dense.Part:
         part = {'options': options, 'bias': bias, 'dropout': dropout}
         return dense.attend_part(q, k, v, mask, **part)
 
       args = _get(q, q_piece), _get(k, k_piece), _get(v, k_piece)
-      new = place.where_seen(slot, met, args, (0.0, dense.NEVER))
+      new = place.where_seen(slot, attend_pair, args, (0.0, dense.NEVER))
       old = _get(out, q_piece), _get(lse, q_piece)
       merged = dense.merge(old, new)
       out, lse = _set(out, merged[0], q_piece), _set(lse, merged[1], q_piece)
   return _whole(out).astype(q.dtype), _whole(lse)
 
 
-def _travel_back(static, qkv, bias, dropout, mask, out, lse, d_out):
-  """Returns the gradients of this device's queries, keys, values; of bias."""
+def _travel_back(
+  static: _Static,
+  qkv: _QKV,
+  bias: dense.Bias | None,
+  dropout: dense.Dropout | None,
+  mask: mask_lib.Mask,
+  out: jax.Array,
+  lse: jax.Array,
+  d_out: jax.Array,
+) -> tuple[_QKV, Any]:
+  """Returns the gradients of this device's queries, keys and values, and bias.
+
+  The gradient of the bias is the sum over all devices.
+  """
   (axis, options), (q, k, v) = static, qkv
   place = _Place(axis, mask, q.shape[1], k.shape[1])
   d_out = d_out.astype(jnp.float32)
@@ -235,9 +314,15 @@ def _travel_back(static, qkv, bias, dropout, mask, out, lse, d_out):
     for slot in step.slots:
       q_piece, k_piece = place.of(slot.q_C), place.of(slot.k_C)
 
-      def met(
-        q, lse, d_out, delta, k, v, mask=place.mask_of(step, slot, of_keys)
-      ):
+      def pair_gradients(
+        q: jax.Array,
+        lse: jax.Array,
+        d_out: jax.Array,
+        delta: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        mask: mask_lib.Mask = place.mask_of(step, slot, of_keys),
+      ) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
         fn = lambda q, k, v, bias: dense.weighted(
           q, k, v, lse, mask, options=options, bias=bias, dropout=dropout
         )
@@ -245,7 +330,9 @@ def _travel_back(static, qkv, bias, dropout, mask, out, lse, d_out):
 
       args = [_get(a, q_piece) for a in queries]
       args += [_get(k, k_piece), _get(v, k_piece)]
-      new_q, *new_kv, new_bias = place.where_seen(slot, met, args, 0.0)
+      new_q, *new_kv, new_bias = place.where_seen(
+        slot, pair_gradients, args, 0.0
+      )
       add = lambda a, b, i: _set(a, _get(a, i) + b, i)
       d_q = add(d_q, new_q, q_piece)
       d_kv = [add(a, b, k_piece) for a, b in zip(d_kv, new_kv)]
@@ -254,5 +341,5 @@ def _travel_back(static, qkv, bias, dropout, mask, out, lse, d_out):
   d_k, d_v = place.hop(d_kv, -at)
   d_bias = jax.lax.psum(d_bias, axis)
   d_bias = jax.tree.map(lambda a, b: a.astype(b.dtype), d_bias, bias)
-  d_kv = tuple(_whole(a).astype(k.dtype) for a in (d_k, d_v))
-  return (_whole(d_q).astype(q.dtype), *d_kv), d_bias
+  d_k, d_v = (_whole(a).astype(k.dtype) for a in (d_k, d_v))
+  return (_whole(d_q).astype(q.dtype), d_k, d_v), d_bias

@@ -1,6 +1,7 @@
-"""What a ring computes at each step, known before anything runs.
+"""Plans ring attention: the pairs of pieces that each device computes, by step.
 
-C is the number of devices, T and S are the queries and keys of a whole row.
+C is the number of devices, T and S are the numbers of queries and keys of a
+whole row.
 """
 
 import dataclasses
@@ -15,13 +16,14 @@ NONE, SOME, ALL = 0, 1, 2  # How much of a pair of pieces is seen.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slot:
-  """A pair of a query piece and a key piece, on every device at one step.
+  """A pair of a query piece and a key piece on every device, in one step.
 
   Attributes:
-    q_C: the query piece of each device, by its number on the device.
-    k_C: the key piece of the visitor.
-    seen_C: nothing, something or everything, by the order of tokens.
-    diagonal: everywhere the two are the same stretch of the sequence.
+    q_C: number of the query piece among those of each device.
+    k_C: number of the key piece among those that visit each device.
+    seen_C: `NONE`, `SOME` or `ALL`: how many keys of the pair are seen, by the
+      order of tokens.
+    diagonal: whether on every device both are the same part of the sequence.
   """
 
   q_C: np.ndarray
@@ -32,7 +34,12 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-  """What is computed while the visitor comes from `shift` devices before."""
+  """A step of the ring.
+
+  Attributes:
+    shift: number of devices by which the visiting keys have moved.
+    slots: pairs of pieces to compute.
+  """
 
   shift: int
   slots: tuple[Slot, ...]
@@ -41,28 +48,29 @@ class Step:
 def plan(
   mask: mask_lib.Mask, num_queries: int, num_keys: int, num_devices: int
 ) -> list[Step]:
-  """Returns the steps of a ring in which something is seen.
+  """Returns the steps of a ring in which any query sees a key.
 
   Args:
-    mask: its order of tokens; segments are looked at when it runs.
-    num_queries: of a whole row.
-    num_keys: of a whole row.
-    num_devices: C.
+    mask: mask whose pattern decides; its segments are not used.
+    num_queries: number of queries in a whole row.
+    num_keys: number of keys in a whole row.
+    num_devices: number of devices C in the ring.
   """
   C = num_devices
   q_starts, q_size = stretches(num_queries, C, mask.q_zigzag)
   k_starts, k_size = stretches(num_keys, C, mask.k_zigzag)
   steps = []
   for shift in range(C):
-    pairs = []  # Of each device: (query piece, key piece, how much is seen).
+    # For each device: (query piece, key piece, how much is seen).
+    pairs = []
     for device in range(C):
-      found = []
+      visible = []
       for q, q_start in enumerate(q_starts[device]):
         for k, k_start in enumerate(k_starts[(device - shift) % C]):
           seen = _seen(mask, q_start, q_size, k_start, k_size)
           if seen != NONE:
-            found.append((q, k, seen))
-      pairs.append(found)
+            visible.append((q, k, seen))
+      pairs.append(visible)
     slots = _slots(pairs)
     same = shift == 0 and mask.q_zigzag == mask.k_zigzag
     same = same and num_queries == num_keys
@@ -75,8 +83,17 @@ def plan(
   return steps
 
 
-def stretches(length, num_devices, zigzagged):
-  """Returns where each device's pieces start, (C, P), and their length."""
+def stretches(
+  length: int, num_devices: int, zigzagged: int
+) -> tuple[np.ndarray, int]:
+  """Returns the start of each device's pieces, (C, P), and their length.
+
+  Args:
+    length: number of tokens in a whole row.
+    num_devices: number of devices C in the ring.
+    zigzagged: number of devices over which tokens are in zigzag order: C, or 1
+      for the order of the sequence.
+  """
   if zigzagged == 1:
     size = length // num_devices
     return np.arange(num_devices)[:, None] * size, size
@@ -85,20 +102,22 @@ def stretches(length, num_devices, zigzagged):
   return zigzag.pieces(num_devices).reshape(-1, 2) * size, size
 
 
-def _seen(mask, q_start, q_size, k_start, k_size) -> int:
-  """How much queries from `q_start` see of keys from `k_start`, by order."""
+def _seen(
+  mask: mask_lib.Mask, q_start: int, q_size: int, k_start: int, k_size: int
+) -> int:
+  """Returns whether queries see `NONE`, `SOME` or `ALL` of some keys."""
   span = lambda start, size: (np.array(start), np.array(start + size - 1))
   some, every = mask.pattern.reach(span(q_start, q_size), span(k_start, k_size))
   return ALL if every else SOME if some else NONE
 
 
-def _slots(pairs) -> list[Slot]:
-  """Lines up the pairs of all devices; those that all have come first."""
-  places = [{(q, k) for q, k, _ in found} for found in pairs]
-  common = set.intersection(*places)
+def _slots(pairs: list[list[tuple[int, int, int]]]) -> list[Slot]:
+  """Combines the pairs of all devices; pairs that all have come first."""
+  pieces = [{(q, k) for q, k, _ in visible} for visible in pairs]
+  common = set.intersection(*pieces)
   ordered = [
-    sorted(found, key=lambda pair: (pair[:2] not in common, pair[:2]))
-    for found in pairs
+    sorted(visible, key=lambda pair: (pair[:2] not in common, pair[:2]))
+    for visible in pairs
   ]
   slots = []
   for i in range(max(map(len, ordered))):

@@ -1,10 +1,10 @@
-"""Softmax attention over the blocks that a pattern shows, one step at a time.
+"""Softmax attention as a scan over the blocks that a pattern shows.
 
-Each step meets a block of queries with a few blocks of keys; what it makes is
-merged with what the block had before by a running maximum and sum (Milakov and
-Gimelshein, 2018). The backward pass takes the same steps again and works their
-probabilities out from the log-sum-exp (Dao et al., 2022), so that what is kept
-grows with the length alone.
+Each step multiplies a block of queries with a few blocks of keys and merges the
+result with that of the block's earlier steps by a running maximum and sum
+(Milakov and Gimelshein, 2018). The backward pass takes the same steps again and
+computes their probabilities from the log-sum-exp (Dao et al., 2022), so that
+memory grows with the length and not with its square.
 
 Shape suffixes: B batch, T query position, S key position, N query heads, K
 key/value heads, G query heads per key/value head, H head dim, P steps, C blocks
@@ -25,6 +25,11 @@ from t2x.attention import pairs as pairs_lib
 from t2x.attention import patterns
 from t2x.attention import splash
 
+_QKV = tuple[jax.Array, jax.Array, jax.Array]
+_Residuals = tuple[Any, ...]
+# Gradients of queries, keys, values and bias.
+_Sums = tuple[jax.Array, jax.Array, jax.Array, Any]
+
 
 def attend(
   q_BTNH: jax.Array,
@@ -33,33 +38,48 @@ def attend(
   mask: mask_lib.Mask,
   *,
   options: dense.Options = dense.Options(),
-  bias: Any = None,
-  dropout: Any = None,
+  bias: dense.Bias | None = None,
+  dropout: dense.Dropout | None = None,
 ) -> jax.Array:
-  """As `dense.attend`, of sequences in their own order.
+  """Attends as `dense.attend` in arrays that have the order of the sequence.
 
   Args:
     q_BTNH: queries.
     k_BSKH: keys.
     v_BSKH: values.
-    mask: what each query sees; without indices.
+    mask: description of the keys that each query sees, without indices.
     options: scale, cap and block size.
-    bias: as for `dense.attend`; a pytree.
-    dropout: as for `dense.attend`; a pytree.
+    bias: the bias of `dense.attend`; a pytree.
+    dropout: the dropout of `dense.attend`.
+
+  Returns:
+    (B, T, N, H) in the dtype of the queries.
   """
   assert mask.has_static_order and mask.start is None
   return _attend(options, (q_BTNH, k_BSKH, v_BSKH), bias, dropout, mask)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options, qkv, bias, dropout, mask):
+def _attend(
+  options: dense.Options,
+  qkv: _QKV,
+  bias: dense.Bias | None,
+  dropout: dense.Dropout | None,
+  mask: mask_lib.Mask,
+) -> jax.Array:
   return _forward(options, qkv, bias, dropout, mask)[0]
 
 
 class _Blocks:
-  """Cuts arrays into blocks, and reads those of a step."""
+  """Cuts arrays into blocks, and reads and writes the blocks of a step."""
 
-  def __init__(self, q_shape, k_shape, mask, options):
+  def __init__(
+    self,
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    mask: mask_lib.Mask,
+    options: dense.Options,
+  ):
     (_, self.T, N, _), (_, self.S, self.K, _) = q_shape, k_shape
     self.G = N // self.K
     self.steps = pairs_lib.plan(mask.pattern, self.T, self.S, options.block)
@@ -68,31 +88,31 @@ class _Blocks:
     self.J = -(-self.S // self.steps.k_size) + self.steps.k_PC.shape[1]
     self.mask = mask
 
-  def queries(self, a_BTN):
-    """(B, T, N, ...) to (I, B, K, G, block, ...)."""
+  def queries(self, a_BTN: jax.Array) -> jax.Array:
+    """Cuts (B, T, N, ...) into blocks (I, B, K, G, block, ...)."""
     a = _padded(a_BTN, self.I * self.steps.q_size)
     rest = a.shape[3:]
     a = a.reshape(a.shape[0], self.I, -1, self.K, self.G, *rest)
     return jnp.moveaxis(a, (1, 2), (0, 4))
 
-  def of_queries(self, a):
-    """The way back of `queries`."""
+  def of_queries(self, a: jax.Array) -> jax.Array:
+    """Inverse of `queries`."""
     a = jnp.moveaxis(a, (0, 4), (1, 2))
     rest = a.shape[5:]
     return a.reshape(a.shape[0], -1, self.K * self.G, *rest)[:, : self.T]
 
-  def keys(self, a_BSKH):
-    """(B, S, K, H) to (B, K, J, block, H)."""
+  def keys(self, a_BSKH: jax.Array) -> jax.Array:
+    """Cuts (B, S, K, H) into blocks (B, K, J, block, H)."""
     a = _padded(a_BSKH, self.J * self.steps.k_size).swapaxes(1, 2)
     return a.reshape(*a.shape[:2], self.J, -1, a.shape[-1])
 
-  def of_keys(self, a):
-    """The way back of `keys`."""
+  def of_keys(self, a: jax.Array) -> jax.Array:
+    """Inverse of `keys`."""
     a = a.reshape(*a.shape[:2], -1, a.shape[-1])
     return a.swapaxes(1, 2)[:, : self.S]
 
-  def read(self, a, blocks_C):
-    """Returns some blocks of keys, (B, K, C block, H)."""
+  def read(self, a: jax.Array, blocks_C: jax.Array) -> jax.Array:
+    """Reads some blocks of keys, (B, K, C block, H)."""
     if self.steps.is_sliced:
       num = self.steps.k_PC.shape[1]
       a = jax.lax.dynamic_slice_in_dim(a, blocks_C[0], num, 2)
@@ -100,16 +120,16 @@ class _Blocks:
       a = jnp.take(a, blocks_C, axis=2, mode='clip')
     return a.reshape(*a.shape[:2], -1, a.shape[-1])
 
-  def add(self, a, new, blocks_C):
-    """Adds to some blocks of keys."""
+  def add(self, a: jax.Array, new: jax.Array, blocks_C: jax.Array) -> jax.Array:
+    """Adds `new`, (B, K, C block, H), to some blocks of keys."""
     new = new.reshape(*a.shape[:2], -1, *a.shape[3:]).astype(a.dtype)
     if not self.steps.is_sliced:
       return a.at[:, :, blocks_C].add(new, mode='drop')
     old = jax.lax.dynamic_slice_in_dim(a, blocks_C[0], new.shape[2], 2)
     return jax.lax.dynamic_update_slice_in_dim(a, old + new, blocks_C[0], 2)
 
-  def mask_of(self, row, blocks_C) -> mask_lib.Mask:
-    """Returns what the queries and keys of a step see of each other."""
+  def mask_of(self, row: jax.Array, blocks_C: jax.Array) -> mask_lib.Mask:
+    """Returns the mask of a step: block `row` of queries, some of keys."""
     mask, steps = self.mask, self.steps
     q_index_T = row * steps.q_size + jnp.arange(steps.q_size)
     inside_S = jnp.arange(steps.k_size)[None]
@@ -121,40 +141,46 @@ class _Blocks:
     prefix_BS = mask.prefix_BS
     if mask.own_prefix_BS is not None:
       prefix_BS = _at(mask.own_prefix_BS, k_index_S)
-    own = mask_lib.Mask(
+    step_mask = mask_lib.Mask(
       pattern=pattern,
       prefix_BS=prefix_BS,
       q_index_BT=q_index_T[None],
       k_index_BS=k_index_S[None],
     )
-    if not mask.has_segments:
-      return own
+    if mask.q_segments_BT is None or mask.k_segments_BS is None:
+      return step_mask
     return dataclasses.replace(
-      own,
+      step_mask,
       q_segments_BT=_at(mask.q_segments_BT, q_index_T),
       k_segments_BS=_at(mask.k_segments_BS, k_index_S),
     )
 
 
-def _padded(a, length):
+def _padded(a: jax.Array, length: int) -> jax.Array:
   return jnp.pad(
     a, [(0, 0), (0, length - a.shape[1])] + [(0, 0)] * (a.ndim - 2)
   )
 
 
-def _at(a_BT, index_T):
+def _at(a_BT: jax.Array, index_T: jax.Array) -> jax.Array:
   return jnp.take(a_BT, index_T, axis=1, mode='clip')
 
 
-def _get(a, i):
+def _get(a: jax.Array, i: jax.Array | int) -> jax.Array:
   return jax.lax.dynamic_index_in_dim(a, i, 0, keepdims=False)
 
 
-def _set(a, value, i):
+def _set(a: jax.Array, value: jax.Array, i: jax.Array | int) -> jax.Array:
   return jax.lax.dynamic_update_index_in_dim(a, value, i, 0)
 
 
-def _scores(q_BKGTH, k_BKSH, mask, options, bias):
+def _scores(
+  q_BKGTH: jax.Array,
+  k_BKSH: jax.Array,
+  mask: mask_lib.Mask,
+  options: dense.Options,
+  bias: dense.Bias | None,
+) -> jax.Array:
   scores = jnp.einsum(
     'BKGTH,BKSH->BKGTS',
     q_BKGTH * dense.scale_of(options, q_BKGTH),
@@ -165,7 +191,12 @@ def _scores(q_BKGTH, k_BKSH, mask, options, bias):
   return dense.shaped(scores, mask, options, *whole, bias)
 
 
-def _product(weights_BKGTS, v_BKSH, mask, dropout):
+def _product(
+  weights_BKGTS: jax.Array,
+  v_BKSH: jax.Array,
+  mask: mask_lib.Mask,
+  dropout: dense.Dropout | None,
+) -> jax.Array:
   whole = slice(0, weights_BKGTS.shape[-2]), slice(0, weights_BKGTS.shape[-1])
   weights_BKGTS = dense.dropped(weights_BKGTS, dropout, mask, *whole)
   return jnp.einsum(
@@ -176,23 +207,31 @@ def _product(weights_BKGTS, v_BKSH, mask, dropout):
   )
 
 
-def _forward(options, qkv, bias, dropout, mask):
+def _forward(
+  options: dense.Options,
+  qkv: _QKV,
+  bias: dense.Bias | None,
+  dropout: dense.Dropout | None,
+  mask: mask_lib.Mask,
+) -> tuple[jax.Array, _Residuals]:
   blocks = _Blocks(qkv[0].shape, qkv[1].shape, mask, options)
   q, k, v = blocks.queries(qkv[0]), blocks.keys(qkv[1]), blocks.keys(qkv[2])
   start = dense.no_sums(q.shape[:-1], v.shape[-1])
 
-  def step(sums, at):
+  def step(
+    sums: dense.Sums, at: tuple[jax.Array, jax.Array]
+  ) -> tuple[dense.Sums, None]:
     row, blocks_C = at
-    own = blocks.mask_of(row, blocks_C)
+    step_mask = blocks.mask_of(row, blocks_C)
     keys, values = (blocks.read(a, blocks_C) for a in (k, v))
-    scores = _scores(_get(q, row), keys, own, options, bias)
-    before = tuple(_get(a, row) for a in sums)
-    product = lambda weights: _product(weights, values, own, dropout)
+    scores = _scores(_get(q, row), keys, step_mask, options, bias)
+    before = jax.tree.map(lambda a: _get(a, row), sums)
+    product = lambda weights: _product(weights, values, step_mask, dropout)
     after = dense.added(before, scores, product)
-    parts = zip(sums, after, strict=True)
-    return tuple(_set(a, value, row) for a, value in parts), None
+    put = lambda a, value: _set(a, value, row)
+    return jax.tree.map(put, sums, after), None
 
-  steps = blocks.steps.q_P, blocks.steps.k_PC
+  steps: Any = blocks.steps.q_P, blocks.steps.k_PC
   (out, largest, total), _ = jax.lax.scan(step, start, steps)
   total = jnp.maximum(total, 1e-37)
   out = blocks.of_queries(out / total[..., None]).astype(qkv[0].dtype)
@@ -203,7 +242,9 @@ def _forward(options, qkv, bias, dropout, mask):
   return out, (qkv, bias, dropout, mask, out, lse)
 
 
-def _backward(options, residuals, d_out):
+def _backward(
+  options: dense.Options, residuals: _Residuals, d_out: jax.Array
+) -> tuple[Any, Any, None, None]:
   qkv, bias, dropout, mask, out, lse = residuals
   blocks = _Blocks(qkv[0].shape, qkv[1].shape, mask, options)
   d_out = d_out.astype(jnp.float32)
@@ -213,16 +254,18 @@ def _backward(options, residuals, d_out):
   zeros = lambda a: jnp.zeros(a.shape, jnp.float32)
   start = zeros(rows[0]), zeros(k), zeros(v), jax.tree.map(zeros, bias)
 
-  def step(sums, at):
+  def step(sums: _Sums, at: tuple[jax.Array, jax.Array]) -> tuple[_Sums, None]:
     row, blocks_C = at
-    own = blocks.mask_of(row, blocks_C)
+    step_mask = blocks.mask_of(row, blocks_C)
     q, lse, d_out, delta = (_get(a, row) for a in rows)
 
-    def weigh(q, k, v, bias):
-      scores = _scores(q, k, own, options, bias)
+    def weigh(
+      q: jax.Array, k: jax.Array, v: jax.Array, bias: dense.Bias | None
+    ) -> tuple[jax.Array, jax.Array]:
+      scores = _scores(q, k, step_mask, options, bias)
       lse_1 = jnp.maximum(lse, dense.NEVER / 2)[..., None]
       weights = jnp.exp(scores - lse_1)
-      return _product(weights, v, own, dropout), weights.sum(-1)
+      return _product(weights, v, step_mask, dropout), weights.sum(-1)
 
     keys, values = (blocks.read(a, blocks_C) for a in (k, v))
     new = jax.vjp(weigh, q, keys, values, bias)[1]((d_out, -delta))
@@ -233,7 +276,7 @@ def _backward(options, residuals, d_out):
     )
     return (d_q, d_k, d_v, jax.tree.map(jnp.add, d_bias, new[3])), None
 
-  steps = blocks.steps.q_P, blocks.steps.k_PC
+  steps: Any = blocks.steps.q_P, blocks.steps.k_PC
   (d_q, d_k, d_v, d_bias), _ = jax.lax.scan(step, start, steps)
   d_bias = jax.tree.map(lambda a, b: a.astype(b.dtype), d_bias, bias)
   d_qkv = blocks.of_queries(d_q), blocks.of_keys(d_k), blocks.of_keys(d_v)

@@ -1,7 +1,7 @@
-"""Attention on TPUs: jax's splash kernels, forward and backward.
+"""Attention on TPUs by JAX's splash kernels, forward and backward.
 
-Blocks of scores live in the chip's vector memory and nowhere else; blocks that
-the mask hides are not visited (Dao et al., 2022; the kernel is
+Blocks of scores exist in the chip's vector memory only, and blocks that the
+mask hides are skipped (Dao et al., 2022; the kernel is
 jax.experimental.pallas.ops.tpu.splash_attention).
 
 Shape suffixes: B batch, T query position, S key position, N query heads, K
@@ -10,6 +10,7 @@ key/value heads, H head dim.
 
 from collections.abc import Callable
 import functools
+from typing import Any
 
 import jax
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -24,16 +25,20 @@ import numpy as np
 from t2x.attention import mask as mask_lib
 from t2x.attention import patterns
 
-LANES = 128  # Of a vector register: queries and keys come in multiples.
+# Lanes of a vector register; numbers of queries and keys are multiples of it.
+LANES = 128
 _BLOCK = 512  # The side of a block of scores, where the length allows.
-NAME = 'attention'  # Of what the forward pass keeps, for `remat`.
-# A kernel's text does not tell its FLOPs: its name ends with those of the
-# forward pass on one device, blocks that it visits counted whole.
+NAME = (
+  'attention'  # Name of the results that the forward pass keeps, for `remat`.
+)
+# The FLOPs of a kernel cannot be read from its program text. So its scope is
+# this prefix and the FLOPs of its forward pass on one device; blocks that it
+# computes count whole.
 FLOPS = 'flash_flops_'
 
 
 def block_size(length: int) -> int | None:
-  """Returns the side of a block that divides a length; None for none."""
+  """Returns the largest side of a block that divides a length, or None."""
   sides = range(_BLOCK, 0, -LANES)
   return next((side for side in sides if length % side == 0), None)
 
@@ -50,23 +55,28 @@ def attend(
   interpret: bool = False,
   place: Callable[[Callable], Callable] = lambda fn: fn,
 ) -> jax.Array:
-  """As `dense.attend`.
+  """Attends as `dense.attend`.
 
   Args:
     q_BTNH: queries; T is a multiple of 128.
-    k_BSKH: keys; S too.
-    v_BSKH: values.
-    mask: in the order of the arrays; without a prefix. In an ordered one each
-      query sees a key.
+    k_BSKH: keys; S is a multiple of 128.
+    v_BSKH: values, of the same head dim as the keys.
+    mask: mask in the order of the arrays, without a prefix; where it has an
+      order, each query sees a key.
     scale: factor of the scores.
-    soft_cap: bounds them.
+    soft_cap: bound of the scores, as in `dense.Options`.
     block: side of a block; None chooses.
-    interpret: run the kernel's text on any device, slowly.
-    place: runs a function of (q_BNTH, k_BKSH, v_BKSH, mask) on each device's
-      part. Nothing else is in it, so that what it is given and what it gives
-      are what the backward pass needs, without copies in another layout.
+    interpret: whether to run the kernel in interpreter mode, on any device and
+      slowly.
+    place: wrapper that makes a function of (q_BNTH, k_BKSH, v_BKSH, mask) run
+      on each device's part. The function is the kernel alone, so that its
+      arguments and results are what the backward pass keeps, without copies in
+      another layout.
+
+  Returns:
+    (B, T, N, H) in the dtype of the queries.
   """
-  # The factor itself is not rounded to the dtype of the queries.
+  # In float32, so that the factor is not rounded to the dtype of the queries.
   q_BTNH = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
   heads_first = lambda a: a.swapaxes(1, 2)
   run = functools.partial(
@@ -77,17 +87,26 @@ def attend(
   q_BT, k_BS = mask.q_segments_BT, mask.k_segments_BS
   if q_BT is None or k_BS is None or mask.is_ordered:
     return out_BTNH
-  # The kernel gives a query that sees nothing the mean of what is hidden.
+  # For a query that sees no key the kernel returns the mean of hidden values.
   sees_BT = (q_BT[:, :, None] == k_BS[:, None, :]).any(-1)
   return jnp.where(sees_BT[..., None, None], out_BTNH, 0)
 
 
-def _attend(q_BNTH, k_BKSH, v_BKSH, mask, *, soft_cap, block, interpret):
+def _attend(
+  q_BNTH: jax.Array,
+  k_BKSH: jax.Array,
+  v_BKSH: jax.Array,
+  mask: mask_lib.Mask,
+  *,
+  soft_cap: float | None,
+  block: int | None,
+  interpret: bool,
+) -> jax.Array:
   (B, N, T), S = q_BNTH.shape[:3], k_BKSH.shape[2]
   heads = splash_mask.MultiHeadMask([_order(mask, T, S)] * N)
   q_side, k_side = block or block_size(T), block or block_size(S)
   assert q_side and k_side, (T, S)
-  kernel = kernel_lib.make_splash_mha(
+  kernel: Any = kernel_lib.make_splash_mha(
     heads,
     block_sizes=kernel_lib.BlockSizes(
       block_q=q_side,
@@ -115,17 +134,27 @@ def _attend(q_BNTH, k_BKSH, v_BKSH, mask, *, soft_cap, block, interpret):
 def visited(
   mask: mask_lib.Mask, T: int, S: int, q_side: int, k_side: int
 ) -> int:
-  """Returns the pairs of a query and a key in blocks that hold a seen one."""
+  """Returns the number of pairs of a query and a key that are computed.
+
+  These are all pairs of blocks in which at least one pair is seen.
+
+  Args:
+    mask: the mask.
+    T: number of queries.
+    S: number of keys.
+    q_side: number of queries in a block.
+    k_side: number of keys in a block.
+  """
   q, k = np.arange(0, T, q_side)[:, None], np.arange(0, S, k_side)
   some, _ = mask.pattern.reach((q, q + q_side - 1), (k, k + k_side - 1))
   return int(some.sum()) * q_side * k_side
 
 
 def _order(mask: mask_lib.Mask, T: int, S: int) -> splash_mask.Mask:
-  """Returns what a query sees by its place.
+  """Returns the kernel's mask for the pattern of a mask.
 
-  The usual orders are worked out in the kernel; it reads the blocks of others
-  that are seen in part.
+  The kernel computes the masks of the usual patterns itself. For other patterns
+  it reads the mask of each block that is seen in part.
   """
   match mask.pattern:
     case patterns.Everything():
@@ -140,7 +169,7 @@ def _order(mask: mask_lib.Mask, T: int, S: int) -> splash_mask.Mask:
 
 
 class _Pattern(splash_mask.Mask):
-  """Any pattern, read block by block."""
+  """Mask of any pattern, which the kernel reads block by block."""
 
   def __init__(self, pattern: patterns.Pattern, shape: tuple[int, int]):
     self._key = pattern, shape
@@ -149,17 +178,17 @@ class _Pattern(splash_mask.Mask):
   def shape(self) -> tuple[int, ...]:
     return self._key[1]
 
-  def __getitem__(self, idx) -> np.ndarray:
+  def __getitem__(self, idx: tuple[slice, slice]) -> np.ndarray:
     rows, columns = (
       np.arange(length)[part] for length, part in zip(self.shape, idx)
     )
     pattern, shape = self._key[0], (len(rows), len(columns))
-    # Most blocks are hidden or seen as a whole.
+    # Most blocks are hidden, or seen, as a whole.
     ends = [(np.array(a[0]), np.array(a[-1])) for a in (rows, columns)]
     some, every = pattern.reach(*ends)
     if every or not some:
       return np.broadcast_to(bool(every), shape)
-    return pattern.sees(rows[:, None], columns, None)
+    return np.asarray(pattern.sees(rows[:, None], columns, None))
 
   def __eq__(self, other: object) -> bool:
     return isinstance(other, _Pattern) and self._key == other._key

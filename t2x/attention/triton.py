@@ -1,7 +1,7 @@
-"""Attention on NVIDIA GPUs: jax's Triton kernels, forward and backward.
+"""Attention on NVIDIA GPUs by JAX's Triton kernels, forward and backward.
 
-Blocks of scores live in a multiprocessor's own memory and nowhere else; keys
-after a query are not visited (Dao, 2023; the kernel is
+Blocks of scores exist in a multiprocessor's own memory only, and in causal
+attention blocks of later keys are skipped (Dao, 2023; the kernel is
 jax.experimental.pallas.ops.gpu.attention).
 
 Shape suffixes: B batch, T query position, S key position, N query heads, K
@@ -22,32 +22,37 @@ from t2x.attention import mask as mask_lib
 from t2x.attention import patterns
 from t2x.attention import splash
 
-# Sides of a block of scores, the largest that serves first: products of the
-# tensor cores take no smaller ones.
+Shaped = jax.Array | jax.ShapeDtypeStruct  # An array, or its shape and dtype.
+
+# Sides of a block of scores, in the order in which they are tried. Products on
+# tensor cores cannot be smaller.
 SIDES = 128, 64, 32, 16
-LARGEST_HEAD = 256
+LARGEST_HEAD = 256  # The largest head dim of the kernel.
 _BACKWARD = 32  # The side of a block of the backward kernel.
-_BLOCK_BYTES = 32 * 1024  # Of keys: two and their values lie in shared memory.
+# Largest size of a block of keys; shared memory holds two, with their values.
+_BLOCK_BYTES = 32 * 1024
+
+_Residuals = tuple[Any, ...]
 
 
 def why_not(
-  q_BTNH: Any,
-  k_BSKH: Any,
-  v_BSKH: Any,
+  q_BTNH: Shaped,
+  k_BSKH: Shaped,
+  v_BSKH: Shaped,
   mask: mask_lib.Mask,
   *,
   soft_cap: float | None = None,
   block: int | None = None,
 ) -> str | None:
-  """Returns why the kernel does not serve, or None where it does.
+  """Returns why the kernel does not support the arguments, or None if it does.
 
   Args:
     q_BTNH: queries, or their shape and dtype.
     k_BSKH: keys, or their shape.
     v_BSKH: values, or their shape.
-    mask: what each query sees.
-    soft_cap: bounds the scores.
-    block: side of a block that is asked for.
+    mask: description of the keys that each query sees.
+    soft_cap: bound of the scores, as in `dense.Options`.
+    block: side of a block that is required; None is any.
   """
   (_, T, _, H), S = q_BTNH.shape, k_BSKH.shape[1]
   if soft_cap is not None:
@@ -72,7 +77,7 @@ def why_not(
   return None
 
 
-def _sides(T: int, H: int, dtype: Any) -> list[int]:
+def _sides(T: int, H: int, dtype: jax.typing.DTypeLike) -> list[int]:
   """Returns the sides that divide the length and fit in shared memory."""
   width = pl.next_power_of_2(H) * jnp.dtype(dtype).itemsize
   return [
@@ -90,19 +95,23 @@ def attend(
   block: int | None = None,
   interpret: bool = False,
 ) -> jax.Array:
-  """As `dense.attend`, of arrays that lie on this device.
+  """Attends as `dense.attend`, with arrays of this device alone.
 
-  The result, and the log-sum-exp that the backward pass takes with it, are
-  named for `remat` as those of `splash` are.
+  The result, and the log-sum-exp that the backward pass needs with it, have the
+  name `splash.NAME`, for `remat`.
 
   Args:
     q_BTNH: queries.
     k_BSKH: keys; as many as queries.
     v_BSKH: values.
-    mask: in the order of the arrays; causal or of everything.
+    mask: mask in the order of the arrays, causal or showing everything.
     scale: factor of the scores.
     block: side of a block of the forward pass; None chooses.
-    interpret: run the kernel's text on any device, slowly.
+    interpret: whether to run the kernel in interpreter mode, on any device and
+      slowly.
+
+  Returns:
+    (B, T, N, H) in the dtype of the queries.
   """
   assert why_not(q_BTNH, k_BSKH, v_BSKH, mask, block=block) is None
   T, _, H = q_BTNH.shape[1:]
@@ -116,17 +125,41 @@ def attend(
 
 
 def visited(T: int, causal: bool, side: int) -> int:
-  """Returns the pairs of a query and a key in blocks that are computed."""
+  """Returns the number of pairs of a query and a key that are computed.
+
+  Args:
+    T: number of queries, and of keys.
+    causal: whether blocks of later keys are skipped.
+    side: side of a block.
+  """
   blocks = T // side
   return side**2 * (blocks * (blocks + 1) // 2 if causal else blocks**2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _attend(scale, causal, block, interpret, q, k, v, segments):
+def _attend(
+  scale: float,
+  causal: bool,
+  block: int,
+  interpret: bool,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segments: jax.Array | None,
+) -> jax.Array:
   return _forward(scale, causal, block, interpret, q, k, v, segments)[0]
 
 
-def _forward(scale, causal, block, interpret, q, k, v, segments):
+def _forward(
+  scale: float,
+  causal: bool,
+  block: int,
+  interpret: bool,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segments: jax.Array | None,
+) -> tuple[jax.Array, _Residuals]:
   with jax.named_scope(_label(q.shape, causal, block, products=2)):
     parts: Any = _kernels().mha(
       q,
@@ -140,8 +173,19 @@ def _forward(scale, causal, block, interpret, q, k, v, segments):
   return out, (q, k, v, segments, out, lse)
 
 
-def _backward(scale, causal, block, interpret, residuals, d_out):
-  """Scores, dP, dV and dK by keys, then scores, dP and dQ by queries."""
+def _backward(
+  scale: float,
+  causal: bool,
+  block: int,
+  interpret: bool,
+  residuals: _Residuals,
+  d_out: jax.Array,
+) -> tuple[jax.Array | None, ...]:
+  """Returns the gradients of queries, keys and values.
+
+  One kernel goes by keys (scores, dP, dV and dK), and one by queries (scores,
+  dP and dQ): seven products.
+  """
   q = residuals[0]
   settings = _settings(scale, causal, block, interpret)
   with jax.named_scope(_label(q.shape, causal, _BACKWARD, products=7)):
@@ -167,14 +211,16 @@ _attend.defvjp(_forward, _backward)
 
 
 @functools.cache
-def _kernels():
-  """Returns JAX's module, which says from jax 0.12 on that it is to go."""
+def _kernels() -> Any:
+  """Imports JAX's module without its deprecation warning (from jax 0.12)."""
   with warnings.catch_warnings():
     warnings.simplefilter('ignore', DeprecationWarning)
     return importlib.import_module('jax.experimental.pallas.ops.gpu.attention')
 
 
-def _settings(scale, causal, block, interpret):
+def _settings(
+  scale: float, causal: bool, block: int, interpret: bool
+) -> dict[str, Any]:
   sides = _kernels().BlockSizes(
     block_q=block,
     block_k=block,
@@ -191,7 +237,9 @@ def _settings(scale, causal, block, interpret):
   }
 
 
-def _label(shape, causal, side, products):
+def _label(
+  shape: tuple[int, ...], causal: bool, side: int, products: int
+) -> str:
   B, T, N, H = shape
   flops = 2 * products * B * N * H * visited(T, causal, side)
   return f'{splash.FLOPS}{flops}'

@@ -1,17 +1,17 @@
-"""The kinds of softmax attention, as configs; `attention_layer` runs them.
+"""Configs of softmax attention, which `attention_layer` runs.
 
-All of them compute softmax(q k^T) v over the keys that a mask shows. What a
-kind adds to the model's mask is a pattern (t2x/attention/patterns.py). Others,
-with no scores to hide, are in linear, low_rank, regional and convolution, and
-more of these in sparse; t2x/layers/attention_kinds.py lists them all.
+Every kind of softmax attention computes softmax(q k^T) v over the keys that a
+mask shows, and adds a pattern (t2x/attention/patterns.py) to the model's mask.
+More of these kinds are in sparse.py. Kinds without scores are in linear.py,
+low_rank.py, regional.py and convolution.py; attention_kinds.py lists all kinds.
 
 Letters: N query heads, K key/value heads, H head dim, T tokens of a sequence.
 """
 
 import dataclasses
-from typing import Any
 from typing import ClassVar
 from typing import Literal
+from typing import Protocol
 
 from t2x import field_checks
 from t2x.attention import patterns
@@ -19,21 +19,27 @@ from t2x.attention import patterns
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Heads:
-  """What every kind of attention has.
+  """Fields that every kind of attention has.
 
   Attributes:
-    num_heads: query heads N.
-    num_kv_heads: key/value heads K, a divisor of N; None means N. 1 is
-      multi-query attention (Shazeer, 2019), between is grouped-query (Ainslie
-      et al., 2023).
-    head_dim: H.
-    bias: add biases to queries, keys, values and output.
-    out_bias: whether the output has one; None is as `bias` says (Qwen 2 has
-      biases, and none there).
-    qk_norm: RMSNorm over each head's queries and keys (Dehghani et al., 2023).
-    qk_norm_eps: added to the mean square there.
-    rotary: turn queries and keys where the model's positions are rotary; false
-      is a layer without positions (Kazemnejad et al., 2023).
+    num_heads: number of query heads N.
+    num_kv_heads: number of key/value heads K, a divisor of N; None means N. 1
+      is multi-query attention (Shazeer, 2019), a number between is
+      grouped-query attention (Ainslie et al., 2023).
+    head_dim: number of entries H of each head.
+    bias: whether queries, keys, values and output have biases.
+    out_bias: whether the output has a bias; None follows `bias` (Qwen 2 has
+      biases, but none on the output).
+    qk_norm: whether each head's queries and keys have an RMSNorm (Dehghani et
+      al., 2023).
+    qk_norm_eps: epsilon of that norm, added to the mean square.
+    rotary: whether queries and keys are rotated where the model's positions are
+      rotary; false is a layer without positions (Kazemnejad et al., 2023).
+    kind: name of the kind, for `model.attention`.
+    not_causal: reason why a decoder cannot have this kind, or None.
+    decoding: description of what a decoder keeps of earlier tokens to generate
+      token by token; None if it cannot.
+    mixes_rows: whether queries see other documents packed into their row.
   """
 
   num_heads: int = 8
@@ -46,9 +52,6 @@ class Heads:
   rotary: bool = True
 
   kind: ClassVar[str] = ''
-  # Why no decoder can have it, or None. By what a decoder goes on token by
-  # token, or None where it cannot. Whether queries see other documents of their
-  # row.
   not_causal: ClassVar[str | None] = None
   decoding: ClassVar[str | None] = 'keys and values of all positions'
   mixes_rows: ClassVar[bool] = False
@@ -57,7 +60,7 @@ class Heads:
   global_projections = False
   num_token_types = 0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     least = dict.fromkeys(('num_heads', 'num_kv_heads', 'head_dim'), 1)
     field_checks.least(self, 'attention.', **least)
     field_checks.positive(self, 'attention.', 'qk_norm_eps')
@@ -70,19 +73,21 @@ class Heads:
 
   @property
   def kv_heads(self) -> int:
+    """Number of key/value heads K."""
     return self.num_kv_heads or self.num_heads
 
   @property
   def has_out_bias(self) -> bool:
+    """Whether the output has a bias."""
     return self.bias if self.out_bias is None else self.out_bias
 
   @property
   def limit(self) -> int | None:
-    """Tokens of the longest sequence; None for any."""
+    """Number of tokens in the longest possible sequence; None is any."""
     return None
 
   def check_limit(self, length: int) -> None:
-    """Raises ValueError for sequences longer than the kind is made for."""
+    """Raises ValueError for a sequence longer than `limit`."""
     if self.limit is not None and length > self.limit:
       raise ValueError(
         f'model.attention={self.kind} is made for {self.limit} tokens '
@@ -92,24 +97,25 @@ class Heads:
       )
 
   def check_length(self, length: int) -> None:
-    """Raises ValueError for rows that the kind makes no sense for."""
+    """Raises ValueError for a row length that the kind does not support."""
     self.check_limit(length)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Softmax(Heads):
-  """What every kind of softmax attention has.
+  """Fields that every kind of softmax attention has.
 
   Attributes:
     scale: factor of the scores; None means 1 / sqrt(H). T5 takes 1 and draws
       its queries smaller instead.
-    soft_cap: bounds the scores by cap * tanh(score / cap).
-    dropout: rate on the attention probabilities.
-    block: queries, and where blocks are scanned keys, to a block of the
-      computation; None chooses.
-    kernel: `auto` takes the device's own kernel where it has one that serves
-      (t2x/attention/kernels.py), `flash` insists on it, `blocks` runs the same
-      program everywhere.
+    soft_cap: bound of the scores, which become cap * tanh(score / cap); None is
+      no bound.
+    dropout: dropout rate of the attention probabilities.
+    block: number of queries in a block of the computation, and of keys where
+      blocks are scanned; None chooses.
+    kernel: `auto` takes the device's own kernel where it supports the layer
+      (t2x/attention/kernels.py), `flash` requires it, `blocks` runs the same
+      program on all devices.
   """
 
   scale: float | None = None
@@ -118,50 +124,56 @@ class Softmax(Heads):
   block: int | None = None
   kernel: Literal['auto', 'flash', 'blocks'] = 'auto'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     field_checks.least(self, 'attention.', block=1)
     field_checks.positive(self, 'attention.', 'scale', 'soft_cap')
     field_checks.share(self, 'attention.', 'dropout')
 
   def pattern(self, length: int, *, causal: bool) -> patterns.Pattern:
-    """Returns what the kind leaves of the keys that the model's mask shows.
+    """Returns the pattern that the kind adds to the model's mask.
 
     Args:
-      length: T, of a sequence that looks at itself.
-      causal: the model's mask is causal.
+      length: number of tokens T of a sequence that attends to itself.
+      causal: whether the model's mask is causal.
     """
     del length, causal
     return patterns.Everything()
 
   @property
   def reach(self) -> int | None:
-    """Tokens back to the farthest key of a causal query; None for all."""
+    """Number of tokens from a causal query back to its farthest key, or None.
+
+    Both are included; None is no limit.
+    """
     return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dense(Softmax):
-  """Every query sees every key that the model's mask lets it see."""
+  """Full attention: a query sees every key that the model's mask shows."""
 
   kind: ClassVar[str] = 'dense'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Local(Softmax):
-  """A sliding window of the `window` latest keys, the query's own included.
+  """Sliding-window attention.
 
-  An encoder sees as many on the other side. A window may reach further than a
-  run's rows, since that of a checkpoint stays what it is. GPT-3's locally
-  banded layers (Brown et al., 2020; Child et al., 2019) are these, in
-  `model.attention_pattern` with dense ones.
+  A window may be longer than a run's rows, since the window of a checkpoint is
+  fixed. GPT-3's locally banded layers (Brown et al., 2020; Child et al., 2019)
+  are these, alternating with dense layers in `model.attention_pattern`.
+
+  Attributes:
+    window: number of latest keys that a query sees, its own included. An
+      encoder sees as many on the other side.
   """
 
   kind: ClassVar[str] = 'local'
   decoding: ClassVar[str | None] = 'keys and values of the window'
   window: int = 128
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     check_window(self)
 
@@ -174,8 +186,17 @@ class Local(Softmax):
     return self.window
 
 
-def check_window(config: Any) -> None:
-  """Raises ValueError for a `window` in which nothing is seen."""
+class Windowed(Protocol):
+  """A config with a window."""
+
+  @property
+  def window(self) -> int:
+    """Number of keys on one side of a query, its own included."""
+    ...
+
+
+def check_window(config: Windowed) -> None:
+  """Raises ValueError for a `window` without any key."""
   if config.window < 1:
     raise ValueError(
       f'attention.window={config.window}; a query sees at least itself, so '
@@ -183,8 +204,14 @@ def check_window(config: Any) -> None:
     )
 
 
-def check_reach(config: Any, reach: int, length: int) -> None:
-  """Raises ValueError for a `window` that reaches further than a sequence."""
+def check_reach(config: Windowed, reach: int, length: int) -> None:
+  """Raises ValueError for a `window` that is longer than a sequence.
+
+  Args:
+    config: config of the layer.
+    reach: number of tokens from a query to its farthest key, both included.
+    length: number of tokens in a sequence.
+  """
   if reach > length:
     raise ValueError(
       f'attention.window={config.window} reaches {reach} tokens, more than the '

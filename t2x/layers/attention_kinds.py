@@ -1,13 +1,11 @@
-"""All kinds of attention: their configs, and what runs each of them."""
+"""The list of all kinds of attention, and the module that runs each of them."""
 
+import types
 import typing
-from typing import Any
-from typing import Protocol
 
 from flax import nnx
-import jax
 
-from t2x.attention import mask as mask_lib
+from t2x.attention import context
 from t2x.attention import patterns
 from t2x.layers import attention_config
 from t2x.layers import convolution
@@ -37,31 +35,10 @@ MixerConfig = (
 AttentionConfig = SoftmaxConfig | MixerConfig | convolution.Convolution
 
 
-class Mixer(Protocol):
-  """Mixes values by queries and keys, in the place of softmax attention."""
-
-  def __call__(
-    self,
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    mask: mask_lib.Mask,
-    heads_N: jax.Array,
-  ) -> jax.Array:
-    """Returns (B, T, N, H) of a sequence that looks at itself.
-
-    Args:
-      q_BTNH: queries.
-      k_BTKH: keys.
-      v_BTKH: values.
-      mask: causal or of everything, with segments or none.
-      heads_N: numbers of the query heads among all of the layer.
-    """
-    ...
-
-
-def mixer(config: Any, *, rngs: nnx.Rngs) -> Any:
-  """Returns what mixes values, a `Mixer`; None for softmax attention."""
+def mixer(
+  config: attention_config.Heads, *, rngs: nnx.Rngs
+) -> context.Mixer | None:
+  """Builds the mixer of a kind without scores; None for softmax attention."""
   match config:
     case regional.Regional():
       return regional.RegionalMixer(config)
@@ -77,9 +54,10 @@ def mixer(config: Any, *, rngs: nnx.Rngs) -> Any:
 
 
 def for_cross(config: AttentionConfig) -> SoftmaxConfig:
-  """Returns the kind that looks at another sequence, in a layer of `config`.
+  """Returns the config of cross-attention in a block with self-attention.
 
-  Softmax attention over all of it; the patterns are for a sequence itself.
+  Cross-attention is softmax attention over the whole other sequence: patterns
+  are for self-attention.
   """
   by_distance = isinstance(config, transformer_xl.TransformerXL)
   if isinstance(config, attention_config.Softmax) and not by_distance:
@@ -96,10 +74,10 @@ def for_cross(config: AttentionConfig) -> SoftmaxConfig:
 
 
 def projected_heads(config: AttentionConfig) -> int:
-  """Returns the heads whose width a layer's products make or read.
+  """Returns the number of heads over all projections of a layer.
 
-  Of queries, keys, values and output; of a convolution's values, gate and
-  output.
+  These are the projections to queries, keys, values and output, or of a
+  convolution those to values, gate and output. FLOPs are proportional to it.
   """
   N, K = config.num_heads, config.kv_heads
   if isinstance(config, convolution.Convolution):
@@ -112,15 +90,21 @@ def projected_heads(config: AttentionConfig) -> int:
 def pattern_of(
   config: AttentionConfig, length: int, causal: bool
 ) -> patterns.Pattern:
-  """Returns the order and what a kind of softmax attention adds to it."""
+  """Returns the pattern of a layer: the order and the kind's own pattern.
+
+  Args:
+    config: config of the layer.
+    length: number of tokens in a sequence.
+    causal: whether the model's mask is causal.
+  """
   order = patterns.ordered(causal=causal)
   if not isinstance(config, attention_config.Softmax):
     return order
   return order & config.pattern(length, causal=causal)
 
 
-def no_decoding(config: Any) -> str:
-  """Returns why a decoder of this kind cannot generate."""
+def no_decoding(config: attention_config.Heads) -> str:
+  """Returns the error message for generation with a kind that cannot do it."""
   return (
     f'attention.kind={config.kind} has no incremental decoding: it trains and '
     'evaluates, but cannot generate token by token. Kinds that can: '
@@ -128,8 +112,8 @@ def no_decoding(config: Any) -> str:
   )
 
 
-def check_pages(config: Any) -> None:
-  """Raises ValueError if rows of this kind cannot come and go in one batch."""
+def check_pages(config: attention_config.Heads) -> None:
+  """Raises ValueError if a kind cannot use the paged caches of serving."""
   if config.decoding is None:
     raise ValueError(no_decoding(config))
   if not isinstance(config, attention_config.Softmax):
@@ -140,8 +124,8 @@ def check_pages(config: Any) -> None:
     )
 
 
-def all_of(union: Any) -> tuple[type[attention_config.Heads], ...]:
-  """Returns the kinds of a union of them, in its order."""
+def all_of(union: types.UnionType) -> tuple[type[attention_config.Heads], ...]:
+  """Returns the config classes of a union, in its order."""
   return typing.get_args(union)
 
 
@@ -151,7 +135,14 @@ def mixing_flops(
   embed: int,
   causal: bool,
 ) -> int:
-  """Returns the FLOPs of one row, in the place of scores and values."""
+  """Returns the FLOPs of one row that stand in the place of softmax attention.
+
+  Args:
+    config: config of the layer.
+    length: number of tokens in the row.
+    embed: width of the activations.
+    causal: whether the model's mask is causal.
+  """
   match config:
     case regional.Regional():
       return regional.num_flops(config, length, causal)

@@ -1,7 +1,7 @@
 """Multi-head, multi-query and grouped-query attention layers.
 
-Shape suffixes: B batch, T query position, S key position, D embed, N query
-heads, K key/value heads, H head dim.
+Shape suffixes: B batch, T query position, S key position, M memory, D embed, N
+query heads, K key/value heads, H head dim.
 """
 
 import dataclasses
@@ -9,42 +9,31 @@ from typing import Any
 
 from flax import nnx
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from t2x.attention import cache as cache_lib
-from t2x.attention import context
 from t2x.attention import dense
 from t2x.attention import mask as mask_lib
 from t2x.attention import paged
-from t2x.attention import patterns
-from t2x.attention import splash
-from t2x.layers import attention_config
 from t2x.layers import attention_kinds
+from t2x.layers import attention_variants
 from t2x.layers import convolution
-from t2x.layers import dropout
-from t2x.layers import global_tokens
-from t2x.layers import local_heads
-from t2x.layers import norm
 from t2x.layers import param
 from t2x.layers import position
 from t2x.layers import sequence_parallel
-from t2x.layers import transformer_xl
 from t2x.parallel import sharding
 from t2x.parallel import zigzag
 
 
-def make(
-  config: attention_kinds.AttentionConfig, embed: int, **draw: Any
-) -> Any:
-  """Returns the layer that runs a kind; arguments as for `Attention`."""
-  if isinstance(config, convolution.Convolution):
-    return convolution.Convolve(config, embed, **draw)
-  return Attention(config, embed, **draw)
+class Attention(attention_variants.Variants):
+  """Attention over the sequence itself, or over another one (cross-attention).
 
-
-class Attention(nnx.Module):
-  """Attention over the sequence itself, or over another (cross-attention).
+  Args:
+    config: config of the layer, of any kind but a convolution.
+    embed: width D of the activations.
+    init: initialisation of the weights.
+    out_factor: factor of the std of the output projection's weights.
+    rngs: random keys of the parameters.
 
   >>> layer = Attention(
   ...     attention.Dense(num_heads=4, num_kv_heads=2, head_dim=8), 32,
@@ -53,61 +42,6 @@ class Attention(nnx.Module):
   >>> layer(x, mask_lib.make(causal=True)).shape
   (2, 5, 32)
   """
-
-  def __init__(
-    self,
-    config: attention_config.Heads,
-    embed: int,
-    *,
-    init: param.Init,
-    out_factor: float,
-    rngs: nnx.Rngs,
-  ):
-    self.config: Any = config
-    N, K, H = config.num_heads, config.kv_heads, config.head_dim
-    # Where the scores are not divided by sqrt(H), the queries are drawn so.
-    folded = init.scale == 'fan_in' and getattr(config, 'scale', None) == 1.0
-    into = lambda heads, factor=1.0: param.initializer(
-      init, fan_in=embed, fan_out=heads * H, factor=factor
-    )
-    make = lambda heads, axis, init: param.weight(
-      rngs, (embed, heads, H), ('embed', axis, 'head_dim'), init
-    )
-    self.q_DNH = make(N, 'heads', into(N, H**-0.5 if folded else 1.0))
-    self.k_DKH = make(K, 'kv_heads', into(K))
-    self.v_DKH = make(K, 'kv_heads', into(K))
-    out = param.initializer(
-      init, fan_in=N * H, fan_out=embed, factor=out_factor
-    )
-    self.o_NHD = param.weight(
-      rngs, (N, H, embed), ('heads', 'head_dim', 'embed'), out
-    )
-    zeros = lambda shape, axes: param.param(rngs, shape, axes, param.zeros)
-    heads = lambda n, axis: (
-      zeros((n, H), (axis, 'head_dim')) if config.bias else None
-    )
-    self.q_bias_NH = heads(N, 'heads')
-    self.k_bias_KH = heads(K, 'kv_heads')
-    self.v_bias_KH = heads(K, 'kv_heads')
-    self.o_bias_D = zeros((embed,), (None,)) if config.has_out_bias else None
-    of_heads = norm.RMSNorm(eps=config.qk_norm_eps)
-    qk_norm = lambda: norm.Norm(of_heads, H, rngs=rngs)
-    self.q_norm = qk_norm() if config.qk_norm else None
-    self.k_norm = qk_norm() if config.qk_norm else None
-    has_globals = config.global_projections
-    self.global_tokens: Any = (
-      global_tokens.GlobalTokens(
-        lambda: make(N, 'heads', into(N)), lambda: heads(N, 'heads')
-      )
-      if has_globals
-      else None
-    )
-    self.distances: Any = (
-      transformer_xl.Distances(config, embed, init=init, rngs=rngs)
-      if isinstance(config, transformer_xl.TransformerXL)
-      else None
-    )
-    self.mixer: Any = attention_kinds.mixer(config, rngs=rngs)
 
   def __call__(
     self,
@@ -125,15 +59,18 @@ class Attention(nnx.Module):
     """Attends to the sequence itself, or to `encoded_BSD`.
 
     Args:
-      x_BTD: the queries' sequence, and the keys' unless `encoded_BSD` is set.
-      mask: what each query sees; the layer adds its own pattern.
-      positions_BT: positions for `rotary`; default 0, 1, 2, ...
-      types_BT: sentences, for kinds whose scores tell them apart.
-      rotary: rotation of queries and keys, if any.
-      bias: added to the scores.
-      keys_B: dropout keys of the rows; None means no dropout.
-      encoded_BSD: another sequence to look at.
-      num_keys: tokens that have keys, the first ones; default all.
+      x_BTD: sequence of the queries, and of the keys unless `encoded_BSD` is
+        set.
+      mask: description of the keys that each query sees; the layer adds its own
+        pattern.
+      positions_BT: positions of the tokens; None is 0, 1, 2, ...
+      types_BT: token type (sentence) of each token, for kinds whose scores
+        depend on it; None is none.
+      rotary: rotary encoding of queries and keys; None is none.
+      bias: bias of the scores; None is none.
+      keys_B: dropout key of each row; None means no dropout.
+      encoded_BSD: another sequence to attend to; None is self-attention.
+      num_keys: number of tokens, the first ones, that have keys; None is all.
 
     Returns:
       (B, T, D).
@@ -141,8 +78,8 @@ class Attention(nnx.Module):
     x_BTD = sequence_parallel.gather(x_BTD)
     q_BTNH = self.queries(x_BTD)
     if encoded_BSD is not None:
-      # Its gradients by keys and by values are added before they are summed
-      # over the devices that have other heads.
+      # With this constraint the gradients by keys and by values are added
+      # before they are summed over devices with other heads.
       encoded_BSD = sharding.constrain(
         encoded_BSD, 'batch', 'length', 'act_embed'
       )
@@ -150,12 +87,12 @@ class Attention(nnx.Module):
       return self.attend(q_BTNH, k_BSKH, v_BSKH, mask, bias, keys_B)
     k_BSKH, v_BSKH = self.keys_and_values(x_BTD[:, :num_keys])
     if positions_BT is None:
-      place_T = zigzag.index(x_BTD.shape[1], mask.q_zigzag)
-      positions_BT = jnp.asarray(place_T)[None]
-    own_BS = None if types_BT is None else types_BT[:, :num_keys]
+      index_T = zigzag.index(x_BTD.shape[1], mask.q_zigzag)
+      positions_BT = jnp.asarray(index_T)[None]
+    types_BS = None if types_BT is None else types_BT[:, :num_keys]
     q_BTNH = self._placed_queries(q_BTNH, positions_BT, rotary, types_BT)
-    places_BS = positions_BT[:, :num_keys]
-    k_BSKH = self._placed_keys(k_BSKH, places_BS, rotary, own_BS)
+    positions_BS = positions_BT[:, :num_keys]
+    k_BSKH = self._placed_keys(k_BSKH, positions_BS, rotary, types_BS)
     length = num_keys or x_BTD.shape[1]
     self.config.check_limit(length)
     if self.mixer is not None:
@@ -178,10 +115,19 @@ class Attention(nnx.Module):
     keys_B: jax.Array | None = None,
     num_keys: int | None = None,
   ) -> tuple[jax.Array, cache_lib.Memory]:
-    """Attends to what rows before had, and to the sequence itself.
+    """Attends to a memory of the previous rows and to the sequence itself.
 
-    Its own keys follow those of the memory, in `mask` too; otherwise as
-    `__call__`.
+    The keys of the memory come before those of the sequence, also in `mask`.
+
+    Args:
+      x_BTD: the sequence.
+      mask: description of the keys that each query sees.
+      memory: keys and values of the previous rows.
+      positions_BT: positions of the tokens; the memory ends at -1.
+      rotary: rotary encoding of queries and keys; None is none.
+      bias: bias of the scores; None is none.
+      keys_B: dropout key of each row; None means no dropout.
+      num_keys: number of tokens, the first ones, that have keys; None is all.
 
     Returns:
       (B, T, D), and the memory for the next rows.
@@ -190,16 +136,24 @@ class Attention(nnx.Module):
     before_BM = jnp.broadcast_to(
       jnp.arange(-length, 0)[None], (len(positions_BT), length)
     )
-    places_BS = jnp.concatenate([before_BM, positions_BT[:, :num_keys]], 1)
-    own = self.keys_and_values(x_BTD[:, :num_keys])
-    k_BSKH, v_BSKH, memory = memory.followed_by(*own)
+    positions_BS = jnp.concatenate([before_BM, positions_BT[:, :num_keys]], 1)
+    new = self.keys_and_values(x_BTD[:, :num_keys])
+    k_BSKH, v_BSKH, memory = memory.followed_by(*new)
     q_BTNH = self._placed_queries(self.queries(x_BTD), positions_BT, rotary)
-    k_BSKH = self._placed_keys(k_BSKH, places_BS, rotary)
+    k_BSKH = self._placed_keys(k_BSKH, positions_BS, rotary)
     mask = self._narrowed(mask, num_keys or x_BTD.shape[1])
     return self.attend(q_BTNH, k_BSKH, v_BSKH, mask, bias, keys_B), memory
 
-  def empty_memory(self, batch: int, length: int, dtype) -> cache_lib.Memory:
-    """Returns what `recall` goes on from in the first rows."""
+  def empty_memory(
+    self, batch: int, length: int, dtype: jax.typing.DTypeLike
+  ) -> cache_lib.Memory:
+    """Returns the memory with which `recall` starts, of zeros.
+
+    Args:
+      batch: number of rows.
+      length: number of tokens M in the memory.
+      dtype: dtype of keys and values.
+    """
     shape = batch, length, self.config.kv_heads, self.config.head_dim
     zeros = jnp.zeros(shape, dtype)
     return cache_lib.Memory(k_BMKH=zeros, v_BMKH=zeros)
@@ -214,9 +168,16 @@ class Attention(nnx.Module):
     rotary: position.Rotary | None = None,
     bias: dense.Bias | None = None,
   ) -> tuple[jax.Array, Any]:
-    """Attends to a cache, after adding this call's keys and values to it.
+    """Adds keys and values to a cache, and attends to all that it has.
 
-    They go where `mask.q_index_BT` says; otherwise as `__call__`.
+    Args:
+      x_BTD: new tokens of each row.
+      mask: description of the keys that each query sees; `mask.q_index_BT` is
+        the index of each token in its row.
+      cache: cache of the layer, from `empty_cache` or `empty_pages`.
+      positions_BT: positions of the tokens; None is their index.
+      rotary: rotary encoding of queries and keys; None is none.
+      bias: bias of the scores; None is none.
 
     Returns:
       (B, T, D), and the new cache.
@@ -230,9 +191,8 @@ class Attention(nnx.Module):
     if rotary is not None:
       k_BTKH = position.rotate(k_BTKH, positions_BT, rotary)
     if self.mixer is not None:
-      mixer: Any = self.mixer
       index_BT = mask.q_index_BT
-      out_BTNH, cache = mixer.step(q_BTNH, k_BTKH, v_BTKH, index_BT, cache)
+      out_BTNH, cache = self.mixer.step(q_BTNH, k_BTKH, v_BTKH, index_BT, cache)
       return self._out(out_BTNH), cache
     if isinstance(cache, paged.PagedCache):
       cache = cache.extend(k_BTKH, v_BTKH, mask.q_index_BT)
@@ -240,16 +200,22 @@ class Attention(nnx.Module):
     k_BSKH, v_BSKH, index_BS, cache = cache.extend(
       k_BTKH, v_BTKH, mask.q_index_BT
     )
-    if self.distances is not None:  # Kept narrow, by places that are known.
-      place_BS = jnp.arange(k_BSKH.shape[1])[None]
-      k_BSKH = self.distances.keys(k_BSKH, place_BS)
+    if self.distances is not None:  # The cache has keys that are not widened.
+      positions_BS = jnp.arange(k_BSKH.shape[1])[None]
+      k_BSKH = self.distances.keys(k_BSKH, positions_BS)
     mask = dataclasses.replace(mask, k_index_BS=index_BS)
     mask = self._narrowed(mask, cache.capacity)
-    # There is no kernel for a few queries and a cache.
+    # No kernel supports a cache.
     out_BTD = self.attend(q_BTNH, k_BSKH, v_BSKH, mask, bias, kernel='blocks')
     return out_BTD, cache
 
-  def _step_paged(self, q_BTNH, mask, cache, bias) -> jax.Array:
+  def _step_paged(
+    self,
+    q_BTNH: jax.Array,
+    mask: mask_lib.Mask,
+    cache: paged.PagedCache,
+    bias: dense.Bias | None,
+  ) -> jax.Array:
     with jax.named_scope('scores'):
       out_BTNH = paged.attend(
         q_BTNH,
@@ -262,117 +228,33 @@ class Attention(nnx.Module):
       )
     return self._out(out_BTNH)
 
-  def _placed_queries(self, q_BTNH, positions_BT, rotary, types_BT=None):
-    """Returns queries that know where they stand."""
-    if self.distances is not None:
-      return self.distances.queries(q_BTNH, positions_BT, types_BT)
-    if rotary is None:
-      return q_BTNH
-    return position.rotate(q_BTNH, positions_BT, rotary)
+  def empty_pages(
+    self, num_pages: int, size: int, dtype: jax.typing.DTypeLike
+  ) -> paged.PagedCache:
+    """Returns empty pages for `step`.
 
-  def _placed_keys(self, k_BSKH, positions_BS, rotary, types_BS=None):
-    """Returns keys that know where they stand."""
-    if self.distances is not None:
-      return self.distances.keys(k_BSKH, positions_BS, types_BS)
-    if rotary is None:
-      return k_BSKH
-    return position.rotate(k_BSKH, positions_BS, rotary)
-
-  def _with_globals(self, out_BTNH, x_BTD, mask, keys_B):
-    """Replaces the outputs of global tokens by those of their own weights."""
-    num, segments_BT = self.config.num_global, mask.q_segments_BT
-    whole = mask_lib.Mask(
-      q_segments_BT=None if segments_BT is None else segments_BT[:, :num],
-      k_segments_BS=mask.k_segments_BS,
-    )
-    q_BGNH, k_BSNH, v_BSNH = self.global_tokens(x_BTD, num)
-    keys_B = dropout.fold(keys_B, 1)
-    found = self._attend(q_BGNH, k_BSNH, v_BSNH, whole, None, keys_B, 'blocks')
-    return jnp.concatenate([found, out_BTNH[:, num:]], axis=1)
-
-  def _narrowed(self, mask: mask_lib.Mask, length: int) -> mask_lib.Mask:
-    """Adds what the layer's kind leaves of a sequence that sees itself."""
-    causal = patterns.has(mask.pattern, patterns.Causal)
-    return mask & self.config.pattern(length, causal=causal)
-
-  def queries(self, x_BTD: jax.Array) -> jax.Array:
-    q_BTNH = param.project(x_BTD, self.q_DNH, 'BTD,DNH->BTNH')
-    q_BTNH = param.add_bias(q_BTNH, self.q_bias_NH)
-    if self.q_norm is not None:
-      q_BTNH = self.q_norm(q_BTNH)
-    q_BTNH = checkpoint_name(q_BTNH, 'query')
-    return sharding.constrain(q_BTNH, 'batch', 'length', 'heads', None)
-
-  def keys_and_values(self, x_BSD: jax.Array):
-    """Returns keys and values (B, S, K, H) of a sequence."""
-    k_BSKH = param.project(x_BSD, self.k_DKH, 'BSD,DKH->BSKH')
-    v_BSKH = param.project(x_BSD, self.v_DKH, 'BSD,DKH->BSKH')
-    k_BSKH = param.add_bias(k_BSKH, self.k_bias_KH)
-    v_BSKH = param.add_bias(v_BSKH, self.v_bias_KH)
-    if self.k_norm is not None:
-      k_BSKH = self.k_norm(k_BSKH)
-    axes = ('batch', 'length', 'kv_heads', None)
-    k_BSKH = sharding.constrain(checkpoint_name(k_BSKH, 'key'), *axes)
-    v_BSKH = sharding.constrain(checkpoint_name(v_BSKH, 'value'), *axes)
-    return k_BSKH, v_BSKH
-
-  def attend(
-    self, q_BTNH, k_BSKH, v_BSKH, mask, bias=None, keys_B=None, kernel=None
-  ):
-    """Attends with given queries, keys and values; returns (B, T, D)."""
-    parts = q_BTNH, k_BSKH, v_BSKH, mask
-    return self._out(self._attend(*parts, bias, keys_B, kernel))
-
-  def _attend(self, q_BTNH, k_BSKH, v_BSKH, mask, bias, keys_B, kernel):
-    """As `attend`; returns (B, T, N, H)."""
-    config = self.config
-    drop = None
-    if keys_B is not None and config.dropout:
-      drop = dropout.OfScores(
-        keys_B=keys_B, rate=config.dropout, heads_KG=local_heads.numbers(config)
-      )
-    options = self._options(kernel)
-    k_BSKH, v_BSKH = (local_heads.met(a, config) for a in (k_BSKH, v_BSKH))
-    with jax.named_scope('scores'):
-      return context.attend(
-        q_BTNH, k_BSKH, v_BSKH, mask, options=options, bias=bias, dropout=drop
-      )
-
-  def _options(self, kernel: str | None = None) -> dense.Options:
-    config = self.config
-    return dense.Options(
-      kernel=kernel or config.kernel,
-      scale=config.scale or config.head_dim**-0.5,
-      soft_cap=config.soft_cap,
-      block=config.block,
-    )
-
-  def _out(self, out_BTNH: jax.Array) -> jax.Array:
-    out_BTD = param.project(out_BTNH, self.o_NHD, 'BTNH,NHD->BTD')
-    out_BTD = sequence_parallel.scatter(out_BTD, 'heads')
-    return param.add_bias(out_BTD, self.o_bias_D)
-
-  def _mixed(self, q_BTNH, k_BSKH, v_BSKH, mask) -> jax.Array:
-    """Mixes the values of a kind without scores."""
-    config = self.config
-    k_BSKH, v_BSKH = (local_heads.met(a, config) for a in (k_BSKH, v_BSKH))
-    with jax.named_scope('scores'):
-      heads_N = local_heads.numbers(config).reshape(-1)
-      out_BTNH = context.mix(self.mixer, q_BTNH, k_BSKH, v_BSKH, mask, heads_N)
-    return checkpoint_name(out_BTNH, splash.NAME)
-
-  def empty_pages(self, num_pages: int, size: int, dtype) -> paged.PagedCache:
-    """Returns pages that `step` goes on from; see `paged.empty`."""
+    Args:
+      num_pages: number of pages.
+      size: number of positions in a page.
+      dtype: dtype of keys and values.
+    """
     config = self.config
     return paged.empty(num_pages, size, config.kv_heads, config.head_dim, dtype)
 
   def empty_cache(
-    self, batch: int, capacity: int, dtype, slack: int = 0
+    self, batch: int, capacity: int, dtype: jax.typing.DTypeLike, slack: int = 0
   ) -> Any:
-    """Returns what `step` goes on from.
+    """Returns an empty cache for `step`.
+
+    Args:
+      batch: number of rows.
+      capacity: number of positions in a row.
+      dtype: dtype of keys and values.
+      slack: largest number of tokens written in one step that may be rejected
+        later; see `cache.empty`.
 
     Raises:
-      ValueError: the kind cannot go on token by token.
+      ValueError: the kind cannot generate token by token.
     """
     config = self.config
     K, H = config.kv_heads, config.head_dim
@@ -382,3 +264,18 @@ class Attention(nnx.Module):
       return self.mixer.empty_cache(batch, capacity, K, H, dtype)
     reach = config.reach
     return cache_lib.empty(batch, capacity, K, H, H, dtype, reach, slack)
+
+
+def make(
+  config: attention_kinds.AttentionConfig,
+  embed: int,
+  *,
+  init: param.Init,
+  out_factor: float,
+  rngs: nnx.Rngs,
+) -> Attention | convolution.Convolve:
+  """Builds the layer of a config; arguments as for `Attention`."""
+  draw: Any = {'init': init, 'out_factor': out_factor, 'rngs': rngs}
+  if isinstance(config, convolution.Convolution):
+    return convolution.Convolve(config, embed, **draw)
+  return Attention(config, embed, **draw)

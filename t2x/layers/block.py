@@ -1,4 +1,4 @@
-"""The Transformer block: pre-norm, post-norm, sandwich and parallel.
+"""The Transformer block, with norms in pre, post, sandwich or parallel order.
 
 Shape suffixes: B batch, T position, S encoder position, D embed.
 """
@@ -16,7 +16,9 @@ from t2x.attention import dense
 from t2x.attention import mask as mask_lib
 from t2x.layers import attention_kinds
 from t2x.layers import attention_layer
+from t2x.layers import convolution
 from t2x.layers import dropout
+from t2x.layers import mlp as mlp_lib
 from t2x.layers import moe
 from t2x.layers import norm as norm_lib
 from t2x.layers import param
@@ -30,18 +32,22 @@ Residual = Literal['pre_norm', 'post_norm', 'sandwich', 'parallel']
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-  """What all layers of one forward pass share.
+  """Inputs that all blocks of one forward pass share.
 
   Attributes:
-    mask: what a position sees of its own sequence.
-    positions_BT: positions, for rotary encodings.
-    types_BT: sentences of the tokens, for kinds whose scores tell them apart.
-    rotary: the rotary encoding, if any.
-    bias: bias of the self-attention scores, a module shared by the layers.
+    mask: mask of self-attention.
+    positions_BT: positions of the tokens, for rotary encodings; None is 0, 1,
+      2, ...
+    types_BT: sentence (token type) of each token, for kinds whose scores depend
+      on it; None where there are none.
+    rotary: the rotary encoding; None is none.
+    bias: bias of the self-attention scores, a module that the blocks share;
+      None is none.
     keys_B: dropout key of each row; None means no dropout.
-    encoded_BSD: the encoder's output, for cross-attention.
-    cross_mask: what a position sees of `encoded_BSD`.
-    num_keys: tokens of the sequence that are seen, the first ones; None is all.
+    encoded_BSD: output of the encoder, for cross-attention; None is none.
+    cross_mask: mask of cross-attention to `encoded_BSD`.
+    num_keys: number of tokens, the first ones of the sequence, that have keys;
+      None is all.
   """
 
   mask: mask_lib.Mask
@@ -62,14 +68,20 @@ class Context:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockCache:
-  """A block's keys and values: its own, and those of the encoder's output."""
+  """Cache of one block.
 
-  own: Any  # What the layer's kind goes on from.
+  Attributes:
+    own: cache of self-attention, of the class that the kind of attention uses.
+    cross: keys and values of the encoder's output; None without
+      cross-attention.
+  """
+
+  own: Any
   cross: cache_lib.Cache | None = None
 
 
 class Block(nnx.Module):
-  """Self-attention, cross-attention where asked, and feed-forward."""
+  """Self-attention, cross-attention if `cross` is set, and feed-forward."""
 
   def __init__(
     self,
@@ -87,17 +99,19 @@ class Block(nnx.Module):
   ):
     self.residual = residual
     self.dropout_rate = dropout_rate
-    draw = {'init': init, 'out_factor': out_factor, 'rngs': rngs}
+    draw: Any = {'init': init, 'out_factor': out_factor, 'rngs': rngs}
     make_norm = lambda: norm_lib.Norm(norm, embed, rngs=rngs)
-    # Of what a branch adds, where its input has a norm as well.
+    # The norm of a branch's output, where its input has one as well.
     after = lambda: make_norm() if residual == 'sandwich' else None
     self.attention_norm = make_norm()
     self.attention_out_norm = after()
-    self.attention = attention_layer.make(attention, embed, **draw)
+    self.attention: Any = attention_layer.make(attention, embed, **draw)
     self.cross_norm = make_norm() if cross else None
     self.cross_out_norm = after() if cross else None
     self.cross = (
-      attention_layer.make(attention_kinds.for_cross(attention), embed, **draw)
+      attention_layer.Attention(
+        attention_kinds.for_cross(attention), embed, **draw
+      )
       if cross
       else None
     )
@@ -112,9 +126,16 @@ class Block(nnx.Module):
     context: Context,
     cache: BlockCache | None = None,
   ) -> tuple[jax.Array, BlockCache | None, moe.Stats | None]:
-    """Returns the next activations, the new cache, and the router's figures.
+    """Applies the block.
 
-    The cache is None if none was given, the figures where there is no router.
+    Args:
+      x_BTD: activations.
+      context: inputs that all blocks share.
+      cache: the block's cache; None computes whole sequences.
+
+    Returns:
+      The next activations; the new cache, None if none was given; and the
+      router's statistics, None for a block without a router.
     """
     if self.residual == 'parallel':
       # Chowdhery et al., 2022: x + attention(norm(x)) + mlp(norm(x)).
@@ -136,12 +157,22 @@ class Block(nnx.Module):
       x_BTD = self._after(x_BTD, out_BTD, 'mlp', context, 4)
     return checkpoint_name(_residual(x_BTD), 'block'), cache, stats
 
-  def _before(self, x_BTD, norm):
-    """What a branch reads: norm(x), or x itself in post-norm order."""
-    return x_BTD if self.residual == 'post_norm' else norm(x_BTD)
+  def _before(self, x_BTD: jax.Array, norm: norm_lib.Norm | None) -> jax.Array:
+    """Returns the input of a branch: norm(x), or x in post-norm order."""
+    if self.residual == 'post_norm':
+      return x_BTD
+    assert norm is not None
+    return norm(x_BTD)
 
-  def _after(self, x_BTD, out_BTD, name, context, site):
-    """x + branch; post-norm: norm(x + branch), sandwich: x + norm(branch)."""
+  def _after(
+    self,
+    x_BTD: jax.Array,
+    out_BTD: jax.Array,
+    name: str,
+    context: Context,
+    site: int,
+  ) -> jax.Array:
+    """Adds a branch: x + out, post norm(x + out), sandwich x + norm(out)."""
     out_BTD = _residual(out_BTD)
     out_norm = getattr(self, f'{name}_out_norm')
     if out_norm is not None:
@@ -151,13 +182,15 @@ class Block(nnx.Module):
       x_BTD = getattr(self, f'{name}_norm')(x_BTD)
     return x_BTD
 
-  def _drop(self, x_BTD, context, site):
+  def _drop(self, x_BTD: jax.Array, context: Context, site: int) -> jax.Array:
     keys_B = dropout.fold(context.keys_B, site)
     zigzag = context.mask.q_zigzag
     return dropout.dropout(x_BTD, self.dropout_rate, keys_B, zigzag)
 
   @jax.named_scope('attention')
-  def _attend(self, y_BTD, context, cache):
+  def _attend(
+    self, y_BTD: jax.Array, context: Context, cache: BlockCache | None
+  ) -> tuple[jax.Array, BlockCache | None]:
     if cache is None:
       return sequence_parallel.run(
         _attention, self.attention, y_BTD, context
@@ -176,9 +209,16 @@ class Block(nnx.Module):
     return out, dataclasses.replace(cache, own=own)
 
   @jax.named_scope('cross')
-  def _attend_cross(self, layer, y_BTD, context, cache):
+  def _attend_cross(
+    self,
+    layer: attention_layer.Attention,
+    y_BTD: jax.Array,
+    context: Context,
+    cache: BlockCache | None,
+  ) -> jax.Array:
     if cache is None:
       return sequence_parallel.run(_cross_attention, layer, y_BTD, context)
+    assert cache.cross is not None
     k_BSKH, v_BSKH = cache.cross.read(y_BTD.dtype)
     return layer.attend(
       layer.queries(y_BTD),
@@ -189,27 +229,52 @@ class Block(nnx.Module):
     )
 
   @jax.named_scope('mlp')
-  def _feed_forward(self, y_BTD, context, cache):
+  def _feed_forward(
+    self, y_BTD: jax.Array, context: Context, cache: BlockCache | None
+  ) -> tuple[jax.Array, moe.Stats | None]:
     if not isinstance(self.mlp, moe.Moe):
       return sequence_parallel.run(_mlp, self.mlp, y_BTD, context), None
     segments_BT = context.mask.q_segments_BT
     real_BT = None if segments_BT is None else segments_BT != 0
-    # With a cache the arrays are a piece of their rows, or have rows of other
-    # lengths beside them: what an expert has room for is not known.
+    # With a cache the arrays are a part of their rows, or have rows of other
+    # lengths beside them, so that the capacity of an expert is not known.
     drop = cache is None or isinstance(cache.own, cache_lib.Memory)
     return self.mlp(y_BTD, real_BT, context.mask.q_zigzag, drop=drop)
 
-  def empty_pages(self, num_pages: int, size: int, dtype) -> BlockCache:
-    """Returns empty pages for the keys and values of rows that share them.
+  def empty_pages(
+    self, num_pages: int, size: int, dtype: jax.typing.DTypeLike
+  ) -> BlockCache:
+    """Returns a cache of empty pages, which rows share.
+
+    Args:
+      num_pages: number of pages.
+      size: number of positions in a page.
+      dtype: dtype of keys and values.
 
     Raises:
-      ValueError: the kind keeps something else than keys.
+      ValueError: the kind of attention cannot use pages.
     """
     attention_kinds.check_pages(self.attention.config)
     return BlockCache(own=self.attention.empty_pages(num_pages, size, dtype))
 
-  def empty_cache(self, batch, capacity, dtype, encoded_BSD=None, slack=0):
-    """Returns an empty cache; cross-attention's keys are computed once."""
+  def empty_cache(
+    self,
+    batch: int,
+    capacity: int,
+    dtype: jax.typing.DTypeLike,
+    encoded_BSD: jax.Array | None = None,
+    slack: int = 0,
+  ) -> BlockCache:
+    """Returns an empty cache, with the keys and values of the encoder's output.
+
+    Args:
+      batch: number of rows.
+      capacity: number of positions in a row.
+      dtype: dtype of keys and values.
+      encoded_BSD: output of the encoder; None without cross-attention.
+      slack: largest number of tokens written in one step that may be rejected
+        later; see `cache.empty`.
+    """
     own = self.attention.empty_cache(batch, capacity, dtype, slack)
     if self.cross is None or encoded_BSD is None:
       return BlockCache(own=own)
@@ -217,7 +282,11 @@ class Block(nnx.Module):
     return BlockCache(own=own, cross=cache_lib.of(k_BSKH, v_BSKH, dtype))
 
 
-def _attention(layer, y_BTD, context):
+def _attention(
+  layer: attention_layer.Attention | convolution.Convolve,
+  y_BTD: jax.Array,
+  context: Context,
+) -> jax.Array:
   return layer(
     y_BTD,
     context.mask,
@@ -230,7 +299,13 @@ def _attention(layer, y_BTD, context):
   )
 
 
-def _recall(layer, y_BTD, context, memory):
+def _recall(
+  layer: attention_layer.Attention,
+  y_BTD: jax.Array,
+  context: Context,
+  memory: cache_lib.Memory,
+) -> tuple[jax.Array, cache_lib.Memory]:
+  assert context.positions_BT is not None
   y_BTD = sharding.constrain(y_BTD, 'batch', 'length', 'act_embed')
   return layer.recall(
     y_BTD,
@@ -244,7 +319,9 @@ def _recall(layer, y_BTD, context, memory):
   )
 
 
-def _cross_attention(layer, y_BTD, context):
+def _cross_attention(
+  layer: attention_layer.Attention, y_BTD: jax.Array, context: Context
+) -> jax.Array:
   keys_B = dropout.fold(context.keys_B, 1)
   encoded_BSD = context.encoded_BSD
   return layer(
@@ -252,11 +329,11 @@ def _cross_attention(layer, y_BTD, context):
   )
 
 
-def _mlp(layer, y_BTD, context):
+def _mlp(layer: mlp_lib.Mlp, y_BTD: jax.Array, context: Context) -> jax.Array:
   keys_B = dropout.fold(context.keys_B, 5)
   return layer(y_BTD, keys_B, context.mask.q_zigzag)
 
 
-def _residual(x_BTD):
-  """Between layers a sequence may be split more finely than within them."""
+def _residual(x_BTD: jax.Array) -> jax.Array:
+  """Constrains activations between layers, which may be split more finely."""
   return sharding.constrain(x_BTD, 'batch', 'norm_length', 'act_embed')

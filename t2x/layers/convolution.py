@@ -1,4 +1,4 @@
-"""Convolutions in the place of attention: lightweight and dynamic ones.
+"""Lightweight and dynamic convolutions, in the place of attention.
 
 Shape suffixes: B batch, T position, S key position, D embed, N heads, H head
 dim, W width.
@@ -21,19 +21,21 @@ from t2x.layers import param
 from t2x.layers import sequence_parallel
 from t2x.parallel import sharding
 
+_Cache = cache_lib.Cache | cache_lib.WindowCache
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Convolution(attention_config.Heads):
   """A gated convolution whose taps are a softmax (Wu et al., 2019).
 
   out = W_o conv(W_v x * sigmoid(W_g x)), with one filter of `width` taps for
-  each head. A decoder's taps end at the token itself, an encoder's lie around
-  it. Tokens of other documents count as 0.
+  each head. The last tap of a decoder is at the token itself, and the middle
+  tap of an encoder. Tokens of other documents count as 0.
 
   Attributes:
-    width: taps; odd for an encoder.
-    dynamic: taps are predicted from each token (dynamic convolution), instead
-      of being weights (lightweight convolution).
+    width: number of taps; odd for an encoder.
+    dynamic: whether taps are predicted from each token (dynamic convolution);
+      else they are weights (lightweight convolution).
   """
 
   kind: ClassVar[str] = 'convolution'
@@ -41,7 +43,7 @@ class Convolution(attention_config.Heads):
   width: int = 15
   dynamic: bool = False
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     field_checks.least(self, 'attention.', width=1)
     if self.kv_heads != self.num_heads or self.qk_norm:
@@ -59,7 +61,7 @@ class Convolution(attention_config.Heads):
 
 
 class Convolve(nnx.Module):
-  """Runs `Convolution`; called as `attention_layer.Attention` is."""
+  """The layer of `Convolution`; called as `attention_layer.Attention` is."""
 
   def __init__(
     self,
@@ -96,8 +98,20 @@ class Convolve(nnx.Module):
     self.gate_bias_NH = heads()
     self.o_bias_D = zeros((embed,), None) if config.has_out_bias else None
 
-  def __call__(self, x_BTD: jax.Array, mask: mask_lib.Mask, **unused):
-    """Returns (B, T, D); positions and dropout of scores have no place here."""
+  def __call__(
+    self, x_BTD: jax.Array, mask: mask_lib.Mask, **unused: object
+  ) -> jax.Array:
+    """Convolves whole sequences.
+
+    Args:
+      x_BTD: input.
+      mask: mask that is causal or shows everything, with segments or none.
+      **unused: other arguments of `Attention.__call__`: a convolution has no
+        positions and no scores.
+
+    Returns:
+      (B, T, D).
+    """
     del unused
     context.check_plain(mask)
     assert mask.has_static_order, 'neighbours in the arrays are neighbours'
@@ -107,8 +121,10 @@ class Convolve(nnx.Module):
     segments_BT = mask.q_segments_BT
     return self._out(convolve(v_BTNH, taps_BTNW, segments_BT, causal=causal))
 
-  def step(self, x_BTD: jax.Array, mask: mask_lib.Mask, cache, **unused):
-    """Goes on from a cache; see `attention_layer.Attention.step`."""
+  def step(
+    self, x_BTD: jax.Array, mask: mask_lib.Mask, cache: _Cache, **unused: object
+  ) -> tuple[jax.Array, _Cache]:
+    """Continues from a cache; see `attention_layer.Attention.step`."""
     del unused
     assert mask.q_index_BT is not None
     v_BTNH, taps_BTNW = self._values(x_BTD), self._taps(x_BTD)
@@ -120,19 +136,24 @@ class Convolve(nnx.Module):
     W = self.config.width
     back_BTS = index_BT[:, :, None] - index_BS[:, None, :]
     seen_BTS = (back_BTS >= 0) & (back_BTS < W)
-    # Its last tap is the token's own.
+    # The last tap is at the token itself.
     tap_BTS = jnp.clip(W - 1 - back_BTS, 0, W - 1)
     weights = jnp.take_along_axis(taps_BTNW, tap_BTS[:, :, None], axis=-1)
     weights = jnp.where(seen_BTS[:, :, None], weights, 0).astype(v_BSNH.dtype)
     return self._out(jnp.einsum('BTNS,BSNH->BTNH', weights, v_BSNH)), cache
 
-  def empty_cache(self, batch: int, capacity: int, dtype, slack: int = 0):
-    """Returns a cache of the values that taps reach."""
+  def empty_cache(
+    self, batch: int, capacity: int, dtype: jax.typing.DTypeLike, slack: int = 0
+  ) -> _Cache:
+    """Returns an empty cache of the values that taps reach.
+
+    Arguments as for `attention_layer.Attention.empty_cache`.
+    """
     N, H = self.config.num_heads, self.config.head_dim
     reach = self.config.width
     return cache_lib.empty(batch, capacity, N, 0, H, dtype, reach, slack)
 
-  def _values(self, x_BTD):
+  def _values(self, x_BTD: jax.Array) -> jax.Array:
     product = lambda weight, bias: param.add_bias(
       param.project(x_BTD, weight, 'BTD,DNH->BTNH'), bias
     )
@@ -140,15 +161,15 @@ class Convolve(nnx.Module):
     v_BTNH = product(self.v_DNH, self.v_bias_NH) * gate
     return sharding.constrain(v_BTNH, 'batch', 'length', 'heads', None)
 
-  def _taps(self, x_BTD):
-    """Returns float32 (B, T, N, W) that add up to 1."""
+  def _taps(self, x_BTD: jax.Array) -> jax.Array:
+    """Returns the taps of each token, float32 (B, T, N, W), with sum 1."""
     if self.config.dynamic:
       taps = param.project(x_BTD, self.taps, 'BTD,DNW->BTNW')
       return jax.nn.softmax(taps.astype(jnp.float32), axis=-1)
     taps_NW = jax.nn.softmax(self.taps[...].astype(jnp.float32), axis=-1)
     return jnp.broadcast_to(taps_NW, (*x_BTD.shape[:2], *taps_NW.shape))
 
-  def _out(self, out_BTNH):
+  def _out(self, out_BTNH: jax.Array) -> jax.Array:
     out_BTD = param.project(out_BTNH, self.o_NHD, 'BTNH,NHD->BTD')
     return param.add_bias(
       sequence_parallel.scatter(out_BTD, 'heads'), self.o_bias_D
@@ -166,10 +187,11 @@ def convolve(
 
   Args:
     v_BTNH: values.
-    taps_BTNW: of each token, B and T may be 1; the last one is its own if
-      causal, else the middle one.
-    segments_BT: neighbours of other segments count as 0.
-    causal: taps reach back, and not to both sides.
+    taps_BTNW: taps of each token, B and T may be 1; the tap at the token itself
+      is the last one if causal, else the middle one.
+    segments_BT: segment of each token; neighbours of other segments count as 0.
+      None is one segment.
+    causal: whether taps reach only back, and not to both sides.
   """
   T, W = v_BTNH.shape[1], taps_BTNW.shape[-1]
   before = W - 1 if causal else W // 2
@@ -187,7 +209,13 @@ def convolve(
 
 
 def num_flops(config: Convolution, length: int, embed: int) -> int:
-  """Returns the FLOPs of a row's taps: as products, and where predicted."""
+  """Returns the FLOPs of a row's taps: their products, and their prediction.
+
+  Args:
+    config: config of the layer.
+    length: number of tokens in the row.
+    embed: width of the activations.
+  """
   N, H, W = config.num_heads, config.head_dim, config.width
   predicted = 2 * length * embed * N * W if config.dynamic else 0
   return 2 * length * N * H * W + predicted

@@ -1,8 +1,8 @@
-"""Dropout whose bits belong to places, so that no layout changes them.
+"""Dropout whose random bits do not depend on the layout of the arrays.
 
 The bits of an entry are a hash of its row's key and of its coordinates: the
-token's place in the row, the head, the feature. A microbatch, a shard, a block
-or another order of the same entries draws the same bits.
+token's position in the row, the head, the feature. A microbatch, a shard, a
+block or another order of the same entries has the same bits.
 
 Shape suffixes: B batch, T query position, S key position, K key/value heads, G
 query heads per key/value head, N heads.
@@ -21,14 +21,23 @@ from t2x.parallel import zigzag as zigzag_lib
 def row_keys(key: jax.Array, rows_B: jax.Array) -> jax.Array:
   """Returns one key for each row, from the row's number in the global batch.
 
-  A microbatch or a shard of the batch draws the same bits for a row as the
-  whole batch on one device would.
+  So a row has the same bits in a microbatch or a shard of the batch as in the
+  whole batch on one device.
+
+  Args:
+    key: key of the training step.
+    rows_B: number of each row in the global batch.
   """
   return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B)
 
 
-def fold(keys_B: jax.Array | None, number: int | jax.Array):
-  """Derives the keys of a place in the model (a layer, a site in it)."""
+def fold(keys_B: jax.Array | None, number: int | jax.Array) -> jax.Array | None:
+  """Derives the keys for a part of the model (a layer, or a site in it).
+
+  Args:
+    keys_B: a key for each row; None means no dropout, and gives None.
+    number: number of the part.
+  """
   if keys_B is None:
     return None
   return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys_B)
@@ -46,15 +55,17 @@ def dropout(
   Args:
     x: (B, T, ...).
     rate: probability of a zero.
-    keys_B: a key for each row, or None for evaluation.
-    zigzag: devices over which the tokens of a row lie in zigzag order.
-    first_feature: of `x`, where it is a part of an array.
+    keys_B: a key for each row; None means no dropout.
+    zigzag: number of devices over which the tokens of a row are in zigzag
+      order.
+    first_feature: index of the first feature of `x` in the whole array, if `x`
+      is a part of one.
   """
   if keys_B is None or rate == 0.0:
     return x
   shape = x.shape[1:]
-  place_T = jnp.asarray(zigzag_lib.index(shape[0], zigzag), jnp.uint32)
-  token = place_T.reshape(-1, *(1,) * (len(shape) - 1))
+  index_T = jnp.asarray(zigzag_lib.index(shape[0], zigzag), jnp.uint32)
+  token = index_T.reshape(-1, *(1,) * (len(shape) - 1))
   rest = jax.lax.iota(jnp.uint32, math.prod(shape[1:]))
   rest = rest + jnp.asarray(first_feature, jnp.uint32)
   feature = rest.reshape(1, *shape[1:])
@@ -71,7 +82,7 @@ class OfScores:
   Attributes:
     keys_B: a key for each row.
     rate: probability of a zero.
-    heads_KG: number of each head; default 0, 1, 2, ...
+    heads_KG: number of each query head; None is 0, 1, 2, ...
   """
 
   keys_B: jax.Array
@@ -79,13 +90,21 @@ class OfScores:
   heads_KG: jax.Array | None = None
 
   def of_heads(self, heads_KG: jax.Array) -> 'OfScores':
-    """Returns the dropout of some of these heads, by their place among them."""
+    """Returns the dropout of some of these heads, by their index among them."""
     if self.heads_KG is not None:
       heads_KG = self.heads_KG.reshape(-1)[heads_KG]
     return dataclasses.replace(self, heads_KG=heads_KG)
 
-  def __call__(self, probs_BKGTS, q_index_BT, k_index_BS):
-    """Drops entries; indices are places in the row, B may be 1."""
+  def __call__(
+    self, probs_BKGTS: jax.Array, q_index_BT: jax.Array, k_index_BS: jax.Array
+  ) -> jax.Array:
+    """Sets dropped probabilities to zero and scales up the others.
+
+    Args:
+      probs_BKGTS: probabilities.
+      q_index_BT: indices of the queries in their rows, (T,) or (B, T).
+      k_index_BS: indices of the keys in their rows, (S,) or (B, S).
+    """
     K, G = probs_BKGTS.shape[1:3]
     heads_KG = self.heads_KG
     if heads_KG is None:
@@ -106,12 +125,14 @@ def _words(keys_B: jax.Array) -> list[jax.Array]:
   return [data[..., 0], data[..., 1]]
 
 
-def _hash(a, b, high, low):
+def _hash(
+  a: jax.Array, b: jax.Array, high: jax.Array, low: jax.Array
+) -> list[jax.Array]:
   """Returns two words of Threefry-2x32 (Salmon et al., 2011), broadcast."""
   words = jnp.broadcast_arrays(a, b, high, low)
   return random_bits.threefry2x32_p.bind(*words)
 
 
-def _keep(x, bits, rate):
+def _keep(x: jax.Array, bits: jax.Array, rate: float) -> jax.Array:
   keep = bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
   return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))

@@ -1,4 +1,4 @@
-"""Token embeddings and the head that turns features into logits.
+"""Token embeddings, and the head that computes logits.
 
 Shape suffixes: B batch, T position, D embed, V vocabulary (padded).
 """
@@ -20,15 +20,15 @@ LOGITS = 'BTD,VD->BTV'  # The head's product.
 
 
 def padded(vocab_size: int, multiple: int) -> int:
-  """Returns the rows of a table: `vocab_size` rounded up to a multiple."""
+  """Returns the number of rows of a table: `vocab_size`, rounded up."""
   return -(-vocab_size // multiple) * multiple
 
 
 class Embed(nnx.Module):
   """A table of token vectors.
 
-  Its rows are padded so that mesh axes divide them; rows past the vocabulary
-  are never looked up, and the head masks their logits.
+  The number of rows is padded so that mesh axes divide it. Rows past the
+  vocabulary are never looked up, and the head removes their logits.
   """
 
   def __init__(
@@ -36,7 +36,10 @@ class Embed(nnx.Module):
   ):
     self.table_VD = param.param(rngs, (rows, embed), ('vocab', 'embed'), init)
 
-  def __call__(self, tokens_BT: jax.Array, dtype) -> jax.Array:
+  def __call__(
+    self, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike
+  ) -> jax.Array:
+    """Returns the vectors of tokens, (B, T, D), in `dtype`."""
     x_BTD = _exchanged(self.table_VD, tokens_BT, dtype)
     if x_BTD is not None:
       return sharding.constrain(x_BTD, 'batch', 'norm_length', 'act_embed')
@@ -52,21 +55,27 @@ class Embed(nnx.Module):
 
 
 def _exchanged(
-  table_VD: nnx.Param, tokens_BT: jax.Array, dtype
+  table_VD: nnx.Param, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike
 ) -> jax.Array | None:
-  """Looks up tokens where the columns are, and sends what was found.
+  """Looks up tokens on the devices that hold the columns, and exchanges them.
 
   Where mesh axes split both the rows of a batch and the columns of the table,
-  each device looks up its columns for the rows of all, and an all-to-all gives
-  it all columns of its own. The gradient comes back by another, and is summed
-  where it belongs. No device ever holds the table.
+  each device looks up its columns for the rows of all devices, and an
+  all-to-all exchange gives it all columns of its own rows. The gradient comes
+  back by another exchange and is summed on the device that holds the columns.
+  No device ever holds the whole table.
 
-  Stages of a pipeline always do so: left to itself, the partitioner gathers
-  whole gradients of all rows for each part of a table, and where the
-  vocabulary is split as well it fails (libtpu 0.0.52).
+  The stages of a pipeline always do this. The partitioner by itself would
+  gather the whole gradients of all rows for each part of a table, and where
+  the vocabulary is split as well it fails (libtpu 0.0.52).
+
+  Args:
+    table_VD: the table.
+    tokens_BT: tokens to look up.
+    dtype: dtype of the result.
 
   Returns:
-    (B, T, D), or None where the table is the less to send.
+    (B, T, D), or None where sending the table is cheaper.
   """
   mesh = jax.sharding.get_abstract_mesh()
   embed, rows = (
@@ -77,7 +86,8 @@ def _exchanged(
     manual_sharding.auto_axes('length'),
     manual_sharding.auto_axes('vocab'),
   )
-  if {*vocab} & {*rows, *length}:  # They must look up the same tokens.
+  # Devices that split the vocabulary must look up the same tokens.
+  if {*vocab} & {*rows, *length}:
     return None
   if not {*embed} <= {*rows}:
     return None
@@ -90,11 +100,12 @@ def _exchanged(
     return None
   tokens = B // parts(rows) * T // parts(length)
   size = jnp.dtype(dtype).itemsize
-  # Two activations, or the table and its float32 gradient.
+  # Compares two activations with the table and its float32 gradient.
   if not staged and 2 * tokens * size >= V // parts(vocab) * (size + 4):
     return None
 
-  def local(table_VD, tokens_BT) -> Any:
+  def local(table_VD: jax.Array, tokens_BT: jax.Array) -> Any:
+    there_BT = None
     if embed:
       tokens_BT = jax.lax.all_gather(tokens_BT, embed, axis=0, tiled=True)
     if vocab:
@@ -103,7 +114,7 @@ def _exchanged(
       there_BT = (tokens_BT >= 0) & (tokens_BT < num)
       tokens_BT = jnp.where(there_BT, tokens_BT, 0)
     x_BTD = param.look_up(table_VD, tokens_BT).astype(dtype)
-    if vocab:
+    if there_BT is not None:
       x_BTD = jnp.where(there_BT[..., None], x_BTD, 0)
     if embed:
       x_BTD = jax.lax.all_to_all(x_BTD, embed, 0, 2, tiled=True)
@@ -113,7 +124,7 @@ def _exchanged(
     local,
     in_specs=(P(vocab, embed), P(rows, length)),
     out_specs=P(rows, length),
-    # Else the gradient would be summed over axes of one device, too.
+    # With all axes the gradient would also be summed over those of one device.
     axis_names={*embed, *rows, *length, *vocab},
     check_vma=False,
   )(table_VD[...], tokens_BT)
@@ -122,14 +133,15 @@ def _exchanged(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Head:
-  """The last product, as a value that a loss can cut into pieces.
+  """The weights of the last product, which a loss may apply piece by piece.
 
   Attributes:
     table_VD: float32 weights.
-    bias_V: added to the logits, or None.
+    bias_V: bias of the logits, or None.
     scale: factor of the features.
-    soft_cap: bounds logits by cap * tanh(logit / cap); None does not.
-    vocab_size: logits at and past it belong to padding.
+    soft_cap: bound of the logits, which become cap * tanh(logit / cap); None is
+      no bound.
+    vocab_size: number of tokens; logits past it belong to padding.
   """
 
   table_VD: jax.Array
@@ -146,8 +158,16 @@ class Head:
       logits_BTV = self.logits(x_BTD, self.table_VD, self.bias_V)
     return logits_BTV[..., : self.vocab_size]
 
-  def logits(self, x_BTD, table_VD, bias_V):
-    """Returns float32 logits for some rows of the table."""
+  def logits(
+    self, x_BTD: jax.Array, table_VD: jax.Array, bias_V: jax.Array | None
+  ) -> jax.Array:
+    """Returns float32 logits for some rows of the table.
+
+    Args:
+      x_BTD: features.
+      table_VD: rows of the table.
+      bias_V: bias of these rows, or None.
+    """
     x_BTD = x_BTD if self.scale == 1.0 else x_BTD * self.scale
     logits_BTV = param.project(x_BTD, table_VD, LOGITS, jnp.float32)
     if bias_V is not None:
@@ -156,8 +176,15 @@ class Head:
       logits_BTV = self.soft_cap * jnp.tanh(logits_BTV / self.soft_cap)
     return logits_BTV
 
-  def uncapped_gradient(self, grad_BTV, logits_BTV):
-    """Returns the gradient of what `soft_cap` made `logits_BTV` of."""
+  def uncapped_gradient(
+    self, grad_BTV: jax.Array, logits_BTV: jax.Array
+  ) -> jax.Array:
+    """Returns the gradient of the logits before the soft cap.
+
+    Args:
+      grad_BTV: gradient of the logits.
+      logits_BTV: the logits, after the soft cap.
+    """
     if self.soft_cap is None:
       return grad_BTV
     # The derivative of tanh(x) is 1 - tanh(x)^2.

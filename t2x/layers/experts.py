@@ -1,17 +1,17 @@
-"""The experts' feed-forward layers, on the devices that hold them.
+"""The experts' feed-forward layers, across the devices that hold them.
 
-Experts live on the mesh axes of `rules.experts`, over which the rows of a batch
-are split too. Slots, of a fixed number, travel to their experts and back by
-all-to-all (Lepikhin et al., 2021). Without a capacity, a device could be sent
-every token of the others: buffers that hold the worst case are as large as an
-all-gather of the tokens and would travel as full, so tokens are gathered, each
-device computes what its experts are chosen for, and the outputs are summed and
-scattered.
+Experts are split over the mesh axes of `rules.experts`, which may also split
+the rows of a batch. With a capacity, a fixed number of slots is sent to their
+experts and back by all-to-all exchanges (Lepikhin et al., 2021). Without a
+capacity, all tokens of other devices may go to one device, and buffers for that
+case are as large as an all-gather of the tokens. So tokens are gathered, each
+device computes its own experts, and the outputs are summed and scattered.
 
 Shape suffixes: B batch, T position, E experts, C slots of an expert, J choices
 of a token, P pairs of token and choice, D embed, F feed-forward.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
 import functools
@@ -29,44 +29,48 @@ from t2x.parallel import manual_sharding
 from t2x.parallel import sharding
 
 Weights = dict[str, jax.Array]
+Routed = routing.Choices | routing.Slots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Axes:
-  """Mesh axes of more than one device, by what is split over them.
+  """Mesh axes of more than one device, by the dimensions that they split.
 
   Attributes:
-    batch: rows.
-    length: positions.
-    fine: positions, outside the layer alone (t2x/layers/sequence_parallel.py).
-    moved: experts, and rows: tokens must travel to their experts.
-    held: experts alone: every device has the tokens that it needs.
-    hidden: the experts' width, and no tokens.
+    batch: axes that split rows.
+    length: axes that split positions.
+    fine: axes that split positions between layers only
+      (t2x/layers/sequence_parallel.py).
+    exchanged: axes that split experts and rows; tokens are sent to their
+      experts.
+    experts_only: axes that split experts and no tokens; each device has the
+      tokens that it needs.
+    hidden: axes that split the experts' width F and no tokens.
   """
 
   batch: tuple[str, ...]
   length: tuple[str, ...]
   fine: tuple[str, ...]
-  moved: tuple[str, ...]
-  held: tuple[str, ...]
+  exchanged: tuple[str, ...]
+  experts_only: tuple[str, ...]
   hidden: tuple[str, ...]
 
 
 def check_axes(
   experts: Sequence[str], batch: Sequence[str], length: Sequence[str]
 ) -> None:
-  """Refuses experts on mesh axes that split only some of the tokens.
+  """Checks that the axes of experts split either all of the batch or no tokens.
 
   Args:
-    experts: axes of more than one device that split the experts.
-    batch: those that split rows.
-    length: those that split positions.
+    experts: mesh axes of more than one device that split the experts.
+    batch: mesh axes of more than one device that split rows.
+    length: mesh axes of more than one device that split positions.
 
   Raises:
-    ShardingError: they do.
+    ShardingError: they split only some of the tokens.
   """
-  moved = set(experts) & set(batch)
-  if (moved and moved != set(experts)) or set(experts) & set(length):
+  shared = set(experts) & set(batch)
+  if (shared and shared != set(experts)) or set(experts) & set(length):
     raise sharding.ShardingError(
       f'rules.experts={",".join(experts)} with rules.batch={",".join(batch)} '
       f'and rules.length={",".join(length)}: the axes of experts must either '
@@ -77,15 +81,13 @@ def check_axes(
 def _axes() -> _Axes:
   batch, length = map(manual_sharding.auto_axes, ('batch', 'length'))
   experts, hidden = map(manual_sharding.auto_axes, ('experts', 'mlp'))
-  moved = tuple(a for a in experts if a in batch)
-  held = tuple(a for a in experts if a not in batch)
   check_axes(experts, batch, length)
   return _Axes(
     batch=batch,
     length=length,
     fine=manual_sharding.fine_axes(),
-    moved=moved,
-    held=held,
+    exchanged=tuple(a for a in experts if a in batch),
+    experts_only=tuple(a for a in experts if a not in batch),
     hidden=tuple(a for a in hidden if a not in (*batch, *length)),
   )
 
@@ -93,17 +95,17 @@ def _axes() -> _Axes:
 def run(
   weights: dict[str, nnx.Variable],
   x_BTD: jax.Array,
-  routed: routing.Choices | routing.Slots,
+  routed: Routed,
   config: mlp.MlpConfig,
 ) -> jax.Array:
-  """Returns the weighted sum of what its experts make of each token.
+  """Returns the weighted sum of the outputs of each token's experts.
 
   Args:
-    weights: up_EDF, down_EFD, and where the layer has them gate_EDF and
-      up_bias_EF, down_bias_ED; they live where the rules say.
-    x_BTD: the input, whole or split along the sequence.
+    weights: up_EDF, down_EFD, and where the layer has them gate_EDF,
+      up_bias_EF and down_bias_ED; sharded by the active rules.
+    x_BTD: input, whole or split along the sequence.
     routed: choices or slots of whole rows.
-    config: activation.
+    config: config that gives the activation function.
 
   Raises:
     ShardingError: experts on mesh axes that split only some of the tokens.
@@ -113,14 +115,14 @@ def run(
   values = {name: w[...] for name, w in weights.items()}
   if not every:
     return body(values, x_BTD, routed)
-  # A kernel is cut by hand along every axis, those of one device too.
+  # Kernels need a `shard_map` over all axes, those of one device too.
   specs = {n: manual_sharding.manual_spec(w, every) for n, w in weights.items()}
   x_spec = P(axes.batch, (*axes.length, *axes.fine))
-  # A slot's token may stand anywhere in its row; a choice is its token's own.
+  # The token of a slot may be anywhere in its row; a choice is with its token.
   whole = isinstance(routed, routing.Slots)
   routed_spec = P(axes.batch) if whole else P(axes.batch, axes.length)
 
-  def local(parts, x_BTD, routed):
+  def local(parts: Weights, x_BTD: jax.Array, routed: Routed) -> jax.Array:
     gathered = {n: _gather(w, specs[n], axes, x_BTD) for n, w in parts.items()}
     return body(gathered, x_BTD, routed)
 
@@ -133,11 +135,13 @@ def run(
   )(values, x_BTD, routed)
 
 
-def _gather(weight, spec, axes: _Axes, x_BTD):
-  """Returns a weight whole, but for the experts and the width held here."""
+def _gather(
+  weight: jax.Array, spec: P, axes: _Axes, x_BTD: jax.Array
+) -> jax.Array:
+  """Gathers a weight along all dimensions but experts and their width."""
   if not sharding.reduces_in_float32():
     weight = weight.astype(x_BTD.dtype)
-  kept = {*axes.moved, *axes.held, *axes.hidden}
+  kept = {*axes.exchanged, *axes.experts_only, *axes.hidden}
   for dim, entry in enumerate(spec):
     split = tuple(a for a in sharding.mesh_axes(entry) if a not in kept)
     if split:
@@ -145,19 +149,29 @@ def _gather(weight, spec, axes: _Axes, x_BTD):
   return weight
 
 
-def _local(weights: Weights, x_BTD, routed, *, axes: _Axes, config):
-  """One device's tokens, through all experts."""
+def _local(
+  weights: Weights,
+  x_BTD: jax.Array,
+  routed: Routed,
+  *,
+  axes: _Axes,
+  config: mlp.MlpConfig,
+) -> jax.Array:
+  """Computes the layer for one device's tokens."""
   if axes.fine:
     x_BTD = jax.lax.all_gather(x_BTD, axes.fine, axis=1, tiled=True)
-  by = _by_slots if isinstance(routed, routing.Slots) else _by_choices
   if axes.hidden and 'down_bias_ED' in weights:
-    # Their outputs are summed, and the bias counts once.
+    # The outputs of these devices are summed, and the bias counts once.
     first = jax.lax.axis_index(axes.hidden) == 0
     bias_ED = jnp.where(first, weights['down_bias_ED'], 0.0)
     weights = {**weights, 'down_bias_ED': bias_ED}
-  out_BTD = by(weights, x_BTD, routed, axes, config).astype(x_BTD.dtype)
-  # Devices that split experts or their width have parts of one sum.
-  parts = (*axes.held, *axes.hidden)
+  if isinstance(routed, routing.Slots):
+    out_BTD = _by_slots(weights, x_BTD, routed, axes, config)
+  else:
+    out_BTD = _by_choices(weights, x_BTD, routed, axes, config)
+  out_BTD = out_BTD.astype(x_BTD.dtype)
+  # Devices that split experts or their width have terms of one sum.
+  parts = (*axes.experts_only, *axes.hidden)
   summed = tuple(a for a in parts if a not in axes.fine)
   if summed:
     out_BTD = jnp.asarray(manual_sharding.sum_parts(out_BTD, summed))
@@ -170,10 +184,16 @@ def _local(weights: Weights, x_BTD, routed, *, axes: _Axes, config):
   return out_BTD
 
 
-def _by_slots(weights: Weights, x_BTD, slots: routing.Slots, axes, config):
+def _by_slots(
+  weights: Weights,
+  x_BTD: jax.Array,
+  slots: routing.Slots,
+  axes: _Axes,
+  config: mlp.MlpConfig,
+) -> jax.Array:
   length = x_BTD.shape[1]
-  if axes.held:
-    slots = routing.Slots(*(_part(a, axes.held, 1) for a in slots))
+  if axes.experts_only:
+    slots = routing.Slots(*(_part(a, axes.experts_only, 1) for a in slots))
   tokens_BEC, weights_BEC = slots
   num_slots = tokens_BEC.shape[-1]
   if axes.length:
@@ -183,14 +203,14 @@ def _by_slots(weights: Weights, x_BTD, slots: routing.Slots, axes, config):
   take = lambda x_TD, i: x_TD.at[i].get(mode='fill', fill_value=0)
   x_BECD = jax.vmap(take)(x_BTD, tokens_BEC)
   if axes.length:
-    # Each device has some of a row's tokens and computes some of its slots.
+    # Each device has some tokens of a row, and computes some of its slots.
     padding = -num_slots % manual_sharding.size(axes.length)
     x_BECD = jnp.pad(x_BECD, ((0, 0), (0, 0), (0, padding), (0, 0)))
     x_BECD = jax.lax.psum_scatter(
       x_BECD, axes.length, scatter_dimension=2, tiled=True
     )
-  if axes.moved:
-    x_BECD = _all_to_all(x_BECD, axes.moved, 1, 0)
+  if axes.exchanged:
+    x_BECD = _all_to_all(x_BECD, axes.exchanged, 1, 0)
   out_BECD = _feed_forward(
     weights,
     x_BECD,
@@ -199,8 +219,8 @@ def _by_slots(weights: Weights, x_BTD, slots: routing.Slots, axes, config):
     lambda bias_EF: bias_EF[None, :, None],
     config,
   )
-  if axes.moved:
-    out_BECD = _all_to_all(out_BECD, axes.moved, 0, 1)
+  if axes.exchanged:
+    out_BECD = _all_to_all(out_BECD, axes.exchanged, 0, 1)
   if axes.length:
     out_BECD = jax.lax.all_gather(out_BECD, axes.length, axis=2, tiled=True)
     out_BECD = out_BECD[:, :, :num_slots]
@@ -210,30 +230,41 @@ def _by_slots(weights: Weights, x_BTD, slots: routing.Slots, axes, config):
   return jax.vmap(add)(zeros, tokens_BEC, out_BECD)
 
 
-def _by_choices(weights: Weights, x_BTD, choices, axes, config):
+def _by_choices(
+  weights: Weights,
+  x_BTD: jax.Array,
+  choices: routing.Choices,
+  axes: _Axes,
+  config: mlp.MlpConfig,
+) -> jax.Array:
   experts_BTJ, weights_BTJ = choices
-  if axes.moved:
+  if axes.exchanged:
     gather = functools.partial(
-      jax.lax.all_gather, axis_name=axes.moved, axis=0, tiled=True
+      jax.lax.all_gather, axis_name=axes.exchanged, axis=0, tiled=True
     )
     x_BTD, experts_BTJ, weights_BTJ = map(
       gather, (x_BTD, experts_BTJ, weights_BTJ)
     )
   first = 0
   num_experts, D, _ = weights['up_EDF'].shape
-  if axes.moved or axes.held:
-    first = jax.lax.axis_index((*axes.moved, *axes.held)) * num_experts
+  if axes.exchanged or axes.experts_only:
+    first = (
+      jax.lax.axis_index((*axes.exchanged, *axes.experts_only)) * num_experts
+    )
   top_k = experts_BTJ.shape[-1]
-  own = experts_BTJ.reshape(-1) - first
-  own = jnp.where((own < 0) | (own >= num_experts), num_experts, own)
-  # The choices of each expert in turn; those of other devices come last, and
-  # no token has more than so many here.
-  most = own.size // top_k * min(top_k, num_experts)
-  order_P = jnp.argsort(own)[:most]
-  experts_P = own[order_P]
-  sizes_E = jnp.bincount(own, length=num_experts + 1)[:num_experts]
-  # Each choice is some device's.
-  num_rows = own.size // manual_sharding.size((*axes.moved, *axes.held))
+  # Numbers among this device's experts; experts of other devices become E.
+  local = experts_BTJ.reshape(-1) - first
+  local = jnp.where((local < 0) | (local >= num_experts), num_experts, local)
+  # Sorted by expert, with those of other devices last. The length is that of
+  # the largest possible number of choices of this device's experts.
+  most = local.size // top_k * min(top_k, num_experts)
+  order_P = jnp.argsort(local)[:most]
+  experts_P = local[order_P]
+  sizes_E = jnp.bincount(local, length=num_experts + 1)[:num_experts]
+  # The mean over devices: each choice belongs to one of them.
+  num_rows = local.size // manual_sharding.size(
+    (*axes.exchanged, *axes.experts_only)
+  )
   token_P = order_P // top_k
   x_ND = x_BTD.reshape(-1, D)
   out_PD = _feed_forward(
@@ -244,21 +275,39 @@ def _by_choices(weights: Weights, x_BTD, choices, axes, config):
     lambda bias_EF: bias_EF[experts_P],
     config,
   )
-  # Rows of no group are zeros, and may have a bias.
+  # Rows of no group are zeros to which a bias may have been added.
   used_P1 = (experts_P < num_experts)[:, None]
   weights_P1 = weights_BTJ.reshape(-1)[order_P][:, None]
   out_PD = jnp.where(used_P1, out_PD.astype(jnp.float32), 0.0) * weights_P1
   out_ND = jnp.zeros(x_ND.shape, jnp.float32).at[token_P].add(out_PD)
   out_BTD = out_ND.reshape(x_BTD.shape).astype(x_BTD.dtype)
-  if axes.moved:
+  if axes.exchanged:
     out_BTD = jax.lax.psum_scatter(
-      out_BTD, axes.moved, scatter_dimension=0, tiled=True
+      out_BTD, axes.exchanged, scatter_dimension=0, tiled=True
     )
   return out_BTD
 
 
-def _feed_forward(weights: Weights, x, product, specs, bias_of, config):
-  """act(x up) down of each expert, or act(x gate) * (x up) down."""
+def _feed_forward(
+  weights: Weights,
+  x: jax.Array,
+  product: Callable[[jax.Array, jax.Array, str], jax.Array],
+  specs: tuple[str, str],
+  bias_of: Callable[[jax.Array], jax.Array],
+  config: mlp.MlpConfig,
+) -> jax.Array:
+  """Returns act(x up) down of each expert, or act(x gate) * (x up) down.
+
+  Args:
+    weights: weights of the experts.
+    x: input, in the layout of `product`.
+    product: function of an input, a weight and a spec, that returns their
+      product for each expert.
+    specs: the specs of the first and of the last product.
+    bias_of: function from a bias of each expert to one that broadcasts with a
+      product.
+    config: config that gives the activation function.
+  """
   into, out = specs
   up = product(x, weights['up_EDF'], into)
   if 'up_bias_EF' in weights:
@@ -276,11 +325,13 @@ def _feed_forward(weights: Weights, x, product, specs, bias_of, config):
   return y
 
 
-def _all_to_all(x, axes, split, concat):
+def _all_to_all(
+  x: jax.Array, axes: tuple[str, ...], split: int, concat: int
+) -> jax.Array:
   return jax.lax.all_to_all(x, axes, split, concat, tiled=True)
 
 
-def _part(x, axes, dim):
+def _part(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
   size = x.shape[dim] // manual_sharding.size(axes)
   start = jax.lax.axis_index(axes) * size
   return jax.lax.dynamic_slice_in_dim(x, start, size, dim)

@@ -1,9 +1,10 @@
-"""Products of groups of rows with matrices of their own, for experts.
+"""Grouped matrix products, for experts: each group of rows has its own matrix.
 
-XLA has a kernel for the product itself on TPUs alone, and for its gradient by
-the matrices nowhere: it multiplies every row with every group's matrix, E times
-the FLOPs (libtpu 0.0.42, CUDA plugin 0.10.2). So both run as kernels, where
-they serve: jax's megablox on TPUs, t2x/layers/grouped_triton.py on GPUs.
+XLA has a kernel for the product on TPUs only, and none for its gradient by the
+matrices: it multiplies every row with every group's matrix, which takes E times
+the FLOPs (libtpu 0.0.42, CUDA plugin 0.10.2). So both run as Pallas kernels
+where these support the shapes: JAX's megablox on TPUs, and
+t2x/layers/grouped_triton.py on GPUs.
 
 Shape suffixes: P rows, E groups, D and F columns.
 """
@@ -20,12 +21,14 @@ from t2x.attention import splash
 from t2x.layers import grouped_triton
 from t2x.parallel import manual_sharding
 
-# Its package has a function of the module's name.
+# By name, since a function of the package hides the module.
 _megablox: Any = importlib.import_module(
   'jax.experimental.pallas.ops.tpu.megablox.gmm'
 )
-_LANES = 128  # Of a TPU's register; sides of blocks are multiples.
-_TILE = 512, 1024, 1024  # Rows, D and F of the largest block, of two bytes.
+_LANES = 128  # Lanes of a TPU's register; sides of blocks are multiples of it.
+_TILE = 512, 1024, 1024  # Rows, D and F of the largest block of 16-bit entries.
+
+_Residuals = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def multiply(
@@ -37,17 +40,19 @@ def multiply(
   kernel: str | None = None,
   interpret: bool = False,
 ) -> jax.Array:
-  """Multiplies the rows of `x`, group by group, with matrices of their own.
+  """Multiplies each group of rows with its own matrix.
 
   Args:
-    x_PD: the rows of group 0, then those of group 1, and so on; the results
-      and gradients of what comes after the last group are zeros.
-    w_EDF: the matrices.
-    sizes_E: rows of each group.
-    num_rows: how many are of a group, in the mean over devices, by which FLOPs
-      are counted; None is all.
-    kernel: `tpu`, `gpu` or `xla`; None is that of the device, where it serves.
-    interpret: run the kernel's text on any device, slowly.
+    x_PD: rows of group 0, then those of group 1, and so on; rows after the last
+      group have zeros as results and gradients.
+    w_EDF: matrix of each group.
+    sizes_E: number of rows of each group.
+    num_rows: number of rows in all groups, in the mean over devices, for
+      counting FLOPs; None is all rows.
+    kernel: `tpu`, `gpu` or `xla`; None is the device's kernel where it supports
+      the shapes, else `xla`.
+    interpret: whether to run the kernel in interpreter mode, on any device and
+      slowly.
 
   Returns:
     (P, F) in the dtype of `x_PD`.
@@ -66,7 +71,7 @@ def multiply(
 
 
 def _choose(x_PD: jax.Array, w_EDF: jax.Array) -> str:
-  """Returns which kernel runs on the devices of the active mesh."""
+  """Returns the name of the kernel for the devices of the active mesh."""
   platform, (_, D, F) = manual_sharding.platform(), w_EDF.shape
   if platform == 'tpu' and not (D % _LANES or F % _LANES):
     return 'tpu'
@@ -81,35 +86,47 @@ def _rows_of_block(kernel: str, P: int) -> int:
   return min(_TILE[0], _LANES * -(-P // _LANES))
 
 
-def _of_groups(x_PD, sizes_E):
-  """Returns zeros for rows of no group, where there may be anything."""
+def _of_groups(x_PD: jax.Array, sizes_E: jax.Array) -> jax.Array:
+  """Sets rows of no group, whose values are undefined, to zero."""
   used_P = jnp.arange(x_PD.shape[0]) < sizes_E.sum()
   return jnp.where(used_P[:, None], x_PD, 0)
 
 
 class _Call(NamedTuple):
-  """Which kernel, and of how many rows its FLOPs are."""
+  """Static arguments of a product.
+
+  Attributes:
+    kernel: `tpu` or `gpu`.
+    interpret: whether to run the kernel in interpreter mode.
+    num_rows: number of rows for counting FLOPs.
+  """
 
   kernel: str
   interpret: bool
   num_rows: int
 
   def label(self, D: int, F: int) -> str:
-    """Returns the scope that tells the FLOPs."""
+    """Returns the name of a scope that states the FLOPs, for t2x/hlo."""
     return f'{splash.FLOPS}{2 * self.num_rows * D * F}'
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _multiply(call, x_PD, w_EDF, sizes_E):
+def _multiply(
+  call: _Call, x_PD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array
+) -> jax.Array:
   return _rows(call, x_PD, w_EDF, sizes_E, transposed=False)
 
 
-def _forward(call, x_PD, w_EDF, sizes_E):
+def _forward(
+  call: _Call, x_PD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array
+) -> tuple[jax.Array, _Residuals]:
   residuals = x_PD, w_EDF, sizes_E
   return _multiply(call, *residuals), residuals
 
 
-def _backward(call, residuals, grad_PF):
+def _backward(
+  call: _Call, residuals: _Residuals, grad_PF: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
   x_PD, w_EDF, sizes_E = residuals
   d_x_PD = _rows(call, grad_PF, w_EDF, sizes_E, transposed=True)
   d_w_EDF = _weights(call, x_PD, grad_PF, sizes_E)
@@ -119,7 +136,14 @@ def _backward(call, residuals, grad_PF):
 _multiply.defvjp(_forward, _backward)
 
 
-def _rows(call, x_PD, w, sizes_E, *, transposed):
+def _rows(
+  call: _Call,
+  x_PD: jax.Array,
+  w: jax.Array,
+  sizes_E: jax.Array,
+  *,
+  transposed: bool,
+) -> jax.Array:
   D, F = w.shape[:0:-1] if transposed else w.shape[1:]
   settings = {'interpret': call.interpret}
   with jax.named_scope(call.label(D, F)):
@@ -140,7 +164,9 @@ def _rows(call, x_PD, w, sizes_E, *, transposed):
   return _of_groups(out_PF, sizes_E)
 
 
-def _weights(call, x_PD, y_PF, sizes_E):
+def _weights(
+  call: _Call, x_PD: jax.Array, y_PF: jax.Array, sizes_E: jax.Array
+) -> jax.Array:
   D, F = x_PD.shape[1], y_PF.shape[1]
   settings = {'interpret': call.interpret}
   with jax.named_scope(call.label(D, F)):
@@ -156,8 +182,8 @@ def _weights(call, x_PD, y_PF, sizes_E):
     )
 
 
-def _tiling(x_PD, D, F):
-  """Returns the sides of a block, that divide those of the matrices."""
+def _tiling(x_PD: jax.Array, D: int, F: int) -> tuple[int, ...]:
+  """Returns the sides of a block, which divide those of the matrices."""
   scale = x_PD.dtype.itemsize // 2
   largest = [
     max(s for s in range(_LANES, most // scale + 1, _LANES) if size % s == 0)

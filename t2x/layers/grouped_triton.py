@@ -1,10 +1,11 @@
-"""Products of groups of rows on NVIDIA GPUs, as Triton kernels.
+"""Grouped matrix products on NVIDIA GPUs, as Triton kernels.
 
-A block of rows meets the matrices of the groups that it holds and no others, as
-in Gale et al. (2022), "MegaBlocks". A block on the edge of two groups is
-visited once for each.
+A block of rows is multiplied only with the matrices of its own groups, as in
+Gale et al. (2022), "MegaBlocks". A block with rows of two groups is computed
+once for each of them.
 
-Shape suffixes: P rows, E groups, D and F columns, X blocks of rows of a group.
+Shape suffixes: P rows, E groups, D and F columns, X pairs of a block of rows
+and a group, the visits of a kernel.
 """
 
 import jax
@@ -12,14 +13,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
-ROWS = 128  # Of a block.
-_SIDES = 128, 64, 32, 16  # Of a block's other sides: what divides comes first.
-_DEPTH_BYTES = 128  # Of a row of a factor, along what is summed over.
+ROWS = 128  # Number of rows in a block.
+_SIDES = 128, 64, 32, 16  # Possible lengths of a block's other sides.
+_DEPTH_BYTES = 128  # Bytes of a factor's block along the contracted dimension.
 _SETTINGS = plgpu.CompilerParams(num_warps=8, num_stages=3)
 
 
 def serves(D: int, F: int) -> bool:
-  """Whether matrices of D x F can be cut into blocks."""
+  """Returns whether matrices of D x F can be cut into blocks."""
   return not (D % _SIDES[-1] or F % _SIDES[-1])
 
 
@@ -31,33 +32,42 @@ def rows(
   transposed: bool = False,
   interpret: bool = False,
 ) -> jax.Array:
-  """Multiplies each group's rows with its matrix.
+  """Multiplies each group of rows with its own matrix.
 
   Args:
-    x_PD: rows, P a multiple of 128, those of a group together.
-    w: (E, D, F), or (E, F, D) where `transposed`.
-    sizes_E: rows of each group.
-    transposed: the matrices are.
-    interpret: run the kernel's text on any device, slowly.
+    x_PD: rows, sorted by group; P is a multiple of 128.
+    w: matrix of each group, (E, D, F), or (E, F, D) if `transposed`.
+    sizes_E: number of rows of each group.
+    transposed: whether the matrices are transposed.
+    interpret: whether to run the kernel in interpreter mode, on any device and
+      slowly.
 
   Returns:
-    (P, F), without a defined value in rows of no group.
+    (P, F); values in rows of no group are undefined.
   """
   P, D = x_PD.shape
   F = w.shape[1 if transposed else 2]
   depth, width = _side(D, _depth(x_PD)), _side(F)
   starts, groups_X, blocks_X, num_used = _visits(sizes_E, P)
 
-  def kernel(starts, groups_X, blocks_X, num_used, x_ref, w_ref, out_ref):
+  def kernel(
+    starts: jax.Ref,
+    groups_X: jax.Ref,
+    blocks_X: jax.Ref,
+    num_used: jax.Ref,
+    x_ref: jax.Ref,
+    w_ref: jax.Ref,
+    out_ref: jax.Ref,
+  ) -> None:
     visit, column = pl.program_id(0), pl.program_id(1)
     used = visit < num_used[0]
     group, first = groups_X[visit], blocks_X[visit] * ROWS
     row = first + jnp.arange(ROWS)
-    own = used & (row >= starts[group]) & (row < starts[group + 1])
+    in_group = used & (row >= starts[group]) & (row < starts[group + 1])
     columns = pl.dslice(column * width, width)
     some = pl.dslice(first, ROWS)
 
-    def add(step, total):
+    def add(step: jax.Array, total: jax.Array) -> jax.Array:
       inner = pl.dslice(step * depth, depth)
       x = x_ref[some, inner]
       if transposed:
@@ -70,7 +80,7 @@ def rows(
     plgpu.store(
       out_ref.at[some, columns],
       total.astype(out_ref.dtype),
-      mask=jnp.broadcast_to(own[:, None], (ROWS, width)),
+      mask=jnp.broadcast_to(in_group[:, None], (ROWS, width)),
     )
 
   return pl.pallas_call(
@@ -93,10 +103,11 @@ def weights(
   """Sums x^T y over the rows of each group: the gradient of its matrix.
 
   Args:
-    x_PD: rows, P a multiple of 128.
-    y_PF: rows of as many.
-    sizes_E: rows of each group.
-    interpret: run the kernel's text on any device, slowly.
+    x_PD: rows, sorted by group; P is a multiple of 128.
+    y_PF: gradients of the products of these rows.
+    sizes_E: number of rows of each group.
+    interpret: whether to run the kernel in interpreter mode, on any device and
+      slowly.
 
   Returns:
     (E, D, F); zeros for a group without rows.
@@ -105,19 +116,21 @@ def weights(
   tall, width, depth = _side(D), _side(F), _depth(x_PD)
   starts = _starts(sizes_E)
 
-  def kernel(starts, x_ref, y_ref, out_ref):
+  def kernel(
+    starts: jax.Ref, x_ref: jax.Ref, y_ref: jax.Ref, out_ref: jax.Ref
+  ) -> None:
     group = pl.program_id(2)
     down = pl.dslice(pl.program_id(0) * tall, tall)
     across = pl.dslice(pl.program_id(1) * width, width)
     start, end = starts[group], starts[group + 1]
 
-    def add(block, total):
+    def add(block: jax.Array, total: jax.Array) -> jax.Array:
       row = block * depth + jnp.arange(depth)
-      own = ((row >= start) & (row < end))[:, None]
+      in_group = ((row >= start) & (row < end))[:, None]
       some = pl.dslice(block * depth, depth)
-      # Both, since a row of no group may hold anything.
-      x = jnp.where(own, x_ref[some, down], 0)
-      y = jnp.where(own, y_ref[some, across], 0)
+      # Both, since values in rows of no group are undefined.
+      x = jnp.where(in_group, x_ref[some, down], 0)
+      y = jnp.where(in_group, y_ref[some, across], 0)
       return total + plgpu.dot(x.T, y)
 
     zeros = jnp.zeros((tall, width), jnp.float32)
@@ -145,15 +158,21 @@ def _depth(x: jax.Array) -> int:
 
 
 def _starts(sizes_E: jax.Array) -> jax.Array:
-  """Returns where each group starts, and where the last one ends."""
+  """Returns the first row of each group, and the end of the last one."""
   ends_E = jnp.cumsum(sizes_E.astype(jnp.int32))
   return jnp.concatenate([jnp.zeros(1, jnp.int32), ends_E])
 
 
-def _visits(sizes_E: jax.Array, P: int):
-  """Returns starts, of each visit its group and block, and how many count.
+def _visits(
+  sizes_E: jax.Array, P: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Plans the visits of the kernel, as many as there can be.
 
-  As many as there can be: each group but the first may share a block.
+  Each group but the first may share a block with the one before.
+
+  Returns:
+    The first row of each group and the end of the last one; the group and the
+    block of rows of each visit; and the number of visits that are used, (1,).
   """
   starts = _starts(sizes_E)
   first_E = starts[:-1] // ROWS

@@ -1,4 +1,4 @@
-"""Which heads a device has, where it has a part of them.
+"""The heads of a device under sequence parallelism, which may be some of all.
 
 Shape suffixes: B batch, S key position, K key/value heads, G query heads per
 key/value head, H head dim.
@@ -12,24 +12,24 @@ from t2x.parallel import manual_sharding
 from t2x.parallel import sharding
 
 
-def key_heads(config: attention_config.Heads, num: int, held: int) -> int:
-  """Returns how many key/value heads some neighbouring query heads look at.
+def key_heads(config: attention_config.Heads, num: int, num_kv: int) -> int:
+  """Returns the number of key/value heads that a device's query heads use.
 
   Args:
-    config: of the layer.
-    num: query heads that a device has under sequence parallelism.
-    held: key/value heads that it has.
+    config: config of the layer.
+    num: number of neighbouring query heads on a device.
+    num_kv: number of key/value heads on the device.
 
   Raises:
-    ShardingError: they are not among those that the device has, or parts of
-      groups.
+    ShardingError: the query heads are parts of several groups, or use heads
+      that the device does not have.
   """
   group = config.num_heads // config.kv_heads
   needed = max(num // group, 1)
-  if (num % group and group % num) or needed > held:
+  if (num % group and group % num) or needed > num_kv:
     raise sharding.ShardingError(
       f'Under sequence parallelism a device has {num} of attention.num_heads='
-      f'{config.num_heads} and {held} of attention.num_kv_heads='
+      f'{config.num_heads} and {num_kv} of attention.num_kv_heads='
       f'{config.kv_heads}, of which each serves {group} query heads: those '
       'that a device has must be some whole groups, or lie within one, and '
       'their key/value heads be there. Choose another mesh.tensor, the same '
@@ -39,22 +39,28 @@ def key_heads(config: attention_config.Heads, num: int, held: int) -> int:
 
 
 def numbers(config: attention_config.Heads) -> jax.Array:
-  """Returns the numbers of this device's query heads, (K, G)."""
+  """Returns the numbers of this device's query heads among all, (K, G)."""
   start, num = manual_sharding.manual_part('heads', config.num_heads)
   group = config.num_heads // config.kv_heads
   return (start + jnp.arange(num)).reshape(-1, min(group, num))
 
 
-def met(x_BSKH: jax.Array, config: attention_config.Heads) -> jax.Array:
-  """Returns the key/value heads that this device's query heads look at.
+def used_key_heads(
+  x_BSKH: jax.Array, config: attention_config.Heads
+) -> jax.Array:
+  """Returns the key/value heads that this device's query heads use.
 
-  Inside `sequence_parallel.run` a device may have part of the query heads and,
+  Inside `sequence_parallel.run` a device may have some of the query heads and,
   by `rules.kv_heads`, all key/value heads.
+
+  Args:
+    x_BSKH: keys or values of the heads on this device.
+    config: config of the layer.
   """
   start, num = manual_sharding.manual_part('heads', config.num_heads)
-  _, held = manual_sharding.manual_part('kv_heads', config.kv_heads)
-  needed = key_heads(config, num, held)
-  if needed == held:
+  _, num_kv = manual_sharding.manual_part('kv_heads', config.kv_heads)
+  needed = key_heads(config, num, num_kv)
+  if needed == num_kv:
     return x_BSKH
   first = start // (config.num_heads // config.kv_heads)
   return jax.lax.dynamic_slice_in_dim(x_BSKH, first, needed, axis=2)

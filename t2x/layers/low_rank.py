@@ -1,14 +1,16 @@
-"""Low-rank attention: Linformer and Nystromformer, for encoders.
+"""Low-rank attention for encoders: Linformer and Nystromformer.
 
-Both mix the keys of a whole row before a query looks at them. Padding (segment
-0) is left out; documents packed into one row would see each other and are
-refused, and not a number where that is known only when it runs.
+Both mix the keys of a whole row before queries attend to them. Padding (segment
+0) is left out. Documents that are packed into one row would see each other, so
+such rows raise an error, or, where segments are known only when the program
+runs, give NaN.
 
 Shape suffixes: B batch, T position, N query heads, K key/value heads, G query
 heads per key/value head, H head dim, R rank or landmarks, W width.
 """
 
 import dataclasses
+import types
 from typing import ClassVar
 from typing import Literal
 
@@ -36,10 +38,11 @@ class Linformer(attention_config.Heads):
   2020).
 
   Attributes:
-    rank: keys that are left of a row.
-    length: the longest row; a shorter one takes the first of its weights.
-    sharing: projections are shared by all heads (`heads`), or also by keys and
-      values (`key_value`).
+    rank: number of keys and values after the projection.
+    length: number of tokens in the longest row; a shorter row uses the first of
+      the weights.
+    sharing: sharing of the projections: by all heads (`heads`), or by all heads
+      and by keys and values too (`key_value`).
   """
 
   kind: ClassVar[str] = 'linformer'
@@ -50,7 +53,7 @@ class Linformer(attention_config.Heads):
   length: int = 512
   sharing: Literal['heads', 'key_value'] = 'heads'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     field_checks.least(self, 'attention.', rank=1, length=1)
 
@@ -61,17 +64,19 @@ class Linformer(attention_config.Heads):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Nystromformer(attention_config.Heads):
-  """The matrix of weights from a few of its rows and columns (Xiong et al.,
-  2021).
+  """The matrix of weights, approximated from some rows and columns (Xiong et
+  al., 2021).
 
   softmax(q k_l) pinv(softmax(q_l k_l)) softmax(q_l k) v, with landmarks q_l and
   k_l the means of neighbouring queries and keys, plus a depthwise convolution
   of the values.
 
   Attributes:
-    landmarks: R.
-    iterations: of the pseudo-inverse (Razavi et al., 2014).
-    conv_width: taps of the convolution, an odd number; None for none.
+    landmarks: number of landmarks R.
+    iterations: number of iterations of the pseudo-inverse (Razavi et al.,
+      2014).
+    conv_width: number of taps of the convolution, which is odd; None is no
+      convolution.
   """
 
   kind: ClassVar[str] = 'nystromformer'
@@ -82,7 +87,7 @@ class Nystromformer(attention_config.Heads):
   iterations: int = 6
   conv_width: int | None = 33
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     field_checks.least(
       self, 'attention.', landmarks=1, iterations=1, conv_width=1
@@ -102,7 +107,7 @@ class Nystromformer(attention_config.Heads):
 
 
 class LinformerMixer(nnx.Module):
-  """Runs `Linformer`; see `attention_kinds.Mixer`."""
+  """Runs `Linformer`; see `context.Mixer`."""
 
   def __init__(self, config: Linformer, *, rngs: nnx.Rngs):
     self.config = config
@@ -113,13 +118,20 @@ class LinformerMixer(nnx.Module):
     self.key_TR = make()
     self.value_TR = make() if config.sharing == 'heads' else None
 
-  def __call__(self, q_BTNH, k_BTKH, v_BTKH, mask: mask_lib.Mask, heads_N):
+  def __call__(
+    self,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    mask: mask_lib.Mask,
+    heads_N: jax.Array,
+  ) -> jax.Array:
     del heads_N  # All heads share the projections.
     T = k_BTKH.shape[1]
     real_BT = _is_real(mask, k_BTKH)
     value_TR = self.key_TR if self.value_TR is None else self.value_TR
 
-    def project(x_BTKH, weight_TR):
+    def project(x_BTKH: jax.Array, weight_TR: nnx.Param) -> jax.Array:
       x_BTKH = x_BTKH * real_BT[..., None, None].astype(x_BTKH.dtype)
       weight = weight_TR[...][:T].astype(x_BTKH.dtype)
       return jnp.einsum('BTKH,TR->BRKH', x_BTKH, weight)
@@ -132,7 +144,7 @@ class LinformerMixer(nnx.Module):
 
 
 class NystromMixer(nnx.Module):
-  """Runs `Nystromformer`; see `attention_kinds.Mixer`."""
+  """Runs `Nystromformer`; see `context.Mixer`."""
 
   def __init__(self, config: Nystromformer, *, rngs: nnx.Rngs):
     self.config = config
@@ -147,14 +159,21 @@ class NystromMixer(nnx.Module):
       else None
     )
 
-  def __call__(self, q_BTNH, k_BTKH, v_BTKH, mask: mask_lib.Mask, heads_N):
+  def __call__(
+    self,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    mask: mask_lib.Mask,
+    heads_N: jax.Array,
+  ) -> jax.Array:
     T = q_BTNH.shape[1]
     R = min(self.config.landmarks, T)
     real_BT = _is_real(mask, k_BTKH)
     factor = q_BTNH.shape[-1] ** -0.25
     q = _grouped(q_BTNH, k_BTKH).astype(jnp.float32) * factor
     k, v = k_BTKH.astype(jnp.float32) * factor, v_BTKH.astype(jnp.float32)
-    # Of a row's real tokens each landmark has as many, or one more.
+    # Landmarks share a row's real tokens equally, up to one token.
     rank_BT = jnp.cumsum(real_BT, axis=1) - 1
     num_B1 = jnp.maximum(real_BT.sum(1, keepdims=True), 1)
     of_BTR = (rank_BT * R // num_B1)[..., None] == jnp.arange(R)[None, None]
@@ -164,7 +183,7 @@ class NystromMixer(nnx.Module):
     q_l = jnp.einsum('BTKGH,BTR->BRKGH', q, share_BTR)
     k_l = jnp.einsum('BTKH,BTR->BRKH', k, share_BTR)
     whole = _softmax(q, k_l, num_BR > 0)
-    # A landmark of no token is no part of the matrix that is inverted.
+    # A landmark without tokens is left out of the matrix that is inverted.
     there_BR = (num_BR > 0)[:, None, None, :, None]
     small = _softmax(q_l, k_l, num_BR > 0) * there_BR
     read = jnp.einsum('BKGRT,BTKH->BKGRH', _softmax(q_l, k, real_BT), v)
@@ -179,8 +198,8 @@ class NystromMixer(nnx.Module):
     out = out.reshape(*q_BTNH.shape[:3], -1).astype(v_BTKH.dtype)
     return _of_one_document(out, mask)
 
-  def _filters(self, heads_N, num: int) -> jax.Array:
-    """Returns the filters of `num` key heads, by their query heads' numbers."""
+  def _filters(self, heads_N: jax.Array, num: int) -> jax.Array:
+    """Returns the filters of `num` key heads, given their query heads."""
     config, conv_KW = self.config, self.conv_KW
     assert conv_KW is not None
     first = heads_N.reshape(num, -1)[:, 0] * config.kv_heads // config.num_heads
@@ -189,16 +208,20 @@ class NystromMixer(nnx.Module):
 
 
 def pseudo_inverse(matrix: jax.Array, iterations: int) -> jax.Array:
-  """Returns the Moore-Penrose inverse of stochastic matrices, about.
+  """Approximates the Moore-Penrose inverse of stochastic matrices.
 
   Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4 (Razavi et al., 2014), from
-  A^T over the largest sums of its columns and rows.
+  A^T divided by the largest sums of its columns and rows.
+
+  Args:
+    matrix: matrices A, (..., R, R).
+    iterations: number of iterations.
   """
   one = jnp.eye(matrix.shape[-1]).reshape(
     (1,) * (matrix.ndim - 2) + matrix.shape[-2:]
   )
   largest = lambda axis: jnp.abs(matrix).sum(axis).max(-1)
-  scale = jnp.maximum(largest(-2) * largest(-1), _TINY)  # Of nothing, 0.
+  scale = jnp.maximum(largest(-2) * largest(-1), _TINY)  # 0 / 0 becomes 0.
   z = matrix.swapaxes(-1, -2) / scale[..., None, None]
   for _ in range(iterations):
     az = matrix @ z
@@ -207,11 +230,11 @@ def pseudo_inverse(matrix: jax.Array, iterations: int) -> jax.Array:
 
 
 def check_documents(kind: str, segments_BT: jax.Array | None) -> None:
-  """Raises ValueError for rows of several documents, where values are known.
+  """Raises ValueError for rows of several documents, unless under a trace.
 
   Args:
-    kind: of attention that mixes whole rows.
-    segments_BT: of the tokens, 0 is padding.
+    kind: name of a kind of attention that mixes whole rows.
+    segments_BT: segment of each token, 0 for padding; None is one segment.
   """
   if segments_BT is None or isinstance(segments_BT, core.Tracer):
     return
@@ -224,17 +247,19 @@ def check_documents(kind: str, segments_BT: jax.Array | None) -> None:
     )
 
 
-def _has_several(segments_BT, xp=jnp):
-  """Returns which rows hold several documents, (B,)."""
+def _has_several(
+  segments_BT: jax.Array | np.ndarray, xp: types.ModuleType = jnp
+) -> jax.Array | np.ndarray:
+  """Returns whether each row has several documents, (B,)."""
   is_real_BT = segments_BT != 0
   first_B = xp.where(is_real_BT, segments_BT, 2**30).min(1)
   return is_real_BT.any(1) & (first_B != segments_BT.max(1))
 
 
-def _of_one_document(out_BTNH, mask):
-  """Returns not a number for rows that no kind here can compute.
+def _of_one_document(out_BTNH: jax.Array, mask: mask_lib.Mask) -> jax.Array:
+  """Sets rows of several documents, which these kinds cannot compute, to NaN.
 
-  Where values are known only when it runs, nothing else can be said.
+  Where segments are known only when the program runs, it cannot raise an error.
   """
   segments_BT = mask.k_segments_BS
   if segments_BT is None:
@@ -243,20 +268,22 @@ def _of_one_document(out_BTNH, mask):
   return jnp.where(wrong_B, jnp.nan, out_BTNH)
 
 
-def _is_real(mask, k_BTKH):
+def _is_real(mask: mask_lib.Mask, k_BTKH: jax.Array) -> jax.Array:
   segments_BT = mask.k_segments_BS
   if segments_BT is None:
     return jnp.ones(k_BTKH.shape[:2], bool)
   return segments_BT != 0
 
 
-def _grouped(q_BTNH, k_BTKH):
+def _grouped(q_BTNH: jax.Array, k_BTKH: jax.Array) -> jax.Array:
   B, T, _, H = q_BTNH.shape
   return q_BTNH.reshape(B, T, k_BTKH.shape[2], -1, H)
 
 
-def _softmax(q_BTKGH, k_BRKH, seen_BR=None):
-  """Returns float32 weights (B, K, G, T, R)."""
+def _softmax(
+  q_BTKGH: jax.Array, k_BRKH: jax.Array, seen_BR: jax.Array | None = None
+) -> jax.Array:
+  """Returns the softmax of scores, float32 (B, K, G, T, R)."""
   scores = jnp.einsum(
     'BTKGH,BRKH->BKGTR', q_BTKGH, k_BRKH, preferred_element_type=jnp.float32
   )
@@ -266,7 +293,12 @@ def _softmax(q_BTKGH, k_BRKH, seen_BR=None):
 
 
 def num_flops(config: Linformer | Nystromformer, length: int) -> int:
-  """Returns the FLOPs of a row's weights and values, as they are computed."""
+  """Returns the FLOPs of a row's attention, as they are computed.
+
+  Args:
+    config: config of the layer.
+    length: number of tokens in the row.
+  """
   N, K, H, T = config.num_heads, config.kv_heads, config.head_dim, length
   if isinstance(config, Linformer):
     return 4 * T * config.rank * H * (N + K)

@@ -29,15 +29,16 @@ _ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MlpConfig:
-  """Sizes and shape of the feed-forward layer.
+  """Config of the feed-forward layer.
 
   Attributes:
     hidden: width F between the two products.
-    activation: `gelu_tanh` is the tanh approximation of GPT-2 and T5 1.1.
-    gated: act(x gate) * (x up) before the last product (Shazeer, 2020):
-      SwiGLU is `silu` gated, GEGLU `gelu` gated.
-    bias: add biases (never to a gated layer's gate in the presets).
-    dropout: rate on the hidden activations (T5, Transformer).
+    activation: name of the activation function; `gelu_tanh` is the tanh
+      approximation of GPT-2 and T5 1.1.
+    gated: whether the last product is of act(x gate) * (x up) (Shazeer, 2020):
+      SwiGLU is gated `silu`, GEGLU gated `gelu`.
+    bias: whether both products have biases; a gate never has one.
+    dropout: dropout rate of the hidden activations (T5, Transformer).
   """
 
   kind: ClassVar[str] = 'mlp'
@@ -47,13 +48,13 @@ class MlpConfig:
   bias: bool = True
   dropout: float = 0.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     field_checks.least(self, 'mlp.', hidden=1)
     field_checks.share(self, 'mlp.', 'dropout')
 
 
 class Mlp(nnx.Module):
-  """x -> act(x up) down, or act(x gate) * (x up) down."""
+  """The feed-forward layer: act(x up) down, or act(x gate) * (x up) down."""
 
   def __init__(
     self,
@@ -80,6 +81,17 @@ class Mlp(nnx.Module):
   def __call__(
     self, x_BTD: jax.Array, keys_B: jax.Array | None = None, zigzag: int = 1
   ) -> jax.Array:
+    """Applies the layer.
+
+    Args:
+      x_BTD: input.
+      keys_B: dropout key of each row; None means no dropout.
+      zigzag: number of devices over which the tokens of a row are in zigzag
+        order.
+
+    Returns:
+      (B, T, D).
+    """
     act = _ACTIVATIONS[self.config.activation]
     x_BTD = sequence_parallel.gather(x_BTD)
     up_BTF = param.project(x_BTD, self.up_DF, 'BTD,DF->BTF')
@@ -100,5 +112,5 @@ class Mlp(nnx.Module):
 
 
 def activation(name: str, x: jax.Array) -> jax.Array:
-  """Applies the activation of that name."""
+  """Applies the activation function of a name, as in `MlpConfig`."""
   return _ACTIVATIONS[name](x).astype(jnp.result_type(x))

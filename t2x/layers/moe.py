@@ -1,11 +1,13 @@
-"""Mixture of experts: a feed-forward layer of which a token sees a part.
+"""Mixture of experts: feed-forward layers of which each token uses some.
 
 Shape suffixes: B batch, T position, E experts, D embed, F feed-forward.
 """
 
+from collections.abc import Callable
 import dataclasses
 from typing import ClassVar
 from typing import NamedTuple
+from typing import TypeVar
 
 from flax import nnx
 import jax
@@ -22,16 +24,20 @@ from t2x.parallel import manual_sharding
 from t2x.parallel import sharding
 from t2x.parallel import zigzag as zigzag_lib
 
+Out = TypeVar('Out')
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoeConfig(mlp.MlpConfig):
-  """Experts, each a feed-forward layer of `MlpConfig`'s fields, and a router.
+  """Config of experts, each a feed-forward layer, and of their router.
+
+  The fields of `MlpConfig` are those of each expert.
 
   Attributes:
-    num_experts: E.
-    router: who chooses whom.
-    z_loss: factor of the mean of log(sum exp(router logits))^2 over the tokens
-      of a row (Zoph et al., 2022, equation 5).
+    num_experts: number of experts E.
+    router: config of the router: tokens choose experts, or experts tokens.
+    z_loss: factor of the router z-loss, the mean of log(sum exp(router
+      logits))^2 over the tokens of a row (Zoph et al., 2022, equation 5).
   """
 
   kind: ClassVar[str] = 'moe'
@@ -39,7 +45,7 @@ class MoeConfig(mlp.MlpConfig):
   router: routing.RouterConfig = routing.TokenChoice()
   z_loss: float = 1e-3
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     field_checks.least(self, 'mlp.', num_experts=2, z_loss=0.0)
     if self.dropout:
@@ -59,11 +65,11 @@ class MoeConfig(mlp.MlpConfig):
 
   @property
   def experts_of_token(self) -> float:
-    """Experts that compute for a token, in the mean and at the most."""
+    """Largest mean number of experts that compute for a token."""
     router, num = self.router, self.num_experts
     if isinstance(router, routing.ExpertChoice):
       return min(router.capacity, num)
-    # Below 1, capacity turns away that share of the choices.
+    # With a capacity below 1, only that share of the choices has slots.
     return router.top_k * min(1.0, router.capacity or 1.0)
 
   @property
@@ -73,16 +79,16 @@ class MoeConfig(mlp.MlpConfig):
 
 
 class BalanceBias(nnx.Variable):
-  """A bias that keeps experts evenly used; moved by rule, never by gradient."""
+  """A bias that balances the load of experts; updated without a gradient."""
 
 
 class Stats(NamedTuple):
-  """What one layer's router did, or stacked, what those of many did.
+  """Statistics of one layer's router, or, stacked, of several layers.
 
   Attributes:
-    balance_B: balance loss of each row, its factor included.
-    z_B: router z-loss of each row, its factor included.
-    load: tokens of each expert.
+    balance_B: balance loss of each row, multiplied by its factor.
+    z_B: router z-loss of each row, multiplied by its factor.
+    load: number of tokens of each expert.
   """
 
   balance_B: jax.Array
@@ -91,7 +97,7 @@ class Stats(NamedTuple):
 
 
 class Moe(nnx.Module):
-  """sum_e weight_e expert_e(x) over the experts that a token has."""
+  """The mixture sum_e weight_e expert_e(x) over the experts of each token."""
 
   def __init__(
     self,
@@ -139,13 +145,18 @@ class Moe(nnx.Module):
     *,
     drop: bool = True,
   ) -> tuple[jax.Array, Stats]:
-    """Returns what the experts add to each token, and how they were used.
+    """Applies the layer.
 
     Args:
-      x_BTD: the input.
-      real_BT: False for padding, which goes to no expert; None has none.
-      zigzag: devices over which the tokens of a row lie in zigzag order.
-      drop: False lets an expert take all that choose it, whatever the capacity.
+      x_BTD: input.
+      real_BT: False for padding, which goes to no expert; None is no padding.
+      zigzag: number of devices over which the tokens of a row are in zigzag
+        order.
+      drop: whether experts have their capacity; else an expert takes all tokens
+        that choose it.
+
+    Returns:
+      The output, (B, T, D), and statistics of the router.
     """
     config, router = self.config, self.config.router
     if not drop and isinstance(router, routing.TokenChoice):
@@ -159,7 +170,7 @@ class Moe(nnx.Module):
         'BTD,DE->BTE',
         precision=jax.lax.Precision.HIGHEST,
       )
-    # A row is routed as a whole; its logits are few beside its activations.
+    # A row is routed as a whole. Its logits are small beside its activations.
     logits_BTE = sharding.constrain(logits_BTE, 'batch', None, None)
     real_BT = sharding.constrain(real_BT, 'batch', None)
     log_sum_BT = jax.nn.logsumexp(logits_BTE, -1)
@@ -174,8 +185,8 @@ class Moe(nnx.Module):
       (logits_BTE, real_BT),
       bias_E,
     )
-    # Kept for the backward pass: computed again, a near tie could fall
-    # elsewhere.
+    # Kept for the backward pass: computed again, scores that are almost equal
+    # could give another choice.
     routed = type(routed)(checkpoint_name(routed[0], routing.CHOICE), routed[1])
     names = ('gate_EDF', 'up_EDF', 'down_EFD', 'up_bias_EF', 'down_bias_ED')
     weights = {name: getattr(self, name) for name in names}
@@ -184,16 +195,18 @@ class Moe(nnx.Module):
     return out_BTD, Stats(balance_B, z_B, load)
 
 
-def _by_rows(fn, rows, whole):
-  """Returns fn(*rows, whole) of the rows of each device, by itself.
+def _by_rows(
+  fn: Callable[..., Out], rows: tuple[jax.Array, ...], whole: jax.Array | None
+) -> Out:
+  """Returns fn(*rows, whole), computed by each device for its own rows.
 
-  Sorts, gathers and scatters stay within a row, but the partitioner moves
-  whole batches for some of them, and fails on others.
+  Sorts, gathers and scatters within a row need no other rows, but the
+  partitioner gathers whole batches for some of them, and fails on others.
 
   Args:
-    fn: takes and returns arrays that begin with rows.
-    rows: such arrays.
-    whole: what every device has.
+    fn: function of `rows` and `whole` that returns arrays of rows.
+    rows: arrays whose first dimension is rows.
+    whole: array that every device has whole, or None.
   """
   axes = manual_sharding.all_auto_axes()
   if not axes:
@@ -211,8 +224,23 @@ def _by_rows(fn, rows, whole):
 FeedForwardConfig = mlp.MlpConfig | MoeConfig
 
 
-def make(config: FeedForwardConfig, embed: int, **kwargs) -> mlp.Mlp | Moe:
-  """Builds the feed-forward layer that `config` describes."""
+def make(
+  config: FeedForwardConfig,
+  embed: int,
+  *,
+  init: param.Init,
+  out_factor: float,
+  rngs: nnx.Rngs,
+) -> mlp.Mlp | Moe:
+  """Builds the feed-forward layer of a config.
+
+  Args:
+    config: config of the layer.
+    embed: width D of the activations.
+    init: initialisation of the weights.
+    out_factor: factor of the std of the last product's weights.
+    rngs: random keys of the parameters.
+  """
   if isinstance(config, MoeConfig):
-    return Moe(config, embed, **kwargs)
-  return mlp.Mlp(config, embed, **kwargs)
+    return Moe(config, embed, init=init, out_factor=out_factor, rngs=rngs)
+  return mlp.Mlp(config, embed, init=init, out_factor=out_factor, rngs=rngs)

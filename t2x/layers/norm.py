@@ -12,7 +12,12 @@ from t2x.layers import param
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerNorm:
-  """Ba et al., 2016."""
+  """Config of layer normalisation (Ba et al., 2016).
+
+  Attributes:
+    eps: epsilon that is added to the variance.
+    bias: whether a bias is added after the scale.
+  """
 
   kind: ClassVar[str] = 'layernorm'
   unit_offset = False  # A field of RMSNorm.
@@ -22,9 +27,12 @@ class LayerNorm:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RMSNorm:
-  """No mean, no bias (Zhang and Sennrich, 2019).
+  """Config of RMS normalisation (Zhang and Sennrich, 2019): no mean, no bias.
 
-  With `unit_offset` the scale is 1 plus what is learned, from 0 on (Gemma).
+  Attributes:
+    eps: epsilon that is added to the mean square.
+    unit_offset: whether the scale is 1 plus a parameter that starts at 0
+      (Gemma).
   """
 
   kind: ClassVar[str] = 'rmsnorm'
@@ -55,6 +63,7 @@ class Norm(nnx.Module):
     )
 
   def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns normalised `x`, in its own dtype."""
     y = x.astype(jnp.float32)
     if isinstance(self.config, LayerNorm):
       y = y - y.mean(-1, keepdims=True)

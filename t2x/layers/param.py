@@ -1,12 +1,12 @@
-"""Parameters, their initialisation, and the one product that uses them."""
+"""Parameters: how they are drawn, and the products that use them."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
 import functools
 import math
-from typing import Any
 from typing import Literal
+from typing import TypeVar
 
 from flax import nnx
 import jax
@@ -16,24 +16,27 @@ import jax.numpy as jnp
 from t2x.layers import grouped
 from t2x.parallel import sharding
 
-PRODUCT = 'product'  # What `project` calls its results, for `remat`.
+PRODUCT = 'product'  # Name of the results of `project`, for `remat`.
 
+Tree = TypeVar('Tree')
 Initializer = Callable[[jax.Array, Sequence[int]], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Init:
-  """How a preset draws its weights.
+  """Initialisation of a model's weights.
 
   Attributes:
-    distribution: `truncated_normal` is cut at two standard deviations and not
-      rescaled, as BERT's code does; `uniform` has the given std.
-    scale: `fixed` takes `std`; `fan_in` takes std / sqrt(fan in), `fan_avg`
-      std / sqrt(mean of fan in and fan out) (Glorot and Bengio, 2010).
-    std: see `scale`.
-    embed_std: std of token embeddings; None means `std`.
-    depth_scaled: the projections that end a residual branch are divided by
-      sqrt(2 num_layers) (GPT-2, Radford et al., 2019).
+    distribution: distribution of the weights; `truncated_normal` is cut at two
+      standard deviations and not rescaled, as in BERT's code; `uniform` has the
+      given std.
+    scale: rule for the std of a matrix; `fixed` takes `std`, `fan_in` std /
+      sqrt(fan in), and `fan_avg` std / sqrt(mean of fan in and fan out) (Glorot
+      and Bengio, 2010).
+    std: standard deviation, before `scale`.
+    embed_std: standard deviation of token embeddings; None means `std`.
+    depth_scaled: whether the projections that end a residual branch are divided
+      by sqrt(2 num_layers) (GPT-2, Radford et al., 2019).
   """
 
   distribution: Literal['normal', 'truncated_normal', 'uniform'] = 'normal'
@@ -46,14 +49,21 @@ class Init:
 def initializer(
   init: Init, *, fan_in: int = 1, fan_out: int = 1, factor: float = 1.0
 ) -> Initializer:
-  """Returns the initializer of one matrix; `factor` multiplies its std."""
+  """Returns the initializer of a matrix.
+
+  Args:
+    init: the model's initialisation.
+    fan_in: number of inputs of the matrix.
+    fan_out: number of outputs of the matrix.
+    factor: factor of the standard deviation.
+  """
   fan = {'fixed': 1, 'fan_in': fan_in, 'fan_avg': (fan_in + fan_out) / 2}
   std = factor * init.std / math.sqrt(fan[init.scale])
   return drawn(init.distribution, std)
 
 
 def drawn(distribution: str, std: float) -> Initializer:
-  """Returns an initializer of the given standard deviation."""
+  """Returns an initializer of a distribution and a standard deviation."""
   if distribution == 'uniform':
     bound = std * math.sqrt(3)
     return lambda key, shape: jax.random.uniform(
@@ -67,11 +77,13 @@ def drawn(distribution: str, std: float) -> Initializer:
 
 
 def zeros(key: jax.Array, shape: Sequence[int]) -> jax.Array:
+  """Initialises with zeros, float32; an `Initializer`."""
   del key
   return jnp.zeros(shape, jnp.float32)
 
 
 def ones(key: jax.Array, shape: Sequence[int]) -> jax.Array:
+  """Initialises with ones, float32; an `Initializer`."""
   del key
   return jnp.ones(shape, jnp.float32)
 
@@ -82,7 +94,14 @@ def param(
   axes: Sequence[str | None],
   init: Initializer,
 ) -> nnx.Param:
-  """Makes a float32 parameter with one logical axis name per dimension."""
+  """Makes a float32 parameter.
+
+  Args:
+    rngs: random keys of the parameters.
+    shape: shape of the parameter.
+    axes: logical axis of each dimension, or None for one that is not split.
+    init: initializer of the parameter.
+  """
   assert len(shape) == len(axes), (shape, axes)
   return nnx.Param(init(rngs.params(), tuple(shape)), axes=tuple(axes))
 
@@ -93,22 +112,29 @@ def weight(
   axes: Sequence[str | None],
   init: Initializer,
 ) -> nnx.Param:
-  """Makes a parameter that is used in the dtype of the activations alone."""
+  """Makes a parameter that is only used in the dtype of the activations.
+
+  Arguments as for `param`.
+  """
   value = param(rngs, shape, axes, init)[...]
   return nnx.Param(value, axes=tuple(axes), weight=True)
 
 
 @jax.named_scope('weights')
-def weights_in(tree: Any, dtype: jax.typing.DTypeLike) -> Any:
-  """Returns a module with its weights in the dtype that they are used in.
+def weights_in(tree: Tree, dtype: jax.typing.DTypeLike) -> Tree:
+  """Casts the weights of a module to the dtype in which they are used.
 
-  Under `jax.grad` their gradients then have it too, from where they are made
-  until they are used: half the memory of a stack in bfloat16, and the same
-  numbers, since no more than that is in them.
+  Under `jax.grad` the gradients have that dtype too, until they are used. In
+  bfloat16 this halves the memory of a stack's gradients and changes no number,
+  since the gradients are computed in that precision anyway.
+
+  Args:
+    tree: a module, or a tree of them.
+    dtype: dtype of the activations.
   """
 
-  def cast(x):
-    if not sharding.is_variable(x) or not x.get_metadata().get('weight'):
+  def cast(x: object) -> object:
+    if not isinstance(x, nnx.Variable) or not x.get_metadata().get('weight'):
       return x
     return jax.tree.map(lambda value: value.astype(dtype), x)
 
@@ -124,25 +150,31 @@ def project(
 ) -> jax.Array:
   """Contracts `x` with a weight, cast to the dtype of `x`.
 
-  Every product with a weight goes through here, so that an adapter or a
-  quantised weight can stand in for a plain one.
+  All products with weights go through this function, so that an adapter or a
+  quantised weight can replace a plain one.
 
   Args:
     x: activations.
     weight: the parameter, or a part of one.
-    spec: an einsum such as 'BTD,DNH->BTNH'.
-    dtype: of the result; default that of `x`.
-    precision: of the products; default that of the device.
+    spec: einsum, such as 'BTD,DNH->BTNH'.
+    dtype: dtype of the result; None is that of `x`.
+    precision: precision of the products; None is the device's default.
   """
   value = weight[...]
-  # Devices sum its gradient in the dtype that it has here.
+  # The gradient has the dtype of `value` when devices sum it.
   if not sharding.reduces_in_float32():
     value = value.astype(x.dtype)
   return checkpoint_name(_product(x, value, spec, dtype, precision), PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _product(x, weight, spec, dtype, precision):
+def _product(
+  x: jax.Array,
+  weight: jax.Array,
+  spec: str,
+  dtype: jax.typing.DTypeLike | None,
+  precision: jax.lax.Precision | None,
+) -> jax.Array:
   weight = weight.astype(x.dtype)
   spec, x, weight = _merged(spec, x, weight)
   return jnp.einsum(
@@ -150,11 +182,13 @@ def _product(x, weight, spec, dtype, precision):
   )
 
 
-def _merged(spec: str, x: jax.Array, weight: jax.Array):
-  """Makes one dimension of those that single tokens contract.
+def _merged(
+  spec: str, x: jax.Array, weight: jax.Array
+) -> tuple[str, jax.Array, jax.Array]:
+  """Merges the contracted dimensions if each row has a single token.
 
-  XLA transposes a weight with two contracted dimensions before the product on
-  CPUs: for one token of each row that takes four times as long as the product.
+  On CPUs XLA transposes a weight with two contracted dimensions before the
+  product, which for one token a row takes four times as long as the product.
   """
   x_axes, w_axes, out = _axes(spec)
   both = ''.join(a for a in x_axes if a in w_axes)
@@ -168,11 +202,23 @@ def _merged(spec: str, x: jax.Array, weight: jax.Array):
   return spec, x, weight
 
 
-def _product_forward(x, weight, spec, dtype, precision):
+def _product_forward(
+  x: jax.Array,
+  weight: jax.Array,
+  spec: str,
+  dtype: jax.typing.DTypeLike | None,
+  precision: jax.lax.Precision | None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   return _product(x, weight, spec, dtype, precision), (x, weight)
 
 
-def _product_backward(spec, dtype, precision, residuals, grad):
+def _product_backward(
+  spec: str,
+  dtype: jax.typing.DTypeLike | None,
+  precision: jax.lax.Precision | None,
+  residuals: tuple[jax.Array, jax.Array],
+  grad: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
   del dtype
   x, weight = residuals
   grad = grad.astype(x.dtype)
@@ -199,17 +245,17 @@ def weight_gradient(
 ) -> jax.Array:
   """Returns the gradient of the weight of `project`, in the weight's layout.
 
-  The left factor of a product over tokens is transposed on its way, together
-  with all that XLA fuses into it (a residual stream's whole chain of sums, an
-  activation function). JAX puts the gradient there; here it is whichever
-  factor is narrower.
+  XLA transposes the left factor of a product over tokens, with everything that
+  it fuses into it (the sums of the residual stream, an activation function).
+  JAX makes the gradient the left factor; this function takes the factor with
+  fewer entries.
 
   Args:
-    x: the activations that met the weight.
-    grad: the gradient of the product.
-    spec: as for `project`.
-    dtype: of the result; default that of the factors.
-    precision: of the products; default that of the device.
+    x: activations of the product.
+    grad: gradient of the product's result.
+    spec: einsum of the product.
+    dtype: dtype of the result; None is that of the factors.
+    precision: precision of the products; None is the device's default.
   """
   x_axes, w_axes, out = _axes(spec)
   size = dict(zip(x_axes + out, x.shape + grad.shape))
@@ -237,14 +283,18 @@ def project_groups(
   sizes_E: jax.Array,
   num_rows: int | None = None,
 ) -> jax.Array:
-  """Multiplies the rows of `x`, group by group, with matrices of their own.
+  """Multiplies each group of rows with its own matrix.
 
   Args:
-    x_PD: the rows of group 0, then those of group 1, and so on; what comes
-      after the last group gives zeros.
-    weight: (E, D, F).
-    sizes_E: rows of each group.
-    num_rows: of all groups, in the mean over devices; None is all of `x`.
+    x_PD: rows of group 0, then those of group 1, and so on; rows after the last
+      group give zeros.
+    weight: matrix of each group, (E, D, F).
+    sizes_E: number of rows of each group.
+    num_rows: number of rows in all groups, in the mean over devices, for
+      counting FLOPs; None is all rows.
+
+  Returns:
+    (P, F) in the dtype of `x_PD`.
   """
   value = weight[...].astype(x_PD.dtype)
   product = grouped.multiply(x_PD, value, sizes_E, num_rows=num_rows)
@@ -259,20 +309,31 @@ def _axes(spec: str) -> tuple[str, str, str]:
 
 @jax.custom_vjp
 def look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
-  """Returns rows of a table, ids.shape + (D,).
+  """Looks up rows of a table.
 
-  The gradient is summed over the uses of a row in float32, and rounded once:
-  summed in bfloat16, a row that is used a thousand times would stop growing at
-  256 times its addend.
+  The gradients of a row are summed in float32 and rounded once. In bfloat16 the
+  sum for a row that is used a thousand times would stop growing at 256 times
+  one of its terms.
+
+  Args:
+    table: the table, (V, D).
+    ids: numbers of rows.
+
+  Returns:
+    Rows, ids.shape + (D,).
   """
   return table[ids]
 
 
-def _look_up_forward(table, ids):
+def _look_up_forward(
+  table: jax.Array, ids: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   return look_up(table, ids), (table, ids)
 
 
-def _look_up_backward(residuals, grad):
+def _look_up_backward(
+  residuals: tuple[jax.Array, jax.Array], grad: jax.Array
+) -> tuple[jax.Array, None]:
   table, ids = residuals
   sums = jnp.zeros(table.shape, jnp.float32).at[ids].add(grad)
   return sums.astype(table.dtype), None
@@ -282,7 +343,7 @@ look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
-  """Adds a bias over the trailing dimensions, if there is one."""
+  """Adds a bias to the last dimensions; None adds nothing."""
   if bias is None:
     return x
   value = bias[...]

@@ -28,9 +28,13 @@ class Sinusoidal:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Learned:
-  """A learned vector for each position up to `max_length`.
+  """A learned vector for each position, added to the embeddings.
 
-  `offset` leading rows are unused (RoBERTa counts positions from 2).
+  Attributes:
+    max_length: number of positions.
+    std: standard deviation of the initial vectors.
+    offset: number of unused rows before the first position (RoBERTa counts
+      positions from 2).
   """
 
   kind: ClassVar[str] = 'learned'
@@ -38,13 +42,22 @@ class Learned:
   std: float = 0.02
   offset: int = 0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     field_checks.least(self, 'position.', max_length=1, offset=0, std=0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-  """Slows the low frequencies for longer contexts (Llama 3, 2024)."""
+  """Lowers the low rotary frequencies for longer contexts (Llama 3, 2024).
+
+  Attributes:
+    factor: divisor of low frequencies.
+    low_frequency_factor: number of periods in `original_length` below which
+      frequencies are divided.
+    high_frequency_factor: number of periods in `original_length` above which
+      frequencies stay as they are; between the two they are interpolated.
+    original_length: number of positions before the context was extended.
+  """
 
   kind: ClassVar[str] = 'llama3'
   factor: float = 8.0
@@ -52,7 +65,7 @@ class Llama3Scaling:
   high_frequency_factor: float = 4.0
   original_length: int = 8192
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     names = [f.name for f in dataclasses.fields(self)]
     field_checks.positive(self, 'position.scaling.', *names)
 
@@ -61,8 +74,12 @@ class Llama3Scaling:
 class Rotary:
   """Queries and keys rotated by their position (Su et al., 2021).
 
-  `half` pairs entry i with i + H/2 (Llama), `interleaved` pairs neighbours
-  (the paper, PaLM). `fraction` of the head dim is rotated.
+  Attributes:
+    base: base of the frequencies.
+    style: pairing of entries; `half` pairs entry i with i + H/2 (Llama),
+      `interleaved` pairs neighbours (the paper, PaLM).
+    fraction: share of the head dim that is rotated.
+    scaling: change of the frequencies for longer contexts; None is none.
   """
 
   kind: ClassVar[str] = 'rotary'
@@ -71,14 +88,17 @@ class Rotary:
   fraction: float = 1.0
   scaling: Llama3Scaling | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     field_checks.positive(self, 'position.', 'base', 'fraction')
 
   def rotated(self, head_dim: int) -> int:
-    """Returns how many entries of a head are rotated, an even number.
+    """Returns the number of entries of a head that are rotated, an even one.
+
+    Args:
+      head_dim: head dim H.
 
     Raises:
-      ValueError: they cannot be paired, or are more than there are.
+      ValueError: the number is odd, 0, or larger than `head_dim`.
     """
     size = int(head_dim * self.fraction)
     if size % 2 or not 0 < size <= head_dim:
@@ -92,19 +112,26 @@ class Rotary:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RelativeBuckets:
-  """A learned bias per head and bucket of distance (T5, Raffel, 2020)."""
+  """A learned bias of the scores by head and bucket of distance (T5).
+
+  Raffel et al., 2020, section 2.1.
+
+  Attributes:
+    num_buckets: number of buckets.
+    max_distance: distance from which on all keys share one bucket.
+  """
 
   kind: ClassVar[str] = 'relative'
   num_buckets: int = 32
   max_distance: int = 128
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     field_checks.least(self, 'position.', num_buckets=4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Alibi:
-  """A fixed bias linear in the distance (Press et al., 2022)."""
+  """A fixed bias of the scores, linear in the distance (Press et al., 2022)."""
 
   kind: ClassVar[str] = 'alibi'
 
@@ -113,12 +140,12 @@ PositionConfig = Sinusoidal | Learned | Rotary | RelativeBuckets | Alibi
 
 
 def is_bias(config: PositionConfig) -> bool:
-  """Whether positions are added to the scores of attention."""
+  """Returns whether positions are a bias of the attention scores."""
   return isinstance(config, RelativeBuckets | Alibi)
 
 
 def is_added(config: PositionConfig | None) -> bool:
-  """Whether positions are added to the embeddings of tokens."""
+  """Returns whether positions are added to the token embeddings."""
   return isinstance(config, Learned | Sinusoidal)
 
 
@@ -138,27 +165,33 @@ class LearnedPositions(nnx.Module):
     shape = (config.max_length + config.offset, embed)
     self.table_PD = param.param(rngs, shape, (None, 'embed'), init)
 
-  def __call__(self, positions_BT: jax.Array, dtype) -> jax.Array:
-    places_BT = positions_BT + self.config.offset
+  def __call__(
+    self, positions_BT: jax.Array, dtype: jax.typing.DTypeLike
+  ) -> jax.Array:
+    """Returns the vectors of positions, (B, T, D), in `dtype`."""
+    rows_BT = positions_BT + self.config.offset
     # Whole before the look-up, as the token table: see layers/embed.py.
     whole = lambda table_PD: sharding.constrain(table_PD, None, 'act_embed')
     if not manual_sharding.in_stage():
-      return param.look_up(whole(self.table_PD[...].astype(dtype)), places_BT)
-    # Each device sums the gradients of its own rows, and these are added in
-    # float32: the partitioner would gather those of all rows here.
-    look_up = lambda table_PD, places: param.look_up(table_PD, places).astype(
-      dtype
-    )
-    return manual_sharding.on_rows(
-      look_up, whole(self.table_PD[...]), places_BT
-    )
+      return param.look_up(whole(self.table_PD[...].astype(dtype)), rows_BT)
+    # Each device sums the gradients of its own rows, and the sums are added in
+    # float32. The partitioner would gather the gradients of all rows here.
+    look_up = lambda table_PD, rows: param.look_up(table_PD, rows).astype(dtype)
+    return manual_sharding.on_rows(look_up, whole(self.table_PD[...]), rows_BT)
 
 
 def sinusoidal(positions_BT: jax.Array, size: int) -> jax.Array:
-  """Returns (B, T, size): sines of all frequencies, then cosines.
+  """Returns sinusoidal positions: sines of all frequencies, then cosines.
 
-  Vaswani et al., 2017, section 3.5; their interleaving of sine and cosine is
-  a permutation of this (the released code has the halves side by side).
+  Vaswani et al., 2017, section 3.5. The paper interleaves sines and cosines,
+  which is a permutation of this; its released code has the two halves.
+
+  Args:
+    positions_BT: positions.
+    size: width of the result.
+
+  Returns:
+    (B, T, size), float32.
   """
   half = size // 2
   step = math.log(10000.0) / max(half - 1, 1)
@@ -170,7 +203,13 @@ def sinusoidal(positions_BT: jax.Array, size: int) -> jax.Array:
 def rotate(
   x_BTNH: jax.Array, positions_BT: jax.Array | None, config: Rotary
 ) -> jax.Array:
-  """Rotates queries or keys by their positions, default 0, 1, 2, ..."""
+  """Rotates queries or keys by their positions.
+
+  Args:
+    x_BTNH: queries or keys.
+    positions_BT: positions; None is 0, 1, 2, ...
+    config: the rotary encoding.
+  """
   if positions_BT is None:
     positions_BT = jnp.arange(x_BTNH.shape[1])[None]
   size = config.rotated(x_BTNH.shape[-1])
@@ -205,7 +244,7 @@ def _frequencies(config: Rotary, size: int) -> jax.Array:
 
 
 class RelativeBias(nnx.Module):
-  """T5's bias of the scores, one table for all layers of a stack."""
+  """T5's bias of the scores, which all layers of a stack share."""
 
   def __init__(
     self,
@@ -235,8 +274,17 @@ class RelativeBias(nnx.Module):
     return jnp.moveaxis(self.table_RN[...][buckets], -1, -3)
 
 
-def bucket(relative, config: RelativeBuckets, bidirectional: bool):
-  """Returns the bucket of each distance: exact when near, log when far."""
+def bucket(
+  relative: jax.Array, config: RelativeBuckets, bidirectional: bool
+) -> jax.Array:
+  """Returns the bucket of each distance: exact if near, logarithmic if far.
+
+  Args:
+    relative: key index minus query index.
+    config: numbers of buckets and distances.
+    bidirectional: whether later keys have buckets of their own; else they are
+      in the bucket of distance 0.
+  """
   num = config.num_buckets
   start = jnp.zeros_like(relative)
   if bidirectional:
@@ -255,7 +303,7 @@ def bucket(relative, config: RelativeBuckets, bidirectional: bool):
 
 
 class AlibiBias(nnx.Module):
-  """ALiBi: minus the distance times a slope per head."""
+  """ALiBi's bias of the scores: minus the distance times a slope per head."""
 
   def __init__(self, num_heads: int):
     self.num_heads = num_heads
@@ -270,7 +318,11 @@ class AlibiBias(nnx.Module):
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
-  """A geometric sequence; heads beyond a power of two fill in between."""
+  """Returns the slopes of ALiBi, a geometric sequence.
+
+  Heads beyond a power of two have slopes between the others, as in the paper's
+  code.
+  """
   power = 2 ** int(math.log2(num_heads))
   slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
   between = [2 ** (-4 * (i + 1) / power) for i in range(2 * power)]

@@ -8,6 +8,7 @@ import dataclasses
 from typing import ClassVar
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,26 +18,29 @@ from t2x.attention import mask as mask_lib
 from t2x.attention import patterns
 from t2x.layers import attention_config
 
+# Keys, values, logarithm of the number of tokens, and segment of each region.
+_Pooled = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Regional(attention_config.Heads):
-  """A query sees its own region's keys, and one pooled key for each other.
+  """A query sees its own region's keys, and one pooled key of each other one.
 
-  The pooled key and value of a region are the means of its tokens, and weigh as
-  many keys as they stand for: log(tokens) is added to the score. Where all
-  tokens of each region are alike this is dense attention. A decoder sees the
-  regions before its own. Of a region with parts of several documents the last
-  one's tokens are pooled, for its own queries alone.
+  The pooled key and value of a region are the means over its tokens, and count
+  as often as it has tokens: log(number of tokens) is added to the score. If all
+  tokens of each region are equal, this is dense attention. A decoder sees only
+  the regions before its own. In a region with parts of several documents only
+  the tokens of the last document are pooled, for its own queries.
 
   Attributes:
-    region: tokens to a region, L.
+    region: number of tokens L in a region.
   """
 
   kind: ClassVar[str] = 'regional'
   decoding: ClassVar[str | None] = None
   region: int = 256
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     field_checks.least(self, 'attention.', region=1)
 
@@ -51,32 +55,48 @@ class Regional(attention_config.Heads):
 
 @dataclasses.dataclass(frozen=True)
 class _Elsewhere(patterns.Pattern):
-  """Keys of other regions."""
+  """Keys of other regions.
+
+  Attributes:
+    size: number of tokens in a region.
+  """
 
   size: int
   is_relative = False
 
-  def sees(self, q, k, prefix):
+  def sees(
+    self,
+    q: patterns.Indices,
+    k: patterns.Indices,
+    prefix: patterns.Indices | None,
+  ) -> patterns.Indices:
     return q // self.size != k // self.size
 
-  def reach(self, q, k):
+  def reach(self, q: patterns.Span, k: patterns.Span) -> patterns.Reach:
     shape = np.broadcast_shapes(q[0].shape, k[0].shape)
     return np.broadcast_to(True, shape), np.broadcast_to(False, shape)
 
 
 class RegionalMixer(nnx.Module):
-  """Runs `Regional`; see `attention_kinds.Mixer`."""
+  """Runs `Regional`; see `context.Mixer`."""
 
   def __init__(self, config: Regional):
     self.config = config
 
-  def __call__(self, q_BTNH, k_BTKH, v_BTKH, mask: mask_lib.Mask, heads_N):
+  def __call__(
+    self,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    mask: mask_lib.Mask,
+    heads_N: jax.Array,
+  ) -> jax.Array:
     del heads_N
     T, L = q_BTNH.shape[1], min(self.config.region, q_BTNH.shape[1])
     num = -(-T // L)
     causal = patterns.has(mask.pattern, patterns.Causal)
 
-    def cut(a):
+    def cut(a: jax.Array) -> jax.Array:
       """(B, T, ...) to (B, R, L, ...)."""
       width = [(0, 0), (0, num * L - T)] + [(0, 0)] * (a.ndim - 2)
       return jnp.pad(a, width).reshape(a.shape[0], num, L, *a.shape[2:])
@@ -94,8 +114,14 @@ class RegionalMixer(nnx.Module):
     return out.astype(q_BTNH.dtype)
 
 
-def _within(q, k, v, segments_BRL, causal):
-  """Returns each region's own attention and its log-sum-exp."""
+def _within(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segments_BRL: jax.Array,
+  causal: bool,
+) -> list[jax.Array]:
+  """Attends within each region; returns (B, R, L, ...) and the log-sum-exp."""
   B, R = segments_BRL.shape[:2]
   rows = lambda a: a.reshape(B * R, *a.shape[2:])
   mask = mask_lib.self_attention(rows(segments_BRL), causal=causal)
@@ -103,8 +129,8 @@ def _within(q, k, v, segments_BRL, causal):
   return [a.reshape(B, R, *a.shape[1:]) for a in parts]
 
 
-def _pooled(k, v, segments_BRL):
-  """Returns keys, values, log numbers of tokens and segments of regions."""
+def _pooled(k: jax.Array, v: jax.Array, segments_BRL: jax.Array) -> _Pooled:
+  """Averages the keys and values of each region."""
   # Padding at the end has segment 0: the last document is the largest.
   segments_BR = segments_BRL.max(-1)
   counted = (segments_BRL == segments_BR[..., None]).astype(jnp.float32)
@@ -116,18 +142,32 @@ def _pooled(k, v, segments_BRL):
   return mean(k), mean(v), jnp.log(num_BR), segments_BR
 
 
-def _between(q_BTNH, pooled, segments_BT, size, causal):
-  """Returns attention to other regions' pooled keys and its log-sum-exp."""
+def _between(
+  q_BTNH: jax.Array,
+  pooled: _Pooled,
+  segments_BT: jax.Array,
+  size: int,
+  causal: bool,
+) -> dense.Part:
+  """Attends to the pooled keys of other regions.
+
+  Args:
+    q_BTNH: queries.
+    pooled: pooled keys and values.
+    segments_BT: segment of each query.
+    size: number of tokens in a region.
+    causal: whether only earlier regions are seen.
+  """
   k_BRKH, v_BRKH, log_BR, segments_BR = pooled
   scale = q_BTNH.shape[-1] ** -0.5
-  # One more dimension adds the logarithm to the score.
+  # An additional entry of keys and queries adds the logarithm to the score.
   one = jnp.ones((*q_BTNH.shape[:-1], 1), jnp.float32)
   q = jnp.concatenate([q_BTNH.astype(jnp.float32) * scale, one], -1)
   log = jnp.broadcast_to(log_BR[..., None, None], (*k_BRKH.shape[:-1], 1))
   k = jnp.concatenate([k_BRKH.astype(jnp.float32), log], -1)
   start_R = jnp.arange(k.shape[1]) * size
   mask = mask_lib.Mask(
-    # A region is before all that come after its last token.
+    # The index of a region is that after its last token.
     pattern=patterns.Causal() if causal else _Elsewhere(size),
     q_index_BT=jnp.arange(q.shape[1])[None],
     k_index_BS=(start_R + (size if causal else 0))[None],
@@ -138,7 +178,13 @@ def _between(q_BTNH, pooled, segments_BT, size, causal):
 
 
 def num_flops(config: Regional, length: int, causal: bool) -> int:
-  """Returns the FLOPs of a row's weights and values."""
+  """Returns the FLOPs of a row's scores and weighted values.
+
+  Args:
+    config: config of the layer.
+    length: number of tokens in the row.
+    causal: whether the model's mask is causal.
+  """
   L = min(config.region, length)
   pairs = length * L * (0.5 if causal else 1) + length * -(-length // L)
   return int(4 * config.num_heads * config.head_dim * pairs)

@@ -1,8 +1,8 @@
-"""Which experts see which tokens, decided for each row by itself.
+"""Routing: the choice of experts for each token, row by row.
 
-Capacity, balance and priority look at one row at a time, so no layout and no
-microbatching changes what a token goes through. Rows may hold padding; it is
-sent nowhere and counts for nothing.
+Capacity, balance and priority are per row, so that neither the layout nor
+microbatches change the experts of a token. Padding in a row goes to no expert
+and does not count.
 
 Shape suffixes: B batch, T position, E experts, C slots of an expert, J choices
 of a token, P pairs of token and choice.
@@ -20,7 +20,7 @@ import numpy as np
 
 from t2x import field_checks
 
-CHOICE = 'routing'  # What the choice of experts is called, for `remat`.
+CHOICE = 'routing'  # Name of the choice of experts, for `remat`.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,19 +28,22 @@ class TokenChoice:
   """Each token chooses its experts (Shazeer et al., 2017).
 
   Attributes:
-    top_k: experts of a token; 1 is the Switch Transformer (Fedus et al., 2022).
-    capacity: an expert takes up to capacity x (tokens of the row) x top_k /
-      experts; the earlier token goes first, so that none is influenced by a
-      later one. None takes all (Gale et al., 2022), as generation always does.
-    score: of a token for an expert, `softmax` over the experts, or a `sigmoid`
-      of each (DeepSeek-V3, 2024).
-    normalize: the scores of the chosen experts are divided by their sum
+    top_k: number of experts of a token; 1 is the Switch Transformer (Fedus et
+      al., 2022).
+    capacity: number of slots of an expert, relative to the mean (tokens of the
+      row) x top_k / experts. Earlier tokens have priority, so that no token
+      depends on later ones. None takes all tokens (Gale et al., 2022), as
+      generation always does.
+    score: scores of a token, a `softmax` over the experts, or a `sigmoid` for
+      each of them (DeepSeek-V3, 2024).
+    normalize: whether the scores of the chosen experts are divided by their sum
       (Mixtral, Jiang et al., 2024).
-    balance_loss: factor of E sum_e (share of choices that fell on e) x (mean
-      score of e) (Fedus et al., 2022, equation 4), of each row.
-    bias_rate: after each step the bias that a choice adds to the scores of an
-      expert grows or falls by this, where the expert had less or more than the
-      mean; it never touches the loss (Wang et al., 2024). 0 has no bias.
+    balance_loss: factor of the balance loss of each row, E sum_e (share of the
+      choices of e) x (mean score of e) (Fedus et al., 2022, equation 4).
+    bias_rate: step by which an expert's bias is raised or lowered after each
+      training step, if it had fewer or more tokens than the mean. The bias is
+      added to the scores for the choice only, and never changes the loss (Wang
+      et al., 2024). 0 is no bias.
   """
 
   kind: ClassVar[str] = 'token_choice'
@@ -51,7 +54,7 @@ class TokenChoice:
   balance_loss: float = 0.01
   bias_rate: float = 0.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     prefix = 'mlp.router.'
     field_checks.least(self, prefix, top_k=1, balance_loss=0.0, bias_rate=0.0)
     field_checks.positive(self, prefix, 'capacity')
@@ -66,20 +69,20 @@ class TokenChoice:
 class ExpertChoice:
   """Each expert chooses its tokens (Zhou et al., 2022).
 
-  All experts have the same work, and a token may have any number of them.
-  Whether an early token is chosen depends on later ones, so causal models may
-  not use it.
+  All experts have the same number of tokens, and a token may have any number of
+  experts. The choice of a token depends on later ones, so that causal models
+  cannot use it.
 
   Attributes:
-    capacity: an expert takes capacity x (tokens of the row) / experts, which
-      is the mean number of experts of a token.
+    capacity: mean number of experts of a token; an expert takes capacity x
+      (tokens of the row) / experts.
   """
 
   kind: ClassVar[str] = 'expert_choice'
   bias_rate = 0.0  # A field of TokenChoice.
   capacity: float = 2.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     field_checks.positive(self, 'mlp.router.', 'capacity')
 
 
@@ -87,11 +90,11 @@ RouterConfig = TokenChoice | ExpertChoice
 
 
 class Choices(NamedTuple):
-  """Experts of each token: all of its choices count.
+  """Experts of each token, without a capacity.
 
   Attributes:
-    experts_BTJ: their numbers; E for none.
-    weights_BTJ: factors of their outputs, float32.
+    experts_BTJ: numbers of the experts; E is no expert.
+    weights_BTJ: factors of the experts' outputs, float32.
   """
 
   experts_BTJ: jax.Array
@@ -102,7 +105,7 @@ class Slots(NamedTuple):
   """Tokens of each expert, at most C.
 
   Attributes:
-    tokens_BEC: where each slot's token stands in the arrays; T if empty.
+    tokens_BEC: index in the arrays of each slot's token; T is an empty slot.
     weights_BEC: factors of the expert's outputs, float32.
   """
 
@@ -111,13 +114,14 @@ class Slots(NamedTuple):
 
 
 class Load(NamedTuple):
-  """What the experts were given, in tokens, float32.
+  """Numbers of tokens, float32.
 
   Attributes:
-    tokens_BE: sent to each expert, those that it had no slot for included.
-    lost_B: choices for which the expert had no slot; where experts choose,
-      tokens that none chose.
-    total_B: choices; where experts choose, tokens.
+    tokens_BE: number of tokens that chose each expert, also those for which it
+      had no slot; where experts choose, number of tokens of each expert.
+    lost_B: number of choices for which the expert had no slot; where experts
+      choose, number of tokens that no expert chose.
+    total_B: number of choices; where experts choose, number of tokens.
   """
 
   tokens_BE: jax.Array
@@ -132,17 +136,17 @@ def choose(
   config: RouterConfig,
   order_T: np.ndarray,
 ) -> tuple[Choices | Slots, Load, jax.Array]:
-  """Routes rows of tokens, each by itself.
+  """Routes the tokens of each row.
 
   Args:
-    logits_BTE: of the router, float32.
+    logits_BTE: logits of the router, float32.
     real_BT: False for padding.
-    bias_E: added to the scores for the choice alone, or None.
-    config: who chooses, and how many.
-    order_T: place in its row of each token of the arrays.
+    bias_E: bias of the scores for the choice only; None is none.
+    config: config of the router.
+    order_T: position in its row of each token of the arrays.
 
   Returns:
-    The routing, the load, and the balance loss (B,), all of each row.
+    The routing, the load, and the balance loss of each row, (B,).
   """
   if isinstance(config, ExpertChoice):
     return _by_experts(logits_BTE, real_BT, config)
@@ -161,19 +165,24 @@ def choose(
   return slots, Load(counts_BE, total_B - kept_B, total_B), loss_B
 
 
-def _by_tokens(logits_BTE, real_BT, bias_E, config: TokenChoice):
-  """Returns the choices, and scores that sum to 1 for each token."""
+def _by_tokens(
+  logits_BTE: jax.Array,
+  real_BT: jax.Array,
+  bias_E: jax.Array | None,
+  config: TokenChoice,
+) -> tuple[Choices, jax.Array]:
+  """Returns the choices of each token, and scores that sum to 1."""
   num_experts = logits_BTE.shape[-1]
   log = jax.nn.log_softmax if config.score == 'softmax' else jax.nn.log_sigmoid
   logs_BTE = log(logits_BTE)
   wanted_BTE = jax.lax.stop_gradient(logs_BTE)
   if bias_E is not None:
     wanted_BTE = jnp.exp(wanted_BTE) + bias_E[None, None]
-  # A sort, unlike top_k, stays where its rows are on every backend.
+  # Unlike top_k, a sort does not move rows between devices on any backend.
   ranked_BTE = jnp.argsort(wanted_BTE, axis=-1, descending=True)
   experts_BTJ = ranked_BTE[..., : config.top_k]
   logs_BTJ = jnp.take_along_axis(logs_BTE, experts_BTJ, -1)
-  # Shares of scores that may all be too small for a float.
+  # From logarithms, since all scores may be too small for a float.
   weights_BTJ = (jax.nn.softmax if config.normalize else jnp.exp)(logs_BTJ)
   real = real_BT[..., None]
   choices = Choices(
@@ -184,18 +193,22 @@ def _by_tokens(logits_BTE, real_BT, bias_E, config: TokenChoice):
 
 
 def _assign(
-  choices: Choices, real_BT, num_experts, config: TokenChoice, order_T
+  choices: Choices,
+  real_BT: jax.Array,
+  num_experts: int,
+  config: TokenChoice,
+  order_T: np.ndarray,
 ) -> Slots:
-  """Gives out the slots, in the order of tokens and then of their choices."""
+  """Assigns slots, in the order of tokens and then of their choices."""
   batch, length, top_k = choices.experts_BTJ.shape
   assert config.capacity is not None
   share = config.capacity * top_k / num_experts
   limits = _limits(share, length)
-  token_T = np.argsort(order_T)  # The array's index of each place.
+  token_T = np.argsort(order_T)  # Index in the arrays of each position.
   flat = lambda a: a[:, token_T].reshape(batch, length * top_k)
   experts_BP, weights_BP = map(flat, choices)
   one_hot_BPE = _one_hot(experts_BP, num_experts, jnp.int32)
-  # How many pairs came before, of those for the same expert.
+  # Number of earlier pairs with the same expert.
   before_BPE = jnp.cumsum(one_hot_BPE, 1) - one_hot_BPE
   place_BP = (before_BPE * one_hot_BPE).sum(-1)
   limit_B = jnp.asarray(limits)[real_BT.sum(1)]
@@ -204,7 +217,9 @@ def _assign(
   token_P = jnp.asarray(np.repeat(token_T, top_k), jnp.int32)
   shape = num_experts, int(limits[-1])
 
-  def scatter(experts_P, place_P, weights_P):
+  def scatter(
+    experts_P: jax.Array, place_P: jax.Array, weights_P: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
     put = lambda empty, values: (
       jnp.full(shape, empty).at[experts_P, place_P].set(values, mode='drop')
     )
@@ -213,7 +228,9 @@ def _assign(
   return Slots(*jax.vmap(scatter)(experts_BP, place_BP, weights_BP))
 
 
-def _by_experts(logits_BTE, real_BT, config: ExpertChoice):
+def _by_experts(
+  logits_BTE: jax.Array, real_BT: jax.Array, config: ExpertChoice
+) -> tuple[Slots, Load, jax.Array]:
   length, num_experts = logits_BTE.shape[1:]
   limits = _limits(config.capacity / num_experts, length)
   scores_BTE = jax.nn.softmax(logits_BTE)
@@ -241,11 +258,15 @@ def _by_experts(logits_BTE, real_BT, config: ExpertChoice):
 
 
 def _limits(share: float, length: int) -> np.ndarray:
-  """Returns the slots of an expert for a row of 0, 1, ..., T tokens."""
-  # A hair less, so that 1.1 x 10 is 11 and not 12.
+  """Returns the number of slots of an expert for 0, 1, ..., T tokens a row."""
+  # Slightly less, so that 1.1 x 10 gives 11 and not 12.
   slots = [math.ceil(share * num * (1 - 1e-9)) for num in range(length + 1)]
   return np.minimum(np.asarray(slots, np.int32), length)
 
 
-def _one_hot(experts, num_experts, dtype=jnp.float32):
+def _one_hot(
+  experts: jax.Array,
+  num_experts: int,
+  dtype: jax.typing.DTypeLike = jnp.float32,
+) -> jax.Array:
   return jax.nn.one_hot(experts, num_experts, dtype=dtype)

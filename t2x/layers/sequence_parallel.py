@@ -1,11 +1,11 @@
-"""Sequence parallelism: layers that read and write a finely split sequence.
+"""Sequence parallelism: activations between layers are split more finely.
 
 Between layers, `rules.norm_length` may split a sequence over more axes than
-`rules.length` does within them: over those that split the layers' weights
+`rules.length` does within them, namely those that split the layers' weights
 (Korthikanti et al., 2022). A layer then gathers its input along the sequence,
-computes with its part of the weights, and what it adds to the output is summed
-and scattered at once. The partitioner would sum it first, whole, so the layer
-runs in a `shard_map` that is manual over these axes.
+computes with its part of the weights, and sums and scatters its output in one
+collective. The partitioner would sum the whole output first, so the layer runs
+in a `shard_map` that is manual over these "fine" axes.
 
 Shape suffixes: B batch, T position, D embed, C parts of the sequence within
 layers.
@@ -13,23 +13,36 @@ layers.
 
 from collections.abc import Callable
 from typing import Any
+from typing import TypeVar
 
+from flax import nnx
 import jax
 from jax.sharding import PartitionSpec as P
 
 from t2x.parallel import manual_sharding
 from t2x.parallel import sharding
 
+Layer = TypeVar('Layer')
+Rest = TypeVar('Rest')
 
-def run(fn: Callable[..., jax.Array], layer: Any, x_BTD: jax.Array, rest: Any):
-  """Returns fn(layer, x_BTD, rest), whose weights and sequence are split.
+
+def run(
+  fn: Callable[[Layer, jax.Array, Rest], jax.Array],
+  layer: Layer,
+  x_BTD: jax.Array,
+  rest: Rest,
+) -> jax.Array:
+  """Returns fn(layer, x_BTD, rest), with the sequence split by the fine axes.
 
   Args:
-    fn: applies `layer`; calls `gather` on its input and `scatter` on its
-      output.
-    layer: its parameters live where the rules say.
-    x_BTD: the input, whole or split along the sequence.
-    rest: other arguments, whole along the fine axes but for parameters.
+    fn: function that applies `layer`, which calls `gather` on its input and
+      `scatter` on its output.
+    layer: module whose parameters are sharded by the active rules.
+    x_BTD: input, whole or split along the sequence.
+    rest: other arguments; the fine axes split only parameters in it.
+
+  Returns:
+    The output, (B, T, D).
   """
   axes = manual_sharding.fine_axes()
   if not axes:
@@ -37,11 +50,11 @@ def run(fn: Callable[..., jax.Array], layer: Any, x_BTD: jax.Array, rest: Any):
     return fn(layer, x_BTD, rest)
   parts = manual_sharding.num_parts('length')
   shape = x_BTD.shape
-  # The coarse split stays the partitioner's, so it has a dimension of its own.
+  # The partitioner keeps the coarse split, in a dimension of its own.
   x_BCTD = x_BTD.reshape(shape[0], parts, -1, shape[-1])
   fine = P(None, None, axes)
 
-  def local(layer, x_BCTD, rest):
+  def local(layer: Layer, x_BCTD: jax.Array, rest: Rest) -> jax.Array:
     x_BTD = x_BCTD.reshape(x_BCTD.shape[0], -1, x_BCTD.shape[-1])
     out_BTD = fn(layer, x_BTD, rest)
     return out_BTD.reshape(*x_BCTD.shape[:-1], -1)
@@ -57,7 +70,7 @@ def run(fn: Callable[..., jax.Array], layer: Any, x_BTD: jax.Array, rest: Any):
 
 
 def gather(x_BTD: jax.Array) -> jax.Array:
-  """Returns the sequence as a layer needs it; the identity outside `run`."""
+  """Gathers a layer's input along the fine axes; the identity outside `run`."""
   axes = manual_sharding.fine_axes(manual=True)
   if not axes:
     return x_BTD
@@ -67,14 +80,14 @@ def gather(x_BTD: jax.Array) -> jax.Array:
 
 
 def scatter(x_BTD: jax.Array, axis: str) -> jax.Array:
-  """Sums what devices add to an output; each keeps its part of the sequence.
+  """Sums a layer's output over the fine axes and scatters it along them.
 
   The identity outside `run`.
 
   Args:
-    x_BTD: what this device adds.
-    axis: logical axis over which the last product summed; devices that have
-      it whole have the same output, not parts of one.
+    x_BTD: output of this device, a term of the sum.
+    axis: logical axis that the last product contracts. Devices along mesh axes
+      that do not split it have equal outputs, which are divided first.
   """
   axes = manual_sharding.fine_axes(manual=True)
   if not axes:
@@ -90,7 +103,9 @@ def scatter(x_BTD: jax.Array, axis: str) -> jax.Array:
   )
 
 
-def _exchange(fn, x_BTD):
+def _exchange(
+  fn: Callable[[jax.Array], jax.Array], x_BTD: jax.Array
+) -> jax.Array:
   """Runs a collective on the coarse parts of a sequence, (B, C, T, D)."""
   shape = x_BTD.shape
   x_BCTD = x_BTD.reshape(
@@ -100,11 +115,11 @@ def _exchange(fn, x_BTD):
   return x_BCTD.reshape(shape[0], -1, shape[-1])
 
 
-def _specs(tree, axes):
-  """The split of parameters over `axes`; everything else is whole."""
+def _specs(tree: Any, axes: tuple[str, ...]) -> Any:
+  """Returns how `axes` split parameters; everything else is whole."""
 
-  def spec(leaf):
-    if not sharding.is_variable(leaf):
+  def spec(leaf: object) -> P:
+    if not isinstance(leaf, nnx.Variable):
       return P()
     return manual_sharding.manual_spec(leaf, axes)
 

@@ -1,4 +1,4 @@
-"""Sparse kinds of softmax attention: gaps, blocks, global tokens.
+"""Configs of sparse softmax attention: dilated, in blocks, with global tokens.
 
 Letters: T tokens of a sequence.
 """
@@ -14,9 +14,11 @@ from t2x.layers import attention_config
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dilated(attention_config.Softmax):
-  """A window with gaps: every `dilation`-th key, `window` of them.
+  """A sliding window with gaps (Longformer, Beltagy et al., 2020, section 3.1).
 
-  Longformer's dilated sliding window (Beltagy et al., 2020, section 3.1).
+  Attributes:
+    window: number of keys that a query sees, its own included.
+    dilation: distance between neighbouring keys that a query sees.
   """
 
   kind: ClassVar[str] = 'dilated'
@@ -24,7 +26,7 @@ class Dilated(attention_config.Softmax):
   window: int = 128
   dilation: int = 2
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     attention_config.check_window(self)
     field_checks.least(self, 'attention.', dilation=1)
@@ -43,20 +45,21 @@ class Dilated(attention_config.Softmax):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockSparse(attention_config.Softmax):
-  """Whole blocks of keys, by any matrix of blocks (Child et al., 2019; Gray et
-  al., 2017).
+  """Blocks of keys, given by a matrix of blocks.
+
+  Child et al., 2019; Gray et al., 2017.
 
   Attributes:
-    sparse_block: tokens to a side of a block.
-    rows: for each block of queries a string with 1 for each block of keys that
-      it sees and 0 for each that it does not: `100,110,101`.
+    sparse_block: number of tokens along a side of a block.
+    rows: one string for each block of queries, with a 1 for each block of keys
+      that it sees and a 0 for each that it does not see: `100,110,101`.
   """
 
   kind: ClassVar[str] = 'block_sparse'
   sparse_block: int = 64
   rows: tuple[str, ...] = ()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     field_checks.least(self, 'attention.', sparse_block=1)
     lengths = {len(row) for row in self.rows}
@@ -78,13 +81,13 @@ class BlockSparse(attention_config.Softmax):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Random(attention_config.Softmax):
-  """Each block of queries sees its own and some others, drawn once.
+  """Each block of queries sees its own block and others, drawn once at random.
 
   Attributes:
-    sparse_block: tokens to a side of a block.
-    num_random: blocks that are drawn for each block of queries; a decoder draws
-      among those before.
-    seed: of the draws.
+    sparse_block: number of tokens along a side of a block.
+    num_random: number of blocks drawn for each block of queries; a decoder
+      draws among the blocks up to the query's own.
+    seed: seed of the random draws.
   """
 
   kind: ClassVar[str] = 'random'
@@ -92,7 +95,7 @@ class Random(attention_config.Softmax):
   num_random: int = 3
   seed: int = 0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     field_checks.least(self, 'attention.', sparse_block=1, num_random=1)
 
@@ -105,18 +108,18 @@ class Random(attention_config.Softmax):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BigBird(attention_config.Softmax):
-  """A window, the row's first tokens as global ones, and random blocks.
+  """A window, global tokens, and random blocks (Zaheer et al., 2020).
 
-  Zaheer et al., 2020, with global tokens of the row itself (BigBird-ITC).
-  Global tokens see all and are seen by all; they are the first of the row, so
-  rows should hold one document (`data.batching=pad`).
+  Global tokens see all keys and all queries see them. They are the first tokens
+  of the row (BigBird-ITC), so a row should be one document
+  (`data.batching=pad`).
 
   Attributes:
-    window: keys on each side, the query's own included.
-    num_global: the first tokens of a row, which see all and all see.
-    sparse_block: tokens to a side of a random block.
-    num_random: random blocks of keys for each block of queries.
-    seed: of the draws.
+    window: number of keys on each side, the query's own included.
+    num_global: number of global tokens.
+    sparse_block: number of tokens along a side of a random block.
+    num_random: number of random blocks of keys for each block of queries.
+    seed: seed of the random draws.
   """
 
   kind: ClassVar[str] = 'bigbird'
@@ -126,7 +129,7 @@ class BigBird(attention_config.Softmax):
   num_random: int = 3
   seed: int = 0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     attention_config.check_window(self)
     field_checks.least(
@@ -149,16 +152,18 @@ class BigBird(attention_config.Softmax):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Longformer(attention_config.Softmax):
-  """A window, with gaps if asked, and the row's first tokens as global ones.
+  """A window, optionally with gaps, and global tokens (Beltagy et al., 2020).
 
-  Beltagy et al., 2020. Rows should hold one document (`data.batching=pad`).
+  Global tokens are the first of the row, so a row should be one document
+  (`data.batching=pad`).
 
   Attributes:
-    window: keys on each side, the query's own included.
-    dilation: every so many-th key of the window's reach.
-    num_global: the first tokens of a row, which see all and all see.
-    global_projections: global tokens have queries, keys and values by weights
-      of their own, as the paper's (section 3.2); encoders alone.
+    window: number of keys on each side, the query's own included.
+    dilation: distance between neighbouring keys of the window.
+    num_global: number of global tokens, which see all keys and which all
+      queries see.
+    global_projections: whether global tokens have projections of their own to
+      queries, keys and values, as in section 3.2; for encoders only.
   """
 
   kind: ClassVar[str] = 'longformer'
@@ -167,7 +172,7 @@ class Longformer(attention_config.Softmax):
   num_global: int = 1
   global_projections: bool = False
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     attention_config.check_window(self)
     field_checks.least(self, 'attention.', num_global=0, dilation=1)
@@ -197,12 +202,12 @@ class Longformer(attention_config.Softmax):
     _check_global(self, length)
 
 
-def _reach(config) -> int:
-  """Tokens back to the farthest key of a window with gaps."""
+def _reach(config: Dilated | Longformer) -> int:
+  """Returns the number of tokens from a query to its farthest key."""
   return (config.window - 1) * config.dilation + 1
 
 
-def _check_global(config, length: int) -> None:
+def _check_global(config: BigBird | Longformer, length: int) -> None:
   if config.num_global > length:
     raise ValueError(
       f'attention.num_global={config.num_global} tokens lie outside a sequence '
@@ -210,7 +215,9 @@ def _check_global(config, length: int) -> None:
     )
 
 
-def _drawn(config, length: int, causal: bool) -> patterns.Pattern:
+def _drawn(
+  config: Random | BigBird, length: int, causal: bool
+) -> patterns.Pattern:
   return block_patterns.RandomBlocks(
     config.sparse_block,
     num=config.num_random,
@@ -220,7 +227,7 @@ def _drawn(config, length: int, causal: bool) -> patterns.Pattern:
   )
 
 
-def _check_drawn(config, length: int) -> None:
+def _check_drawn(config: Random | BigBird, length: int) -> None:
   num_blocks = -(-length // config.sparse_block)
   if config.num_random > num_blocks:
     raise ValueError(

@@ -1,7 +1,7 @@
-"""A stack of layers: a repeating group, each member stacked, plus a remainder.
+"""A stack of layers: a repeating group of stacked layers, and a remainder.
 
-Parameters of layer i stand at [i // group size] of its member of the group,
-whether the layers run as a scan or unrolled, so saved state has one form.
+The parameters of layer i are at index i // group size of a member of the group,
+whether the layers run as a scan or unrolled, so that checkpoints have one form.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
+from typing import TypeVar
 
 from flax import nnx
 import jax
@@ -18,31 +19,35 @@ import jax.numpy as jnp
 from t2x.layers import param
 from t2x.layers import routing
 
-# Applies one layer: (layer, x, cache or None, number) -> (x, what it gives).
+Tree = TypeVar('Tree')
+
+# Applies one layer: (layer, x, cache or None, number) -> (x, output).
 Apply = Callable[[Any, jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
-  """How a stack runs; the numbers do not depend on it.
+  """How a stack runs, without a change of its results.
 
   Attributes:
-    scan: run the repeats as one `lax.scan` (compiles once) or unrolled.
-    remat: what the backward pass recomputes: `none`; `full`, all but each
-      layer's input; `dots`, all but products with weights; `save:A,B` all but
-      the activations of these names (query, key, value, attention, mlp_up,
-      mlp_gate); `offload:A,B` the same, kept in the memory of the devices'
-      hosts, also each layer's input (layer_input); `save:A;offload:B` both.
-    zigzag: devices over which the tokens of a causal row come in zigzag order
-      (t2x/parallel/zigzag.py), in inputs, positions, segments and features
-      alike.
+    scan: whether the repeats run as one `lax.scan`, which compiles once; else
+      they are unrolled.
+    remat: activations that the backward pass recomputes: `none`; `full`, all
+      but each layer's input; `dots`, all but products with weights; `save:A,B`,
+      all but the activations of these names (query, key, value, attention,
+      mlp_up, mlp_gate); `offload:A,B`, the same, but kept in the memory of the
+      devices' hosts, also each layer's input (layer_input);
+      `save:A;offload:B`, both.
+    zigzag: number of devices over which the tokens of a causal row are in
+      zigzag order (t2x/parallel/zigzag.py), in inputs, positions, segments and
+      features alike.
   """
 
   scan: bool = True
   remat: str = 'none'
   zigzag: int = 1
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.remat in ('none', 'full', 'dots'):
       return
     kept = self.kept
@@ -60,14 +65,14 @@ class Execution:
 
   @property
   def kept(self) -> dict[str, tuple[str, ...]]:
-    """Names of the activations that stay on the device and go to the host."""
+    """Names of the activations that `save` and `offload` keep."""
     parts = [part.partition(':') for part in self.remat.split(';')]
     given = {kind: tuple(names.split(',')) for kind, _, names in parts}
     return {kind: given.get(kind, ()) for kind in ('save', 'offload')}
 
 
 SAVED_NAMES = ('query', 'key', 'value', 'attention', 'mlp_up', 'mlp_gate')
-INPUT = 'layer_input'  # What remat calls a layer's input, to offload it.
+INPUT = 'layer_input'  # Name of a layer's input, for `remat`.
 _KINDS = (['save'], ['offload'], ['save', 'offload'], ['offload', 'save'])
 
 
@@ -75,9 +80,10 @@ class Stack(nnx.Module):
   """`num_layers` layers, made in turn by the members of a group.
 
   Args:
-    makers: one constructor for each member of the group.
-    num_layers: layers in all; what the group does not divide is a remainder.
-    rngs: layer i draws from the i-th of `num_layers` keys.
+    makers: constructors, one for each member of the group.
+    num_layers: number of layers; those past a multiple of the group's size are
+      the remainder.
+    rngs: random keys; layer i draws from the i-th of `num_layers` keys.
   """
 
   def __init__(
@@ -118,14 +124,15 @@ class Stack(nnx.Module):
     """Applies the layers in order.
 
     Args:
-      apply: runs one layer; its last argument is the layer's number.
-      x: the activations.
-      caches: what `map_layers` returned, or None.
+      apply: function that runs one layer; its last argument is the layer's
+        number.
+      x: activations.
+      caches: caches of the layers, in the structure of `map_layers`, or None.
       execution: scan or unroll, and what to recompute.
 
     Returns:
-      The activations, and what each layer gives out (its new cache, say), in
-      the structure of `map_layers`.
+      The activations, and the second output of `apply` for each layer (such as
+      its new cache), in the structure of `map_layers`.
     """
     apply = _rematerialized(apply, execution)
     group_caches, rest_caches = caches if caches is not None else (None, None)
@@ -134,34 +141,36 @@ class Stack(nnx.Module):
     group = tuple(self.group)
     numbers = jnp.arange(repeats * size).reshape(repeats, size)
 
-    def repeat(x, part):
+    def repeat(
+      x: jax.Array, part: tuple[Any, ...]
+    ) -> tuple[jax.Array, tuple[Any, ...]]:
       layers, cache, number = part
-      given = []
+      outputs = []
       for i, layer in enumerate(layers):
         x, out = apply(layer, x, cache and cache[i], number[i])
-        given.append(out)
-      return x, tuple(given)
+        outputs.append(out)
+      return x, tuple(outputs)
 
     parts = (group, group_caches, numbers)
     if not size:
-      group_given = ()
+      group_outputs = ()
     elif execution.scan:
-      x, group_given = jax.lax.scan(repeat, x, parts)
+      x, group_outputs = jax.lax.scan(repeat, x, parts)
     else:
-      given = []
+      outputs = []
       for part in unstack(parts, repeats):
         x, out = repeat(x, part)
-        given.append(out)
-      group_given = jax.tree.map(lambda *leaves: jnp.stack(leaves), *given)
-    rest_given = []
+        outputs.append(out)
+      group_outputs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+    rest_outputs = []
     for i, layer in enumerate(self.remainder):
       number = jnp.asarray(repeats * size + i)
       x, out = apply(layer, x, rest_caches and rest_caches[i], number)
-      rest_given.append(out)
-    return x, (group_given, tuple(rest_given))
+      rest_outputs.append(out)
+    return x, (group_outputs, tuple(rest_outputs))
 
   def apart(self) -> 'Stack':
-    """Returns the same layers, each with arrays of its own: all a remainder."""
+    """Returns a stack of the same layers, unstacked, all in the remainder."""
     leaves, treedef = jax.tree.flatten(self)
     result = treedef.unflatten(leaves)
     size = len(self.group)
@@ -173,16 +182,20 @@ class Stack(nnx.Module):
     return result
 
   def map_layers(self, fn: Callable[[Any], Any]) -> Any:
-    """Returns fn(layer) of every layer, as `caches` are arranged."""
+    """Returns fn(layer) of every layer: stacked ones, then the remainder."""
     group = tuple(jax.vmap(fn)(member) for member in self.group)
     return group, tuple(fn(layer) for layer in self.remainder)
 
 
-def unstack(tree: Any, num: int) -> list[Any]:
-  """Splits the leading dimension of every leaf into a list of trees.
+def unstack(tree: Tree, num: int) -> list[Tree]:
+  """Splits the first dimension of every leaf into a list of trees.
 
-  The gradient is one stack for each leaf; the gradients of plain slices would
+  The gradient of each leaf is one stack; the gradients of plain slices would
   each be as large as the whole leaf.
+
+  Args:
+    tree: tree of arrays.
+    num: size of their first dimension.
   """
   leaves, treedef = jax.tree.flatten(tree)
   split: list[Any] = [_split(leaf, num) for leaf in leaves]
@@ -194,11 +207,15 @@ def _split(x: jax.Array, num: int) -> tuple[jax.Array, ...]:
   return tuple(x[i] for i in range(num))
 
 
-def _split_forward(x, num):
+def _split_forward(
+  x: jax.Array, num: int
+) -> tuple[tuple[jax.Array, ...], None]:
   return _split(x, num), None
 
 
-def _split_backward(num, _, grads):
+def _split_backward(
+  num: int, _: None, grads: tuple[jax.Array, ...]
+) -> tuple[jax.Array | None]:
   del num
   if grads[0].dtype == jax.dtypes.float0:
     return (None,)
