@@ -13,6 +13,7 @@ import math
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh
 from jax.sharding import AxisType
 from jax.sharding import Mesh
 import numpy as np
@@ -20,7 +21,10 @@ import numpy as np
 from t2x.parallel import simulated_devices
 from t2x.parallel import torus
 
-# Outermost first: the axes that talk most get the nearest neighbours.
+# A mesh of devices, or one of axis sizes alone.
+AnyMesh = Mesh | AbstractMesh
+
+# Outermost first: the axes that communicate most get the nearest neighbours.
 AXES = ('pipe', 'data', 'fsdp', 'expert', 'context', 'tensor')
 # The mesh names them in this order. Where the partitioner of jax 0.12 meets a
 # `shard_map` within another, it needs the inner's axes to come after the
