@@ -18,7 +18,7 @@ from t2x.hlo import execution
 from t2x.hlo import module as module_lib
 from t2x.hlo import overlap
 from t2x.hlo import replica_groups
-from t2x.parallel import mesh as mesh_lib
+from t2x.parallel import sharding
 
 KINDS = (
   'all-gather',
@@ -65,7 +65,7 @@ class Collective:
 
 
 def collectives(
-  text: str, mesh: mesh_lib.AnyMesh, trips: execution.Trips | None = None
+  text: str, mesh: sharding.AnyMesh, trips: execution.Trips | None = None
 ) -> list[Collective]:
   """Lists the collectives of a program, asynchronous ones once.
 
@@ -186,7 +186,7 @@ def table(listed: Iterable[Collective]) -> str:
   )
 
 
-def _places(text: str, mesh: mesh_lib.AnyMesh) -> np.ndarray:
+def _places(text: str, mesh: sharding.AnyMesh) -> np.ndarray:
   """Returns the mesh coordinates of the program's devices, (devices, axes)."""
   match = re.search(r'\bnum_partitions=(\d+)', text.partition('\n')[0])
   num = int(match[1]) if match else 1

@@ -13,6 +13,7 @@ from t2x.hlo import execution
 from t2x.hlo import module
 from t2x.hlo import overlap
 from t2x.parallel import mesh as mesh_lib
+from t2x.parallel import sharding
 
 _KIND = re.compile(r'_xla_megascale_transfer_type="([A-Z_]+)"')
 _GROUP = re.compile(r'_xla_megascale_target=\{\{([\d,>-]+)\}')
@@ -31,7 +32,7 @@ def kind(instruction: module.Instruction) -> str | None:
   return 'collective-permute' if name == 'one-to-one' else name
 
 
-def places(mesh: mesh_lib.AnyMesh, num: int) -> np.ndarray:
+def places(mesh: sharding.AnyMesh, num: int) -> np.ndarray:
   """Returns the mesh coordinates of the devices of one slice's program.
 
   Args:
