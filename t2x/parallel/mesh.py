@@ -20,7 +20,6 @@ import numpy as np
 from t2x.parallel import simulated_devices
 from t2x.parallel import torus
 
-
 # Outermost first: the axes that communicate most get the nearest neighbours.
 AXES = ('pipe', 'data', 'fsdp', 'expert', 'context', 'tensor')
 # The order of the axes in a mesh. Where a `shard_map` is within another, the
