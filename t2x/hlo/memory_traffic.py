@@ -170,7 +170,7 @@ def _update(inner: execution.Scope, name: str) -> module.Instruction | None:
 def _target(
   body: dict[str, module.Instruction], update: module.Instruction
 ) -> str | None:
-  """Returns the parameter that an update writes to; None if it is no one."""
+  """Returns the parameter that an update writes to; None if it is not one."""
   target = body[update.operands[0]]
   while target.op in ('bitcast', 'copy', 'convert') and target.operands:
     target = body[target.operands[0]]

@@ -20,9 +20,8 @@ from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# A mesh of devices, or one of axis sizes alone.
-AnyMesh = Mesh | AbstractMesh
 MeshAxes = str | tuple[str, ...] | None
+AnyMesh = Mesh | AbstractMesh  # An abstract one has sizes and no devices.
 
 PIPE = 'pipe'  # The mesh axis of a pipeline's stages.
 
