@@ -107,6 +107,32 @@ def executed(
   return _walk(scope, find, cost, trips)
 
 
+def total(
+  text: str,
+  cost: Callable[[Scope, module_lib.Instruction], float | None],
+  trips: Trips | None = None,
+) -> int:
+  """Returns the cost of a program, each instruction as often as it runs.
+
+  Args:
+    text: the program, as `compiled.as_text()` prints it.
+    cost: a function from an instruction, and the scope that it is in, to its
+      cost; None for an instruction that does not count.
+    trips: trip counts of the loops whose text does not hold them.
+
+  Raises:
+    ValueError: an instruction that counts lies in a loop whose trip count is
+      unknown.
+  """
+
+  def find(scope: Scope, instruction: module_lib.Instruction) -> list[float]:
+    num = cost(scope, instruction)
+    return [] if num is None else [num]
+
+  costs = executed(module_lib.parse(text), find, lambda num: num, trips)
+  return round(sum(num * times for num, times, _ in costs))
+
+
 def called(scope: Scope, instruction: module_lib.Instruction) -> list[Scope]:
   """Returns the computations that an instruction runs.
 

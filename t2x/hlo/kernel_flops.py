@@ -31,10 +31,7 @@ def kernel_flops(text: str, trips: execution.Trips | None = None) -> int:
   Raises:
     ValueError: a loop with kernels in it has an unknown number of trips.
   """
-  executed = execution.executed(
-    module.parse(text), _find, lambda flops: flops, trips
-  )
-  return round(sum(flops * times for flops, times, _ in executed))
+  return execution.total(text, lambda _, i: flops_of(i) or None, trips)
 
 
 def flops_of(instruction: module.Instruction) -> float:
@@ -59,10 +56,3 @@ def flops_named(path: str) -> float | None:
   names = path[label.end() :]
   factor = next((n for part, n in _FACTORS.items() if part in names), 1.0)
   return float(label[1]) * factor
-
-
-def _find(
-  scope: execution.Scope, instruction: module.Instruction
-) -> list[float]:
-  flops = flops_of(instruction)
-  return [flops] if flops else []

@@ -23,15 +23,7 @@ def matrix_flops(text: str, trips: execution.Trips | None = None) -> int:
   Raises:
     ValueError: a loop with products in it has an unknown number of trips.
   """
-  executed = execution.executed(
-    module.parse(text), _find, lambda flops: flops, trips
-  )
-  return round(sum(flops * times for flops, times, _ in executed))
-
-
-def _find(scope: execution.Scope, instruction: module.Instruction) -> list[int]:
-  flops = flops_of(scope, instruction)
-  return [flops] if flops else []
+  return execution.total(text, lambda s, i: flops_of(s, i) or None, trips)
 
 
 def flops_of(scope: execution.Scope, instruction: module.Instruction) -> int:

@@ -46,10 +46,7 @@ def memory_bytes(text: str, trips: execution.Trips | None = None) -> int:
   Raises:
     ValueError: a loop has an unknown number of trips.
   """
-  executed = execution.executed(
-    module.parse(text), _find, lambda size: size, trips
-  )
-  return round(sum(size * times for size, times, _ in executed))
+  return execution.total(text, _moved, trips)
 
 
 def main_bytes(type_: str) -> int:
@@ -62,12 +59,15 @@ def main_bytes(type_: str) -> int:
   return total
 
 
-def _find(scope: execution.Scope, instruction: module.Instruction) -> list[int]:
+def _moved(
+  scope: execution.Scope, instruction: module.Instruction
+) -> int | None:
+  """Returns the bytes that an instruction moves; None if it is free."""
   op = instruction.op
   if op in _FREE or op.endswith('-done') or _in_fusion(scope):
-    return []
+    return None
   size = _of_fusion if op == 'fusion' else _of_operation
-  return [size(scope, instruction)]
+  return size(scope, instruction)
 
 
 def _in_fusion(scope: execution.Scope | None) -> bool:
