@@ -1,4 +1,4 @@
-"""What a layout has to send, from the shapes of a model alone."""
+"""A formula for the bytes that a layout has to send, for plain decoders."""
 
 from collections.abc import Mapping
 
@@ -9,22 +9,25 @@ from t2x.parallel import sharding
 def bytes_sent(config: experiment.Experiment, sizes: Mapping[str, int]) -> int:
   """Returns the bytes that each device sends in a step of a plain decoder.
 
-  Counted as `collectives` does. In passes over weights: gradients are reduced
-  once over `data` and `context` and once over `fsdp`, which gathers a layer
-  for the forward and the backward pass and the head once; all that in the
-  compute dtype, but for the gradient of the token table, in float32. Where
-  `fsdp` splits that table the tokens' vectors are exchanged, and so are their
-  gradients, if that is less than to gather it and to reduce its gradient. In
-  activations: tensor parallelism sums four a layer and two outside; where it
-  splits sequences too, each sum is a gather and a scatter; an all-to-all moves
-  eight a layer. A ring of C devices sends its keys and values C - 1 times
-  forward and C - 1 times backward, with their gradients C times, and segments
-  once for all layers.
+  Bytes are those of `hlo.collectives`.
+
+  Weights: gradients are reduced once over `data` and `context` and once over
+  `fsdp`. Over `fsdp` each layer is gathered twice, for the forward and for the
+  backward pass, and the head once. All of these are in the compute dtype; only
+  the gradient of the token table is in float32. Where `fsdp` splits that table,
+  devices either gather it and reduce its gradient, or exchange the vectors of
+  their tokens and the gradients of those; the formula takes the smaller.
+
+  Activations: tensor parallelism sums four arrays in each layer and two outside
+  the layers; where it splits sequences too, each sum is a gather and a scatter.
+  An all-to-all moves eight arrays in each layer. A ring of C devices sends keys
+  and values C - 1 times forward and C - 1 times backward, their gradients C
+  times, and segments once for all layers.
 
   Args:
-    config: with an untied head, a plain MLP, as many key/value heads as query
-      heads, and one microbatch.
-    sizes: of the mesh axes.
+    config: an experiment whose decoder has an untied head, a plain MLP and as
+      many key/value heads as query heads, with one microbatch a step.
+    sizes: number of devices along each mesh axis.
   """
   model, c = config.model, 2 if config.model.dtype == 'bfloat16' else 4
   D, L = model.embed_dim, model.num_layers

@@ -1,24 +1,23 @@
-"""What a train step costs on each device, from shapes: nothing is compiled.
+"""Estimates the cost of a train step on each device, without compiling.
 
-found = estimate.step(config, num_devices=256)
-print(estimate_text.text(found))
+result = estimate.step(config, num_devices=256)
+print(estimate_text.text(result))
 
-Arguments are exact; FLOPs are those that the program executes, rematerialised
-ones and blocks of attention kernels included; bytes are counted as
-`plan/collectives` counts them; memory is what is there at the fullest moment.
-BUILD_NOTES.md says how far compiled programs were from it. It is for TPUs: how
-arrays are laid out, which attention runs, what the compiler makes of a
-reduce-scatter.
+The bytes of arguments are exact. FLOPs are those that the program executes,
+recomputed products and blocks of attention kernels included. Bytes exchanged
+are those of `hlo.collectives`. Memory is its peak. BUILD_NOTES.md says how far
+compiled programs were from the estimate. It is for TPUs: their array layouts,
+their attention kernel, and their compiler's way to run a reduce-scatter.
 """
 
 from collections.abc import Mapping
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh
+from jax.sharding import NamedSharding
 import numpy as np
 
 from t2x.config import abstract_state
@@ -33,21 +32,25 @@ from t2x.cost_model import peak_memory
 from t2x.cost_model import tpu_tiles
 from t2x.cost_model import weight_shards
 from t2x.data import input_pipeline as data_pipeline
+from t2x.models import model as model_lib
 from t2x.parallel import mesh as mesh_lib
+from t2x.training import optim as optim_lib
+from t2x.training import train_state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-  """One step, on a device.
+  """Cost of one step on one device.
 
   Attributes:
-    sizes: of the mesh axes.
-    arguments: bytes by name: parameters, optimizer state, moving average,
-      batch; as a TPU lays them out.
-    moments: what else is there, at each of the moments that can be fullest.
-    flops: of matrix products, by name, of the stage that has the most.
-    mean_flops: of all stages.
-    messages: what is exchanged, by the stage that sends the most.
+    sizes: number of devices along each mesh axis.
+    arguments: bytes of the step's arguments by name (parameters, optimizer
+      state, moving average, counters, batch), as a TPU lays them out.
+    moments: temporary memory at each point of the step that can be the peak.
+    flops: FLOPs of matrix products, by name, on a device of the stage that has
+      most of them.
+    mean_flops: FLOPs of matrix products on a device, the mean over stages.
+    messages: bytes exchanged, on a device of the stage that sends the most.
   """
 
   sizes: Mapping[str, int]
@@ -59,30 +62,38 @@ class Estimate:
 
   @property
   def argument_bytes(self) -> int:
+    """Bytes of all arguments."""
     return sum(self.arguments.values())
 
   @property
   def fullest(self) -> peak_memory.Moment:
+    """The point of the step with the most temporary memory."""
     return max(self.moments, key=lambda moment: moment.bytes)
 
   @property
   def peak_bytes(self) -> float:
-    """Arguments, and what is there beside them at the fullest moment."""
+    """Bytes of the arguments and of the temporary memory at its peak."""
     return self.argument_bytes + self.fullest.bytes
 
   @property
   def temporary_bytes(self) -> float:
-    """What the compiler reserves, holes of its heap included."""
+    """Bytes that the compiler reserves, fragmentation of its heap included."""
     return max(map(peak_memory.reserved, self.moments))
 
   @property
   def executed_flops(self) -> float:
+    """FLOPs of all matrix products, on a device of the busiest stage."""
     return sum(self.flops.values())
 
   def sent_bytes(
     self, kind: str | None = None, axis: str | None = None
   ) -> float:
-    """Returns the bytes of all messages, of a kind, or along an axis."""
+    """Returns the bytes of the messages of a kind, or along a mesh axis.
+
+    Args:
+      kind: one of `collectives.KINDS`; None counts all.
+      axis: a mesh axis along which they move data; None counts all.
+    """
     return messages_lib.total([*self.messages], kind, axis)
 
 
@@ -95,25 +106,26 @@ def step(
   """Returns the estimate of one update on a full batch.
 
   Args:
-    config: the experiment; its mesh is used.
-    num_devices: all of them; by default what the mesh's sizes multiply to.
-    sizes: of the mesh axes, instead of those of `config.mesh`.
+    config: the experiment, whose mesh is used.
+    num_devices: number of all devices; None for the product of the mesh's axis
+      sizes.
+    sizes: sizes of mesh axes that replace those of `config.mesh`.
 
   Raises:
-    ShardingError: a layout that cannot be.
-    ValueError: parts that do not fit each other or the devices.
+    ShardingError: the layout is impossible.
+    ValueError: parts of the config do not fit each other or the devices.
   """
   if sizes is not None:
     mesh = dataclasses.replace(config.mesh, **sizes)
     config = dataclasses.replace(config, mesh=mesh)
-  given = [getattr(config.mesh, axis) for axis in mesh_lib.AXES]
+  axis_sizes = [getattr(config.mesh, axis) for axis in mesh_lib.AXES]
   if num_devices is None:
-    if -1 in given:
+    if -1 in axis_sizes:
       raise ValueError(
         f'mesh={config.mesh}: one axis takes the devices that remain (-1), and '
         'their number is not known. Give num_devices, or each axis its size.'
       )
-    num_devices = math.prod(given)
+    num_devices = math.prod(axis_sizes)
   consistency.check(config, num_devices)
   whole = mesh_lib.sizes(config.mesh, num_devices)
   state, batch_sharding = _shapes(config, whole)
@@ -140,8 +152,10 @@ def step(
   )
 
 
-def _shapes(config: experiment.Experiment, sizes: Mapping[str, int]):
-  """As `program.shapes_of`; the model is traced once for all layouts."""
+def _shapes(
+  config: experiment.Experiment, sizes: Mapping[str, int]
+) -> tuple[train_state.TrainState, NamedSharding]:
+  """Does what `abstract_state.shapes_of` does, but traces each model once."""
   mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
   train = config.train
   shapes = _state_shapes(
@@ -153,32 +167,41 @@ def _shapes(config: experiment.Experiment, sizes: Mapping[str, int]):
 
 
 @functools.lru_cache(maxsize=8)
-def _state_shapes(model, optim, ema_decay, trainable) -> Any:
+def _state_shapes(
+  model: model_lib.ModelConfig,
+  optim: optim_lib.OptimConfig,
+  ema_decay: float | None,
+  trainable: str,
+) -> train_state.TrainState:
   train = experiment.TrainConfig(ema_decay=ema_decay, trainable=trainable)
   return abstract_state.state_shapes(
     experiment.Experiment(model=model, optim=optim, train=train)
   )
 
 
-def _arguments(config, state, batch_sharding) -> dict[str, int]:
-  """Bytes by name, as a TPU lays arrays out."""
+def _arguments(
+  config: experiment.Experiment,
+  state: train_state.TrainState,
+  batch_sharding: NamedSharding,
+) -> dict[str, int]:
+  """Returns the bytes of a step's arguments by name, as a TPU lays them out."""
   groups = {
     'parameters': state.model,
     'optimizer state': state.opt_state,
     'moving average': state.ema,
     'counters': (state.step, state.num_skipped),
   }
-  found = {
+  sizes = {
     name: sum(map(_bytes, jax.tree.leaves(tree)))
     for name, tree in groups.items()
   }
-  found['batch'] = sum(
+  sizes['batch'] = sum(
     tpu_tiles.padded(batch_sharding.shard_shape(shape), dtype.itemsize)
     for shape, dtype in data_pipeline.batch_spec(config.data).values()
   )
   if config.train.offload == 'optimizer':  # On the hosts.
-    del found['optimizer state']
-  return {name: size for name, size in found.items() if size}
+    del sizes['optimizer state']
+  return {name: size for name, size in sizes.items() if size}
 
 
 def _bytes(leaf: jax.ShapeDtypeStruct) -> int:

@@ -1,7 +1,8 @@
-"""FLOPs that one device executes in a step, from shapes alone.
+"""Estimates the FLOPs that one device executes in a step, from shapes alone.
 
-Of every product a backward pass makes two. What `train.remat` makes again comes
-on top: all that the gradients of a layer ask for and that is not kept.
+The backward pass computes two products for each product of the forward pass,
+and recomputes those that the gradients of a layer need and `train.remat` does
+not keep.
 
 Letters: T queries, S keys, D embed, N heads, K key/value heads, H head dim, F
 feed-forward, E experts, C slots of an expert.
@@ -23,24 +24,24 @@ from t2x.layers import routing
 from t2x.models import encoder
 from t2x.pipeline import layer_costs
 
-# Products of attention's backward pass over those of its forward pass: kernels
-# make the scores again twice, for queries and for keys; blocks keep them, or
-# make one product of two again.
+# FLOPs of attention's backward pass over those of its forward pass, which
+# computes two products. Kernels recompute the scores twice, for queries and for
+# keys; attention in blocks keeps them, or recomputes them once.
 KERNEL_BACKWARD, BLOCKS_BACKWARD, AGAIN_BACKWARD = 3.5, 2.0, 2.5
 
 
 def flops(local: device_share.Local) -> dict[str, float]:
-  """Returns the FLOPs of a step by part."""
+  """Returns the FLOPs of a step: those of each pass of layers, and the head."""
   model = local.config.model
   parts: dict[str, float] = {}
   for layer in local.layers:
-    own = of_layer(local, layer)
+    once = of_layer(local, layer)
     for name, num in passes(local, layer).items():
-      parts[name] = parts.get(name, 0.0) + num * own[name]
+      parts[name] = parts.get(name, 0.0) + num * once[name]
   head = 2 * local.targets * model.embed_dim * local.vocab
   if isinstance(model, encoder.EncoderConfig) and model.masked_head:
     head += 2 * local.targets * model.embed_dim**2
-  # Chunks of the vocabulary are made again.
+  # The logits of chunks of the vocabulary are recomputed.
   head *= 3 + (local.config.train.loss.vocab_chunks > 1)
   return parts | {'head': local.heads * head}
 
@@ -48,14 +49,17 @@ def flops(local: device_share.Local) -> dict[str, float]:
 def of_layer(
   local: device_share.Local, layer: device_share.Layer
 ) -> dict[str, float]:
-  """Returns forward, made again and backward of one layer and microbatch."""
-  made = products(local, layer)
-  scores = {name: n for name, n in made.items() if name.endswith('scores')}
-  again = made_again(local, layer)
+  """Returns the FLOPs of each pass of one layer, for one microbatch.
+
+  The passes are 'forward', 'made again' (recomputation) and 'backward'.
+  """
+  num = products(local, layer)
+  scores = {name: n for name, n in num.items() if name.endswith('scores')}
+  again = recomputed(local, layer)
   return {
-    'forward': sum(made.values()),
-    'made again': sum(made[name] for name in again),
-    'backward': 2 * (sum(made.values()) - sum(scores.values()))
+    'forward': sum(num.values()),
+    'made again': sum(num[name] for name in again),
+    'backward': 2 * (sum(num.values()) - sum(scores.values()))
     + sum(
       backward_of_scores(local, layer, name.startswith('cross')) * n
       for name, n in scores.items()
@@ -66,7 +70,10 @@ def of_layer(
 def passes(
   local: device_share.Local, layer: device_share.Layer
 ) -> dict[str, float]:
-  """Returns how often such layers run forward, again and backward."""
+  """Returns the number of runs of each pass, of layers that are alike.
+
+  The passes are those of `of_layer`; the runs are those of one step.
+  """
   if local.plan is None:
     num = layer.num * local.num_microbatches
     return dict.fromkeys(('forward', 'made again', 'backward'), num)
@@ -82,13 +89,13 @@ def passes(
 def products(
   local: device_share.Local, layer: device_share.Layer
 ) -> dict[str, float]:
-  """Returns the FLOPs of a layer's products, forward, of a microbatch."""
+  """Returns the FLOPs of a layer's products by name, forward."""
   kind, D = layer.kind, local.config.model.embed_dim
   tokens = local.rows * layer.queries / local.over('length')
   N = kind.num_heads / local.over('heads')
   K = kind.kv_heads / local.over('kv_heads')
   of_heads = lambda tokens, heads: 2 * tokens * D * heads * kind.head_dim
-  made = {
+  num = {
     'query': of_heads(tokens, N),
     'key': of_heads(tokens, K),
     'value': of_heads(tokens, K),
@@ -97,46 +104,46 @@ def products(
   }
   if layer.encoded is not None:
     source = local.rows * layer.encoded / local.over('length')
-    made |= {
+    num |= {
       'cross_query': of_heads(tokens, N),
       'cross_key': of_heads(source, K),
       'cross_value': of_heads(source, K),
       'cross_scores': scores(local, layer, cross=True),
       'cross_output': of_heads(tokens, N),
     }
-  return made | feed_forward(local, layer)
+  return num | feed_forward(local, layer)
 
 
 def feed_forward(
   local: device_share.Local, layer: device_share.Layer
 ) -> dict[str, float]:
-  """Returns the FLOPs of the feed-forward layer's products, forward."""
+  """Returns the FLOPs of a feed-forward layer's products by name, forward."""
   mlp, D = layer.mlp, local.config.model.embed_dim
   tokens = local.rows * layer.queries / local.over('length')
   used = tokens
-  made = {}
+  num = {}
   if isinstance(mlp, moe.MoeConfig):
     used = (
-      slots(local, layer) if mlp.router.capacity else used_choices(local, layer)
+      slots(local, layer) if mlp.router.capacity else routed_rows(local, layer)
     )
-    made['router'] = 2 * tokens * D * mlp.num_experts
+    num['router'] = 2 * tokens * D * mlp.num_experts
   one = 2 * used * D * mlp.hidden / local.over('mlp')
-  made |= {'mlp_gate': one} if mlp.gated else {}
-  return made | {'mlp_up': one, 'mlp_down': one}
+  num |= {'mlp_gate': one} if mlp.gated else {}
+  return num | {'mlp_up': one, 'mlp_down': one}
 
 
 def slots(local: device_share.Local, layer: device_share.Layer) -> float:
-  """Returns the slots that a device computes, filled or not."""
+  """Returns the slots of experts that a device computes, filled or not."""
   mlp = layer.mlp
   assert isinstance(mlp, moe.MoeConfig)
   num = mlp.num_experts * slots_of_expert(layer)
-  # Axes of experts that split the rows too change no number of slots.
-  held = [a for a in local.axes('experts') if a not in local.axes('batch')]
-  return local.rows * num / local.size(tuple(held)) / local.over('length')
+  # Axes of experts that split the rows too do not change the number of slots.
+  axes = [a for a in local.axes('experts') if a not in local.axes('batch')]
+  return local.rows * num / local.size(tuple(axes)) / local.over('length')
 
 
 def slots_of_expert(layer: device_share.Layer) -> int:
-  """Returns C of a row."""
+  """Returns C, the slots of one expert for one row."""
   mlp = layer.mlp
   assert isinstance(mlp, moe.MoeConfig)
   router, E = mlp.router, mlp.num_experts
@@ -147,24 +154,34 @@ def slots_of_expert(layer: device_share.Layer) -> int:
   return min(layer.queries, math.ceil(share * layer.queries * (1 - 1e-9)))
 
 
-def used_choices(local: device_share.Local, layer: device_share.Layer) -> float:
+def routed_rows(local: device_share.Local, layer: device_share.Layer) -> float:
   """Returns the rows of ragged products, of routers without a capacity."""
   mlp = layer.mlp
   assert isinstance(mlp, moe.MoeConfig)
-  held = mlp.num_experts / local.over('experts')
+  num_experts = mlp.num_experts / local.over('experts')
   moved = [a for a in local.axes('experts') if a in local.axes('batch')]
   tokens = local.rows * layer.queries / local.over('length')
-  return tokens * local.size(tuple(moved)) * min(mlp.experts_of_token, held)
+  of_token = min(mlp.experts_of_token, num_experts)
+  return tokens * local.size(tuple(moved)) * of_token
 
 
 # --- Attention. ---
 
 
-def way(
+def implementation(
   local: device_share.Local, layer: device_share.Layer, cross: bool = False
 ) -> str:
-  """Returns who computes the scores: kernel, blocks, a ring, or a mixer."""
-  kind = layer.looks_by(cross)
+  """Returns the implementation of attention.
+
+  Args:
+    local: the share of the device.
+    layer: the layer.
+    cross: True for the cross-attention, False for the self-attention.
+
+  Returns:
+    'kernel', 'blocks' or 'ring'; 'mixer' for a layer without softmax attention.
+  """
+  kind = layer.softmax_of(cross)
   if kind is None:
     return 'mixer'
   if local.over('length') > 1 and (
@@ -182,7 +199,11 @@ def way(
 def scores(
   local: device_share.Local, layer: device_share.Layer, cross: bool = False
 ) -> float:
-  """Returns the FLOPs of scores and of their product with values, forward."""
+  """Returns the FLOPs of the scores and their product with values, forward.
+
+  For a layer without softmax attention, the FLOPs of its mixing of positions.
+  The arguments are those of `implementation`.
+  """
   kind = layer.kind
   if not (cross or isinstance(kind, attention_config.Softmax)):
     D = local.config.model.embed_dim
@@ -195,14 +216,14 @@ def scores(
 def pairs(
   local: device_share.Local, layer: device_share.Layer, cross: bool
 ) -> float:
-  """Returns the pairs of a row's queries and keys that a device computes."""
+  """Returns the (query, key) pairs of a row that a device computes."""
   T, S = layer.queries, layer.encoded if cross else layer.queries
   assert S is not None
   mask = mask_lib.Mask() if cross else layer.mask
-  C, kind = local.over('length'), layer.looks_by(cross)
+  C, kind = local.over('length'), layer.softmax_of(cross)
   if kind is None:
     return 0.0
-  chosen = way(local, layer, cross)
+  chosen = implementation(local, layer, cross)
   if chosen == 'ring':
     return _ring_pairs(local, layer, mask, T, S, kind.block)
   if chosen == 'kernel':
@@ -211,21 +232,37 @@ def pairs(
   return blocks.num_pairs(mask, T, S, kind.block) / C
 
 
-def _ring_pairs(local, layer, mask, T, S, block) -> float:
-  """The pairs of the device that has the most, on the diagonal in blocks."""
+def _ring_pairs(
+  local: device_share.Local,
+  layer: device_share.Layer,
+  mask: mask_lib.Mask,
+  T: int,
+  S: int,
+  block: int | None,
+) -> float:
+  """Returns the pairs of the device that computes the most in a ring.
+
+  Args:
+    local: the share of the device.
+    layer: the layer.
+    mask: the mask of the whole row.
+    T: queries of the whole row.
+    S: keys of the whole row.
+    block: size of the blocks on the diagonal; None for the ring's default.
+  """
   C, block = local.over('length'), block or ring.BLOCK
   balanced = local.config.rules.balance_context and layer.causal
   zigzag = C if balanced and layer.encoded is None else 1
   mask = dataclasses.replace(mask, q_zigzag=zigzag, k_zigzag=zigzag)
   total = [0.0] * C
-  own = mask_lib.Mask(pattern=mask.pattern)
+  on_diagonal = mask_lib.Mask(pattern=mask.pattern)
   for step in ring_plan.plan(mask, T, S, C):
     for slot in step.slots:
       q_size = ring_plan.stretches(T, C, zigzag)[1]
       k_size = ring_plan.stretches(S, C, zigzag)[1]
       num = q_size * k_size
       if slot.diagonal:
-        num = blocks.num_pairs(own, q_size, k_size, block, ring.RUNS)
+        num = blocks.num_pairs(on_diagonal, q_size, k_size, block, ring.RUNS)
       for device, seen in enumerate(slot.seen_C):
         total[device] += num * (seen != ring_plan.NONE)
   return max(total)
@@ -234,8 +271,8 @@ def _ring_pairs(local, layer, mask, T, S, block) -> float:
 def backward_of_scores(
   local: device_share.Local, layer: device_share.Layer, cross: bool
 ) -> float:
-  """Returns the FLOPs of the backward pass over those of the forward pass."""
-  chosen = way(local, layer, cross)
+  """Returns the FLOPs of attention's backward pass over its forward pass."""
+  chosen = implementation(local, layer, cross)
   if chosen == 'kernel':
     return KERNEL_BACKWARD
   kept = chosen == 'blocks' and keeps_scores(layer, cross)
@@ -243,23 +280,23 @@ def backward_of_scores(
 
 
 def keeps_scores(layer: device_share.Layer, cross: bool) -> bool:
-  """Whether a backward pass in blocks finds the probabilities kept."""
+  """Whether attention in blocks keeps its probabilities."""
   T, S = layer.queries, layer.encoded if cross else layer.queries
   assert S is not None
-  mask, kind = mask_lib.Mask() if cross else layer.mask, layer.looks_by(cross)
+  mask, kind = mask_lib.Mask() if cross else layer.mask, layer.softmax_of(cross)
   if kind is None:
     return False
   scanned = blocks.are_scanned(mask, T, S, kind.block)
   return S <= blocks.KEEP_KEYS and not scanned
 
 
-# --- What is made again. ---
+# --- Recomputation. ---
 
 
-def made_again(
+def recomputed(
   local: device_share.Local, layer: device_share.Layer
 ) -> tuple[str, ...]:
-  """Returns the products that `train.remat` has a backward pass repeat."""
+  """Returns the names of the products that the backward pass recomputes."""
   remat, names = local.config.train.remat, set(products(local, layer))
   if remat == 'none':
     return ()
@@ -270,18 +307,19 @@ def made_again(
   execution = local.config.train.execution
   kept = {*execution.kept['save'], *execution.kept['offload']}
   kept |= {f'cross_{name}' for name in kept}
-  if 'attention' in kept:  # Blocks need what they kept besides their output.
+  if 'attention' in kept:  # Blocks need more than their output.
     for name, cross in (('scores', False), ('cross_scores', True)):
-      if name in names and way(local, layer, cross) == 'kernel':
+      if name in names and implementation(local, layer, cross) == 'kernel':
         kept.add(name)
-  return tuple(sorted(names - kept - _unread(local, layer)))
+  return tuple(sorted(names - kept - _unneeded(local, layer)))
 
 
-def _unread(local: device_share.Local, layer: device_share.Layer) -> set[str]:
-  """Returns products whose results no gradient of the layer asks for.
+def _unneeded(local: device_share.Local, layer: device_share.Layer) -> set[str]:
+  """Returns the products whose results no gradient of the layer needs.
 
-  Those that are added to the residual stream at its end; but a norm after it
-  does, and so do the weights of experts.
+  Those are products that are added to the residual stream at the end of the
+  layer, unless a norm follows them. Experts need theirs for the gradient of
+  their routing weights.
   """
   residual = local.config.model.residual
   if residual in ('post_norm', 'sandwich'):

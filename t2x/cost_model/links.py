@@ -1,18 +1,18 @@
-"""How fast the links between devices could carry an exchange: a model.
+"""A lower bound on the time of a collective, from the bandwidth of the links.
 
-Collectives are taken to go round rings: along each side of a TPU's torus that a
-mesh axis covers, in both directions, where the side closes into a ring; into
-the switch of a GPU's node; and between slices over each device's share of the
-network, after the part within a slice ("How to Scale Your Model", Google
-DeepMind, 2025, on sharded matrices). Latency, and other exchanges on the same
-links, are left out: a real exchange takes longer.
+The model takes collectives to go round rings along each side of a TPU's torus
+that a mesh axis covers, in both directions where the side closes into a ring;
+through the switch of a GPU's node; and between slices over each device's share
+of the network, after the part within a slice ("How to Scale Your Model", Google
+DeepMind, 2025, on sharded matrices). Latency, and other collectives on the same
+links, are left out: a real collective takes longer.
 """
 
 from collections.abc import Sequence
 import dataclasses
 import math
-from typing import Any
 
+import jax
 import numpy as np
 
 from t2x.hardware import machines
@@ -24,13 +24,13 @@ _CUBE = 4  # Tori of three sides are made of cubes of four, or do not close.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Axis:
-  """Where the devices of one mesh axis lie.
+  """The links along one mesh axis.
 
   Attributes:
-    size: devices.
-    slices: among which they lie.
-    sides: length of each side of the torus that the axis goes along, within a
-      slice, and whether it closes into a ring. Empty for GPUs.
+    size: number of devices along the axis.
+    slices: number of slices that these devices are spread over.
+    sides: (length, closes into a ring) of each side of the torus that the axis
+      covers within a slice. Empty for GPUs.
   """
 
   size: int
@@ -39,24 +39,27 @@ class Axis:
 
   @property
   def within(self) -> int:
+    """Number of devices along the axis within one slice."""
     return self.size // self.slices
 
 
-def axes_of(mesh: Any) -> dict[str, Axis]:
-  """Returns the axes of a mesh of real or absent devices."""
+def axes_of(mesh: jax.sharding.Mesh) -> dict[str, Axis]:
+  """Returns the links along each axis of a mesh."""
   devices = mesh.devices
-  found = {}
+  axes = {}
   for i, name in enumerate(mesh.axis_names):
     line = np.moveaxis(devices, i, 0).reshape(devices.shape[i], -1)[:, 0]
-    found[name] = _axis(line, devices)
-  return found
+    axes[name] = _axis(line, devices)
+  return axes
 
 
-def _axis(line: Sequence[Any], devices: np.ndarray) -> Axis:
+def _axis(line: np.ndarray, devices: np.ndarray) -> Axis:
   slices = len({mesh_lib.slice_of(d) for d in line})
   if devices.flat[0].platform != 'tpu':
     return Axis(size=len(line), slices=slices)
-  own = [d for d in line if mesh_lib.slice_of(d) == mesh_lib.slice_of(line[0])]
+  in_slice = [
+    d for d in line if mesh_lib.slice_of(d) == mesh_lib.slice_of(line[0])
+  ]
   first = mesh_lib.slice_of(devices.flat[0])
   whole = np.array(
     [d.coords for d in devices.flat if mesh_lib.slice_of(d) == first]
@@ -67,7 +70,7 @@ def _axis(line: Sequence[Any], devices: np.ndarray) -> Axis:
     closes = lambda n: closed
   else:
     closes = lambda n: n >= _FLAT_RING
-  span = np.ptp(np.array([d.coords for d in own]), axis=0) + 1
+  span = np.ptp(np.array([d.coords for d in in_slice]), axis=0) + 1
   sides = tuple(
     (int(n), bool(n == side and closes(n)))
     for n, side in zip(span, extent)
@@ -77,11 +80,12 @@ def _axis(line: Sequence[Any], devices: np.ndarray) -> Axis:
 
 
 def reached(axis: Axis, between: bool | None) -> Axis:
-  """Returns the part of an axis along which an exchange goes.
+  """Returns the part of an axis along which a collective goes.
 
   Args:
-    axis: whole.
-    between: as `Collective.between`.
+    axis: the whole axis.
+    between: True for its slices alone, False for the devices within a slice,
+      None for the whole axis, as in `Collective.between`.
   """
   if between is None:
     return axis
@@ -96,13 +100,13 @@ def seconds(
   axes: Sequence[Axis],
   chip: machines.Chip,
 ) -> float:
-  """Returns the least seconds that one exchange could take.
+  """Returns a lower bound on the seconds that one collective takes.
 
   Args:
-    kind: of `collectives.KINDS`.
-    num_bytes: on one device, as `Collective.bytes` counts them.
-    axes: along which its data moves.
-    chip: whose links they are.
+    kind: one of `collectives.KINDS`.
+    num_bytes: bytes on one device, as `Collective.bytes` counts them.
+    axes: mesh axes along which its data moves.
+    chip: the chip, which has the bandwidth of the links.
   """
   slices = math.prod(axis.slices for axis in axes)
   within = math.prod(axis.within for axis in axes)
@@ -115,12 +119,27 @@ def seconds(
   return inner + outer
 
 
-def _within(kind, num_bytes, num, sides, link) -> float:
+def _within(
+  kind: str,
+  num_bytes: float,
+  num: int,
+  sides: Sequence[tuple[int, bool]],
+  link: float,
+) -> float:
+  """Returns the seconds of a collective's part within a slice.
+
+  Args:
+    kind: one of `collectives.KINDS`.
+    num_bytes: bytes on one device, as `Collective.bytes` counts them.
+    num: number of devices that take part.
+    sides: sides of the torus, as in `Axis`.
+    link: bandwidth of a link in one direction, in bytes per second.
+  """
   if kind == 'collective-permute':
     return num_bytes / link
   share = (num - 1) / num
   if kind in ('all-to-all', 'ragged-all-to-all') and sides:
-    # Each byte crosses so many links, of which a device has two along a side.
+    # The links that each byte crosses; a device has two along each side.
     hops = sum(n / (4 if closed else 3) for n, closed in sides)
     return num_bytes * hops / (2 * len(sides) * link)
   lanes = sum(2 if closed else 1 for _, closed in sides) or 1
@@ -128,8 +147,15 @@ def _within(kind, num_bytes, num, sides, link) -> float:
   return passes * share * num_bytes / (lanes * link)
 
 
-def _between(kind, num_bytes, within, slices) -> float:
-  """Returns the bytes that a device sends to other slices."""
+def _between(kind: str, num_bytes: float, within: int, slices: int) -> float:
+  """Returns the bytes that a device sends to other slices.
+
+  Args:
+    kind: one of `collectives.KINDS`.
+    num_bytes: bytes on one device, as `Collective.bytes` counts them.
+    within: number of devices that take part in each slice.
+    slices: number of slices that take part.
+  """
   if kind == 'collective-permute':
     return num_bytes
   share = (slices - 1) / slices

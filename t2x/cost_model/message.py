@@ -1,4 +1,4 @@
-"""What one device exchanges with others, as a value."""
+"""The estimate of one kind of communication in a step."""
 
 import dataclasses
 
@@ -7,14 +7,15 @@ Axes = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Message:
-  """Bytes of a step.
+  """Bytes that one device exchanges in a step, for one purpose.
 
   Attributes:
-    part: what for.
-    kind: as the program asks for it; a compiler may turn a reduce-scatter or
-      an all-gather into permutes beside the product.
-    axes: mesh axes along which they move.
-    bytes: in a step, on one device.
+    part: purpose, such as 'gathers of weights'.
+    kind: kind of collective that the program asks for, one of
+      `collectives.KINDS`. A compiler may turn a reduce-scatter or an all-gather
+      into permutes that run beside the product.
+    axes: mesh axes along which the data moves.
+    bytes: bytes in a step on one device, as `Collective.bytes` counts them.
   """
 
   part: str

@@ -1,8 +1,9 @@
-"""What fills one device's memory in a step, from shapes alone.
+"""Estimates the peak of one device's temporary memory, from shapes alone.
 
-Arguments are there all along. Of the rest, the fullest of three moments counts:
-in the head, when all that the backward pass needs is kept and the logits are
-there; in the last layer's backward pass; and in the optimizer.
+The arguments of a step take memory from its start to its end. On top comes the
+largest of three points of the step: in the head, when everything that the
+backward pass needs is kept and the logits are computed; in the backward pass of
+the last layer; and in the optimizer.
 """
 
 import dataclasses
@@ -13,24 +14,25 @@ from t2x.cost_model import stage_memory
 from t2x.cost_model import tpu_tiles
 from t2x.layers import moe
 
-# Arrays of a layer's backward pass that are there at once, counted in compiled
+# Arrays of a layer's backward pass that are live at once, counted in compiled
 # programs: of the feed-forward width (up, gate and hidden with two gradients,
 # or up and a gradient), of all heads (queries, keys, values, attention's output
 # and a copy), and of the embedding width, within layers and between them.
 GATED_HIDDEN, PLAIN_HIDDEN, HEADS, WITHIN, BETWEEN = 5, 2, 5, 3, 4
-# The compiler's heap has holes, by what comes and goes in it: what it reserves
-# for temporaries over what is there at the fullest moment, as a share of that
-# without what is kept from the forward pass.
+# Fragmentation of the compiler's heap: the bytes that it reserves beyond the
+# live ones, over the live bytes that are not activations kept for the backward
+# pass.
 HOLES = 0.42
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Moment:
-  """What is there besides the arguments.
+  """Temporary memory at one point of a step, without the arguments.
 
   Attributes:
-    name: when.
-    parts: name -> bytes.
+    name: point of the step: 'head', 'backward', 'optimizer', 'layer' or
+      'between stages'.
+    parts: bytes by what they hold.
   """
 
   name: str
@@ -38,26 +40,30 @@ class Moment:
 
   @property
   def bytes(self) -> float:
+    """Bytes of all parts."""
     return sum(self.parts.values())
 
 
 def reserved(moment: Moment) -> float:
-  """Returns what a compiler reserves for a moment, holes included."""
-  passing = moment.bytes - moment.parts.get('activations', 0.0)
-  return moment.bytes + HOLES * passing
+  """Returns the bytes that a compiler reserves, fragmentation included."""
+  transient = moment.bytes - moment.parts.get('activations', 0.0)
+  return moment.bytes + HOLES * transient
 
 
 def moments(local: device_share.Local) -> list[Moment]:
-  """Returns what is there in the head, a layer's backward pass, the end."""
+  """Returns the temporary memory at the points of a step that can be its peak.
+
+  With stages, these are the head, a layer, and the time between two ticks.
+  """
   table = _tables(local)
   if local.plan is not None:
     return _of_stage(local, table)
   kept = _kept(local)
   logits = _logits(local)
   tied = local.config.model.tied_head != 'untied'
-  # Where `fsdp` reduces it, a tied table's gradient is made at the end, with
-  # that of the lookup.
-  waits = (
+  # Where `fsdp` reduces it, a tied table's gradient is computed at the end,
+  # with that of the lookup; until then the gradient of the logits is kept.
+  pending = (
     {'logits': logits}
     if tied and local.over('embed') > 1 and local.config.train.accumulate == 1
     else {"head table's gradient": table['gradient']}
@@ -74,7 +80,7 @@ def moments(local: device_share.Local) -> list[Moment]:
   backward = {
     **kept,
     **sums,
-    **waits,
+    **pending,
     'gradients': _gradients(local),
     'weights of a layer': _gathered(local),
     'layer': max(working_set(local, layer) for layer in local.layers),
@@ -105,7 +111,7 @@ def _of_stage(
   work = max(working_set(local, layer) for layer in local.layers)
   gathered = 0.0 if local.config.pipeline.gather == 'once' else _gathered(local)
   layer = {**between, 'layer': work, 'weights of a layer': gathered}
-  # Buffers of all ticks are there before the first and after the last.
+  # Buffers of all ticks are live before the first and after the last.
   move = {**between, 'gradients that move': stage_memory.on_the_move(local)}
   return [
     Moment(name='head', parts=head),
@@ -114,11 +120,12 @@ def _of_stage(
   ]
 
 
-def _width(local) -> int:
+def _width(local: device_share.Local) -> int:
   return local.config.model.embed_dim
 
 
 def _kept(local: device_share.Local) -> dict[str, float]:
+  """Returns the bytes kept from the forward pass for the backward pass."""
   activations = sum(
     layer.num * residuals.of_layer(local, layer) for layer in local.layers
   )
@@ -129,7 +136,7 @@ def _kept(local: device_share.Local) -> dict[str, float]:
 
 
 def _copies(local: device_share.Local) -> float:
-  """Weights in the dtype of the products."""
+  """Returns the bytes of copies of the weights in the dtype of the products."""
   if local.itemsize == 4:
     return 0.0
   cast = [w for w in local.weights if w.cast]
@@ -139,8 +146,8 @@ def _copies(local: device_share.Local) -> float:
 # --- Weights and their gradients. ---
 
 
-def _gradients(local) -> float:
-  """Of the layers' weights, as devices keep them."""
+def _gradients(local: device_share.Local) -> float:
+  """Returns the bytes of the gradients of the layers' weights, sharded."""
   return sum(
     tpu_tiles.padded(w.shape, local.itemsize if w.cast else 4)
     for w in local.weights
@@ -148,8 +155,8 @@ def _gradients(local) -> float:
   )
 
 
-def _sums(local) -> dict[str, float]:
-  """Gradients are summed over microbatches in float32."""
+def _sums(local: device_share.Local) -> dict[str, float]:
+  """Returns the bytes of gradients summed over microbatches, in float32."""
   if local.config.train.accumulate == 1:
     return {}
   whole = local.config.train.accumulate_whole
@@ -157,16 +164,19 @@ def _sums(local) -> dict[str, float]:
   return {'sums of gradients': 4 * kept}
 
 
-def _gathered(local) -> float:
-  """The weights of one layer as products use them."""
+def _gathered(local: device_share.Local) -> float:
+  """Returns the bytes of one layer's weights, gathered over `fsdp`."""
   if local.over('embed') == 1:
     return 0.0
   used = sum(w.used for w in local.weights if w.in_layers and w.cast)
   return local.itemsize * used / local.num_layers
 
 
-def _tables(local) -> dict[str, float]:
-  """The head's table, gathered, and its gradient before it is reduced."""
+def _tables(local: device_share.Local) -> dict[str, float]:
+  """Returns the bytes of the head's table and of its gradient.
+
+  The table is gathered, and the gradient is not yet reduced.
+  """
   size = local.vocab * _width(local)
   loss = local.config.train.loss
   chunked = loss.token_chunks * loss.vocab_chunks > 1
@@ -177,15 +187,18 @@ def _tables(local) -> dict[str, float]:
   }
 
 
-def _logits(local) -> float:
-  """Float32, of one chunk; their gradient takes their place."""
+def _logits(local: device_share.Local) -> float:
+  """Returns the bytes of one chunk of logits, float32.
+
+  Their gradient is written in their place.
+  """
   loss = local.config.train.loss
   chunks = loss.token_chunks * loss.vocab_chunks
   return 4 * local.targets * local.vocab / chunks
 
 
-def working_set(local, layer) -> float:
-  """Returns the bytes of a layer's backward pass, what is kept left out."""
+def working_set(local: device_share.Local, layer: device_share.Layer) -> float:
+  """Returns the bytes of a layer's backward pass, without kept activations."""
   c, D = local.itemsize, local.config.model.embed_dim
   tokens = local.rows * layer.queries / local.over('length')
   hidden = layer.mlp.hidden / local.over('mlp')

@@ -1,7 +1,10 @@
-"""What a layer keeps of its forward pass for its backward pass.
+"""Estimates the bytes that a layer keeps for its backward pass.
 
-For each `train.remat` what JAX keeps, as read from jaxprs.
+They depend on `train.remat`. The arrays that JAX keeps for each of its settings
+were read from jaxprs.
 """
+
+from collections.abc import Mapping
 
 from t2x.cost_model import device_share
 from t2x.cost_model import executed_flops
@@ -11,7 +14,7 @@ from t2x.layers import stack
 
 
 def of_layer(local: device_share.Local, layer: device_share.Layer) -> float:
-  """Returns the bytes that a layer keeps of one microbatch."""
+  """Returns the bytes that one layer keeps of one microbatch."""
   remat, c = local.config.train.remat, local.itemsize
   D = local.config.model.embed_dim
   whole = local.rows * layer.queries
@@ -28,14 +31,16 @@ def of_layer(local: device_share.Local, layer: device_share.Layer) -> float:
     names = ['query', 'key', 'value', 'output', 'mlp_up', 'mlp_gate', 'router']
     if isinstance(layer.mlp, moe.MoeConfig):
       names.append('mlp_down')
-  sizes = _made(local, layer, tokens)
+  sizes = _results(local, layer, tokens)
   for name in names:
     kept += sizes.get(name, 0.0) + sizes.get(f'cross_{name}', 0.0)
   return kept
 
 
-def _made(local, layer, tokens: float) -> dict[str, float]:
-  """Bytes of what a layer's products make, by name."""
+def _results(
+  local: device_share.Local, layer: device_share.Layer, tokens: float
+) -> dict[str, float]:
+  """Returns the bytes of the results of a layer's products, by name."""
   kind, c, D = layer.kind, local.itemsize, local.config.model.embed_dim
   H = kind.head_dim
   N = kind.num_heads / local.over('heads')
@@ -64,15 +69,15 @@ def _made(local, layer, tokens: float) -> dict[str, float]:
 
 
 def used_rows(local: device_share.Local, layer: device_share.Layer) -> float:
-  """Rows of the experts' products."""
+  """Returns the rows of the experts' products."""
   assert isinstance(layer.mlp, moe.MoeConfig)
   if layer.mlp.router.capacity:
     return executed_flops.slots(local, layer)
-  return executed_flops.used_choices(local, layer)
+  return executed_flops.routed_rows(local, layer)
 
 
-def _choice(local, layer) -> float:
-  """The router's choice, which no backward pass makes again."""
+def _choice(local: device_share.Local, layer: device_share.Layer) -> float:
+  """Returns the bytes of the router's choice, which is never recomputed."""
   if not isinstance(layer.mlp, moe.MoeConfig):
     return 0.0
   if layer.mlp.router.capacity:
@@ -81,48 +86,66 @@ def _choice(local, layer) -> float:
   return 4 * local.rows * layer.queries * layer.mlp.experts_of_token
 
 
-def _all_residuals(local, layer, tokens: float, between: float) -> float:
-  """Without remat: all that any gradient reads."""
+def _all_residuals(
+  local: device_share.Local,
+  layer: device_share.Layer,
+  tokens: float,
+  between: float,
+) -> float:
+  """Returns the bytes of everything that a gradient uses, without remat.
+
+  Args:
+    local: the share of the device.
+    layer: the layer.
+    tokens: tokens of a microbatch on the device, within a layer.
+    between: tokens of a microbatch on the device, between layers.
+  """
   c, D = local.itemsize, local.config.model.embed_dim
   residual = local.config.model.residual
-  sizes = _made(local, layer, tokens)
+  sizes = _results(local, layer, tokens)
   cross = layer.encoded is not None
   norms = 1 if residual == 'parallel' else 2 + cross
-  # The input in float32, twice more on its way, and the output.
+  # Of each norm three arrays in float32, the input among them, and its output.
   kept = norms * (12 * between * D + c * tokens * D)
-  if residual == 'sandwich':  # What branches add is read by their norms alone.
+  if residual == 'sandwich':  # Norms of the outputs of branches.
     kept += norms * 12 * between * D
   kept += _attention_residuals(local, layer, sizes, False)
   kept += _attention_residuals(local, layer, sizes, True) if cross else 0.0
   steps = _steps(layer.mlp)
   kept += steps * sizes['mlp_up']
   if isinstance(layer.mlp, moe.MoeConfig):
-    # Dispatched rows, what comes back in float32, and gathered experts.
+    # Dispatched rows, their results in float32, and gathered experts.
     used = used_rows(local, layer)
     kept += (c + 4) * used * D + 4 * tokens * D + _choice(local, layer)
-    kept += _experts(local, layer)
+    kept += _experts(local)
   return kept
 
 
 def _steps(mlp: moe.FeedForwardConfig) -> int:
-  """Arrays of the hidden width that gradients read."""
+  """Returns the number of arrays of the hidden width that gradients use."""
   return {'relu': 2, 'silu': 4, 'gelu': 4, 'gelu_tanh': 6}[mlp.activation] + (
     2 * mlp.gated
   )
 
 
-def _attention_residuals(local, layer, sizes, cross: bool) -> float:
+def _attention_residuals(
+  local: device_share.Local,
+  layer: device_share.Layer,
+  sizes: Mapping[str, float],
+  cross: bool,
+) -> float:
   prefix = 'cross_' if cross else ''
   query, attention = sizes[f'{prefix}query'], sizes[f'{prefix}attention']
   kept = query + 2 * sizes[f'{prefix}key'] + attention
-  chosen = executed_flops.way(local, layer, cross)
+  chosen = executed_flops.implementation(local, layer, cross)
   if chosen == 'kernel':
-    # Kernels have heads outside, and each head's width fills its lanes.
+    # In kernels the head dimension is the last, and is padded to whole lanes.
     H = layer.kind.head_dim
     kept *= -(-H // tpu_tiles.LANES) * tpu_tiles.LANES / H
-  kept += query  # As the product after it reads it.
+  kept += query  # The output, in the layout of the product after it.
   if chosen == 'blocks' and executed_flops.keeps_scores(layer, cross):
-    # Probabilities in float32 and as they are used, and the output as it was.
+    # Probabilities in float32 and in the dtype of the products, and the output
+    # in float32.
     heads = layer.kind.num_heads / local.over('heads')
     pairs = executed_flops.pairs(local, layer, cross)
     kept += (4 + local.itemsize) * local.rows * heads * pairs
@@ -130,8 +153,8 @@ def _attention_residuals(local, layer, sizes, cross: bool) -> float:
   return kept
 
 
-def _experts(local, layer) -> float:
-  """Experts of a layer as they are used, whole."""
+def _experts(local: device_share.Local) -> float:
+  """Returns the bytes of one layer's experts, gathered over `fsdp`."""
   return local.itemsize * sum(
     w.used / local.num_layers for w in local.weights if 'experts' in w.axes
   )

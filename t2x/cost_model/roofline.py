@@ -1,14 +1,16 @@
-"""The least time that a compiled step could take: a model, no measurement.
+"""A lower bound on the time of a compiled step: a model, not a measurement.
 
-Products at the chip's published FLOP/s, memory traffic at its bandwidth, and
-exchanges at the speed of the links (`links`) each take some time alone. A step
-takes the longest of the first two, and the exchanges that nothing hides, or all
-exchanges if those take longer (Williams et al., 2009, "Roofline").
+Matrix products at the chip's published FLOP/s, memory traffic at its bandwidth,
+and collectives at the speed of the links (`links`) each take some time alone. A
+step takes the longer of the first two and, on top, the collectives that nothing
+hides; or the time of all collectives, if that is longer (Williams et al., 2009,
+"Roofline").
 """
 
 from collections.abc import Iterable
 import dataclasses
-from typing import Any
+
+import jax
 
 from t2x.cost_model import links
 from t2x.hardware import machines
@@ -17,14 +19,14 @@ from t2x.hlo import collectives
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Roofline:
-  """Seconds of one step, on one device.
+  """Times of one step on one device, in seconds.
 
   Attributes:
-    compute: of products.
-    memory: of reading and writing the device's memory.
-    network: of all exchanges.
-    exposed: of those beside which no product is scheduled.
-    idle: share of the time that the stage with the most to do waits for others.
+    compute: time of the matrix products.
+    memory: time of reading and writing the device's memory.
+    network: time of all collectives.
+    exposed: time of the collectives beside which no product is scheduled.
+    idle: share of the step that the busiest stage waits for the others.
   """
 
   compute: float
@@ -35,13 +37,13 @@ class Roofline:
 
   @property
   def seconds(self) -> float:
-    """The least time of a step."""
+    """The lower bound on the time of a step."""
     busy = max(self.compute, self.memory) / (1.0 - self.idle)
     return max(busy + self.exposed, self.network)
 
   @property
   def bound(self) -> str:
-    """What takes longest: compute, memory or network."""
+    """The resource that takes longest: 'compute', 'memory' or 'network'."""
     times = {
       'compute': self.compute,
       'memory': self.memory,
@@ -51,26 +53,34 @@ class Roofline:
 
 
 def idle(most: float, mean: float, bubble: float) -> float:
-  """Returns the share of a step that the stage with the most to do waits.
+  """Returns the share of a step that the busiest stage waits for the others.
 
-  The mean of the stages takes a step less its bubble: of that this one waits
-  less.
+  A stage with the mean amount of work waits for the whole bubble; one with more
+  work waits less.
 
   Args:
-    most: FLOPs of that stage.
-    mean: FLOPs of all stages, their mean.
-    bubble: share of the time that stages of equal work wait.
+    most: FLOPs of the busiest stage.
+    mean: mean FLOPs of the stages.
+    bubble: share of the step that stages wait if all have equal work.
   """
   return max(0.0, 1.0 - most / mean * (1.0 - bubble)) if mean else 0.0
 
 
 def exchange_seconds(
-  found: Iterable[collectives.Collective], mesh: Any, chip: machines.Chip
+  listed: Iterable[collectives.Collective],
+  mesh: jax.sharding.Mesh,
+  chip: machines.Chip,
 ) -> list[float]:
-  """Returns the least time of each exchange, of all times that it runs."""
+  """Returns a lower bound on the seconds of each collective in a step.
+
+  Args:
+    listed: the collectives, each of which counts as often as it runs.
+    mesh: the mesh that the program was compiled for.
+    chip: the chip, which has the bandwidth of the links.
+  """
   axes = links.axes_of(mesh)
   times = []
-  for c in found:
-    own = [links.reached(axes[name], c.between) for name in c.axes]
-    times.append(float(c.times) * links.seconds(c.kind, c.bytes, own, chip))
+  for c in listed:
+    parts = [links.reached(axes[name], c.between) for name in c.axes]
+    times.append(float(c.times) * links.seconds(c.kind, c.bytes, parts, chip))
   return times

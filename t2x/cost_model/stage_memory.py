@@ -1,9 +1,11 @@
-"""What fills one stage's memory besides its arguments, from shapes alone.
+"""Estimates the buffers that a pipeline's stage keeps between ticks.
 
-Buffers between ticks are those of `pipeline/estimates`: what each part in
-flight keeps, weights where they are used and their float32 gradients, messages.
-What lives within a tick comes on top.
+They are those of `pipeline.layer_costs`: activations of the parts in flight,
+weights on the stage that uses them with their float32 gradients, and messages.
+The temporary memory within a tick comes on top.
 """
+
+from collections.abc import Sequence
 
 from t2x.cost_model import device_share
 from t2x.data import config as data_config
@@ -12,7 +14,11 @@ from t2x.pipeline import placement_cost
 
 
 def between_ticks(local: device_share.Local) -> dict[str, float]:
-  """Returns bytes by name; of a local part of a mesh with stages."""
+  """Returns the bytes of the buffers between ticks, by name.
+
+  Args:
+    local: the share of a device on a mesh with stages.
+  """
   plan, config, model = local.plan, local.config, local.config.model
   assert plan is not None
   loss, data = config.train.loss, config.data
@@ -40,25 +46,28 @@ def between_ticks(local: device_share.Local) -> dict[str, float]:
   }
 
 
-def _of_units(local, stacks) -> dict[str, float]:
-  """Activations in flight; weights of layers and their gradients."""
+def _of_units(
+  local: device_share.Local, stacks: Sequence[placement_cost.Stack]
+) -> dict[str, float]:
+  """Returns the bytes of activations, and of weights and their gradients."""
   plan = local.plan
+  assert plan is not None
   model = placement_cost.CostModel(stacks, plan.table, 0.0, 0.0, None)
   units_P, begin = plan.place.units_P, 0
   activations = weights = 0.0
   for t, num in enumerate(model.shares_of(units_P)):
     end = begin + num
     unit, part = model.prices(t, begin, end)
-    own_SV = (model.part_SV >= begin) & (model.part_SV < end)
-    held = (units_P[model.part_SV] * own_SV).sum(-1).max()
-    weights += unit * float(held)
+    in_tower_SV = (model.part_SV >= begin) & (model.part_SV < end)
+    num_units = (units_P[model.part_SV] * in_tower_SV).sum(-1).max()
+    weights += unit * float(num_units)
     activations += part * float(units_P[begin:end].max())
     begin = end
   return {'activations': activations, 'weights and gradients': weights}
 
 
 def on_the_move(local: device_share.Local) -> float:
-  """Returns bytes of gradients, float32, on the way to where they are kept."""
+  """Returns the bytes of float32 gradients that move to where they are kept."""
   assert local.plan is not None
   if local.plan.place.is_contiguous:
     return 0.0
@@ -66,7 +75,7 @@ def on_the_move(local: device_share.Local) -> float:
   return 4 * sum(w.used / local.split(w) for w in layers)
 
 
-def _of_shared(local) -> dict[str, float]:
-  """Embeddings and head, whole along the stages, and their gradients."""
+def _of_shared(local: device_share.Local) -> dict[str, float]:
+  """Returns the bytes of embeddings and head, which every stage has whole."""
   kept = sum(w.used / local.split(w) for w in local.weights if not w.in_layers)
   return {'tables of all stages': 4 * kept, 'their gradients': 4 * kept}

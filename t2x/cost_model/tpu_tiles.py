@@ -1,4 +1,4 @@
-"""How a TPU lays arrays out: in tiles, of which the last may be part empty."""
+"""Sizes of arrays as a TPU lays them out, padded to whole tiles."""
 
 import itertools
 import math
@@ -9,12 +9,12 @@ LANES, SUBLANES = 128, 8
 def padded(shape: tuple[int, ...], itemsize: int) -> int:
   """Returns the bytes of an array as a TPU lays it out.
 
-  Its two minor dimensions come in tiles of 8 x 128: the compiler takes those
-  that fill them best.
+  The two minor dimensions are padded to tiles of 8 x 128. The compiler chooses
+  as minor the dimensions that need least padding.
 
   Args:
-    shape: of the array.
-    itemsize: bytes of a number.
+    shape: shape of the array.
+    itemsize: bytes of an element.
   """
   if len(shape) < 2:
     tile = LANES * SUBLANES if shape else LANES

@@ -1,4 +1,4 @@
-"""Bytes of weights: gathered, their gradients reduced, moved to stages."""
+"""Estimates the bytes of weights and gradients that devices exchange."""
 
 from collections.abc import Iterator
 
@@ -9,13 +9,13 @@ from t2x.parallel import sharding
 
 
 def of_layers(local: device_share.Local) -> Iterator[message.Message]:
-  """Gathers of what `embed` splits, and reductions of gradients."""
+  """Yields the gathers of layers' weights and reductions of their gradients."""
   config = local.config
   c = local.itemsize
   reduced = 4 if config.rules.reduce_dtype == 'float32' else c
   staged = local.plan is not None
   batch = local.axes('batch', 'length')
-  # Stages gather a layer once a step, or for every visit.
+  # Stages gather a layer once a step, or each time that they run it.
   once = staged and config.pipeline.gather == 'once'
   # Weights are gathered before all microbatches, and reduced after them.
   whole = {*local.axes('embed')} <= {*local.by_hand}
@@ -23,8 +23,8 @@ def of_layers(local: device_share.Local) -> Iterator[message.Message]:
     if not weight.in_layers:
       continue
     split = tuple(a for a in local.axes('embed') if 'embed' in weight.axes)
-    own = _own_axes(local, weight)
-    rest = tuple(a for a in batch if a not in (*split, *own))
+    experts = _expert_axes(local, weight)
+    rest = tuple(a for a in batch if a not in (*split, *experts))
     low = _is_low(weight)
     size = reduced if low else 4
     if split:
@@ -46,15 +46,20 @@ def of_layers(local: device_share.Local) -> Iterator[message.Message]:
 
 
 def _is_low(weight: weight_shards.Weight) -> bool:
-  """Whether it is used in the dtype of activations; norms are float32."""
+  """Whether a weight is used in the dtype of the activations.
+
+  The weights of norms are used in float32.
+  """
   return weight.cast or '_bias_' in weight.path
 
 
 def _windowed(local: device_share.Local, weight: weight_shards.Weight) -> float:
-  """A reduce-scatter beside its product is passed on once more than needed.
+  """Returns the bytes of a reduce-scatter over those of one by itself.
 
-  Not that of experts, which asks for the exchange itself, nor in loops of
-  stages, of whose devices some do something else.
+  The compiler cuts a product into parts and passes each on beside the next,
+  once more than needed. It does not do so for experts, which call the
+  collective explicitly, nor in the loops of stages, which not all devices run
+  alike.
   """
   if local.plan is not None or 'experts' in weight.axes:
     return 1.0
@@ -63,9 +68,9 @@ def _windowed(local: device_share.Local, weight: weight_shards.Weight) -> float:
 
 
 def _visits(local: device_share.Local, weight: weight_shards.Weight) -> float:
-  """How often a weight is gathered: forward and backward."""
+  """Returns the number of gathers of a weight in a step, in all passes."""
   if local.plan is None:
-    # Experts, gathered by hand, are kept where nothing is made again.
+    # Experts are gathered explicitly, and kept if nothing is recomputed.
     kept = 'experts' in weight.axes and local.config.train.remat == 'none'
     return (1 if kept else 2) * local.num_microbatches
   loops = ('forward', 'recompute', 'backward')
@@ -74,22 +79,36 @@ def _visits(local: device_share.Local, weight: weight_shards.Weight) -> float:
 
 
 def _times(local: device_share.Local, weight: weight_shards.Weight) -> float:
-  """How often a weight's gradient is made, of the share that is used."""
+  """Returns the number of gradients of a weight computed in a step."""
   if local.plan is None:
     return local.num_microbatches
   runs = local.runs('weight', weight.tower, weight.member)
   return runs / local.slots(weight.tower)
 
 
-def _own_axes(
+def _expert_axes(
   local: device_share.Local, weight: weight_shards.Weight
 ) -> message.Axes:
-  """Axes along which devices have other experts."""
+  """Returns the axes along which devices have different experts."""
   return local.axes('experts') if 'experts' in weight.axes else ()
 
 
-def _reduced(local, weight, rest: message.Axes, split: message.Axes, size: int):
-  """Sums over axes that split tokens and not the weight."""
+def _reduced(
+  local: device_share.Local,
+  weight: weight_shards.Weight,
+  rest: message.Axes,
+  split: message.Axes,
+  size: int,
+) -> Iterator[message.Message]:
+  """Yields sums of gradients over axes that split tokens and not the weight.
+
+  Args:
+    local: the share of the device.
+    weight: the parameter.
+    rest: axes that split tokens and not the weight.
+    split: axes over which `embed` splits the weight.
+    size: bytes of an element of the gradient.
+  """
   late = tuple(a for a in rest if a in local.by_hand)
   early = tuple(a for a in rest if a not in late)
   kept = weight.used / local.size(split)
@@ -99,7 +118,7 @@ def _reduced(local, weight, rest: message.Axes, split: message.Axes, size: int):
     axes=early,
     bytes=_times(local, weight) * size * kept,
   )
-  # What is summed over microbatches is float32.
+  # Sums over microbatches are float32.
   yield message.Message(
     part='reductions of gradients',
     kind='all-reduce',
@@ -112,12 +131,15 @@ def _reduced(local, weight, rest: message.Axes, split: message.Axes, size: int):
 
 
 def of_tables(local: device_share.Local) -> list[message.Message]:
-  """Returns what token vectors and the head cost."""
+  """Returns the messages of the token table: of lookups and of the head."""
   return _of_embeddings(local) + _of_head(local) + _of_both(local)
 
 
 def _of_both(local: device_share.Local) -> list[message.Message]:
-  """Sums after all microbatches; tables that all stages gather, once."""
+  """Returns the gathers of the tables, and the sums after all microbatches.
+
+  With stages, the tables are gathered once a step.
+  """
   embed, late = local.axes('embed'), local.by_hand
   c, times = local.itemsize, local.num_microbatches
   size = c * local.vocab * local.config.model.embed_dim
@@ -131,7 +153,7 @@ def _of_both(local: device_share.Local) -> list[message.Message]:
     bytes=(1 if once else times) * size,
   )
   return [
-    *([] if exchanged(local) else [gather('embeddings')]),
+    *([] if exchanges_vectors(local) else [gather('embeddings')]),
     gather('head'),
     message.Message(
       part='reductions of gradients',
@@ -143,34 +165,41 @@ def _of_both(local: device_share.Local) -> list[message.Message]:
 
 
 def _of_embeddings(local: device_share.Local) -> list[message.Message]:
+  """Returns the messages of lookups and of the table's gradients."""
   c, D, V = local.itemsize, local.config.model.embed_dim, local.vocab
   embed, vocab, early = local.axes('embed'), local.axes('vocab'), _early(local)
-  found = []
-  for i, (length, forward, backward) in enumerate(looked_up(local)):
-    say = lambda kind, axes, size: found.append(
+  listed = []
+  for i, (length, forward, backward) in enumerate(lookups(local)):
+    add = lambda kind, axes, size: listed.append(
       message.Message(part='embeddings', kind=kind, axes=axes, bytes=size)
     )
     vectors = c * local.rows * length / local.over('length') * D
-    say('all-reduce', vocab, forward * vectors)
-    if exchanged(local):
-      say('all-to-all', embed, (forward + backward) * vectors)
+    add('all-reduce', vocab, forward * vectors)
+    if exchanges_vectors(local):
+      add('all-to-all', embed, (forward + backward) * vectors)
     if i and local.plan is None:
       backward = 0  # Gradients of both lookups are added, and reduced at once.
-    if not exchanged(local):
-      say('reduce-scatter', embed, backward * 4 * V * D)
-    say('all-gather', _fine(local), forward * vectors)
-    say('all-reduce', early, backward * 4 * V * D / local.size(embed))
+    if not exchanges_vectors(local):
+      add('reduce-scatter', embed, backward * 4 * V * D)
+    add('all-gather', _fine(local), forward * vectors)
+    add('all-reduce', early, backward * 4 * V * D / local.size(embed))
     if local.plan is not None:
       rows = tuple(
         a for a in local.axes('batch', 'length') if a not in local.by_hand
       )
       positions = sum(w.used for w in local.weights if 'table_PD' in w.path)
-      say('all-reduce', rows, backward * 4 * positions)
-  return found
+      add('all-reduce', rows, backward * 4 * positions)
+  return listed
 
 
-def looked_up(local: device_share.Local) -> list[tuple[int, float, float]]:
-  """Returns (length, times, times of the gradient) of what is looked up."""
+def lookups(local: device_share.Local) -> list[tuple[int, float, float]]:
+  """Returns the lookups in the token table.
+
+  Returns:
+    For each sequence that is embedded (the encoder's, if there is one, and the
+    predicted one): its length, and the number of lookups and of their gradients
+    in a step.
+  """
   data, plan, num = local.config.data, local.plan, local.num_microbatches
   lengths = [data.length] * data.objective.has_encoder + [local.length]
   if plan is None:
@@ -184,33 +213,34 @@ def looked_up(local: device_share.Local) -> list[tuple[int, float, float]]:
 
 
 def _of_head(local: device_share.Local) -> list[message.Message]:
+  """Returns the messages of the head, without the gather of its table."""
   c, D, V = local.itemsize, local.config.model.embed_dim, local.vocab
   times, embed = local.heads, local.axes('embed')
-  say = lambda kind, axes, size: message.Message(
+  of_head = lambda kind, axes, size: message.Message(
     part='head', kind=kind, axes=axes, bytes=times * size
   )
   return [
-    say('reduce-scatter', embed, c * V * D),
-    say('all-reduce', _early(local), c * V * D / local.size(embed)),
-    say('all-reduce', local.axes('vocab'), c * local.targets * D),
-    say('all-gather', _fine(local), c * local.targets * D),
+    of_head('reduce-scatter', embed, c * V * D),
+    of_head('all-reduce', _early(local), c * V * D / local.size(embed)),
+    of_head('all-reduce', local.axes('vocab'), c * local.targets * D),
+    of_head('all-gather', _fine(local), c * local.targets * D),
   ]
 
 
 def _early(local: device_share.Local) -> message.Axes:
-  """Axes that split tokens and no table, but for those by hand."""
+  """Returns the axes that split tokens and no table, except `Local.by_hand`."""
   out = (*local.axes('embed'), *local.by_hand)
   return tuple(a for a in local.axes('batch', 'length') if a not in out)
 
 
 def _fine(local: device_share.Local) -> message.Axes:
-  """Axes that split a sequence between layers alone."""
+  """Returns the axes that split a sequence between layers, not within them."""
   length = local.axes('length')
   return tuple(a for a in local.axes('norm_length') if a not in length)
 
 
-def exchanged(local: device_share.Local) -> bool:
-  """Whether token vectors travel and not the table; see `Embed`."""
+def exchanges_vectors(local: device_share.Local) -> bool:
+  """Whether devices exchange tokens' vectors, not the table; see `Embed`."""
   embed, c = local.axes('embed'), local.itemsize
   rows = local.axes('batch')
   if not embed or not {*embed} <= {*rows} - {*local.by_hand}:
@@ -225,18 +255,18 @@ def exchanged(local: device_share.Local) -> bool:
 
 
 def of_stages(local: device_share.Local) -> Iterator[message.Message]:
-  """Messages to neighbours; weights that move once a step, and shared ones."""
+  """Yields messages between stages: activations, and weights once a step."""
   plan = local.plan
   assert plan is not None
-  told, c, D = plan.told, local.itemsize, local.config.model.embed_dim
-  lengths = [length for length, *_ in looked_up(local)]
+  c, D = local.itemsize, local.config.model.embed_dim
+  lengths = [length for length, *_ in lookups(local)]
   tokens = local.rows * sum(lengths) / local.over('length')
-  say = lambda part, kind, size: message.Message(
+  along_pipe = lambda part, kind, size: message.Message(
     part=part, kind=kind, axes=(sharding.PIPE,), bytes=size
   )
-  ticks = int(told.sends_down_T.sum() + told.sends_up_T.sum())
+  ticks = int(plan.told.sends_down_T.sum() + plan.told.sends_up_T.sum())
   times = local.config.train.accumulate
-  yield say(
+  yield along_pipe(
     'messages of stages', 'collective-permute', times * ticks * c * tokens * D
   )
   for weight in local.weights:
@@ -244,9 +274,9 @@ def of_stages(local: device_share.Local) -> Iterator[message.Message]:
     kept = weight.used / local.size(split)
     if not weight.in_layers:
       size = c if 'vocab' in weight.axes else 4
-      yield say('weights of stages', 'all-gather', size * kept)
-      yield say('weights of stages', 'all-reduce', 4 * kept)
+      yield along_pipe('weights of stages', 'all-gather', size * kept)
+      yield along_pipe('weights of stages', 'all-reduce', 4 * kept)
     elif not plan.place.is_contiguous:
-      # There as they are used, and their gradients back in float32.
+      # Weights go in the dtype of their use, gradients come back in float32.
       size = (c if _is_low(weight) else 4) + 4
-      yield say('weights of stages', 'all-to-all', size * kept)
+      yield along_pipe('weights of stages', 'all-to-all', size * kept)

@@ -1,13 +1,14 @@
-"""The parameters of a model, as one device keeps and uses them."""
+"""Sizes of a model's parameters, as one device keeps and uses them."""
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import math
 import re
-from typing import Any
 
 import jax
 
+from t2x.models import model as model_lib
 from t2x.parallel import sharding
 from t2x.pipeline import plan as plan_lib
 
@@ -19,13 +20,14 @@ class Weight:
   """A parameter.
 
   Attributes:
-    path: dotted, within the model.
-    axes: logical axis of each dimension.
-    shape: of the part that a device keeps.
-    in_layers: whether it belongs to a stack of layers.
-    cast: whether it is used in the dtype of the activations alone.
-    used: elements of it that a device's products use: what `embed` splits is
-      gathered, and a stage has as many slots as the fullest one needs.
+    path: dotted path within the model.
+    axes: logical axis of each dimension; None for one that is never split.
+    shape: shape of the shard that a device keeps.
+    in_layers: True if it belongs to a stack of layers.
+    cast: True if it is only used in the dtype of the activations.
+    used: number of its elements that a device's products use. Dimensions that
+      `embed` splits are gathered, and each stage has as many slots for layers
+      as the stage with the most layers needs.
   """
 
   path: str
@@ -37,17 +39,18 @@ class Weight:
 
   @property
   def tower(self) -> str:
+    """Name of the tower of layers that it belongs to."""
     return self.path.partition('.')[0]
 
   @property
   def member(self) -> int:
-    """Its layer's place in a unit of its tower."""
-    found = _MEMBER.search(self.path)
-    return int(found[1]) if found else 0
+    """Index of its layer in a unit of its tower."""
+    match = _MEMBER.search(self.path)
+    return int(match[1]) if match else 0
 
 
 def weights_of(
-  model: Any,
+  model: model_lib.Model,
   rules: sharding.Rules,
   sizes: Mapping[str, int],
   plan: plan_lib.Plan | None = None,
@@ -55,13 +58,13 @@ def weights_of(
   """Returns the parameters of a model.
 
   Args:
-    model: its sharded shapes.
-    rules: logical axis -> mesh axes.
-    sizes: of the mesh axes.
-    plan: of a pipeline.
+    model: the model, with sharded shapes as its parameters.
+    rules: mesh axes of each logical axis.
+    sizes: number of devices along each mesh axis.
+    plan: the pipeline's schedule; None without stages.
   """
   towers = tuple(f'{name}.layers.' for name in model.towers)
-  found = []
+  weights = []
   leaves = jax.tree_util.tree_leaves_with_path(
     model, is_leaf=sharding.is_variable
   )
@@ -76,15 +79,15 @@ def weights_of(
       shape=array.sharding.shard_shape(array.shape),
       in_layers=name.startswith(towers),
       cast=bool(leaf.get_metadata().get('weight')),
-      used=_used(array, axes, rules, sizes),
+      used=_used(array.shape, axes, rules, sizes),
     )
     used = weight.used * _share(weight, plan)
-    found.append(dataclasses.replace(weight, used=used))
-  return tuple(found)
+    weights.append(dataclasses.replace(weight, used=used))
+  return tuple(weights)
 
 
 def _share(weight: Weight, plan: plan_lib.Plan | None) -> float:
-  """Returns a stage's slots over the layers that have the parameter."""
+  """Returns a stage's slots over the number of layers with the parameter."""
   if plan is None or not weight.in_layers:
     return 1.0
   for tower, unit_SN in zip(plan.place.towers, plan.place.unit_SN):
@@ -94,12 +97,17 @@ def _share(weight: Weight, plan: plan_lib.Plan | None) -> float:
   raise AssertionError(weight.path)
 
 
-def _used(array, axes, rules, sizes) -> float:
-  """Elements as products use them, of all stages."""
+def _used(
+  shape: tuple[int, ...],
+  axes: Sequence[str | None],
+  rules: sharding.Rules,
+  sizes: Mapping[str, int],
+) -> float:
+  """Returns the elements that products use, of the layers of all stages."""
   split = [
     sharding.mesh_axes(getattr(rules, axis))
     for axis in axes
     if axis is not None and axis not in ('embed', 'layers')
   ]
   parts = math.prod(sizes[a] for names in split for a in names)
-  return math.prod(array.shape) / parts
+  return math.prod(shape) / parts

@@ -1,7 +1,7 @@
-"""Which of JAX's backends a process starts.
+"""Chooses the JAX backends that a process starts.
 
-Where libtpu is installed without a TPU, for its compiler, JAX would start it
-all the same: it looks for chips and complains in several lines.
+Where libtpu is installed for its compiler alone, without a TPU, JAX would start
+it all the same: it looks for chips and logs several lines of errors.
 """
 
 import importlib.util
@@ -10,10 +10,10 @@ import pathlib
 import sys
 
 _PCI = pathlib.Path('/sys/bus/pci/devices')
-_GOOGLE = '0x1ae0'
+_GOOGLE = '0x1ae0'  # Google's number as a PCI vendor.
 # First bytes of the PCI class of Google's disks and network cards.
 _OTHER_CLASSES = ('0x01', '0x02')
-# JAX's plugins for NVIDIA, XLA's GPU compiler in them.
+# JAX's plugins for NVIDIA, which contain XLA's GPU compiler.
 CUDA = ('jax_plugins.xla_cuda13', 'jax_plugins.xla_cuda12')
 _NVIDIA = ('/dev/nvidia0', '/dev/nvidiactl', '/dev/dxg')
 _FORCED = ('JAX_PLATFORMS', 'JAX_FORCE_TPU_INIT')
@@ -22,8 +22,8 @@ _FORCED = ('JAX_PLATFORMS', 'JAX_FORCE_TPU_INIT')
 def skip_missing_tpu() -> None:
   """Tells JAX not to start libtpu on a machine without a TPU.
 
-  To be called before JAX's devices are first asked for. A choice of the user's
-  own (JAX_PLATFORMS, JAX_FORCE_TPU_INIT) is kept.
+  Call it before the first use of JAX's devices. A choice of the user's own
+  (JAX_PLATFORMS, JAX_FORCE_TPU_INIT) is kept.
   """
   if any(name in os.environ for name in _FORCED):
     return
@@ -38,7 +38,7 @@ def skip_missing_tpu() -> None:
 
 
 def has_tpu(pci: pathlib.Path = _PCI) -> bool:
-  """Returns whether a TPU may be attached to this machine.
+  """Whether a TPU may be attached to this machine.
 
   Args:
     pci: directory in which Linux lists PCI devices.
@@ -51,7 +51,7 @@ def has_tpu(pci: pathlib.Path = _PCI) -> bool:
 
 
 def has_module(name: str) -> bool:
-  """Returns whether a module, such as `package.plugin`, is installed."""
+  """Whether a module, such as `package.plugin`, is installed."""
   try:
     return importlib.util.find_spec(name) is not None
   except ModuleNotFoundError:  # Not even the package.

@@ -1,9 +1,10 @@
-"""NVIDIA GPUs as XLA's compiler wants them described where none is present.
+"""Descriptions of NVIDIA GPUs for XLA's compiler, where no GPU is present.
 
 Sources: NVIDIA's data sheets of the A100, H100, H200 (SXM) and HGX B200, its
 white papers on the A100 and H100 (multiprocessors, clocks), and the tables of
 compute capabilities in the CUDA C++ Programming Guide. The B200's
-multiprocessors, L2 and clock are those that its driver reports.
+multiprocessors, L2 and clock are those that its driver reports. Memory and its
+bandwidth are those of `machines.CHIPS`.
 """
 
 import dataclasses
@@ -16,19 +17,17 @@ class Target:
   """One kind of GPU.
 
   Attributes:
-    kind: its `device_kind`, as the driver names it.
-    capability: of computing, major and minor.
-    cores: multiprocessors.
-    bandwidth: of its memory, bytes a second.
-    l2: bytes of the second cache.
-    clock: GHz, the highest.
-    node_sizes: how many of them a node is rented with.
+    kind: JAX's `device_kind`, the name that the driver gives it.
+    capability: CUDA compute capability, (major, minor).
+    cores: number of streaming multiprocessors.
+    l2: bytes of the L2 cache.
+    clock: highest clock rate, in GHz.
+    node_sizes: numbers of GPUs with which nodes are rented, ascending.
   """
 
   kind: str
   capability: tuple[int, int]
   cores: int
-  bandwidth: float
   l2: int
   clock: float
   node_sizes: tuple[int, ...] = (1, 2, 4, 8)
@@ -36,12 +35,12 @@ class Target:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Capability:
-  """What all GPUs of a compute capability have.
+  """Figures that all GPUs of a compute capability share.
 
   Attributes:
-    units: float32 units of a multiprocessor.
-    shared: KiB of memory that a multiprocessor's threads share.
-    suffix: XLA's name for instructions of this capability alone.
+    units: number of float32 units of a multiprocessor.
+    shared: shared memory of a multiprocessor, in KiB.
+    suffix: XLA's name for instructions that only this capability has.
   """
 
   units: int
@@ -59,7 +58,6 @@ _A100 = Target(
   kind='NVIDIA A100-SXM4-80GB',
   capability=(8, 0),
   cores=108,
-  bandwidth=2.039e12,
   l2=40 * 2**20,
   clock=1.41,
 )
@@ -67,33 +65,30 @@ _H100 = Target(
   kind='NVIDIA H100 80GB HBM3',
   capability=(9, 0),
   cores=132,
-  bandwidth=3.35e12,
   l2=50 * 2**20,
   clock=1.98,
 )
-# By the names of `machines.CHIPS`, which has their memory.
+# By the names of `machines.CHIPS`.
 TARGETS = {
   'a100': _A100,
   'a100-40': dataclasses.replace(
     _A100,
     kind='NVIDIA A100-SXM4-40GB',
-    bandwidth=1.555e12,
     node_sizes=(1, 2, 4, 8, 16),
   ),
   'h100': _H100,
-  'h200': dataclasses.replace(_H100, kind='NVIDIA H200', bandwidth=4.8e12),
+  'h200': dataclasses.replace(_H100, kind='NVIDIA H200'),
   'b200': Target(
     kind='NVIDIA B200',
     capability=(10, 0),
     cores=148,
-    bandwidth=8e12,
     l2=126 * 2**20,
     clock=1.965,
   ),
 }
 
-# The same for all: the guide's limits of a block of threads and of a
-# multiprocessor. CUDA keeps 1 KiB of the shared memory for itself.
+# Limits of a block of threads and of a multiprocessor are the same for all.
+# CUDA keeps 1 KiB of the shared memory for itself.
 _TEXT = """
 gpu_device_info {{
   cuda_compute_capability {{
@@ -125,24 +120,24 @@ device_description_str: "{kind}"
 
 
 def text(name: str) -> str:
-  """Returns a GPU's description, a GpuTargetConfigProto in text form.
+  """Returns the description of a GPU, a GpuTargetConfigProto in text form.
 
   Args:
-    name: of `TARGETS`.
+    name: one of the names in `TARGETS`.
   """
-  target = TARGETS[name]
-  own = _CAPABILITIES[target.capability]
+  target, chip = TARGETS[name], machines.CHIPS[name]
+  capability = _CAPABILITIES[target.capability]
   return _TEXT.format(
     major=target.capability[0],
     minor=target.capability[1],
-    suffix=own.suffix,
+    suffix=capability.suffix,
     cores=target.cores,
-    units=own.units,
+    units=capability.units,
     clock=target.clock,
-    bandwidth=round(target.bandwidth),
+    bandwidth=round(chip.bandwidth),
     l2=target.l2,
-    memory=round(machines.CHIPS[name].memory),
-    block=(own.shared - 1) * 1024,
-    shared=own.shared * 1024,
+    memory=round(chip.memory),
+    block=(capability.shared - 1) * 1024,
+    shared=capability.shared * 1024,
     kind=target.kind,
   )

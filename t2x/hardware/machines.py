@@ -1,8 +1,9 @@
-"""Machines: what a chip is called and holds, and how to compile for it.
+"""Accelerator chips and machines: names, memory, bandwidth, compiler options.
 
-An experiment's `machines()` names the machines that its one config runs on, and
-the settings that differ there; `--machine=NAME` takes a row. Every program of a
-run is compiled with `compiler_options`, whatever machine was named.
+The function `machines()` of an experiment names the machines that its config
+runs on, and the settings that differ on each; `--machine=NAME` chooses one.
+Every program of a run is compiled with `compiler_options`, with or without that
+flag.
 """
 
 from collections.abc import Callable
@@ -21,10 +22,11 @@ class Machine:
   """Devices to run on, and the settings that they need.
 
   Attributes:
-    chip: a name of `CHIPS`.
-    num_devices: all of them, as JAX counts.
-    num_slices: in which they lie; a node of GPUs is one.
-    settings: as for --set, of the experiment: mesh, remat, batch.
+    chip: name of the kind of device, one of `CHIPS`.
+    num_devices: number of devices of all slices, as JAX counts them.
+    num_slices: number of slices; a node of GPUs is a slice.
+    settings: settings of the experiment for this machine, such as mesh, remat
+      and batch, as `name=value` for --set.
   """
 
   chip: str
@@ -32,7 +34,7 @@ class Machine:
   num_slices: int = 1
   settings: tuple[str, ...] = ()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.chip not in CHIPS:
       raise ValueError(
         f'Machine(chip={self.chip!r}); it is one of {", ".join(CHIPS)}.'
@@ -54,13 +56,14 @@ class Chip:
   """One kind of device.
 
   Attributes:
-    kinds: how its `device_kind` begins.
-    memory: bytes of one JAX device; a TPU7x chip is two devices.
-    bandwidth: bytes/s that a device reads from its memory.
-    link: bytes/s one way over one link to a neighbour on the torus; of a GPU
-      over all its links into the node's switch.
-    network: bytes/s of a device to other slices or nodes.
-    options: number of slices -> options of the compiler.
+    kinds: prefixes of JAX's `device_kind`.
+    memory: bytes of memory of one JAX device; a TPU7x chip is two devices.
+    bandwidth: bandwidth of a device's memory, in bytes per second.
+    link: bandwidth of one link to a neighbour on the torus in one direction, in
+      bytes per second; for a GPU that of all its links into the node's switch.
+    network: bandwidth of a device to other slices or nodes, in bytes per
+      second.
+    options: function from the number of slices to options of the compiler.
   """
 
   kinds: tuple[str, ...]
@@ -75,7 +78,8 @@ class Chip:
 # page gives the sum over a chip's links (4 on v5e and v6e, 6 on the others) in
 # both directions. Between slices of TPUs: "How to Scale Your Model" (Google
 # DeepMind, 2025), the table of TPU specs. GPUs: data sheets of DGX systems,
-# NVLink one way and a network port for each GPU. The first match holds.
+# NVLink one way and a network port for each GPU. The first entry whose kind
+# matches is a device's.
 CHIPS = {
   'v4': Chip(
     kinds=('TPU v4',),
@@ -163,8 +167,12 @@ CHIPS = {
 
 
 def chip_of(device_kind: str) -> str | None:
-  """Returns the name in `CHIPS`, or None for a CPU or an unknown chip."""
-  if device_kind.startswith('TPU v4 lite'):  # Of another make than the v4.
+  """Returns the name in `CHIPS` of a device; None for a CPU or unknown chip.
+
+  Args:
+    device_kind: JAX's `device_kind`, such as 'TPU v5 lite'.
+  """
+  if device_kind.startswith('TPU v4 lite'):  # Another chip than the v4.
     return None
   matches = (n for n, c in CHIPS.items() if device_kind.startswith(c.kinds))
   return next(matches, None)
@@ -173,15 +181,15 @@ def chip_of(device_kind: str) -> str | None:
 def compiler_options(
   device_kind: str, num_slices: int = 1
 ) -> compiler_options_lib.Options:
-  """Returns what to compile with, as `jax.jit(compiler_options=...)`.
+  """Returns options of the compiler, for `jax.jit(compiler_options=...)`.
 
   Args:
-    device_kind: as JAX gives it, such as 'TPU v5 lite'.
-    num_slices: in which the devices lie; options for the network between them
-      come with the second.
+    device_kind: JAX's `device_kind`, such as 'TPU v5 lite'.
+    num_slices: number of slices that the devices lie in; options for the
+      network between slices are only for several.
 
   Returns:
-    Name -> value; empty for a chip that is not known.
+    Values by name; empty for an unknown chip.
   """
   if device_kind == 'cpu':
     return dict(compiler_options_lib.CPU)
@@ -195,16 +203,18 @@ def options_of(
   *,
   diverge: bool = False,
 ) -> compiler_options_lib.Options:
-  """Returns `compiler_options` of devices, with the user's own.
+  """Returns `compiler_options` of devices, with the user's overrides.
 
   Args:
-    devices: of a mesh.
-    overrides: 'name=value' adds or replaces, 'name=' takes away.
-    diverge: the devices run parts of the program unlike often.
+    devices: the devices of a mesh.
+    overrides: options of the user: 'name=value' adds or replaces one, 'name='
+      removes one.
+    diverge: True if some devices run parts of the program more often than
+      others.
   """
   slices = mesh_lib.num_slices(devices)
   options = compiler_options(devices[0].device_kind, slices)
-  if diverge and options:  # Of an unknown chip nothing is set.
+  if diverge and options:  # An unknown chip has no options.
     options |= _diverging(devices[0].device_kind)
   for text in overrides:
     name, _, value = text.partition('=')
@@ -222,7 +232,11 @@ def _diverging(device_kind: str) -> compiler_options_lib.Options:
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
-  """Raises ValueError for overrides that are not of the form name=value."""
+  """Checks the form of overrides, as for `options_of`.
+
+  Raises:
+    ValueError: an override is not of the form xla_NAME=VALUE.
+  """
   for text in overrides:
     name, equals, _ = text.partition('=')
     if not equals or not name.startswith('xla_'):
@@ -236,10 +250,14 @@ def check_overrides(overrides: Sequence[str]) -> None:
 
 
 def find(machines: Mapping[str, Machine], name: str) -> Machine:
-  """Returns the machine of that name.
+  """Returns the machine of a name.
+
+  Args:
+    machines: the machines of an experiment, by name.
+    name: name of the machine, from --machine.
 
   Raises:
-    ValueError: there is none; the closest are named.
+    ValueError: there is no such machine; the message lists similar names.
   """
   if name in machines:
     return machines[name]
@@ -257,10 +275,15 @@ def find(machines: Mapping[str, Machine], name: str) -> Machine:
 
 
 def check(name: str, machine: Machine, devices: Sequence[Any]) -> None:
-  """Refuses devices that are not those of the machine that was named.
+  """Checks that the devices are those of the named machine.
+
+  Args:
+    name: name of the machine, from --machine.
+    machine: the machine of that name.
+    devices: the devices of this process.
 
   Raises:
-    ValueError: says what was named, and what is there.
+    ValueError: they are not; the message lists both.
   """
   kind, slices = devices[0].device_kind, mesh_lib.num_slices(devices)
   here = chip_of(kind), len(devices), slices

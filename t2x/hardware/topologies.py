@@ -1,8 +1,9 @@
-"""Names of accelerators that need not be here: `v5e:4x4`, `h100:8`.
+"""Parses names of accelerators: `v5e:4x4`, `h100:8`.
 
-A TPU's is the kind of chip and the shape of a slice in chips, a GPU's the kind
-and the number in a node. What does not exist is refused here, by a message that
-names what does: compilers accept more, and some end the process then.
+The name of TPUs is the kind of chip and the shape of a slice in chips; the name
+of GPUs is the kind and the number in a node. A slice or node that does not
+exist is refused with a message that lists those that do. Compilers accept more
+of them, but some then end the process.
 
 Sources: docs.cloud.google.com/tpu/docs, the page of each version, for shapes
 and sizes of slices; `gpu_targets` for nodes.
@@ -20,13 +21,13 @@ from t2x.hardware import gpu_targets
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slices:
-  """Which slices of one kind of TPU there are.
+  """Slices in which one kind of TPU is available.
 
   Attributes:
-    max_chips: of the largest.
-    shapes: the small ones.
-    cubes: larger ones have three sides of multiples of four.
-    name: libtpu's for the chip.
+    max_chips: number of chips of the largest slice.
+    shapes: shapes of the small slices, in chips.
+    cubes: True if larger slices have three sides, each a multiple of four.
+    name: libtpu's name for the chip.
   """
 
   max_chips: int
@@ -36,6 +37,7 @@ class Slices:
 
   @property
   def num_dims(self) -> int:
+    """Number of sides of a slice."""
     return 3 if self.cubes else 2
 
 
@@ -57,11 +59,11 @@ _FORM = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Topology:
-  """What a name says.
+  """A slice of TPUs or a node of GPUs.
 
   Attributes:
     chip: a name of `machines.CHIPS`.
-    shape: of a slice in chips, or (number of GPUs in a node,).
+    shape: shape of a slice in chips, or (number of GPUs in a node,).
   """
 
   chip: str
@@ -69,6 +71,7 @@ class Topology:
 
   @property
   def is_gpu(self) -> bool:
+    """Whether this is a node of GPUs."""
     return self.chip in gpu_targets.TARGETS
 
   @property
@@ -76,23 +79,25 @@ class Topology:
     """The name by which libtpu knows a slice."""
     return f'{TPUS[self.chip].name}:{_text(self.shape)}'
 
-  def __str__(self):
+  def __str__(self) -> str:
     return f'{self.chip}:{_text(self.shape)}'
 
 
 def parse(name: str) -> Topology:
-  """Reads the name of a topology.
+  """Parses the name of a topology.
 
   Args:
-    name: `v5e:4x4`, `v5p:4x4x8`, `7x:2x2x1`, `h100:8`, `a100-40:16`.
+    name: name such as `v5e:4x4`, `v5p:4x4x8`, `7x:2x2x1`, `h100:8` or
+      `a100-40:16`.
 
   Raises:
-    ValueError: there is none of that name; says what is near and what exists.
+    ValueError: there is no such topology; the message lists similar ones and
+      those that exist.
   """
-  given, _, size = name.strip().lower().partition(':')
-  chip = _ALIASES.get(given, given)
+  kind, _, size = name.strip().lower().partition(':')
+  chip = _ALIASES.get(kind, kind)
   if chip not in TPUS and chip not in gpu_targets.TARGETS:
-    raise ValueError(_unknown(name, given))
+    raise ValueError(_unknown(name, kind))
   if not re.fullmatch(r'\d+(x\d+)*', size):
     raise ValueError(_no_size(name, chip))
   topology = Topology(chip=chip, shape=tuple(map(int, size.split('x'))))
@@ -104,7 +109,7 @@ def largest(name: str) -> tuple[int, str]:
   """Returns the chips of the largest slice or node of a kind, and its name.
 
   Args:
-    name: of any topology of that kind, as for `parse`.
+    name: name of any topology of that kind, as for `parse`.
   """
   chip = parse(name).chip
   if chip in TPUS:
@@ -114,12 +119,12 @@ def largest(name: str) -> tuple[int, str]:
   return math.prod(shape), _names(chip, [shape])
 
 
-def _unknown(name: str, given: str) -> str:
+def _unknown(name: str, kind: str) -> str:
   kinds = *TPUS, *gpu_targets.TARGETS
-  close = difflib.get_close_matches(given, kinds, n=2)
+  close = difflib.get_close_matches(kind, kinds, n=2)
   hint = f' Did you mean {" or ".join(close)}?' if close else ''
   return (
-    f'{name!r}: there is no kind {given!r}.{hint} {_FORM}; kinds are '
+    f'{name!r}: there is no kind {kind!r}.{hint} {_FORM}; kinds are '
     f'{", ".join(kinds)}.'
   )
 
@@ -152,20 +157,20 @@ def _check_node(name: str, topology: Topology) -> None:
 def _check_slice(name: str, topology: Topology) -> None:
   slices, shape = TPUS[topology.chip], topology.shape
   dims, chips = slices.num_dims, math.prod(shape)
-  right = len(shape) == dims
-  if right and _exists(slices, shape):
+  has_dims = len(shape) == dims
+  if has_dims and _exists(slices, shape):
     return
-  if not right:
-    why = f'a slice has {dims} sides in chips, and this has {len(shape)}'
+  if not has_dims:
+    reason = f'a slice has {dims} sides in chips, and this has {len(shape)}'
   elif chips > slices.max_chips:
-    why = f'the largest slice has {slices.max_chips:,} chips, this {chips:,}'
+    reason = f'the largest slice has {slices.max_chips:,} chips, this {chips:,}'
   else:
-    why = 'there is no such slice'
+    reason = 'there is no such slice'
   exist = _names(topology.chip, slices.shapes)
   if slices.cubes:
     exist += f', and sides of multiples of 4, up to {slices.max_chips:,} chips'
   near = _names(topology.chip, _nearest(slices, chips))
-  raise ValueError(f'{name!r}: {why}. Near are {near}. There are {exist}.')
+  raise ValueError(f'{name!r}: {reason}. Near are {near}. There are {exist}.')
 
 
 def _exists(slices: Slices, shape: tuple[int, ...]) -> bool:
@@ -178,14 +183,14 @@ def _exists(slices: Slices, shape: tuple[int, ...]) -> bool:
 
 
 def _nearest(slices: Slices, chips: int) -> list[tuple[int, ...]]:
-  """Returns the shapes of about so many chips, the most compact first."""
+  """Returns the two shapes nearest to a number of chips, the nearest first."""
   shapes = list(slices.shapes)
   if slices.cubes:
     sides = range(4, 29, 4)
     cubes = itertools.combinations_with_replacement(sides, 3)
     shapes += [cube for cube in cubes if math.prod(cube) <= slices.max_chips]
-  away = lambda s: abs(math.log(math.prod(s) / max(chips, 1)))
-  return sorted(shapes, key=lambda s: (away(s), sum(s)))[:2]
+  distance = lambda s: abs(math.log(math.prod(s) / max(chips, 1)))
+  return sorted(shapes, key=lambda s: (distance(s), sum(s)))[:2]
 
 
 def _names(chip: str, shapes: Iterable[tuple[int, ...]]) -> str:

@@ -1,16 +1,16 @@
-"""What a compiled program sends between devices, counted.
+"""The collectives of a compiled program: kind, mesh axes, bytes, how often.
 
-found = collectives(compiled.as_text(), mesh)
-print(table(found))
-total(found, kind='all-gather', axis='fsdp')  # Bytes, into each device.
+listed = collectives(compiled.as_text(), mesh)
+print(table(listed))
+total(listed, kind='all-gather', axis='fsdp')  # Bytes, into each device.
 """
 
 from collections.abc import Iterable
 import dataclasses
 import math
 import re
-from typing import Any
 
+import jax
 import numpy as np
 
 from t2x.hlo import cross_slice
@@ -18,6 +18,7 @@ from t2x.hlo import execution
 from t2x.hlo import module as module_lib
 from t2x.hlo import overlap
 from t2x.hlo import replica_groups
+from t2x.parallel import sharding
 
 KINDS = (
   'all-gather',
@@ -34,21 +35,22 @@ _SLICES = ('dynamic-slice', 'slice')
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One exchange between devices; one of several dtypes is listed for each.
+  """One collective of a program; one of several dtypes is listed once for each.
 
   Attributes:
     kind: one of `KINDS`. An all-reduce of which the same kernel keeps a slice
       is a reduce-scatter, whatever the compiler calls it.
     axes: mesh axes along which its data moves, in the mesh's order.
-    bytes: on one device, each time: what an all-gather returns, and what the
-      others are given.
-    times: how often it runs, the loops around it counted.
-    loops: how many loops are around it.
-    dtype: as HLO writes it: `bf16`, `f32`, `s32`.
+    bytes: size of the result of an all-gather, and of the operands of the other
+      kinds, on one device, each time that it runs.
+    times: number of times that it runs in one run of the program, those of the
+      loops around it included.
+    loops: number of loops around it.
+    dtype: type of the elements as HLO writes it: `bf16`, `f32`, `s32`.
     op_name: path of the JAX operation that it came from, or ''.
-    hidden: whether products run while it does, see `overlap`.
-    between: whether it goes from one slice to others, and not within one. None
-      in a program that all devices share.
+    hidden: True if matrix products run while it is under way, see `overlap`.
+    between: True if it goes from one slice of TPUs to others, False if it stays
+      within one. None in a program that all devices share.
   """
 
   kind: str
@@ -63,14 +65,14 @@ class Collective:
 
 
 def collectives(
-  text: str, mesh, trips: execution.Trips | None = None
+  text: str, mesh: sharding.AnyMesh, trips: execution.Trips | None = None
 ) -> list[Collective]:
   """Lists the collectives of a program, asynchronous ones once.
 
   Args:
-    text: of `compiled.as_text()`.
-    mesh: the Mesh or AbstractMesh that it was compiled for.
-    trips: of loops of which the text does not tell them.
+    text: the program, as `compiled.as_text()` prints it.
+    mesh: the mesh that it was compiled for.
+    trips: trip counts of the loops whose text does not hold them.
 
   Raises:
     ValueError: the mesh has another number of devices, or a loop with
@@ -81,16 +83,20 @@ def collectives(
   started = _started(module)
   is_slice = len(places) < math.prod(sizes.values())
 
-  def find(scope, instruction):
+  def find(
+    scope: execution.Scope, instruction: module_lib.Instruction
+  ) -> list[Collective]:
     kind = cross_slice.kind(instruction)
     if kind:
+      # Only a mesh of real or described devices has slices.
+      assert isinstance(mesh, jax.sharding.Mesh)
       axes, num = cross_slice.joined(instruction, mesh)
-      # What is sent; an all-gather returns as much of each slice.
+      # The bytes sent; an all-gather returns as many of each slice.
       sent = _sizes(scope.type_of(instruction.operands[0]))
       parts = num if kind == 'all-gather' else 1
-      given = {dtype: parts * size for dtype, size in sent.items()}
+      payload = {dtype: parts * size for dtype, size in sent.items()}
       hidden = cross_slice.is_hidden(scope, instruction)
-      return made(kind, axes, instruction, given, hidden, True)
+      return entries(kind, axes, instruction, payload, hidden, True)
     kind = instruction.op.removesuffix('-start')
     if kind not in KINDS or _repeats(scope, instruction, started):
       return []
@@ -101,47 +107,63 @@ def collectives(
       return []
     hidden = overlap.is_hidden(scope, instruction)
     between = False if is_slice else None
-    given = _payload(kind, scope, instruction)
-    return made(kind, axes, instruction, given, hidden, between)
+    payload = _payload(kind, scope, instruction)
+    return entries(kind, axes, instruction, payload, hidden, between)
 
-  def made(kind, axes, instruction, given, *how):
+  def entries(
+    kind: str,
+    axes: tuple[str, ...],
+    instruction: module_lib.Instruction,
+    payload: dict[str, int],
+    hidden: bool,
+    between: bool | None,
+  ) -> list[Collective]:
     return [
-      Collective(kind, axes, size, 1, 0, dtype, instruction.op_name, *how)
-      for dtype, size in given.items()
+      Collective(
+        *(kind, axes, size, 1, 0, dtype, instruction.op_name, hidden, between)
+      )
+      for dtype, size in payload.items()
     ]
 
-  found = execution.executed(module, find, lambda c: c.bytes, trips)
+  executed = execution.executed(module, find, lambda c: c.bytes, trips)
   return [
     dataclasses.replace(c, times=times, loops=depth)
-    for c, times, depth in found
+    for c, times, depth in executed
   ]
 
 
 def total(
-  found: Iterable[Collective], kind: str | None = None, axis: str | None = None
+  listed: Iterable[Collective],
+  kind: str | None = None,
+  axis: str | None = None,
 ) -> int:
-  """Returns the bytes of all that is of a kind, or moves along an axis.
+  """Returns the bytes of the collectives of a kind, or along a mesh axis.
+
+  Args:
+    listed: the collectives to choose from.
+    kind: one of `KINDS`; None counts all.
+    axis: a mesh axis along which they move data; None counts all.
 
   Raises:
-    ValueError: no such kind.
+    ValueError: there is no such kind.
   """
   if kind is not None and kind not in KINDS:
     raise ValueError(f'kind={kind!r}; it is one of {", ".join(KINDS)}.')
   return round(
     sum(
       c.bytes * c.times
-      for c in found
+      for c in listed
       if kind in (None, c.kind) and (axis is None or axis in c.axes)
     )
   )
 
 
 def summary(
-  found: Iterable[Collective],
+  listed: Iterable[Collective],
 ) -> dict[tuple[str, tuple[str, ...]], tuple[int, int]]:
-  """Returns (kind, axes) -> (how often, bytes), the most bytes first."""
+  """Returns (kind, axes) -> (times run, bytes), the most bytes first."""
   sums: dict = {}
-  for c in found:
+  for c in listed:
     times, size = sums.get((c.kind, c.axes), (0, 0))
     sums[c.kind, c.axes] = times + c.times, size + c.bytes * c.times
   sums = {
@@ -150,12 +172,12 @@ def summary(
   return dict(sorted(sums.items(), key=lambda item: -item[1][1]))
 
 
-def table(found: Iterable[Collective]) -> str:
-  """Returns `summary` as lines of text."""
+def table(listed: Iterable[Collective]) -> str:
+  """Returns `summary` as a table of text."""
   rows = [('collective', 'axes', 'times', 'MB')]
   rows += [
     (kind, ','.join(axes), f'{times}', f'{size / 1e6:.3f}')
-    for (kind, axes), (times, size) in summary(found).items()
+    for (kind, axes), (times, size) in summary(listed).items()
   ]
   widths = [max(len(row[i]) for row in rows) for i in range(4)]
   return '\n'.join(
@@ -164,28 +186,30 @@ def table(found: Iterable[Collective]) -> str:
   )
 
 
-def _places(text: str, mesh: Any) -> np.ndarray:
-  """Returns where on the mesh the program's devices lie, (devices, axes)."""
-  found = re.search(r'\bnum_partitions=(\d+)', text.partition('\n')[0])
-  num = int(found[1]) if found else 1
+def _places(text: str, mesh: sharding.AnyMesh) -> np.ndarray:
+  """Returns the mesh coordinates of the program's devices, (devices, axes)."""
+  match = re.search(r'\bnum_partitions=(\d+)', text.partition('\n')[0])
+  num = int(match[1]) if match else 1
   shape = tuple(mesh.shape.values())
   if num == math.prod(shape):
     return np.array(list(np.ndindex(shape)))
   return cross_slice.places(mesh, num)
 
 
-def _payload(kind, scope, instruction) -> dict[str, int]:
-  """Returns dtype -> bytes."""
+def _payload(
+  kind: str, scope: execution.Scope, instruction: module_lib.Instruction
+) -> dict[str, int]:
+  """Returns dtype -> `Collective.bytes`."""
   operands = instruction.operands
   if kind == 'ragged-all-to-all':
     operands = operands[:1]  # The others are its result and its offsets.
-  given = _sizes(','.join(scope.type_of(name) for name in operands))
+  sent = _sizes(','.join(scope.type_of(name) for name in operands))
   if kind != 'all-gather':
-    return given
-  made = _sizes(instruction.type)
+    return sent
+  results = _sizes(instruction.type)
   if instruction.op.endswith('-start'):  # It returns its operands too.
-    return {dtype: made[dtype] - size for dtype, size in given.items()}
-  return made
+    return {dtype: results[dtype] - size for dtype, size in sent.items()}
+  return results
 
 
 def _sizes(type_: str) -> dict[str, int]:
@@ -195,7 +219,7 @@ def _sizes(type_: str) -> dict[str, int]:
   return sums
 
 
-# --- What the TPU compiler makes of collectives. ---
+# --- Collectives in fusions, as the TPU compiler writes them. ---
 
 
 def _started(module: module_lib.Module) -> set[tuple]:
@@ -213,12 +237,15 @@ def _started(module: module_lib.Module) -> set[tuple]:
 
 
 def _identity(instruction: module_lib.Instruction) -> tuple:
+  """Returns the opcode, the channel and the shapes of a collective."""
   channel = re.search(r'channel_id=(\d+)', instruction.attributes)
   shape = tuple(module_lib.shapes(instruction.type))
   return instruction.op, channel and channel[1], shape
 
 
-def _starts(computation: module_lib.Computation, instruction) -> bool:
+def _starts(
+  computation: module_lib.Computation, instruction: module_lib.Instruction
+) -> bool:
   """Whether a fusion that holds a collective starts it."""
   return instruction.op in KINDS and any(
     '"AsyncCollectiveStart"' in user.attributes
@@ -226,7 +253,11 @@ def _starts(computation: module_lib.Computation, instruction) -> bool:
   )
 
 
-def _repeats(scope: execution.Scope, instruction, started) -> bool:
+def _repeats(
+  scope: execution.Scope,
+  instruction: module_lib.Instruction,
+  started: set[tuple],
+) -> bool:
   """Whether this is a later part of a collective that a fusion starts."""
   return (
     'async_collective_fusion_config' in instruction.attributes
@@ -235,7 +266,10 @@ def _repeats(scope: execution.Scope, instruction, started) -> bool:
   )
 
 
-def _keeps_a_slice(scope: execution.Scope, instruction) -> bool:
+def _keeps_a_slice(
+  scope: execution.Scope, instruction: module_lib.Instruction
+) -> bool:
+  """Whether the fusion of an all-reduce uses only a slice of its result."""
   users = _users(scope.computation, instruction.name)
   fused = scope.caller is not None and scope.caller.op == 'fusion'
   return fused and bool(users) and all(user.op in _SLICES for user in users)
@@ -244,7 +278,7 @@ def _keeps_a_slice(scope: execution.Scope, instruction) -> bool:
 def _users(
   computation: module_lib.Computation, name: str
 ) -> list[module_lib.Instruction]:
-  """Returns what uses a value, or an element of it."""
+  """Returns the instructions that use a value, or an element of it."""
   users = []
   for user in computation.instructions.values():
     if name in user.operands:

@@ -1,11 +1,10 @@
-"""Exchanges between slices of TPUs, in the program that each slice runs.
+"""Collectives between slices of TPUs, in the program that each slice runs.
 
-The compiler makes one program for each slice, and sends to the others what
-goes between them by way of the hosts.
+The compiler makes one program for each slice. Data for other slices goes by way
+of the hosts, in `send` and `recv` instructions.
 """
 
 import re
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,38 +13,41 @@ from t2x.hlo import execution
 from t2x.hlo import module
 from t2x.hlo import overlap
 from t2x.parallel import mesh as mesh_lib
+from t2x.parallel import sharding
 
 _KIND = re.compile(r'_xla_megascale_transfer_type="([A-Z_]+)"')
 _GROUP = re.compile(r'_xla_megascale_target=\{\{([\d,>-]+)\}')
-_EXCHANGE = re.compile(r'_xla_host_transfer_rendezvous="([^"]+)"')
+_RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="([^"]+)"')
 
 
 def kind(instruction: module.Instruction) -> str | None:
-  """Returns the kind of exchange to which a slice sends; None for others."""
-  found = _KIND.search(instruction.attributes)
-  if instruction.op != 'send' or not found:
+  """Returns the kind of collective that a `send` between slices belongs to.
+
+  None for every other instruction.
+  """
+  match = _KIND.search(instruction.attributes)
+  if instruction.op != 'send' or not match:
     return None
-  name = found[1].lower().replace('_', '-')
+  name = match[1].lower().replace('_', '-')
   return 'collective-permute' if name == 'one-to-one' else name
 
 
-def places(mesh: Any, num: int) -> np.ndarray:
-  """Returns where on the mesh the devices of a program of one slice lie.
+def places(mesh: sharding.AnyMesh, num: int) -> np.ndarray:
+  """Returns the mesh coordinates of the devices of one slice's program.
 
   Args:
-    mesh: of real or absent devices.
-    num: of the program's devices.
+    mesh: the mesh of all slices; an AbstractMesh is one slice.
+    num: number of devices that the program runs on.
 
   Returns:
-    (num, axes) indices.
+    Indices, (num, axes).
 
   Raises:
     ValueError: a slice of the mesh has another number of devices.
   """
   shape = tuple(mesh.shape.values())
-  # An abstract mesh is one slice.
-  known = isinstance(mesh, jax.sharding.Mesh)
-  devices = mesh.devices if known else np.zeros(shape)
+  concrete = isinstance(mesh, jax.sharding.Mesh)
+  devices = mesh.devices if concrete else np.zeros(shape)
   first = [
     place
     for place in np.ndindex(devices.shape)
@@ -63,35 +65,35 @@ def places(mesh: Any, num: int) -> np.ndarray:
 def joined(
   instruction: module.Instruction, mesh: jax.sharding.Mesh
 ) -> tuple[tuple[str, ...], int]:
-  """Returns the mesh axes along which a send goes, and among how many slices.
+  """Returns the mesh axes of a `send`, and the number of slices that it joins.
 
-  They are groups of devices, `{{100000,200000},...}`, or all slices,
+  HLO writes groups of devices, `{{100000,200000},...}`, or all slices,
   `"{1,2}x{0:3}"`.
   """
-  found = _GROUP.search(instruction.attributes)
-  ids = {int(n) for n in re.findall(r'\d+', found[1])} if found else None
+  match = _GROUP.search(instruction.attributes)
+  ids = {int(n) for n in re.findall(r'\d+', match[1])} if match else None
   group = [
     (place, device)
     for place, device in np.ndenumerate(mesh.devices)
     if ids is None or device.id in ids
   ]
-  of = [mesh_lib.slice_of(device) for _, device in group]
+  slices = [mesh_lib.slice_of(device) for _, device in group]
   if ids is None:  # One device of each slice.
-    group = [group[of.index(number)] for number in {*of}]
+    group = [group[slices.index(number)] for number in {*slices}]
   places = np.array([place for place, _ in group])
   moved = (places != places[0]).any(0)
   axes = tuple(a for a, differs in zip(mesh.axis_names, moved) if differs)
-  return axes, len({*of})
+  return axes, len({*slices})
 
 
 def is_hidden(scope: execution.Scope, send: module.Instruction) -> bool:
-  """Whether products run from a send to what comes back of it."""
-  name = _EXCHANGE.findall(send.attributes)
-  own, begun = set(), False
+  """Whether matrix products run between a `send` and its `recv-done`."""
+  name = _RENDEZVOUS.findall(send.attributes)
+  receives, begun = set(), False
   for other in scope.computation.instructions.values():
-    if other.op == 'recv' and _EXCHANGE.findall(other.attributes) == name:
-      own.add(other.name)
-    if begun and other.op == 'recv-done' and own & {*other.operands}:
+    if other.op == 'recv' and _RENDEZVOUS.findall(other.attributes) == name:
+      receives.add(other.name)
+    if begun and other.op == 'recv-done' and receives & {*other.operands}:
       return False
     if begun and overlap.computes(scope, other):
       return True

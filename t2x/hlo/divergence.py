@@ -1,10 +1,10 @@
-"""Exchanges that would wait for devices that never come.
+"""Detects collectives that would deadlock a pipeline's program.
 
 The stages of a pipeline run one program and do different things: a loop that
 runs on one device may not run on another. A collective that names its groups
 waits for its group alone; a collective-permute waits for all devices of the
-program. Where some of them are elsewhere it hangs, or takes what another
-permute sent, and the numbers are wrong.
+program. If some of them do not run it, it hangs, or receives the data of
+another permute, and the numbers are wrong.
 """
 
 from collections.abc import Iterator
@@ -18,14 +18,14 @@ _PERMUTES = ('collective-permute', 'collective-permute-start')
 
 
 class DivergenceError(ValueError):
-  """An exchange of all devices lies where not all of them come."""
+  """A collective-permute lies in a loop or branch that not all devices run."""
 
 
 def check(text: str) -> None:
-  """Raises where a program's stages would wait for each other for ever.
+  """Checks that a program's stages cannot wait for each other for ever.
 
   Args:
-    text: of `compiled.as_text()`.
+    text: the program, as `compiled.as_text()` prints it.
 
   Raises:
     DivergenceError: a collective-permute runs in a loop or a branch that
@@ -52,7 +52,12 @@ def check(text: str) -> None:
 def _permutes(
   scope: execution.Scope, inside: module_lib.Instruction | None
 ) -> Iterator[tuple[module_lib.Instruction, module_lib.Instruction]]:
-  """Yields permutes with what they lie in that devices may not run alike."""
+  """Yields permutes in divergent code, each with that loop or conditional.
+
+  Args:
+    scope: the computation to search, with those that it calls.
+    inside: the divergent loop or conditional around it; None for none.
+  """
   for instruction in scope.computation.instructions.values():
     if inside and instruction.op in _PERMUTES:
       if not _is_exchange(instruction):
@@ -67,7 +72,7 @@ def _permutes(
 def _may_differ(
   scope: execution.Scope, instruction: module_lib.Instruction
 ) -> bool:
-  """Whether devices may run what it holds unlike often."""
+  """Whether some devices may run a loop's or a branch's body more often."""
   if instruction.op != 'while':
     # In the program of one of several slices, permutes have no name.
     return instruction.op == 'conditional' and not _is_exchange(instruction)
@@ -77,5 +82,5 @@ def _may_differ(
 
 
 def _is_exchange(instruction: module_lib.Instruction) -> bool:
-  """Whether all devices read the same in the table: that one of them sends."""
+  """Whether this sends between stages, which all devices run alike."""
   return executor.EXCHANGE in instruction.op_name

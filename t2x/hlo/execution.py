@@ -1,11 +1,12 @@
-"""A compiled program as it runs: what is in it, and how often that runs.
+"""Walks a compiled program and counts how often each instruction runs.
 
-XLA notes the trips of a loop in some programs (CPU, GPU) and not in others
-(TPU); there they are read from the loop's condition.
+XLA notes the trip count of a loop in some programs (CPU, GPU) and not in others
+(TPU); there it is read from the loop's condition.
 """
 
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Sequence
 import dataclasses
 import fractions
 import re
@@ -14,7 +15,8 @@ from typing import NamedTuple
 
 from t2x.hlo import module as module_lib
 
-# They pass a value on; the first of a copy's results is the copy.
+# Operations whose result is their operand; the first of a copy's results is
+# the copy.
 _PASSING = ('bitcast', 'convert', 'copy', 'copy-done', 'copy-start', 'reshape')
 _ENTERED = ('async-start', 'call', 'custom-call', 'fusion')
 # On another core, beside this one (libtpu 0.0.42, 0.0.52).
@@ -28,12 +30,14 @@ _ARITHMETIC = {
 
 @dataclasses.dataclass(frozen=True)
 class Scope:
-  """A computation where it is called: what its parameters stand for.
+  """A computation at one place where it is called, with its arguments.
 
   Attributes:
-    parent: the caller's scope; None for the entry.
-    operands: the caller's instructions that are the parameters.
-    caller: the instruction that calls it.
+    module: the program that it belongs to.
+    computation: the instructions that run.
+    parent: scope of the caller; None for the entry computation.
+    operands: names of the caller's instructions that are its arguments.
+    caller: the instruction that calls it; None for the entry computation.
   """
 
   module: module_lib.Module
@@ -43,30 +47,37 @@ class Scope:
   caller: module_lib.Instruction | None = None
 
   def enter(
-    self, name: str, caller: module_lib.Instruction, operands
+    self,
+    name: str,
+    caller: module_lib.Instruction,
+    operands: Sequence[str],
   ) -> 'Scope':
+    """Returns the scope of a computation that `caller` calls from here."""
     called = self.module.computations[name]
     return Scope(self.module, called, self, tuple(operands), caller)
 
   def type_of(self, name: str) -> str:
+    """Returns the printed type of an instruction of this computation."""
     return self.computation.instructions[name].type
 
   @property
   def in_loop(self) -> bool:
+    """Whether this is the body or the condition of a loop."""
     return self.caller is not None and self.caller.op == 'while'
 
 
-# How often a loop runs, where it may run another number of times each time it
-# is entered: the mean.
+# A number of runs. Of a loop whose trip count changes from one entry to the
+# next, it is the mean.
 Times = int | fractions.Fraction
 
-# The trips of a loop of which the program's text does not tell them, or None.
-# Of a conditional, how often its dearest branch runs each time; None is 1.
+# Returns the trip count of a loop whose text does not hold it; None if unknown.
+# Of a conditional, the share of its runs in which the dearest branch runs; None
+# is 1.
 Trips = Callable[[module_lib.Instruction], Times | None]
 
 
 class Executed(NamedTuple):
-  """Something found in a program, run `times` times within `loops` loops."""
+  """An item found in a program, run `times` times within `loops` loops."""
 
   found: Any
   times: Times
@@ -79,24 +90,55 @@ def executed(
   cost: Callable[[Any], float],
   trips: Trips | None = None,
 ) -> list[Executed]:
-  """Lists what `find` sees in a program, with how often it runs.
+  """Lists the items that `find` returns, with how often each runs.
 
   Args:
     module: the program.
-    find: returns what is of interest in an instruction.
-    cost: of what was found; of a conditional's branches the dearest counts.
-    trips: of loops of which the text does not tell them.
+    find: a function from an instruction, and the scope that it is in, to the
+      items of interest in it.
+    cost: a function from an item to its cost. Of a conditional's branches only
+      the dearest counts.
+    trips: trip counts of the loops whose text does not hold them.
 
   Raises:
-    ValueError: something of interest lies in a loop whose trips are unknown.
+    ValueError: an item lies in a loop whose trip count is unknown.
   """
   scope = Scope(module, module.computations[module.entry])
   return _walk(scope, find, cost, trips)
 
 
+def total(
+  text: str,
+  cost: Callable[[Scope, module_lib.Instruction], float | None],
+  trips: Trips | None = None,
+) -> int:
+  """Returns the cost of a program, each instruction as often as it runs.
+
+  Args:
+    text: the program, as `compiled.as_text()` prints it.
+    cost: a function from an instruction, and the scope that it is in, to its
+      cost; None for an instruction that does not count.
+    trips: trip counts of the loops whose text does not hold them.
+
+  Raises:
+    ValueError: an instruction that counts lies in a loop whose trip count is
+      unknown.
+  """
+
+  def find(scope: Scope, instruction: module_lib.Instruction) -> list[float]:
+    num = cost(scope, instruction)
+    return [] if num is None else [num]
+
+  costs = executed(module_lib.parse(text), find, lambda num: num, trips)
+  return round(sum(num * times for num, times, _ in costs))
+
+
 def called(scope: Scope, instruction: module_lib.Instruction) -> list[Scope]:
-  """Returns the computations that an instruction runs: of a loop its body,
-  then its condition; of a conditional its branches."""
+  """Returns the computations that an instruction runs.
+
+  Those of a loop are its body, then its condition; those of a conditional its
+  branches.
+  """
   operands = instruction.operands
   if instruction.op == 'while':
     names = instruction.named('body'), instruction.named('condition')
@@ -112,7 +154,12 @@ def called(scope: Scope, instruction: module_lib.Instruction) -> list[Scope]:
   return [*map(enter, instruction.callees)]
 
 
-def _walk(scope, find, cost, trips) -> list[Executed]:
+def _walk(
+  scope: Scope,
+  find: Callable[[Scope, module_lib.Instruction], Iterable[Any]],
+  cost: Callable[[Any], float],
+  trips: Trips | None,
+) -> list[Executed]:
   result = []
   for instruction in scope.computation.instructions.values():
     result += [Executed(item, 1, 0) for item in find(scope, instruction)]
@@ -133,12 +180,14 @@ def _walk(scope, find, cost, trips) -> list[Executed]:
   return result
 
 
-def _times(found: list[Executed], num: Times, loops: int = 1):
-  """Returns what was found, so many times, within more loops."""
-  return [Executed(item, num * n, inner + loops) for item, n, inner in found]
+def _times(items: list[Executed], num: Times, loops: int = 1) -> list[Executed]:
+  """Returns items that run `num` times as often, within more loops."""
+  return [Executed(item, num * n, inner + loops) for item, n, inner in items]
 
 
-def _trips_of(scope, loop, trips: Trips | None) -> Times:
+def _trips_of(
+  scope: Scope, loop: module_lib.Instruction, trips: Trips | None
+) -> Times:
   known = trip_count(scope, loop)
   if known is None and trips:
     known = trips(loop)
@@ -152,63 +201,69 @@ def _trips_of(scope, loop, trips: Trips | None) -> Times:
   return known
 
 
-# --- Values, followed to where they are made. ---
+# --- Values, followed to the instructions that compute them. ---
 
 
-def resolve(scope: Scope, name: str, path: tuple[int, ...] = ()):
+def resolve(
+  scope: Scope, name: str, path: tuple[int, ...] = ()
+) -> tuple[Scope, module_lib.Instruction, tuple[int, ...]]:
   """Follows a value through tuples, copies, fusions and calls.
 
   Args:
-    scope: where `name` stands.
+    scope: the scope that `name` is in.
     name: an instruction.
-    path: the element of its tuple that is meant, outermost index first.
+    path: indices of the element of its tuple that is meant, outermost first.
 
   Returns:
-    The scope and the instruction that make the value, and the rest of the
-    path: what a loop carries ends at the loop's parameter.
+    The scope and the instruction that compute the value, and the rest of the
+    path. A value that a loop carries is followed to the loop's parameter.
   """
   while True:
-    found = scope.computation.instructions[name]
-    if found.op == 'get-tuple-element':
-      path = (int(found.named('index')), *path)
-      name = found.operands[0]
-    elif found.op == 'tuple' and path:
-      name, path = found.operands[path[0]], path[1:]
-    elif found.op in _PASSING and not path:
-      name = found.operands[0]
-    elif found.op in ('fusion', 'call'):
-      scope = scope.enter(found.callees[0], found, found.operands)
+    source = scope.computation.instructions[name]
+    if source.op == 'get-tuple-element':
+      path = (int(source.named('index')), *path)
+      name = source.operands[0]
+    elif source.op == 'tuple' and path:
+      name, path = source.operands[path[0]], path[1:]
+    elif source.op in _PASSING and not path:
+      name = source.operands[0]
+    elif source.op in ('fusion', 'call'):
+      scope = scope.enter(source.callees[0], source, source.operands)
       name = scope.computation.root
-    elif found.op == 'parameter' and scope.parent and not scope.in_loop:
-      name, scope = scope.operands[int(found.literal)], scope.parent
+    elif source.op == 'parameter' and scope.parent and not scope.in_loop:
+      name, scope = scope.operands[int(source.literal)], scope.parent
     else:
-      return scope, found, path
+      return scope, source, path
 
 
 def value(scope: Scope, name: str, path: tuple[int, ...] = ()) -> int | None:
-  """Returns an integer that is known before the program runs, or None."""
-  scope, found, path = resolve(scope, name, path)
-  if found.op == 'constant' and not path:
-    return int(found.literal) if re.fullmatch(r'-?\d+', found.literal) else None
-  if found.op in _ARITHMETIC:
-    a, b = (value(scope, operand) for operand in found.operands)
+  """Returns the value of an integer that is known before the program runs.
+
+  None if it is not known. The arguments are those of `resolve`.
+  """
+  scope, source, path = resolve(scope, name, path)
+  if source.op == 'constant' and not path:
+    is_integer = re.fullmatch(r'-?\d+', source.literal)
+    return int(source.literal) if is_integer else None
+  if source.op in _ARITHMETIC:
+    a, b = (value(scope, operand) for operand in source.operands)
     known = a is not None and b is not None
-    return _ARITHMETIC[found.op](a, b) if known else None
-  if found.op == 'parameter' and scope.in_loop and path:
+    return _ARITHMETIC[source.op](a, b) if known else None
+  if source.op == 'parameter' and scope.in_loop and path:
     caller, parent = scope.caller, scope.parent
     assert caller and parent
     body = parent.enter(caller.named('body'), caller, caller.operands)
-    _, kept, where = resolve(body, body.computation.root, path)
-    if kept.op == 'parameter' and where == path:  # The loop leaves it alone.
+    _, carried, place = resolve(body, body.computation.root, path)
+    if carried.op == 'parameter' and place == path:  # The loop keeps its value.
       return value(parent, caller.operands[0], path)
   return None
 
 
 def trip_count(scope: Scope, loop: module_lib.Instruction) -> int | None:
-  """Returns how often a `while` runs its body, or None where unknown.
+  """Returns the number of times that a `while` runs its body; None if unknown.
 
-  Either the compiler has noted it, or the condition compares a counter, that
-  the body moves by a constant, with a constant.
+  Either the compiler has noted it, or the condition compares a counter, to
+  which the body adds a constant, with a constant.
   """
   noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
   if noted:
@@ -235,38 +290,40 @@ def trip_count(scope: Scope, loop: module_lib.Instruction) -> int | None:
 
 
 def _counter(scope: Scope, name: str) -> tuple[tuple[int, ...] | None, int]:
-  """Returns the element of the loop's tuple that is compared, and how far on.
+  """Returns the place of the counter in the loop's tuple, and a constant.
 
-  Of a loop whose last trip was taken out of it, what it will be is compared.
+  The constant is added to the counter before it is compared: XLA does so in a
+  loop whose last trip it has taken out. The place is None if the compared value
+  is no counter.
   """
-  inner, made, path = resolve(scope, name)
-  if made.op == 'add' and not path:
-    for own, other in (made.operands, made.operands[::-1]):
-      place, ahead = _carried(inner, own), value(inner, other)
+  inner, source, path = resolve(scope, name)
+  if source.op == 'add' and not path:
+    for left, right in (source.operands, source.operands[::-1]):
+      place, ahead = _carried(inner, left), value(inner, right)
       if place is not None and ahead is not None:
         return place, ahead
   return _carried(scope, name), 0
 
 
 def _carried(scope: Scope, name: str) -> tuple[int, ...] | None:
-  """Returns which element of the loop's tuple a value is, if it is one."""
-  scope, found, path = resolve(scope, name)
-  carried = found.op == 'parameter' and scope.in_loop
+  """Returns the place of a value in the loop's tuple; None if not there."""
+  scope, source, path = resolve(scope, name)
+  carried = source.op == 'parameter' and scope.in_loop
   return path if carried and path else None
 
 
 def _step(body: Scope, place: tuple[int, ...]) -> int | None:
-  """Returns what one trip adds to the counter."""
-  scope, made, path = resolve(body, body.computation.root, place)
-  if made.op not in ('add', 'subtract') or path:
+  """Returns the constant that one trip adds to the counter; None if none."""
+  scope, source, path = resolve(body, body.computation.root, place)
+  if source.op not in ('add', 'subtract') or path:
     return None
-  first, second = made.operands
-  if made.op == 'add' and _carried(scope, second) == place:
+  first, second = source.operands
+  if source.op == 'add' and _carried(scope, second) == place:
     first, second = second, first
   if _carried(scope, first) != place:
     return None
   step = value(scope, second)
-  return -step if step and made.op == 'subtract' else step
+  return -step if step and source.op == 'subtract' else step
 
 
 def _trips(start: int, bound: int, step: int, direction: str) -> int | None:

@@ -1,17 +1,17 @@
-"""FLOPs and bytes of a program, counted from its jaxpr before any compiler.
+"""Counts the FLOPs and bytes of a program from its jaxpr, without compiling.
 
 closed = jax.make_jaxpr(fn)(*shapes)
-jaxpr.count(closed).total.flops
+jaxpr_costs.count(closed).total.flops
 
-What JAX's own dead-code elimination drops, as the compiler does, is not
-counted; of a `custom_vjp` that is not differentiated, all counts if any of its
-results is used. The compiler can drop more: equal products are merged, and what
-does not change is taken out of loops. It adds products where it has no other
-way: XLA for CPUs turns a ragged one into one with every group.
+Operations that JAX's own dead-code elimination drops, as the compiler does, are
+not counted; a `custom_vjp` that is not differentiated counts as a whole if any
+of its results is used. The compiler can drop more: it merges equal products,
+and moves operations out of a loop that does not change their operands. It adds
+products where it has no other way: XLA for CPUs turns a ragged product into a
+product with the matrix of every group.
 
-A program without a mesh is that of one device; under one, axes that the
-compiler partitions do not show in a jaxpr, so that figures are always of all
-devices together.
+Axes that the compiler partitions do not show in a jaxpr, so the figures are
+those of all devices together. A program without a mesh runs on one device.
 """
 
 from collections.abc import Callable
@@ -27,22 +27,24 @@ from jax.interpreters import partial_eval
 from t2x.hlo import kernel_flops
 from t2x.hlo import matmul_flops
 
-# The trips of a `while` loop by its source, as in `Counted`; None is unknown.
+# Returns the trip count of a `while` loop, given its source as in `Counted`;
+# None if unknown.
 Trips = Callable[[str], int | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
-  """What some operations cost.
+  """Cost of some operations.
 
   Attributes:
-    flops: of matrix products and convolutions, 2 x multiply-adds.
-    bytes: read and written if all operands and results of every operation went
-      through memory. Fusion saves most of those of elementwise operations: an
-      upper bound.
-    product_bytes: those of products alone, each by itself. What lies between
-      two products is taken to fuse with them, so it is nearer the truth from
-      below; only a kernel that fuses products (attention) moves less.
+    flops: FLOPs of matrix products and convolutions, two for each multiply-add.
+    bytes: bytes read and written if all operands and results of every operation
+      went through memory. An upper bound: fusion saves most of those of
+      elementwise operations.
+    product_bytes: bytes of the operands and results of the products alone.
+      Operations between two products are taken to fuse with them. Nearer to the
+      truth, from below; only a kernel that fuses products (attention) moves
+      less.
   """
 
   flops: int = 0
@@ -55,11 +57,11 @@ class Counted:
   """The cost of a program, whole and in parts that add up to it.
 
   Attributes:
-    total: of everything.
-    sources: by where it was written, the `jax.named_scope`s from the outside
-      in, such as 'decoder/attention/scores'; '' is outside all of them. A
-      gradient counts where its forward pass does.
-    primitives: by the name of JAX's primitive, such as 'dot_general'.
+    total: cost of the whole program.
+    sources: cost by source, the `jax.named_scope`s around an operation from the
+      outermost to the innermost, such as 'decoder/attention/scores'; '' is
+      outside all of them. The gradient of an operation has its source.
+    primitives: cost by the name of JAX's primitive, such as 'dot_general'.
   """
 
   total: Cost
@@ -68,24 +70,25 @@ class Counted:
 
 
 def count(closed: core.ClosedJaxpr, trips: Trips | None = None) -> Counted:
-  """Returns what a program costs on all devices together.
+  """Returns the cost of a program on all devices together.
 
-  A scan counts its length, of a `cond` the dearest branch (by FLOPs, then
-  bytes), and the body of a `shard_map`, whose shapes are those of a device,
-  times the devices of the axes that it is manual over. A ragged product
-  multiplies each row with one group's matrix, whatever the sizes of the groups.
-  A Pallas kernel runs its products once for each point of its grid, where its
-  scopes do not tell them (`kernel_flops`), and moves its operands and results
-  once.
+  The body of a scan counts as often as it runs. Of a `cond` the dearest branch
+  counts (by FLOPs, then bytes). The body of a `shard_map`, whose shapes are
+  those of one device, counts once for each device of the axes that it is manual
+  over. A ragged product multiplies each row with one group's matrix, whatever
+  the sizes of the groups. A Pallas kernel has the FLOPs that its scopes give
+  (`kernel_flops`), else those of its products once for each point of its grid;
+  it moves its operands and results once.
 
   Args:
-    closed: of `jax.make_jaxpr(fn)(*args)`, or `jit(fn).trace(*args).jaxpr`.
-    trips: of `while` loops, whose trips a jaxpr does not tell.
+    closed: the program, as `jax.make_jaxpr(fn)(*args)` or
+      `jit(fn).trace(*args).jaxpr` returns it.
+    trips: trip counts of `while` loops, which a jaxpr does not hold.
 
   Raises:
-    ValueError: a `while` loop of unknown trips, a Pallas grid of unknown size,
-      or a product within a primitive of which it is not known how often it runs
-      what is in it.
+    ValueError: the trip count of a `while` loop or the grid of a Pallas kernel
+      is unknown, or a product lies within a primitive for which it is not known
+      how often it runs the jaxpr in it.
   """
   used = [True] * len(closed.jaxpr.outvars)
   live, _ = partial_eval.dce_jaxpr(closed.jaxpr, used)
@@ -129,12 +132,12 @@ def _times(parts: _Parts, num: int) -> _Parts:
   }
 
 
-def _joined(several: Iterable[_Parts]) -> _Parts:
-  joined: _Parts = {}
+def _merged(several: Iterable[_Parts]) -> _Parts:
+  merged: _Parts = {}
   for parts in several:
     for key, cost in parts.items():
-      joined[key] = _sum([joined[key], cost]) if key in joined else cost
-  return joined
+      merged[key] = _sum([merged[key], cost]) if key in merged else cost
+  return merged
 
 
 # Primitives that run the one jaxpr among their parameters once.
@@ -145,7 +148,7 @@ _CALLS = frozenset(
 
 
 def _jaxpr(jaxpr: core.Jaxpr, outer: str, trips: Trips | None) -> _Parts:
-  return _joined(_equation(eqn, outer, trips) for eqn in jaxpr.eqns)
+  return _merged(_equation(eqn, outer, trips) for eqn in jaxpr.eqns)
 
 
 def _equation(eqn: core.JaxprEqn, outer: str, trips: Trips | None) -> _Parts:
@@ -161,7 +164,7 @@ def _equation(eqn: core.JaxprEqn, outer: str, trips: Trips | None) -> _Parts:
     num = _trips(eqn, source, trips)
     condition, body = (_plain(params[f'{n}_jaxpr']) for n in ('cond', 'body'))
     parts = _times(count_inner(condition), num + 1)
-    return _joined([parts, _times(count_inner(body), num)])
+    return _merged([parts, _times(count_inner(body), num)])
   if name == 'cond':
     branches = [count_inner(jaxpr) for jaxpr in inner]
     price = lambda parts: dataclasses.astuple(_sum(parts.values()))
@@ -193,10 +196,10 @@ def _plain(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> core.Jaxpr:
 
 
 def _source(eqn: core.JaxprEqn, outer: str) -> str:
-  """Returns named scopes, less those of JAX (einsum, checkpoint).
+  """Returns the named scopes of an equation, without JAX's own.
 
-  A checkpoint that is differentiated stands in its scopes twice; what repeats
-  is dropped.
+  JAX's own are those of einsum and checkpoint. A checkpoint that is
+  differentiated has its scopes twice; the repetition is dropped.
   """
   path = outer.split('/') if outer else []
   for part in eqn.source_info.name_stack.stack:
@@ -230,10 +233,10 @@ def _trips(eqn: core.JaxprEqn, source: str, trips: Trips | None) -> int:
 
 
 def _kernel(eqn: core.JaxprEqn, source: str, count_inner: Callable) -> int:
-  """Returns the FLOPs that its scopes tell, else those of its grid."""
-  told = kernel_flops.flops_named(f'{source}/{eqn.params["name"]}')
-  if told is not None:
-    return round(told)
+  """Returns the FLOPs that its scopes give, else those of its grid."""
+  flops = kernel_flops.flops_named(f'{source}/{eqn.params["name"]}')
+  if flops is not None:
+    return round(flops)
   grid = eqn.params['grid_mapping'].grid
   if not all(isinstance(size, int) for size in grid):
     raise ValueError(
@@ -250,7 +253,8 @@ def _bytes(eqn: core.JaxprEqn) -> int:
   return sum(_size(v.aval) for v in [*read, *written])
 
 
-def _size(aval) -> int:
+def _size(aval: Any) -> int:
+  """Returns the bytes of an abstract array; 0 for a token."""
   shape = getattr(aval, 'shape', None)
   return 0 if shape is None else math.prod(shape) * aval.dtype.itemsize
 
@@ -267,17 +271,17 @@ def _dot(eqn: core.JaxprEqn) -> int:
 
 
 def _ragged_dot(eqn: core.JaxprEqn) -> int:
-  """Every element of the left factor meets the columns of one group."""
+  """Each element of the left factor multiplies the columns of one group."""
   lhs, rhs, _ = _shapes(eqn)
   numbers = eqn.params['ragged_dot_dimension_numbers']
   (_, contracted), (_, batch) = numbers.dot_dimension_numbers
-  met = {*contracted, *batch, *numbers.rhs_group_dimensions}
-  columns = [size for dim, size in enumerate(rhs) if dim not in met]
+  excluded = {*contracted, *batch, *numbers.rhs_group_dimensions}
+  columns = [size for dim, size in enumerate(rhs) if dim not in excluded]
   return 2 * math.prod(lhs) * math.prod(columns)
 
 
 def _convolution(eqn: core.JaxprEqn) -> int:
-  """Only positions within the input count, as in `matmul_flops`."""
+  """Counts only positions within the input, as in `matmul_flops`."""
   lhs, rhs, out = _shapes(eqn)
   params = eqn.params
   lhs_spec, rhs_spec, out_spec = params['dimension_numbers']

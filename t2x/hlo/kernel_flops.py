@@ -1,4 +1,7 @@
-"""The FLOPs of kernels, whose text is not HLO: told by their names."""
+"""Reads the FLOPs of custom kernels from labels in their names.
+
+The code of a kernel is not HLO, so its products cannot be counted there.
+"""
 
 import re
 
@@ -6,35 +9,33 @@ from t2x.attention import splash
 from t2x.hlo import execution
 from t2x.hlo import module
 
-# Beside a kernel, its scopes hold calls of the compiler's own.
+# A kernel; in the same scopes there are custom calls that the compiler makes.
 _KERNEL = re.compile(r'target="(tpu_custom_call|__gpu\$xla\.gpu\.triton)"')
 _LABEL = re.compile(splash.FLOPS + r'(\d+)')
-# Products of a TPU's backward kernel of attention for each of the forward
-# pass's two: scores, dP, dV and dK, or scores, dP and dQ. A GPU's has a label
-# of its own; the sums that go before it are no products.
+# FLOPs of the backward kernels of attention on a TPU, over those of the forward
+# pass, which computes two products. The kernel of dK and dV computes four
+# (scores, dP, dV and dK), that of dQ three (scores, dP and dQ). A GPU's kernel
+# has its own label; the sums that are computed before it are no products.
 _FACTORS = {'_dkv_': 2.0, '_dq_': 1.5, '_preprocess_': 0.0}
 
 
 def kernel_flops(text: str, trips: execution.Trips | None = None) -> int:
   """Returns the FLOPs of the products in kernels, on one device.
 
-  Those of attention, and of experts without a capacity.
+  The kernels are those of attention, and of experts without a capacity.
 
   Args:
-    text: of `compiled.as_text()`.
-    trips: of loops of which the text does not tell them.
+    text: the program, as `compiled.as_text()` prints it.
+    trips: trip counts of the loops whose text does not hold them.
 
   Raises:
     ValueError: a loop with kernels in it has an unknown number of trips.
   """
-  found = execution.executed(
-    module.parse(text), _find, lambda flops: flops, trips
-  )
-  return round(sum(flops * times for flops, times, _ in found))
+  return execution.total(text, lambda _, i: flops_of(i) or None, trips)
 
 
 def flops_of(instruction: module.Instruction) -> float:
-  """Returns the FLOPs of one instruction: 0 where it is no such kernel."""
+  """Returns the FLOPs of one instruction; 0 if it is no labelled kernel."""
   if instruction.op != 'custom-call':
     return 0.0
   if not _KERNEL.search(instruction.attributes):
@@ -43,21 +44,15 @@ def flops_of(instruction: module.Instruction) -> float:
 
 
 def flops_named(path: str) -> float | None:
-  """Returns the FLOPs of a kernel by the scopes that it is in, if they tell.
+  """Returns the FLOPs in the label of a kernel; None if it has no label.
 
   Args:
-    path: the scopes, and the kernel's own names after them.
+    path: the scopes of the kernel, and its own names after them, such as those
+      of the passes forward and backward.
   """
   label = _LABEL.search(path)
   if label is None:
     return None
-  own = path[label.end() :]
-  factor = next((n for part, n in _FACTORS.items() if part in own), 1.0)
+  names = path[label.end() :]
+  factor = next((n for part, n in _FACTORS.items() if part in names), 1.0)
   return float(label[1]) * factor
-
-
-def _find(
-  scope: execution.Scope, instruction: module.Instruction
-) -> list[float]:
-  flops = flops_of(instruction)
-  return [flops] if flops else []

@@ -1,9 +1,9 @@
-"""What fills a device's memory where a compiled program needs most of it.
+"""Lists the buffers that are live when a compiled program uses most memory.
 
-The buffers of a scheduled program are followed from where they are made to
-their last use, through tuples, loops and updates in place. The compiler does
-more to share memory, so that its own figure stands beside the sum; what is
-gained is the answer to what is there, by the operations that made it.
+The buffers of a scheduled program are followed from the instruction that
+computes them to their last use, through tuples, loops and updates in place. The
+compiler does more to share memory, so the sum can differ from its own figure.
+The list says what the memory holds, by the operations that computed it.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from t2x.hlo import execution
 from t2x.hlo import memory_traffic
 from t2x.hlo import module as module_lib
 
-# Their results are their operands.
+# Operations whose results are their operands.
 _SAME = {
   'bitcast',
   'get-tuple-element',
@@ -21,21 +21,24 @@ _SAME = {
   'tuple',
   'while',
 }
-# Which element of what starts an exchange or a copy is filled by it.
+# Index of the new buffer among the results of an asynchronous start; 1 unless
+# it is listed here.
 _FILLED = {'copy-start': 0}
-_COPIES = ('bitcast', 'copy')  # Of what a loop writes, elsewhere.
+# Operations to look through, from the result of a loop's body to its source.
+_COPIES = ('bitcast', 'copy')
 _ENTERED = ('call', 'conditional', 'while')
 
 
 @dataclasses.dataclass(frozen=True)
 class Buffer:
-  """Some memory that the program takes for a while.
+  """Memory that the program needs from one instruction to another.
 
   Attributes:
-    bytes: unpadded.
-    op_name: path of the JAX operation that filled or used it first, or ''; of
-      a constant that a loop carries, what is written over it there.
-    type: as printed, of all that made it.
+    bytes: size without padding.
+    op_name: path of the JAX operation that filled it or, if the compiler added
+      that operation, of the first that uses it; ''. For a constant that a loop
+      carries, path of the operation that overwrites it there.
+    type: type of the result that it holds, as HLO prints it.
   """
 
   bytes: int
@@ -45,29 +48,34 @@ class Buffer:
 
 @dataclasses.dataclass(frozen=True)
 class _Value:
-  """Buffers of an instruction's result: of each element of a tuple."""
+  """Buffers of an instruction's result.
+
+  Attributes:
+    parts: values of the elements of a tuple; None for a single array.
+    buffers: numbers of the buffers of a single array.
+  """
 
   parts: tuple['_Value', ...] | None
-  own: frozenset[int]
+  buffers: frozenset[int]
 
   @property
   def all(self) -> frozenset[int]:
     if self.parts is None:
-      return self.own
-    return self.own.union(*(part.all for part in self.parts))
+      return self.buffers
+    return self.buffers.union(*(part.all for part in self.parts))
 
 
 _NONE = _Value(None, frozenset())
 
 
 def at_peak(text: str) -> list[Buffer]:
-  """Returns the temporary buffers that are there at the fullest moment.
+  """Returns the temporary buffers that are live at the peak of memory.
 
-  Arguments of the program are left out, and so are results that take their
-  place.
+  Arguments of the program are left out, and so are results that are written
+  into donated arguments.
 
   Args:
-    text: of `compiled.as_text()`, of a scheduled program.
+    text: a scheduled program, as `compiled.as_text()` prints it.
   """
   module = module_lib.parse(text)
   donated = _donated(text)
@@ -76,17 +84,20 @@ def at_peak(text: str) -> list[Buffer]:
 
 
 def _donated(text: str) -> frozenset[int]:
-  """Returns the places of results that lie where an argument was."""
+  """Returns the indices of results that are written into an argument."""
   head = text.partition('\n')[0]
   start = head.find('input_output_alias={')
   if start < 0:
     return frozenset()
-  found = re.findall(r'\{(\d+)\}: \(', head[start:])
-  return frozenset(int(place) for place in found)
+  indices = re.findall(r'\{(\d+)\}: \(', head[start:])
+  return frozenset(int(index) for index in indices)
 
 
 class _Walk:
-  """One computation, from its first instruction to its last."""
+  """Follows the buffers of one computation, instruction by instruction.
+
+  A place is the index of an instruction in the order of the schedule.
+  """
 
   def __init__(
     self, scope: execution.Scope, donated: frozenset[int] = frozenset()
@@ -95,7 +106,7 @@ class _Walk:
     self._list = [*scope.computation.instructions.values()]
     self._values: dict[str, _Value] = {}
     self._buffers: dict[int, Buffer] = {}
-    self._born: dict[int, int] = {}
+    self._first: dict[int, int] = {}
     self._last: dict[int, int] = {}
     self._constant: set[int] = set()
     for place, instruction in enumerate(self._list):
@@ -110,67 +121,72 @@ class _Walk:
     self._keep(donated)
 
   def _keep(self, donated: frozenset[int]) -> None:
-    """Results stay; those in an argument's place take none."""
+    """Keeps results to the end, and drops those in donated arguments."""
     root = self._values[self._scope.computation.root]
     parts = root.parts or (root,)
-    for place, part in enumerate(parts):
+    for index, part in enumerate(parts):
       for buffer in part.all:
         self._last[buffer] = len(self._list)
-        if place in donated and self._scope.parent is None:
-          self._born.pop(buffer, None)
+        if index in donated and self._scope.parent is None:
+          self._first.pop(buffer, None)
 
   def _name(self, buffer: int, user: module_lib.Instruction) -> None:
-    """What the compiler made itself is named by what uses it first."""
-    own = self._buffers[buffer]
-    if '/' not in own.op_name and '/' in user.op_name:
-      self._buffers[buffer] = dataclasses.replace(own, op_name=user.op_name)
+    """Names a buffer of the compiler's own after the operation that uses it."""
+    unnamed = self._buffers[buffer]
+    if '/' not in unnamed.op_name and '/' in user.op_name:
+      self._buffers[buffer] = dataclasses.replace(unnamed, op_name=user.op_name)
 
   def _name_carried(self, loop: module_lib.Instruction) -> None:
-    """Zeros are named by what a loop puts in their place."""
+    """Names constants that a loop carries after what the loop writes there."""
     parts = self._values[loop.operands[0]].parts or ()
     for index, part in enumerate(parts):
-      for buffer in part.own & self._constant:
+      for buffer in part.buffers & self._constant:
         op_name = _written_by(self._scope.module, loop, index)
         if op_name:
-          own = self._buffers[buffer]
-          self._buffers[buffer] = dataclasses.replace(own, op_name=op_name)
+          self._buffers[buffer] = dataclasses.replace(
+            self._buffers[buffer], op_name=op_name
+          )
 
-  def _new(self, instruction, place: int, type_: str) -> _Value:
+  def _new(
+    self, instruction: module_lib.Instruction, place: int, type_: str
+  ) -> _Value:
     size = memory_traffic.main_bytes(type_)
     if not size:
       return _NONE
     number = len(self._buffers)
     self._buffers[number] = Buffer(size, instruction.op_name, type_)
-    self._born[number] = self._last[number] = place
+    self._first[number] = self._last[number] = place
     if instruction.op == 'broadcast':
       self._constant.add(number)
     return _Value(None, frozenset([number]))
 
   def _value(self, instruction: module_lib.Instruction, place: int) -> _Value:
     op, operands = instruction.op, instruction.operands
-    given = [self._values.get(name, _NONE) for name in operands]
+    values = [self._values.get(name, _NONE) for name in operands]
     if op in ('parameter', 'constant'):
       return _NONE  # The caller's.
     if op == 'tuple':
-      return _Value(tuple(given), frozenset())
+      return _Value(tuple(values), frozenset())
     if op == 'get-tuple-element':
       index = int(instruction.named('index'))
-      parts = given[0].parts
-      return given[0] if parts is None else parts[index]
+      parts = values[0].parts
+      return values[0] if parts is None else parts[index]
     if op in _SAME:
-      return given[0] if given else _NONE
+      return values[0] if values else _NONE
     if op.endswith('-start') and instruction.type.startswith('('):
-      return self._started(instruction, place, given)
+      return self._started(instruction, place, values)
     if op.endswith('-done'):
-      return self._ended(op, given)
+      return self._ended(op, values)
     if op == 'dynamic-update-slice':
-      return given[0]
+      return values[0]
     if op == 'fusion':
       return self._fused(instruction, place)
     return self._array(instruction, place, instruction.type)
 
-  def _array(self, instruction, place: int, type_: str) -> _Value:
-    """New memory for an array, or for each element of a tuple."""
+  def _array(
+    self, instruction: module_lib.Instruction, place: int, type_: str
+  ) -> _Value:
+    """Returns new memory for an array, or for each element of a tuple."""
     if not type_.strip().startswith('('):
       return self._new(instruction, place, type_)
     parts = [
@@ -179,25 +195,31 @@ class _Walk:
     ]
     return _Value(tuple(parts), frozenset())
 
-  def _started(self, instruction, place: int, given: list[_Value]) -> _Value:
-    """What starts something names what it is given, and what it fills."""
+  def _started(
+    self,
+    instruction: module_lib.Instruction,
+    place: int,
+    operands: list[_Value],
+  ) -> _Value:
+    """Returns the value of an asynchronous start: operands and new memory."""
     if instruction.op == 'all-reduce-start':
       return self._array(instruction, place, instruction.type)
     types = module_lib.elements(instruction.type)
     filled = _FILLED.get(instruction.op, 1)
-    kept = _Value(None, frozenset().union(*(value.all for value in given)))
+    kept = _Value(None, frozenset().union(*(value.all for value in operands)))
     parts = [kept] * len(types)
     parts[filled] = self._array(instruction, place, types[filled])
     return _Value(tuple(parts), frozenset())
 
-  def _ended(self, op: str, given: list[_Value]) -> _Value:
-    parts = given[0].parts if given else None
+  def _ended(self, op: str, operands: list[_Value]) -> _Value:
+    """Returns the value of the end of an asynchronous operation."""
+    parts = operands[0].parts if operands else None
     if parts is None or op == 'all-reduce-done':
-      return given[0] if given else _NONE
+      return operands[0] if operands else _NONE
     return parts[_FILLED.get(op.replace('-done', '-start'), 1)]
 
   def _fused(self, instruction: module_lib.Instruction, place: int) -> _Value:
-    """Results that update an operand in place are that operand."""
+    """Returns a fusion's value; an operand updated in place is its result."""
     inner = self._scope.enter(
       instruction.callees[0], instruction, instruction.operands
     )
@@ -216,29 +238,29 @@ class _Walk:
     return parts[0] if whole else _Value(tuple(parts), frozenset())
 
   def peak(self) -> list[Buffer]:
-    """Returns the buffers at the fullest moment, of those inside it too."""
+    """Returns the buffers live at the peak, inside its loops and calls too."""
     starts: dict[int, list[int]] = {}
     ends: dict[int, list[int]] = {}
-    for buffer, born in self._born.items():
-      starts.setdefault(born, []).append(buffer)
+    for buffer, first in self._first.items():
+      starts.setdefault(first, []).append(buffer)
       ends.setdefault(self._last[buffer], []).append(buffer)
     live: dict[int, None] = {}
-    size = best = 0
-    found: list[Buffer] = []
+    size = largest = 0
+    at_largest: list[Buffer] = []
     for place, instruction in enumerate(self._list):
       for buffer in starts.get(place, []):
         live[buffer] = None
         size += self._buffers[buffer].bytes
       inner = self._inner(instruction)
       now = size + sum(b.bytes for b in inner)
-      if now > best:
-        best = now
-        found = [self._buffers[b] for b in live] + inner
+      if now > largest:
+        largest = now
+        at_largest = [self._buffers[b] for b in live] + inner
       for buffer in ends.get(place, []):
         if buffer in live:
           del live[buffer]
           size -= self._buffers[buffer].bytes
-    return found
+    return at_largest
 
   def _inner(self, instruction: module_lib.Instruction) -> list[Buffer]:
     if instruction.op not in _ENTERED:
@@ -253,19 +275,22 @@ class _Walk:
 def _written_by(
   module: module_lib.Module, loop: module_lib.Instruction, index: int
 ) -> str:
-  """Returns the op_name of what a loop puts into an element that it carries.
+  """Returns the op_name of the operation that writes to a carried element.
 
   Args:
     module: the program.
-    loop: the `while`; what loops within it write is theirs.
-    index: of the element. '' is returned for one that is left as it is.
+    loop: the `while`. The operation may lie in a loop within it.
+    index: place of the element in the tuple that the loop carries.
+
+  Returns:
+    The op_name, or '' if the loop leaves the element as it is.
   """
   body = module.computations[loop.named('body')]
-  found = _element(body, body.root, index)
-  while found is not None:
-    instruction = body.instructions[found]
+  name = _element(body, body.root, index)
+  while name is not None:
+    instruction = body.instructions[name]
     if instruction.op in _COPIES:
-      found = instruction.operands[0]
+      name = instruction.operands[0]
       continue
     if instruction.op != 'get-tuple-element':
       return '' if instruction.op == 'parameter' else instruction.op_name
@@ -278,11 +303,11 @@ def _written_by(
     inner = _written_by(module, source, place)
     if inner:
       return inner
-    found = _element(body, source.operands[0], place)
+    name = _element(body, source.operands[0], place)
   return ''
 
 
 def _element(body: module_lib.Computation, name: str, index: int) -> str | None:
-  """Returns the instruction that is an element of a tuple, where it is told."""
-  made = body.instructions[name]
-  return made.operands[index] if made.op == 'tuple' else None
+  """Returns the name of a tuple's element; None if `name` is no `tuple`."""
+  source = body.instructions[name]
+  return source.operands[index] if source.op == 'tuple' else None

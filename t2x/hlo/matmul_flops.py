@@ -1,4 +1,4 @@
-"""The FLOPs of a compiled program's matrix products."""
+"""Counts the FLOPs of the matrix products in a compiled program."""
 
 import math
 import re
@@ -14,28 +14,20 @@ def matrix_flops(text: str, trips: execution.Trips | None = None) -> int:
 
   A product of (M, K) and (K, N) takes 2 M N K. Of a convolution (which is how
   a TPU writes a product) only positions within its input count. Kernels that
-  are not HLO (Pallas, cuDNN) are not seen.
+  are not HLO (Pallas, cuDNN) are not counted.
 
   Args:
-    text: of `compiled.as_text()`.
-    trips: of loops of which the text does not tell them.
+    text: the program, as `compiled.as_text()` prints it.
+    trips: trip counts of the loops whose text does not hold them.
 
   Raises:
     ValueError: a loop with products in it has an unknown number of trips.
   """
-  found = execution.executed(
-    module.parse(text), _find, lambda flops: flops, trips
-  )
-  return round(sum(flops * times for flops, times, _ in found))
-
-
-def _find(scope: execution.Scope, instruction: module.Instruction) -> list[int]:
-  flops = flops_of(scope, instruction)
-  return [flops] if flops else []
+  return execution.total(text, lambda s, i: flops_of(s, i) or None, trips)
 
 
 def flops_of(scope: execution.Scope, instruction: module.Instruction) -> int:
-  """Returns the FLOPs of one instruction: 0 where it is no product."""
+  """Returns the FLOPs of one instruction; 0 if it is no product."""
   if instruction.op == 'convolution':
     return _convolution(scope, instruction)
   if instruction.op == 'dot':
@@ -102,16 +94,19 @@ def overlaps(
   spread: int,
   dilation: int,
 ) -> int:
-  """Counts pairs of a kernel's and an output's position that meet an input.
+  """Counts the multiplications of a convolution along one dimension.
+
+  Those are the pairs of a kernel position and an output position that read an
+  element of the input, and not its padding.
 
   Args:
-    size: of the input, along one dimension.
-    kernel: its size.
-    out: size of the output.
-    before: padding in front of the input; negative cuts it.
-    stride: of the kernel.
+    size: number of elements of the input.
+    kernel: number of elements of the kernel.
+    out: number of elements of the output.
+    before: padding in front of the input; a negative one cuts the input.
+    stride: steps of the kernel from one output position to the next.
     spread: dilation of the input.
-    dilation: of the kernel.
+    dilation: dilation of the kernel.
   """
   starts = np.arange(out) * stride - before
   count = 0

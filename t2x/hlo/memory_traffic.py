@@ -1,11 +1,12 @@
-"""What a compiled program reads from a device's memory, and writes to it."""
+"""Counts the bytes that a compiled program moves from and to device memory."""
 
 import re
 
 from t2x.hlo import execution
 from t2x.hlo import module
 
-# They name or pass on what is there already, or are counted where they start.
+# Operations that move nothing: they pass on what is in memory already, or other
+# operations, such as those that they run, are counted for them.
 _FREE = {
   'after-all',
   'async-start',
@@ -33,21 +34,19 @@ def memory_bytes(text: str, trips: execution.Trips | None = None) -> int:
   """Returns the bytes that one device reads from its memory and writes to it.
 
   A fusion reads its operands and writes its results once. Of an operand that
-  it slices, or a fusion within it, the slice counts, of one that it updates in
-  place the update, and nothing of what lies in a TPU's vector memory. An upper
-  bound: what another operation has just brought to a cache counts again.
+  the fusion slices, or a fusion within it, only the slice counts; of an operand
+  that it updates in place, only the update. Arrays in a TPU's vector memory do
+  not count. An upper bound: an array that another operation has just brought
+  into a cache counts again.
 
   Args:
-    text: of `compiled.as_text()`.
-    trips: of loops of which the text does not tell them.
+    text: the program, as `compiled.as_text()` prints it.
+    trips: trip counts of the loops whose text does not hold them.
 
   Raises:
     ValueError: a loop has an unknown number of trips.
   """
-  found = execution.executed(
-    module.parse(text), _find, lambda size: size, trips
-  )
-  return round(sum(size * times for size, times, _ in found))
+  return execution.total(text, _moved, trips)
 
 
 def main_bytes(type_: str) -> int:
@@ -60,12 +59,15 @@ def main_bytes(type_: str) -> int:
   return total
 
 
-def _find(scope: execution.Scope, instruction: module.Instruction) -> list[int]:
+def _moved(
+  scope: execution.Scope, instruction: module.Instruction
+) -> int | None:
+  """Returns the bytes that an instruction moves; None if it is free."""
   op = instruction.op
   if op in _FREE or op.endswith('-done') or _in_fusion(scope):
-    return []
+    return None
   size = _of_fusion if op == 'fusion' else _of_operation
-  return [size(scope, instruction)]
+  return size(scope, instruction)
 
 
 def _in_fusion(scope: execution.Scope | None) -> bool:
@@ -101,10 +103,10 @@ def _of_fusion(scope: execution.Scope, instruction: module.Instruction) -> int:
   for name, parameter in body.items():
     if parameter.op != 'parameter' or name in updated:
       continue
-    own = main_bytes(
+    whole = main_bytes(
       scope.type_of(instruction.operands[int(parameter.literal)])
     )
-    total += min(own, _read(inner, name, own))
+    total += min(whole, _read(inner, name, whole))
   return total
 
 
@@ -135,9 +137,14 @@ def _read(inner: execution.Scope, name: str, whole: int) -> int:
 
 
 def updates(inner: execution.Scope) -> tuple[list[str | None], int]:
-  """Returns what a fusion updates in place, and the bytes that move there.
+  """Returns the arrays that a fusion updates in place, and the bytes moved.
 
-  That is the name of a parameter for each result, None where it is new memory.
+  Args:
+    inner: scope of the fusion's computation.
+
+  Returns:
+    For each result the name of the parameter that it updates, or None if it is
+    new memory; and the bytes read and written by the updates.
   """
   body = inner.computation.instructions
   root = body[inner.computation.root]
@@ -146,21 +153,25 @@ def updates(inner: execution.Scope) -> tuple[list[str | None], int]:
   names = root.operands if root.op == 'tuple' else [root.name]
   updated, moved = [], 0
   for name in names:
-    made = _update(inner, name)
-    updated.append(made and _target(body, made))
-    if made and updated[-1]:
-      moved += 2 * main_bytes(body[made.operands[1]].type)
+    update = _update(inner, name)
+    updated.append(update and _target(body, update))
+    if update and updated[-1]:
+      moved += 2 * main_bytes(body[update.operands[1]].type)
   return updated, moved
 
 
 def _update(inner: execution.Scope, name: str) -> module.Instruction | None:
-  _, made, _ = execution.resolve(inner, name)
-  inside = made.name in inner.computation.instructions
-  return made if inside and made.op == 'dynamic-update-slice' else None
+  """Returns the `dynamic-update-slice` that computes a value, or None."""
+  _, source, _ = execution.resolve(inner, name)
+  inside = source.name in inner.computation.instructions
+  return source if inside and source.op == 'dynamic-update-slice' else None
 
 
-def _target(body, made: module.Instruction) -> str | None:
-  target = body[made.operands[0]]
+def _target(
+  body: dict[str, module.Instruction], update: module.Instruction
+) -> str | None:
+  """Returns the parameter that an update writes to; None if it is not one."""
+  target = body[update.operands[0]]
   while target.op in ('bitcast', 'copy', 'convert') and target.operands:
     target = body[target.operands[0]]
   return target.name if target.op == 'parameter' else None

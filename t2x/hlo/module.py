@@ -1,4 +1,4 @@
-"""The text of a compiled program, as XLA prints it for CPU, TPU and GPU."""
+"""Parses the text of compiled programs, as XLA prints it on any platform."""
 
 import dataclasses
 import functools
@@ -20,10 +20,15 @@ _CALLEES = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """One line: `name = type op(operands), attributes`.
+  """One instruction of HLO: `name = type op(operands), attributes`.
 
   Attributes:
-    literal: what stands between the parentheses, as written.
+    name: name of its result, without `%`.
+    type: type of its result, as printed: `f32[2,3]{1,0}`, or a tuple of such.
+    op: opcode, such as `dot`.
+    operands: names of the instructions whose results it uses.
+    literal: text between the parentheses, as printed.
+    attributes: text after the parentheses.
   """
 
   name: str
@@ -36,12 +41,12 @@ class Instruction:
   @property
   def op_name(self) -> str:
     """The path of the JAX operation that it came from, or ''."""
-    found = re.search(r'op_name="([^"]*)"', self.attributes)
-    return found[1] if found else ''
+    match = re.search(r'op_name="([^"]*)"', self.attributes)
+    return match[1] if match else ''
 
   @functools.cached_property
   def callees(self) -> tuple[str, ...]:
-    """Computations that it names, those of a loop left out."""
+    """Names of the computations that it calls, except those of a loop."""
     names = []
     for one, many in _CALLEES.findall(self.attributes):
       names += [one] if one else re.findall(r'[\w.\-]+', many)
@@ -49,14 +54,20 @@ class Instruction:
 
   def named(self, attribute: str) -> str:
     """Returns the computation or number that an attribute holds."""
-    found = re.search(rf'\b{attribute}=%?([\w.\-]+)', self.attributes)
-    assert found, f'{self.name} has no {attribute}: {self.attributes}'
-    return found[1]
+    match = re.search(rf'\b{attribute}=%?([\w.\-]+)', self.attributes)
+    assert match, f'{self.name} has no {attribute}: {self.attributes}'
+    return match[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-  """Instructions by name, in the order in which they are printed."""
+  """One computation of a program.
+
+  Attributes:
+    name: name of the computation, without `%`.
+    instructions: instructions by name, in the order in which they are printed.
+    root: name of the instruction whose result the computation returns.
+  """
 
   name: str
   instructions: dict[str, Instruction]
@@ -65,7 +76,12 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-  """A program: its computations by name, and the one that runs."""
+  """A program.
+
+  Attributes:
+    computations: computations by name.
+    entry: name of the computation that runs first.
+  """
 
   computations: dict[str, Computation]
   entry: str
@@ -78,7 +94,7 @@ def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def elements(type_: str) -> list[str]:
-  """Returns the types in a printed tuple, or the one type that is no tuple."""
+  """Returns the types in a printed tuple; a list of the type if it is none."""
   if not type_.startswith('('):
     return [type_]
   parts, depth, start = [], 0, 1
@@ -93,14 +109,22 @@ def elements(type_: str) -> list[str]:
 
 
 def num_bytes(dtype: str, dims: tuple[int, ...]) -> int:
-  """Returns the bytes of an array, unpadded: `f8e4m3fn` takes 1 an element."""
+  """Returns the bytes of an array without padding.
+
+  Args:
+    dtype: type of an element as HLO writes it; `f8e4m3fn` takes one byte.
+    dims: sizes of the dimensions.
+  """
   width = re.match(r'[a-z]+(\d+)', dtype)
   bits = int(width[1]) if width else {'pred': 8}.get(dtype, 0)
   return -(-bits * math.prod(dims) // 8)
 
 
 def parse(text: str) -> Module:
-  """Reads a program.
+  """Parses a program.
+
+  Args:
+    text: the program, as `compiled.as_text()` prints it.
 
   Raises:
     ValueError: the text holds no ENTRY computation.
@@ -151,10 +175,10 @@ def _instruction(name: str, rest: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-  """Returns the place after the parenthesis that closes the one at `start`."""
+  """Returns the index after the parenthesis that closes the one at `start`."""
   depth = 0
-  for found in re.finditer(r'[()]', text[start:]):
-    depth += 1 if found[0] == '(' else -1
+  for match in re.finditer(r'[()]', text[start:]):
+    depth += 1 if match[0] == '(' else -1
     if not depth:
-      return start + found.end()
+      return start + match.end()
   raise ValueError(f'A parenthesis stays open in {text[:200]!r}.')

@@ -1,8 +1,8 @@
-"""Whether a compiled program computes while it waits for an exchange.
+"""Tells whether a collective is hidden behind computation.
 
-A scheduled program starts an exchange, does other things, and ends it. What
-lies between in its order runs beside it: an exchange with no product there is
-waited for.
+A scheduled program starts a collective, does other things, and ends it. The
+instructions between the start and the end run beside it. If there is no matrix
+product among them, the device waits for the collective.
 """
 
 from t2x.hlo import execution
@@ -10,6 +10,7 @@ from t2x.hlo import kernel_flops
 from t2x.hlo import matmul_flops
 from t2x.hlo import module
 
+# Instructions that run a computation with a collective in it asynchronously.
 _WITHIN = ('async-start', 'call-start', 'custom-call-start')
 
 
@@ -17,18 +18,18 @@ def is_hidden(scope: execution.Scope, instruction: module.Instruction) -> bool:
   """Whether products run between the start and the end of a collective.
 
   Args:
-    scope: where it stands.
-    instruction: the collective, or what starts it.
+    scope: scope that the instruction is in.
+    instruction: the collective, or its asynchronous start.
   """
   if instruction.op.endswith('-start'):
     return _computes_until(scope, instruction.name, '-done')
   caller, parent = scope.caller, scope.parent
   if caller is None or parent is None:
     return False
-  if caller.op in _WITHIN:  # An exchange by another core or another stream.
+  if caller.op in _WITHIN:  # By another core or another stream.
     return _computes_until(parent, caller.name, '-done')
   if caller.op == 'fusion':
-    # A TPU's exchange in several fusions: the first may compute too.
+    # A TPU's collective in several fusions: the first may compute too.
     return _holds(scope.computation, 'AsyncCollectiveStart') and (
       _computes_until(parent, caller.name, 'fusion', itself=True)
     )
@@ -36,7 +37,7 @@ def is_hidden(scope: execution.Scope, instruction: module.Instruction) -> bool:
 
 
 def _holds(computation: module.Computation, call: str) -> bool:
-  """Whether one of the compiler's own calls is in a computation."""
+  """Whether a computation has a custom call of the compiler's own."""
   return any(
     f'"{call}"' in i.attributes for i in computation.instructions.values()
   )
@@ -45,9 +46,17 @@ def _holds(computation: module.Computation, call: str) -> bool:
 def _computes_until(
   scope: execution.Scope, start: str, end: str, *, itself: bool = False
 ) -> bool:
-  """Whether a product runs from an instruction to what ends it."""
+  """Whether a product runs between an asynchronous start and its end.
+
+  Args:
+    scope: scope that the start is in.
+    start: name of the instruction that starts the collective.
+    end: suffix of the opcode that ends it; 'fusion' if a fusion does, after
+      others that carry it on.
+    itself: True if a product in the start counts too.
+  """
   begun = False
-  mine = {start}
+  in_flight = {start}
   for name, instruction in scope.computation.instructions.items():
     if name == start:
       begun = True
@@ -56,15 +65,15 @@ def _computes_until(
       continue
     if not begun:
       continue
-    if mine & {*instruction.operands}:
+    if in_flight & {*instruction.operands}:
       if instruction.op in ('get-tuple-element', 'tuple', 'bitcast'):
-        mine.add(name)
+        in_flight.add(name)
       elif end == 'fusion':
         if computes(scope, instruction):
           return True
         if _is_done(scope, instruction):
           return False
-        mine.add(name)
+        in_flight.add(name)
         continue
       elif instruction.op.endswith(end):
         return False
@@ -81,7 +90,7 @@ def _is_done(scope: execution.Scope, instruction: module.Instruction) -> bool:
 
 
 def computes(scope: execution.Scope, instruction: module.Instruction) -> bool:
-  """Whether an instruction holds a product, or a kernel of them."""
+  """Whether an instruction runs a matrix product, or a kernel of products."""
   if matmul_flops.flops_of(scope, instruction) or kernel_flops.flops_of(
     instruction
   ):

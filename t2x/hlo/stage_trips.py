@@ -1,12 +1,12 @@
-"""How often the loops of a pipeline's program run on each stage.
+"""Computes how often each stage of a pipeline runs the loops of its program.
 
 flops = [
-  matrix.matrix_flops(text, pipelines.trips(plan, stage))
+  matmul_flops.matrix_flops(text, stage_trips.trips(plan, stage))
   for stage in range(plan.table.num_stages)
 ]
 
-The program is the same for all stages, and what its loops' bounds are is read
-from the instructions in each tick. They are known beforehand.
+The program is the same for all stages. The bounds of its loops are read from a
+table of instructions in each tick, and that table is known beforehand.
 """
 
 import fractions
@@ -27,16 +27,16 @@ _LAST = re.compile(r'last_(\d+)')
 
 
 def trips(plan: plan_lib.Plan, stage: int) -> execution.Trips:
-  """Returns the trips of a stage's loops, for what counts a program.
+  """Returns a function from a loop of the program to a stage's trip count.
 
-  A loop of a tick is entered in every tick: its trips are the mean over them,
-  so that counts over all ticks are exact. So are those of the conditional in
-  which messages are sent, of what only its branch that sends has. None for
-  others.
+  A loop of a tick is entered in every tick; its trip count is the mean over the
+  ticks, so that sums over all ticks are exact. For the conditional in which
+  stages send messages, the function returns the share of ticks in which it
+  sends. For other loops it returns None.
 
   Args:
-    plan: what the program runs.
-    stage: whose device is meant.
+    plan: the pipeline's schedule, which the program runs.
+    stage: index of the stage.
   """
   places = {
     f'{name}_{tower.name}': (name, t)
@@ -61,7 +61,7 @@ def trips(plan: plan_lib.Plan, stage: int) -> execution.Trips:
 
 
 def _sending(plan: plan_lib.Plan, path: str) -> execution.Times | None:
-  """Returns the share of the ticks in which messages go down, or up."""
+  """Returns the share of the ticks in which stages send down, or up."""
   ticks = {
     'from_previous': plan.told.sends_down_T,
     'from_next': plan.told.sends_up_T,
@@ -75,14 +75,15 @@ def _sending(plan: plan_lib.Plan, path: str) -> execution.Times | None:
 def times(
   plan: plan_lib.Plan, stage: int, name: str, t: int, member: int = 0
 ) -> execution.Times:
-  """Returns how often a stage runs a loop over all ticks.
+  """Returns how often a stage runs a loop's body over all ticks.
 
   Args:
-    plan: what is run.
-    stage: whose device is meant.
-    name: of `instructions.LOOPS`.
-    t: the tower.
-    member: a layer's place in its unit; of the last unit there may be fewer.
+    plan: the pipeline's schedule.
+    stage: index of the stage.
+    name: name of the loop, one of `instructions.LOOPS`.
+    t: index of the tower.
+    member: index of a layer in its unit. The last unit can have fewer layers,
+      so later members can run less often.
   """
   runs = int(_runs(plan, name, t)[:, stage].sum())
   tower = plan.place.towers[t]
@@ -95,20 +96,24 @@ def times(
 def _runs(plan: plan_lib.Plan, name: str, t: int) -> np.ndarray:
   """Returns how often each stage runs a loop in each tick: runs_TS."""
   runs_TS = instructions.trips(name, t, plan.told.columns)
-  if plan.config.uniform:  # As often as any of them.
+  if plan.config.uniform:  # As often as the stage that runs it most.
     runs_TS = np.broadcast_to(runs_TS.max(1, keepdims=True), runs_TS.shape)
   return runs_TS
 
 
-def _mean(plan: plan_lib.Plan, stage: int, name: str, t: int):
+def _mean(
+  plan: plan_lib.Plan, stage: int, name: str, t: int
+) -> fractions.Fraction:
   runs_T = _runs(plan, name, t)[:, stage]
   return fractions.Fraction(int(runs_T.sum()), len(runs_T))
 
 
-def _share(plan: plan_lib.Plan, stage: int, name: str, t: int, i: int):
+def _share(
+  plan: plan_lib.Plan, stage: int, name: str, t: int, i: int
+) -> fractions.Fraction:
   """Returns the share of the units run that have a layer i."""
   columns, tower = plan.told.columns, plan.place.towers[t]
-  visited = held = 0
+  visited = present = 0
   for tick, num in enumerate(_runs(plan, name, t)[:, stage]):
     for done in range(num):
       unit_S = columns['unit'][tick] + done
@@ -117,5 +122,5 @@ def _share(plan: plan_lib.Plan, stage: int, name: str, t: int, i: int):
       there_S = unit_S * tower.group + i
       there_S = there_S < tower.num_layers
       visited += 1
-      held += bool(there_S.any() if plan.config.uniform else there_S[stage])
-  return fractions.Fraction(held, max(visited, 1))
+      present += bool(there_S.any() if plan.config.uniform else there_S[stage])
+  return fractions.Fraction(present, max(visited, 1))

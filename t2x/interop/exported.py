@@ -258,4 +258,4 @@ def _scaling(scaling: position.Llama3Scaling | None) -> dict[str, Any] | None:
 
 
 def _dropout(config: model_lib.ModelConfig) -> float:
-  return getattr(config.attention, 'dropout', 0.0)
+  return config.attention.dropout

@@ -56,7 +56,7 @@ def read(hf: Hf, config: model_lib.ModelConfig) -> dict[str, list[str]]:
   """
   if getattr(config, 'token_classes', 0):
     return {TOKENS: _names(hf)}
-  return {TEXTS: _names(hf)} if getattr(config, 'classes', ()) else {}
+  return {TEXTS: _names(hf)} if config.head_classes else {}
 
 
 def check(
@@ -154,7 +154,7 @@ def with_labels(
   hf = dict(hf)
   if getattr(config, 'token_classes', 0):
     names = labels.get(TOKENS)
-  elif getattr(config, 'classes', ()):
+  elif config.head_classes:
     names = labels.get(TEXTS)
     hf['problem_type'] = problem
   else:

@@ -35,7 +35,7 @@ def family_of(config: Config) -> str:
   assert isinstance(rotary, position.Rotary)
   if config.residual == 'sandwich':
     return 'gemma2'
-  if getattr(config.norm, 'unit_offset', False):
+  if config.norm.unit_offset:
     return 'gemma'
   if not all(layer.rotary for layer in layers):
     return 'smollm3'

@@ -1,4 +1,4 @@
-"""What a process still says and does when it ends against its will."""
+"""Handles JAX's abort of a process, which then ends with a clear message."""
 
 import atexit
 from collections.abc import Callable
@@ -10,17 +10,17 @@ import socket
 import sys
 
 
-class LastWords:
-  """Speaks when JAX aborts the process, which Python cannot catch.
+class AbortHandler:
+  """Reports why JAX aborts the process, which Python itself cannot catch.
 
-  The threads of JAX's coordination service end a process by abort() as soon
-  as process 0 is gone, or another one was named dead. The signal of abort() is
-  caught in C, and comes from a thread that may well run Python.
+  The threads of JAX's coordination service end a process by abort() as soon as
+  process 0 is gone, or another process is declared dead. The signal of abort()
+  is caught in C, in a thread that is free to run Python.
 
   Args:
     coordinator: HOST:PORT of process 0.
-    say: told whether the coordinator still answers; returns whether it knew
-      the reason and said it.
+    say: function that prints the reason. Its argument is whether the
+      coordinator still answers; its result is whether it knew the reason.
   """
 
   def __init__(self, coordinator: str, say: Callable[[bool], bool]):
@@ -29,20 +29,20 @@ class LastWords:
     self._libc = ctypes.CDLL(None)
     self._libc.signal.restype = ctypes.c_void_p
     self._libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
-    # Kept: C holds no reference.
+    # Kept here, since C holds no reference to it.
     self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._on_abort)
     address = ctypes.cast(self._handler, ctypes.c_void_p)
-    self._before = self._libc.signal(signal.SIGABRT, address)
+    self._previous = self._libc.signal(signal.SIGABRT, address)
 
-  def forget(self) -> None:
-    """Leaves abort() to whoever had it before."""
-    self._libc.signal(signal.SIGABRT, self._before)
+  def restore(self) -> None:
+    """Restores the previous handler of abort()."""
+    self._libc.signal(signal.SIGABRT, self._previous)
 
   def _on_abort(self, number: int) -> None:
     if self._say(self._coordinator_lives()):
       sys.stderr.flush()
       os._exit(1)
-    self.forget()
+    self.restore()
     signal.raise_signal(number)  # Blocked until this handler returns.
 
   def _coordinator_lives(self) -> bool:
@@ -54,17 +54,18 @@ class LastWords:
 
 
 def exit_without_barrier(before: Callable[[], None]) -> None:
-  """Ends the interpreter, once it comes to that, without JAX's barrier.
+  """Lets the interpreter end, when it does, without JAX's barrier.
 
   Args:
-    before: called at the very end, when the error has been printed.
+    before: function that is called at the very end, after the error has been
+      printed.
   """
 
-  def end():
+  def end() -> None:
     before()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
 
-  # The last to be registered runs first, before that of JAX.
+  # The function that is registered last runs first, before that of JAX.
   atexit.register(end)

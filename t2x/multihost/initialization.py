@@ -1,8 +1,12 @@
-"""Joining the processes of a run, before anything asks for devices.
+"""Joins the processes of a run, before the first use of devices.
 
-With cluster.joined(coordinator='10.0.0.1:8476', num_processes=2, process_id=0):
-they are named by hand; without arguments the environment is asked (TPU pods,
-GKE, SLURM, Open MPI, as JAX detects them), and a plain machine stays alone.
+with initialization.joined(
+  coordinator='10.0.0.1:8476', num_processes=2, process_id=0
+):
+  ...
+
+Without arguments the processes are found from the environment (TPU pods, GKE,
+SLURM, Open MPI, as JAX detects them); elsewhere the process stays alone.
 """
 
 from collections.abc import Generator
@@ -13,6 +17,7 @@ import socket
 import sys
 import threading
 from typing import Any
+from typing import TextIO
 
 from absl import logging as absl_logging
 import jax
@@ -20,7 +25,7 @@ import jax
 from t2x.multihost import liveness_monitor
 
 START_SECONDS = 300.0  # Pods of a job start minutes apart.
-_EXTRA = 120  # JAX gives up later than we do, since it ends with a C++ trace.
+_EXTRA = 120  # Seconds that JAX waits longer; it ends with a C++ trace.
 
 
 @contextlib.contextmanager
@@ -31,44 +36,56 @@ def joined(
   process_id: int | None = None,
   start_seconds: float = START_SECONDS,
 ) -> Generator[None]:
-  """Joins this process to the others of the run, and leaves with them.
+  """Joins this process to the others of the run, and leaves them at the end.
 
-  A process that raises inside tells the others, which then end too.
+  A process that raises inside the block tells the others, which then end too.
 
   Args:
-    coordinator: HOST:PORT where process 0 is reached by all.
-    num_processes: of the run; 1 turns detection off.
-    process_id: of this one, from 0.
-    start_seconds: after which missing processes are an error.
+    coordinator: HOST:PORT of process 0, which all processes can reach; None to
+      detect the processes from the environment.
+    num_processes: number of processes of the run; 1 turns detection off.
+    process_id: number of this process, from 0.
+    start_seconds: time limit for all processes to join, in seconds.
 
   Raises:
-    ValueError: arguments that cannot be, or some without the others.
+    ValueError: the arguments are impossible, or only some are given.
   """
   check(coordinator, num_processes, process_id)
   if num_processes == 1 or (coordinator is None and not detected()):
     yield
     return
-  given: dict[str, Any] = {}
+  arguments: dict[str, Any] = {}
   if coordinator is not None:
-    given = {
+    arguments = {
       'coordinator_address': coordinator,
       'num_processes': num_processes,
       'process_id': process_id,
-      # Nothing is left to find out, and nothing to be found wrong.
+      # Nothing is left to detect, and nothing can be detected wrongly.
       'cluster_detection_method': 'deactivate',
     }
     if process_id == 0:
       _check_port(coordinator)
-  initialize(given, start_seconds)
-  _speak_as(liveness_monitor.state().process_id)
-  with liveness_monitor.watching(liveness_monitor.state().coordinator_address):
+  initialize(arguments, start_seconds)
+  _set_up_output(liveness_monitor.state().process_id)
+  with liveness_monitor.monitoring(
+    liveness_monitor.state().coordinator_address
+  ):
     yield
 
 
 def check(
   coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
-  """Raises ValueError for flags that name no process of a run."""
+  """Checks the flags that name a process of a run.
+
+  Args:
+    coordinator: HOST:PORT of process 0.
+    num_processes: number of processes of the run.
+    process_id: number of this process, from 0.
+
+  Raises:
+    ValueError: a flag is impossible, or only some are given.
+  """
   if num_processes is not None and num_processes < 1:
     raise ValueError(
       f'--num_processes={num_processes}; it is the number of processes of the '
@@ -76,13 +93,13 @@ def check(
     )
   if num_processes == 1 and coordinator is None and process_id in (None, 0):
     return
-  given = {
+  values = {
     'coordinator': coordinator,
     'num_processes': num_processes,
     'process_id': process_id,
   }
-  missing = [f'--{name}' for name, value in given.items() if value is None]
-  if len(missing) == len(given):
+  missing = [f'--{name}' for name, value in values.items() if value is None]
+  if len(missing) == len(values):
     return
   if missing:
     raise ValueError(
@@ -106,14 +123,15 @@ def check(
 
 
 def detected() -> bool:
-  """Whether the environment says that this is one of several processes."""
-  # JAX has no public way to ask. The same classes as initialize() goes by.
+  """Whether the environment names this process as one of several."""
+  # JAX has no public function for it. jax.distributed.initialize uses the same
+  # classes.
   from jax._src.clusters import ClusterEnv
 
   for env in ClusterEnv._cluster_types:
     if env.opt_in_only_method:
       continue
-    # A pod of its own (a notebook) is no job, and asking its cluster may fail.
+    # A single pod (a notebook) is no job, and asking its cluster can fail.
     if (
       env.__name__ == 'K8sCluster' and 'JOB_COMPLETION_INDEX' not in os.environ
     ):
@@ -123,15 +141,20 @@ def detected() -> bool:
   return False
 
 
-def initialize(given: dict[str, Any], start_seconds: float) -> None:
-  """Calls jax.distributed.initialize, and ends in time where others lack."""
+def initialize(arguments: dict[str, Any], start_seconds: float) -> None:
+  """Calls jax.distributed.initialize; ends the process if others do not join.
+
+  Args:
+    arguments: keyword arguments for it; empty to detect the processes.
+    start_seconds: time limit for all processes to join, in seconds.
+  """
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-  timer = threading.Timer(start_seconds, _give_up, (given, start_seconds))
+  timer = threading.Timer(start_seconds, _give_up, (arguments, start_seconds))
   timer.daemon = True
   timer.start()
   try:
     jax.distributed.initialize(
-      **given,
+      **arguments,
       initialization_timeout=int(start_seconds) + _EXTRA,
       heartbeat_timeout_seconds=liveness_monitor.HEARTBEAT_SECONDS,
     )
@@ -140,7 +163,11 @@ def initialize(given: dict[str, Any], start_seconds: float) -> None:
 
 
 def _check_port(coordinator: str) -> None:
-  """Raises ValueError if process 0 cannot listen, where JAX would crash."""
+  """Checks that process 0 can listen at its port; JAX would crash.
+
+  Raises:
+    ValueError: it cannot.
+  """
   port = int(coordinator.rpartition(':')[2])
   family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
   try:
@@ -152,62 +179,76 @@ def _check_port(coordinator: str) -> None:
     ) from error
 
 
-def _give_up(given: dict[str, Any], seconds: float) -> None:
-  """Says who did not come. The main thread waits in C++, and for longer."""
-  address = given.get(
+def _give_up(arguments: dict[str, Any], seconds: float) -> None:
+  """Reports missing processes and ends this one.
+
+  It runs in a thread: the main thread waits in C++, and for longer.
+
+  Args:
+    arguments: the arguments of `jax.distributed.initialize`.
+    seconds: time limit that has passed.
+  """
+  address = arguments.get(
     'coordinator_address', liveness_monitor.state().coordinator_address
   )
-  index = given.get('process_id', liveness_monitor.state().process_id)
-  num = given.get('num_processes', 'all')
+  index = arguments.get('process_id', liveness_monitor.state().process_id)
+  num = arguments.get('num_processes', 'all')
   if index == 0:
-    what = (
+    problem = (
       f'not all of the {num} processes have come to {address} within '
       f'{seconds:.0f} s. Start every other one (each with its own '
       '--process_id) within that time'
     )
   else:
-    what = (
+    problem = (
       f'process {index} cannot join the run at {address} within '
       f'{seconds:.0f} s. See that process 0 has started, and that '
       '--coordinator is an address of its machine that this one can reach'
     )
-  sys.stderr.write(f'error: {what}; --start_timeout sets the seconds.\n')
+  sys.stderr.write(f'error: {problem}; --start_timeout sets the seconds.\n')
   sys.stderr.flush()
   os._exit(1)
 
 
-class _Prefixed:
-  """A stream that marks each line with the number of the process."""
+class _PrefixedStream:
+  """A stream that begins each line with a prefix."""
 
-  def __init__(self, stream, prefix: str):
-    self._stream, self._prefix, self._rest = stream, prefix, ''
+  def __init__(self, stream: TextIO, prefix: str):
+    self._stream, self._prefix, self._pending = stream, prefix, ''
 
   def write(self, text: str) -> int:
-    *lines, self._rest = (self._rest + text).split('\n')
-    # One write a line, so that those of several processes do not mix.
+    *lines, self._pending = (self._pending + text).split('\n')
+    # One write for each line, so that lines of several processes do not mix.
     for line in lines:
       self._stream.write(f'{self._prefix}{line}\n')
     return len(text)
 
   def flush(self) -> None:
-    if self._rest:
-      self._stream.write(f'{self._prefix}{self._rest}')
-      self._rest = ''
+    if self._pending:
+      self._stream.write(f'{self._prefix}{self._pending}')
+      self._pending = ''
     self._stream.flush()
 
-  def __getattr__(self, name: str):
+  def __getattr__(self, name: str) -> Any:
     return getattr(self._stream, name)
 
 
-def _speak_as(index: int) -> None:
-  """Leaves the terminal to process 0, but for warnings and errors of others."""
+def _set_up_output(index: int) -> None:
+  """Keeps the logs of all processes but the first to warnings and errors.
+
+  Their lines begin with the number of the process.
+
+  Args:
+    index: number of this process.
+  """
   if jax.config.values['jax_platforms'] == 'cpu' and sys.stdout.fileno() == 1:
-    # Gloo prints every connection, from C++; Python's own goes another way.
+    # Gloo prints every connection from C++, to the descriptor of stdout; Python
+    # gets another one.
     sys.stdout = os.fdopen(os.dup(1), 'w', buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
   if index == 0:
     return
-  sys.stderr = _Prefixed(sys.stderr, f'[{index}] ')
-  sys.stdout = _Prefixed(sys.stdout, f'[{index}] ')
+  sys.stderr = _PrefixedStream(sys.stderr, f'[{index}] ')
+  sys.stdout = _PrefixedStream(sys.stdout, f'[{index}] ')
   absl_logging.get_absl_handler().python_handler.stream = sys.stderr
   logging.getLogger('t2x').setLevel(logging.WARNING)

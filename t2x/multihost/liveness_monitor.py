@@ -1,13 +1,15 @@
-"""The processes of a run watch each other: one that dies takes the others down.
+"""Ends all processes of a run when one of them dies.
 
-Every process writes a pulse to the key-value store of JAX's coordination
-service, which lives in process 0. Process 0 reads the pulses and says there
-who is gone; the others read that, and process 0 is gone when it does not
-answer. All end with one message that names the dead process. A collective that
-fails only makes process 0 look sooner.
+Every process writes a pulse, a growing number, to the key-value store of JAX's
+coordination service, which runs in process 0. Process 0 reads the pulses and
+writes the processes that are dead to the store. The others read them there;
+process 0 is dead when the store does not answer. All end with one message that
+names the dead process. A collective that fails only makes process 0 look
+sooner.
 
-Behind this stand JAX's own heartbeats, sent by threads that Python cannot hold
-up: they count from the start, the silence of a pulse only while steps run.
+JAX's own heartbeats remain as a second check. Their threads cannot be held up
+by Python. They count from the start of the run; missing pulses count only while
+steps run.
 """
 
 from collections.abc import Callable
@@ -23,51 +25,54 @@ import jax
 
 from t2x.multihost import abort_handler
 
-# Of JAX: a death is noticed after half of it at the soonest, and at the latest
-# after all of it.
+# Timeout of JAX's heartbeats. JAX notices a death after half of it at the
+# earliest, and after all of it at the latest.
 HEARTBEAT_SECONDS = 50
-_PULSE_SECONDS = 2.0
-_SILENT_SECONDS = 20.0  # Of a hung process, or one whose machine is gone.
+_PULSE_SECONDS = 2.0  # Time between pulses.
+_SILENT_SECONDS = 20.0  # Time without a pulse after which a process is dead.
 _BROKEN_SECONDS = 6.0  # The same once a collective has failed.
-_LAST_SECONDS = 8.0  # For which process 0 stays, so that all hear of it.
-_FINISH_SECONDS = 3600.0  # For which the fast wait for the report's writer.
+_LAST_SECONDS = 8.0  # Time that process 0 stays for the others to read.
+_FINISH_SECONDS = 3600.0  # Time limit for all processes to finish.
 _PULSE, _DEAD, _BROKEN, _LEFT = 'pulse', 'dead', 'broken', 'left'
 
-# One a process, as is JAX's own state of the cluster.
-_watch: 'Watch | None' = None
+# There is one in each process, as there is one state of JAX's cluster.
+_monitor: 'Monitor | None' = None
 
 
 @contextlib.contextmanager
-def watching(coordinator: str) -> Generator[None]:
-  """Watches the others while the block runs, and ends together with them.
+def monitoring(coordinator: str) -> Generator[None]:
+  """Monitors the other processes during the block, and ends together with them.
 
   Args:
     coordinator: HOST:PORT of process 0.
   """
-  global _watch
-  _watch = Watch(coordinator)
+  global _monitor
+  _monitor = Monitor(coordinator)
   try:
     yield
   except BaseException as error:
-    _watch.failed(error)
+    _monitor.failed(error)
     raise
-  _watch.finish()
-  _watch = None
+  _monitor.finish()
+  _monitor = None
 
 
 def follow(where: Callable[[], str]) -> None:
-  """Says that steps run.
+  """Tells the monitor that steps run, so that missing pulses count.
 
   Args:
-    where: returns after which step that is and from where the run goes on; a
-      message ends with it.
+    where: function that returns text with the last step and the checkpoint that
+      the run would resume from; it ends the message about a dead process.
   """
-  if _watch is not None:
-    _watch.where = where
+  if _monitor is not None:
+    _monitor.where = where
 
 
-class Watch:
-  """Pulses, and the judgement on those that have none.
+class Monitor:
+  """Sends the pulses of this process, and ends it when another one is dead.
+
+  Args:
+    coordinator: HOST:PORT of process 0.
 
   Attributes:
     where: see `follow`; None before the first step.
@@ -77,25 +82,30 @@ class Watch:
     self.where: Callable[[], str] | None = None
     self._client: Any = state().client
     self._index, self._num = state().process_id, state().num_processes
-    self._heard = time.monotonic()  # When the coordination service answered.
-    # Of each process the value, and since when; read by process 0.
+    # Time of the last answer of the coordination service.
+    self._last_answer = time.monotonic()
+    # Value of each process's pulse, and when it changed; in process 0.
     self._pulses: dict[int, tuple[str, float]] = {}
-    self._dead: dict[int, str] = {}  # And how.
+    self._dead: dict[int, str] = {}  # Cause of each death.
     self._broken = self._failing = self._stopped = False
-    self._ending = threading.Lock()  # Held by whoever says the last words.
-    self._words = abort_handler.LastWords(coordinator, self._on_abort)
+    self._ending = threading.Lock()  # Held by the thread that prints the end.
+    self._abort = abort_handler.AbortHandler(coordinator, self._on_abort)
     self._threads = [
       threading.Thread(target=target, daemon=True)
-      for target in (self._pulse, self._judge)
+      for target in (self._exchange_pulses, self._watch_for_deaths)
     ]
     for thread in self._threads:
       thread.start()
 
   def failed(self, error: BaseException) -> None:
-    """Tells the others that this process ends, unless another is to blame.
+    """Tells the other processes that this one ends with an error.
 
-    Does not return where another one is. JAX's barrier at exit would wait for
-    processes that wait for this one, so the interpreter ends without it.
+    It does not return if another process is dead and is the cause. JAX's
+    barrier at exit would wait for processes that wait for this one, so the
+    interpreter ends without it.
+
+    Args:
+      error: the error that ends this process.
     """
     if isinstance(error, jax.errors.JaxRuntimeError):
       self._broken = True
@@ -112,11 +122,14 @@ class Watch:
     self._stopped = True
     for thread in self._threads:
       thread.join()
-    self._words.forget()
+    self._abort.restore()
     jax.distributed.shutdown()
 
-  def _pulse(self) -> None:
-    """Asks and tells the store. Stands still while process 0 does."""
+  def _exchange_pulses(self) -> None:
+    """Writes the pulse to the store and reads from it, in a thread.
+
+    It stands still while process 0 does.
+    """
     number = 0
     while not self._stopped:
       number += 1
@@ -125,12 +138,13 @@ class Watch:
         if self._broken:
           self._set(_BROKEN, self._index, 'yes')
         if self._index == 0:
-          self._listen()
+          self._declare_dead()
         self._dead = self._get(_DEAD)
-        self._heard = time.monotonic()
+        self._last_answer = time.monotonic()
       time.sleep(_PULSE_SECONDS)
 
-  def _listen(self) -> None:
+  def _declare_dead(self) -> None:
+    """Writes the processes without a pulse to the store; in process 0."""
     now = time.monotonic()
     for index, value in self._get(_PULSE).items():
       if self._pulses.get(index, ('', now))[0] != value:
@@ -141,12 +155,13 @@ class Watch:
       for index in self._silent(limit):
         self._set(_DEAD, index, f'died or hangs (silent for {limit:.0f} s)')
 
-  def _judge(self) -> None:
+  def _watch_for_deaths(self) -> None:
+    """Ends this process once another one is dead, in a thread."""
     while not self._stopped:
       dead = dict(self._dead)
-      if self._failing:  # It speaks for itself.
+      if self._failing:  # This process prints its own error.
         dead.pop(self._index, None)
-      silence = time.monotonic() - self._heard
+      silence = time.monotonic() - self._last_answer
       if self.where is not None and silence > _SILENT_SECONDS:
         dead = {0: f'died or hangs (silent for {silence:.0f} s)'}
       if dead:
@@ -154,47 +169,49 @@ class Watch:
       time.sleep(_PULSE_SECONDS / 2)
 
   def _silent(self, limit: float) -> list[int]:
+    """Returns the processes without a pulse for longer than `limit` seconds."""
     now = time.monotonic()
     return [i for i, (_, since) in self._pulses.items() if now - since > limit]
 
   def _end(self, dead: dict[int, str]) -> None:
-    """Says who is dead, and ends this process."""
+    """Prints the death of a process, and ends this one."""
     if not self._ending.acquire(blocking=False):
       return
-    self._say(dead)
+    self._print(dead)
     if 0 not in dead:  # The store still answers.
       self._wait_for_the_others()
     os._exit(1)
 
   def _on_abort(self, coordinator_lives: bool) -> bool:
-    """Says why JAX aborts this process; False if that is not its reason."""
+    """Prints the death for which JAX aborts this process; False if unknown."""
     if self._stopped or not self._ending.acquire(blocking=False):
       return False
-    heard = time.monotonic() - self._heard
-    if not coordinator_lives or (self._index and heard > _BROKEN_SECONDS):
-      self._say({0: 'died'})
+    silence = time.monotonic() - self._last_answer
+    if not coordinator_lives or (self._index and silence > _BROKEN_SECONDS):
+      self._print({0: 'died'})
       return True
     silent = self._silent(_BROKEN_SECONDS)
     if silent:
-      self._say({index: 'died' for index in silent})
+      self._print({index: 'died' for index in silent})
     return bool(silent)
 
-  def _say(self, dead: dict[int, str]) -> None:
-    index, how = min(dead.items())
+  def _print(self, dead: dict[int, str]) -> None:
+    """Prints a message that names the first of the dead processes."""
+    index, cause = min(dead.items())
     where = ''
     if self.where is not None:
       # A disk that does not answer must not keep the message back.
       with contextlib.suppress(Exception):
         where = self.where()
     sys.stderr.write(
-      f'error: process {index} of {self._num} {how}{where or "."} This process '
-      f'({self._index}) ends too. Give the same command again to go on, on as '
-      'many processes or on fewer.\n'
+      f'error: process {index} of {self._num} {cause}{where or "."} This '
+      f'process ({self._index}) ends too. Give the same command again to go '
+      'on, on as many processes or on fewer.\n'
     )
     sys.stderr.flush()
 
   def _wait_for_the_others(self) -> None:
-    """Keeps the store of process 0 up until the living have read it."""
+    """Keeps the store of process 0 up until the others have read it."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       self._set(_LEFT, self._index, 'yes')
       end = time.monotonic() + (_LAST_SECONDS if self._index == 0 else 0)
@@ -209,14 +226,14 @@ class Watch:
     self._client.key_value_set(key, value, allow_overwrite=True)
 
   def _get(self, folder: str) -> dict[int, str]:
-    """Returns process -> value of the keys t2x/FOLDER/PROCESS."""
+    """Returns the value of each process in the keys t2x/FOLDER/PROCESS."""
     pairs = self._client.key_value_dir_get(f't2x/{folder}/')
     return {int(key.rpartition('/')[2]): value for key, value in pairs}
 
 
 def state() -> Any:
-  """Returns what JAX knows of the cluster, with the client of its store."""
-  # Not public, and without another way to the store; Orbax goes it too.
+  """Returns JAX's state of the cluster, with the client of its store."""
+  # It is not public, but the only way to the store; Orbax uses it too.
   from jax._src import distributed
 
   return distributed.global_state

@@ -1,7 +1,7 @@
-"""Agreement between the processes of a run; with one process, nothing to do.
+"""Agreement between the processes of a run; trivial for one process.
 
-Each process decides by what it alone sees (a signal, a file that it cannot
-read), and all must take the same turn, or they wait for each other forever.
+A process decides by events that it alone sees (a signal, a file that it cannot
+read), but all must do the same next, or they wait for each other for ever.
 """
 
 from typing import Any
@@ -16,59 +16,63 @@ import numpy as np
 
 
 def is_primary() -> bool:
-  """Whether this is the process that writes what is written once."""
+  """Whether this is the one process that writes the files of the run."""
   return jax.process_index() == 0
 
 
 def put(
   tree: Any, sharding: NamedSharding, rows: np.ndarray, num_rows: int
 ) -> Any:
-  """Makes global arrays of the rows that this process holds.
+  """Returns global arrays of the rows that each process has.
 
-  A device may take any part of a row: the other dimensions can be split over
+  A device can have any part of a row: the other dimensions can be split over
   processes too, each of which has its rows whole.
 
   Args:
-    tree: arrays of `rows`, whole in all other dimensions.
-    sharding: of the global arrays.
-    rows: of the global arrays, those in `tree`, ascending.
-    num_rows: of the global arrays.
+    tree: arrays of this process's rows, whole in all other dimensions.
+    sharding: sharding of the global arrays.
+    rows: indices of this process's rows in the global arrays, ascending.
+    num_rows: number of rows of the global arrays.
+
+  Returns:
+    A tree of the same structure with global arrays.
   """
 
-  def place(array):
-    def part(index):
-      wanted = np.arange(*index[0].indices(num_rows))
-      return array[np.searchsorted(rows, wanted)][(slice(None), *index[1:])]
+  def place(array: np.ndarray) -> jax.Array:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+      assert index is not None
+      of_device = np.arange(*index[0].indices(num_rows))
+      return array[np.searchsorted(rows, of_device)][(slice(None), *index[1:])]
 
     shape = (num_rows, *array.shape[1:])
     return jax.make_array_from_callback(shape, sharding, part)
 
-  # An explicit transfer, though JAX guards it as an implicit one where there
-  # are several processes.
+  # The transfer is explicit, but with several processes JAX guards it as an
+  # implicit one.
   with jax.transfer_guard_host_to_device('allow'):
     return jax.tree.map(place, tree)
 
 
 def per_device(value: np.generic, split: NamedSharding) -> jax.Array:
-  """Returns an array of one entry a device; those of this process are `value`.
+  """Returns an array with one entry for each device, the value of its process.
 
   Args:
-    value: a scalar of this process.
-    split: over all axes of the mesh.
+    value: scalar of this process.
+    split: sharding of the array, over all axes of the mesh.
   """
-  own = np.full(1, value)
+  entry = np.full(1, value)
   with jax.transfer_guard_host_to_device('allow'):
     return jax.make_array_from_callback(
-      (split.mesh.size,), split, lambda _: own
+      (split.mesh.size,), split, lambda _: entry
     )
 
 
 def all_agree(ok: bool, what: str) -> bool:
-  """Returns whether `ok` holds in every process; waits for all of them.
+  """Whether `ok` is True in every process; waits for all of them.
 
   Args:
-    ok: of this process.
-    what: names the place, the same in every process.
+    ok: value of this process.
+    what: name of the question, the same in every process.
   """
   if jax.process_count() == 1:
     return ok
@@ -78,10 +82,10 @@ def all_agree(ok: bool, what: str) -> bool:
 
 
 def largest(values: np.ndarray) -> np.ndarray:
-  """Returns the largest of all processes, entry by entry; NaN is larger still.
+  """Returns the maximum over all processes, entry by entry; NaN if any is NaN.
 
   Args:
-    values: float32, of one shape in every process.
+    values: values of this process, float32, of the same shape in every process.
   """
   if jax.process_count() == 1:
     return values
@@ -90,11 +94,14 @@ def largest(values: np.ndarray) -> np.ndarray:
 
 
 class AnyProcess:
-  """Whether any process has raised its hand, without waiting for the others.
+  """Tells whether a flag is set in any process, without waiting for them.
 
-  Called once a step by every process. The answer of several processes is that
-  of the call before, so that it is on its way while the devices work, and the
-  same everywhere; a process alone gets its own at once.
+  Every process calls it once a step. With several processes the answer is that
+  of the previous call, the same in all of them, so that it can be computed
+  while the devices work. A single process gets its own flag at once.
+
+  Args:
+    mesh: the mesh of the run.
   """
 
   def __init__(self, mesh: Mesh):
@@ -104,6 +111,11 @@ class AnyProcess:
     self._last: jax.Array | None = None
 
   def __call__(self, raised: bool) -> bool:
+    """Returns whether the flag was set in any process.
+
+    Args:
+      raised: the flag of this process.
+    """
     if self._alone:
       return raised
     votes = per_device(np.int32(raised), self._split)

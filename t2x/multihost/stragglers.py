@@ -1,8 +1,8 @@
-"""Naming the process that the others wait for.
+"""Finds the process that the others wait for.
 
-In a step of several processes all take the time of the slowest, and none sees
-which that is. What differs between them is what each does alone, before it
-hands its step to the devices: it waits for its input.
+All processes take the time of the slowest for a step, and none sees which that
+is. They differ in the time that each works alone before it hands its step to
+the devices: it waits for its input.
 """
 
 import logging
@@ -18,22 +18,22 @@ from t2x.multihost import processes
 
 _log = logging.getLogger(__name__)
 
-_TIMES = 1.5  # Slower than the median of the others.
-_SHARE = 0.1  # Of a step that it must lose; less is not worth a word.
-_STEPS = 5  # Of a comparison, at least.
+_TIMES = 1.5  # Time of a straggler over the median of the others, at least.
+_SHARE = 0.1  # Share of a step that a straggler costs, at least.
+_STEPS = 5  # Steps between comparisons, at least.
 _IN_A_ROW = 2  # Comparisons before the first warning.
-_AGAIN = 20  # Comparisons before it is repeated.
+_AGAIN = 20  # Comparisons before the warning is repeated.
 
 
 class Stragglers:
-  """Compares the processes, every few steps and without waiting for them.
+  """Compares the times of processes every few steps, without waiting for them.
 
-  Their seconds are gathered on the devices, behind the step under way, and
-  read when the next are gathered.
+  The times are gathered on the devices after the current step, and read at the
+  next comparison.
 
   Args:
-    mesh: of the run.
-    every: steps between comparisons; at least five.
+    mesh: the mesh of the run.
+    every: number of steps between comparisons; five if it is smaller.
   """
 
   def __init__(self, mesh: Mesh, every: int):
@@ -42,7 +42,7 @@ class Stragglers:
     self._gather = jax.jit(
       lambda seconds: seconds, out_shardings=NamedSharding(mesh, P())
     )
-    # One device speaks for each process.
+    # The first device of each process has its time.
     owners = [device.process_index for device in mesh.devices.flat]
     self._first = {p: owners.index(p) for p in sorted(set(owners))}
     self._sum, self._num, self._since = 0.0, 0, time.perf_counter()
@@ -50,7 +50,12 @@ class Stragglers:
     self._slow, self._in_a_row = -1, 0
 
   def add(self, step: int, seconds: float) -> None:
-    """Counts the seconds of a step in which this process worked alone."""
+    """Counts a step, and compares the processes if it is time.
+
+    Args:
+      step: number of the step.
+      seconds: time in the step that this process worked alone, in seconds.
+    """
     if len(self._first) == 1:
       return
     self._sum, self._num = self._sum + seconds, self._num + 1
@@ -58,9 +63,9 @@ class Stragglers:
       return
     now = time.perf_counter()
     step_seconds = (now - self._since) / self._num
-    own = np.float32(self._sum / self._num)
+    mean = np.float32(self._sum / self._num)
     self._sum, self._num, self._since = 0.0, 0, now
-    gathered = self._gather(processes.per_device(own, self._split))
+    gathered = self._gather(processes.per_device(mean, self._split))
     last, self._last = self._last, gathered
     if last is not None and jax.process_index() == 0:
       all_seconds = jax.device_get(last)
@@ -70,7 +75,13 @@ class Stragglers:
   def compare(
     self, step: int, seconds: dict[int, float], step_seconds: float
   ) -> None:
-    """Warns of a process that has been the slow one for a while."""
+    """Warns of a process that was the slowest in several comparisons.
+
+    Args:
+      step: number of the step.
+      seconds: mean time that each process worked alone in a step, in seconds.
+      step_seconds: mean time of a step, in seconds.
+    """
     slow = max(seconds, key=lambda p: seconds[p])
     median = float(np.median([s for p, s in seconds.items() if p != slow]))
     lost = seconds[slow] - median

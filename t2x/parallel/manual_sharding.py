@@ -1,7 +1,7 @@
-"""Which part of an array a device holds, for code that moves parts by hand.
+"""Shards of arrays, for code that exchanges them explicitly in a `shard_map`.
 
-Everything else names logical axes and leaves the moves to the partitioner
-(t2x/parallel/sharding.py).
+All other code names logical axes and leaves the exchanges to the compiler's
+partitioner (t2x/parallel/sharding.py).
 """
 
 from collections.abc import Callable
@@ -18,14 +18,17 @@ from t2x.parallel import sharding
 def auto_axes(axis: str) -> tuple[str, ...]:
   """Returns the mesh axes, of more than one device, that split a logical axis.
 
-  Those that a surrounding `shard_map` is manual over are left out, and there
-  are none outside `use`.
+  Axes that a surrounding `shard_map` is manual over are left out. Outside
+  `sharding.use` there are none.
+
+  Args:
+    axis: name of the logical axis.
   """
   return _axes_in_use(axis, manual=False)
 
 
 def all_auto_axes() -> tuple[str, ...]:
-  """Returns all mesh axes that `auto_axes` could return."""
+  """Returns the mesh axes that `auto_axes` returns for any logical axis."""
   if not sharding.is_active():
     return ()
   sizes = jax.sharding.get_abstract_mesh().shape
@@ -39,20 +42,22 @@ def free_axes() -> tuple[str, ...]:
 
 
 def on_parts(fn: Callable, x: jax.Array, *axes: str | None) -> jax.Array:
-  """Returns fn(x), a collective, of what each device has along other axes.
+  """Returns fn(x), a collective, computed on shards along the other mesh axes.
 
-  In a `shard_map` that is manual over some mesh axes alone, the partitioner
-  gathers the operand of most collectives over all others.
+  In a `shard_map` that is manual over only some mesh axes, the partitioner
+  gathers the operand of most collectives over all other axes. Here they are
+  manual too.
 
   Args:
-    fn: exchanges over axes that are manual already; keeps the dimensions.
-    x: its operand.
-    *axes: logical names of its dimensions, or None.
+    fn: function that communicates over axes that are manual already; its result
+      has the shape of its operand.
+    x: operand of the function.
+    *axes: logical axis of each dimension of x; None for one that is whole.
   """
   split = [auto_axes(axis) if axis else () for axis in axes]
   if not any(split):
     return fn(x)
-  # All that remain are named, those of one device too (see `mesh`).
+  # All remaining axes are named, those of one device too (see `mesh`).
   spec = P(*split)
   return jax.shard_map(
     fn,
@@ -66,13 +71,14 @@ def on_parts(fn: Callable, x: jax.Array, *axes: str | None) -> jax.Array:
 def on_rows(fn: Callable, table: jax.Array, x_BT: jax.Array) -> jax.Array:
   """Returns fn(table, x_BT), computed by each device for its own rows.
 
-  Each device sums the table's gradients of its rows; then those sums are added
-  over the devices.
+  In the backward pass each device sums the table's gradients over its rows, and
+  these sums are added over the devices.
 
   Args:
-    fn: (table, x_BT of one device) -> (B, T, ...) of that device.
-    table: whole on every device.
-    x_BT: rows of a batch.
+    fn: function from the table and one device's part of x_BT to an array
+      (B, T, ...) of that device.
+    table: array that every device has whole.
+    x_BT: array of a batch, such as token ids.
   """
   rows, length = auto_axes('batch'), auto_axes('length')
   if not (rows or length):
@@ -99,7 +105,7 @@ def _axes_in_use(axis: str, *, manual: bool) -> tuple[str, ...]:
 
 
 def num_parts(axis: str) -> int:
-  """Returns over how many devices the active rules split a logical axis."""
+  """Returns the number of devices over which the rules split a logical axis."""
   sizes = jax.sharding.get_abstract_mesh().shape
   return math.prod(sizes[a] for a in sharding.active_axes(axis))
 
@@ -108,22 +114,22 @@ def fine_axes(*, manual: bool = False) -> tuple[str, ...]:
   """Returns the mesh axes that split a sequence only between layers.
 
   Args:
-    manual: those that a surrounding `shard_map` is manual over; else those
-      that it is not.
+    manual: True for the axes that a surrounding `shard_map` is manual over,
+      False for the others.
   """
   axes = _axes_in_use('norm_length', manual=manual)
   return tuple(a for a in axes if a not in sharding.active_axes('length'))
 
 
 def manual_part(axis: str, size: int) -> tuple[jax.Array | int, int]:
-  """Returns where this device's part of a logical axis starts, and its size.
+  """Returns the start and the size of this device's part of a logical axis.
 
-  Of an axis of which a surrounding `shard_map` holds a part; (0, size) of one
-  that is whole.
+  They are (0, size) if no surrounding `shard_map` is manual over a mesh axis
+  that splits it.
 
   Args:
-    axis: logical name.
-    size: of the whole dimension.
+    axis: name of the logical axis.
+    size: size of the whole dimension.
   """
   axes = _axes_in_use(axis, manual=True)
   if not axes:
@@ -133,7 +139,12 @@ def manual_part(axis: str, size: int) -> tuple[jax.Array | int, int]:
 
 
 def manual_spec(variable: nnx.Variable, axes: tuple[str, ...]) -> P:
-  """Returns how some mesh axes split a parameter under the active rules."""
+  """Returns the PartitionSpec of a parameter over some of the mesh axes.
+
+  Args:
+    variable: the parameter.
+    axes: mesh axes to keep of those that the active rules name.
+  """
   names = sharding.axes_of(variable, len(variable.shape))
   spec = sharding.to_spec(names, sharding.active_rules())
   kept = [tuple(a for a in sharding.mesh_axes(e) if a in axes) for e in spec]
@@ -141,16 +152,17 @@ def manual_spec(variable: nnx.Variable, axes: tuple[str, ...]) -> P:
 
 
 def size(axes: tuple[str, ...]) -> int:
-  """Returns the devices of some mesh axes that are manual here."""
+  """Returns the number of devices along mesh axes that are manual here."""
   return math.prod(jax.lax.axis_size(a) for a in axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def sum_parts(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-  """psum of what leaves the `shard_map` whole.
+  """Sums x over mesh axes, for a result that leaves the `shard_map` whole.
 
-  Each device is given the same share of its gradient, 1 / size, so that their
-  sum, which `psum` would ask the devices for, is known.
+  JAX gives each device the same share of the result's gradient, 1 / size. The
+  gradient of `psum` would sum these shares over the devices; here they are
+  multiplied by the size instead, without communication.
   """
   return jax.lax.psum(x, axes)
 
@@ -162,6 +174,6 @@ sum_parts.defvjp(
 
 
 def platform() -> str:
-  """Returns what the devices of the active mesh are, else JAX's default."""
+  """Returns the platform of the active mesh's devices, else JAX's default."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return jax.default_backend() if device is None else device.platform

@@ -1,10 +1,12 @@
-"""Logical axis names to mesh axes: the one place where the two meet.
+"""Maps logical axes of arrays to mesh axes.
 
 Modules name the logical axes of parameters (`axes=` metadata) and activations
-(`constrain`); `Rules` says which mesh axes each lives on.
+(`constrain`). `Rules` has the mesh axes that split each logical axis.
 """
 
+from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 import contextlib
 import dataclasses
 import math
@@ -25,31 +27,46 @@ PIPE = 'pipe'  # The mesh axis of a pipeline's stages.
 
 
 class ShardingError(ValueError):
-  """A layout that cannot be: found before anything compiles."""
+  """The layout is impossible; raised before anything compiles."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rules:
-  """Where each logical axis lives; the default is FSDP x tensor parallelism.
+  """Mesh axes that split each logical axis; None leaves it whole.
+
+  The default is FSDP x tensor parallelism.
 
   Attributes:
-    batch: rows.
-    length: positions in attention and feed-forward layers.
-    norm_length: positions between them, in norms, dropout and residuals;
-      `context,tensor` is sequence parallelism (Korthikanti et al., 2022).
-    context_attention: how attention meets a split sequence: keys travel in a
-      ring, or an all-to-all exchanges heads against sequence.
-    balance_context: in a ring, deal causal rows in zigzag order, so that all
-      devices have the same work.
-    reduce_dtype: in which devices sum the gradients of weights, `compute` that
-      of the products. `float32` doubles the bytes of a bfloat16 model's
+    batch: mesh axes of the rows of a batch.
+    length: mesh axes of positions in attention and feed-forward layers.
+    norm_length: mesh axes of positions between these layers, in norms, dropout
+      and residuals; `context,tensor` is sequence parallelism (Korthikanti et
+      al., 2022).
+    act_embed: mesh axes of the embedding dimension of activations, which can
+      stay whole where that of weights is split.
+    embed: mesh axes of the embedding dimension of weights.
+    vocab: mesh axes of the vocabulary.
+    mlp: mesh axes of the hidden width of feed-forward layers.
+    heads: mesh axes of the query heads.
+    kv_heads: mesh axes of the key/value heads.
+    head_dim: mesh axes of the width of a head.
+    experts: mesh axes of the experts.
+    layers: mesh axes of stacked layers; the pipeline sets `pipe` where its
+      stages have equal numbers of layers.
+    context_attention: exchange of attention over a split sequence: `ring` sends
+      keys and values round a ring, `all_to_all` exchanges heads against
+      sequence.
+    balance_context: True to order causal rows in a zigzag for ring attention,
+      so that all devices have the same work.
+    reduce_dtype: dtype in which devices sum the gradients of weights; `compute`
+      is that of the products. `float32` doubles the bytes of a bfloat16 model's
       reductions; the sum of thousands of devices may need it.
   """
 
   batch: MeshAxes = ('data', 'fsdp', 'expert')
   length: MeshAxes = 'context'
   norm_length: MeshAxes = 'context'
-  act_embed: MeshAxes = None  # Activations stay whole where weights split.
+  act_embed: MeshAxes = None
   embed: MeshAxes = 'fsdp'
   vocab: MeshAxes = 'tensor'
   mlp: MeshAxes = 'tensor'
@@ -57,13 +74,13 @@ class Rules:
   kv_heads: MeshAxes = 'tensor'
   head_dim: MeshAxes = None
   experts: MeshAxes = 'expert'
-  layers: MeshAxes = None  # Stacked; `pipe` where a pipeline's stages are even.
+  layers: MeshAxes = None
   context_attention: Literal['ring', 'all_to_all'] = 'ring'
   balance_context: bool = True
   reduce_dtype: Literal['compute', 'float32'] = 'compute'
 
 
-# Fields of `Rules` that are no axes.
+# Fields of `Rules` that are not logical axes.
 _SETTINGS = {'context_attention', 'balance_context', 'reduce_dtype'}
 
 # User contexts are part of jit's cache key, so a compiled step is never reused
@@ -72,20 +89,24 @@ _rules = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh, rules: Rules):
+def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
   """Activates `mesh` and `rules` for `constrain` inside the block."""
   with jax.set_mesh(mesh), _rules(rules):
     yield
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Shards an activation by logical axis name; the identity outside `use`.
+  """Shards an activation by its logical axes; the identity outside `use`.
 
-  Inside a `shard_map` that is manual over some mesh axes those are dropped:
-  there `x` is already this device's part along them.
+  Inside a `shard_map` mesh axes that it is manual over are dropped, since there
+  `x` is already this device's part along them.
+
+  Args:
+    x: the activation.
+    *axes: logical axis of each dimension; None for one that stays whole.
 
   Raises:
-    ShardingError: as `to_spec`.
+    ShardingError: for the reasons of `to_spec`.
   """
   if not is_active():
     return x
@@ -121,24 +142,25 @@ def to_spec(
   rules: Rules,
   *,
   shape: tuple[int, ...] | None = None,
-  mesh: Any = None,
+  mesh: AnyMesh | None = None,
   name: str = 'activation',
   drop: frozenset[str] = frozenset(),
 ) -> P:
-  """Maps one logical axis name per dimension to a PartitionSpec.
+  """Returns the PartitionSpec of an array by its logical axes.
 
   Args:
-    axes: logical names, or None for a dimension that stays whole.
-    rules: the mapping.
-    shape: if given, with `mesh`, each dimension must divide.
-    mesh: a Mesh or AbstractMesh, for its axis sizes.
-    name: what is being sharded, for messages.
+    axes: logical axis of each dimension; None for one that stays whole.
+    rules: mesh axes of each logical axis.
+    shape: shape of the array. With `mesh`, each dimension must be divisible by
+      the sizes of its mesh axes; None checks nothing.
+    mesh: mesh that the array is for; None checks no sizes.
+    name: name of the array, for messages.
     drop: mesh axes to leave out.
 
   Raises:
-    ShardingError: an unknown name, not one for each dimension, two dimensions
-      on one mesh axis, a dimension that its axes do not divide, an axis that
-      the mesh lacks.
+    ShardingError: an axis is unknown or not in the mesh, the number of axes is
+      not that of the dimensions, a mesh axis splits two dimensions, or the
+      sizes of mesh axes do not divide a dimension.
   """
   known = {f.name for f in dataclasses.fields(rules)} - _SETTINGS
   where = name if shape is None else f'{name} of shape {tuple(shape)}'
@@ -154,8 +176,9 @@ def to_spec(
         f'{where} names the logical axis {axis!r}; Rules knows '
         f'{", ".join(sorted(known))}.'
       )
-    split = mesh_axes(getattr(rules, axis) if axis else None)
+    split = mesh_axes(getattr(rules, axis)) if axis else ()
     for mesh_axis in split:
+      assert axis is not None
       _check_axis(mesh_axis, mesh, axis, where, axes, owner)
     split = tuple(a for a in split if a not in drop)
     if shape is not None and mesh is not None:
@@ -165,14 +188,15 @@ def to_spec(
 
 
 def check_rules(rules: Rules, sizes: Mapping[str, int]) -> None:
-  """Refuses rules that name axes which a mesh has not, or that stages place.
+  """Checks rules against the axes of a mesh.
 
   Args:
-    rules: logical axis -> mesh axes.
-    sizes: of the mesh axes.
+    rules: mesh axes of each logical axis.
+    sizes: number of devices along each mesh axis.
 
   Raises:
-    ShardingError: naming the rule.
+    ShardingError: a rule names an axis that the mesh does not have, or the axis
+      of a pipeline's stages.
   """
   for field in dataclasses.fields(rules):
     if field.name not in _SETTINGS:
@@ -183,7 +207,7 @@ def check_rules(rules: Rules, sizes: Mapping[str, int]) -> None:
         _check_stages(names, field.name)
 
 
-def _check_exists(mesh_axis, sizes, axis):
+def _check_exists(mesh_axis: str, sizes: Mapping[str, int], axis: str) -> None:
   if mesh_axis not in sizes:
     raise ShardingError(
       f'rules.{axis}={mesh_axis!r} names no mesh axis; the mesh has '
@@ -191,7 +215,7 @@ def _check_exists(mesh_axis, sizes, axis):
     )
 
 
-def _check_stages(names, axis):
+def _check_stages(names: Sequence[str], axis: str) -> None:
   if axis == 'layers' or PIPE in names:
     raise ShardingError(
       f'rules.{axis}={",".join(names)}: on a mesh of stages the pipeline says '
@@ -200,7 +224,24 @@ def _check_stages(names, axis):
     )
 
 
-def _check_axis(mesh_axis, mesh, axis, where, axes, owner):
+def _check_axis(
+  mesh_axis: str,
+  mesh: AnyMesh | None,
+  axis: str,
+  where: str,
+  axes: Sequence[str | None],
+  owner: dict[str, str],
+) -> None:
+  """Checks that a mesh axis exists and splits no other dimension.
+
+  Args:
+    mesh_axis: the mesh axis.
+    mesh: mesh that the array is for; None checks no axes.
+    axis: logical axis that it splits.
+    where: text that names the array in messages.
+    axes: logical axes of all dimensions.
+    owner: logical axis that each mesh axis splits so far; updated.
+  """
   if mesh is not None:
     _check_exists(mesh_axis, mesh.shape, axis)
   if mesh_axis in owner:
@@ -212,7 +253,24 @@ def _check_axis(mesh_axis, mesh, axis, where, axes, owner):
   owner[mesh_axis] = axis
 
 
-def _check_divides(size, dim, axis, split, mesh, where):
+def _check_divides(
+  size: int,
+  dim: int,
+  axis: str | None,
+  split: Sequence[str],
+  mesh: AnyMesh,
+  where: str,
+) -> None:
+  """Checks that the sizes of mesh axes divide a dimension.
+
+  Args:
+    size: size of the dimension.
+    dim: index of the dimension.
+    axis: its logical axis.
+    split: mesh axes that split it.
+    mesh: mesh that the array is for.
+    where: text that names the array in messages.
+  """
   parts = math.prod(mesh.shape[a] for a in split)
   if size % parts:
     sizes = ', '.join(f'mesh.{a}={mesh.shape[a]}' for a in split)
@@ -224,7 +282,11 @@ def _check_divides(size, dim, axis, split, mesh, where):
 
 
 def axes_of(variable: nnx.Variable, num_dims: int) -> tuple[str | None, ...]:
-  """Returns one logical axis per dimension, stacked dimensions included.
+  """Returns the logical axis of each dimension of a parameter.
+
+  Args:
+    variable: the parameter, whose metadata has its logical axes.
+    num_dims: number of its dimensions, which may include a stacked one.
 
   Raises:
     ShardingError: the parameter does not name every dimension.
@@ -239,7 +301,8 @@ def axes_of(variable: nnx.Variable, num_dims: int) -> tuple[str | None, ...]:
   return ('layers',) * stacked + axes
 
 
-def is_variable(x: Any) -> bool:
+def is_variable(x: object) -> bool:
+  """Whether a leaf of a tree is a parameter with logical axes."""
   return isinstance(x, nnx.Variable)
 
 
@@ -249,16 +312,17 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
   Parameters follow their `axes`; every other leaf is replicated.
 
   Args:
-    tree: arrays or ShapeDtypeStructs, parameters as `nnx.Variable`.
-    mesh: the device mesh.
-    rules: logical axis -> mesh axes.
+    tree: tree of arrays or ShapeDtypeStructs, parameters as `nnx.Variable`.
+    mesh: mesh that the tree is for.
+    rules: mesh axes of each logical axis.
 
   Raises:
-    ShardingError: naming the parameter's path, its shape, the rule, the size
-      of the mesh axis, and ways out.
+    ShardingError: a parameter cannot be split as the rules say. The message
+      names its path and shape, the rule, the size of the mesh axis, and ways
+      out.
   """
 
-  def leaf(path, x):
+  def leaf(path: jax.tree_util.KeyPath, x: Any) -> Any:
     if not is_variable(x) or not hasattr(x.get_value(), 'shape'):
       return jax.tree.map(lambda _: NamedSharding(mesh, P()), x)
     return x.replace(parameter_sharding(x, mesh, rules, path_name(path)))
@@ -266,11 +330,19 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
   return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=is_variable)
 
 
-def parameter_sharding(variable, mesh, rules, name) -> NamedSharding:
+def parameter_sharding(
+  variable: nnx.Variable, mesh: Mesh, rules: Rules, name: str
+) -> NamedSharding:
   """Returns the sharding of one parameter by its logical axes.
 
-  The stages of a pipeline share what no rule gives to one of them, too; see
-  `pipe_dim`.
+  The stages of a pipeline also split parameters that do not belong to one
+  stage; see `pipe_dim`.
+
+  Args:
+    variable: the parameter, or its shape.
+    mesh: mesh that it is for.
+    rules: mesh axes of each logical axis.
+    name: path of the parameter, for messages.
   """
   shape = variable.shape
   axes = axes_of(variable, len(shape))
@@ -288,14 +360,17 @@ def pipe_dim(
 ) -> int | None:
   """Returns the dimension of a parameter that the stages of a pipeline split.
 
-  Stacked layers of even stages: the first. Otherwise one that no other axis
-  splits, or, before those that do, one of the others; None if none divides, or
-  without stages.
+  For stacked layers of equal stages it is the first. Otherwise it is, of the
+  dimensions that the number of stages divides, the one that other mesh axes
+  split into the fewest parts.
 
   Args:
-    variable: a parameter, or its shape.
-    rules: logical axis -> mesh axes.
-    sizes: of the mesh axes.
+    variable: the parameter, or its shape.
+    rules: mesh axes of each logical axis.
+    sizes: number of devices along each mesh axis.
+
+  Returns:
+    Index of the dimension; None without stages, or if they divide none.
   """
   num = sizes.get(PIPE, 1)
   if num == 1:
@@ -314,7 +389,7 @@ def pipe_dim(
   return min(dims, key=lambda dim: parts[dim], default=None)
 
 
-def path_name(path: Any) -> str:
+def path_name(path: jax.tree_util.KeyPath) -> str:
   """Returns a pytree path as a dotted name: `layers.0.attention.q_DNH`."""
   return '.'.join(jax.tree_util.keystr((k,), simple=True) for k in path)
 

@@ -62,7 +62,9 @@ class Stage:
     self._slots = self._fetched(trained, layouts[0])
     self._slots_frozen = self._fetched(rest, layouts[1])
 
-  def _fetched(self, tree: model_lib.Transformer, layout: weights.Layout) -> _Slots:
+  def _fetched(
+    self, tree: model_lib.Transformer, layout: weights.Layout
+  ) -> _Slots:
     """Returns the parameters of the layers in this stage's slots."""
     result = {}
     for name in tree.towers:

@@ -1,4 +1,4 @@
-"""What a plan warns of, and what would mend each."""
+"""Warnings about a plan, each with a change that would help."""
 
 from collections.abc import Iterator
 import math
@@ -16,8 +16,8 @@ from t2x.planning import remedies
 from t2x.planning import sharding_table
 
 _LANES = 128  # Columns of a TPU's matrix unit and of its vector registers.
-_BLOCK = 32  # Queries to the least block of a GPU's kernel.
-_LARGE = 0.05  # Of a device's memory.
+_BLOCK = 32  # Queries in the smallest block of a GPU's kernel.
+_LARGE = 0.05  # Share of a device's memory from which copies are a warning.
 
 
 def of(
@@ -25,12 +25,13 @@ def of(
   plan: plan_lib.Plan,
   write: remedies.Write = remedies.set_text,
 ) -> list[str]:
-  """Returns warnings, each with a remedy.
+  """Returns warnings about a plan, each with a remedy.
 
   Args:
-    config: that was planned.
+    config: the experiment that was planned.
     plan: its plan.
-    write: flags for settings, as for `remedies.remedy`.
+    write: a function from settings to command-line flags, as for
+      `remedies.remedy`.
   """
   if plan.fits is False:
     where = plan.topology, plan.num_slices
@@ -46,14 +47,16 @@ def of(
     _idle,
     _precision,
     _blocks,
-    _again,
+    _recomputed,
   )
   others = [line for check in checks for line in check(config, plan)]
   return first + others
 
 
-def _copies(config, plan) -> Iterator[str]:
-  """Parameters of which many devices hold all."""
+def _copies(
+  config: experiment.Experiment, plan: plan_lib.Plan
+) -> Iterator[str]:
+  """Warns of large arrays that many devices each hold."""
   table = sharding_table.make(config, math.prod(plan.sizes.values()))
   limit = plan.memory.limit or plan.memory.peak
   spare = sum(
@@ -68,8 +71,8 @@ def _copies(config, plan) -> Iterator[str]:
   if not large:
     return
   row = large[0]
-  over = sharding_table.copied_over(row, table)
-  axes = ', '.join(f'{axis}={size}' for axis, size in over.items())
+  copied = sharding_table.copied_over(row, table)
+  axes = ', '.join(f'{axis}={size}' for axis, size in copied.items())
   yield (
     f'copies of state take {sharding_table.bytes_text(spare)} of each device: '
     f'{row.path} alone lies {row.copies} times, over {axes}. Give these '
@@ -78,7 +81,9 @@ def _copies(config, plan) -> Iterator[str]:
   )
 
 
-def _padding(config, plan) -> Iterator[str]:
+def _padding(
+  config: experiment.Experiment, plan: plan_lib.Plan
+) -> Iterator[str]:
   if plan.chip is None or plan.chip in gpu_targets.TARGETS:
     return
   tensor = plan.sizes['tensor']
@@ -113,7 +118,9 @@ def _padding(config, plan) -> Iterator[str]:
         )
 
 
-def _gathers(config, plan) -> Iterator[str]:
+def _gathers(
+  config: experiment.Experiment, plan: plan_lib.Plan
+) -> Iterator[str]:
   num = config.train.accumulate
   fsdp = plan.sizes['fsdp']
   if num == 1 or fsdp == 1 or plan.sizes['pipe'] > 1:
@@ -132,8 +139,10 @@ def _gathers(config, plan) -> Iterator[str]:
   )
 
 
-def _gathers_by_sums(config, plan) -> Iterator[str]:
-  """Weights that a compiler sums into zeros instead of gathering them."""
+def _gathers_by_sums(
+  config: experiment.Experiment, plan: plan_lib.Plan
+) -> Iterator[str]:
+  """Warns of weights that the compiler gathers by all-reduces."""
   fsdp, rule = plan.sizes['fsdp'], sharding.mesh_axes(config.rules.embed)
   part = next((n for n in range(2, fsdp) if fsdp % n == 0), None)
   if 'fsdp' not in rule or not part or plan.topology.count('x') < 2:
@@ -156,7 +165,9 @@ def _gathers_by_sums(config, plan) -> Iterator[str]:
   )
 
 
-def _exposed(config, plan) -> Iterator[str]:
+def _exposed(
+  config: experiment.Experiment, plan: plan_lib.Plan
+) -> Iterator[str]:
   r = plan.roofline
   if r is None or r.exposed < 0.1 * r.seconds:
     return
@@ -170,7 +181,9 @@ def _exposed(config, plan) -> Iterator[str]:
   )
 
 
-def _remedy(row, config, plan) -> str:
+def _remedy(
+  row: plan_lib.Sent, config: experiment.Experiment, plan: plan_lib.Plan
+) -> str:
   slices = plan.num_slices
   between = mesh_lib.dcn_sizes(config.mesh, plan.sizes, slices)
   for axis in row.axes:
@@ -192,7 +205,7 @@ def _remedy(row, config, plan) -> str:
   return 'More tokens to a device hide more.'
 
 
-def _idle(config, plan) -> Iterator[str]:
+def _idle(config: experiment.Experiment, plan: plan_lib.Plan) -> Iterator[str]:
   if plan.roofline is None or plan.roofline.idle < 0.2:
     return
   yield (
@@ -202,7 +215,9 @@ def _idle(config, plan) -> Iterator[str]:
   )
 
 
-def _precision(config, plan) -> Iterator[str]:
+def _precision(
+  config: experiment.Experiment, plan: plan_lib.Plan
+) -> Iterator[str]:
   if plan.chip is not None and config.model.dtype == 'float32':
     yield (
       'activations are float32, which take twice the memory of bfloat16, and '
@@ -210,21 +225,25 @@ def _precision(config, plan) -> Iterator[str]:
     )
 
 
-def _blocks(config, plan) -> Iterator[str]:
-  """Attention that no kernel runs, on a chip that has one."""
-  # A ring has its own way; small devices have no kernel.
+def _blocks(
+  config: experiment.Experiment, plan: plan_lib.Plan
+) -> Iterator[str]:
+  """Warns of attention that no kernel runs, on a chip that has one."""
+  # Ring attention does not use the kernel; simulated devices have none.
   if plan.chip is None or plan.sizes['context'] > 1:
     return
   gpu = plan.chip in gpu_targets.TARGETS
-  why = _why(config, gpu)
-  if why:
-    yield f'attention runs in blocks, and not by a kernel: {why}'
+  reason = _no_kernel_reason(config, gpu)
+  if reason:
+    yield f'attention runs in blocks, and not by a kernel: {reason}'
 
 
-def _why(config, gpu: bool) -> str:
-  if position.is_bias(config.model.position):
-    kind = type(config.model.position).__name__
-    return f'model.position ({kind}) adds a bias to scores, which is not in it.'
+def _no_kernel_reason(config: experiment.Experiment, gpu: bool) -> str:
+  """Returns why a chip's kernel cannot run the attention; '' if it can."""
+  bias = config.model.position
+  if bias is not None and position.is_bias(bias):
+    name = type(bias).__name__
+    return f'model.position ({name}) adds a bias to scores, which is not in it.'
   kinds = [
     k for k in config.model.kinds if isinstance(k, attention_config.Softmax)
   ]
@@ -243,7 +262,9 @@ def _why(config, gpu: bool) -> str:
   return ''
 
 
-def _again(config, plan) -> Iterator[str]:
+def _recomputed(
+  config: experiment.Experiment, plan: plan_lib.Plan
+) -> Iterator[str]:
   if plan.flops.executed and plan.flops.ratio > 1.5:
     yield (
       f"the program computes {plan.flops.ratio:.2f} of the model's FLOPs. "

@@ -1,4 +1,4 @@
-"""An estimate as lines of text, and as one JSON object."""
+"""Formats an estimate as text, and as a JSON object."""
 
 from typing import Any
 
@@ -6,60 +6,69 @@ from t2x.cost_model import estimate as estimate_lib
 from t2x.planning import text as text_lib
 
 
-def text(found: estimate_lib.Estimate, limit: float | None = None) -> str:
-  """Returns the parts as lines, the largest of each kind first.
+def text(estimate: estimate_lib.Estimate, limit: float | None = None) -> str:
+  """Returns the parts of memory, FLOPs and communication, the largest first.
 
   Args:
-    found: the estimate.
-    limit: bytes of memory that a device has, where that is known.
+    estimate: the estimate.
+    limit: bytes of memory that a device has; None if unknown.
   """
   rows = lambda parts, unit: [
     f'  {size / unit:12,.3f}  {name}'
     for name, size in sorted(parts.items(), key=lambda item: -item[1])
     if size
   ]
-  fullest, peak = found.fullest, text_lib.gib(found.peak_bytes)
+  fullest, peak = estimate.fullest, text_lib.gib(estimate.peak_bytes)
   lines = [
     f'memory of a device: {peak} GiB at the fullest moment ({fullest.name})',
-    *rows(found.arguments | fullest.parts, 2**30),
+    *rows(estimate.arguments | fullest.parts, 2**30),
   ]
   if limit is not None:
-    fits = 'should fit' if found.peak_bytes <= limit else 'should NOT fit'
+    fits = 'should fit' if estimate.peak_bytes <= limit else 'should NOT fit'
     lines.append(f'{fits}: a device has {text_lib.gib(limit)} GiB')
   return '\n'.join(
     [
       *lines,
-      f'products: {found.executed_flops / 1e12:,.3f} TFLOP, without those of '
-      'the optimizer',
-      *rows(found.flops, 1e12),
-      f'sent by a device: {found.sent_bytes() / 1e9:,.3f} GB',
-      *rows(_sent(found), 1e9),
+      f'products: {estimate.executed_flops / 1e12:,.3f} TFLOP, without those '
+      'of the optimizer',
+      *rows(estimate.flops, 1e12),
+      f'sent by a device: {estimate.sent_bytes() / 1e9:,.3f} GB',
+      *rows(_sent(estimate), 1e9),
     ]
   )
 
 
 def to_json(
-  found: estimate_lib.Estimate, limit: float | None = None
+  estimate: estimate_lib.Estimate, limit: float | None = None
 ) -> dict[str, Any]:
-  """Returns the same, in bytes and FLOPs of a device."""
+  """Returns an estimate as nested dicts, in bytes and FLOPs of one device.
+
+  Args:
+    estimate: the estimate.
+    limit: bytes of memory that a device has; None if unknown.
+  """
   return {
-    'mesh': dict(found.sizes),
+    'mesh': dict(estimate.sizes),
     'memory': {
-      'arguments_bytes': found.argument_bytes,
-      'temporaries_bytes': found.temporary_bytes,
-      'peak_bytes': found.peak_bytes,
+      'arguments_bytes': estimate.argument_bytes,
+      'temporaries_bytes': estimate.temporary_bytes,
+      'peak_bytes': estimate.peak_bytes,
       'limit_bytes': limit,
-      'parts': found.arguments | found.fullest.parts,
+      'parts': estimate.arguments | estimate.fullest.parts,
     },
-    'flops': {'executed': found.executed_flops, 'parts': found.flops},
-    'collectives': {'total_bytes': found.sent_bytes(), 'parts': _sent(found)},
-    'fits': None if limit is None else bool(found.peak_bytes <= limit),
+    'flops': {'executed': estimate.executed_flops, 'parts': estimate.flops},
+    'collectives': {
+      'total_bytes': estimate.sent_bytes(),
+      'parts': _sent(estimate),
+    },
+    'fits': None if limit is None else bool(estimate.peak_bytes <= limit),
   }
 
 
-def _sent(found: estimate_lib.Estimate) -> dict[str, float]:
+def _sent(estimate: estimate_lib.Estimate) -> dict[str, float]:
+  """Returns the bytes sent by purpose, kind of collective and mesh axes."""
   sums: dict[str, float] = {}
-  for message in found.messages:
+  for message in estimate.messages:
     name = f'{message.part} ({message.kind} over {",".join(message.axes)})'
     sums[name] = sums.get(name, 0.0) + message.bytes
   return sums

@@ -1,9 +1,11 @@
-"""Where the bytes of a device go: arguments, temporaries, and by module."""
+"""Memory of one device in a compiled program, by argument and by module."""
 
 from collections.abc import Mapping
 import dataclasses
 import re
 from typing import Any
+
+import jax
 
 from t2x.config import experiment
 from t2x.hardware import machines
@@ -11,7 +13,7 @@ from t2x.hlo import liveness
 from t2x.pipeline import tick
 from t2x.planning import sharding_table
 
-# Scopes of the model's code; what else is in an operation's path is JAX's.
+# Scopes of the model's code; other parts of an operation's path are JAX's.
 _SCOPES = (
   'attention',
   'balance',
@@ -28,8 +30,9 @@ _SCOPES = (
   'tower',
   'weights',
 )
-# What the loops of a stage's tick fill, beside what is a module's.
-_FILLED = {
+# Contents of the buffers that the loops of a stage's tick fill, outside any
+# module.
+_LOOP_BUFFERS = {
   'forward': 'kept by forward passes',
   'recompute': 'kept by recomputation',
   'backward': 'kept by backward passes',
@@ -43,17 +46,18 @@ _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-  """Bytes on one device.
+  """Memory of one device in a step, in bytes.
 
   Attributes:
-    arguments: parameters, optimizer state and batch.
-    temporaries: the largest that exists at a time, beside them.
-    peak: of all at a time; what the compiler asked for, where it refused.
-    host: bytes of them in the memory of the hosts.
-    limit: what a device has; None where it is not known.
-    state: part of the train state -> module -> bytes.
-    activations: what is there at the fullest moment, by what made it; the sum
-      is near the temporaries (`liveness`).
+    arguments: bytes of the parameters, the optimizer state and the batch.
+    temporaries: bytes that the compiler reserves for temporary buffers.
+    peak: most bytes in use at one time; of a program that did not fit, the
+      bytes that the compiler asked for.
+    host: bytes of arguments and temporaries in the memory of the hosts.
+    limit: bytes of memory that a device has; None if unknown.
+    state: bytes of the train state, by its part and then by module.
+    activations: bytes of the buffers live at the peak, by the module and the
+      pass that computed them. Their sum is near `temporaries` (`liveness`).
   """
 
   arguments: float
@@ -66,24 +70,25 @@ class Memory:
 
   @property
   def fits(self) -> bool | None:
+    """Whether the peak is within the limit; None if that is unknown."""
     return None if self.limit is None else self.peak <= self.limit
 
 
 def of_compiled(
   config: experiment.Experiment,
-  mesh: Any,
+  mesh: jax.sharding.Mesh,
   chip: str | None,
   analysis: Any,
   text: str,
 ) -> Memory:
-  """Returns the compiler's figures of a program.
+  """Returns the memory of a program by the compiler's own figures.
 
   Args:
-    config: of the run.
-    mesh: that it was compiled for.
-    chip: a name of `machines.CHIPS`, or None.
-    analysis: `compiled.memory_analysis()`.
-    text: `compiled.as_text()`.
+    config: the experiment.
+    mesh: the mesh that it was compiled for.
+    chip: a name of `machines.CHIPS`; None for simulated devices.
+    analysis: the compiler's figures, from `compiled.memory_analysis()`.
+    text: the program, from `compiled.as_text()`.
   """
   activations: dict[str, float] = {}
   for buffer in liveness.at_peak(text):
@@ -105,15 +110,18 @@ def of_compiled(
 
 
 def of_refused(
-  config: experiment.Experiment, mesh: Any, chip: str | None, message: str
+  config: experiment.Experiment,
+  mesh: jax.sharding.Mesh,
+  chip: str | None,
+  message: str,
 ) -> Memory:
-  """Returns what is known of a program for which memory was not enough.
+  """Returns the memory of a program that the compiler refused as too large.
 
   Args:
-    config: of the run.
-    mesh: that it was compiled for.
-    chip: a name of `machines.CHIPS`, or None.
-    message: the compiler's, of which sizes are read.
+    config: the experiment.
+    mesh: the mesh that it was compiled for.
+    chip: a name of `machines.CHIPS`; None for simulated devices.
+    message: the compiler's message; the largest size in it is the peak.
   """
   state = _state(config, mesh.size)
   sizes = [
@@ -131,12 +139,13 @@ def of_refused(
   )
 
 
-# TPUs keep a part for themselves: of 16 GiB programs have 15.75 on v5e.
+# Bytes that programs can use, where it is less than the chip's memory: of 16
+# GiB they have 15.75 on v5e.
 _USABLE = {'v5e': 15.75 * _GIB}
 
 
 def on_device(state: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-  """Returns the sum of each part of `Memory.state` that devices hold."""
+  """Returns the bytes of each part of `Memory.state` that devices hold."""
   return {
     group: sum(modules.values())
     for group, modules in state.items()
@@ -145,13 +154,20 @@ def on_device(state: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 
 def limit_of(chip: str | None) -> float | None:
-  """Returns the bytes that programs may use of a device, where known."""
+  """Returns the bytes of a device's memory that programs can use.
+
+  Args:
+    chip: a name of `machines.CHIPS`; None, whose memory is unknown, gives None.
+  """
   if chip is None:
     return None
   return _USABLE.get(chip, machines.CHIPS[chip].memory)
 
 
-def _state(config, num_devices: int) -> dict[str, dict[str, float]]:
+def _state(
+  config: experiment.Experiment, num_devices: int
+) -> dict[str, dict[str, float]]:
+  """Returns `Memory.state`."""
   table = sharding_table.make(config, num_devices)
   result: dict[str, dict[str, float]] = {}
   offloaded = config.train.offload == 'optimizer'
@@ -188,7 +204,7 @@ def module_of(path: str) -> str:
 
 
 def source(op_name: str) -> str:
-  """Returns where in the model an operation was written, and in which pass.
+  """Returns the module of the model and the pass that an operation is from.
 
   >>> source('jit(train_step)/jvp(decoder)/while/body/mlp/BTD,DF->BTF/dot')
   'decoder mlp'
@@ -197,11 +213,11 @@ def source(op_name: str) -> str:
   >>> source('jit(train_step)/while/body/pipeline_loop_weight_tower/while/dus')
   'gradients of weights'
   """
-  found = re.findall(r'[a-z_]+', op_name)
-  scopes = dict.fromkeys(part for part in found if part in _SCOPES)
+  parts = re.findall(r'[a-z_]+', op_name)
+  scopes = dict.fromkeys(part for part in parts if part in _SCOPES)
   loop = _LOOP.search(op_name)
-  filled = _FILLED.get(loop[1], 'elsewhere') if loop else 'elsewhere'
-  name = ' '.join(scopes) or filled
+  outside = _LOOP_BUFFERS.get(loop[1], 'elsewhere') if loop else 'elsewhere'
+  name = ' '.join(scopes) or outside
   again = 'rematted_computation' in op_name
   backward = 'transpose(' in op_name and not again
   return name + (', gradient' if backward else ', again' if again else '')

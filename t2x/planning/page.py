@@ -1,9 +1,11 @@
-"""A plan as a page: bars of memory and time, tables of exchanges.
+"""Formats a plan as an HTML page: bars of memory and time, and tables.
 
-One file without scripts; its style follows the reader's light or dark setting.
+The page is one file without scripts. Its style follows the reader's light or
+dark setting.
 """
 
 from collections.abc import Iterable
+from collections.abc import Mapping
 import html
 
 from t2x.planning import memory as memory_lib
@@ -33,12 +35,12 @@ _STYLE = """
 
 
 def page(name: str, plan: plan_lib.Plan, advice: Iterable[str] = ()) -> str:
-  """Returns a whole page of HTML.
+  """Returns a complete HTML page.
 
   Args:
-    name: of the experiment.
-    plan: the plan.
-    advice: of `advice.of`.
+    name: name of the experiment.
+    plan: its plan.
+    advice: warnings, from `advice.of`.
   """
   title, _, where = text_lib.title(
     name, plan.topology, plan.num_slices, plan.sizes
@@ -88,7 +90,12 @@ def _tiles(plan: plan_lib.Plan) -> str:
 
 
 def _stack(parts: list[tuple[str, float, str]], whole: float) -> str:
-  """A bar of parts, each with its name and text, and their legend."""
+  """Returns a bar cut into parts, and its legend.
+
+  Args:
+    parts: (name, size, size as text) of each part.
+    whole: size that the whole length of the bar stands for.
+  """
   bars, names = [], []
   for i, (name, size, text) in enumerate(parts):
     color = f's{i % 6}'
@@ -111,11 +118,11 @@ def _memory(plan: plan_lib.Plan) -> str:
   batch = memory.arguments - sum(groups.values())
   if batch > 1e5:
     parts.append(('batch and padding', batch, _gib(batch)))
-  beside = memory.peak - memory.arguments
-  parts.append(('temporaries at the peak', beside, _gib(beside)))
+  temporary = memory.peak - memory.arguments
+  parts.append(('temporaries at the peak', temporary, _gib(temporary)))
   whole = max(memory.limit or 0.0, memory.peak)
   limit = memory.limit
-  of = (
+  note = (
     f'<p class="note">Of {_gib(limit)} that a device has.</p>' if limit else ''
   )
   tables = ''.join(
@@ -125,14 +132,15 @@ def _memory(plan: plan_lib.Plan) -> str:
   )
   if memory.activations:
     tables += _table('temporaries at the fullest moment', memory.activations)
-  return _stack(parts, whole) + of + tables
+  return _stack(parts, whole) + note + tables
 
 
 def _gib(num: float) -> str:
   return f'{text_lib.gib(num)} GiB'
 
 
-def _table(title: str, sums) -> str:
+def _table(title: str, sums: Mapping[str, float]) -> str:
+  """Returns a table of sizes in bytes, which the reader can fold away."""
   most = max(sums.values(), default=0.0) or 1.0
   rows = ''.join(
     f'<tr><th scope="row">{html.escape(name)}</th><td class="cell">'

@@ -1,13 +1,14 @@
-"""What a run would cost on devices that are not here, by their own compiler.
+"""The cost of a run on devices that need not be here, from their compiler.
 
-plan = planning.make(config, 'v5e:4x4')
-plan.fits, plan.memory.peak, plan.roofline.seconds
+result = plan.make(config, 'v5e:4x4')
+result.fits, result.memory.peak, result.roofline.seconds
 
-The train step is that of the run, compiled for the topology and never run. All
-figures are of one device, and exact as far as the compiler's are, but for the
-roofline, which is a model.
+The train step of the run is compiled for the topology and never run. All
+figures are those of one device. They are as exact as the compiler's; only the
+roofline is a model.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import re
@@ -31,18 +32,19 @@ from t2x.hlo import matmul_flops
 from t2x.hlo import memory_traffic
 from t2x.hlo import stage_trips
 from t2x.models import flops as flops_lib
+from t2x.models import model as model_lib
 from t2x.parallel import mesh as mesh_lib
 from t2x.planning import memory as memory_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flops:
-  """Of one step, on one device: of a pipeline the stage with the most.
+  """FLOPs of one step on one device; with a pipeline, of the busiest stage.
 
   Attributes:
-    model: the model's own, `flops.train_flops`, divided by the devices.
-    executed_matmul: of the program's products, but for those in kernels.
-    kernels: of products in kernels, of attention and of experts' groups.
+    model: FLOPs of the model, `flops.train_flops`, over the number of devices.
+    executed_matmul: FLOPs of the program's matrix products outside kernels.
+    kernels: FLOPs of the products in kernels, of attention and of experts.
   """
 
   model: float
@@ -51,27 +53,28 @@ class Flops:
 
   @property
   def executed(self) -> float:
+    """FLOPs that the program executes, in kernels and outside."""
     return self.executed_matmul + self.kernels
 
   @property
   def ratio(self) -> float:
-    """Executed over the model's: what is computed more than once."""
+    """Executed FLOPs over the model's; above 1 some are computed again."""
     return self.executed / self.model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sent:
-  """Exchanges of one kind along the same mesh axes.
+  """Collectives of one kind along the same mesh axes, in one step.
 
   Attributes:
-    kind: of `collectives.KINDS`.
-    axes: mesh axes along which data moves.
-    times: how often one runs.
-    bytes: on one device, in all.
-    hidden: bytes of those beside which products are scheduled.
-    exposed: seconds that the others take at least; 0 where no speed is known.
-    between: whether they go from one slice to others; None where all devices
-      share a program.
+    kind: one of `collectives.KINDS`.
+    axes: mesh axes along which the data moves.
+    times: number of times that such a collective runs.
+    bytes: bytes on one device, of all of them.
+    hidden: bytes of those that run beside matrix products.
+    exposed: least seconds that the others take; 0 if no bandwidth is known.
+    between: True if they go from one slice to others, False if they stay within
+      one; None if all devices share a program.
   """
 
   kind: str
@@ -84,17 +87,17 @@ class Sent:
 
   @property
   def along(self) -> str:
-    """The axes, in words."""
+    """The axes as text, and whether they go between slices."""
     return ','.join(self.axes) + (' between slices' if self.between else '')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-  """What a device of one stage of a pipeline does in a step.
+  """Cost of a step on a device of one stage of a pipeline.
 
   Attributes:
-    executed: FLOPs, of products and in kernels.
-    sent: bytes.
+    executed: FLOPs of matrix products, in kernels and outside.
+    sent: bytes of collectives.
   """
 
   executed: float
@@ -103,24 +106,25 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-  """The answer; what the compiler could not tell is None.
+  """The cost of a run on a topology. Figures that are not known are None.
 
   Attributes:
-    topology: as it was named.
-    num_slices: of it.
-    sizes: of every mesh axis.
-    chip: a name of `machines.CHIPS`, or None for simulated devices.
-    memory: of one device.
-    compile_seconds: of lowering and compiling.
-    refused: what the compiler said of a program that it did not take.
-    flops: of one step.
-    sent: exchanges, the most bytes first.
-    roofline: the least time of a step.
-    peak: FLOP/s of a device.
-    formula: of the model's FLOPs.
-    schedule: of the pipeline, in a line; '' without one.
-    stages: of the pipeline; none without one. Other figures are of the stage
-      that computes most, exchanges of the one that sends most.
+    topology: name of the topology, such as 'v5e:4x4'.
+    num_slices: number of slices of that topology.
+    sizes: number of devices along each mesh axis.
+    chip: a name of `machines.CHIPS`; None for simulated devices.
+    memory: memory of one device.
+    compile_seconds: seconds that lowering and compiling took.
+    refused: message of the compiler if it refused the program as too large.
+    flops: FLOPs of one step on one device.
+    sent: collectives of one step on one device, the most bytes first.
+    roofline: lower bound on the time of a step; None for simulated devices.
+    peak: peak FLOP/s of a device in the dtype of the activations.
+    formula: text that shows how the model's FLOPs are counted.
+    schedule: summary of the pipeline's schedule; '' without a pipeline.
+    stages: cost of each stage of the pipeline; () without one. Collectives are
+      those of the stage that sends most, other figures those of the stage that
+      computes most.
   """
 
   topology: str
@@ -140,14 +144,14 @@ class Plan:
 
   @property
   def fits(self) -> bool | None:
-    """Whether a device's memory is enough; None where its size is unknown."""
+    """Whether a device's memory is enough; None if its size is unknown."""
     if self.refused is not None:
       return False
     return self.memory.fits
 
   @property
   def mfu_limit(self) -> float | None:
-    """The utilisation at the roofline's time."""
+    """Model FLOPs utilisation if a step took only the time of the roofline."""
     if self.roofline is None or self.peak is None:
       return None
     return self.flops.model / (self.roofline.seconds * self.peak)
@@ -156,22 +160,23 @@ class Plan:
 def make(
   config: experiment.Experiment, topology: str, num_slices: int = 1
 ) -> Plan:
-  """Returns the plan of a run on a topology.
+  """Compiles the train step of a run for a topology and returns its cost.
 
   Args:
-    config: of the run.
-    topology: as for `target_devices.devices`.
-    num_slices: of it.
+    config: the experiment.
+    topology: name of a topology, as for `target_devices.devices`.
+    num_slices: number of slices of that topology.
 
   Raises:
-    ValueError: no such topology, no compiler, or a layout that cannot be.
+    ValueError: there is no such topology or no compiler for it, or the layout
+      is impossible.
   """
   devices = target_devices.devices(topology, num_slices)
   consistency.check(config, len(devices))
   mesh = mesh_lib.make(config.mesh, devices)
   chip = machines.chip_of(devices[0].device_kind)
   peak = flops_lib.peak_flops(devices[0].device_kind, config.model.dtype)
-  given: dict[str, Any] = {
+  common: dict[str, Any] = {
     'topology': topology,
     'num_slices': num_slices,
     'sizes': dict(mesh.shape),
@@ -184,11 +189,11 @@ def make(
   try:
     compiled = target_devices.compile(lowered)
   except jax.errors.JaxRuntimeError as error:
-    # Of the device's memory, and not of what a kernel has of the chip.
+    # The device's memory is exhausted, and not the chip's memory for a kernel.
     if not re.search('RESOURCE_EXHAUSTED.*hbm', str(error), re.I | re.S):
       raise
     return Plan(
-      **given,
+      **common,
       compile_seconds=time.perf_counter() - start,
       refused=_sentence(error),
       memory=memory_lib.of_refused(config, mesh, chip, str(error)),
@@ -196,11 +201,24 @@ def make(
     )
   seconds = time.perf_counter() - start
   return _of_compiled(
-    config, mesh, compiled, {**given, 'compile_seconds': seconds}
+    config, mesh, compiled, {**common, 'compile_seconds': seconds}
   )
 
 
-def _of_compiled(config, mesh, compiled: jax.stages.Compiled, given) -> Plan:
+def _of_compiled(
+  config: experiment.Experiment,
+  mesh: jax.sharding.Mesh,
+  compiled: jax.stages.Compiled,
+  common: Mapping[str, Any],
+) -> Plan:
+  """Returns the plan of a compiled train step.
+
+  Args:
+    config: the experiment.
+    mesh: the mesh that it was compiled for.
+    compiled: the train step.
+    common: attributes of the plan that are known before it is compiled.
+  """
   text = compiled.as_text()
   assert text is not None, 'a compiled program has a text'
   stages = partitioning.of(config, mesh.shape).pipeline
@@ -211,65 +229,86 @@ def _of_compiled(config, mesh, compiled: jax.stages.Compiled, given) -> Plan:
       divergence.check(text)
     numbers = range(stages.table.num_stages)
     trips = [stage_trips.trips(stages, number) for number in numbers]
-    if not config.pipeline.uniform:  # Else they compute all the while.
+    if not config.pipeline.uniform:  # Uniform stages compute without a pause.
       bubble = stages.table.simulate().bubble
-  exchanges = [collectives_lib.collectives(text, mesh, t) for t in trips]
-  found = max(exchanges, key=collectives_lib.total)
+  of_stages = [collectives_lib.collectives(text, mesh, t) for t in trips]
+  collectives = max(of_stages, key=collectives_lib.total)
   executed = [
     (matmul_flops.matrix_flops(text, t), kernel_flops.kernel_flops(text, t))
     for t in trips
   ]
   flops = _flops(config, mesh.size, executed)
   mean = sum(map(sum, executed)) / len(executed)
-  roofline, times = None, [0.0] * len(found)
-  if given['chip'] is not None and given['peak'] is not None:
-    chip = machines.CHIPS[given['chip']]
-    times = roofline_lib.exchange_seconds(found, mesh, chip)
+  roofline, times = None, [0.0] * len(collectives)
+  if common['chip'] is not None and common['peak'] is not None:
+    chip = machines.CHIPS[common['chip']]
+    times = roofline_lib.exchange_seconds(collectives, mesh, chip)
     roofline = roofline_lib.Roofline(
-      compute=flops.executed / given['peak'],
+      compute=flops.executed / common['peak'],
       memory=max(memory_traffic.memory_bytes(text, t) for t in trips)
       / chip.bandwidth,
       network=sum(times),
-      exposed=sum(t for c, t in zip(found, times) if not c.hidden),
+      exposed=sum(t for c, t in zip(collectives, times) if not c.hidden),
       idle=roofline_lib.idle(flops.executed, mean, bubble),
     )
   return Plan(
-    **given,
+    **common,
     memory=memory_lib.of_compiled(
-      config, mesh, given['chip'], compiled.memory_analysis(), text
+      config, mesh, common['chip'], compiled.memory_analysis(), text
     ),
     flops=flops,
-    sent=_sent(found, times),
+    sent=_sent(collectives, times),
     roofline=roofline,
     schedule=stages.summary() if stages else '',
     stages=tuple(
-      Stage(executed=sum(own), sent=collectives_lib.total(sent))
-      for own, sent in zip(executed, exchanges, strict=True)
+      Stage(executed=sum(parts), sent=collectives_lib.total(sent))
+      for parts, sent in zip(executed, of_stages, strict=True)
       if stages
     ),
   )
 
 
-def _arguments(config: experiment.Experiment):
+def _arguments(
+  config: experiment.Experiment,
+) -> tuple[model_lib.ModelConfig, int, int, int | None, int]:
+  """Returns the arguments of `flops.train_flops` for a full batch."""
   spec = data_pipeline.batch_spec(config.data)
   shapes = {name: shape for name, (shape, _) in spec.items()}
   return flops_lib.arguments(config.model, shapes)
 
 
-def _flops(config, num_devices, executed) -> Flops:
-  """Of the stage that computes most, of (products, kernels) of each."""
-  products, own = max(executed, key=sum)
+def _flops(
+  config: experiment.Experiment,
+  num_devices: int,
+  executed: Sequence[tuple[int, int]],
+) -> Flops:
+  """Returns the FLOPs of the stage that computes most.
+
+  Args:
+    config: the experiment.
+    num_devices: number of devices of the mesh.
+    executed: FLOPs of each stage, outside kernels and in kernels.
+  """
+  products, kernels = max(executed, key=sum)
   model = flops_lib.train_flops(*_arguments(config)) / num_devices
-  return Flops(model=model, executed_matmul=products, kernels=own)
+  return Flops(model=model, executed_matmul=products, kernels=kernels)
 
 
-def _sent(found, times) -> tuple[Sent, ...]:
+def _sent(
+  collectives: Sequence[collectives_lib.Collective], times: Sequence[float]
+) -> tuple[Sent, ...]:
+  """Sums collectives of one kind along the same axes.
+
+  Args:
+    collectives: the collectives of a step.
+    times: least seconds of each.
+  """
   sums: dict[tuple, list[float]] = {}
-  for c, seconds in zip(found, times, strict=True):
+  for c, seconds in zip(collectives, times, strict=True):
     row = sums.setdefault((c.kind, c.axes, c.between), [0.0] * 4)
     size = float(c.bytes * c.times)
-    own = float(c.times), size, size * c.hidden, seconds * (not c.hidden)
-    row[:] = map(sum, zip(row, own))
+    once = float(c.times), size, size * c.hidden, seconds * (not c.hidden)
+    row[:] = map(sum, zip(row, once))
   rows = [
     Sent(
       kind=kind,
@@ -286,6 +325,6 @@ def _sent(found, times) -> tuple[Sent, ...]:
 
 
 def _sentence(error: Exception) -> str:
-  """Returns what a compiler says, without its code and its tables."""
+  """Returns the first line of a compiler's message, without its status code."""
   first, *_ = str(error).splitlines()
   return re.sub(r'^[A-Z_]+: ', '', first)

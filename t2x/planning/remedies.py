@@ -1,6 +1,6 @@
-"""What to change of a run that does not fit: the least, or more devices.
+"""Finds the smallest change with which a run fits in memory.
 
-said = plan_remedy.remedy(config, 'v5e:4x4')
+sentence = remedies.remedy(config, 'v5e:4x4')
 """
 
 from collections.abc import Callable
@@ -18,11 +18,13 @@ from t2x.hardware import topologies
 from t2x.parallel import mesh as mesh_lib
 from t2x.planning import search
 
+# Returns the command-line flags of settings, given the mesh that they lead to.
 Write = Callable[[Sequence[str], mesh_lib.MeshConfig], str]
-_MOST = 200  # Ways that are estimated, a second for about thirty.
+_MOST = 200  # Ways that are estimated; about thirty take a second.
 
 
 def set_text(settings: Sequence[str], _: mesh_lib.MeshConfig) -> str:
+  """Returns a flag `--set` for each setting."""
   return ' '.join(f'--set {setting}' for setting in settings)
 
 
@@ -32,19 +34,20 @@ def remedy(
   num_slices: int = 1,
   write: Write = set_text,
 ) -> str:
-  """Returns what to change of a run that does not fit, in a sentence.
+  """Returns a sentence that tells how to make a run fit in memory.
 
-  The least change with which it should, or else how many chips it needs.
+  It names the smallest change of settings with which the run should fit, or
+  else the number of chips that it needs.
 
   Args:
-    config: the run.
-    topology: as for `target_devices.devices`.
-    num_slices: of it.
-    write: from settings, and the mesh with those of them that are its, to
-      flags.
+    config: the experiment, which does not fit.
+    topology: name of a topology, as for `target_devices.devices`.
+    num_slices: number of slices of that topology.
+    write: a function from settings, and the mesh that they lead to, to
+      command-line flags.
 
   Raises:
-    ValueError: devices of which no figures are known.
+    ValueError: memory or speed of the devices is unknown.
   """
   site = search.Site(topology, num_slices, config.model.dtype)
   nearest = nearest_fit(config, site)
@@ -60,15 +63,19 @@ def remedy(
 def nearest_fit(
   config: experiment.Experiment, site: search.Site
 ) -> search.Candidate | None:
-  """Returns the way that should fit with the fewest settings changed.
+  """Returns the way to run that should fit with the fewest settings changed.
 
-  Of several the fastest. None where the leanest way of no mesh should fit.
+  Of several, it is the fastest. None if no way should fit.
+
+  Args:
+    config: the experiment, which does not fit.
+    site: the devices.
   """
   flat = overrides.flatten(overrides.to_json(config))
   count = lambda settings: len(_changed(settings, flat))
-  # One without a change was planned, and does not fit whatever is estimated.
-  found = search.leanest(config, site)
-  lean = [c for c in found if c.fits and count(c.settings)]
+  # Without a change it does not fit, even if the estimate says that it does.
+  leanest = search.leanest(config, site)
+  lean = [c for c in leanest if c.fits and count(c.settings)]
   if not lean:
     return None
   ways = sorted(search.ways(config, site), key=count)
@@ -86,9 +93,13 @@ def nearest_fit(
 def changes(
   settings: Sequence[str], config: experiment.Experiment
 ) -> list[str]:
-  """Returns which of the settings differ from those of an experiment.
+  """Returns the settings whose values an experiment does not have already.
 
-  An axis that takes what remains (-1) follows from the others.
+  A mesh axis of -1, which takes the remaining devices, counts as equal.
+
+  Args:
+    settings: settings as `name=value`.
+    config: the experiment.
   """
   return _changed(settings, overrides.flatten(overrides.to_json(config)))
 
@@ -105,15 +116,20 @@ def _changed(settings: Sequence[str], flat: Mapping[str, Any]) -> list[str]:
 def too_large(
   config: experiment.Experiment, topology: str, num_devices: int, limit: float
 ) -> str:
-  """Returns that nothing fits, and what would, in a sentence."""
+  """Returns a sentence that tells how many devices an experiment needs.
+
+  Args:
+    config: the experiment, which fits in no layout.
+    topology: name of a topology, as for `target_devices.devices`.
+    num_devices: number of devices of all its slices.
+    limit: bytes of memory that a device has.
+  """
   need = chips_needed(config, num_devices, limit)
   how_many = 'many more of them'
   if need:
     most, name = topologies.largest(topology)
-    here = topologies.parse(topology).shape
-    most *= len(target_devices.devices(topology)) // math.prod(
-      here
-    )  # To a chip.
+    num_chips = math.prod(topologies.parse(topology).shape)
+    most *= len(target_devices.devices(topology)) // num_chips
     how_many = f'{need:,} of them'
     if need > most:
       slices = -(-need // most)
@@ -128,21 +144,27 @@ def too_large(
 def chips_needed(
   config: experiment.Experiment, num_devices: int, limit: float
 ) -> int | None:
-  """Returns on how many devices a lean layout should fit: 2, 4, 8, ... times.
+  """Returns the number of devices on which a lean layout should fit.
 
-  Lean is a row at a time, recomputed, split by fsdp as far as there are rows
-  and by tensor parallelism then. None where 1,024 times are not enough.
+  Lean is a microbatch of one row, with full rematerialisation, split by fsdp as
+  far as there are rows and then by tensor parallelism. The number is 2, 4, 8,
+  ... times `num_devices`; None if 1,024 times are not enough.
+
+  Args:
+    config: the experiment.
+    num_devices: number of devices on which it does not fit.
+    limit: bytes of memory that a device has.
   """
   rows = config.data.batch_size
   for num in (num_devices << i for i in range(1, 11)):
     fsdp = math.gcd(rows, num)
     mesh = mesh_lib.MeshConfig(data=1, fsdp=fsdp, tensor=num // fsdp)
-    own = dataclasses.replace(config, mesh=mesh)
+    split = dataclasses.replace(config, mesh=mesh)
     settings = {'train.remat': 'full', 'train.accumulate': str(rows // fsdp)}
     try:
-      found = estimate_lib.step(overrides.override(own, settings), num)
+      estimate = estimate_lib.step(overrides.override(split, settings), num)
     except ValueError:  # More parts than heads.
       continue
-    if search.MARGIN * found.peak_bytes <= limit:
+    if search.MARGIN * estimate.peak_bytes <= limit:
       return num
   return None

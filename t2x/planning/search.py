@@ -1,14 +1,15 @@
-"""Which layout to run on: all that can be, estimated.
+"""Searches for the fastest layout of a run, by estimates.
 
-found = plan_search.candidates(config, 'v5e:4x4')
+ranked = search.candidates(config, 'v5e:4x4')
 
-Layouts (mesh sizes) x remat policies x microbatches that can be are estimated
-by `estimate` within seconds. `trials` compiles the best.
+Every possible combination of mesh sizes, rematerialisation and microbatches is
+estimated, which takes seconds. `trials` compiles the best of them.
 """
 
 from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
-from typing import Any
 
 from t2x.config import experiment
 from t2x.config import layout_advice
@@ -26,22 +27,22 @@ from t2x.planning import memory
 
 _REMATS = ('none', 'dots', 'full')
 _SCHEDULES = ('one_f_one_b', 'interleaved', 'zb_h1')  # The leanest first.
-_MOST_TENSOR = 8  # Past it the sums of activations are what a step waits for.
-_LONG = 8192  # Rows from which it may be worth splitting them.
-MARGIN = 1.1  # Estimates are off by about a tenth.
+_MOST_TENSOR = 8  # Beyond it a step waits for sums of activations.
+_LONG = 8192  # Tokens of a row from which it can be worth splitting it.
+MARGIN = 1.1  # Estimates of memory are off by about a tenth.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
-  """One way to run an experiment.
+  """One way to run an experiment, with its estimate.
 
   Attributes:
-    config: the experiment in this layout.
-    settings: all that was chosen, as for --set.
-    peak: bytes that it should need on a device.
-    seconds: the least time of a step, of products and exchanges.
-    limit: bytes that a device has.
-    fits: whether the peak, with a margin, is within a device's memory.
+    config: the experiment with these settings.
+    settings: settings that were chosen, as `name=value` for --set.
+    peak: estimated peak of a device's memory, in bytes.
+    seconds: lower bound on the time of a step, of products and collectives.
+    limit: bytes of memory that a device has.
+    fits: True if the peak, with a margin, is within the limit.
   """
 
   config: experiment.Experiment
@@ -53,24 +54,24 @@ class Candidate:
 
 
 class Site:
-  """The devices that a run is to be on.
+  """The devices that a run is planned for.
 
   Attributes:
-    num_devices: of all slices.
-    num_slices: in which they lie.
-    limit: bytes that a device has.
+    num_devices: number of devices of all slices.
+    num_slices: number of slices.
+    limit: bytes of memory that a device has.
   """
 
   def __init__(self, topology: str, num_slices: int, dtype: str):
-    """Makes one.
+    """Describes the devices.
 
     Args:
-      topology: as for `target_devices.devices`.
-      num_slices: of it.
-      dtype: of products, whose speed matters.
+      topology: name of a topology, as for `target_devices.devices`.
+      num_slices: number of slices of that topology.
+      dtype: dtype of matrix products, which decides their speed.
 
     Raises:
-      ValueError: devices of which no figures are known.
+      ValueError: memory or speed of the devices is unknown.
     """
     self._devices = target_devices.devices(topology, num_slices)
     self.num_devices, self.num_slices = len(self._devices), num_slices
@@ -85,26 +86,36 @@ class Site:
       )
     self.limit = limit
     self._chip, self._peak = machines.CHIPS[chip], peak
-    self._links: dict[Any, dict[str, links.Axis]] = {}
+    self._links: dict[mesh_lib.MeshConfig, dict[str, links.Axis]] = {}
 
   def candidate(
     self, config: experiment.Experiment, settings: tuple[str, ...]
   ) -> Candidate | None:
-    """Returns an experiment with settings, estimated; None if it cannot be."""
+    """Returns the estimate of an experiment with other settings.
+
+    Args:
+      config: the experiment.
+      settings: settings to change, as `name=value`.
+
+    Returns:
+      The candidate, or None if the settings are impossible on these devices.
+    """
     try:
-      own = overrides.override(config, overrides.parse_settings([*settings]))
-      estimate = estimate_lib.step(own, self.num_devices)
-      if own.mesh not in self._links:
-        mesh = mesh_lib.make(own.mesh, self._devices)
-        self._links[own.mesh] = links.axes_of(mesh)
+      changed = overrides.override(
+        config, overrides.parse_settings([*settings])
+      )
+      estimate = estimate_lib.step(changed, self.num_devices)
+      if changed.mesh not in self._links:
+        mesh = mesh_lib.make(changed.mesh, self._devices)
+        self._links[changed.mesh] = links.axes_of(mesh)
     except ValueError:
       return None
-    axes = self._links[own.mesh]
+    axes = self._links[changed.mesh]
     return Candidate(
-      config=own,
+      config=changed,
       settings=settings,
       peak=estimate.peak_bytes,
-      seconds=_seconds(own, estimate, axes, self._chip, self._peak),
+      seconds=_seconds(changed, estimate, axes, self._chip, self._peak),
       limit=self.limit,
       fits=MARGIN * estimate.peak_bytes <= self.limit,
     )
@@ -113,36 +124,52 @@ class Site:
 def candidates(
   config: experiment.Experiment, topology: str, num_slices: int = 1
 ) -> list[Candidate]:
-  """Returns the ways to run that can be, estimated; the fastest that fit first.
+  """Returns the possible ways to run an experiment, with their estimates.
+
+  Those that should fit come first, the fastest of them first; then the others,
+  the leanest first.
 
   Args:
-    config: the experiment; its rows and model stay.
-    topology: as for `target_devices.devices`.
-    num_slices: of it.
+    config: the experiment. Its batch size and its model stay.
+    topology: name of a topology, as for `target_devices.devices`.
+    num_slices: number of slices of that topology.
 
   Raises:
-    ValueError: devices of which no figures are known.
+    ValueError: memory or speed of the devices is unknown.
   """
   site = Site(topology, num_slices, config.model.dtype)
-  made = (site.candidate(config, s) for s in ways(config, site))
-  return sorted((c for c in made if c is not None), key=_order)
+  estimated = (site.candidate(config, s) for s in ways(config, site))
+  return sorted((c for c in estimated if c is not None), key=_order)
 
 
-def _order(candidate: Candidate):
+def _order(candidate: Candidate) -> tuple[bool, float]:
   c = candidate
   return not c.fits, c.seconds if c.fits else c.peak
 
 
-def _seconds(config, estimate, axes, chip, peak) -> float:
-  """Products, and what of exchanges is usually not hidden by them.
+def _seconds(
+  config: experiment.Experiment,
+  estimate: estimate_lib.Estimate,
+  axes: Mapping[str, links.Axis],
+  chip: machines.Chip,
+  peak: float,
+) -> float:
+  """Returns a lower bound on the time of a step: products and collectives.
 
-  Gathers and reductions of weights are; sums of activations are what products
-  wait for.
+  Products are taken to hide the gathers and reductions of weights, as they
+  usually do, but to wait for sums of activations.
+
+  Args:
+    config: the experiment.
+    estimate: its estimate.
+    axes: links along each mesh axis.
+    chip: the chip, which has the bandwidth of the links.
+    peak: peak FLOP/s of a device.
   """
   network = exposed = 0.0
   for m in estimate.messages:
-    own = [axes[name] for name in m.axes]
-    time = links.seconds(m.kind, m.bytes, own, chip)
+    parts = [axes[name] for name in m.axes]
+    time = links.seconds(m.kind, m.bytes, parts, chip)
     network += time
     if {*m.axes} & {'tensor', 'expert', 'context'}:
       exposed += time
@@ -162,34 +189,48 @@ def _seconds(config, estimate, axes, chip, peak) -> float:
 def ways(
   config: experiment.Experiment, site: Site
 ) -> Iterator[tuple[str, ...]]:
-  """Yields settings of layouts that may be, recomputation and microbatches."""
+  """Yields ways to run: settings of mesh, rematerialisation and microbatches.
+
+  Some of them can turn out to be impossible.
+
+  Args:
+    config: the experiment.
+    site: the devices.
+  """
   for mesh in _meshes(config, site):
     for remat in _REMATS:
       for settings in _microbatches(config, mesh, _SCHEDULES):
-        yield *_text(mesh), f'train.remat={remat}', *settings
+        yield *_mesh_settings(mesh), f'train.remat={remat}', *settings
 
 
 def leanest(config: experiment.Experiment, site: Site) -> list[Candidate]:
-  """Returns of each mesh the way that takes the least memory.
+  """Returns for each mesh the way to run that takes the least memory.
 
-  Without meshes whose mesh.fsdp could have what mesh.data has: it splits the
-  state too.
+  A mesh is left out if another has its mesh.data in mesh.fsdp instead, which
+  splits the state too.
+
+  Args:
+    config: the experiment.
+    site: the devices.
   """
-  found, split = [], set()
+  lean, split = [], set()
   for mesh in sorted(_meshes(config, site), key=lambda mesh: mesh.data):
     parts = dataclasses.replace(mesh, data=1, fsdp=mesh.data * mesh.fsdp)
     cuts = [*_microbatches(config, mesh, _SCHEDULES[:1])]
     if not cuts or parts in split:
       continue
-    settings = *_text(mesh), 'train.remat=full', *cuts[-1]
+    settings = *_mesh_settings(mesh), 'train.remat=full', *cuts[-1]
     candidate = site.candidate(config, settings)
     if candidate is not None:
-      found.append(candidate)
+      lean.append(candidate)
       split.add(parts)
-  return found
+  return lean
 
 
-def _meshes(config, site: Site) -> Iterator[mesh_lib.MeshConfig]:
+def _meshes(
+  config: experiment.Experiment, site: Site
+) -> Iterator[mesh_lib.MeshConfig]:
+  """Yields the meshes of the devices that can be worth a try."""
   model, rows = config.model, config.data.batch_size
   experts = any(isinstance(m, moe.MoeConfig) for m in model.mlp_kinds)
   for sizes in layout_advice.factorisations(site.num_devices, 6):
@@ -213,7 +254,13 @@ def _meshes(config, site: Site) -> Iterator[mesh_lib.MeshConfig]:
 
 
 def _between(num_slices: int, **sizes: int) -> Iterator[mesh_lib.Dcn]:
-  """Yields the axes that can lie between slices; others send too much."""
+  """Yields the ways to lay one mesh axis across slices.
+
+  Args:
+    num_slices: number of slices.
+    **sizes: sizes of the mesh axes that can lie across slices; other axes send
+      too much.
+  """
   if num_slices == 1:
     yield mesh_lib.Dcn(data=1)
     return
@@ -222,15 +269,25 @@ def _between(num_slices: int, **sizes: int) -> Iterator[mesh_lib.Dcn]:
       yield mesh_lib.Dcn(**{'data': 1, axis: num_slices})
 
 
-def _text(mesh: mesh_lib.MeshConfig) -> Iterator[str]:
+def _mesh_settings(mesh: mesh_lib.MeshConfig) -> Iterator[str]:
   for axis in mesh_lib.AXES:
     yield f'mesh.{axis}={getattr(mesh, axis)}'
   for axis in mesh_lib.AXES:
     yield f'mesh.dcn.{axis}={getattr(mesh.dcn, axis)}'
 
 
-def _microbatches(config, mesh, schedules) -> Iterator[tuple[str, ...]]:
-  """Yields ways to cut a device's rows."""
+def _microbatches(
+  config: experiment.Experiment,
+  mesh: mesh_lib.MeshConfig,
+  schedules: Sequence[str],
+) -> Iterator[tuple[str, ...]]:
+  """Yields settings that cut a device's rows into microbatches.
+
+  Args:
+    config: the experiment.
+    mesh: sizes of the mesh axes.
+    schedules: schedules to try on a mesh with stages.
+  """
   rows = config.data.batch_size // (mesh.data * mesh.fsdp * mesh.expert)
   counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if rows % n == 0]
   if mesh.pipe == 1:

@@ -1,4 +1,4 @@
-"""One array of a sharding table drawn as SVG: how its dimensions are cut.
+"""Draws one array of a sharding table as SVG, with the cuts of its dimensions.
 
 Colors come from the page's style: `cut AXIS` is a line of a mesh axis, `whole`
 the array, `held` the part of one device, `sheet` a copy behind it.
@@ -12,11 +12,11 @@ import math
 
 from t2x.planning import sharding_table
 
-MOST = 12  # Parts of one dimension that are drawn.
+MOST = 12  # The most parts of one dimension that are drawn.
 
 _WIDTH, _HEIGHT = 148, 56
-_STEP, _SHEETS = 4, 3  # From sheet to sheet, and how many at the most.
-_GAP = 5  # Between panels.
+_STEP, _SHEETS = 4, 3  # Distance from sheet to sheet, and most sheets.
+_GAP = 5  # Distance between panels.
 
 # The mesh axes that cut a dimension and their sizes, the outermost first.
 Cuts = list[tuple[str, int]]
@@ -25,12 +25,12 @@ Cuts = list[tuple[str, int]]
 def draw(row: sharding_table.Row, sizes: Mapping[str, int]) -> str:
   """Returns the drawing of an array.
 
-  Two cut dimensions are the rows and columns of a box. Of three, the first is
-  a box for each part.
+  Two cut dimensions are the rows and the columns of a box. If three dimensions
+  are cut, there is a box for each part of the first.
 
   Args:
     row: the array.
-    sizes: of the mesh axes.
+    sizes: number of devices along each mesh axis.
   """
   panels, down, across = _arranged(row, sizes)
   num = min(_parts(panels), 4)
@@ -45,8 +45,8 @@ def draw(row: sharding_table.Row, sizes: Mapping[str, int]) -> str:
     x = panel * (width + _GAP)
     shapes.append(_box('whole', x, 0, width, height))
     if panel == 0:
-      held = width / _parts(across), height / _parts(down)
-      shapes.append(_box('held', 0, 0, *held))
+      part = width / _parts(across), height / _parts(down)
+      shapes.append(_box('held', 0, 0, *part))
     for axis, at, thick in _lines(across, width):
       shapes.append(_line(axis, thick, f'M{x + at:g} 0V{height:g}'))
     for axis, at, thick in _lines(down, height):
@@ -62,10 +62,12 @@ def draw(row: sharding_table.Row, sizes: Mapping[str, int]) -> str:
   )
 
 
-def _arranged(row, sizes) -> tuple[Cuts, Cuts, Cuts]:
-  """Returns the cuts of panels, rows and columns; [] where there are none."""
+def _arranged(
+  row: sharding_table.Row, sizes: Mapping[str, int]
+) -> tuple[Cuts, Cuts, Cuts]:
+  """Returns the cuts of panels, rows and columns; [] if there are none."""
   cuts = [[(a, sizes[a]) for a in axes if sizes[a] > 1] for axes in row.cuts]
-  cut = [dim for dim, found in enumerate(cuts) if found][-3:]
+  cut = [dim for dim, of_dim in enumerate(cuts) if of_dim][-3:]
   if len(cut) == 1:
     down, across = ([], cut) if cut[0] == len(cuts) - 1 else (cut, [])
   else:
@@ -75,7 +77,7 @@ def _arranged(row, sizes) -> tuple[Cuts, Cuts, Cuts]:
 
 
 def _drawn(cuts: Cuts) -> Cuts:
-  """Returns cuts into as many parts as can be seen."""
+  """Returns cuts into no more parts than are drawn."""
   shown, left = [], MOST
   for axis, size in cuts:
     shown.append((axis, min(size, left)))
@@ -88,9 +90,9 @@ def _parts(cuts: Sequence[tuple[str, int]]) -> int:
 
 
 def _lines(cuts: Cuts, length: float) -> Iterator[tuple[str, float, float]]:
-  """Yields the axis of each line, its place, and its width."""
+  """Yields the mesh axis of each line, its place, and its width."""
   num = _parts(cuts)
-  thick = min(2.0, length / num / 4)  # Parts are to be seen between lines.
+  thick = min(2.0, length / num / 4)  # Thin enough to see the parts between.
   for i in range(1, num):
     # The outermost axis whose parts end here draws the line.
     inner = num

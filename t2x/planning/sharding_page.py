@@ -1,8 +1,10 @@
-"""The page of scripts/show_sharding.py: a layout drawn, one row a parameter.
+"""Formats a sharding table as an HTML page, with a drawing of each parameter.
 
-One file without scripts; its style follows the reader's light or dark setting.
+It is the page of scripts/show_sharding.py: one file without scripts, whose
+style follows the reader's light or dark setting.
 """
 
+from collections.abc import Iterable
 import html
 import math
 
@@ -10,7 +12,7 @@ from t2x.planning import sharding_drawing
 from t2x.planning import sharding_table
 from t2x.tracking import html_page
 
-# Of each mesh axis: the series of the page's style.
+# Number of the color of each mesh axis in the page's style.
 _COLORS = {
   'fsdp': 0,
   'tensor': 1,
@@ -61,13 +63,15 @@ body { max-width: 84rem; }
 """
 
 
-def page(table: sharding_table.Table, *, title: str, notes=()) -> str:
-  """Returns a whole page of HTML.
+def page(
+  table: sharding_table.Table, *, title: str, notes: Iterable[str] = ()
+) -> str:
+  """Returns a complete HTML page.
 
   Args:
-    table: what `sharding_table.make` returned.
-    title: of the page.
-    notes: lines to put under it.
+    table: the table, from `sharding_table.make`.
+    title: title of the page.
+    notes: lines to show under the title.
   """
   style = html_page.STYLE + _STYLE + ''.join(map(_axis_style, _COLORS))
   lines = [f'{table.layout} ({table.num_devices:,} devices)', *notes]
@@ -100,7 +104,7 @@ def _chip(axis: str, size: int) -> str:
   return f'<i class="axis {axis}">{axis} {size}</i>'
 
 
-def _tiles(table) -> str:
+def _tiles(table: sharding_table.Table) -> str:
   name = sharding_table.PARAMETERS
   parameters = sharding_table.total(table, name)
   state = sharding_table.total(table)
@@ -122,8 +126,8 @@ def _tiles(table) -> str:
   return f'<dl class="tiles">{"".join(cells)}</dl>'
 
 
-def _memory(table) -> str:
-  """One bar, as long as the page: the parts of a device's state."""
+def _memory(table: sharding_table.Table) -> str:
+  """Returns a bar as long as the page: the parts of a device's state."""
   sums = {name: sharding_table.total(table, name) for name in table.groups}
   bars, names = [], []
   for name, s in sums.items():
@@ -145,15 +149,21 @@ def _memory(table) -> str:
 
 
 def _bar(share: float, replicated: float) -> str:
-  own = 100 * share * (1 - replicated)
+  """Returns a bar whose part of replicated bytes is hatched.
+
+  Args:
+    share: length of the bar, over that of the longest.
+    replicated: share of the bar that copies take.
+  """
+  single = 100 * share * (1 - replicated)
   copied = 100 * share * replicated
-  parts = f'<i style="width: {own:.2f}%"></i>'
+  parts = f'<i style="width: {single:.2f}%"></i>'
   if replicated:
     parts += f'<i class="copied" style="width: {copied:.2f}%"></i>'
   return f'<div class="bar">{parts}</div>'
 
 
-def _legend(table) -> str:
+def _legend(table: sharding_table.Table) -> str:
   chips = [_chip(axis, n) for axis, n in table.sizes.items() if n > 1]
   most = sharding_drawing.MOST
   return (
@@ -169,7 +179,7 @@ def _legend(table) -> str:
   )
 
 
-def _parameters(table) -> str:
+def _parameters(table: sharding_table.Table) -> str:
   rows = table.groups[sharding_table.PARAMETERS]
   most = max(row.bytes_per_device for row in rows)
   columns = (
@@ -188,9 +198,11 @@ def _parameters(table) -> str:
   )
 
 
-def _parameter(row, table, most: int) -> str:
-  over = sharding_table.copied_over(row, table)
-  chips = ' '.join(_chip(axis, size) for axis, size in over.items())
+def _parameter(
+  row: sharding_table.Row, table: sharding_table.Table, most: int
+) -> str:
+  copied = sharding_table.copied_over(row, table)
+  chips = ' '.join(_chip(axis, size) for axis, size in copied.items())
   cells = (
     _dimensions(row, table),
     sharding_drawing.draw(row, table.sizes),
@@ -207,12 +219,12 @@ def _parameter(row, table, most: int) -> str:
 
 
 def _breaking(path: str) -> str:
-  """A path that a browser may break after its dots."""
+  """Returns a path that a browser can break after its dots."""
   return html.escape(path).replace('.', '.<wbr>')
 
 
-def _dimensions(row, table) -> str:
-  """A line for each dimension: its name, its size, what cuts it."""
+def _dimensions(row: sharding_table.Row, table: sharding_table.Table) -> str:
+  """Returns a line for each dimension: logical axis, size, mesh axes."""
   if not row.shape:
     return f'scalar, {row.dtype}'
   cells = []
@@ -227,7 +239,7 @@ def _dimensions(row, table) -> str:
   return f'<div class="dims">{"".join(cells)}</div><code>{row.dtype}</code>'
 
 
-def _rest(table) -> str:
+def _rest(table: sharding_table.Table) -> str:
   rows = []
   for name, group in table.groups.items():
     if name == sharding_table.PARAMETERS:

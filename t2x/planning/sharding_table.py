@@ -1,15 +1,16 @@
-"""Where a layout puts every array of a train state, as a table.
+"""A table of how a layout shards every array of a train state.
 
 table = sharding_table.make(config, num_devices=256)
 print(sharding_table.text(table))
 
-An array of which `copies` devices each hold the same part is replicated: of
-the bytes that all devices hold of it, the share 1 - 1 / copies are copies
-beyond the first. It is 0 where every byte lies on one device alone, and 7 / 8
-where each of eight devices has all of it. Nothing is allocated or compiled.
+An array is replicated if `copies` > 1 devices hold the same part of it. Of the
+bytes that all devices hold of it, the share 1 - 1 / copies are copies beyond
+the first: 0 if every byte lies on one device alone, and 7 / 8 if each of eight
+devices has the whole array. Nothing is allocated or compiled.
 """
 
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import math
@@ -39,14 +40,14 @@ class Row:
   """One array.
 
   Attributes:
-    path: dotted, within its part of the train state.
-    shape: of the whole array.
-    dtype: its name.
-    axes: logical axis of each dimension; () where none are known.
+    path: dotted path within its part of the train state.
+    shape: shape of the whole array.
+    dtype: name of its dtype.
+    axes: logical axis of each dimension; () if they are not known.
     cuts: mesh axes that split each dimension, the outermost first.
-    num_bytes: of the whole array.
-    bytes_per_device: of one device's part.
-    copies: devices that hold the same part.
+    num_bytes: bytes of the whole array.
+    bytes_per_device: bytes of one device's part.
+    copies: number of devices that hold the same part.
   """
 
   path: str
@@ -60,12 +61,12 @@ class Row:
 
   @property
   def replicated(self) -> float:
-    """Of the bytes on all devices, the share that are copies."""
+    """Share of the bytes on all devices that are copies beyond the first."""
     return 1 - 1 / self.copies
 
   @property
   def spare_bytes(self) -> int:
-    """What of a device's bytes would not be needed were nothing copied."""
+    """Bytes of a device that would be free if the array were not copied."""
     return self.bytes_per_device - self.bytes_per_device // self.copies
 
   @property
@@ -80,8 +81,8 @@ class Table:
   """A train state on a mesh.
 
   Attributes:
-    sizes: of every mesh axis, in the mesh's order.
-    groups: part of the state -> its arrays; empty parts are left out.
+    sizes: number of devices along each mesh axis, in the mesh's order.
+    groups: arrays of each part of the state that has any.
   """
 
   sizes: dict[str, int]
@@ -89,18 +90,25 @@ class Table:
 
   @property
   def num_devices(self) -> int:
+    """Number of devices of the mesh."""
     return math.prod(self.sizes.values())
 
   @property
   def layout(self) -> str:
     """The axes of more than one device: `fsdp=64, tensor=4`."""
-    axes = [f'{a}={n}' for a, n in self.sizes.items() if n > 1]
-    return ', '.join(axes) or 'one device'
+    return layout_text(self.sizes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Total:
-  """Sums over some arrays; the fields are as those of `Row`."""
+  """Sums over some arrays.
+
+  Attributes:
+    num_bytes: bytes of the whole arrays.
+    bytes_per_device: bytes of one device's parts.
+    replicated: share of the bytes on all devices that are copies beyond the
+      first.
+  """
 
   num_bytes: int
   bytes_per_device: int
@@ -108,10 +116,14 @@ class Total:
 
 
 def make(config: experiment.Experiment, num_devices: int) -> Table:
-  """Returns the table of an experiment on so many devices.
+  """Returns the table of an experiment's train state.
+
+  Args:
+    config: the experiment.
+    num_devices: number of devices of its mesh.
 
   Raises:
-    ShardingError: a layout that cannot be.
+    ShardingError: the layout is impossible.
   """
   sizes = mesh_lib.sizes(config.mesh, num_devices)
   mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
@@ -130,7 +142,14 @@ def make(config: experiment.Experiment, num_devices: int) -> Table:
   return Table(sizes=sizes, groups=groups)
 
 
-def _rows(tree: Any, sizes: dict[str, int], named: bool) -> Iterator[Row]:
+def _rows(tree: Any, sizes: Mapping[str, int], has_axes: bool) -> Iterator[Row]:
+  """Yields the arrays of a part of the train state.
+
+  Args:
+    tree: the part, with sharded shapes as its arrays.
+    sizes: number of devices along each mesh axis.
+    has_axes: True if its variables have the logical axes of their arrays.
+  """
   leaves = jax.tree_util.tree_leaves_with_path(
     tree, is_leaf=sharding.is_variable
   )
@@ -138,15 +157,21 @@ def _rows(tree: Any, sizes: dict[str, int], named: bool) -> Iterator[Row]:
     variable = sharding.is_variable(leaf)
     array = leaf.get_value() if variable else leaf
     if not hasattr(array, 'shape'):
-      continue  # What optax leaves out of a state.
-    # A factored moment has lost a dimension of its parameter's.
-    axes = sharding.axes_of(leaf, array.ndim) if variable and named else ()
+      continue  # Leaves that optax masks.
+    # A factored moment of an optimizer has lost a dimension of its parameter.
+    axes = sharding.axes_of(leaf, array.ndim) if variable and has_axes else ()
     yield _row(sharding.path_name(path), array, axes, sizes)
 
 
-def _row(path, array: jax.ShapeDtypeStruct, axes, sizes) -> Row:
-  where: Any = array.sharding
-  spec = tuple(where.spec) + (None,) * (len(array.shape) - len(where.spec))
+def _row(
+  path: str,
+  array: jax.ShapeDtypeStruct,
+  axes: Sequence[str | None],
+  sizes: Mapping[str, int],
+) -> Row:
+  placement: Any = array.sharding
+  missing = len(array.shape) - len(placement.spec)
+  spec = tuple(placement.spec) + (None,) * missing
   cuts = tuple(sharding.mesh_axes(entry) for entry in spec)
   parts = math.prod(sizes[a] for axes_of_dim in cuts for a in axes_of_dim)
   item = np.dtype(array.dtype).itemsize
@@ -157,13 +182,18 @@ def _row(path, array: jax.ShapeDtypeStruct, axes, sizes) -> Row:
     axes=tuple(axes),
     cuts=cuts,
     num_bytes=item * math.prod(array.shape),
-    bytes_per_device=item * math.prod(where.shard_shape(array.shape)),
+    bytes_per_device=item * math.prod(placement.shard_shape(array.shape)),
     copies=math.prod(sizes.values()) // parts,
   )
 
 
 def total(table: Table, group: str | None = None) -> Total:
-  """Returns the sums over one part of the state, or over all of it."""
+  """Returns the sums over the arrays of a train state.
+
+  Args:
+    table: the train state.
+    group: name of the part to sum; None sums all of it.
+  """
   groups = table.groups.values() if group is None else [table.groups[group]]
   rows = [row for part in groups for row in part]
   whole = sum(row.num_bytes for row in rows)
@@ -173,7 +203,12 @@ def total(table: Table, group: str | None = None) -> Total:
 
 
 def largest_copies(table: Table, most: int = 3) -> list[Row]:
-  """Returns the parameters whose copies take most of a device, at most."""
+  """Returns the replicated parameters whose copies take most memory.
+
+  Args:
+    table: the train state.
+    most: largest number of parameters to return.
+  """
   copied = [row for row in table.groups[PARAMETERS] if row.copies > 1]
   return sorted(copied, key=lambda row: -row.spare_bytes)[:most]
 
@@ -187,6 +222,12 @@ def copied_over(row: Row, table: Table) -> dict[str, int]:
 # --- As text and as JSON. ---
 
 
+def layout_text(sizes: Mapping[str, int]) -> str:
+  """Returns the axes of more than one device: `fsdp=64, tensor=4`."""
+  axes = [f'{a}={n}' for a, n in sizes.items() if n > 1]
+  return ', '.join(axes) or 'one device'
+
+
 def bytes_text(num: float) -> str:
   """Returns bytes to three digits or more: `12 B`, `1.57 MB`, `1,230 GB`."""
   for unit, size in (('GB', 1e9), ('MB', 1e6), ('kB', 1e3)):
@@ -198,19 +239,20 @@ def bytes_text(num: float) -> str:
 
 
 def percent(share: float) -> str:
+  """Returns a share as a percentage: `12.5%`."""
   return f'{100 * share:.1f}%'
 
 
 def copies_text(row: Row, table: Table) -> str:
-  """Returns how often and along what an array is copied, or 'none'."""
-  over = copied_over(row, table)
+  """Returns the number of an array's copies and their mesh axes, or 'none'."""
+  copied = copied_over(row, table)
   if row.copies == 1:
     return 'none'
-  return f'{row.copies} over {", ".join(f"{a}={n}" for a, n in over.items())}'
+  return f'{row.copies} over {", ".join(f"{a}={n}" for a, n in copied.items())}'
 
 
 def text(table: Table) -> str:
-  """Returns the parameters and the totals as lines."""
+  """Returns the parameters and the totals as a table of text."""
   header = 'parameter shape dtype axes spec B/device copies replicated'.split()
   rows = [
     [
@@ -229,7 +271,12 @@ def text(table: Table) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
-  """Returns rows of cells as lines, a side (< or >) for each column."""
+  """Returns rows of cells as lines with aligned columns.
+
+  Args:
+    rows: texts of the cells of each row.
+    sides: alignment of each column: `<` for the left, `>` for the right.
+  """
   widths = [max(map(len, column)) for column in zip(*rows)]
   line = lambda row: '  '.join(
     f'{cell:{side}{width}}' for cell, side, width in zip(row, sides, widths)
@@ -246,7 +293,7 @@ def _totals(table: Table) -> list[str]:
     + [percent(s.replicated)]
     for name, s in sums.items()
   ]
-  found = [
+  largest = [
     f'{row.path} ({bytes_text(row.bytes_per_device)} on each device, copies: '
     f'{copies_text(row, table)})'
     for row in largest_copies(table)
@@ -254,14 +301,14 @@ def _totals(table: Table) -> list[str]:
   return [
     f'{table.layout} ({table.num_devices} devices)',
     *aligned(rows, '<>>>'),
-    f'largest replicated: {"; ".join(found) or "none"}',
+    f'largest replicated: {"; ".join(largest) or "none"}',
     'replicated: of the bytes on all devices, the share that are copies beyond '
     'the first.',
   ]
 
 
 def to_json(table: Table) -> dict[str, Any]:
-  """Returns dicts, lists and scalars."""
+  """Returns the table as nested dicts, lists and scalars."""
   entry = lambda row: {
     **dataclasses.asdict(row),
     'spec': row.spec,

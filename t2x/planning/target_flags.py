@@ -1,4 +1,4 @@
-"""The flags of scripts that compile an experiment for devices elsewhere."""
+"""Command-line flags of scripts that compile for devices that are not here."""
 
 from collections.abc import Sequence
 import pathlib
@@ -19,7 +19,7 @@ flags.disclaim_key_flags()  # They are the script's: --helpshort lists them.
 
 
 def define() -> None:
-  """Defines the flags that say what runs, where, and in which layout."""
+  """Defines the flags of the experiment, the devices and the layout."""
   flags.DEFINE_string('experiment', None, 'Its name, or a path.')
   flags.DEFINE_string('config', None, 'A saved config.json instead.')
   flags.DEFINE_string('topology', None, 'v5e:4x4, v5p:4x4x8, h100:8, cpu:8.')
@@ -29,7 +29,7 @@ def define() -> None:
 
 
 def experiment_of() -> tuple[str, experiment.Experiment]:
-  """Returns the name and the config, every --set applied."""
+  """Returns the name and the config of the experiment, every --set applied."""
   values = flags.FLAGS
   config = main_lib.resolve(lambda: catalog.load(values.experiment))
   return pathlib.Path(values.experiment or values.config).stem, config
@@ -38,14 +38,15 @@ def experiment_of() -> tuple[str, experiment.Experiment]:
 def laid_out(
   config: experiment.Experiment, devices: tuple[Any, ...]
 ) -> experiment.Experiment:
-  """Returns a config in the layout of --layout, or in its own.
+  """Returns an experiment in the layout of --layout, or in its own.
 
   Args:
-    config: of `experiment_of`.
-    devices: of `target_devices.devices`.
+    config: the experiment, from `experiment_of`.
+    devices: the devices, from `target_devices.devices`.
 
   Raises:
-    ValueError: it cannot run so; with the nearest layouts that can.
+    ValueError: it cannot run in this layout; the message names the nearest
+      layouts in which it can.
   """
   text = flags.FLAGS.layout
   slices = mesh_lib.num_slices(devices)
@@ -53,13 +54,20 @@ def laid_out(
     layout_advice.check(config, len(devices), num_slices=slices)
     return config
   layout = layout_flag.parse(text)
-  own = layout.applied(config, slices)
-  layout.check(own, len(devices), num_slices=slices, dcn=config.mesh.dcn)
-  return own
+  applied = layout.applied(config, slices)
+  layout.check(applied, len(devices), num_slices=slices, dcn=config.mesh.dcn)
+  return applied
 
 
 def devices(host: str | None = None) -> tuple[Any, ...]:
-  """Returns the devices of --topology and --num_slices."""
+  """Returns the devices of --topology and --num_slices.
+
+  Args:
+    host: type of the hosts' processors, as for `target_devices.devices`.
+
+  Raises:
+    ValueError: --topology is missing, or there is no such topology.
+  """
   values = flags.FLAGS
   if not values.topology:
     raise ValueError(
@@ -71,11 +79,11 @@ def devices(host: str | None = None) -> tuple[Any, ...]:
 
 
 def changed(settings: Sequence[str], mesh: mesh_lib.MeshConfig) -> str:
-  """Returns the flags that are to change for some settings.
+  """Returns the flags to change on the command line for new settings.
 
   Args:
-    settings: as for --set.
-    mesh: with those of them that are a mesh's.
+    settings: settings to change, as `name=value` for --set.
+    mesh: the mesh that they lead to.
   """
   text = flags.FLAGS.layout
   if text is None:

@@ -1,6 +1,7 @@
-"""A plan as lines of text, and as one JSON object."""
+"""Formats a plan as text, and as a JSON object."""
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import math
 from typing import Any
@@ -32,31 +33,34 @@ def time(seconds: float) -> str:
   return f'{1000 * seconds:.3g} ms'
 
 
-def layout(sizes: Mapping[str, int]) -> str:
-  axes = [f'{a}={n}' for a, n in sizes.items() if n > 1]
-  return ', '.join(axes) or 'one device'
-
-
 def title(
   name: str, topology: str, num_slices: int, sizes: Mapping[str, int]
 ) -> str:
-  """Returns what was planned, in a line."""
+  """Returns a line that names the experiment, the devices and the layout.
+
+  Args:
+    name: name of the experiment.
+    topology: name of the topology.
+    num_slices: number of slices of that topology.
+    sizes: number of devices along each mesh axis.
+  """
   num, place = math.prod(sizes.values()), where(topology, num_slices)
-  return f'{name} on {place} ({num:,} devices), {layout(sizes)}'
+  layout = sharding_table.layout_text(sizes)
+  return f'{name} on {place} ({num:,} devices), {layout}'
 
 
 def where(topology: str, num_slices: int) -> str:
-  """Returns `v5e:4x4`, or `2 x v5e:4x4` of several slices."""
+  """Returns the name of the devices: `v5e:4x4`, or `2 x v5e:4x4`."""
   return f'{num_slices} x {topology}' if num_slices > 1 else topology
 
 
-def text(name: str, plan: plan_lib.Plan, advice=()) -> str:
-  """Returns the plan as lines.
+def text(name: str, plan: plan_lib.Plan, advice: Sequence[str] = ()) -> str:
+  """Returns a plan as text.
 
   Args:
-    name: of the experiment.
-    plan: the plan.
-    advice: of `advice.of`.
+    name: name of the experiment.
+    plan: its plan.
+    advice: warnings, from `advice.of`.
   """
   lines = [
     title(name, plan.topology, plan.num_slices, plan.sizes),
@@ -113,7 +117,7 @@ def _verdict(plan: plan_lib.Plan) -> str:
 
 
 def _large(sums: Mapping[str, float]) -> list[tuple[str, float]]:
-  """Returns the parts above a hundredth of all, and the sum of the rest."""
+  """Returns the parts above a hundredth of the sum, and the sum of the rest."""
   least = sum(sums.values()) / 100
   large = [(name, size) for name, size in sums.items() if size >= least]
   rest = sum(sums.values()) - sum(size for _, size in large)
@@ -176,8 +180,13 @@ def _roofline(plan: plan_lib.Plan) -> list[str]:
   ]
 
 
-def to_json(plan: plan_lib.Plan, advice=()) -> dict[str, Any]:
-  """Returns dicts, lists and scalars; all figures are of one device."""
+def to_json(plan: plan_lib.Plan, advice: Sequence[str] = ()) -> dict[str, Any]:
+  """Returns a plan as nested dicts, lists and scalars, of one device.
+
+  Args:
+    plan: the plan.
+    advice: warnings, from `advice.of`.
+  """
   memory, f, r = plan.memory, plan.flops, plan.roofline
   kinds: dict[str, float] = {}
   for row in plan.sent:

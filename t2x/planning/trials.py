@@ -1,10 +1,10 @@
-"""The most promising layouts of a search, compiled.
+"""Compiles the most promising layouts of a search.
 
-results = plan_trials.compile_best(found, 'v5e:4x4', 1, command=..., ...)
+results = trials.compile_best(candidates, 'v5e:4x4', 1, command=..., ...)
 
-Those that should fit and take the least time are compiled in processes of
-their own, and ranked by what the compiler says. What was compiled once is kept
-on disk.
+The candidates that should fit and take the least time are compiled, each in a
+process of its own, and ranked by the compiler's figures. Results are cached on
+disk.
 """
 
 from collections.abc import Callable
@@ -30,12 +30,12 @@ from t2x.planning import text as text_lib
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-  """What the compiler says of a candidate.
+  """Result of compiling a candidate.
 
   Attributes:
-    candidate: it.
-    plan: as `text.to_json`; None where time was up or it failed.
-    note: why there is none, or ''.
+    candidate: the candidate.
+    plan: its plan, as `text.to_json` returns it; None if it was not compiled.
+    note: reason why there is no plan, or ''.
   """
 
   candidate: search.Candidate
@@ -45,31 +45,34 @@ class Result:
 
 def check(
   name: str,
-  found: Sequence[search.Candidate],
+  candidates: Sequence[search.Candidate],
   topology: str,
   num_devices: int,
 ) -> None:
-  """Raises ValueError where all candidates are clearly too large.
+  """Checks that not all candidates are clearly too large.
 
   Args:
-    name: of the experiment.
-    found: candidates, the leanest first where none should fit.
-    topology: that they are for.
-    num_devices: of it.
+    name: name of the experiment.
+    candidates: the candidates, from `search.candidates`.
+    topology: name of the topology that they are for.
+    num_devices: number of devices of all its slices.
+
+  Raises:
+    ValueError: all candidates are too large, even without the margin.
   """
-  best = found[0]
+  best = candidates[0]
   if best.fits or best.peak <= search.MARGIN * best.limit:
     return
-  said = remedies.too_large(best.config, topology, num_devices, best.limit)
+  too_large = remedies.too_large(best.config, topology, num_devices, best.limit)
   raise ValueError(
-    f'{name} on {topology}: {said} The leanest way ({short(best)}) takes '
+    f'{name} on {topology}: {too_large} The leanest way ({short(best)}) takes '
     f'{best.peak / 2**30:,.1f} GiB, and a device has '
     f'{best.limit / 2**30:,.2f}.'
   )
 
 
 def compile_best(
-  found: Sequence[search.Candidate],
+  candidates: Sequence[search.Candidate],
   topology: str,
   num_slices: int,
   *,
@@ -80,19 +83,23 @@ def compile_best(
   seconds: float,
   say: Callable[[str], None],
 ) -> list[Result]:
-  """Compiles candidates in order, several at a time; the fastest first.
+  """Compiles the first candidates, several at a time.
 
   Args:
-    found: candidates, the most promising first.
-    topology: as for `target_devices.devices`.
-    num_slices: of it.
-    command: that plans one: it is given --config, --topology, --num_slices
-      and --json, and prints a plan as its last line.
-    cache: directory of what was compiled before.
-    most: how many to compile.
-    processes: at a time.
-    seconds: after which none is waited for.
-    say: told what was compiled.
+    candidates: the candidates, the most promising first.
+    topology: name of a topology, as for `target_devices.devices`.
+    num_slices: number of slices of that topology.
+    command: command that plans one candidate. It is given --config,
+      --topology, --num_slices, --json and --noadvice, and prints a plan as its
+      last line.
+    cache: directory of plans that were compiled before.
+    most: largest number of candidates to compile.
+    processes: number of processes that compile at the same time.
+    seconds: time limit for all; a candidate not compiled by then has no plan.
+    say: function that is called with a line of text for each candidate.
+
+  Returns:
+    The results, the fastest that fit first.
   """
   end = time.monotonic() + seconds
 
@@ -101,8 +108,8 @@ def compile_best(
     if file.is_file():
       say(f'{short(candidate)}: known')
       return Result(candidate=candidate, plan=json.loads(file.read_text()))
-    left = end - time.monotonic()
-    if left <= 0:
+    remaining = end - time.monotonic()
+    if remaining <= 0:
       return Result(candidate=candidate, plan=None, note='time was up')
     with tempfile.TemporaryDirectory() as directory:
       saved = pathlib.Path(directory) / 'config.json'
@@ -112,7 +119,7 @@ def compile_best(
       start = time.monotonic()
       try:
         done = subprocess.run(
-          [*command, *flags], capture_output=True, text=True, timeout=left
+          [*command, *flags], capture_output=True, text=True, timeout=remaining
         )
       except subprocess.TimeoutExpired:
         return Result(candidate=candidate, plan=None, note='time was up')
@@ -130,12 +137,12 @@ def compile_best(
     return Result(candidate=candidate, plan=plan)
 
   with futures.ThreadPoolExecutor(processes) as pool:
-    chosen = [c for c in found if c.fits] or found
+    chosen = [c for c in candidates if c.fits] or candidates
     results = list(pool.map(one, chosen[:most]))
   return sorted(results, key=_compiled_order)
 
 
-def _compiled_order(result: Result):
+def _compiled_order(result: Result) -> tuple[int, float]:
   plan = result.plan
   if plan is None or not plan['roofline']:
     return (2, 0.0)
@@ -143,7 +150,7 @@ def _compiled_order(result: Result):
 
 
 def short(candidate: search.Candidate) -> str:
-  """Returns the settings that say something, in a line."""
+  """Returns the settings of a candidate in a line, without sizes of 1."""
   kept = [
     s.removeprefix('mesh.')
     for s in candidate.settings
@@ -173,7 +180,7 @@ def _key(candidate: search.Candidate, topology: str, num_slices: int) -> str:
 
 
 def table(results: Sequence[Result]) -> list[list[str]]:
-  """Returns a row of cells for each result, under a header."""
+  """Returns a header and a row of cells for each result."""
   rows = [
     ['', 'settings', 'peak GiB', 'estimated', 'step', 'estimated', 'MFU', 'by']
   ]
@@ -193,7 +200,7 @@ def table(results: Sequence[Result]) -> list[list[str]]:
 
 
 def notes(results: Sequence[Result]) -> list[str]:
-  """Returns why those have no figures that have none, a line each."""
+  """Returns a line for each result without a plan that tells the reason."""
   return [
     f'note {i}: {result.note or (result.plan and result.plan["refused"])}'
     for i, result in enumerate(results, 1)
