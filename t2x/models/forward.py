@@ -1,16 +1,19 @@
-"""A forward pass in order of depth, in the steps that a pipeline cuts.
+"""The forward pass of any model, in the steps at which a pipeline cuts it.
 
-A model names its towers (stacks of layers) in order of depth, and for each
+A model has the names of its towers (stacks of layers) in `towers`, in order of
+depth, and four methods:
 
-  context(tower, batch, keys_B, zigzag)  what its layers share, a
-                                         `block.Context` without `encoded_BSD`;
-  enter(tower, batch, context, x)        its first input, of the output x of the
-                                         tower before (None at the first), and
-                                         what its layers look at besides
-                                         (`encoded_BSD`) or None;
-
-and leave(x, batch), the features that reach the head, of the output of the
-last, and terms(x, batch, keys_B, zigzag), what the loss is made of.
+  context(tower, batch, keys_B, zigzag)  returns the `block.Context` that the
+                                         layers of a tower share, without
+                                         `encoded_BSD`;
+  enter(tower, batch, context, x)        returns the input of a tower's first
+                                         layer, from the output x of the tower
+                                         before (None for the first), and the
+                                         `encoded_BSD` to which its layers
+                                         attend, or None;
+  leave(x, batch)                        returns the features that reach the
+                                         head, from the last tower's output;
+  terms(x, batch, keys_B, zigzag)        returns the terms of the loss.
 
 Shape suffixes: B batch, T position, D embed.
 """
@@ -37,19 +40,19 @@ def run(
   """Runs towers one after another.
 
   Args:
-    model: of any architecture.
-    batch: its inputs by name; None is as good as missing.
-    towers: names of the first towers; default all.
-    keys_B: dropout keys of the rows; None means no dropout.
-    execution: scan or unroll, what to recompute, and in which order the tokens
-      of a row come.
+    model: a model of any architecture.
+    batch: inputs by name; an array that is None counts as missing.
+    towers: names of the first towers to run; None for all.
+    keys_B: dropout keys of the rows; None for no dropout.
+    execution: scan or unroll, tensors to recompute, and order of the tokens of
+      a row.
 
   Returns:
-    The last tower's output (B, T, D), not yet normalised, and what the routers
-    of mixtures of experts did, by their paths in the model.
+    The last tower's output (B, T, D), before its final norm, and the statistics
+    of the routers of mixtures of experts, by their paths in the model.
 
   Raises:
-    ValueError: more tokens than the model has positions.
+    ValueError: if there are more tokens than the model has positions.
   """
   x_BTD, all_stats = None, {}
   for name in towers or model.towers:
@@ -72,17 +75,18 @@ def recall(
   keys_B: jax.Array | None = None,
   execution: stack.Execution = stack.Execution(),
 ) -> tuple[jax.Array, dict[str, moe.Stats], dict[str, Any]]:
-  """Runs a model of one tower that remembers the rows before.
+  """Runs a model of one tower with a memory of earlier rows.
 
   Args:
-    model: with `config.memory`.
-    batch: its inputs by name.
-    memory: of the rows before; see `t2x.models.segment_memory`.
-    keys_B: as for `run`.
-    execution: as for `run`.
+    model: a model with `config.memory`.
+    batch: inputs by name.
+    memory: memory of the rows before; see `t2x.models.segment_memory`.
+    keys_B: dropout keys of the rows; None for no dropout.
+    execution: scan or unroll, tensors to recompute, and order of the tokens of
+      a row.
 
   Returns:
-    What `run` does, and the memory for the next rows.
+    The two results of `run`, and the memory for the next rows.
   """
   batch, (name,) = segment_memory.seen(batch, memory), model.towers
   context = model.context(name, batch, keys_B, execution.zigzag)
@@ -97,8 +101,8 @@ def recall(
 
 
 def features(
-  model: Any, batch: dict[str, Any], **kwargs
+  model: Any, batch: dict[str, Any], **kwargs: Any
 ) -> tuple[jax.Array, dict[str, moe.Stats]]:
-  """Returns the features (B, T, D) that the head reads; otherwise as `run`."""
+  """Returns the features (B, T, D) that the head reads, and as `run` stats."""
   x_BTD, stats = run(model, batch, **kwargs)
   return model.leave(x_BTD, batch), stats
