@@ -215,23 +215,23 @@ def _without_near_copies(
 ) -> np.ndarray:
   """Returns the kept documents that are no near copies of others."""
   index = runs.index(kept)
-  held = is_held[kept]
-  train = ~held
+  validation = is_held[kept]
+  train = ~validation
 
   def drop(i: int, reason: str, other: int) -> None:
     ids = [documents[kept[place]].id for place in (i, other)]
     dropped.append(Dropped(ids[0], reason, ids[1]))
 
-  leaks = train & (index.shared(held) > near_copies.MAX_SHARED)
+  leaks = train & (index.shared(validation) > near_copies.MAX_SHARED)
   for i in np.flatnonzero(leaks).tolist():
-    drop(i, HELD_OUT, index.closest(i, held))
+    drop(i, HELD_OUT, index.closest(i, validation))
   train &= ~leaks
-  leaks = held & (index.shared(train) > near_copies.MAX_SHARED)
+  leaks = validation & (index.shared(train) > near_copies.MAX_SHARED)
   for i in np.flatnonzero(leaks).tolist():
     drop(i, TRAINED_ON, index.closest(i, train))
-  held &= ~leaks
-  is_kept = train | held
-  for one, two in index.alike(np.where(is_kept, held.astype(int), -1)):
+  validation &= ~leaks
+  is_kept = train | validation
+  for one, two in index.alike(np.where(is_kept, validation.astype(int), -1)):
     if is_kept[one] and is_kept[two]:
       is_kept[two] = False
       drop(two, NEAR_COPY, one)

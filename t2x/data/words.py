@@ -64,24 +64,26 @@ def labels(
   if not isinstance(objective, classification.Classification):
     return ()
   stream = corpus.streams(config.train_split)[1]
-  found = _labels(stream, corpus.tokenizer.vocab)
+  label_ids = _labels(stream, corpus.tokenizer.vocab)
   if objective.labels:
-    found = _ordered(found, objective.labels, corpus.tokenizer)
-  longest, room = max(map(len, found)), objective.source_length(config.length)
+    label_ids = _ordered(label_ids, objective.labels, corpus.tokenizer)
+  longest = max(map(len, label_ids))
+  room = objective.source_length(config.length)
   if longest > room:
     raise ValueError(
       f'data.target_field={config.target_field!r} has a label of {longest} '
       f'tokens, and rows of data.length={config.length} hold {room}. Shorten '
       'labels, or raise data.length.'
     )
-  if len(found) != objective.num_classes:
-    some = ', '.join(repr(corpus.tokenizer.decode(ids)) for ids in found[:8])
+  if len(label_ids) != objective.num_classes:
+    decode = corpus.tokenizer.decode
+    some = ', '.join(repr(decode(ids)) for ids in label_ids[:8])
     raise ValueError(
-      f'data.target_field={config.target_field!r} has {len(found)} labels '
+      f'data.target_field={config.target_field!r} has {len(label_ids)} labels '
       f'({some}), and data.objective.num_classes={objective.num_classes}. Set '
       'it to as many, or another field.'
     )
-  return found
+  return label_ids
 
 
 def has_classes(config: config_lib.DataConfig) -> bool:

@@ -169,8 +169,8 @@ def check_query_layers(config: EncoderConfig) -> None:
 def check_two_stream(config: Config) -> None:
   """Raises a ValueError for settings that the two streams do not support."""
   for kind in config.kinds:
-    whole = not getattr(kind, 'global_projections', False)
-    if not (isinstance(kind, attention_config.Softmax) and whole):
+    is_global = getattr(kind, 'global_projections', False)
+    if not isinstance(kind, attention_config.Softmax) or is_global:
       raise ValueError(
         f'model.two_stream=true hides tokens by the order of a permutation, '
         f'which model.attention={kind.kind} has no place for. Choose dense, '
