@@ -1,15 +1,16 @@
-"""Any batch of a corpus, found by its number.
+"""Training and evaluation batches of a corpus, each found by its number.
 
-Rows are shuffled by a function of their index, so any step is found without
-those before it, and every random draw is keyed by the seed, the number of the
-example in the split, and the visit. A host therefore reads its own rows of any
-batch and nothing else, and what an example becomes depends neither on the
-number of hosts nor on the batch that it is in.
+Rows are shuffled by a function of their index, so the batch of any step is
+found without computing those before it. Every random draw is keyed by the seed,
+by the number of the example in the split, and by how often the example was read
+before. A host therefore reads only its own rows of a batch, and an example
+depends neither on the number of hosts nor on the batch that it is in.
 """
 
 from collections.abc import Sequence
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from t2x.data import config as config_lib
 from t2x.data import corpus as corpus_lib
 from t2x.data import history
 from t2x.data import in_order
+from t2x.data import layouts as layouts_lib
 from t2x.data import order
 from t2x.data import rows as rows_lib
 from t2x.data import words
@@ -28,10 +30,17 @@ Batch = dict[str, np.ndarray]
 
 
 class TrainBatches:
-  """`batches[step]` is this host's part of the batch of any step.
+  """The training batches of one corpus, indexed by step.
 
-  With several buckets, an epoch is a shuffled sequence of them, each as often
-  as its rows fill a batch.
+  `batches[step]` holds the rows of a batch that this host reads. With several
+  buckets, each batch comes from one of them: an epoch is a shuffled sequence of
+  buckets, in which each occurs as often as its rows fill a batch.
+
+  Attributes:
+    steps_per_epoch: steps in which every row is read once.
+    order: values that decide the order of the rows, besides the seed and the
+      corpus.
+    tokens_a_row: average number of tokens in a row.
   """
 
   def __init__(
@@ -43,14 +52,19 @@ class TrainBatches:
     rows: slice | np.ndarray | None = None,
     segments: Sequence[history.Segment] = (),
   ):
-    """Begins where the last of `segments` does, or at step 0.
+    """Starts at the first step of the last segment, or at step 0.
 
     Args:
-      corpus: what to read.
-      config: what it was prepared with.
-      seed: of orders and draws.
-      rows: of the batch, see `input_pipeline.train_batches`.
-      segments: those of one order, the last one of `config.batch_size`.
+      corpus: the tokenised corpus.
+      config: the settings that the corpus was prepared with.
+      seed: seed of the order of rows and of every random draw.
+      rows: rows of the batch that this host reads; see
+        `input_pipeline.train_batches`.
+      segments: segments of one order, the last of which has
+        `config.batch_size`; none for a run that has had one batch size only.
+
+    Raises:
+      ValueError: if the split has too few rows.
     """
     self._make = Examples(corpus, config, config.train_split, rows, seed=seed)
     sizes = self._make.layout.group_sizes()
@@ -94,8 +108,10 @@ class TrainBatches:
     return self._make(self._plan.read(step - self._start, self._make.range))
 
 
-def _in_order(layout, sizes: Sequence[int], steps: Sequence[int]):
-  """Returns the plan of the last of several batch sizes."""
+def _in_order(
+  layout: layouts_lib.Layout, sizes: Sequence[int], steps: Sequence[int]
+) -> in_order.InOrder:
+  """Returns the plan for the last of several batch sizes, in text order."""
   (num,) = layout.group_sizes()
   plan = in_order.InOrder(num, sizes[0])
   for size, length in zip(sizes[1:], steps, strict=True):
@@ -103,14 +119,20 @@ def _in_order(layout, sizes: Sequence[int], steps: Sequence[int]):
   return plan
 
 
-def _shuffled(layouts, sizes: Sequence[int], steps: Sequence[int], seed: int):
-  """Returns the plan of the last of several batch sizes."""
+def _shuffled(
+  layouts: Sequence[layouts_lib.Layout],
+  sizes: Sequence[int],
+  steps: Sequence[int],
+  seed: int,
+) -> order.Shuffled:
+  """Returns the plan for the last of several batch sizes, in random order."""
   plan = rests = None
   for i, (layout, size) in enumerate(zip(layouts, sizes, strict=True)):
     if plan is not None:
       rests = plan.rests(steps[i - 1])
       old = layouts[i - 1]
       if isinstance(old, rows_lib.Padded):
+        assert isinstance(layout, rows_lib.Padded)
         old, new = ([*map(x.documents, range(len(x)))] for x in (old, layout))
         rests = order.dealt(rests, plan, old, new)
     groups = layout.group_sizes()
@@ -123,7 +145,11 @@ def _shuffled(layouts, sizes: Sequence[int], steps: Sequence[int], seed: int):
 
 
 class EvalBatches:
-  """`batches[i]` is this host's part of the i-th batch of one pass."""
+  """The batches of one pass over a split for evaluation, indexed from 0.
+
+  `batches[i]` holds the rows of the i-th batch that this host reads. Rows are
+  in the order of the split, and empty rows fill the last batch of each bucket.
+  """
 
   def __init__(
     self,
@@ -159,20 +185,47 @@ class EvalBatches:
 
 
 class Examples:
-  """Makes examples of rows: reads them and applies the objective.
+  """Makes batches from rows: reads their tokens and applies the objective.
 
-  What is drawn for an example is a function of the seed, of its number in the
-  split and of how often it was read before, so neither of the batch that it is
-  in nor of the row's length.
+  The random numbers of an example are a function of the seed, of its number in
+  the split and of how often it was read before. They depend neither on its
+  batch nor on the length of its row.
+
+  Attributes:
+    vocab: the tokenizer's special ids, with the lexicon and the labels that the
+      objective needs.
+    layout: the rows of the split.
+    range: numbers of the rows of a batch that this host reads.
+    in_order: whether each row continues the row above it in the batch before.
   """
 
-  def __init__(self, corpus, config, split, rows, *, seed=None, task=''):
-    """Of an evaluation if `seed` is None."""
+  def __init__(
+    self,
+    corpus: corpus_lib.Corpus,
+    config: config_lib.DataConfig,
+    split: str,
+    rows: slice | np.ndarray | None,
+    *,
+    seed: int | None = None,
+    task: str = '',
+  ):
+    """Opens a split of a corpus.
+
+    Args:
+      corpus: the tokenised corpus of one task.
+      config: the settings that the corpus was prepared with.
+      split: name of the split.
+      rows: rows of the batch that this host reads, a slice or their numbers;
+        None for all.
+      seed: seed of training; None for evaluation, whose random numbers are the
+        same whatever the run's seed.
+      task: name of the task in a mixture, empty without one.
+    """
     self.vocab = _vocab(corpus, config)
     streams, full = corpus.streams(split), seed is not None
     self.layout = rows_lib.make(config, streams, self.vocab, full=full)
     self.range = _range(rows, config.batch_size)
-    self._objective = config.objective
+    self._objective: Any = config.objective  # The objective of one task.
     self.in_order = isinstance(config.batching, config_lib.Stream)
     self._is_full = config_lib.is_full(config)
     purpose = 'evaluation' if seed is None else 'training'
@@ -180,19 +233,25 @@ class Examples:
 
   @property
   def tokens_a_row(self) -> float:
-    """The tokens of a row, on average; of a full one, its length."""
+    """The average number of tokens in a row; its length if rows are full."""
     if self._is_full:
       return self.layout.group_lengths()[0]
     return self.layout.count().tokens / sum(self.layout.group_sizes())
 
   def share_lost(self, num: int = 256) -> float:
-    """Returns the share of text that finds no place where it is noised.
+    """Returns the share of the text that noising leaves out of full rows.
 
-    Many short documents need more room for their ends and sentinels than a long
-    one, and what does not fit is left out of a full row. By some of the rows.
+    Many short documents need more room for their end tokens and sentinels than
+    one long document, and tokens that do not fit are left out of the row.
+
+    Args:
+      num: number of rows, evenly spaced in the split, that the share is
+        estimated from.
     """
-    own = self._objective
-    if not (own.has_encoder and isinstance(self.layout, rows_lib.Windows)):
+    objective = self._objective
+    if not (
+      objective.has_encoder and isinstance(self.layout, rows_lib.Windows)
+    ):
       return 0.0
     (size,) = self.layout.group_sizes()
     rows = np.unique(np.linspace(0, size - 1, num).astype(np.int64))
@@ -200,12 +259,13 @@ class Examples:
     (source,) = self.layout.read(0, rows, np.zeros(len(rows), np.int64))
     batch = self(order.apart(0, rows))
     is_text = self.vocab.is_text
-    held = (is_text(batch['targets']) & (batch['segments'] > 0)).sum()
-    if not isinstance(own, denoising.Denoising):  # Its targets are all of it.
-      seen = batch['encoder_segments'] > 0
-      held += (is_text(batch['encoder_inputs']) & seen).sum()
-    there = (is_text(source.tokens) & (source.segments > 0)).sum()
-    return 1.0 - float(held) / max(float(there), 1.0)
+    num_kept = (is_text(batch['targets']) & (batch['segments'] > 0)).sum()
+    # The targets of denoising are the whole document.
+    if not isinstance(objective, denoising.Denoising):
+      is_token = batch['encoder_segments'] > 0
+      num_kept += (is_text(batch['encoder_inputs']) & is_token).sum()
+    num_text = (is_text(source.tokens) & (source.segments > 0)).sum()
+    return 1.0 - float(num_kept) / max(float(num_text), 1.0)
 
   def __call__(self, read: order.Read) -> Batch:
     examples = self.layout.examples(read.group, read.rows)
@@ -225,8 +285,10 @@ class Examples:
     return batch | {'continues': goes_on[:, None].astype(np.int32)}
 
 
-def _vocab(corpus, config) -> vocab_lib.Vocab:
-  """Returns the ids, with what the objective asks of the training text."""
+def _vocab(
+  corpus: corpus_lib.Corpus, config: config_lib.DataConfig
+) -> vocab_lib.Vocab:
+  """Returns the vocabulary with the lexicon and labels of the objective."""
   tokenizer, stream = corpus.tokenizer, corpus.streams(config.train_split)[0]
   lexicon = words.lexicon(config.objective, tokenizer, stream)
   labels = words.labels(config, corpus)
@@ -234,6 +296,7 @@ def _vocab(corpus, config) -> vocab_lib.Vocab:
 
 
 def _range(rows: slice | np.ndarray | None, batch_size: int) -> np.ndarray:
+  """Returns the numbers of the rows of a batch that this host reads."""
   rows = slice(None) if rows is None else rows
   if isinstance(rows, slice):
     stop = max(rows.stop or 0, batch_size)

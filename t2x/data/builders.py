@@ -1,10 +1,13 @@
-"""TFDS builders that need no download.
+"""TFDS builders of the corpora that need no download.
 
-A builder's config is named after what it reads, so that other files, or other
-installed packages, are prepared beside the old ones instead of over them.
+A builder's config is named after a hash of what it reads. Other files, or other
+installed packages, are therefore prepared beside the old data and do not
+overwrite it.
 """
 
+from collections.abc import Generator
 from collections.abc import Iterable
+from collections.abc import Iterator
 import contextlib
 import dataclasses
 import io
@@ -14,6 +17,7 @@ from typing import Any
 from typing import cast
 
 from absl import logging as absl_logging
+from etils import epath
 import tensorflow_datasets as tfds
 
 from t2x.data import documents as documents_lib
@@ -24,12 +28,17 @@ _log = logging.getLogger(__name__)
 
 # Parquet was seen to lose examples; tfrecord needs TensorFlow.
 FILE_FORMAT = 'array_record'
-DROPPED = 'dropped.jsonl'  # Beside the data: which documents are not in it.
+DROPPED = 'dropped.jsonl'  # Beside the data: the documents left out of it.
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class DocumentsConfig(tfds.core.BuilderConfig):
-  """What counts as a copy; see `documents.split`."""
+  """TFDS config of a corpus that is built from documents.
+
+  Attributes:
+    duplicates: documents that count as copies; see `documents.split`.
+    paired: whether every document needs a target text.
+  """
 
   duplicates: documents_lib.Duplicates = 'exact'
   paired: bool = False
@@ -37,7 +46,13 @@ class DocumentsConfig(tfds.core.BuilderConfig):
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class TextFilesConfig(DocumentsConfig):
-  """Which files to read; see `text_files`."""
+  """TFDS config of a corpus that is read from files.
+
+  Attributes:
+    paths: paths of the files, sorted.
+    text_field: name of the field with the text in .jsonl files.
+    target_field: name of the field with the target text; None without pairs.
+  """
 
   paths: tuple[str, ...] = ()
   text_field: str = 'text'
@@ -45,7 +60,7 @@ class TextFilesConfig(DocumentsConfig):
 
 
 class _Documents(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """Splits documents and writes them."""
+  """Splits the documents of a subclass into train and validation."""
 
   VERSION = tfds.core.Version('2.0.0')
   RELEASE_NOTES = {
@@ -71,7 +86,9 @@ class _Documents(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   def _documents(self) -> Iterable[documents_lib.Document]:
     raise NotImplementedError
 
-  def _split_generators(self, dl_manager) -> dict[str, Any]:
+  def _split_generators(
+    self, dl_manager: tfds.download.DownloadManager
+  ) -> dict[str, Any]:
     del dl_manager  # Nothing to download.
     config = cast(DocumentsConfig, self.builder_config)
     split = documents_lib.split(
@@ -94,7 +111,9 @@ class _Documents(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       'validation': self._generate_examples(split.validation),
     }
 
-  def _generate_examples(self, documents):
+  def _generate_examples(
+    self, documents: Iterable[documents_lib.Document]
+  ) -> Iterator[tuple[str, dict[str, str]]]:
     for document in documents:
       yield document.id, document._asdict()
 
@@ -102,21 +121,23 @@ class _Documents(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 class InstalledDocs(_Documents):
   """The documentation installed with Python and the packages t2x needs."""
 
-  def _documents(self):
+  def _documents(self) -> Iterable[documents_lib.Document]:
     return installed_docs.read()
 
 
 class TextFiles(_Documents):
   """Local .txt and .jsonl files."""
 
-  def _documents(self):
+  def _documents(self) -> Iterable[documents_lib.Document]:
     config = cast(TextFilesConfig, self.builder_config)
     return text_files.read(
       list(config.paths), config.text_field, config.target_field
     )
 
 
-def _write_dropped(path, dropped: Iterable[documents_lib.Dropped]) -> None:
+def _write_dropped(
+  path: epath.Path, dropped: Iterable[documents_lib.Dropped]
+) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open('w') as file:
     for document in dropped:
@@ -124,7 +145,11 @@ def _write_dropped(path, dropped: Iterable[documents_lib.Dropped]) -> None:
 
 
 def prepare(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
-  """Builds a dataset unless it is there, and returns it opened for reading."""
+  """Returns a dataset opened for reading, after building it if it is missing.
+
+  Args:
+    builder: builder of one of the classes above.
+  """
   path = builder.data_path
   if not path.exists():
     with quiet():
@@ -137,20 +162,26 @@ def prepare(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetBuilder:
   summary = documents_lib.summary(written)
   _log.info('%s: %s%s.', builder.name, summary, where)
   for name in builder.info.splits:
-    found = len(open_split(builder, name))
-    assert found == written[name], (path, name, found, written)
+    num = len(open_split(builder, name))
+    assert num == written[name], (path, name, num, written)
   return builder
 
 
-def open_split(builder: Any, split: str) -> Any:
-  """Returns the examples of a split, by index."""
-  return builder.as_data_source(split=split)
+def open_split(builder: tfds.core.DatasetBuilder, split: str) -> Any:
+  """Returns the examples of a split as a TFDS data source, read by index."""
+  # Its decorator hides its signature.
+  return cast(Any, builder).as_data_source(split=split)
 
 
 def installed_docs_builder(
   data_dir: str, duplicates: documents_lib.Duplicates
 ) -> tfds.core.DatasetBuilder:
-  """Returns the builder of this machine's documentation."""
+  """Returns the builder of the documentation that is installed here.
+
+  Args:
+    data_dir: directory of prepared data.
+    duplicates: documents that count as copies; see `documents.split`.
+  """
   name = f'{installed_docs.key()}-{duplicates}'
   config = DocumentsConfig(name=name, duplicates=duplicates)
   return _make(InstalledDocs, data_dir, config)
@@ -163,7 +194,18 @@ def text_files_builder(
   target_field: str | None,
   duplicates: documents_lib.Duplicates,
 ) -> tfds.core.DatasetBuilder:
-  """Returns the builder of the files that `files` matches now."""
+  """Returns the builder of the files that the globs match now.
+
+  Args:
+    data_dir: directory of prepared data.
+    files: comma-separated globs; see `text_files.find`.
+    text_field: name of the field with the text in .jsonl files.
+    target_field: name of the field with the target text; None without pairs.
+    duplicates: documents that count as copies; see `documents.split`.
+
+  Raises:
+    ValueError: if a glob matches nothing or a file is of another type.
+  """
   paths = text_files.find(files)
   key = text_files.key(paths, text_field, target_field)
   config = TextFilesConfig(
@@ -177,14 +219,16 @@ def text_files_builder(
   return _make(TextFiles, data_dir, config)
 
 
-def _make(cls, data_dir: str, config: tfds.core.BuilderConfig):
+def _make(
+  cls, data_dir: str, config: tfds.core.BuilderConfig
+) -> tfds.core.DatasetBuilder:
   with quiet():
     return cls(data_dir=data_dir, config=config, file_format=FILE_FORMAT)
 
 
 @contextlib.contextmanager
-def quiet():
-  """Holds back what TFDS prints and logs, errors excepted."""
+def quiet() -> Generator[None, None, None]:
+  """Suppresses what TFDS prints and logs, except errors."""
   tfds.disable_progress_bar()
   level = absl_logging.get_verbosity()
   absl_logging.set_verbosity(absl_logging.ERROR)

@@ -1,4 +1,4 @@
-"""The settings of the data side."""
+"""The settings of the data pipeline, and questions that they answer."""
 
 import dataclasses
 import os
@@ -19,17 +19,17 @@ Objective = mixture.Single | mixture.Mixture
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pack:
-  """Rows are full: documents follow each other and do not see each other."""
+  """Full rows: documents follow each other, and attend to themselves alone."""
 
   kind: ClassVar[str] = 'pack'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stream:
-  """As `Pack`, in order: row b of a step goes on where row b ended before.
+  """Full rows in text order: row b continues row b of the batch before.
 
-  For models that remember (`model.memory`). Each of the rows of a batch reads a
-  part of the split from start to end, then again.
+  For models with a memory of earlier rows (`model.memory`). Each row of a batch
+  reads one part of the split from start to end, again and again.
   """
 
   kind: ClassVar[str] = 'stream'
@@ -40,9 +40,10 @@ FULL = Pack | Stream  # Documents follow each other in a row.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pad:
-  """One document a row, cut to the row and padded to the smallest bucket.
+  """One document per row, cut to the row's length and padded.
 
-  Each batch comes from one bucket, so a step compiles once for each.
+  A row has the smallest of the bucket lengths that holds its document. Each
+  batch comes from one bucket, so a step is compiled once for each.
 
   Attributes:
     buckets: row lengths, ascending; none means `DataConfig.length` alone.
@@ -52,7 +53,7 @@ class Pad:
 
   kind: ClassVar[str] = 'pad'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if list(self.buckets) != sorted(set(self.buckets)) or any(
       b < 1 for b in self.buckets
     ):
@@ -64,28 +65,30 @@ class Pad:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-  """What to read, and how it becomes batches.
+  """The corpus to read, and how it becomes batches.
 
   Attributes:
     source: 'installed_docs', 'text_files', or the name of a TFDS dataset.
-    files: for text_files, comma-separated globs of .txt and .jsonl files, each
-      also as .gz.
-    text_field: the field with the text (or, for pairs, the source's text).
-    target_field: for supervised pairs, the field with the target's text.
-    duplicates: which documents of the first two sources are dropped as copies:
-      `exact`, byte-equal ones (of pairs, both sides equal); `near`, those too
-      that share many runs of words; `none`. See `data.documents`.
-    data_dir: where prepared data is kept; None means $T2X_DATA_DIR, or
+    files: comma-separated globs of .txt and .jsonl files, each also as .gz, for
+      the source text_files.
+    text_field: name of the field with the text (of pairs, the source text).
+    target_field: name of the field with the target text of supervised pairs;
+      None without pairs.
+    duplicates: documents of the first two sources that are dropped as copies.
+      `exact` drops byte-equal ones (of pairs, both sides equal); `near` also
+      those that share many runs of words; `none` drops nothing. See
+      `data.documents`.
+    data_dir: directory of prepared data; None means $T2X_DATA_DIR, or
       ~/.cache/t2x.
     train_split: the split to train on; TFDS slices such as 'train[:90%]' work.
     eval_splits: the splits to evaluate on.
-    length: tokens a row.
-    batch_size: rows a step, over all hosts.
-    tokenizer: how text becomes ids.
-    batching: how documents become rows.
-    objective: what is predicted.
-    num_threads: threads that prepare batches ahead of time.
-    num_workers: processes that do; 0 means that threads suffice.
+    length: number of tokens in a row.
+    batch_size: number of rows in a step, over all hosts.
+    tokenizer: the tokenizer that turns text into ids.
+    batching: rule by which documents become rows.
+    objective: the training objective, or a mixture of several.
+    num_threads: number of threads that prepare batches ahead of time.
+    num_workers: number of processes that prepare batches; 0 uses threads alone.
   """
 
   source: str = 'installed_docs'
@@ -104,7 +107,7 @@ class DataConfig:
   num_threads: int = 1
   num_workers: int = 0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     field_checks.least(
       self, 'data.', length=1, batch_size=1, num_threads=0, num_workers=0
     )
@@ -120,47 +123,50 @@ def buckets(config: DataConfig) -> tuple[int, ...]:
 def is_full(config: DataConfig) -> bool:
   """Returns whether every place of a row holds a token."""
   return all(
-    isinstance(own.batching, FULL) and not own.objective.paired
-    for own in parts(config).values()
+    isinstance(part.batching, FULL) and not part.objective.paired
+    for part in parts(config).values()
   )
 
 
 def parts(config: DataConfig) -> dict[str, DataConfig]:
-  """Returns the data of each task of a mixture; else itself, without a name."""
+  """Returns the settings of each task of a mixture, by the task's name.
+
+  Without a mixture, returns `config` itself under the empty name.
+  """
   if not isinstance(config.objective, mixture.Mixture):
     return {'': config}
-  found = {}
+  configs = {}
   for task in config.objective.tasks:
-    own = ('source', 'files', 'text_field', 'target_field', 'duplicates')
-    given = {name: getattr(task, name) for name in own}
+    names = ('source', 'files', 'text_field', 'target_field', 'duplicates')
+    given = {name: getattr(task, name) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
     if isinstance(task.objective, ONE_A_ROW):
       given['batching'] = Pad()
-    found[task.name] = dataclasses.replace(
+    configs[task.name] = dataclasses.replace(
       config, objective=task.objective, **given
     )
-  return found
+  return configs
 
 
-# They may leave no position of a row to predict.
+# Objectives that may leave no position of a row to predict.
 CHECKED = (
   masked_lm.MaskedLM | next_sentence.NextSentence | permutation.Permutation
 )
-# Their rows are no pieces of documents that follow each other.
+# Objectives with one text per row, not pieces of consecutive documents.
 ONE_A_ROW = next_sentence.NextSentence | classification.Classification
 
 
 def target_length(config: DataConfig) -> int:
-  """Returns the positions of a whole row that layers compute; a decoder's."""
+  """Returns the number of positions per row that a decoder's layers compute."""
   return config.objective.lengths(config.length)['inputs']
 
 
 def num_targets(config: DataConfig, length: int) -> int:
-  """Returns the positions of a row of `length` that reach the head."""
+  """Returns how many positions of a row of `length` reach the output head."""
   return config.objective.lengths(length)['targets']
 
 
 def directory(config: DataConfig) -> str:
-  """Returns where prepared data is kept."""
+  """Returns the path of the directory of prepared data."""
   default = os.environ.get('T2X_DATA_DIR') or '~/.cache/t2x'
   return os.path.expanduser(config.data_dir or default)

@@ -1,17 +1,19 @@
-"""From the name of a source to tokens on disk, each stage done once and kept.
+"""Preparing a corpus: documents, a tokenizer, and token streams on disk.
 
   source -> documents (TFDS) -> tokenizer -> token streams
 
-Every stage is stored under a hash of what it was made from.
+Each stage is built once and stored under a hash of what it was made from.
 """
 
 from collections.abc import Iterator
+from collections.abc import Sequence
 import dataclasses
 import difflib
 import hashlib
 import logging
 import pathlib
 from typing import Any
+from typing import cast
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -27,7 +29,7 @@ from t2x.objectives import mixture
 
 _log = logging.getLogger(__name__)
 
-_CHUNK = 256  # Documents that are read and tokenised at a time.
+_CHUNK = 256  # Documents that are read and tokenised at once.
 OWN_SOURCES = ('installed_docs', 'text_files')
 
 
@@ -36,13 +38,14 @@ class Corpus:
   """A tokenised corpus.
 
   Attributes:
-    tokenizer: what made the tokens.
+    tokenizer: the tokenizer that made the tokens.
     fingerprint: a hash of the documents and the tokenizer.
-    splits: for each split one stream of documents; two for pairs, and those of
-      all tasks for a mixture.
-    tasks: of a mixture, each by its name.
-    documents: what was read, kept and dropped, and the file that lists what was
-      dropped; nothing for a TFDS dataset, which is taken as it is.
+    splits: token streams of each split, by its name: one stream; two (source,
+      target) for pairs; those of all tasks for a mixture.
+    tasks: corpus of each task of a mixture, by the task's name.
+    documents: numbers of documents read, kept and dropped, and the path of the
+      file that lists the dropped ones; empty for a TFDS dataset, which is used
+      as it is.
   """
 
   tokenizer: tokenizers.Tokenizer
@@ -52,7 +55,11 @@ class Corpus:
   documents: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def streams(self, split: str) -> tuple[token_store.Stream, ...]:
-    """Returns the streams of `split`, or raises a ValueError."""
+    """Returns the token streams of a split.
+
+    Raises:
+      ValueError: if the corpus was not prepared with the split.
+    """
     if split not in self.splits:
       raise ValueError(
         f'Unknown split {split!r}; this corpus was prepared with '
@@ -62,11 +69,11 @@ class Corpus:
     return self.splits[split]
 
   def num_tokens(self, split: str) -> int:
-    """Tokens of a split, on both sides where it holds pairs."""
+    """Returns the number of tokens of a split, both sides of pairs included."""
     return sum(s.num_tokens for s in self.streams(split))
 
   def num_bytes(self, split: str) -> int:
-    """UTF-8 bytes of the text that is predicted: of pairs, the targets."""
+    """Returns the UTF-8 bytes of the predicted text (of pairs, the targets)."""
     return self.streams(split)[-1].num_bytes
 
 
@@ -74,12 +81,12 @@ def prepare(
   config: config_lib.DataConfig,
   tokenizer: tokenizers.Tokenizer | None = None,
 ) -> Corpus:
-  """Returns the corpus, building whatever of it is not there yet.
+  """Returns the corpus, after building the stages that are missing.
 
   Args:
-    config: what to read.
-    tokenizer: read the text with this one (a trained run's own) instead of the
-      corpus's.
+    config: the source, its fields and splits, and the tokenizer's settings.
+    tokenizer: tokenizer of a trained run to encode the text with; None for the
+      tokenizer that `config` describes.
 
   Raises:
     ValueError: if the source, a file, a field, a split or the tokenizer's
@@ -114,33 +121,38 @@ def prepare(
   )
 
 
-def _documents(config, builder) -> dict[str, Any]:
+def _documents(
+  config: config_lib.DataConfig, builder: tfds.core.DatasetBuilder
+) -> dict[str, Any]:
   if config.source not in OWN_SOURCES:
     return {}
   return {
     'source': config.source,
     'duplicates': config.duplicates,
-    **builder.info.metadata['counts'],
+    **cast(tfds.core.MetadataDict, builder.info.metadata)['counts'],
     'list': str(builder.data_path / builders.DROPPED),
   }
 
 
-def _prepare_tasks(config, tokenizer) -> Corpus:
-  """Returns the corpora of a mixture; the first one's tokenizer reads all."""
-  found = {}
-  for name, own in config_lib.parts(config).items():
-    found[name] = prepare(own, tokenizer)
-    tokenizer = found[name].tokenizer
+def _prepare_tasks(
+  config: config_lib.DataConfig, tokenizer: tokenizers.Tokenizer | None
+) -> Corpus:
+  """Returns the corpus of a mixture, encoded by the first task's tokenizer."""
+  tasks = {}
+  for name, part in config_lib.parts(config).items():
+    tasks[name] = prepare(part, tokenizer)
+    tokenizer = tasks[name].tokenizer
+  assert tokenizer is not None  # A mixture has tasks.
   splits = {}
   for name in dict.fromkeys([config.train_split, *config.eval_splits]):
-    streams = (own.streams(name) for own in found.values())
+    streams = (corpus.streams(name) for corpus in tasks.values())
     splits[name] = sum(streams, ())
-  prints = [(name, own.fingerprint) for name, own in found.items()]
+  prints = [(name, corpus.fingerprint) for name, corpus in tasks.items()]
   return Corpus(
     tokenizer=tokenizer,
     fingerprint=_hash(prints),
     splits=splits,
-    tasks=found,
+    tasks=tasks,
   )
 
 
@@ -161,7 +173,11 @@ def check_source(config: config_lib.DataConfig) -> None:
 
 
 def open_builder(config: config_lib.DataConfig) -> tfds.core.DatasetBuilder:
-  """Returns the prepared dataset that `config` names."""
+  """Returns the prepared dataset that `config` names.
+
+  Raises:
+    ValueError: if the source is unknown, or cannot be prepared here.
+  """
   check_source(config)
   data_dir = config_lib.directory(config)
   if config.source == 'installed_docs':
@@ -194,13 +210,17 @@ def open_builder(config: config_lib.DataConfig) -> tfds.core.DatasetBuilder:
   return builder
 
 
-def _fields(config, builder) -> tuple[str, ...]:
-  """Returns the features to read, one a stream."""
+def _fields(
+  config: config_lib.DataConfig, builder: tfds.core.DatasetBuilder
+) -> tuple[str, ...]:
+  """Returns the names of the features to read, one for each stream."""
   pair = config.target_field is not None
   if config.source in OWN_SOURCES:
     return ('text', 'target') if pair else ('text',)
-  fields = (config.text_field, config.target_field)[: 1 + pair]
-  known = sorted(builder.info.features)
+  names = config.text_field, config.target_field
+  fields = tuple(name for name in names if name is not None)
+  features: Any = builder.info.features
+  known = sorted(features)
   for field in fields:
     if field not in known:
       raise ValueError(
@@ -210,7 +230,7 @@ def _fields(config, builder) -> tuple[str, ...]:
   return fields
 
 
-def _check_split(name: str, builder) -> None:
+def _check_split(name: str, builder: tfds.core.DatasetBuilder) -> None:
   try:
     builders.open_split(builder, name)
   except ValueError as error:
@@ -221,8 +241,8 @@ def _check_split(name: str, builder) -> None:
     ) from error
 
 
-def _fingerprint(builder) -> str:
-  metadata = builder.info.metadata or {}
+def _fingerprint(builder: tfds.core.DatasetBuilder) -> str:
+  metadata: Any = builder.info.metadata or {}
   if 'fingerprint' in metadata:
     return metadata['fingerprint']
   sizes = [
@@ -231,7 +251,13 @@ def _fingerprint(builder) -> str:
   return _hash(builder.info.full_name, sizes)
 
 
-def _tokenizer(config, builder, fields, content, root) -> tokenizers.Tokenizer:
+def _tokenizer(
+  config: config_lib.DataConfig,
+  builder: tfds.core.DatasetBuilder,
+  fields: Sequence[str],
+  content: str,
+  root: pathlib.Path,
+) -> tokenizers.Tokenizer:
   """Returns the tokenizer of this corpus, trained on its training split."""
   if isinstance(config.tokenizer, tokenizers.Pretrained):
     return tokenizer_loading.read(config.tokenizer)
@@ -252,12 +278,17 @@ def _tokenizer(config, builder, fields, content, root) -> tokenizers.Tokenizer:
   return tokenizer_loading.load(path)
 
 
-def _tokenize(source, fields, tokenizer, path: pathlib.Path) -> None:
-  """Writes the streams of one split."""
+def _tokenize(
+  source: Any,
+  fields: Sequence[str],
+  tokenizer: tokenizers.Tokenizer,
+  path: pathlib.Path,
+) -> None:
+  """Writes the token streams of one split to `path`, one for each field."""
   # A pair needs no start: the decoder begins with padding, as T5's does.
   start = [] if len(fields) > 1 else [tokenizer.bos_id]
 
-  def encoded(field) -> Iterator[tuple[list[np.ndarray], int]]:
+  def encoded(field: str) -> Iterator[tuple[list[np.ndarray], int]]:
     for (texts,) in _chunks(source, (field,), *fields[1:]):
       all_ids = tokenizer.encode_batch(texts)
       documents = [
@@ -270,10 +301,15 @@ def _tokenize(source, fields, tokenizer, path: pathlib.Path) -> None:
       token_store.write(temporary, str(i), encoded(field), tokenizer.vocab_size)
 
 
-def _chunks(source, fields, target='') -> Iterator[list[list[str]]]:
-  """Yields for some documents at a time the texts of each field.
+def _chunks(
+  source: Any, fields: Sequence[str], target: str = ''
+) -> Iterator[list[list[str]]]:
+  """Yields the texts of each field, for a chunk of documents at a time.
 
-  That of targets may hold numbers, which become text.
+  Args:
+    source: TFDS data source of a split.
+    fields: names of the fields to read.
+    target: name of the field that may hold numbers, which become text.
   """
   features = source.dataset_info.features
   for start in range(0, len(source), _CHUNK):
@@ -287,7 +323,7 @@ def _chunks(source, fields, target='') -> Iterator[list[list[str]]]:
     ]
 
 
-def _text(value, field: str, feature, target: str) -> str:
+def _text(value: Any, field: str, feature: Any, target: str) -> str:
   if isinstance(feature, tfds.features.ClassLabel):
     return feature.int2str(int(value))
   if isinstance(value, str):
@@ -305,5 +341,5 @@ def _text(value, field: str, feature, target: str) -> str:
   return value.decode('utf-8')
 
 
-def _hash(*facts) -> str:
+def _hash(*facts: object) -> str:
   return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

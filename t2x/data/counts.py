@@ -1,4 +1,4 @@
-"""How much of a split its rows hold."""
+"""Counts of the documents and tokens of a split that its rows hold."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,14 +9,14 @@ from t2x.data import token_store
 
 
 class Count(NamedTuple):
-  """What an epoch reads.
+  """The documents and tokens that an epoch reads.
 
   Attributes:
-    tokens: those in a row, on both sides where there are two.
-    documents: or pairs.
-    cut: documents that are not in rows whole.
-    lost: tokens that are in no row.
-    most: tokens that a document loses at the most.
+    tokens: number of tokens in rows, both sides of pairs included.
+    documents: number of documents, or of pairs.
+    cut: number of documents that lose some of their tokens.
+    lost: number of tokens that are in no row.
+    most: largest number of tokens that one document loses.
   """
 
   tokens: int
@@ -27,7 +27,7 @@ class Count(NamedTuple):
 
   @property
   def text(self) -> str:
-    """In words: what is read, and what is cut away."""
+    """A phrase that says how many tokens are read and how many are cut off."""
     read = f'{self.tokens:,} tokens'
     if not self.cut:
       return read
@@ -39,7 +39,12 @@ class Count(NamedTuple):
 
 
 def of_lost(lengths: np.ndarray, lost: np.ndarray) -> Count:
-  """Returns the count of documents of which some tokens are in no row."""
+  """Returns the count of documents that lose some of their tokens.
+
+  Args:
+    lengths: (documents,) number of tokens of each document.
+    lost: (documents,) number of tokens of each that are in no row.
+  """
   return Count(
     tokens=int((lengths - lost).sum()),
     documents=len(lost),
@@ -50,7 +55,12 @@ def of_lost(lengths: np.ndarray, lost: np.ndarray) -> Count:
 
 
 def of_cut(streams: Sequence[token_store.Stream], room: int) -> Count:
-  """Returns the count of documents cut to `room` tokens on each side."""
+  """Returns the count of documents that are cut to a number of tokens.
+
+  Args:
+    streams: the token stream, or those of both sides of pairs.
+    room: largest number of tokens that is kept on each side.
+  """
   lengths = np.stack([np.diff(s.offsets) for s in streams])
   lost = np.maximum(lengths - room, 0)
   return of_lost(lengths.sum(axis=0), lost.sum(axis=0))

@@ -1,9 +1,9 @@
-"""Documents, and how they are split so that nothing held out is trained on.
+"""Splitting documents so that no held-out text is trained on.
 
-Whole documents go to training or validation by a hash of their id. What is
-taken for a copy is a setting: `exact`, byte-equal documents (of pairs, both
-sides equal); `near`, those too that are equal but for blanks or share many runs
-of words (`near_copies`); `none`, nothing.
+Whole documents go to training or validation by a hash of their id. A setting
+says which documents count as copies: `exact`, byte-equal documents (of pairs,
+both sides equal); `near`, also those that differ only in blanks or share many
+runs of words (`near_copies`); `none`, none at all.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from t2x.data import near_copies
 
 Duplicates = Literal['exact', 'near', 'none']
 VALIDATION_SHARE = 0.05
-# Why a document is dropped.
-EMPTY = 'empty'  # It has no text, or a pair no target.
-COPY = 'copy'  # Another one of its side is byte-equal.
-NEAR_COPY = 'near_copy'  # Another one of its side says nearly the same.
+# Reasons for which a document is dropped.
+EMPTY = 'empty'  # It has no text, or as a pair no target.
+COPY = 'copy'  # A document of the same split is byte-equal.
+NEAR_COPY = 'near_copy'  # One of the same split has nearly the same text.
 HELD_OUT = 'held_out'  # It would be trained on, and its text is held out.
 TRAINED_ON = 'trained_on'  # It would be held out, and its text is trained on.
 
@@ -30,9 +30,9 @@ class Document(NamedTuple):
   """One example of a corpus.
 
   Attributes:
-    id: its name, the same on every machine.
-    text: the text; for pairs, the source.
-    target: for pairs, the target.
+    id: a name, the same on every machine.
+    text: the text; of a pair, the source.
+    target: the target text of a pair, else empty.
   """
 
   id: str
@@ -41,7 +41,13 @@ class Document(NamedTuple):
 
 
 class Dropped(NamedTuple):
-  """The id of a document that is left out, why, and because of which other."""
+  """A document that is left out.
+
+  Attributes:
+    id: id of the document.
+    reason: one of the reasons above, such as `COPY`.
+    other: id of the document that it is a copy of; None if it is empty.
+  """
 
   id: str
   reason: str
@@ -49,7 +55,13 @@ class Dropped(NamedTuple):
 
 
 class Split(NamedTuple):
-  """Documents on both sides, and which were left out and why."""
+  """The documents of a corpus after splitting.
+
+  Attributes:
+    train: documents to train on.
+    validation: documents that are held out.
+    dropped: documents that are left out of both.
+  """
 
   train: list[Document]
   validation: list[Document]
@@ -57,7 +69,7 @@ class Split(NamedTuple):
 
   @property
   def counts(self) -> dict[str, Any]:
-    """How many documents there are, and how many were dropped by reason."""
+    """Numbers of documents: read, of each split, and dropped by reason."""
     reasons = [d.reason for d in self.dropped]
     sides = {'train': len(self.train), 'validation': len(self.validation)}
     return {
@@ -74,17 +86,19 @@ def split(
 ) -> Split:
   """Splits documents into training and validation without leaks.
 
-  Of documents that are copies one is kept: where any of them is held out, the
-  first of those, so that training loses it. With `near` a training document
-  also goes if more than a fifth of its runs are held out, then a held-out one
-  if more than a fifth of its own are in what is left of training (a short text
-  quoted in a long one), then of two on one side that are alike the second.
-  With `none` all stay, and equal ones stand where the first does.
+  One document of each group of copies is kept. If any of the group is held out,
+  it is the first of those, so that the text is not trained on. With `near`,
+  three more rules apply in turn. A training document is dropped if more than a
+  fifth of its runs of words occur in held-out documents. A held-out document is
+  dropped if more than a fifth of its runs occur in the training documents that
+  remain (a short text that a long one quotes). Of two documents of the same
+  split that are near copies, the second is dropped. With `none` all documents
+  are kept, and equal documents go to the split of the first of them.
 
   Args:
-    documents: in an order that is always the same.
-    duplicates: what counts as a copy.
-    paired: they need a target too.
+    documents: the documents, in an order that is always the same.
+    duplicates: rule by which documents count as copies.
+    paired: whether a document needs a target too.
   """
   dropped: list[Dropped] = []
   full = []
@@ -101,8 +115,8 @@ def split(
   is_held = _held_out(draws, first, duplicates)
   kept = np.arange(len(full))
   if duplicates != 'none':
-    own = draws < VALIDATION_SHARE
-    kept = _without_copies(full, first, own, is_held, dropped)
+    was_held = draws < VALIDATION_SHARE
+    kept = _without_copies(full, first, was_held, is_held, dropped)
   if duplicates == 'near':
     kept = _without_near_copies(full, kept, is_held, runs, dropped)
   return Split(
@@ -121,7 +135,7 @@ def fingerprint(documents: Sequence[Document]) -> str:
 
 
 def summary(counts: dict[str, Any]) -> str:
-  """Returns what became of the documents, in words."""
+  """Returns a phrase that says how many documents were kept and dropped."""
   reasons = ', '.join(f'{n:,} {r}' for r, n in counts['dropped'].items())
   return (
     f'{counts["read"]:,} documents, {counts["train"]:,} to train on, '
@@ -132,13 +146,21 @@ def summary(counts: dict[str, Any]) -> str:
 
 
 def _first_equal(keys: Sequence[Any]) -> np.ndarray:
-  """Returns for each key the place of the first that equals it."""
+  """Returns for each key the index of the first key that equals it."""
   places: dict[Any, int] = {}
   return np.array([places.setdefault(k, i) for i, k in enumerate(keys)], int)
 
 
-def _held_out(draws, first: np.ndarray, duplicates: str) -> np.ndarray:
-  """Returns which documents are on the side of validation, copies together."""
+def _held_out(
+  draws: np.ndarray, first: np.ndarray, duplicates: str
+) -> np.ndarray:
+  """Returns a mask of the held-out documents; copies are held out together.
+
+  Args:
+    draws: (documents,) a number in [0, 1) for each document.
+    first: (documents,) index of the first document that each is a copy of.
+    duplicates: rule by which documents count as copies.
+  """
   is_held = draws < VALIDATION_SHARE
   if duplicates == 'none':  # Else a text would be held out for being frequent.
     is_held = is_held[first]
@@ -153,45 +175,63 @@ def _held_out(draws, first: np.ndarray, duplicates: str) -> np.ndarray:
   return is_held
 
 
-def _without_copies(documents, first, own, is_held, dropped) -> np.ndarray:
-  """Returns one document of each group of copies, and names the others.
+def _without_copies(
+  documents: Sequence[Document],
+  first: np.ndarray,
+  was_held: np.ndarray,
+  is_held: np.ndarray,
+  dropped: list[Dropped],
+) -> np.ndarray:
+  """Returns the index of one document of each group of copies.
 
-  `own` is the side that each would be on by itself.
+  Args:
+    documents: the documents.
+    first: (documents,) index of the first document that each is a copy of.
+    was_held: (documents,) whether a document would be held out if it had no
+      copies.
+    is_held: (documents,) whether it is held out.
+    dropped: list to which the other documents of each group are added.
   """
   places = np.arange(len(documents))
   keeper = places.copy()
-  by_rank = np.lexsort((places, own != is_held))[::-1]
+  by_rank = np.lexsort((places, was_held != is_held))[::-1]
   keeper[first[by_rank]] = by_rank  # The last one written is the first.
   keeper = keeper[first]
-  for i in np.flatnonzero(keeper != places):
-    document, other = documents[i], documents[keeper[i]]
+  for i in np.flatnonzero(keeper != places).tolist():
+    document, other = documents[i], documents[int(keeper[i])]
     reason = COPY if document[1:] == other[1:] else NEAR_COPY
-    if is_held[i] and not own[i]:
+    if is_held[i] and not was_held[i]:
       reason = HELD_OUT
     dropped.append(Dropped(document.id, reason, other.id))
   return np.flatnonzero(keeper == places)
 
 
-def _without_near_copies(documents, kept, is_held, runs, dropped) -> np.ndarray:
-  """Returns which of the kept documents are no near copies of others."""
+def _without_near_copies(
+  documents: Sequence[Document],
+  kept: np.ndarray,
+  is_held: np.ndarray,
+  runs: near_copies.Runs,
+  dropped: list[Dropped],
+) -> np.ndarray:
+  """Returns the kept documents that are no near copies of others."""
   index = runs.index(kept)
-  held = is_held[kept]
-  train = ~held
+  validation = is_held[kept]
+  train = ~validation
 
   def drop(i: int, reason: str, other: int) -> None:
     ids = [documents[kept[place]].id for place in (i, other)]
     dropped.append(Dropped(ids[0], reason, ids[1]))
 
-  leaks = train & (index.shared(held) > near_copies.MAX_SHARED)
+  leaks = train & (index.shared(validation) > near_copies.MAX_SHARED)
   for i in np.flatnonzero(leaks).tolist():
-    drop(i, HELD_OUT, index.closest(i, held))
+    drop(i, HELD_OUT, index.closest(i, validation))
   train &= ~leaks
-  leaks = held & (index.shared(train) > near_copies.MAX_SHARED)
+  leaks = validation & (index.shared(train) > near_copies.MAX_SHARED)
   for i in np.flatnonzero(leaks).tolist():
     drop(i, TRAINED_ON, index.closest(i, train))
-  held &= ~leaks
-  is_kept = train | held
-  for one, two in index.alike(np.where(is_kept, held.astype(int), -1)):
+  validation &= ~leaks
+  is_kept = train | validation
+  for one, two in index.alike(np.where(is_kept, validation.astype(int), -1)):
     if is_kept[one] and is_kept[two]:
       is_kept[two] = False
       drop(two, NEAR_COPY, one)

@@ -1,8 +1,8 @@
-"""The batch sizes that a run has had: where its data stands.
+"""The position of a run in its data, across changes of the batch size.
 
-A run's position is a step and the segments up to it, each of one batch size and
-one order of the rows. It is saved with every checkpoint, so that whichever is
-gone on from says what was read.
+A position is a step and the segments up to it, each of one batch size and one
+order of the rows. It is saved with every checkpoint, so that any checkpoint
+says what was read before it.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ class Segment:
   """Steps of one batch size.
 
   Attributes:
-    step: steps before it.
-    batch_size: rows a step.
-    order: names what the rows' order is a function of; segments of one order
-      that follow each other go through it together.
-    epoch: steps in which every row is read once.
-    tokens: tokens that a step reads, on average.
+    step: number of steps before the segment.
+    batch_size: number of rows in a step.
+    order: a hash of everything that decides the order of the rows; consecutive
+      segments of one order read it one after the other.
+    epoch: number of steps in which every row is read once.
+    tokens: average number of tokens that a step reads.
   """
 
   step: int = 0
@@ -33,24 +33,37 @@ class Segment:
 
 
 def to_json(segments: Sequence[Segment], step: int) -> dict[str, Any]:
-  """Returns a position after so many steps."""
+  """Returns the position after `step` steps, for JSON."""
   return {'step': step, 'history': [dataclasses.asdict(s) for s in segments]}
 
 
 def from_json(position: dict[str, Any]) -> list[Segment]:
-  """Returns the segments of a position; none of one before there were any."""
+  """Returns the segments of a position; none if an older run wrote it."""
   return [Segment(**s) for s in position.get('history', ())]
 
 
 def going_on(before: Sequence[Segment], now: Segment) -> list[Segment]:
-  """Returns the segments of a run that goes on as `now` says."""
+  """Returns the segments of a run that is continued.
+
+  Args:
+    before: segments of the run so far.
+    now: segment that starts at the step where the run is continued.
+  """
   kept = [s for s in before if s.step < now.step]
   same = lambda s: (s.order, s.batch_size) == (now.order, now.batch_size)
   return kept if kept and same(kept[-1]) else [*kept, now]
 
 
 def change(before: Sequence[Segment], after: Sequence[Segment]) -> str:
-  """Returns where the data goes on, if it does not as it did, else nothing."""
+  """Returns a message on how the data changes when a run is continued.
+
+  Args:
+    before: segments of the run so far.
+    after: segments of the continued run; see `going_on`.
+
+  Returns:
+    The message; empty if nothing changes.
+  """
   was, now = before[-1], after[-1]
   if now in before or not now.step:
     return ''
@@ -69,7 +82,7 @@ def change(before: Sequence[Segment], after: Sequence[Segment]) -> str:
 
 
 def of_one_order(segments: Sequence[Segment]) -> list[Segment]:
-  """Returns the last segments that go through one order together."""
+  """Returns the last segments that share one order of the rows."""
   start = len(segments) - 1
   while start and segments[start - 1].order == segments[-1].order:
     start -= 1
@@ -77,7 +90,7 @@ def of_one_order(segments: Sequence[Segment]) -> list[Segment]:
 
 
 def lengths(segments: Sequence[Segment]) -> list[int]:
-  """Returns the steps of each segment but the last, which goes on."""
+  """Returns the number of steps of each segment except the last, open one."""
   starts = [s.step for s in segments]
   return [b - a for a, b in zip(starts, starts[1:])]
 
@@ -88,9 +101,15 @@ def num_steps(
   epochs: float | None = None,
   tokens: int | None = None,
 ) -> int:
-  """Returns the steps of a run that reads so many epochs or tokens in all."""
+  """Returns the number of steps of a run, at least 1.
+
+  Args:
+    segments: segments of the run.
+    epochs: epochs to read in all; None if `tokens` is given.
+    tokens: tokens to read in all; used if `epochs` is None.
+  """
   last = segments[-1]
-  # As written: 1.1 epochs of 10 steps are 11, and not 12 by a rounding.
+  # Exact decimals: 1.1 epochs of 10 steps are 11, not 12 by rounding up.
   if epochs is not None:
     left, each = Fraction(str(epochs)), lambda s: Fraction(1, s.epoch)
   else:

@@ -1,4 +1,4 @@
-"""Which rows a step reads where each row of a batch goes on."""
+"""The rows of each batch, where each row continues that of the batch before."""
 
 import math
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from t2x.data import order
 
 
 class InOrder:
-  """Batches whose row b reads the b-th part of a split from start to end."""
+  """A plan in which row b of every batch reads the b-th part of a split."""
 
   def __init__(
     self,
@@ -18,13 +18,13 @@ class InOrder:
     left: np.ndarray | None = None,
     visit: int = 0,
   ):
-    """Begins with what is `left` of a visit, then reads all, again and again.
+    """Starts with the unread rows of a pass; full passes follow.
 
     Args:
-      size: rows of the split.
-      batch_size: parts that are read at a time.
-      left: rows in the order of the text; None for all of them.
-      visit: how often they were read before.
+      size: number of rows of the split.
+      batch_size: number of rows in a batch, each of which reads one part.
+      left: numbers of the unread rows, in text order; None for all rows.
+      visit: number of passes over the split before this one.
     """
     self._size = size
     self._batch_size = batch_size
@@ -33,11 +33,16 @@ class InOrder:
 
   @property
   def epoch(self) -> int:
-    """Batches of a pass, the rows of a part."""
+    """Number of batches in one pass, which is the number of rows of a part."""
     return math.ceil(self._size / self._batch_size)
 
   def read(self, number: int, lanes: np.ndarray) -> order.Read:
-    """Returns rows `lanes` of the batch of a number."""
+    """Returns some rows of a batch.
+
+    Args:
+      number: number of the batch, from 0.
+      lanes: places of the rows in the batch.
+    """
     part = self._pass_of(number)
     index = lanes * part.length + part.place
     rows, before = part.at(index), part.at(index - 1)
@@ -45,7 +50,7 @@ class InOrder:
     return order.Read(0, rows, np.full(len(lanes), part.visit), goes_on)
 
   def rest(self, number: int) -> tuple[np.ndarray, int]:
-    """Returns the rows that are left after so many batches, and their visit."""
+    """Returns the unread rows after `number` batches, and their visit."""
     part = self._pass_of(number)
     index = np.arange(self._batch_size * part.length)
     index = index.reshape(-1, part.length)[:, part.place :].ravel()
@@ -61,7 +66,14 @@ class InOrder:
 
 
 class _Pass(NamedTuple):
-  """What is read once: its rows, those of a part, and a place in each part."""
+  """One pass over rows, cut into equal parts that are read in parallel.
+
+  Attributes:
+    rows: the rows of the pass, in text order.
+    length: number of rows in a part.
+    place: number of the row that is read next in each part.
+    visit: number of passes before this one.
+  """
 
   rows: np.ndarray | range
   length: int
@@ -69,7 +81,7 @@ class _Pass(NamedTuple):
   visit: int
 
   def at(self, index: np.ndarray) -> np.ndarray:
-    """Returns the rows at places of the pass, -1 past its end."""
+    """Returns the rows at some indices of the pass, -1 past its end."""
     is_row = index < len(self.rows)
     if isinstance(self.rows, np.ndarray):
       index = self.rows[np.where(is_row, index, 0)]

@@ -1,4 +1,4 @@
-"""Batches of a corpus, prepared ahead of time, as functions of (seed, step).
+"""The batches of a corpus, as functions of (seed, step), prepared ahead.
 
   config = DataConfig(length=256, batch_size=32)
   pipeline.check(config)
@@ -7,16 +7,19 @@
     ...
 
 A batch holds `inputs`, `targets`, `weights` (float32), `segments` (0 is
-padding) and `positions`, each (batch, length) and int32 unless said; with an
-encoder also `encoder_inputs`, `encoder_segments` and `encoder_positions`. Where
-few tokens are predicted, `targets` and `weights` are of those alone, and
-`target_positions` says which they are.
+padding) and `positions`, each of shape (batch, length) and int32 unless stated
+otherwise. With an encoder it also holds `encoder_inputs`, `encoder_segments`
+and `encoder_positions`. Where few tokens are predicted, `targets` and `weights`
+hold those alone, and `target_positions` holds their positions.
 """
 
 from collections.abc import Generator
 from collections.abc import Iterator
 from collections.abc import Sequence
 import hashlib
+from typing import Any
+from typing import Protocol
+from typing import SupportsIndex
 
 import grain
 import numpy as np
@@ -38,7 +41,7 @@ _PREFETCH = 8  # Batches prepared ahead of the one that is used.
 
 
 def check(config: config_lib.DataConfig) -> None:
-  """Raises a ValueError for what is wrong before anything is built."""
+  """Raises a ValueError if the settings cannot work; builds nothing."""
   in_order = isinstance(config.batching, config_lib.Stream)
   if isinstance(config.objective, mixture.Mixture):
     if in_order:
@@ -51,9 +54,9 @@ def check(config: config_lib.DataConfig) -> None:
         f'data.batching.buckets={config_lib.buckets(config)}: the rows of a '
         'mixture are all as long. Set data.batching without buckets.'
       )
-    for name, own in config_lib.parts(config).items():
+    for name, part in config_lib.parts(config).items():
       try:
-        check(own)
+        check(part)
       except ValueError as error:
         raise ValueError(
           f'Task {name!r} of data.objective.tasks: {error}'
@@ -97,8 +100,8 @@ def check(config: config_lib.DataConfig) -> None:
   if isinstance(config.objective, config_lib.CHECKED):
     config.objective.check(lengths[0])
   plain = config_lib.Pad()
-  one = isinstance(config.objective, config_lib.ONE_A_ROW)
-  if one and config.batching != plain:
+  one_a_row = isinstance(config.objective, config_lib.ONE_A_ROW)
+  if one_a_row and config.batching != plain:
     raise ValueError(
       f'data.objective={config.objective.kind} puts one text into a row of '
       f'data.length, and data.batching={config.batching}. Set data.batching='
@@ -116,25 +119,26 @@ def train_batches(
   rows: slice | np.ndarray | None = None,
   segments: Sequence[history.Segment] = (),
 ) -> Generator[batches_lib.Batch, None, None]:
-  """Returns the endless batches of training from `start_step` on.
+  """Returns an endless iterator over the training batches.
+
+  Close the iterator (or delete it) to stop its threads.
 
   Args:
-    corpus: what to read.
-    config: what it was prepared with.
-    seed: of the order of the rows and of what is drawn at random.
-    start_step: the step that the first batch is for.
-    rows: which rows of each batch of `config.batch_size` to make, a slice or
-      their numbers; all of them if None. Close the iterator (or drop it) to
-      stop its threads.
-    segments: of batch sizes, if there were others before; see `history`. The
-      first batch is of the last one.
+    corpus: the tokenised corpus.
+    config: the settings that the corpus was prepared with.
+    seed: seed of the order of rows and of every random draw.
+    start_step: step of the first batch.
+    rows: rows of each batch of `config.batch_size` to make, a slice or their
+      numbers; None for all.
+    segments: segments of the run so far (see `history`), if its batch size has
+      changed; the last segment is that of the first batch.
 
   Raises:
     ValueError: if the corpus has less than a batch of rows, or `rows` does not
       lie in the batch.
   """
-  own = history.of_one_order(segments) if segments else []
-  batches = _training(corpus, config, seed=seed, rows=rows, segments=own)
+  segments = history.of_one_order(segments) if segments else []
+  batches = _training(corpus, config, seed=seed, rows=rows, segments=segments)
   return _iterate(_From(batches, start_step), config)
 
 
@@ -147,11 +151,18 @@ def eval_batches(
   rows: slice | np.ndarray | None = None,
   max_batches: int | None = None,
 ) -> Generator[batches_lib.Batch, None, None]:
-  """Returns each row of `split` once, in order; empty rows fill the batches.
+  """Returns batches that hold each row of a split once, in order.
 
-  With data.batching=stream row b goes on where it was in the batch before.
-  Random draws are the same at each call. `rows` as for `train_batches`; of a
-  mixture, the rows of `task`.
+  Empty rows fill the last batch. With data.batching=stream row b continues row
+  b of the batch before. Random draws are the same at each call.
+
+  Args:
+    corpus: the tokenised corpus.
+    config: the settings that the corpus was prepared with.
+    split: name of the split.
+    task: name of the task to evaluate of a mixture, empty without one.
+    rows: rows of each batch to make, as for `train_batches`.
+    max_batches: largest number of batches; None for the whole split.
   """
   if task:
     batches = mixing.TaskBatches(corpus, config, split, task, rows=rows)
@@ -168,26 +179,33 @@ def eval_sets(
   rows: slice | np.ndarray | None = None,
   max_batches: int | None = None,
 ) -> Iterator[tuple[str, str, Generator[batches_lib.Batch, None, None]]]:
-  """Yields title, split and batches of all that is evaluated.
+  """Yields the title, the split and the batches of every evaluation set.
 
-  The title is that of the split; of a task of a mixture SPLIT.TASK. Arguments
-  as for `eval_batches`.
+  The title is the name of the split, or SPLIT.TASK for a task of a mixture.
+
+  Args:
+    corpus: the tokenised corpus.
+    config: the settings that the corpus was prepared with.
+    rows: rows of each batch to make, as for `train_batches`.
+    max_batches: largest number of batches of each set; None for all.
   """
-  few = {'rows': rows, 'max_batches': max_batches}
   for split in config.eval_splits:
     for task in config_lib.parts(config):
       title = f'{split}.{task}' if task else split
-      batches = eval_batches(corpus, config, split, task=task, **few)
+      batches = eval_batches(
+        corpus, config, split, task=task, rows=rows, max_batches=max_batches
+      )
       yield title, split, batches
 
 
 def steps_per_epoch(
   corpus: corpus_lib.Corpus, config: config_lib.DataConfig
 ) -> int:
-  """Returns the steps in which every training row is used once.
+  """Returns the number of steps in which every training row is read once.
 
-  With several buckets this holds up to half a batch of each; of a mixture these
-  are as many rows, dealt by the tasks' rates.
+  With several buckets the number is exact up to half a batch of each. For a
+  mixture the steps read as many rows as the tasks have, in the proportions of
+  the tasks' rates.
   """
   return _training(corpus, config, seed=0).steps_per_epoch
 
@@ -199,27 +217,27 @@ def segment(
   seed: int,
   step: int = 0,
 ) -> history.Segment:
-  """Returns the segment of a run that begins at `step`."""
-  made = _training(corpus, config, seed=seed)
-  facts = seed, corpus.fingerprint, config.train_split, made.order
+  """Returns the segment of a run that begins at `step`; see `history`."""
+  batches = _training(corpus, config, seed=seed)
+  facts = seed, corpus.fingerprint, config.train_split, batches.order
   return history.Segment(
     step=step,
     batch_size=config.batch_size,
     order=hashlib.sha256(repr(facts).encode()).hexdigest()[:16],
-    epoch=made.steps_per_epoch,
-    tokens=float(config.batch_size * made.tokens_a_row),
+    epoch=batches.steps_per_epoch,
+    tokens=float(config.batch_size * batches.tokens_a_row),
   )
 
 
 def described(corpus: corpus_lib.Corpus, config: config_lib.DataConfig) -> str:
-  """Returns lines on what an epoch of training reads, and what it cuts away."""
+  """Returns lines that say how many tokens a training epoch reads and cuts."""
   lines = []
-  for task, own in config_lib.parts(config).items():
-    source = corpus.tasks[task] if task else corpus
-    made = batches_lib.Examples(source, own, own.train_split, None, task=task)
-    title = f'{own.train_split}.{task}' if task else own.train_split
-    line = f'{title}: {made.layout.count().text}'
-    lost = made.share_lost()
+  for task, part in config_lib.parts(config).items():
+    source, split = corpus.tasks[task] if task else corpus, part.train_split
+    examples = batches_lib.Examples(source, part, split, None, task=task)
+    title = f'{split}.{task}' if task else split
+    line = f'{title}: {examples.layout.count().text}'
+    lost = examples.share_lost()
     if lost > 0.0005:
       line += (
         f'; about {lost:.1%} of them find no place in their rows beside the '
@@ -229,7 +247,9 @@ def described(corpus: corpus_lib.Corpus, config: config_lib.DataConfig) -> str:
   return '\n'.join(lines)
 
 
-def _training(corpus, config, **kwargs):
+def _training(
+  corpus: corpus_lib.Corpus, config: config_lib.DataConfig, **kwargs: Any
+) -> batches_lib.TrainBatches | mixing.MixedBatches:
   if isinstance(config.objective, mixture.Mixture):
     return mixing.MixedBatches(corpus, config, **kwargs)
   return batches_lib.TrainBatches(corpus, config, **kwargs)
@@ -244,15 +264,21 @@ def batch_spec(
   if isinstance(config.batching, config_lib.Stream):
     lengths = lengths | {batch_keys.CONTINUES: 1}
   return {
-    name: ((config.batch_size, own), batch_keys.of(name).dtype)
-    for name, own in lengths.items()
+    name: ((config.batch_size, num), batch_keys.of(name).dtype)
+    for name, num in lengths.items()
   }
 
 
-class _From:
-  """The part of `batches` that begins at `start`, for Grain."""
+class _Indexed(Protocol):
+  """Batches by number."""
 
-  def __init__(self, batches, start: int, num: int = _FOREVER):
+  def __getitem__(self, index: int, /) -> batches_lib.Batch: ...
+
+
+class _From:
+  """The batches from number `start` on, as a data source for Grain."""
+
+  def __init__(self, batches: _Indexed, start: int, num: int = _FOREVER):
     self._batches = batches
     self._start = start
     self._num = num
@@ -260,7 +286,7 @@ class _From:
   def __len__(self) -> int:
     return self._num
 
-  def __getitem__(self, index) -> batches_lib.Batch:
+  def __getitem__(self, index: SupportsIndex) -> batches_lib.Batch:
     return self._batches[self._start + int(index)]
 
 

@@ -1,9 +1,9 @@
-"""Documents from the documentation that is installed with Python.
+"""A corpus of English prose from the documentation that Python installs.
 
-English prose on any machine that can run this, without a download: docstrings,
-READMEs and package descriptions of the standard library and of the packages
-that t2x needs at run time. Packages that only its extras bring (or that happen
-to be there) are left out, so that installing them does not change the corpus.
+It needs no download: docstrings, READMEs and package descriptions of the
+standard library and of the packages that t2x needs at run time. Packages of
+t2x's extras, and any others, are left out, so that installing them does not
+change the corpus.
 """
 
 import ast
@@ -45,7 +45,7 @@ _SKIPPED_DIRS = frozenset(
   ('test', 'tests', 'testing', 'site-packages', 'dist-packages', 'idlelib')
 )
 _LEGAL = re.compile(r'licen[cs]e|copying|notice|authors|third.?party', re.I)
-# In order, so that the end of one string is not taken for a start.
+# Matched in order, so that the end of a string is not taken for a start.
 _STRING = re.compile(r'([rRuUbBfF]{0,2})("""|\'\'\')(.*?)(?<!\\)\2', re.DOTALL)
 _STOP_WORDS = frozenset(
   'the of and to a in is for this that be with if are or as it by on an from '
@@ -61,9 +61,10 @@ def key() -> str:
 
 
 def read() -> Iterator[documents_lib.Document]:
-  """Yields one document a file, in an order that is always the same.
+  """Yields one document for each file, in an order that is always the same.
 
-  A passage that was seen before (wrappers repeat what they wrap) is left out.
+  A passage that occurred before is left out (wrappers repeat the docstrings of
+  the functions that they wrap).
   """
   seen = set()
   for name, path in dict(_files()).items():
@@ -78,21 +79,21 @@ def read() -> Iterator[documents_lib.Document]:
 
 def _distributions() -> dict[str, metadata.Distribution]:
   """Returns the installed packages that `_ROOTS` need, by name."""
-  found = {}
+  distributions = {}
   todo: list[str] = list(_ROOTS)
   while todo:
     name = packaging_utils.canonicalize_name(todo.pop())
-    if name in found:
+    if name in distributions:
       continue
     try:
-      found[name] = metadata.distribution(name)
+      distributions[name] = metadata.distribution(name)
     except metadata.PackageNotFoundError:
       continue
-    for line in found[name].requires or ():
+    for line in distributions[name].requires or ():
       requirement = requirements.Requirement(line)
       if not requirement.marker or requirement.marker.evaluate({'extra': ''}):
         todo.append(requirement.name)
-  return found
+  return distributions
 
 
 def _files() -> Iterator[tuple[str, pathlib.Path]]:
@@ -115,7 +116,7 @@ def _files() -> Iterator[tuple[str, pathlib.Path]]:
 
 
 def _passages(path: pathlib.Path) -> list[str]:
-  """Returns the pieces of prose that a file may hold."""
+  """Returns the texts of a file that may be prose."""
   try:
     text = path.read_text(encoding='utf-8-sig')
   except (OSError, UnicodeDecodeError):
@@ -134,15 +135,16 @@ def _docstrings(code: str) -> list[str]:
 
   Parsing the modules would take ten times as long as the rest of the build.
   """
-  found = []
+  strings = []
   for match in _STRING.finditer(code):
     line = code[code.rfind('\n', 0, match.start()) + 1 : match.start()]
     if not line.strip() and len(match[3]) >= _MIN_CHARS:
-      found.append(_clean(match[0]))
-  return found
+      strings.append(_clean(match[0]))
+  return strings
 
 
 def _clean(literal: str) -> str:
+  """Returns the text of a string literal, without its indentation."""
   try:
     with warnings.catch_warnings():
       warnings.simplefilter('ignore')  # Invalid escapes are not our business.
@@ -161,7 +163,7 @@ def _python_reference(code: str) -> list[str]:
 
 
 def _is_prose(text: str) -> bool:
-  """Whether English sentences make up most of a text."""
+  """Returns whether most of a text is English sentences."""
   if len(text) < _MIN_CHARS:
     return False
   words = re.findall(r'[a-z]+', text.lower())

@@ -1,4 +1,4 @@
-"""How vocabularies write spaces and bytes as letters."""
+"""The letters by which vocabularies write spaces and bytes."""
 
 import codecs
 from collections.abc import Sequence
@@ -6,14 +6,22 @@ import re
 
 import numpy as np
 
-SPACE = '\u2581'  # Stands for a space inside of SentencePiece.
+SPACE = '\u2581'  # Stands for a space in SentencePiece's pieces.
 _EACH = 't2x_each_byte'
 
 
 def byte_marks(
   special_V: np.ndarray, tokens: Sequence[bytes]
 ) -> dict[str, np.ndarray]:
-  """Returns the marks of tokens of one byte: blanks stand between words."""
+  """Returns the marks of a vocabulary of single bytes; blanks separate words.
+
+  Args:
+    special_V: whether each id is special.
+    tokens: byte of each id, nothing for special ids.
+
+  Returns:
+    The fields of `objectives.lexicon.Lexicon` of these names.
+  """
   among = lambda found: np.array([t != b'' and t in found for t in tokens])
   return {
     'begins_V': special_V,
@@ -23,26 +31,26 @@ def byte_marks(
 
 
 def byte_letters() -> list[str]:
-  """Returns the letter that stands for each byte (Radford et al., 2019)."""
+  """Returns the letter of each byte in GPT-2's BPE (Radford et al., 2019)."""
   plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
   others = iter(range(256, 512))
   return [chr(b if b in plain else next(others)) for b in range(256)]
 
 
 def is_byte(piece: str) -> bool:
-  """Returns whether a piece of SentencePiece has the form of a byte."""
+  """Returns whether a SentencePiece piece stands for a byte, as <0x0A> does."""
   return re.fullmatch('<0x[0-9A-Fa-f]{2}>', piece) is not None
 
 
 def piece_bytes(piece: str) -> bytes:
-  """Returns what a piece of SentencePiece adds to a text."""
+  """Returns the UTF-8 bytes of a SentencePiece piece in a decoded text."""
   if is_byte(piece):
     return bytes([int(piece[3:5], 16)])
   return piece.replace(SPACE, ' ').encode()
 
 
 def decode(data: bytes) -> str:
-  """Returns UTF-8 as SentencePiece reads it: each byte that is none is U+FFFD.
+  """Decodes UTF-8 as SentencePiece does: each invalid byte becomes U+FFFD.
 
   >>> [len(text) for text in (decode(b'\\xe6\\xbc'), decode(b'ab'))]
   [2, 2]

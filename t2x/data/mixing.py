@@ -1,4 +1,4 @@
-"""Batches of a mixture: each row is of one task, found by its number."""
+"""Batches of a mixture of tasks; each row is an example of one task."""
 
 from collections.abc import Sequence
 import math
@@ -16,11 +16,18 @@ from t2x.objectives import noise
 
 
 class MixedBatches:
-  """`batches[step]` is this host's part of the batch of any step.
+  """The training batches of a mixture, indexed by step.
 
-  A task goes through its rows in an order of its own, once before any comes
-  again. As for one task, nothing depends on the number of hosts; nor does what
-  is read depend on rates.
+  `batches[step]` holds the rows of a batch that this host reads. Each task
+  reads its rows in a random order of its own, all of them before any comes
+  again. The order depends neither on the number of hosts nor on the tasks'
+  rates.
+
+  Attributes:
+    steps_per_epoch: steps that read as many rows as all tasks have.
+    order: values that decide the order of the rows, besides the seed and the
+      corpus.
+    tokens_a_row: average number of tokens in a row.
   """
 
   def __init__(
@@ -32,14 +39,18 @@ class MixedBatches:
     rows: slice | np.ndarray | None = None,
     segments: Sequence[history.Segment] = (),
   ):
-    """Arguments as for `batches.TrainBatches`."""
+    """Takes the arguments of `batches.TrainBatches`.
+
+    Raises:
+      ValueError: if a task has no rows.
+    """
     assert isinstance(config.objective, mixture.Mixture)
     parts = config_lib.parts(config)
     self._parts = [
       batches_lib.Examples(
-        corpus.tasks[name], own, own.train_split, rows, seed=seed, task=name
+        corpus.tasks[name], part, part.train_split, rows, seed=seed, task=name
       )
-      for name, own in parts.items()
+      for name, part in parts.items()
     ]
     sizes = [part.layout.group_sizes()[0] for part in self._parts]
     for name, size in zip(parts, sizes):
@@ -59,7 +70,7 @@ class MixedBatches:
     self._config = config
     self._start = segments[-1].step if segments else 0
     steps = history.lengths(segments)
-    # Examples of the steps before.
+    # Number of examples in the segments before.
     self._past = sum(n * s.batch_size for n, s in zip(steps, segments))
 
   def __getitem__(self, step: int) -> batches_lib.Batch:
@@ -68,15 +79,19 @@ class MixedBatches:
     tasks, numbers = mixture.split(examples, self._shares)
     batch = empty(self._config, len(examples))
     for task, part in enumerate(self._parts):
-      (own,) = np.nonzero(tasks == task)
-      if len(own):
-        rows, visits = self._groups[task].at(numbers[own])
-        fill(batch, own, task, part(order.apart(0, rows, visits)))
+      (places,) = np.nonzero(tasks == task)
+      if len(places):
+        rows, visits = self._groups[task].at(numbers[places])
+        fill(batch, places, task, part(order.apart(0, rows, visits)))
     return batch
 
 
 class TaskBatches:
-  """`batches[i]` is this host's part of one pass over one task's split."""
+  """The batches of one pass over one task's split, indexed from 0.
+
+  They have the arrays of a mixture's batches. Takes the arguments of
+  `batches.EvalBatches`.
+  """
 
   def __init__(
     self,
@@ -97,19 +112,24 @@ class TaskBatches:
     return len(self._batches)
 
   def __getitem__(self, index: int) -> batches_lib.Batch:
-    own = self._batches[index]
-    num = len(own['inputs'])
+    task_batch = self._batches[index]
+    num = len(task_batch['inputs'])
     batch = empty(self._config, num)
-    fill(batch, np.arange(num), self._number, own)
+    fill(batch, np.arange(num), self._number, task_batch)
     return batch
 
 
 def empty(config: config_lib.DataConfig, num: int) -> batches_lib.Batch:
-  """Returns rows of nothing, with the arrays of every task."""
+  """Returns a batch of zeros that has the arrays of every task.
+
+  Args:
+    config: settings of the mixture.
+    num: number of rows.
+  """
   lengths = config.objective.lengths(config.length)
   return {
-    name: np.zeros((num, own), batch_keys.of(name).dtype)
-    for name, own in lengths.items()
+    name: np.zeros((num, length), batch_keys.of(name).dtype)
+    for name, length in lengths.items()
   }
 
 
@@ -119,7 +139,16 @@ def fill(
   task: int,
   rows: batches_lib.Batch,
 ) -> None:
-  """Puts rows of a task into a batch; what it has not weighs nothing."""
+  """Writes the rows of one task into a mixture's batch.
+
+  Arrays that the task lacks stay 0 in these rows, and so do their weights.
+
+  Args:
+    batch: the batch of the mixture, changed in place.
+    places: places of the rows in the batch.
+    task: number of the task.
+    rows: the rows, a batch of the task.
+  """
   batch[batch_keys.TASKS][places] = task
   for name, array in rows.items():
     batch[name][places, : array.shape[1]] = array

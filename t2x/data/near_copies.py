@@ -1,15 +1,15 @@
-"""Which documents nearly say the same, by the runs of words that they share.
+"""Finding documents that are near copies, by the runs of words they share.
 
 A run is eight words in a row (a shingle; Broder, 1997; used on training data by
-Lee et al., 2022). A word is what stands between blanks, as it is written, with
-its case, marks and punctuation. In scripts that put no blanks between words
-three characters count as a word. A shorter text is one run.
+Lee et al., 2022). A word is everything between two blanks, as it is written,
+with its case and punctuation. In scripts that put no blanks between words,
+three characters count as a word. A text of fewer words is one run.
 
-A run that more than `COMMON` documents have is left out, as part of a preamble,
-a licence or a form, which says nothing of what is copied. Documents that hold a
-long passage of such runs and hardly anything else are copies of each other, and
-do not count: a text that is there a hundred times is found. Long is more than
-`FORM` runs, about sixty words; of shorter ones nothing is dropped.
+A run that more than `COMMON` documents have is ignored: it is part of a
+preamble, a licence or a form, and does not tell a copy. Documents that consist
+almost only of a long passage of such runs are copies of each other, and are not
+counted here, so that a text that occurs a hundred times is still found. Long
+means more than `FORM` runs, about sixty words.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ import re
 
 import numpy as np
 
-COMMON = 10
-FORM = 50
-MAX_SHARED = 0.2  # Of a document's runs, with the other side of the split.
-MAX_ALIKE = 0.7  # Of the runs of two documents of one side, those of both.
-_WORD = 3
+COMMON = 10  # Most documents that may share a run that counts.
+FORM = 50  # Runs of a passage that is long.
+MAX_SHARED = 0.2  # Share of a document's runs that the other split may have.
+MAX_ALIKE = 0.7  # Share of the runs of either document that both may have.
+_WORD = 3  # Thirds.
 _RUN = 8 * _WORD
 # Characters that count as a third of a word: South-East Asian scripts, kana,
 # ideographs and their punctuation, cuneiform and hieroglyphs.
@@ -31,34 +31,43 @@ _THIRDS = (
   '\ua980-\ua9ff\uaa60-\uaadf\uf900-\ufaff\uff00-\uffef'
   '\U00012000-\U0001467f\U00020000-\U0003ffff'
 )
-# U+200B is where a line may be broken, and no part of a word.
+# U+200B marks where a line may be broken; it is no part of a word.
 _UNIT = re.compile(rf'[{_THIRDS}]|[^\s\u200b{_THIRDS}]+')
 _THIRD = re.compile(f'[{_THIRDS}]')
 _FACTOR = 0x9E3779B97F4A7C15  # Odd, and so invertible modulo 2^64.
 
 
 class Runs:
-  """The distinct runs of documents, as 64-bit hashes."""
+  """The distinct runs of each document, as 64-bit hashes."""
 
   def __init__(self):
     self._ids: dict[str, int] = {}
-    self._found: list[np.ndarray] = []
+    self._hashes: list[np.ndarray] = []
 
   def add(self, text: str, target: str) -> int:
-    """Takes one more document, and returns a hash of all its words."""
+    """Adds a document, and returns a hash of all its words.
+
+    Args:
+      text: the text, or of a pair the source.
+      target: the target of a pair, else empty.
+    """
     ids = self._unit_ids(text)
-    if target:  # Where it begins is part of what is said.
+    if target:  # The 0 marks where it begins.
       ids += [0, *self._unit_ids(target)]
     hashes, whole = _hashes(np.array(ids, np.uint64))
-    self._found.append(hashes)
+    self._hashes.append(hashes)
     return whole
 
-  def index(self, chosen: Sequence[int]) -> 'Index':
-    """Returns the runs of some documents, which are counted from 0 there."""
-    return Index([self._found[i] for i in chosen])
+  def index(self, chosen: Sequence[int] | np.ndarray) -> 'Index':
+    """Returns an index of some documents, which numbers them from 0.
+
+    Args:
+      chosen: numbers of the documents, in the order in which they were added.
+    """
+    return Index([self._hashes[i] for i in chosen])
 
   def _unit_ids(self, text: str) -> list[int]:
-    """Returns numbers of the words, odd ones for thirds of a word."""
+    """Returns the number of each word; thirds of a word have odd numbers."""
     ids = self._ids
     return [
       ids.setdefault(unit, 2 * len(ids) + 2 + bool(_THIRD.match(unit)))
@@ -67,18 +76,19 @@ class Runs:
 
 
 class Index:
-  """Which documents have which of the runs that are not left out."""
+  """An index of documents by the runs that count."""
 
-  def __init__(self, found: Sequence[np.ndarray]):
-    self._size = len(found)
-    lengths = np.array([len(hashes) for hashes in found], int)
-    hashes = np.concatenate([np.zeros(0, np.uint64), *found])
+  def __init__(self, hashes_of: Sequence[np.ndarray]):
+    """Takes the hashes of the distinct runs of each document."""
+    self._size = len(hashes_of)
+    lengths = np.array([len(hashes) for hashes in hashes_of], int)
+    hashes = np.concatenate([np.zeros(0, np.uint64), *hashes_of])
     owners = np.repeat(np.arange(self._size), lengths)
     order = np.argsort(hashes, kind='stable')  # Owners of a run ascend.
     owners, groups = owners[order], _groups(hashes[order])
     is_common = np.bincount(groups)[groups] > COMMON // 2
     num_common = np.bincount(owners[is_common], minlength=self._size)
-    # Two of these are alike by what is common alone.
+    # Two such documents are alike by their common runs alone.
     is_copy = num_common > 2 * MAX_ALIKE / (1 + MAX_ALIKE) * lengths
     is_copy &= num_common > FORM
     size = int(groups[-1]) + 1 if len(groups) else 0
@@ -99,7 +109,7 @@ class Index:
     """Returns the share of each document's runs that any of `others` has.
 
     Args:
-      others: (documents,) bool.
+      others: (documents,) bool, the documents to compare with.
     """
     is_known = np.zeros(self._num_groups, bool)
     is_known[self._groups[others[self._owners]]] = True
@@ -109,7 +119,12 @@ class Index:
     return counts / np.maximum(self._num, 1)
 
   def closest(self, document: int, others: np.ndarray) -> int:
-    """Returns which of `others` has the most runs of a document."""
+    """Returns the document that shares the most runs with a given one.
+
+    Args:
+      document: number of the given document.
+      others: (documents,) bool, the documents to choose from.
+    """
     first = self._firsts[document]
     places = self._by_owner[first : first + self._num[document]]
     groups = self._groups[places]
@@ -119,14 +134,17 @@ class Index:
     return int(np.bincount(owners[others[owners]]).argmax())
 
   def alike(self, side: np.ndarray) -> list[tuple[int, int]]:
-    """Returns the pairs on one side that share more than `MAX_ALIKE`.
+    """Returns the pairs of documents of one split that are near copies.
 
-    Of the runs that either document has, as many as both have; of a run that
-    very many have, the first `COMMON` of a side are compared with all. In the
-    order of the second of each pair, which comes after the first.
+    Two documents are near copies if more than `MAX_ALIKE` of the runs that
+    either has are in both. For a run that very many documents have, only the
+    first `COMMON` documents of a split are compared with the others.
 
     Args:
-      side: (documents,) 0 or 1 of each document; -1 leaves one out.
+      side: (documents,) the split of each document, 0 or 1; -1 leaves it out.
+
+    Returns:
+      Pairs of a document and a later one, sorted by the later one.
     """
     chosen = side[self._owners] >= 0
     owners = self._owners[chosen]
@@ -147,16 +165,16 @@ class Index:
 
 
 def _groups(sorted_values: np.ndarray) -> np.ndarray:
-  """Numbers the runs of equal values from 0."""
+  """Returns the number of each value among the distinct values, from 0."""
   is_new = np.diff(sorted_values, prepend=sorted_values[:1]) != 0
   return np.cumsum(is_new)
 
 
 def _hashes(ids: np.ndarray) -> tuple[np.ndarray, int]:
-  """Returns the distinct hashes of the runs of words, and of all words.
+  """Returns the distinct hashes of the runs of words, and a hash of all words.
 
-  Of words x_i, ..., x_j it is a polynomial of a constant c modulo 2^64: sums of
-  x_k c^k from the start give that of any run, times c^-i.
+  The hash of words x_i, ..., x_j is a polynomial in a constant c modulo 2^64.
+  It is the difference of two prefix sums of x_k c^k, times c^-i.
   """
   num = len(ids)
   sums = np.zeros(num + 1, np.uint64)
@@ -182,7 +200,7 @@ def _powers(base: int, num: int) -> np.ndarray:
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
-  """Returns numbers whose bits all depend on all bits (SplitMix64)."""
+  """Returns hashes of numbers (SplitMix64, Steele et al., 2014)."""
   x = x + np.uint64(_FACTOR)
   x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
   x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

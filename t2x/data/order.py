@@ -1,8 +1,8 @@
-"""Which rows a step reads, and where another batch size goes on.
+"""The rows of each training batch, in random order, across batch sizes.
 
-A plan says which rows are in the n-th batch of a size. What it leaves of an
-epoch is where the plan of another size begins, so that no row is read twice
-before all were, whatever sizes follow each other.
+A plan says which rows are in the n-th batch of a given size. The rows that it
+leaves of an epoch are where the plan of another size begins. So no row is read
+twice before all rows were read, whatever batch sizes follow each other.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,11 @@ class Read(NamedTuple):
   """The rows of a batch.
 
   Attributes:
-    group: of the layout.
-    rows: their numbers in it, -1 where there is none.
-    visits: how often each was read before.
-    goes_on: whether it follows the row above it in the batch before.
+    group: number of the rows' group in the layout.
+    rows: numbers of the rows in the group; -1 for an empty row.
+    visits: number of times that each row was read before.
+    goes_on: whether each row continues the row of the batch before that has the
+      same place.
   """
 
   group: int
@@ -32,40 +33,55 @@ class Read(NamedTuple):
 def apart(
   group: int, rows: np.ndarray, visits: np.ndarray | None = None
 ) -> Read:
-  """Returns rows that follow no others, by default for the first time."""
+  """Returns a read of rows that continue no others.
+
+  Args:
+    group: number of the rows' group in the layout.
+    rows: numbers of the rows in the group; -1 for an empty row.
+    visits: number of times that each row was read before; None for 0.
+  """
   if visits is None:
     visits = np.zeros(len(rows), np.int64)
   return Read(group, rows, visits, np.zeros(len(rows), bool))
 
 
 def shuffled(num: int, seed: np.uint64) -> grain.MapDataset:
-  """An endless sequence: all of range(num), then again in another order."""
+  """Returns an endless sequence: range(num) again and again, reshuffled."""
   return grain.MapDataset.range(num).shuffle(seed=int(seed)).repeat()
 
 
 def get(sequence: grain.MapDataset, index: int | np.integer) -> int:
+  """Returns one number of a `shuffled` sequence."""
   value = sequence[int(index)]
   assert value is not None  # Nothing is filtered.
   return value
 
 
 class Listed(NamedTuple):
-  """Rows of a group by themselves, and how often each was read before."""
+  """A list of rows of a group.
+
+  Attributes:
+    rows: numbers of the rows.
+    visits: number of times that each was read before.
+  """
 
   rows: np.ndarray
   visits: np.ndarray
 
   def at(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the rows at some indices, and how often each was read before."""
     return self.rows[indices], self.visits[indices]
 
 
 class Rest(NamedTuple):
-  """Where the rows of a group go on.
+  """The place where the reading of a group continues.
+
+  Some unread rows come first, then the group's endless order.
 
   Attributes:
-    source: has those that come first,
-    first: at these places.
-    place: of the endless order, which follows.
+    source: the sequence that holds the unread rows.
+    first: indices of the unread rows in `source`.
+    place: index in the endless order at which reading continues after them.
   """
 
   source: 'Listed | Group'
@@ -78,7 +94,13 @@ START = Rest(Listed(_NONE, _NONE), _NONE, 0)
 
 
 class Group:
-  """The endless sequence of a group's rows: a rest, then its own order."""
+  """The endless sequence of a group's rows: a rest, then a shuffled order.
+
+  Args:
+    size: number of rows in the group.
+    seed: seed of the shuffled order.
+    rest: the place where reading starts.
+  """
 
   def __init__(self, size: int, seed: np.uint64, rest: Rest = START):
     self._size = size
@@ -86,7 +108,7 @@ class Group:
     self._rest = rest
 
   def at(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns rows, and how often each was read before."""
+    """Returns the rows at some indices, and how often each was read before."""
     source, first, place = self._rest
     rows, visits = np.zeros((2, len(indices)), np.int64)
     early = np.flatnonzero(indices < len(first))
@@ -101,13 +123,26 @@ class Group:
     return np.array([get(self._order, p) for p in places], np.int64)
 
   def rest(self, left: np.ndarray, end: int) -> Rest:
-    """Returns what is `left` of the first `end` rows, and all that follow."""
+    """Returns the place where reading continues.
+
+    Args:
+      left: indices below `end` of rows that are unread.
+      end: index of the sequence from which on all rows are unread.
+    """
     num = len(self._rest.first)
     first = np.concatenate([left, np.arange(end, num)]).astype(np.int64)
     return Rest(self, first, self._rest.place + max(end - num, 0))
 
   def unread(self, rest: Rest) -> tuple[np.ndarray, np.ndarray, int]:
-    """Returns the rows to the end of a rest's visit, and the next visit."""
+    """Returns the unread rows of the current visit.
+
+    Args:
+      rest: the place where the reading of this group continues.
+
+    Returns:
+      The rows, the number of times that each was read before, and the number of
+      visits when they are read.
+    """
     end = math.ceil(rest.place / self._size) * self._size
     places = np.arange(rest.place, end)
     rows, visits = rest.source.at(rest.first)
@@ -119,11 +154,11 @@ class Group:
 
 
 class Shuffled:
-  """Batches of rows in random order, each of one group.
+  """A plan of batches in random order, each with rows of one group.
 
-  With several groups an epoch is a shuffled sequence of them, each as often as
-  its rows fill a batch; what is left of an epoch under another batch size comes
-  first, shuffled too.
+  With several groups, an epoch is a shuffled sequence of groups, in which each
+  occurs as often as its rows fill a batch. The rest of an epoch of another
+  batch size comes first, shuffled as well.
   """
 
   def __init__(
@@ -133,7 +168,14 @@ class Shuffled:
     seeds: np.ndarray,
     rests: Sequence[Rest] | None = None,
   ):
-    """Begins at `rests`, one a group; `seeds` are one more than groups."""
+    """Makes the plan.
+
+    Args:
+      sizes: number of rows of each group.
+      batch_size: number of rows in a batch.
+      seeds: seed of the order of the groups, then one for each group.
+      rests: the place where reading starts, for each group; None for the start.
+    """
     self._batch_size = batch_size
     rests = rests or [START] * len(sizes)
     self.groups = [
@@ -150,18 +192,23 @@ class Shuffled:
 
   @property
   def epoch(self) -> int:
-    """Batches in which every row is read once."""
+    """Number of batches in which every row is read once."""
     return int(self._counts.sum())
 
   def read(self, number: int, lanes: np.ndarray) -> Read:
-    """Returns rows `lanes` of the batch of a number."""
+    """Returns some rows of a batch.
+
+    Args:
+      number: number of the batch, from 0.
+      lanes: places of the rows in the batch.
+    """
     group, batch = self._locate(number)
     indices = batch * self._batch_size + lanes
     rows, visits = self.groups[group].at(indices)
     return apart(group, rows, visits)
 
   def rests(self, number: int) -> list[Rest]:
-    """Returns where each group goes on after so many batches."""
+    """Returns for each group where reading continues after `number` batches."""
     if len(self.groups) == 1:
       end = number * self._batch_size
       return [self.groups[0].rest(_NONE, end)]
@@ -172,13 +219,13 @@ class Shuffled:
     lanes = np.arange(self._batch_size)
     result = []
     for g, (group, end) in enumerate(zip(self.groups, ends, strict=True)):
-      own = sorted(batch for other, batch in left if other == g)
-      indices = np.array(own, np.int64)[:, None] * self._batch_size + lanes
+      batches = sorted(batch for other, batch in left if other == g)
+      indices = np.array(batches, np.int64)[:, None] * self._batch_size + lanes
       result.append(group.rest(indices.ravel(), int(end) * self._batch_size))
     return result
 
   def _locate(self, number: int) -> tuple[int, int]:
-    """Returns the group of a batch, and the batch's number in the group."""
+    """Returns the group of a batch, and the number of the batch in it."""
     if len(self.groups) == 1:
       return 0, number
     epoch, _ = self._epoch_of(number)
@@ -196,7 +243,7 @@ class Shuffled:
     return int(self._lead.sum())
 
   def _epoch_of(self, number: int) -> tuple[int, int]:
-    """Returns a batch's epoch, -1 for what comes first, and place in it."""
+    """Returns a batch's epoch (-1 for the rest before them) and place in it."""
     if number < self._num_lead:
       return -1, number
     return divmod(number - self._num_lead, self.epoch)
@@ -205,13 +252,13 @@ class Shuffled:
     return self._num_lead if epoch < 0 else self.epoch
 
   def _before(self, epoch: int) -> np.ndarray:
-    """Returns the batches of each group before an epoch."""
+    """Returns the number of batches of each group before an epoch."""
     if epoch < 0:
       return np.zeros_like(self._lead)
     return self._lead + epoch * self._counts
 
 
-_LOW = np.uint64(2**32 - 1)  # Grain's seeds are of 32 bits.
+_LOW = np.uint64(2**32 - 1)  # Grain's seeds have 32 bits.
 
 
 def dealt(
@@ -220,35 +267,35 @@ def dealt(
   old: Sequence[np.ndarray],
   new: Sequence[np.ndarray],
 ) -> list[Rest]:
-  """Returns where other groups of the same documents go on.
+  """Returns where new groups of the same documents start to read.
 
-  Groups that stay go on as they are; of the others what is left of the current
-  visit comes first.
+  Groups that do not change continue as they are. The others start with the
+  documents that are unread in the current visit.
 
   Args:
-    rests: of the old groups.
-    plan: theirs.
+    rests: the place where each old group continues.
+    plan: plan of the old groups.
     old: documents of each old group, ascending.
-    new: of each new one.
+    new: documents of each new group, ascending.
   """
   stays = [np.array_equal(a, b) for a, b in zip(old, new)]
   stays += [False] * (max(len(old), len(new)) - len(stays))
   pool, visits, following = [], [], 0
   for group, rest, documents, same in zip(plan.groups, rests, old, stays):
     if not same:
-      rows, own, visit = group.unread(rest)
+      rows, row_visits, visit = group.unread(rest)
       pool.append(documents[rows])
-      visits.append(own)
+      visits.append(row_visits)
       following = max(following, visit)
   result = []
   for g, documents in enumerate(new):
     if stays[g]:
       result.append(rests[g])
       continue
-    left, own = np.concatenate(pool), np.concatenate(visits)
+    left, left_visits = np.concatenate(pool), np.concatenate(visits)
     is_here = np.isin(left, documents)
     rows = np.searchsorted(documents, left[is_here])
-    first = Listed(rows, own[is_here])
+    first = Listed(rows, left_visits[is_here])
     place = following * len(documents)
     result.append(Rest(first, np.arange(len(rows)), place))
   return result

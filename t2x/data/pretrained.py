@@ -1,9 +1,9 @@
-"""Tokenizers that come with the checkpoints of others.
+"""Tokenizers of pretrained checkpoints, read from Hugging Face's files.
 
-A directory of Hugging Face's form: tokenizer.json, or vocab.txt (WordPiece),
-vocab.json with merges.txt (byte-level BPE), spiece.model or tokenizer.model
-(SentencePiece's unigrams and BPE). The ids are those of their own libraries,
-`tokenizers` and `sentencepiece`, which read the files.
+A directory holds tokenizer.json, or vocab.txt (WordPiece), or vocab.json with
+merges.txt (byte-level BPE), or spiece.model or tokenizer.model (SentencePiece
+unigram or BPE). The libraries `tokenizers` and `sentencepiece` read the files,
+so that ids are exactly theirs.
 """
 
 from collections.abc import Iterable
@@ -36,7 +36,7 @@ FILES = (
   _ADDED,
   _TEMPLATE,
 )
-# Taken where no file says more.
+# Usual names of special tokens, for vocabularies whose files name none.
 _USUAL = {
   'cls': ('[CLS]', '<cls>', '<s>'),
   'sep': ('[SEP]', '<sep>', '</s>'),
@@ -49,14 +49,27 @@ _USUAL = {
 
 
 class PretrainedTokenizer(tokenizers.Tokenizer):
-  """Ids of a checkpoint's own tokenizer, special tokens in the text included.
+  """The tokenizer of a pretrained checkpoint.
+
+  Names of special tokens in a text become special ids, unless `splits_names`.
 
   Attributes:
-    prefix_ids: what its checkpoints put before a text.
-    suffix_ids: what they put after it.
+    root: directory of the tokenizer's files.
+    prefix_ids: ids before a text, as the checkpoint's models read it.
+    suffix_ids: ids after a text.
   """
 
   def __init__(self, config: tokenizers.Pretrained, directory: epath.PathLike):
+    """Reads the files.
+
+    Args:
+      config: the tokenizer's settings.
+      directory: directory of the files, whatever `config.directory` says.
+
+    Raises:
+      ValueError: if there are no files, one is damaged, or none names a token
+        that ends a text.
+    """
     self.config = config
     self.root = epath.Path(directory)
     self._names = _special_names(self.root)
@@ -81,8 +94,8 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
     self.mask_id = first('mask')
     self.prefix_ids, self.suffix_ids = self._around()
     sentinels = self._sentinels()
-    own = {i for i in ids.values() if i is not None}
-    self._special = own | self._backend.special | set(sentinels)
+    named = {i for i in ids.values() if i is not None}
+    self._special = named | self._backend.special | set(sentinels)
     self.run_ids = self._backend.run_ids
     self._added = self._special | self._backend.added
     self.vocab = vocab_lib.Vocab(
@@ -96,7 +109,7 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
     )
 
   def _check_added(self) -> None:
-    """Raises ValueError for tokens that only tokenizer.json would explain."""
+    """Raises a ValueError for added tokens that the other files do not have."""
     for name, i in tokenizer_files.read_json(self.root / _ADDED).items():
       if self._backend.id_of(name) != i:
         raise ValueError(
@@ -108,15 +121,19 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
   def _sentinels(self) -> tuple[int, ...]:
     """Returns the ids of <extra_id_0>, <extra_id_1>, ..."""
     most = self.settings.get(tokenizer_files.EXTRA)
-    found = []
-    while (i := self._backend.id_of(f'<extra_id_{len(found)}>')) is not None:
-      if len(found) == most:  # Any more are pieces of text.
+    ids = []
+    while (i := self._backend.id_of(f'<extra_id_{len(ids)}>')) is not None:
+      if len(ids) == most:  # Any more are pieces of text.
         break
-      found.append(i)
-    return tuple(found)
+      ids.append(i)
+    return tuple(ids)
 
   def learnt_past(self, size: int) -> list[int]:
-    """Returns ids from `size` on that no file says were merely added."""
+    """Returns the ids of pieces past `size` that no file lists as added.
+
+    Args:
+      size: first id to look at, such as the rows of a checkpoint's table.
+    """
     return [
       i
       for i in range(size, self.vocab_size)
@@ -124,12 +141,12 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
     ]
 
   def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns what stands before and after a text."""
+    """Returns the ids that stand before and after a text."""
     asked = [self.settings.get(f'add_{role}_token') for role in ('bos', 'eos')]
     has_file = (self.root / 'tokenizer.json').exists()
     if has_file or not self.is_of_library or asked == [None, None]:
       return self._backend.around()
-    # As transformers: they count where no tokenizer.json has a template.
+    # As in transformers: they count if no tokenizer.json has a template.
     ids = [
       self._backend.id_of(self._names[role]) if role in self._names else None
       for role in ('bos', 'eos')
@@ -142,73 +159,80 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
 
   @functools.cached_property
   def settings(self) -> dict[str, Any]:
-    """What its tokenizer_config.json holds."""
+    """The settings in tokenizer_config.json."""
     return tokenizer_files.read_settings(self.root)
 
   @property
   def splits_names(self) -> bool:
-    """Whether the names of special tokens in texts are text."""
+    """Whether the names of special tokens in a text are ordinary text."""
     return bool(self.settings.get(tokenizer_files.SPLIT))
 
   @property
   def is_of_library(self) -> bool:
-    """Whether `tokenizers` reads it, and not `sentencepiece`."""
-    return hasattr(self._backend, 'library_form')
+    """Whether the library `tokenizers` reads it, and not `sentencepiece`."""
+    return isinstance(self._backend, tokenizer_backends.Fast)
 
   def library_form(self) -> Any | None:
-    """Returns a copy as one of the library `tokenizers`, None if it is none."""
-    if not self.is_of_library:
+    """Returns a copy as a `tokenizers.Tokenizer`; None for SentencePiece."""
+    if not isinstance(self._backend, tokenizer_backends.Fast):
       return None
-    made = self._backend.library_form
-    return type(made).from_str(made.to_str())
+    original = self._backend.library_form
+    return type(original).from_str(original.to_str())
 
   def model_file(self) -> bytes:
-    """Returns the SentencePiece model of one that is not of the library."""
+    """Returns the SentencePiece model, where `is_of_library` is False."""
+    assert isinstance(self._backend, tokenizer_backends.Pieces)
     return self._backend.model
 
   def special_names(self) -> list[str]:
-    """Returns the names that stand for one token wherever a text has them.
+    """Returns the names of tokens that become one id anywhere in a text.
 
-    Of one that is not of the library.
+    Only where `is_of_library` is False.
     """
+    assert isinstance(self._backend, tokenizer_backends.Pieces)
     return list(self._backend.named)
 
   def template(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Returns what its library form puts before and after a text."""
+    """Returns the ids around a text; None where `is_of_library` is False."""
     return self._backend.around() if self.is_of_library else None
 
   def files_say(self, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
-    """Whether every reader of its files puts these ids around a text."""
-    found = self._around() == self._backend.around() == (before, after)
-    return found and self._backend.is_filed
+    """Returns whether every reader of the files puts these ids around a text.
+
+    Args:
+      before: ids before a text.
+      after: ids after a text.
+    """
+    is_same = self._around() == self._backend.around() == (before, after)
+    return is_same and self._backend.is_filed
 
   @property
   def token_names(self) -> dict[str, str]:
-    """What special tokens are called, by `bos_token`, `eos_token`, ..."""
+    """The names of special tokens, by `bos_token`, `eos_token`, ..."""
     return {f'{role}_token': name for role, name in self._names.items()}
 
   @property
   def chat_template(self) -> str | None:
-    """How a conversation becomes a prompt, in Jinja; None where none says."""
+    """The Jinja template that makes a prompt of a conversation, or None."""
     if (self.root / _TEMPLATE).exists():
       return reading.text(self.root / _TEMPLATE)
     given = self.settings.get('chat_template')
-    if isinstance(given, list):  # Several, with names.
+    if isinstance(given, list):  # Several templates, with names.
       named = {one.get('name'): one.get('template') for one in given}
       given = named.get('default')
     return given if isinstance(given, str) else None
 
   @property
   def fingerprint(self) -> str:
-    # By what decides ids; older copies have a file of the names besides.
-    found = hashlib.sha256(json.dumps(self._names, sort_keys=True).encode())
+    # A hash of what decides ids; older copies also have a file of the names.
+    digest = hashlib.sha256(json.dumps(self._names, sort_keys=True).encode())
     for name in FILES:
       if (
         name not in (tokenizer_files.SPECIAL_TOKENS, _TEMPLATE)
         and (self.root / name).exists()
       ):
-        found.update(name.encode() + (self.root / name).read_bytes())
-    return found.hexdigest()[:16]
+        digest.update(name.encode() + (self.root / name).read_bytes())
+    return digest.hexdigest()[:16]
 
   def marks(self) -> dict[str, np.ndarray]:
     special_V = np.zeros(self.vocab.size, bool)
@@ -230,16 +254,16 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
   def encode_whole(
     self, texts: Sequence[str | tuple[str, str]], length: int
   ) -> list[tokenizer_backends.Whole]:
-    """Returns texts, or pairs of them, with the special tokens around them.
+    """Returns texts or pairs of texts, encoded with their special tokens.
 
     Args:
-      texts: each one, or two that belong together.
-      length: tokens that one is cut to, special ones included.
+      texts: single texts, or pairs of texts that a model reads together.
+      length: largest number of tokens, special ones included; the rest is cut.
 
     Raises:
-      ValueError: the tokenizer is one of SentencePiece's.
+      ValueError: if SentencePiece reads the tokenizer.
     """
-    if not hasattr(self._backend, 'encode_whole'):
+    if not isinstance(self._backend, tokenizer_backends.Fast):
       raise ValueError(
         f'The tokenizer in {self.root} is one of SentencePiece, which knows '
         'no pairs and no places of tokens. Write a tokenizer.json beside it.'
@@ -249,7 +273,7 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
   def encode_marked(self, text: str) -> list[int]:
     if self.splits_names:
       return super().encode_marked(text)
-    return self.encode(text)  # It knows its sentinels.
+    return self.encode(text)  # The files name the sentinels.
 
   def shown(self, ids: Iterable[int]) -> list[int]:
     size, special = self.vocab.size, self._special
@@ -269,7 +293,7 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
     self.export(epath.Path(directory) / tokenizers.FILES)
 
   def export(self, directory: epath.PathLike) -> None:
-    """Writes the files as they came."""
+    """Copies the tokenizer's files to a directory, unchanged."""
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for name in FILES:
@@ -278,7 +302,7 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
 
 
 def _special_names(root: epath.Path) -> dict[str, str]:
-  """Returns what the tokens of each role are called."""
+  """Returns the name of the special token of each role (bos, eos, ...)."""
   given = tokenizer_files.read_settings(root) | tokenizer_files.read_json(
     root / tokenizer_files.SPECIAL_TOKENS
   )
@@ -292,11 +316,11 @@ def _special_names(root: epath.Path) -> dict[str, str]:
 
 
 def _usual_names(root: epath.Path) -> dict[str, str]:
-  """Returns the names that roles mostly have, of those in the vocabulary."""
+  """Returns the usual name of each role, if the vocabulary has it."""
   backend = tokenizer_files.read_backend(root, {})
   names = {}
   for role, usual in _USUAL.items():
-    there = [name for name in usual if backend.id_of(name) is not None]
-    if there:
-      names[role] = there[0]
+    known = [name for name in usual if backend.id_of(name) is not None]
+    if known:
+      names[role] = known[0]
   return names

@@ -1,17 +1,17 @@
-"""Which tokens stand in which row.
+"""Layouts: how the documents of a split are arranged in rows.
 
-A layout deals the documents of a corpus to rows, in groups of equal length, and
-reads any rows of a group. Shape suffixes: B rows, T tokens of a row.
+A layout arranges documents in rows, in groups of equal row length, and reads
+any rows of a group. Shape suffixes: B rows, T tokens of a row.
 """
 
 import functools
 from typing import Any
-from typing import Protocol
 
 import numpy as np
 
 from t2x.data import config as config_lib
 from t2x.data import counts
+from t2x.data import layouts
 from t2x.data import sentences
 from t2x.data import token_store
 from t2x.objectives import classification
@@ -23,55 +23,20 @@ from t2x.objectives import vocab as vocab_lib
 Streams = tuple[token_store.Stream, ...]
 
 
-class Layout(Protocol):
-  """Rows by group and number."""
-
-  @property
-  def order(self) -> tuple:
-    """What decides which tokens a row has, but for those of the split."""
-    ...
-
-  def count(self) -> counts.Count:
-    """Returns what is read in an epoch."""
-    ...
-
-  def group_lengths(self) -> tuple[int, ...]:
-    """The row length of each group, ascending."""
-    ...
-
-  def group_sizes(self) -> tuple[int, ...]:
-    """The number of rows in each group."""
-    ...
-
-  def examples(self, group: int, rows: np.ndarray) -> np.ndarray:
-    """Returns the numbers of these rows in the split, whatever their group."""
-    ...
-
-  def read(self, group: int, rows: np.ndarray, keys: np.ndarray) -> tuple:
-    """Returns what the objective takes of these rows.
-
-    Args:
-      group: the rows' group.
-      rows: their numbers; a row of -1 is empty.
-      keys: of what is drawn at random, one a row.
-    """
-    ...
-
-
 def make(
   config: config_lib.DataConfig,
   streams: Streams,
   vocab: vocab_lib.Vocab,
   *,
   full: bool = True,
-) -> Layout:
-  """Returns the layout that `config` asks for.
+) -> layouts.Layout:
+  """Returns the layout that the objective and the batching ask for.
 
   Args:
-    config: of one task.
-    streams: of a split.
-    vocab: of the tokenizer.
-    full: each group fills a batch, as training needs it.
+    config: settings of one task.
+    streams: token streams of a split.
+    vocab: vocabulary of the tokenizer.
+    full: whether each group must fill a batch, as training needs.
   """
   if isinstance(config.objective, next_sentence.NextSentence):
     return sentences.SentencePairs(config, streams[0], vocab)
@@ -82,8 +47,8 @@ def make(
   return Windows(config.objective, config.length, streams[0])
 
 
-class Windows:
-  """Full rows: row r begins at token r * stride of the whole split."""
+class Windows(layouts.OneGroup):
+  """Full rows: row r begins at token r * stride of the split."""
 
   def __init__(
     self,
@@ -103,25 +68,20 @@ class Windows:
   def count(self) -> counts.Count:
     return counts.Count(self._stream.num_tokens, self._stream.num_documents)
 
-  def group_lengths(self) -> tuple[int, ...]:
-    return (self._length,)
-
   def group_sizes(self) -> tuple[int, ...]:
     overlap = self._source_length - self._stride
     return (-(-(self._stream.num_tokens - overlap) // self._stride),)
 
-  def examples(self, group: int, rows: np.ndarray) -> np.ndarray:
-    del group  # There is one.
-    return rows
-
   def continues(self, rows: np.ndarray) -> np.ndarray:
-    """Returns whether each row goes on with the document of the one before."""
+    """Returns whether each row continues the document of the row before."""
     start = np.maximum(rows, 1) * self._stride
     ends = self._stream.offsets[1:]
     of = lambda token: np.searchsorted(ends, token, side='right')
     return (rows > 0) & (of(start - 1) == of(start))
 
-  def read(self, group: int, rows: np.ndarray, keys: np.ndarray):
+  def read(
+    self, group: int, rows: np.ndarray, keys: np.ndarray
+  ) -> tuple[rows_lib.Rows, ...]:
     del group, keys  # There is one, and nothing is drawn.
     starts_B1 = rows[:, None] * self._stride
     index_BT = starts_B1 + np.arange(self._source_length)
@@ -139,14 +99,14 @@ class Windows:
     )
 
 
-class Padded:
-  """One document a row, in the smallest bucket that holds it."""
+class Padded(layouts.Layout):
+  """One document per row, in the smallest bucket that holds it."""
 
   def __init__(
     self, config: config_lib.DataConfig, streams: Streams, *, full: bool = True
   ):
     self._streams = streams
-    self._objective: Any = config.objective  # Of one task.
+    self._objective: Any = config.objective  # The objective of one task.
     self._least = config.batch_size if full else 0
     self._buckets = config_lib.buckets(config)
 
@@ -155,22 +115,22 @@ class Padded:
     return 'padded', self._buckets, self._limits
 
   def count(self) -> counts.Count:
-    # A label is no text that is read.
-    labelled = isinstance(self._objective, classification.Classification)
-    sides = 1 if labelled else None
+    # The second stream of a classification holds labels, which are no text.
+    has_labels = isinstance(self._objective, classification.Classification)
+    sides = 1 if has_labels else None
     return counts.of_cut(self._streams[:sides], self._limits[-1])
 
   @property
   def _limits(self) -> tuple[int, ...]:
-    """The most tokens of a document in each bucket."""
+    """The largest number of tokens of a document in each bucket."""
     return tuple(self._objective.source_length(b) for b in self._buckets)
 
   @functools.cached_property
   def _groups(self) -> list[tuple[int, np.ndarray]]:
-    """The length and the documents of each group.
+    """The row length and the documents of each group.
 
-    Where groups are to be full, a bucket with less than a batch of documents
-    is added to the next, as a batch of them would repeat some.
+    If groups must be full, the documents of a bucket that do not fill a batch
+    join the next bucket, since a batch of them would repeat some.
     """
     lengths = np.max([np.diff(s.offsets) for s in self._streams], axis=0)
     bucket = np.searchsorted(self._limits[:-1], lengths)
@@ -197,13 +157,15 @@ class Padded:
     return len(self._groups)
 
   def documents(self, group: int) -> np.ndarray:
-    """Returns the documents of a group, ascending."""
+    """Returns the numbers of the documents of a group, ascending."""
     return self._groups[group][1]
 
   def examples(self, group: int, rows: np.ndarray) -> np.ndarray:
     return np.where(rows >= 0, self.documents(group)[rows], -1)
 
-  def read(self, group: int, rows: np.ndarray, keys: np.ndarray):
+  def read(
+    self, group: int, rows: np.ndarray, keys: np.ndarray
+  ) -> tuple[rows_lib.Rows, ...]:
     del keys  # Nothing is drawn.
     source_length = self._objective.source_length(self._groups[group][0])
     chosen = self.examples(group, rows)
@@ -213,8 +175,8 @@ class Padded:
     )
 
 
-class PackedPairs:
-  """As many neighbouring pairs a row as fit on both sides."""
+class PackedPairs(layouts.OneGroup):
+  """Rows of as many consecutive pairs as fit on both sides."""
 
   def __init__(self, config: config_lib.DataConfig, streams: Streams):
     self._streams = streams
@@ -229,7 +191,7 @@ class PackedPairs:
 
   @functools.cached_property
   def _firsts(self) -> np.ndarray:
-    """The first pair of each row, and at the end the number of pairs."""
+    """The first pair of each row, followed by the number of pairs."""
     ends = [
       np.cumsum(np.minimum(np.diff(s.offsets), self._length))
       for s in self._streams
@@ -247,17 +209,12 @@ class PackedPairs:
       )
     return np.array(firsts)
 
-  def group_lengths(self) -> tuple[int, ...]:
-    return (self._length,)
-
   def group_sizes(self) -> tuple[int, ...]:
     return (len(self._firsts) - 1,)
 
-  def examples(self, group: int, rows: np.ndarray) -> np.ndarray:
-    del group  # There is one.
-    return rows
-
-  def read(self, group: int, rows: np.ndarray, keys: np.ndarray):
+  def read(
+    self, group: int, rows: np.ndarray, keys: np.ndarray
+  ) -> tuple[rows_lib.Rows, ...]:
     del group, keys  # There is one, and nothing is drawn.
     firsts = np.where(rows >= 0, self._firsts[rows], -1)
     counts = np.where(rows >= 0, np.diff(self._firsts)[rows], 0)
@@ -272,7 +229,14 @@ def _gather(
   counts: np.ndarray,
   length: int,
 ) -> rows_lib.Rows:
-  """Returns rows of `counts` documents from `firsts` on, each cut to length."""
+  """Returns rows of consecutive documents.
+
+  Args:
+    stream: the token stream.
+    firsts: (B,) first document of each row.
+    counts: (B,) number of documents in each row.
+    length: number of tokens that each document is cut to.
+  """
   tokens_BT = np.full((len(firsts), length), vocab_lib.PAD, np.int32)
   segments_BT = np.zeros((len(firsts), length), np.int32)
   for row, (first, count) in enumerate(zip(firsts, counts)):

@@ -1,4 +1,4 @@
-"""The part of a corpus that a tokenizer is trained on."""
+"""The sample of a corpus that a tokenizer is trained on."""
 
 from collections.abc import Iterable
 
@@ -9,7 +9,7 @@ CHUNK = 2_000  # Characters; the trainer skips very long sentences.
 
 
 def chunks(texts: Iterable[str]) -> Iterable[str]:
-  """Yields pieces of texts, up to the first few megabytes."""
+  """Yields the first megabytes of texts, in chunks of `CHUNK` characters."""
   left = _SAMPLE_BYTES
   for text in texts:
     for start in range(0, len(text), CHUNK):
@@ -17,5 +17,5 @@ def chunks(texts: Iterable[str]) -> Iterable[str]:
       left -= len(chunk.encode())
       if left < 0:
         return
-      # The trainer would take it for a space, and its ids are those of bytes.
+      # The trainer would take U+2581 for a space; it is encoded as bytes.
       yield from filter(None, chunk.split(letters.SPACE))

@@ -1,7 +1,7 @@
-"""Rows of two sentences: where they come from, and what goes wrong on purpose.
+"""Rows of two texts, for next-sentence prediction.
 
-A document is cut into chunks of whole sentences that fit a row; a chunk is cut
-once more, into A and B, after any of its sentences.
+A document is cut into chunks of whole sentences that fit a row. A chunk is cut
+once more, into texts A and B, after any of its sentences.
 
 Shape suffixes: B rows, T tokens of a row, V vocabulary.
 """
@@ -12,20 +12,21 @@ import numpy as np
 
 from t2x.data import config as config_lib
 from t2x.data import counts
+from t2x.data import layouts
 from t2x.data import token_store
 from t2x.objectives import next_sentence
 from t2x.objectives import noise
 from t2x.objectives import rows as rows_lib
 from t2x.objectives import vocab as vocab_lib
 
-_STREAM = 32  # Of random numbers; those below are the masks'.
+_STREAM = 32  # Stream of random numbers; maskings use those below.
 
 
-class SentencePairs:
-  """One chunk of a document a row, some with another B.
+class SentencePairs(layouts.OneGroup):
+  """One chunk of a document per row; some rows have another text B.
 
   Raises:
-    ValueError: negatives come from other documents, and there is one.
+    ValueError: if negatives come from other documents, and there is only one.
   """
 
   def __init__(
@@ -53,25 +54,20 @@ class SentencePairs:
     return 'sentences', self._length
 
   def count(self) -> counts.Count:
-    """Returns what chunks hold; the ends of documents are not counted."""
+    """Returns the count of chunks, without the starts and ends of documents."""
     start, stop, document = self._chunks.T
     lengths = np.diff(self._stream.offsets) - 2
     lost = lengths.copy()
     np.subtract.at(lost, document, stop - start)
     return counts.of_lost(lengths, lost)
 
-  def group_lengths(self) -> tuple[int, ...]:
-    return (self._length,)
-
   def group_sizes(self) -> tuple[int, ...]:
     return (len(self._chunks),)
 
-  def examples(self, group: int, rows: np.ndarray) -> np.ndarray:
-    del group  # There is one.
-    return rows
-
-  def read(self, group: int, rows: np.ndarray, keys: np.ndarray):
-    """Returns the rows, 1 for each token of B, and which B are wrong."""
+  def read(
+    self, group: int, rows: np.ndarray, keys: np.ndarray
+  ) -> tuple[rows_lib.Rows, np.ndarray, np.ndarray]:
+    """Returns the rows, token types (1 in text B), and which B are wrong."""
     del group  # There is one.
     shape = len(rows), self._length
     tokens_BT, segments_BT, types_BT = np.zeros((3, *shape), np.int32)
@@ -85,8 +81,10 @@ class SentencePairs:
       types_BT[i, len(first) + 2 : len(ids)] = 1
     return rows_lib.Rows(tokens_BT, segments_BT), types_BT, wrong_B
 
-  def _pair(self, row: int, draws) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Returns A, B, and whether B is wrong."""
+  def _pair(
+    self, row: int, draws: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Returns texts A and B, and whether B does not follow A."""
     start, stop, _ = self._chunks[row]
     cut = self._cut(start, stop, draws[0])
     tokens = self._stream.tokens
@@ -103,31 +101,45 @@ class SentencePairs:
     return first, tokens[start:stop][: self._room - len(first)], True
 
   def _cut(self, start: int, stop: int, draw: float) -> int:
-    """Returns a place after a sentence; of a lone one, after any token."""
+    """Returns the place between texts A and B, after a sentence.
+
+    In a chunk of one sentence, any place between two tokens.
+
+    Args:
+      start: place of the chunk's first token in the stream.
+      stop: place after its last token.
+      draw: a random number in [0, 1).
+    """
     low, high = np.searchsorted(self._ends, (start, stop - 1), side='right')
     if low < high:
       return int(self._ends[low + int(draw * (high - low))])
     return start + 1 + int(draw * (stop - start - 1))
 
   def _other(self, row: int, kind: int, draw: float) -> int | None:
-    """Returns the chunk of a wrong B, None where A and B are to be swapped."""
+    """Returns the chunk of a wrong text B; None to swap A and B.
+
+    Args:
+      row: number of the chunk of text A.
+      kind: 0 for a chunk of another document, 1 for one of the same document.
+      draw: a random number in [0, 1).
+    """
     document = self._chunks[:, 2]
     low, high = np.searchsorted(document, document[row] + np.array([0, 1]))
     num = len(document) - (high - low)
     if kind == 0 and num:
       other = int(draw * num)
       return other + (high - low) * (other >= low)
-    # Of the same document, neither this one nor what follows it.
+    # Chunks of the same document, except this one and the next.
     away = [i for i in range(low, high) if i not in (row, row + 1)]
     return away[int(draw * len(away))] if kind == 1 and away else None
 
   @functools.cached_property
   def _ends(self) -> np.ndarray:
-    """Where sentences end (the place after the last token), ascending."""
+    """The places after the last token of each sentence, ascending."""
     lexicon = self._vocab.lexicon
     assert lexicon is not None, 'a lexicon knows where sentences end'
     tokens = np.asarray(self._stream.tokens)
-    # A run of such tokens (an ellipsis) ends one sentence.
+    # A run of end tokens (an ellipsis) ends one sentence.
     is_end = lexicon.ends_V[tokens]
     is_end[:-1] &= ~is_end[1:].copy()
     inside = np.flatnonzero(is_end) + 1
@@ -135,8 +147,8 @@ class SentencePairs:
 
   @functools.cached_property
   def _chunks(self) -> np.ndarray:
-    """Start, stop and document of each chunk."""
-    found, ends = [], self._ends
+    """(chunks, 3) start, stop and document of each chunk."""
+    chunks, ends = [], self._ends
     offsets = self._stream.offsets
     for document in range(len(offsets) - 1):
       # Without the tokens that start and end a document.
@@ -146,6 +158,6 @@ class SentencePairs:
         last = np.searchsorted(ends, most, side='right') - 1
         cut = int(ends[last]) if last >= 0 else 0
         cut = cut if cut > start + 1 else most
-        found.append((start, cut, document))
+        chunks.append((start, cut, document))
         start = cut
-    return np.array(found, np.int64).reshape(-1, 3)
+    return np.array(chunks, np.int64).reshape(-1, 3)

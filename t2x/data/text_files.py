@@ -1,4 +1,4 @@
-"""Documents from .txt and .jsonl files, each also as .gz."""
+"""A corpus from .txt and .jsonl files, each also as .gz."""
 
 from collections.abc import Iterator
 import glob
@@ -24,8 +24,8 @@ def find(files: str) -> list[str]:
   """Returns the sorted paths that comma-separated globs match.
 
   Raises:
-    ValueError: if there are no globs, one matches nothing, or a file is of
-      another type or has a name that is not UTF-8.
+    ValueError: if there are no globs, a glob matches nothing, a file is of
+      another type, or its name is not UTF-8.
   """
   patterns = [p.strip() for p in files.split(',') if p.strip()]
   if not patterns:
@@ -60,7 +60,13 @@ def find(files: str) -> list[str]:
 
 
 def key(paths: list[str], text_field: str, target_field: str | None) -> str:
-  """Returns a hash that changes when any file or field does."""
+  """Returns a hash of the files' sizes and times, and of the fields' names.
+
+  Args:
+    paths: paths of the files.
+    text_field: name of the field with the text.
+    target_field: name of the field with the target text; None without pairs.
+  """
   stats = [(os.path.abspath(p), os.stat(p)) for p in paths]
   facts = [(p, s.st_size, s.st_mtime_ns) for p, s in stats]
   facts = repr((facts, text_field, target_field))
@@ -70,7 +76,16 @@ def key(paths: list[str], text_field: str, target_field: str | None) -> str:
 def read(
   paths: list[str], text_field: str, target_field: str | None
 ) -> Iterator[documents_lib.Document]:
-  """Yields the documents of all files."""
+  """Yields the documents of all files.
+
+  Args:
+    paths: paths of the files.
+    text_field: name of the field with the text in .jsonl files.
+    target_field: name of the field with the target text; None without pairs.
+
+  Raises:
+    ValueError: if a file is damaged, or a line has no such field.
+  """
   root = os.path.commonpath(
     [os.path.dirname(os.path.abspath(p)) for p in paths]
   )
@@ -82,7 +97,9 @@ def read(
       yield from _read_txt(path, name, target_field)
 
 
-def _read_txt(path: str, name: str, target_field: str | None):
+def _read_txt(
+  path: str, name: str, target_field: str | None
+) -> Iterator[documents_lib.Document]:
   if target_field is not None:
     raise ValueError(
       f'target_field={target_field!r} needs files with fields, but {path!r} '
@@ -94,7 +111,7 @@ def _read_txt(path: str, name: str, target_field: str | None):
 
 
 def _parts(text: str) -> Iterator[str]:
-  """Cuts a long text at blank lines, or else at line ends."""
+  """Yields parts of a long text, cut at blank lines or else at line ends."""
   for separator in ('\n\n', '\n'):
     if len(text) > _MAX_CHARS and separator in text:
       break
@@ -110,9 +127,11 @@ def _parts(text: str) -> Iterator[str]:
   yield part
 
 
-def _read_jsonl(path, name, text_field, target_field):
+def _read_jsonl(
+  path: str, name: str, text_field: str, target_field: str | None
+) -> Iterator[documents_lib.Document]:
   for i, line in reading.lines(_read_bytes(path), path):
-    line = line.removeprefix('\ufeff')  # Of files that were joined.
+    line = line.removeprefix('\ufeff')  # Concatenated files have it.
     if not line.strip():
       continue
     place = f'{path}:{i}'
@@ -124,12 +143,12 @@ def _read_jsonl(path, name, text_field, target_field):
 
 
 def _record(line: str, place: str) -> tuple[dict[str, Any], list[str]]:
-  """Returns the object of a line, and its names as often as they stand."""
+  """Returns the object of a line, and its field names with repetitions."""
   pairs: list[tuple[str, Any]] = []
 
-  def keep(found):
-    pairs[:] = found  # Those of the outermost object come last.
-    return dict(found)
+  def keep(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    pairs[:] = fields  # The outermost object comes last.
+    return dict(fields)
 
   remedy = 'A .jsonl file holds one object a line; correct or remove this line.'
   record = reading.parse_json(line, place, remedy, object_pairs_hook=keep)
@@ -141,7 +160,9 @@ def _record(line: str, place: str) -> tuple[dict[str, Any], list[str]]:
   return record, [name for name, _ in pairs]
 
 
-def _field(record, names, field: str, setting: str, place: str) -> str:
+def _field(
+  record: dict[str, Any], names: list[str], field: str, setting: str, place: str
+) -> str:
   if field not in record:
     raise ValueError(
       f'{place}: no field {field!r}; it has {sorted(record)}. Set '
@@ -170,14 +191,14 @@ def _field(record, names, field: str, setting: str, place: str) -> str:
   return value
 
 
-def label_text(value: Any, place: str) -> str:
-  """Returns a target as text: a number, true or false as JSON writes it.
+def label_text(value: object, place: str) -> str:
+  """Returns a target or label as text; numbers and booleans as JSON writes.
 
   >>> [label_text(x, 'a.jsonl:1') for x in ('yes', True, 3, 0.50)]
   ['yes', 'true', '3', '0.5']
 
   Raises:
-    ValueError: it is something else, or a number that is not finite.
+    ValueError: if it is of another type, or a number that is not finite.
   """
   if isinstance(value, str):
     return value

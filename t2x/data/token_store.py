@@ -1,7 +1,7 @@
-"""Tokenised text on disk: one flat array of ids, and where documents start.
+"""Token streams on disk: a flat array of ids, and the starts of documents.
 
-Ids are stored in as few bytes as the vocabulary allows and memory-mapped, so
-opening a corpus costs nothing and only the rows asked for are read.
+Ids are stored in as few bytes as the vocabulary allows and are memory-mapped.
+Opening a corpus therefore costs nothing, and only the rows in use are read.
 """
 
 from collections.abc import Iterable
@@ -14,16 +14,20 @@ import numpy as np
 
 
 class Stream:
-  """The documents of one split, one after the other.
+  """The tokens of all documents of one split, one after the other.
 
-  Pickles as its path, so that worker processes map the file themselves.
+  It is pickled as its path, so that worker processes map the file themselves.
+
+  Args:
+    directory: directory of the files.
+    name: name of the stream in the directory.
   """
 
   def __init__(self, directory: pathlib.Path, name: str):
     self._directory = pathlib.Path(directory)
     self._name = name
 
-  def __reduce__(self):
+  def __reduce__(self) -> tuple[type['Stream'], tuple[pathlib.Path, str]]:
     return Stream, (self._directory, self._name)
 
   @functools.cached_property
@@ -32,28 +36,29 @@ class Stream:
 
   @functools.cached_property
   def tokens(self) -> np.ndarray:
-    """(num_tokens,) ids."""
+    """(num_tokens,) token ids."""
     path = self._directory / f'{self._name}.bin'
     return np.memmap(path, dtype=self._facts['dtype'], mode='r')
 
   @functools.cached_property
   def offsets(self) -> np.ndarray:
-    """(num_documents + 1,) int64, the start of each document and the end."""
+    """(num_documents + 1,) int64, start of each document, and the end."""
     path = self._directory / f'{self._name}_offsets.npy'
     return np.load(path, mmap_mode='r')
 
   @property
   def num_tokens(self) -> int:
-    """Tokens of all documents, their starts and ends included."""
+    """Number of tokens, the starts and ends of documents included."""
     return self._facts['num_tokens']
 
   @property
   def num_bytes(self) -> int:
-    """UTF-8 bytes of all documents' text."""
+    """Number of UTF-8 bytes of the text of all documents."""
     return self._facts['num_bytes']
 
   @property
   def num_documents(self) -> int:
+    """Number of documents."""
     return len(self.offsets) - 1
 
 
@@ -63,13 +68,14 @@ def write(
   chunks: Iterable[tuple[Sequence[np.ndarray], int]],
   vocab_size: int,
 ) -> None:
-  """Writes a stream.
+  """Writes a token stream.
 
   Args:
     directory: an existing directory.
-    name: of the stream, unique in the directory.
-    chunks: ids of some documents, with the number of bytes of their text.
-    vocab_size: all ids are below it.
+    name: name of the stream, unique in the directory.
+    chunks: ids of some documents at a time, with the number of UTF-8 bytes of
+      their text.
+    vocab_size: upper bound of the ids, which are all smaller.
   """
   dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
   lengths = [0]

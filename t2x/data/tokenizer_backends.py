@@ -1,5 +1,6 @@
-"""What encodes and decodes: `tokenizers`, or `sentencepiece`."""
+"""Backends of pretrained tokenizers: `tokenizers` and `sentencepiece`."""
 
+from collections.abc import Sequence
 import json
 import re
 from typing import Any
@@ -13,13 +14,13 @@ _BYTE_OF = {letter: i for i, letter in enumerate(letters.byte_letters())}
 
 
 class Whole(NamedTuple):
-  """A text or a pair of texts as a model reads it.
+  """A text or a pair of texts, encoded with its special tokens.
 
   Attributes:
-    ids: of its tokens, special ones included.
-    types: 0 for tokens of the first text, 1 for those of the second.
-    spans: where each token begins and ends in its text, in characters.
-    is_text: False for special tokens.
+    ids: token ids, special ones included.
+    types: token types, 0 in the first text and 1 in the second.
+    spans: start and end of each token in its text, in characters.
+    is_text: whether each token is part of a text, and not special.
   """
 
   ids: list[int]
@@ -28,13 +29,71 @@ class Whole(NamedTuple):
   is_text: list[bool]
 
 
-class Fast:
-  """A tokenizer of the library `tokenizers`."""
+class Backend:
+  """The interface of a library's tokenizer.
+
+  Attributes:
+    size: number of ids.
+    special: ids of special tokens.
+    added: ids of tokens that were added to the vocabulary.
+    run_ids: ids of bytes that decode by whole runs only.
+    is_bytes_alone: whether every token of text is one byte.
+    is_filed: whether the files alone hold every setting of the tokenizer.
+  """
+
+  size: int
+  special: set[int]
+  added: set[int]
+  run_ids: frozenset[int] = frozenset()
+  is_bytes_alone: bool = False
+  is_filed: bool = False
+
+  def id_of(self, name: str) -> int | None:
+    """Returns the id of a token; None if the vocabulary lacks it."""
+    raise NotImplementedError
+
+  def piece(self, i: int) -> str:
+    """Returns the piece of an id, as the vocabulary writes it; '' for a gap."""
+    raise NotImplementedError
+
+  def bytes_of(self, i: int) -> bytes:
+    """Returns the UTF-8 bytes of an id in a decoded text."""
+    raise NotImplementedError
+
+  def begins(self, piece: str) -> bool:
+    """Returns whether a piece begins a word."""
+    raise NotImplementedError
+
+  def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the ids that the library puts before and after a text."""
+    raise NotImplementedError
+
+  def encode(self, texts: list[str]) -> list[list[int]]:
+    """Returns the ids of each text, without special tokens around it."""
+    raise NotImplementedError
+
+  def decode(self, ids: list[int]) -> str:
+    """Returns the text of ids, none of which is special."""
+    raise NotImplementedError
+
+
+class Fast(Backend):
+  """A tokenizer of the library `tokenizers`.
+
+  Attributes:
+    library_form: the `tokenizers.Tokenizer`.
+  """
 
   def __init__(self, tokenizer: Any, *, splits: bool, is_filed: bool = False):
-    """`splits` says whether texts name special tokens as any other text."""
+    """Wraps a tokenizer.
+
+    Args:
+      tokenizer: the `tokenizers.Tokenizer`.
+      splits: whether names of special tokens in a text are ordinary text.
+      is_filed: whether a tokenizer.json holds every setting of it.
+    """
     self.library_form = tokenizer
-    self.is_filed = is_filed  # Whether a tokenizer.json holds all of it.
+    self.is_filed = is_filed
     self._tokenizer = tokenizer
     pieces = tokenizer.get_vocab()
     # Ids may have gaps, such as an empty line of vocab.txt.
@@ -48,9 +107,9 @@ class Fast:
     self._is_bytes = '"ByteLevel"' in decoder
     self.is_bytes_alone = self._is_bytes and not parts['model'].get('merges')
     has_bytes = '"ByteFallback"' in decoder
-    # As t2x writes its own: a text is the bytes of its tokens.
+    # As in the files that t2x writes: a text is the bytes of its tokens.
     self._is_joined = has_bytes and splits
-    # Of others one byte that is wrong breaks all those beside it.
+    # In other files one invalid byte makes the whole run of bytes invalid.
     runs = has_bytes and not self._is_joined
     self._beside = tokenizer.encode('a', add_special_tokens=False).ids
     self._text_beside = tokenizer.decode(self._beside)
@@ -69,13 +128,13 @@ class Fast:
   def bytes_of(self, i: int) -> bytes:
     piece = self.piece(i)
     if self._is_bytes:
-      # An added token is text, and not the letters that stand for its bytes.
+      # An added token is plain text, not letters that stand for bytes.
       if all(letter in _BYTE_OF for letter in piece):
         return bytes(_BYTE_OF[letter] for letter in piece)
       return piece.encode()
     if self._is_joined or i in self.run_ids:
       return letters.piece_bytes(piece)
-    # Beside others, as a decoder may clean up and drop the first space.
+    # Decoded after other ids, since a decoder may drop the first space.
     text = self._tokenizer.decode([*self._beside, i])
     return text[len(self._text_beside) :].encode()
 
@@ -85,7 +144,6 @@ class Fast:
     return piece.startswith(self._space)
 
   def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns what stands before and after a text, as the template says."""
     plain = self._tokenizer.encode('a', add_special_tokens=False).ids
     whole = self._tokenizer.encode('a').ids
     for start in range(len(whole) - len(plain) + 1):
@@ -94,21 +152,29 @@ class Fast:
     return (), ()
 
   def encode(self, texts: list[str]) -> list[list[int]]:
-    found = self._tokenizer.encode_batch(texts, add_special_tokens=False)
-    return [encoding.ids for encoding in found]
+    encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
 
-  def encode_whole(self, texts: list[Any], length: int) -> list[Whole]:
-    """Returns texts and pairs as a model reads them; the longer one is cut."""
+  def encode_whole(
+    self, texts: Sequence[str | tuple[str, str]], length: int
+  ) -> list[Whole]:
+    """Returns texts or pairs of texts, encoded with their special tokens.
+
+    Args:
+      texts: single texts, or pairs of texts that a model reads together.
+      length: largest number of tokens, special ones included; the longer text
+        of a pair is cut.
+    """
     self._tokenizer.enable_truncation(length)
     try:
-      found = self._tokenizer.encode_batch(texts)
+      encodings = self._tokenizer.encode_batch(list(texts))
     finally:
       self._tokenizer.no_truncation()
     return [
       Whole(
         e.ids, e.type_ids, e.offsets, [not s for s in e.special_tokens_mask]
       )
-      for e in found
+      for e in encodings
     ]
 
   def decode(self, ids: list[int]) -> str:
@@ -118,39 +184,52 @@ class Fast:
     return letters.decode(data)
 
 
-class Pieces:
-  """A SentencePiece model; T5 adds its sentinels behind the vocabulary."""
+class Pieces(Backend):
+  """A SentencePiece model; T5 adds its sentinels after the vocabulary.
 
-  run_ids = frozenset()  # Of bytes, whole characters are text.
-  is_bytes_alone = False
+  Attributes:
+    model: the serialised SentencePiece model.
+    named: ids of the special tokens, by their names.
+  """
+
   is_filed = True
 
   def __init__(self, model: bytes, num_extra: int, settings: dict[str, Any]):
+    """Loads a model.
+
+    Args:
+      model: the serialised SentencePiece model.
+      num_extra: number of sentinels after its vocabulary.
+      settings: the settings in tokenizer_config.json.
+
+    Raises:
+      RuntimeError: if the model is empty or damaged.
+    """
     self.model = model
     self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     if not model:
       raise RuntimeError('it is empty')
-    own = self._processor.vocab_size()
-    self.size = own + num_extra
+    num_pieces = self._processor.vocab_size()
+    self.size = num_pieces + num_extra
     # The last id is <extra_id_0>.
     self._extra = {
       f'<extra_id_{i}>': self.size - 1 - i for i in range(num_extra)
     }
     named = {
       self._processor.id_to_piece(i): i
-      for i in range(own)
+      for i in range(num_pieces)
       if self._processor.is_control(i) or self._processor.is_unknown(i)
     }
     self.named = named | self._extra
     self.special = set(self.named.values())
     self.added = set(self._extra.values())
     bos, eos = self._processor.bos_id(), self._processor.eos_id()
-    # Llama begins a text with a token of its own; T5 has none and ends it.
+    # Llama begins a text with its bos token; T5 has none and ends a text.
     begins = settings.get('add_bos_token', bos >= 0)
     ends = settings.get('add_eos_token', bos < 0)
     self._around = (bos,) if begins else (), (eos,) if ends else ()
-    found = sorted(self.named, key=len, reverse=True)
-    self._pattern = re.compile(f'({"|".join(map(re.escape, found))})')
+    names = sorted(self.named, key=len, reverse=True)
+    self._pattern = re.compile(f'({"|".join(map(re.escape, names))})')
 
   def id_of(self, name: str) -> int | None:
     if name in self._extra:
@@ -159,8 +238,8 @@ class Pieces:
     return i if self._processor.id_to_piece(i) == name else None
 
   def piece(self, i: int) -> str:
-    own = self._processor.vocab_size()
-    return self._processor.id_to_piece(i) if i < own else ''
+    num_pieces = self._processor.vocab_size()
+    return self._processor.id_to_piece(i) if i < num_pieces else ''
 
   def bytes_of(self, i: int) -> bytes:
     return letters.piece_bytes(self.piece(i))

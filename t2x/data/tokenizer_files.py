@@ -1,4 +1,4 @@
-"""Files of tokenizers, and what is made of them; see `tokenizer_backends`."""
+"""Reading the files of pretrained tokenizers into `tokenizer_backends`."""
 
 from collections.abc import Generator
 from collections.abc import Iterable
@@ -17,8 +17,8 @@ from t2x.data import tokenizer_backends as backends
 SENTENCEPIECE = ('spiece.model', 'tokenizer.model')
 SPECIAL_TOKENS = 'special_tokens_map.json'
 TOKENIZER_CONFIG = 'tokenizer_config.json'
-SPLIT = 'split_special_tokens'  # Whether their names in texts are text.
-EXTRA = 'extra_ids'  # How many sentinels there are.
+SPLIT = 'split_special_tokens'  # Whether their names are ordinary text.
+EXTRA = 'extra_ids'  # The number of sentinels.
 _MOST_EXTRA = 10_000
 ROLES = ('bos', 'eos', 'pad', 'mask', 'cls', 'sep', 'unk')
 _NAMES = {f'{role}_token' for role in ROLES}
@@ -33,18 +33,18 @@ _FLAGS = {
 }
 
 
-def read_backend(root: epath.Path, names: dict[str, str]) -> Any:
-  """Reads whichever files there are.
+def read_backend(
+  root: epath.Path, names: dict[str, str]
+) -> backends.Fast | backends.Pieces:
+  """Returns the backend that reads the files of a directory.
 
   Args:
     root: directory of the files.
-    names: of the special tokens, by role.
-
-  Returns:
-    What encodes and decodes, by one of the two libraries.
+    names: names of the special tokens, by role.
 
   Raises:
-    ValueError: there are none, one is damaged, or the library is missing.
+    ValueError: if there are no files, one is damaged, or the library that reads
+      them is not installed.
   """
   for name in SENTENCEPIECE:
     if (root / name).exists() and not (root / 'tokenizer.json').exists():
@@ -66,7 +66,7 @@ def read_backend(root: epath.Path, names: dict[str, str]) -> Any:
       if splits:
         text = _with_special_marks(read_json(file))
       tokenizer = library.Tokenizer.from_str(text)
-    tokenizer.no_padding()  # A file may ask for either.
+    tokenizer.no_padding()  # A file may ask for padding or truncation.
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = splits
     added = _add_names(tokenizer, names.values())
@@ -83,7 +83,7 @@ def read_backend(root: epath.Path, names: dict[str, str]) -> Any:
 
 
 def _add_names(tokenizer: Any, names: Iterable[str]) -> int:
-  """Makes those of the roles special tokens, as transformers does."""
+  """Makes named tokens special, as transformers does; returns how many."""
   added = tokenizer.get_added_tokens_decoder().values()
   known = {token.content for token in added}
   new = [
@@ -96,7 +96,7 @@ def _add_names(tokenizer: Any, names: Iterable[str]) -> int:
 
 
 def _with_special_marks(data: dict[str, Any]) -> str:
-  """Makes sentinels special, so that they can be text as the others can."""
+  """Returns a tokenizer.json in which sentinels are special tokens too."""
   for token in data.get('added_tokens') or []:
     token['special'] |= bool(re.fullmatch(r'<extra_id_\d+>', token['content']))
   return json.dumps(data)
@@ -104,7 +104,7 @@ def _with_special_marks(data: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _damage_named(file: epath.PathLike) -> Generator[None, None, None]:
-  """Makes one line of what a library says of a file that it cannot read."""
+  """Turns a library's error on a damaged file into a one-line ValueError."""
   try:
     yield
   except ValueError:
@@ -117,7 +117,7 @@ def _damage_named(file: epath.PathLike) -> Generator[None, None, None]:
 
 
 def _wordpiece(root: epath.Path, names: dict[str, str]) -> Any:
-  """BERT's, from a vocabulary of one token a line."""
+  """Returns a BERT tokenizer, from a vocabulary with one token per line."""
   library: Any = importlib.import_module('tokenizers')
   vocab = {line: i for i, line in enumerate(_lines(root / 'vocab.txt')) if line}
   settings = read_settings(root)
@@ -131,18 +131,18 @@ def _wordpiece(root: epath.Path, names: dict[str, str]) -> Any:
         f'{root / "vocab.txt"} lacks {special[role]}, the {role}. Name the '
         f'one that it has in {TOKENIZER_CONFIG}, or copy the file again.'
       )
-  made = library.BertWordPieceTokenizer(
+  wrapper = library.BertWordPieceTokenizer(
     vocab,
     **special,
     lowercase=settings.get('do_lower_case', True),
     strip_accents=settings.get('strip_accents'),
     handle_chinese_chars=settings.get('tokenize_chinese_chars', True),
   )
-  return made._tokenizer
+  return wrapper._tokenizer
 
 
 def _byte_level(root: epath.Path, names: dict[str, str]) -> Any:
-  """GPT-2's, and with its two special tokens around a text RoBERTa's."""
+  """Returns a GPT-2 tokenizer, or RoBERTa's if the roles cls and sep exist."""
   library: Any = importlib.import_module('tokenizers')
   vocab = read_json(root / 'vocab.json')
   merges = [
@@ -150,13 +150,13 @@ def _byte_level(root: epath.Path, names: dict[str, str]) -> Any:
     for line in _lines(root / 'merges.txt')
     if line and not line.startswith('#version')
   ]
-  made = library.ByteLevelBPETokenizer(
+  wrapper = library.ByteLevelBPETokenizer(
     vocab,
     merges,
     add_prefix_space=read_settings(root).get('add_prefix_space', False),
   )
-  # The mask stands for a word, so the space before it belongs to it.
-  made.add_special_tokens(
+  # The mask stands for a word, so it includes the space before it.
+  wrapper.add_special_tokens(
     [
       library.AddedToken(
         name, lstrip=role == 'mask', normalized=False, special=True
@@ -172,29 +172,29 @@ def _byte_level(root: epath.Path, names: dict[str, str]) -> Any:
           f'{root / "vocab.json"} lacks {names[role]}, the {role}_token that '
           f'{SPECIAL_TOKENS} or {TOKENIZER_CONFIG} names. Copy the files again.'
         )
-    made._tokenizer.post_processor = library.processors.RobertaProcessing(
+    wrapper._tokenizer.post_processor = library.processors.RobertaProcessing(
       (names['sep'], vocab[names['sep']]),
       (names['cls'], vocab[names['cls']]),
       add_prefix_space=False,
     )
-  return made._tokenizer
+  return wrapper._tokenizer
 
 
 def _num_extra(root: epath.Path) -> int:
-  """Returns how many sentinels T5 has added."""
+  """Returns the number of sentinels that T5 adds to the vocabulary."""
   settings = read_settings(root)
   if EXTRA in settings:
-    return _few(root, settings[EXTRA])
+    return _checked_num_extra(root, settings[EXTRA])
   text = json.dumps(settings) + json.dumps(read_json(root / SPECIAL_TOKENS))
   numbers = re.findall(r'<extra_id_(\d+)>', text)
   if numbers:
-    return _few(root, max(map(int, numbers)) + 1)
-  # T5's comes with a hundred; ALBERT's and XLNet's have the same name.
+    return _checked_num_extra(root, max(map(int, numbers)) + 1)
+  # T5 has a hundred; ALBERT's and XLNet's files have the same name.
   is_t5 = 't5' in str(settings.get('tokenizer_class') or 't5').lower()
   return 100 if is_t5 and (root / 'spiece.model').exists() else 0
 
 
-def _few(root: epath.Path, number: Any) -> int:
+def _checked_num_extra(root: epath.Path, number: object) -> int:
   if type(number) is not int or not 0 <= number <= _MOST_EXTRA:
     raise ValueError(
       f'{root / TOKENIZER_CONFIG} asks for {str(number)[:40]} tokens '
@@ -204,10 +204,12 @@ def _few(root: epath.Path, number: Any) -> int:
 
 
 def read_settings(root: epath.Path) -> dict[str, Any]:
-  """Returns tokenizer_config.json, without nulls; nothing if it is not there.
+  """Returns the settings of tokenizer_config.json, without nulls.
+
+  Empty if the file does not exist.
 
   Raises:
-    ValueError: it is not JSON, or a value is of another kind than its key's.
+    ValueError: if it is not JSON, or a value has the wrong type.
   """
   file = root / TOKENIZER_CONFIG
   given = {k: v for k, v in read_json(file).items() if v is not None}
@@ -226,17 +228,18 @@ def read_settings(root: epath.Path) -> dict[str, Any]:
   return given
 
 
-def _is_template(value: Any) -> bool:
+def _is_template(value: object) -> bool:
+  """Returns whether a value is a chat template, or a list of named ones."""
   if isinstance(value, list):
     return all(isinstance(one, dict) for one in value)
   return isinstance(value, str)
 
 
 def read_json(file: epath.Path) -> dict[str, Any]:
-  """Returns what a file holds, or nothing if it is not there.
+  """Returns the JSON object in a file; empty if the file does not exist.
 
   Raises:
-    ValueError: it is no JSON object.
+    ValueError: if it is not a JSON object.
   """
   if not file.exists():
     return {}
@@ -244,5 +247,5 @@ def read_json(file: epath.Path) -> dict[str, Any]:
 
 
 def _lines(file: epath.Path) -> list[str]:
-  """Returns the lines of a file; ValueError if one is not UTF-8."""
+  """Returns the lines of a file; raises a ValueError if one is not UTF-8."""
   return [line for _, line in reading.lines(file.read_bytes(), str(file))]

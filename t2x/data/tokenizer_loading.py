@@ -1,4 +1,4 @@
-"""Tokenizers trained on a corpus, and read again from a directory."""
+"""Training a tokenizer on a corpus, and loading one from a directory."""
 
 from collections.abc import Iterable
 import io
@@ -16,7 +16,11 @@ from t2x.objectives import vocab as vocab_lib
 
 
 def load(directory: epath.PathLike) -> tokenizers.Tokenizer:
-  """Returns the tokenizer that `save` wrote to `directory`."""
+  """Returns the tokenizer that `Tokenizer.save` wrote to a directory.
+
+  Raises:
+    ValueError: if there is none.
+  """
   path = epath.Path(directory) / 'tokenizer.json'
   if not path.exists():
     raise ValueError(
@@ -40,15 +44,15 @@ def load(directory: epath.PathLike) -> tokenizers.Tokenizer:
 def read(
   config: tokenizers.Pretrained, directory: epath.PathLike | None = None
 ) -> tokenizers.Tokenizer:
-  """Returns the tokenizer of others that a directory holds.
+  """Returns the tokenizer of a pretrained checkpoint.
 
   Args:
-    config: its settings.
-    directory: where its files are, if not where the settings say.
+    config: the tokenizer's settings.
+    directory: directory of its files; None for the one that `config` names.
 
   Raises:
-    ValueError: there is none, its library is not installed, or a file is
-      damaged.
+    ValueError: if there is no tokenizer, its library is not installed, or a
+      file is damaged.
   """
   if not (directory or config.directory):
     raise ValueError(
@@ -59,9 +63,10 @@ def read(
 
 
 def num_sentinels(config: tokenizers.Config) -> int | None:
-  """Returns how many sentinels a tokenizer has; None if its files are gone.
+  """Returns the number of sentinels of a tokenizer.
 
-  A run has a copy of its own.
+  None if the directory of a pretrained tokenizer does not exist any more; a run
+  keeps a copy of its files.
   """
   if isinstance(config, tokenizers.Pretrained):
     if config.directory and not epath.Path(config.directory).exists():
@@ -73,11 +78,16 @@ def num_sentinels(config: tokenizers.Config) -> int | None:
 def train(
   config: tokenizers.Config, texts: Iterable[str]
 ) -> tokenizers.Tokenizer:
-  """Returns a tokenizer fitted to the first few megabytes of `texts`.
+  """Returns a tokenizer trained on the first few megabytes of texts.
+
+  Args:
+    config: the tokenizer's settings; those of bytes and of a pretrained
+      tokenizer need no training.
+    texts: the texts of the training split.
 
   Raises:
-    ValueError: if the texts do not support `vocab_size`; the message says what
-      they do support.
+    ValueError: if the texts do not support `vocab_size`; the message says which
+      size they do support.
   """
   if isinstance(config, tokenizers.Bytes):
     return tokenizers.BytesTokenizer(config)
@@ -102,7 +112,7 @@ def train(
       unk_id=vocab_lib.UNK,
       bos_id=vocab_lib.BOS,
       control_symbols=control,  # Given the ids that follow, in this order.
-      # Text must come back as it was, and so keeps all its whitespace.
+      # Decoding must give back the text, so all whitespace is kept.
       normalization_rule_name='identity',
       remove_extra_whitespaces=False,
       add_dummy_prefix=False,
@@ -119,7 +129,7 @@ def train(
 def _explain(
   config: tokenizers.SentencePiece, error: RuntimeError
 ) -> ValueError:
-  """Returns what tokenizers.SentencePiece meant."""
+  """Returns an error that says what to change when SentencePiece fails."""
   given = f'data.tokenizer.vocab_size={config.vocab_size}'
   if re.search(r'sentences_.empty\(\)|all_chars_count', str(error)):
     return ValueError(

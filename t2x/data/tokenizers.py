@@ -1,7 +1,7 @@
-"""Text to ids and back: SentencePiece BPE, plain bytes, or one of others.
+"""Tokenizers and their settings: SentencePiece BPE, bytes, or pretrained.
 
-The first two give back the text that they were given, whitespace included, and
-share their special ids (see `objectives.vocab`).
+Decoding with the first two gives back exactly the text that was encoded,
+whitespace included. They share their special ids (see `objectives.vocab`).
 """
 
 from collections.abc import Iterable
@@ -24,14 +24,19 @@ from t2x.objectives import vocab as vocab_lib
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SentencePiece:
-  """Byte-pair encoding with byte fallback (Kudo and Richardson, 2018)."""
+  """Byte-pair encoding with byte fallback (Kudo and Richardson, 2018).
+
+  Attributes:
+    vocab_size: number of ids, special ones included.
+    num_sentinels: number of the sentinels <extra_id_0>, <extra_id_1>, ...
+  """
 
   vocab_size: int = 8192
   num_sentinels: int = 100
 
   kind: ClassVar[str] = 'sentencepiece'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     field_checks.least(self, 'data.tokenizer.', num_sentinels=0)
     smallest = vocab_lib.NUM_NAMED + self.num_sentinels + 256
     if self.vocab_size <= smallest:
@@ -45,24 +50,28 @@ class SentencePiece:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bytes:
-  """One id a UTF-8 byte (ByT5, Xue et al., 2022)."""
+  """One id for each UTF-8 byte (ByT5, Xue et al., 2022).
+
+  Attributes:
+    num_sentinels: number of the sentinels <extra_id_0>, <extra_id_1>, ...
+  """
 
   num_sentinels: int = 100
 
   kind: ClassVar[str] = 'bytes'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     field_checks.least(self, 'data.tokenizer.', num_sentinels=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretrained:
-  """The tokenizer of a checkpoint of others; see `t2x.data.pretrained`.
+  """The tokenizer of a pretrained checkpoint; see `t2x.data.pretrained`.
 
   Attributes:
-    directory: with its files, as Hugging Face keeps them.
-    start: the token that an encoder-decoder's targets go on from; None for
-      T5's, the id 0.
+    directory: directory of its files, in Hugging Face's form.
+    start: id of the first decoder input of an encoder-decoder; None for T5's,
+      which is 0.
   """
 
   directory: str = ''
@@ -73,26 +82,31 @@ class Pretrained:
 
 Config = SentencePiece | Bytes | Pretrained
 
-FILES = 'files'  # Where `save` puts those of others.
+FILES = 'files'  # Folder in which `save` puts a pretrained tokenizer's files.
 
 
 class Tokenizer:
-  """What all tokenizers share.
+  """The interface of a tokenizer.
 
   Attributes:
-    config: the settings it was made with.
-    vocab: its size and special ids.
+    config: the tokenizer's settings.
+    vocab: size of the vocabulary, and its special ids.
+    pad_id: id of padding.
+    eos_id: id of the token that ends a text.
+    bos_id: id of the token that begins a text.
+    mask_id: id of the mask token; None if there is none.
+    prefix_ids: ids before a text, as a model reads it.
+    suffix_ids: ids after a text.
+    run_ids: ids of bytes that decode by whole runs only: one invalid byte makes
+      the run invalid.
   """
 
   pad_id: int = vocab_lib.PAD
   eos_id: int = vocab_lib.EOS
   bos_id: int = vocab_lib.BOS
   mask_id: int | None = vocab_lib.MASK
-  # What stands before and after a text that a model reads.
   prefix_ids: tuple[int, ...] = (vocab_lib.BOS,)
   suffix_ids: tuple[int, ...] = (vocab_lib.EOS,)
-
-  # Bytes that are text, or broken, by whole runs of them.
   run_ids: frozenset[int] = frozenset()
 
   config: Config
@@ -100,10 +114,12 @@ class Tokenizer:
 
   @property
   def vocab_size(self) -> int:
+    """Number of ids."""
     return self.vocab.size
 
   @property
   def sentinel_ids(self) -> tuple[int, ...]:
+    """Ids of <extra_id_0>, <extra_id_1>, ..."""
     return self.vocab.sentinel_ids
 
   @property
@@ -112,37 +128,38 @@ class Tokenizer:
     raise NotImplementedError
 
   def marks(self) -> dict[str, np.ndarray]:
-    """Returns which ids begin a word, are words of their own, end a sentence.
+    """Returns masks of the ids that begin a word, are one, or end a sentence.
 
-    As the fields of `objectives.lexicon.Lexicon` of these names.
+    They are the fields `begins_V`, `breaks_V` and `ends_V` of
+    `objectives.lexicon.Lexicon`.
     """
     raise NotImplementedError
 
   def encode(self, text: str) -> list[int]:
-    """Returns the ids of `text`, without a start or an end."""
+    """Returns the ids of a text, without special tokens around it."""
     return self.encode_batch([text])[0]
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    """Returns the ids of each text."""
+    """Returns the ids of each text, without special tokens around it."""
     raise NotImplementedError
 
   def shown(self, ids: Iterable[int]) -> list[int]:
-    """Returns those of `ids` that have text: none special or out of range."""
+    """Returns the ids that stand for text: none special or out of range."""
     raise NotImplementedError
 
   def decode(self, ids: Iterable[int]) -> str:
-    """Returns the text of `ids`, which is that of `shown`."""
+    """Returns the text of ids; ids that `shown` leaves out add nothing."""
     raise NotImplementedError
 
   def token_bytes(self) -> list[bytes]:
-    """Returns what each id adds to a text, in UTF-8; nothing if special."""
+    """Returns the UTF-8 bytes of each id in a text, none if it is special."""
     raise NotImplementedError
 
   def encode_marked(self, text: str) -> list[int]:
-    """Returns the ids of `text`, where <extra_id_N> is the N-th sentinel.
+    """Returns the ids of a text, in which <extra_id_N> is the N-th sentinel.
 
     Raises:
-      ValueError: there is no such sentinel.
+      ValueError: if there is no such sentinel.
     """
     first, *rest = re.split('<extra_id_(0|[1-9][0-9]*)>', text)
     marks = {str(number): i for number, i in enumerate(self.sentinel_ids)}
@@ -158,14 +175,17 @@ class Tokenizer:
     return ids
 
   def decode_marked(self, ids: Iterable[int]) -> str:
-    """Inverse of `encode_marked`, but for spaces that a tokenizer drops."""
+    """Returns the text of ids, with sentinels as <extra_id_N>.
+
+    The inverse of `encode_marked`, except for spaces that a tokenizer drops.
+    """
     parts, before, sentinels = [], [], self.sentinel_ids
     for is_mark, run in itertools.groupby(ids, lambda i: i in sentinels):
       if is_mark:
         parts += [f'<extra_id_{sentinels.index(i)}>' for i in run]
       else:
         parts.append(self.decode([*before, *run])[len(self.decode(before)) :])
-      before = self.encode('a')  # Alone, a run may lose its first space.
+      before = self.encode('a')  # Alone, a run could lose its first space.
     return ''.join(parts)
 
   def save(self, directory: epath.PathLike) -> None:
@@ -177,7 +197,7 @@ class Tokenizer:
 
 
 class BytesTokenizer(Tokenizer):
-  """Ids of UTF-8 bytes.
+  """A tokenizer with one id for each UTF-8 byte.
 
   >>> tokenizer = BytesTokenizer(Bytes())
   >>> tokenizer.encode('hi'), tokenizer.decode([3, 209, 210, 1])
@@ -185,7 +205,8 @@ class BytesTokenizer(Tokenizer):
   """
 
   def __init__(self, config: Bytes):
-    self.config: Bytes = config
+    self.config = config
+    self._num_sentinels = config.num_sentinels
     self._first = vocab_lib.NUM_NAMED + config.num_sentinels
     self.vocab = vocab_lib.Vocab(
       size=self._first + 256, num_sentinels=config.num_sentinels
@@ -193,7 +214,7 @@ class BytesTokenizer(Tokenizer):
 
   @property
   def fingerprint(self) -> str:
-    return f'bytes-{self.config.num_sentinels}'
+    return f'bytes-{self._num_sentinels}'
 
   def marks(self) -> dict[str, np.ndarray]:
     special_V = np.arange(self.vocab.size) < self._first
@@ -214,7 +235,12 @@ class BytesTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-  """A trained SentencePiece model."""
+  """A tokenizer with a trained SentencePiece model.
+
+  Args:
+    config: the tokenizer's settings.
+    model: the serialised SentencePiece model.
+  """
 
   def __init__(self, config: SentencePiece, model: bytes):
     self.config = config
@@ -223,7 +249,7 @@ class SentencePieceTokenizer(Tokenizer):
     self.vocab = vocab_lib.Vocab(
       size=self._processor.vocab_size(), num_sentinels=config.num_sentinels
     )
-    # Piece by piece this character would come back as a space.
+    # As a piece, this character would be decoded to a space.
     self._space_ids = [
       self.vocab.first_text_id + b for b in letters.SPACE.encode('utf-8')
     ]

@@ -1,7 +1,6 @@
-"""The lexicon of a corpus: what its training text says of each token."""
+"""Statistics of the training text for objectives: the lexicon and labels."""
 
 import functools
-from typing import Any
 
 import numpy as np
 
@@ -20,16 +19,16 @@ from t2x.objectives import vocab as vocab_lib
 
 
 def lexicon(
-  objective: Any,
+  objective: config_lib.Objective,
   tokenizer: tokenizers.Tokenizer,
   stream: token_store.Stream,
 ) -> lexicon_lib.Lexicon | None:
-  """Returns what an objective asks of the training text, None for nothing.
+  """Returns the lexicon that an objective needs; None if it needs none.
 
   Args:
-    objective: of the data.
-    tokenizer: of the corpus.
-    stream: the training text.
+    objective: the training objective.
+    tokenizer: the corpus's tokenizer.
+    stream: token stream of the training split.
   """
   match objective:
     case masked_lm.MaskedLM(masking=masking.Tokens() | masking.ByLoss()):
@@ -40,10 +39,10 @@ def lexicon(
     case masked_lm.MaskedLM(masking=masking.Phrases() as phrases):
       return _lexicon(phrases, tokenizer, stream)
     case next_sentence.NextSentence():
-      own = lexicon(objective.masked, tokenizer, stream)
-      return own or _lexicon(None, tokenizer, stream)
-    case permutation.Permutation(masking=own):
-      masked = masked_lm.MaskedLM(masking=own)
+      masked = lexicon(objective.masked, tokenizer, stream)
+      return masked or _lexicon(None, tokenizer, stream)
+    case permutation.Permutation():
+      masked = masked_lm.MaskedLM(masking=objective.masking)
       return lexicon(masked, tokenizer, stream)
     case masked_lm.MaskedLM() | denoising.Denoising():
       return _lexicon(None, tokenizer, stream)
@@ -53,62 +52,77 @@ def lexicon(
 def labels(
   config: config_lib.DataConfig, corpus: corpus_lib.Corpus
 ) -> tuple[tuple[int, ...], ...]:
-  """Returns the labels of the training text, where there are classes.
+  """Returns the ids of each label of the training text, in class order.
+
+  Empty for an objective without classes.
 
   Raises:
-    ValueError: more or fewer than there are classes.
+    ValueError: if there are more or fewer labels than classes, or a label is
+      longer than a row.
   """
   objective = config.objective
   if not isinstance(objective, classification.Classification):
     return ()
   stream = corpus.streams(config.train_split)[1]
-  found = _labels(stream, corpus.tokenizer.vocab)
+  label_ids = _labels(stream, corpus.tokenizer.vocab)
   if objective.labels:
-    found = _ordered(found, objective.labels, corpus.tokenizer)
-  longest, room = max(map(len, found)), objective.source_length(config.length)
+    label_ids = _ordered(label_ids, objective.labels, corpus.tokenizer)
+  longest = max(map(len, label_ids))
+  room = objective.source_length(config.length)
   if longest > room:
     raise ValueError(
       f'data.target_field={config.target_field!r} has a label of {longest} '
       f'tokens, and rows of data.length={config.length} hold {room}. Shorten '
       'labels, or raise data.length.'
     )
-  if len(found) != objective.num_classes:
-    some = ', '.join(repr(corpus.tokenizer.decode(ids)) for ids in found[:8])
+  if len(label_ids) != objective.num_classes:
+    decode = corpus.tokenizer.decode
+    some = ', '.join(repr(decode(ids)) for ids in label_ids[:8])
     raise ValueError(
-      f'data.target_field={config.target_field!r} has {len(found)} labels '
+      f'data.target_field={config.target_field!r} has {len(label_ids)} labels '
       f'({some}), and data.objective.num_classes={objective.num_classes}. Set '
       'it to as many, or another field.'
     )
-  return found
+  return label_ids
 
 
 def has_classes(config: config_lib.DataConfig) -> bool:
-  """Whether a run learns classes of texts, alone or among other tasks."""
-  kind = classification.Classification
-  parts = config_lib.parts(config).values()
-  return any(isinstance(own.objective, kind) for own in parts)
+  """Returns whether a task of the run is classification."""
+  return any(
+    isinstance(part.objective, classification.Classification)
+    for part in config_lib.parts(config).values()
+  )
 
 
 def label_texts(
   config: config_lib.DataConfig, corpus: corpus_lib.Corpus
 ) -> dict[str, list[str]]:
-  """Returns the labels in the order of their classes, by the head's term."""
-  found = {}
+  """Returns the texts of the labels, in class order, by the head's term."""
+  by_term = {}
   decode = corpus.tokenizer.decode
-  for name, own in config_lib.parts(config).items():
-    if isinstance(own.objective, classification.Classification):
-      ids = labels(own, corpus.tasks[name] if name else corpus)
-      texts = [*own.objective.labels] or [decode(label) for label in ids]
-      found[own.objective.name] = texts
-  return found
+  for name, part in config_lib.parts(config).items():
+    if isinstance(part.objective, classification.Classification):
+      ids = labels(part, corpus.tasks[name] if name else corpus)
+      texts = [*part.objective.labels] or [decode(label) for label in ids]
+      by_term[part.objective.name] = texts
+  return by_term
 
 
-def _ordered(found, texts, tokenizer) -> tuple[tuple[int, ...], ...]:
-  """Returns the ids of labels that are given in their order.
+def _ordered(
+  found: tuple[tuple[int, ...], ...],
+  texts: tuple[str, ...],
+  tokenizer: tokenizers.Tokenizer,
+) -> tuple[tuple[int, ...], ...]:
+  """Returns the ids of labels in a given order.
+
+  Args:
+    found: ids of each label of the training text.
+    texts: labels in the order of their classes.
+    tokenizer: the corpus's tokenizer.
 
   Raises:
-    ValueError: two are the same to the tokenizer, or the training text has one
-      that is not among them.
+    ValueError: if two labels have the same ids, or the training text has a
+      label that is not among them.
   """
   given = tuple(tuple(ids) for ids in tokenizer.encode_batch(texts))
   more = [tokenizer.decode(ids) for ids in found if ids not in given]
@@ -125,7 +139,7 @@ def _ordered(found, texts, tokenizer) -> tuple[tuple[int, ...], ...]:
   return given
 
 
-# Asked for by training and again at each evaluation.
+# Cached, since training and each evaluation ask for it.
 @functools.lru_cache(maxsize=4)
 def _labels(
   stream: token_store.Stream, vocab: vocab_lib.Vocab
@@ -134,14 +148,20 @@ def _labels(
   return tuple(sorted({classification.label_of(text, vocab) for text in texts}))
 
 
-# Asked for by training and again at each evaluation.
+# Cached, since training and each evaluation ask for it.
 @functools.lru_cache(maxsize=4)
 def _lexicon(
   config: masking.Phrases | None,
   tokenizer: tokenizers.Tokenizer,
   stream: token_store.Stream,
 ) -> lexicon_lib.Lexicon:
-  """Reads the whole text."""
+  """Returns the lexicon of a token stream; reads the whole stream.
+
+  Args:
+    config: settings of the phrases to find; None for no phrases.
+    tokenizer: the corpus's tokenizer.
+    stream: token stream of the training split.
+  """
   size, tokens = tokenizer.vocab_size, np.asarray(stream.tokens)
   phrases = ()
   if config is not None:

@@ -1,1 +1,1 @@
-"""From logits and targets to the number that training minimises."""
+"""Losses: cross-entropy, load balancing, and the weights of tasks."""

@@ -1,4 +1,4 @@
-"""Cross-entropy in chunks, whose memory does not grow with the vocabulary.
+"""Cross-entropy in chunks, with memory that does not grow with the vocabulary.
 
 Shape suffixes: B batch, T position, D embed, V vocabulary, C rows of a chunk.
 """
@@ -24,10 +24,10 @@ MeanLoss = fused_cross_entropy.MeanLoss
 
 
 class TokenLoss(NamedTuple):
-  """Per-token results, float32.
+  """The loss of each token, float32.
 
   Attributes:
-    objective_BT: what is minimised, smoothing and z-loss included.
+    objective_BT: minimised loss, with label smoothing and z-loss.
     nll_BT: minus the log-probability of the target, in nats.
     correct_BT: 1.0 where the target has the largest logit.
   """
@@ -38,7 +38,14 @@ class TokenLoss(NamedTuple):
 
 
 class _Sums(NamedTuple):
-  """Running reductions over the vocabulary, each (B, T)."""
+  """Running reductions over the vocabulary, each (B, T).
+
+  Attributes:
+    largest: largest logit.
+    exp_sum: sum of exp(logit - largest).
+    picked: logit of the target.
+    logit_sum: sum of the logits.
+  """
 
   largest: jax.Array
   exp_sum: jax.Array
@@ -56,12 +63,12 @@ def token_loss(
 
   Args:
     x_BTD: features.
-    head: the product that makes logits; padded rows count for nothing.
-    targets_BT: token ids.
-    config: smoothing, z-loss, chunks.
+    head: output head; padded rows of its table are ignored.
+    targets_BT: target ids.
+    config: label smoothing, z-loss and number of chunks.
 
   Raises:
-    ValueError: the chunks do not divide the rows of the head's table.
+    ValueError: if the chunks do not divide the rows of the head's table.
   """
   rows = head.table_VD.shape[0]
   num = config.vocab_chunks
@@ -83,8 +90,26 @@ def token_loss(
   return TokenLoss(objective, nll, correct)
 
 
-def _reduce(x_BTD, head, table_CD, bias_C, targets_BT, chunk, num) -> _Sums:
-  """Reduces over the rows chunk, chunk + num, chunk + 2 num, ... ."""
+def _reduce(
+  x_BTD: jax.Array,
+  head: embed.Head,
+  table_CD: jax.Array,
+  bias_C: jax.Array | None,
+  targets_BT: jax.Array,
+  chunk: int | jax.Array,
+  num: int,
+) -> _Sums:
+  """Returns the reductions over one chunk of the vocabulary.
+
+  Args:
+    x_BTD: features.
+    head: output head.
+    table_CD: rows chunk, chunk + num, chunk + 2 num, ... of the head's table.
+    bias_C: biases of these rows; None without bias.
+    targets_BT: target ids.
+    chunk: number of the chunk.
+    num: number of chunks.
+  """
   logits_BTC = head.logits(x_BTD, table_CD, bias_C)
   ids_C = jnp.arange(table_CD.shape[0]) * num + chunk
   is_token = (ids_C < head.vocab_size)[None, None]
@@ -101,11 +126,13 @@ def _reduce(x_BTD, head, table_CD, bias_C, targets_BT, chunk, num) -> _Sums:
   )
 
 
-def _reduce_chunks(x_BTD, head, targets_BT, num) -> _Sums:
-  # Chunk c takes every num-th row, so a table that is sharded by rows stays
-  # where it is. Gathered here, its other dimension does not cross the mesh in
-  # the loop, and again for the backward pass. Each row's gradient is made once,
-  # in one chunk, so that it is reduced once.
+def _reduce_chunks(
+  x_BTD: jax.Array, head: embed.Head, targets_BT: jax.Array, num: int
+) -> _Sums:
+  # Chunk c has every num-th row, so a table that is sharded by rows is not
+  # moved. Its other dimension is gathered here, once, and not in each step of
+  # the loop and of the backward pass. The gradient of each row is computed in
+  # one chunk, so it is reduced once.
   split = lambda a: jnp.moveaxis(a.reshape(-1, num, *a.shape[1:]), 1, 0)
   table_VD = head.table_VD
   if not sharding.reduces_in_float32():  # Its gradient has the table's dtype.
@@ -114,7 +141,9 @@ def _reduce_chunks(x_BTD, head, targets_BT, num) -> _Sums:
   biases = None if head.bias_V is None else split(head.bias_V)
 
   @jax.checkpoint
-  def body(sums, part):
+  def body(
+    sums: _Sums, part: tuple[jax.Array, jax.Array, jax.Array | None]
+  ) -> tuple[_Sums, None]:
     chunk, table_CD, bias_C = part
     new = _reduce(x_BTD, head, table_CD, bias_C, targets_BT, chunk, num)
     largest = jnp.maximum(sums.largest, new.largest)
@@ -139,20 +168,23 @@ def of_terms(
   by_token: bool = False,
   num_tasks: int = 0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Returns the loss that terms make, and what is measured, float32 scalars.
+  """Returns the loss of a model's terms, and metrics, float32 scalars.
 
   Args:
-    terms: by name; small ones are not cut into chunks.
-    config: smoothing, z-loss, chunks.
-    batch: of which the terms are, where tasks are told apart.
-    by_token: measure the main term by tokens too, see `loss_masking`.
-    num_tasks: measure each term by so many tasks too: weighted sums of nll and
-      accuracy, and the share of the weights, (3, K), as NAME_by_task.
+    terms: terms of the loss, by name; small ones are not cut into chunks.
+    config: label smoothing, z-loss and number of chunks.
+    batch: the batch of the terms, needed for the weights of tasks; None without
+      tasks.
+    by_token: whether to measure the main term for each token of the vocabulary,
+      see `loss_based_masking`.
+    num_tasks: number of tasks K for which to measure each term: weighted sums
+      of nll and accuracy, and the share of the weights, (3, K), as
+      NAME_by_task; 0 for no tasks.
 
   Returns:
-    The sum of the terms' weighted losses by their factors; and `nll` (nats) and
-    `accuracy`, weighted sums of the main term, of others as NAME_nll and
-    NAME_accuracy.
+    The sum of the terms' weighted losses times their factors, and a dict of
+    metrics: `nll` (nats) and `accuracy`, weighted sums of the main term, and
+    NAME_nll and NAME_accuracy for the other terms.
   """
   loss, sums, batch = jnp.float32(0.0), {}, batch or {}
   factors_B = batch.get(task_weighting.FACTORS)
@@ -162,7 +194,7 @@ def of_terms(
     if factors_B is not None:
       scaled_BT = weights_BT * factors_B[:, None]
     parts = term.x_BTD, term.head, term.targets_BT, scaled_BT
-    # Classes are no vocabulary: no mesh axis splits them.
+    # A few classes are no vocabulary: no mesh axis splits them.
     mean = (
       _small_loss(*parts, config)
       if term.is_small
@@ -185,8 +217,14 @@ def of_terms(
 
 
 @jax.named_scope('head')
-def _small_loss(x_BTD, head, targets_BT, weights_BT, config) -> MeanLoss:
-  """As `mean_loss`, of a head of a few classes, at once."""
+def _small_loss(
+  x_BTD: jax.Array,
+  head: embed.Head,
+  targets_BT: jax.Array,
+  weights_BT: jax.Array,
+  config: LossConfig,
+) -> MeanLoss:
+  """Returns the `mean_loss` of a head of a few classes, without chunks."""
   whole = dataclasses.replace(config, vocab_chunks=1, token_chunks=1)
   return _of_tokens(token_loss(x_BTD, head, targets_BT, whole), weights_BT)
 
@@ -208,13 +246,13 @@ def mean_loss(
 
   Args:
     x_BTD: features.
-    head: the product that makes logits.
-    targets_BT: token ids.
-    weights_BT: weight of each token over the weight of the whole batch.
-    config: smoothing, z-loss, chunks.
+    head: output head.
+    targets_BT: target ids.
+    weights_BT: weight of each token, divided by the weight of the whole batch.
+    config: label smoothing, z-loss and number of chunks.
 
   Raises:
-    ValueError: the chunks do not divide the vocabulary or the sequence.
+    ValueError: if the chunks do not divide the vocabulary or the sequence.
   """
   if config.vocab_chunks > 1:
     return _of_tokens(token_loss(x_BTD, head, targets_BT, config), weights_BT)

@@ -1,13 +1,13 @@
-"""Cross-entropy whose gradients are made along with it, chunk by chunk.
+"""Cross-entropy whose gradients are computed along with it, chunk by chunk.
 
-With p the probabilities, a smoothing e over V tokens and a z-loss z, a token of
-weight w has the gradient
+With probabilities p, a label smoothing e over V tokens and a z-loss z, a token
+of weight w has the gradient
 
   d logits = w (p (1 + 2 z log_sum) - (1 - e) onehot(target) - e / V),
 
-which needs nothing that the loss has not just made; where a soft cap c bounds
-logits y = c tanh(x / c), d x = (1 - (y / c)^2) d y. So logits live only while
-their chunk does, and no product runs twice.
+which needs only values that the loss has just computed. Where a soft cap c
+bounds logits y = c tanh(x / c), d x = (1 - (y / c)^2) d y. So only the logits
+of one chunk exist at a time, and no product is computed twice.
 
 Shape suffixes: B batch, T position, D embed, V vocabulary.
 """
@@ -32,18 +32,19 @@ _NEVER = -1e30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-  """What is minimised for each token.
+  """Settings of the loss of a token.
 
   Attributes:
-    label_smoothing: share of the target given to the uniform distribution
-      (Szegedy et al., 2016).
+    label_smoothing: share of the target distribution that is uniform (Szegedy
+      et al., 2016).
     z_loss: weight of the squared log-sum-exp of the logits (Chowdhery et al.,
       2022).
-    vocab_chunks: pieces of the vocabulary; logits of one piece exist at a
-      time, and the backward pass computes them again. 1 keeps all logits.
-    token_chunks: pieces of the sequence; the logits of one piece exist at a
-      time. The gradient of each is made along with its loss, while its logits
-      are there, so nothing is computed twice.
+    vocab_chunks: number of chunks of the vocabulary. The logits of one chunk
+      exist at a time, and the backward pass computes them again; 1 keeps all
+      logits.
+    token_chunks: number of chunks of the sequence. The logits of one chunk
+      exist at a time; its gradient is computed along with its loss, so nothing
+      is computed twice.
   """
 
   label_smoothing: float = 0.0
@@ -51,7 +52,7 @@ class LossConfig:
   vocab_chunks: int = 1
   token_chunks: int = 1
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not 0.0 <= self.label_smoothing < 1.0:
       raise ValueError(
         f'train.loss.label_smoothing={self.label_smoothing}; it is in [0, 1).'
@@ -69,10 +70,10 @@ class LossConfig:
 
 
 class MeanLoss(NamedTuple):
-  """A weighted sum over all tokens, and what it is made of, float32.
+  """A weighted sum of losses over all tokens, and its parts, float32.
 
   Attributes:
-    objective: what is minimised, smoothing and z-loss included; a scalar.
+    objective: minimised loss, a scalar, with label smoothing and z-loss.
     nll_BT: minus the log-probability of each target, in nats.
     correct_BT: 1 where the target has the largest logit.
   """
@@ -82,8 +83,26 @@ class MeanLoss(NamedTuple):
   correct_BT: jax.Array
 
 
-def objective(nll_BT, log_sum_BT, mean_logit_BT, config: LossConfig):
-  """Returns what is minimised for each token, smoothing and z-loss included."""
+# Features, targets and weights of some tokens.
+_Tokens = tuple[jax.Array, jax.Array, jax.Array]
+# The loss, and its gradients with respect to the features and the head.
+_LossAndGradients = tuple[MeanLoss, tuple[jax.Array, embed.Head]]
+
+
+def objective(
+  nll_BT: jax.Array,
+  log_sum_BT: jax.Array,
+  mean_logit_BT: jax.Array,
+  config: LossConfig,
+) -> jax.Array:
+  """Returns the minimised loss of each token, (B, T).
+
+  Args:
+    nll_BT: minus the log-probability of the target, in nats.
+    log_sum_BT: log-sum-exp of the logits.
+    mean_logit_BT: mean of the logits over the vocabulary.
+    config: label smoothing and z-loss.
+  """
   smooth = config.label_smoothing
   result_BT = nll_BT
   if smooth:
@@ -102,7 +121,17 @@ def mean_loss(
   weights_BT: jax.Array,
   config: LossConfig,
 ) -> MeanLoss:
-  """Returns the weighted sum; only `objective` has a gradient."""
+  """Returns the weighted sum of the tokens' losses.
+
+  Only `objective` of the result has a gradient.
+
+  Args:
+    x_BTD: features.
+    head: output head.
+    targets_BT: target ids.
+    weights_BT: weight of each token, divided by the weight of the whole batch.
+    config: label smoothing, z-loss and chunks of tokens.
+  """
   fn = lambda part: _losses(head, part, config)[0]
   parts = (x_BTD, targets_BT, weights_BT)
   if config.token_chunks == 1:
@@ -111,7 +140,16 @@ def mean_loss(
 
 
 class _Softmax(NamedTuple):
-  """What the gradient takes from the loss: exp(logits - largest) and more."""
+  """Values that the gradient takes from the loss.
+
+  Attributes:
+    logits_BTV: logits, after the soft cap.
+    exp_BTV: exp(logits - largest logit).
+    exp_sum_BT: sum of `exp_BTV` over the vocabulary.
+    log_sum_BT: log-sum-exp of the logits.
+    is_target_BTV: whether an id is the target.
+    is_token_V: whether a row of the table is a token; None without padded rows.
+  """
 
   logits_BTV: jax.Array
   exp_BTV: jax.Array
@@ -121,7 +159,10 @@ class _Softmax(NamedTuple):
   is_token_V: jax.Array | None
 
 
-def _losses(head, part, config: LossConfig) -> tuple[MeanLoss, _Softmax]:
+def _losses(
+  head: embed.Head, part: _Tokens, config: LossConfig
+) -> tuple[MeanLoss, _Softmax]:
+  """Returns the loss of some tokens, and values that its gradient needs."""
   x_BTD, targets_BT, weights_BT = part
   logits_BTV = head.logits(x_BTD, head.table_VD, head.bias_V)
   ids_V = jnp.arange(logits_BTV.shape[-1])
@@ -144,22 +185,29 @@ def _losses(head, part, config: LossConfig) -> tuple[MeanLoss, _Softmax]:
   )
 
 
-def _where(is_token_V, logits_BTV, other):
+def _where(
+  is_token_V: jax.Array | None, logits_BTV: jax.Array, other: float
+) -> jax.Array:
+  """Returns the logits, with `other` in place of those of padded rows."""
   if is_token_V is None:
     return logits_BTV
   return jnp.where(is_token_V[None, None], logits_BTV, other)
 
 
-def _pick(logits_BTV, targets_BT, is_target_BTV):
-  if manual_sharding.auto_axes(
-    'vocab'
-  ):  # A sum needs no row that is elsewhere.
+def _pick(
+  logits_BTV: jax.Array, targets_BT: jax.Array, is_target_BTV: jax.Array
+) -> jax.Array:
+  """Returns the logit of each target, (B, T)."""
+  # A sum over a sharded vocabulary needs no logits of other devices.
+  if manual_sharding.auto_axes('vocab'):
     return jnp.where(is_target_BTV, logits_BTV, 0.0).sum(-1)
   return jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)[..., 0]
 
 
-def _chunk_gradients(head, part, config: LossConfig):
-  """Returns the sums of a part, and its gradients by features and head."""
+def _chunk_gradients(
+  head: embed.Head, part: _Tokens, config: LossConfig
+) -> tuple[MeanLoss, jax.Array, embed.Head]:
+  """Returns the loss of some tokens, and its gradients by features and head."""
   mean, s = _losses(head, part, config)
   x_BTD, _, weights_BT = part
   smooth = config.label_smoothing
@@ -174,9 +222,9 @@ def _chunk_gradients(head, part, config: LossConfig):
   d_BTV = head.uncapped_gradient(d_BTV, s.logits_BTV)
   dtype = x_BTD.dtype
   d_bias_V = None if head.bias_V is None else d_BTV.sum((0, 1))
-  # Factors in the dtype of products, which a TPU rounds to anyhow; GPUs would
-  # hold one of float32 beside the other, XLA for CPUs has no such product.
-  # Summed over chunks in float32.
+  # Factors have the dtype of the products, to which a TPU rounds them anyway; a
+  # GPU would keep a float32 copy of a factor beside it. XLA for CPUs has no
+  # such product. The sum over chunks is float32.
   factors = jnp.float32 if manual_sharding.platform() == 'cpu' else dtype
   d_BTV = d_BTV.astype(factors)
   d_table_VD = param.weight_gradient(
@@ -189,19 +237,23 @@ def _chunk_gradients(head, part, config: LossConfig):
   return mean, d_x_BTD * jnp.asarray(head.scale, dtype), d_head
 
 
-def _forward(x_BTD, head, targets_BT, weights_BT, config):
+def _forward(
+  x_BTD: jax.Array,
+  head: embed.Head,
+  targets_BT: jax.Array,
+  weights_BT: jax.Array,
+  config: LossConfig,
+) -> _LossAndGradients:
   """Returns the loss, and its gradients as residuals.
 
-  The tokens of a batch are split over mesh axes by hand, so that the table's
-  gradient is summed on each device and reduced over them once, at the end, and
-  scattered over those that split the table.
+  The tokens of a batch are split over mesh axes manually. The table's gradient
+  is then summed on each device, and reduced over devices once, at the end, and
+  scattered over the axes that split the table.
   """
-  rows, length = (
-    manual_sharding.auto_axes('batch'),
-    manual_sharding.auto_axes('length'),
-  )
+  rows = manual_sharding.auto_axes('batch')
+  length = manual_sharding.auto_axes('length')
   axes = rows + length
-  # Gathered in the dtype of the products, once.
+  # Gathered once, in the dtype of the products.
   table_VD = head.table_VD.astype(x_BTD.dtype)
   table_VD = sharding.constrain(table_VD, 'vocab', 'act_embed')
   args = (
@@ -233,14 +285,23 @@ def _forward(x_BTD, head, targets_BT, weights_BT, config):
 
 
 def _all_gradients(
-  x_BTD, head, targets_BT, weights_BT, *, config, axes=(), embed_axes=()
-):
+  x_BTD: jax.Array,
+  head: embed.Head,
+  targets_BT: jax.Array,
+  weights_BT: jax.Array,
+  *,
+  config: LossConfig,
+  axes: tuple[str, ...] = (),
+  embed_axes: tuple[str, ...] = (),
+) -> _LossAndGradients:
   parts = (x_BTD, targets_BT, weights_BT)
   if config.token_chunks == 1:
     mean, d_x, d_head = _chunk_gradients(head, parts, config)
   else:
 
-    def body(d_head, part):
+    def body(
+      d_head: embed.Head, part: _Tokens
+    ) -> tuple[embed.Head, tuple[MeanLoss, jax.Array]]:
       mean, d_x, more = _chunk_gradients(head, part, config)
       return jax.tree.map(jnp.add, d_head, more), (mean, d_x)
 
@@ -253,10 +314,24 @@ def _all_gradients(
   return mean, (d_x, d_head)
 
 
-def _reduce(mean, d_head, axes, embed_axes, of_products):
-  """Sums over the devices that share a batch.
+def _reduce(
+  mean: MeanLoss,
+  d_head: embed.Head,
+  axes: tuple[str, ...],
+  embed_axes: tuple[str, ...],
+  of_products: jnp.dtype,
+) -> tuple[MeanLoss, embed.Head]:
+  """Sums the loss and the head's gradient over the devices of a batch.
 
-  The table's gradient in the dtype of the products, as that of any matrix.
+  The table's gradient is reduced in the dtype of the products, as that of any
+  matrix.
+
+  Args:
+    mean: loss of this device's tokens.
+    d_head: gradient of the head from this device's tokens.
+    axes: mesh axes that split the tokens.
+    embed_axes: those of `axes` that split the table's dimension D.
+    of_products: dtype of the products.
   """
   table_VD, dtype = d_head.table_VD, d_head.table_VD.dtype
   if not sharding.reduces_in_float32():
@@ -271,32 +346,34 @@ def _reduce(mean, d_head, axes, embed_axes, of_products):
   return mean._replace(objective=total), d_head
 
 
-def _scatter(table_VD, embed_axes):
-  """Sums over `embed_axes`, each device keeping its part of dimension D."""
+def _scatter(table_VD: jax.Array, embed_axes: tuple[str, ...]) -> jax.Array:
+  """Sums over `embed_axes`; each device keeps its part of dimension D."""
   fn = lambda part_VD: jax.lax.psum_scatter(
     part_VD, embed_axes, scatter_dimension=1, tiled=True
   )
-  # By hand along V too: XLA would gather the table over these axes first.
+  # Manual along V too: XLA would gather the table over its axes first.
   return manual_sharding.on_parts(fn, table_VD, 'vocab', None)
 
 
-def _split(arrays, num: int):
-  """(B, T, ...) to (num, B, T / num, ...)."""
+def _split(arrays: _Tokens, num: int) -> _Tokens:
+  """Reshapes arrays from (B, T, ...) to (num, B, T / num, ...)."""
   split = lambda a: a.reshape(a.shape[0], num, -1, *a.shape[2:])
   return jax.tree.map(lambda a: jnp.moveaxis(split(a), 1, 0), arrays)
 
 
 def _joined(means: MeanLoss) -> MeanLoss:
-  """Puts the losses of chunks of tokens together."""
+  """Joins the losses of chunks of tokens into one."""
   whole = lambda a: jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1)
   return MeanLoss(means.objective.sum(), *map(whole, means[1:]))
 
 
-def _backward(config, residuals, grads: MeanLoss):
+def _backward(
+  config: LossConfig, residuals: tuple[jax.Array, embed.Head], grads: MeanLoss
+) -> tuple[jax.Array, embed.Head, None, None]:
   del config
-  d_x, d_head = residuals
+  d_x_BTD, d_head = residuals
   scale = lambda a: (a * grads.objective).astype(a.dtype)
-  return scale(d_x), jax.tree.map(scale, d_head), None, None
+  return scale(d_x_BTD), jax.tree.map(scale, d_head), None, None
 
 
 mean_loss.defvjp(_forward, _backward)

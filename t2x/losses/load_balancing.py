@@ -1,4 +1,4 @@
-"""What routers of mixtures of experts add to a training step.
+"""Balancing the load of the experts of a mixture of experts.
 
 Shape suffixes: B batch, E experts, R layers of one kind, stacked.
 """
@@ -14,20 +14,26 @@ from t2x.parallel import sharding
 
 
 class Load(NamedTuple):
-  """A `routing.Load` of a batch: (E,) or (R, E), and scalars or (R,)."""
+  """The load of the experts of a layer, or of R stacked layers, over a batch.
+
+  Attributes:
+    tokens_E: number of tokens of each expert, (E,) or (R, E).
+    lost: number of choices for which no slot was left, a scalar or (R,).
+    total: number of choices, a scalar or (R,).
+  """
 
   tokens_E: jax.Array
   lost: jax.Array
   total: jax.Array
 
 
-# By a router's path in the model.
+# By the path of the router in the model.
 StatsByPath = dict[str, moe.Stats]
 LoadsByPath = dict[str, Load]
 
 
 def loads(stats: StatsByPath) -> LoadsByPath:
-  """Returns the loads of layers, summed over rows."""
+  """Returns the load of each router, summed over rows."""
   by_rows = {path: s.load for path, s in stats.items()}
   return {
     path: Load(
@@ -41,11 +47,12 @@ def loads(stats: StatsByPath) -> LoadsByPath:
 
 @jax.named_scope('balance')
 def losses(stats: StatsByPath, share_B: jax.Array) -> dict[str, jax.Array]:
-  """Returns what routers add to the loss, summed over layers.
+  """Returns the auxiliary losses of the routers, summed over layers.
 
   Args:
-    stats: of the routers; none without experts, and then there is no loss.
-    share_B: weight of each row over that of the whole batch.
+    stats: statistics of the routers; empty for a model without experts, which
+      has no such losses.
+    share_B: weight of each row, divided by the weight of the whole batch.
   """
   if not stats:
     return {}
@@ -63,11 +70,11 @@ def update(model: Any, loads: LoadsByPath) -> Any:
   b_e += rate x sign(mean load - load of e) (Wang et al., 2024, algorithm 1).
 
   Args:
-    model: whole, or the part that is not trained.
-    loads: of a whole batch.
+    model: the whole model, or the part of it that is not trained.
+    loads: loads of a whole batch.
   """
 
-  def moved(path, x):
+  def moved(path: tuple[Any, ...], x: object) -> object:
     if not isinstance(x, moe.BalanceBias):
       return x
     owner = sharding.path_name(path[:-1])
@@ -81,12 +88,16 @@ def update(model: Any, loads: LoadsByPath) -> Any:
 
 
 def metrics(loads: LoadsByPath) -> dict[str, jax.Array]:
-  """Returns how evenly the experts are used.
+  """Returns metrics that show how evenly the experts are used.
 
-  `expert_load/PATH` holds the share of each expert in its layer's tokens,
-  (E,) or (R, E); `expert_load_max` the largest of all, 1 where even, as a
-  multiple of its layer's mean; `tokens_dropped` the share of choices that no
-  slot was left for (where experts choose: of tokens that none chose).
+  `expert_load/PATH` holds the share of each expert in its layer's tokens, (E,)
+  or (R, E). `expert_load_max` is the largest share of all, as a multiple of its
+  layer's mean, so 1 if all loads are equal. `tokens_dropped` is the share of
+  choices for which no slot was left (with expert choice: of tokens that no
+  expert chose).
+
+  Args:
+    loads: loads of a whole batch; there are no metrics without experts.
   """
   if not loads:
     return {}

@@ -1,12 +1,16 @@
-"""What the three architectures share: their config, embeddings and stacks.
+"""Parts that all architectures share: config, embeddings and output head.
 
 Shape suffixes: B batch, T position, D embed, V vocabulary.
 """
 
+from collections.abc import Callable
 import dataclasses
 import math
+from typing import Any
 from typing import ClassVar
+from typing import Generic
 from typing import Literal
+from typing import TypeVar
 
 from flax import nnx
 import jax
@@ -29,37 +33,38 @@ from t2x.parallel import zigzag as zigzag_lib
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-  """Fields that encoders, decoders and encoder-decoders share.
+  """Settings that encoders, decoders and encoder-decoders share.
 
   Attributes:
-    vocab_size: tokens that exist; the table has more rows, see
-      `vocab_multiple`.
-    num_layers: layers of the (decoder) stack.
-    embed_dim: width D.
-    attention: of every layer, where `attention_pattern` is empty.
-    attention_pattern: kinds of a repeating group of layers (GPT-3: dense,
-      local).
-    mlp: the feed-forward layer, plain or of experts, where `mlp_pattern` is
-      empty.
-    mlp_pattern: kinds of a repeating group of layers (Switch Transformer: mlp,
-      moe).
+    vocab_size: number of tokens; the table has more rows, see `vocab_multiple`.
+    num_layers: number of layers of the stack (the decoder's, if there are two).
+    embed_dim: width of the residual stream, D.
+    attention: attention of every layer, if `attention_pattern` is empty.
+    attention_pattern: attention of each layer of a repeating group (GPT-3:
+      dense, local).
+    mlp: feed-forward layer, plain or of experts, if `mlp_pattern` is empty.
+    mlp_pattern: feed-forward layer of each layer of a repeating group (Switch
+      Transformer: mlp, moe).
     norm: LayerNorm or RMSNorm.
-    residual: `pre_norm`, `post_norm`, `sandwich` (Gemma 2: a norm of what a
-      branch reads and one of what it adds), or `parallel` (PaLM).
-    position: how order is told; None leaves it to the mask.
-    init: how weights are drawn.
-    dropout: rate on embeddings and on each branch before it is added.
-    embed_scale: multiply embeddings by sqrt(D) (Vaswani et al., 2017).
-    tied_head: how logits come about: `tied` from the token table, `tied_scaled`
-      the same with features divided by sqrt(D) (T5, PaLM), `untied` from a
-      table of their own.
-    logit_soft_cap: bounds logits by cap * tanh(logit / cap) (Gemma 2), in the
-      loss as in generation; None does not.
-    vocab_multiple: the table's rows are padded to a multiple of this, so that
-      mesh axes divide them; padded logits are masked everywhere.
-    dtype: of activations; parameters stay float32.
-    memory: tokens of the rows before that a row sees, where it goes on with
-      their document (`data.batching=stream`); see `t2x.models.segment_memory`.
+    residual: place of the norms in a block: `pre_norm`, `post_norm`, `sandwich`
+      (Gemma 2: a norm of a branch's input and one of its output), or `parallel`
+      (PaLM).
+    position: kind of position encoding; None leaves order to the mask.
+    init: initialisation of the weights.
+    dropout: dropout rate on embeddings and on the output of each branch.
+    embed_scale: whether embeddings are multiplied by sqrt(D) (Vaswani et al.,
+      2017).
+    tied_head: table that makes logits: `tied`, the token table; `tied_scaled`,
+      the same with features divided by sqrt(D) (T5, PaLM); `untied`, a table of
+      its own.
+    logit_soft_cap: cap that bounds logits by cap * tanh(logit / cap) (Gemma 2),
+      in the loss and in generation; None for no cap.
+    vocab_multiple: number of which the table's rows are a multiple, so that
+      mesh axes divide them; the logits of padded rows are masked everywhere.
+    dtype: dtype of activations; parameters are float32.
+    memory: number of tokens of earlier rows that a row attends to, if it
+      continues their document (`data.batching=stream`); see
+      `t2x.models.segment_memory`.
   """
 
   vocab_size: int = 8192
@@ -81,12 +86,13 @@ class TransformerConfig:
   dtype: Literal['float32', 'bfloat16'] = 'float32'
   memory: int = 0
 
+  kind: ClassVar[str]
   overruled: ClassVar[dict[str, str]] = {
     'attention': 'attention_pattern',
     'mlp': 'mlp_pattern',
   }
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     sizes = ('vocab_size', 'num_layers', 'embed_dim', 'vocab_multiple')
     field_checks.least(self, 'model.', **dict.fromkeys(sizes, 1))
     field_checks.share(self, 'model.', 'dropout')
@@ -98,10 +104,12 @@ class TransformerConfig:
 
   @property
   def kinds(self) -> tuple[attention_kinds.AttentionConfig, ...]:
+    """Attention of each layer of its repeating group."""
     return self.attention_pattern or (self.attention,)
 
   @property
   def mlp_kinds(self) -> tuple[moe.FeedForwardConfig, ...]:
+    """Feed-forward layer of each layer of its repeating group."""
     return self.mlp_pattern or (self.mlp,)
 
   @property
@@ -135,12 +143,12 @@ class TransformerConfig:
 
   @property
   def depths(self) -> dict[str, int]:
-    """Layers of each stack, in order of depth, by the name of the tower."""
+    """Number of layers of each tower, by its name, in order of depth."""
     return {'tower': self.num_layers}
 
   @property
   def max_length(self) -> int | None:
-    """Positions that the model can tell apart, or None for no limit."""
+    """Largest number of positions that the model has; None for no limit."""
     position = self.position
     limits = [kind.limit for kind in self.kinds]
     if isinstance(position, position_lib.Learned):
@@ -149,12 +157,20 @@ class TransformerConfig:
 
 
 def table_distribution(init: param.Init) -> str:
-  """Tables that are looked up have no fan; `uniform` is for matrices."""
+  """Returns the distribution from which embedding tables are drawn.
+
+  A table has no fan-in or fan-out: where matrices are uniform, it is normal.
+  """
   return 'normal' if init.distribution == 'uniform' else init.distribution
 
 
 class Embeddings(nnx.Module):
-  """Token vectors, and positions where they are added."""
+  """Token embeddings, and position embeddings if the model adds them.
+
+  Args:
+    config: settings of the model.
+    rngs: random keys of the initialisation.
+  """
 
   def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
     self.config = config
@@ -174,7 +190,9 @@ class Embeddings(nnx.Module):
     )
 
   @jax.named_scope('embeddings')
-  def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array):
+  def __call__(
+    self, tokens_BT: jax.Array, positions_BT: jax.Array
+  ) -> jax.Array:
     dtype = jnp.dtype(self.config.dtype)
     x_BTD = self.tokens(tokens_BT, dtype)
     if self.config.embed_scale:
@@ -182,7 +200,7 @@ class Embeddings(nnx.Module):
     return self.placed(x_BTD, positions_BT)
 
   def placed(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """Adds what says where a token stands, if anything is added."""
+    """Adds position embeddings to embeddings, if the model has them."""
     dtype = x_BTD.dtype
     if self.positions is not None:
       x_BTD = x_BTD + self.positions(positions_BT, dtype)
@@ -193,7 +211,12 @@ class Embeddings(nnx.Module):
 
 
 class OutputTable(nnx.Module):
-  """The head's own table, where it is not tied to the embeddings."""
+  """The output head's own table, if it is not tied to the embeddings.
+
+  Args:
+    config: settings of the model.
+    rngs: random keys of the initialisation.
+  """
 
   def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
     rows = embed.padded(config.vocab_size, config.vocab_multiple)
@@ -206,25 +229,68 @@ class OutputTable(nnx.Module):
     )
 
 
-def make_head(config, table_VD, bias_V=None) -> embed.Head:
-  """Returns the head over a table; see `TransformerConfig.tied_head`."""
-  scaled = config.tied_head == 'tied_scaled'
-  return embed.Head(
-    table_VD=table_VD[...],
-    bias_V=None if bias_V is None else bias_V[...],
-    scale=config.embed_dim**-0.5 if scaled else 1.0,
-    soft_cap=config.logit_soft_cap,
-    vocab_size=config.vocab_size,
-  )
+def output_table(
+  config: TransformerConfig, *, rngs: nnx.Rngs
+) -> OutputTable | None:
+  """Returns the head's own table; None if it is tied to the embeddings."""
+  untied = config.tied_head == 'untied'
+  return OutputTable(config, rngs=rngs) if untied else None
 
 
-def positions_of(batch, prefix: str = '', zigzag: int = 1) -> jax.Array:
-  """Returns a batch's positions; where none are given, 0, 1, 2, ...
+Config = TypeVar('Config', bound=TransformerConfig)
+
+
+class LanguageModel(nnx.Module, Generic[Config]):
+  """The base of the architectures: features, and the head over them.
+
+  Attributes:
+    config: settings of the model.
+    embeddings: token and position embeddings.
+    output: the head's own table; None if it is tied to the embeddings.
+    output_bias_V: bias of the logits; None without bias.
+    features: method that returns the features (B, T, D), and the statistics of
+      routers.
+  """
+
+  config: Config
+  embeddings: Embeddings
+  output: OutputTable | None
+  output_bias_V: nnx.Variable | None = None
+  features: Callable[..., tuple[jax.Array, dict[str, moe.Stats]]]
+
+  def __call__(self, inputs: jax.Array, **kwargs: Any) -> jax.Array:
+    """Returns float32 logits (B, T, V); takes the arguments of `features`."""
+    return self.head(self.hidden(inputs, **kwargs))
+
+  def hidden(self, inputs: jax.Array, **kwargs: Any) -> jax.Array:
+    """Returns the features alone; takes the arguments of `features`."""
+    return self.features(inputs, **kwargs)[0]
+
+  @property
+  def head(self) -> embed.Head:
+    """The output head, which turns features into logits."""
+    config, bias_V = self.config, self.output_bias_V
+    table = self.output or self.embeddings.tokens
+    scaled = config.tied_head == 'tied_scaled'
+    return embed.Head(
+      table_VD=table.table_VD[...],
+      bias_V=None if bias_V is None else bias_V[...],
+      scale=config.embed_dim**-0.5 if scaled else 1.0,
+      soft_cap=config.logit_soft_cap,
+      vocab_size=config.vocab_size,
+    )
+
+
+def positions_of(
+  batch: dict[str, Any], prefix: str = '', zigzag: int = 1
+) -> jax.Array:
+  """Returns the positions of a batch, by default 0, 1, 2, ..., (B, T).
 
   Args:
-    batch: name -> array.
-    prefix: of the names, `encoder_` for the source.
-    zigzag: devices over which the tokens of a row lie in zigzag order.
+    batch: arrays by name.
+    prefix: prefix of the names, such as `encoder_` for the source.
+    zigzag: number of devices over which the tokens of a row are in zigzag
+      order.
   """
   positions_BT = batch.get(f'{prefix}positions')
   if positions_BT is not None:
@@ -235,7 +301,7 @@ def positions_of(batch, prefix: str = '', zigzag: int = 1) -> jax.Array:
 
 
 def check_length(config: TransformerConfig, length: int) -> None:
-  """Raises ValueError if the positions do not reach `length` tokens."""
+  """Raises a ValueError if the model has fewer positions than `length`."""
   limit = config.max_length
   if limit is not None and length > limit:
     by_kind = [k.kind for k in config.kinds if k.limit == limit]

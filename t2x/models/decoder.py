@@ -3,7 +3,9 @@
 Shape suffixes: B batch, T position, D embed, V vocabulary.
 """
 
+from collections.abc import Sequence
 import dataclasses
+from typing import Any
 from typing import ClassVar
 
 from flax import nnx
@@ -12,7 +14,6 @@ import jax.numpy as jnp
 
 from t2x.attention import mask as mask_lib
 from t2x.layers import block
-from t2x.layers import embed
 from t2x.layers import moe
 from t2x.layers import stack
 from t2x.models import common
@@ -25,12 +26,13 @@ from t2x.models import tower as tower_lib
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig(common.TransformerConfig):
-  """See `TransformerConfig`.
+  """Settings of a decoder; see `TransformerConfig`.
 
   Attributes:
-    ahead: weights in the loss of heads that predict the second next token, the
-      third, ...: each has one more layer on top of the stack and the final norm
-      and table in common (Gloeckle et al., 2024). Generation leaves them out.
+    ahead: loss weight of each extra head, which predict the second next token,
+      the third, and so on (Gloeckle et al., 2024). Each head has one more layer
+      on top of the stack; all share the final norm and the table. Plain
+      generation does not use them.
   """
 
   kind: ClassVar[str] = 'decoder'
@@ -40,7 +42,7 @@ class DecoderConfig(common.TransformerConfig):
   def num_ahead(self) -> int:
     return len(self.ahead)
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     layer_checks.check_causal(self)
     if min(self.ahead, default=1.0) <= 0:
@@ -52,8 +54,8 @@ class DecoderConfig(common.TransformerConfig):
       )
 
 
-class Decoder(nnx.Module):
-  """A causal language model.
+class Decoder(common.LanguageModel[DecoderConfig]):
+  """A causal language model (GPT, PaLM, Llama).
 
   >>> config = DecoderConfig(vocab_size=100, num_layers=2)
   >>> model = Decoder(config, rngs=nnx.Rngs(0))
@@ -70,16 +72,7 @@ class Decoder(nnx.Module):
       config, config.num_layers, bidirectional=False, rngs=rngs
     )
     self.ahead = nnx.List([self.tower.layer_on_top(rngs) for _ in config.ahead])
-    untied = config.tied_head == 'untied'
-    self.output = common.OutputTable(config, rngs=rngs) if untied else None
-
-  def __call__(self, inputs: jax.Array, **kwargs) -> jax.Array:
-    """Returns float32 logits (B, T, V); arguments as for `features`."""
-    return self.head(self.hidden(inputs, **kwargs))
-
-  def hidden(self, inputs: jax.Array, **kwargs) -> jax.Array:
-    """Returns the features alone; arguments as for `features`."""
-    return self.features(inputs, **kwargs)[0]
+    self.output = common.output_table(config, rngs=rngs)
 
   def features(
     self,
@@ -93,20 +86,22 @@ class Decoder(nnx.Module):
   ) -> tuple[jax.Array, dict[str, moe.Stats]]:
     """Returns the features (B, T, D) that the head turns into logits.
 
-    And what the routers of mixtures of experts did, by their paths.
+    Also returns the statistics of the routers of mixtures of experts, by their
+    paths in the model.
 
     Args:
       inputs: token ids (B, T).
-      segments: (B, T); a token sees its own segment only. 0 is padding.
-      positions: (B, T); default 0, 1, 2, ...
-      prefix_ends: (B, T), the place in its row where the prefix of each token's
-        document ends, which all its tokens see; default no prefix.
-      keys_B: dropout keys of the rows; None means no dropout.
-      execution: scan or unroll, what to recompute, and in which order the
-        tokens of a row come.
+      segments: number of each token's segment (B, T), 0 for padding; a token
+        attends to its own segment only. None for one segment.
+      positions: positions (B, T); None for 0, 1, 2, ...
+      prefix_ends: place in the row where the prefix of each token's document
+        ends (B, T), to which all its tokens attend; None for no prefix.
+      keys_B: dropout keys of the rows; None for no dropout.
+      execution: scan or unroll, tensors to recompute, and order of the tokens
+        of a row.
 
     Raises:
-      ValueError: more tokens than the model has positions.
+      ValueError: if there are more tokens than the model has positions.
     """
     batch = {
       'inputs': inputs,
@@ -119,7 +114,7 @@ class Decoder(nnx.Module):
   def context(
     self,
     tower: str,
-    batch: forward.Batch,
+    batch: dict[str, Any],
     keys_B: jax.Array | None,
     zigzag: int,
   ) -> block.Context:
@@ -142,7 +137,7 @@ class Decoder(nnx.Module):
   def enter(
     self,
     tower: str,
-    batch: forward.Batch,
+    batch: dict[str, Any],
     context: block.Context,
     x_BTD: jax.Array | None,
   ) -> tuple[jax.Array, jax.Array | None]:
@@ -152,20 +147,27 @@ class Decoder(nnx.Module):
     assert positions_BT is not None
     return self.embeddings(batch['inputs'], positions_BT), None
 
-  def leave(self, x_BTD: jax.Array, batch: forward.Batch) -> jax.Array:
+  def leave(self, x_BTD: jax.Array, batch: dict[str, Any]) -> jax.Array:
     """See `forward.Model`."""
     del batch
     return self.tower.end(x_BTD)
 
-  def terms(self, x_BTD, batch, keys_B, zigzag: int) -> loss_terms.Terms:
-    """See `forward`; `ahead2`, ... where a batch has their targets."""
+  def terms(
+    self,
+    x_BTD: jax.Array,
+    batch: dict[str, jax.Array],
+    keys_B: jax.Array | None,
+    zigzag: int,
+  ) -> loss_terms.Terms:
+    """See `forward`; adds the terms `ahead2`, ... of the extra heads."""
     terms = loss_terms.of_tokens(self.leave(x_BTD, batch), self.head, batch)
     if not self.ahead:
       return terms
     context = self.context('tower', batch, keys_B, zigzag)
     for i, (layer, factor) in enumerate(zip(self.ahead, self.config.ahead)):
       name = f'ahead{i + 2}'
-      num = self.config.num_layers + 1 + i  # Of its dropout, past all others.
+      # Its dropout keys are numbered past all layers of the stack.
+      num = self.config.num_layers + 1 + i
       y_BTD, _, _ = self.tower.layer(layer, x_BTD, context, jnp.asarray(num))
       terms[name] = loss_terms.Term(
         x_BTD=self.tower.end(y_BTD),
@@ -176,51 +178,64 @@ class Decoder(nnx.Module):
       )
     return terms
 
-  @property
-  def head(self) -> embed.Head:
-    table = self.output or self.embeddings.tokens
-    return common.make_head(self.config, table.table_VD)
-
-  def empty_caches(self, batch: int, capacity: int, dtype=None, slack: int = 0):
-    """Returns caches for `capacity` positions of `batch` rows.
+  def empty_caches(
+    self,
+    batch: int,
+    capacity: int,
+    dtype: jax.typing.DTypeLike | None = None,
+    slack: int = 0,
+  ) -> Any:
+    """Returns empty caches of keys and values for all layers.
 
     Args:
-      batch: rows.
-      capacity: positions of each.
-      dtype: of keys and values, by default the model's; int8 keeps a scale for
-        each vector.
-      slack: tokens of a step that may turn out not to count.
+      batch: number of rows.
+      capacity: number of positions of each row.
+      dtype: dtype of keys and values; None for the model's. int8 keeps a scale
+        for each vector.
+      slack: number of tokens of a step that may be rejected later.
     """
     return self.tower.empty_caches(batch, capacity, dtype=dtype, slack=slack)
 
-  def empty_pages(self, num_pages: int, size: int, dtype=None):
-    """Returns caches in pages that rows share.
+  def empty_pages(
+    self, num_pages: int, size: int, dtype: jax.typing.DTypeLike | None = None
+  ) -> Any:
+    """Returns empty caches in pages that rows share, for all layers.
 
     Args:
-      num_pages: of each layer.
-      size: positions of a page, a power of two.
-      dtype: as for `empty_caches`.
+      num_pages: number of pages of each layer.
+      size: number of positions in a page, a power of two.
+      dtype: dtype of keys and values, as for `empty_caches`.
 
     Raises:
-      ValueError: a layer keeps a state and no keys.
+      ValueError: if a layer keeps a state in place of keys and values.
     """
     return self.tower.empty_pages(num_pages, size, dtype)
 
-  def empty_ahead(self, batch: int, capacity: int, slack: int = 0):
-    """Returns caches of the heads for further tokens."""
+  def empty_ahead(
+    self, batch: int, capacity: int, slack: int = 0
+  ) -> tuple[block.BlockCache, ...]:
+    """Returns empty caches of the layers of the extra heads.
+
+    Args:
+      batch: number of rows.
+      capacity: number of positions of each row.
+      slack: number of tokens of a step that may be rejected later.
+    """
     dtype = jnp.dtype(self.config.dtype)
     return tuple(
       layer.empty_cache(batch, capacity, dtype, slack=slack)
       for layer in self.ahead
     )
 
-  def step(self, inputs: jax.Array, index_BT: jax.Array, caches):
+  def step(
+    self, inputs: jax.Array, index_BT: jax.Array, caches: Any
+  ) -> tuple[jax.Array, Any]:
     """Extends cached sequences by the tokens at `index_BT`.
 
     Args:
       inputs: token ids (B, T).
-      index_BT: where each token stands in its row; also its position.
-      caches: keys and values of earlier positions.
+      index_BT: index of each token in its row, which is also its position.
+      caches: caches of all layers.
 
     Returns:
       Features (B, T, D), and the new caches.
@@ -228,20 +243,27 @@ class Decoder(nnx.Module):
     x_BTD, caches = self.step_below(inputs, index_BT, caches)
     return self.tower.end(x_BTD), caches
 
-  def step_below(self, inputs: jax.Array, index_BT: jax.Array, caches):
-    """As `step`, with features that are not normalised: what heads read."""
+  def step_below(
+    self, inputs: jax.Array, index_BT: jax.Array, caches: Any
+  ) -> tuple[jax.Array, Any]:
+    """As `step`, but before the final norm, as the extra heads read it."""
     context = _step_context(index_BT)
     x_BTD = self.embeddings(inputs, index_BT)
     x_BTD, caches, _ = self.tower(x_BTD, context, caches=caches)
     return x_BTD, caches
 
-  def step_ahead(self, x_BTD: jax.Array, index_BT: jax.Array, caches):
-    """Extends the heads for further tokens.
+  def step_ahead(
+    self,
+    x_BTD: jax.Array,
+    index_BT: jax.Array,
+    caches: Sequence[block.BlockCache],
+  ) -> tuple[list[jax.Array], tuple[block.BlockCache, ...]]:
+    """Extends the extra heads by the tokens at `index_BT`.
 
     Args:
-      x_BTD: what `step_below` returned.
-      index_BT: where each token stands in its row.
-      caches: of `empty_ahead`.
+      x_BTD: features from `step_below`.
+      index_BT: index of each token in its row.
+      caches: caches of the extra heads' layers.
 
     Returns:
       Features (B, T, D) of each head, and the new caches.

@@ -1,9 +1,10 @@
-"""Encoder-only Transformers: BERT, RoBERTa.
+"""Encoder-only Transformers: BERT, RoBERTa, XLNet.
 
 Shape suffixes: B batch, T position, D embed, V vocabulary.
 """
 
 import dataclasses
+from typing import Any
 from typing import ClassVar
 
 from flax import nnx
@@ -35,24 +36,28 @@ from t2x.parallel import sharding
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderConfig(common.TransformerConfig):
-  """See `TransformerConfig`; BERT's additions are off by default.
+  """Settings of an encoder; see `TransformerConfig`.
+
+  Most of BERT's additions are off by default.
 
   Attributes:
-    num_token_types: segment (sentence A / B) embeddings; 0 for none.
-    embed_norm: normalise the embeddings.
-    pooler: dense layer with tanh over the first token.
-    next_sentence: two-way head on the pooler's output.
-    classes: of heads on the pooler's output, how many classes each tells apart;
-      1 is a value.
-    token_classes: of a head on each token's output, how many classes it tells
-      apart; 0 for none.
-    masked_head: transform (dense, activation, norm) and bias of the masked
-      language model's head.
-    output_bias: bias of the logits; a `masked_head` has one.
-    two_stream: the second stream of XLNet, for permutation language modelling;
-      see `objectives.permutation`.
-    query_layers: layers of a second stack, whose tokens stand for those that
-      the first does not see and look at its output; see `MaskedLM.dropped`.
+    num_token_types: number of token type (sentence A / B) embeddings; 0 for
+      none.
+    embed_norm: whether the embeddings are normalised.
+    pooler: whether there is a dense layer with tanh on the first token.
+    next_sentence: whether there is a two-class head on the pooler's output.
+    classes: number of classes of each further head on the pooler's output; 1
+      for a head that predicts a value.
+    token_classes: number of classes of a head on each token's output; 0 for no
+      such head.
+    masked_head: whether the output head has a transform (dense, activation,
+      norm) and a bias, as in BERT.
+    output_bias: whether logits have a bias; a `masked_head` always has one.
+    two_stream: whether there is the query stream of XLNet, for permutation
+      language modelling; see `objectives.permutation`.
+    query_layers: number of layers of a second stack, whose tokens are queries
+      for tokens that the first stack does not see, and which attends to the
+      first stack's output; see `MaskedLM.dropped`. 0 for no second stack.
   """
 
   kind: ClassVar[str] = 'encoder'
@@ -79,7 +84,7 @@ class EncoderConfig(common.TransformerConfig):
   def num_query_layers(self) -> int:
     return self.query_layers
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     layer_checks.check_bidirectional(self)
     field_checks.least(self, 'model.', query_layers=0)
@@ -106,12 +111,12 @@ class EncoderConfig(common.TransformerConfig):
   @property
   def depths(self) -> dict[str, int]:
     """See `TransformerConfig`."""
-    own = {'queries': self.query_layers} if self.query_layers else {}
-    return super().depths | own
+    queries = {'queries': self.query_layers} if self.query_layers else {}
+    return super().depths | queries
 
 
-class Encoder(nnx.Module):
-  """A bidirectional encoder.
+class Encoder(common.LanguageModel[EncoderConfig]):
+  """A bidirectional encoder (BERT, RoBERTa, XLNet).
 
   >>> model = Encoder(EncoderConfig(vocab_size=99), rngs=nnx.Rngs(0))
   >>> model(jax.numpy.ones((2, 8), int)).shape
@@ -157,8 +162,7 @@ class Encoder(nnx.Module):
     self.classes = nnx.List(
       [pooled_heads.Dense(D, num, init, rngs=rngs) for num in config.classes]
     )
-    untied = config.tied_head == 'untied'
-    self.output = common.OutputTable(config, rngs=rngs) if untied else None
+    self.output = common.output_table(config, rngs=rngs)
     masked = config.masked_head
     rows = embed.padded(config.vocab_size, config.vocab_multiple)
     self.transform = (
@@ -179,12 +183,8 @@ class Encoder(nnx.Module):
       pooled_heads.Dense(D, num, init, rngs=rngs) if num else None
     )
 
-  def __call__(self, inputs: jax.Array, **kwargs) -> jax.Array:
-    """Returns float32 logits (B, T, V); arguments as for `features`."""
-    return self.head(self.hidden(inputs, **kwargs))
-
-  def encode(self, inputs: jax.Array, **kwargs) -> jax.Array:
-    """Returns the encoded sequence (B, T, D); arguments as for `features`."""
+  def encode(self, inputs: jax.Array, **kwargs: Any) -> jax.Array:
+    """Returns the encoded sequence (B, T, D); takes `features`' arguments."""
     return self.tower.end(self._run(inputs, ('tower',), **kwargs)[0])
 
   def _run(
@@ -196,21 +196,28 @@ class Encoder(nnx.Module):
     execution: stack.Execution = stack.Execution(),
     **more: jax.Array | None,
   ) -> tuple[jax.Array, dict[str, moe.Stats]]:
-    """Returns what `forward.run` does.
+    """Checks the inputs and calls `forward.run`.
+
+    Args:
+      inputs: token ids (B, T).
+      towers: names of the first towers to run; None for all.
+      keys_B: dropout keys of the rows; None for no dropout.
+      execution: scan or unroll, and tensors to recompute.
+      **more: other arrays of the batch, by name.
 
     Raises:
-      ValueError: see `encoder_inputs.check` and `features`.
+      ValueError: if arrays do not fit together, see `encoder_inputs.check`, or
+        there are more tokens than the model has positions.
     """
     more = {name: array for name, array in more.items() if array is not None}
-    asks = towers is None
-    encoder_inputs.check(self.config, more, asks)
+    encoder_inputs.check(self.config, more, towers is None)
     batch = {'inputs': inputs, **more}
     return forward.run(self, batch, towers, keys_B=keys_B, execution=execution)
 
   def context(
     self,
     tower: str,
-    batch: forward.Batch,
+    batch: dict[str, Any],
     keys_B: jax.Array | None,
     zigzag: int,
   ) -> block.Context:
@@ -223,12 +230,15 @@ class Encoder(nnx.Module):
     layer_checks.check_documents(self.config, segments)
     mask = mask_lib.self_attention(segments, causal=False)
     cross = mask_lib.Mask()
-    if places is not None:  # Of a row that is not whole.
-      seen = batch['segments']
-      cross = mask_lib.Mask(q_segments_BT=segments, k_segments_BS=seen)
+    if places is not None:  # Some tokens of the rows are left out.
+      cross = mask_lib.Mask(
+        q_segments_BT=segments, k_segments_BS=batch['segments']
+      )
       if self._asks_for_places:
-        own = batch[f'{prefix}places']
-        mask = dataclasses.replace(mask, q_index_BT=own, k_index_BS=own)
+        index_BT = batch[f'{prefix}places']
+        mask = dataclasses.replace(
+          mask, q_index_BT=index_BT, k_index_BS=index_BT
+        )
     if tower == 'queries':
       keys_B = dropout.fold(keys_B, _QUERIES)
     return block.Context(
@@ -241,47 +251,50 @@ class Encoder(nnx.Module):
 
   @property
   def _asks_for_places(self) -> bool:
-    """Whether it matters to scores which tokens of a row are missing."""
-    own = self.config.position
-    plain = all(
+    """Whether attention scores depend on the places of tokens in their row."""
+    encoding = self.config.position
+    all_dense = all(
       isinstance(k, attention_config.Dense) for k in self.config.kinds
     )
-    return not plain or (own is not None and position.is_bias(own))
+    has_bias = encoding is not None and position.is_bias(encoding)
+    return not all_dense or has_bias
 
   def enter(
     self,
     tower: str,
-    batch: forward.Batch,
+    batch: dict[str, Any],
     context: block.Context,
     x_BTD: jax.Array | None,
   ) -> tuple[jax.Array, jax.Array | None]:
     """See `forward.Model`."""
     encoded_BSD = None
     if tower == 'queries':
-      assert x_BTD is not None, 'queries come after the tower'
+      assert x_BTD is not None  # The queries follow the first stack.
       encoded_BSD, batch = self.tower.end(x_BTD), _query_batch(batch)
     inputs, positions_BT = batch['inputs'], context.positions_BT
     assert positions_BT is not None
     T = inputs.shape[1]
-    x_BTD = self.embeddings(inputs, positions_BT[:, :T])
+    input_BTD = self.embeddings(inputs, positions_BT[:, :T])
     if two_stream_lib.are_in(batch):
       assert self.query_D is not None, 'model.two_stream is off'
-      asked_BM = positions_BT[:, T:]
-      shape = (*asked_BM.shape, x_BTD.shape[-1])
-      query_BMD = jnp.broadcast_to(self.query_D[...].astype(x_BTD.dtype), shape)
-      query_BMD = self.embeddings.placed(query_BMD, asked_BM)
-      x_BTD = jnp.concatenate([x_BTD, query_BMD], axis=1)
+      query_positions_BM = positions_BT[:, T:]
+      shape = (*query_positions_BM.shape, input_BTD.shape[-1])
+      query_BMD = jnp.broadcast_to(
+        self.query_D[...].astype(input_BTD.dtype), shape
+      )
+      query_BMD = self.embeddings.placed(query_BMD, query_positions_BM)
+      input_BTD = jnp.concatenate([input_BTD, query_BMD], axis=1)
     if self.token_types is not None:
       types = batch.get('token_types')
       types = jnp.zeros_like(inputs) if types is None else types
-      table = self.token_types[...].astype(x_BTD.dtype)
+      table = self.token_types[...].astype(input_BTD.dtype)
       table = sharding.constrain(table, None, 'act_embed')
-      x_BTD = x_BTD + param.look_up(table, types)
+      input_BTD = input_BTD + param.look_up(table, types)
     if self.embed_norm is not None:
-      x_BTD = self.embed_norm(x_BTD)
-    return x_BTD, encoded_BSD
+      input_BTD = self.embed_norm(input_BTD)
+    return input_BTD, encoded_BSD
 
-  def leave(self, x_BTD: jax.Array, batch: forward.Batch) -> jax.Array:
+  def leave(self, x_BTD: jax.Array, batch: dict[str, Any]) -> jax.Array:
     """See `forward.Model`."""
     if self.queries is not None:
       return self._transformed(self.queries.end(x_BTD))
@@ -290,48 +303,53 @@ class Encoder(nnx.Module):
     x_BTD = self.tower.end(x_BTD)
     positions_BM = batch.get('target_positions')
     if positions_BM is not None:
-      # Mapped over rows, so that each is read where it is.
+      # Mapped over rows, so that each device reads its own rows.
       x_BTD = jax.vmap(lambda x_TD, at_M: x_TD[at_M])(x_BTD, positions_BM)
     return self._transformed(x_BTD)
 
-  def terms(self, x_BTD, batch, keys_B, zigzag: int) -> loss_terms.Terms:
-    """See `forward`; and those of the pooled heads that a batch is for."""
+  def terms(
+    self,
+    x_BTD: jax.Array,
+    batch: dict[str, jax.Array],
+    keys_B: jax.Array | None,
+    zigzag: int,
+  ) -> loss_terms.Terms:
+    """See `forward`; adds the terms of the pooled heads with targets."""
     del keys_B, zigzag
     terms = loss_terms.of_tokens(self.leave(x_BTD, batch), self.head, batch)
     return terms | pooled_heads.terms(self, x_BTD, batch)
-
-  def hidden(self, inputs: jax.Array, **kwargs) -> jax.Array:
-    """Returns the features alone; arguments as for `features`."""
-    return self.features(inputs, **kwargs)[0]
 
   def features(
     self,
     inputs: jax.Array,
     *,
     target_positions: jax.Array | None = None,
-    **kwargs,
+    **kwargs: Any,
   ) -> tuple[jax.Array, dict[str, moe.Stats]]:
     """Returns the features (B, T, D) that the masked head reads.
 
-    And what the routers of mixtures of experts did, by their paths.
+    Also returns the statistics of the routers of mixtures of experts, by their
+    paths in the model.
 
     Args:
       inputs: token ids (B, T).
-      target_positions: (B, M), the places of those tokens whose features are
-        asked for, (B, M, D); default all.
-      **kwargs: segments (B, T), a token sees its own segment only, 0 is
-        padding; positions (B, T), default 0, 1, 2, ...; token_types (B, T),
-        sentence A or B, default 0; keys_B, dropout keys of the rows, None means
-        no dropout; execution, scan or unroll, and what to recompute. With
-        `query_layers` also what `MaskedLM.dropped` gives: places (B, T), and of
-        M queries, whose features are returned, query_inputs, query_positions,
-        query_segments, query_places (B, M). With `two_stream` what
-        `objectives.permutation` gives: ranks (B, T), and of queries
-        query_ranks, query_positions, query_segments, query_places (B, M).
+      target_positions: places of the tokens (B, M) whose features (B, M, D) are
+        returned; None for all tokens.
+      **kwargs: other arrays of the batch, and options. segments (B, T), number
+        of each token's segment, 0 for padding; a token attends to its own
+        segment only. positions (B, T), by default 0, 1, 2, ... token_types
+        (B, T), sentence A or B, by default 0. keys_B, dropout keys of the rows;
+        None for no dropout. execution, scan or unroll, and tensors to
+        recompute. With `query_layers` also the arrays of `MaskedLM.dropped`:
+        places (B, T), and for M queries, whose features are returned,
+        query_inputs, query_positions, query_segments and query_places (B, M).
+        With `two_stream` the arrays of `objectives.permutation`: ranks (B, T),
+        and for M queries query_ranks, query_positions, query_segments and
+        query_places (B, M).
 
     Raises:
-      ValueError: more tokens than the model has positions, or an array that
-        would be ignored, or that another needs.
+      ValueError: if there are more tokens than the model has positions, or an
+        array would be ignored, or is missing.
     """
     kwargs['target_positions'] = target_positions
     x_BTD, stats = self._run(inputs, **kwargs)
@@ -339,8 +357,8 @@ class Encoder(nnx.Module):
     return self.leave(x_BTD, batch), stats
 
   @jax.named_scope('head')
-  def _transformed(self, x_BTD):
-    """Applies the transform of the masked language model's head."""
+  def _transformed(self, x_BTD: jax.Array) -> jax.Array:
+    """Applies the transform of the masked head, if the model has it."""
     if self.transform is None or self.transform_norm is None:
       return x_BTD
     act = self.config.mlp.activation
@@ -352,17 +370,12 @@ class Encoder(nnx.Module):
     assert self.pooler is not None, 'model.pooler is off'
     return jnp.tanh(self.pooler(encoded_BTD[:, :1])[:, 0])
 
-  @property
-  def head(self) -> embed.Head:
-    table = self.output or self.embeddings.tokens
-    return common.make_head(self.config, table.table_VD, self.output_bias_V)
+
+_QUERIES = 2**20  # Folded into the second stack's dropout keys.
 
 
-_QUERIES = 2**20  # Folds the keys of the second stack apart from the first's.
-
-
-def _query_batch(batch):
-  """Returns the part of a batch that the second stack reads, by plain names."""
+def _query_batch(batch: dict[str, Any]) -> dict[str, Any]:
+  """Returns the inputs of the second stack, by plain names."""
   types = batch.get('token_types')
   assert types is None, 'rows of dropped tokens have no types'
   return {'inputs': batch['query_inputs']}

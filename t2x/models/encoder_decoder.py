@@ -5,6 +5,7 @@ vocabulary.
 """
 
 import dataclasses
+from typing import Any
 from typing import ClassVar
 
 from flax import nnx
@@ -13,7 +14,6 @@ import jax
 from t2x.attention import mask as mask_lib
 from t2x.layers import block
 from t2x.layers import dropout
-from t2x.layers import embed
 from t2x.layers import moe
 from t2x.layers import stack
 from t2x.models import common
@@ -25,16 +25,19 @@ from t2x.models import tower as tower_lib
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderDecoderConfig(common.TransformerConfig):
-  """See `TransformerConfig`; one token table serves both sides.
+  """Settings of an encoder-decoder; see `TransformerConfig`.
+
+  Both sides share one token table.
 
   Attributes:
-    num_encoder_layers: None means as many as the decoder has.
+    num_encoder_layers: number of layers of the encoder; None for that of the
+      decoder.
   """
 
   kind: ClassVar[str] = 'encoder_decoder'
   num_encoder_layers: int | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     layer_checks.check_causal(self)
     layer_checks.check_bidirectional(self)
@@ -46,8 +49,8 @@ class EncoderDecoderConfig(common.TransformerConfig):
     return {'encoder': below, 'decoder': self.num_layers}
 
 
-class EncoderDecoder(nnx.Module):
-  """An encoder, and a decoder that looks at its output.
+class EncoderDecoder(common.LanguageModel[EncoderDecoderConfig]):
+  """An encoder, and a decoder with cross-attention to its output.
 
   >>> model = EncoderDecoder(EncoderDecoderConfig(vocab_size=9),
   ...                        rngs=nnx.Rngs(0))
@@ -70,16 +73,7 @@ class EncoderDecoder(nnx.Module):
     self.decoder = tower_lib.Tower(
       config, config.num_layers, bidirectional=False, cross=True, rngs=rngs
     )
-    untied = config.tied_head == 'untied'
-    self.output = common.OutputTable(config, rngs=rngs) if untied else None
-
-  def __call__(self, inputs: jax.Array, **kwargs) -> jax.Array:
-    """Returns float32 logits (B, T, V); arguments as for `features`."""
-    return self.head(self.hidden(inputs, **kwargs))
-
-  def hidden(self, inputs: jax.Array, **kwargs) -> jax.Array:
-    """Returns the features alone; arguments as for `features`."""
-    return self.features(inputs, **kwargs)[0]
+    self.output = common.output_table(config, rngs=rngs)
 
   def features(
     self,
@@ -95,22 +89,25 @@ class EncoderDecoder(nnx.Module):
   ) -> tuple[jax.Array, dict[str, moe.Stats]]:
     """Returns the decoder's features (B, T, D), with teacher forcing.
 
-    And what the routers of mixtures of experts did, by their paths.
+    Also returns the statistics of the routers of mixtures of experts, by their
+    paths in the model.
 
     Args:
-      inputs: the targets, shifted right (B, T).
-      encoder_inputs: source tokens (B, S).
-      encoder_segments: (B, S); 0 is padding, which no target sees.
-      encoder_positions: (B, S); default 0, 1, 2, ...
-      segments: (B, T); a target sees targets and the source of its own segment;
-        without `encoder_segments` all of the source.
-      positions: (B, T); default 0, 1, 2, ...
-      keys_B: dropout keys of the rows; None means no dropout.
-      execution: scan or unroll, what to recompute, and in which order the
-        tokens of a row come.
+      inputs: target ids, shifted right (B, T).
+      encoder_inputs: source ids (B, S).
+      encoder_segments: number of each source token's segment (B, S), 0 for
+        padding, to which no target attends. None for one segment.
+      encoder_positions: positions (B, S); None for 0, 1, 2, ...
+      segments: number of each target's segment (B, T); a target attends to the
+        targets and the source of its segment, and without `encoder_segments` to
+        all of the source. None for one segment.
+      positions: positions (B, T); None for 0, 1, 2, ...
+      keys_B: dropout keys of the rows; None for no dropout.
+      execution: scan or unroll, tensors to recompute, and order of the tokens
+        of a row.
 
     Raises:
-      ValueError: more tokens than the model has positions.
+      ValueError: if there are more tokens than the model has positions.
     """
     batch = {
       'inputs': inputs,
@@ -133,10 +130,11 @@ class EncoderDecoder(nnx.Module):
     """Returns the encoder's output (B, S, D).
 
     Args:
-      inputs: source tokens (B, S).
-      segments: (B, S); 0 is padding.
-      positions: (B, S); default 0, 1, 2, ...
-      execution: scan or unroll.
+      inputs: source ids (B, S).
+      segments: number of each token's segment (B, S), 0 for padding; None for
+        one segment.
+      positions: positions (B, S); None for 0, 1, 2, ...
+      execution: scan or unroll, and tensors to recompute.
     """
     batch = {
       'encoder_inputs': inputs,
@@ -149,25 +147,27 @@ class EncoderDecoder(nnx.Module):
   def context(
     self,
     tower: str,
-    batch: forward.Batch,
+    batch: dict[str, Any],
     keys_B: jax.Array | None,
     zigzag: int,
   ) -> block.Context:
     """See `forward.Model`."""
-    encodes = tower == 'encoder'
-    prefix = 'encoder_' if encodes else ''
-    zigzag = 1 if encodes else zigzag
+    is_encoder = tower == 'encoder'
+    prefix = 'encoder_' if is_encoder else ''
+    zigzag = 1 if is_encoder else zigzag
     common.check_length(self.config, batch[f'{prefix}inputs'].shape[1])
     segments = batch.get(f'{prefix}segments')
     keys_B = dropout.fold(keys_B, self.towers.index(tower))
     cross = mask_lib.Mask()
-    if not encodes:
+    if not is_encoder:
       source = batch.get('encoder_segments')
       cross = mask_lib.cross_attention(
         batch['inputs'], segments, source, zigzag=zigzag
       )
     return block.Context(
-      mask=mask_lib.self_attention(segments, causal=not encodes, zigzag=zigzag),
+      mask=mask_lib.self_attention(
+        segments, causal=not is_encoder, zigzag=zigzag
+      ),
       positions_BT=common.positions_of(batch, prefix, zigzag),
       keys_B=keys_B,
       cross_mask=cross,
@@ -176,7 +176,7 @@ class EncoderDecoder(nnx.Module):
   def enter(
     self,
     tower: str,
-    batch: forward.Batch,
+    batch: dict[str, Any],
     context: block.Context,
     x_BTD: jax.Array | None,
   ) -> tuple[jax.Array, jax.Array | None]:
@@ -185,10 +185,11 @@ class EncoderDecoder(nnx.Module):
     assert positions is not None
     if tower == 'encoder':
       return self.embeddings(batch['encoder_inputs'], positions), None
+    assert x_BTD is not None  # The decoder follows the encoder.
     encoded_BSD = self.encoder.end(x_BTD)
     return self.embeddings(batch['inputs'], positions), encoded_BSD
 
-  def leave(self, x_BTD: jax.Array, batch: forward.Batch) -> jax.Array:
+  def leave(self, x_BTD: jax.Array, batch: dict[str, Any]) -> jax.Array:
     """See `forward.Model`."""
     del batch
     return self.decoder.end(x_BTD)
@@ -196,7 +197,7 @@ class EncoderDecoder(nnx.Module):
   def terms(
     self,
     x_BTD: jax.Array,
-    batch: forward.Batch,
+    batch: dict[str, jax.Array],
     keys_B: jax.Array | None,
     zigzag: int,
   ) -> loss_terms.Terms:
@@ -204,21 +205,43 @@ class EncoderDecoder(nnx.Module):
     del keys_B, zigzag
     return loss_terms.of_tokens(self.leave(x_BTD, batch), self.head, batch)
 
-  @property
-  def head(self) -> embed.Head:
-    table = self.output or self.embeddings.tokens
-    return common.make_head(self.config, table.table_VD)
-
   def empty_caches(
-    self, batch: int, capacity: int, encoded_BSD: jax.Array, dtype=None
-  ):
-    """As of a `Decoder`; the cross-attention's are computed here, once."""
+    self,
+    batch: int,
+    capacity: int,
+    encoded_BSD: jax.Array,
+    dtype: jax.typing.DTypeLike | None = None,
+  ) -> Any:
+    """Returns caches of the decoder's layers.
+
+    Those of self-attention are empty; the keys and values of cross-attention
+    are computed here, once.
+
+    Args:
+      batch: number of rows.
+      capacity: number of positions of each row.
+      encoded_BSD: output of `encode`.
+      dtype: dtype of keys and values; None for the model's.
+    """
     return self.decoder.empty_caches(batch, capacity, encoded_BSD, dtype)
 
-  def step(self, inputs: jax.Array, index_BT: jax.Array, caches, cross_mask):
-    """Extends cached targets by the tokens at `index_BT`; see `Decoder.step`.
+  def step(
+    self,
+    inputs: jax.Array,
+    index_BT: jax.Array,
+    caches: Any,
+    cross_mask: mask_lib.Mask,
+  ) -> tuple[jax.Array, Any]:
+    """Extends cached targets by the tokens at `index_BT`.
 
-    `cross_mask` says what the targets see of the source.
+    Args:
+      inputs: token ids (B, T).
+      index_BT: index of each token in its row, which is also its position.
+      caches: caches of the decoder's layers.
+      cross_mask: mask of the source tokens to which targets attend.
+
+    Returns:
+      Features (B, T, D), and the new caches.
     """
     context = block.Context(
       mask=mask_lib.make(causal=True, q_index_BT=index_BT),

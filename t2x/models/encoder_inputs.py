@@ -1,7 +1,9 @@
-"""What an encoder can be given beside its tokens, and what goes together."""
+"""Checks of the arrays that an encoder takes besides its tokens."""
 
 from collections.abc import Collection
-from typing import Any
+from typing import Protocol
+
+from t2x.layers import attention_kinds
 
 _OF_ROWS = {'segments', 'positions'}
 _ASKED = {'query_segments', 'query_positions', 'query_places'}
@@ -12,13 +14,38 @@ _OF_QUERIES = (_PERMUTED | _DROPPED) - _LEFT
 _ALL = {*_PERMUTED, *_DROPPED, 'token_types', 'target_positions'}
 
 
-def check(config: Any, given: Collection[str], asks: bool) -> None:
-  """Raises ValueError for arrays that would be ignored, or are missing.
+class Config(Protocol):
+  """The fields of an `EncoderConfig` that decide which arrays it takes."""
+
+  @property
+  def kinds(self) -> tuple[attention_kinds.AttentionConfig, ...]:
+    """Attention of each layer of its repeating group."""
+    ...
+
+  @property
+  def num_token_types(self) -> int:
+    """Number of token type embeddings."""
+    ...
+
+  @property
+  def two_stream(self) -> bool:
+    """Whether there is a query stream."""
+    ...
+
+  @property
+  def query_layers(self) -> int:
+    """Number of layers of the second stack."""
+    ...
+
+
+def check(config: Config, given: Collection[str], asks: bool) -> None:
+  """Raises a ValueError for arrays that would be ignored, or are missing.
 
   Args:
-    config: an `EncoderConfig`.
-    given: names of the arrays beside the tokens.
-    asks: features are wanted, of the queries where a model has them.
+    config: settings of the encoder.
+    given: names of the arrays besides the tokens.
+    asks: whether the last tower runs, so that a model with queries needs their
+      arrays.
   """
   names = set(given)
   if names - _ALL:
@@ -48,7 +75,13 @@ def check(config: Any, given: Collection[str], asks: bool) -> None:
 
 
 def _check_whole(owner: str, given: set[str], needed: set[str]) -> None:
-  """The arrays of a second stream or stack come together, and alone."""
+  """Raises a ValueError unless exactly the needed arrays are given.
+
+  Args:
+    owner: setting that needs them, for the message.
+    given: names of the given arrays.
+    needed: names of the arrays of a second stream or stack.
+  """
   parts = {'missing': needed - given, 'not read': given - needed}
   if any(parts.values()):
     wrong = [f'{_list(names)} {what}' for what, names in parts.items() if names]
@@ -61,7 +94,7 @@ def _list(names: Collection[str]) -> str:
   return ', '.join(sorted(names))
 
 
-def tells_types(config: Any) -> bool:
-  """Whether sentences A and B of a row look different to a model."""
+def tells_types(config: Config) -> bool:
+  """Returns whether a model distinguishes sentences A and B of a row."""
   by_kind = (kind.num_token_types for kind in config.kinds)
   return bool(config.num_token_types) or any(by_kind)

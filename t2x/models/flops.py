@@ -1,17 +1,18 @@
-"""FLOPs of a model's matrix products, and how well a device was used (MFU).
+"""FLOPs of a model's matrix products, and model FLOPs utilisation (MFU).
 
-Every product counts 2 x multiply-adds. Norms, activations, softmax and lookups
-are left out, as is work done twice (rematerialisation), so that the figure is
-the model's and not the program's, which plan/jaxpr.py counts; tests hold the
-two to each other. A backward pass costs two forward passes: each product gives
-one for the gradient of either factor (Kaplan et al., 2020; the ratio to the
-peak is the MFU of Chowdhery et al., 2022).
+A product counts 2 x multiply-adds. Norms, activations, softmax, look-ups and
+recomputation are left out, so the figure is that of the model and not of the
+program, which `t2x.hlo` counts; tests compare the two. A backward pass costs
+two forward passes, since each product has one product for the gradient of
+either factor (Kaplan et al., 2020). MFU is the ratio to the peak of the devices
+(Chowdhery et al., 2022).
 
 Letters: B rows, T query positions, S key positions, D embed, N heads, K
 key/value heads, H head dim, F feed-forward, V vocabulary, w window.
 """
 
 from collections.abc import Mapping
+import dataclasses
 import functools
 
 from t2x.attention import patterns
@@ -24,85 +25,87 @@ from t2x.models import encoder
 from t2x.models import model as model_lib
 
 
+@dataclasses.dataclass(frozen=True)
+class BatchShape:
+  """The shape of a batch, as far as FLOPs depend on it.
+
+  Attributes:
+    rows: number of rows of the whole batch, B.
+    length: number of positions of a row (of an encoder-decoder, of the
+      decoder), T.
+    encoder_length: number of source positions of a row, S; None without
+      encoder-decoder.
+    num_targets: number of positions of a row that reach the head; None for all.
+  """
+
+  rows: int
+  length: int
+  encoder_length: int | None = None
+  num_targets: int | None = None
+
+
 def forward_flops(
   config: model_lib.ModelConfig,
-  batch_rows: int,
-  length: int,
-  encoder_length: int | None = None,
-  num_targets: int | None = None,
+  shape: BatchShape,
   *,
   skip_masked: bool = True,
 ) -> int:
   """Returns the FLOPs of one forward pass, logits included.
 
-  Rows count as whole sequences: padding, and documents packed into one row,
-  change nothing. BERT's pooler (one token a row) is left out. A mixture of
-  experts counts the experts that its router may give a token, whether or not
-  they had room for it.
+  Each row counts as one sequence of full length: padding, and packing of
+  documents, change nothing. BERT's pooler (one token per row) is left out. A
+  mixture of experts counts the experts that its router may choose for a token,
+  whether or not they had room for it.
 
   Args:
-    config: of the model.
-    batch_rows: B, of the whole batch.
-    length: T, decoder positions for an encoder-decoder.
-    encoder_length: S, needed for an encoder-decoder alone.
-    num_targets: positions of a row that reach the head; None is all.
-    skip_masked: count a causal layer as half its scores and a window by its
-      width, see `pairs`; else all T x S scores.
+    config: settings of the model.
+    shape: shape of the batch.
+    skip_masked: whether masked scores are left out, so that a causal layer
+      counts half of its scores and a window its width, see `pairs`; otherwise
+      all T x S scores count.
 
   Raises:
-    ValueError: `encoder_length` is missing.
+    ValueError: if an encoder-decoder's `encoder_length` is missing.
   """
-  return sum(
-    forward_parts(
-      config,
-      batch_rows,
-      length,
-      encoder_length,
-      num_targets,
-      skip_masked=skip_masked,
-    ).values()
-  )
+  return sum(forward_parts(config, shape, skip_masked=skip_masked).values())
 
 
-def train_flops(
-  config: model_lib.ModelConfig,
-  batch_rows: int,
-  length: int,
-  encoder_length: int | None = None,
-  num_targets: int | None = None,
-) -> int:
+def train_flops(config: model_lib.ModelConfig, shape: BatchShape) -> int:
   """Returns the model FLOPs of one training step: 3 x forward."""
-  return 3 * forward_flops(
-    config, batch_rows, length, encoder_length, num_targets
-  )
+  return 3 * forward_flops(config, shape)
 
 
 def arguments(
   config: model_lib.ModelConfig, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[model_lib.ModelConfig, int, int, int | None, int]:
-  """Returns what `train_flops` takes, for a batch of these shapes by name."""
+) -> tuple[model_lib.ModelConfig, BatchShape]:
+  """Returns the arguments of `train_flops`.
+
+  Args:
+    config: settings of the model.
+    shapes: shape of each array of a batch, by name.
+  """
   rows, length = shapes['inputs']
   _, source = shapes.get('encoder_inputs', (0, None))
-  return config, rows, length, source, shapes['targets'][1]
+  return config, BatchShape(rows, length, source, shapes['targets'][1])
 
 
 def forward_parts(
   config: model_lib.ModelConfig,
-  batch_rows: int,
-  length: int,
-  encoder_length: int | None = None,
-  num_targets: int | None = None,
+  shape: BatchShape,
   *,
   skip_masked: bool = True,
 ) -> dict[str, int]:
-  """Returns the terms of `forward_flops` by name."""
+  """Returns the terms of `forward_flops`, by name."""
   parts = {}
-  layers = _layers(config, length, encoder_length, num_targets, skip_masked)
+  length, num_targets = shape.length, shape.num_targets
+  layers = _layers(
+    config, length, shape.encoder_length, num_targets, skip_masked
+  )
   for layer in sum(layers.values(), []):
     for name, n in layer.items():
       parts[name] = parts.get(name, 0) + n
   parts |= top_flops(config, length, num_targets, skip_masked=skip_masked)
-  return {name: batch_rows * n for name, n in parts.items()}
+  return {name: shape.rows * n for name, n in parts.items()}
 
 
 def top_flops(
@@ -112,9 +115,13 @@ def top_flops(
   *,
   skip_masked: bool = True,
 ) -> dict[str, int]:
-  """Returns the FLOPs of what stands on the last layer: one row, forward.
+  """Returns the FLOPs after the last layer, by name: one row, forward pass.
 
-  Arguments as for `forward_flops`.
+  Args:
+    config: settings of the model.
+    length: number of positions of a row, T.
+    num_targets: number of positions of a row that reach the head; None for all.
+    skip_masked: whether masked scores are left out, see `forward_flops`.
   """
   parts = {'head': head_flops(config, num_targets or length)}
   for layer in _layers_ahead(config, length, skip_masked):
@@ -132,18 +139,20 @@ def layer_flops(
   """Returns the FLOPs of each layer of each tower: one row, one forward pass.
 
   Args:
-    config: of the model.
-    length: T, decoder positions for an encoder-decoder.
-    encoder_length: S, needed for an encoder-decoder alone.
-    num_targets: positions of a row that reach the head; None is all.
+    config: settings of the model.
+    length: number of positions of a row (of an encoder-decoder, of the
+      decoder), T.
+    encoder_length: number of source positions of a row, S; None without
+      encoder-decoder.
+    num_targets: number of positions of a row that reach the head; None for all.
 
   Raises:
-    ValueError: `encoder_length` is missing.
+    ValueError: if an encoder-decoder's `encoder_length` is missing.
   """
-  layers = _layers(config, length, encoder_length, num_targets, True)
+  towers = _layers(config, length, encoder_length, num_targets, True)
   return {
-    tower: [sum(layer.values()) for layer in own]
-    for tower, own in layers.items()
+    tower: [sum(layer.values()) for layer in layers]
+    for tower, layers in towers.items()
   }
 
 
@@ -156,8 +165,10 @@ def head_flops(config: model_lib.ModelConfig, num_targets: int) -> int:
   return flops
 
 
-def _layers_ahead(config, T, skip_masked) -> list[dict[str, int]]:
-  """Terms of the layer of each head that predicts further ahead."""
+def _layers_ahead(
+  config: model_lib.ModelConfig, T: int, skip_masked: bool
+) -> list[dict[str, int]]:
+  """Returns the FLOPs of the layer of each extra head, by name."""
   num = config.num_ahead
   last = len(config.group)
   tower = _tower(config, last, T, True, skip_masked) if num else [{}]
@@ -165,9 +176,13 @@ def _layers_ahead(config, T, skip_masked) -> list[dict[str, int]]:
 
 
 def _layers(
-  config, T, S, num_targets, skip_masked
+  config: model_lib.ModelConfig,
+  T: int,
+  S: int | None,
+  num_targets: int | None,
+  skip_masked: bool,
 ) -> dict[str, list[dict[str, int]]]:
-  """Terms of each layer of each tower, of one row."""
+  """Returns the FLOPs of each layer of each tower, by name, for one row."""
   depths, causal = config.depths, not isinstance(config, encoder.EncoderConfig)
   tower = functools.partial(_tower, config, skip_masked=skip_masked)
   if 'encoder' not in depths:
@@ -176,7 +191,7 @@ def _layers(
       return {'tower': tower(depths['tower'], T + num_targets, causal, keys=T)}
     layers = {'tower': tower(depths['tower'], T, causal)}
     if 'queries' in depths:
-      layers['queries'] = tower(depths['queries'], M, False, looks_at=T)
+      layers['queries'] = tower(depths['queries'], M, False, cross_length=T)
     return layers
   if S is None:
     raise ValueError(
@@ -185,7 +200,7 @@ def _layers(
     )
   return {
     'encoder': tower(depths['encoder'], S, False),
-    'decoder': tower(depths['decoder'], T, True, looks_at=S),
+    'decoder': tower(depths['decoder'], T, True, cross_length=S),
   }
 
 
@@ -195,54 +210,58 @@ def _tower(
   length: int,
   causal: bool,
   skip_masked: bool,
-  looks_at: int | None = None,
+  cross_length: int | None = None,
   keys: int | None = None,
 ) -> list[dict[str, int]]:
-  """FLOPs of each layer of a stack over one row.
+  """Returns the FLOPs of each layer of a tower, by name, for one row.
 
   Args:
-    config: of the model.
-    num_layers: of the stack.
-    length: tokens of the row.
-    causal: whether they see earlier ones alone.
-    skip_masked: as for `forward_flops`.
-    looks_at: tokens of another row that they see too.
-    keys: the first tokens, which alone are seen; None is all.
+    config: settings of the model.
+    num_layers: number of layers of the tower.
+    length: number of tokens of the row.
+    causal: whether tokens attend to earlier tokens alone.
+    skip_masked: whether masked scores are left out, see `forward_flops`.
+    cross_length: number of tokens that cross-attention reads; None without
+      cross-attention.
+    keys: number of first tokens to which all attend; None for all tokens.
   """
   D, layers = config.embed_dim, []
   for i in range(num_layers):
     kind, mlp = config.group[i % len(config.group)]
-    seen = keys or length
+    num_keys = keys or length
     if isinstance(kind, attention_config.Softmax):
-      pattern = attention_kinds.pattern_of(kind, seen, causal)
-      scores = _attention(kind, length, seen, pattern, skip_masked)
+      pattern = attention_kinds.pattern_of(kind, num_keys, causal)
+      scores = _attention(kind, length, num_keys, pattern, skip_masked)
       if isinstance(kind, transformer_xl.TransformerXL):
-        num = pairs(length, seen, pattern) if skip_masked else length * seen
+        num = (
+          pairs(length, num_keys, pattern) if skip_masked else length * num_keys
+        )
         scores += transformer_xl.num_flops(kind, length, D, num)
     else:
       scores = attention_kinds.mixing_flops(kind, length, D, causal)
     width = kind.head_dim * attention_kinds.projected_heads(kind)
     layer = {
-      'projections': 2 * length * D * width - _unseen(kind, length - seen, D),
+      'projections': 2 * length * D * width
+      - _unseen(kind, length - num_keys, D),
       'scores and values': scores,
     }
     for name, per_token in _feed_forward(mlp, D).items():
       layer[name] = int(length * per_token)
-    if looks_at is not None:
-      cross = _cross(config, kind, length, looks_at, skip_masked)
+    if cross_length is not None:
+      cross = _cross(config, kind, length, cross_length, skip_masked)
       layer['cross-attention'] = cross
     layers.append(layer)
   return layers
 
 
-def _unseen(kind, num: int, D: int) -> int:
-  """FLOPs of the keys and values that nobody sees and nothing makes."""
+def _unseen(kind: attention_kinds.AttentionConfig, num: int, D: int) -> int:
+  """Returns the FLOPs of keys and values of `num` tokens without them."""
   return 4 * num * D * kind.kv_heads * kind.head_dim
 
 
 def _feed_forward(mlp: moe.FeedForwardConfig, D: int) -> dict[str, float]:
-  """FLOPs of one token; an expert is a layer of its own."""
-  # Up and down, and the gate where there is one.
+  """Returns the FLOPs of a feed-forward layer for one token, by name."""
+  # Up and down, and a gate.
   products = 3 if mlp.gated else 2
   dense = products * 2 * D * mlp.hidden
   if not isinstance(mlp, moe.MoeConfig):
@@ -251,8 +270,17 @@ def _feed_forward(mlp: moe.FeedForwardConfig, D: int) -> dict[str, float]:
   return {'mlp': mlp.experts_of_token * dense, 'router': router}
 
 
-def _cross(config, kind, T, S, skip_masked) -> int:
-  """Queries and output over T, keys and values over S, scores T x S."""
+def _cross(
+  config: common.TransformerConfig,
+  kind: attention_kinds.AttentionConfig,
+  T: int,
+  S: int,
+  skip_masked: bool,
+) -> int:
+  """Returns the FLOPs of cross-attention.
+
+  Queries and output have T positions, keys and values S, scores T x S.
+  """
   N, K, H = kind.num_heads, kind.kv_heads, kind.head_dim
   products = 2 * config.embed_dim * H * (2 * N * T + 2 * K * S)
   return products + _attention(kind, T, S, patterns.Everything(), skip_masked)
@@ -265,17 +293,22 @@ def _attention(
   pattern: patterns.Pattern,
   skip_masked: bool,
 ) -> int:
-  """Two products, queries with keys and weights with values."""
+  """Returns the FLOPs of queries with keys, and of weights with values."""
   num = pairs(T, S, pattern) if skip_masked else T * S
   return int(4 * kind.num_heads * kind.head_dim * num)
 
 
 def pairs(T: int, S: int, pattern: patterns.Pattern) -> float:
-  """Returns how many pairs of query and key a layer's mask leaves.
+  """Returns the number of pairs of a query and a key that are not masked.
 
-  Causal attention counts as half, T * T / 2, and as w * T - w * w / 2 in a
-  window of w: the area of the triangle and of the band, which leave out w / 2
-  of the pairs on their edges. Other patterns are counted.
+  Causal attention counts as T * T / 2, and as w * T - w * w / 2 with a window
+  of w tokens: the areas of the triangle and of the band, which leave out w / 2
+  of the pairs on their edges. Pairs of other patterns are counted.
+
+  Args:
+    T: number of queries.
+    S: number of keys.
+    pattern: attention pattern of the layer.
   """
   match pattern:
     case patterns.Causal():
@@ -288,7 +321,7 @@ def pairs(T: int, S: int, pattern: patterns.Pattern) -> float:
 
 
 # Dense bfloat16 and float32 FLOP/s of one JAX device, by the start of its
-# `device_kind`; the first match holds. Float32 products run at JAX's default
+# `device_kind`; the first match counts. Float32 products run at JAX's default
 # precision: one bfloat16 pass on a TPU, TF32 on a GPU.
 # TPU: docs.cloud.google.com/tpu/docs, the page of each version, "Peak compute
 #   per chip (BF16)". A TPU7x chip (2,307 TFLOP/s) is two devices, others one.
@@ -314,11 +347,11 @@ _PEAKS = (
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-  """Returns the published FLOP/s of a device, or None if there is none.
+  """Returns the published peak FLOP/s of a device, or None if unknown.
 
   Args:
-    device_kind: `jax.devices()[0].device_kind`.
-    dtype: of the activations, 'bfloat16' or 'float32'.
+    device_kind: kind of the device, `jax.devices()[0].device_kind`.
+    dtype: dtype of the activations, 'bfloat16' or 'float32'.
   """
   for start, figures in _PEAKS:
     if device_kind.startswith(start):
@@ -333,25 +366,28 @@ def mfu(
   """Returns model FLOPs utilisation, 0 to 1, or None if `peak` is unknown.
 
   Args:
-    flops: of one step on all devices, `train_flops`.
-    seconds: the step took.
-    num_devices: that took part.
-    peak: FLOP/s of one device, `peak_flops`.
+    flops: FLOPs of one step on all devices, from `train_flops`.
+    seconds: duration of the step.
+    num_devices: number of devices.
+    peak: peak FLOP/s of one device, from `peak_flops`.
   """
   return None if peak is None else flops / (seconds * num_devices * peak)
 
 
 def formula(
   config: model_lib.ModelConfig,
-  batch_rows: int,
-  length: int,
-  encoder_length: int | None = None,
-  num_targets: int | None = None,
+  shape: BatchShape,
   *,
   peak: float | None = None,
 ) -> str:
-  """Returns the formula of the MFU, with this model's figures, in lines."""
-  parts = forward_parts(config, batch_rows, length, encoder_length, num_targets)
+  """Returns lines with the formula of the MFU and a model's figures.
+
+  Args:
+    config: settings of the model.
+    shape: shape of the batch.
+    peak: peak FLOP/s of one device; None if unknown.
+  """
+  parts = forward_parts(config, shape)
   total = sum(parts.values())
   terms = ' + '.join(f'{name} {_giga(n)}' for name, n in parts.items())
   has_causal = not isinstance(config, encoder.EncoderConfig)

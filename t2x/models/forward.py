@@ -1,4 +1,4 @@
-"""A forward pass in order of depth, in the steps that a pipeline cuts.
+"""The forward pass of any model, in the steps at which a pipeline cuts it.
 
 Shape suffixes: B batch, T position, S position of an encoder's sequence, D
 embed.
@@ -119,18 +119,18 @@ def run(
 
   Args:
     model: a model of any architecture.
-    batch: arrays by name; None is as good as missing.
-    towers: names of the first towers; default all.
-    keys_B: dropout keys of the rows; None means no dropout.
-    execution: scan or unroll, what to recompute, and in which order the tokens
-      of a row come.
+    batch: inputs by name; an array that is None counts as missing.
+    towers: names of the first towers to run; None for all.
+    keys_B: dropout keys of the rows; None for no dropout.
+    execution: scan or unroll, tensors to recompute, and order of the tokens of
+      a row.
 
   Returns:
-    The last tower's output (B, T, D), not yet normalised, and what the routers
-    of mixtures of experts did, by their paths in the model.
+    The last tower's output (B, T, D), before its final norm, and the statistics
+    of the routers of mixtures of experts, by their paths in the model.
 
   Raises:
-    ValueError: more tokens than the model has positions.
+    ValueError: if there are more tokens than the model has positions.
   """
   x_BTD, all_stats = None, {}
   for name in towers or model.towers:
@@ -153,17 +153,18 @@ def recall(
   keys_B: jax.Array | None = None,
   execution: stack.Execution = stack.Execution(),
 ) -> tuple[jax.Array, dict[str, moe.Stats], dict[str, Any]]:
-  """Runs a model of one tower that remembers the rows before.
+  """Runs a model of one tower with a memory of earlier rows.
 
   Args:
     model: a model with `config.memory`.
-    batch: arrays by name.
-    memory: the memory of the rows before; see `t2x.models.segment_memory`.
-    keys_B: dropout keys, see `run`.
-    execution: the way in which layers run, see `run`.
+    batch: inputs by name.
+    memory: memory of the rows before; see `t2x.models.segment_memory`.
+    keys_B: dropout keys of the rows; None for no dropout.
+    execution: scan or unroll, tensors to recompute, and order of the tokens of
+      a row.
 
   Returns:
-    What `run` does, and the memory for the next rows.
+    The two results of `run`, and the memory for the next rows.
   """
   batch, (name,) = segment_memory.seen(batch, memory), model.towers
   context = model.context(name, batch, keys_B, execution.zigzag)
@@ -180,6 +181,6 @@ def recall(
 def features(
   model: Model, batch: Batch, **kwargs: Any
 ) -> tuple[jax.Array, dict[str, moe.Stats]]:
-  """Returns the features (B, T, D) that the head reads; otherwise as `run`."""
+  """Returns the features (B, T, D) that the head reads, and as `run` stats."""
   x_BTD, stats = run(model, batch, **kwargs)
   return model.leave(x_BTD, batch), stats

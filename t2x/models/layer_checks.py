@@ -1,8 +1,12 @@
-"""Which kinds of layers a model can have."""
+"""Checks that the layers of a model fit together."""
 
-from typing import Any
+from typing import ClassVar
+from typing import Protocol
+
+import jax
 
 from t2x.layers import attention_config
+from t2x.layers import attention_kinds
 from t2x.layers import convolution
 from t2x.layers import low_rank
 from t2x.layers import moe
@@ -11,45 +15,76 @@ from t2x.layers import sparse
 from t2x.layers import transformer_xl
 
 
-def check_positions(config: Any) -> None:
-  """Raises ValueError for kinds of attention that do not fit the positions.
+class Config(Protocol):
+  """The fields of a `TransformerConfig` that the checks read."""
 
-  Args:
-    config: a `TransformerConfig`.
-  """
-  own, kinds = config.position, config.kinds
-  if isinstance(own, position.Rotary):
+  kind: ClassVar[str]
+
+  @property
+  def kinds(self) -> tuple[attention_kinds.AttentionConfig, ...]:
+    """Attention of each layer of its repeating group."""
+    ...
+
+  @property
+  def mlp_kinds(self) -> tuple[moe.FeedForwardConfig, ...]:
+    """Feed-forward layer of each layer of its repeating group."""
+    ...
+
+  @property
+  def position(self) -> position.PositionConfig | None:
+    """Kind of position encoding."""
+    ...
+
+  @property
+  def memory(self) -> int:
+    """Number of tokens of earlier rows that a row attends to."""
+    ...
+
+
+class EncoderConfig(Config, Protocol):
+  """The fields of an `EncoderConfig` that the checks read."""
+
+  @property
+  def query_layers(self) -> int:
+    """Number of layers of the second stack."""
+    ...
+
+
+def check_positions(config: Config) -> None:
+  """Raises a ValueError for attention that does not fit the positions."""
+  encoding, kinds = config.position, config.kinds
+  if isinstance(encoding, position.Rotary):
     for kind in kinds:
-      own.rotated(kind.head_dim)
+      encoding.rotated(kind.head_dim)
   for kind in kinds:
-    if not kind.rotary and not isinstance(own, position.Rotary):
+    if not kind.rotary and not isinstance(encoding, position.Rotary):
       raise ValueError(
         'attention.rotary=false leaves rotary positions out of a layer, and '
-        f'model.position={own.kind if own else "none"} has none. Set '
+        f'model.position={encoding.kind if encoding else "none"} has none. Set '
         'attention.rotary=true, or model.position=rotary.'
       )
   by_distance = [
     kind for kind in kinds if isinstance(kind, transformer_xl.TransformerXL)
   ]
-  if by_distance and own is not None and not position.is_added(own):
+  if by_distance and encoding is not None and not position.is_added(encoding):
     raise ValueError(
-      f'model.position={own.kind} and model.attention=transformer_xl, which '
-      'has positions of its own. Set model.position=none.'
+      f'model.position={encoding.kind} and model.attention=transformer_xl, '
+      'which has positions of its own. Set model.position=none.'
     )
-  if own and position.is_bias(own):
+  if encoding and position.is_bias(encoding):
     for kind in kinds:
       if not isinstance(kind, attention_config.Softmax):
         raise ValueError(
-          f'model.position={own.kind} adds to scores, and model.attention='
+          f'model.position={encoding.kind} adds to scores, and model.attention='
           f'{kind.kind} has none. Choose rotary, learned or sinusoidal '
           'positions.'
         )
-  apart = any(kind.global_projections for kind in kinds)
-  if apart and own is not None and not position.is_added(own):
+  any_global = any(kind.global_projections for kind in kinds)
+  if any_global and encoding is not None and not position.is_added(encoding):
     raise ValueError(
       'attention.global_projections=true takes learned or sinusoidal '
-      f'positions, as Longformer has, and model.position is {own.kind}. Set '
-      'one of them, or global_projections=false.'
+      f'positions, as Longformer has, and model.position is {encoding.kind}. '
+      'Set one of them, or global_projections=false.'
     )
   if len({kind.num_heads for kind in kinds}) > 1:
     raise ValueError(
@@ -59,17 +94,17 @@ def check_positions(config: Any) -> None:
     )
 
 
-def check_causal(config: Any) -> None:
-  """Raises ValueError for layers that a decoder cannot have."""
+def check_causal(config: Config) -> None:
+  """Raises a ValueError for layers that a decoder cannot have."""
   for kind in config.kinds:
     if kind.not_causal is not None:
       raise ValueError(
         f'model.attention={kind.kind}: {kind.not_causal}, so a decoder would '
         'see the future. It is for model.kind=encoder.'
       )
-    if kind.num_token_types:
+    if num_types := kind.num_token_types:
       raise ValueError(
-        f'attention.num_token_types={kind.num_token_types} is for model.kind='
+        f'attention.num_token_types={num_types} is for model.kind='
         'encoder: rows of a decoder have no sentences A and B. Set it to 0.'
       )
     if kind.global_projections:
@@ -86,14 +121,14 @@ def check_causal(config: Any) -> None:
       )
 
 
-def check_memory(config: Any) -> None:
-  """Raises ValueError for layers that know no distance to earlier rows."""
-  own = config.position
-  if position.is_added(own):
+def check_memory(config: Config) -> None:
+  """Raises a ValueError for layers that cannot attend to earlier rows."""
+  encoding = config.position
+  if encoding is not None and position.is_added(encoding):
     raise ValueError(
       f'model.memory={config.memory} tokens of earlier rows stand before the '
-      f'first position of model.position={own.kind}. Set model.position to '
-      'rotary, relative_buckets, alibi or none.'
+      f'first position of model.position={encoding.kind}. Set model.position '
+      'to rotary, relative_buckets, alibi or none.'
     )
   whole = (sparse.BlockSparse, sparse.Random, sparse.BigBird, sparse.Longformer)
   for kind in config.kinds:
@@ -110,8 +145,8 @@ def check_memory(config: Any) -> None:
     )
 
 
-def check_query_layers(config: Any) -> None:
-  """Raises ValueError where tokens that are dropped could not be asked for."""
+def check_query_layers(config: EncoderConfig) -> None:
+  """Raises a ValueError if the queries for dropped tokens cannot work."""
   if not position.is_added(config.position):
     kind = config.position.kind if config.position else 'none'
     raise ValueError(
@@ -122,8 +157,8 @@ def check_query_layers(config: Any) -> None:
   whole = (sparse.BlockSparse, sparse.Random, sparse.BigBird)
   for kind in config.kinds:
     softmax = isinstance(kind, attention_config.Softmax)
-    own = kind.global_projections
-    if not softmax or own or isinstance(kind, whole):
+    is_global = kind.global_projections
+    if not softmax or is_global or isinstance(kind, whole):
       raise ValueError(
         f'model.query_layers={config.query_layers} leave rows of which tokens '
         f'are missing, and model.attention={kind.kind} goes by whole rows. '
@@ -131,11 +166,11 @@ def check_query_layers(config: Any) -> None:
       )
 
 
-def check_two_stream(config: Any) -> None:
-  """Raises ValueError for what does not go by the ranks of tokens."""
+def check_two_stream(config: Config) -> None:
+  """Raises a ValueError for settings that the two streams do not support."""
   for kind in config.kinds:
-    whole = not kind.global_projections
-    if not (isinstance(kind, attention_config.Softmax) and whole):
+    is_global = kind.global_projections
+    if not isinstance(kind, attention_config.Softmax) or is_global:
       raise ValueError(
         f'model.two_stream=true hides tokens by the order of a permutation, '
         f'which model.attention={kind.kind} has no place for. Choose dense, '
@@ -155,21 +190,21 @@ def check_two_stream(config: Any) -> None:
       )
 
 
-def check_documents(config: Any, segments_BT: Any) -> None:
-  """Raises ValueError for documents that would see each other in their row.
+def check_documents(config: Config, segments_BT: jax.Array | None) -> None:
+  """Raises a ValueError for documents that a layer would mix in their row.
 
   Args:
-    config: a `TransformerConfig`.
-    segments_BT: of the tokens; values that a compiled function is yet to be
-      given are let pass.
+    config: settings of the model.
+    segments_BT: number of each token's document; None for one document. Traced
+      values are not checked.
   """
   for kind in config.kinds:
     if kind.mixes_rows:
       low_rank.check_documents(kind.kind, segments_BT)
 
 
-def check_bidirectional(config: Any) -> None:
-  """Raises ValueError for layers that cannot look to both sides."""
+def check_bidirectional(config: Config) -> None:
+  """Raises a ValueError for layers that cannot attend to both sides."""
   for kind in config.kinds:
     if isinstance(kind, convolution.Convolution) and kind.width % 2 == 0:
       raise ValueError(

@@ -1,8 +1,9 @@
-"""The parts of which a model's loss is made.
+"""The terms that make up a model's loss.
 
 Shape suffixes: B batch, T position, D embed.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -11,19 +12,19 @@ import jax.numpy as jnp
 from t2x.layers import embed
 
 MAIN = ''  # The name of the term that every model has.
-ROW_SHARES = 'row_shares'  # In a batch; see `with_row_shares`.
+ROW_SHARES = 'row_shares'  # Batch key; see `with_row_shares`.
 
 
 class Term(NamedTuple):
-  """Features, the head that turns them into logits, and what these should be.
+  """One term of the loss: features, their head, and targets.
 
   Attributes:
     x_BTD: features.
-    head: makes logits of them.
-    targets_BT: ids, of tokens or of classes.
-    weights_BT: weight of each, over those of the whole batch.
-    factor: of the term in the loss.
-    is_small: of a few classes, not of the vocabulary.
+    head: output head, which turns features into logits.
+    targets_BT: ids of tokens or of classes.
+    weights_BT: weight of each target, divided by those of the whole batch.
+    factor: factor of the term in the loss.
+    is_small: whether the targets are a few classes, and not the vocabulary.
   """
 
   x_BTD: jax.Array
@@ -37,24 +38,32 @@ class Term(NamedTuple):
 Terms = dict[str, Term]
 
 
-def weight_names(batch) -> list[str]:
-  """Returns the names of the weights in a batch, those of each term."""
+def weight_names(batch: Iterable[str]) -> list[str]:
+  """Returns the names of a batch's arrays of weights, one for each term."""
   return [name for name in batch if f'_{name}'.endswith('_weights')]
 
 
-def with_row_shares(batch):
-  """Adds `row_shares` (B,): what a row is of the weights of the whole batch.
+def with_row_shares(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  """Adds `row_shares` (B,): the share of each row in the weights of a batch.
 
-  Each term that has any counts alike.
+  All terms with any weight count equally.
 
   Args:
-    batch: the whole of it, its weights over their sum.
+    batch: a whole batch, whose weights are divided by their sum.
   """
   each = [batch[name].sum(1) for name in weight_names(batch)]
-  there = sum((share_B.sum() > 0).astype(jnp.float32) for share_B in each)
-  return {**batch, ROW_SHARES: sum(each) / jnp.maximum(there, 1.0)}
+  num_terms = sum((share_B.sum() > 0).astype(jnp.float32) for share_B in each)
+  return {**batch, ROW_SHARES: sum(each) / jnp.maximum(num_terms, 1.0)}
 
 
-def of_tokens(x_BTD: jax.Array, head: embed.Head, batch) -> Terms:
-  """Returns the main term, of a batch's `targets`."""
+def of_tokens(
+  x_BTD: jax.Array, head: embed.Head, batch: dict[str, jax.Array]
+) -> Terms:
+  """Returns the main term, of the tokens to predict.
+
+  Args:
+    x_BTD: features.
+    head: output head.
+    batch: batch with `targets` and `weights`.
+  """
   return {MAIN: Term(x_BTD, head, batch['targets'], batch['weights'])}

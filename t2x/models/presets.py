@@ -1,12 +1,12 @@
-"""The published models: true dimensions and initialisation, as configs.
+"""Published models as configs, with their dimensions and initialisation.
 
   >>> config = gpt2_small()
   >>> config.num_layers, config.embed_dim
   (12, 768)
 
-Counts in the docstrings are of parameters without the rows that
-`vocab_multiple` pads and without pretraining heads, as the papers count.
-Where a paper is silent on initialisation, its released code is followed.
+Numbers of parameters in the docstrings leave out the rows that `vocab_multiple`
+pads, and pretraining heads, as the papers do. Where a paper does not give the
+initialisation, that of the released code is used.
 """
 
 from collections.abc import Callable
@@ -27,10 +27,11 @@ from t2x.models import model
 
 
 def transformer_base() -> encoder_decoder.EncoderDecoderConfig:
-  """Vaswani et al., 2017, Table 3: 65M, with 37,000 byte pairs of en-de.
+  """Returns the base Transformer (Vaswani et al., 2017, Table 3): 65M.
 
-  Matrices are drawn as tensor2tensor draws them (Glorot, uniform), embeddings
-  with 1 / sqrt(D), since they are multiplied by sqrt(D) when looked up.
+  The vocabulary has 37,000 byte pairs of English and German. Matrices are drawn
+  as in tensor2tensor (Glorot, uniform), embeddings with 1 / sqrt(D), since they
+  are multiplied by sqrt(D) when looked up.
   """
   return encoder_decoder.EncoderDecoderConfig(
     vocab_size=37000,
@@ -50,17 +51,21 @@ def transformer_base() -> encoder_decoder.EncoderDecoderConfig:
 
 
 def bert_base() -> encoder.EncoderConfig:
-  """Devlin et al., 2019: 110M (109,482,240 with the pooler)."""
+  """Returns BERT base (Devlin et al., 2019): 109,482,240 with the pooler."""
   return _bert(num_layers=12, embed_dim=768)
 
 
 def bert_large() -> encoder.EncoderConfig:
-  """Devlin et al., 2019: 340M (335,141,888 with the pooler)."""
+  """Returns BERT large (Devlin et al., 2019): 335,141,888 with the pooler."""
   return _bert(num_layers=24, embed_dim=1024)
 
 
 def _bert(*, num_layers: int, embed_dim: int) -> encoder.EncoderConfig:
-  """Truncated normal, 0.02 before it is cut; GELU by the error function."""
+  """Returns a BERT of some size.
+
+  Weights are truncated normal with standard deviation 0.02 before truncation;
+  GELU is computed with the error function.
+  """
   return encoder.EncoderConfig(
     vocab_size=30522,
     num_layers=num_layers,
@@ -82,20 +87,21 @@ def _bert(*, num_layers: int, embed_dim: int) -> encoder.EncoderConfig:
 
 
 def roberta_base() -> encoder.EncoderConfig:
-  """Liu et al., 2019: 125M (124,645,632 with the pooler)."""
+  """Returns RoBERTa base (Liu et al., 2019): 124,645,632 with the pooler."""
   return _roberta(bert_base())
 
 
 def roberta_large() -> encoder.EncoderConfig:
-  """Liu et al., 2019: 355M (355,359,744 with the pooler)."""
+  """Returns RoBERTa large (Liu et al., 2019): 355,359,744 with the pooler."""
   return _roberta(bert_large())
 
 
 def _roberta(bert: encoder.EncoderConfig) -> encoder.EncoderConfig:
-  """BERT with byte-level BPE and no next-sentence task.
+  """Returns a RoBERTa: BERT with byte-level BPE and no next-sentence task.
 
   Positions count from 2, so the table has 514 rows, and the one token type is
-  a constant, both as released. fairseq draws from a normal that is not cut.
+  a constant, both as in the release. fairseq draws from a normal distribution
+  without truncation.
   """
   return dataclasses.replace(
     bert,
@@ -109,17 +115,21 @@ def _roberta(bert: encoder.EncoderConfig) -> encoder.EncoderConfig:
 
 
 def xlnet_base() -> encoder.EncoderConfig:
-  """Yang et al., 2019: 117M (116,718,336)."""
+  """Returns XLNet base (Yang et al., 2019): 116,718,336 parameters."""
   return _xlnet(num_layers=12, embed_dim=768)
 
 
 def xlnet_large() -> encoder.EncoderConfig:
-  """Yang et al., 2019: 360M (360,267,776)."""
+  """Returns XLNet large (Yang et al., 2019): 360,267,776 parameters."""
   return _xlnet(num_layers=24, embed_dim=1024)
 
 
 def _xlnet(*, num_layers: int, embed_dim: int) -> encoder.EncoderConfig:
-  """N(0, 0.02), biases of scores of their own in each layer, as released."""
+  """Returns an XLNet of some size.
+
+  Weights are N(0, 0.02), and each layer has its own biases of scores, as in the
+  release.
+  """
   return encoder.EncoderConfig(
     vocab_size=32000,
     num_layers=num_layers,
@@ -140,30 +150,32 @@ def _xlnet(*, num_layers: int, embed_dim: int) -> encoder.EncoderConfig:
 
 
 def gpt2_small() -> decoder.DecoderConfig:
-  """Radford et al., 2019: 124,439,808 (117M in the paper's first print)."""
+  """Returns GPT-2 small (Radford et al., 2019): 124,439,808 parameters."""
   return _gpt2(num_layers=12, embed_dim=768)
 
 
 def gpt2_medium() -> decoder.DecoderConfig:
-  """Radford et al., 2019: 354,823,168 (345M in the paper's first print)."""
+  """Returns GPT-2 medium (Radford et al., 2019): 354,823,168 parameters."""
   return _gpt2(num_layers=24, embed_dim=1024)
 
 
 def gpt2_large() -> decoder.DecoderConfig:
-  """Radford et al., 2019: 774,030,080 (762M in the paper's first print)."""
+  """Returns GPT-2 large (Radford et al., 2019): 774,030,080 parameters."""
   return _gpt2(num_layers=36, embed_dim=1280)
 
 
 def gpt2_xl() -> decoder.DecoderConfig:
-  """Radford et al., 2019: 1,557,611,200 (1542M in the paper's first print)."""
+  """Returns GPT-2 XL (Radford et al., 2019): 1,557,611,200 parameters."""
   return _gpt2(num_layers=48, embed_dim=1600)
 
 
 def _gpt2(*, num_layers: int, embed_dim: int) -> decoder.DecoderConfig:
-  """N(0, 0.02), positions too, as GPT; residual branches over sqrt(2 L).
+  """Returns a GPT-2 of some size.
 
-  The paper names neither dropout nor biases; they are those of GPT and of the
-  released weights.
+  Weights and positions are N(0, 0.02) as in GPT, residual branches are divided
+  by sqrt(2 L). The paper gives neither dropout nor biases; they are those of
+  GPT and of the released weights. The paper's first print counts 117M, 345M,
+  762M and 1542M parameters.
   """
   return decoder.DecoderConfig(
     vocab_size=50257,
@@ -180,10 +192,10 @@ def _gpt2(*, num_layers: int, embed_dim: int) -> decoder.DecoderConfig:
 
 
 def gpt3_175b() -> decoder.DecoderConfig:
-  """Brown et al., 2020, Tables 2.1 and D.1: 175B (174,600M).
+  """Returns GPT-3 (Brown et al., 2020, Tables 2.1 and D.1): 174,600M.
 
-  Dense and locally banded layers alternate; the paper does not give the width
-  of the band, here the 128 of the Sparse Transformer (Child et al., 2019).
+  Dense and locally banded layers alternate. The paper does not give the width
+  of the band; 128 is that of the Sparse Transformer (Child et al., 2019).
   """
   dense = attention_config.Dense(num_heads=96, head_dim=128, bias=True)
   banded = attention_config.Local(
@@ -202,11 +214,11 @@ def gpt3_175b() -> decoder.DecoderConfig:
 
 
 def palm_540b() -> decoder.DecoderConfig:
-  """Chowdhery et al., 2022, Table 1 and section 2: 540.35B.
+  """Returns PaLM (Chowdhery et al., 2022, Table 1 and section 2): 540.35B.
 
-  Parallel layers, SwiGLU, one key/value head, rotary positions, no biases in
-  products or norms. Matrices N(0, 1 / fan in), embeddings N(0, 1), logits over
-  sqrt(D) (section 5).
+  It has parallel layers, SwiGLU, one key/value head, rotary positions, and no
+  biases in products or norms. Matrices are N(0, 1 / fan in), embeddings
+  N(0, 1), and logits are divided by sqrt(D) (section 5).
   """
   return decoder.DecoderConfig(
     vocab_size=256000,
@@ -227,56 +239,56 @@ def palm_540b() -> decoder.DecoderConfig:
 
 
 def t5_small() -> encoder_decoder.EncoderDecoderConfig:
-  """Raffel et al., 2020, section 3.7: 60M (60,506,624)."""
+  """Returns T5 small (Raffel et al., 2020, section 3.7): 60,506,624."""
   return _t5(num_layers=6, embed_dim=512, hidden=2048, num_heads=8)
 
 
 def t5_base() -> encoder_decoder.EncoderDecoderConfig:
-  """Raffel et al., 2020, section 3.7: 220M (222,903,552)."""
+  """Returns T5 base (Raffel et al., 2020, section 3.7): 222,903,552."""
   return _t5(num_layers=12, embed_dim=768, hidden=3072, num_heads=12)
 
 
 def t5_large() -> encoder_decoder.EncoderDecoderConfig:
-  """Raffel et al., 2020, section 3.7: 770M (737,668,096)."""
+  """Returns T5 large (Raffel et al., 2020, section 3.7): 737,668,096."""
   return _t5(num_layers=24, embed_dim=1024, hidden=4096, num_heads=16)
 
 
 def t5_3b() -> encoder_decoder.EncoderDecoderConfig:
-  """Raffel et al., 2020, section 3.7: 2.8B (2,851,598,336)."""
+  """Returns T5 3B (Raffel et al., 2020, section 3.7): 2,851,598,336."""
   return _t5(
     num_layers=24, embed_dim=1024, hidden=16384, num_heads=32, head_dim=128
   )
 
 
 def t5_11b() -> encoder_decoder.EncoderDecoderConfig:
-  """Raffel et al., 2020, section 3.7: 11B (11,307,321,344)."""
+  """Returns T5 11B (Raffel et al., 2020, section 3.7): 11,307,321,344."""
   return _t5(
     num_layers=24, embed_dim=1024, hidden=65536, num_heads=128, head_dim=128
   )
 
 
 def t5_v1_1_small() -> encoder_decoder.EncoderDecoderConfig:
-  """T5 1.1 (Shazeer, 2020; released checkpoints): 76,961,152."""
+  """Returns T5 1.1 small (Shazeer, 2020): 76,961,152 parameters."""
   return _t5_v1_1(num_layers=8, embed_dim=512, hidden=1024, num_heads=6)
 
 
 def t5_v1_1_base() -> encoder_decoder.EncoderDecoderConfig:
-  """T5 1.1 (Shazeer, 2020; released checkpoints): 247,577,856."""
+  """Returns T5 1.1 base (Shazeer, 2020): 247,577,856 parameters."""
   return _t5_v1_1(num_layers=12, embed_dim=768, hidden=2048, num_heads=12)
 
 
 def t5_v1_1_large() -> encoder_decoder.EncoderDecoderConfig:
-  """T5 1.1 (Shazeer, 2020; released checkpoints): 783,150,080."""
+  """Returns T5 1.1 large (Shazeer, 2020): 783,150,080 parameters."""
   return _t5_v1_1(num_layers=24, embed_dim=1024, hidden=2816, num_heads=16)
 
 
 def t5_v1_1_xl() -> encoder_decoder.EncoderDecoderConfig:
-  """T5 1.1 (Shazeer, 2020; released checkpoints): 2,849,757,184."""
+  """Returns T5 1.1 XL (Shazeer, 2020): 2,849,757,184 parameters."""
   return _t5_v1_1(num_layers=24, embed_dim=2048, hidden=5120, num_heads=32)
 
 
 def t5_v1_1_xxl() -> encoder_decoder.EncoderDecoderConfig:
-  """T5 1.1 (Shazeer, 2020; released checkpoints): 11,135,332,352."""
+  """Returns T5 1.1 XXL (Shazeer, 2020): 11,135,332,352 parameters."""
   return _t5_v1_1(num_layers=24, embed_dim=4096, hidden=10240, num_heads=64)
 
 
@@ -288,10 +300,12 @@ def _t5(
   num_heads: int,
   head_dim: int = 64,
 ) -> encoder_decoder.EncoderDecoderConfig:
-  """Scores are not divided by sqrt(H): queries are drawn that much smaller.
+  """Returns a T5 of some size.
 
-  Matrices N(0, 1 / fan in), embeddings N(0, 1) and tied, so that the features
-  are divided by sqrt(D) before the logits, as in the released code.
+  Scores are not divided by sqrt(H); the weights of queries are initialised
+  smaller by that factor. Matrices are N(0, 1 / fan in). Embeddings are N(0, 1)
+  and tied, so features are divided by sqrt(D) before the logits, as in the
+  released code.
   """
   return encoder_decoder.EncoderDecoderConfig(
     vocab_size=32128,
@@ -312,7 +326,10 @@ def _t5(
 
 
 def _t5_v1_1(**sizes: int) -> encoder_decoder.EncoderDecoderConfig:
-  """Gated GELU, a head of its own, and no dropout in pretraining."""
+  """Returns a T5 1.1: gated GELU, untied head, no dropout in pretraining.
+
+  The sizes are those of the released checkpoints.
+  """
   base = _t5(**sizes)
   return dataclasses.replace(
     base,
@@ -329,17 +346,17 @@ def _t5_v1_1(**sizes: int) -> encoder_decoder.EncoderDecoderConfig:
 
 
 def llama2_7b() -> decoder.DecoderConfig:
-  """Touvron et al., 2023 (Llama 2): 7B (6,738,415,616)."""
+  """Returns Llama 2 7B (Touvron et al., 2023): 6,738,415,616 parameters."""
   return _llama2(num_layers=32, embed_dim=4096, hidden=11008, num_heads=32)
 
 
 def llama2_13b() -> decoder.DecoderConfig:
-  """Touvron et al., 2023 (Llama 2): 13B (13,015,864,320)."""
+  """Returns Llama 2 13B (Touvron et al., 2023): 13,015,864,320 parameters."""
   return _llama2(num_layers=40, embed_dim=5120, hidden=13824, num_heads=40)
 
 
 def llama2_70b() -> decoder.DecoderConfig:
-  """Touvron et al., 2023 (Llama 2): 70B (68,976,648,192), grouped-query."""
+  """Returns Llama 2 70B (Touvron et al., 2023): 68,976,648,192 parameters."""
   return _llama2(
     num_layers=80, embed_dim=8192, hidden=28672, num_heads=64, num_kv_heads=8
   )
@@ -353,7 +370,11 @@ def _llama2(
   num_heads: int,
   num_kv_heads: int | None = None,
 ) -> decoder.DecoderConfig:
-  """The paper does not say how it draws; N(0, 0.02) is the release's config."""
+  """Returns a Llama 2 of some size.
+
+  The paper does not give the initialisation; N(0, 0.02) is that of the released
+  config.
+  """
   return decoder.DecoderConfig(
     vocab_size=32000,
     num_layers=num_layers,
@@ -370,7 +391,9 @@ def _llama2(
 
 
 def mixtral_8x7b() -> decoder.DecoderConfig:
-  """Jiang et al., 2024: Mixtral 8x7B (46,702,792,704), 2 of 8 experts a token.
+  """Returns Mixtral 8x7B (Jiang et al., 2024): 46,702,792,704 parameters.
+
+  A router chooses 2 of 8 experts for each token.
 
   Initialisation and the factor of the balance loss are the release's config.
   """

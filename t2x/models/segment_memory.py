@@ -1,7 +1,7 @@
-"""Segment memory: keys and values of the rows before (Dai et al., 2019).
+"""Segment memory: keys and values of earlier rows (Dai et al., 2019).
 
-Row b of a step goes on where row b of the step before ended, and sees the last
-tokens of its document there. What is remembered has no gradient.
+Row b of a step continues row b of the step before, and attends to the last
+tokens of its document there. The memory has no gradient.
 
 Shape suffixes: B batch, M tokens that are remembered, T tokens of a row.
 """
@@ -17,17 +17,17 @@ from t2x.attention import mask as mask_lib
 from t2x.parallel import sharding
 
 NAME = 'memory'
-SEGMENTS = 'memory_segments'  # In a batch: 1 where a row sees it, else -1.
-CONTINUES = 'continues'  # In a batch: 1 where a row goes on with a document.
+SEGMENTS = 'memory_segments'  # Batch key: 1 if a row attends to it, else -1.
+CONTINUES = 'continues'  # Batch key: 1 if a row continues a document.
 
 
 def empty(model: Any, rows: int, length: int) -> dict[str, Any]:
-  """Returns the memory of nothing.
+  """Returns an empty memory.
 
   Args:
-    model: with one stack.
-    rows: of a batch.
-    length: tokens that are remembered.
+    model: a model with one stack.
+    rows: number of rows of a batch.
+    length: number of tokens to remember.
   """
   return {
     'layers': model.tower.empty_memory(rows, length),
@@ -36,31 +36,37 @@ def empty(model: Any, rows: int, length: int) -> dict[str, Any]:
 
 
 def like(shapes: dict[str, Any]) -> dict[str, Any]:
-  """Returns the memory of nothing of the same shapes."""
+  """Returns an empty memory of the given shapes."""
   return shown_if(False, jax.tree.map(jnp.zeros_like, shapes))
 
 
-def shown_if(condition: Any, memory: dict[str, Any]) -> dict[str, Any]:
-  """Returns a memory of which nothing is seen unless `condition` holds.
+def shown_if(
+  condition: bool | jax.Array, memory: dict[str, Any]
+) -> dict[str, Any]:
+  """Returns a memory that is hidden unless a condition holds.
 
   Args:
-    condition: of all rows, or of each (B, 1).
-    memory: of the rows before.
+    condition: a condition for all rows, or one for each row (B, 1).
+    memory: memory of the rows before.
   """
   segments_BM = jnp.where(condition, memory['segments'], -1)
   return {**memory, 'segments': segments_BM}
 
 
-def shardings(memory: dict[str, Any], mesh: Any, rules: sharding.Rules) -> Any:
-  """Returns how a mesh splits a memory: by rows and by heads.
+def shardings(
+  memory: dict[str, Any],
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+  rules: sharding.Rules,
+) -> dict[str, Any]:
+  """Returns the sharding of each array of a memory, by rows and by heads.
 
   Args:
-    memory: arrays or shapes.
-    mesh: of devices, or of sizes alone.
-    rules: logical axis -> mesh axes.
+    memory: the memory, arrays or shapes.
+    mesh: mesh of devices, or an abstract one.
+    rules: mesh axes of each logical axis.
   """
 
-  def of(leaf):
+  def of(leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
     spec = sharding.to_spec(
       _axes(leaf), rules, shape=leaf.shape, mesh=mesh, name='memory'
     )
@@ -69,17 +75,24 @@ def shardings(memory: dict[str, Any], mesh: Any, rules: sharding.Rules) -> Any:
   return jax.tree.map(of, memory)
 
 
-def _axes(leaf) -> tuple[str | None, ...]:
-  """Those of (layers,) B, M, K, H; of the segments B, M."""
+def _axes(leaf: jax.Array | jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
+  """Returns the logical axes of (layers,) B, M, K, H, or of segments B, M."""
   axes = ('batch', None, 'kv_heads', None)[: leaf.ndim]
   return (None,) * (leaf.ndim - len(axes)) + axes
 
 
-def seen(batch: dict[str, jax.Array], memory: dict[str, Any]):
-  """Returns a batch that knows what of a memory each row sees.
+def seen(
+  batch: dict[str, jax.Array], memory: dict[str, Any]
+) -> dict[str, jax.Array]:
+  """Returns a batch to which `SEGMENTS`, the visible memory, is added.
+
+  Args:
+    batch: inputs by name, with `CONTINUES`.
+    memory: memory of the rows before.
 
   Raises:
-    ValueError: it does not say which rows go on, or has what no memory knows.
+    ValueError: if the batch does not say which rows continue a document, or has
+      an array that a memory does not support.
   """
   if batch.get(CONTINUES) is None:
     raise ValueError(
@@ -103,12 +116,12 @@ def kept(batch: dict[str, jax.Array], layers: Any) -> dict[str, Any]:
   """Returns the memory for the next rows.
 
   Args:
-    batch: what `seen` returned.
+    batch: batch returned by `seen`.
     layers: keys and values of each layer.
   """
   segments_BT, before_BM = batch['segments'], batch[SEGMENTS]
   length = before_BM.shape[1]
-  # Of the row's own numbering the last document's, which is the next one's 1.
+  # The last document of a row is the first one, number 1, of the next row.
   last_B1 = segments_BT[:, -1:]
   both = jnp.concatenate([before_BM, segments_BT], axis=1)[:, -length:]
   stays = (both == last_B1) & (last_B1 > 0)
@@ -117,7 +130,12 @@ def kept(batch: dict[str, jax.Array], layers: Any) -> dict[str, Any]:
 
 
 def mask_of(batch: dict[str, jax.Array], mask: mask_lib.Mask) -> mask_lib.Mask:
-  """Returns a mask whose keys are those of memory, then the row's own."""
+  """Returns a mask whose keys are those of the memory and then of the row.
+
+  Args:
+    batch: batch returned by `seen`.
+    mask: mask of the row alone.
+  """
   before_BM, length = batch[SEGMENTS], batch['segments'].shape[1]
   place_T = jnp.arange(length)[None]
   q_place = place_T

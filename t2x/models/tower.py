@@ -1,15 +1,17 @@
-"""A stack of a model's layers.
+"""A tower: a stack of a model's layers, with its final norm.
 
 Shape suffixes: B batch, T position, S encoder position, D embed.
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from t2x.layers import attention_kinds
 from t2x.layers import block
 from t2x.layers import dropout as dropout_lib
 from t2x.layers import moe
@@ -21,7 +23,15 @@ from t2x.parallel import sharding
 
 
 class Tower(nnx.Module):
-  """A stack of blocks with its relative bias and its final norm."""
+  """A stack of blocks, with its position bias and its final norm.
+
+  Args:
+    config: settings of the model.
+    num_layers: number of layers.
+    bidirectional: whether tokens attend to both sides.
+    cross: whether the layers have cross-attention.
+    rngs: random keys of the initialisation.
+  """
 
   def __init__(
     self,
@@ -43,7 +53,7 @@ class Tower(nnx.Module):
     ]
     self.layers = stack.Stack(makers, num_layers, rngs=rngs)
     self.bias = _make_bias(config, bidirectional, rngs)
-    # In post-norm order the last block has normalised already.
+    # In post-norm order the last block ends with a norm.
     post = config.residual == 'post_norm'
     self.final_norm = None if post else norm_lib.Norm(config.norm, D, rngs=rngs)
 
@@ -52,23 +62,35 @@ class Tower(nnx.Module):
     x_BTD: jax.Array,
     context: block.Context,
     *,
-    caches=None,
+    caches: Any = None,
     execution: stack.Execution = stack.Execution(),
-  ):
-    """Runs the layers: `begin`, each layer, and not yet `end`.
+  ) -> tuple[jax.Array, Any, dict[str, moe.Stats]]:
+    """Runs `begin` and each layer, but not `end`.
+
+    Args:
+      x_BTD: embeddings.
+      context: masks, positions and keys of the pass.
+      caches: caches or memories of all layers; None without.
+      execution: scan or unroll, and tensors to recompute.
 
     Returns:
-      The output (B, T, D), new caches, and a dict from a router's path in this
-      module to its `Stats`.
+      The output (B, T, D), the new caches, and the statistics of each router by
+      its path in this module.
     """
     x_BTD = self.begin(x_BTD, context)
 
-    def apply(layer, x_BTD, cache, number):
+    def apply(
+      layer: block.Block,
+      x_BTD: jax.Array,
+      cache: block.BlockCache | None,
+      number: jax.Array,
+    ) -> tuple[jax.Array, tuple[block.BlockCache | None, moe.Stats | None]]:
       x_BTD, cache, stats = self.layer(layer, x_BTD, context, number, cache)
       return x_BTD, (cache, stats)
 
-    x_BTD, given = self.layers(apply, x_BTD, caches=caches, execution=execution)
-    group, rest = given
+    x_BTD, (group, rest) = self.layers(
+      apply, x_BTD, caches=caches, execution=execution
+    )
     caches = tuple(c for c, _ in group), tuple(c for c, _ in rest)
     stats = {
       f'layers.{name}.{i}.mlp': stats
@@ -79,11 +101,11 @@ class Tower(nnx.Module):
     return x_BTD, caches, stats
 
   def layer_on_top(self, rngs: nnx.Rngs) -> block.Block:
-    """Returns one more layer, like the last of the group, that is no part."""
+    """Returns a new layer like the last of the group; the tower lacks it."""
     return _make_block(self.config, *self.config.group[-1], 1.0, False, rngs)
 
   def begin(self, x_BTD: jax.Array, context: block.Context) -> jax.Array:
-    """Dropout on the embeddings; its site lies past every layer's number."""
+    """Applies dropout to the embeddings; its site is past every layer's."""
     keys_B = dropout_lib.fold(context.keys_B, self.layers.num_layers)
     zigzag = context.mask.q_zigzag
     return dropout_lib.dropout(x_BTD, self.config.dropout, keys_B, zigzag)
@@ -99,34 +121,53 @@ class Tower(nnx.Module):
     """Applies one layer of this tower; see `Block`.
 
     Args:
-      layer: its parameters.
-      x_BTD: its input.
-      context: of the pass; the tower adds what its layers share.
-      number: the layer's place in the tower, from 0.
-      cache: its keys and values of earlier positions.
+      layer: the layer.
+      x_BTD: input of the layer.
+      context: masks, positions and keys of the pass, to which the tower adds
+        its bias and rotary positions.
+      number: number of the layer in the tower, from 0.
+      cache: cache or memory of the layer; None without.
+
+    Returns:
+      The output, the new cache, and the statistics of the layer's router.
     """
     rotary = self.config.position
     turns = isinstance(rotary, position_lib.Rotary) and (
       layer.attention.config.rotary
     )
-    own = dataclasses.replace(
+    layer_context = dataclasses.replace(
       context,
       keys_B=dropout_lib.fold(context.keys_B, number),
       bias=self.bias,
       rotary=rotary if turns else None,
     )
-    return layer(x_BTD, own, cache)
+    return layer(x_BTD, layer_context, cache)
 
   def end(self, x_BTD: jax.Array) -> jax.Array:
-    """Normalises what the last layer gives."""
+    """Applies the final norm to the last layer's output."""
     if self.final_norm is not None:
       x_BTD = self.final_norm(x_BTD)
     return sharding.constrain(x_BTD, 'batch', 'length', 'act_embed')
 
   def empty_caches(
-    self, batch: int, capacity: int, encoded_BSD=None, dtype=None, slack=0
-  ):
-    """Returns empty caches for all layers; int8 halves bfloat16's."""
+    self,
+    batch: int,
+    capacity: int,
+    encoded_BSD: jax.Array | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    slack: int = 0,
+  ) -> Any:
+    """Returns empty caches for all layers.
+
+    Args:
+      batch: number of rows.
+      capacity: number of positions of each row.
+      encoded_BSD: the encoder's output, of which cross-attention keeps keys and
+        values; None without.
+      dtype: dtype of keys and values; None for the model's. int8 takes half the
+        memory of bfloat16.
+      slack: number of tokens of a step that may be rejected later.
+    """
     dtype = jnp.dtype(dtype or self.config.dtype)
     return self.layers.map_layers(
       lambda layer: layer.empty_cache(
@@ -134,15 +175,28 @@ class Tower(nnx.Module):
       )
     )
 
-  def empty_pages(self, num_pages: int, size: int, dtype=None):
-    """Returns empty pages for all layers; see `paged.empty`."""
+  def empty_pages(
+    self, num_pages: int, size: int, dtype: jax.typing.DTypeLike | None = None
+  ) -> Any:
+    """Returns empty pages for all layers; see `paged.empty`.
+
+    Args:
+      num_pages: number of pages of each layer.
+      size: number of positions in a page.
+      dtype: dtype of keys and values; None for the model's.
+    """
     dtype = jnp.dtype(dtype or self.config.dtype)
     return self.layers.map_layers(
       lambda layer: layer.empty_pages(num_pages, size, dtype)
     )
 
-  def empty_memory(self, batch: int, length: int):
-    """Returns memories of nothing for all layers."""
+  def empty_memory(self, batch: int, length: int) -> Any:
+    """Returns empty memories for all layers.
+
+    Args:
+      batch: number of rows.
+      length: number of tokens to remember.
+    """
     dtype = jnp.dtype(self.config.dtype)
     return self.layers.map_layers(
       lambda layer: block.BlockCache(
@@ -151,7 +205,9 @@ class Tower(nnx.Module):
     )
 
 
-def _make_bias(config, bidirectional, rngs):
+def _make_bias(
+  config: common.TransformerConfig, bidirectional: bool, rngs: nnx.Rngs
+) -> position_lib.RelativeBias | position_lib.AlibiBias | None:
   heads = config.kinds[0].num_heads
   if isinstance(config.position, position_lib.RelativeBuckets):
     return position_lib.RelativeBias(
@@ -166,7 +222,14 @@ def _make_bias(config, bidirectional, rngs):
   return None
 
 
-def _make_block(config, kind, mlp, out_factor, cross, rngs):
+def _make_block(
+  config: common.TransformerConfig,
+  kind: attention_kinds.AttentionConfig,
+  mlp: moe.FeedForwardConfig,
+  out_factor: float,
+  cross: bool,
+  rngs: nnx.Rngs,
+) -> block.Block:
   return block.Block(
     kind,
     mlp,

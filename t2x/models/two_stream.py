@@ -1,8 +1,9 @@
-"""The two streams of XLNet (Yang et al., 2019), one after the other in a row.
+"""Two-stream attention (XLNet, Yang et al., 2019).
 
-The first stream has the tokens; the second, of those that are predicted, asks
-what they are. Both look at the first stream alone, a token at those of a rank
-not above its own, and go through the same layers.
+A row holds two streams, one after the other, that go through the same layers.
+The content stream has all tokens; the query stream has one query for each token
+to predict. Both attend to the content stream alone: a token attends to tokens
+whose rank is not above its own.
 
 Shape suffixes: B batch, T tokens, M tokens that are predicted, D embed.
 """
@@ -18,17 +19,19 @@ from t2x.models import segment_memory
 
 
 def are_in(batch: dict[str, jax.Array]) -> bool:
-  """Returns whether a batch has both streams."""
+  """Returns whether a batch has two streams."""
   return batch.get('ranks') is not None
 
 
-def context(batch, keys_B, by_place: bool) -> block.Context:
-  """Returns what layers share.
+def context(
+  batch: dict[str, jax.Array], keys_B: jax.Array | None, by_place: bool
+) -> block.Context:
+  """Returns the context that the layers share.
 
   Args:
-    batch: what `objectives.permutation` makes.
-    keys_B: of dropout, or None.
-    by_place: scores ask for the places of tokens.
+    batch: batch made by `objectives.permutation`.
+    keys_B: dropout keys of the rows; None for no dropout.
+    by_place: whether attention scores depend on the places of tokens.
   """
   tokens_BT = batch['inputs']
   length = tokens_BT.shape[1]
@@ -56,6 +59,6 @@ def context(batch, keys_B, by_place: bool) -> block.Context:
   )
 
 
-def asked(x_BTD: jax.Array, batch) -> jax.Array:
-  """Returns the second stream of both, (B, M, D)."""
+def asked(x_BTD: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
+  """Returns the query stream of both streams, (B, M, D)."""
   return x_BTD[:, batch['inputs'].shape[1] :]

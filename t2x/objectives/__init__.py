@@ -1,1 +1,1 @@
-"""What a model is asked to predict: pure numpy functions of rows of tokens."""
+"""Training objectives: pure NumPy functions from rows of tokens to batches."""

@@ -1,4 +1,4 @@
-"""Next-token prediction."""
+"""Next-token prediction, the objective of decoder-only language models."""
 
 import dataclasses
 from typing import ClassVar
@@ -13,14 +13,14 @@ from t2x.objectives import vocab as vocab_lib
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CausalLM(objective.Objective):
-  """Predicts each token of a document from those before it.
+  """Predicts each token of a document from the tokens before it.
 
-  A row of `length` predictions needs `length + 1` tokens; neighbouring rows
+  A row of `length` predictions needs `length + 1` tokens. Neighbouring rows
   share one token, so that every token is a target exactly once.
 
   Attributes:
-    ahead: heads that predict tokens further ahead, the second, the third, ...;
-      as many as the model's (`model.ahead`).
+    ahead: number of extra heads, which predict the second next token, the third
+      next, and so on; equal to the model's (`model.ahead`).
   """
 
   ahead: int = 0
@@ -31,19 +31,19 @@ class CausalLM(objective.Objective):
   def num_ahead(self) -> int:
     return self.ahead
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     field_checks.least(self, 'data.objective.', ahead=0)
 
   def source_length(self, length: int) -> int:
-    """Raw tokens that one row of `length` is made from."""
+    """Returns the number of raw tokens that a row of `length` is made from."""
     return length + 1
 
   def stride(self, length: int) -> int:
-    """Raw tokens from the start of one row to the start of the next."""
+    """Returns the number of raw tokens between the starts of two rows."""
     return length
 
   def lengths(self, length: int) -> dict[str, int]:
-    """How long the arrays of a batch are, by name."""
+    """Returns the length of a row in each array of a batch, by name."""
     names = [f'{name}_{what}' for name in self._names for what in _ARRAYS]
     return rows_lib.lengths(length) | dict.fromkeys(names, length)
 
@@ -59,10 +59,10 @@ class CausalLM(objective.Objective):
     vocab: vocab_lib.Vocab,
     length: int,
   ) -> dict[str, np.ndarray]:
-    """Returns the batch of `source`, whose rows hold `length + 1` tokens.
+    """Returns the batch made from rows of `length + 1` tokens.
 
-    A target in another document than its input has weight 0, so the start of
-    a document is never predicted from the end of another.
+    A target in another document than its input has weight 0, so the start of a
+    document is never predicted from the end of another.
     """
     del keys, vocab, length  # Nothing is random here.
     tokens, segments = source
@@ -76,7 +76,7 @@ class CausalLM(objective.Objective):
     }
     weights = batch['weights']
     for i, name in enumerate(self._names, start=1):
-      # Every token on the way there is of the same document.
+      # Every token up to the target is in the same document.
       weights = weights * _shifted(batch['weights'], i)
       batch[f'{name}_targets'] = _shifted(batch['targets'], i)
       batch[f'{name}_weights'] = weights
@@ -87,10 +87,15 @@ _ARRAYS = 'targets', 'weights'
 
 
 def ahead_name(number: int) -> str:
-  """Returns the name of a further head: `ahead2` predicts the second token."""
+  """Returns the name of an extra head.
+
+  Args:
+    number: number of the extra head, from 0; head 0 is `ahead2`, which predicts
+      the second next token.
+  """
   return f'ahead{number + 2}'
 
 
 def _shifted(a_BT: np.ndarray, by: int) -> np.ndarray:
-  """Moves rows to the left; zeros follow."""
+  """Shifts rows to the left by `by` places and appends zeros."""
   return np.pad(a_BT, ((0, 0), (0, by)))[:, by:]

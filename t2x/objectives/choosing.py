@@ -1,9 +1,9 @@
-"""Which tokens of a batch a masking chooses.
+"""Choosing the tokens of a batch that a masking hides.
 
-Each row is cut into units (tokens, words, runs of words, phrases), and every
-unit is given a number drawn from a hash of the row's key: units with the
-smallest numbers are chosen, as long as they fit the row's count. All of it is
-NumPy over whole batches.
+Each row is cut into units (tokens, words, runs of words, phrases). Every unit
+draws a random number from a hash of the row's key, and the units with the
+smallest numbers are chosen, as long as they fit the row's number of tokens. All
+of it is NumPy over whole batches.
 
 Shape suffixes: B rows, T tokens of a row, U units of a row, V vocabulary.
 """
@@ -19,7 +19,7 @@ from t2x.objectives import noise
 from t2x.objectives import segments as segments_lib
 
 _log = logging.getLogger(__name__)
-_STREAM = 16  # Of random numbers; those below are the objective's own.
+_STREAM = 16  # Stream of random numbers; objectives use those below.
 
 
 def units(
@@ -29,7 +29,15 @@ def units(
   keys_B: np.ndarray,
   lexicon: lexicon_lib.Lexicon | None,
 ) -> np.ndarray:
-  """Returns the number of each token's unit in its row, from 0, (B, T)."""
+  """Returns the number of each token's unit in its row, from 0, (B, T).
+
+  Args:
+    config: the masking.
+    tokens_BT: token ids.
+    segments_BT: number of each token's document in its row; 0 is padding.
+    keys_B: key of each row's random draws.
+    lexicon: statistics of the tokens; None for maskings of single tokens.
+  """
   if isinstance(config, masking.Tokens | masking.ByLoss):
     T = tokens_BT.shape[1]
     return np.broadcast_to(np.arange(T), tokens_BT.shape)
@@ -43,8 +51,8 @@ def units(
     result = np.zeros(tokens_BT.shape, np.int64)
     for number, (part, weight) in enumerate(zip(parts, weights)):
       if weight:
-        own = units(part, tokens_BT, segments_BT, keys_B, lexicon)
-        result = np.where(level_B1 == number, own, result)
+        units_BT = units(part, tokens_BT, segments_BT, keys_B, lexicon)
+        result = np.where(level_B1 == number, units_BT, result)
     return result
   find = lexicon_lib.word_starts
   if isinstance(config, masking.Phrases):
@@ -56,14 +64,17 @@ def units(
 
 
 def _run_starts(
-  starts_BT, segments_BT, keys_B, config: masking.Spans
+  starts_BT: np.ndarray,
+  segments_BT: np.ndarray,
+  keys_B: np.ndarray,
+  config: masking.Spans,
 ) -> np.ndarray:
-  """Keeps the starts of words that begin a run."""
+  """Returns the starts of words that begin a run of words, (B, T)."""
   chance = config.end * (1 - config.end) ** np.arange(config.longest)
   bounds = np.cumsum(chance / chance.sum())
   drawn_BT = noise.uniform(keys_B, starts_BT.shape[1], stream=_STREAM + 1)
   lengths_BU = np.searchsorted(bounds, drawn_BT, side='right') + 1
-  # Words at which runs end, and so the first word of each run.
+  # The word after each run, which is the first word of the next.
   first_BU = np.cumsum(lengths_BU, axis=1)
   word_BT = np.cumsum(starts_BT, axis=1) - 1
   begins_BU = np.zeros((len(starts_BT), int(first_BU.max()) + 1), bool)
@@ -82,10 +93,19 @@ def choose(
   keys_B: np.ndarray,
   lexicon: lexicon_lib.Lexicon | None,
 ) -> np.ndarray:
-  """Returns which tokens are chosen, at most `num_B` of each row, (B, T).
+  """Returns a mask of the chosen tokens, (B, T).
 
-  Units are taken in the order of their numbers; one that no longer fits is
-  passed over.
+  Units are taken in the order of their random numbers; a unit that does not fit
+  any more is passed over.
+
+  Args:
+    config: the masking.
+    tokens_BT: token ids.
+    segments_BT: number of each token's document in its row; 0 is padding.
+    is_text_BT: whether each token may be chosen.
+    num_B: largest number of tokens to choose in each row.
+    keys_B: key of each row's random draws.
+    lexicon: statistics of the tokens; None for maskings of single tokens.
   """
   unit_BT = units(config, tokens_BT, segments_BT, keys_B, lexicon)
   T = tokens_BT.shape[1]
@@ -95,7 +115,7 @@ def choose(
     drawn_BT, heavy_BU = _weighted(drawn_BT, unit_BT, weights_BT * is_text_BT)
     is_text_BT = is_text_BT & np.take_along_axis(heavy_BU, unit_BT, axis=1)
   drawn_BT = np.take_along_axis(drawn_BT, unit_BT, axis=1)
-  # Tokens that are not text are no part of their unit.
+  # Tokens that are not text do not count in their unit.
   size_BT = _sums(is_text_BT, unit_BT)
   chosen_BT = np.zeros(tokens_BT.shape, bool)
   left_B = num_B.copy()
@@ -109,8 +129,13 @@ def choose(
   return chosen_BT
 
 
-def _first(open_BT, drawn_BT, unit_BT, num_B):
-  """Returns the units that come first and fit together."""
+def _first(
+  open_BT: np.ndarray,
+  drawn_BT: np.ndarray,
+  unit_BT: np.ndarray,
+  num_B: np.ndarray,
+) -> np.ndarray:
+  """Returns a mask of the tokens of first units that fit together, (B, T)."""
   order_BT = np.argsort(np.where(open_BT, drawn_BT, 2.0), axis=1, kind='stable')
   rank_BT = np.empty_like(order_BT)
   np.put_along_axis(rank_BT, order_BT, np.arange(order_BT.shape[1])[None], 1)
@@ -119,8 +144,8 @@ def _first(open_BT, drawn_BT, unit_BT, num_B):
   return _sums(late_BT, unit_BT) == 0
 
 
-def _sums(values_BT, unit_BT):
-  """Returns for each token the sum over its unit."""
+def _sums(values_BT: np.ndarray, unit_BT: np.ndarray) -> np.ndarray:
+  """Returns for each token the sum of values over its unit, (B, T)."""
   rows = np.arange(len(values_BT))[:, None] * values_BT.shape[1]
   place_BT = rows + unit_BT
   sums = np.bincount(
@@ -129,9 +154,15 @@ def _sums(values_BT, unit_BT):
   return sums[place_BT]
 
 
-def _weights(config, tokens_BT, segments_BT, lexicon):
-  """Returns the weight of each token, or None where all are alike."""
+def _weights(
+  config: masking.Config,
+  tokens_BT: np.ndarray,
+  segments_BT: np.ndarray,
+  lexicon: lexicon_lib.Lexicon | None,
+) -> np.ndarray | None:
+  """Returns the weight of each token, (B, T); None if all are equal."""
   if isinstance(config, masking.Rare):
+    assert lexicon is not None, 'counts are known from a corpus'
     return (lexicon.counts_V[tokens_BT] + 1.0) ** -config.power
   if not isinstance(config, masking.Scored):
     return None
@@ -143,12 +174,12 @@ def _weights(config, tokens_BT, segments_BT, lexicon):
       f'{tokens_BT.shape} numbers, none negative.'
     )
   if segments_BT.any() and not weights_BT.any():
-    _tell_nothing(config.rule)
+    _warn_of_zero_weights(config.rule)
   return weights_BT.astype(float)
 
 
-@functools.cache  # Once; the last rows of a split may be few.
-def _tell_nothing(rule: str) -> None:
+@functools.cache  # Logged once; the last batch of a split may be small.
+def _warn_of_zero_weights(rule: str) -> None:
   _log.warning(
     'data.objective.masking.rule=%r gave every token of a batch the weight 0, '
     'so none is predicted. Let it return some above 0.',
@@ -156,15 +187,25 @@ def _tell_nothing(rule: str) -> None:
   )
 
 
-def _weighted(drawn_BT, unit_BT, weights_BT):
-  """Numbers of units that come first as often as their weights say, (B, U).
+def _weighted(
+  drawn_BT: np.ndarray, unit_BT: np.ndarray, weights_BT: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns random numbers that choose units in proportion to their weights.
 
-  -log(u) / w (Efraimidis and Spirakis, 2006), with w the largest weight of a
-  unit's tokens. And whether each unit has any weight.
+  The number is -log(u) / w (Efraimidis and Spirakis, 2006), where w is the
+  largest weight of a unit's tokens.
+
+  Args:
+    drawn_BT: uniform random numbers in [0, 1), one for each unit.
+    unit_BT: number of each token's unit.
+    weights_BT: weight of each token.
+
+  Returns:
+    The numbers, in [0, 1], and whether each unit has any weight, both (B, U).
   """
   rows = np.broadcast_to(np.arange(len(unit_BT))[:, None], unit_BT.shape)
   largest_BU = np.zeros(unit_BT.shape)
   np.maximum.at(largest_BU, (rows, unit_BT), weights_BT)
-  # To [0, 1], in the same order.
+  # Mapped to [0, 1], which keeps the order.
   race_BU = -np.log1p(-drawn_BT) / np.maximum(largest_BU, 1e-300)
   return race_BU / (1.0 + race_BU), largest_BU > 0

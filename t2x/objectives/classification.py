@@ -1,4 +1,4 @@
-"""Classes of texts, for a head on an encoder's first token."""
+"""Classification of texts, by a head on an encoder's first token."""
 
 import dataclasses
 from typing import ClassVar
@@ -13,17 +13,17 @@ from t2x.objectives import vocab as vocab_lib
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Classification(objective.Objective):
-  """Says which class a text is of; its label is the pair's target text.
+  """Predicts the class of a text; the label is the pair's target text.
 
   Classes are the labels of the training text in the order of their ids. A text
   is cut to the row.
 
   Attributes:
-    num_classes: labels that there are.
-    head: which of the model's heads (`model.classes`) it trains.
-    labels: the classes in another order, such as that of a head that comes from
-      elsewhere; a label of which the training text has no example has its class
-      too. Empty is the order of the training text.
+    num_classes: number of classes.
+    head: number of the model's head (`model.classes`) that is trained.
+    labels: labels in the order of their classes, such as the order of a head
+      that comes from elsewhere; a label without any training example has a
+      class too. Empty for the order of their ids in the training text.
   """
 
   num_classes: int = 2
@@ -34,7 +34,7 @@ class Classification(objective.Objective):
   follows_text: ClassVar[bool] = False
   paired: ClassVar[bool] = True
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     field_checks.least(self, 'data.objective.', num_classes=2, head=0)
     if self.labels and len(set(self.labels)) != self.num_classes:
       raise ValueError(
@@ -44,21 +44,21 @@ class Classification(objective.Objective):
 
   @property
   def name(self) -> str:
-    """Of the head's term in the loss."""
+    """Name of the head's term in the loss."""
     return f'class{self.head}'
 
   def source_length(self, length: int) -> int:
-    """Raw tokens of each side of a row of `length`."""
+    """Returns the largest number of raw tokens of a text in a row."""
     return length - 1
 
   def lengths(self, length: int) -> dict[str, int]:
-    """How long the arrays of a batch are, by name.
+    """Returns the length of a row in each array of a batch, by name.
 
-    No token is predicted; the place for one has no weight.
+    No token is predicted: the arrays of targets hold one place of weight 0.
     """
-    lone = ('targets', 'weights', 'target_positions')
-    own = (f'{self.name}_targets', f'{self.name}_weights')
-    return rows_lib.lengths(length) | dict.fromkeys((*lone, *own), 1)
+    unused = ('targets', 'weights', 'target_positions')
+    classes = (f'{self.name}_targets', f'{self.name}_weights')
+    return rows_lib.lengths(length) | dict.fromkeys((*unused, *classes), 1)
 
   def examples(
     self,
@@ -72,7 +72,7 @@ class Classification(objective.Objective):
     """Returns the batch of texts, each after <bos>, and their classes.
 
     Raises:
-      ValueError: a label that the training text has not.
+      ValueError: if the training text does not have a label.
     """
     del keys  # Nothing is drawn.
     is_row_B1 = source.segments[:, :1] != 0
@@ -95,15 +95,21 @@ class Classification(objective.Objective):
 
 
 def label_of(tokens: np.ndarray, vocab: vocab_lib.Vocab) -> tuple[int, ...]:
-  """Returns a label's ids, without padding and end."""
+  """Returns the ids of a label.
+
+  Args:
+    tokens: ids of the target text, with its end and padding.
+    vocab: vocabulary of the tokenizer.
+  """
   is_end = np.isin(tokens, (vocab_lib.PAD, vocab.eos))
   return tuple(int(token) for token in tokens[~is_end])
 
 
 def _class(tokens: np.ndarray, vocab: vocab_lib.Vocab) -> int:
+  """Returns the class of a target text; 0 for an empty row."""
   label = label_of(tokens, vocab)
   if not label:
-    return 0  # Of an empty row.
+    return 0
   if label not in vocab.labels:
     raise ValueError(
       f'A label (ids {label}) is none of the {len(vocab.labels)} of the '

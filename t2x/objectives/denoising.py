@@ -1,4 +1,4 @@
-"""BART's objective: a document from its noised form (Lewis et al., 2020)."""
+"""Denoising, the objective of BART (Lewis et al., 2020)."""
 
 import dataclasses
 from typing import ClassVar
@@ -14,18 +14,20 @@ from t2x.objectives import vocab as vocab_lib
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Denoising(objective.Objective):
-  """The decoder writes the document that the encoder reads noised.
+  """Predicts a document from its noised form.
 
-  The defaults are BART's own: sentences in another order, and text infilling.
-  Each applies to a document in the order below.
+  The encoder reads the noised document, the decoder predicts the original. The
+  defaults are BART's: sentence permutation and text infilling. Noise is applied
+  to a document in the order of the attributes.
 
   Attributes:
-    permute: put the sentences into a random order.
-    rotate: chance that a document begins at a random token.
-    infill: share of the tokens that are replaced, a run of them by one <mask>.
-    mean_span: of the runs' Poisson lengths; one of 0 inserts a <mask>.
-    mask: share of the other tokens that become <mask> one by one.
-    delete: share of the other tokens that are left out.
+    permute: whether sentences are put into a random order.
+    rotate: probability that a document is rotated to begin at a random token.
+    infill: share of the tokens that are replaced in runs, each by one <mask>.
+    mean_span: mean of the Poisson lengths of these runs; a run of length 0
+      inserts a <mask>.
+    mask: share of the remaining tokens that become <mask> one by one.
+    delete: share of the remaining tokens that are deleted.
   """
 
   permute: bool = True
@@ -38,7 +40,7 @@ class Denoising(objective.Objective):
   kind: ClassVar[str] = 'denoising'
   has_encoder: ClassVar[bool] = True
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for name in ('rotate', 'infill', 'mask', 'delete'):
       value = getattr(self, name)
       if not 0 <= value <= 1:
@@ -52,7 +54,7 @@ class Denoising(objective.Objective):
       )
 
   def lengths(self, length: int) -> dict[str, int]:
-    """How long the arrays of a batch are, by name."""
+    """Returns the length of a row in each array of a batch, by name."""
     return rows_lib.encoder_decoder_lengths(length, length)
 
   def examples(
@@ -63,20 +65,22 @@ class Denoising(objective.Objective):
     vocab: vocab_lib.Vocab,
     length: int,
   ) -> dict[str, np.ndarray]:
-    """Returns the encoder-decoder batch of `source`."""
+    """Returns the encoder-decoder batch made from raw rows."""
     return noised.examples(
       source,
       noise.uniform(keys, source.tokens.shape[1]),
       lengths=(length, length),
       sides=lambda num: (num + 1, num + 1),
-      make=lambda text, uniform: self._noised(text, uniform, vocab),
+      make=lambda tokens, uniform: self._noised(tokens, uniform, vocab),
       vocab=vocab,
     )
 
-  def _noised(self, text, uniform, vocab) -> noised.Pair:
-    """Returns a document's noised ids, and its own."""
+  def _noised(
+    self, tokens: np.ndarray, uniform: np.ndarray, vocab: vocab_lib.Vocab
+  ) -> noised.Pair:
+    """Returns the noised ids of a document, and the original ids."""
     rng = np.random.default_rng(int(uniform[0] * 2**53))
-    ids = text
+    ids = tokens
     if self.permute:
       assert vocab.lexicon, 'where sentences end is known from a corpus'
       ids = _permuted(ids, vocab.lexicon.ends_V, rng)
@@ -89,20 +93,36 @@ class Denoising(objective.Objective):
       ids = np.where(fate < self.mask, vocab.mask_id, ids)
     ids = ids[rng.random(len(ids)) >= self.delete]
     end = [vocab.eos]
-    return np.append(ids, end), np.append(text, end)
+    return np.append(ids, end), np.append(tokens, end)
 
 
-def _permuted(ids, ends_V, rng):
-  """Puts sentences into a random order."""
+def _permuted(
+  ids: np.ndarray, ends_V: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+  """Returns the ids of a document with its sentences in a random order."""
   cuts = np.flatnonzero(ends_V[ids][:-1]) + 1
   sentences = np.split(ids, cuts)
   return np.concatenate([sentences[i] for i in rng.permutation(len(sentences))])
 
 
-def _infilled(ids, share, mean, mask, rng):
-  """Replaces runs of Poisson lengths by one `mask` each.
+def _infilled(
+  ids: np.ndarray,
+  share: float,
+  mean: float,
+  mask: int,
+  rng: np.random.Generator,
+) -> np.ndarray:
+  """Returns ids in which runs of Poisson lengths are replaced by one mask each.
 
-  Never longer than it was: masks of runs of 0 take the room that others left.
+  The result is never longer than the original: masks of runs of length 0 use
+  only the room that other runs leave.
+
+  Args:
+    ids: ids of a document.
+    share: share of the tokens to replace.
+    mean: mean length of a run.
+    mask: id of the mask token.
+    rng: generator of random numbers.
   """
   left, lengths = round(share * len(ids)), []
   while left > 0:
@@ -111,7 +131,7 @@ def _infilled(ids, share, mean, mask, rng):
   runs = np.array([n for n in lengths if n], int)
   inserted = min(len(lengths) - len(runs), int((runs - 1).sum()))
   rng.shuffle(runs)
-  # What is kept lies in the gaps around the runs, all ways as likely.
+  # Kept tokens lie in the gaps around the runs, all ways equally likely.
   kept = len(ids) - runs.sum()
   bars = np.sort(rng.choice(kept + len(runs), len(runs), replace=False))
   gaps = np.diff(bars, prepend=-1) - 1

@@ -18,23 +18,25 @@ from t2x.objectives import vocab as vocab_lib
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskedLM(objective.Objective):
-  """Predicts a random `rate` of the tokens from all the others.
+  """Predicts a random share of the tokens from all the others.
 
-  A row has as many chosen tokens as BERT's: the nearest number to the rate, one
-  at least. They alone reach the head, whose cost so falls with the rate.
+  A row has as many chosen tokens as BERT's: the number nearest to the rate, and
+  at least one. Only they reach the output head, so its cost falls with the
+  rate. Some of them become <mask>, some become a random token, and the rest
+  stay as they are, so that the model cannot rely on its inputs.
 
-  `masking` says which tokens are chosen together or more often than others.
-
-  Of the chosen tokens, `mask_share` become <mask>, `random_share` a random
-  token, and the rest stay as they are, so that the model cannot trust what it
-  sees. Masks are drawn anew each time a row is visited (RoBERTa, Liu et al.,
-  2019), or once for each row if `static`, as BERT's data has them.
-
-  If `dropped`, the encoder does not see the chosen tokens at all, neither
-  masked nor otherwise, and costs less by their rate; the model's `query_layers`
-  find what stood in their places (as of images, He et al., 2022, and of text,
-  Meng et al., 2024). A row of which more is left than rate x length says is cut
-  at its end.
+  Attributes:
+    rate: share of the tokens that are predicted.
+    masking: rule by which tokens are chosen together, or more often than
+      others.
+    static: whether masks are drawn once for each row, as in BERT's data, and
+      not each time that a row is read (RoBERTa, Liu et al., 2019).
+    dropped: whether the encoder does not see the chosen tokens at all, which
+      lowers its cost by their rate. The model's `query_layers` then predict the
+      tokens at their places (He et al., 2022, for images; Meng et al., 2024,
+      for text). A row with too few chosen tokens is cut at its end.
+    mask_share: share of the chosen tokens that become <mask>.
+    random_share: share of the chosen tokens that become a random token.
   """
 
   rate: float = 0.15
@@ -58,7 +60,7 @@ class MaskedLM(objective.Objective):
   def draws_once(self) -> bool:
     return self.static
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not 0 < self.rate < 1:
       raise ValueError(
         f'data.objective.rate={self.rate} must be between 0 and 1, both '
@@ -83,31 +85,31 @@ class MaskedLM(objective.Objective):
       )
 
   def num_targets(self, length: int) -> int:
-    """Positions of a row that reach the head, up to a multiple of 8."""
+    """Returns how many positions of a row reach the head, a multiple of 8."""
     return _room(max(round(self.rate * length), 1), length)
 
   def num_left(self, length: int) -> int:
-    """Positions of a row that the encoder sees, up to a multiple of 8."""
+    """Returns how many positions the encoder sees, a multiple of 8."""
     if not self.dropped:
       return length
     return _room(length - round(self.rate * length), length)
 
   def lengths(self, length: int) -> dict[str, int]:
-    """How long the arrays of a batch are, by name."""
+    """Returns the length of a row in each array of a batch, by name."""
     if self.dropped:
       left = dict.fromkeys(_SEEN, self.num_left(length))
       return left | dict.fromkeys(_ASKED, self.num_targets(length))
-    few = dict.fromkeys(
+    predicted = dict.fromkeys(
       ('targets', 'weights', 'target_positions'), self.num_targets(length)
     )
     if not isinstance(self.masking, masking_lib.ByLoss):
-      return rows_lib.lengths(length) | few
-    # What a step needs to mask by itself.
+      return rows_lib.lengths(length) | predicted
+    # Arrays from which a training step draws masks itself.
     more = dict.fromkeys(('originals', 'noised', 'maskable'), length)
-    return rows_lib.lengths(length) | few | more | {'mask_keys': 1}
+    return rows_lib.lengths(length) | predicted | more | {'mask_keys': 1}
 
   def check(self, length: int) -> None:
-    """Raises ValueError where no token of a row would be predicted."""
+    """Raises a ValueError if no token of a row would be predicted."""
     if self.rate * length < 0.5:
       raise ValueError(
         f'data.objective.rate={self.rate} of data.length={length} leaves no '
@@ -121,18 +123,20 @@ class MaskedLM(objective.Objective):
     vocab: vocab_lib.Vocab,
     length: int,
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the places of the tokens to predict in order, and 1 for each."""
+    """Returns the places of the tokens to predict, in order, and weights."""
     return _places(self._choose(source, keys, vocab), self.num_targets(length))
 
-  def _choose(self, source, keys, vocab) -> np.ndarray:
-    """Returns which tokens are predicted, (B, T); only text tokens are."""
+  def _choose(
+    self, source: rows_lib.Rows, keys: np.ndarray, vocab: vocab_lib.Vocab
+  ) -> np.ndarray:
+    """Returns a mask of the tokens to predict, all of them text, (B, T)."""
     tokens_BT, segments_BT = source
     is_text_BT = _is_text(source, vocab)
     num_text_B = is_text_BT.sum(1)
     num_B = np.clip(np.round(self.rate * num_text_B), 1, num_text_B)
     if self.dropped:
-      # What is left has its room, even in a row that just holds the tokens:
-      # in a longer one as many are dropped.
+      # The tokens that are left must fit, even if the row is full; a longer
+      # row of the same document drops as many.
       used_B = (segments_BT != 0).sum(1)
       rooms = [self.num_left(n) for n in range(tokens_BT.shape[1] + 1)]
       needed_B = used_B - np.array(rooms)[used_B]
@@ -155,13 +159,13 @@ class MaskedLM(objective.Objective):
     vocab: vocab_lib.Vocab,
     length: int,
   ) -> dict[str, np.ndarray]:
-    """Returns the batch of `source`; only text tokens are ever chosen.
+    """Returns the batch made from raw rows; only text tokens are predicted.
 
     Args:
-      source: `rows.Rows`, tokens and segments (B, length), 0 is padding.
-      keys: of what is drawn, uint64 (B,): `noise.keys(seed, numbers)`.
-      vocab: ids; with a lexicon for maskings that know words.
-      length: of a row, T.
+      source: raw rows, tokens and segments (B, T).
+      keys: (B,) uint64 keys of the random draws, `noise.keys(seed, numbers)`.
+      vocab: vocabulary, with a lexicon for maskings of words.
+      length: number of tokens in a row, T.
     """
     tokens_BT, segments_BT = source
     T = tokens_BT.shape[1]
@@ -197,6 +201,8 @@ class MaskedLM(objective.Objective):
     return batch
 
 
+# Places in a row, and 1 for each that is used, 0 for the others.
+_Places = tuple[np.ndarray, np.ndarray]
 _SEEN: tuple[str, ...] = 'inputs', 'segments', 'positions', 'places'
 _ASKED: tuple[str, ...] = (
   'targets',
@@ -209,18 +215,19 @@ _ASKED: tuple[str, ...] = (
 
 
 def _without(
-  source: rows_lib.Rows, left, asked, mask: int
+  source: rows_lib.Rows, left: _Places, asked: _Places, mask: int
 ) -> dict[str, np.ndarray]:
-  """Returns rows of what is left, and questions for the rest.
+  """Returns a batch of the tokens that are left, and queries for the others.
 
   Args:
-    source: whole rows.
-    left: places of the tokens that are left, and 1 for each.
-    asked: the same of those that are predicted.
+    source: raw rows.
+    left: places of the tokens that the encoder sees.
+    asked: places of the tokens that are predicted.
+    mask: id of the mask token.
   """
   arrays = *source, rows_lib.positions(source.segments)
 
-  def at(where):
+  def at(where: _Places) -> tuple[np.ndarray, ...]:
     places, is_there = where
     is_there = is_there.astype(np.int32)
     taken = (np.take_along_axis(a, places, axis=1) * is_there for a in arrays)
@@ -235,17 +242,20 @@ def _without(
 
 
 def _room(num: int, length: int) -> int:
-  """Returns places for `num` tokens of a row, a multiple of 8 that fits it."""
+  """Returns `num` rounded up to a multiple of 8, at most `length`."""
   return min(-(-num // 8) * 8, length)
 
 
 def _is_text(source: rows_lib.Rows, vocab: vocab_lib.Vocab) -> np.ndarray:
+  """Returns a mask of the tokens that are text, (B, T)."""
   return (source.segments != 0) & vocab.is_text(source.tokens)
 
 
-def _places(is_chosen_BT, num: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the places of the chosen tokens in order, and 1 for each."""
-  # A stable sort has the chosen ones first, each in its order.
+def _places(
+  is_chosen_BT: np.ndarray, num: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns `num` places, the chosen tokens first in order, and weights."""
+  # A stable sort puts the chosen tokens first and keeps their order.
   places_BM = np.argsort(~is_chosen_BT, axis=1, kind='stable')[:, :num]
   weights_BM = np.take_along_axis(is_chosen_BT, places_BM, axis=1)
   return (

@@ -1,4 +1,4 @@
-"""Maskings: which tokens a masked language model predicts.
+"""Maskings: rules that choose the tokens a masked language model predicts.
 
 Shape suffixes: B rows, T tokens of a row.
 """
@@ -17,14 +17,14 @@ Level = Literal['tokens', 'words', 'spans', 'phrases']
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokens:
-  """Single tokens (Devlin et al., 2019): pieces, with `Bytes` characters."""
+  """Single tokens (Devlin et al., 2019): pieces, or bytes with `Bytes`."""
 
   kind: ClassVar[str] = 'tokens'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Words:
-  """All pieces of a word together (whole-word masking of BERT's release)."""
+  """Whole words: all pieces of a word together, as in BERT's release."""
 
   kind: ClassVar[str] = 'words'
 
@@ -34,15 +34,16 @@ class Spans:
   """Runs of words whose number is geometric (SpanBERT, Joshi et al., 2020).
 
   Attributes:
-    end: chance that a run ends after each word.
-    longest: words of a run; longer ones are not drawn (mean 3.8 with 0.2, 10).
+    end: probability that a run ends after each word.
+    longest: largest number of words in a run; with the defaults the mean is
+      3.8.
   """
 
   kind: ClassVar[str] = 'spans'
   end: float = 0.2
   longest: int = 10
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not 0 < self.end <= 1:
       raise ValueError(
         f'data.objective.masking.end={self.end}; it is a chance above 0, at '
@@ -56,15 +57,15 @@ class Spans:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Phrases:
-  """Tokens that come together more often than chance, as one unit.
+  """Whole phrases: tokens that occur together more often than by chance.
 
   PMI-masking (Levine et al., 2021): phrases of the training text with the
   highest pointwise mutual information are masked whole, other tokens alone.
 
   Attributes:
-    longest: tokens of a phrase.
-    most: phrases that are kept; None is as many as the vocabulary has tokens.
-    least_count: how often a phrase occurs at the least.
+    longest: largest number of tokens in a phrase.
+    most: largest number of phrases; None for the size of the vocabulary.
+    least_count: smallest number of times that a phrase occurs.
   """
 
   kind: ClassVar[str] = 'phrases'
@@ -75,15 +76,15 @@ class Phrases:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hierarchy:
-  """Each row draws its level, from the smallest units to the largest.
+  """Units of several sizes: each row draws one level.
 
   Attributes:
-    tokens: weight of single tokens (characters with `Bytes`).
+    tokens: weight of single tokens (bytes with `Bytes`).
     words: weight of whole words.
     spans: weight of runs of words.
     phrases: weight of phrases.
-    run: how runs are drawn.
-    phrase: which phrases there are.
+    run: settings of the runs of words.
+    phrase: settings of the phrases.
   """
 
   kind: ClassVar[str] = 'hierarchy'
@@ -94,7 +95,7 @@ class Hierarchy:
   run: Spans = Spans()
   phrase: Phrases = Phrases()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     weights = self.tokens, self.words, self.spans, self.phrases
     if min(weights) < 0 or sum(weights) <= 0:
       raise ValueError(
@@ -106,10 +107,11 @@ class Hierarchy:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rare:
-  """Rare tokens more often: a word's chance grows as count^-power.
+  """Rare words more often: the weight of a word is count^-power.
 
   Attributes:
-    power: 0 is as whole words; 1 makes each type of word as likely.
+    power: exponent; 0 is as `Words`, 1 makes all distinct words equally
+      likely.
   """
 
   kind: ClassVar[str] = 'rare'
@@ -118,19 +120,19 @@ class Rare:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scored:
-  """Words as often as a rule of your own says.
+  """Words in proportion to weights from a function of your own.
 
   Attributes:
-    rule: `package.module:function`. It is called with the tokens (B, T), their
-      segments (B, T) and the `lexicon.Lexicon` of the training text, all NumPy
-      arrays, and returns a weight for each token, (B, T), 0 for never. A word's
-      weight is the largest of its tokens'.
+    rule: name of the function, `package.module:function`. It is called with the
+      tokens (B, T), their segments (B, T) and the `lexicon.Lexicon` of the
+      training text, all NumPy arrays, and returns a weight for each token,
+      (B, T); 0 means never. The weight of a word is the largest of its tokens.
   """
 
   kind: ClassVar[str] = 'scored'
   rule: str = ''
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     try:
       inspect.signature(self.function()).bind(None, None, None)
     except TypeError as error:
@@ -141,10 +143,10 @@ class Scored:
       ) from error
 
   def function(self) -> Callable[..., np.ndarray]:
-    """Returns the rule.
+    """Returns the function that `rule` names.
 
     Raises:
-      ValueError: there is none of this name.
+      ValueError: if it cannot be imported.
     """
     module, _, name = self.rule.partition(':')
     try:
@@ -161,20 +163,20 @@ class Scored:
 class ByLoss:
   """Tokens that are hard to predict more often.
 
-  Each step draws masks by a moving average of the loss of each token of the
-  vocabulary, which is part of the state of training. Evaluation masks tokens as
-  `Tokens`, so that its losses are comparable.
+  Each step draws masks from a moving average of the loss of each token of the
+  vocabulary, which is part of the training state. Evaluation masks as `Tokens`,
+  so that its losses are comparable.
 
   Attributes:
-    decay: of the average, at each step that predicts the token.
-    power: a token's chance grows as loss^power; 0 is as single tokens.
+    decay: decay of the moving average, at each step that predicts the token.
+    power: exponent of the loss in a token's weight; 0 is as `Tokens`.
   """
 
   kind: ClassVar[str] = 'by_loss'
   decay: float = 0.9
   power: float = 1.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not 0 <= self.decay < 1:
       raise ValueError(
         f'data.objective.masking.decay={self.decay}; it is in [0, 1).'

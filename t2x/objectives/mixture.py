@@ -1,4 +1,4 @@
-"""Several tasks in one run: how often each comes, and what its loss weighs."""
+"""Mixtures of tasks: their sampling rates and the weights of their losses."""
 
 import dataclasses
 from typing import ClassVar
@@ -36,18 +36,18 @@ Single = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-  """One task of a mixture; what is None is that of `data`.
+  """One task of a mixture; fields that are None have the values of `data`.
 
   Attributes:
-    name: of its metrics.
-    objective: what is predicted.
-    rate: how often its examples come, beside the other tasks' rates.
-    weight: of its losses.
-    source: what to read.
-    files: of text_files.
-    text_field: the field with the text.
-    target_field: the field with the target's text, or label.
-    duplicates: which documents are dropped as copies.
+    name: name of the task in metrics.
+    objective: the training objective of the task.
+    rate: sampling rate of the task's examples, relative to the other tasks.
+    weight: weight of the task's losses.
+    source: source of the corpus, as `data.source`.
+    files: globs of the files of text_files, as `data.files`.
+    text_field: name of the field with the text.
+    target_field: name of the field with the target text or label.
+    duplicates: documents that are dropped as copies, as `data.duplicates`.
   """
 
   name: str = ''
@@ -63,7 +63,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fixed:
-  """Each task's loss has the weight that is given."""
+  """Constant weights of the tasks' losses, as given."""
 
   kind: ClassVar[str] = 'fixed'
 
@@ -72,12 +72,13 @@ class Fixed:
 class Uncertainty:
   """Weights of 1 / sigma^2 (Kendall et al., 2018).
 
-  With s = log sigma^2 a task weighs exp(-s), and s follows the gradient of
-  exp(-s) L + s / 2, where L is the mean loss of its targets (nats): at rest it
-  weighs 1 / (2 L), however often it comes. Given weights are factors besides.
+  With s = log sigma^2, the weight of a task is exp(-s), and s follows the
+  gradient of exp(-s) L + s / 2, where L is the mean loss of the task's targets
+  in nats. At the minimum the weight is 1 / (2 L), whatever the task's rate. The
+  given weights multiply it.
 
   Attributes:
-    learning_rate: of s.
+    learning_rate: learning rate of s.
   """
 
   kind: ClassVar[str] = 'uncertainty'
@@ -86,17 +87,20 @@ class Uncertainty:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GradNorm:
-  """Weights that let all tasks train at one rate (Chen et al., 2018).
+  """GradNorm: weights that let all tasks train at one rate (Chen et al., 2018).
 
-  A task's gradient, taken at the features that its heads share, is to have the
-  mean norm of all tasks times its inverse training rate (loss over first loss,
-  over the mean of that) to the power alpha; the weights follow the gradient of
-  the distance, and add up to those that are given. They stay where a batch
-  lacks a task. Of a task with several heads the norm is that of all together.
+  The target norm of a task's gradient, taken at the features that the heads
+  share, is the mean norm of all tasks times the task's relative inverse
+  training rate to the power alpha. That rate is its loss over its first loss,
+  divided by the mean of this ratio over tasks. The weights follow the gradient
+  of the distance to the target, and add up to the sum of the given weights. A
+  batch that lacks a task does not change them. The norm of a task with several
+  heads is that of all its heads together.
 
   Attributes:
-    alpha: how strongly slow tasks are preferred; 0 makes all norms equal.
-    learning_rate: of the weights.
+    alpha: strength with which slow tasks are preferred; 0 makes all norms
+      equal.
+    learning_rate: learning rate of the weights.
   """
 
   kind: ClassVar[str] = 'grad_norm'
@@ -109,17 +113,18 @@ Weighting = Fixed | Uncertainty | GradNorm
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixture:
-  """Examples of several tasks, in each batch as many as their rates say.
+  """Several tasks in one run, mixed within each batch by their rates.
 
   Attributes:
-    tasks: what there is. On the command line `data.objective.tasks.0.rate=2`
-      sets a field of the first.
-    rates: `fixed` takes each task's `rate`; `proportional` its number of rows,
-      at most `cap`, to the power 1 / `temperature`, times `rate` (Raffel et
-      al., 2020, section 3.5.2).
-    temperature: see `rates`; 1 is in proportion, large ones even.
-    cap: see `rates`; None is no limit.
-    weighting: how the losses' weights change.
+    tasks: the tasks. On the command line, `data.objective.tasks.0.rate=2` sets
+      a field of the first.
+    rates: rule of the sampling rates. `fixed` uses each task's `rate`;
+      `proportional` uses its number of rows, at most `cap`, to the power 1 /
+      `temperature`, times `rate` (Raffel et al., 2020, section 3.5.2).
+    temperature: temperature of proportional rates; 1 samples in proportion to
+      the rows, and a large value samples all tasks equally.
+    cap: largest number of rows in proportional rates; None for no limit.
+    weighting: rule by which the weights of the losses change.
   """
 
   tasks: tuple[Task, ...] = ()
@@ -132,7 +137,7 @@ class Mixture:
   paired: ClassVar[bool] = False
   follows_text: ClassVar[bool] = True
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     field_checks.positive(self, 'data.objective.', 'temperature')
     field_checks.least(self, 'data.objective.', cap=1)
     names = [task.name for task in self.tasks]
@@ -178,18 +183,23 @@ class Mixture:
 
   @property
   def has_encoder(self) -> bool:
+    """Whether the tasks need an encoder and a decoder."""
     return self.tasks[0].objective.has_encoder
 
   def lengths(self, length: int) -> dict[str, int]:
-    """How long the arrays of a batch are, by name: the longest of any task."""
-    found = {batch_keys.TASKS: 1}
+    """Returns the length of a row in each array, the longest of any task."""
+    lengths = {batch_keys.TASKS: 1}
     for task in self.tasks:
-      for name, own in task.objective.lengths(length).items():
-        found[name] = max(own, found.get(name, 0))
-    return found
+      for name, task_length in task.objective.lengths(length).items():
+        lengths[name] = max(task_length, lengths.get(name, 0))
+    return lengths
 
   def shares(self, num_rows: list[int]) -> np.ndarray:
-    """Returns the share of each task among examples, from its rows."""
+    """Returns the share of each task among the examples of a run, (tasks,).
+
+    Args:
+      num_rows: number of rows of each task.
+    """
     rates = np.array([task.rate for task in self.tasks])
     if self.rates == 'proportional':
       rows = np.minimum(num_rows, self.cap or max(num_rows))
@@ -200,27 +210,27 @@ class Mixture:
 def split(
   examples: np.ndarray, shares: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the task of each example, and its number among the task's own.
+  """Returns the task of each example, and its number among that task's.
 
-  Of the first n examples a task has n times its share, up to the number of
-  tasks; any example is found without those before it.
+  Of the first n examples a task has n times its share, up to an error below the
+  number of tasks. Any example is found without computing those before it.
 
   Args:
-    examples: their numbers since the start, from 0.
-    shares: of the tasks, adding up to 1.
+    examples: numbers of the examples since the start, from 0.
+    shares: share of each task; they add up to 1.
   """
   left = np.asarray(examples, np.int64).copy()
   task = np.full(left.shape, -1)
   number = np.zeros_like(left)
   for k, share in enumerate(shares):
-    # Of what earlier tasks leave, one after the other.
+    # The share of the examples that the tasks before leave.
     rest = shares[k:].sum()
-    own = share / rest if rest > 0 else 0.0
-    if k == len(shares) - 1 or own >= 1.0:
+    part = share / rest if rest > 0 else 0.0
+    if k == len(shares) - 1 or part >= 1.0:
       before, after = left, left + 1
     else:
-      before = np.floor(left * own + 0.5).astype(np.int64)
-      after = np.floor((left + 1) * own + 0.5).astype(np.int64)
+      before = np.floor(left * part + 0.5).astype(np.int64)
+      after = np.floor((left + 1) * part + 0.5).astype(np.int64)
     is_own = (task < 0) & (after > before)
     task[is_own], number[is_own] = k, before[is_own]
     left = left - before

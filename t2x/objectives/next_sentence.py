@@ -1,4 +1,4 @@
-"""Next sentence and sentence order, with masked tokens: BERT's joint loss.
+"""Next-sentence prediction with masked tokens, the joint objective of BERT.
 
 Shape suffixes: B rows, T tokens of a row.
 """
@@ -19,19 +19,20 @@ FOLLOWS, WRONG = 0, 1  # The two classes, as BERT's release numbers them.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NextSentence(objective.Objective):
-  """Says whether text B follows text A, and predicts masked tokens of both.
+  """Predicts whether text B follows text A, and masked tokens of both.
 
-  A row is <bos> A <eos> B <eos>, of one document that is cut after a sentence;
-  the model reads its first token. What replaces B, where it does not follow, is
-  drawn by the weights `random`, `hard` and `swapped`: random alone is the task
-  of BERT (Devlin et al., 2019), swapped alone the sentence order of ALBERT (Lan
-  et al., 2020), which topics do not give away, nor do they hard negatives.
+  A row is <bos> A <eos> B <eos>, made from one document that is cut after a
+  sentence; the class is predicted at its first token. If B does not follow A,
+  the weights `random`, `hard` and `swapped` say what replaces it. Random alone
+  is the task of BERT (Devlin et al., 2019), swapped alone is the sentence order
+  prediction of ALBERT (Lan et al., 2020). The topic of a text does not give
+  away swapped and hard negatives.
 
   Attributes:
-    masked: which tokens are predicted.
+    masked: the masked language modelling of both texts.
     positive: share of the rows whose B follows A.
     random: weight of a B from another document.
-    hard: weight of a B from elsewhere in the same document; of one that has no
+    hard: weight of a B from elsewhere in the same document; if there is no
       other place, A and B are swapped.
     swapped: weight of A and B in the wrong order.
   """
@@ -45,7 +46,7 @@ class NextSentence(objective.Objective):
   kind: ClassVar[str] = 'next_sentence'
   follows_text: ClassVar[bool] = False
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not 0 < self.positive < 1:
       raise ValueError(
         f'data.objective.positive={self.positive} must be between 0 and 1, '
@@ -71,16 +72,16 @@ class NextSentence(objective.Objective):
     return self.masked.draws_once
 
   def source_length(self, length: int) -> int:
-    """Raw tokens of A and B together, the most in a row of `length`."""
+    """Returns the largest number of raw tokens of A and B in a row."""
     return length - 3
 
   def lengths(self, length: int) -> dict[str, int]:
-    """How long the arrays of a batch are, by name."""
-    own = {'token_types': length, 'sentence_targets': 1, 'sentence_weights': 1}
-    return self.masked.lengths(length) | own
+    """Returns the length of a row in each array of a batch, by name."""
+    more = {'token_types': length, 'sentence_targets': 1, 'sentence_weights': 1}
+    return self.masked.lengths(length) | more
 
   def check(self, length: int) -> None:
-    """Raises ValueError where a row has no room for two sentences."""
+    """Raises a ValueError if a row has no room for two sentences."""
     if length < 8:
       raise ValueError(
         f'data.length={length} has no room for two sentences and three special '
@@ -101,12 +102,12 @@ class NextSentence(objective.Objective):
     """Returns the batch of rows of two sentences.
 
     Args:
-      source: rows as `t2x.data.sentences` makes them.
-      types_BT: 0 in A, 1 in B.
+      source: raw rows, as `t2x.data.sentences` makes them.
+      types_BT: token types, 0 in A and 1 in B.
       wrong_B: whether B does not follow A.
-      keys: of the rows.
-      vocab: of the tokenizer.
-      length: of a row.
+      keys: (B,) uint64 keys of the random draws.
+      vocab: vocabulary of the tokenizer.
+      length: number of tokens in a row.
     """
     batch = self.masked.examples(source, keys=keys, vocab=vocab, length=length)
     is_row_B = source.segments[:, 0] != 0

@@ -1,9 +1,9 @@
-"""Random numbers that depend on an example's key and on nothing else.
+"""Random numbers that depend on nothing but an example's key.
 
-A batch needs the same numbers however its rows are dealt to hosts, and a
-generator object for every row would cost more than the masking. So each number
-is a hash of (key, index): SplitMix64 (Steele et al., 2014), whose n-th output
-is a function of n.
+A batch must have the same numbers however its rows are distributed over hosts,
+and a generator object for every row would cost more than the masking. So each
+number is a hash of (key, index): SplitMix64 (Steele et al., 2014), whose n-th
+output is a function of n.
 """
 
 import hashlib
@@ -22,34 +22,34 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def keys(seed: int, indices: np.ndarray) -> np.ndarray:
-  """Returns one uint64 key for each example index under `seed`."""
+  """Returns one uint64 key for each example's index, under a seed."""
   seed_1 = np.array([seed % 2**64], np.uint64)
   return _mix(_mix(seed_1 + _GAMMA) + np.asarray(indices, np.uint64) * _GAMMA)
 
 
 def named(seed: int, name: str) -> int:
-  """Returns the seed of what is drawn under `name`, apart from other names."""
+  """Returns a seed for a named purpose, independent of that of other names."""
   digest = hashlib.sha256(name.encode()).digest()
   return int(keys(seed, np.frombuffer(digest[:8], np.uint64))[0])
 
 
 def visited(keys_B: np.ndarray, visits_B: np.ndarray) -> np.ndarray:
-  """Returns the keys of examples that are visited again and again.
+  """Returns keys that differ each time that an example is read.
 
   Args:
-    keys_B: uint64, one an example, from `keys`.
-    visits_B: how often each was visited before.
+    keys_B: uint64 keys of the examples, from `keys`.
+    visits_B: number of times that each example was read before.
   """
   return _mix(keys_B + _mix(np.asarray(visits_B, np.uint64) * _GAMMA))
 
 
 def uniform(keys_B: np.ndarray, num: int, *, stream: int = 0) -> np.ndarray:
-  """Returns (B, num) float64 in [0, 1), a row for each key.
+  """Returns uniform float64 numbers in [0, 1), (B, num).
 
   Args:
-    keys_B: (B,) uint64, from `keys`.
-    num: numbers a row.
-    stream: draws with different streams are independent.
+    keys_B: uint64 keys of the examples, from `keys`.
+    num: number of draws for each key.
+    stream: number of the stream; different streams are independent.
   """
   stream_1 = np.array([stream + 1], np.uint64)
   keys_B = _mix(keys_B + _mix(stream_1 * _GAMMA))

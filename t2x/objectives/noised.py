@@ -1,16 +1,17 @@
-"""Rows of documents that are noised one by one, for an encoder-decoder.
+"""Encoder-decoder batches of documents that are noised one by one.
 
 Shape suffixes: B rows, T tokens of a row.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 
 import numpy as np
 
 from t2x.objectives import rows as rows_lib
 from t2x.objectives import vocab as vocab_lib
 
-Pair = tuple[np.ndarray, np.ndarray]  # What the encoder and the decoder have.
+Pair = tuple[np.ndarray, np.ndarray]  # Ids of the encoder and the decoder.
 
 
 def examples(
@@ -22,18 +23,19 @@ def examples(
   make: Callable[[np.ndarray, np.ndarray], Pair],
   vocab: vocab_lib.Vocab,
 ) -> dict[str, np.ndarray]:
-  """Returns the encoder-decoder batch of `source`.
+  """Returns the encoder-decoder batch made from raw rows.
 
-  Documents for which there is no room on one side are cut, or left out, on
-  both.
+  A document that does not fit on one side is cut, or left out, on both.
 
   Args:
     source: raw rows.
-    uniform_BT: numbers in [0, 1), as many for each token.
-    lengths: of the encoder's and the decoder's rows.
-    sides: number of a document's tokens -> the most ids on each side.
-    make: a document's tokens and its numbers -> its ids on each side.
-    vocab: only text tokens are given to `make`.
+    uniform_BT: random numbers in [0, 1), the same number for each token.
+    lengths: row lengths of the encoder and the decoder.
+    sides: function from a document's number of tokens to the largest number of
+      ids on each side.
+    make: function from a document's text tokens and its random numbers to its
+      ids on each side.
+    vocab: vocabulary of the tokenizer.
   """
   encoder, decoder = (
     rows_lib.Rows(
@@ -51,20 +53,28 @@ def examples(
   return rows_lib.encoder_decoder(encoder, decoder, vocab.start)
 
 
-def _documents(tokens, segments, uniform, lengths, sides, make, vocab):
-  """Yields each document's segment, and where its ids go on both sides."""
+def _documents(
+  tokens: np.ndarray,
+  segments: np.ndarray,
+  uniform: np.ndarray,
+  lengths: tuple[int, int],
+  sides: Callable[[int], tuple[int, int]],
+  make: Callable[[np.ndarray, np.ndarray], Pair],
+  vocab: vocab_lib.Vocab,
+) -> Iterator[tuple[int, list[tuple[int, np.ndarray]]]]:
+  """Yields the segment of each document, and (place, ids) on both sides."""
   used, each = [0, 0], len(uniform) // len(tokens)
   starts = np.flatnonzero(np.diff(segments, prepend=0) * (segments != 0))
   for start in starts:
     segment = segments[start]
     end = start + np.count_nonzero(segments == segment)
-    text = tokens[start:end]
-    text = text[vocab.is_text(text)]
-    num, room = len(text), [n - u for n, u in zip(lengths, used)]
+    document = tokens[start:end]
+    document = document[vocab.is_text(document)]
+    num, room = len(document), [n - u for n, u in zip(lengths, used)]
     while num and any(n > r for n, r in zip(sides(num), room)):
       num -= 1
     if not num:
       continue
-    ids = make(text[:num], uniform[each * start : each * end])
+    ids = make(document[:num], uniform[each * start : each * end])
     yield segment, list(zip(used, ids))
     used = [u + len(side) for u, side in zip(used, ids)]

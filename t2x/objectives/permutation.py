@@ -18,13 +18,17 @@ from t2x.objectives import vocab as vocab_lib
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Permutation(objective.Objective):
-  """Predicts the last tokens of a random order from all before them in it.
+  """Predicts the last tokens of a random order from the tokens before them.
 
-  The order leaves each token where it stands; it says who sees whom. Of a row,
-  `rate` of the tokens are the last of its order and predicted (the paper's 1 /
-  K, with K = 6 or 7), and `masking` says which are chosen together; those
-  before them see each other. The model has two streams (`model.two_stream`):
-  of a token that is predicted one sees it, for those after it, and one asks.
+  Tokens keep their positions; the order says which token attends to which. The
+  tokens that are not predicted come first and attend to each other. The model
+  has two streams (`model.two_stream`): for each predicted token, the content
+  stream sees it, for the tokens after it, and the query stream does not.
+
+  Attributes:
+    rate: share of the tokens that are predicted (1 / K in the paper, with K = 6
+      or 7).
+    masking: rule by which predicted tokens are chosen together.
   """
 
   rate: float = 1 / 6
@@ -32,7 +36,7 @@ class Permutation(objective.Objective):
 
   kind: ClassVar[str] = 'permutation'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     assert self._masked  # Its construction checks the rate.
     if isinstance(self.masking, masking_lib.ByLoss):
       raise ValueError(
@@ -45,7 +49,7 @@ class Permutation(objective.Objective):
     return masked_lm.MaskedLM(rate=self.rate, masking=self.masking)
 
   def lengths(self, length: int) -> dict[str, int]:
-    """How long the arrays of a batch are, by name."""
+    """Returns the length of a row in each array of a batch, by name."""
     seen: tuple[str, ...] = ('inputs', 'segments', 'positions', 'ranks')
     asked: tuple[str, ...] = ('targets', 'weights', *_ASKED)
     return dict.fromkeys(seen, length) | dict.fromkeys(
@@ -53,7 +57,7 @@ class Permutation(objective.Objective):
     )
 
   def check(self, length: int) -> None:
-    """Raises ValueError where no token of a row would be predicted."""
+    """Raises a ValueError if no token of a row would be predicted."""
     self._masked.check(length)
 
   def examples(
@@ -64,10 +68,10 @@ class Permutation(objective.Objective):
     vocab: vocab_lib.Vocab,
     length: int,
   ) -> dict[str, np.ndarray]:
-    """Returns the batch of `source`; only text tokens are ever predicted.
+    """Returns the batch made from raw rows; only text tokens are predicted.
 
     Tokens that are not predicted have rank 0, the others 1, 2, ...; a token
-    sees those of a rank not above its own.
+    attends to tokens whose rank is not above its own.
     """
     tokens_BT, segments_BT = source
     places_BM, weights_BM = self._masked.chosen(source, keys, vocab, length)
@@ -79,8 +83,8 @@ class Permutation(objective.Objective):
     ranks_BM = np.where(weights_BM > 0, ranks_BM, 0)
     ranks_BT = np.zeros_like(tokens_BT)
     rows_BM = np.arange(len(ranks_BM))[:, None] * np.ones((1, num), int)
-    there = weights_BM > 0
-    ranks_BT[rows_BM[there], places_BM[there]] = ranks_BM[there]
+    is_used = weights_BM > 0
+    ranks_BT[rows_BM[is_used], places_BM[is_used]] = ranks_BM[is_used]
     positions_BT = rows_lib.positions(segments_BT)
     at = lambda a: np.take_along_axis(a, places_BM, axis=1)
     return {
@@ -90,10 +94,10 @@ class Permutation(objective.Objective):
       'ranks': ranks_BT.astype(np.int32),
       'targets': at(tokens_BT),
       'weights': weights_BM,
-      'query_segments': at(segments_BT) * there,
+      'query_segments': at(segments_BT) * is_used,
       'query_positions': at(positions_BT),
       'query_places': places_BM,
-      # One that asks does not see its own token.
+      # A query does not attend to its own token.
       'query_ranks': (ranks_BM - 1).astype(np.int32),
     }
 

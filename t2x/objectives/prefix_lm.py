@@ -18,14 +18,14 @@ from t2x.objectives import vocab as vocab_lib
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefixLM(objective.Objective):
-  """Each document's first part is seen as a whole, its rest is predicted.
+  """Predicts the rest of each document after a prefix of random length.
 
-  As `CausalLM`, but that tokens of a prefix of random length see each other in
+  As `CausalLM`, except that the tokens of the prefix attend to each other in
   both directions and are no targets.
 
   Attributes:
-    least: share of a document that its prefix has at the least.
-    most: at the most; between the two all shares are as likely.
+    least: smallest share of a document in its prefix.
+    most: largest share; shares between the two are equally likely.
   """
 
   least: float = 0.0
@@ -33,7 +33,7 @@ class PrefixLM(objective.Objective):
 
   kind: ClassVar[str] = 'prefix_lm'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not 0 <= self.least <= self.most <= 1:
       raise ValueError(
         f'data.objective.least={self.least}, most={self.most}: shares from 0 '
@@ -41,15 +41,15 @@ class PrefixLM(objective.Objective):
       )
 
   def source_length(self, length: int) -> int:
-    """Raw tokens that one row of `length` is made from."""
+    """Returns the number of raw tokens that a row of `length` is made from."""
     return length + 1
 
   def stride(self, length: int) -> int:
-    """Raw tokens from the start of one row to the start of the next."""
+    """Returns the number of raw tokens between the starts of two rows."""
     return length
 
   def lengths(self, length: int) -> dict[str, int]:
-    """How long the arrays of a batch are, by name."""
+    """Returns the length of a row in each array of a batch, by name."""
     return rows_lib.lengths(length) | {'prefix_ends': length}
 
   def examples(
@@ -60,21 +60,22 @@ class PrefixLM(objective.Objective):
     vocab: vocab_lib.Vocab,
     length: int,
   ) -> dict[str, np.ndarray]:
-    """Returns the batch of `source`, whose rows hold `length + 1` tokens.
+    """Returns the batch made from rows of `length + 1` tokens.
 
-    `prefix_ends` has for each token the place in its row where the prefix of
+    `prefix_ends` holds for each token the place in its row where the prefix of
     its document ends.
     """
-    parts = {'keys': keys, 'vocab': vocab, 'length': length}
-    batch = causal_lm.CausalLM().examples(source, **parts)
+    batch = causal_lm.CausalLM().examples(
+      source, keys=keys, vocab=vocab, length=length
+    )
     segments_BT, positions_BT = batch['segments'], batch['positions']
     T = segments_BT.shape[1]
     place_T = np.arange(T)
     start_BT = place_T - positions_BT
-    # With the row's last token, which is a target alone: a document that just
-    # fits is as long as in a longer row.
+    # The last token of the raw row counts, although it is only a target, so
+    # that a document that just fits is as long as in a longer row.
     ends_BT = _ends(source.segments)[:, :-1]
-    # One number for each document: that of its first token.
+    # One random number for each document: that of its first token.
     drawn_BT = np.take_along_axis(noise.uniform(keys, T), start_BT, axis=1)
     share_BT = self.least + drawn_BT * (self.most - self.least)
     size_BT = np.floor(share_BT * (ends_BT - start_BT)).astype(np.int64)
@@ -89,7 +90,7 @@ class PrefixLM(objective.Objective):
 
 
 def _ends(segments_BT: np.ndarray) -> np.ndarray:
-  """Returns for each token the place after the last one of its document."""
+  """Returns for each token the place after its document's last token."""
   T = segments_BT.shape[1]
   is_last_BT = np.ones(segments_BT.shape, bool)
   is_last_BT[:, :-1] = segments_lib.starts(segments_BT)[:, 1:]

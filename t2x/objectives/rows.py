@@ -1,4 +1,4 @@
-"""Rows of tokens with their segments, and what follows from the segments.
+"""Rows of tokens with their segments, and arrays derived from them.
 
 Shape suffixes: B rows, T tokens of a row.
 """
@@ -25,19 +25,24 @@ class Rows(NamedTuple):
 
 
 def lengths(length: int) -> dict[str, int]:
-  """Returns how long each array of a batch is, where all are as long."""
+  """Returns the row length of each array of a batch, all of them `length`."""
   names = 'inputs', 'targets', 'weights', 'segments', 'positions'
   return dict.fromkeys(names, length)
 
 
 def encoder_decoder_lengths(length: int, target_length: int) -> dict[str, int]:
-  """Returns how long each array of an `encoder_decoder` batch is."""
+  """Returns the row length of each array of an `encoder_decoder` batch.
+
+  Args:
+    length: row length of the encoder.
+    target_length: row length of the decoder.
+  """
   names = 'encoder_inputs', 'encoder_segments', 'encoder_positions'
   return lengths(target_length) | dict.fromkeys(names, length)
 
 
 def positions(segments_BT: np.ndarray) -> np.ndarray:
-  """Returns (B, T) positions that restart at 0 in each segment.
+  """Returns positions that restart at 0 in each segment, (B, T) int32.
 
   >>> positions(np.array([[1, 1, 2, 2, 2, 0]]))
   array([[0, 1, 0, 1, 2, 0]], dtype=int32)
@@ -52,9 +57,14 @@ def positions(segments_BT: np.ndarray) -> np.ndarray:
 def shift_right(
   targets_BT: np.ndarray, positions_BT: np.ndarray, start: int = vocab_lib.PAD
 ) -> np.ndarray:
-  """Returns decoder inputs: each target's predecessor, `start` at a start.
+  """Returns decoder inputs: the target before each, or `start` at a start.
 
   T5 starts its decoder with the padding id (Raffel et al., 2020).
+
+  Args:
+    targets_BT: target ids.
+    positions_BT: positions, 0 at the start of each segment.
+    start: id of the input at the start of each segment.
 
   >>> shift_right(np.array([[7, 8, 9]]), np.array([[0, 1, 0]]))
   array([[0, 7, 0]], dtype=int32)
@@ -67,12 +77,12 @@ def shift_right(
 def encoder_decoder(
   encoder: Rows, decoder: Rows, start: int = vocab_lib.PAD
 ) -> dict[str, np.ndarray]:
-  """Returns the batch of an encoder-decoder; every target of it counts.
+  """Returns the batch of an encoder-decoder; every target has weight 1.
 
   Args:
-    encoder: the sources.
-    decoder: the targets.
-    start: what targets go on from.
+    encoder: rows of the sources.
+    decoder: rows of the targets.
+    start: id of the first decoder input of each segment.
   """
   positions_BT = positions(decoder.segments)
   return {

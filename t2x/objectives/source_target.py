@@ -1,4 +1,4 @@
-"""Supervised pairs: the encoder reads a source, the decoder its target."""
+"""Supervised pairs, such as translations, for an encoder-decoder."""
 
 import dataclasses
 from typing import ClassVar
@@ -12,7 +12,7 @@ from t2x.objectives import vocab as vocab_lib
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceTarget(objective.Objective):
-  """Predicts every token of the target, given the source.
+  """Predicts every token of the target text, given the source text.
 
   Both sides end with <eos> and hold at most `length` tokens. In a packed row
   the n-th source and the n-th target carry the same segment number.
@@ -23,12 +23,8 @@ class SourceTarget(objective.Objective):
   has_encoder: ClassVar[bool] = True
   paired: ClassVar[bool] = True
 
-  def source_length(self, length: int) -> int:
-    """Raw tokens of each side of a row of `length`."""
-    return length
-
   def lengths(self, length: int) -> dict[str, int]:
-    """How long the arrays of a batch are, by name."""
+    """Returns the length of a row in each array of a batch, by name."""
     return rows_lib.encoder_decoder_lengths(length, length)
 
   def examples(
@@ -40,6 +36,6 @@ class SourceTarget(objective.Objective):
     vocab: vocab_lib.Vocab,
     length: int,
   ) -> dict[str, np.ndarray]:
-    """Returns the encoder-decoder batch of these rows."""
+    """Returns the encoder-decoder batch of rows of sources and targets."""
     del keys, length  # Nothing is random here.
     return rows_lib.encoder_decoder(source, target, vocab.start)

@@ -1,7 +1,8 @@
 """Span corruption, the objective of T5 (Raffel et al., 2020, section 3.1.4).
 
-Each document in a row loses random spans; the encoder reads what is left, with
-one sentinel for each span, and the decoder writes sentinel and span in turn:
+Random spans of each document in a row are dropped. The encoder reads the rest,
+with one sentinel for each span; the decoder predicts sentinels and spans in
+turn:
 
   text      Thank you for inviting me to your party last week
   inputs    Thank you <extra_id_0> me to your party <extra_id_1> week <eos>
@@ -22,12 +23,16 @@ from t2x.objectives import vocab as vocab_lib
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpanCorruption(objective.Objective):
-  """Drops a `rate` of the tokens in spans of `mean_span` tokens on average.
+  """Predicts dropped spans of each document.
 
-  Rows are made of so many raw tokens that one long document fills the encoder
-  (T5's `random_spans_helper`). Many short documents need more room for
-  sentinels and ends: those that do not fit are cut or left out on both sides,
-  so inputs and targets always belong together.
+  A row is made from as many raw tokens as fill the encoder if they are one long
+  document (T5's `random_spans_helper`). Many short documents need more room for
+  sentinels and end tokens: those that do not fit are cut or left out on both
+  sides, so inputs and targets always belong together.
+
+  Attributes:
+    rate: share of the tokens that are dropped.
+    mean_span: average number of tokens in a span.
   """
 
   rate: float = 0.15
@@ -36,7 +41,7 @@ class SpanCorruption(objective.Objective):
   kind: ClassVar[str] = 'span_corruption'
   has_encoder: ClassVar[bool] = True
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not 0 < self.rate < 1:
       raise ValueError(
         f'data.objective.rate={self.rate} must be between 0 and 1, both '
@@ -49,19 +54,19 @@ class SpanCorruption(objective.Objective):
       )
 
   def source_length(self, length: int) -> int:
-    """The most raw tokens whose corrupted form fits `length`."""
+    """Returns the largest number of raw tokens whose corruption fits a row."""
     raw = length
     while self.sides(raw + 1)[0] <= length:
       raw += 1
     return raw
 
   def target_length(self, length: int) -> int:
-    """Targets of one long document, up to a multiple of 64."""
+    """Returns the number of targets of a row, a multiple of 64."""
     _, needed = self.sides(self.source_length(length))
     return -(-needed // 64) * 64
 
   def num_noise(self, num_tokens: int) -> tuple[int, int]:
-    """Returns how many of `num_tokens` are dropped, and in how many spans."""
+    """Returns the number of dropped tokens of a document, and of spans."""
     if num_tokens < 2:
       return 0, 0
     dropped = min(max(round(num_tokens * self.rate), 1), num_tokens - 1)
@@ -69,12 +74,12 @@ class SpanCorruption(objective.Objective):
     return dropped, min(spans, num_tokens - dropped)
 
   def sides(self, num_tokens: int) -> tuple[int, int]:
-    """Returns the encoder's and decoder's length for one document."""
+    """Returns the number of ids of a document in the encoder and decoder."""
     dropped, spans = self.num_noise(num_tokens)
     return num_tokens - dropped + spans + 1, dropped + spans + 1
 
   def lengths(self, length: int) -> dict[str, int]:
-    """How long the arrays of a batch are, by name."""
+    """Returns the length of a row in each array of a batch, by name."""
     target_length = self.target_length(length)
     return rows_lib.encoder_decoder_lengths(length, target_length)
 
@@ -86,45 +91,45 @@ class SpanCorruption(objective.Objective):
     vocab: vocab_lib.Vocab,
     length: int,
   ) -> dict[str, np.ndarray]:
-    """Returns the encoder-decoder batch of `source`."""
+    """Returns the encoder-decoder batch made from raw rows."""
     return noised.examples(
       source,
       noise.uniform(keys, 2 * source.tokens.shape[1]),
       lengths=(length, self.target_length(length)),
       sides=self.sides,
-      make=lambda text, uniform: self.corrupt(text, uniform, vocab),
+      make=lambda tokens, uniform: self.corrupt(tokens, uniform, vocab),
       vocab=vocab,
     )
 
   def corrupt(
-    self, text: np.ndarray, uniform: np.ndarray, vocab: vocab_lib.Vocab
+    self, tokens: np.ndarray, uniform: np.ndarray, vocab: vocab_lib.Vocab
   ) -> noised.Pair:
     """Returns the encoder's and the decoder's ids of one document.
 
     Args:
-      text: its tokens.
-      uniform: numbers in [0, 1), twice as many as tokens but for two.
-      vocab: names the sentinels.
+      tokens: the document's tokens.
+      uniform: random numbers in [0, 1), two for each token except the last.
+      vocab: vocabulary, which has the sentinels.
     """
-    dropped, spans = self.num_noise(len(text))
+    dropped, spans = self.num_noise(len(tokens))
     eos = np.array([vocab.eos])
     if not dropped:
-      return np.append(text, eos), eos
+      return np.append(tokens, eos), eos
     half = len(uniform) // 2
-    kept_lengths = _partition(len(text) - dropped, spans, uniform[:half])
+    kept_lengths = _partition(len(tokens) - dropped, spans, uniform[:half])
     drop_lengths = _partition(dropped, spans, uniform[half:])
-    # Kept and dropped spans alternate; the text begins with a kept one.
+    # Kept and dropped spans alternate, beginning with a kept one.
     lengths = np.stack([kept_lengths, drop_lengths], axis=1).ravel()
     span = np.repeat(np.arange(2 * spans), lengths)
     is_kept = span % 2 == 0
     sentinels = np.asarray(vocab.sentinel_ids[:spans])
     drop_starts = np.cumsum(drop_lengths) - drop_lengths
-    inputs = np.insert(text[is_kept], np.cumsum(kept_lengths), sentinels)
-    targets = np.insert(text[~is_kept], drop_starts, sentinels)
+    inputs = np.insert(tokens[is_kept], np.cumsum(kept_lengths), sentinels)
+    targets = np.insert(tokens[~is_kept], drop_starts, sentinels)
     return np.append(inputs, eos), np.append(targets, eos)
 
 
 def _partition(num: int, parts: int, uniform: np.ndarray) -> np.ndarray:
-  """Splits `num` into `parts` positive lengths, all splits equally likely."""
+  """Returns `parts` positive lengths of sum `num`, all equally likely."""
   cuts = 1 + np.sort(np.argsort(uniform[: num - 1])[: parts - 1])
   return np.diff(cuts, prepend=0, append=num)

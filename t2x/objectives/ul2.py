@@ -1,4 +1,4 @@
-"""UL2: a mixture of denoisers, each named by its mode (Tay et al., 2022)."""
+"""UL2, a mixture of denoisers with mode tokens (Tay et al., 2022)."""
 
 import dataclasses
 from typing import ClassVar
@@ -18,14 +18,14 @@ MODES = 'R', 'S', 'X'
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Denoiser:
-  """One way to split a document.
+  """A denoiser: one way to corrupt a document.
 
   Attributes:
-    mode: R (regular), X (extreme) drop spans; S (sequential) drops the end.
-    rate: share of the tokens that are dropped; of S the mean, the share is
-      uniform up to twice that.
-    mean_span: tokens of a span, on average; S has one.
-    weight: share among the denoisers.
+    mode: R (regular) and X (extreme) drop spans; S (sequential) drops the end.
+    rate: share of the tokens that are dropped. For S it is the mean: the share
+      is uniform between 0 and twice the rate.
+    mean_span: average number of tokens in a span; S has one span.
+    weight: weight of the denoiser in the mixture.
   """
 
   mode: Literal['R', 'S', 'X'] = 'R'
@@ -33,7 +33,7 @@ class Denoiser:
   mean_span: float = 3.0
   weight: float = 1.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     assert self.spans  # Its construction checks the numbers.
     if self.mode == 'S' and self.rate > 0.5:
       raise ValueError(
@@ -47,12 +47,13 @@ class Denoiser:
 
   @property
   def spans(self) -> span_corruption.SpanCorruption:
+    """The span corruption of modes R and X."""
     return span_corruption.SpanCorruption(
       rate=self.rate, mean_span=self.mean_span
     )
 
   def sides(self, num: int) -> tuple[int, int]:
-    """Returns the most ids of a document on each side, its mode included."""
+    """Returns the largest number of ids on each side, the mode included."""
     if self.mode == 'S':
       return num + 2, num + 2
     encoder, decoder = self.spans.sides(num)
@@ -73,9 +74,13 @@ DENOISERS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UL2(objective.Objective):
-  """Each document draws a denoiser; its mode is the encoder's first token.
+  """Predicts documents that are corrupted by one of several denoisers.
 
-  Modes are the last three sentinels. S alone is a prefix language model.
+  Each document draws a denoiser, whose mode is the encoder's first token. Modes
+  are the last three sentinels. S alone is a prefix language model.
+
+  Attributes:
+    denoisers: the denoisers of the mixture.
   """
 
   denoisers: tuple[Denoiser, ...] = DENOISERS
@@ -83,29 +88,29 @@ class UL2(objective.Objective):
   kind: ClassVar[str] = 'ul2'
   has_encoder: ClassVar[bool] = True
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not self.denoisers:
       raise ValueError('data.objective.denoisers is empty; give one or more.')
 
   def source_length(self, length: int) -> int:
-    """Raw tokens that one row of `length` is made from."""
+    """Returns the number of raw tokens that a row of `length` is made from."""
     return max(length - 2, 1)
 
   def target_length(self, length: int) -> int:
-    """Targets of one long document by any denoiser, a multiple of 64."""
+    """Returns the number of targets of a row, a multiple of 64."""
     num = self.source_length(length)
     needed = max(d.sides(num)[1] for d in self.denoisers)
     return -(-needed // 64) * 64
 
   def num_spans(self, length: int) -> int:
-    """The most spans of a document."""
+    """Returns the largest number of dropped spans of a document."""
     num = self.source_length(length)
     return max(
       1 if d.mode == 'S' else d.spans.num_noise(num)[1] for d in self.denoisers
     )
 
   def lengths(self, length: int) -> dict[str, int]:
-    """How long the arrays of a batch are, by name."""
+    """Returns the length of a row in each array of a batch, by name."""
     return rows_lib.encoder_decoder_lengths(length, self.target_length(length))
 
   def examples(
@@ -116,14 +121,14 @@ class UL2(objective.Objective):
     vocab: vocab_lib.Vocab,
     length: int,
   ) -> dict[str, np.ndarray]:
-    """Returns the encoder-decoder batch of `source`."""
+    """Returns the encoder-decoder batch made from raw rows."""
     shares = np.cumsum([d.weight for d in self.denoisers])
     shares /= shares[-1]
 
-    def make(text, uniform):
-      # Two numbers a token; those of the last token choose.
-      number = np.searchsorted(shares, uniform[-1], side='right')
-      return _split(self.denoisers[number], text, uniform[:-2], uniform, vocab)
+    def make(tokens: np.ndarray, uniform: np.ndarray) -> noised.Pair:
+      # Two numbers for each token; those of the last token choose.
+      denoiser = self.denoisers[np.searchsorted(shares, uniform[-1], 'right')]
+      return _split(denoiser, tokens, uniform[:-2], uniform, vocab)
 
     most = [d.sides for d in self.denoisers]
     return noised.examples(
@@ -136,15 +141,29 @@ class UL2(objective.Objective):
     )
 
 
-def _split(denoiser, text, uniform, choice, vocab) -> noised.Pair:
-  """Returns a document's ids on both sides, its mode first."""
+def _split(
+  denoiser: Denoiser,
+  tokens: np.ndarray,
+  uniform: np.ndarray,
+  choice: np.ndarray,
+  vocab: vocab_lib.Vocab,
+) -> noised.Pair:
+  """Returns the encoder's and the decoder's ids of one document.
+
+  Args:
+    denoiser: the denoiser to apply.
+    tokens: the document's tokens.
+    uniform: random numbers of the spans.
+    choice: random numbers, the last but one of which draws the share of S.
+    vocab: vocabulary, which has the sentinels.
+  """
   mode = vocab.sentinel_ids[-1 - MODES.index(denoiser.mode)]
   if denoiser.mode == 'S':
-    dropped = round(choice[-2] * 2 * denoiser.rate * len(text))
-    cut = len(text) - min(max(dropped, 1), len(text))
+    dropped = round(choice[-2] * 2 * denoiser.rate * len(tokens))
+    cut = len(tokens) - min(max(dropped, 1), len(tokens))
     sentinel, end = vocab.sentinel_ids[0], vocab.eos
-    encoder = np.concatenate([text[:cut], [sentinel, end]])
-    decoder = np.concatenate([[sentinel], text[cut:], [end]])
+    encoder = np.concatenate([tokens[:cut], [sentinel, end]])
+    decoder = np.concatenate([[sentinel], tokens[cut:], [end]])
   else:
-    encoder, decoder = denoiser.spans.corrupt(text, uniform, vocab)
+    encoder, decoder = denoiser.spans.corrupt(tokens, uniform, vocab)
   return np.insert(encoder, 0, mode), decoder

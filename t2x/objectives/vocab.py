@@ -1,4 +1,4 @@
-"""Which ids are special: those of t2x's own tokenizers, and of others'."""
+"""The special ids of a vocabulary, of t2x's or a pretrained tokenizer."""
 
 import dataclasses
 import functools
@@ -7,8 +7,8 @@ import numpy as np
 
 from t2x.objectives import lexicon as lexicon_lib
 
-# Of t2x's own tokenizers.
-PAD = 0  # T5's ids for padding (also its decoder's start), end and unknown.
+# Special ids of t2x's own tokenizers.
+PAD = 0  # As in T5: padding (and the decoder's start), end and unknown.
 EOS = 1
 UNK = 2
 BOS = 3
@@ -18,23 +18,25 @@ NUM_NAMED = 5  # Sentinels follow, then the ids that stand for text.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Vocab:
-  """By default t2x's own: special ids, then `num_sentinels`, then text.
+  """The ids of a tokenizer.
 
-  `lexicon` is what is known of the tokens, and `labels` what the classes of
-  texts are called (ids), for objectives that ask.
+  By default those of t2x's own tokenizers: special ids, then `num_sentinels`
+  sentinels, then ids of text.
 
   >>> Vocab(size=361, num_sentinels=100).first_text_id
   105
 
   Attributes:
-    size: ids in all.
-    num_sentinels: of t2x's own.
-    eos: ends a text.
-    bos: begins a text.
-    mask: stands for a hidden token; None where there is none.
-    start: what an encoder-decoder's targets go on from.
-    sentinels: ids of <extra_id_0>, <extra_id_1>, ... that lie elsewhere.
-    special: all ids that do not stand for text, where they lie elsewhere.
+    size: number of ids.
+    num_sentinels: number of sentinels of t2x's own tokenizers.
+    eos: id of the token that ends a text.
+    bos: id of the token that begins a text.
+    mask: id of the mask token; None if there is none.
+    start: id of the first decoder input of an encoder-decoder.
+    sentinels: ids of <extra_id_0>, <extra_id_1>, ...; None for t2x's own.
+    special: all ids that do not stand for text; None for t2x's own.
+    lexicon: statistics of the tokens, for objectives that need them.
+    labels: ids of the label of each class, for classification.
   """
 
   size: int
@@ -61,17 +63,17 @@ class Vocab:
 
   @property
   def first_text_id(self) -> int:
-    """Of t2x's own: the first id that stands for text."""
+    """The first id of text in t2x's own tokenizers."""
     return NUM_NAMED + self.num_sentinels
 
   def is_text(self, tokens: np.ndarray) -> np.ndarray:
-    """Returns which tokens stand for text, of the shape of `tokens`."""
+    """Returns a mask of the tokens that are text, of the shape of `tokens`."""
     if self.special is None:
       return tokens >= self.first_text_id
     return _is_text(self.size, self.special)[tokens]
 
   def draw(self, uniform: np.ndarray) -> np.ndarray:
-    """Returns ids of text, each as likely, by numbers in [0, 1)."""
+    """Returns random ids of text, from uniform numbers in [0, 1)."""
     if self.special is None:
       num_text = self.size - self.first_text_id
       return self.first_text_id + np.floor(uniform * num_text)
@@ -80,10 +82,10 @@ class Vocab:
 
   @property
   def mask_id(self) -> int:
-    """Returns `mask`.
+    """The id of the mask token.
 
     Raises:
-      ValueError: there is none.
+      ValueError: if there is none.
     """
     if self.mask is None:
       raise ValueError(
@@ -96,6 +98,7 @@ class Vocab:
 
 @functools.lru_cache(maxsize=8)
 def _is_text(size: int, special: tuple[int, ...]) -> np.ndarray:
+  """Returns a mask of the ids that stand for text."""
   result = np.ones(size, bool)
   result[list(special)] = False
   return result

@@ -62,7 +62,9 @@ def step_of(num_nodes=1, **sizes):
   stats = compiled.memory_analysis()
   assert stats.argument_size_in_bytes > 0 and stats.temp_size_in_bytes > 0
   found = collectives.collectives(text, mesh)
-  model = flops.forward_parts(config.model, 16, 64, skip_masked=False)
+  model = flops.forward_parts(
+    config.model, flops.BatchShape(16, 64), skip_masked=False
+  )
   # All is split over all devices.
   assert matmul_flops.matrix_flops(text) * mesh.size == 3 * sum(model.values())
   return communication_bounds.bytes_sent(config, mesh.shape), found

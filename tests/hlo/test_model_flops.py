@@ -99,7 +99,7 @@ def _computed(config) -> dict[str, int]:
   """Returns the formula's parts, and what a program computes beyond them."""
   length, source = shrunk.LENGTH, shrunk.source_length(config)
   parts = flops.forward_parts(
-    config, shrunk.ROWS, length, source, skip_masked=False
+    config, flops.BatchShape(shrunk.ROWS, length, source), skip_masked=False
   )
   # Logits of the rows that pad the vocabulary.
   padded = math.ceil(config.vocab_size / 128) * 128 - config.vocab_size
@@ -207,7 +207,7 @@ def test_slots_are_computed_whether_or_not_they_are_taken(capacity, empty):
   )
   counted = _parts(_forward(config))
   formula = flops.forward_parts(
-    config, shrunk.ROWS, shrunk.LENGTH, skip_masked=False
+    config, flops.BatchShape(shrunk.ROWS, shrunk.LENGTH), skip_masked=False
   )
   of_slot = 2 * 2 * 32 * 24  # Up and down.
   more = 3 * shrunk.ROWS * empty * of_slot

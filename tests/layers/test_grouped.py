@@ -113,7 +113,9 @@ def check(mesh, options=None):
   program = lowered.lower(mesh, MODEL, step, rows=16, length=64)
   text = target_devices.compile(program, options).as_text()
   assert text
-  parts = flops.forward_parts(MODEL, 16, 64, skip_masked=False)
+  parts = flops.forward_parts(
+    MODEL, flops.BatchShape(16, 64), skip_masked=False
+  )
   tokens = MODEL.num_layers * 16 * 64
   own, router = tokens * 2 * 3 * 2 * D * F, tokens * 2 * D * E
   rest = sum(parts.values()) - own

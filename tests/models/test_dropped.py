@@ -171,7 +171,7 @@ def test_the_cost_falls_with_the_rate():
   """Of the encoder by the rate; the program counts what the formula says."""
   batch = batch_of(0.5)
   by_formula = flops.forward_flops(
-    CONFIG, ROWS, 32, num_targets=32, skip_masked=False
+    CONFIG, flops.BatchShape(ROWS, 32, num_targets=32), skip_masked=False
   )
   np.testing.assert_allclose(counted(CONFIG, batch), by_formula, rtol=0.02)
   for rate in (0.25, 0.5, 0.75):

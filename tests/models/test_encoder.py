@@ -100,7 +100,9 @@ def test_the_heads_cost_falls_with_the_rate():
   whole, some = counted(shapes()), counted(shapes(num))
   assert whole - some == head * 3 // 4
   # The model's own count, without the padded rows.
-  parts = flops.forward_parts(CONFIG, ROWS, LENGTH)
-  few = flops.forward_parts(CONFIG, ROWS, LENGTH, num_targets=num)
+  parts = flops.forward_parts(CONFIG, flops.BatchShape(ROWS, LENGTH))
+  few = flops.forward_parts(
+    CONFIG, flops.BatchShape(ROWS, LENGTH, num_targets=num)
+  )
   assert 4 * few.pop('head') == parts.pop('head')
   assert few == parts

@@ -80,7 +80,7 @@ def test_pairs_without_order_are_the_visible_ones():
 
 def test_each_layer_of_a_pattern_counts_by_its_own_window():
   # Three layers: dense, a window of 7, dense; 4 heads of 16.
-  parts = flops.forward_parts(_CONFIGS['pattern'], 2, 40)
+  parts = flops.forward_parts(_CONFIGS['pattern'], flops.BatchShape(2, 40))
   seen = 2 * (40 * 40 / 2) + (7 * 40 - 7 * 7 / 2)
   assert parts['scores and values'] == 2 * 4 * 4 * 16 * seen
 
@@ -97,7 +97,7 @@ def _gpt2_tiny(**changes):
 
 
 def test_the_benchmarks_shape_costs_67_6_gflop_a_step():
-  step = flops.train_flops(_gpt2_tiny(), 8, 256)
+  step = flops.train_flops(_gpt2_tiny(), flops.BatchShape(8, 256))
   assert f'{step / 1e9:.1f}' == '67.6'
   # 6 x tokens x weights, and half of 12 x rows x layers x width x T x T.
   weights = 4 * (4 * 256**2 + 2 * 256 * 1024) + 8192 * 256
@@ -106,15 +106,15 @@ def test_the_benchmarks_shape_costs_67_6_gflop_a_step():
 
 def test_padding_of_the_vocabulary_is_not_counted():
   config = dataclasses.replace(_gpt2_tiny(), vocab_size=8191)
-  less = flops.forward_flops(_gpt2_tiny(), 8, 256) - flops.forward_flops(
-    config, 8, 256
-  )
+  shape = flops.BatchShape(8, 256)
+  whole = flops.forward_flops(_gpt2_tiny(), shape)
+  less = whole - flops.forward_flops(config, shape)
   assert less == 2 * 8 * 256 * 256
 
 
 def test_encoder_decoder_needs_the_length_of_its_source():
   with pytest.raises(ValueError, match='encoder_length=None; an encoder-dec'):
-    flops.forward_flops(_CONFIGS['encoder_decoder'], 2, 8)
+    flops.forward_flops(_CONFIGS['encoder_decoder'], flops.BatchShape(2, 8))
 
 
 @pytest.mark.parametrize(
@@ -149,13 +149,16 @@ def test_mfu_is_a_share_of_all_devices():
 
 
 def test_formula_says_what_is_counted():
-  text = flops.formula(_gpt2_tiny(), 8, 256, peak=1e12)
+  shape = flops.BatchShape(8, 256)
+  text = flops.formula(_gpt2_tiny(), shape, peak=1e12)
   assert 'T*T/2 (causal attention counted as half)' in text
   assert '67.65 GFLOP; peak FLOP/s of a device 1e+12' in text
-  assert 'mfu is null' in flops.formula(_gpt2_tiny(), 8, 256)
-  windows = flops.formula(_CONFIGS['pattern'], 2, 40)
+  assert 'mfu is null' in flops.formula(_gpt2_tiny(), shape)
+  windows = flops.formula(_CONFIGS['pattern'], flops.BatchShape(2, 40))
   assert 'in a window w w*T - w*w/2' in windows
-  assert 'causal' not in flops.formula(_CONFIGS['encoder'], 2, 40)
+  assert 'causal' not in flops.formula(
+    _CONFIGS['encoder'], flops.BatchShape(2, 40)
+  )
 
 
 @pytest.mark.parametrize('name', _CONFIGS)
@@ -164,7 +167,7 @@ def test_layers_and_head_add_up_to_the_model(name):
   source = 24 if name == 'encoder_decoder' else None
   layers = flops.layer_flops(config, 40, source)
   total = sum(map(sum, layers.values())) + flops.head_flops(config, 40)
-  assert total == flops.forward_flops(config, 1, 40, source)
+  assert total == flops.forward_flops(config, flops.BatchShape(1, 40, source))
   last = layers['decoder' if source else 'tower']
   assert len(last) == config.num_layers
   # The third layer is of the first's kind again.

@@ -138,7 +138,7 @@ def test_flops_are_those_of_the_program():
   )
   num = batch['targets'].shape[1]
   want = flops.forward_flops(
-    SMALL, 4, LENGTH, num_targets=num, skip_masked=False
+    SMALL, flops.BatchShape(4, LENGTH, num_targets=num), skip_masked=False
   )
   np.testing.assert_allclose(counted.total.flops, want, rtol=0.01)
 

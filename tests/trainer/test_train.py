@@ -529,7 +529,8 @@ def test_mfu_goes_by_the_length_of_each_batch(directory, tmp_path, monkeypatch):
   (directory / 'lengths.jsonl').write_text('\n'.join(lines))
   _train(directory, tmp_path / 'run', **settings)
   config = _config(directory).model
-  counted = {flops.train_flops(config, 8, length) for length in (16, 64)}
+  shapes = [flops.BatchShape(8, length) for length in (16, 64)]
+  counted = {flops.train_flops(config, shape) for shape in shapes}
   found = {
     round(row['mfu'] * row['step_seconds'] * 8 * 1e12)
     for row in metrics.read_rows(tmp_path / 'run')
