@@ -2,7 +2,7 @@
 
 import setuptools
 
-# One line of justification per dependency stands in BUILD_NOTES.md.
+# One line of justification per dependency: docs/decisions/dependencies.md.
 CORE = [
   'absl-py>=2.1',
   'array_record>=0.8',
