@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 
+import draw_packages
 import extras
 import pytest
 import simulated
@@ -142,6 +143,17 @@ def test_every_package_is_on_the_map():
   for folder in glob.glob(os.path.join(_ROOT, 't2x', '*', '')):
     if glob.glob(os.path.join(folder, '*.py')):
       assert f'`{os.path.basename(folder[:-1])}`' in text, folder
+
+
+def test_the_picture_of_packages_is_current():
+  drawn = draw_packages.svg(draw_packages.floors())
+  how = 'python scripts/draw_packages.py'
+  assert draw_packages.PICTURE.read_text() == drawn, how
+  floors = {name for row in draw_packages.floors() for name in row}
+  walks = {
+    name for _, _, names in draw_packages.WALKS for name in names.split()
+  }
+  assert walks <= floors
 
 
 def test_links_lead_somewhere():
