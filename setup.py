@@ -41,6 +41,8 @@ EXTRAS = {
   'export': ['flatbuffers>=24.3', 'tokenizers>=0.21'],
   # Tests that drive a page, in a browser that is installed.
   'browser': ['playwright>=1.45'],
+  # scripts/docs.sh: the site, and the reference of the API from docstrings.
+  'docs': ['mkdocstrings-python>=2.0', 'zensical>=0.0.73'],
   'notebook': ['ipykernel>=6.29', 'jupyterlab>=4.2'],
   'test': [
     'flatbuffers>=24.3',

@@ -144,8 +144,7 @@ def updated(
     tasks: of the run.
     carried: before it.
     sums: by task: of each term (3, K) as `cross_entropy.of_terms` has them, and
-    the
-      squared norms (K,) where they are asked for.
+      the squared norms (K,) where they are asked for.
   """
   terms = [value for value in sums.values() if value.ndim == 2]
   shares = jnp.stack([value[2] for value in terms])
