@@ -2,7 +2,7 @@
 
 import setuptools
 
-# One line of justification per dependency stands in BUILD_NOTES.md.
+# One line of justification per dependency: docs/decisions/dependencies.md.
 CORE = [
   'absl-py>=2.1',
   'array_record>=0.8',
@@ -41,6 +41,8 @@ EXTRAS = {
   'export': ['flatbuffers>=24.3', 'tokenizers>=0.21'],
   # Tests that drive a page, in a browser that is installed.
   'browser': ['playwright>=1.45'],
+  # scripts/docs.sh: the site, and the reference of the API from docstrings.
+  'docs': ['mkdocstrings-python>=2.0', 'zensical>=0.0.73'],
   'notebook': ['ipykernel>=6.29', 'jupyterlab>=4.2'],
   'test': [
     'flatbuffers>=24.3',

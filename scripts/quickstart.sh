@@ -29,11 +29,12 @@ $python experiments/generate.py --workdir="$workdir" \
   --prompt='If the file does not exist,' --prompt='A list of' \
   --num_tokens=48 --temperature=0.7 --top_p=0.9 --ignore_end \
   --output="$workdir/samples.json"
-$python -c 'import sys; from t2x import report; report.write(sys.argv[1])' \
-  "$workdir"
 $python - "$workdir" <<'PYTHON'
 import sys
-from t2x import metrics
+from t2x.tracking import metrics
+from t2x.tracking import run_report
+
+run_report.write(sys.argv[1])
 row = [r for r in metrics.read_rows(sys.argv[1])
        if 'eval/validation/loss' in r][-1]
 print(f"Held-out text after {row['step']} steps: "

@@ -11,7 +11,7 @@ import tokenizers
 _ROOT = pathlib.Path(__file__).parents[1]
 TEXTS = [
   line
-  for name in ('README.md', 'BUILD_NOTES.md')
+  for name in ('README.md', 'BUILD_NOTES.md', 'docs/limits.md')
   for line in (_ROOT / name).read_text().split('\n')
   if line.strip()
 ][:400]

@@ -1,11 +1,13 @@
 """The commands and the code of the README and of docs/ run."""
 
+import glob
 import os
 import re
 import shlex
 import subprocess
 import sys
 
+import draw_packages
 import extras
 import pytest
 import simulated
@@ -14,17 +16,10 @@ import tiny
 _ROOT = os.path.join(os.path.dirname(__file__), '..')
 with open(os.path.join(_ROOT, 'README.md'), encoding='utf-8') as _f:
   _TEXT = _f.read()
+_DOCS = sorted(glob.glob(os.path.join(_ROOT, 'docs', '*.md')))
 _PAGES = _TEXT
-for _name in (
-  'attention.md',
-  'objectives.md',
-  'pipelines.md',
-  'planning.md',
-  'inference.md',
-  'serving.md',
-  'training.md',
-):
-  with open(os.path.join(_ROOT, 'docs', _name), encoding='utf-8') as _f:
+for _name in [*_DOCS, os.path.join(_ROOT, 'CONTRIBUTING.md')]:
+  with open(_name, encoding='utf-8') as _f:
     _PAGES += _f.read()
 _BLOCKS = re.findall(r'^```(\w+)\n(.*?)^```', _PAGES, re.M | re.S)
 _COMMANDS = [
@@ -126,16 +121,60 @@ def test_scripts_parse(command):
   subprocess.run(['bash', '-n', script], cwd=_ROOT, check=True)
 
 
-@pytest.mark.parametrize('index', [0, 1, -2, -1])
+@pytest.mark.parametrize('index', range(len(_SNIPPETS)))
 def test_code_runs(index):
   exec(compile(_SNIPPETS[index], 'README.md', 'exec'), {'__name__': 'readme'})
 
 
-def test_every_file_of_the_map_exists():
-  block = _TEXT.split('## The code')[1]
-  names = re.findall(r'\b([a-z_]+\.(?:py|sh)|[a-z_]+/)(?=[\s,])', block)
-  assert len(names) > 20
+def test_files_that_pages_name_exist():
+  """Paths in code spans: `t2x/...`, `tests/...`, and the like."""
+  names = re.findall(
+    r'`((?:t2x|tests|scripts|experiments|docs)/[\w./]*\w/?)`', _PAGES
+  )
+  assert len(names) > 30
   for name in names:
-    places = ('', 't2x', 'scripts', 'experiments')
-    paths = [os.path.join(_ROOT, place, name) for place in places]
-    assert any(map(os.path.exists, paths)), name
+    path = os.path.join(_ROOT, name)
+    assert os.path.exists(path) or os.path.exists(f'{path}.py'), name
+
+
+def test_every_package_is_on_the_map():
+  with open(os.path.join(_ROOT, 'docs', 'architecture.md')) as f:
+    text = f.read()
+  for folder in glob.glob(os.path.join(_ROOT, 't2x', '*', '')):
+    if glob.glob(os.path.join(folder, '*.py')):
+      assert f'`{os.path.basename(folder[:-1])}`' in text, folder
+
+
+def test_the_picture_of_packages_is_current():
+  drawn = draw_packages.svg(draw_packages.floors())
+  how = 'python scripts/draw_packages.py'
+  assert draw_packages.PICTURE.read_text() == drawn, how
+  floors = {name for row in draw_packages.floors() for name in row}
+  walks = {
+    name for _, _, names in draw_packages.WALKS for name in names.split()
+  }
+  assert walks <= floors
+
+
+def test_links_lead_somewhere():
+  paths = [
+    os.path.join(_ROOT, name)
+    for name in ('README.md', 'BUILD_NOTES.md', 'CONTRIBUTING.md')
+  ]
+  pattern = os.path.join(_ROOT, 'docs', '**', '*.md')
+  paths += glob.glob(pattern, recursive=True)
+  for path in paths:
+    with open(path, encoding='utf-8') as f:
+      targets = re.findall(r'\]\(([^)]+)\)', re.sub(r'`[^`]*`', '', f.read()))
+    for target in targets:
+      file = target.partition('#')[0]
+      if '://' not in target and file:
+        there = os.path.join(os.path.dirname(path), file)
+        assert os.path.exists(there), f'{path}: {target}'
+
+
+def test_notes_are_short():
+  names = ['BUILD_NOTES.md', *glob.glob('docs/**/*.md', root_dir=_ROOT)]
+  for name in [*names, *glob.glob('docs/*.md', root_dir=_ROOT)]:
+    with open(os.path.join(_ROOT, name), encoding='utf-8') as f:
+      assert len(f.readlines()) < 250, name

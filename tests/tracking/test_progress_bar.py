@@ -45,7 +45,7 @@ def test_time_left_goes_by_the_rows_after_the_first(
 
 def test_a_terminal_shows_a_bar(tmp_path):
   program = (
-    'from t2x import metrics\n'
+    'from t2x.tracking import metrics\n'
     f'with metrics.Writer({str(tmp_path)!r}, start_step=0, num_steps=4,'
     " header='MFU [x] = 1') as writer:\n"
     '  for step in range(1, 5):\n'
