@@ -3,9 +3,8 @@
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 
+import commands
 from flax import nnx
 import jax
 import pytest
@@ -295,12 +294,7 @@ def test_profile_steps(text, message):
 def _command(*arguments, name='quickstart', env=None):
   root = os.path.join(os.path.dirname(__file__), '..')
   path = os.path.join(root, 'experiments', f'{name}.py')
-  return subprocess.run(
-    [sys.executable, path, *arguments],
-    capture_output=True,
-    text=True,
-    env={**os.environ, 'PYTHONPATH': root, **(env or {})},
-  )
+  return commands.run(path, *arguments, env={**os.environ, **(env or {})})
 
 
 def _assert_error(done, *parts):
@@ -391,7 +385,7 @@ def test_a_run_from_the_command_line(directory, tmp_path):
   run = tmp_path / 'run'
   corpus = tmp_path / 'texts'
   tiny.write_corpus(corpus)
-  process = tiny.start(
+  done = tiny.run(
     directory,
     f'--workdir={run}',
     '--set=train.num_steps=2',
@@ -399,9 +393,8 @@ def test_a_run_from_the_command_line(directory, tmp_path):
     f'--set=data.files={corpus}/*.txt',
     '--profile_steps=2:2',
   )
-  output, error = process.communicate(timeout=120)
-  assert process.returncode == 0, error
-  assert f'The run is in {run}' in output and 'loss' in output
+  assert done.returncode == 0, done.stderr
+  assert f'The run is in {run}' in done.stdout and 'loss' in done.stdout
   assert json.loads((run / 'config.json').read_text())['data']['files'] == (
     f'{corpus}/*.txt'
   )

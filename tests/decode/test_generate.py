@@ -121,14 +121,6 @@ T5 = {
 }
 
 
-@pytest.fixture(autouse=True, scope='module')
-def compile_quickly():
-  # Dozens of small programs: compiling them is all the time that they take.
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 @functools.cache
 def make(name='learned'):
   rngs = nnx.Rngs(0)
@@ -473,6 +465,7 @@ def test_int8_caches_are_small_and_close(name):
 
 
 @pytest.mark.parametrize('rows', [1, 4])
+@pytest.mark.usefixtures('compiled_as_by_users')
 def test_no_step_copies_a_cache(rows):
   """A step writes one position; a copy would cost as much as reading all."""
   model = decoding_weights.prepare(make())
@@ -490,12 +483,7 @@ def test_no_step_copies_a_cache(rows):
     settings=sampling.rows([GREEDY], rows, VOCAB),
     history=sampling.History(),
   )
-  # As users compile it, unlike the rest of this file.
-  jax.config.update('jax_disable_most_optimizations', False)
-  try:
-    text = lowered.compile().as_text()
-  finally:
-    jax.config.update('jax_disable_most_optimizations', True)
+  text = lowered.compile().as_text()
   assert f'f32[{rows},4,64,8]' in text
   copies = re.findall(rf'= f32\[(?:{rows},)?4,64,8\]\S* copy\(', text)
   assert not copies

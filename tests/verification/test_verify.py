@@ -483,12 +483,11 @@ _SCRIPT = str(_SCRIPTS / 'verify_layouts.py')
 
 
 def start(directory, *arguments, script=_SCRIPT):
-  """Starts a script with small settings, and returns what it said."""
+  """Runs a script with small settings, and returns what it said."""
   small = tiny.small(directory, ' '.join(arguments))
   settings = [f'--set={n}={v}' for n, v in small.items()]
-  process = tiny.start(directory, *arguments, *settings, script=script)
-  output, error = process.communicate(timeout=300)
-  return process.returncode, output, error
+  done = tiny.run(directory, *arguments, *settings, script=script)
+  return done.returncode, done.stdout, done.stderr
 
 
 ONE_LAYER = ('--set=train.scan_layers=false', '--set=optim=sgd')
