@@ -8,6 +8,7 @@ import commands
 from flax import nnx
 import jax
 import pytest
+import shared_runs
 import tiny
 
 from t2x import main
@@ -25,7 +26,7 @@ from t2x.trainer import workdir as workdir_lib
 
 @pytest.fixture(scope='module')
 def directory(tmp_path_factory):
-  return tmp_path_factory.mktemp('tiny')
+  return shared_runs.trained(tmp_path_factory, train__num_steps=2)
 
 
 @pytest.fixture(autouse=True)
@@ -145,10 +146,7 @@ def test_a_place_that_cannot_be_written(directory, tmp_path):
 
 @pytest.fixture(scope='module')
 def run(directory):
-  workdir = directory / 'run'
-  config = tiny.experiment_of(directory, train__num_steps=2)
-  train.train(config, str(workdir), show=False)
-  return workdir
+  return directory / 'run'
 
 
 def test_other_settings_are_refused_before_anything_is_done(directory, run):

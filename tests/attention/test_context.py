@@ -205,15 +205,52 @@ def assert_same(got, want):
     np.testing.assert_allclose(a, b, atol=2e-5 * max(1, np.abs(b).max()))
 
 
-@pytest.mark.parametrize('name', CASES)
-@pytest.mark.parametrize('balance', [True, False])
+exhaustive = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
+# Masks, grouped heads, biases, dropout and blocks: each way once.
+_UNBALANCED = (
+  'causal, segments',
+  'long window',
+  'two-sided window',
+  'a prefix for each key',
+  'cross',
+  'small blocks',
+  'dropout, small blocks',
+)
+_EXCHANGED = (
+  'everything',
+  'causal, segments',
+  'window',
+  'a prefix for each key',
+  'multi-query',
+  'cross',
+  'relative, both sides',
+  'alibi',
+  'soft cap and scale',
+  'small blocks',
+  'dropout',
+)
+
+
+def _chosen(names):
+  """All cases, of which those that are not among `names` are exhaustive."""
+  return [name if name in names else exhaustive(name) for name in CASES]
+
+
+@pytest.mark.parametrize(
+  'balance, name',
+  [
+    *((True, name) for name in CASES),
+    *((False, name) for name in _UNBALANCED),
+    *(exhaustive(False, name) for name in CASES if name not in _UNBALANCED),
+  ],
+)
 def test_a_ring_is_attention(name, balance):
   rules = dataclasses.replace(RULES, balance_context=balance)
   case = CASES[name]
   assert_same(split(case, rules, 4, {'tensor': 2}), whole(case))
 
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('name', _chosen(_EXCHANGED))
 def test_an_exchange_is_attention(name):
   case = CASES[name]
   assert_same(split(case, EXCHANGE, 2, {'data': 2, 'tensor': 2}), whole(case))
