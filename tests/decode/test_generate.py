@@ -332,8 +332,12 @@ def test_a_full_context_is_used_to_its_last_position():
   assert result.tokens[0] == tokens
 
 
+exhaustive = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
+
+
 @pytest.mark.parametrize(
-  'name', ['learned', 'grouped_query', 'sandwich', 't5', 'experts']
+  'name',
+  ['grouped_query', 't5', 'experts', *map(exhaustive, ['learned', 'sandwich'])],
 )
 @pytest.mark.skipif(jax.device_count() < 8, reason='needs 8 devices')
 def test_sharded_equals_one_device(name):
