@@ -39,8 +39,12 @@ t2x_simulated.give_threads()
 gc.set_threshold(200_000, 20, 50)
 
 _HERE = pathlib.Path(__file__).parent
-# Seconds of each file, with setup, where --record-times has measured them.
+# Of each file: the seconds of its tests, and of those that are not slow. As
+# measured by --record-times, without a compilation cache.
 _SECONDS = _HERE / 'seconds.json'
+_UNKNOWN = [1.0, 1.0]  # Of a file that is not there yet.
+# Of --fast, over all workers: two of them, and types, take under 3 minutes.
+_FAST_SECONDS = 220
 
 _MAPS = pathlib.Path('/proc/self/maps')  # One a line; of Linux alone.
 _MANY_MAPS = 20_000
@@ -120,9 +124,16 @@ def pytest_addoption(parser):
     '--all', action='store_true', help='with the tests marked exhaustive'
   )
   parser.addoption(
+    '--fast',
+    action='store_true',
+    help='no slow tests, and the files that take least: '
+    f'{_FAST_SECONDS} seconds of them',
+  )
+  parser.addoption(
     '--record-times',
     action='store_true',
-    help=f'write the seconds of each file that runs to {_SECONDS.name}',
+    help=f'write the seconds of each file to {_SECONDS.name}; with whole files '
+    'and a cold compilation cache',
   )
 
 
@@ -137,26 +148,50 @@ class _Recorder:
   """Adds up the seconds of each file, of whichever worker has run it."""
 
   def __init__(self):
-    self._seconds = collections.Counter()
+    self._seconds = collections.defaultdict(lambda: [0.0, 0.0])
 
   def pytest_runtest_logreport(self, report):
+    if 'exhaustive' in report.keywords:
+      return
     name = report.nodeid.partition('::')[0].removeprefix('tests/')
-    self._seconds[name] += report.duration
+    self._seconds[name][0] += report.duration
+    self._seconds[name][1] += report.duration * ('slow' not in report.keywords)
 
   def pytest_sessionfinish(self):
-    recorded = {n: round(s, 1) for n, s in self._seconds.items()}
-    seconds = json.loads(_SECONDS.read_text()) | recorded
-    there = {n: s for n, s in seconds.items() if (_HERE / n).exists()}
-    ordered = sorted(there.items(), key=lambda item: (-item[1], item[0]))
-    _SECONDS.write_text(json.dumps(dict(ordered), indent=2) + '\n')
+    seconds = json.loads(_SECONDS.read_text()) | self._seconds
+    there = [item for item in seconds.items() if (_HERE / item[0]).exists()]
+    lines = [
+      f'  "{name}": [{whole:.1f}, {fast:.1f}]'
+      for name, (whole, fast) in sorted(there, key=lambda i: (-i[1][0], i[0]))
+    ]
+    _SECONDS.write_text('{\n' + ',\n'.join(lines) + '\n}\n')
+
+
+def _cheapest(names, seconds):
+  """Those of the files that take least, as many as --fast has time for."""
+  left, found = _FAST_SECONDS, set()
+  for name in sorted(names, key=lambda n: (seconds.get(n, _UNKNOWN)[1], n)):
+    left -= seconds.get(name, _UNKNOWN)[1]
+    if left < 0:
+      break
+    found.add(name)
+  return found
 
 
 def pytest_collection_modifyitems(config, items):
   """The longest files first: else one worker ends with one of them alone."""
-  if not config.getoption('all'):
-    left_out = [i for i in items if i.get_closest_marker('exhaustive')]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [i for i in items if not i.get_closest_marker('exhaustive')]
   seconds = json.loads(_SECONDS.read_text())
-  of_file = lambda item: seconds.get(str(item.path.relative_to(_HERE)), 0.0)
-  items.sort(key=lambda item: -of_file(item))
+  file_of = lambda item: str(item.path.relative_to(_HERE))
+  marked = lambda item, name: item.get_closest_marker(name) is not None
+  chosen = items
+  if not config.getoption('all'):
+    chosen = [i for i in chosen if not marked(i, 'exhaustive')]
+  if config.getoption('fast'):
+    cheapest = _cheapest({file_of(item) for item in items}, seconds)
+    chosen = [
+      i for i in chosen if file_of(i) in cheapest and not marked(i, 'slow')
+    ]
+  kept = set(chosen)
+  config.hook.pytest_deselected(items=[i for i in items if i not in kept])
+  whole = lambda item: seconds.get(file_of(item), _UNKNOWN)[0]
+  items[:] = sorted(chosen, key=whole, reverse=True)
