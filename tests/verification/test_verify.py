@@ -490,6 +490,7 @@ def start(directory, *arguments, script=_SCRIPT):
   return done.returncode, done.stdout, done.stderr
 
 
+exhaustive = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
 ONE_LAYER = ('--set=train.scan_layers=false', '--set=optim=sgd')
 
 
@@ -563,12 +564,9 @@ def test_script_without_an_experiment(arguments, message, directory):
 @pytest.mark.parametrize(
   'name, layouts, settings',
   [
-    # In the second, each process has two devices of a ring.
-    (
-      'gpt2_tiny',
-      ('data=2,fsdp=2,tensor=2', 'context=4,train.accumulate=2'),
-      (),
-    ),
+    # Each process has two devices of a ring.
+    ('gpt2_tiny', ('context=4,train.accumulate=2',), ()),
+    exhaustive('gpt2_tiny', ('data=2,fsdp=2,tensor=2',), ()),
     # Tokens travel to experts of the other process.
     ('moe_tiny', ('expert=8',), ('--set=model.num_layers=2',)),
   ],
@@ -618,9 +616,6 @@ EXPERT_SWEEP = (
   'expert=4,context=2,rules.context_attention=all_to_all',
   f'expert=2,fsdp=2,tensor=2,{_SEQUENCE},train.accumulate=2,train.remat=full',
 )
-
-
-exhaustive = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
 
 
 @pytest.mark.slow
