@@ -3,7 +3,7 @@
 #
 #   bash scripts/test.sh               everything
 #   bash scripts/test.sh --all         with every case of large products
-#   bash scripts/test.sh --fast        without the slow tests
+#   bash scripts/test.sh --fast        the tests that take least: three minutes
 #   bash scripts/test.sh -k NAME ...   pytest arguments: only these tests
 #   bash scripts/test.sh --skipped     only the tests that the last run skipped
 #
@@ -15,16 +15,23 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh test
 
 export JAX_PLATFORMS=cpu
-if [[ ${1:-} == --fast ]]; then
-  shift
-  set -- -m 'not slow' "$@"
-fi
+types=
 if [[ ${1:-} != --skipped ]]; then
   .venv/bin/ruff format --check .
   .venv/bin/ruff check .
-  .venv/bin/pyright
+  # Beside the tests; what it says comes after theirs.
+  said=$(mktemp)
+  .venv/bin/pyright >"$said" 2>&1 &
+  types=$!
+  trap 'kill "$types" 2>/dev/null || true; rm -f "$said"' EXIT
 fi
 # A worker that dies is named and ends the run; replaced, xdist would wait for
 # it for ever (pytest-xdist issue 1378).
+status=0
 .venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder \
-  --max-worker-restart=0 "$@"
+  --max-worker-restart=0 "$@" || status=$?
+if [[ -n $types ]]; then
+  wait "$types" || status=$((status ? status : $?))
+  cat "$said"
+fi
+exit "$status"

@@ -1,7 +1,10 @@
 """Eight simulated devices, strict shapes, and a shared compilation cache."""
 
 import collections
+import contextlib
+import json
 import os
+import tempfile
 
 import simulated
 
@@ -9,11 +12,17 @@ import simulated
 os.environ['XLA_FLAGS'] = simulated.flags(8)
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
+# Commands that tests start share it, too.
+os.environ['JAX_COMPILATION_CACHE_DIR'] = os.path.join(
+  tempfile.gettempdir(), 't2x-test-compilation-cache'
+)
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
+# Numbers do not depend on LLVM's optimisations; see `_compiled_as_by_users`.
+os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
 
 import gc
 import pathlib
 import sys
-import tempfile
 
 from absl import flags
 import extras
@@ -25,15 +34,17 @@ from t2x.parallel import simulated_devices as t2x_simulated
 
 t2x_simulated.give_threads()
 
-jax.config.update('jax_numpy_rank_promotion', 'raise')
-jax.config.update(
-  'jax_compilation_cache_dir',
-  os.path.join(tempfile.gettempdir(), 't2x-test-compilation-cache'),
-)
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 # Tracing makes millions of objects that stay: an eighth of a test's time went
 # into looking at them again.
 gc.set_threshold(200_000, 20, 50)
+
+_HERE = pathlib.Path(__file__).parent
+# Of each file: the seconds of its tests, and of those that are not slow. As
+# measured by --record-times, without a compilation cache.
+_SECONDS = _HERE / 'seconds.json'
+_UNKNOWN = [1.0, 1.0]  # Of a file that is not there yet.
+# Of --fast, over all workers: two of them, and types, take under 3 minutes.
+_FAST_SECONDS = 220
 
 _MAPS = pathlib.Path('/proc/self/maps')  # One a line; of Linux alone.
 _MANY_MAPS = 20_000
@@ -44,6 +55,50 @@ def _parsed_flags():
   # Grain reads absl flags.
   if not flags.FLAGS.is_parsed():
     flags.FLAGS(sys.argv[:1])
+
+
+# Directories and files whose tests read programs, measure what these copy, keep
+# or cost, or compile for accelerators.
+_AS_BY_USERS = (
+  'attention/test_triton.py',
+  'compilation',
+  'cost_model',
+  'hardware',
+  'hlo',
+  'layers/test_grouped.py',
+  'parallel',
+  'planning',
+  'training/test_offload.py',
+)
+
+
+@contextlib.contextmanager
+def _all_optimizations():
+  """Compiles as users do: here, and in commands that are started."""
+  name = 'jax_disable_most_optimizations'
+  before = jax.config.read(name)
+  jax.config.update(name, False)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv(name.upper(), '0')
+    yield
+  jax.config.update(name, before)
+
+
+@pytest.fixture
+def compiled_as_by_users():
+  with _all_optimizations():
+    yield
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _compiled_as_by_users(request):
+  """For whole directories; others compile in half the time, see above."""
+  path = request.path.relative_to(_HERE)
+  if str(path) in _AS_BY_USERS or path.parts[0] in _AS_BY_USERS:
+    with _all_optimizations():
+      yield
+  else:
+    yield
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -68,20 +123,75 @@ def pytest_addoption(parser):
   parser.addoption(
     '--all', action='store_true', help='with the tests marked exhaustive'
   )
+  parser.addoption(
+    '--fast',
+    action='store_true',
+    help='no slow tests, and the files that take least: '
+    f'{_FAST_SECONDS} seconds of them',
+  )
+  parser.addoption(
+    '--record-times',
+    action='store_true',
+    help=f'write the seconds of each file to {_SECONDS.name}; with whole files '
+    'and a cold compilation cache',
+  )
 
 
 def pytest_configure(config):
   plugin = skipped.Skipped(config, extras.REASON)
   config.pluginmanager.register(plugin, 'skipped')
+  if config.getoption('record_times') and not hasattr(config, 'workerinput'):
+    config.pluginmanager.register(_Recorder(), 'recorder')
+
+
+class _Recorder:
+  """Adds up the seconds of each file, of whichever worker has run it."""
+
+  def __init__(self):
+    self._seconds = collections.defaultdict(lambda: [0.0, 0.0])
+
+  def pytest_runtest_logreport(self, report):
+    if 'exhaustive' in report.keywords:
+      return
+    name = report.nodeid.partition('::')[0].removeprefix('tests/')
+    self._seconds[name][0] += report.duration
+    self._seconds[name][1] += report.duration * ('slow' not in report.keywords)
+
+  def pytest_sessionfinish(self):
+    seconds = json.loads(_SECONDS.read_text()) | self._seconds
+    there = [item for item in seconds.items() if (_HERE / item[0]).exists()]
+    lines = [
+      f'  "{name}": [{whole:.1f}, {fast:.1f}]'
+      for name, (whole, fast) in sorted(there, key=lambda i: (-i[1][0], i[0]))
+    ]
+    _SECONDS.write_text('{\n' + ',\n'.join(lines) + '\n}\n')
+
+
+def _cheapest(names, seconds):
+  """Those of the files that take least, as many as --fast has time for."""
+  left, found = _FAST_SECONDS, set()
+  for name in sorted(names, key=lambda n: (seconds.get(n, _UNKNOWN)[1], n)):
+    left -= seconds.get(name, _UNKNOWN)[1]
+    if left < 0:
+      break
+    found.add(name)
+  return found
 
 
 def pytest_collection_modifyitems(config, items):
-  """Files with slow tests first: else one worker ends with them alone."""
+  """The longest files first: else one worker ends with one of them alone."""
+  seconds = json.loads(_SECONDS.read_text())
+  file_of = lambda item: str(item.path.relative_to(_HERE))
+  marked = lambda item, name: item.get_closest_marker(name) is not None
+  chosen = items
   if not config.getoption('all'):
-    left_out = [i for i in items if i.get_closest_marker('exhaustive')]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [i for i in items if not i.get_closest_marker('exhaustive')]
-  slow = collections.Counter(
-    item.path for item in items if item.get_closest_marker('slow')
-  )
-  items.sort(key=lambda item: -slow[item.path])
+    chosen = [i for i in chosen if not marked(i, 'exhaustive')]
+  if config.getoption('fast'):
+    cheapest = _cheapest({file_of(item) for item in items}, seconds)
+    chosen = [
+      i for i in chosen if file_of(i) in cheapest and not marked(i, 'slow')
+    ]
+  kept = set(chosen)
+  config.hook.pytest_deselected(items=[i for i in items if i not in kept])
+  whole = lambda item: seconds.get(file_of(item), _UNKNOWN)[0]
+  items[:] = sorted(chosen, key=whole, reverse=True)

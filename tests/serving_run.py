@@ -6,6 +6,7 @@ import time
 
 import httpx
 import pytest
+import shared_runs
 import tiny
 import uvicorn
 
@@ -26,6 +27,14 @@ def trained_of(directory, **settings):
     patch.setattr(run_report, 'write', lambda workdir: None)
     config = tiny.experiment_of(directory, **settings)
     train.train(config, str(directory / 'run'), show=False)
+  return loading.load(str(directory / 'run'))
+
+
+def shared(tmp_path_factory):
+  """Returns a tiny run of texts of 64 tokens, trained once for all files."""
+  directory = shared_runs.trained(
+    tmp_path_factory, train__num_steps=30, data__length=64
+  )
   return loading.load(str(directory / 'run'))
 
 

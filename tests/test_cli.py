@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 
+import commands
 from flax import nnx
 import jax
 import pytest
+import shared_runs
 import tiny
 
 from t2x import main
@@ -26,7 +26,7 @@ from t2x.trainer import workdir as workdir_lib
 
 @pytest.fixture(scope='module')
 def directory(tmp_path_factory):
-  return tmp_path_factory.mktemp('tiny')
+  return shared_runs.trained(tmp_path_factory, train__num_steps=2)
 
 
 @pytest.fixture(autouse=True)
@@ -146,10 +146,7 @@ def test_a_place_that_cannot_be_written(directory, tmp_path):
 
 @pytest.fixture(scope='module')
 def run(directory):
-  workdir = directory / 'run'
-  config = tiny.experiment_of(directory, train__num_steps=2)
-  train.train(config, str(workdir), show=False)
-  return workdir
+  return directory / 'run'
 
 
 def test_other_settings_are_refused_before_anything_is_done(directory, run):
@@ -295,12 +292,7 @@ def test_profile_steps(text, message):
 def _command(*arguments, name='quickstart', env=None):
   root = os.path.join(os.path.dirname(__file__), '..')
   path = os.path.join(root, 'experiments', f'{name}.py')
-  return subprocess.run(
-    [sys.executable, path, *arguments],
-    capture_output=True,
-    text=True,
-    env={**os.environ, 'PYTHONPATH': root, **(env or {})},
-  )
+  return commands.run(path, *arguments, env={**os.environ, **(env or {})})
 
 
 def _assert_error(done, *parts):
@@ -391,7 +383,7 @@ def test_a_run_from_the_command_line(directory, tmp_path):
   run = tmp_path / 'run'
   corpus = tmp_path / 'texts'
   tiny.write_corpus(corpus)
-  process = tiny.start(
+  done = tiny.run(
     directory,
     f'--workdir={run}',
     '--set=train.num_steps=2',
@@ -399,9 +391,8 @@ def test_a_run_from_the_command_line(directory, tmp_path):
     f'--set=data.files={corpus}/*.txt',
     '--profile_steps=2:2',
   )
-  output, error = process.communicate(timeout=120)
-  assert process.returncode == 0, error
-  assert f'The run is in {run}' in output and 'loss' in output
+  assert done.returncode == 0, done.stderr
+  assert f'The run is in {run}' in done.stdout and 'loss' in done.stdout
   assert json.loads((run / 'config.json').read_text())['data']['files'] == (
     f'{corpus}/*.txt'
   )

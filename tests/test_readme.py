@@ -5,8 +5,8 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 
+import commands
 import draw_packages
 import extras
 import pytest
@@ -43,12 +43,8 @@ def test_experiment_commands_are_accepted(command):
   tools = 'generate', 'evaluate', 'embed', 'classify', 'serve'
   tool = {f'experiments/{name}.py' for name in tools}
   check = '--help' if arguments[0] in tool else '--print_config'
-  result = subprocess.run(
-    [sys.executable, *arguments, check],
-    cwd=_ROOT,
-    capture_output=True,
-    text=True,
-  )
+  script, *flags = arguments
+  result = commands.run(os.path.join(_ROOT, script), *flags, check, cwd=_ROOT)
   if check == '--help':  # absl prints the flags and exits with 1.
     shown = '--num_tokens', '--split', '--text', '--port'
     assert any(flag in result.stdout for flag in shown)
@@ -90,16 +86,8 @@ def test_scripts_that_only_look_run(commands, tmp_path, monkeypatch):
         'model.num_layers': layers,
       }
       arguments += [f'--set={name}={value}' for name, value in small.items()]
-    result = subprocess.run(
-      [
-        sys.executable,
-        os.path.abspath(os.path.join(_ROOT, script)),
-        *arguments,
-      ],
-      cwd=tmp_path,
-      capture_output=True,
-      text=True,
-    )
+    path = os.path.join(_ROOT, script)
+    result = commands.run(path, *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     if 'show' in script:
       assert result.stdout

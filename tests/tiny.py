@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 
-import jax
+import commands
 
 from t2x import main
 from t2x.config import experiment
@@ -78,6 +78,14 @@ def experiment_of(directory: pathlib.Path, **settings) -> experiment.Experiment:
   return overrides.override(config, texts)
 
 
+def run(
+  directory: pathlib.Path, *arguments: str, script: str = __file__
+) -> subprocess.CompletedProcess[str]:
+  """Runs a script, by default this file, and waits for its end."""
+  env = {**os.environ, 'TINY_DIRECTORY': str(directory)}
+  return commands.run(script, *arguments, env=env)
+
+
 def start(
   directory: pathlib.Path, *arguments: str, script: str = __file__, **options
 ):
@@ -85,8 +93,6 @@ def start(
   root = pathlib.Path(__file__).parents[1]
   env = {
     **os.environ,
-    'JAX_COMPILATION_CACHE_DIR': str(jax.config.jax_compilation_cache_dir),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
     'PYTHONPATH': f'{root}:{root / "tests"}',
     'TINY_DIRECTORY': str(directory),
   }

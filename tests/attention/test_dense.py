@@ -442,6 +442,7 @@ def flops(mask, length=512, block=64):
   return matmul_flops.matrix_flops(compiled.as_text())
 
 
+@pytest.mark.usefixtures('compiled_as_by_users')
 def test_blocks_that_nothing_sees_cost_nothing():
   """Half and the diagonal; two blocks of eight; three of eight."""
   whole = flops(Mask())
@@ -450,6 +451,7 @@ def test_blocks_that_nothing_sees_cost_nothing():
   assert flops(make_mask(window=64)) < 0.45 * whole
 
 
+@pytest.mark.usefixtures('compiled_as_by_users')
 def test_the_chosen_block_size_skips_too():
   whole = flops(Mask(), block=None)
   assert flops(make_mask(causal=True), block=None) < 0.65 * whole

@@ -104,6 +104,7 @@ def test_later_tokens_change_no_bit():
   assert (before[0, 13:19] != after[0, 13:19]).any()
 
 
+@pytest.mark.usefixtures('compiled_as_by_users')
 def test_cost_grows_with_the_length():
   def flops(length):
     shapes = jax.eval_shape(lambda: draw(length))

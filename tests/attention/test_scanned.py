@@ -184,6 +184,7 @@ def test_dropout_drops_what_the_unrolled_blocks_drop():
 
 
 @pytest.mark.parametrize('name', ['causal', 'window', 'bigbird', 'global'])
+@pytest.mark.usefixtures('compiled_as_by_users')
 def test_blocks_that_nothing_sees_are_left_out(name):
   case = CASES[name]
   steps = pairs.plan(case.mask.pattern, case.T, case.S, case.options.block)

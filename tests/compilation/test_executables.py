@@ -61,15 +61,15 @@ def test_a_run_takes_programs_of_another_process(tmp_path, caplog):
     expected = train.train(config, str(tmp_path / 'a'), show=False)
   # It sees the cache that the run has filled. Of what CPUs read from there they
   # write a file that lacks functions, so nothing may be read.
-  compiling = tiny.start(
+  compiling = tiny.run(
     tmp_path,
     f'--experiment={script}',
     '--topology=cpu:8',
     f'--out={file}',
     script=str(_SCRIPT),
   )
-  said, error = compiling.communicate(timeout=180)
-  assert compiling.returncode == 0, error
+  said = compiling.stdout
+  assert compiling.returncode == 0, compiling.stderr
   assert 'step: compiled in' in said and f'--executable={file}' in said
   half = overrides.override(config, {'train.num_steps': '2'})
   with _compiled_names(caplog) as loaded:

@@ -1,6 +1,7 @@
 """The engine: each text is what `generate` writes for it alone."""
 
 import dataclasses
+import functools
 
 from flax import nnx
 import jax
@@ -63,7 +64,7 @@ def make(name='learned'):
   return decoder.Decoder(config, rngs=nnx.Rngs(0))
 
 
-def requests(num, seed=0, longest=40, **options):
+def requests(num, seed=0, longest=40, settings=SETTINGS, **options):
   """Some begin alike; lengths and settings are mixed."""
   rng = np.random.default_rng(seed)
   common = rng.integers(1, VOCAB, 21).tolist()
@@ -74,7 +75,7 @@ def requests(num, seed=0, longest=40, **options):
       engine_lib.Request(
         prompt=common + own if number % 3 == 0 else own,
         num_tokens=int(rng.integers(1, 25)),
-        sampling=SETTINGS[number % len(SETTINGS)],
+        sampling=settings[number % len(settings)],
         seed=number,
         row=number % 2,
         ends=(9,),
@@ -115,11 +116,22 @@ def check(model, texts, atol=2e-4, **options):
     assert text.reason == ('stop' if found.ended[0] else 'length')
 
 
-@pytest.mark.parametrize('name', MODELS)
-def test_texts_are_those_of_generate(name):
+_exhaustive = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize(
+  ('name', 'settings'),
+  [
+    # All settings with one model; each model, greedy and drawn.
+    ('learned', SETTINGS),
+    *((name, SETTINGS[:2]) for name in MODELS if name != 'learned'),
+    *(_exhaustive(name, SETTINGS) for name in MODELS if name != 'learned'),
+  ],
+)
+def test_texts_are_those_of_generate(name, settings):
   model = make(name)
   engine = engine_lib.Engine(model, SMALL)
-  texts = run(engine, requests(7))
+  texts = run(engine, requests(7, settings=settings))
   assert engine.pages.num_used == 0
   assert engine.counts['shared_tokens'] > 0
   check(model, texts)
@@ -269,7 +281,9 @@ def test_a_control_says_what_may_come():
   np.testing.assert_allclose(held.log_probs, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize('axes', [{'tensor': 2}, {'data': 2, 'tensor': 2}])
+@pytest.mark.parametrize(
+  'axes', [_exhaustive({'tensor': 2}), {'data': 2, 'tensor': 2}]
+)
 def test_on_a_mesh(axes):
   model = make('grouped_query')
   wanted = requests(6)

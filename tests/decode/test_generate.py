@@ -121,14 +121,6 @@ T5 = {
 }
 
 
-@pytest.fixture(autouse=True, scope='module')
-def compile_quickly():
-  # Dozens of small programs: compiling them is all the time that they take.
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 @functools.cache
 def make(name='learned'):
   rngs = nnx.Rngs(0)
@@ -340,8 +332,12 @@ def test_a_full_context_is_used_to_its_last_position():
   assert result.tokens[0] == tokens
 
 
+exhaustive = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
+
+
 @pytest.mark.parametrize(
-  'name', ['learned', 'grouped_query', 'sandwich', 't5', 'experts']
+  'name',
+  ['grouped_query', 't5', 'experts', *map(exhaustive, ['learned', 'sandwich'])],
 )
 @pytest.mark.skipif(jax.device_count() < 8, reason='needs 8 devices')
 def test_sharded_equals_one_device(name):
@@ -473,6 +469,7 @@ def test_int8_caches_are_small_and_close(name):
 
 
 @pytest.mark.parametrize('rows', [1, 4])
+@pytest.mark.usefixtures('compiled_as_by_users')
 def test_no_step_copies_a_cache(rows):
   """A step writes one position; a copy would cost as much as reading all."""
   model = decoding_weights.prepare(make())
@@ -490,12 +487,7 @@ def test_no_step_copies_a_cache(rows):
     settings=sampling.rows([GREEDY], rows, VOCAB),
     history=sampling.History(),
   )
-  # As users compile it, unlike the rest of this file.
-  jax.config.update('jax_disable_most_optimizations', False)
-  try:
-    text = lowered.compile().as_text()
-  finally:
-    jax.config.update('jax_disable_most_optimizations', True)
+  text = lowered.compile().as_text()
   assert f'f32[{rows},4,64,8]' in text
   copies = re.findall(rf'= f32\[(?:{rows},)?4,64,8\]\S* copy\(', text)
   assert not copies

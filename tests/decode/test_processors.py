@@ -176,6 +176,7 @@ def test_drawing_hits_every_token_and_no_other():
     assert int(got[-1]) == want[-1]
 
 
+@pytest.mark.usefixtures('compiled_as_by_users')
 def test_no_vocabulary_is_sorted():
   config = sampling.SamplingConfig(top_k=300, top_p=0.9, typical_p=0.9)
   settings = sampling.rows([config], 2, 5000)

@@ -137,12 +137,25 @@ def joint(model, prompt, settings, num):
 SIX = dict(vocab_size=6, vocab_multiple=2, init=param.Init(std=0.3))
 
 
+FORMS = [{}, {'temperature': 0.7, 'top_k': 4}, {'top_p': 0.8}]
+exhaustive = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
+
+
 @pytest.mark.parametrize(
-  'settings',
-  [{}, {'temperature': 0.7, 'top_k': 4}, {'top_p': 0.8}],
+  ('name', 'settings'),
+  [
+    ('model', FORMS[0]),
+    ('model', FORMS[1]),
+    ('heads', FORMS[2]),
+    ('lookup', FORMS[1]),
+    exhaustive('model', FORMS[2]),
+    exhaustive('heads', FORMS[0]),
+    exhaustive('heads', FORMS[1]),
+    exhaustive('lookup', FORMS[0]),
+    exhaustive('lookup', FORMS[2]),
+  ],
   ids=str,
 )
-@pytest.mark.parametrize('name', ['model', 'heads', 'lookup'])
 def test_what_is_drawn_has_the_models_distribution(name, settings):
   model = make(**SIX, ahead=(1.0, 1.0))
   draft = {

@@ -6,12 +6,10 @@ import importlib
 import importlib.metadata
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 
 from absl import flags
+import commands
 import extras
 import jax
 import jax.numpy as jnp
@@ -440,12 +438,7 @@ def test_another_machine_is_refused():
 
 
 def llama(*arguments):
-  return subprocess.run(
-    [sys.executable, llama2_7b.__file__, *arguments],
-    capture_output=True,
-    text=True,
-    env={**os.environ, 'PYTHONPATH': os.path.dirname(tiny.__file__) + '/..'},
-  )
+  return commands.run(llama2_7b.__file__, *arguments)
 
 
 @pytest.mark.slow

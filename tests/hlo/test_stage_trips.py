@@ -1,6 +1,7 @@
 """FLOPs that stages execute, of compiled programs, against one device's."""
 
 import dataclasses
+import functools
 
 import jax
 import pytest
@@ -59,8 +60,20 @@ def flops_of(compiled):
   return count
 
 
-@pytest.mark.parametrize('schedule', ['one_f_one_b', 'interleaved', 'zb_v'])
-@pytest.mark.parametrize('remat', ['none', 'full'])
+exhaustive = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize(
+  'schedule, remat',
+  [
+    ('one_f_one_b', 'full'),
+    ('interleaved', 'none'),
+    ('zb_v', 'full'),
+    exhaustive('one_f_one_b', 'none'),
+    exhaustive('interleaved', 'full'),
+    exhaustive('zb_v', 'none'),
+  ],
+)
 def test_stages_execute_what_one_device_does(flops_of, schedule, remat):
   """No product twice, and none that a mask throws away."""
   settings = {'train__remat': remat, 'pipeline__microbatches': 4}

@@ -7,6 +7,7 @@ from flax import nnx
 import jax
 import numpy as np
 import pytest
+import shared_runs
 import tiny
 
 from t2x.inference import generation
@@ -14,19 +15,13 @@ from t2x.inference import loading
 from t2x.inference import uncertainty
 from t2x.models import encoder
 from t2x.models import model as model_lib
-from t2x.tracking import run_report
-from t2x.trainer import train
 
 TEXTS = ['the run of it', 'a', 'and some more of the text here']
 
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  directory = tmp_path_factory.mktemp('run')
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(run_report, 'write', lambda workdir: None)
-    config = tiny.experiment_of(directory, train__num_steps=2)
-    train.train(config, str(directory / 'run'), show=False)
+  directory = shared_runs.trained(tmp_path_factory, train__num_steps=2)
   return str(directory / 'run')
 
 

@@ -1,11 +1,11 @@
 """Whole checkpoints of others, in and out: files, tokenizers, numbers."""
 
 import dataclasses
+import functools
 import json
 import pathlib
-import subprocess
-import sys
 
+import commands
 import extras
 import hf_files
 import jax
@@ -141,9 +141,7 @@ def test_the_command_and_what_it_says(checkpoints, tmp_path):
   directory, _ = checkpoints['gpt2']
   workdir, back = str(tmp_path / 'run'), str(tmp_path / 'back')
   script = pathlib.Path(__file__).parents[2] / 'scripts' / 'convert_hf.py'
-  run = lambda *flags: subprocess.run(
-    [sys.executable, str(script), *flags], capture_output=True, text=True
-  )
+  run = functools.partial(commands.run, script)
   there = run(f'--from={directory}', f'--to={workdir}')
   assert there.returncode == 0 and 'a run of ' in there.stdout, there.stderr
   back_again = run(f'--from={workdir}', f'--to={back}')

@@ -4,9 +4,8 @@ import json
 import logging
 import math
 import pathlib
-import subprocess
-import sys
 
+import commands
 import extras
 from flax import nnx
 import hf_files
@@ -384,10 +383,9 @@ def test_the_script_takes_what_the_files_say(plain, copy, tmp_path):
   directory = copy('gpt2', settings)
   script = pathlib.Path(__file__).parents[2] / 'experiments' / 'generate.py'
   out = tmp_path / 'texts.json'
-  done = subprocess.run(
-    [sys.executable, str(script), f'--workdir={directory}',
-     f'--prompt={PROMPTS[0]}', f'--num_tokens={NUM}', f'--output={out}'],
-    capture_output=True, text=True,
+  done = commands.run(
+    script, f'--workdir={directory}', f'--prompt={PROMPTS[0]}',
+    f'--num_tokens={NUM}', f'--output={out}',
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   trained = loading.load(str(directory))

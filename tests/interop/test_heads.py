@@ -2,9 +2,8 @@
 
 import json
 import pathlib
-import subprocess
-import sys
 
+import commands
 import extras
 from flax import nnx
 import hf_files
@@ -173,11 +172,8 @@ def test_heads_under_layouts(checkpoints, layout):
 def test_the_command(checkpoints):
   directory, theirs = checkpoints['bert', 'Sequence']
   script = pathlib.Path(__file__).parents[2] / 'experiments' / 'classify.py'
-  run = lambda *flags: subprocess.run(
-    [sys.executable, str(script), f'--workdir={directory}', *flags],
-    capture_output=True, text=True,
-  )  # fmt: skip
-  found = run('--text=One.', '--second=Two.')
+  workdir = f'--workdir={directory}'
+  found = commands.run(script, workdir, '--text=One.', '--second=Two.')
   _, want = asked(directory, theirs, [('One.', 'Two.')])
   (row,) = json.loads(found.stdout)
   np.testing.assert_allclose([*row.values()], softmax(want)[0], atol=1e-4)

@@ -59,8 +59,9 @@ def inputs(seed=1, length=T):
   return jax.random.normal(jax.random.key(seed), (B, length, D))
 
 
+@jax.jit
 def run(layer, x, mask):
-  return jax.jit(lambda layer, x, mask: layer(x, mask))(layer, x, mask)
+  return layer(x, mask)
 
 
 def heads(layer, x):

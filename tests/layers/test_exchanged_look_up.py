@@ -57,6 +57,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize('name', LAYOUTS)
+@pytest.mark.usefixtures('compiled_as_by_users')
 def test_vectors_and_gradients_are_the_tables(name):
   fn, mesh = compiled(LAYOUTS[name])
   module = table_of()
@@ -90,6 +91,7 @@ def test_vectors_and_gradients_are_the_tables(name):
     ({'fsdp': 4, 'tensor': 2}, 16, 16),  # The table is the less to send.
   ],
 )
+@pytest.mark.usefixtures('compiled_as_by_users')
 def test_where_the_table_is_gathered(sizes, vocab, length):
   fn, mesh = compiled(sizes, vocab, length)
   found = collectives.collectives(fn.as_text(), mesh)

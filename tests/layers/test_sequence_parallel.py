@@ -1,6 +1,7 @@
 """A layer on a finely split sequence is the layer on a whole one."""
 
 import dataclasses
+import functools
 
 from flax import nnx
 import jax
@@ -38,16 +39,19 @@ def loss_and_gradients(layer, x_BTD, keys_B):
   return jax.value_and_grad(loss, (0, 1))(layer, x_BTD)
 
 
+exhaustive = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
+
+
 @pytest.mark.parametrize(
   'heads,kv_heads,rules,sizes',
   [
-    (8, 8, RULES, {'tensor': 4, 'data': 2}),
+    exhaustive(8, 8, RULES, {'tensor': 4, 'data': 2}),
     (8, 4, RULES, {'tensor': 4, 'data': 2}),
     # Each device has its query heads, and all key heads to choose from.
     (8, 2, WHOLE_KEYS, {'tensor': 4, 'data': 2}),
-    (8, 4, WHOLE_KEYS, {'tensor': 2, 'data': 4}),
+    exhaustive(8, 4, WHOLE_KEYS, {'tensor': 2, 'data': 4}),
     (8, 1, WHOLE_KEYS, {'tensor': 8, 'data': 1}),
-    (8, 8, EXCHANGED, {'tensor': 4, 'context': 2, 'data': 1}),
+    exhaustive(8, 8, EXCHANGED, {'tensor': 4, 'context': 2, 'data': 1}),
     (8, 4, EXCHANGED, {'tensor': 2, 'context': 2, 'data': 2}),
   ],
 )

@@ -223,6 +223,7 @@ def temporaries(vocab_size, chunks):
   return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.usefixtures('compiled_as_by_users')
 def test_memory_does_not_grow_with_the_vocabulary():
   """A chunk keeps its size; the table's own layout change is let off."""
   small, large = temporaries(2048, 8), temporaries(8192, 32)

@@ -138,7 +138,7 @@ def experiment_of(directory, **settings):
   )
 
 
-def trained(directory, num_steps=3, state=None, **settings):
+def trained(directory, num_steps=3, state=None, program=None, **settings):
   """Returns the state after some steps, and their losses."""
   config = experiment_of(directory, **settings)
   sizes = config.mesh
@@ -147,7 +147,7 @@ def trained(directory, num_steps=3, state=None, **settings):
   corpus = corpus_lib.prepare(config.data)
   losses = []
   with sharding.use(mesh, config.rules):
-    program = program_lib.Program(config, mesh, num_steps=9)
+    program = program or program_lib.Program(config, mesh, num_steps=9)
     if state is None:
       state = program.init_state()
     first = int(state.step)
@@ -180,6 +180,7 @@ def test_layouts_and_continuation(tmp_path):
   np.testing.assert_allclose(theirs, mine, rtol=1e-5)
 
   # Interrupted after two steps, the third has the same masks.
+  one |= {'program': program}
   before, _, _ = trained(tmp_path, num_steps=2, **one)
   restored = tiny.saved_and_restored(tmp_path / 'run', before, program.shapes)
   again, last, _ = trained(tmp_path, num_steps=1, state=restored, **one)

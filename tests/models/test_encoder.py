@@ -93,6 +93,7 @@ def test_predicted_positions_have_the_features_that_they_have_among_all():
   np.testing.assert_allclose(some, among, atol=2e-6)
 
 
+@pytest.mark.usefixtures('compiled_as_by_users')
 def test_the_heads_cost_falls_with_the_rate():
   num = masked_lm.MaskedLM(rate=0.25).num_targets(LENGTH)
   assert num == LENGTH // 4

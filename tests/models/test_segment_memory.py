@@ -231,7 +231,7 @@ def test_rows_follow_each_other(tmp_path):
     batches_lib.TrainBatches(corpus, short, seed=0)
 
 
-def trained(directory, num_steps=3, state=None, **settings):
+def trained(directory, num_steps=3, state=None, program=None, **settings):
   config = experiment_of(directory, **settings)
   sizes = config.mesh
   num = sizes.data * sizes.fsdp * sizes.tensor
@@ -240,7 +240,7 @@ def trained(directory, num_steps=3, state=None, **settings):
   batches = batches_lib.TrainBatches(corpus, config.data, seed=0)
   losses = []
   with sharding.use(mesh, config.rules):
-    program = program_lib.Program(config, mesh, num_steps=9)
+    program = program or program_lib.Program(config, mesh, num_steps=9)
     state = program.init_state() if state is None else state
     for step in range(int(state.step), int(state.step) + num_steps):
       state, metrics = program.step(state, program.place(batches[step]))
@@ -265,9 +265,10 @@ def test_layouts_continuation_and_evaluation(tmp_path):
   parts = jax.tree.leaves(theirs['layers'])[0].sharding
   assert len(parts.device_set) == 8 and not parts.is_fully_replicated
 
-  before, _, _, _ = trained(tmp_path, num_steps=2, **ONE)
+  same = ONE | {'program': program}
+  before, _, _, _ = trained(tmp_path, num_steps=2, **same)
   restored = tiny.saved_and_restored(tmp_path / 'run', before, program.shapes)
-  last, end, _, _ = trained(tmp_path, num_steps=1, state=restored, **ONE)
+  last, end, _, _ = trained(tmp_path, num_steps=1, state=restored, **same)
   assert end == losses[2:]
   for a, b in zip(jax.tree.leaves(last), jax.tree.leaves(state), strict=True):
     np.testing.assert_array_equal(a, b)

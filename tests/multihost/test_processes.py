@@ -11,11 +11,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
+import shared_runs
 import tiny
 
 from t2x.multihost import processes
 from t2x.tracking import metrics
-from t2x.trainer import train
 
 _STEPS = 10
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -35,11 +35,9 @@ def _finish(started) -> list[str]:
 @pytest.fixture(scope='module')
 def alone(tmp_path_factory):
   """(directory, losses) of the same run in one process of eight devices."""
-  directory = tmp_path_factory.mktemp('alone')
-  config = tiny.experiment_of(
-    directory, train__num_steps=_STEPS, data__eval_splits=''
+  directory = shared_runs.trained(
+    tmp_path_factory, train__num_steps=_STEPS, data__eval_splits=''
   )
-  train.train(config, str(directory / 'run'), show=False)
   return directory, tiny.losses(directory / 'run')
 
 

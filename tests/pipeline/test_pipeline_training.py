@@ -55,7 +55,11 @@ def _train(directory, workdir, **settings):
 @pytest.mark.parametrize(
   'first, second',
   [
-    (STAGES | {'pipeline__schedule': 'interleaved'}, {}),
+    pytest.param(
+      STAGES | {'pipeline__schedule': 'interleaved'},
+      {},
+      marks=pytest.mark.exhaustive,
+    ),
     (
       STAGES,
       STAGES

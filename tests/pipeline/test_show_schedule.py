@@ -2,10 +2,9 @@
 
 import json
 import pathlib
-import subprocess
-import sys
 from xml.etree import ElementTree
 
+import commands
 import numpy as np
 import pytest
 
@@ -19,9 +18,7 @@ _SCRIPT = pathlib.Path(__file__).parents[2] / 'scripts' / 'show_schedule.py'
 
 def show(*flags):
   """Returns the exit code, stdout and stderr of the script."""
-  done = subprocess.run(
-    [sys.executable, str(_SCRIPT), *flags], capture_output=True, text=True
-  )
+  done = commands.run(_SCRIPT, *flags)
   return done.returncode, done.stdout, done.stderr
 
 

@@ -4,9 +4,9 @@ import dataclasses
 import functools
 import json
 import os
-import subprocess
 import sys
 
+import commands
 import extras
 import pytest
 import tpu
@@ -298,11 +298,7 @@ def test_axes_lie_along_the_torus():
 )
 def test_errors_are_a_line_each(flags, words):
   extras.need('libtpu', extra='plan')
-  done = subprocess.run(
-    [sys.executable, _SCRIPT, '--experiment=llama2_7b', *flags],
-    capture_output=True,
-    text=True,
-  )
+  done = commands.run(_SCRIPT, '--experiment=llama2_7b', *flags)
   assert done.returncode != 0 and 'Traceback' not in done.stderr
   last = done.stderr.strip().splitlines()[-1]
   assert last.startswith('error: ') and words in last

@@ -4,11 +4,10 @@ import html.parser
 import json
 import pathlib
 import re
-import subprocess
-import sys
 import time
 from xml.etree import ElementTree
 
+import commands
 import jax
 import pytest
 import tiny
@@ -32,9 +31,7 @@ _NAMES = sorted(
 
 def show(*flags):
   """Returns the exit code, stdout and stderr of the script."""
-  done = subprocess.run(
-    [sys.executable, str(_SCRIPT), *flags], capture_output=True, text=True
-  )
+  done = commands.run(_SCRIPT, *flags)
   return done.returncode, done.stdout, done.stderr
 
 

@@ -1,19 +1,13 @@
 """The benchmark of attention kinds: its figures and its last line."""
 
 import json
-import subprocess
-import sys
 
+import commands
 import numpy as np
 
 
 def run(*arguments):
-  return subprocess.run(
-    [sys.executable, 'scripts/bench_attention.py', *arguments],
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+  return commands.run('scripts/bench_attention.py', *arguments)
 
 
 def test_figures_by_length(tmp_path):

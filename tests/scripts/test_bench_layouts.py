@@ -2,9 +2,8 @@
 
 import json
 import pathlib
-import subprocess
-import sys
 
+import commands
 import pytest
 
 _SCRIPT = pathlib.Path(__file__).parents[2] / 'scripts' / 'bench_layouts.py'
@@ -12,11 +11,7 @@ _SCRIPT = pathlib.Path(__file__).parents[2] / 'scripts' / 'bench_layouts.py'
 
 def bench(*flags):
   """Returns what the script prints: lines, and its JSON."""
-  done = subprocess.run(
-    [sys.executable, str(_SCRIPT), '--json', *flags],
-    capture_output=True,
-    text=True,
-  )
+  done = commands.run(_SCRIPT, '--json', *flags)
   assert done.returncode == 0, done.stderr
   lines = done.stdout.splitlines()
   return lines[:-1], json.loads(lines[-1])
@@ -66,11 +61,7 @@ def test_layouts_send_what_theory_says():
 
 
 def test_an_unknown_target_is_answered():
-  done = subprocess.run(
-    [sys.executable, str(_SCRIPT), '--only=ring', '--target=v5e:4x4'],
-    capture_output=True,
-    text=True,
-  )
+  done = commands.run(_SCRIPT, '--only=ring', '--target=v5e:4x4')
   assert done.returncode == 1
   assert 'v5e:4x4 has 16 devices; 8 needed' in done.stderr or (
     'needs the TPU compiler, libtpu' in done.stderr

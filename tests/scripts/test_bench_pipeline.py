@@ -2,9 +2,8 @@
 
 import json
 import pathlib
-import subprocess
-import sys
 
+import commands
 import pytest
 
 _SCRIPT = pathlib.Path(__file__).parents[2] / 'scripts' / 'bench_pipeline.py'
@@ -12,9 +11,7 @@ _SIZES = '--layers=8 --width=16 --hidden=32 --heads=2 --vocab=256 --length=32'
 
 
 def bench(*flags):
-  return subprocess.run(
-    [sys.executable, str(_SCRIPT), *flags], capture_output=True, text=True
-  )
+  return commands.run(_SCRIPT, *flags)
 
 
 @pytest.mark.slow

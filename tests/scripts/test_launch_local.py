@@ -9,8 +9,10 @@ import subprocess
 import sys
 import time
 
+import commands
 import numpy as np
 import pytest
+import shared_runs
 import simulated
 import tiny
 
@@ -39,9 +41,7 @@ _SETTINGS = (f'--set=train.num_steps={_STEPS}', '--set=data.eval_splits=')
   ],
 )
 def test_what_cannot_be_launched(arguments, message):
-  done = subprocess.run(
-    [sys.executable, _LAUNCH, *arguments], capture_output=True, text=True
-  )
+  done = commands.run(_LAUNCH, *arguments)
   assert done.returncode == 2
   assert not done.stdout
   assert re.search(message, done.stderr), done.stderr
@@ -103,17 +103,15 @@ def test_a_second_signal_ends_what_heeds_none(tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_process_and_a_run_that_goes_on_with_fewer(
-  tmp_path, monkeypatch
+  tmp_path, tmp_path_factory, monkeypatch
 ):
-  config = tiny.experiment_of(
-    tmp_path, train__num_steps=_STEPS, data__eval_splits=''
-  )
-  train.train(config, str(tmp_path / 'alone'), show=False)
-  expected = tiny.losses(tmp_path / 'alone')
-
+  settings = {'train__num_steps': _STEPS, 'data__eval_splits': ''}
+  alone = shared_runs.trained(tmp_path_factory, **settings)
+  expected = tiny.losses(alone / 'run')
+  config = tiny.experiment_of(alone, **settings)
   workdir = tmp_path / 'run'
   monkeypatch.setenv('PAUSE', '0.4')
-  launcher = _launch(tmp_path, workdir)
+  launcher = _launch(alone, workdir)
   tiny.wait_for(workdir / 'checkpoints' / '4', [launcher])
   os.kill(_child(launcher, 1), signal.SIGKILL)
   output, error = launcher.communicate(timeout=60)  # A minute at the most.
@@ -133,11 +131,8 @@ def test_a_killed_process_and_a_run_that_goes_on_with_fewer(
   np.testing.assert_allclose(tiny.losses(workdir), expected, rtol=2e-6)
   monkeypatch.setenv('PAUSE', '0')
   monkeypatch.setenv('XLA_FLAGS', simulated.flags(4))
-  process = tiny.start(
-    tmp_path, f'--workdir={four}', *_SETTINGS, '--set=mesh.fsdp=1'
-  )
-  _, error = process.communicate(timeout=120)
-  assert process.returncode == 0, error
+  done = tiny.run(alone, f'--workdir={four}', *_SETTINGS, '--set=mesh.fsdp=1')
+  assert done.returncode == 0, done.stderr
   np.testing.assert_allclose(tiny.losses(four), expected, rtol=2e-6)
   assert tiny.history(four) == [{'mesh.fsdp': [2, 1]}]
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 
+import commands
 import httpx
 import pytest
 import serving_run
@@ -26,9 +27,8 @@ def command(script, *flags, **options):
 
 def ended(script, *flags):
   """Returns the code, the output and the errors of a command."""
-  process = command(script, *flags)
-  output, error = process.communicate(timeout=180)
-  return process.returncode, output, error
+  done = commands.run(os.path.join(_ROOT, script), *flags)
+  return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope='module')

@@ -21,9 +21,7 @@ from t2x.serving import log_probs
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-  return serving_run.trained_of(
-    tmp_path_factory.mktemp('run'), train__num_steps=8, data__length=64
-  )
+  return serving_run.shared(tmp_path_factory)
 
 
 @pytest.fixture(scope='module')

@@ -17,9 +17,7 @@ pytestmark = pytest.mark.skipif(not _BROWSER, reason='there is no Chromium')
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-  return serving_run.trained_of(
-    tmp_path_factory.mktemp('run'), train__num_steps=30, data__length=64
-  )
+  return serving_run.shared(tmp_path_factory)
 
 
 @pytest.fixture(scope='module')

@@ -196,12 +196,15 @@ def test_stopped_and_resumed_is_uninterrupted(base, directory, tmp_path):
       'mesh__tensor': 1,
       'train__remat': 'dots',
     },
-    {
-      'mesh__data': 4,
-      'mesh__fsdp': 1,
-      'train__accumulate': 2,
-      'train__scan_layers': False,
-    },
+    pytest.param(
+      {
+        'mesh__data': 4,
+        'mesh__fsdp': 1,
+        'train__accumulate': 2,
+        'train__scan_layers': False,
+      },
+      marks=pytest.mark.exhaustive,
+    ),
     {
       'train__accumulate': 2,
       'train__accumulate_whole': True,

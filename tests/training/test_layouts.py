@@ -407,14 +407,14 @@ def assert_as_on_one_device(kind, result):
 
 
 PLAIN_MESHES = [name for name in MESHES if 'expert' not in name]
-# Each mesh with the kind that has most parts, each kind with unlike meshes.
+# Each mesh with some kind, and each kind with some mesh.
 _CHOSEN = {
-  'gpt2': PLAIN_MESHES,
+  'gpt2': ['data8', 'context4_tensor2', 'data2_fsdp2_context2'],
   'llama': ['data2_fsdp2_tensor2', 'tensor8'],
   'bert': ['fsdp8', 'context2_tensor4'],
   't5': ['data2_fsdp2_tensor2', 'context4_tensor2'],
-  'gemma2': ['data2_fsdp2_tensor2', 'context4_tensor2'],
-  'qwen3': ['data2_fsdp2_tensor2'],
+  'gemma2': ['data2_fsdp2_context2'],
+  'qwen3': ['data4_tensor2'],
 }
 exhaustive = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
 
@@ -433,8 +433,17 @@ def test_loss_and_gradients(kind, mesh):
   assert_as_on_one_device(kind, result)
 
 
-@pytest.mark.parametrize('mesh', ['data2_fsdp2_tensor2', 'context4_tensor2'])
-@pytest.mark.parametrize('kind', ['gpt2 ahead', 'bert sentence', 't5 sampled'])
+@pytest.mark.parametrize(
+  'kind, mesh',
+  [
+    ('gpt2 ahead', 'context4_tensor2'),
+    ('bert sentence', 'data2_fsdp2_tensor2'),
+    ('t5 sampled', 'context4_tensor2'),
+    exhaustive('gpt2 ahead', 'data2_fsdp2_tensor2'),
+    exhaustive('bert sentence', 'context4_tensor2'),
+    exhaustive('t5 sampled', 'data2_fsdp2_tensor2'),
+  ],
+)
 def test_terms_and_passes(kind, mesh):
   step = SAMPLED if kind == 't5 sampled' else STEP
   result = on_mesh(kind, make_mesh(**MESHES[mesh]), config=step)
@@ -450,17 +459,24 @@ def test_rows_that_are_no_texts(kind):
 SEQUENCE = sharding.Rules(norm_length=('context', 'tensor'))
 
 
+_slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-  'kind',
+  'kind, mesh',
   [
-    'gpt2',
-    pytest.param('llama', marks=pytest.mark.slow),
-    pytest.param('bert', marks=pytest.mark.slow),
-    pytest.param('t5', marks=pytest.mark.slow),
-    pytest.param('gemma2', marks=pytest.mark.slow),
+    ('gpt2', 'context2_tensor4'),
+    _slow('llama', 'data2_fsdp2_tensor2'),
+    _slow('bert', 'context2_tensor4'),
+    _slow('t5', 'data2_fsdp2_tensor2'),
+    _slow('gemma2', 'context2_tensor4'),
+    exhaustive('gpt2', 'data2_fsdp2_tensor2'),
+    exhaustive('llama', 'context2_tensor4'),
+    exhaustive('bert', 'data2_fsdp2_tensor2'),
+    exhaustive('t5', 'context2_tensor4'),
+    exhaustive('gemma2', 'data2_fsdp2_tensor2'),
   ],
 )
-@pytest.mark.parametrize('mesh', ['data2_fsdp2_tensor2', 'context2_tensor4'])
 def test_sequence_parallelism(kind, mesh):
   result = on_mesh(kind, make_mesh(**MESHES[mesh]), rules=SEQUENCE)
   assert_as_on_one_device(kind, result)
@@ -476,7 +492,6 @@ def test_sequence_parallelism_of_weights_that_are_whole(whole):
   assert_as_on_one_device('gpt2', result)
 
 
-_slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 EXCHANGED = dataclasses.replace(RULES, context_attention='all_to_all')
 
 
@@ -489,10 +504,10 @@ EXCHANGED = dataclasses.replace(RULES, context_attention='all_to_all')
     ('bert of mixers', 'data2_fsdp2_context2', EXCHANGED),
     ('bert of globals', 'data2_fsdp2_tensor2', SEQUENCE),
     exhaustive('gpt of patterns', 'data2_fsdp2_tensor2', RULES),
-    _slow('gpt of patterns', 'data2_fsdp2_context2', EXCHANGED),
+    exhaustive('gpt of patterns', 'data2_fsdp2_context2', EXCHANGED),
     exhaustive('gpt of distances', 'data2_fsdp2_tensor2', SEQUENCE),
-    _slow('gpt of distances', 'data2_fsdp2_context2', EXCHANGED),
-    _slow('gpt of mixers', 'data2_fsdp2_tensor2', SEQUENCE),
+    exhaustive('gpt of distances', 'data2_fsdp2_context2', EXCHANGED),
+    exhaustive('gpt of mixers', 'data2_fsdp2_tensor2', SEQUENCE),
     exhaustive('bert of mixers', 'context2_tensor4', EXCHANGED),
     exhaustive('bert of mixers', 'data2_fsdp2_tensor2', SEQUENCE),
   ],
@@ -506,15 +521,15 @@ def test_kinds_of_attention(kind, mesh, rules):
   'kind, mesh',
   [
     ('llama dropless', 'data2_expert4'),
-    ('llama slots', 'data2_expert4'),
     ('llama slots', 'expert2_context2_fsdp2'),
-    _slow('llama dropless', 'expert2_context2_fsdp2'),
     _slow('llama dropless', 'context2_tensor4'),
     _slow('llama slots', 'expert4_tensor2'),
-    _slow('llama slots', 'fsdp8'),
     _slow('bert choosing', 'data2_expert4'),
-    _slow('bert choosing', 'expert2_context2_fsdp2'),
-    _slow('t5 slots', 'expert2_context2_fsdp2'),
+    exhaustive('llama slots', 'data2_expert4'),
+    exhaustive('llama dropless', 'expert2_context2_fsdp2'),
+    exhaustive('llama slots', 'fsdp8'),
+    exhaustive('bert choosing', 'expert2_context2_fsdp2'),
+    exhaustive('t5 slots', 'expert2_context2_fsdp2'),
   ],
 )
 def test_experts(kind, mesh):
@@ -526,7 +541,7 @@ def test_experts(kind, mesh):
   assert_as_on_one_device(kind, result)
 
 
-@pytest.mark.parametrize('kind', ['llama slots', _slow('llama dropless')])
+@pytest.mark.parametrize('kind', ['llama slots', exhaustive('llama dropless')])
 def test_experts_with_accumulation_and_sequence_parallelism(kind):
   mesh = make_mesh(data=2, expert=2, tensor=2)
   config = dataclasses.replace(STEP, accumulate=4)
@@ -573,10 +588,9 @@ def test_experts_on_part_of_the_batchs_axes_are_refused():
   'mesh',
   [
     'data2_fsdp2_tensor2',
-    'data8',
     'context2_tensor4',
     *map(exhaustive, ['data4_tensor2', 'fsdp8', 'tensor8', 'context4_tensor2']),
-    exhaustive('data2_fsdp2_context2'),
+    *map(exhaustive, ['data8', 'data2_fsdp2_context2']),
   ],
 )
 def test_accumulation_is_one_batch(mesh):
@@ -585,7 +599,7 @@ def test_accumulation_is_one_batch(mesh):
   assert_as_on_one_device('gpt2', result)
 
 
-@pytest.mark.parametrize('mesh', ['data2_fsdp2_tensor2', 'fsdp8'])
+@pytest.mark.parametrize('mesh', ['data2_fsdp2_tensor2', exhaustive('fsdp8')])
 def test_accumulation_of_whole_gradients(mesh):
   config = dataclasses.replace(STEP, accumulate=4, accumulate_whole=True)
   result = on_mesh('gpt2', make_mesh(**MESHES[mesh]), config)

@@ -197,14 +197,17 @@ def test_a_task_is_evaluated_alone_and_whole(shared):
 # --- Losses and their weights. ---
 
 
-def trained(directory, num_steps=2, state=None, settings=None, **more):
+def trained(
+  directory, num_steps=2, state=None, settings=None, program=None, **more
+):
+  """Trains some steps, by `program` if one was made of these settings."""
   config = experiment_of(directory, **more, **(settings or {}))
   sizes = config.mesh
   num = sizes.data * sizes.fsdp * sizes.tensor * sizes.pipe
   mesh = mesh_lib.make(sizes, jax.devices()[:num])
   corpus = corpus_lib.prepare(config.data)
   with sharding.use(mesh, config.rules):
-    program = program_lib.Program(config, mesh, num_steps=9)
+    program = program or program_lib.Program(config, mesh, num_steps=9)
     state = program.init_state() if state is None else state
     first = int(state.step)
     batches = mixing.MixedBatches(corpus, config.data, seed=0)
@@ -254,6 +257,15 @@ WEIGHTINGS = {
 }
 
 
+@pytest.fixture(scope='module')
+def on_one_device(shared):
+  """A function from a weighting to two steps of one device."""
+  directory, _, _ = shared
+  return functools.cache(
+    lambda name: trained(directory, settings=ONE, weighting=WEIGHTINGS[name])
+  )
+
+
 @pytest.mark.parametrize(
   'weighting',
   [
@@ -262,10 +274,10 @@ WEIGHTINGS = {
     'grad_norm',
   ],
 )
-def test_layouts_and_continuation(shared, weighting):
+def test_layouts_and_continuation(shared, on_one_device, weighting):
   directory, _, _ = shared
   own = {'weighting': WEIGHTINGS[weighting]}
-  (state, want), _, _ = trained(directory, settings=ONE, **own)
+  (state, want), program, _ = on_one_device(weighting)
   (other, got), _, _ = trained(
     directory, settings={'train__accumulate': 2}, **own
   )
@@ -275,18 +287,19 @@ def test_layouts_and_continuation(shared, weighting):
   for name, value in state.carried.items():
     np.testing.assert_allclose(other.carried[name], value, rtol=2e-4)
   assert bool(state.carried) == (weighting != 'fixed')
-  (half, _), _, _ = trained(directory, num_steps=1, settings=ONE, **own)
-  (again, _), _, _ = trained(
-    directory, num_steps=1, state=half, settings=ONE, **own
+  step = functools.partial(
+    trained, directory, num_steps=1, settings=ONE, program=program, **own
   )
+  (half, _), _, _ = step()
+  (again, _), _, _ = step(state=half)
   for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
     np.testing.assert_array_equal(a, b)
 
 
-def test_stages(shared):
+def test_stages(shared, on_one_device):
   directory, _, _ = shared
   own = {'weighting': mixture.Uncertainty()}
-  (state, want), _, _ = trained(directory, settings=ONE, **own)
+  (state, want), _, _ = on_one_device('uncertainty')
   staged = ONE | {'mesh__pipe': 2, 'pipeline__microbatches': 4}
   (other, got), _, _ = trained(directory, settings=staged, **own)
   for name, value in want.items():

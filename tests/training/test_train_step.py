@@ -280,6 +280,7 @@ def test_bfloat16_keeps_float32_weights():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('compiled_as_by_users')
 def test_remat_saves_memory_and_keeps_the_loss():
   config = dataclasses.replace(CONFIG, num_layers=8)
   rng = np.random.default_rng(0)
