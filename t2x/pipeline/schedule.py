@@ -38,6 +38,10 @@ class Schedule(table_lib.Table):
     """Draws a Gantt chart to an .svg or .png file; see `drawing.draw`."""
     drawing.draw(self.simulate(costs), path)
 
+  def _repr_html_(self) -> str:
+    """Returns the Gantt chart that a notebook shows."""
+    return drawing.svg(self.simulate())
+
   def text(self) -> str:
     """Returns the table, a line a stage; see `table_text.text`."""
     return table_text.text(self)

@@ -12,6 +12,7 @@ where each of eight devices has all of it. Nothing is allocated or compiled.
 from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
+import html
 import math
 from typing import Any
 
@@ -96,6 +97,10 @@ class Table:
     """The axes of more than one device: `fsdp=64, tensor=4`."""
     axes = [f'{a}={n}' for a, n in self.sizes.items() if n > 1]
     return ', '.join(axes) or 'one device'
+
+  def _repr_html_(self) -> str:
+    """Returns the table as a notebook shows it."""
+    return f'<pre>{html.escape(text(self))}</pre>'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
