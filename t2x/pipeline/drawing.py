@@ -6,6 +6,7 @@ and the number is the microbatch. Idle time is grey.
 """
 
 from collections.abc import Iterable
+import io
 import pathlib
 from typing import Any
 
@@ -50,6 +51,23 @@ def draw(simulation: simulation_lib.Simulation, path: str) -> None:
       f'{path!r}: a drawing is one of {" or ".join(_SUFFIXES)}, by the name of '
       'its file.'
     )
+  file.parent.mkdir(parents=True, exist_ok=True)
+  _save(simulation, file, file.suffix[1:])
+
+
+def svg(simulation: simulation_lib.Simulation) -> str:
+  """Returns the chart as the text of an SVG element, for notebooks."""
+  text = io.StringIO()
+  _save(simulation, text, 'svg')
+  whole = text.getvalue()
+  return whole[whole.index('<svg') :]
+
+
+def _save(
+  simulation: simulation_lib.Simulation,
+  file: pathlib.Path | io.StringIO,
+  suffix: str,
+) -> None:
   # Imported here, since nothing else needs it. Not pyplot: its global state
   # belongs to the caller.
   import matplotlib
@@ -71,10 +89,9 @@ def draw(simulation: simulation_lib.Simulation, path: str) -> None:
   axes.tick_params(length=0)
   axes.set_title(_title(simulation), loc='left', fontsize=10)
   _legend(fig, table)
-  file.parent.mkdir(parents=True, exist_ok=True)
   with matplotlib.rc_context({'svg.fonttype': 'none'}):
-    metadata = {'Date': None} if file.suffix == '.svg' else None
-    fig.savefig(file, dpi=120, metadata=metadata)
+    metadata = {'Date': None} if suffix == 'svg' else None
+    fig.savefig(file, format=suffix, dpi=120, metadata=metadata)
 
 
 def _title(simulation: simulation_lib.Simulation) -> str:

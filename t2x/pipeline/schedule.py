@@ -74,6 +74,10 @@ class Schedule(table_lib.Table):
     """
     drawing.draw(self.simulate(costs), path)
 
+  def _repr_html_(self) -> str:
+    """Returns the Gantt chart that a notebook shows."""
+    return drawing.svg(self.simulate())
+
   def text(self) -> str:
     """Returns the table with a line for each stage; see `table_text.text`."""
     return table_text.text(self)

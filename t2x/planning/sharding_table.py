@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import html
 import math
 from typing import Any
 
@@ -97,6 +98,10 @@ class Table:
   def layout(self) -> str:
     """The axes of more than one device: `fsdp=64, tensor=4`."""
     return layout_text(self.sizes)
+
+  def _repr_html_(self) -> str:
+    """Returns the table as a notebook shows it."""
+    return f'<pre>{html.escape(text(self))}</pre>'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

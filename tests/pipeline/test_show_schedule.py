@@ -123,6 +123,14 @@ def test_drawings_show_every_operation(name, tmp_path):
   assert (tmp_path / 'a.png').read_bytes().startswith(b'\x89PNG')
 
 
+def test_a_notebook_shows_the_chart():
+  table = schedules.gpipe(2, 3)
+  shown = ElementTree.fromstring(table._repr_html_())
+  assert shown.tag.endswith('}svg')
+  texts = [''.join(e.itertext()) for e in shown.iter()]
+  assert any(t.startswith('gpipe: 2 stages, 3 microbatches') for t in texts)
+
+
 def test_a_large_table_is_drawn_without_numbers(tmp_path):
   table = schedules.gpipe(32, 128)
   file = tmp_path / 'a.svg'

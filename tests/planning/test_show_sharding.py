@@ -1,5 +1,6 @@
 """The table and the page of a layout, held to arrays on devices."""
 
+import html
 import html.parser
 import json
 import pathlib
@@ -41,6 +42,13 @@ def table_of(name, layout, *settings):
   )
   parsed = layout_flag.parse(layout)
   return sharding_table.make(parsed.applied(config), parsed.num_devices)
+
+
+def test_a_notebook_shows_the_table():
+  table = table_of('gpt2_tiny', 'fsdp=2,tensor=2')
+  shown = table._repr_html_()
+  assert shown.startswith('<pre>') and shown.endswith('</pre>')
+  assert html.unescape(shown[5:-6]) == sharding_table.text(table)
 
 
 # --- Numbers. ---
