@@ -159,7 +159,7 @@ def _drawn(trained, prompts, config, wanted) -> list[str]:
   if wanted:
     from t2x.inference import constraints
 
-    made = constraints.Controls(trained).make(
+    made = constraints.ConstraintFactory(trained).make(
       num_tokens=_NUM_TOKENS.value, **wanted
     )
     common['control'] = made

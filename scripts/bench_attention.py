@@ -90,7 +90,7 @@ def function_of(config, length: int):
     return lambda q, k, v: mixer(q, k, v, mask, heads)
   assert isinstance(config, attention_config.Softmax)
   mask = mask & config.pattern(length, causal=causal)
-  options = dense.Options(kernel=config.kernel)
+  options = dense.AttentionOptions(kernel=config.kernel)
   return functools.partial(_attend, mask, options)
 
 

@@ -17,7 +17,7 @@ def by_place(pattern, i, j, prefix=0):
       return j <= i
     case patterns.Window(size):
       return abs(i - j) < size
-    case patterns.Dilated(step):
+    case patterns.DilatedPattern(step):
       return abs(i - j) % step == 0
     case patterns.Prefix():
       return j < prefix

@@ -59,7 +59,7 @@ def attend(
   mask: mask_lib.Mask,
   axis: str,
   *,
-  options: dense.Options = dense.Options(),
+  options: dense.AttentionOptions = dense.AttentionOptions(),
   bias: dense.Bias | None = None,
   dropout: dense.Dropout | None = None,
 ) -> jax.Array:

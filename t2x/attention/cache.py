@@ -151,7 +151,7 @@ class Cache:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Memory:
+class MemoryCache:
   """Keys and values of the last M tokens of the previous rows (Transformer-XL).
 
   No gradient flows through them. They are stored before any position encoding,
@@ -167,7 +167,7 @@ class Memory:
 
   def followed_by(
     self, k_BTKH: jax.Array, v_BTKH: jax.Array
-  ) -> tuple[jax.Array, jax.Array, 'Memory']:
+  ) -> tuple[jax.Array, jax.Array, 'MemoryCache']:
     """Appends keys and values of the current rows.
 
     Args:
@@ -182,7 +182,7 @@ class Memory:
     k_BSKH, v_BSKH = join(self.k_BMKH, k_BTKH), join(self.v_BMKH, v_BTKH)
     length = self.k_BMKH.shape[1]
     last = lambda a: jax.lax.stop_gradient(a[:, -length:])
-    return k_BSKH, v_BSKH, Memory(k_BMKH=last(k_BSKH), v_BMKH=last(v_BSKH))
+    return k_BSKH, v_BSKH, MemoryCache(k_BMKH=last(k_BSKH), v_BMKH=last(v_BSKH))
 
 
 @jax.tree_util.register_dataclass

@@ -140,7 +140,7 @@ def attend(
   v_BSKH: jax.Array,
   mask: mask_lib.Mask,
   *,
-  options: dense.Options = dense.Options(),
+  options: dense.AttentionOptions = dense.AttentionOptions(),
   bias: dense.Bias | None = None,
   dropout: dense.Dropout | None = None,
 ) -> jax.Array:

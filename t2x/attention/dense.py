@@ -58,7 +58,7 @@ class Dropout(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class AttentionOptions:
   """Scale and cap of the scores, and how attention is computed.
 
   Attributes:
@@ -86,7 +86,7 @@ def attend(
   v_BSKH: jax.Array,
   mask: mask_lib.Mask,
   *,
-  options: Options = Options(),
+  options: AttentionOptions = AttentionOptions(),
   bias: Bias | None = None,
   dropout: Dropout | None = None,
 ) -> jax.Array:
@@ -123,7 +123,7 @@ def attend_part(
   v_BSKH: jax.Array,
   mask: mask_lib.Mask,
   *,
-  options: Options = Options(),
+  options: AttentionOptions = AttentionOptions(),
   bias: Bias | None = None,
   dropout: Dropout | None = None,
 ) -> Part:
@@ -158,7 +158,7 @@ def weighted(
   lse_BTN: jax.Array,
   mask: mask_lib.Mask,
   *,
-  options: Options = Options(),
+  options: AttentionOptions = AttentionOptions(),
   bias: Bias | None = None,
   dropout: Dropout | None = None,
 ) -> Part:
@@ -219,7 +219,7 @@ def _attend_rows(
   v_BSKH: jax.Array,
   *,
   mask: mask_lib.Mask,
-  options: Options,
+  options: AttentionOptions,
   rows: slice,
   keys: slice,
   bias: Bias | None,
@@ -245,7 +245,7 @@ def _weigh_rows(
   v_BSKH: jax.Array,
   *,
   mask: mask_lib.Mask,
-  options: Options,
+  options: AttentionOptions,
   rows: slice,
   keys: slice,
   bias: Bias | None,
@@ -296,7 +296,7 @@ def _scores(
   q_BTKGH: jax.Array,
   k_BSKH: jax.Array,
   mask: mask_lib.Mask,
-  options: Options,
+  options: AttentionOptions,
   rows: slice,
   keys: slice,
   bias: Bias | None,
@@ -314,7 +314,7 @@ def _scores(
 def shaped(
   scores: jax.Array,
   mask: mask_lib.Mask,
-  options: Options,
+  options: AttentionOptions,
   rows: slice,
   keys: slice,
   bias: Bias | None,
@@ -415,6 +415,6 @@ def _product(
   )
 
 
-def scale_of(options: Options, q: jax.Array) -> float:
+def scale_of(options: AttentionOptions, q: jax.Array) -> float:
   """Returns the factor of the scores for queries (..., H)."""
   return q.shape[-1] ** -0.5 if options.scale is None else options.scale

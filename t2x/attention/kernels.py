@@ -29,7 +29,7 @@ def attend(
   v_BSKH: jax.Array,
   mask: mask_lib.Mask,
   *,
-  options: dense.Options = dense.Options(),
+  options: dense.AttentionOptions = dense.AttentionOptions(),
   bias: dense.Bias | None = None,
   dropout: dense.Dropout | None = None,
 ) -> jax.Array:
@@ -95,7 +95,7 @@ def why_not(
   mask: mask_lib.Mask,
   *,
   platform: str,
-  options: dense.Options = dense.Options(),
+  options: dense.AttentionOptions = dense.AttentionOptions(),
   bias: dense.Bias | None = None,
   dropout: dense.Dropout | None = None,
 ) -> str | None:

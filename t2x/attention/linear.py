@@ -20,7 +20,7 @@ _TINY = 1e-30  # Where the weights' sum is below, the output is about 0.
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class State:
+class LinearState:
   """Sums over the keys of earlier positions, float32.
 
   Attributes:
@@ -33,7 +33,7 @@ class State:
   segment_B: jax.Array
 
 
-def empty(batch: int, num_heads: int, features: int, dim: int) -> State:
+def empty(batch: int, num_heads: int, features: int, dim: int) -> LinearState:
   """Returns the state of no keys.
 
   Args:
@@ -42,7 +42,7 @@ def empty(batch: int, num_heads: int, features: int, dim: int) -> State:
     features: number of features F.
     dim: head dim H of the values.
   """
-  return State(
+  return LinearState(
     sum_BKFH=jnp.zeros((batch, num_heads, features, dim + 1), jnp.float32),
     segment_B=jnp.zeros((batch,), jnp.int32),
   )
@@ -92,9 +92,9 @@ def step(
   k_BTKF: jax.Array,
   v_BTKH: jax.Array,
   is_real_BT: jax.Array,
-  state: State,
+  state: LinearState,
   chunk: int = CHUNK,
-) -> tuple[jax.Array, State]:
+) -> tuple[jax.Array, LinearState]:
   """Attends causally to the keys of a state and to the given keys.
 
   Args:
@@ -146,11 +146,11 @@ def _scan(
   k: jax.Array,
   v: jax.Array,
   segments_BT: jax.Array,
-  state: State,
+  state: LinearState,
   chunk: int,
   *,
   inclusive: bool,
-) -> tuple[jax.Array, State]:
+) -> tuple[jax.Array, LinearState]:
   """Scans over chunks of tokens.
 
   Args:
@@ -181,8 +181,8 @@ def _scan(
   # kept.
   @jax.checkpoint
   def body(
-    state: State, part: tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-  ) -> tuple[State, jax.Array]:
+    state: LinearState, part: tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+  ) -> tuple[LinearState, jax.Array]:
     q, k, v, segments_BT = part
     goes_on_BT = segments_BT == state.segment_B[:, None]
     sums = jnp.einsum('BTKGF,BKFH->BTKGH', q, state.sum_BKFH)
@@ -196,7 +196,7 @@ def _scan(
     k = k * (segments_BT == last_B[:, None])[..., None, None]
     old = state.sum_BKFH * (last_B == state.segment_B)[:, None, None, None]
     new = old + jnp.einsum('BSKF,BSKH->BKFH', k, v)
-    return State(sum_BKFH=new, segment_B=last_B), sums
+    return LinearState(sum_BKFH=new, segment_B=last_B), sums
 
   parts = cut(q), cut(k), cut(v), cut(segments_BT, 'edge')
   state, sums = jax.lax.scan(body, state, parts)

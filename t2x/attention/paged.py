@@ -80,7 +80,7 @@ def attend(
   cache: PagedCache,
   mask: mask_lib.Mask,
   *,
-  options: dense.Options,
+  options: dense.AttentionOptions,
   bias: dense.Bias | None = None,
   reach: int | None = None,
   keys: Callable[[jax.Array, jax.Array], jax.Array] = lambda k, index: k,

@@ -175,7 +175,7 @@ class Below(Pattern):
 
 
 @dataclasses.dataclass(frozen=True)
-class Dilated(Pattern):
+class DilatedPattern(Pattern):
   """Keys at distances that are multiples of `step` (Beltagy et al., 2020).
 
   Attributes:

@@ -13,7 +13,7 @@ def attend(
   v_BSKH: jax.Array,
   mask: mask_lib.Mask,
   *,
-  options: dense.Options = dense.Options(),
+  options: dense.AttentionOptions = dense.AttentionOptions(),
   bias: dense.Bias | None = None,
 ) -> jax.Array:
   """Attends as `dense.attend`, with the whole matrix of scores.

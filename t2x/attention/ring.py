@@ -33,7 +33,9 @@ BLOCK = 128  # Number of queries in a block, which fill a matrix unit.
 RUNS = 4  # Number of key ranges along the diagonal.
 
 Tree = TypeVar('Tree')
-_Static = tuple[str, dense.Options]  # The mesh axis of the ring, and options.
+_Static = tuple[
+  str, dense.AttentionOptions
+]  # The mesh axis of the ring, and options.
 _QKV = tuple[jax.Array, jax.Array, jax.Array]
 _Residuals = tuple[Any, ...]
 # Segments and prefixes of keys.
@@ -47,7 +49,7 @@ def attend(
   mask: mask_lib.Mask,
   axis: str,
   *,
-  options: dense.Options = dense.Options(),
+  options: dense.AttentionOptions = dense.AttentionOptions(),
   bias: dense.Bias | None = None,
   dropout: dense.Dropout | None = None,
 ) -> jax.Array:
@@ -170,7 +172,7 @@ class _Place:
     return self.mask.k_segments_BS, self.mask.own_prefix_BS
 
   def mask_of(
-    self, step: ring_plan.Step, slot: ring_plan.Slot, of_keys: _OfKeys
+    self, step: ring_plan.RingStep, slot: ring_plan.Slot, of_keys: _OfKeys
   ) -> mask_lib.Mask:
     """Returns the mask of one pair of pieces.
 

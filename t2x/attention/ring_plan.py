@@ -33,7 +33,7 @@ class Slot:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Step:
+class RingStep:
   """A step of the ring.
 
   Attributes:
@@ -47,7 +47,7 @@ class Step:
 
 def plan(
   mask: mask_lib.Mask, num_queries: int, num_keys: int, num_devices: int
-) -> list[Step]:
+) -> list[RingStep]:
   """Returns the steps of a ring in which any query sees a key.
 
   Args:
@@ -79,7 +79,7 @@ def plan(
       for s in slots
     )
     if slots:
-      steps.append(Step(shift=shift, slots=slots))
+      steps.append(RingStep(shift=shift, slots=slots))
   return steps
 
 

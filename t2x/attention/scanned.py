@@ -37,7 +37,7 @@ def attend(
   v_BSKH: jax.Array,
   mask: mask_lib.Mask,
   *,
-  options: dense.Options = dense.Options(),
+  options: dense.AttentionOptions = dense.AttentionOptions(),
   bias: dense.Bias | None = None,
   dropout: dense.Dropout | None = None,
 ) -> jax.Array:
@@ -61,7 +61,7 @@ def attend(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-  options: dense.Options,
+  options: dense.AttentionOptions,
   qkv: _QKV,
   bias: dense.Bias | None,
   dropout: dense.Dropout | None,
@@ -78,7 +78,7 @@ class _Blocks:
     q_shape: tuple[int, ...],
     k_shape: tuple[int, ...],
     mask: mask_lib.Mask,
-    options: dense.Options,
+    options: dense.AttentionOptions,
   ):
     (_, self.T, N, _), (_, self.S, self.K, _) = q_shape, k_shape
     self.G = N // self.K
@@ -178,7 +178,7 @@ def _scores(
   q_BKGTH: jax.Array,
   k_BKSH: jax.Array,
   mask: mask_lib.Mask,
-  options: dense.Options,
+  options: dense.AttentionOptions,
   bias: dense.Bias | None,
 ) -> jax.Array:
   scores = jnp.einsum(
@@ -208,7 +208,7 @@ def _product(
 
 
 def _forward(
-  options: dense.Options,
+  options: dense.AttentionOptions,
   qkv: _QKV,
   bias: dense.Bias | None,
   dropout: dense.Dropout | None,
@@ -243,7 +243,7 @@ def _forward(
 
 
 def _backward(
-  options: dense.Options, residuals: _Residuals, d_out: jax.Array
+  options: dense.AttentionOptions, residuals: _Residuals, d_out: jax.Array
 ) -> tuple[Any, Any, None, None]:
   qkv, bias, dropout, mask, out, lse = residuals
   blocks = _Blocks(qkv[0].shape, qkv[1].shape, mask, options)

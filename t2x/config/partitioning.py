@@ -52,7 +52,7 @@ class Partitioning:
     return self.sizes.get(sharding.PIPE, 1) > 1
 
   @functools.cached_property
-  def pipeline(self) -> plan_lib.Plan | None:
+  def pipeline(self) -> plan_lib.PipelinePlan | None:
     """What the stages of a pipeline run; None without stages.
 
     Raises:
@@ -69,7 +69,7 @@ class Partitioning:
       encoder_length=data.length if data.objective.has_encoder else None,
       head_chunks=loss.vocab_chunks * loss.token_chunks,
     )
-    layout = layer_costs.Layout(
+    layout = layer_costs.MeshSplit(
       sizes=self.sizes, rules=config.rules, gather=config.pipeline.gather
     )
     num_stages = self.sizes[sharding.PIPE]

@@ -11,7 +11,7 @@ from t2x.layers import position
 
 
 def of_layer(
-  local: device_share.Local, layer: device_share.Layer
+  local: device_share.DeviceShare, layer: device_share.Layer
 ) -> Iterator[message.Message]:
   """Yields the messages of activations in a step, of layers that are alike.
 
@@ -32,7 +32,7 @@ def of_layer(
 
 
 def _of_tensor(
-  local: device_share.Local,
+  local: device_share.DeviceShare,
   layer: device_share.Layer,
   num: Mapping[str, float],
   size: float,
@@ -87,7 +87,7 @@ def _summed(kind: str, axes: message.Axes, size: float) -> message.Message:
 
 
 def _of_bias(
-  local: device_share.Local,
+  local: device_share.DeviceShare,
   layer: device_share.Layer,
   num: Mapping[str, float],
 ) -> Iterator[message.Message]:
@@ -107,7 +107,7 @@ def _of_bias(
 
 
 def _of_context(
-  local: device_share.Local,
+  local: device_share.DeviceShare,
   layer: device_share.Layer,
   num: Mapping[str, float],
   tokens: float,
@@ -138,7 +138,7 @@ def _of_context(
 
 
 def _of_experts(
-  local: device_share.Local,
+  local: device_share.DeviceShare,
   layer: device_share.Layer,
   num: Mapping[str, float],
 ) -> Iterator[message.Message]:

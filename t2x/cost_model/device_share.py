@@ -58,7 +58,7 @@ class Layer:
     pattern = attention_kinds.pattern_of(self.kind, self.queries, self.causal)
     return mask_lib.Mask(pattern=pattern)
 
-  def softmax_of(self, cross: bool) -> attention_config.Softmax | None:
+  def softmax_of(self, cross: bool) -> attention_kinds.SoftmaxConfig | None:
     """Returns the config of a softmax attention; None for other mixers.
 
     Args:
@@ -69,7 +69,7 @@ class Layer:
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class Local:
+class DeviceShare:
   """One device's share of a step.
 
   Attributes:
@@ -83,14 +83,14 @@ class Local:
   config: experiment.Experiment
   sizes: Mapping[str, int]
   weights: tuple[weight_shards.Weight, ...]
-  plan: plan_lib.Plan | None
+  plan: plan_lib.PipelinePlan | None
   stage: int = 0
 
-  def of_stages(self) -> list[tuple['Local', int]]:
+  def of_stages(self) -> list[tuple['DeviceShare', int]]:
     """Returns shares of stages with different work, and the number of each."""
     if self.plan is None:
       return [(self, 1)]
-    stages: dict[tuple, list[Local]] = {}
+    stages: dict[tuple, list[DeviceShare]] = {}
     for stage in range(self.plan.table.num_stages):
       local = dataclasses.replace(self, stage=stage)
       work = tuple(

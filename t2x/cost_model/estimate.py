@@ -130,7 +130,7 @@ def step(
   whole = mesh_lib.sizes(config.mesh, num_devices)
   state, batch_sharding = _shapes(config, whole)
   plan = partitioning.of(config, whole).pipeline
-  local = device_share.Local(
+  local = device_share.DeviceShare(
     config=config,
     sizes=whole,
     weights=weight_shards.weights_of(state.model, config.rules, whole, plan),

@@ -30,7 +30,7 @@ from t2x.pipeline import layer_costs
 KERNEL_BACKWARD, BLOCKS_BACKWARD, AGAIN_BACKWARD = 3.5, 2.0, 2.5
 
 
-def flops(local: device_share.Local) -> dict[str, float]:
+def flops(local: device_share.DeviceShare) -> dict[str, float]:
   """Returns the FLOPs of a step: those of each pass of layers, and the head."""
   model = local.config.model
   parts: dict[str, float] = {}
@@ -47,7 +47,7 @@ def flops(local: device_share.Local) -> dict[str, float]:
 
 
 def of_layer(
-  local: device_share.Local, layer: device_share.Layer
+  local: device_share.DeviceShare, layer: device_share.Layer
 ) -> dict[str, float]:
   """Returns the FLOPs of each pass of one layer, for one microbatch.
 
@@ -68,7 +68,7 @@ def of_layer(
 
 
 def passes(
-  local: device_share.Local, layer: device_share.Layer
+  local: device_share.DeviceShare, layer: device_share.Layer
 ) -> dict[str, float]:
   """Returns the number of runs of each pass, of layers that are alike.
 
@@ -87,7 +87,7 @@ def passes(
 
 
 def products(
-  local: device_share.Local, layer: device_share.Layer
+  local: device_share.DeviceShare, layer: device_share.Layer
 ) -> dict[str, float]:
   """Returns the FLOPs of a layer's products by name, forward."""
   kind, D = layer.kind, local.config.model.embed_dim
@@ -115,7 +115,7 @@ def products(
 
 
 def feed_forward(
-  local: device_share.Local, layer: device_share.Layer
+  local: device_share.DeviceShare, layer: device_share.Layer
 ) -> dict[str, float]:
   """Returns the FLOPs of a feed-forward layer's products by name, forward."""
   mlp, D = layer.mlp, local.config.model.embed_dim
@@ -132,7 +132,7 @@ def feed_forward(
   return num | {'mlp_up': one, 'mlp_down': one}
 
 
-def slots(local: device_share.Local, layer: device_share.Layer) -> float:
+def slots(local: device_share.DeviceShare, layer: device_share.Layer) -> float:
   """Returns the slots of experts that a device computes, filled or not."""
   mlp = layer.mlp
   assert isinstance(mlp, moe.MoeConfig)
@@ -154,7 +154,9 @@ def slots_of_expert(layer: device_share.Layer) -> int:
   return min(layer.queries, math.ceil(share * layer.queries * (1 - 1e-9)))
 
 
-def routed_rows(local: device_share.Local, layer: device_share.Layer) -> float:
+def routed_rows(
+  local: device_share.DeviceShare, layer: device_share.Layer
+) -> float:
   """Returns the rows of ragged products, of routers without a capacity."""
   mlp = layer.mlp
   assert isinstance(mlp, moe.MoeConfig)
@@ -169,7 +171,9 @@ def routed_rows(local: device_share.Local, layer: device_share.Layer) -> float:
 
 
 def implementation(
-  local: device_share.Local, layer: device_share.Layer, cross: bool = False
+  local: device_share.DeviceShare,
+  layer: device_share.Layer,
+  cross: bool = False,
 ) -> str:
   """Returns the implementation of attention.
 
@@ -197,7 +201,9 @@ def implementation(
 
 
 def scores(
-  local: device_share.Local, layer: device_share.Layer, cross: bool = False
+  local: device_share.DeviceShare,
+  layer: device_share.Layer,
+  cross: bool = False,
 ) -> float:
   """Returns the FLOPs of the scores and their product with values, forward.
 
@@ -214,7 +220,7 @@ def scores(
 
 
 def pairs(
-  local: device_share.Local, layer: device_share.Layer, cross: bool
+  local: device_share.DeviceShare, layer: device_share.Layer, cross: bool
 ) -> float:
   """Returns the (query, key) pairs of a row that a device computes."""
   T, S = layer.queries, layer.encoded if cross else layer.queries
@@ -233,7 +239,7 @@ def pairs(
 
 
 def _ring_pairs(
-  local: device_share.Local,
+  local: device_share.DeviceShare,
   layer: device_share.Layer,
   mask: mask_lib.Mask,
   T: int,
@@ -269,7 +275,7 @@ def _ring_pairs(
 
 
 def backward_of_scores(
-  local: device_share.Local, layer: device_share.Layer, cross: bool
+  local: device_share.DeviceShare, layer: device_share.Layer, cross: bool
 ) -> float:
   """Returns the FLOPs of attention's backward pass over its forward pass."""
   chosen = implementation(local, layer, cross)
@@ -294,7 +300,7 @@ def keeps_scores(layer: device_share.Layer, cross: bool) -> bool:
 
 
 def recomputed(
-  local: device_share.Local, layer: device_share.Layer
+  local: device_share.DeviceShare, layer: device_share.Layer
 ) -> tuple[str, ...]:
   """Returns the names of the products that the backward pass recomputes."""
   remat, names = local.config.train.remat, set(products(local, layer))
@@ -314,7 +320,9 @@ def recomputed(
   return tuple(sorted(names - kept - _unneeded(local, layer)))
 
 
-def _unneeded(local: device_share.Local, layer: device_share.Layer) -> set[str]:
+def _unneeded(
+  local: device_share.DeviceShare, layer: device_share.Layer
+) -> set[str]:
   """Returns the products whose results no gradient of the layer needs.
 
   Those are products that are added to the residual stream at the end of the

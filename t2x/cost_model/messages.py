@@ -13,7 +13,7 @@ from t2x.cost_model import message
 from t2x.cost_model import weight_messages
 
 
-def messages(local: device_share.Local) -> list[message.Message]:
+def messages(local: device_share.DeviceShare) -> list[message.Message]:
   """Returns everything that a device exchanges, except scalars."""
   listed = [
     *weight_messages.of_layers(local),

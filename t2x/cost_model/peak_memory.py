@@ -50,7 +50,7 @@ def reserved(moment: Moment) -> float:
   return moment.bytes + HOLES * transient
 
 
-def moments(local: device_share.Local) -> list[Moment]:
+def moments(local: device_share.DeviceShare) -> list[Moment]:
   """Returns the temporary memory at the points of a step that can be its peak.
 
   With stages, these are the head, a layer, and the time between two ticks.
@@ -99,7 +99,7 @@ def moments(local: device_share.Local) -> list[Moment]:
 
 
 def _of_stage(
-  local: device_share.Local, table: dict[str, float]
+  local: device_share.DeviceShare, table: dict[str, float]
 ) -> list[Moment]:
   between = stage_memory.between_ticks(local)
   head = {
@@ -120,11 +120,11 @@ def _of_stage(
   ]
 
 
-def _width(local: device_share.Local) -> int:
+def _width(local: device_share.DeviceShare) -> int:
   return local.config.model.embed_dim
 
 
-def _kept(local: device_share.Local) -> dict[str, float]:
+def _kept(local: device_share.DeviceShare) -> dict[str, float]:
   """Returns the bytes kept from the forward pass for the backward pass."""
   activations = sum(
     layer.num * residuals.of_layer(local, layer) for layer in local.layers
@@ -135,7 +135,7 @@ def _kept(local: device_share.Local) -> dict[str, float]:
   }
 
 
-def _copies(local: device_share.Local) -> float:
+def _copies(local: device_share.DeviceShare) -> float:
   """Returns the bytes of copies of the weights in the dtype of the products."""
   if local.itemsize == 4:
     return 0.0
@@ -146,7 +146,7 @@ def _copies(local: device_share.Local) -> float:
 # --- Weights and their gradients. ---
 
 
-def _gradients(local: device_share.Local) -> float:
+def _gradients(local: device_share.DeviceShare) -> float:
   """Returns the bytes of the gradients of the layers' weights, sharded."""
   return sum(
     tpu_tiles.padded(w.shape, local.itemsize if w.cast else 4)
@@ -155,7 +155,7 @@ def _gradients(local: device_share.Local) -> float:
   )
 
 
-def _sums(local: device_share.Local) -> dict[str, float]:
+def _sums(local: device_share.DeviceShare) -> dict[str, float]:
   """Returns the bytes of gradients summed over microbatches, in float32."""
   if local.config.train.accumulate == 1:
     return {}
@@ -164,7 +164,7 @@ def _sums(local: device_share.Local) -> dict[str, float]:
   return {'sums of gradients': 4 * kept}
 
 
-def _gathered(local: device_share.Local) -> float:
+def _gathered(local: device_share.DeviceShare) -> float:
   """Returns the bytes of one layer's weights, gathered over `fsdp`."""
   if local.over('embed') == 1:
     return 0.0
@@ -172,7 +172,7 @@ def _gathered(local: device_share.Local) -> float:
   return local.itemsize * used / local.num_layers
 
 
-def _tables(local: device_share.Local) -> dict[str, float]:
+def _tables(local: device_share.DeviceShare) -> dict[str, float]:
   """Returns the bytes of the head's table and of its gradient.
 
   The table is gathered, and the gradient is not yet reduced.
@@ -187,7 +187,7 @@ def _tables(local: device_share.Local) -> dict[str, float]:
   }
 
 
-def _logits(local: device_share.Local) -> float:
+def _logits(local: device_share.DeviceShare) -> float:
   """Returns the bytes of one chunk of logits, float32.
 
   Their gradient is written in their place.
@@ -197,7 +197,9 @@ def _logits(local: device_share.Local) -> float:
   return 4 * local.targets * local.vocab / chunks
 
 
-def working_set(local: device_share.Local, layer: device_share.Layer) -> float:
+def working_set(
+  local: device_share.DeviceShare, layer: device_share.Layer
+) -> float:
   """Returns the bytes of a layer's backward pass, without kept activations."""
   c, D = local.itemsize, local.config.model.embed_dim
   tokens = local.rows * layer.queries / local.over('length')

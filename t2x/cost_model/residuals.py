@@ -13,7 +13,9 @@ from t2x.layers import moe
 from t2x.layers import stack
 
 
-def of_layer(local: device_share.Local, layer: device_share.Layer) -> float:
+def of_layer(
+  local: device_share.DeviceShare, layer: device_share.Layer
+) -> float:
   """Returns the bytes that one layer keeps of one microbatch."""
   remat, c = local.config.train.remat, local.itemsize
   D = local.config.model.embed_dim
@@ -38,7 +40,7 @@ def of_layer(local: device_share.Local, layer: device_share.Layer) -> float:
 
 
 def _results(
-  local: device_share.Local, layer: device_share.Layer, tokens: float
+  local: device_share.DeviceShare, layer: device_share.Layer, tokens: float
 ) -> dict[str, float]:
   """Returns the bytes of the results of a layer's products, by name."""
   kind, c, D = layer.kind, local.itemsize, local.config.model.embed_dim
@@ -68,7 +70,9 @@ def _results(
   return sizes
 
 
-def used_rows(local: device_share.Local, layer: device_share.Layer) -> float:
+def used_rows(
+  local: device_share.DeviceShare, layer: device_share.Layer
+) -> float:
   """Returns the rows of the experts' products."""
   assert isinstance(layer.mlp, moe.MoeConfig)
   if layer.mlp.router.capacity:
@@ -76,7 +80,9 @@ def used_rows(local: device_share.Local, layer: device_share.Layer) -> float:
   return executed_flops.routed_rows(local, layer)
 
 
-def _choice(local: device_share.Local, layer: device_share.Layer) -> float:
+def _choice(
+  local: device_share.DeviceShare, layer: device_share.Layer
+) -> float:
   """Returns the bytes of the router's choice, which is never recomputed."""
   if not isinstance(layer.mlp, moe.MoeConfig):
     return 0.0
@@ -87,7 +93,7 @@ def _choice(local: device_share.Local, layer: device_share.Layer) -> float:
 
 
 def _all_residuals(
-  local: device_share.Local,
+  local: device_share.DeviceShare,
   layer: device_share.Layer,
   tokens: float,
   between: float,
@@ -129,7 +135,7 @@ def _steps(mlp: moe.FeedForwardConfig) -> int:
 
 
 def _attention_residuals(
-  local: device_share.Local,
+  local: device_share.DeviceShare,
   layer: device_share.Layer,
   sizes: Mapping[str, float],
   cross: bool,
@@ -153,7 +159,7 @@ def _attention_residuals(
   return kept
 
 
-def _experts(local: device_share.Local) -> float:
+def _experts(local: device_share.DeviceShare) -> float:
   """Returns the bytes of one layer's experts, gathered over `fsdp`."""
   return local.itemsize * sum(
     w.used / local.num_layers for w in local.weights if 'experts' in w.axes

@@ -13,7 +13,7 @@ from t2x.pipeline import layer_costs
 from t2x.pipeline import placement_cost
 
 
-def between_ticks(local: device_share.Local) -> dict[str, float]:
+def between_ticks(local: device_share.DeviceShare) -> dict[str, float]:
   """Returns the bytes of the buffers between ticks, by name.
 
   Args:
@@ -30,7 +30,7 @@ def between_ticks(local: device_share.Local) -> dict[str, float]:
     head_chunks=loss.vocab_chunks * loss.token_chunks,
     kernels=True,
   )
-  layout = layer_costs.Layout(
+  layout = layer_costs.MeshSplit(
     sizes=local.sizes, rules=config.rules, gather=config.pipeline.gather
   )
   stacks = layer_costs.stacks(
@@ -47,7 +47,7 @@ def between_ticks(local: device_share.Local) -> dict[str, float]:
 
 
 def _of_units(
-  local: device_share.Local, stacks: Sequence[placement_cost.Stack]
+  local: device_share.DeviceShare, stacks: Sequence[placement_cost.TowerCosts]
 ) -> dict[str, float]:
   """Returns the bytes of activations, and of weights and their gradients."""
   plan = local.plan
@@ -66,7 +66,7 @@ def _of_units(
   return {'activations': activations, 'weights and gradients': weights}
 
 
-def on_the_move(local: device_share.Local) -> float:
+def on_the_move(local: device_share.DeviceShare) -> float:
   """Returns the bytes of float32 gradients that move to where they are kept."""
   assert local.plan is not None
   if local.plan.place.is_contiguous:
@@ -75,7 +75,7 @@ def on_the_move(local: device_share.Local) -> float:
   return 4 * sum(w.used / local.split(w) for w in layers)
 
 
-def _of_shared(local: device_share.Local) -> dict[str, float]:
+def _of_shared(local: device_share.DeviceShare) -> dict[str, float]:
   """Returns the bytes of embeddings and head, which every stage has whole."""
   kept = sum(w.used / local.split(w) for w in local.weights if not w.in_layers)
   return {'tables of all stages': 4 * kept, 'their gradients': 4 * kept}

@@ -8,7 +8,7 @@ from t2x.cost_model import weight_shards
 from t2x.parallel import sharding
 
 
-def of_layers(local: device_share.Local) -> Iterator[message.Message]:
+def of_layers(local: device_share.DeviceShare) -> Iterator[message.Message]:
   """Yields the gathers of layers' weights and reductions of their gradients."""
   config = local.config
   c = local.itemsize
@@ -53,7 +53,9 @@ def _is_low(weight: weight_shards.Weight) -> bool:
   return weight.cast or '_bias_' in weight.path
 
 
-def _windowed(local: device_share.Local, weight: weight_shards.Weight) -> float:
+def _windowed(
+  local: device_share.DeviceShare, weight: weight_shards.Weight
+) -> float:
   """Returns the bytes of a reduce-scatter over those of one by itself.
 
   The compiler cuts a product into parts and passes each on beside the next,
@@ -67,7 +69,9 @@ def _windowed(local: device_share.Local, weight: weight_shards.Weight) -> float:
   return (num + 1) / num
 
 
-def _visits(local: device_share.Local, weight: weight_shards.Weight) -> float:
+def _visits(
+  local: device_share.DeviceShare, weight: weight_shards.Weight
+) -> float:
   """Returns the number of gathers of a weight in a step, in all passes."""
   if local.plan is None:
     # Experts are gathered explicitly, and kept if nothing is recomputed.
@@ -78,7 +82,9 @@ def _visits(local: device_share.Local, weight: weight_shards.Weight) -> float:
   return sum(runs) / local.slots(weight.tower)
 
 
-def _times(local: device_share.Local, weight: weight_shards.Weight) -> float:
+def _times(
+  local: device_share.DeviceShare, weight: weight_shards.Weight
+) -> float:
   """Returns the number of gradients of a weight computed in a step."""
   if local.plan is None:
     return local.num_microbatches
@@ -87,14 +93,14 @@ def _times(local: device_share.Local, weight: weight_shards.Weight) -> float:
 
 
 def _expert_axes(
-  local: device_share.Local, weight: weight_shards.Weight
+  local: device_share.DeviceShare, weight: weight_shards.Weight
 ) -> message.Axes:
   """Returns the axes along which devices have different experts."""
   return local.axes('experts') if 'experts' in weight.axes else ()
 
 
 def _reduced(
-  local: device_share.Local,
+  local: device_share.DeviceShare,
   weight: weight_shards.Weight,
   rest: message.Axes,
   split: message.Axes,
@@ -130,12 +136,12 @@ def _reduced(
 # --- Tables. ---
 
 
-def of_tables(local: device_share.Local) -> list[message.Message]:
+def of_tables(local: device_share.DeviceShare) -> list[message.Message]:
   """Returns the messages of the token table: of lookups and of the head."""
   return _of_embeddings(local) + _of_head(local) + _of_both(local)
 
 
-def _of_both(local: device_share.Local) -> list[message.Message]:
+def _of_both(local: device_share.DeviceShare) -> list[message.Message]:
   """Returns the gathers of the tables, and the sums after all microbatches.
 
   With stages, the tables are gathered once a step.
@@ -164,7 +170,7 @@ def _of_both(local: device_share.Local) -> list[message.Message]:
   ]
 
 
-def _of_embeddings(local: device_share.Local) -> list[message.Message]:
+def _of_embeddings(local: device_share.DeviceShare) -> list[message.Message]:
   """Returns the messages of lookups and of the table's gradients."""
   c, D, V = local.itemsize, local.config.model.embed_dim, local.vocab
   embed, vocab, early = local.axes('embed'), local.axes('vocab'), _early(local)
@@ -192,7 +198,7 @@ def _of_embeddings(local: device_share.Local) -> list[message.Message]:
   return listed
 
 
-def lookups(local: device_share.Local) -> list[tuple[int, float, float]]:
+def lookups(local: device_share.DeviceShare) -> list[tuple[int, float, float]]:
   """Returns the lookups in the token table.
 
   Returns:
@@ -212,7 +218,7 @@ def lookups(local: device_share.Local) -> list[tuple[int, float, float]]:
   ]
 
 
-def _of_head(local: device_share.Local) -> list[message.Message]:
+def _of_head(local: device_share.DeviceShare) -> list[message.Message]:
   """Returns the messages of the head, without the gather of its table."""
   c, D, V = local.itemsize, local.config.model.embed_dim, local.vocab
   times, embed = local.heads, local.axes('embed')
@@ -227,19 +233,19 @@ def _of_head(local: device_share.Local) -> list[message.Message]:
   ]
 
 
-def _early(local: device_share.Local) -> message.Axes:
+def _early(local: device_share.DeviceShare) -> message.Axes:
   """Returns the axes that split tokens and no table, except `Local.by_hand`."""
   out = (*local.axes('embed'), *local.by_hand)
   return tuple(a for a in local.axes('batch', 'length') if a not in out)
 
 
-def _fine(local: device_share.Local) -> message.Axes:
+def _fine(local: device_share.DeviceShare) -> message.Axes:
   """Returns the axes that split a sequence between layers, not within them."""
   length = local.axes('length')
   return tuple(a for a in local.axes('norm_length') if a not in length)
 
 
-def exchanges_vectors(local: device_share.Local) -> bool:
+def exchanges_vectors(local: device_share.DeviceShare) -> bool:
   """Whether devices exchange tokens' vectors, not the table; see `Embed`."""
   embed, c = local.axes('embed'), local.itemsize
   rows = local.axes('batch')
@@ -254,7 +260,7 @@ def exchanges_vectors(local: device_share.Local) -> bool:
 # --- Stages. ---
 
 
-def of_stages(local: device_share.Local) -> Iterator[message.Message]:
+def of_stages(local: device_share.DeviceShare) -> Iterator[message.Message]:
   """Yields messages between stages: activations, and weights once a step."""
   plan = local.plan
   assert plan is not None

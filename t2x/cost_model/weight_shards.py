@@ -50,10 +50,10 @@ class Weight:
 
 
 def weights_of(
-  model: model_lib.Model,
+  model: model_lib.Transformer,
   rules: sharding.Rules,
   sizes: Mapping[str, int],
-  plan: plan_lib.Plan | None = None,
+  plan: plan_lib.PipelinePlan | None = None,
 ) -> tuple[Weight, ...]:
   """Returns the parameters of a model.
 
@@ -86,7 +86,7 @@ def weights_of(
   return tuple(weights)
 
 
-def _share(weight: Weight, plan: plan_lib.Plan | None) -> float:
+def _share(weight: Weight, plan: plan_lib.PipelinePlan | None) -> float:
   """Returns a stage's slots over the number of layers with the parameter."""
   if plan is None or not weight.in_layers:
     return 1.0

@@ -109,7 +109,7 @@ class TrainBatches:
 
 
 def _in_order(
-  layout: layouts_lib.Layout, sizes: Sequence[int], steps: Sequence[int]
+  layout: layouts_lib.RowLayout, sizes: Sequence[int], steps: Sequence[int]
 ) -> in_order.InOrder:
   """Returns the plan for the last of several batch sizes, in text order."""
   (num,) = layout.group_sizes()
@@ -120,7 +120,7 @@ def _in_order(
 
 
 def _shuffled(
-  layouts: Sequence[layouts_lib.Layout],
+  layouts: Sequence[layouts_lib.RowLayout],
   sizes: Sequence[int],
   steps: Sequence[int],
   seed: int,

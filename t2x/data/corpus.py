@@ -50,11 +50,11 @@ class Corpus:
 
   tokenizer: tokenizers.Tokenizer
   fingerprint: str
-  splits: dict[str, tuple[token_store.Stream, ...]]
+  splits: dict[str, tuple[token_store.TokenStream, ...]]
   tasks: dict[str, 'Corpus'] = dataclasses.field(default_factory=dict)
   documents: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-  def streams(self, split: str) -> tuple[token_store.Stream, ...]:
+  def streams(self, split: str) -> tuple[token_store.TokenStream, ...]:
     """Returns the token streams of a split.
 
     Raises:
@@ -111,7 +111,7 @@ def prepare(
       if not path.exists():
         _tokenize(builders.open_split(builder, name), fields, tokenizer, path)
       splits[name] = tuple(
-        token_store.Stream(path, str(i)) for i in range(len(fields))
+        token_store.TokenStream(path, str(i)) for i in range(len(fields))
       )
   return Corpus(
     tokenizer=tokenizer,

@@ -54,7 +54,7 @@ def of_lost(lengths: np.ndarray, lost: np.ndarray) -> Count:
   )
 
 
-def of_cut(streams: Sequence[token_store.Stream], room: int) -> Count:
+def of_cut(streams: Sequence[token_store.TokenStream], room: int) -> Count:
   """Returns the count of documents that are cut to a number of tokens.
 
   Args:

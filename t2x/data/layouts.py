@@ -7,7 +7,7 @@ import numpy as np
 from t2x.data import counts
 
 
-class Layout(Protocol):
+class RowLayout(Protocol):
   """The rows of a split, in groups of equal length."""
 
   @property
@@ -47,7 +47,7 @@ class Layout(Protocol):
     ...
 
 
-class OneGroup(Layout):
+class OneGroup(RowLayout):
   """A layout whose rows all have one length."""
 
   _length: int

@@ -73,7 +73,7 @@ class Listed(NamedTuple):
     return self.rows[indices], self.visits[indices]
 
 
-class Rest(NamedTuple):
+class ReadPosition(NamedTuple):
   """The place where the reading of a group continues.
 
   Some unread rows come first, then the group's endless order.
@@ -90,7 +90,7 @@ class Rest(NamedTuple):
 
 
 _NONE = np.zeros(0, np.int64)
-START = Rest(Listed(_NONE, _NONE), _NONE, 0)
+START = ReadPosition(Listed(_NONE, _NONE), _NONE, 0)
 
 
 class Group:
@@ -102,7 +102,7 @@ class Group:
     rest: the place where reading starts.
   """
 
-  def __init__(self, size: int, seed: np.uint64, rest: Rest = START):
+  def __init__(self, size: int, seed: np.uint64, rest: ReadPosition = START):
     self._size = size
     self._order = shuffled(size, seed)
     self._rest = rest
@@ -122,7 +122,7 @@ class Group:
   def _ordered(self, places: np.ndarray) -> np.ndarray:
     return np.array([get(self._order, p) for p in places], np.int64)
 
-  def rest(self, left: np.ndarray, end: int) -> Rest:
+  def rest(self, left: np.ndarray, end: int) -> ReadPosition:
     """Returns the place where reading continues.
 
     Args:
@@ -131,9 +131,9 @@ class Group:
     """
     num = len(self._rest.first)
     first = np.concatenate([left, np.arange(end, num)]).astype(np.int64)
-    return Rest(self, first, self._rest.place + max(end - num, 0))
+    return ReadPosition(self, first, self._rest.place + max(end - num, 0))
 
-  def unread(self, rest: Rest) -> tuple[np.ndarray, np.ndarray, int]:
+  def unread(self, rest: ReadPosition) -> tuple[np.ndarray, np.ndarray, int]:
     """Returns the unread rows of the current visit.
 
     Args:
@@ -166,7 +166,7 @@ class Shuffled:
     sizes: Sequence[int],
     batch_size: int,
     seeds: np.ndarray,
-    rests: Sequence[Rest] | None = None,
+    rests: Sequence[ReadPosition] | None = None,
   ):
     """Makes the plan.
 
@@ -207,7 +207,7 @@ class Shuffled:
     rows, visits = self.groups[group].at(indices)
     return apart(group, rows, visits)
 
-  def rests(self, number: int) -> list[Rest]:
+  def rests(self, number: int) -> list[ReadPosition]:
     """Returns for each group where reading continues after `number` batches."""
     if len(self.groups) == 1:
       end = number * self._batch_size
@@ -262,11 +262,11 @@ _LOW = np.uint64(2**32 - 1)  # Grain's seeds have 32 bits.
 
 
 def dealt(
-  rests: Sequence[Rest],
+  rests: Sequence[ReadPosition],
   plan: Shuffled,
   old: Sequence[np.ndarray],
   new: Sequence[np.ndarray],
-) -> list[Rest]:
+) -> list[ReadPosition]:
   """Returns where new groups of the same documents start to read.
 
   Groups that do not change continue as they are. The others start with the
@@ -297,5 +297,5 @@ def dealt(
     rows = np.searchsorted(documents, left[is_here])
     first = Listed(rows, left_visits[is_here])
     place = following * len(documents)
-    result.append(Rest(first, np.arange(len(rows)), place))
+    result.append(ReadPosition(first, np.arange(len(rows)), place))
   return result

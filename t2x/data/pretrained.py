@@ -181,7 +181,7 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
 
   def model_file(self) -> bytes:
     """Returns the SentencePiece model, where `is_of_library` is False."""
-    assert isinstance(self._backend, tokenizer_backends.Pieces)
+    assert isinstance(self._backend, tokenizer_backends.SentencePieceBackend)
     return self._backend.model
 
   def special_names(self) -> list[str]:
@@ -189,7 +189,7 @@ class PretrainedTokenizer(tokenizers.Tokenizer):
 
     Only where `is_of_library` is False.
     """
-    assert isinstance(self._backend, tokenizer_backends.Pieces)
+    assert isinstance(self._backend, tokenizer_backends.SentencePieceBackend)
     return list(self._backend.named)
 
   def template(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

@@ -20,7 +20,7 @@ from t2x.objectives import rows as rows_lib
 from t2x.objectives import source_target
 from t2x.objectives import vocab as vocab_lib
 
-Streams = tuple[token_store.Stream, ...]
+Streams = tuple[token_store.TokenStream, ...]
 
 
 def make(
@@ -29,7 +29,7 @@ def make(
   vocab: vocab_lib.Vocab,
   *,
   full: bool = True,
-) -> layouts.Layout:
+) -> layouts.RowLayout:
   """Returns the layout that the objective and the batching ask for.
 
   Args:
@@ -54,7 +54,7 @@ class Windows(layouts.OneGroup):
     self,
     objective: Any,
     length: int,
-    stream: token_store.Stream,
+    stream: token_store.TokenStream,
   ):
     self._stream = stream
     self._length = length
@@ -99,7 +99,7 @@ class Windows(layouts.OneGroup):
     )
 
 
-class Padded(layouts.Layout):
+class Padded(layouts.RowLayout):
   """One document per row, in the smallest bucket that holds it."""
 
   def __init__(
@@ -224,7 +224,7 @@ class PackedPairs(layouts.OneGroup):
 
 
 def _gather(
-  stream: token_store.Stream,
+  stream: token_store.TokenStream,
   firsts: np.ndarray,
   counts: np.ndarray,
   length: int,

@@ -32,7 +32,7 @@ class SentencePairs(layouts.OneGroup):
   def __init__(
     self,
     config: config_lib.DataConfig,
-    stream: token_store.Stream,
+    stream: token_store.TokenStream,
     vocab: vocab_lib.Vocab,
   ):
     assert isinstance(config.objective, next_sentence.NextSentence)

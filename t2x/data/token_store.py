@@ -13,7 +13,7 @@ import pathlib
 import numpy as np
 
 
-class Stream:
+class TokenStream:
   """The tokens of all documents of one split, one after the other.
 
   It is pickled as its path, so that worker processes map the file themselves.
@@ -27,8 +27,8 @@ class Stream:
     self._directory = pathlib.Path(directory)
     self._name = name
 
-  def __reduce__(self) -> tuple[type['Stream'], tuple[pathlib.Path, str]]:
-    return Stream, (self._directory, self._name)
+  def __reduce__(self) -> tuple[type['TokenStream'], tuple[pathlib.Path, str]]:
+    return TokenStream, (self._directory, self._name)
 
   @functools.cached_property
   def _facts(self) -> dict:

@@ -184,7 +184,7 @@ class Fast(Backend):
     return letters.decode(data)
 
 
-class Pieces(Backend):
+class SentencePieceBackend(Backend):
   """A SentencePiece model; T5 adds its sentinels after the vocabulary.
 
   Attributes:

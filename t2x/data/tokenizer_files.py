@@ -35,7 +35,7 @@ _FLAGS = {
 
 def read_backend(
   root: epath.Path, names: dict[str, str]
-) -> backends.Fast | backends.Pieces:
+) -> backends.Fast | backends.SentencePieceBackend:
   """Returns the backend that reads the files of a directory.
 
   Args:
@@ -50,7 +50,7 @@ def read_backend(
     if (root / name).exists() and not (root / 'tokenizer.json').exists():
       model, settings = (root / name).read_bytes(), read_settings(root)
       with _damage_named(root / name):
-        return backends.Pieces(model, _num_extra(root), settings)
+        return backends.SentencePieceBackend(model, _num_extra(root), settings)
   splits = bool(read_settings(root).get(SPLIT))
   try:
     import tokenizers as library

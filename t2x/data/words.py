@@ -21,7 +21,7 @@ from t2x.objectives import vocab as vocab_lib
 def lexicon(
   objective: config_lib.Objective,
   tokenizer: tokenizers.Tokenizer,
-  stream: token_store.Stream,
+  stream: token_store.TokenStream,
 ) -> lexicon_lib.Lexicon | None:
   """Returns the lexicon that an objective needs; None if it needs none.
 
@@ -142,7 +142,7 @@ def _ordered(
 # Cached, since training and each evaluation ask for it.
 @functools.lru_cache(maxsize=4)
 def _labels(
-  stream: token_store.Stream, vocab: vocab_lib.Vocab
+  stream: token_store.TokenStream, vocab: vocab_lib.Vocab
 ) -> tuple[tuple[int, ...], ...]:
   texts = np.split(np.asarray(stream.tokens), stream.offsets[1:-1])
   return tuple(sorted({classification.label_of(text, vocab) for text in texts}))
@@ -153,7 +153,7 @@ def _labels(
 def _lexicon(
   config: masking.Phrases | None,
   tokenizer: tokenizers.Tokenizer,
-  stream: token_store.Stream,
+  stream: token_store.TokenStream,
 ) -> lexicon_lib.Lexicon:
   """Returns the lexicon of a token stream; reads the whole stream.
 

@@ -29,14 +29,14 @@ _MOST_BITS = 2**33  # Bits of the masks of all states: 1 GiB.
 class Banned:
   """A list of banned words, as an automaton over the bytes of one vocabulary.
 
-  >>> pieces = pieces_lib.Pieces([b'', b'he', b'llo', b' "', b'h', b'e'])
+  >>> pieces = pieces_lib.TokenBytes([b'', b'he', b'llo', b' "', b'h', b'e'])
   >>> banned = Banned(['hello'], pieces)
   >>> state = banned.start([3, 4, 5])
   >>> banned.hidden(state)
   array([4], dtype=uint32)
   """
 
-  def __init__(self, words: Sequence[str], pieces: pieces_lib.Pieces):
+  def __init__(self, words: Sequence[str], pieces: pieces_lib.TokenBytes):
     """Makes the automaton.
 
     Args:
@@ -137,7 +137,7 @@ def _bytes(word: str) -> bytes:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rows:
+class BannedRows:
   """The banned words of each row of a batch, as arrays.
 
   The states of different lists are concatenated in one table.
@@ -169,7 +169,7 @@ class Rows:
     return state_B
 
 
-def rows(row_words: Sequence[Banned | None]) -> Rows | None:
+def rows(row_words: Sequence[Banned | None]) -> BannedRows | None:
   """Joins the banned words of all rows; returns None if no row has any."""
   lists = list({id(banned): banned for banned in row_words if banned}.values())
   if not lists:
@@ -186,7 +186,7 @@ def rows(row_words: Sequence[Banned | None]) -> Rows | None:
     for state in range(size):
       hidden_SW[start + state] = banned.hidden(state)
   roots = {id(banned): start for start, banned in zip(first, lists)}
-  return Rows(
+  return BannedRows(
     reader=pieces.reader(table_SX),
     hidden_SW=hidden_SW,
     root_B=np.array([roots.get(id(b), first[-1]) for b in row_words], np.int32),

@@ -53,7 +53,7 @@ def search(
   settings: sampling_lib.Rows,
   history: sampling_lib.History,
   source_segments_BS: jax.Array | None = None,
-  words: required_words.Words | None = None,
+  words: required_words.RequiredWords | None = None,
 ) -> hypotheses.Beams:
   """Runs a beam search for every prompt.
 
@@ -113,7 +113,7 @@ def search(
       log_probs_BWV = (
         log_probs_BGWV[:, g] - config.diversity * taken_BV[:, None]
       )
-      step = hypotheses.Step(number, num_tokens, ends_E)
+      step = hypotheses.BeamStep(number, num_tokens, ends_E)
       parts = groups[g], log_probs_BWV, step, config
       new_groups[g], parent_BW, token_BW = (
         _advance(*parts)
@@ -139,7 +139,7 @@ def search(
 def _advance(
   beams: hypotheses.Beams,
   log_probs_BWV: jax.Array,
-  step: hypotheses.Step,
+  step: hypotheses.BeamStep,
   config: BeamConfig,
 ) -> tuple[hypotheses.Beams, jax.Array, jax.Array]:
   """Extends the beams of one group by a token.

@@ -21,7 +21,7 @@ def write(
   prompts: Sequence[Sequence[int]],
   *,
   num_tokens: int,
-  control: requests.Control,
+  control: requests.Constraint,
   sampling: Sampling | Sequence[Sampling] | None = None,
   seed: int = 0,
   **options: Any,
@@ -36,7 +36,8 @@ def write(
     sampling: sampling settings, one for all prompts or one for each; None draws
       from the model's distribution.
     seed: random seed; see `generate`.
-    **options: eos_id, pad_id, start_id and max_length of `prefill.Options`.
+    **options: eos_id, pad_id, start_id and max_length of
+      `prefill.GenerationOptions`.
 
   Returns:
     As `generate`; a sequence that completes the constraint has ended.
@@ -50,7 +51,7 @@ def write(
       'Leave the rule out.'
     )
   request = prefill.check(
-    model, prompts, num_tokens, prefill.Options(**options)
+    model, prompts, num_tokens, prefill.GenerationOptions(**options)
   )
   configs = generate_lib.configs_of(sampling, len(prompts))
   config = engine_lib.EngineConfig(

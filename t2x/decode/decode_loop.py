@@ -106,7 +106,7 @@ def encode(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class State:
+class DecodeState:
   """State of the loop over new tokens.
 
   Attributes:
@@ -152,7 +152,7 @@ def decode(
   settings: sampling_lib.Rows,
   history: sampling_lib.History,
   source_segments_BS: jax.Array | None = None,
-) -> State:
+) -> DecodeState:
   """Draws up to `num_tokens` tokens for each row, until every row has ended.
 
   A row also ends if every token is banned from its next place.
@@ -178,7 +178,7 @@ def decode(
     every device.
   """
   empty = functools.partial(jnp.zeros, (token_B.shape[0], capacity))
-  state = State(
+  state = DecodeState(
     number=jnp.int32(0),
     token_B=token_B,
     index_B=index_B,
@@ -190,10 +190,10 @@ def decode(
     history=history,
   )
 
-  def goes_on(state: State) -> jax.Array:
+  def goes_on(state: DecodeState) -> jax.Array:
     return (state.number < num_tokens) & ~state.ended_B.all()
 
-  def extend(state: State) -> State:
+  def extend(state: DecodeState) -> DecodeState:
     logits_BV, caches = next_logits(
       model, state.token_B, state.index_B, state.caches, source_segments_BS
     )
@@ -261,19 +261,19 @@ def next_logits(
 
 
 def _append(
-  state: State,
+  state: DecodeState,
   token_B: jax.Array,
   logits_BV: jax.Array,
   caches: Caches,
   ends_BE: jax.Array,
-) -> State:
+) -> DecodeState:
   logit_B1 = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)
   log_prob_B1 = logit_B1 - jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
   ended_B = state.ended_B | (token_B[:, None] == ends_BE).any(-1)
   put = lambda array_BN, new_B1: jax.lax.dynamic_update_slice_in_dim(
     array_BN, new_B1, state.number, axis=1
   )
-  return State(
+  return DecodeState(
     number=state.number + 1,
     token_B=token_B,
     index_B=state.index_B + 1,

@@ -26,7 +26,7 @@ _Top = tuple[jax.Array, jax.Array]  # Log-probabilities and ids.
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Controls:
+class TokenConstraints:
   """Constraints on the next token of each row.
 
   Attributes:
@@ -147,7 +147,7 @@ def choose(
   row_B: jax.Array,
   number_B: jax.Array,
   ends_BE: jax.Array,
-  controls: Controls | None,
+  controls: TokenConstraints | None,
 ) -> tuple[jax.Array, jax.Array]:
   """Draws the next token of each row.
 

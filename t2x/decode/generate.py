@@ -78,7 +78,7 @@ def generate(
     seed: random seed; the draws of row i depend only on `seed`, i and the
       prompt of the row.
     keys_B: random key of each prompt, which replaces `seed`.
-    **options: fields of `prefill.Options`, such as eos_id.
+    **options: fields of `prefill.GenerationOptions`, such as eos_id.
 
   Returns:
     The new tokens and their log-probabilities.
@@ -89,7 +89,7 @@ def generate(
       before any compilation.
   """
   request = prefill.check(
-    model, prompts, num_tokens, prefill.Options(**options)
+    model, prompts, num_tokens, prefill.GenerationOptions(**options)
   )
   num_rows, vocab_size = request.num_rows, model.config.vocab_size
   configs = configs_of(sampling, len(prompts))
@@ -118,7 +118,7 @@ def beam_search(
   num_best: int = 1,
   sampling: Sampling | None = None,
   words: Sequence[required_words.Word] = (),
-  texts: word_starts.Words | None = None,
+  texts: word_starts.WordFinder | None = None,
   **options: Any,
 ) -> hypotheses.Hypotheses:
   """Searches for the continuations of highest score, by beam search.
@@ -143,7 +143,7 @@ def beam_search(
       form or several.
     texts: strings of these words, which then count however they are tokenized;
       None if only the forms count.
-    **options: fields of `prefill.Options`, such as eos_id.
+    **options: fields of `prefill.GenerationOptions`, such as eos_id.
 
   Returns:
     The hypotheses of each prompt, best first.
@@ -172,7 +172,7 @@ def beam_search(
     )
   required_words.check(words, num_tokens)
   request = prefill.check(
-    model, prompts, num_tokens, prefill.Options(**options)
+    model, prompts, num_tokens, prefill.GenerationOptions(**options)
   )
   vocab_size = model.config.vocab_size
   num_rows = request.num_rows * beams.num_beams
@@ -202,16 +202,16 @@ def beam_search(
 
 def _required(
   words: Sequence[required_words.Word],
-  texts: word_starts.Words | None,
+  texts: word_starts.WordFinder | None,
   prompts: Sequence[Sequence[int]],
-) -> required_words.Words | None:
+) -> required_words.RequiredWords | None:
   if not words:
     return None
   arrays = None if texts is None else word_starts.arrays(texts, prompts)
   return required_words.make(words, arrays)
 
 
-def _to_lists(state: decode_loop.State, num_prompts: int) -> Generation:
+def _to_lists(state: decode_loop.DecodeState, num_prompts: int) -> Generation:
   counts = np.asarray(state.count_B)[:num_prompts]
   tokens_BN = np.asarray(state.tokens_BN)
   log_probs_BN = np.asarray(state.log_probs_BN)

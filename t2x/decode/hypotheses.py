@@ -76,7 +76,7 @@ def empty(
   )
 
 
-class Step(NamedTuple):
+class BeamStep(NamedTuple):
   """One step of the search.
 
   Attributes:
@@ -109,7 +109,7 @@ class Candidates(NamedTuple):
 def ended(
   beams: Beams,
   candidates: Candidates,
-  step: Step,
+  step: BeamStep,
   config: beam_config.BeamConfig,
 ) -> Beams:
   """Adds the candidates that end to the hypotheses, and keeps the best.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-class Pieces:
+class TokenBytes:
   """The bytes of every token of a vocabulary.
 
   >>> pieces = Pieces([b'', b'he', b'hello', b'lo'])
@@ -79,7 +79,7 @@ def is_text(word: str) -> bool:
 def last(
   flat_N: np.ndarray, start_V: np.ndarray, tokens: Sequence[int], num: int
 ) -> bytes:
-  """Returns the last bytes of tokens; see `Pieces.last`.
+  """Returns the last bytes of tokens; see `TokenBytes.last`.
 
   Args:
     flat_N: bytes of all tokens, concatenated.

@@ -21,7 +21,7 @@ from t2x.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class GenerationOptions:
   """Options that sampling, beam search and speculative decoding share.
 
   Attributes:
@@ -55,7 +55,7 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
+class GenerationCall:
   """The checked arguments of a call that generates.
 
   Attributes:
@@ -74,7 +74,7 @@ class Request:
   num_rows: int
   ends: list[int]
   limit: int | None
-  options: Options
+  options: GenerationOptions
 
   @property
   def ends_BE(self) -> np.ndarray:
@@ -120,8 +120,8 @@ def check(
   model: decode_loop.Model,
   prompts: Sequence[Sequence[int]],
   num_tokens: int,
-  options: Options,
-) -> Request:
+  options: GenerationOptions,
+) -> GenerationCall:
   """Checks the arguments of a call that generates, before any compilation.
 
   Args:
@@ -164,7 +164,7 @@ def check(
   check = prompts_lib.check_text if continues else prompts_lib.check_answer
   check([len(row) for row in rows], num_tokens, limit, more)
   num_rows = prompts_lib.num_rows(options.num_rows, len(rows), row_parts())
-  return Request(
+  return GenerationCall(
     model=model,
     rows=rows,
     num_tokens=num_tokens,
@@ -189,7 +189,7 @@ def check_model(model: object) -> None:
 
 
 def _prefill(
-  request: Request, model: decoder.Decoder, slack: int
+  request: GenerationCall, model: decoder.Decoder, slack: int
 ) -> dict[str, Any]:
   """Returns the arguments of decoding after the prompts."""
   rows, num_rows, options = request.rows, request.num_rows, request.options
@@ -220,7 +220,7 @@ def _prefill(
 
 
 def _encode(
-  request: Request, model: encoder_decoder.EncoderDecoder
+  request: GenerationCall, model: encoder_decoder.EncoderDecoder
 ) -> dict[str, Any]:
   """Returns the arguments of decoding from a start token, given the sources."""
   rows, num_rows, options = request.rows, request.num_rows, request.options

@@ -13,7 +13,7 @@ from t2x.decode import prompts as prompts_lib
 from t2x.decode import sampling as sampling_lib
 
 
-class Control(Protocol):
+class Constraint(Protocol):
   """A constraint on the next token; see `t2x.inference.constraints`."""
 
   def allowed(self) -> np.ndarray:
@@ -37,7 +37,7 @@ class Control(Protocol):
     """Whether the sequence is complete, so that only an end may follow."""
     ...
 
-  def begin(self, prompt: Sequence[int]) -> 'Control':
+  def begin(self, prompt: Sequence[int]) -> 'Constraint':
     """Returns this constraint for a new sequence, which follows `prompt`."""
     ...
 
@@ -67,7 +67,7 @@ class Request:
   row: int = 0
   ends: Sequence[int] = ()
   num_top: int = 0
-  control: Control | None = None
+  control: Constraint | None = None
   scores_prompt: bool = False
 
 

@@ -37,7 +37,7 @@ Word = Sequence[Sequence[int]]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Words:
+class RequiredWords:
   """Required words as automata, padded so that few shapes are compiled.
 
   Attributes:
@@ -104,7 +104,7 @@ def check(words: Sequence[Word], num_tokens: int) -> None:
 
 def make(
   words: Sequence[Word], texts: word_starts.Arrays | None = None
-) -> Words:
+) -> RequiredWords:
   """Builds the automata of required words.
 
   Args:
@@ -126,7 +126,7 @@ def make(
   padded = lambda values, size, fill=0: np.array(
     [*values, *[fill] * (size - len(values))], np.int32
   )
-  return Words(
+  return RequiredWords(
     shortest_K=padded([min(map(len, w)) for w in words], up(len(words))),
     word_F=padded([k for k, _ in forms], F),
     length_F=padded([len(form) for _, form in forms], F),
@@ -139,7 +139,7 @@ def make(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class State:
+class WordsProgress:
   """Progress of sequences in their required words.
 
   Leading dimensions are those of the sequences.
@@ -148,7 +148,7 @@ class State:
     place_F: number of tokens of each form with which a sequence ends.
     missing_K: whether each word is still missing.
     text_K: state in the automaton of each word's string; None if there are no
-      `Words.texts`.
+      `RequiredWords.texts`.
   """
 
   place_F: jax.Array
@@ -156,21 +156,23 @@ class State:
   text_K: jax.Array | None
 
 
-def begin(words: Words, shape: tuple[int, int]) -> State:
+def begin(words: RequiredWords, shape: tuple[int, int]) -> WordsProgress:
   """Returns the state before the first token, of leading dimensions `shape`."""
   missing_K = jnp.asarray(words.shortest_K > 0)
   text_K = None
   if words.texts is not None:
     start_BK = jnp.asarray(words.texts.start_BK)
     text_K = jnp.broadcast_to(start_BK[:, None], (*shape, start_BK.shape[1]))
-  return State(
+  return WordsProgress(
     place_F=jnp.zeros((*shape, len(words.word_F)), jnp.int32),
     missing_K=jnp.broadcast_to(missing_K, (*shape, len(missing_K))),
     text_K=text_K,
   )
 
 
-def _after(words: Words, state: State, token: jax.Array) -> State:
+def _after(
+  words: RequiredWords, state: WordsProgress, token: jax.Array
+) -> WordsProgress:
   """Returns the state of a sequence after one more token."""
   is_letter_A = token == jnp.asarray(words.letter_A)
   letter = jnp.argmax(is_letter_A)
@@ -185,14 +187,14 @@ def _after(words: Words, state: State, token: jax.Array) -> State:
     assert text_K is not None
     text_K = words.texts.after(text_K, token)
     is_found_K |= text_K == words.texts.whole_K
-  return State(
+  return WordsProgress(
     place_F=jnp.where(is_found_F, 0, place_F),
     missing_K=state.missing_K & ~is_found_K,
     text_K=text_K,
   )
 
 
-def _needed(words: Words, state: State) -> jax.Array:
+def _needed(words: RequiredWords, state: WordsProgress) -> jax.Array:
   """Returns the number of tokens still needed for the missing words.
 
   The word that has been begun furthest is completed first.
@@ -204,13 +206,13 @@ def _needed(words: Words, state: State) -> jax.Array:
   return total - jnp.where(is_begun_F, saved_F, 0).max(initial=0)
 
 
-def _is_missing(words: Words, state: State) -> jax.Array:
+def _is_missing(words: RequiredWords, state: WordsProgress) -> jax.Array:
   """Returns whether each form belongs to a missing word (F,)."""
   missing_F = state.missing_K[jnp.asarray(words.word_F)]
   return missing_F & (words.length_F > 0)
 
 
-def _forced(words: Words, state: State) -> jax.Array:
+def _forced(words: RequiredWords, state: WordsProgress) -> jax.Array:
   """Returns tokens that continue or begin a missing word, -1 for padding."""
   form_FS = jnp.asarray(words.form_FS)
   forms = jnp.arange(len(words.word_F))
@@ -226,14 +228,14 @@ def _forced(words: Words, state: State) -> jax.Array:
 def advance(
   beams: hypotheses.Beams,
   log_probs_BWV: jax.Array,
-  step: hypotheses.Step,
+  step: hypotheses.BeamStep,
   config: beam_config.BeamConfig,
-  words: Words,
+  words: RequiredWords,
 ) -> tuple[hypotheses.Beams, jax.Array, jax.Array]:
   """Extends the beams of one group by a token, with required words.
 
   Args:
-    beams: beams of the group; `beams.words` is their `State`.
+    beams: beams of the group; `beams.words` is their `WordsProgress`.
     log_probs_BWV: log-probabilities of each beam's next token.
     step: the step of the search.
     config: settings of the search.

@@ -98,7 +98,7 @@ def history(
 
 def controls(
   masks: Sequence[requests_lib.Mask | None], rows: int
-) -> engine_programs.Controls | None:
+) -> engine_programs.TokenConstraints | None:
   """Joins the masks of the next tokens; returns None if there are none.
 
   Args:
@@ -119,6 +119,6 @@ def controls(
       list(raised.items())[:_MOST_RAISED]
     ):
       raised_BM[row, place], amounts_BM[row, place] = token, amount
-  return engine_programs.Controls(
+  return engine_programs.TokenConstraints(
     allowed_BW=allowed_BW, raised_BM=raised_BM, amounts_BM=amounts_BM
   )

@@ -23,7 +23,7 @@ from t2x.decode import processors
 from t2x.decode import settings as settings_lib
 
 SamplingConfig = settings_lib.SamplingConfig
-Rows = settings_lib.Rows
+Rows = settings_lib.SamplingRows
 rows = settings_lib.rows
 few = settings_lib.few
 

@@ -119,7 +119,7 @@ class SamplingConfig:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rows:
+class SamplingRows:
   """Sampling settings of each row, as arrays.
 
   The attributes are those of `SamplingConfig`, None if no row uses them. If
@@ -142,7 +142,7 @@ class Rows:
   first_B: Any = None
   not_first_BM: Any = None
   calibration_B: Any = None
-  bans: banned_lib.Rows | None = None
+  bans: banned_lib.BannedRows | None = None
   most_k: int | None = dataclasses.field(
     default=None, metadata={'static': True}
   )
@@ -150,7 +150,7 @@ class Rows:
 
 def rows(
   configs: Sequence[SamplingConfig], num_rows: int, vocab_size: int
-) -> Rows:
+) -> SamplingRows:
   """Returns the sampling settings of a batch as arrays.
 
   Args:
@@ -183,7 +183,7 @@ def rows(
     zeros = np.zeros(num_rows, np.float32)
     counts = [zeros if column is None else column for column in counts]
   ks = [config.top_k for config in configs if config.top_k is not None]
-  return Rows(
+  return SamplingRows(
     temperature_B=temperature_B if temperature_B.any() else None,
     top_k_B=column('top_k', np.int32, vocab_size),
     # Rounded up, so that different k share few programs.
@@ -204,7 +204,7 @@ def rows(
   )
 
 
-def few(settings: Rows, vocab_size: int) -> Rows:
+def few(settings: SamplingRows, vocab_size: int) -> SamplingRows:
   """Returns equivalent settings in one of few forms, to share programs.
 
   If one of several related settings is used, the others are set as well, to
@@ -225,7 +225,7 @@ def few(settings: Rows, vocab_size: int) -> Rows:
   given = lambda names: any(getattr(settings, n) is not None for n in names)
   if settings.temperature_B is None and not given(rare):
     names = 'words_BMW', 'first_B', 'not_first_BM', 'calibration_B', 'bans'
-    return Rows(**{name: getattr(settings, name) for name in names})
+    return SamplingRows(**{name: getattr(settings, name) for name in names})
   B = len(jax.tree.leaves(settings)[0])
   full = lambda value, dtype: np.full(B, value, dtype)
   neutral: dict[str, Any] = {}

@@ -77,7 +77,7 @@ def speculate(
     keys_B: random key of each prompt, which replaces `seed`.
     forced: probability of acceptance, for timings alone; see
       `speculative_loop.decode`.
-    **options: fields of `prefill.Options`, such as eos_id.
+    **options: fields of `prefill.GenerationOptions`, such as eos_id.
 
   Raises:
     ValueError: as `generate`; the draft has another vocabulary or no heads, the
@@ -85,7 +85,7 @@ def speculate(
       the tokens so far.
   """
   request = prefill.check(
-    model, prompts, num_tokens, prefill.Options(**options)
+    model, prompts, num_tokens, prefill.GenerationOptions(**options)
   )
   _check(model, draft)
   num_rows, vocab_size = request.num_rows, model.config.vocab_size
@@ -115,7 +115,9 @@ def speculate(
 
 
 def _to_lists(
-  state: speculative_loop.State, lengths: Sequence[int], num_tokens: int
+  state: speculative_loop.SpeculativeState,
+  lengths: Sequence[int],
+  num_tokens: int,
 ) -> Speculation:
   host = jax.device_get(dataclasses.replace(state, caches=None, draft=None))
   counts = host.count_B[: len(lengths)].tolist()

@@ -20,7 +20,7 @@ from t2x.models import decoder
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class State:
+class SpeculativeState:
   """State of the loop.
 
   Attributes:
@@ -72,7 +72,7 @@ def decode(
   chunk: int,
   settings: sampling_lib.Rows,
   forced: float | None = None,
-) -> State:
+) -> SpeculativeState:
   """Draws up to `num_tokens` tokens for each row, several in each pass.
 
   Args:
@@ -100,7 +100,7 @@ def decode(
     device.
   """
   num = drafts.num_drafted(draft, model)
-  state = State(
+  state = SpeculativeState(
     passes=jnp.int32(0),
     token_B=token_B,
     index_B=index_B,
@@ -114,10 +114,10 @@ def decode(
     draft=draft.begin(model, prompt_BS, index_B, chunk),
   )
 
-  def goes_on(state: State) -> jax.Array:
+  def goes_on(state: SpeculativeState) -> jax.Array:
     return ~state.ended_B.all()
 
-  def extend(state: State) -> State:
+  def extend(state: SpeculativeState) -> SpeculativeState:
     # Keys depend on the row's own count, so other rows do not change its draws.
     fold = jax.vmap(jax.random.fold_in)
     step_keys_B = fold(keys_B, state.count_B)
@@ -210,13 +210,13 @@ def _next(
 
 
 def _append(
-  state: State,
+  state: SpeculativeState,
   new_BC: jax.Array,
   num_B: jax.Array,
   logits_BCV: jax.Array,
   ends_BE: jax.Array,
   num_tokens: jax.Array,
-) -> State:
+) -> SpeculativeState:
   """Appends each row's new tokens, up to an end token or the limit."""
   C, S = new_BC.shape[1], state.text_BS.shape[1]
   place_1C = jnp.arange(C)[None]

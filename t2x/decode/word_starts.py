@@ -90,10 +90,10 @@ def _table(word: bytes, characters_UX: np.ndarray) -> np.ndarray:
   return table_SX
 
 
-class Words:
+class WordFinder:
   """Words to find in sequences, as automata over bytes.
 
-  >>> pieces = pieces_lib.Pieces([b'an "', b'o', b'x', b'en', b'f'])
+  >>> pieces = pieces_lib.TokenBytes([b'an "', b'o', b'x', b'en', b'f'])
   >>> words = Words(['ox'], [True], pieces)
   >>> states = words.start()
   >>> for token in (0, 1, 2):
@@ -106,7 +106,7 @@ class Words:
     self,
     words: Sequence[str],
     from_start: Sequence[bool],
-    pieces: pieces_lib.Pieces,
+    pieces: pieces_lib.TokenBytes,
   ):
     """Builds an automaton for each word.
 
@@ -169,7 +169,7 @@ class Arrays:
     return self.reader.after(state_K, jnp.broadcast_to(token, state_K.shape))
 
 
-def arrays(words: Words, prompts: Sequence[Sequence[int]]) -> Arrays:
+def arrays(words: WordFinder, prompts: Sequence[Sequence[int]]) -> Arrays:
   """Returns the automata of words as arrays, and their states after prompts."""
   up = prompts_lib.power_of_two
   first = np.cumsum([0, *map(len, words.tables)])

@@ -26,7 +26,7 @@ _LABEL = re.compile(tick_lib.LOOP + r'(\w+)')
 _LAST = re.compile(r'last_(\d+)')
 
 
-def trips(plan: plan_lib.Plan, stage: int) -> execution.Trips:
+def trips(plan: plan_lib.PipelinePlan, stage: int) -> execution.Trips:
   """Returns a function from a loop of the program to a stage's trip count.
 
   A loop of a tick is entered in every tick; its trip count is the mean over the
@@ -60,7 +60,7 @@ def trips(plan: plan_lib.Plan, stage: int) -> execution.Trips:
   return functools.cache(of_loop)
 
 
-def _sending(plan: plan_lib.Plan, path: str) -> execution.Times | None:
+def _sending(plan: plan_lib.PipelinePlan, path: str) -> execution.Times | None:
   """Returns the share of the ticks in which stages send down, or up."""
   ticks = {
     'from_previous': plan.told.sends_down_T,
@@ -73,7 +73,7 @@ def _sending(plan: plan_lib.Plan, path: str) -> execution.Times | None:
 
 
 def times(
-  plan: plan_lib.Plan, stage: int, name: str, t: int, member: int = 0
+  plan: plan_lib.PipelinePlan, stage: int, name: str, t: int, member: int = 0
 ) -> execution.Times:
   """Returns how often a stage runs a loop's body over all ticks.
 
@@ -93,7 +93,7 @@ def times(
   return runs * _share(plan, stage, name, t, member)
 
 
-def _runs(plan: plan_lib.Plan, name: str, t: int) -> np.ndarray:
+def _runs(plan: plan_lib.PipelinePlan, name: str, t: int) -> np.ndarray:
   """Returns how often each stage runs a loop in each tick: runs_TS."""
   runs_TS = instructions.trips(name, t, plan.told.columns)
   if plan.config.uniform:  # As often as the stage that runs it most.
@@ -102,14 +102,14 @@ def _runs(plan: plan_lib.Plan, name: str, t: int) -> np.ndarray:
 
 
 def _mean(
-  plan: plan_lib.Plan, stage: int, name: str, t: int
+  plan: plan_lib.PipelinePlan, stage: int, name: str, t: int
 ) -> fractions.Fraction:
   runs_T = _runs(plan, name, t)[:, stage]
   return fractions.Fraction(int(runs_T.sum()), len(runs_T))
 
 
 def _share(
-  plan: plan_lib.Plan, stage: int, name: str, t: int, i: int
+  plan: plan_lib.PipelinePlan, stage: int, name: str, t: int, i: int
 ) -> fractions.Fraction:
   """Returns the share of the units run that have a layer i."""
   columns, tower = plan.told.columns, plan.place.towers[t]

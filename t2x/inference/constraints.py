@@ -25,7 +25,7 @@ from t2x.inference import keyword_constraints
 from t2x.inference import trained_model
 
 
-class Rules:
+class RuleCompiler:
   """Compiles rules for the texts of one tokenizer.
 
   Attributes:
@@ -140,7 +140,7 @@ class Rule:
   def __init__(
     self, name: str, matcher: Any, written_W: np.ndarray, ends: Sequence[int]
   ):
-    """Begins before the first token of a text; `Rules` makes it.
+    """Begins before the first token of a text; `RuleCompiler` makes it.
 
     Args:
       name: words for the rule in error messages.
@@ -244,7 +244,7 @@ def _library() -> types.ModuleType:
   return llguidance
 
 
-class Controls:
+class ConstraintFactory:
   """Makes the constraints of texts of one model."""
 
   def __init__(self, trained: trained_model.Trained):
@@ -257,9 +257,11 @@ class Controls:
     self._size = trained.config.model.vocab_size
 
   @functools.cached_property
-  def rules(self) -> Rules:
+  def rules(self) -> RuleCompiler:
     """Rules for the model's tokenizer, prepared at the first use."""
-    return Rules(self._trained.tokenizer, self._size, self._trained.end_ids)
+    return RuleCompiler(
+      self._trained.tokenizer, self._size, self._trained.end_ids
+    )
 
   def make(
     self,
@@ -274,9 +276,9 @@ class Controls:
 
     Args:
       num_tokens: greatest number of new tokens of the text.
-      regex: regular expression; see `Rules.regex`.
-      grammar: context-free grammar; see `Rules.grammar`.
-      json_schema: JSON schema; see `Rules.json_schema`.
+      regex: regular expression; see `RuleCompiler.regex`.
+      grammar: context-free grammar; see `RuleCompiler.grammar`.
+      json_schema: JSON schema; see `RuleCompiler.json_schema`.
       keywords: words that the text must contain; see `Keywords`.
 
     Raises:

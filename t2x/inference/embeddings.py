@@ -309,6 +309,7 @@ def _logits(
   assert isinstance(tokenizer, pretrained.PretrainedTokenizer)
   rows = tokenizer.encode_whole(texts, config.data.length)
   trained.check_rows([row.ids for row in rows])
+  assert isinstance(config.model, encoder.EncoderConfig)
   typed = encoder_inputs.tells_types(config.model)
   with trained.decoding():
     for part, shape in _batches([row.ids for row in rows], config.data.length):

@@ -31,7 +31,7 @@ def generate_text(
   seed: int = 0,
   ignore_end: bool = False,
   max_length: int | None = None,
-  control: requests.Control | None = None,
+  control: requests.Constraint | None = None,
   stop: Sequence[str] = (),
 ) -> list[str]:
   """Returns a sampled continuation of, or answer to, each prompt.
@@ -85,7 +85,7 @@ def generation(
   seed: int = 0,
   ignore_end: bool = False,
   max_length: int | None = None,
-  control: requests.Control | None = None,
+  control: requests.Constraint | None = None,
 ) -> generate_lib.Generation:
   """Returns the tokens of `generate_text` and their log-probabilities.
 

@@ -43,7 +43,7 @@ class Keywords:
     vocab_size: int,
     ends: Sequence[int],
     strength: float = 10.0,
-    texts: word_starts.Words | None = None,
+    texts: word_starts.WordFinder | None = None,
   ):
     """Begins before the first token of a text.
 

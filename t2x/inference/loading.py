@@ -98,7 +98,7 @@ def load(
 
 def _generation(
   workdir: str, config: experiment.Experiment
-) -> generation_config.Generation:
+) -> generation_config.GenerationConfig:
   """Returns the generation settings of a run that began at a checkpoint."""
   return huggingface.generation_of(
     config.model,
@@ -109,8 +109,8 @@ def _generation(
 
 
 def _warn_of_ignored(
-  workdir: str, generation: generation_config.Generation
-) -> generation_config.Generation:
+  workdir: str, generation: generation_config.GenerationConfig
+) -> generation_config.GenerationConfig:
   """Returns generation settings after a warning of those that are ignored."""
   if generation.ignored:
     _log.warning(

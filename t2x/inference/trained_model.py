@@ -52,7 +52,9 @@ class Trained:
   mesh: jax.sharding.Mesh
   labels: dict[str, list[str]]
   temperature: float = 1.0
-  generation: generation_config.Generation = generation_config.Generation()
+  generation: generation_config.GenerationConfig = (
+    generation_config.GenerationConfig()
+  )
   corpus: str | None = None
   problem: str = 'single_label_classification'
 
@@ -88,13 +90,13 @@ class Trained:
     return pad if pad < self.config.model.vocab_size else 0
 
   @functools.cached_property
-  def pieces(self) -> pieces_lib.Pieces:
+  def pieces(self) -> pieces_lib.TokenBytes:
     """The bytes of tokens, those of sentinels as `texts` writes them."""
     pieces = list(self.token_bytes)
     if self._answers:
       for number, token in enumerate(self.tokenizer.sentinel_ids):
         pieces[token] = f'<extra_id_{number}>'.encode()
-    return pieces_lib.Pieces(pieces)
+    return pieces_lib.TokenBytes(pieces)
 
   @functools.cached_property
   def writer(self) -> Any:
@@ -213,7 +215,9 @@ class Trained:
     """
     return [self._forms(word)[0] for word in words]
 
-  def keyword_texts(self, words: Sequence[str]) -> word_starts.Words | None:
+  def keyword_texts(
+    self, words: Sequence[str]
+  ) -> word_starts.WordFinder | None:
     """Returns automata that find words in a text by characters; None for none.
 
     Args:
@@ -225,7 +229,7 @@ class Trained:
     if not words:
       return None
     from_start = [self._forms(word)[1] for word in words]
-    return word_starts.Words(words, from_start, self.pieces)
+    return word_starts.WordFinder(words, from_start, self.pieces)
 
   def _forms(self, word: str) -> tuple[list[tuple[int, ...]], bool]:
     """Returns the forms of a word, and whether it starts at a word boundary."""

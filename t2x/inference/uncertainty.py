@@ -37,7 +37,7 @@ _ROWS = 4  # Texts in a batch; few, since each needs (T, V) probabilities.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Scores:
+class EnsembleScores:
   """Scores of the tokens of a text, under the mean of several models.
 
   Attributes:
@@ -72,7 +72,7 @@ def token_scores(
   *,
   passes: int = 0,
   seed: int = 0,
-) -> list[Scores]:
+) -> list[EnsembleScores]:
   """Returns the scores of the tokens of texts.
 
   Args:
@@ -123,7 +123,7 @@ def token_scores(
       cut = lambda a_BT, i=i, row=row: a_BT[i, : len(row) - 1].tolist()
       log_probs, entropies, disagreement = map(cut, result)
       scores.append(
-        Scores(
+        EnsembleScores(
           tokens=row[1:],
           log_probs=log_probs,
           entropies=entropies,

@@ -103,7 +103,7 @@ _IDS = (_ENDS, _BOS, _PAD, _START)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Generation:
+class GenerationConfig:
   """Generation settings of a checkpoint; the defaults are those of t2x.
 
   Attributes:
@@ -158,7 +158,7 @@ def read(
   *,
   vocab_size: int,
   answers: bool = False,
-) -> Generation:
+) -> GenerationConfig:
   """Returns the settings in the files of a checkpoint.
 
   Args:
@@ -194,11 +194,11 @@ class _Reader:
     self._id = functools.partial(values.token, vocab_size=vocab_size)
     self._ignored: list[str] = []
 
-  def read(self) -> Generation:
+  def read(self) -> GenerationConfig:
     banned = self._words()
     starts = [self._one(key) for key in (_START, _BOS, _PAD)]
     starts = [i for i in starts if i is not None and self._answers]
-    return Generation(
+    return GenerationConfig(
       ends=self._ends,
       bos=self._one(_BOS),
       start=starts[0] if starts else None,

@@ -65,7 +65,7 @@ class Checkpoint:
   config: model_lib.ModelConfig
   tensors: checkpoint_dir.Tensors
   tokenizer: tokenizers.Tokenizer
-  generation: generation_config.Generation
+  generation: generation_config.GenerationConfig
   own_generation: dict[str, Any] | None
   labels: dict[str, list[str]]
 
@@ -152,7 +152,7 @@ def generation_of(
   hf: Mapping[str, Any],
   own: Mapping[str, Any] | None,
   directory: str,
-) -> generation_config.Generation:
+) -> generation_config.GenerationConfig:
   """Returns the generation settings of a checkpoint.
 
   Args:
@@ -165,7 +165,7 @@ def generation_of(
     ValueError: a value is invalid.
   """
   if isinstance(config, encoder.EncoderConfig):
-    return generation_config.Generation()
+    return generation_config.GenerationConfig()
   answers = isinstance(config, encoder_decoder.EncoderDecoderConfig)
   size = config.vocab_size
   try:
@@ -180,7 +180,7 @@ def write(
   tokenizer: tokenizers.Tokenizer | None = None,
   *,
   hf: Mapping[str, Any] | None = None,
-  generation: generation_config.Generation | None = None,
+  generation: generation_config.GenerationConfig | None = None,
   labels: Mapping[str, Sequence[str]] | None = None,
   problem: str = labels_lib.SINGLE,
   shard_bytes: int | None = None,

@@ -44,7 +44,7 @@ class _Slot:
     stacked: whether the leaf has a leading dimension of layers.
   """
 
-  row: tables.Row
+  row: tables.ParameterRow
   names: tuple[str, ...]
   shape: tuple[int, ...]
   stacked: bool
@@ -328,7 +328,7 @@ def _to_layout(slot: _Slot, cuts: list[int], array: np.ndarray) -> np.ndarray:
 
 
 def _from_layout(
-  row: tables.Row, array: np.ndarray, vocab_size: int
+  row: tables.ParameterRow, array: np.ndarray, vocab_size: int
 ) -> np.ndarray:
   """Inverts `_to_layout`, without the rows that pad the vocabulary."""
   sizes = dict(zip(row.letters, array.shape))

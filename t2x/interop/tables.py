@@ -14,7 +14,7 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ParameterRow:
   """One parameter of a layer or of the model.
 
   Attributes:
@@ -57,16 +57,16 @@ class Family:
   """
 
   prefix: str
-  rows: tuple[Row, ...]
+  rows: tuple[ParameterRow, ...]
   copies: dict[str, str]
   ignored: str = 'a^'
 
 
 def _rows(
   rows: Sequence[tuple], path: str = '', name: str = ''
-) -> tuple[Row, ...]:
+) -> tuple[ParameterRow, ...]:
   """Makes rows with a common prefix of the paths and of the names."""
-  return tuple(Row(path + p, name + n, *rest) for p, n, *rest in rows)
+  return tuple(ParameterRow(path + p, name + n, *rest) for p, n, *rest in rows)
 
 
 def _norm(path: str, name: str) -> list[tuple]:
@@ -109,7 +109,7 @@ _BERT_BODY = [
 ]
 
 
-def _bert(prefix: str) -> tuple[Row, ...]:
+def _bert(prefix: str) -> tuple[ParameterRow, ...]:
   return _rows(_BERT_BODY, '', prefix) + _rows(
     _BERT_LAYER, 'tower.layers.*.', prefix + 'encoder.layer.{layer}.'
   )
@@ -310,7 +310,7 @@ def _t5_mlp(name: str, gated: bool) -> list[tuple]:
   return [*rows, gate] if gated else rows
 
 
-def _t5_side(side: str, layer: list[tuple]) -> tuple[Row, ...]:
+def _t5_side(side: str, layer: list[tuple]) -> tuple[ParameterRow, ...]:
   self_attention = [
     ('attention_norm.scale', 'layer.0.layer_norm.weight', 'D'),
     *_t5_attention('attention', 'layer.0.SelfAttention'),

@@ -107,14 +107,14 @@ class Attention(attention_variants.Variants):
     self,
     x_BTD: jax.Array,
     mask: mask_lib.Mask,
-    memory: cache_lib.Memory,
+    memory: cache_lib.MemoryCache,
     *,
     positions_BT: jax.Array,
     rotary: position.Rotary | None = None,
     bias: dense.Bias | None = None,
     keys_B: jax.Array | None = None,
     num_keys: int | None = None,
-  ) -> tuple[jax.Array, cache_lib.Memory]:
+  ) -> tuple[jax.Array, cache_lib.MemoryCache]:
     """Attends to a memory of the previous rows and to the sequence itself.
 
     The keys of the memory come before those of the sequence, also in `mask`.
@@ -146,7 +146,7 @@ class Attention(attention_variants.Variants):
 
   def empty_memory(
     self, batch: int, length: int, dtype: jax.typing.DTypeLike
-  ) -> cache_lib.Memory:
+  ) -> cache_lib.MemoryCache:
     """Returns the memory with which `recall` starts, of zeros.
 
     Args:
@@ -156,7 +156,7 @@ class Attention(attention_variants.Variants):
     """
     shape = batch, length, self.config.kv_heads, self.config.head_dim
     zeros = jnp.zeros(shape, dtype)
-    return cache_lib.Memory(k_BMKH=zeros, v_BMKH=zeros)
+    return cache_lib.MemoryCache(k_BMKH=zeros, v_BMKH=zeros)
 
   def step(
     self,

@@ -110,9 +110,9 @@ class Variants(attention_projections.Projections):
         q_BTNH, k_BSKH, v_BSKH, mask, options=options, bias=bias, dropout=drop
       )
 
-  def _options(self, kernel: str | None = None) -> dense.Options:
+  def _options(self, kernel: str | None = None) -> dense.AttentionOptions:
     config = self.config
-    return dense.Options(
+    return dense.AttentionOptions(
       kernel=kernel or config.kernel,
       scale=config.scale or config.head_dim**-0.5,
       soft_cap=config.soft_cap,

@@ -195,7 +195,7 @@ class Block(nnx.Module):
       return sequence_parallel.run(
         _attention, self.attention, y_BTD, context
       ), None
-    if isinstance(cache.own, cache_lib.Memory):
+    if isinstance(cache.own, cache_lib.MemoryCache):
       out, own = _recall(self.attention, y_BTD, context, cache.own)
       return out, dataclasses.replace(cache, own=own)
     out, own = self.attention.step(
@@ -238,7 +238,7 @@ class Block(nnx.Module):
     real_BT = None if segments_BT is None else segments_BT != 0
     # With a cache the arrays are a part of their rows, or have rows of other
     # lengths beside them, so that the capacity of an expert is not known.
-    drop = cache is None or isinstance(cache.own, cache_lib.Memory)
+    drop = cache is None or isinstance(cache.own, cache_lib.MemoryCache)
     return self.mlp(y_BTD, real_BT, context.mask.q_zigzag, drop=drop)
 
   def empty_pages(
@@ -303,8 +303,8 @@ def _recall(
   layer: attention_layer.Attention,
   y_BTD: jax.Array,
   context: Context,
-  memory: cache_lib.Memory,
-) -> tuple[jax.Array, cache_lib.Memory]:
+  memory: cache_lib.MemoryCache,
+) -> tuple[jax.Array, cache_lib.MemoryCache]:
   assert context.positions_BT is not None
   y_BTD = sharding.constrain(y_BTD, 'batch', 'length', 'act_embed')
   return layer.recall(

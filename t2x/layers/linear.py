@@ -71,7 +71,7 @@ class Performer(attention_config.Heads):
     field_checks.least(self, 'attention.', num_features=1, redraw_every=0)
 
 
-class Mixer(nnx.Module):
+class FeatureMapMixer(nnx.Module):
   """Attention by feature maps; subclasses define the features."""
 
   def features(self, x: jax.Array, *, of_keys: bool) -> jax.Array:
@@ -165,11 +165,11 @@ class StateCache:
       are padding.
   """
 
-  state: linear_lib.State
+  state: linear_lib.LinearState
   capacity: int = dataclasses.field(metadata={'static': True})
 
 
-class LinearMixer(Mixer):
+class LinearMixer(FeatureMapMixer):
   """Linear attention with the features elu(x) + 1."""
 
   def __init__(self, config: Linear):
@@ -189,7 +189,7 @@ class Projection(nnx.Variable):
   """The w of random features, which is drawn at random and never trained."""
 
 
-class PerformerMixer(Mixer):
+class PerformerMixer(FeatureMapMixer):
   """Performer attention; all heads use the same random features."""
 
   def __init__(self, config: Performer, *, rngs: nnx.Rngs):

@@ -174,7 +174,9 @@ def _between(
     q_segments_BT=segments_BT,
     k_segments_BS=segments_BR,
   )
-  return dense.attend_part(q, k, v_BRKH, mask, options=dense.Options(scale=1.0))
+  return dense.attend_part(
+    q, k, v_BRKH, mask, options=dense.AttentionOptions(scale=1.0)
+  )
 
 
 def num_flops(config: Regional, length: int, causal: bool) -> int:

@@ -33,7 +33,7 @@ class Dilated(attention_config.Softmax):
 
   def pattern(self, length: int, *, causal: bool) -> patterns.Pattern:
     del length, causal
-    return patterns.Window(self.reach) & patterns.Dilated(self.dilation)
+    return patterns.Window(self.reach) & patterns.DilatedPattern(self.dilation)
 
   def check_length(self, length: int) -> None:
     attention_config.check_reach(self, self.reach, length)
@@ -194,7 +194,7 @@ class Longformer(attention_config.Softmax):
     del length, causal
     pattern: patterns.Pattern = patterns.Window(_reach(self))
     if self.dilation > 1:
-      pattern &= patterns.Dilated(self.dilation)
+      pattern &= patterns.DilatedPattern(self.dilation)
     return pattern | patterns.Global(self.num_global)
 
   def check_length(self, length: int) -> None:

@@ -13,7 +13,7 @@ from t2x.layers import moe
 from t2x.parallel import sharding
 
 
-class Load(NamedTuple):
+class LayerLoad(NamedTuple):
   """The load of the experts of a layer, or of R stacked layers, over a batch.
 
   Attributes:
@@ -29,14 +29,14 @@ class Load(NamedTuple):
 
 # By the path of the router in the model.
 StatsByPath = dict[str, moe.Stats]
-LoadsByPath = dict[str, Load]
+LoadsByPath = dict[str, LayerLoad]
 
 
 def loads(stats: StatsByPath) -> LoadsByPath:
   """Returns the load of each router, summed over rows."""
   by_rows = {path: s.load for path, s in stats.items()}
   return {
-    path: Load(
+    path: LayerLoad(
       tokens_E=load.tokens_BE.sum(-2),
       lost=load.lost_B.sum(-1),
       total=load.total_B.sum(-1),

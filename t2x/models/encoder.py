@@ -152,21 +152,24 @@ class Encoder(common.LanguageModel[EncoderConfig]):
     )
     self.towers = tuple(config.depths)
     self.pooler = (
-      pooled_heads.Dense(D, D, init, rngs=rngs) if config.pooler else None
+      pooled_heads.DenseLayer(D, D, init, rngs=rngs) if config.pooler else None
     )
     self.next_sentence = (
-      pooled_heads.Dense(D, 2, init, rngs=rngs)
+      pooled_heads.DenseLayer(D, 2, init, rngs=rngs)
       if config.next_sentence
       else None
     )
     self.classes = nnx.List(
-      [pooled_heads.Dense(D, num, init, rngs=rngs) for num in config.classes]
+      [
+        pooled_heads.DenseLayer(D, num, init, rngs=rngs)
+        for num in config.classes
+      ]
     )
     self.output = common.output_table(config, rngs=rngs)
     masked = config.masked_head
     rows = embed.padded(config.vocab_size, config.vocab_multiple)
     self.transform = (
-      pooled_heads.Dense(D, D, init, rngs=rngs) if masked else None
+      pooled_heads.DenseLayer(D, D, init, rngs=rngs) if masked else None
     )
     self.transform_norm = make_norm() if masked else None
     self.output_bias_V = (
@@ -180,7 +183,7 @@ class Encoder(common.LanguageModel[EncoderConfig]):
     )
     num = config.token_classes
     self.token_classes = (
-      pooled_heads.Dense(D, num, init, rngs=rngs) if num else None
+      pooled_heads.DenseLayer(D, num, init, rngs=rngs) if num else None
     )
 
   def encode(self, inputs: jax.Array, **kwargs: Any) -> jax.Array:

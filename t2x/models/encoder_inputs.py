@@ -14,7 +14,7 @@ _OF_QUERIES = (_PERMUTED | _DROPPED) - _LEFT
 _ALL = {*_PERMUTED, *_DROPPED, 'token_types', 'target_positions'}
 
 
-class Config(Protocol):
+class InputConfig(Protocol):
   """The fields of an `EncoderConfig` that decide which arrays it takes."""
 
   @property
@@ -38,7 +38,7 @@ class Config(Protocol):
     ...
 
 
-def check(config: Config, given: Collection[str], asks: bool) -> None:
+def check(config: InputConfig, given: Collection[str], asks: bool) -> None:
   """Raises a ValueError for arrays that would be ignored, or are missing.
 
   Args:
@@ -94,7 +94,7 @@ def _list(names: Collection[str]) -> str:
   return ', '.join(sorted(names))
 
 
-def tells_types(config: Config) -> bool:
+def tells_types(config: InputConfig) -> bool:
   """Returns whether a model distinguishes sentences A and B of a row."""
   by_kind = (kind.num_token_types for kind in config.kinds)
   return bool(config.num_token_types) or any(by_kind)

@@ -15,7 +15,7 @@ from t2x.layers import sparse
 from t2x.layers import transformer_xl
 
 
-class Config(Protocol):
+class LayerConfig(Protocol):
   """The fields of a `TransformerConfig` that the checks read."""
 
   kind: ClassVar[str]
@@ -40,8 +40,13 @@ class Config(Protocol):
     """Number of tokens of earlier rows that a row attends to."""
     ...
 
+  @property
+  def num_query_layers(self) -> int:
+    """Number of layers that ask for tokens dropped from the encoder."""
+    ...
 
-class EncoderConfig(Config, Protocol):
+
+class EncoderLayerConfig(LayerConfig, Protocol):
   """The fields of an `EncoderConfig` that the checks read."""
 
   @property
@@ -50,7 +55,7 @@ class EncoderConfig(Config, Protocol):
     ...
 
 
-def check_positions(config: Config) -> None:
+def check_positions(config: LayerConfig) -> None:
   """Raises a ValueError for attention that does not fit the positions."""
   encoding, kinds = config.position, config.kinds
   if isinstance(encoding, position.Rotary):
@@ -94,7 +99,7 @@ def check_positions(config: Config) -> None:
     )
 
 
-def check_causal(config: Config) -> None:
+def check_causal(config: LayerConfig) -> None:
   """Raises a ValueError for layers that a decoder cannot have."""
   for kind in config.kinds:
     if kind.not_causal is not None:
@@ -121,7 +126,7 @@ def check_causal(config: Config) -> None:
       )
 
 
-def check_memory(config: Config) -> None:
+def check_memory(config: LayerConfig) -> None:
   """Raises a ValueError for layers that cannot attend to earlier rows."""
   encoding = config.position
   if encoding is not None and position.is_added(encoding):
@@ -145,7 +150,7 @@ def check_memory(config: Config) -> None:
     )
 
 
-def check_query_layers(config: EncoderConfig) -> None:
+def check_query_layers(config: EncoderLayerConfig) -> None:
   """Raises a ValueError if the queries for dropped tokens cannot work."""
   if not position.is_added(config.position):
     kind = config.position.kind if config.position else 'none'
@@ -166,7 +171,7 @@ def check_query_layers(config: EncoderConfig) -> None:
       )
 
 
-def check_two_stream(config: Config) -> None:
+def check_two_stream(config: LayerConfig) -> None:
   """Raises a ValueError for settings that the two streams do not support."""
   for kind in config.kinds:
     is_global = kind.global_projections
@@ -190,7 +195,7 @@ def check_two_stream(config: Config) -> None:
       )
 
 
-def check_documents(config: Config, segments_BT: jax.Array | None) -> None:
+def check_documents(config: LayerConfig, segments_BT: jax.Array | None) -> None:
   """Raises a ValueError for documents that a layer would mix in their row.
 
   Args:
@@ -203,7 +208,7 @@ def check_documents(config: Config, segments_BT: jax.Array | None) -> None:
       low_rank.check_documents(kind.kind, segments_BT)
 
 
-def check_bidirectional(config: Config) -> None:
+def check_bidirectional(config: LayerConfig) -> None:
   """Raises a ValueError for layers that cannot attend to both sides."""
   for kind in config.kinds:
     if isinstance(kind, convolution.Convolution) and kind.width % 2 == 0:

@@ -25,12 +25,12 @@ class PooledEncoder(Protocol):
     ...
 
   @property
-  def next_sentence(self) -> 'Dense | None':
+  def next_sentence(self) -> 'DenseLayer | None':
     """The head of next-sentence prediction."""
     ...
 
   @property
-  def classes(self) -> Iterable['Dense']:
+  def classes(self) -> Iterable['DenseLayer']:
     """The heads of classification."""
     ...
 
@@ -72,7 +72,7 @@ def terms(
   return terms
 
 
-class Dense(nnx.Module):
+class DenseLayer(nnx.Module):
   """A dense layer x W + b of a head.
 
   Args:

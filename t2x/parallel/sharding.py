@@ -306,7 +306,7 @@ def is_variable(x: object) -> bool:
   return isinstance(x, nnx.Variable)
 
 
-def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+def shardings(tree: Any, mesh: AnyMesh, rules: Rules) -> Any:
   """Returns the sharding of every leaf of `tree`, a module or a train state.
 
   Parameters follow their `axes`; every other leaf is replicated.
@@ -331,7 +331,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
 
 
 def parameter_sharding(
-  variable: nnx.Variable, mesh: Mesh, rules: Rules, name: str
+  variable: nnx.Variable, mesh: AnyMesh, rules: Rules, name: str
 ) -> NamedSharding:
   """Returns the sharding of one parameter by its logical axes.
 

@@ -34,7 +34,7 @@ def schedule(
   num_parts = problem.num_stages * problem.num_chunks
   done = list_scheduling.not_done(problem)
   stages = [
-    list_scheduling.Progress(problem, s) for s in range(problem.num_stages)
+    list_scheduling.StageProgress(problem, s) for s in range(problem.num_stages)
   ]
   total = problem.num_microbatches * num_parts * (3 + problem.recompute)
   rows: list[list[ops.Op]] = []
@@ -72,7 +72,7 @@ def schedule(
 
 def _choose(
   problem: list_scheduling.Problem,
-  stage: list_scheduling.Progress,
+  stage: list_scheduling.StageProgress,
   done: list_scheduling.Done,
   now: float,
   kind: int,

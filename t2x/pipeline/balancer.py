@@ -30,7 +30,7 @@ from t2x.pipeline import placement_cost
 from t2x.pipeline import schedule as schedule_lib
 
 CostModel = placement_cost.CostModel
-Stack = placement_cost.Stack
+Stack = placement_cost.TowerCosts
 _GIB = 2**30
 # All placements are tried if there are at most this many.
 _MAX_EXHAUSTIVE = 10_000

@@ -34,8 +34,8 @@ EXCHANGE = 'pipeline_exchange'
 
 
 def run(
-  pieces: pieces_lib.Pieces,
-  plan: plan_lib.Plan,
+  pieces: pieces_lib.MicrobatchPrograms,
+  plan: plan_lib.PipelinePlan,
   values: tick_lib.Values,
   rows: pieces_lib.Rows,
   key: jax.Array | None,

@@ -21,7 +21,7 @@ def run(
   rest: model_lib.Transformer,
   batch: dict[str, jax.Array],
   key: jax.Array | None,
-  plan: plan_lib.Plan,
+  plan: plan_lib.PipelinePlan,
   *,
   loss: pieces.Loss,
   combine: pieces.Combine,
@@ -48,7 +48,9 @@ def run(
     The gradients in the structure of `trained`, or None for a schedule without
     backward passes; and the sums of metrics by name.
   """
-  layouts = tuple(weights.Layout.of(tree, plan) for tree in (trained, rest))
+  layouts = tuple(
+    weights.StageLayout.of(tree, plan) for tree in (trained, rest)
+  )
 
   def run_stage(*args: Any) -> tuple[Any, dict[str, Any]]:
     on_device = stage.Stage(plan, layouts, loss, combine, manual, *args)

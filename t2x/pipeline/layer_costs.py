@@ -76,7 +76,7 @@ class Batch:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
+class MeshSplit:
   """How a mesh splits parameters and activations.
 
   Attributes:
@@ -114,10 +114,10 @@ class Layout:
 
 def stacks(
   model: model_lib.ModelConfig,
-  towers: Sequence[placement_lib.Tower],
+  towers: Sequence[placement_lib.TowerLayers],
   batch: Batch,
   recompute: bool,
-) -> list[placement_cost.Stack]:
+) -> list[placement_cost.TowerCosts]:
   """Returns the FLOPs of each tower's units, for a step of one row.
 
   The bytes of the stacks are zero; `with_bytes` adds them.
@@ -140,7 +140,9 @@ def stacks(
     costs = times * np.add.reduceat(each, np.arange(0, len(each), tower.group))
     last = float(head if tower is towers[-1] else 0)
     costs = tuple(costs.tolist())
-    result.append(placement_cost.Stack(tower=tower, costs=costs, last=last))
+    result.append(
+      placement_cost.TowerCosts(tower=tower, costs=costs, last=last)
+    )
   return result
 
 
@@ -152,12 +154,12 @@ def _shapes(model: model_lib.ModelConfig) -> model_lib.Transformer:
 
 
 def with_bytes(
-  stacks: Sequence[placement_cost.Stack],
+  stacks: Sequence[placement_cost.TowerCosts],
   table: schedule_lib.Schedule,
   model: model_lib.ModelConfig,
   batch: Batch,
-  layout: Layout,
-) -> tuple[list[placement_cost.Stack], int, int]:
+  layout: MeshSplit,
+) -> tuple[list[placement_cost.TowerCosts], int, int]:
   """Returns stacks with the bytes of their units, and the other bytes.
 
   Args:
@@ -211,7 +213,7 @@ def _variables(tree: Any) -> list[nnx.Variable]:
 
 
 def _logits(
-  model: model_lib.ModelConfig, batch: Batch, layout: Layout
+  model: model_lib.ModelConfig, batch: Batch, layout: MeshSplit
 ) -> float:
   """Returns the bytes of one chunk of logits and their gradient, in float32."""
   rows = embed.padded(model.vocab_size, model.vocab_multiple)
@@ -220,11 +222,11 @@ def _logits(
 
 
 def messages(
-  stacks: Sequence[placement_cost.Stack],
+  stacks: Sequence[placement_cost.TowerCosts],
   table: schedule_lib.Schedule,
   model: model_lib.ModelConfig,
   batch: Batch,
-  layout: Layout,
+  layout: MeshSplit,
 ) -> float:
   """Returns the bytes of the inbox, in which messages wait.
 
@@ -245,7 +247,7 @@ def messages(
 
 
 def _tokens(
-  model: model_lib.ModelConfig, tower: placement_lib.Tower, batch: Batch
+  model: model_lib.ModelConfig, tower: placement_lib.TowerLayers, batch: Batch
 ) -> int:
   """Returns the number of tokens in a row of a tower."""
   lengths = {'encoder': batch.encoder_length or 0, 'queries': batch.num_targets}
@@ -255,9 +257,9 @@ def _tokens(
 
 def _activations(
   model: model_lib.ModelConfig,
-  tower: placement_lib.Tower,
+  tower: placement_lib.TowerLayers,
   batch: Batch,
-  layout: Layout,
+  layout: MeshSplit,
 ) -> tuple[float, float]:
   """Returns the bytes that a unit keeps, and those that its B leaves for W."""
   encodes = tower.name == 'encoder'
@@ -333,7 +335,7 @@ def _attention(
   T: int,
   S: int,
   pairs: float | None,
-  layout: Layout,
+  layout: MeshSplit,
 ) -> tuple[float, float, float]:
   """Returns how many numbers of a row's attention are stored.
 
@@ -368,7 +370,7 @@ def _feed_forward(
   model: model_lib.ModelConfig,
   mlp: moe.FeedForwardConfig,
   T: int,
-  layout: Layout,
+  layout: MeshSplit,
 ) -> tuple[float, float]:
   """Returns how many numbers of a row are kept, and how many left for W."""
   D, F = model.embed_dim, mlp.hidden / layout.over('mlp')

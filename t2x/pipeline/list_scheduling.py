@@ -90,7 +90,7 @@ def schedule(problem: Problem, name: str) -> schedule_lib.Schedule:
   )
 
 
-class Progress:
+class StageProgress:
   """The progress and the free memory of one stage.
 
   Args:
@@ -134,7 +134,7 @@ def orders(problem: Problem) -> list[list[ops.Op]]:
   num_stages, num_chunks = problem.num_stages, problem.num_chunks
   num_parts = num_stages * num_chunks
   done = not_done(problem)
-  stages = [Progress(problem, s) for s in range(num_stages)]
+  stages = [StageProgress(problem, s) for s in range(num_stages)]
   events = [(0.0, s) for s in range(num_stages)]
   while events:
     now, s = heapq.heappop(events)
@@ -162,7 +162,7 @@ def orders(problem: Problem) -> list[list[ops.Op]]:
 
 
 def _choose(
-  problem: Problem, stage: Progress, done: Done, now: float
+  problem: Problem, stage: StageProgress, done: Done, now: float
 ) -> ops.Op | None:
   """Returns the operation that the stage does now, or None."""
   backward = next_backward(problem, stage, done, now)
@@ -181,7 +181,7 @@ def _choose(
 
 
 def next_backward(
-  problem: Problem, stage: Progress, done: Done, now: float
+  problem: Problem, stage: StageProgress, done: Done, now: float
 ) -> ops.Op | None:
   """Returns the B that the stage can do now, or the R that must precede it.
 
@@ -214,7 +214,7 @@ def next_backward(
 
 
 def next_forward(
-  problem: Problem, stage: Progress, done: Done, now: float
+  problem: Problem, stage: StageProgress, done: Done, now: float
 ) -> ops.Op | None:
   """Returns the F that the stage can do now, or None.
 
@@ -245,7 +245,7 @@ def next_forward(
   return best and best[-1]
 
 
-def early_recompute(problem: Problem, stage: Progress) -> ops.Op | None:
+def early_recompute(problem: Problem, stage: StageProgress) -> ops.Op | None:
   """Returns an R that the stage can do before its gradient comes, or None.
 
   There is at most one such R at a time, and it leaves memory for another one.
@@ -267,7 +267,7 @@ def early_recompute(problem: Problem, stage: Progress) -> ops.Op | None:
   return min(choices)[-1] if choices else None
 
 
-def take(problem: Problem, stage: Progress, choice: ops.Op) -> None:
+def take(problem: Problem, stage: StageProgress, choice: ops.Op) -> None:
   """Records that a stage does an operation, and updates its free memory.
 
   Args:

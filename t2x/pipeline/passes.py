@@ -55,7 +55,7 @@ def enter(
 
 def _entering(
   tick: tick_lib.Tick, inbox: _Activations, t: int, zero: jax.Array
-) -> tuple[cut.Fixed, jax.Array | None, None, pieces_lib.Rest]:
+) -> tuple[cut.Fixed, jax.Array | None, None, pieces_lib.OtherInputs]:
   """Returns the arguments of a tower's program `enter`."""
   before = buffers.read(inbox, tick.instruction['input'] + zero)
   fixed = ([], tick.values.enter[t])

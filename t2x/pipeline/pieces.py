@@ -32,7 +32,7 @@ Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 Combine = Callable[[Any, Any], Any]
 
 
-class Rest(NamedTuple):
+class OtherInputs(NamedTuple):
   """Inputs of a piece that have no gradient.
 
   Attributes:
@@ -49,7 +49,7 @@ class Rest(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pieces:
+class MicrobatchPrograms:
   """The programs of one microbatch.
 
   Attributes:
@@ -77,7 +77,7 @@ def make(
   loss: Loss,
   zigzag: int,
   remat: str,
-) -> Pieces:
+) -> MicrobatchPrograms:
   """Traces the pieces for given shapes.
 
   Args:
@@ -97,7 +97,7 @@ def make(
   """
   params = cut.Params(shared=shared, shared_frozen=shared_frozen)
   towers = combine(shared, shared_frozen).towers
-  rest = Rest(rows, key, jax.ShapeDtypeStruct((), jnp.int32))
+  rest = OtherInputs(rows, key, jax.ShapeDtypeStruct((), jnp.int32))
   enters, layers, state = [], [], []
   for name in towers:
     before = state[-1] if state else None
@@ -124,12 +124,12 @@ def make(
     state.append(x)
   leave = _leave(combine, loss, zigzag)
   leave = cut.Cut(leave, params, state[-1], None, rest)
-  return Pieces(tuple(enters), tuple(layers), leave, tuple(state))
+  return MicrobatchPrograms(tuple(enters), tuple(layers), leave, tuple(state))
 
 
 def _enter(name: str, combine: Combine, zigzag: int) -> cut.Function:
   def fn(
-    params: cut.Params, x: jax.Array | None, side: None, rest: Rest
+    params: cut.Params, x: jax.Array | None, side: None, rest: OtherInputs
   ) -> tuple[tuple[jax.Array, jax.Array | None], None, None]:
     del side
     model = combine(params.shared, params.shared_frozen)
@@ -143,7 +143,7 @@ def _enter(name: str, combine: Combine, zigzag: int) -> cut.Function:
 
 def _layer(name: str, combine: Combine, zigzag: int) -> cut.Function:
   def fn(
-    params: cut.Params, x_BTD: jax.Array, side: Activations, rest: Rest
+    params: cut.Params, x_BTD: jax.Array, side: Activations, rest: OtherInputs
   ) -> tuple[jax.Array, Any, Any]:
     model = combine(params.shared, params.shared_frozen)
     context = _context(model, name, rest, zigzag)
@@ -164,7 +164,7 @@ def _layer(name: str, combine: Combine, zigzag: int) -> cut.Function:
 
 def _leave(combine: Combine, loss: Loss, zigzag: int) -> cut.Function:
   def fn(
-    params: cut.Params, x_BTD: jax.Array, side: None, rest: Rest
+    params: cut.Params, x_BTD: jax.Array, side: None, rest: OtherInputs
   ) -> tuple[None, jax.Array, dict[str, jax.Array]]:
     del side
     model = combine(params.shared, params.shared_frozen)
@@ -176,12 +176,12 @@ def _leave(combine: Combine, loss: Loss, zigzag: int) -> cut.Function:
 
 
 def _context(
-  model: model_lib.Transformer, name: str, rest: Rest, zigzag: int
+  model: model_lib.Transformer, name: str, rest: OtherInputs, zigzag: int
 ) -> block.Context:
   return model.context(name, rest.rows, _keys(rest), zigzag)
 
 
-def _keys(rest: Rest) -> jax.Array | None:
+def _keys(rest: OtherInputs) -> jax.Array | None:
   """Returns the dropout key of each row."""
   if rest.key is None:
     return None

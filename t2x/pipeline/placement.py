@@ -22,7 +22,7 @@ class PartsError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Tower:
+class TowerLayers:
   """A stack of layers.
 
   Attributes:
@@ -54,7 +54,7 @@ class Placement:
     unit_SN: unit in each slot, -1 in an empty slot; one array for each tower.
   """
 
-  towers: tuple[Tower, ...]
+  towers: tuple[TowerLayers, ...]
   tower_P: np.ndarray
   first_P: np.ndarray
   units_P: np.ndarray
@@ -88,7 +88,7 @@ class Placement:
 
 
 def place(
-  towers: Sequence[Tower],
+  towers: Sequence[TowerLayers],
   units_P: Sequence[int],
   table: schedule_lib.Schedule,
 ) -> Placement:
@@ -125,7 +125,7 @@ def place(
   return Placement(tuple(towers), tower_P, first_P, units, slot_P, unit_SN)
 
 
-def _layers(tower: Tower) -> str:
+def _layers(tower: TowerLayers) -> str:
   units = 'layers' if tower.group == 1 else f'groups of {tower.group} layers'
   return f'{tower.num_units} {units} of the {tower.name}'
 
@@ -151,7 +151,7 @@ def _slots(
   return slot_P, tuple(unit_SN)
 
 
-def even(towers: Sequence[Tower], num_parts: int) -> list[int]:
+def even(towers: Sequence[TowerLayers], num_parts: int) -> list[int]:
   """Returns the units of each part, divided as evenly as possible.
 
   No part has units of two towers.

@@ -21,7 +21,7 @@ from t2x.pipeline import schedule as schedule_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stack:
+class TowerCosts:
   """The costs of a tower, in FLOPs or in any unit of time, and its bytes.
 
   Attributes:
@@ -36,7 +36,7 @@ class Stack:
       until its W.
   """
 
-  tower: placement_lib.Tower
+  tower: placement_lib.TowerLayers
   costs: tuple[float, ...]
   first: float = 0.0
   last: float = 0.0
@@ -77,7 +77,7 @@ class CostModel:
 
   def __init__(
     self,
-    stacks: Sequence[Stack],
+    stacks: Sequence[TowerCosts],
     table: schedule_lib.Schedule,
     fixed_bytes: float,
     moved_bytes: float,
@@ -250,7 +250,7 @@ class CostModel:
 
 
 def _as_integers(
-  stacks: Sequence[Stack],
+  stacks: Sequence[TowerCosts],
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
   """Returns costs scaled to integers, so that equal loads compare as equal.
 

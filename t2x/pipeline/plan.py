@@ -17,7 +17,7 @@ from t2x.pipeline import schedules
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
+class PipelinePlan:
   """A schedule with the layers of its parts.
 
   Attributes:
@@ -54,7 +54,7 @@ class Plan:
       text += '; more pipeline.microbatches leave less idle'
     return text
 
-  def for_evaluation(self) -> 'Plan':
+  def for_evaluation(self) -> 'PipelinePlan':
     """Returns the plan for evaluation: forwards alone."""
     table = schedules.forward_only(
       self.table.num_stages,
@@ -71,8 +71,8 @@ def make(
   execution: stack.Execution,
   num_stages: int,
   batch: layer_costs.Batch | None = None,
-  layout: layer_costs.Layout | None = None,
-) -> Plan:
+  layout: layer_costs.MeshSplit | None = None,
+) -> PipelinePlan:
   """Returns the plan of a model.
 
   Args:
@@ -98,16 +98,16 @@ def make(
   elif units == 'balanced':
     units = _balanced(model, config, table, towers, batch, layout)
   place = placement_lib.place(towers, units, table)
-  return Plan(table, place, config, execution)
+  return PipelinePlan(table, place, config, execution)
 
 
 def _balanced(
   model: model_lib.ModelConfig,
   config: config_lib.PipelineConfig,
   table: schedule_lib.Schedule,
-  towers: Sequence[placement_lib.Tower],
+  towers: Sequence[placement_lib.TowerLayers],
   batch: layer_costs.Batch | None,
-  layout: layer_costs.Layout | None,
+  layout: layer_costs.MeshSplit | None,
 ) -> list[int]:
   assert batch is not None and layout is not None
   stacks = layer_costs.stacks(model, towers, batch, table.recompute)
@@ -122,10 +122,10 @@ def _balanced(
   )
 
 
-def _towers(model: common.TransformerConfig) -> list[placement_lib.Tower]:
+def _towers(model: common.TransformerConfig) -> list[placement_lib.TowerLayers]:
   group = len(model.group)
   return [
-    placement_lib.Tower(name, num_layers, min(group, num_layers))
+    placement_lib.TowerLayers(name, num_layers, min(group, num_layers))
     for name, num_layers in model.depths.items()
   ]
 

@@ -53,7 +53,7 @@ class Schedule(table_lib.Table):
   def simulate(
     self,
     costs: simulation.Costs | None = None,
-    memory: simulation.Memory | None = None,
+    memory: simulation.MicrobatchMemory | None = None,
   ) -> simulation.Simulation:
     """Returns times, bubbles and memory; see `simulation.simulate`.
 
@@ -62,7 +62,7 @@ class Schedule(table_lib.Table):
       memory: memory of a microbatch of a part; None for 1.
     """
     return simulation.simulate(
-      self, costs or simulation.Costs(), memory or simulation.Memory()
+      self, costs or simulation.Costs(), memory or simulation.MicrobatchMemory()
     )
 
   def draw(self, path: str, costs: simulation.Costs | None = None) -> None:

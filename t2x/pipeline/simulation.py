@@ -82,7 +82,7 @@ def parse_costs(text: str) -> Costs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Memory:
+class MicrobatchMemory:
   """Memory of one microbatch of one part, in any unit.
 
   The defaults count the microbatches of parts from F until W is done.
@@ -102,7 +102,7 @@ class Memory:
   def __post_init__(self) -> None:
     for name, value in dataclasses.asdict(self).items():
       if not 0 <= value < np.inf:
-        raise ValueError(f'Memory({name}={value}): it is at least 0.')
+        raise ValueError(f'MicrobatchMemory({name}={value}): it is at least 0.')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -130,7 +130,8 @@ class Simulation:
       operation, by dependencies only.
     peak_in_flight: most microbatches of parts that are between F and W at once,
       for each stage (with v chunks a part is 1 / v of the stage).
-    peak_memory: most memory at once, for each stage, in the unit of `Memory`.
+    peak_memory: most memory at once, for each stage, in the unit of
+      `MicrobatchMemory`.
     uniform: work of a device where all stages do every kind of operation that
       any of them does in a tick (`PipelineConfig.uniform`), divided by the mean
       work of a stage.
@@ -156,7 +157,7 @@ class Simulation:
 def simulate(
   schedule: table_lib.Table,
   costs: Costs = Costs(),
-  memory: Memory = Memory(),
+  memory: MicrobatchMemory = MicrobatchMemory(),
 ) -> Simulation:
   """Returns the times, idle shares and memory of a schedule.
 
@@ -181,7 +182,7 @@ def simulate(
   # Rounding can make the share slightly negative.
   share = lambda total: float(max(0.0, 1 - work_S.sum() / total))
   stages = schedule.num_stages
-  in_flight_S = _peak(schedule, Memory())
+  in_flight_S = _peak(schedule, MicrobatchMemory())
   return Simulation(
     schedule=schedule,
     costs=costs,
@@ -242,7 +243,7 @@ def _finish(
   return finish_TS
 
 
-def _peak(schedule: table_lib.Table, memory: Memory) -> np.ndarray:
+def _peak(schedule: table_lib.Table, memory: MicrobatchMemory) -> np.ndarray:
   """Returns the most memory that each stage needs at once, peak_S."""
   if not schedule.training:  # Activations are used within their tick alone.
     return np.full(schedule.num_stages, memory.activations)

@@ -44,8 +44,8 @@ class Stage:
 
   def __init__(
     self,
-    plan: plan_lib.Plan,
-    layouts: tuple[weights.Layout, ...],
+    plan: plan_lib.PipelinePlan,
+    layouts: tuple[weights.StageLayout, ...],
     loss: pieces_lib.Loss,
     combine: pieces_lib.Combine,
     manual: tuple[str, ...],
@@ -63,7 +63,7 @@ class Stage:
     self._slots_frozen = self._fetched(rest, layouts[1])
 
   def _fetched(
-    self, tree: model_lib.Transformer, layout: weights.Layout
+    self, tree: model_lib.Transformer, layout: weights.StageLayout
   ) -> _Slots:
     """Returns the parameters of the layers in this stage's slots."""
     result = {}
@@ -107,7 +107,7 @@ class Stage:
     grads = self._grads(end) if plan.table.training else None
     return grads, sums
 
-  def _pieces(self, batches: pieces_lib.Rows) -> pieces_lib.Pieces:
+  def _pieces(self, batches: pieces_lib.Rows) -> pieces_lib.MicrobatchPrograms:
     one = lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
     units = {
       name: [
@@ -129,7 +129,7 @@ class Stage:
       remat=execution.remat,
     )
 
-  def _values(self, pieces: pieces_lib.Pieces) -> tick.Values:
+  def _values(self, pieces: pieces_lib.MicrobatchPrograms) -> tick.Values:
     shared = (self._shared, self._shared_frozen)
     layers = []
     for t, (name, members) in enumerate(self._slots.items()):
@@ -178,7 +178,7 @@ class Stage:
 
     return [place(v, o) for v, o in zip(values, origins)]
 
-  def _start(self, pieces: pieces_lib.Pieces) -> tick.Carry:
+  def _start(self, pieces: pieces_lib.MicrobatchPrograms) -> tick.Carry:
     """Returns the buffers and sums of the first tick, all zeros."""
     instructions, place = self._plan.told, self._plan.place
     zeros = buffers.zeros
@@ -204,7 +204,7 @@ class Stage:
     )
 
   def _no_grads(
-    self, pieces: pieces_lib.Pieces
+    self, pieces: pieces_lib.MicrobatchPrograms
   ) -> tuple[list[list[buffers.Sums]], buffers.Sums]:
     """Returns zeros for the gradients of the layers and of the model."""
     used, grads = set(), []
@@ -230,7 +230,9 @@ class Stage:
     ]
     return grads, shared
 
-  def _no_sums(self, pieces: pieces_lib.Pieces) -> dict[str, jax.Array]:
+  def _no_sums(
+    self, pieces: pieces_lib.MicrobatchPrograms
+  ) -> dict[str, jax.Array]:
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     shapes = {'loss': scalar, **pieces.leave.other}
     for piece in sum(pieces.layers, ()):
@@ -255,7 +257,7 @@ class Stage:
     return grads
 
   def _loads(
-    self, loads: list[list[load_balancing.Load | None]]
+    self, loads: list[list[load_balancing.LayerLoad | None]]
   ) -> load_balancing.LoadsByPath:
     """Returns the routers' loads in the form of `load_balancing.loads`."""
     result = {}

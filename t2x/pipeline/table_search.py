@@ -33,7 +33,7 @@ def generate(
   *,
   limit: float | Sequence[float],
   costs: simulation.Costs = simulation.Costs(),
-  memory: simulation.Memory = simulation.Memory(),
+  memory: simulation.MicrobatchMemory = simulation.MicrobatchMemory(),
   num_chunks: int = 1,
   placement: ops.Placement = 'loop',
   recompute: bool = False,
@@ -124,7 +124,7 @@ def _heuristics(
 
 
 def _named(
-  problem: list_scheduling.Problem, memory: simulation.Memory
+  problem: list_scheduling.Problem, memory: simulation.MicrobatchMemory
 ) -> Iterator[schedule_lib.Schedule]:
   """Yields the schedules of the literature that are within the limits."""
   for name in schedules.NAMES:

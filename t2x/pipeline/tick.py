@@ -74,7 +74,7 @@ class Carry:
   grads: list[list[buffers.Sums]]
   shared: buffers.Sums
   sums: dict[str, jax.Array]
-  loads: list[list[load_balancing.Load | None]]
+  loads: list[list[load_balancing.LayerLoad | None]]
 
 
 class Tick:
@@ -94,8 +94,8 @@ class Tick:
 
   def __init__(
     self,
-    pieces: pieces_lib.Pieces,
-    plan: plan_lib.Plan,
+    pieces: pieces_lib.MicrobatchPrograms,
+    plan: plan_lib.PipelinePlan,
     values: Values,
     rows: pieces_lib.Rows,
     key: jax.Array | None,
@@ -151,7 +151,9 @@ class Tick:
         return jax.lax.fori_loop(0, num, lambda i, c: body(i, True, c), carry)
       return jax.lax.fori_loop(0, most, lambda i, c: body(i, i < num, c), carry)
 
-  def rest(self, number: buffers.Index, zero: buffers.Index) -> pieces_lib.Rest:
+  def rest(
+    self, number: buffers.Index, zero: buffers.Index
+  ) -> pieces_lib.OtherInputs:
     """Returns the inputs of a program that have no gradient.
 
     Args:
@@ -160,7 +162,9 @@ class Tick:
     """
     m = self.instruction['microbatch'] + zero
     rows = jax.tree.map(lambda a: buffers.at(a, m), self._rows)
-    return pieces_lib.Rest(rows, self._key, jnp.asarray(number, jnp.int32))
+    return pieces_lib.OtherInputs(
+      rows, self._key, jnp.asarray(number, jnp.int32)
+    )
 
   def units(
     self,

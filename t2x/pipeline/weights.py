@@ -164,7 +164,7 @@ def parted(whole: Any, layers: stack_lib.Stack, i: int) -> tuple[Any, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class StageLayout:
   """How the parameters of a model, or some of them, reach the stages.
 
   Attributes:
@@ -176,7 +176,9 @@ class Layout:
   routes: dict[str, list[list[Route]]]
 
   @classmethod
-  def of(cls, tree: model_lib.Transformer, plan: plan_lib.Plan) -> 'Layout':
+  def of(
+    cls, tree: model_lib.Transformer, plan: plan_lib.PipelinePlan
+  ) -> 'StageLayout':
     """Returns the layout of a model on the active mesh.
 
     Args:

@@ -45,7 +45,7 @@ _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Memory:
+class DeviceMemory:
   """Memory of one device in a step, in bytes.
 
   Attributes:
@@ -80,7 +80,7 @@ def of_compiled(
   chip: str | None,
   analysis: Any,
   text: str,
-) -> Memory:
+) -> DeviceMemory:
   """Returns the memory of a program by the compiler's own figures.
 
   Args:
@@ -98,7 +98,7 @@ def of_compiled(
     getattr(analysis, f'host_{part}_size_in_bytes', 0)
     for part in ('argument', 'temp')
   )
-  return Memory(
+  return DeviceMemory(
     arguments=analysis.argument_size_in_bytes,
     temporaries=analysis.temp_size_in_bytes,
     peak=analysis.peak_memory_in_bytes,
@@ -114,7 +114,7 @@ def of_refused(
   mesh: jax.sharding.Mesh,
   chip: str | None,
   message: str,
-) -> Memory:
+) -> DeviceMemory:
   """Returns the memory of a program that the compiler refused as too large.
 
   Args:
@@ -130,7 +130,7 @@ def of_refused(
   ]
   arguments = sum(on_device(state).values())
   needed = max(sizes, default=arguments)
-  return Memory(
+  return DeviceMemory(
     arguments=arguments,
     temporaries=max(needed - arguments, 0.0),
     peak=needed,
@@ -145,7 +145,7 @@ _USABLE = {'v5e': 15.75 * _GIB}
 
 
 def on_device(state: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-  """Returns the bytes of each part of `Memory.state` that devices hold."""
+  """Returns the bytes on devices of each part of `DeviceMemory.state`."""
   return {
     group: sum(modules.values())
     for group, modules in state.items()
@@ -167,7 +167,7 @@ def limit_of(chip: str | None) -> float | None:
 def _state(
   config: experiment.Experiment, num_devices: int
 ) -> dict[str, dict[str, float]]:
-  """Returns `Memory.state`."""
+  """Returns `DeviceMemory.state`."""
   table = sharding_table.make(config, num_devices)
   result: dict[str, dict[str, float]] = {}
   offloaded = config.train.offload == 'optimizer'

@@ -92,7 +92,7 @@ class Sent:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage:
+class StageCost:
   """Cost of a step on a device of one stage of a pipeline.
 
   Attributes:
@@ -131,7 +131,7 @@ class Plan:
   num_slices: int
   sizes: dict[str, int]
   chip: str | None
-  memory: memory_lib.Memory
+  memory: memory_lib.DeviceMemory
   compile_seconds: float
   refused: str | None = None
   flops: Flops
@@ -140,7 +140,7 @@ class Plan:
   peak: float | None = None
   formula: str = ''
   schedule: str = ''
-  stages: tuple[Stage, ...] = ()
+  stages: tuple[StageCost, ...] = ()
 
   @property
   def fits(self) -> bool | None:
@@ -261,7 +261,7 @@ def _of_compiled(
     roofline=roofline,
     schedule=stages.summary() if stages else '',
     stages=tuple(
-      Stage(executed=sum(parts), sent=collectives_lib.total(sent))
+      StageCost(executed=sum(parts), sent=collectives_lib.total(sent))
       for parts, sent in zip(executed, of_stages, strict=True)
       if stages
     ),
@@ -270,7 +270,7 @@ def _of_compiled(
 
 def _arguments(
   config: experiment.Experiment,
-) -> tuple[model_lib.ModelConfig, int, int, int | None, int]:
+) -> tuple[model_lib.ModelConfig, flops_lib.BatchShape]:
   """Returns the arguments of `flops.train_flops` for a full batch."""
   spec = data_pipeline.batch_spec(config.data)
   shapes = {name: shape for name, (shape, _) in spec.items()}

@@ -22,7 +22,7 @@ _GAP = 5  # Distance between panels.
 Cuts = list[tuple[str, int]]
 
 
-def draw(row: sharding_table.Row, sizes: Mapping[str, int]) -> str:
+def draw(row: sharding_table.ArrayRow, sizes: Mapping[str, int]) -> str:
   """Returns the drawing of an array.
 
   Two cut dimensions are the rows and the columns of a box. If three dimensions
@@ -63,7 +63,7 @@ def draw(row: sharding_table.Row, sizes: Mapping[str, int]) -> str:
 
 
 def _arranged(
-  row: sharding_table.Row, sizes: Mapping[str, int]
+  row: sharding_table.ArrayRow, sizes: Mapping[str, int]
 ) -> tuple[Cuts, Cuts, Cuts]:
   """Returns the cuts of panels, rows and columns; [] if there are none."""
   cuts = [[(a, sizes[a]) for a in axes if sizes[a] > 1] for axes in row.cuts]

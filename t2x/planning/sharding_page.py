@@ -64,7 +64,7 @@ body { max-width: 84rem; }
 
 
 def page(
-  table: sharding_table.Table, *, title: str, notes: Iterable[str] = ()
+  table: sharding_table.ShardingTable, *, title: str, notes: Iterable[str] = ()
 ) -> str:
   """Returns a complete HTML page.
 
@@ -104,7 +104,7 @@ def _chip(axis: str, size: int) -> str:
   return f'<i class="axis {axis}">{axis} {size}</i>'
 
 
-def _tiles(table: sharding_table.Table) -> str:
+def _tiles(table: sharding_table.ShardingTable) -> str:
   name = sharding_table.PARAMETERS
   parameters = sharding_table.total(table, name)
   state = sharding_table.total(table)
@@ -126,7 +126,7 @@ def _tiles(table: sharding_table.Table) -> str:
   return f'<dl class="tiles">{"".join(cells)}</dl>'
 
 
-def _memory(table: sharding_table.Table) -> str:
+def _memory(table: sharding_table.ShardingTable) -> str:
   """Returns a bar as long as the page: the parts of a device's state."""
   sums = {name: sharding_table.total(table, name) for name in table.groups}
   bars, names = [], []
@@ -163,7 +163,7 @@ def _bar(share: float, replicated: float) -> str:
   return f'<div class="bar">{parts}</div>'
 
 
-def _legend(table: sharding_table.Table) -> str:
+def _legend(table: sharding_table.ShardingTable) -> str:
   chips = [_chip(axis, n) for axis, n in table.sizes.items() if n > 1]
   most = sharding_drawing.MOST
   return (
@@ -179,7 +179,7 @@ def _legend(table: sharding_table.Table) -> str:
   )
 
 
-def _parameters(table: sharding_table.Table) -> str:
+def _parameters(table: sharding_table.ShardingTable) -> str:
   rows = table.groups[sharding_table.PARAMETERS]
   most = max(row.bytes_per_device for row in rows)
   columns = (
@@ -199,7 +199,7 @@ def _parameters(table: sharding_table.Table) -> str:
 
 
 def _parameter(
-  row: sharding_table.Row, table: sharding_table.Table, most: int
+  row: sharding_table.ArrayRow, table: sharding_table.ShardingTable, most: int
 ) -> str:
   copied = sharding_table.copied_over(row, table)
   chips = ' '.join(_chip(axis, size) for axis, size in copied.items())
@@ -223,7 +223,9 @@ def _breaking(path: str) -> str:
   return html.escape(path).replace('.', '.<wbr>')
 
 
-def _dimensions(row: sharding_table.Row, table: sharding_table.Table) -> str:
+def _dimensions(
+  row: sharding_table.ArrayRow, table: sharding_table.ShardingTable
+) -> str:
   """Returns a line for each dimension: logical axis, size, mesh axes."""
   if not row.shape:
     return f'scalar, {row.dtype}'
@@ -239,7 +241,7 @@ def _dimensions(row: sharding_table.Row, table: sharding_table.Table) -> str:
   return f'<div class="dims">{"".join(cells)}</div><code>{row.dtype}</code>'
 
 
-def _rest(table: sharding_table.Table) -> str:
+def _rest(table: sharding_table.ShardingTable) -> str:
   rows = []
   for name, group in table.groups.items():
     if name == sharding_table.PARAMETERS:

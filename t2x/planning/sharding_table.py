@@ -37,7 +37,7 @@ _GROUPS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
+class ArrayRow:
   """One array.
 
   Attributes:
@@ -78,7 +78,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Table:
+class ShardingTable:
   """A train state on a mesh.
 
   Attributes:
@@ -87,7 +87,7 @@ class Table:
   """
 
   sizes: dict[str, int]
-  groups: dict[str, tuple[Row, ...]]
+  groups: dict[str, tuple[ArrayRow, ...]]
 
   @property
   def num_devices(self) -> int:
@@ -120,7 +120,7 @@ class Total:
   replicated: float
 
 
-def make(config: experiment.Experiment, num_devices: int) -> Table:
+def make(config: experiment.Experiment, num_devices: int) -> ShardingTable:
   """Returns the table of an experiment's train state.
 
   Args:
@@ -144,10 +144,12 @@ def make(config: experiment.Experiment, num_devices: int) -> Table:
     for part, name in _GROUPS.items()
   }
   groups = {name: rows for name, rows in groups.items() if rows}
-  return Table(sizes=sizes, groups=groups)
+  return ShardingTable(sizes=sizes, groups=groups)
 
 
-def _rows(tree: Any, sizes: Mapping[str, int], has_axes: bool) -> Iterator[Row]:
+def _rows(
+  tree: Any, sizes: Mapping[str, int], has_axes: bool
+) -> Iterator[ArrayRow]:
   """Yields the arrays of a part of the train state.
 
   Args:
@@ -173,14 +175,14 @@ def _row(
   array: jax.ShapeDtypeStruct,
   axes: Sequence[str | None],
   sizes: Mapping[str, int],
-) -> Row:
+) -> ArrayRow:
   placement: Any = array.sharding
   missing = len(array.shape) - len(placement.spec)
   spec = tuple(placement.spec) + (None,) * missing
   cuts = tuple(sharding.mesh_axes(entry) for entry in spec)
   parts = math.prod(sizes[a] for axes_of_dim in cuts for a in axes_of_dim)
   item = np.dtype(array.dtype).itemsize
-  return Row(
+  return ArrayRow(
     path=path,
     shape=tuple(array.shape),
     dtype=np.dtype(array.dtype).name,
@@ -192,7 +194,7 @@ def _row(
   )
 
 
-def total(table: Table, group: str | None = None) -> Total:
+def total(table: ShardingTable, group: str | None = None) -> Total:
   """Returns the sums over the arrays of a train state.
 
   Args:
@@ -207,7 +209,7 @@ def total(table: Table, group: str | None = None) -> Total:
   return Total(num_bytes=whole, bytes_per_device=local, replicated=share)
 
 
-def largest_copies(table: Table, most: int = 3) -> list[Row]:
+def largest_copies(table: ShardingTable, most: int = 3) -> list[ArrayRow]:
   """Returns the replicated parameters whose copies take most memory.
 
   Args:
@@ -218,7 +220,7 @@ def largest_copies(table: Table, most: int = 3) -> list[Row]:
   return sorted(copied, key=lambda row: -row.spare_bytes)[:most]
 
 
-def copied_over(row: Row, table: Table) -> dict[str, int]:
+def copied_over(row: ArrayRow, table: ShardingTable) -> dict[str, int]:
   """Returns the mesh axes along which an array is copied, and their sizes."""
   used = {axis for axes in row.cuts for axis in axes}
   return {a: n for a, n in table.sizes.items() if n > 1 and a not in used}
@@ -248,7 +250,7 @@ def percent(share: float) -> str:
   return f'{100 * share:.1f}%'
 
 
-def copies_text(row: Row, table: Table) -> str:
+def copies_text(row: ArrayRow, table: ShardingTable) -> str:
   """Returns the number of an array's copies and their mesh axes, or 'none'."""
   copied = copied_over(row, table)
   if row.copies == 1:
@@ -256,7 +258,7 @@ def copies_text(row: Row, table: Table) -> str:
   return f'{row.copies} over {", ".join(f"{a}={n}" for a, n in copied.items())}'
 
 
-def text(table: Table) -> str:
+def text(table: ShardingTable) -> str:
   """Returns the parameters and the totals as a table of text."""
   header = 'parameter shape dtype axes spec B/device copies replicated'.split()
   rows = [
@@ -289,7 +291,7 @@ def aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
   return [line(row).rstrip() for row in rows]
 
 
-def _totals(table: Table) -> list[str]:
+def _totals(table: ShardingTable) -> list[str]:
   sums = {name: total(table, name) for name in table.groups}
   sums['all'] = total(table)
   rows = [['', 'whole', 'on each device', 'replicated']]
@@ -312,7 +314,7 @@ def _totals(table: Table) -> list[str]:
   ]
 
 
-def to_json(table: Table) -> dict[str, Any]:
+def to_json(table: ShardingTable) -> dict[str, Any]:
   """Returns the table as nested dicts, lists and scalars."""
   entry = lambda row: {
     **dataclasses.asdict(row),

@@ -58,7 +58,7 @@ class AppConfig:
 
 
 def make(
-  writer: request_translation.Writer,
+  writer: request_translation.RequestTranslator,
   runner: engine_thread.Runner,
   metrics: metrics_lib.Metrics,
   config: AppConfig = AppConfig(),
@@ -111,7 +111,7 @@ class _Server:
 
   def __init__(
     self,
-    writer: request_translation.Writer,
+    writer: request_translation.RequestTranslator,
     runner: engine_thread.Runner,
     metrics: metrics_lib.Metrics,
     config: AppConfig,

@@ -29,7 +29,7 @@ class Delta:
 
   index: int
   text: str = ''
-  tokens: Sequence[log_probs.Told] = ()
+  tokens: Sequence[log_probs.TokenScore] = ()
   reason: str | None = None
 
 
@@ -58,7 +58,7 @@ class Choice:
   def __init__(
     self,
     index: int,
-    stream: engine_thread.Stream,
+    stream: engine_thread.SequenceStream,
     text: text_stream.TextStream,
     prefix: str | None = None,
   ):
@@ -74,7 +74,7 @@ class Choice:
     self.index, self.stream, self._text = index, stream, text
     self._prefix = prefix or ''
     # Tokens that have no place yet, and the number of those that have one.
-    self._waiting: collections.deque[log_probs.Told] = collections.deque()
+    self._waiting: collections.deque[log_probs.TokenScore] = collections.deque()
     request = stream.request
     is_skipped = prefix is not None and not request.scores_prompt
     self._number = len(request.prompt) if is_skipped else 0
@@ -111,12 +111,12 @@ class Choice:
         return
       yield self._delta(new)
 
-  def _prompt(self, scores: engine_lib.Scores) -> list[log_probs.Told]:
+  def _prompt(self, scores: engine_lib.Scores) -> list[log_probs.TokenScore]:
     """Returns the tokens of the prompt; the first has no scores."""
     tokens = self.stream.request.prompt
     tops = [None, *(scores.top or [()] * len(scores.log_probs))]
     return [
-      log_probs.Told(token=token, log_prob=log_prob, top=top)
+      log_probs.TokenScore(token=token, log_prob=log_prob, top=top)
       for token, log_prob, top in zip(tokens, [None, *scores.log_probs], tops)
     ]
 
@@ -140,8 +140,8 @@ class Choice:
     return Delta(index=self.index, text=text, tokens=tokens, reason=reason)
 
 
-def _told(piece: engine_thread.Piece) -> log_probs.Told:
-  return log_probs.Told(
+def _told(piece: engine_thread.Piece) -> log_probs.TokenScore:
+  return log_probs.TokenScore(
     token=piece.token,
     log_prob=piece.log_prob,
     top=piece.top,

@@ -47,7 +47,7 @@ class Stopped(Exception):
   """The error for a request to an engine that has stopped."""
 
 
-class Stream:
+class SequenceStream:
   """The pieces of one sequence as they come: an async iterator.
 
   Attributes:
@@ -108,7 +108,9 @@ class Runner:
     self._context = context
     self._observe = observe
     self._orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    self._streams: dict[engine_lib.Text, Stream] = {}  # Unfinished ones.
+    self._streams: dict[
+      engine_lib.Text, SequenceStream
+    ] = {}  # Unfinished ones.
     self._thread = threading.Thread(target=self._run, daemon=True)
     self._lock = threading.Lock()
     self._pending = 0  # Streams that are not over.
@@ -135,7 +137,7 @@ class Runner:
     """Number of streams that are not over."""
     return self._pending
 
-  def submit(self, requests: list[engine_lib.Request]) -> list[Stream]:
+  def submit(self, requests: list[engine_lib.Request]) -> list[SequenceStream]:
     """Submits requests, all or none; must be called on an event loop.
 
     Args:
@@ -161,12 +163,12 @@ class Runner:
           f'takes {most}. Ask again later.'
         )
       self._pending += len(requests)
-      streams = [Stream(self, request) for request in requests]
+      streams = [SequenceStream(self, request) for request in requests]
       for stream in streams:
         self._orders.put((self._add, stream))
     return streams
 
-  def cancel(self, stream: Stream) -> None:
+  def cancel(self, stream: SequenceStream) -> None:
     """Orders the engine to end a sequence and to free its slot."""
     self._orders.put((self._cancel, stream))
 
@@ -206,7 +208,7 @@ class Runner:
         act, stream = order
         act(stream)
 
-  def _add(self, stream: Stream) -> None:
+  def _add(self, stream: SequenceStream) -> None:
     try:
       stream._text = self.engine.add(stream.request)
     except ValueError as error:
@@ -214,7 +216,7 @@ class Runner:
       return
     self._streams[stream._text] = stream
 
-  def _cancel(self, stream: Stream) -> None:
+  def _cancel(self, stream: SequenceStream) -> None:
     text = stream._text
     if text is not None and text in self._streams:
       self.engine.cancel(text)
@@ -267,7 +269,7 @@ class Runner:
       top=scores.top[0] if scores.top else (),
     )
 
-  def _send(self, stream: Stream, pieces: list[Piece]) -> None:
+  def _send(self, stream: SequenceStream, pieces: list[Piece]) -> None:
     if any(piece.reason for piece in pieces):
       stream.is_over = True
       with self._lock:

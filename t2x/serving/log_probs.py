@@ -12,7 +12,7 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Told:
+class TokenScore:
   """A token of an answer, with its log-probability and its place.
 
   Attributes:
@@ -33,7 +33,7 @@ class Told:
 
 
 def completion(
-  tokens: Sequence[Told], token_bytes: Sequence[bytes], with_top: bool
+  tokens: Sequence[TokenScore], token_bytes: Sequence[bytes], with_top: bool
 ) -> dict[str, Any]:
   """Returns the field `logprobs` of a completion.
 
@@ -56,7 +56,7 @@ def completion(
 
 
 def chat(
-  tokens: Sequence[Told], token_bytes: Sequence[bytes]
+  tokens: Sequence[TokenScore], token_bytes: Sequence[bytes]
 ) -> dict[str, Any]:
   """Returns the field `logprobs` of a chat completion.
 
@@ -91,7 +91,7 @@ def token_name(data: bytes) -> str:
     return 'bytes:' + ''.join(f'\\x{byte:02x}' for byte in data)
 
 
-def _names(told: Told, token_bytes: Sequence[bytes]) -> dict[int, str]:
+def _names(told: TokenScore, token_bytes: Sequence[bytes]) -> dict[int, str]:
   """Returns distinct names of a token and the likeliest at its position."""
   names: dict[int, str] = {}
   for token in [*(token for token, _ in told.top or ()), told.token]:

@@ -151,7 +151,7 @@ class TextPart(Body):
   text: str
 
 
-class Message(Body):
+class ChatMessage(Body):
   """A message of a conversation.
 
   Attributes:
@@ -177,7 +177,7 @@ class Message(Body):
 class ChatBody(Common):
   """POST /v1/chat/completions."""
 
-  messages: list[Message] = pydantic.Field(min_length=1)
+  messages: list[ChatMessage] = pydantic.Field(min_length=1)
   max_tokens: int | None = pydantic.Field(default=None, ge=1)
   max_completion_tokens: int | None = pydantic.Field(default=None, ge=1)
   logprobs: bool = False

@@ -54,7 +54,7 @@ class Job:
   num_top: int | None
 
 
-class Writer:
+class RequestTranslator:
   """Turns bodies into requests to the engine, and its tokens into text.
 
   Attributes:
@@ -86,7 +86,7 @@ class Writer:
     self._max_length = max_length
     self.token_bytes = trained.token_bytes
     self._ends = trained.end_ids
-    self._controls = constraints.Controls(trained)
+    self._controls = constraints.ConstraintFactory(trained)
 
   def job(self, body: protocol.CompletionBody | protocol.ChatBody) -> Job:
     """Returns the requests of a body.

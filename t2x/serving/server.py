@@ -80,7 +80,7 @@ def make(
     made.warm(trained.temperature)
   runner = engine_thread.Runner(made, trained.decoding, observe=metrics.observe)
   metrics.watch(runner)
-  writer = request_translation.Writer(
+  writer = request_translation.RequestTranslator(
     trained,
     name,
     chat=chat,

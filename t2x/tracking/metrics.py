@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 FILE = 'metrics.jsonl'
 
 
-class Writer:
+class MetricsWriter:
   """Writes the rows of a run and shows its progress.
 
   Where a run resumes after `start_step` steps, the rows of later steps, which
@@ -125,7 +125,7 @@ class Writer:
       for part in parts:
         stack.callback(part.close)
 
-  def __enter__(self) -> 'Writer':
+  def __enter__(self) -> 'MetricsWriter':
     return self
 
   def __exit__(self, *exc_info: object) -> None:

@@ -140,7 +140,7 @@ class Run:
 
   def open(self, show: bool) -> None:
     """Opens what is written to and read from in each step."""
-    self.writer = metrics_lib.Writer(
+    self.writer = metrics_lib.MetricsWriter(
       self.workdir,
       start_step=self.step,
       num_steps=self.num_steps,

@@ -77,7 +77,7 @@ class StepConfig:
   memory: tuple[int, int] | None = None
   tasks: task_weighting.Tasks | None = None
   sampling: scheduled_sampling.ScheduledSampling | None = None
-  pipeline: plan_lib.Plan | None = None
+  pipeline: plan_lib.PipelinePlan | None = None
 
 
 def partition(model: Any, pattern: str) -> tuple[Any, Any]:

@@ -42,7 +42,7 @@ class Case:
   S: int = T
   N: int = 4
   K: int = 4
-  options: dense.Options = dense.Options()
+  options: dense.AttentionOptions = dense.AttentionOptions()
   bias: str = ''
   drop: float = 0.0
 
@@ -82,20 +82,25 @@ CASES = {
   'relative, both sides': Case(mask=seen_by_segment(), bias='relative'),
   'alibi': Case(mask=make_mask(causal=True), bias='alibi'),
   'soft cap and scale': Case(
-    mask=make_mask(causal=True), options=dense.Options(soft_cap=2.0, scale=1.0)
+    mask=make_mask(causal=True),
+    options=dense.AttentionOptions(soft_cap=2.0, scale=1.0),
   ),
-  'blocks': Case(mask=make_mask(causal=True), options=dense.Options(block=3)),
+  'blocks': Case(
+    mask=make_mask(causal=True), options=dense.AttentionOptions(block=3)
+  ),
   # Several to a run, and several runs to a piece.
   'small blocks': Case(
     mask=seen_by_segment(causal=True),
     N=8,
     K=4,
-    options=dense.Options(block=1),
+    options=dense.AttentionOptions(block=1),
     bias='relative',
   ),
   'dropout': Case(mask=make_mask(causal=True), drop=0.3),
   'dropout, small blocks': Case(
-    mask=make_mask(causal=True), options=dense.Options(block=1), drop=0.3
+    mask=make_mask(causal=True),
+    options=dense.AttentionOptions(block=1),
+    drop=0.3,
   ),
   'dropout, cross': Case(S=48, drop=0.3),
 }
@@ -363,7 +368,7 @@ def test_one_axis_splits_a_sequence():
 def test_a_ring_has_no_kernel_to_insist_on():
   q = jnp.ones((8, 64, 2, 8))
   sizes = mesh_lib.MeshConfig(data=1, context=8)
-  flash = dense.Options(kernel='flash')
+  flash = dense.AttentionOptions(kernel='flash')
   with sharding.use(mesh_lib.make(sizes), sharding.Rules()):
     with pytest.raises(
       ValueError, match='flash: a ring of devices runs blocks'

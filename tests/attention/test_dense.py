@@ -40,7 +40,7 @@ def sees(mask, b, t, s):
 
 def naive(q, k, v, mask, *, options=None, bias=None):
   """Returns (out, lse) as float64, by loops over rows, queries and heads."""
-  options = options or dense.Options()
+  options = options or dense.AttentionOptions()
   scale = options.scale or 1 / math.sqrt(q.shape[-1])
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
   mask = jax.tree.map(np.asarray, mask)
@@ -74,7 +74,7 @@ class Case:
   S: int = 11
   N: int = 2
   K: int = 2
-  options: dense.Options = dense.Options(block=4)
+  options: dense.AttentionOptions = dense.AttentionOptions(block=4)
   blind: bool = False  # Some query sees nothing.
 
 
@@ -89,9 +89,11 @@ make_mask = mask_lib.make
 CASES = {
   'everything': Case(),
   'causal': Case(mask=make_mask(causal=True)),
-  'one block': Case(mask=make_mask(causal=True), options=dense.Options()),
+  'one block': Case(
+    mask=make_mask(causal=True), options=dense.AttentionOptions()
+  ),
   'block of one': Case(
-    mask=make_mask(causal=True), options=dense.Options(block=1)
+    mask=make_mask(causal=True), options=dense.AttentionOptions(block=1)
   ),
   'window': Case(mask=make_mask(causal=True, window=3)),
   'window of one': Case(mask=make_mask(causal=True, window=1)),
@@ -168,9 +170,10 @@ CASES = {
     S=4,
     blind=True,
   ),
-  'scale': Case(options=dense.Options(scale=1.0, block=4)),
+  'scale': Case(options=dense.AttentionOptions(scale=1.0, block=4)),
   'soft cap': Case(
-    mask=make_mask(causal=True), options=dense.Options(soft_cap=0.7, block=3)
+    mask=make_mask(causal=True),
+    options=dense.AttentionOptions(soft_cap=0.7, block=3),
   ),
 }
 
@@ -322,7 +325,8 @@ def test_alibi_bias():
 @pytest.mark.parametrize('block', [5, 64])
 def test_the_block_size_changes_nothing(block):
   case = dataclasses.replace(
-    CASES['causal segments and window'], options=dense.Options(block=block)
+    CASES['causal segments and window'],
+    options=dense.AttentionOptions(block=block),
   )
   q, k, v = draw(case)
   expected, _ = naive(q, k, v, case.mask)
@@ -420,7 +424,7 @@ def test_blocks_and_orders_drop_the_same():
   )
   mask = make_mask(causal=True)
   want = whole(mask)(q, k, v)
-  small = whole(mask, options=dense.Options(block=5))(q, k, v)
+  small = whole(mask, options=dense.AttentionOptions(block=5))(q, k, v)
   np.testing.assert_allclose(small, want, atol=1e-6)
   order = zigzag.index(12, 3)
   moved = dataclasses.replace(mask, q_zigzag=3, k_zigzag=3)
@@ -436,7 +440,7 @@ def run_plain(q, k, v, mask):
 def flops(mask, length=512, block=64):
   """Of the compiled products, loops counted."""
   shape = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
-  options = dense.Options(block=block)
+  options = dense.AttentionOptions(block=block)
   cost = lambda q, k, v: dense.attend(q, k, v, mask, options=options)
   compiled = jax.jit(cost).lower(shape, shape, shape).compile()
   return matmul_flops.matrix_flops(compiled.as_text())

@@ -41,7 +41,7 @@ class Case:
   N: int = 2
   K: int = 2
   V: int = H
-  options: dense.Options = dense.Options(block=8)
+  options: dense.AttentionOptions = dense.AttentionOptions(block=8)
 
 
 def of(pattern, **kwargs):
@@ -51,13 +51,13 @@ def of(pattern, **kwargs):
 CASES = {
   'everything': Case(),
   'causal': of(Causal()),
-  'causal, chosen blocks': of(Causal(), options=dense.Options()),
+  'causal, chosen blocks': of(Causal(), options=dense.AttentionOptions()),
   'window': of(Causal() & Window(5)),
   'two-sided window, grouped': of(Window(6), N=6, K=2),
   'dilated': of(Causal() & Window(18) & Dilated(3)),
   'global': of(Causal() & (Window(4) | Global(3))),
   'bigbird': of(
-    Window(5) | Global(4) | _RANDOM, options=dense.Options(block=4)
+    Window(5) | Global(4) | _RANDOM, options=dense.AttentionOptions(block=4)
   ),
   'bigbird, chosen blocks': of(Window(5) | Global(4) | _RANDOM, K=1),
   'region': of(patterns.Region(8)),
@@ -81,7 +81,7 @@ CASES = {
   ),
   'other lengths': of(patterns.Everything(), T=19, S=50, V=6),
   'soft cap and scale': of(
-    Causal(), options=dense.Options(block=8, soft_cap=0.9, scale=0.7)
+    Causal(), options=dense.AttentionOptions(block=8, soft_cap=0.9, scale=0.7)
   ),
 }
 

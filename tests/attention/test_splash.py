@@ -89,7 +89,7 @@ def test_values_and_gradients_are_the_oracles(name):
       interpret=True,
     )
 
-  options = dense.Options(scale=case.scale, soft_cap=case.soft_cap)
+  options = dense.AttentionOptions(scale=case.scale, soft_cap=case.soft_cap)
   # The oracle's gradients are NaN where nothing is seen.
   blind = 'nothing' in name
   other = dense.attend if blind else reference.attend
@@ -136,7 +136,7 @@ def test_the_chosen_block_divides():
 
 def why(mask=make_mask(causal=True), T=T, S=None, block=None, **given):
   shape = lambda length: jax.ShapeDtypeStruct((B, length, 2, H), jnp.float32)
-  keys, options = shape(S or T), dense.Options(block=block)
+  keys, options = shape(S or T), dense.AttentionOptions(block=block)
   kwargs = {'platform': 'tpu', 'options': options, **given}
   return kernels.why_not(shape(T), keys, keys, mask, **kwargs)
 
@@ -181,7 +181,7 @@ def test_where_it_serves():
 
 def test_flash_is_refused_where_it_cannot_be():
   q = jnp.ones((1, 128, 1, H))
-  flash = dense.Options(kernel='flash')
+  flash = dense.AttentionOptions(kernel='flash')
   with pytest.raises(
     ValueError,
     match='attention.kernel=flash: there is no kernel for cpu devices. Set it',

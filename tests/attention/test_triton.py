@@ -51,7 +51,7 @@ def test_values_and_gradients(causal, segments):
     triton.attend, mask=mask, scale=SCALE, block=32, interpret=True
   )
   oracle = functools.partial(
-    reference.attend, mask=mask, options=dense.Options(scale=SCALE)
+    reference.attend, mask=mask, options=dense.AttentionOptions(scale=SCALE)
   )
   grad = lambda fn: jax.grad(
     functools.partial(loss, fn, weights), (0, 1, 2), has_aux=True
@@ -88,7 +88,7 @@ def why_not(T=T, S=None, H=H, V=None, mask=None, dtype='bfloat16', **options):
     shaped(S or T, V or H),
     mask or a_mask(segments=False),
     platform='gpu',
-    options=dense.Options(**options),
+    options=dense.AttentionOptions(**options),
   )
 
 
@@ -125,7 +125,7 @@ def test_compiled_for_gpus():
 
   def total(q, k, v, segments):
     mask = mask_lib.self_attention(segments, causal=True)
-    options = dense.Options(kernel='flash')
+    options = dense.AttentionOptions(kernel='flash')
     out = kernels.attend(q, k, v, mask, options=options)
     return (out.astype(jnp.float32) ** 2).sum()
 

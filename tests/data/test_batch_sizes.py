@@ -31,7 +31,9 @@ def _corpus(path, lengths, num_streams=1):
   for i in range(num_streams):
     documents = [np.r_[3, rng.integers(105, 361, n - 2), 1] for n in lengths]
     token_store.write(path, str(i), [(documents, 1)], vocab_size=361)
-  streams = tuple(token_store.Stream(path, str(i)) for i in range(num_streams))
+  streams = tuple(
+    token_store.TokenStream(path, str(i)) for i in range(num_streams)
+  )
   return corpus_lib.Corpus(
     tokenizer=tokenizers.BytesTokenizer(tokenizers.Bytes()),
     fingerprint='x',

@@ -59,7 +59,9 @@ def _corpus(path, num_streams=1, num_documents=100):
       for _ in range(num_documents)
     ]
     token_store.write(path, str(i), [(documents, 1)], vocab_size=361)
-  streams = tuple(token_store.Stream(path, str(i)) for i in range(num_streams))
+  streams = tuple(
+    token_store.TokenStream(path, str(i)) for i in range(num_streams)
+  )
   return corpus_lib.Corpus(
     tokenizer=tokenizers.BytesTokenizer(tokenizers.Bytes()),
     fingerprint='x',

@@ -31,7 +31,9 @@ def _corpus(path, *sides):
       for n in lengths
     ]
     token_store.write(path, str(i), [(documents, 1)], vocab_size=361)
-  streams = tuple(token_store.Stream(path, str(i)) for i in range(len(sides)))
+  streams = tuple(
+    token_store.TokenStream(path, str(i)) for i in range(len(sides))
+  )
   return corpus_lib.Corpus(
     tokenizer=tokenizers.BytesTokenizer(tokenizers.Bytes()),
     fingerprint='x',

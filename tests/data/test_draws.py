@@ -81,7 +81,9 @@ def _streams(directory):
       for n in numbers
     ]
     token_store.write(directory, name, [(documents, 1)], vocab_size=361)
-  return {n: token_store.Stream(directory, n) for n in ('0', '1', 'labels')}
+  return {
+    n: token_store.TokenStream(directory, n) for n in ('0', '1', 'labels')
+  }
 
 
 def _corpus(directory, objective):

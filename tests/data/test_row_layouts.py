@@ -25,7 +25,7 @@ def _documents(lengths=LENGTHS, seed=0):
 def _stream(path, documents, name='0'):
   chunks = [(documents[:1], 7), (documents[1:], 11)]
   token_store.write(path, name, chunks, vocab_size=300)
-  return token_store.Stream(path, name)
+  return token_store.TokenStream(path, name)
 
 
 def _config(**changes):
@@ -54,7 +54,7 @@ def test_stream_gives_back_what_was_written(tmp_path):
   assert np.diff(stream.offsets).tolist() == LENGTHS
   assert (stream.num_tokens, stream.num_bytes) == (sum(LENGTHS), 18)
   token_store.write(tmp_path, 'big', [(documents, 1)], vocab_size=70_000)
-  assert token_store.Stream(tmp_path, 'big').tokens.dtype == np.uint32
+  assert token_store.TokenStream(tmp_path, 'big').tokens.dtype == np.uint32
 
 
 def test_stream_pickles_as_its_path(tmp_path):

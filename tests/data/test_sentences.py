@@ -37,7 +37,7 @@ def documents():
 def stream(tmp_path_factory):
   path = tmp_path_factory.mktemp('stream')
   token_store.write(path, '0', [(documents(), 1)], vocab_size=SIZE)
-  return token_store.Stream(path, '0')
+  return token_store.TokenStream(path, '0')
 
 
 def vocab():
@@ -167,7 +167,7 @@ def test_masks_are_of_both_sentences(stream):
 
 def test_messages(tmp_path):
   token_store.write(tmp_path, '0', [(documents()[:1], 1)], vocab_size=SIZE)
-  lone = token_store.Stream(tmp_path, '0')
+  lone = token_store.TokenStream(tmp_path, '0')
   with pytest.raises(ValueError, match='has 1 document.*random=0 and hard'):
     sentences.SentencePairs(config(), lone, vocab())
   sentences.SentencePairs(config(random=0, hard=1), lone, vocab())

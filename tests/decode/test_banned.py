@@ -29,7 +29,7 @@ TOKENS = [
   '\u00e9'.encode(), '\u00e9'.encode()[:1], '\u00e9'.encode()[1:],
   b'a' + '\u00e9'.encode()[:1], b'', b'aa', b'caba', b'c"',
 ]  # fmt: skip
-PIECES = pieces_lib.Pieces(TOKENS)
+PIECES = pieces_lib.TokenBytes(TOKENS)
 V, LENGTH = len(TOKENS), 12
 
 
@@ -288,7 +288,7 @@ def test_what_cannot_be_is_one_line(model):
     with pytest.raises(ValueError, match=message):
       banned_lib.Banned(['a', word], PIECES)
   config = Sampling(banned_words=banned_lib.Banned(['a'], PIECES))
-  other = pieces_lib.Pieces(TOKENS[:-1])
+  other = pieces_lib.TokenBytes(TOKENS[:-1])
   small = Sampling(banned_words=banned_lib.Banned(['a'], other))
   with pytest.raises(ValueError, match=f'{V - 1} tokens, and the model has'):
     generate.generate(model, [[3]], num_tokens=4, sampling=small)

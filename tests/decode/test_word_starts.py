@@ -19,7 +19,7 @@ LETTERS = list('aab "\n.\u00e9\u201c\u6f22\u20ac1') + [
   '\U00010330',
   '\U0001f642',
 ]
-BYTES = pieces_lib.Pieces([bytes([b]) for b in range(256)])
+BYTES = pieces_lib.TokenBytes([bytes([b]) for b in range(256)])
 
 
 def holds(before, text, word, from_start):
@@ -47,7 +47,7 @@ def test_thousands_of_texts_byte_by_byte(from_start):
     # Of few letters, words begin within words.
     letters = LETTERS if number % 2 else ['a', 'a', '"']
     words = [draw(rng, 5, letters) for _ in range(3)]
-    made = word_starts.Words(words, [from_start] * 3, BYTES)
+    made = word_starts.WordFinder(words, [from_start] * 3, BYTES)
     for _ in range(5):
       text = bytearray(draw(rng, 14, letters).encode())
       for _ in range(rng.integers(0, 3)):
@@ -70,7 +70,9 @@ def test_thousands_of_texts_byte_by_byte(from_start):
 def test_the_devices_follow_as_the_host_does():
   rng = np.random.default_rng(1)
   words = ['ab', '\u00e9', '" a', 'abab']
-  made = word_starts.Words(words, [True, True, False, True], test_banned.PIECES)
+  made = word_starts.WordFinder(
+    words, [True, True, False, True], test_banned.PIECES
+  )
   prompts = test_banned.draw_prompts(rng, 3)
   arrays = word_starts.arrays(made, prompts)
   fn = jax.jit(lambda arrays, state, token: arrays.after(state, token))
@@ -90,7 +92,7 @@ def test_keywords_are_met_by_their_text():
   words = ['ab', 'cab']
   token = test_banned.TOKENS.index
   forms = [[(token(b' ab'),)], [(token(b' '), token(b'cab'))]]
-  texts = word_starts.Words(words, [True, True], test_banned.PIECES)
+  texts = word_starts.WordFinder(words, [True, True], test_banned.PIECES)
   early = 0
   for _ in range(200):
     prompt = test_banned.draw_prompts(rng, 1)[0]
@@ -121,7 +123,7 @@ def test_enough_beams_find_the_best_text_that_holds_a_word():
   """Of all texts, of which many have it in other tokens than its form."""
   end, most, prompt = 2, 4, (1, 3)
   spelled = [b'a', b'b', b'', b'ab', b'"', b' a']
-  texts = word_starts.Words(['ab'], [True], pieces_lib.Pieces(spelled))
+  texts = word_starts.WordFinder(['ab'], [True], pieces_lib.TokenBytes(spelled))
   join = lambda tokens: b''.join(spelled[token] for token in tokens)
 
   def all_texts():

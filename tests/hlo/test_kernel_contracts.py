@@ -59,7 +59,7 @@ def attend(mesh, rules=sharding.Rules(), num_kv=N):
 
   def both(q, k, v, d_out):
     mask = mask_lib.make(causal=True)
-    options = dense.Options(kernel='flash', block=BLOCK)
+    options = dense.AttentionOptions(kernel='flash', block=BLOCK)
     fn = lambda q, k, v: context.attend(q, k, v, mask, options=options)
     out, back = jax.vjp(fn, q, k, v)
     return out, back(d_out)

@@ -117,7 +117,9 @@ def test_words_in_texts_and_searches(tmp_path):
   trained = make('bytes', tmp_path)
   words, banned = ['ox', 'zebra'], trained.banned(['q', 'xx', 'a"', '\n'])
   sampling = generation.Sampling(banned_words=banned)
-  made = constraints.Controls(trained).make(num_tokens=30, keywords=words)
+  made = constraints.ConstraintFactory(trained).make(
+    num_tokens=30, keywords=words
+  )
   texts = generation.generate_text(
     trained, PROMPTS, num_tokens=30, control=made, sampling=sampling
   )

@@ -53,7 +53,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def controls(trained):
-  return constraints.Controls(trained)
+  return constraints.ConstraintFactory(trained)
 
 
 def write(trained, made, num_tokens=50, num=6, **options):
@@ -156,7 +156,9 @@ def test_tokenizers_of_others(name, tmp_path):
   ids = tokenizer.encode(text)
   joined = b''.join(pieces[i] for i in ids).decode()
   assert joined.strip() == tokenizer.decode(ids).strip()
-  rule = constraints.Rules(tokenizer, tokenizer.vocab_size).regex('[ ]?the.*')
+  rule = constraints.RuleCompiler(tokenizer, tokenizer.vocab_size).regex(
+    '[ ]?the.*'
+  )
   for token in ids[:4]:
     assert rule.allows(token)
     rule.advance(token)
@@ -186,7 +188,7 @@ def test_letters_that_no_token_has():
       return [p if p in b'ab' and p else b'' for p in super().token_bytes()]
 
   tokenizer = Letters(tokenizers.Bytes())
-  rules = constraints.Rules(tokenizer, tokenizer.vocab_size)
+  rules = constraints.RuleCompiler(tokenizer, tokenizer.vocab_size)
   with pytest.raises(ValueError, match='cannot be'):
     rules.regex('c')
   rule = rules.regex('ac')

@@ -128,7 +128,7 @@ def test_what_a_checkpoint_forbids(tmp_path, caplog):
     ).tokens
   )
   plain = texts(trained)
-  own = generation_config.Generation(
+  own = generation_config.GenerationConfig(
     ends=(plain[0][6], 2),
     first=plain[1][3],
     not_first=(plain[0][0],),

@@ -117,7 +117,7 @@ def test_a_padding_that_is_left_open():
   hf = {**llama, 'pad_token_id': None, 'rope_scaling': None}
   assert configs.to_t2x(hf) == configs.to_t2x(llama)
   found = generation_config.read(None, hf, vocab_size=50)
-  assert found == generation_config.Generation()
+  assert found == generation_config.GenerationConfig()
 
 
 GENERATION = {

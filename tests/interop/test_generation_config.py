@@ -315,7 +315,7 @@ def requests(trained, **body):
   from t2x.serving import protocol
   from t2x.serving import request_translation
 
-  made = request_translation.Writer(
+  made = request_translation.RequestTranslator(
     trained, 'name', chat=chat.Chat(trained.tokenizer, None), max_length=64
   )
   return made.job(protocol.CompletionBody(prompt=PROMPTS, **body)).requests

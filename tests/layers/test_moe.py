@@ -270,7 +270,7 @@ def test_the_balancing_bias_follows_the_load():
   layer = make(ROUTERS['biased'])
   before = np.asarray(layer.balance_E[...])
   tokens_E = jnp.asarray([4.0, 1.0, 3.0, 3.0, 4.0])
-  load = load_balancing.Load(tokens_E, jnp.zeros(()), jnp.asarray(15.0))
+  load = load_balancing.LayerLoad(tokens_E, jnp.zeros(()), jnp.asarray(15.0))
   after = load_balancing.update({'mlp': layer}, {'mlp': load})['mlp']
   want = before + 0.1 * np.asarray([-1, 1, 0, 0, -1])
   np.testing.assert_allclose(after.balance_E[...], want, rtol=1e-6)
@@ -279,12 +279,12 @@ def test_the_balancing_bias_follows_the_load():
 
 def test_metrics_of_load():
   loads = {
-    'a': load_balancing.Load(
+    'a': load_balancing.LayerLoad(
       jnp.asarray([[3.0, 1.0], [2.0, 2.0]]),
       jnp.asarray([1.0, 0.0]),
       jnp.asarray([4.0, 4.0]),
     ),
-    'b': load_balancing.Load(
+    'b': load_balancing.LayerLoad(
       jnp.asarray([1.0, 1.0, 6.0]), jnp.asarray(0.0), jnp.asarray(8.0)
     ),
   }

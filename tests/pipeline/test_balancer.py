@@ -22,7 +22,7 @@ from t2x.pipeline import schedules
 
 
 def stack(*costs, name='tower', **settings):
-  tower = placement.Tower(name, len(costs))
+  tower = placement.TowerLayers(name, len(costs))
   return balancer.Stack(tower=tower, costs=costs, **settings)
 
 

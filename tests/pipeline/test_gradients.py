@@ -312,7 +312,7 @@ def test_half_of_what_is_stacked_cannot_be_trained():
   trained, _ = train_state.partition(model, step.trainable)
   message = 'group.0 than of tower.layers.remainder.0'
   with sharding.use(mesh, RULES), pytest.raises(ValueError, match=message):
-    weights.Layout.of(trained, step.pipeline)
+    weights.StageLayout.of(trained, step.pipeline)
 
 
 @pytest.mark.parametrize('name', ['decoder', 'encoder_decoder'])

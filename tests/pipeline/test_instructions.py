@@ -8,8 +8,11 @@ from t2x.pipeline import operations as ops
 from t2x.pipeline import placement
 from t2x.pipeline import schedules
 
-_TOWER = [placement.Tower('tower', 48)]
-_TWO = [placement.Tower('encoder', 24), placement.Tower('decoder', 24)]
+_TOWER = [placement.TowerLayers('tower', 48)]
+_TWO = [
+  placement.TowerLayers('encoder', 24),
+  placement.TowerLayers('decoder', 24),
+]
 _CASES = [
   (name, stages, micro, recompute)
   for name in schedules.NAMES

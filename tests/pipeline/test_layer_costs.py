@@ -61,7 +61,7 @@ CONFIGS = {
     **SHARED | {'attention': dataclasses.replace(HEADS, qk_norm=True)}
   ),
 }
-WHOLE = layer_costs.Layout(sizes={'pipe': 2}, rules=sharding.Rules())
+WHOLE = layer_costs.MeshSplit(sizes={'pipe': 2}, rules=sharding.Rules())
 
 
 def batch_of(config):
@@ -120,7 +120,7 @@ def stacks_of(config, layout=WHOLE, batch=None):
     if isinstance(config, encoder_decoder.EncoderDecoderConfig)
     else ('tower',)
   )
-  towers = [placement.Tower(name, num, group) for name in names]
+  towers = [placement.TowerLayers(name, num, group) for name in names]
   batch = batch or batch_of(config)
   table = schedules.make('one_f_one_b', num_stages=2, num_microbatches=2)
   stacks = layer_costs.stacks(config, towers, batch, False)
@@ -196,7 +196,7 @@ def test_what_mesh_axes_split():
 def test_dearer_layers_and_the_head():
   """Costs are FLOPs: 3 forwards of each, 4 of a layer that is run again."""
   config = CONFIGS['experts']
-  tower = placement.Tower('tower', 3, 2)
+  tower = placement.TowerLayers('tower', 3, 2)
   of = lambda again: layer_costs.stacks(
     dataclasses.replace(config, num_layers=3), [tower], batch_of(config), again
   )[0]

@@ -11,7 +11,7 @@ from t2x.pipeline import placement
 from t2x.pipeline import schedules
 from t2x.pipeline import weights
 
-_TOWER = placement.Tower('tower', 8)
+_TOWER = placement.TowerLayers('tower', 8)
 
 
 @pytest.mark.parametrize(
@@ -19,9 +19,17 @@ _TOWER = placement.Tower('tower', 8)
   [
     ([_TOWER], 4, [2, 2, 2, 2]),
     ([_TOWER], 3, [3, 3, 2]),
-    ([placement.Tower('tower', 7, 2)], 2, [2, 2]),
-    ([placement.Tower('a', 4), placement.Tower('b', 4)], 4, [2, 2, 2, 2]),
-    ([placement.Tower('a', 2), placement.Tower('b', 6)], 4, [2, 2, 2, 2]),
+    ([placement.TowerLayers('tower', 7, 2)], 2, [2, 2]),
+    (
+      [placement.TowerLayers('a', 4), placement.TowerLayers('b', 4)],
+      4,
+      [2, 2, 2, 2],
+    ),
+    (
+      [placement.TowerLayers('a', 2), placement.TowerLayers('b', 6)],
+      4,
+      [2, 2, 2, 2],
+    ),
   ],
 )
 def test_even_shares(towers, parts, expected):
@@ -45,7 +53,10 @@ def test_slots_and_evenness():
 
 
 def test_a_tower_on_every_stage_is_contiguous():
-  towers = [placement.Tower('encoder', 4), placement.Tower('decoder', 8)]
+  towers = [
+    placement.TowerLayers('encoder', 4),
+    placement.TowerLayers('decoder', 8),
+  ]
   table = schedules.interleaved(2, 4, 2)
   place = placement.place(towers, [2, 2, 4, 4], table)
   assert place.is_contiguous
@@ -69,7 +80,10 @@ def test_layers_that_do_not_fit(units, message):
 
 
 def test_a_part_lies_within_a_tower():
-  towers = [placement.Tower('encoder', 2), placement.Tower('decoder', 4)]
+  towers = [
+    placement.TowerLayers('encoder', 2),
+    placement.TowerLayers('decoder', 4),
+  ]
   message = (
     'adds up to 6. The parts must make up 2 layers of the encoder, the next '
     'ones 4 layers of the decoder; none has layers of two towers.'

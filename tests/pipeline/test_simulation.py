@@ -86,7 +86,7 @@ def test_a_stage_of_its_own_cost():
 
 @all_tables
 def test_memory_is_what_is_held_at_once(table):
-  memory = simulation.Memory(inputs=1, activations=10, weight=4)
+  memory = simulation.MicrobatchMemory(inputs=1, activations=10, weight=4)
   peaks = [0] * table.num_stages
   held = [{} for _ in peaks]
   flight = [0] * table.num_stages
@@ -146,7 +146,7 @@ _FORMS = [(1, 'loop'), (2, 'loop'), (2, 'v'), (3, 'v'), (3, 'loop')]
 @pytest.mark.parametrize('recompute', [False, True])
 @pytest.mark.parametrize('chunks, placement', _FORMS)
 def test_generated_tables_keep_to_the_limit(chunks, placement, recompute):
-  memory = simulation.Memory(inputs=0.25, activations=1, weight=0.5)
+  memory = simulation.MicrobatchMemory(inputs=0.25, activations=1, weight=0.5)
   least = chunks if not recompute else 0.25 * (chunks - 1) + 1
   for (s, m), more in itertools.product([(1, 3), (3, 2), (4, 9)], (0, 0.5, 6)):
     limit = least + more

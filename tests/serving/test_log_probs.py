@@ -238,10 +238,10 @@ def test_a_text_that_tokens_share(url, trained):
 
 def test_a_letter_and_its_byte():
   """The likelier has the text; the other, and special ones, keep theirs."""
-  told = log_probs.Told(
+  told = log_probs.TokenScore(
     token=1, log_prob=-2.0, top=((0, -1.0), (1, -2.0), (3, -3.0), (2, -4.0))
   )
-  rest = log_probs.Told(token=1, log_prob=-9.0, top=((0, -1.0),), place=1)
+  rest = log_probs.TokenScore(token=1, log_prob=-9.0, top=((0, -1.0),), place=1)
   token_bytes = [b'a', b'a', b'\xff', b'']
   found = log_probs.completion([told, rest], token_bytes, True)
   assert found['top_logprobs'][0] == {

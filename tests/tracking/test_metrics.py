@@ -16,7 +16,7 @@ from t2x.tracking import metrics
 
 def _open(workdir, start_step=0, num_steps=9, **options):
   options = {'show': False, **options}
-  return metrics.Writer(
+  return metrics.MetricsWriter(
     workdir, start_step=start_step, num_steps=num_steps, **options
   )
 

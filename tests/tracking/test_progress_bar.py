@@ -12,7 +12,7 @@ from t2x.tracking import progress_bar
 def test_without_a_terminal_lines_are_rare_and_the_last_is_shown(
   tmp_path, capsys
 ):
-  with metrics.Writer(
+  with metrics.MetricsWriter(
     tmp_path, start_step=0, num_steps=50, header='MFU = x'
   ) as writer:
     for step in range(1, 51):
@@ -46,7 +46,7 @@ def test_time_left_goes_by_the_rows_after_the_first(
 def test_a_terminal_shows_a_bar(tmp_path):
   program = (
     'from t2x.tracking import metrics\n'
-    f'with metrics.Writer({str(tmp_path)!r}, start_step=0, num_steps=4,'
+    f'with metrics.MetricsWriter({str(tmp_path)!r}, start_step=0, num_steps=4,'
     " header='MFU [x] = 1') as writer:\n"
     '  for step in range(1, 5):\n'
     "    writer.write({'step': step, 'loss': 7 / step,"

@@ -37,7 +37,9 @@ def _rows():
 @pytest.fixture
 def workdir(tmp_path):
   folder = tmp_path / 'run <1>'
-  with metrics.Writer(folder, start_step=0, num_steps=10, show=False) as writer:
+  with metrics.MetricsWriter(
+    folder, start_step=0, num_steps=10, show=False
+  ) as writer:
     for row in _rows():
       writer.write(row)
   (folder / 'config.json').write_text(json.dumps(_CONFIG))

@@ -347,7 +347,7 @@ def _train(directory, workdir, **settings):
 @_GARBAGE
 def test_training_outlives_a_full_disk(directory, small_disk, monkeypatch):
   _train(directory, directory / 'whole', train__num_steps=8)
-  write = metrics.Writer.write
+  write = metrics.MetricsWriter.write
 
   def filling(self, row):
     if row['step'] == 5:
@@ -356,7 +356,7 @@ def test_training_outlives_a_full_disk(directory, small_disk, monkeypatch):
       (small_disk / 'filler').unlink()
     write(self, row)
 
-  monkeypatch.setattr(metrics.Writer, 'write', filling)
+  monkeypatch.setattr(metrics.MetricsWriter, 'write', filling)
   _train(directory, small_disk, train__num_steps=8)
   assert tiny.losses(small_disk) == tiny.losses(directory / 'whole')
   # Saves under way when the disk fills or empties may fail or not.
@@ -367,7 +367,7 @@ def test_training_outlives_a_full_disk(directory, small_disk, monkeypatch):
 def test_a_disk_that_stays_full_ends_in_one_message(
   directory, small_disk, monkeypatch
 ):
-  write = metrics.Writer.write
+  write = metrics.MetricsWriter.write
   stop = threading.Event()
 
   def keep_full():  # A failed save leaves room behind.
@@ -382,7 +382,7 @@ def test_a_disk_that_stays_full_ends_in_one_message(
     write(self, row)
 
   with monkeypatch.context() as patch:
-    patch.setattr(metrics.Writer, 'write', filling)
+    patch.setattr(metrics.MetricsWriter, 'write', filling)
     try:
       with pytest.raises(
         checkpointer.CheckpointError,
@@ -401,7 +401,7 @@ def test_a_disk_that_stays_full_ends_in_one_message(
 
 def test_rows_wait_for_room(directory, monkeypatch, caplog):
   _train(directory, directory / 'whole', train__num_steps=8)
-  write = metrics.Writer.write
+  write = metrics.MetricsWriter.write
   files = []
 
   def full(self, row):
@@ -414,7 +414,7 @@ def test_rows_wait_for_room(directory, monkeypatch, caplog):
       rows._file = files[0]
     write(self, row)
 
-  monkeypatch.setattr(metrics.Writer, 'write', full)
+  monkeypatch.setattr(metrics.MetricsWriter, 'write', full)
   run = directory / 'run'
   _train(directory, run, train__num_steps=8)
   assert tiny.losses(run) == tiny.losses(directory / 'whole')

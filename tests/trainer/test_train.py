@@ -228,7 +228,7 @@ def test_a_run_goes_on_laid_out_otherwise(base, directory, tmp_path, settings):
 def test_sigterm_saves_and_the_run_goes_on_exactly(
   base, directory, tmp_path, monkeypatch, step
 ):
-  write = metrics.Writer.write
+  write = metrics.MetricsWriter.write
 
   def interrupted(self, row):
     write(self, row)
@@ -236,7 +236,7 @@ def test_sigterm_saves_and_the_run_goes_on_exactly(
       os.kill(os.getpid(), signal.SIGTERM)
 
   with monkeypatch.context() as patch:
-    patch.setattr(metrics.Writer, 'write', interrupted)
+    patch.setattr(metrics.MetricsWriter, 'write', interrupted)
     state = _train(directory, tmp_path, train__checkpoint_every=0)
   stopped = int(state.step)
   assert step <= stopped <= step + 1  # One step is always under way.
