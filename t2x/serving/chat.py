@@ -50,8 +50,8 @@ class Chat:
     self._names: dict[str, Any] = {}
     text = template
     if isinstance(tokenizer, pretrained.PretrainedTokenizer):
-      text = template or tokenizer.chat_template
-      self._names = tokenizer.token_names
+      default, self._names = tokenizer.chat_template, tokenizer.token_names
+      text = template or default
     self.stops = () if text else ('\nuser:',)
     self._prefix = () if text else tokenizer.prefix_ids
     # The template is not trusted, since it comes with a checkpoint: in the
