@@ -255,6 +255,7 @@ def plot(result, path: str) -> None:
 
   figure, axes = pyplot.subplots(1, 2, figsize=(12, 5.2), layout='constrained')
   colors = matplotlib.colormaps['tab20']
+  x: list[int] = []
   for number, (kind, own) in enumerate(result.items()):
     color = colors(number)
     for ax, what, unit in zip(

@@ -110,7 +110,7 @@ def main() -> None:
       title: read(run, args.metric) for title, run in zip(titles, args.runs)
     }
   except ValueError as error:
-    args.parser.error(str(error))
+    return args.parser.error(str(error))
   show(runs)
   if args.plot:
     plot(runs, args.metric, args.plot)

@@ -65,7 +65,11 @@ class Experts(decoder.Decoder):
     return self._combined([model(inputs, **kwargs) for model in self.models])
 
   def empty_caches(
-    self, batch: int, capacity: int, dtype: str | None = None, slack: int = 0
+    self,
+    batch: int,
+    capacity: int,
+    dtype: jax.typing.DTypeLike | None = None,
+    slack: int = 0,
   ) -> decode_loop.Caches:
     """See `Decoder.empty_caches`."""
     return _joined(
@@ -73,7 +77,7 @@ class Experts(decoder.Decoder):
     )
 
   def empty_pages(
-    self, num_pages: int, size: int, dtype: str | None = None
+    self, num_pages: int, size: int, dtype: jax.typing.DTypeLike | None = None
   ) -> decode_loop.Caches:
     """See `Decoder.empty_pages`."""
     return _joined(
@@ -177,7 +181,11 @@ class Gedi(decoder.Decoder):
     )
 
   def empty_caches(
-    self, batch: int, capacity: int, dtype: str | None = None, slack: int = 0
+    self,
+    batch: int,
+    capacity: int,
+    dtype: jax.typing.DTypeLike | None = None,
+    slack: int = 0,
   ) -> decode_loop.Caches:
     """See `Decoder.empty_caches`; those of the classes contain the prefixes."""
     base, *classes = self.models
@@ -198,7 +206,7 @@ class Gedi(decoder.Decoder):
     return group, (*rest, block.BlockCache(own=evidence))
 
   def empty_pages(
-    self, num_pages: int, size: int, dtype: str | None = None
+    self, num_pages: int, size: int, dtype: jax.typing.DTypeLike | None = None
   ) -> decode_loop.Caches:
     """Raises ValueError: pages cannot hold the evidence of a row."""
     raise ValueError(
