@@ -16,6 +16,6 @@ def flags(num_devices: int | None = None) -> str:
     [] if num_devices is None else [f'{simulated_devices.COUNT}={num_devices}']
   )
   if metadata.version('jaxlib').startswith('0.10.'):
-    chosen.append('--xla_cpu_use_fusion_emitters=false')
     chosen.append('--xla_cpu_parallel_codegen_split_count=1')
+    chosen.append('--xla_cpu_use_fusion_emitters=false')
   return ' '.join(chosen)
