@@ -135,6 +135,14 @@ class Experiment:
   """What is computed, from what, where, and for how long.
 
   Attributes:
+    model: architecture, and the sizes and kinds of its parts.
+    data: text, tokenizer, batches and objective.
+    optim: optimizer and learning rate.
+    train: length of the run, evaluation, checkpoints, and how a step is
+      computed.
+    mesh: number of devices along each mesh axis.
+    rules: mesh axes of each logical axis.
+    pipeline: schedule of a pipeline, where `mesh.pipe` is more than 1.
     compiler_options: changes to those of `machines.compiler_options`:
       `xla_NAME=VALUE` adds or replaces one, `xla_NAME=` takes it away.
   """

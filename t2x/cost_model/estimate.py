@@ -5,9 +5,10 @@ print(estimate_text.text(result))
 
 The bytes of arguments are exact. FLOPs are those that the program executes,
 recomputed products and blocks of attention kernels included. Bytes exchanged
-are those of `hlo.collectives`. Memory is its peak. BUILD_NOTES.md says how far
-compiled programs were from the estimate. It is for TPUs: their array layouts,
-their attention kernel, and their compiler's way to run a reduce-scatter.
+are those of `hlo.collectives`. Memory is its peak. docs/measured-devices.md
+says how far compiled programs were from the estimate. It is for TPUs: their
+array layouts, their attention kernel, and their compiler's way to run a
+reduce-scatter.
 """
 
 from collections.abc import Mapping

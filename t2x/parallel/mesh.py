@@ -51,6 +51,14 @@ class Dcn(_AxisSizes):
   best. On two slices of 256, `mesh.data=2 mesh.fsdp=256` shards the weights
   within each slice, and `mesh.data=1 mesh.fsdp=512 mesh.dcn.data=1
   mesh.dcn.fsdp=2` over both.
+
+  Attributes:
+    data: parts of the `data` axis between slices.
+    fsdp: parts of the `fsdp` axis between slices.
+    tensor: parts of the `tensor` axis between slices.
+    context: parts of the `context` axis between slices.
+    expert: parts of the `expert` axis between slices.
+    pipe: parts of the `pipe` axis between slices.
   """
 
   def __post_init__(self) -> None:

@@ -86,7 +86,13 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adam(Optimizer):
-  """Kingma and Ba, 2015; with decoupled weight decay it is `AdamW`."""
+  """Kingma and Ba, 2015; with decoupled weight decay it is `AdamW`.
+
+  Attributes:
+    b1: decay rate of the first moment (the mean of gradients).
+    b2: decay rate of the second moment (the mean of squared gradients).
+    eps: number added to the root of the second moment before dividing by it.
+  """
 
   kind: ClassVar[str] = 'adam'
   b1: float = 0.9
@@ -108,7 +114,13 @@ class Decayed(Optimizer):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamW(Decayed):
-  """Loshchilov and Hutter, 2019."""
+  """Loshchilov and Hutter, 2019.
+
+  Attributes:
+    b1: decay rate of the first moment (the mean of gradients).
+    b2: decay rate of the second moment (the mean of squared gradients).
+    eps: number added to the root of the second moment before dividing by it.
+  """
 
   kind: ClassVar[str] = 'adamw'
   weight_decay: float = 0.1
@@ -135,7 +147,12 @@ class Adafactor(Decayed):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lion(Decayed):
-  """Chen et al., 2023."""
+  """Chen et al., 2023.
+
+  Attributes:
+    b1: weight of the momentum in the update, the rest being the gradient.
+    b2: decay rate of the momentum.
+  """
 
   kind: ClassVar[str] = 'lion'
   b1: float = 0.9
@@ -148,6 +165,11 @@ class Muon(Decayed):
 
   Embeddings, heads, norms and biases take Adam. Updates are scaled to the
   size of Adam's (Liu et al., 2025), so both share the learning rate.
+
+  Attributes:
+    beta: decay rate of the matrices' momentum.
+    b1: first decay rate of Adam, for all other parameters.
+    b2: second decay rate of Adam, for all other parameters.
   """
 
   kind: ClassVar[str] = 'muon'
@@ -159,7 +181,12 @@ class Muon(Decayed):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sgd(Decayed):
-  """Gradient descent with momentum."""
+  """Gradient descent with momentum.
+
+  Attributes:
+    momentum: decay rate of the momentum.
+    nesterov: whether the update is Nesterov's, which looks one step ahead.
+  """
 
   kind: ClassVar[str] = 'sgd'
   momentum: float = 0.9
