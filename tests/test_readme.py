@@ -70,14 +70,14 @@ def _shown() -> list[list[str]]:
   return [block for block in chosen if block]
 
 
-@pytest.mark.parametrize('commands', _shown(), ids=lambda block: block[0][:50])
-def test_scripts_that_only_look_run(commands, tmp_path, monkeypatch):
+@pytest.mark.parametrize('block', _shown(), ids=lambda block: block[0][:50])
+def test_scripts_that_only_look_run(block, tmp_path, monkeypatch):
   """One after the other: a later one may read what an earlier one wrote."""
   monkeypatch.setenv('XLA_FLAGS', simulated.flags())
-  if any('--topology=v5e' in command for command in commands):
+  if any('--topology=v5e' in command for command in block):
     extras.need('libtpu', extra='plan')
   files = []
-  for command in commands:
+  for command in block:
     _, script, *arguments = shlex.split(command)
     if 'show' not in script:  # With the model and data of the other tests.
       layers = 2 if 'pipe=' in command else 1
@@ -96,7 +96,7 @@ def test_scripts_that_only_look_run(commands, tmp_path, monkeypatch):
       assert result.stdout.count(' yes ') == command.count('--layout')
   lines_alone = ('verify', '--estimate')
   assert bool(files) != all(
-    any(word in command for word in lines_alone) for command in commands
+    any(word in command for word in lines_alone) for command in block
   )
   assert all((tmp_path / file).exists() for file in files)
 
