@@ -10,7 +10,7 @@ from t2x.attention import block_patterns
 from t2x.attention import mask as mask_lib
 from t2x.attention import patterns
 from t2x.attention.patterns import Causal
-from t2x.attention.patterns import Dilated
+from t2x.attention.patterns import DilatedPattern
 from t2x.attention.patterns import Global
 from t2x.attention.patterns import Window
 
@@ -19,8 +19,8 @@ PATTERNS = {
   'everything': patterns.Everything(),
   'causal': Causal(),
   'window': Window(3),
-  'dilated': Dilated(4),
-  'dilated window': Window(7) & Dilated(3),
+  'dilated': DilatedPattern(4),
+  'dilated window': Window(7) & DilatedPattern(3),
   'prefix': Causal() | patterns.Prefix(),
   'global': Global(2),
   'region': patterns.Region(5),
@@ -33,7 +33,8 @@ PATTERNS = {
   'bigbird': Window(3)
   | Global(2)
   | block_patterns.RandomBlocks(size=4, num_blocks=6),
-  'causal and dilated, or region': Causal() & Dilated(2) | patterns.Region(4),
+  'causal and dilated, or region': Causal() & DilatedPattern(2)
+  | patterns.Region(4),
 }
 PREFIX = 6
 
@@ -124,6 +125,6 @@ def test_masks_join_with_their_arrays():
 def test_a_pattern_is_found_in_another():
   band = Causal() & (Window(4) | Global(3))
   assert patterns.has(band, Causal) and patterns.has(band, Global)
-  assert not patterns.has(band, Dilated)
+  assert not patterns.has(band, DilatedPattern)
   assert not band.is_relative
-  assert (Causal() & Window(3) & Dilated(2)).is_relative
+  assert (Causal() & Window(3) & DilatedPattern(2)).is_relative

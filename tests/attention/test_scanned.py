@@ -18,7 +18,7 @@ from t2x.attention import patterns
 from t2x.attention import reference
 from t2x.attention import scanned
 from t2x.attention.patterns import Causal
-from t2x.attention.patterns import Dilated
+from t2x.attention.patterns import DilatedPattern
 from t2x.attention.patterns import Global
 from t2x.attention.patterns import Window
 from t2x.hlo import matmul_flops
@@ -54,7 +54,7 @@ CASES = {
   'causal, chosen blocks': of(Causal(), options=dense.AttentionOptions()),
   'window': of(Causal() & Window(5)),
   'two-sided window, grouped': of(Window(6), N=6, K=2),
-  'dilated': of(Causal() & Window(18) & Dilated(3)),
+  'dilated': of(Causal() & Window(18) & DilatedPattern(3)),
   'global': of(Causal() & (Window(4) | Global(3))),
   'bigbird': of(
     Window(5) | Global(4) | _RANDOM, options=dense.AttentionOptions(block=4)
@@ -219,7 +219,7 @@ def test_blocks_that_nothing_sees_are_left_out(name):
       | block_patterns.RandomBlocks(64, num=3, num_blocks=128),
       0.15,
     ),
-    (Causal() & Window(1024) & Dilated(4), 0.2),
+    (Causal() & Window(1024) & DilatedPattern(4), 0.2),
   ],
 )
 def test_long_sequences_cost_what_is_seen(pattern, most):

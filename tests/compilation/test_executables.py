@@ -114,7 +114,9 @@ def _made(directory: pathlib.Path) -> bytes:
   file = directory / 'made.t2x'
   config = tiny.experiment_of(directory)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(executables.absent, 'compile', lambda lowered: compiled)
+    patch.setattr(
+      executables.target_devices, 'compile', lambda lowered: compiled
+    )
     serialized = lambda _: (b'no program' * 100, None, None)
     serializer = executables.serialize_executable
     patch.setattr(serializer, 'serialize', serialized)
@@ -301,7 +303,7 @@ def test_programs_of_stages_are_checked_before_they_are_kept(
 
   monkeypatch.setattr(program_lib.divergence, 'check', check)
   compiled = types.SimpleNamespace(as_text=lambda: 'its text')
-  monkeypatch.setattr(executables.absent, 'compile', lambda _: compiled)
+  monkeypatch.setattr(executables.target_devices, 'compile', lambda _: compiled)
   config = tiny.experiment_of(
     tmp_path, mesh__tensor=1, mesh__pipe=2, pipeline__microbatches=2
   )

@@ -10,7 +10,6 @@ import pytest
 import t5_tiny
 import tiny
 
-from t2x.compilation import program
 from t2x.config import abstract_state
 from t2x.config import layout_advice
 from t2x.config import layout_flag
@@ -326,7 +325,7 @@ def test_the_state_is_traced_twice_at_most(monkeypatch):
   traced = []
   trace = abstract_state.state_shapes
   monkeypatch.setattr(
-    program, 'state_shapes', lambda c: traced.append(c) or trace(c)
+    abstract_state, 'state_shapes', lambda c: traced.append(c) or trace(c)
   )
   advice(with_settings(gpt2_tiny, 'mesh.tensor=256'), 256)
   assert len(traced) == 2

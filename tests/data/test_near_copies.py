@@ -248,8 +248,8 @@ def test_runs_of_characters_against_plain_strings():
       if size >= 24:
         found.add(tuple(run))
         break
-  assert len(runs._found[0]) == len(found)
-  assert len(set(runs._found[0].tolist())) == len(found)
+  assert len(runs._hashes[0]) == len(found)
+  assert len(set(runs._hashes[0].tolist())) == len(found)
 
 
 def test_many_documents_take_little_time():
