@@ -56,7 +56,7 @@ IN_BUCKETS = config_lib.Pad(buckets=BUCKETS)
 def _batchings(objective):
   if isinstance(objective, config_lib.ONE_A_ROW):
     return [PAD]
-  more = [STREAM] if hasattr(objective, 'stride') else []
+  more = [STREAM] if objective.follows_text else []
   return [PACK, PAD, IN_BUCKETS, *more]
 
 
