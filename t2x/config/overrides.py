@@ -112,9 +112,12 @@ def _build(cls: type, old: Any, tree: dict[str, Any], path: str) -> Any:
   """Builds `cls` from the old value's shared fields and the settings."""
   fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
   hints = typing.get_type_hints(cls)
-  values = {n: getattr(old, n) for n in fields if hasattr(old, n)}
-  if dataclasses.is_dataclass(old) and not isinstance(old, cls):
-    _tell_lost(old, cls, path)
+  values = {}
+  if dataclasses.is_dataclass(old):
+    shared = fields.keys() & {f.name for f in dataclasses.fields(old)}
+    values = {name: getattr(old, name) for name in shared}
+    if not isinstance(old, cls):
+      _tell_lost(old, cls, path)
   for name, by in getattr(cls, 'overruled', {}).items():
     items = values.get(by)
     if name in tree and items and '' not in tree.get(by, {}):

@@ -18,7 +18,7 @@ import numpy as np
 class TokenBytes:
   """The bytes of every token of a vocabulary.
 
-  >>> pieces = Pieces([b'', b'he', b'hello', b'lo'])
+  >>> pieces = TokenBytes([b'', b'he', b'hello', b'lo'])
   >>> pieces.beginning(b'he').tolist(), pieces.holding(b'lo').tolist()
   ([1, 2], [2, 3])
   """

@@ -94,7 +94,7 @@ class WordFinder:
   """Words to find in sequences, as automata over bytes.
 
   >>> pieces = pieces_lib.TokenBytes([b'an "', b'o', b'x', b'en', b'f'])
-  >>> words = Words(['ox'], [True], pieces)
+  >>> words = WordFinder(['ox'], [True], pieces)
   >>> states = words.start()
   >>> for token in (0, 1, 2):
   ...   states = words.after(states, token)

@@ -33,7 +33,7 @@ class RuleCompiler:
 
   >>> from t2x.data import tokenizers
   >>> bytes_ = tokenizers.BytesTokenizer(tokenizers.Bytes())
-  >>> rule = Rules(bytes_, bytes_.vocab_size).regex('ab+')
+  >>> rule = RuleCompiler(bytes_, bytes_.vocab_size).regex('ab+')
   >>> [rule.allows(bytes_.encode(letter)[0]) for letter in 'abc']
   [True, False, False]
   """

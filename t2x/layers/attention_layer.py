@@ -35,8 +35,9 @@ class Attention(attention_variants.Variants):
     out_factor: factor of the std of the output projection's weights.
     rngs: random keys of the parameters.
 
+  >>> from t2x.layers import attention_config
   >>> layer = Attention(
-  ...     attention.Dense(num_heads=4, num_kv_heads=2, head_dim=8), 32,
+  ...     attention_config.Dense(num_heads=4, num_kv_heads=2, head_dim=8), 32,
   ...     init=param.Init(), out_factor=1.0, rngs=nnx.Rngs(0))
   >>> x = jax.numpy.ones((2, 5, 32))
   >>> layer(x, mask_lib.make(causal=True)).shape

@@ -35,7 +35,8 @@ class MetricsWriter:
   an interrupted run left behind, are dropped. At 0 all rows are dropped.
 
   >>> with tempfile.TemporaryDirectory() as workdir:
-  ...   with Writer(workdir, start_step=0, num_steps=2, show=False) as writer:
+  ...   options = {'start_step': 0, 'num_steps': 2, 'show': False}
+  ...   with MetricsWriter(workdir, **options) as writer:
   ...     writer.write({'step': 1, 'loss': 5.5, 'eval/held_out/loss': 5.25})
   ...   read_rows(workdir)
   [{'step': 1, 'loss': 5.5, 'eval/held_out/loss': 5.25}]
