@@ -128,7 +128,12 @@ _WORDS = 'the record is kept so that no number moves when the code does'.split()
 def main() -> None:
   args = parse()
   if args.child:
-    record(args.child, pathlib.Path(args.out), args.directory)
+    record(
+      args.child,
+      check_parts(args.only),
+      pathlib.Path(args.out),
+      args.directory,
+    )
     return
   if args.against and not pathlib.Path(args.against).is_file():
     sys.exit(f'error: --against={args.against}: there is no such file.')
@@ -254,7 +259,9 @@ def compare(
   return not differing
 
 
-def record(child: str, out: pathlib.Path, directory: str) -> None:
+def record(
+  child: str, parts: list[str], out: pathlib.Path, directory: str
+) -> None:
   """Writes the values of one process."""
   from absl import flags
 
@@ -262,7 +269,6 @@ def record(child: str, out: pathlib.Path, directory: str) -> None:
 
   flags.FLAGS(sys.argv[:1])  # Grain reads absl flags.
   main_lib.use_compilation_cache()
-  parts = sys.argv[sys.argv.index('--only') + 1].split(',')
   values: dict[str, Any] = {}
   if child == 'one':
     if 'training' in parts or 'texts' in parts:
@@ -391,7 +397,6 @@ def written(key: str, workdir: str) -> dict[str, Any]:
 
 def batches(directory: str) -> dict[str, Any]:
   """Returns checksums of the first two batches of each objective."""
-  import dataclasses
   import itertools
 
   import numpy as np
@@ -438,7 +443,6 @@ def batches(directory: str) -> dict[str, Any]:
       n: config.objective.lengths(32)[n] for n in ('inputs', 'targets')
     }
     values[f'batches/{name}/lengths'] = lengths
-    assert dataclasses.is_dataclass(config.objective)
   return values
 
 

@@ -28,8 +28,8 @@ Experiment = experiment.Experiment
 Partitioning = partitioning.Partitioning
 
 
-def check(config: Experiment, num_devices: int) -> Partitioning:
-  """Returns the partitioning of an experiment that fits its devices.
+def check(config: Experiment, num_devices: int) -> None:
+  """Checks that the parts of an experiment fit each other and the devices.
 
   Args:
     config: the experiment.
@@ -55,7 +55,6 @@ def check(config: Experiment, num_devices: int) -> Partitioning:
   objective_consistency.check(partitioned)
   _check_lengths(config)
   _check_chunks(partitioned)
-  return partitioned
 
 
 def _check_pipeline(partitioned: Partitioning) -> None:

@@ -22,6 +22,7 @@ from t2x.data import layouts as layouts_lib
 from t2x.data import order
 from t2x.data import rows as rows_lib
 from t2x.data import words
+from t2x.objectives import batch_keys
 from t2x.objectives import denoising
 from t2x.objectives import noise
 from t2x.objectives import vocab as vocab_lib
@@ -282,7 +283,7 @@ class Examples:
       return batch
     assert isinstance(self.layout, rows_lib.Windows)
     goes_on = read.goes_on & self.layout.continues(read.rows)
-    return batch | {'continues': goes_on[:, None].astype(np.int32)}
+    return batch | {batch_keys.CONTINUES: goes_on[:, None].astype(np.int32)}
 
 
 def _vocab(

@@ -46,15 +46,6 @@ class LayerConfig(Protocol):
     ...
 
 
-class EncoderLayerConfig(LayerConfig, Protocol):
-  """The fields of an `EncoderConfig` that the checks read."""
-
-  @property
-  def query_layers(self) -> int:
-    """Number of layers of the second stack."""
-    ...
-
-
 def check_positions(config: LayerConfig) -> None:
   """Raises a ValueError for attention that does not fit the positions."""
   encoding, kinds = config.position, config.kinds
@@ -150,14 +141,14 @@ def check_memory(config: LayerConfig) -> None:
     )
 
 
-def check_query_layers(config: EncoderLayerConfig) -> None:
+def check_query_layers(config: LayerConfig) -> None:
   """Raises a ValueError if the queries for dropped tokens cannot work."""
   if not position.is_added(config.position):
     kind = config.position.kind if config.position else 'none'
     raise ValueError(
-      f'model.query_layers={config.query_layers} ask by where a token stood, '
-      f'which model.position={kind} adds to no token: all of them would ask '
-      'the same. Set model.position to learned or sinusoidal.'
+      f'model.query_layers={config.num_query_layers} ask by where a token '
+      f'stood, which model.position={kind} adds to no token: all of them would '
+      'ask the same. Set model.position to learned or sinusoidal.'
     )
   whole = (sparse.BlockSparse, sparse.Random, sparse.BigBird)
   for kind in config.kinds:
@@ -165,9 +156,10 @@ def check_query_layers(config: EncoderLayerConfig) -> None:
     is_global = kind.global_projections
     if not softmax or is_global or isinstance(kind, whole):
       raise ValueError(
-        f'model.query_layers={config.query_layers} leave rows of which tokens '
-        f'are missing, and model.attention={kind.kind} goes by whole rows. '
-        'Choose dense, local or another kind whose pattern goes by distance.'
+        f'model.query_layers={config.num_query_layers} leave rows of which '
+        f'tokens are missing, and model.attention={kind.kind} goes by whole '
+        'rows. Choose dense, local or another kind whose pattern goes by '
+        'distance.'
       )
 
 

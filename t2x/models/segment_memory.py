@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from t2x.attention import mask as mask_lib
+from t2x.objectives import batch_keys
 from t2x.parallel import sharding
 
 NAME = 'memory'
 SEGMENTS = 'memory_segments'  # Batch key: 1 if a row attends to it, else -1.
-CONTINUES = 'continues'  # Batch key: 1 if a row continues a document.
 
 
 def empty(model: Any, rows: int, length: int) -> dict[str, Any]:
@@ -87,17 +87,17 @@ def seen(
   """Returns a batch to which `SEGMENTS`, the visible memory, is added.
 
   Args:
-    batch: inputs by name, with `CONTINUES`.
+    batch: inputs by name, with `batch_keys.CONTINUES`.
     memory: memory of the rows before.
 
   Raises:
     ValueError: if the batch does not say which rows continue a document, or has
       an array that a memory does not support.
   """
-  if batch.get(CONTINUES) is None:
+  if batch.get(batch_keys.CONTINUES) is None:
     raise ValueError(
-      f'A memory of the rows before, and no {CONTINUES!r} (B, 1) that says '
-      'which rows go on with their document. Give 1 or 0 for each.'
+      f'A memory of the rows before, and no {batch_keys.CONTINUES!r} (B, 1) '
+      'that says which rows go on with their document. Give 1 or 0 for each.'
     )
   for name in ('prefix_ends', 'token_types'):
     if batch.get(name) is not None:
@@ -108,7 +108,7 @@ def seen(
   if batch.get('segments') is None:
     ones_BT = jnp.ones(batch['inputs'].shape, jnp.int32)
     batch = {**batch, 'segments': ones_BT}
-  continues_B1 = batch[CONTINUES][:, :1] > 0
+  continues_B1 = batch[batch_keys.CONTINUES][:, :1] > 0
   return {**batch, SEGMENTS: shown_if(continues_B1, memory)['segments']}
 
 
