@@ -174,11 +174,12 @@ def of(config: experiment.Experiment, sizes: Mapping[str, int]) -> Partitioning:
     config: the experiment.
     sizes: the number of devices along each mesh axis, as `mesh.shape` has it.
   """
-  return _made(config, tuple(sizes.items()))
+  made = Partitioning(config, tuple(sizes.items()))
+  # The file of a table may have changed since, or be gone.
+  return made if config.pipeline.own_table else _first(made)
 
 
 @functools.lru_cache(maxsize=32)
-def _made(
-  config: experiment.Experiment, axis_sizes: tuple[tuple[str, int], ...]
-) -> Partitioning:
-  return Partitioning(config, axis_sizes)
+def _first(made: Partitioning) -> Partitioning:
+  """Returns the first that was made of those equal to it."""
+  return made

@@ -77,7 +77,7 @@ def test_a_run_takes_programs_of_another_process(tmp_path, caplog):
       state = train.train(
         part, str(tmp_path / 'b'), executable=str(file), show=False
       )
-  for name in ('train_step', '_init_state', 'eval_step'):
+  for name in ('train_step', 'init_state', 'eval_step'):
     assert any(name in text for text in own), own
     assert not any(name in text for text in loaded), loaded
   assert tiny.losses(tmp_path / 'a') == tiny.losses(tmp_path / 'b')

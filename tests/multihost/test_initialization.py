@@ -199,7 +199,7 @@ def test_a_port_that_is_taken(tmp_path):
 _JOIN = """
 import jax
 from t2x.multihost import initialization
-with cluster.joined():
+with initialization.joined():
   import numpy as np
   from jax.experimental import multihost_utils
   mine = np.asarray(10 + jax.process_index())
