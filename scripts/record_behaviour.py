@@ -461,7 +461,7 @@ def plans(directory: str) -> dict[str, Any]:
     values |= {
       f'plans/{name}/model_flops': plan.flops.model,
       f'plans/{name}/executed_flops': plan.flops.executed,
-      f'plans/{name}/sent_bytes': sum(sent.bytes for sent in plan.sent),
+      f'plans/{name}/sent_bytes': sum(sent.bytes for sent in plan.collectives),
       f'plans/{name}/peak_bytes': plan.memory.peak,
       f'plans/{name}/argument_bytes': plan.memory.arguments,
     }

@@ -117,7 +117,7 @@ def make(costs: simulation.Costs) -> schedule_lib.Schedule:
     sizes['num_chunks'] = _CHUNKS.value
   if limit is not None:
     sizes['placement'] = _PLACEMENT.value or 'loop'
-    return table_search.generate(**sizes, limit=limit, costs=costs)
+    return table_search.search(**sizes, limit=limit, costs=costs)
   return schedules.make(name, **sizes)
 
 

@@ -232,7 +232,7 @@ def _attend_rows(
     part = slice(start, min(start + _MAX_KEYS, keys.stop))
     scores = _scores(q_BTKGH, k_BSKH[:, part], mask, options, rows, part, bias)
     drop = functools.partial(
-      dropped, dropout=dropout, mask=mask, rows=rows, keys=part
+      apply_dropout, dropout=dropout, mask=mask, rows=rows, keys=part
     )
     result = _softmax_product(scores, v_BSKH[:, part], drop)
     total = result if total is None else merge(total, result)
@@ -261,13 +261,13 @@ def _weigh_rows(
     weights = jnp.exp(scores - jnp.maximum(lse_BKGT, NEVER / 2)[..., None])
     total = total + weights.sum(-1).transpose(0, 3, 1, 2)
     drop = functools.partial(
-      dropped, dropout=dropout, mask=mask, rows=rows, keys=part
+      apply_dropout, dropout=dropout, mask=mask, rows=rows, keys=part
     )
     out = out + _product(weights, v_BSKH[:, part], drop)
   return out, total
 
 
-def dropped(
+def apply_dropout(
   weights_BKGTS: jax.Array,
   dropout: Dropout | None,
   mask: mask_lib.Mask,
@@ -308,10 +308,10 @@ def _scores(
     k_BSKH,
     preferred_element_type=jnp.float32,
   )
-  return shaped(scores, mask, options, rows, keys, bias)
+  return cap_and_mask(scores, mask, options, rows, keys, bias)
 
 
-def shaped(
+def cap_and_mask(
   scores: jax.Array,
   mask: mask_lib.Mask,
   options: AttentionOptions,
@@ -364,8 +364,8 @@ def _softmax_product(
   return out / to_BTKG(safe_BKGT)[..., None], to_BTKG(lse_BKGT)
 
 
-def no_sums(shape: tuple[int, ...], dim: int) -> Sums:
-  """Returns the running sums over no keys, from which `added` starts.
+def empty_sums(shape: tuple[int, ...], dim: int) -> Sums:
+  """Returns the running sums over no keys, from which `add_to_sums` starts.
 
   Args:
     shape: shape of the queries without their head dim, (..., T).
@@ -378,7 +378,7 @@ def no_sums(shape: tuple[int, ...], dim: int) -> Sums:
   )
 
 
-def added(
+def add_to_sums(
   sums: Sums, scores: jax.Array, product: Callable[[jax.Array], jax.Array]
 ) -> Sums:
   """Adds some keys to running sums (Milakov and Gimelshein, 2018).

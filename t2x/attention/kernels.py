@@ -58,7 +58,9 @@ def attend(
   device, why = manual_sharding.platform(), None
   parts = {'options': options, 'bias': bias, 'dropout': dropout}
   if options.kernel != 'blocks':
-    why = why_not(q_BTNH, k_BSKH, v_BSKH, mask, platform=device, **parts)
+    why = unsupported_reason(
+      q_BTNH, k_BSKH, v_BSKH, mask, platform=device, **parts
+    )
     if options.kernel == 'flash' and why:
       raise ValueError(
         f'attention.kernel=flash: {why}. Set it to auto, which takes the '
@@ -88,7 +90,7 @@ def attend(
   return flip(_on_parts(local, q, k, v, mask))
 
 
-def why_not(
+def unsupported_reason(
   q_BTNH: triton.Shaped,
   k_BSKH: triton.Shaped,
   v_BSKH: triton.Shaped,
@@ -124,7 +126,7 @@ def why_not(
     return 'queries and keys with segments of their own are not in it'
   if platform == 'gpu':
     limits = {'soft_cap': options.soft_cap, 'block': options.block}
-    return triton.why_not(q_BTNH, k_BSKH, v_BSKH, mask, **limits)
+    return triton.unsupported_reason(q_BTNH, k_BSKH, v_BSKH, mask, **limits)
   if q_BTNH.shape[-1] != v_BSKH.shape[-1]:
     return 'keys that are wider than values are not in it'
   lengths = q_BTNH.shape[1], k_BSKH.shape[1]

@@ -129,18 +129,18 @@ def attend(
       mask, q_index_BT=index_BT, k_index_BS=index_BS
     )
     whole = slice(0, T), slice(0, step)
-    scores = dense.shaped(scores, step_mask, options, *whole, bias)
+    scores = dense.cap_and_mask(scores, step_mask, options, *whole, bias)
     product = lambda w: jnp.einsum(
       'BKGTS,BSKH->BKGTH',
       w.astype(v_BSKH.dtype),
       v_BSKH,
       preferred_element_type=jnp.float32,
     )
-    return dense.added(sums, scores, product)
+    return dense.add_to_sums(sums, scores, product)
 
   # The mask hides keys past a row's last block, which may be of any page.
   num = (last_B - first_B).max() + 1
-  start = dense.no_sums((B, K, N // K, T), cache.v.data_BKSH.shape[-1])
+  start = dense.empty_sums((B, K, N // K, T), cache.v.data_BKSH.shape[-1])
   out, _, total = jax.lax.fori_loop(0, num, add, start)
   out = out / jnp.maximum(total, 1e-37)[..., None]
   return jnp.moveaxis(out, 3, 1).reshape(B, T, N, -1).astype(q_BTNH.dtype)

@@ -188,7 +188,7 @@ def _scores(
     preferred_element_type=jnp.float32,
   )
   whole = slice(0, scores.shape[-2]), slice(0, scores.shape[-1])
-  return dense.shaped(scores, mask, options, *whole, bias)
+  return dense.cap_and_mask(scores, mask, options, *whole, bias)
 
 
 def _product(
@@ -198,7 +198,7 @@ def _product(
   dropout: dense.Dropout | None,
 ) -> jax.Array:
   whole = slice(0, weights_BKGTS.shape[-2]), slice(0, weights_BKGTS.shape[-1])
-  weights_BKGTS = dense.dropped(weights_BKGTS, dropout, mask, *whole)
+  weights_BKGTS = dense.apply_dropout(weights_BKGTS, dropout, mask, *whole)
   return jnp.einsum(
     'BKGTS,BKSH->BKGTH',
     weights_BKGTS.astype(v_BKSH.dtype),
@@ -216,7 +216,7 @@ def _forward(
 ) -> tuple[jax.Array, _Residuals]:
   blocks = _Blocks(qkv[0].shape, qkv[1].shape, mask, options)
   q, k, v = blocks.queries(qkv[0]), blocks.keys(qkv[1]), blocks.keys(qkv[2])
-  start = dense.no_sums(q.shape[:-1], v.shape[-1])
+  start = dense.empty_sums(q.shape[:-1], v.shape[-1])
 
   def step(
     sums: dense.Sums, at: tuple[jax.Array, jax.Array]
@@ -227,7 +227,7 @@ def _forward(
     scores = _scores(_get(q, row), keys, step_mask, options, bias)
     before = jax.tree.map(lambda a: _get(a, row), sums)
     product = lambda weights: _product(weights, values, step_mask, dropout)
-    after = dense.added(before, scores, product)
+    after = dense.add_to_sums(before, scores, product)
     put = lambda a, value: _set(a, value, row)
     return jax.tree.map(put, sums, after), None
 

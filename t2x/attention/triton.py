@@ -35,7 +35,7 @@ _BLOCK_BYTES = 32 * 1024
 _Residuals = tuple[Any, ...]
 
 
-def why_not(
+def unsupported_reason(
   q_BTNH: Shaped,
   k_BSKH: Shaped,
   v_BSKH: Shaped,
@@ -113,7 +113,7 @@ def attend(
   Returns:
     (B, T, N, H) in the dtype of the queries.
   """
-  assert why_not(q_BTNH, k_BSKH, v_BSKH, mask, block=block) is None
+  assert unsupported_reason(q_BTNH, k_BSKH, v_BSKH, mask, block=block) is None
   T, _, H = q_BTNH.shape[1:]
   block = block or _sides(T, H, q_BTNH.dtype)[0]
   # The kernel has a key head for each query head.

@@ -75,7 +75,7 @@ def _check_offload(partitioned: Partitioning) -> None:
   """Layers are updated one by one, and stages keep what they choose."""
   config, sizes = partitioned.config, partitioned.sizes
   train = config.train
-  if partitioned.has_stages and train.execution.kept['offload']:
+  if partitioned.has_stages and train.execution.saved['offload']:
     raise partitioning.PipelineError(
       f'train.remat={train.remat}: the stages of a pipeline keep activations '
       'on their devices. Set train.remat to none, full, dots or save:NAMES, '

@@ -95,7 +95,7 @@ class Partitioning:
       PartsError, PipelineError: see `pipeline`.
     """
     rules = self.config.rules
-    if self.pipeline is not None and self.pipeline.place.is_contiguous:
+    if self.pipeline is not None and self.pipeline.placement.is_contiguous:
       return dataclasses.replace(rules, layers=sharding.PIPE)
     return rules
 

@@ -96,7 +96,7 @@ class DeviceShare:
       work = tuple(
         local.runs(loop, tower.name, member)
         for loop in instructions.LOOPS
-        for tower in self.plan.place.towers
+        for tower in self.plan.placement.towers
         for member in range(tower.group)
       )
       stages.setdefault(work, []).append(local)
@@ -122,16 +122,16 @@ class DeviceShare:
     """Number of times that the head runs in a step."""
     if self.plan is None:
       return self.num_microbatches
-    return self.runs('leave', self.plan.place.towers[-1].name)
+    return self.runs('leave', self.plan.placement.towers[-1].name)
 
   def slots(self, tower: str) -> int:
     """Returns the number of units of a tower that each stage has room for."""
     assert self.plan is not None
-    return self.plan.place.unit_SN[self._place_of(tower)].shape[1]
+    return self.plan.placement.unit_SN[self._place_of(tower)].shape[1]
 
   def _place_of(self, tower: str) -> int:
     assert self.plan is not None
-    names = [t.name for t in self.plan.place.towers]
+    names = [t.name for t in self.plan.placement.towers]
     return names.index(tower)
 
   def axes(self, *names: str) -> tuple[str, ...]:
@@ -228,7 +228,7 @@ class DeviceShare:
     """Number of layers of all towers that a device has room for."""
     if self.plan is None:
       return sum(layer.num for layer in self.layers)
-    towers = self.plan.place.towers
+    towers = self.plan.placement.towers
     return sum(self.slots(tower.name) * tower.group for tower in towers)
 
 

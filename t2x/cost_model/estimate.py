@@ -47,7 +47,7 @@ class Estimate:
     sizes: number of devices along each mesh axis.
     arguments: bytes of the step's arguments by name (parameters, optimizer
       state, moving average, counters, batch), as a TPU lays them out.
-    moments: temporary memory at each point of the step that can be the peak.
+    phases: temporary memory at each point of the step that can be the peak.
     flops: FLOPs of matrix products, by name, on a device of the stage that has
       most of them.
     mean_flops: FLOPs of matrix products on a device, the mean over stages.
@@ -56,7 +56,7 @@ class Estimate:
 
   sizes: Mapping[str, int]
   arguments: dict[str, int]
-  moments: tuple[peak_memory.Moment, ...]
+  phases: tuple[peak_memory.Phase, ...]
   flops: dict[str, float]
   mean_flops: float
   messages: tuple[message_lib.Message, ...]
@@ -67,19 +67,19 @@ class Estimate:
     return sum(self.arguments.values())
 
   @property
-  def fullest(self) -> peak_memory.Moment:
+  def peak_phase(self) -> peak_memory.Phase:
     """The point of the step with the most temporary memory."""
-    return max(self.moments, key=lambda moment: moment.bytes)
+    return max(self.phases, key=lambda phase: phase.bytes)
 
   @property
   def peak_bytes(self) -> float:
     """Bytes of the arguments and of the temporary memory at its peak."""
-    return self.argument_bytes + self.fullest.bytes
+    return self.argument_bytes + self.peak_phase.bytes
 
   @property
   def temporary_bytes(self) -> float:
     """Bytes that the compiler reserves, fragmentation of its heap included."""
-    return max(map(peak_memory.reserved, self.moments))
+    return max(map(peak_memory.reserved, self.phases))
 
   @property
   def executed_flops(self) -> float:
@@ -145,7 +145,7 @@ def step(
   return Estimate(
     sizes=whole,
     arguments=_arguments(config, state, batch_sharding),
-    moments=tuple(peak_memory.moments(local)),
+    phases=tuple(peak_memory.phases(local)),
     flops=max(flops, key=total),
     mean_flops=sum(n * total(f) for f, (_, n) in zip(flops, stages))
     / num_stages,

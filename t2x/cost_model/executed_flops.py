@@ -311,7 +311,7 @@ def recomputed(
   if remat == 'dots':
     return tuple(sorted(n for n in names if n.endswith('scores')))
   execution = local.config.train.execution
-  kept = {*execution.kept['save'], *execution.kept['offload']}
+  kept = {*execution.saved['save'], *execution.saved['offload']}
   kept |= {f'cross_{name}' for name in kept}
   if 'attention' in kept:  # Blocks need more than their output.
     for name, cross in (('scores', False), ('cross_scores', True)):

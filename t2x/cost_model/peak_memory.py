@@ -26,7 +26,7 @@ HOLES = 0.42
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Moment:
+class Phase:
   """Temporary memory at one point of a step, without the arguments.
 
   Attributes:
@@ -44,13 +44,13 @@ class Moment:
     return sum(self.parts.values())
 
 
-def reserved(moment: Moment) -> float:
+def reserved(phase: Phase) -> float:
   """Returns the bytes that a compiler reserves, fragmentation included."""
-  transient = moment.bytes - moment.parts.get('activations', 0.0)
-  return moment.bytes + HOLES * transient
+  transient = phase.bytes - phase.parts.get('activations', 0.0)
+  return phase.bytes + HOLES * transient
 
 
-def moments(local: device_share.DeviceShare) -> list[Moment]:
+def phases(local: device_share.DeviceShare) -> list[Phase]:
   """Returns the temporary memory at the points of a step that can be its peak.
 
   With stages, these are the head, a layer, and the time between two ticks.
@@ -92,15 +92,15 @@ def moments(local: device_share.DeviceShare) -> list[Moment]:
     "head table's gradient": table['gradient'],
   }
   return [
-    Moment(name='head', parts=head),
-    Moment(name='backward', parts=backward),
-    Moment(name='optimizer', parts=optimizer),
+    Phase(name='head', parts=head),
+    Phase(name='backward', parts=backward),
+    Phase(name='optimizer', parts=optimizer),
   ]
 
 
 def _of_stage(
   local: device_share.DeviceShare, table: dict[str, float]
-) -> list[Moment]:
+) -> list[Phase]:
   between = stage_memory.between_ticks(local)
   head = {
     **between,
@@ -114,9 +114,9 @@ def _of_stage(
   # Buffers of all ticks are live before the first and after the last.
   move = {**between, 'gradients that move': stage_memory.on_the_move(local)}
   return [
-    Moment(name='head', parts=head),
-    Moment(name='layer', parts=layer),
-    Moment(name='between stages', parts=move),
+    Phase(name='head', parts=head),
+    Phase(name='layer', parts=layer),
+    Phase(name='between stages', parts=move),
   ]
 
 

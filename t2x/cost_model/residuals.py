@@ -26,9 +26,9 @@ def of_layer(
     return _all_residuals(local, layer, tokens, between)
   execution = local.config.train.execution
   kept = _choice(local, layer)
-  if stack.INPUT not in execution.kept['offload']:
+  if stack.INPUT not in execution.saved['offload']:
     kept += c * between * D
-  names = [*execution.kept['save']]
+  names = [*execution.saved['save']]
   if remat == 'dots':
     names = ['query', 'key', 'value', 'output', 'mlp_up', 'mlp_gate', 'router']
     if isinstance(layer.mlp, moe.MoeConfig):

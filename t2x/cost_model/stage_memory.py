@@ -34,7 +34,7 @@ def between_ticks(local: device_share.DeviceShare) -> dict[str, float]:
     sizes=local.sizes, rules=config.rules, gather=config.pipeline.gather
   )
   stacks = layer_costs.stacks(
-    model, plan.place.towers, batch, plan.table.recompute
+    model, plan.placement.towers, batch, plan.table.recompute
   )
   stacks, _, _ = layer_costs.with_bytes(
     stacks, plan.table, model, batch, layout
@@ -53,7 +53,7 @@ def _of_units(
   plan = local.plan
   assert plan is not None
   model = placement_cost.CostModel(stacks, plan.table, 0.0, 0.0, None)
-  units_P, begin = plan.place.units_P, 0
+  units_P, begin = plan.placement.units_P, 0
   activations = weights = 0.0
   for t, num in enumerate(model.shares_of(units_P)):
     end = begin + num
@@ -69,7 +69,7 @@ def _of_units(
 def on_the_move(local: device_share.DeviceShare) -> float:
   """Returns the bytes of float32 gradients that move to where they are kept."""
   assert local.plan is not None
-  if local.plan.place.is_contiguous:
+  if local.plan.placement.is_contiguous:
     return 0.0
   layers = [w for w in local.weights if w.in_layers]
   return 4 * sum(w.used / local.split(w) for w in layers)

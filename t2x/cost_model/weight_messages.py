@@ -210,7 +210,7 @@ def lookups(local: device_share.DeviceShare) -> list[tuple[int, float, float]]:
   lengths = [data.length] * data.objective.has_encoder + [local.length]
   if plan is None:
     return [(length, num, num) for length in lengths]
-  towers = [tower.name for tower in plan.place.towers]
+  towers = [tower.name for tower in plan.placement.towers]
   runs = local.runs
   return [
     (length, runs('enter', tower), runs('enter_backward', tower))
@@ -270,7 +270,9 @@ def of_stages(local: device_share.DeviceShare) -> Iterator[message.Message]:
   along_pipe = lambda part, kind, size: message.Message(
     part=part, kind=kind, axes=(sharding.PIPE,), bytes=size
   )
-  ticks = int(plan.told.sends_down_T.sum() + plan.told.sends_up_T.sum())
+  ticks = int(
+    plan.instructions.sends_down_T.sum() + plan.instructions.sends_up_T.sum()
+  )
   times = local.config.train.accumulate
   yield along_pipe(
     'messages of stages', 'collective-permute', times * ticks * c * tokens * D
@@ -282,7 +284,7 @@ def of_stages(local: device_share.DeviceShare) -> Iterator[message.Message]:
       size = c if 'vocab' in weight.axes else 4
       yield along_pipe('weights of stages', 'all-gather', size * kept)
       yield along_pipe('weights of stages', 'all-reduce', 4 * kept)
-    elif not plan.place.is_contiguous:
+    elif not plan.placement.is_contiguous:
       # Weights go in the dtype of their use, gradients come back in float32.
       size = (c if _is_low(weight) else 4) + 4
       yield along_pipe('weights of stages', 'all-to-all', size * kept)

@@ -90,7 +90,7 @@ def _share(weight: Weight, plan: plan_lib.PipelinePlan | None) -> float:
   """Returns a stage's slots over the number of layers with the parameter."""
   if plan is None or not weight.in_layers:
     return 1.0
-  for tower, unit_SN in zip(plan.place.towers, plan.place.unit_SN):
+  for tower, unit_SN in zip(plan.placement.towers, plan.placement.unit_SN):
     if tower.name == weight.tower:
       layers = len(range(weight.member, tower.num_layers, tower.group))
       return unit_SN.shape[1] / layers

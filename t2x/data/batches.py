@@ -67,7 +67,7 @@ class TrainBatches:
     Raises:
       ValueError: if the split has too few rows.
     """
-    self._make = Examples(corpus, config, config.train_split, rows, seed=seed)
+    self._make = BatchMaker(corpus, config, config.train_split, rows, seed=seed)
     sizes = self._make.layout.group_sizes()
     if sum(sizes) < config.batch_size:
       raise ValueError(
@@ -162,7 +162,7 @@ class EvalBatches:
     task: str = '',
   ):
     # The same masks at each evaluation, whatever the run's seed.
-    self._make = Examples(corpus, config, split, rows, task=task)
+    self._make = BatchMaker(corpus, config, split, rows, task=task)
     self._batch_size = config.batch_size
     self._sizes = self._make.layout.group_sizes()
     self._ends = np.cumsum(
@@ -185,7 +185,7 @@ class EvalBatches:
     return self._make(order.apart(group, rows))
 
 
-class Examples:
+class BatchMaker:
   """Makes batches from rows: reads their tokens and applies the objective.
 
   The random numbers of an example are a function of the seed, of its number in

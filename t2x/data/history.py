@@ -42,7 +42,7 @@ def from_json(position: dict[str, Any]) -> list[Segment]:
   return [Segment(**s) for s in position.get('history', ())]
 
 
-def going_on(before: Sequence[Segment], now: Segment) -> list[Segment]:
+def continued(before: Sequence[Segment], now: Segment) -> list[Segment]:
   """Returns the segments of a run that is continued.
 
   Args:
@@ -59,7 +59,7 @@ def change(before: Sequence[Segment], after: Sequence[Segment]) -> str:
 
   Args:
     before: segments of the run so far.
-    after: segments of the continued run; see `going_on`.
+    after: segments of the continued run; see `continued`.
 
   Returns:
     The message; empty if nothing changes.

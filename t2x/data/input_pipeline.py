@@ -234,7 +234,7 @@ def described(corpus: corpus_lib.Corpus, config: config_lib.DataConfig) -> str:
   lines = []
   for task, part in config_lib.parts(config).items():
     source, split = corpus.tasks[task] if task else corpus, part.train_split
-    examples = batches_lib.Examples(source, part, split, None, task=task)
+    examples = batches_lib.BatchMaker(source, part, split, None, task=task)
     title = f'{split}.{task}' if task else split
     line = f'{title}: {examples.layout.count().text}'
     lost = examples.share_lost()

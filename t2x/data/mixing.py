@@ -47,7 +47,7 @@ class MixedBatches:
     assert isinstance(config.objective, mixture.Mixture)
     parts = config_lib.parts(config)
     self._parts = [
-      batches_lib.Examples(
+      batches_lib.BatchMaker(
         corpus.tasks[name], part, part.train_split, rows, seed=seed, task=name
       )
       for name, part in parts.items()

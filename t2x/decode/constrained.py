@@ -16,7 +16,7 @@ Sampling = sampling_lib.SamplingConfig
 _MOST_SLOTS = 16
 
 
-def write(
+def generate(
   model: decoder.Decoder,
   prompts: Sequence[Sequence[int]],
   *,

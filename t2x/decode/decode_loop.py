@@ -201,10 +201,10 @@ def decode(
     fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
     keys = fold_in(keys_B, state.number)
     number_B = jnp.broadcast_to(state.number, keys.shape)
-    left_BV = sampling_lib.shaped(
+    left_BV = sampling_lib.apply_rules(
       logits_BV, settings, state.history, number_B, ends_BE
     )
-    token_B = sampling_lib.drawn(left_BV, keys, settings)
+    token_B = sampling_lib.draw_tokens(left_BV, keys, settings)
     is_stuck_B = sampling_lib.is_stuck(left_BV, settings)
     if is_stuck_B is not None:
       ended_B = state.ended_B | is_stuck_B

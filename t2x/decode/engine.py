@@ -23,7 +23,7 @@ Sampling = settings_lib.SamplingConfig
 EngineConfig = requests.EngineConfig
 Request = requests.Request
 Scores = requests.Scores
-Text = requests.Text
+Text = requests.GeneratedSequence
 Overloaded = requests.Overloaded
 
 

@@ -57,7 +57,7 @@ def empty_pages(
 
 
 @functools.partial(jax.jit, donate_argnames='caches')
-def read(
+def prefill_step(
   model: decoder.Decoder,
   caches: decode_loop.Caches,
   tokens_BC: jax.Array,
@@ -115,7 +115,7 @@ def score(
 
 
 @functools.partial(jax.jit, donate_argnames='caches')
-def write(
+def decode_step(
   model: decoder.Decoder,
   caches: decode_loop.Caches,
   token_B: jax.Array,
@@ -170,11 +170,11 @@ def choose(
     jax.random.fold_in(jax.random.key(seed), row), number
   )
   controlled_BV = logits_BV if controls is None else controls(logits_BV)
-  left_BV = sampling_lib.shaped(
+  left_BV = sampling_lib.apply_rules(
     controlled_BV, settings, history, number_B, ends_BE
   )
   keys_B = jax.vmap(key)(seed_B, row_B, number_B)
-  token_B = sampling_lib.drawn(left_BV, keys_B, settings)
+  token_B = sampling_lib.draw_tokens(left_BV, keys_B, settings)
   token_B = jnp.where(jnp.isfinite(left_BV.max(-1)), token_B, processors.NONE)
   logit_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
   log_prob_B = logit_B - jax.nn.logsumexp(logits_BV, axis=-1)

@@ -101,7 +101,7 @@ class PagedDecoder:
         request = requests_lib.Request(
           prompt=[0], num_tokens=1, sampling=sampling, num_top=1
         )
-        self._decode([requests_lib.Text(request)], rows, [None])
+        self._decode([requests_lib.GeneratedSequence(request)], rows, [None])
 
   def prefill(
     self, tokens: Sequence[int], start: int, size: int, pages: Sequence[int]
@@ -115,9 +115,13 @@ class PagedDecoder:
       pages: pages of the sequence; if empty, nothing is kept.
     """
     chunk = self._chunk(tokens, start, size, pages)
-    self._caches = engine_programs.read(self._model, self._caches, *chunk)
+    self._caches = engine_programs.prefill_step(
+      self._model, self._caches, *chunk
+    )
 
-  def score(self, sequence: requests_lib.Text, num: int, size: int) -> None:
+  def score(
+    self, sequence: requests_lib.GeneratedSequence, num: int, size: int
+  ) -> None:
     """Prefills part of a prompt, and adds the scores of the tokens after it.
 
     Args:
@@ -159,7 +163,7 @@ class PagedDecoder:
 
   def decode(
     self,
-    sequences: Sequence[requests_lib.Text],
+    sequences: Sequence[requests_lib.GeneratedSequence],
     masks: Sequence[requests_lib.Mask | None],
   ) -> _Decoded:
     """Decodes the next token of each sequence.
@@ -183,7 +187,7 @@ class PagedDecoder:
 
   def _decode(
     self,
-    sequences: Sequence[requests_lib.Text],
+    sequences: Sequence[requests_lib.GeneratedSequence],
     rows: int,
     masks: Sequence[requests_lib.Mask | None],
   ) -> _Decoded:
@@ -196,7 +200,7 @@ class PagedDecoder:
       for length, row_pages in zip(lengths, pages)
     ]
     column = functools.partial(rows_lib.column, rows=rows)
-    logits_BV, self._caches = engine_programs.write(
+    logits_BV, self._caches = engine_programs.decode_step(
       self._model,
       self._caches,
       column(sequence.all_tokens[-1] for sequence in sequences),

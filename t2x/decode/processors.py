@@ -105,7 +105,7 @@ def min_length(
   return _without(logits_BV, ends_BE, is_short_B[:, None])
 
 
-def only(logits_BV: jax.Array, token_B: jax.Array) -> jax.Array:
+def force_token(logits_BV: jax.Array, token_B: jax.Array) -> jax.Array:
   """Bans all tokens of a row except one; `NONE` changes nothing."""
   is_it_BV = jnp.arange(logits_BV.shape[-1])[None] == token_B[:, None]
   given_BV = jnp.where(is_it_BV, 0.0, -jnp.inf).astype(logits_BV.dtype)
@@ -148,7 +148,7 @@ def top_k(
   return _where(logits_BV, logits_BV >= least_B[:, None])
 
 
-def largest_few(logits_BV: jax.Array, num: int) -> tuple[jax.Array, jax.Array]:
+def top_few(logits_BV: jax.Array, num: int) -> tuple[jax.Array, jax.Array]:
   """Returns the `num` largest logits and their ids, ordered by id, (B, num)."""
   largest = jax.lax.top_k(logits_BV, min(num, logits_BV.shape[-1]))
   token_BC, logits_BC = jax.lax.sort(largest[::-1], dimension=-1, num_keys=1)
@@ -233,7 +233,7 @@ def draw(logits_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
   return (piece_B * size + place_B).astype(jnp.int32)
 
 
-def largest(logits_BV: jax.Array) -> jax.Array:
+def argmax(logits_BV: jax.Array) -> jax.Array:
   """Returns the most likely token of each row; of equal ones the first."""
   # On CPUs this takes a quarter of the time of argmax.
   V = logits_BV.shape[-1]

@@ -114,7 +114,7 @@ class Scores:
 
 
 @dataclasses.dataclass(eq=False)
-class Text:
+class GeneratedSequence:
   """The sequence of one request, while it is generated and after.
 
   Attributes:

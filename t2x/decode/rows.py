@@ -50,7 +50,8 @@ class Settings:
     """
     key = (rows, *map(id, requests))
     if self._last[0] != key:
-      # Banned words are part of each sequence's mask; see `requests.Text`.
+      # Banned words are part of each sequence's mask; see
+      # `requests.GeneratedSequence`.
       configs = [
         dataclasses.replace(request.sampling, banned_words=None)
         for request in requests
@@ -70,7 +71,7 @@ class Settings:
 
 
 def history(
-  sequences: Sequence[requests_lib.Text],
+  sequences: Sequence[requests_lib.GeneratedSequence],
   settings: sampling_lib.Rows,
   rows: int,
   vocab_size: int,

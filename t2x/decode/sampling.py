@@ -25,7 +25,7 @@ from t2x.decode import settings as settings_lib
 SamplingConfig = settings_lib.SamplingConfig
 Rows = settings_lib.SamplingRows
 rows = settings_lib.rows
-few = settings_lib.few
+few = settings_lib.canonical
 
 
 @jax.tree_util.register_dataclass
@@ -126,22 +126,26 @@ def sample(
   Returns:
     Token ids (B,), int32. At temperature 0, the lowest id of equal logits.
   """
-  logits_BV = shaped(logits_BV, settings, history, number_B, ends_BE)
-  return drawn(logits_BV, keys_B, settings)
+  logits_BV = apply_rules(logits_BV, settings, history, number_B, ends_BE)
+  return draw_tokens(logits_BV, keys_B, settings)
 
 
-def drawn(logits_BV: jax.Array, keys_B: jax.Array, settings: Rows) -> jax.Array:
-  """Draws one token for each row from the logits that `shaped` returned."""
+def draw_tokens(
+  logits_BV: jax.Array, keys_B: jax.Array, settings: Rows
+) -> jax.Array:
+  """Draws one token for each row from the logits of `apply_rules`."""
   if settings.temperature_B is None:
-    return processors.largest(logits_BV)
+    return processors.argmax(logits_BV)
   uniform_B = jax.vmap(jax.random.uniform)(keys_B)
   if (settings.most_k or math.inf) <= processors.MOST_SORTED:
     assert settings.most_k is not None
     # The following processors then see few tokens, in order of their ids.
-    largest_BC, token_BC = processors.largest_few(logits_BV, settings.most_k)
+    largest_BC, token_BC = processors.top_few(logits_BV, settings.most_k)
 
     def draw_of_largest() -> jax.Array:
-      place_B = processors.draw(truncated(largest_BC, settings), uniform_B)
+      place_B = processors.draw(
+        apply_truncation(largest_BC, settings), uniform_B
+      )
       return jnp.take_along_axis(token_BC, place_B[:, None], axis=1)[:, 0]
 
     # Unless others equal the least of these: they must be kept as well.
@@ -149,16 +153,16 @@ def drawn(logits_BV: jax.Array, keys_B: jax.Array, settings: Rows) -> jax.Array:
     num_B = (logits_BV >= least_B1).sum(-1)
     is_whole = (num_B <= largest_BC.shape[1]).all()
     draw_of_all = lambda: processors.draw(
-      truncated(logits_BV, settings), uniform_B
+      apply_truncation(logits_BV, settings), uniform_B
     )
     drawn_B = jax.lax.cond(is_whole, draw_of_largest, draw_of_all)
   else:
-    drawn_B = processors.draw(truncated(logits_BV, settings), uniform_B)
-  best_B = processors.largest(logits_BV)
+    drawn_B = processors.draw(apply_truncation(logits_BV, settings), uniform_B)
+  best_B = processors.argmax(logits_BV)
   return jnp.where(settings.temperature_B > 0, drawn_B, best_B)
 
 
-def shaped(
+def apply_rules(
   logits_BV: jax.Array,
   settings: Rows,
   history: History = History(),
@@ -196,7 +200,7 @@ def shaped(
   if settings.first_B is not None:
     assert number_B is not None
     given_B = jnp.where(number_B == 0, settings.first_B, processors.NONE)
-    logits_BV = processors.only(logits_BV, given_B)
+    logits_BV = processors.force_token(logits_BV, given_B)
   if settings.not_first_BM is not None:
     assert number_B is not None
     place_B = 0
@@ -214,7 +218,7 @@ def is_stuck(left_BV: jax.Array, settings: Rows) -> jax.Array | None:
   It returns None if the settings can ban no token.
 
   Args:
-    left_BV: logits that `shaped` returned.
+    left_BV: logits that `apply_rules` returned.
     settings: sampling settings of each row.
   """
   hiding = ('bias_BV', 'words_BMW', 'bans', 'min_tokens_B')
@@ -223,7 +227,7 @@ def is_stuck(left_BV: jax.Array, settings: Rows) -> jax.Array | None:
   return left_BV.max(-1) == -jnp.inf
 
 
-def truncated(logits_BV: jax.Array, settings: Rows) -> jax.Array:
+def apply_truncation(logits_BV: jax.Array, settings: Rows) -> jax.Array:
   """Applies the processors from temperature to typical.
 
   Tokens that cannot be drawn get -inf; the others are not normalized.

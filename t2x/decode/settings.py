@@ -204,7 +204,7 @@ def rows(
   )
 
 
-def few(settings: SamplingRows, vocab_size: int) -> SamplingRows:
+def canonical(settings: SamplingRows, vocab_size: int) -> SamplingRows:
   """Returns equivalent settings in one of few forms, to share programs.
 
   If one of several related settings is used, the others are set as well, to

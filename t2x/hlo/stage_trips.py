@@ -41,7 +41,7 @@ def trips(plan: plan_lib.PipelinePlan, stage: int) -> execution.Trips:
   places = {
     f'{name}_{tower.name}': (name, t)
     for name in instructions.LOOPS
-    for t, tower in enumerate(plan.place.towers)
+    for t, tower in enumerate(plan.placement.towers)
   }
 
   def of_loop(loop: module.Instruction) -> execution.Times | None:
@@ -63,8 +63,8 @@ def trips(plan: plan_lib.PipelinePlan, stage: int) -> execution.Trips:
 def _sending(plan: plan_lib.PipelinePlan, path: str) -> execution.Times | None:
   """Returns the share of the ticks in which stages send down, or up."""
   ticks = {
-    'from_previous': plan.told.sends_down_T,
-    'from_next': plan.told.sends_up_T,
+    'from_previous': plan.instructions.sends_down_T,
+    'from_next': plan.instructions.sends_up_T,
   }
   for slot, sends_T in ticks.items():
     if path.endswith(f'{executor.EXCHANGE}_{slot}'):
@@ -86,7 +86,7 @@ def times(
       so later members can run less often.
   """
   runs = int(_runs(plan, name, t)[:, stage].sum())
-  tower = plan.place.towers[t]
+  tower = plan.placement.towers[t]
   full = tower.num_layers % tower.group or tower.group
   if member < full:
     return runs
@@ -95,7 +95,7 @@ def times(
 
 def _runs(plan: plan_lib.PipelinePlan, name: str, t: int) -> np.ndarray:
   """Returns how often each stage runs a loop in each tick: runs_TS."""
-  runs_TS = instructions.trips(name, t, plan.told.columns)
+  runs_TS = instructions.trips(name, t, plan.instructions.columns)
   if plan.config.uniform:  # As often as the stage that runs it most.
     runs_TS = np.broadcast_to(runs_TS.max(1, keepdims=True), runs_TS.shape)
   return runs_TS
@@ -112,7 +112,7 @@ def _share(
   plan: plan_lib.PipelinePlan, stage: int, name: str, t: int, i: int
 ) -> fractions.Fraction:
   """Returns the share of the units run that have a layer i."""
-  columns, tower = plan.told.columns, plan.place.towers[t]
+  columns, tower = plan.instructions.columns, plan.placement.towers[t]
   visited = present = 0
   for tick, num in enumerate(_runs(plan, name, t)[:, stage]):
     for done in range(num):

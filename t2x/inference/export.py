@@ -88,7 +88,7 @@ def write(
   if target.exists() and any(target.iterdir()):
     raise ValueError(f'{directory} is not empty. Name a new directory.')
   # `writer` holds each layer's weights apart, which is faster on CPUs alone.
-  model = trained.writer if platforms == ('cpu',) else trained.model
+  model = trained.decoding_model if platforms == ('cpu',) else trained.model
   positions = trained.config.model.max_length
   wanted = max_length or trained.config.data.length
   length = min(wanted, positions or wanted)
@@ -136,7 +136,7 @@ def reading(trained: trained_model.Trained) -> dict[str, Any]:
   return {
     'before': frame.before,
     'after': frame.after,
-    'answers': frame.marks,
+    'answers': frame.has_sentinels,
     'sentinels': tokenizer.sentinel_ids,
     # Whether the names of special tokens are ordinary text within texts.
     'split': getattr(tokenizer, 'splits_names', True),
@@ -299,7 +299,7 @@ def _write_tokenizer(
   trained: trained_model.Trained, target: epath.Path
 ) -> None:
   try:
-    tokenizer_file.writer(trained.tokenizer, trained.frame)(target)
+    tokenizer_file.make_writer(trained.tokenizer, trained.frame)(target)
   except ValueError as error:  # Prompts of token ids need no tokenizer.
     _LOG.warning('The artefact takes token ids alone. %s', error)
 

@@ -72,7 +72,7 @@ def generate_text(
     max_length=max_length,
     control=control,
   )
-  texts = trained.texts(prompts, result.tokens)
+  texts = trained.decode(prompts, result.tokens)
   return [text_stream.cut(text, stop) for text in texts]
 
 
@@ -96,10 +96,10 @@ def generation(
   rows = trained.prompt_ids(prompts)
   engine = generate_lib.generate
   if control is not None:
-    engine = functools.partial(constrained.write, control=control)
+    engine = functools.partial(constrained.generate, control=control)
   with trained.decoding():
     return engine(
-      trained.writer,
+      trained.decoding_model,
       rows,
       num_tokens=num_tokens,
       sampling=_calibrated(trained, sampling),
@@ -142,7 +142,7 @@ def search_text(
   defaults = trained.generation
   with trained.decoding():
     result = generate_lib.beam_search(
-      trained.writer,
+      trained.decoding_model,
       trained.prompt_ids(prompts),
       num_tokens=num_tokens,
       beams=beams or beams_lib.BeamConfig(**defaults.search),
@@ -154,7 +154,7 @@ def search_text(
     )
   best = []
   for prompt, tokens, scores in zip(prompts, result.tokens, result.scores):
-    texts = trained.texts([prompt] * len(tokens), tokens)
+    texts = trained.decode([prompt] * len(tokens), tokens)
     best.append(list(zip(texts, scores)))
   return best
 

@@ -34,7 +34,7 @@ def experts(
   others = [expert] if anti_expert is None else [expert, anti_expert]
   _check(trained, others)
   _check_strength(strength)
-  writers = [one.writer for one in (trained, *others)]
+  writers = [one.decoding_model for one in (trained, *others)]
   model = steered.Experts(*writers, strength=strength)
   return dataclasses.replace(trained, model=model)
 
@@ -71,7 +71,7 @@ def gedi(
   _check_strength(strength)
   encode = trained.tokenizer.encode
   model = steered.Gedi(
-    *(one.writer for one in (trained, wanted, other)),
+    *(one.decoding_model for one in (trained, wanted, other)),
     wanted_prefix=encode(wanted_prefix),
     other_prefix=encode(other_prefix),
     strength=strength,

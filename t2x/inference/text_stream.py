@@ -45,7 +45,7 @@ def cut(text: str, stop: Sequence[str]) -> str:
   return text[: min((at + size, at) for at, size in matches)[1]]
 
 
-def after(
+def continuation(
   tokenizer: tokenizers.Tokenizer, before: Sequence[int], ids: Iterable[int]
 ) -> str:
   """Returns the text that token ids add to the text of a prompt.
@@ -66,8 +66,8 @@ def after(
 class TextStream:
   """Turns the tokens of one text into characters, piece by piece.
 
-  The results of `add` and `finish`, joined, are the result of `after` for all
-  tokens, cut before the first stop string.
+  The results of `add` and `finish`, joined, are the result of `continuation`
+  for all tokens, cut before the first stop string.
 
   Attributes:
     num_told: number of characters returned so far.

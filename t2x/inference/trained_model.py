@@ -91,7 +91,7 @@ class Trained:
 
   @functools.cached_property
   def pieces(self) -> pieces_lib.TokenBytes:
-    """The bytes of tokens, those of sentinels as `texts` writes them."""
+    """The bytes of tokens, those of sentinels as `decode` writes them."""
     pieces = list(self.token_bytes)
     if self._answers:
       for number, token in enumerate(self.tokenizer.sentinel_ids):
@@ -99,7 +99,7 @@ class Trained:
     return pieces_lib.TokenBytes(pieces)
 
   @functools.cached_property
-  def writer(self) -> Any:
+  def decoding_model(self) -> Any:
     """The model in the form that decodes fastest; see `decoding_weights`."""
     return decoding_weights.prepare(self.model)
 
@@ -167,7 +167,7 @@ class Trained:
         'token out of the text.'
       )
 
-  def texts(
+  def decode(
     self, prompts: Sequence[str], tokens: Sequence[Sequence[int]]
   ) -> list[str]:
     """Returns the texts of generated tokens.
@@ -180,7 +180,7 @@ class Trained:
     if self._answers:
       return [tokenizer.decode_marked(ids) for ids in tokens]
     return [
-      text_stream.after(tokenizer, before, ids)
+      text_stream.continuation(tokenizer, before, ids)
       for before, ids in zip(self.prompt_ids(prompts), tokens)
     ]
 

@@ -23,7 +23,7 @@ _SHARD_BYTES = 5_000_000_000
 _FLOATS = ('F64', 'F32', 'F16', 'BF16')
 
 
-def is_one(directory: str) -> bool:
+def is_checkpoint(directory: str) -> bool:
   """Whether a directory holds a checkpoint of Hugging Face."""
   file = pathlib.Path(directory) / CONFIG
   try:

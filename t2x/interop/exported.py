@@ -131,7 +131,7 @@ def _bert(config: encoder.EncoderConfig) -> dict[str, Any]:
   prefix = 'Roberta' if offset else 'Bert'
   suffix = 'ForMaskedLM' if config.masked_head else 'Model'
   suffix = 'ForPreTraining' if config.next_sentence else suffix
-  suffix, label_settings = labels_lib.written(config, suffix)
+  suffix, label_settings = labels_lib.class_and_labels(config, suffix)
   return {
     'model_type': prefix.lower(),
     'architectures': [prefix + suffix],
@@ -235,7 +235,7 @@ def _llama(config: decoder.DecoderConfig) -> dict[str, Any]:
       'sliding_window': None,
     }
     return hf
-  return llama_like_exported.written(config, hf)
+  return llama_like_exported.config_json(config, hf)
 
 
 def _heads(config: model_lib.ModelConfig) -> int:

@@ -41,7 +41,7 @@ from t2x.objectives import span_corruption
 
 _log = logging.getLogger(__name__)
 
-is_one = checkpoint_dir.is_one
+is_one = checkpoint_dir.is_checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -227,7 +227,7 @@ def write(
     source = {name: hf[name] for name in ids if name in hf} | source
   hf = labels_lib.with_labels(hf, config, labels or {}, problem)
   # Everything that may fail comes before the weights are written.
-  write_tokenizer = tokenizer and tokenizer_file.writer(
+  write_tokenizer = tokenizer and tokenizer_file.make_writer(
     tokenizer, framing.of(config, tokenizer), as_it_came=as_it_came
   )
   tensors = names.from_t2x(family, config, model, copies=False)

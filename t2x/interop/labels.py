@@ -104,7 +104,7 @@ def problem(hf: Hf) -> str:
   return given
 
 
-def written(
+def class_and_labels(
   config: encoder.EncoderConfig, suffix: str
 ) -> tuple[str, dict[str, Any]]:
   """Returns the class with a model's heads, and its entries of a config.json.

@@ -49,7 +49,7 @@ def family_of(config: Config) -> str:
   return 'mistral' if windows else 'llama'
 
 
-def written(config: Config, hf: Hf) -> dict[str, Any]:
+def config_json(config: Config, hf: Hf) -> dict[str, Any]:
   """Returns the config.json of a decoder, for its family.
 
   Args:

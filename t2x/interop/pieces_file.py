@@ -58,7 +58,7 @@ def of_bytes(
   return made, [library.decoders.ByteLevel()]
 
 
-def of_own(
+def from_trained(
   library: types.ModuleType, names: list[str], pieces: list[str]
 ) -> tuple[Any, list[Any]]:
   """Converts a SentencePiece model that t2x has trained.
@@ -83,7 +83,7 @@ def of_own(
   return made, [library.decoders.ByteFallback(), library.decoders.Fuse()]
 
 
-def of_others(tokenizer: pretrained.PretrainedTokenizer) -> Any | None:
+def from_pretrained(tokenizer: pretrained.PretrainedTokenizer) -> Any | None:
   """Converts a SentencePiece model of a checkpoint, such as Llama's.
 
   Args:

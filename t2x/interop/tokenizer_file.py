@@ -45,7 +45,7 @@ _PROBES = (
 )
 
 
-def writer(
+def make_writer(
   tokenizer: tokenizers_lib.Tokenizer,
   frame: framing.Frame,
   *,
@@ -71,7 +71,7 @@ def writer(
       return tokenizer.export
     made = tokenizer.library_form()
     if made is None:
-      made = pieces_file.of_others(tokenizer)
+      made = pieces_file.from_pretrained(tokenizer)
     if made is None:
       return _as_pieces(tokenizer, says_it)
     if tokenizer.splits_names:
@@ -158,7 +158,7 @@ def make(tokenizer: tokenizers_lib.Tokenizer, frame: framing.Frame) -> Any:
   made = _made(library, tokenizer, frame)
   made.post_processor = _template(made, frame)
   probes = list(_PROBES)
-  if frame.marks and tokenizer.sentinel_ids:
+  if frame.has_sentinels and tokenizer.sentinel_ids:
     probes.append('a <extra_id_0> b<extra_id_0>')
   for text, ours in zip(probes, frame.ids(tokenizer, probes)):
     theirs = made.encode(text).ids
@@ -265,11 +265,15 @@ def _made(
     made, decoders = pieces_file.of_bytes(library, names)
   else:
     assert isinstance(tokenizer, tokenizers_lib.SentencePieceTokenizer)
-    made, decoders = pieces_file.of_own(library, names, tokenizer.pieces())
-  pattern = library.Regex(_hidden(_NAMED.values() if frame.marks else names))
+    made, decoders = pieces_file.from_trained(
+      library, names, tokenizer.pieces()
+    )
+  pattern = library.Regex(
+    _hidden(_NAMED.values() if frame.has_sentinels else names)
+  )
   hide = library.decoders.Replace(pattern, '')
   made.decoder = library.decoders.Sequence([hide, *decoders])
-  if frame.marks:
+  if frame.has_sentinels:
     _add_marks(library, made, marks)
   return made
 
@@ -303,12 +307,12 @@ def _remade(
     ~tokenizer.vocab.is_text(np.arange(tokenizer.vocab_size))
   )
   marks = [made.id_to_token(i) for i in tokenizer.sentinel_ids]
-  shown = marks if frame.marks else []
+  shown = marks if frame.has_sentinels else []
   names = [name for i in special if (name := made.id_to_token(i)) not in shown]
   for part in (data['decoder'] or {}).get('decoders', []):
     if part.get('pattern', {}).get('Regex', '').startswith(r'\A(?:'):
       part['pattern']['Regex'] = _hidden(names)
   made = library.Tokenizer.from_str(json.dumps(data))
-  if frame.marks:
+  if frame.has_sentinels:
     _add_marks(library, made, marks)
   return made

@@ -71,12 +71,13 @@ class BlockCache:
   """Cache of one block.
 
   Attributes:
-    own: cache of self-attention, of the class that the kind of attention uses.
+    self_attention: cache of self-attention, of the class that the kind of
+      attention uses.
     cross: keys and values of the encoder's output; None without
       cross-attention.
   """
 
-  own: Any
+  self_attention: Any
   cross: cache_lib.Cache | None = None
 
 
@@ -195,18 +196,18 @@ class Block(nnx.Module):
       return sequence_parallel.run(
         _attention, self.attention, y_BTD, context
       ), None
-    if isinstance(cache.own, cache_lib.MemoryCache):
-      out, own = _recall(self.attention, y_BTD, context, cache.own)
-      return out, dataclasses.replace(cache, own=own)
+    if isinstance(cache.self_attention, cache_lib.MemoryCache):
+      out, own = _recall(self.attention, y_BTD, context, cache.self_attention)
+      return out, dataclasses.replace(cache, self_attention=own)
     out, own = self.attention.step(
       y_BTD,
       context.mask,
-      cache.own,
+      cache.self_attention,
       positions_BT=context.positions_BT,
       rotary=context.rotary,
       bias=context.bias,
     )
-    return out, dataclasses.replace(cache, own=own)
+    return out, dataclasses.replace(cache, self_attention=own)
 
   @jax.named_scope('cross')
   def _attend_cross(
@@ -238,7 +239,9 @@ class Block(nnx.Module):
     real_BT = None if segments_BT is None else segments_BT != 0
     # With a cache the arrays are a part of their rows, or have rows of other
     # lengths beside them, so that the capacity of an expert is not known.
-    drop = cache is None or isinstance(cache.own, cache_lib.MemoryCache)
+    drop = cache is None or isinstance(
+      cache.self_attention, cache_lib.MemoryCache
+    )
     return self.mlp(y_BTD, real_BT, context.mask.q_zigzag, drop=drop)
 
   def empty_pages(
@@ -255,7 +258,9 @@ class Block(nnx.Module):
       ValueError: the kind of attention cannot use pages.
     """
     attention_kinds.check_pages(self.attention.config)
-    return BlockCache(own=self.attention.empty_pages(num_pages, size, dtype))
+    return BlockCache(
+      self_attention=self.attention.empty_pages(num_pages, size, dtype)
+    )
 
   def empty_cache(
     self,
@@ -277,9 +282,11 @@ class Block(nnx.Module):
     """
     own = self.attention.empty_cache(batch, capacity, dtype, slack)
     if self.cross is None or encoded_BSD is None:
-      return BlockCache(own=own)
+      return BlockCache(self_attention=own)
     k_BSKH, v_BSKH = self.cross.keys_and_values(encoded_BSD)
-    return BlockCache(own=own, cross=cache_lib.of(k_BSKH, v_BSKH, dtype))
+    return BlockCache(
+      self_attention=own, cross=cache_lib.of(k_BSKH, v_BSKH, dtype)
+    )
 
 
 def _attention(

@@ -84,7 +84,7 @@ class Convolve(nnx.Module):
       )
     else:
       self.taps = param.param(
-        rngs, (N, W), ('heads', None), param.drawn('normal', 1.0)
+        rngs, (N, W), ('heads', None), param.make_initializer('normal', 1.0)
       )
     out = param.initializer(
       init, fan_in=N * H, fan_out=embed, factor=out_factor

@@ -113,7 +113,10 @@ class LinformerMixer(nnx.Module):
     self.config = config
     shape = config.length, config.rank
     make = lambda: param.param(
-      rngs, shape, (None, None), param.drawn('normal', config.rank**-0.5)
+      rngs,
+      shape,
+      (None, None),
+      param.make_initializer('normal', config.rank**-0.5),
     )
     self.key_TR = make()
     self.value_TR = make() if config.sharing == 'heads' else None
@@ -153,7 +156,7 @@ class NystromMixer(nnx.Module):
         rngs,
         (config.kv_heads, config.conv_width),
         ('kv_heads', None),
-        param.drawn('normal', config.conv_width**-0.5),
+        param.make_initializer('normal', config.conv_width**-0.5),
       )
       if config.conv_width
       else None

@@ -59,10 +59,10 @@ def initializer(
   """
   fan = {'fixed': 1, 'fan_in': fan_in, 'fan_avg': (fan_in + fan_out) / 2}
   std = factor * init.std / math.sqrt(fan[init.scale])
-  return drawn(init.distribution, std)
+  return make_initializer(init.distribution, std)
 
 
-def drawn(distribution: str, std: float) -> Initializer:
+def make_initializer(distribution: str, std: float) -> Initializer:
   """Returns an initializer of a distribution and a standard deviation."""
   if distribution == 'uniform':
     bound = std * math.sqrt(3)

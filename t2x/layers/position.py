@@ -161,7 +161,7 @@ class LearnedPositions(nnx.Module):
     rngs: nnx.Rngs,
   ):
     self.config = config
-    init = param.drawn(distribution, config.std)
+    init = param.make_initializer(distribution, config.std)
     shape = (config.max_length + config.offset, embed)
     self.table_PD = param.param(rngs, shape, (None, 'embed'), init)
 
@@ -265,7 +265,7 @@ class RelativeBias(nnx.Module):
     self.config = config
     self.bidirectional = bidirectional
     shape = (config.num_buckets, num_heads)
-    init = param.drawn('normal', std)
+    init = param.make_initializer('normal', std)
     self.table_RN = param.param(rngs, shape, (None, 'heads'), init)
 
   def __call__(self, relative: jax.Array) -> jax.Array:

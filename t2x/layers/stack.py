@@ -50,7 +50,7 @@ class Execution:
   def __post_init__(self) -> None:
     if self.remat in ('none', 'full', 'dots'):
       return
-    kept = self.kept
+    kept = self.saved
     names = [name for group in kept.values() for name in group]
     once = len({*names}) == len(names)
     known = {*names} <= {*SAVED_NAMES, INPUT} and INPUT not in kept['save']
@@ -64,7 +64,7 @@ class Execution:
       )
 
   @property
-  def kept(self) -> dict[str, tuple[str, ...]]:
+  def saved(self) -> dict[str, tuple[str, ...]]:
     """Names of the activations that `save` and `offload` keep."""
     parts = [part.partition(':') for part in self.remat.split(';')]
     given = {kind: tuple(names.split(',')) for kind, _, names in parts}
@@ -234,17 +234,17 @@ def _rematerialized(apply: Apply, execution: Execution) -> Apply:
     policy = policies.save_only_these_names(routing.CHOICE)
   elif remat == 'dots':
     policy = policies.save_only_these_names(param.PRODUCT, routing.CHOICE)
-  elif not execution.kept['offload']:
-    names = execution.kept['save']
+  elif not execution.saved['offload']:
+    names = execution.saved['save']
     policy = policies.save_only_these_names(*names, routing.CHOICE)
   else:
     policy = policies.save_and_offload_only_these_names(
-      names_which_can_be_saved=[*execution.kept['save'], routing.CHOICE],
-      names_which_can_be_offloaded=[*execution.kept['offload']],
+      names_which_can_be_saved=[*execution.saved['save'], routing.CHOICE],
+      names_which_can_be_offloaded=[*execution.saved['offload']],
       offload_src='device',
       offload_dst='pinned_host',
     )
-  if INPUT in execution.kept['offload']:
+  if INPUT in execution.saved['offload']:
     inner = apply
     apply = lambda layer, x, cache, number: inner(
       layer, ad_checkpoint.checkpoint_name(x, INPUT), cache, number

@@ -75,7 +75,7 @@ class Distances(nnx.Module):
     self.r_DNH = param.weight(
       rngs, (embed, N, H), ('embed', 'heads', 'head_dim'), drawn
     )
-    bias = param.drawn('normal', init.std)
+    bias = param.make_initializer('normal', init.std)
     axes = ('heads', 'head_dim')
     self.content_bias_NH = param.param(rngs, (N, H), axes, bias)
     self.position_bias_NH = param.param(rngs, (N, H), axes, bias)

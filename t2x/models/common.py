@@ -178,7 +178,9 @@ class Embeddings(nnx.Module):
     rows = embed.padded(config.vocab_size, config.vocab_multiple)
     std = config.init.embed_std
     distribution = table_distribution(config.init)
-    init = param.drawn(distribution, config.init.std if std is None else std)
+    init = param.make_initializer(
+      distribution, config.init.std if std is None else std
+    )
     self.tokens = embed.Embed(rows, D, init=init, rngs=rngs)
     position = config.position
     self.positions = (

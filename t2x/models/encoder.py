@@ -133,7 +133,9 @@ class Encoder(common.LanguageModel[EncoderConfig]):
         rngs,
         (config.num_token_types, D),
         (None, 'embed'),
-        param.drawn(common.table_distribution(config.init), config.init.std),
+        param.make_initializer(
+          common.table_distribution(config.init), config.init.std
+        ),
       )
       if config.num_token_types
       else None
@@ -177,7 +179,7 @@ class Encoder(common.LanguageModel[EncoderConfig]):
       if masked or config.output_bias
       else None
     )
-    drawn = param.drawn('normal', config.init.std)
+    drawn = param.make_initializer('normal', config.init.std)
     self.query_D = (
       param.param(rngs, (D,), (None,), drawn) if config.two_stream else None
     )
@@ -302,7 +304,7 @@ class Encoder(common.LanguageModel[EncoderConfig]):
     if self.queries is not None:
       return self._transformed(self.queries.end(x_BTD))
     if two_stream_lib.are_in(batch):
-      x_BTD = two_stream_lib.asked(x_BTD, batch)
+      x_BTD = two_stream_lib.query_stream(x_BTD, batch)
     x_BTD = self.tower.end(x_BTD)
     positions_BM = batch.get('target_positions')
     if positions_BM is not None:

@@ -166,7 +166,7 @@ def recall(
   Returns:
     The two results of `run`, and the memory for the next rows.
   """
-  batch, (name,) = segment_memory.seen(batch, memory), model.towers
+  batch, (name,) = segment_memory.with_memory(batch, memory), model.towers
   context = model.context(name, batch, keys_B, execution.zigzag)
   x_BTD, _ = model.enter(name, batch, context, None)
   tower = getattr(model, name)
@@ -175,7 +175,7 @@ def recall(
       x_BTD, context, caches=memory['layers'], execution=execution
     )
   stats = {f'{name}.{path}': value for path, value in stats.items()}
-  return x_BTD, stats, segment_memory.kept(batch, layers)
+  return x_BTD, stats, segment_memory.next_memory(batch, layers)
 
 
 def features(

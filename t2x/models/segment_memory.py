@@ -37,10 +37,10 @@ def empty(model: Any, rows: int, length: int) -> dict[str, Any]:
 
 def like(shapes: dict[str, Any]) -> dict[str, Any]:
   """Returns an empty memory of the given shapes."""
-  return shown_if(False, jax.tree.map(jnp.zeros_like, shapes))
+  return hidden_unless(False, jax.tree.map(jnp.zeros_like, shapes))
 
 
-def shown_if(
+def hidden_unless(
   condition: bool | jax.Array, memory: dict[str, Any]
 ) -> dict[str, Any]:
   """Returns a memory that is hidden unless a condition holds.
@@ -81,7 +81,7 @@ def _axes(leaf: jax.Array | jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
   return (None,) * (leaf.ndim - len(axes)) + axes
 
 
-def seen(
+def with_memory(
   batch: dict[str, jax.Array], memory: dict[str, Any]
 ) -> dict[str, jax.Array]:
   """Returns a batch to which `SEGMENTS`, the visible memory, is added.
@@ -109,14 +109,14 @@ def seen(
     ones_BT = jnp.ones(batch['inputs'].shape, jnp.int32)
     batch = {**batch, 'segments': ones_BT}
   continues_B1 = batch[batch_keys.CONTINUES][:, :1] > 0
-  return {**batch, SEGMENTS: shown_if(continues_B1, memory)['segments']}
+  return {**batch, SEGMENTS: hidden_unless(continues_B1, memory)['segments']}
 
 
-def kept(batch: dict[str, jax.Array], layers: Any) -> dict[str, Any]:
+def next_memory(batch: dict[str, jax.Array], layers: Any) -> dict[str, Any]:
   """Returns the memory for the next rows.
 
   Args:
-    batch: batch returned by `seen`.
+    batch: batch returned by `with_memory`.
     layers: keys and values of each layer.
   """
   segments_BT, before_BM = batch['segments'], batch[SEGMENTS]
@@ -133,7 +133,7 @@ def mask_of(batch: dict[str, jax.Array], mask: mask_lib.Mask) -> mask_lib.Mask:
   """Returns a mask whose keys are those of the memory and then of the row.
 
   Args:
-    batch: batch returned by `seen`.
+    batch: batch returned by `with_memory`.
     mask: mask of the row alone.
   """
   before_BM, length = batch[SEGMENTS], batch['segments'].shape[1]

@@ -200,7 +200,7 @@ class Tower(nnx.Module):
     dtype = jnp.dtype(self.config.dtype)
     return self.layers.map_layers(
       lambda layer: block.BlockCache(
-        own=layer.attention.empty_memory(batch, length, dtype)
+        self_attention=layer.attention.empty_memory(batch, length, dtype)
       )
     )
 

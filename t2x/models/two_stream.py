@@ -59,6 +59,6 @@ def context(
   )
 
 
-def asked(x_BTD: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
+def query_stream(x_BTD: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
   """Returns the query stream of both streams, (B, M, D)."""
   return x_BTD[:, batch['inputs'].shape[1] :]

@@ -341,7 +341,7 @@ class Cut:
     known = self._known(fixed, *pairs, side=side, rest=rest)
     return self._flow.run(self._late, known)
 
-  def at_once(
+  def compute_all(
     self, fixed: Fixed, x: Any, side: Any, rest: Any, d_y: Any, d_aux: Any
   ) -> tuple[Any, ...]:
     """Returns (y, aux, other, d_x, d_side, gradients: early, then late)."""

@@ -56,7 +56,7 @@ def run(
   Returns:
     The buffers and sums after the last tick.
   """
-  instructions = plan.told
+  instructions = plan.instructions
 
   def step(
     carry: tick_lib.Carry, xs: tuple[jax.Array, ...]

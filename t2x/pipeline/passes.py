@@ -181,7 +181,7 @@ def leave(
     rest = tick.rest(0, zero)
     x = buffers.read(carry.inbox, tick.instruction['gradient'] + zero)[-1]
     one = jax.tree.map(jnp.ones_like, piece.aux)
-    outputs = piece.at_once(fixed, x, None, rest, None, one)
+    outputs = piece.compute_all(fixed, x, None, rest, None, one)
     _, _, other, d_x, _, grads = outputs
     shared = buffers.add_leaves(shared, piece.early + piece.late, grads, active)
     new = (*(jnp.zeros_like(g) for g in grad[:-1]), d_x)
@@ -222,7 +222,7 @@ def _backward_of(
   side: _Activations,
   grad: _Activations,
 ) -> tuple[_Activations, tick_lib.Carry]:
-  c, units = tick.instruction, tick.plan.place.most_units[t]
+  c, units = tick.instruction, tick.plan.placement.most_units[t]
 
   def layer(
     i: int,
@@ -283,7 +283,7 @@ def enter_backward(
       # outside the loop out of it.
       held_back, _ = jax.lax.optimization_barrier((grad, zero))
       d_y = held_back[t], (held_back[t - 1] if t else None)
-      outputs = piece.at_once(*args, d_y, None)
+      outputs = piece.compute_all(*args, d_y, None)
       d_before, grads = outputs[3], outputs[5]
       shared = buffers.add_leaves(
         shared, piece.early + piece.late, grads, active
@@ -317,7 +317,7 @@ def weight(
 def _weight_of(
   tick: tick_lib.Tick, t: int, carry: tick_lib.Carry, side: _Activations
 ) -> tick_lib.Carry:
-  c, units = tick.instruction, tick.plan.place.most_units[t]
+  c, units = tick.instruction, tick.plan.placement.most_units[t]
 
   def layer(
     i: int,

@@ -22,20 +22,20 @@ class PipelinePlan:
 
   Attributes:
     table: schedule.
-    place: layers of its parts.
+    placement: layers of its parts.
     config: settings of the pipeline.
     execution: recomputation, and the order of tokens.
   """
 
   table: schedule_lib.Schedule
-  place: placement_lib.Placement
+  placement: placement_lib.Placement
   config: config_lib.PipelineConfig
   execution: stack.Execution
 
   @functools.cached_property
-  def told(self) -> instructions.Instructions:
+  def instructions(self) -> instructions.Instructions:
     """The instructions of all devices."""
-    return instructions.make(self.table, self.place)
+    return instructions.make(self.table, self.placement)
 
   def summary(self) -> str:
     """Returns a line that describes the pipeline and its idle time."""

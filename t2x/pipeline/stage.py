@@ -68,7 +68,7 @@ class Stage:
     """Returns the parameters of the layers in this stage's slots."""
     result = {}
     for name in tree.towers:
-      stacks = weights.joined(getattr(tree, name).layers)
+      stacks = weights.stack_units(getattr(tree, name).layers)
       result[name] = [
         _map_leaves(lambda r, a: r.fetch(a), routes, stack)
         for routes, stack in zip(layout.routes[name], stacks)
@@ -180,7 +180,7 @@ class Stage:
 
   def _start(self, pieces: pieces_lib.MicrobatchPrograms) -> tick.Carry:
     """Returns the buffers and sums of the first tick, all zeros."""
-    instructions, place = self._plan.told, self._plan.place
+    instructions, place = self._plan.instructions, self._plan.placement
     zeros = buffers.zeros
     stored, crossing, loads = [], [], []
     for t, layers in enumerate(pieces.layers):
@@ -263,7 +263,7 @@ class Stage:
     result = {}
     for t, name in enumerate(self._slots):
       layers = getattr(self._trained, name).layers
-      unit_SN = self._plan.place.unit_SN[t]
+      unit_SN = self._plan.placement.unit_SN[t]
       for i, load in enumerate(loads[t]):
         if load is None:
           continue
@@ -272,7 +272,7 @@ class Stage:
         whole = jax.tree.map(route.give_back, load)
         if self._manual:
           whole = jax.lax.psum(whole, self._manual)
-        group, last = weights.parted(whole, layers, i)
+        group, last = weights.split_units(whole, layers, i)
         path = f'{name}.layers'
         if group is not None:
           result[f'{path}.group.{i}.mlp'] = group

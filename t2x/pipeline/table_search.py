@@ -27,7 +27,7 @@ from t2x.pipeline import schedules
 from t2x.pipeline import simulation
 
 
-def generate(
+def search(
   num_stages: int,
   num_microbatches: int,
   *,

@@ -124,7 +124,7 @@ class Tick:
       carry: carried values at the start.
     """
     trips = functools.partial(instructions.trips, name, t)
-    tower = self.plan.place.towers[t].name
+    tower = self.plan.placement.towers[t].name
     return self.repeat(f'{name}_{tower}', trips, body, carry)
 
   def repeat(
@@ -187,7 +187,7 @@ class Tick:
       reverse: whether the last layer comes first.
     """
     members = list(range(len(self.pieces.layers[t])))
-    num, group = self.plan.place.towers[t].num_layers, len(members)
+    num, group = self.plan.placement.towers[t].num_layers, len(members)
     full = num % group or group  # Number of layers that every unit has.
 
     def unit(trip: jax.Array, active: buffers.Active, carry: _Carry) -> _Carry:
@@ -232,6 +232,6 @@ class Tick:
 
   def rows_of(self, t: int, unit: buffers.Index) -> list[jax.Array]:
     """Returns the rows of a unit's stored activations: until B, and until W."""
-    c, most = self.instruction, self.plan.place.most_units[t]
+    c, most = self.instruction, self.plan.placement.most_units[t]
     slots = (c['until_backward'], c['until_weight'])
     return [slot * most + unit for slot in slots]

@@ -110,7 +110,7 @@ def _spec(dim: int | None) -> P:
   return P() if dim is None else P(*[None] * dim, sharding.PIPE)
 
 
-def joined(stack: stack_lib.Stack) -> list[Any]:
+def stack_units(stack: stack_lib.Stack) -> list[Any]:
   """Returns the stacked parameters of each layer of a unit, (U, ...).
 
   The layers of the remainder come after those of the group, as the last unit.
@@ -143,10 +143,10 @@ def num_units(layers: stack_lib.Stack, i: int) -> int:
   return repeats + (i < len(layers.remainder))
 
 
-def parted(whole: Any, layers: stack_lib.Stack, i: int) -> tuple[Any, Any]:
+def split_units(whole: Any, layers: stack_lib.Stack, i: int) -> tuple[Any, Any]:
   """Splits arrays of all units into those of the group and of the remainder.
 
-  It is the inverse of `joined`.
+  It is the inverse of `stack_units`.
 
   Args:
     whole: tree of arrays (U, ...) of the i-th layer of a unit.
@@ -190,7 +190,7 @@ class StageLayout:
         of the group that it is stacked with.
     """
     rules = sharding.active_rules()
-    layers = sharding.PIPE if plan.place.is_contiguous else None
+    layers = sharding.PIPE if plan.placement.is_contiguous else None
     rules = dataclasses.replace(rules, layers=layers)
     sizes = jax.sharding.get_abstract_mesh().shape
     names = _layer_paths(tree)
@@ -211,7 +211,10 @@ class StageLayout:
       _check_alike(name, layers)
       members = [*layers.group] or [*layers.remainder]
       routes[name] = [
-        [_route(x, rules, sizes, plan.place.unit_SN[t], num) for x in leaves]
+        [
+          _route(x, rules, sizes, plan.placement.unit_SN[t], num)
+          for x in leaves
+        ]
         for num, leaves in (
           (num_units(layers, i), _variables(m)) for i, m in enumerate(members)
         )
@@ -285,7 +288,7 @@ def with_stack(
   """
   by_path = {}
   for i, whole in enumerate(stacks):
-    group, last = parted(whole, layers, i)
+    group, last = split_units(whole, layers, i)
     for kind, part in (('group', group), ('remainder', last)):
       prefix = f'{name}.layers.{kind}.{i}.'
       flat = jax.tree_util.tree_leaves_with_path(part)

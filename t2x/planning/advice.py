@@ -127,7 +127,7 @@ def _gathers(
     return
   gathered = sum(
     row.bytes
-    for row in plan.sent
+    for row in plan.collectives
     if row.kind == 'all-gather' and 'fsdp' in row.axes
   )
   yield (
@@ -148,7 +148,7 @@ def _gathers_by_sums(
   if 'fsdp' not in rule or not part or plan.topology.count('x') < 2:
     return
   along = {'all-gather': 0.0, 'all-reduce': 0.0}
-  for row in plan.sent:
+  for row in plan.collectives:
     if row.kind in along and row.axes == ('fsdp',):
       along[row.kind] += row.bytes
   weights = sum(plan.memory.state[sharding_table.PARAMETERS].values()) * fsdp
@@ -171,7 +171,7 @@ def _exposed(
   r = plan.roofline
   if r is None or r.exposed < 0.1 * r.seconds:
     return
-  row = max(plan.sent, key=lambda row: row.exposed)
+  row = max(plan.collectives, key=lambda row: row.exposed)
   share = r.exposed / r.seconds
   yield (
     f'{sharding_table.percent(share)} of the least time are exchanges beside '
@@ -182,7 +182,9 @@ def _exposed(
 
 
 def _remedy(
-  row: plan_lib.Sent, config: experiment.Experiment, plan: plan_lib.Plan
+  row: plan_lib.CollectiveTotal,
+  config: experiment.Experiment,
+  plan: plan_lib.Plan,
 ) -> str:
   slices = plan.num_slices
   between = mesh_lib.dcn_sizes(config.mesh, plan.sizes, slices)

@@ -18,7 +18,7 @@ def text(estimate: estimate_lib.Estimate, limit: float | None = None) -> str:
     for name, size in sorted(parts.items(), key=lambda item: -item[1])
     if size
   ]
-  fullest, peak = estimate.fullest, text_lib.gib(estimate.peak_bytes)
+  fullest, peak = estimate.peak_phase, text_lib.gib(estimate.peak_bytes)
   lines = [
     f'memory of a device: {peak} GiB at the fullest moment ({fullest.name})',
     *rows(estimate.arguments | fullest.parts, 2**30),
@@ -54,7 +54,7 @@ def to_json(
       'temporaries_bytes': estimate.temporary_bytes,
       'peak_bytes': estimate.peak_bytes,
       'limit_bytes': limit,
-      'parts': estimate.arguments | estimate.fullest.parts,
+      'parts': estimate.arguments | estimate.peak_phase.parts,
     },
     'flops': {'executed': estimate.executed_flops, 'parts': estimate.flops},
     'collectives': {

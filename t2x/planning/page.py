@@ -54,7 +54,7 @@ def page(name: str, plan: plan_lib.Plan, advice: Iterable[str] = ()) -> str:
   ]
   if plan.roofline is not None:
     body += ['<h2>Least time of a step</h2>', _times(plan)]
-  if plan.sent:
+  if plan.collectives:
     body += ['<h2>Sent by a device</h2>', _sent(plan)]
   if plan.stages:
     body += ['<h2>Stages</h2>', _stages(plan)]
@@ -78,8 +78,8 @@ def _tiles(plan: plan_lib.Plan) -> str:
   ]
   if f.executed:
     figures.append(('executed / model', f'{f.ratio:.2f}'))
-  if plan.sent:
-    sent = sum(row.bytes for row in plan.sent)
+  if plan.collectives:
+    sent = sum(row.bytes for row in plan.collectives)
     figures.append(('sent', sharding_table.bytes_text(sent)))
   if plan.roofline is not None and plan.mfu_limit is not None:
     figures.append(('least time', text_lib.time(plan.roofline.seconds)))
@@ -207,8 +207,8 @@ def _sent(plan: plan_lib.Plan) -> str:
     f'<td>{row.times:,.0f}</td><td>{sharding_table.bytes_text(row.bytes)}</td>'
     f'<td>{sharding_table.percent(row.hidden / row.bytes if row.bytes else 0)}'
     '</td></tr>'
-    for row in plan.sent
-    if row.bytes >= plan.sent[0].bytes / 1e4
+    for row in plan.collectives
+    if row.bytes >= plan.collectives[0].bytes / 1e4
   )
   head = ''.join(
     f'<th scope="col">{name}</th>'

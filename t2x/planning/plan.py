@@ -63,7 +63,7 @@ class Flops:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sent:
+class CollectiveTotal:
   """Collectives of one kind along the same mesh axes, in one step.
 
   Attributes:
@@ -117,7 +117,7 @@ class Plan:
     compile_seconds: seconds that lowering and compiling took.
     refused: message of the compiler if it refused the program as too large.
     flops: FLOPs of one step on one device.
-    sent: collectives of one step on one device, the most bytes first.
+    collectives: collectives of one step on one device, the most bytes first.
     roofline: lower bound on the time of a step; None for simulated devices.
     peak: peak FLOP/s of a device in the dtype of the activations.
     formula: text that shows how the model's FLOPs are counted.
@@ -135,7 +135,7 @@ class Plan:
   compile_seconds: float
   refused: str | None = None
   flops: Flops
-  sent: tuple[Sent, ...] = ()
+  collectives: tuple[CollectiveTotal, ...] = ()
   roofline: roofline_lib.Roofline | None = None
   peak: float | None = None
   formula: str = ''
@@ -257,7 +257,7 @@ def _of_compiled(
       config, mesh, common['chip'], compiled.memory_analysis(), text
     ),
     flops=flops,
-    sent=_sent(collectives, times),
+    collectives=_sent(collectives, times),
     roofline=roofline,
     schedule=stages.summary() if stages else '',
     stages=tuple(
@@ -296,7 +296,7 @@ def _flops(
 
 def _sent(
   collectives: Sequence[collectives_lib.Collective], times: Sequence[float]
-) -> tuple[Sent, ...]:
+) -> tuple[CollectiveTotal, ...]:
   """Sums collectives of one kind along the same axes.
 
   Args:
@@ -310,7 +310,7 @@ def _sent(
     once = float(c.times), size, size * c.hidden, seconds * (not c.hidden)
     row[:] = map(sum, zip(row, once))
   rows = [
-    Sent(
+    CollectiveTotal(
       kind=kind,
       axes=axes,
       times=times,

@@ -69,7 +69,7 @@ def text(name: str, plan: plan_lib.Plan, advice: Sequence[str] = ()) -> str:
     '',
     *_flops(plan),
   ]
-  if plan.sent:
+  if plan.collectives:
     lines += ['', *_sent(plan)]
   if plan.stages:
     lines += ['', *_stages(plan)]
@@ -139,15 +139,15 @@ def _flops(plan: plan_lib.Plan) -> list[str]:
 
 def _sent(plan: plan_lib.Plan) -> list[str]:
   rows = [['sent by a device', 'along', 'times', 'MB', 'beside products']]
-  for row in plan.sent:
-    if row.bytes < plan.sent[0].bytes / 1e4:
+  for row in plan.collectives:
+    if row.bytes < plan.collectives[0].bytes / 1e4:
       continue
     rows.append(
       [row.kind, row.along, f'{row.times:,.0f}']
       + [f'{row.bytes / 1e6:,.1f}', sharding_table.percent(_share(row))]
     )
-  total = sum(row.bytes for row in plan.sent)
-  hidden = sum(row.hidden for row in plan.sent)
+  total = sum(row.bytes for row in plan.collectives)
+  hidden = sum(row.hidden for row in plan.collectives)
   share = hidden / total if total else 0.0
   rows.append(
     ['all', '', '', f'{total / 1e6:,.1f}', sharding_table.percent(share)]
@@ -163,7 +163,7 @@ def _stages(plan: plan_lib.Plan) -> list[str]:
   return [plan.schedule, *sharding_table.aligned(rows, '>>>')]
 
 
-def _share(row: plan_lib.Sent) -> float:
+def _share(row: plan_lib.CollectiveTotal) -> float:
   return row.hidden / row.bytes if row.bytes else 0.0
 
 
@@ -189,7 +189,7 @@ def to_json(plan: plan_lib.Plan, advice: Sequence[str] = ()) -> dict[str, Any]:
   """
   memory, f, r = plan.memory, plan.flops, plan.roofline
   kinds: dict[str, float] = {}
-  for row in plan.sent:
+  for row in plan.collectives:
     kinds[row.kind] = kinds.get(row.kind, 0.0) + row.bytes
   return {
     'topology': plan.topology,
@@ -211,9 +211,9 @@ def to_json(plan: plan_lib.Plan, advice: Sequence[str] = ()) -> dict[str, Any]:
       'ratio': f.ratio,
     },
     'collectives': {
-      'total_bytes': sum(row.bytes for row in plan.sent),
+      'total_bytes': sum(row.bytes for row in plan.collectives),
       'by_kind': kinds,
-      'rows': [dataclasses.asdict(row) for row in plan.sent],
+      'rows': [dataclasses.asdict(row) for row in plan.collectives],
     },
     'roofline': r
     and {

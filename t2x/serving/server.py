@@ -76,7 +76,7 @@ def make(
   engine = dataclasses.replace(engine, max_length=length)
   metrics = metrics_lib.Metrics()
   with trained.decoding():
-    made = engine_lib.Engine(trained.writer, engine)
+    made = engine_lib.Engine(trained.decoding_model, engine)
     made.warm(trained.temperature)
   runner = engine_thread.Runner(made, trained.decoding, observe=metrics.observe)
   metrics.watch(runner)

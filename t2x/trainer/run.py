@@ -115,7 +115,7 @@ class Run:
     before = self._before(restored[2], changes or {})
     self.step, self.state, _ = restored
     _log.info('Going on from the checkpoint of step %d.', self.step)
-    self.history = history.going_on(before, self._segment())
+    self.history = history.continued(before, self._segment())
     changed = history.change(before, self.history)
     if changed:
       _log.warning(changed)

@@ -112,7 +112,7 @@ def apply_gradients(
   carried, sums = _carried(state, sums, config)
   carried = keep(carried, state.carried)
   if config.memory is not None:  # What stayed is not of the row before.
-    shown = segment_memory.shown_if(finite, carried[segment_memory.NAME])
+    shown = segment_memory.hidden_unless(finite, carried[segment_memory.NAME])
     carried = {**carried, segment_memory.NAME: shown}
   num_skipped = jnp.where(finite, 0, state.num_skipped + 1)
   new_state = train_state.TrainState(

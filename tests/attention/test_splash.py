@@ -138,7 +138,7 @@ def why(mask=make_mask(causal=True), T=T, S=None, block=None, **given):
   shape = lambda length: jax.ShapeDtypeStruct((B, length, 2, H), jnp.float32)
   keys, options = shape(S or T), dense.AttentionOptions(block=block)
   kwargs = {'platform': 'tpu', 'options': options, **given}
-  return kernels.why_not(shape(T), keys, keys, mask, **kwargs)
+  return kernels.unsupported_reason(shape(T), keys, keys, mask, **kwargs)
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def why_not(T=T, S=None, H=H, V=None, mask=None, dtype='bfloat16', **options):
   shaped = lambda length, width: jax.ShapeDtypeStruct(
     (1, length, 2, width), dtype
   )
-  return kernels.why_not(
+  return kernels.unsupported_reason(
     shaped(T, H),
     shaped(S or T, H),
     shaped(S or T, V or H),

@@ -172,7 +172,7 @@ def test_more_fsdp_keeps_and_holds_less():
 def test_remat_trades_memory_for_products():
   remats = ('none', 'dots', 'save:query,mlp_up', 'full')
   found = [estimate.step(config_of(train__remat=remat)) for remat in remats]
-  activations = [f.moments[0].parts['activations'] for f in found]
+  activations = [f.phases[0].parts['activations'] for f in found]
   assert activations == sorted(activations, reverse=True)
   assert len(set(activations)) == 4
   products = [f.executed_flops for f in found]

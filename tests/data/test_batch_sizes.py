@@ -247,21 +247,21 @@ def test_a_history_goes_on_from_any_checkpoint():
   now = lambda step, size, order='a': history.Segment(
     step=step, batch_size=size, order=order
   )
-  parts = history.going_on([], now(0, 8))
+  parts = history.continued([], now(0, 8))
   assert parts == [now(0, 8)]
-  assert history.going_on(parts, now(5, 8)) == parts
-  parts = history.going_on(parts, now(10, 16))
+  assert history.continued(parts, now(5, 8)) == parts
+  parts = history.continued(parts, now(10, 16))
   assert parts == [now(0, 8), now(10, 16)]
   # No step was taken with it.
-  assert history.going_on(parts, now(10, 8)) == [now(0, 8)]
-  assert history.going_on(parts, now(10, 4)) == [now(0, 8), now(10, 4)]
-  assert history.going_on(parts, now(0, 4)) == [now(0, 4)]
+  assert history.continued(parts, now(10, 8)) == [now(0, 8)]
+  assert history.continued(parts, now(10, 4)) == [now(0, 8), now(10, 4)]
+  assert history.continued(parts, now(0, 4)) == [now(0, 4)]
   saved = history.to_json(parts, 12)
   assert history.from_json(saved) == parts
   assert history.from_json({'step': 12}) == []
-  anew = history.going_on(parts, now(12, 16, 'b'))
+  anew = history.continued(parts, now(12, 16, 'b'))
   assert history.of_one_order(anew) == [now(12, 16, 'b')]
-  back = history.going_on(anew, now(20, 16))
+  back = history.continued(anew, now(20, 16))
   assert history.of_one_order(back) == [now(20, 16)]
 
 

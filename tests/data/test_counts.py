@@ -57,7 +57,7 @@ def _lengths(num=50, seed=0, most=60):
 
 
 def _count(corpus, config):
-  made = batches_lib.Examples(corpus, config, 'train', None)
+  made = batches_lib.BatchMaker(corpus, config, 'train', None)
   return made.layout.count()
 
 
@@ -153,7 +153,7 @@ def test_short_documents_that_find_no_room_when_noised(tmp_path, most):
     for name in ('targets', 'encoder_inputs')
   )
   lost = 1 - held / sum(n - 2 for n in lengths)
-  made = batches_lib.Examples(corpus, config, 'train', None)
+  made = batches_lib.BatchMaker(corpus, config, 'train', None)
   assert made.share_lost() == pytest.approx(lost, abs=1e-9)
   assert (lost > 0.2) == (most == 7)
   said = f'about {lost:.1%} of them find no place'

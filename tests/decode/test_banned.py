@@ -232,7 +232,7 @@ def test_beside_a_control(model):
   """With what a control allows, and an error where nothing is left."""
   banned = banned_lib.Banned(['aa', 'ab'], PIECES)
   config = Sampling(banned_words=banned)
-  found = constrained.write(
+  found = constrained.generate(
     model, [[3], [2]], num_tokens=LENGTH, control=Only([2, 3, 4, 5, 25]),
     sampling=config, eos_id=END, max_length=32,
   )  # fmt: skip
@@ -240,7 +240,7 @@ def test_beside_a_control(model):
     assert set(tokens) <= {2, 3, 4}
     assert_free(['aa', 'ab'], prompt, tokens)
   with pytest.raises(ValueError, match='No token may come next: what is bann'):
-    constrained.write(
+    constrained.generate(
       model, [[2]], num_tokens=4, control=Only([2, 5]), sampling=config,
       max_length=32,
     )  # fmt: skip

@@ -160,7 +160,11 @@ def test_few_programs_serve_whatever_comes():
   model = make()
   config = dataclasses.replace(SMALL, num_pages=40)
   engine = engine_lib.Engine(model, config)
-  programs = engine_programs.read, engine_programs.write, engine_programs.choose
+  programs = (
+    engine_programs.prefill_step,
+    engine_programs.decode_step,
+    engine_programs.choose,
+  )
   before = [program._cache_size() for program in programs]
   for seed in range(6):
     run(engine, requests(14, seed=seed))
@@ -294,13 +298,13 @@ def test_on_a_mesh(axes):
     engine = engine_lib.Engine(placed, SMALL)
     texts = run(engine, wanted)
     before = (
-      engine_programs.write._cache_size(),
-      engine_programs.read._cache_size(),
+      engine_programs.decode_step._cache_size(),
+      engine_programs.prefill_step._cache_size(),
     )
     run(engine, wanted)
     assert (
-      engine_programs.write._cache_size(),
-      engine_programs.read._cache_size(),
+      engine_programs.decode_step._cache_size(),
+      engine_programs.prefill_step._cache_size(),
     ) == before
     k = jax.tree.leaves(engine._decoder._caches)[0]
     assert k.sharding.shard_shape(k.shape)[2] == k.shape[2] // 2

@@ -30,7 +30,7 @@ def sample(logits, keys, config):
 
 @jax.jit
 def truncated(logits, settings):
-  return sampling.truncated(logits, settings)
+  return sampling.apply_truncation(logits, settings)
 
 
 def truncate(logits, config):

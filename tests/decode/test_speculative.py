@@ -128,7 +128,7 @@ def joint(model, prompt, settings, num):
   own = sampling.rows([sampling.SamplingConfig(**config)], len(texts), 6)
   for i in range(num):
     at = logits[:, len(prompt) - 1 + i]
-    probs = jax.nn.softmax(sampling.truncated(at, own))
+    probs = jax.nn.softmax(sampling.apply_truncation(at, own))
     for text, row in zip(texts, np.asarray(probs, np.float64)):
       found[text] = found.get(text, 1.0) * row[text[i]]
   return found

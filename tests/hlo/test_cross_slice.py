@@ -27,9 +27,14 @@ def test_two_slices_send_to_each_other():
   config = config_of(*sizes)
   plan = plan_lib.make(config, 'v5e:2x2', 2)
   found = estimate.step(config)
-  sent = lambda axis: sum(r.bytes for r in plan.sent if r.axes == (axis,))
-  assert {row.along for row in plan.sent} == {'data between slices', 'fsdp'}
-  (between,) = (row for row in plan.sent if row.axes == ('data',))
+  sent = lambda axis: sum(
+    r.bytes for r in plan.collectives if r.axes == (axis,)
+  )
+  assert {row.along for row in plan.collectives} == {
+    'data between slices',
+    'fsdp',
+  }
+  (between,) = (row for row in plan.collectives if row.axes == ('data',))
   assert between.kind == 'all-reduce' and 0 < between.hidden < between.bytes
   both = found.sent_bytes(axis='data')
   assert between.bytes == pytest.approx(both, rel=0.15)
@@ -51,7 +56,7 @@ def test_weights_are_gathered_between_slices():
   sizes = 'mesh.data=2', 'mesh.fsdp=8', 'mesh.dcn.data=2', 'mesh.dcn.fsdp=2'
   config = config_of(*sizes)
   plan = plan_lib.make(config, 'v5e:2x2', 4)
-  sent = {(row.kind, row.along): row for row in plan.sent}
+  sent = {(row.kind, row.along): row for row in plan.collectives}
   within, between = (
     sent['all-gather', f'fsdp{where}'] for where in ('', ' between slices')
   )

@@ -140,6 +140,6 @@ def test_messages_are_counted_in_the_ticks_in_which_they_are_sent(compiled):
   text, mesh, plan = compiled(pipe=4, **settings)
   sent = collectives.collectives(text, mesh, stage_trips.trips(plan, 0))
   times = [row.times for row in sent if row.kind == 'collective-permute']
-  ways = plan.told.sends_down_T, plan.told.sends_up_T
+  ways = plan.instructions.sends_down_T, plan.instructions.sends_up_T
   assert sorted(times) == sorted(int(sends_T.sum()) for sends_T in ways)
   assert max(times) < plan.table.num_ticks

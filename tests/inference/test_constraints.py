@@ -142,7 +142,7 @@ def test_messages(trained, controls):
   config = encoder_decoder.EncoderDecoderConfig(vocab_size=9)
   answers = encoder_decoder.EncoderDecoder(config, rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match='EncoderDecoder cannot be held to a ru'):
-    constrained.write(answers, [[3]], num_tokens=4, control=made)
+    constrained.generate(answers, [[3]], num_tokens=4, control=made)
 
 
 @pytest.mark.parametrize('name', sorted(hf_files.MAKERS))

@@ -200,7 +200,7 @@ def test_its_texts_are_those_of_the_run(tmp_path, name):
   extras.need('tokenizers', extra='huggingface')
   trained = trained_of(tmp_path, name)
   info = json.loads(json.dumps(export.reading(trained)))
-  write = tokenizer_file.writer(trained.tokenizer, trained.frame)
+  write = tokenizer_file.make_writer(trained.tokenizer, trained.frame)
   write(tmp_path / 'made')
   read = lambda: exported_runtime.read_tokenizer(
     str(tmp_path / 'made' / 'tokenizer.json'), info
@@ -211,7 +211,7 @@ def test_its_texts_are_those_of_the_run(tmp_path, name):
     assert [found] == trained.prompt_ids([text])
     ids = draw.integers(0, 361, 6).tolist()
     wrote = exported_runtime.text_of(read(), info, found, ids)
-    assert [wrote] == trained.texts([text], [ids])
+    assert [wrote] == trained.decode([text], [ids])
 
 
 def test_a_character_that_a_prompt_begins_is_told_whole(tmp_path):
@@ -219,11 +219,17 @@ def test_a_character_that_a_prompt_begins_is_told_whole(tmp_path):
   extras.need('tokenizers', extra='huggingface')
   trained = trained_of(tmp_path, 'decoder')
   info = json.loads(json.dumps(export.reading(trained)))
-  tokenizer_file.writer(trained.tokenizer, trained.frame)(tmp_path / 'made')
+  tokenizer_file.make_writer(trained.tokenizer, trained.frame)(
+    tmp_path / 'made'
+  )
   tokenizer = exported_runtime.read_tokenizer(
     str(tmp_path / 'made' / 'tokenizer.json'), info
   )
   *begun, last = trained.tokenizer.encode('a \u00e9')
   rest = [last, *trained.tokenizer.encode(' b')]
   told = exported_runtime.text_of(tokenizer, info, begun, rest)
-  assert told == text_stream.after(trained.tokenizer, begun, rest) == '\u00e9 b'
+  assert (
+    told
+    == text_stream.continuation(trained.tokenizer, begun, rest)
+    == '\u00e9 b'
+  )

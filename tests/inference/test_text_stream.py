@@ -153,7 +153,7 @@ def test_any_tokens_join_to_the_whole(kinds, kind):
   draws = Draws(tokenizer, seed=KINDS.index(kind))
   for case in range(60):
     before, ids = draws.ids(8), draws.ids(12)
-    whole = text_stream.after(tokenizer, before, ids)
+    whole = text_stream.continuation(tokenizer, before, ids)
     stops = draws.stops(whole)
     stream = text_stream.TextStream(tokenizer, before, stops)
     parts, left = [], ids

@@ -146,7 +146,7 @@ def test_the_command_and_what_it_says(checkpoints, tmp_path):
   assert there.returncode == 0 and 'a run of ' in there.stdout, there.stderr
   back_again = run(f'--from={workdir}', f'--to={back}')
   assert 'holds a gpt2' in back_again.stdout, back_again.stderr
-  assert checkpoint_dir.is_one(back)
+  assert checkpoint_dir.is_checkpoint(back)
   wrong = run(f'--from={workdir}', f'--to={back}')
   assert wrong.returncode == 1 and wrong.stderr.startswith('error: ')
   assert 'nothing is written over' in wrong.stderr

@@ -62,7 +62,7 @@ def readable(tokenizer, frame, texts):
       frame.ids(tokenizer, [text])
       found.append(text)
     except ValueError:
-      assert frame.marks
+      assert frame.has_sentinels
   return found
 
 
@@ -71,11 +71,13 @@ def readable(tokenizer, frame, texts):
 def test_any_text_has_the_ids_of_the_run(own, tmp_path, name, family):
   tokenizer = own[name]
   frame = framing.of(MODELS[family], tokenizer)
-  tokenizer_file.writer(tokenizer, frame)(tmp_path)
+  tokenizer_file.make_writer(tokenizer, frame)(tmp_path)
   texts = readable(tokenizer, frame, TEXTS)
   assert len(texts) > 250
   # What a run reads, said once more.
-  read_one = tokenizer.encode_marked if frame.marks else tokenizer.encode
+  read_one = (
+    tokenizer.encode_marked if frame.has_sentinels else tokenizer.encode
+  )
   plain = [read_one(text) for text in texts]
   start, end = [[3], []] if family == 'encoder_decoder' else [[], [3]]
   start = [] if family == 'encoder_decoder' else [3]
@@ -107,7 +109,7 @@ def test_any_text_has_the_ids_of_the_run(own, tmp_path, name, family):
   assert again.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
 
   # And back: special tokens add nothing, but sentinels in what T5 writes.
-  back = tokenizer.decode_marked if frame.marks else tokenizer.decode
+  back = tokenizer.decode_marked if frame.has_sentinels else tokenizer.decode
   for text, ids in zip(texts, want):
     assert back(ids) == again.decode_marked(ids) == theirs.decode(ids)
     assert auto.decode(ids, skip_special_tokens=True) == back(ids)
@@ -120,7 +122,7 @@ def test_any_ids_have_the_text_of_the_run(own, tmp_path, name):
   """Half characters too; what else is known of ids is the same."""
   tokenizer = own[name]
   frame = framing.of(MODELS['decoder'], tokenizer)
-  tokenizer_file.writer(tokenizer, frame)(tmp_path)
+  tokenizer_file.make_writer(tokenizer, frame)(tmp_path)
   again = read(tmp_path)
   ids = np.random.default_rng(0).integers(0, tokenizer.vocab_size, (200, 9))
   for row in ids.tolist():
@@ -141,7 +143,7 @@ def test_saved_by_transformers_it_is_still_the_same(own, tmp_path):
   for family, config in MODELS.items():
     first, second = tmp_path / family, tmp_path / f'{family}_again'
     frame = framing.of(config, tokenizer)
-    tokenizer_file.writer(tokenizer, frame)(tmp_path / family)
+    tokenizer_file.make_writer(tokenizer, frame)(tmp_path / family)
     transformers.AutoTokenizer.from_pretrained(first).save_pretrained(second)
     again = read(second)
     texts = readable(tokenizer, frame, TEXTS)
@@ -188,15 +190,17 @@ def test_tokenizers_of_others(others, tmp_path, name, family):
   if name == 't5':  # Stays a SentencePiece model; transformers converts it.
     if family == 'decoder':
       with pytest.raises(ValueError, match='SentencePiece model alone'):
-        tokenizer_file.writer(tokenizer, frame)
+        tokenizer_file.make_writer(tokenizer, frame)
       return
   want = frame.ids(tokenizer, TEXTS)
   num, end = len(frame.before), len(frame.after)
   plain = [ids[num : len(ids) - end] for ids in want]
-  assert not frame.marks or num == 0 and frame.after == (tokenizer.eos_id,)
+  assert (
+    not frame.has_sentinels or num == 0 and frame.after == (tokenizer.eos_id,)
+  )
   for as_it_came in (False, True):
     made = tmp_path / str(as_it_came)
-    write = tokenizer_file.writer(tokenizer, frame, as_it_came=as_it_came)
+    write = tokenizer_file.make_writer(tokenizer, frame, as_it_came=as_it_came)
     write(made)
     # Its class comes from the family where the files name none.
     kind = {'decoder': 'llama', 'encoder': 'bert', 'encoder_decoder': 't5'}
@@ -226,10 +230,10 @@ def test_what_an_export_wrote_serves_another_family(own, tmp_path):
   """Sentinels are found and shown by models that write them, and no others."""
   tokenizer = own['sentencepiece']
   first = framing.of(MODELS['decoder'], tokenizer)
-  tokenizer_file.writer(tokenizer, first)(tmp_path / 'first')
+  tokenizer_file.make_writer(tokenizer, first)(tmp_path / 'first')
   middle = read(tmp_path / 'first')
   frame = framing.of(MODELS['encoder_decoder'], middle)
-  tokenizer_file.writer(middle, frame)(tmp_path / 'second')
+  tokenizer_file.make_writer(middle, frame)(tmp_path / 'second')
   texts = readable(tokenizer, frame, TEXTS)
   want = [[*tokenizer.encode_marked(text), 1] for text in texts]
   auto = transformers.AutoTokenizer.from_pretrained(tmp_path / 'second')
@@ -264,7 +268,7 @@ def test_settings_of_what_is_around(others, tmp_path, name):
     # The export's file says it by itself.
     made = tmp_path / f'made_{number}'
     frame = framing.of(MODELS['encoder'], ours)
-    tokenizer_file.writer(ours, frame, as_it_came=True)(made)
+    tokenizer_file.make_writer(ours, frame, as_it_came=True)(made)
     theirs = library.Tokenizer.from_file(str(made / 'tokenizer.json'))
     assert theirs.encode('a text').ids == around
     auto = transformers.AutoTokenizer.from_pretrained(made)

@@ -137,7 +137,7 @@ def ours(directory, num_beams=1):
   own = trained.generation
   with trained.decoding():
     result = generate.beam_search(
-      trained.writer,
+      trained.decoding_model,
       ids,
       num_tokens=NUM,
       beams=beams_lib.BeamConfig(num_beams=num_beams, **own.search),
@@ -390,6 +390,6 @@ def test_the_script_takes_what_the_files_say(plain, copy, tmp_path):
   assert done.returncode == 0, done.stderr
   trained = loading.load(str(directory))
   ids, _ = ours(directory)
-  want = trained.texts(PROMPTS[:1], theirs(directory, ids[:1], num_beams=1))
+  want = trained.decode(PROMPTS[:1], theirs(directory, ids[:1], num_beams=1))
   assert [one['text'] for one in json.loads(out.read_text())] == want
   assert done.stderr.count('not honoured: num_beams=4.') == 1

@@ -64,4 +64,4 @@ def test_labels_where_a_config_says_less():
 def test_several_heads_have_no_class():
   config = encoder.EncoderConfig(pooler=True, classes=(2, 3))
   with pytest.raises(ValueError, match='a class of Hugging Face has one head'):
-    labels_lib.written(config, 'Model')
+    labels_lib.class_and_labels(config, 'Model')

@@ -19,7 +19,7 @@ V, D, B, T = 64, 16, 8, 4
 
 
 def table_of(vocab=V):
-  init = param.drawn('normal', 1.0)
+  init = param.make_initializer('normal', 1.0)
   return embed.Embed(vocab, D, init=init, rngs=nnx.Rngs(0))
 
 

@@ -292,7 +292,7 @@ def plan_of(directory, **settings):
 
 
 def test_a_large_vocabulary_takes_layers_from_the_last_stage(tmp_path):
-  layers = lambda **s: plan_of(tmp_path, **s).place.units_P.tolist()
+  layers = lambda **s: plan_of(tmp_path, **s).placement.units_P.tolist()
   small = layers(model__vocab_size=384)
   large = layers(model__vocab_size=1600)
   assert layers(pipeline__layers='even') == [3, 3]
@@ -305,7 +305,7 @@ def test_a_large_vocabulary_takes_layers_from_the_last_stage(tmp_path):
 
 def test_memory_is_refused_before_anything_is_built(tmp_path):
   enough = plan_of(tmp_path, pipeline__memory_limit=1)
-  assert enough.place.units_P.tolist() == [4, 2]
+  assert enough.placement.units_P.tolist() == [4, 2]
   with pytest.raises(ValueError, match='pipeline.memory_limit=0.0001 GiB. Ta'):
     plan_of(tmp_path, pipeline__memory_limit=1e-4)
   with pytest.raises(ValueError, match='is for pipeline.layers=balanced'):
@@ -354,7 +354,7 @@ def test_gradients_of_a_balanced_pipeline(tmp_path):
   config = tiny.experiment_of(tmp_path, **BALANCED | alone | staged)
   sizes = mesh_lib.sizes(config.mesh, 2)
   plan = partitioning.of(config, sizes).pipeline
-  assert plan is not None and plan.place.units_P.tolist() == [4, 2]
+  assert plan is not None and plan.placement.units_P.tolist() == [4, 2]
   grads, sums = gradients_of(config, 2)
   single = tiny.experiment_of(tmp_path, model__num_layers=6, **alone)
   want, want_sums = gradients_of(single, 1)

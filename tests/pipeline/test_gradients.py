@@ -183,7 +183,7 @@ def placed(name, mesh, step, rows=ROWS):
   """Returns the model's two parts and a batch on the mesh."""
   model = reference(name)[0]
   rules = RULES
-  if step.pipeline.place.is_contiguous:
+  if step.pipeline.placement.is_contiguous:
     rules = dataclasses.replace(rules, layers=sharding.PIPE)
   parts = train_state.partition(model, step.trainable)
   parts = [
@@ -359,9 +359,7 @@ def test_a_table_of_ones_own(tmp_path):
   """One that was made for costs, kept in a file and changed there."""
   file = tmp_path / 'mine.csv'
   costs = simulation.Costs(backward=1.5, weight=0.5)
-  lines = (
-    table_search.generate(2, 4, limit=3, costs=costs).to_csv().splitlines()
-  )
+  lines = table_search.search(2, 4, limit=3, costs=costs).to_csv().splitlines()
   file.write_text('\n'.join([*lines, f'{len(lines) - 2},,']))  # An idle tick.
   mesh = mesh_of(pipe=2)
   step = step_config('decoder', mesh, str(file))

@@ -59,7 +59,7 @@ def test_a_table_is_made_for_costs_kept_and_shown_again(tmp_path):
     *_sizes('generated'), '--limit=6', '--costs=1,1.3,0.8', f'--csv={file}'
   )
   assert code == 0, err
-  wanted = table_search.generate(
+  wanted = table_search.search(
     4, 8, limit=6, costs=simulation.parse_costs('1,1.3,0.8')
   )
   _equal(schedule_lib.from_csv(file.read_text()), wanted)

@@ -150,7 +150,7 @@ def test_generated_tables_keep_to_the_limit(chunks, placement, recompute):
   least = chunks if not recompute else 0.25 * (chunks - 1) + 1
   for (s, m), more in itertools.product([(1, 3), (3, 2), (4, 9)], (0, 0.5, 6)):
     limit = least + more
-    table = table_search.generate(
+    table = table_search.search(
       s,
       m,
       limit=limit,
@@ -168,7 +168,7 @@ def test_generated_tables_keep_to_the_limit(chunks, placement, recompute):
 
 def test_more_memory_makes_a_generated_table_shorter():
   spans = [
-    table_search.generate(4, 12, limit=limit).simulate().span
+    table_search.search(4, 12, limit=limit).simulate().span
     for limit in (1, 2, 4)
   ]
   assert spans[0] > spans[1] > spans[2] == 3 * 12 + 3
@@ -178,28 +178,28 @@ def test_more_memory_makes_a_generated_table_shorter():
 def test_generated_tables_are_no_slower_than_those_that_fit(costs):
   for name, limit in (('one_f_one_b', 4), ('zb_h1', 4), ('zb_h2', 7)):
     known = schedules.make(name, num_stages=4, num_microbatches=12)
-    table = table_search.generate(4, 12, limit=limit, costs=costs)
+    table = table_search.search(4, 12, limit=limit, costs=costs)
     span = table.simulate(costs).span_executed
     assert span <= known.simulate(costs).span_executed + 1e-9
 
 
 def test_ticks_of_one_kind_fill_unlike_costs():
   costs = simulation.Costs(backward=2, weight=1)
-  table = table_search.generate(4, 64, limit=8, costs=costs)
+  table = table_search.search(4, 64, limit=8, costs=costs)
   # With B beside F half of the F ticks would be idle.
   assert table.simulate(costs).bubble_executed < 0.05
   assert schedules.zb_h2(4, 64).simulate(costs).bubble_executed > 0.25
 
 
 def test_stages_can_have_limits_of_their_own():
-  table = table_search.generate(3, 6, limit=(5, 2, 1))
+  table = table_search.search(3, 6, limit=(5, 2, 1))
   peaks = table.simulate().peak_memory
   assert all(peak <= limit for peak, limit in zip(peaks, (5, 2, 1)))
 
 
 def test_a_limit_below_one_microbatch_is_answered_with_the_least():
   with pytest.raises(ValueError, match='stage 1: .* 1.5 .* the least .* is 2'):
-    table_search.generate(2, 4, limit=(2, 1.5), num_chunks=2)
-  assert table_search.generate(2, 4, limit=2, num_chunks=2)
+    table_search.search(2, 4, limit=(2, 1.5), num_chunks=2)
+  assert table_search.search(2, 4, limit=2, num_chunks=2)
   with pytest.raises(ValueError, match='2 limits for 3 stages'):
-    table_search.generate(3, 4, limit=(2, 2))
+    table_search.search(3, 4, limit=(2, 2))

@@ -132,7 +132,7 @@ def figures(plan):
   """As a case has them; exchanges of less than a MB are left out."""
   sent = {
     f'{row.kind} {",".join(row.axes)}': round(row.bytes / 1e6)
-    for row in plan.sent
+    for row in plan.collectives
     if row.bytes > 1e6
   }
   return {

@@ -54,9 +54,12 @@ def test_figures_are_those_of_the_program():
   assert plan.fits and plan.memory.limit == 15.75 * 2**30
   found = estimate.step(config, 4)
   assert plan.flops.executed == pytest.approx(found.executed_flops, rel=0.01)
-  sent = sum(row.bytes for row in plan.sent)
+  sent = sum(row.bytes for row in plan.collectives)
   assert sent == pytest.approx(found.sent_bytes(), rel=0.1)
-  assert {axis for row in plan.sent for axis in row.axes} == {'fsdp', 'tensor'}
+  assert {axis for row in plan.collectives for axis in row.axes} == {
+    'fsdp',
+    'tensor',
+  }
   r = plan.roofline
   assert r.compute == pytest.approx(plan.flops.executed / 197e12)
   assert 0 < r.exposed <= r.network and r.seconds >= r.compute
@@ -140,7 +143,7 @@ def test_a_pipelines_plan_tells_what_each_stage_does():
   first, last = plan.stages
   # The head is computed by the last alone, and all else by both.
   assert last.executed == plan.flops.executed > 1.2 * first.executed
-  sent = sum(row.bytes for row in plan.sent)
+  sent = sum(row.bytes for row in plan.collectives)
   assert max(first.sent, last.sent) == pytest.approx(sent)
   text = text_lib.text('gpt2_tiny', plan).splitlines()
   start = next(i for i, line in enumerate(text) if '2 stages x 4 micro' in line)

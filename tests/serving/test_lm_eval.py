@@ -222,7 +222,9 @@ def test_scores_are_those_of_the_model(made, tmp_path):
     assert float(sample['resps'][0][0]) == pytest.approx(expected, abs=1e-3)
   for sample in samples['until']:
     ids = encode(sample['doc']['question'])
-    text = text_stream.after(trained.tokenizer, ids, greedy(trained, ids, 12))
+    text = text_stream.continuation(
+      trained.tokenizer, ids, greedy(trained, ids, 12)
+    )
     expected = re.split('\n| no', text)[0]
     assert sample['resps'][0][0] == expected
 
