@@ -16,7 +16,8 @@ os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 os.environ['JAX_COMPILATION_CACHE_DIR'] = os.path.join(
   tempfile.gettempdir(), 't2x-test-compilation-cache'
 )
-os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
+# Of single operations too: compiling one takes 17 ms, reading it 3.
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 # Numbers do not depend on LLVM's optimisations; see `_compiled_as_by_users`.
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
 
@@ -27,12 +28,15 @@ import sys
 from absl import flags
 import extras
 import jax
+import lowering
 import pytest
 import skipped
 
 from t2x.parallel import simulated_devices as t2x_simulated
 
 t2x_simulated.give_threads()
+
+lowering.share_contexts()
 
 # Tracing makes millions of objects that stay: an eighth of a test's time went
 # into looking at them again.

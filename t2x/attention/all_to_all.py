@@ -58,10 +58,7 @@ def attend(
   v_BSKH: jax.Array,
   mask: mask_lib.Mask,
   axis: str,
-  *,
   options: dense.AttentionOptions = dense.AttentionOptions(),
-  bias: dense.Bias | None = None,
-  dropout: dense.Dropout | None = None,
 ) -> jax.Array:
   """Attends as `context.attend` in rows that a mesh axis splits.
 
@@ -74,34 +71,28 @@ def attend(
     mask: description of the keys that each query sees.
     axis: mesh axis that splits the sequence.
     options: the options of `dense.attend`.
-    bias: the bias of `dense.attend`; a pytree.
-    dropout: the dropout of `dense.attend`.
 
   Raises:
     ShardingError: the heads do not divide.
   """
 
   def whole_rows(
-    extra: tuple[dense.Bias | None, dense.Dropout | None],
+    options: dense.AttentionOptions,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     mask: mask_lib.Mask,
     heads_KG: jax.Array,
   ) -> jax.Array:
-    bias, dropout = extra
-    return kernels.attend(
-      q,
-      k,
-      v,
-      mask,
-      options=options,
-      bias=bias and _of_heads(bias, heads_KG.reshape(-1)),
+    bias, dropout = options.bias, options.dropout
+    options = dataclasses.replace(
+      options,
+      bias=bias and _HeadBias(bias, heads_KG.reshape(-1).astype(float)),
       dropout=dropout and dropout.of_heads(heads_KG),
     )
+    return kernels.attend(q, k, v, mask, options)
 
-  extra = bias, dropout
-  return apply(whole_rows, extra, q_BTNH, k_BSKH, v_BSKH, mask, axis)
+  return apply(whole_rows, options, q_BTNH, k_BSKH, v_BSKH, mask, axis)
 
 
 def apply(
@@ -197,6 +188,14 @@ def _exchange(
   return out.reshape(*q_BTNH.shape[:3], -1)
 
 
-def _of_heads(bias: dense.Bias, heads_N: jax.Array) -> dense.Bias:
-  """Returns the bias of some heads, given by their numbers."""
-  return lambda relative: jnp.take(bias(relative), heads_N, axis=-3)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _HeadBias:
+  """The bias of some heads, given by their numbers; a pytree."""
+
+  bias: Any
+  heads_N: jax.Array  # Floats: gradients by integers cannot be added up.
+
+  def __call__(self, relative: jax.Array) -> jax.Array:
+    heads_N = self.heads_N.astype(jnp.int32)
+    return jnp.take(self.bias(relative), heads_N, axis=-3)

@@ -139,10 +139,7 @@ def attend(
   k_BSKH: jax.Array,
   v_BSKH: jax.Array,
   mask: mask_lib.Mask,
-  *,
   options: dense.AttentionOptions = dense.AttentionOptions(),
-  bias: dense.Bias | None = None,
-  dropout: dense.Dropout | None = None,
 ) -> jax.Array:
   """Attends as `dense.attend`, across devices where `rules.length` splits rows.
 
@@ -152,8 +149,6 @@ def attend(
     v_BSKH: values.
     mask: description of the keys that each query sees.
     options: the options of `dense.attend`.
-    bias: the bias of `dense.attend`; a pytree.
-    dropout: the dropout of `dense.attend`.
 
   Returns:
     (B, T, N, H) in the dtype of the queries.
@@ -163,10 +158,9 @@ def attend(
     ShardingError: two mesh axes split the sequence, the mask needs whole rows,
       or the heads cannot be exchanged.
   """
-  kwargs = {'options': options, 'bias': bias, 'dropout': dropout}
   axes = manual_sharding.auto_axes('length')
   if not axes:
-    return kernels.attend(q_BTNH, k_BSKH, v_BSKH, mask, **kwargs)
+    return kernels.attend(q_BTNH, k_BSKH, v_BSKH, mask, options)
   axis = _one(axes)
   _check_split(mask, axis)
   exchanged = sharding.active_rules().context_attention == 'all_to_all'
@@ -176,6 +170,6 @@ def attend(
       'or rules.context_attention=all_to_all.'
     )
   if exchanged:
-    return all_to_all.attend(q_BTNH, k_BSKH, v_BSKH, mask, axis, **kwargs)
-  out = ring.attend(q_BTNH, k_BSKH, v_BSKH, mask, axis, **kwargs)
+    return all_to_all.attend(q_BTNH, k_BSKH, v_BSKH, mask, axis, options)
+  out = ring.attend(q_BTNH, k_BSKH, v_BSKH, mask, axis, options)
   return checkpoint_name(out, splash.NAME)

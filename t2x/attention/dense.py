@@ -37,6 +37,11 @@ _MAX_KEYS = 2048  # Longer key ranges are cut.
 NEVER = -1e30  # Finite: a query that sees no key must not become NaN.
 
 
+def _static(default: Any) -> Any:
+  """Returns a field that a compiled program has as a constant."""
+  return dataclasses.field(default=default, metadata={'static': True})
+
+
 class Dropout(Protocol):
   """Dropout of attention probabilities; a pytree, `dropout.OfScores`."""
 
@@ -57,11 +62,15 @@ class Dropout(Protocol):
     ...
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionOptions:
-  """Scale and cap of the scores, and how attention is computed.
+  """What is done to the scores, and how attention is computed; a pytree.
 
   Attributes:
+    bias: function that gives the bias of a block's scores from relative
+      indices, a pytree of arrays; None adds none.
+    dropout: dropout of the probabilities of each block; None drops none.
     kernel: `auto`, `flash` or `blocks`; see `kernels.attend`.
     scale: factor of the scores; None means 1 / sqrt(head_dim).
     soft_cap: bound of the scores, which become cap * tanh(score / cap) (Gemma
@@ -73,11 +82,13 @@ class AttentionOptions:
       block its own range.
   """
 
-  kernel: str = 'auto'
-  scale: float | None = None
-  soft_cap: float | None = None
-  block: int | None = None
-  runs: int | None = None
+  bias: Bias | None = None
+  dropout: Dropout | None = None
+  kernel: str = _static('auto')
+  scale: float | None = _static(None)
+  soft_cap: float | None = _static(None)
+  block: int | None = _static(None)
+  runs: int | None = _static(None)
 
 
 def attend(
@@ -85,10 +96,7 @@ def attend(
   k_BSKH: jax.Array,
   v_BSKH: jax.Array,
   mask: mask_lib.Mask,
-  *,
   options: AttentionOptions = AttentionOptions(),
-  bias: Bias | None = None,
-  dropout: Dropout | None = None,
 ) -> jax.Array:
   """Returns softmax(scale q k^T + bias) v under `mask`.
 
@@ -97,23 +105,12 @@ def attend(
     k_BSKH: keys; query head n attends to key head n // (N / K).
     v_BSKH: values; their head dim may differ from the keys'.
     mask: description of the keys that each query sees.
-    options: scale, cap and block size.
-    bias: function that gives the bias of a block's scores from relative
-      indices; None adds none.
-    dropout: dropout of the probabilities of each block; None drops none.
+    options: bias, dropout, scale, cap and block size.
 
   Returns:
     (B, T, N, H) in the dtype of the queries; 0 for a query that sees no key.
   """
-  out, _ = attend_part(
-    q_BTNH,
-    k_BSKH,
-    v_BSKH,
-    mask,
-    options=options,
-    bias=bias,
-    dropout=dropout,
-  )
+  out, _ = attend_part(q_BTNH, k_BSKH, v_BSKH, mask, options)
   return out.astype(q_BTNH.dtype)
 
 
@@ -122,10 +119,7 @@ def attend_part(
   k_BSKH: jax.Array,
   v_BSKH: jax.Array,
   mask: mask_lib.Mask,
-  *,
   options: AttentionOptions = AttentionOptions(),
-  bias: Bias | None = None,
-  dropout: Dropout | None = None,
 ) -> Part:
   """Attends to some of the keys, to `merge` with the results of the others.
 
@@ -136,9 +130,7 @@ def attend_part(
   """
   # Up to some length the backward pass keeps the probabilities.
   kept = k_BSKH.shape[1] <= blocks.KEEP_KEYS or q_BTNH.shape[1] == 1
-  fn = functools.partial(
-    _attend_rows, options=options, bias=bias, dropout=dropout
-  )
+  fn = functools.partial(_attend_rows, options=options)
   return blocks.apply(
     fn,
     (q_BTNH,),
@@ -157,10 +149,7 @@ def weighted(
   v_BSKH: jax.Array,
   lse_BTN: jax.Array,
   mask: mask_lib.Mask,
-  *,
   options: AttentionOptions = AttentionOptions(),
-  bias: Bias | None = None,
-  dropout: Dropout | None = None,
 ) -> Part:
   """Sums weights and weighted values of some keys, given the log-sum-exp.
 
@@ -176,15 +165,11 @@ def weighted(
     lse_BTN: log-sum-exp of the scores of all keys.
     mask: description of the keys, among these, that each query sees.
     options: the options of `attend`.
-    bias: the bias of `attend`.
-    dropout: the dropout of `attend`.
 
   Returns:
     float32 sums (B, T, N, H) and (B, T, N).
   """
-  fn = functools.partial(
-    _weigh_rows, options=options, bias=bias, dropout=dropout
-  )
+  fn = functools.partial(_weigh_rows, options=options)
   return blocks.apply(
     fn,
     (q_BTNH, lse_BTN),
@@ -222,17 +207,15 @@ def _attend_rows(
   options: AttentionOptions,
   rows: slice,
   keys: slice,
-  bias: Bias | None,
-  dropout: Dropout | None,
 ) -> Part:
   """Attends from one block of queries to the keys in reach, piece by piece."""
   (q_BTKGH,) = queries
   total: Any = None
   for start in range(keys.start, keys.stop, _MAX_KEYS):
     part = slice(start, min(start + _MAX_KEYS, keys.stop))
-    scores = _scores(q_BTKGH, k_BSKH[:, part], mask, options, rows, part, bias)
+    scores = _scores(q_BTKGH, k_BSKH[:, part], mask, options, rows, part)
     drop = functools.partial(
-      apply_dropout, dropout=dropout, mask=mask, rows=rows, keys=part
+      apply_dropout, options=options, mask=mask, rows=rows, keys=part
     )
     result = _softmax_product(scores, v_BSKH[:, part], drop)
     total = result if total is None else merge(total, result)
@@ -248,8 +231,6 @@ def _weigh_rows(
   options: AttentionOptions,
   rows: slice,
   keys: slice,
-  bias: Bias | None,
-  dropout: Dropout | None,
 ) -> Part:
   """As `weighted`, for one block of queries and the keys in its reach."""
   q_BTKGH, lse_BTKG = queries
@@ -257,11 +238,11 @@ def _weigh_rows(
   out, total = jnp.float32(0.0), jnp.float32(0.0)
   for start in range(keys.start, keys.stop, _MAX_KEYS):
     part = slice(start, min(start + _MAX_KEYS, keys.stop))
-    scores = _scores(q_BTKGH, k_BSKH[:, part], mask, options, rows, part, bias)
+    scores = _scores(q_BTKGH, k_BSKH[:, part], mask, options, rows, part)
     weights = jnp.exp(scores - jnp.maximum(lse_BKGT, NEVER / 2)[..., None])
     total = total + weights.sum(-1).transpose(0, 3, 1, 2)
     drop = functools.partial(
-      apply_dropout, dropout=dropout, mask=mask, rows=rows, keys=part
+      apply_dropout, options=options, mask=mask, rows=rows, keys=part
     )
     out = out + _product(weights, v_BSKH[:, part], drop)
   return out, total
@@ -269,7 +250,7 @@ def _weigh_rows(
 
 def apply_dropout(
   weights_BKGTS: jax.Array,
-  dropout: Dropout | None,
+  options: AttentionOptions,
   mask: mask_lib.Mask,
   rows: slice,
   keys: slice,
@@ -278,18 +259,18 @@ def apply_dropout(
 
   Args:
     weights_BKGTS: probabilities.
-    dropout: the dropout of `attend`.
+    options: options that give the dropout.
     mask: mask of the whole row, which gives the indices of its tokens.
     rows: positions of the block's queries.
     keys: positions of the block's keys.
   """
-  if dropout is None:
+  if options.dropout is None:
     return weights_BKGTS
   q_index, k_index = (
     mask_lib.q_index_of(mask, rows),
     mask_lib.k_index_of(mask, keys),
   )
-  return dropout(weights_BKGTS, q_index_BT=q_index, k_index_BS=k_index)
+  return options.dropout(weights_BKGTS, q_index_BT=q_index, k_index_BS=k_index)
 
 
 def _scores(
@@ -299,7 +280,6 @@ def _scores(
   options: AttentionOptions,
   rows: slice,
   keys: slice,
-  bias: Bias | None,
 ) -> jax.Array:
   """Returns float32 scores (B, K, G, T, S), unseen keys at `NEVER`."""
   scores = jnp.einsum(
@@ -308,7 +288,7 @@ def _scores(
     k_BSKH,
     preferred_element_type=jnp.float32,
   )
-  return cap_and_mask(scores, mask, options, rows, keys, bias)
+  return cap_and_mask(scores, mask, options, rows, keys)
 
 
 def cap_and_mask(
@@ -317,25 +297,23 @@ def cap_and_mask(
   options: AttentionOptions,
   rows: slice,
   keys: slice,
-  bias: Bias | None,
 ) -> jax.Array:
   """Caps the scores of a block, adds the bias, and masks hidden keys.
 
   Args:
     scores: scaled products of queries and keys, (B, K, G, T, S), float32.
     mask: mask of the whole row.
-    options: options that give the cap.
+    options: options that give the cap and the bias.
     rows: positions of the block's queries.
     keys: positions of the block's keys.
-    bias: the bias of `attend`.
 
   Returns:
     The scores, `NEVER` where the key is hidden.
   """
   if options.soft_cap is not None:
     scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
-  if bias is not None:
-    values = bias(mask_lib.relative(mask, rows, keys))
+  if options.bias is not None:
+    values = options.bias(mask_lib.relative(mask, rows, keys))
     values = values if values.ndim == 4 else values[None]
     scores = scores + values.reshape(
       values.shape[0], *scores.shape[1:3], *values.shape[2:]

@@ -28,10 +28,7 @@ def attend(
   k_BSKH: jax.Array,
   v_BSKH: jax.Array,
   mask: mask_lib.Mask,
-  *,
   options: dense.AttentionOptions = dense.AttentionOptions(),
-  bias: dense.Bias | None = None,
-  dropout: dense.Dropout | None = None,
 ) -> jax.Array:
   """Attends as `dense.attend`, by the way that `options.kernel` chooses.
 
@@ -45,8 +42,6 @@ def attend(
     v_BSKH: values.
     mask: description of the keys that each query sees.
     options: the options of `dense.attend`.
-    bias: the bias of `dense.attend`; a pytree.
-    dropout: the dropout of `dense.attend`.
 
   Returns:
     (B, T, N, H) in the dtype of the queries.
@@ -56,10 +51,9 @@ def attend(
       arguments.
   """
   device, why = manual_sharding.platform(), None
-  parts = {'options': options, 'bias': bias, 'dropout': dropout}
   if options.kernel != 'blocks':
     why = unsupported_reason(
-      q_BTNH, k_BSKH, v_BSKH, mask, platform=device, **parts
+      q_BTNH, k_BSKH, v_BSKH, mask, options, platform=device
     )
     if options.kernel == 'flash' and why:
       raise ValueError(
@@ -69,8 +63,8 @@ def attend(
   if options.kernel == 'blocks' or why:
     lengths = q_BTNH.shape[1], k_BSKH.shape[1]
     if blocks.are_scanned(mask, *lengths, options.block):
-      return scanned.attend(q_BTNH, k_BSKH, v_BSKH, mask, **parts)
-    out = dense.attend(q_BTNH, k_BSKH, v_BSKH, mask, **parts)
+      return scanned.attend(q_BTNH, k_BSKH, v_BSKH, mask, options)
+    out = dense.attend(q_BTNH, k_BSKH, v_BSKH, mask, options)
     return checkpoint_name(out, splash.NAME)
   scale = dense.scale_of(options, q_BTNH)
   settings = {'scale': scale, 'block': options.block}
@@ -95,11 +89,9 @@ def unsupported_reason(
   k_BSKH: triton.Shaped,
   v_BSKH: triton.Shaped,
   mask: mask_lib.Mask,
+  options: dense.AttentionOptions = dense.AttentionOptions(),
   *,
   platform: str,
-  options: dense.AttentionOptions = dense.AttentionOptions(),
-  bias: dense.Bias | None = None,
-  dropout: dense.Dropout | None = None,
 ) -> str | None:
   """Returns why no kernel supports the arguments, or None where one does.
 
@@ -108,16 +100,14 @@ def unsupported_reason(
     k_BSKH: keys, or their shape.
     v_BSKH: values, or their shape.
     mask: description of the keys that each query sees.
-    platform: platform of the devices; only `tpu` and `gpu` have kernels.
     options: the options of `dense.attend`.
-    bias: the bias of `dense.attend`.
-    dropout: the dropout of `dense.attend`.
+    platform: platform of the devices; only `tpu` and `gpu` have kernels.
   """
   if platform not in ('tpu', 'gpu'):
     return f'there is no kernel for {platform} devices'
-  if bias is not None:
+  if options.bias is not None:
     return 'a bias on the scores (relative positions, ALiBi) is not in it'
-  if dropout is not None:
+  if options.dropout is not None:
     return 'dropout on the scores is not in it'
   unordered = mask.prefix_BS is not None or mask.q_ranks_BT is not None
   if not mask.has_static_order or unordered:

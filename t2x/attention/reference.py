@@ -12,9 +12,7 @@ def attend(
   k_BSKH: jax.Array,
   v_BSKH: jax.Array,
   mask: mask_lib.Mask,
-  *,
   options: dense.AttentionOptions = dense.AttentionOptions(),
-  bias: dense.Bias | None = None,
 ) -> jax.Array:
   """Attends as `dense.attend`, with the whole matrix of scores.
 
@@ -23,8 +21,7 @@ def attend(
     k_BSKH: keys.
     v_BSKH: values.
     mask: description of the keys that each query sees.
-    options: scale and cap.
-    bias: the bias of `dense.attend`.
+    options: scale, cap and bias; dropout is left out.
   """
   T, S = q_BTNH.shape[1], k_BSKH.shape[1]
   N, K = q_BTNH.shape[2], k_BSKH.shape[2]
@@ -36,8 +33,8 @@ def attend(
     scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
   mask = mask_lib.placed(mask, T, S)
   whole = slice(0, T), slice(0, S)
-  if bias is not None:
-    values = bias(mask_lib.relative(mask, *whole))
+  if options.bias is not None:
+    values = options.bias(mask_lib.relative(mask, *whole))
     scores = scores + (values if values.ndim == 4 else values[None])
   seen = mask_lib.visible(mask, *whole)
   if seen is not None:

@@ -33,9 +33,6 @@ BLOCK = 128  # Number of queries in a block, which fill a matrix unit.
 RUNS = 4  # Number of key ranges along the diagonal.
 
 Tree = TypeVar('Tree')
-_Static = tuple[
-  str, dense.AttentionOptions
-]  # The mesh axis of the ring, and options.
 _QKV = tuple[jax.Array, jax.Array, jax.Array]
 _Residuals = tuple[Any, ...]
 # Segments and prefixes of keys.
@@ -48,10 +45,7 @@ def attend(
   v_BSKH: jax.Array,
   mask: mask_lib.Mask,
   axis: str,
-  *,
   options: dense.AttentionOptions = dense.AttentionOptions(),
-  bias: dense.Bias | None = None,
-  dropout: dense.Dropout | None = None,
 ) -> jax.Array:
   """Attends as `context.attend` in rows that a mesh axis splits.
 
@@ -62,66 +56,61 @@ def attend(
     mask: description of the keys that each query sees, without indices.
     axis: mesh axis that splits the sequence.
     options: the options of `dense.attend`.
-    bias: the bias of `dense.attend`; a pytree.
-    dropout: the dropout of `dense.attend`.
   """
   assert mask.q_index_BT is None and mask.k_index_BS is None, 'a cache?'
   # With blocks of a fixed size, memory does not grow with the pieces.
   options = dataclasses.replace(
     options, block=options.block or BLOCK, runs=RUNS
   )
-  return _attend((axis, options), (q_BTNH, k_BSKH, v_BSKH), bias, dropout, mask)
+  return _attend(axis, (q_BTNH, k_BSKH, v_BSKH), options, mask)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-  static: _Static,
+  axis: str,
   qkv: _QKV,
-  bias: dense.Bias | None,
-  dropout: dense.Dropout | None,
+  options: dense.AttentionOptions,
   mask: mask_lib.Mask,
 ) -> jax.Array:
-  return _forward(static, qkv, bias, dropout, mask)[0]
+  return _forward(axis, qkv, options, mask)[0]
 
 
 def _forward(
-  static: _Static,
+  axis: str,
   qkv: _QKV,
-  bias: dense.Bias | None,
-  dropout: dense.Dropout | None,
+  options: dense.AttentionOptions,
   mask: mask_lib.Mask,
 ) -> tuple[jax.Array, _Residuals]:
-  split = P(None, static[0])
-  specs = (split, P(), P(), mask_lib.specs(mask, static[0]))
-  fn = _manual(_travel, static, specs, (split, split))
-  out, lse = fn(qkv, bias, dropout, mask)
-  return out, (qkv, bias, dropout, mask, out, lse)
+  split = P(None, axis)
+  specs = (split, P(), mask_lib.specs(mask, axis))
+  fn = _manual(_travel, axis, specs, (split, split))
+  out, lse = fn(qkv, options, mask)
+  return out, (qkv, options, mask, out, lse)
 
 
 def _backward(
-  static: _Static, residuals: _Residuals, d_out: jax.Array
-) -> tuple[_QKV, Any, None, None]:
-  qkv, bias, dropout, mask, out, lse = residuals
-  split = P(None, static[0])
-  of_mask = mask_lib.specs(mask, static[0])
-  specs = (split, P(), P(), of_mask, split, split, split)
-  fn = _manual(_travel_back, static, specs, (split, P()))
-  d_qkv, d_bias = fn(qkv, bias, dropout, mask, out, lse, d_out)
-  return d_qkv, d_bias, None, None
+  axis: str, residuals: _Residuals, d_out: jax.Array
+) -> tuple[_QKV, dense.AttentionOptions, None]:
+  qkv, options, mask, out, lse = residuals
+  split = P(None, axis)
+  specs = (split, P(), mask_lib.specs(mask, axis), split, split, split)
+  fn = _manual(_travel_back, axis, specs, (split, P()))
+  d_qkv, d_bias = fn(qkv, options, mask, out, lse, d_out)
+  return d_qkv, dataclasses.replace(options, bias=d_bias, dropout=None), None
 
 
 _attend.defvjp(_forward, _backward)
 
 
 def _manual(
-  fn: Callable[..., Any], static: _Static, in_specs: Any, out_specs: Any
+  fn: Callable[..., Any], axis: str, in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
   """Wraps `fn` in a `shard_map` over the axis of the ring alone."""
   return jax.shard_map(
-    functools.partial(fn, static),
+    functools.partial(fn, axis),
     in_specs=in_specs,
     out_specs=out_specs,
-    axis_names={static[0]},
+    axis_names={axis},
     check_vma=False,
   )
 
@@ -247,14 +236,13 @@ def _set(x: jax.Array, value: jax.Array, piece: jax.Array | int) -> jax.Array:
 
 
 def _travel(
-  static: _Static,
+  axis: str,
   qkv: _QKV,
-  bias: dense.Bias | None,
-  dropout: dense.Dropout | None,
+  options: dense.AttentionOptions,
   mask: mask_lib.Mask,
 ) -> dense.Part:
   """Returns the output and the log-sum-exp of this device's queries."""
-  (axis, options), (q, k, v) = static, qkv
+  q, k, v = qkv
   place = _Place(axis, mask, q.shape[1], k.shape[1])
   q, visitor = place.q_pieces(q), (k, v, place.of_keys)
   out = jnp.zeros((*q.shape[:-1], v.shape[-1]), jnp.float32)
@@ -272,8 +260,7 @@ def _travel(
         v: jax.Array,
         mask: mask_lib.Mask = place.mask_of(step, slot, of_keys),
       ) -> dense.Part:
-        part = {'options': options, 'bias': bias, 'dropout': dropout}
-        return dense.attend_part(q, k, v, mask, **part)
+        return dense.attend_part(q, k, v, mask, options)
 
       args = _get(q, q_piece), _get(k, k_piece), _get(v, k_piece)
       new = place.where_seen(slot, attend_pair, args, (0.0, dense.NEVER))
@@ -284,10 +271,9 @@ def _travel(
 
 
 def _travel_back(
-  static: _Static,
+  axis: str,
   qkv: _QKV,
-  bias: dense.Bias | None,
-  dropout: dense.Dropout | None,
+  options: dense.AttentionOptions,
   mask: mask_lib.Mask,
   out: jax.Array,
   lse: jax.Array,
@@ -297,13 +283,13 @@ def _travel_back(
 
   The gradient of the bias is the sum over all devices.
   """
-  (axis, options), (q, k, v) = static, qkv
+  q, k, v = qkv
   place = _Place(axis, mask, q.shape[1], k.shape[1])
   d_out = d_out.astype(jnp.float32)
   delta = (d_out * out.astype(jnp.float32)).sum(-1)
   queries = jax.tree.map(place.q_pieces, (q, lse, d_out, delta))
   d_q = jnp.zeros(queries[0].shape, jnp.float32)
-  d_bias = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), bias)
+  d_bias = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), options.bias)
   visitor = k, v, place.of_keys
   dtype = jnp.float32 if sharding.reduces_in_float32() else k.dtype
   zeros = lambda a: jnp.zeros(place.k_pieces(a).shape, dtype)
@@ -326,9 +312,9 @@ def _travel_back(
         mask: mask_lib.Mask = place.mask_of(step, slot, of_keys),
       ) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
         fn = lambda q, k, v, bias: dense.weighted(
-          q, k, v, lse, mask, options=options, bias=bias, dropout=dropout
+          q, k, v, lse, mask, dataclasses.replace(options, bias=bias)
         )
-        return jax.vjp(fn, q, k, v, bias)[1]((d_out, -delta))
+        return jax.vjp(fn, q, k, v, options.bias)[1]((d_out, -delta))
 
       args = [_get(a, q_piece) for a in queries]
       args += [_get(k, k_piece), _get(v, k_piece)]
@@ -342,6 +328,6 @@ def _travel_back(
     d_kv = jax.tree.map(lambda a: a.astype(dtype), tuple(d_kv))
   d_k, d_v = place.hop(d_kv, -at)
   d_bias = jax.lax.psum(d_bias, axis)
-  d_bias = jax.tree.map(lambda a, b: a.astype(b.dtype), d_bias, bias)
+  d_bias = jax.tree.map(lambda a, b: a.astype(b.dtype), d_bias, options.bias)
   d_k, d_v = (_whole(a).astype(k.dtype) for a in (d_k, d_v))
   return (_whole(d_q).astype(q.dtype), d_k, d_v), d_bias

@@ -12,7 +12,6 @@ of keys of a step, I blocks of queries, J blocks of keys.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -36,10 +35,7 @@ def attend(
   k_BSKH: jax.Array,
   v_BSKH: jax.Array,
   mask: mask_lib.Mask,
-  *,
   options: dense.AttentionOptions = dense.AttentionOptions(),
-  bias: dense.Bias | None = None,
-  dropout: dense.Dropout | None = None,
 ) -> jax.Array:
   """Attends as `dense.attend` in arrays that have the order of the sequence.
 
@@ -48,26 +44,20 @@ def attend(
     k_BSKH: keys.
     v_BSKH: values.
     mask: description of the keys that each query sees, without indices.
-    options: scale, cap and block size.
-    bias: the bias of `dense.attend`; a pytree.
-    dropout: the dropout of `dense.attend`.
+    options: the options of `dense.attend`.
 
   Returns:
     (B, T, N, H) in the dtype of the queries.
   """
   assert mask.has_static_order and mask.start is None
-  return _attend(options, (q_BTNH, k_BSKH, v_BSKH), bias, dropout, mask)
+  return _attend((q_BTNH, k_BSKH, v_BSKH), options, mask)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@jax.custom_vjp
 def _attend(
-  options: dense.AttentionOptions,
-  qkv: _QKV,
-  bias: dense.Bias | None,
-  dropout: dense.Dropout | None,
-  mask: mask_lib.Mask,
+  qkv: _QKV, options: dense.AttentionOptions, mask: mask_lib.Mask
 ) -> jax.Array:
-  return _forward(options, qkv, bias, dropout, mask)[0]
+  return _forward(qkv, options, mask)[0]
 
 
 class _Blocks:
@@ -179,7 +169,6 @@ def _scores(
   k_BKSH: jax.Array,
   mask: mask_lib.Mask,
   options: dense.AttentionOptions,
-  bias: dense.Bias | None,
 ) -> jax.Array:
   scores = jnp.einsum(
     'BKGTH,BKSH->BKGTS',
@@ -188,17 +177,17 @@ def _scores(
     preferred_element_type=jnp.float32,
   )
   whole = slice(0, scores.shape[-2]), slice(0, scores.shape[-1])
-  return dense.cap_and_mask(scores, mask, options, *whole, bias)
+  return dense.cap_and_mask(scores, mask, options, *whole)
 
 
 def _product(
   weights_BKGTS: jax.Array,
   v_BKSH: jax.Array,
   mask: mask_lib.Mask,
-  dropout: dense.Dropout | None,
+  options: dense.AttentionOptions,
 ) -> jax.Array:
   whole = slice(0, weights_BKGTS.shape[-2]), slice(0, weights_BKGTS.shape[-1])
-  weights_BKGTS = dense.apply_dropout(weights_BKGTS, dropout, mask, *whole)
+  weights_BKGTS = dense.apply_dropout(weights_BKGTS, options, mask, *whole)
   return jnp.einsum(
     'BKGTS,BKSH->BKGTH',
     weights_BKGTS.astype(v_BKSH.dtype),
@@ -208,11 +197,7 @@ def _product(
 
 
 def _forward(
-  options: dense.AttentionOptions,
-  qkv: _QKV,
-  bias: dense.Bias | None,
-  dropout: dense.Dropout | None,
-  mask: mask_lib.Mask,
+  qkv: _QKV, options: dense.AttentionOptions, mask: mask_lib.Mask
 ) -> tuple[jax.Array, _Residuals]:
   blocks = _Blocks(qkv[0].shape, qkv[1].shape, mask, options)
   q, k, v = blocks.queries(qkv[0]), blocks.keys(qkv[1]), blocks.keys(qkv[2])
@@ -224,9 +209,9 @@ def _forward(
     row, blocks_C = at
     step_mask = blocks.mask_of(row, blocks_C)
     keys, values = (blocks.read(a, blocks_C) for a in (k, v))
-    scores = _scores(_get(q, row), keys, step_mask, options, bias)
+    scores = _scores(_get(q, row), keys, step_mask, options)
     before = jax.tree.map(lambda a: _get(a, row), sums)
-    product = lambda weights: _product(weights, values, step_mask, dropout)
+    product = lambda weights: _product(weights, values, step_mask, options)
     after = dense.add_to_sums(before, scores, product)
     put = lambda a, value: _set(a, value, row)
     return jax.tree.map(put, sums, after), None
@@ -239,20 +224,20 @@ def _forward(
   lse = checkpoint_name(
     blocks.of_queries(jnp.log(total) + largest), splash.NAME
   )
-  return out, (qkv, bias, dropout, mask, out, lse)
+  return out, (qkv, options, mask, out, lse)
 
 
 def _backward(
-  options: dense.AttentionOptions, residuals: _Residuals, d_out: jax.Array
-) -> tuple[Any, Any, None, None]:
-  qkv, bias, dropout, mask, out, lse = residuals
+  residuals: _Residuals, d_out: jax.Array
+) -> tuple[Any, dense.AttentionOptions, None]:
+  qkv, options, mask, out, lse = residuals
   blocks = _Blocks(qkv[0].shape, qkv[1].shape, mask, options)
   d_out = d_out.astype(jnp.float32)
   delta = (d_out * out.astype(jnp.float32)).sum(-1)
   rows = tuple(blocks.queries(a) for a in (qkv[0], lse, d_out, delta))
   k, v = blocks.keys(qkv[1]), blocks.keys(qkv[2])
   zeros = lambda a: jnp.zeros(a.shape, jnp.float32)
-  start = zeros(rows[0]), zeros(k), zeros(v), jax.tree.map(zeros, bias)
+  start = zeros(rows[0]), zeros(k), zeros(v), jax.tree.map(zeros, options.bias)
 
   def step(sums: _Sums, at: tuple[jax.Array, jax.Array]) -> tuple[_Sums, None]:
     row, blocks_C = at
@@ -262,13 +247,14 @@ def _backward(
     def weigh(
       q: jax.Array, k: jax.Array, v: jax.Array, bias: dense.Bias | None
     ) -> tuple[jax.Array, jax.Array]:
-      scores = _scores(q, k, step_mask, options, bias)
+      of_bias = dataclasses.replace(options, bias=bias)
+      scores = _scores(q, k, step_mask, of_bias)
       lse_1 = jnp.maximum(lse, dense.NEVER / 2)[..., None]
       weights = jnp.exp(scores - lse_1)
-      return _product(weights, v, step_mask, dropout), weights.sum(-1)
+      return _product(weights, v, step_mask, options), weights.sum(-1)
 
     keys, values = (blocks.read(a, blocks_C) for a in (k, v))
-    new = jax.vjp(weigh, q, keys, values, bias)[1]((d_out, -delta))
+    new = jax.vjp(weigh, q, keys, values, options.bias)[1]((d_out, -delta))
     d_q, d_k, d_v, d_bias = sums
     d_q = _set(d_q, _get(d_q, row) + new[0], row)
     d_k, d_v = (
@@ -278,10 +264,10 @@ def _backward(
 
   steps: Any = blocks.steps.q_P, blocks.steps.k_PC
   (d_q, d_k, d_v, d_bias), _ = jax.lax.scan(step, start, steps)
-  d_bias = jax.tree.map(lambda a, b: a.astype(b.dtype), d_bias, bias)
+  d_bias = jax.tree.map(lambda a, b: a.astype(b.dtype), d_bias, options.bias)
   d_qkv = blocks.of_queries(d_q), blocks.of_keys(d_k), blocks.of_keys(d_v)
   d_qkv = tuple(a.astype(b.dtype) for a, b in zip(d_qkv, qkv, strict=True))
-  return d_qkv, d_bias, None, None
+  return d_qkv, dataclasses.replace(options, bias=d_bias, dropout=None), None
 
 
 _attend.defvjp(_forward, _backward)

@@ -222,8 +222,7 @@ class Attention(attention_variants.Variants):
         q_BTNH,
         cache,
         self._narrowed(mask, cache.capacity),
-        options=self._options(),
-        bias=bias,
+        options=self._options(bias=bias),
         reach=self.config.reach,
         keys=lambda k_BSKH, index_BS: self._placed_keys(k_BSKH, index_BS, None),
       )

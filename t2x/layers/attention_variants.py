@@ -101,18 +101,23 @@ class Variants(attention_projections.Projections):
       drop = dropout.OfScores(
         keys_B=keys_B, rate=config.dropout, heads_KG=local_heads.numbers(config)
       )
-    options = self._options(kernel)
+    options = self._options(kernel, bias, drop)
     k_BSKH, v_BSKH = (
       local_heads.used_key_heads(a, config) for a in (k_BSKH, v_BSKH)
     )
     with jax.named_scope('scores'):
-      return context.attend(
-        q_BTNH, k_BSKH, v_BSKH, mask, options=options, bias=bias, dropout=drop
-      )
+      return context.attend(q_BTNH, k_BSKH, v_BSKH, mask, options)
 
-  def _options(self, kernel: str | None = None) -> dense.AttentionOptions:
+  def _options(
+    self,
+    kernel: str | None = None,
+    bias: dense.Bias | None = None,
+    drop: dense.Dropout | None = None,
+  ) -> dense.AttentionOptions:
     config = self.config
     return dense.AttentionOptions(
+      bias=bias,
+      dropout=drop,
       kernel=kernel or config.kernel,
       scale=config.scale or config.head_dim**-0.5,
       soft_cap=config.soft_cap,

@@ -80,6 +80,14 @@ CASES = {
   ),
   'relative bias': Case(mask=make_mask(causal=True), bias='relative'),
   'relative, both sides': Case(mask=seen_by_segment(), bias='relative'),
+  # Scanned on whole rows, see `blocks.are_scanned`.
+  'relative, with gaps': Case(
+    mask=Mask(
+      pattern=patterns.Causal() & (patterns.Window(3) | patterns.Global(2))
+    ),
+    options=dense.AttentionOptions(block=2),
+    bias='relative',
+  ),
   'alibi': Case(mask=make_mask(causal=True), bias='alibi'),
   'soft cap and scale': Case(
     mask=make_mask(causal=True),
@@ -146,16 +154,19 @@ def both(fn, weights):
   return run
 
 
+def options_of(case, bias):
+  return dataclasses.replace(case.options, bias=bias, dropout=drop_of(case))
+
+
 @functools.cache
 def whole(name):
   """What one device computes; the oracle, where nothing is dropped."""
   case = CASES[name]
   args, weights = arguments(case)
   attend = dense.attend if case.drop else reference.attend
-  kwargs = {'dropout': drop_of(case)} if case.drop else {}
 
   def fn(q, k, v, bias):
-    return attend(q, k, v, case.mask, options=case.options, bias=bias, **kwargs)
+    return attend(q, k, v, case.mask, options_of(case, bias))
 
   return jax.device_get(jit(both(fn, weights))(args))
 
@@ -192,9 +203,7 @@ def split(case, rules, devices, sizes):
   )
 
   def fn(q, k, v, bias):
-    return context.attend(
-      q, k, v, mask, options=case.options, bias=bias, dropout=drop_of(case)
-    )
+    return context.attend(q, k, v, mask, options_of(case, bias))
 
   where = NamedSharding(mesh, P('data', 'context', 'tensor'))
   put = lambda x, order: jax.device_put(x[:, order], where)
@@ -231,6 +240,7 @@ _EXCHANGED = (
   'multi-query',
   'cross',
   'relative, both sides',
+  'relative, with gaps',
   'alibi',
   'soft cap and scale',
   'small blocks',

@@ -189,7 +189,8 @@ def draw(case, value_dim=H):
 
 
 def attend(case, q, k, v, **kwargs):
-  return dense.attend(q, k, v, case.mask, options=case.options, **kwargs)
+  options = dataclasses.replace(case.options, **kwargs)
+  return dense.attend(q, k, v, case.mask, options)
 
 
 def attend_part(case, q, k, v):
@@ -201,7 +202,8 @@ def run(case, *arrays):
 
 
 def reference(case, q, k, v, **kwargs):
-  return oracle.attend(q, k, v, case.mask, options=case.options, **kwargs)
+  options = dataclasses.replace(case.options, **kwargs)
+  return oracle.attend(q, k, v, case.mask, options)
 
 
 def close(got, want, atol=2e-5):
@@ -420,11 +422,13 @@ def test_blocks_and_orders_drop_the_same():
   keys_B = dropout.row_keys(jax.random.key(3), jnp.arange(B))
   drop = dropout.OfScores(keys_B=keys_B, rate=0.4)
   whole = lambda mask, **kwargs: jax.jit(
-    lambda *args: dense.attend(*args, mask, dropout=drop, **kwargs)
+    lambda *args: dense.attend(
+      *args, mask, dense.AttentionOptions(dropout=drop, **kwargs)
+    )
   )
   mask = make_mask(causal=True)
   want = whole(mask)(q, k, v)
-  small = whole(mask, options=dense.AttentionOptions(block=5))(q, k, v)
+  small = whole(mask, block=5)(q, k, v)
   np.testing.assert_allclose(small, want, atol=1e-6)
   order = zigzag.index(12, 3)
   moved = dataclasses.replace(mask, q_zigzag=3, k_zigzag=3)

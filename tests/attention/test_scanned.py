@@ -119,18 +119,20 @@ def close(got, want, atol=3e-5):
     np.testing.assert_allclose(a, b, atol=atol, rtol=1e-4)
 
 
+def options_of(case, bias, drop=None):
+  return dataclasses.replace(case.options, bias=bias, dropout=drop)
+
+
 def oracle(case):
   # What sees nothing has no gradient in the oracle, but NaN.
   blind = not patterns.sees_itself(case.mask.pattern, case.S)
   fn = functools.partial(dense.attend) if blind else reference.attend
-  return lambda q, k, v, bias: fn(
-    q, k, v, case.mask, options=case.options, bias=bias
-  )
+  return lambda q, k, v, bias: fn(q, k, v, case.mask, options_of(case, bias))
 
 
 def scan(case, drop=None):
   return lambda q, k, v, bias: scanned.attend(
-    q, k, v, case.mask, options=case.options, bias=bias, dropout=drop
+    q, k, v, case.mask, options_of(case, bias, drop)
   )
 
 
@@ -173,7 +175,7 @@ def test_dropout_drops_what_the_unrolled_blocks_drop():
     heads_KG=jnp.arange(case.N).reshape(case.K, -1),
   )
   other = lambda q, k, v, bias: dense.attend(
-    q, k, v, case.mask, options=case.options, bias=bias, dropout=drop
+    q, k, v, case.mask, options_of(case, bias, drop)
   )
   got, want = both(scan(case, drop), case), both(other, case)
   close(got, want)

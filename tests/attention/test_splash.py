@@ -134,11 +134,12 @@ def test_the_chosen_block_divides():
   assert splash.block_size(192) is None
 
 
-def why(mask=make_mask(causal=True), T=T, S=None, block=None, **given):
+def why(mask=make_mask(causal=True), T=T, S=None, platform='tpu', **options):
   shape = lambda length: jax.ShapeDtypeStruct((B, length, 2, H), jnp.float32)
-  keys, options = shape(S or T), dense.AttentionOptions(block=block)
-  kwargs = {'platform': 'tpu', 'options': options, **given}
-  return kernels.unsupported_reason(shape(T), keys, keys, mask, **kwargs)
+  keys, options = shape(S or T), dense.AttentionOptions(**options)
+  return kernels.unsupported_reason(
+    shape(T), keys, keys, mask, options, platform=platform
+  )
 
 
 @pytest.mark.parametrize(
