@@ -123,6 +123,7 @@ def _code_of(script: str) -> int:
 if __name__ == '__main__':
   for _name in _IMPORTED:
     importlib.import_module(_name)
+  importlib.import_module('lowering').share_contexts()
   gc.freeze()  # A child that looks at these objects would copy their pages.
   _request = _next_request()
   if _request is not None:

@@ -286,7 +286,11 @@ def stage_flops(config, num: int) -> list[float]:
 
 @pytest.mark.parametrize(
   'settings',
-  [{}, {'train__remat': 'full'}, {'pipeline__uniform': True}],
+  [
+    pytest.param({}, marks=pytest.mark.exhaustive),
+    {'train__remat': 'full'},
+    {'pipeline__uniform': True},
+  ],
 )
 def test_stages_of_two_towers_are_those_of_the_program(settings):
   """One has the encoder and the other the decoder, or both do both's work."""

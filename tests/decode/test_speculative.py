@@ -145,7 +145,7 @@ exhaustive = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
   ('name', 'settings'),
   [
     ('model', FORMS[0]),
-    ('model', FORMS[1]),
+    exhaustive('model', FORMS[1]),
     ('heads', FORMS[2]),
     ('lookup', FORMS[1]),
     exhaustive('model', FORMS[2]),

@@ -162,7 +162,12 @@ def test_fsdp_reduces_in_float32():
 
 
 @pytest.mark.parametrize(
-  ('remat', 'num'), [('none', 4), ('dots', 4), ('full', 5)]
+  ('remat', 'num'),
+  [
+    ('none', 4),
+    pytest.param('dots', 4, marks=pytest.mark.exhaustive),
+    ('full', 5),
+  ],
 )
 def test_tensor_parallel_sums_activations(remat, num):
   """After attention and feed-forward, and before both on the way back.

@@ -277,7 +277,10 @@ def test_chunks_of_the_vocabulary_make_their_logits_twice():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['gpt3_175b', 't5_v1_1_base'])
+@pytest.mark.parametrize(
+  'name',
+  [pytest.param('gpt3_175b', marks=pytest.mark.exhaustive), 't5_v1_1_base'],
+)
 def test_the_compiled_step_has_the_products_of_its_jaxpr(name):
   config = shrunk.CONFIGS[name]
   step = _REMATS['full']

@@ -226,20 +226,20 @@ CASES = [
   ('encoder_decoder', 'interleaved', {'pipe': 2, 'fsdp': 2, 'data': 2}, {}),
   ('experts', 'gpipe', {'pipe': 2, 'expert': 2}, {'remat': 'full'}),
   ('decoder', 'zb_v', {'pipe': 2}, {'uniform': True}),
-  ('ahead', 'zb_h1', {'pipe': 2, 'data': 2}, {}),
   ('sentences', 'one_f_one_b', {'pipe': 2}, {}),
   ('dropped', 'one_f_one_b', {'pipe': 3}, {}),
-  ('gemma', 'zb_h1', {'pipe': 2, 'tensor': 2}, {}),
 ]
 SLOW = [
   ('decoder', 'breadth_first', {'pipe': 2, 'context': 2, 'tensor': 2}, {}),
   ('decoder', 'zb_h2', {'pipe': 4, 'data': 2}, {'accumulate': 2}),
   ('experts', 'zb_h2', {'pipe': 2, 'fsdp': 2}, {'gather': 'tick'}),
-  ('deep_encoder', 'zb_h1', {'pipe': 3}, {}),
   ('balanced', 'one_f_one_b', {'pipe': 2, 'expert': 2}, {}),
   ('decoder', 'zb_h1', {'pipe': 2, 'fsdp': 2}, {'accumulate_whole': True}),
 ]
 EXHAUSTIVE = [
+  ('ahead', 'zb_h1', {'pipe': 2, 'data': 2}, {}),
+  ('gemma', 'zb_h1', {'pipe': 2, 'tensor': 2}, {}),
+  ('deep_encoder', 'zb_h1', {'pipe': 3}, {}),
   ('decoder', 'one_f_one_b', {'pipe': 3}, {}),
   ('decoder', 'gpipe', {'pipe': 2, 'fsdp': 2}, {}),
   ('experts', 'zb_h1', {'pipe': 3}, {}),

@@ -143,8 +143,22 @@ def figures(plan):
   }
 
 
+# The others compile for more than a minute.
+_QUICK = ('llama2_7b', 'gpt3_175b')
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize(
+  'name',
+  [
+    *_QUICK,
+    *(
+      pytest.param(name, marks=pytest.mark.exhaustive)
+      for name in CASES
+      if name not in _QUICK
+    ),
+  ],
+)
 def test_figures_are_those_recorded(name):
   libtpu = extras.need('libtpu', extra='plan')
   if libtpu.__version__ != _LIBTPU:

@@ -270,7 +270,7 @@ def on_one_device(shared):
   'weighting',
   [
     pytest.param('fixed', marks=pytest.mark.exhaustive),
-    'uncertainty',
+    pytest.param('uncertainty', marks=pytest.mark.exhaustive),
     'grad_norm',
   ],
 )
