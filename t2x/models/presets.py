@@ -120,7 +120,7 @@ def xlnet_base() -> encoder.EncoderConfig:
 
 
 def xlnet_large() -> encoder.EncoderConfig:
-  """Returns XLNet large (Yang et al., 2019): 360,267,776 parameters."""
+  """Returns XLNet large (Yang et al., 2019): 360,268,800 parameters."""
   return _xlnet(num_layers=24, embed_dim=1024)
 
 
@@ -419,6 +419,8 @@ PRESETS: dict[str, Callable[[], model.ModelConfig]] = {
     bert_large,
     roberta_base,
     roberta_large,
+    xlnet_base,
+    xlnet_large,
     gpt2_small,
     gpt2_medium,
     gpt2_large,

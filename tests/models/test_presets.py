@@ -24,6 +24,8 @@ EXACT = {
   'bert_large': 335_141_888,
   'roberta_base': 124_645_632,
   'roberta_large': 355_359_744,
+  'xlnet_base': 116_718_336,
+  'xlnet_large': 360_268_800,
   'gpt2_small': 124_439_808,
   'gpt2_medium': 354_823_168,
   'gpt2_large': 774_030_080,
