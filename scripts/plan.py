@@ -98,7 +98,7 @@ def _main() -> None:
   plan = plan_lib.make(config, values.topology, values.num_slices)
   advice = []
   if values.advice:
-    advice = advice_lib.of(config, plan, target_flags.changed)
+    advice = advice_lib.of(config, plan, target_flags.flags_for)
   print(text_lib.text(name, plan, advice))
   if values.html:
     file = pathlib.Path(values.html)
@@ -117,7 +117,7 @@ def _estimate(name: str, config, devices) -> None:
   print(text_lib.title(name, *where, found.sizes) + ', estimated\n')
   print(estimate_text.text(found, limit))
   if limit is not None and found.peak_bytes > limit:
-    said = remedies.remedy(config, *where, target_flags.changed)
+    said = remedies.remedy(config, *where, target_flags.flags_for)
     print(f'\nwarning: {said}')
   if values.json:
     told = {

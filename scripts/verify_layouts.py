@@ -67,7 +67,7 @@ def _main() -> None:
   config = main_lib.resolve(lambda: catalog.load(values.experiment))
   _simulate(max(layout.num_devices for layout in layouts))
   main_lib.use_compilation_cache()
-  with main_lib.joined():
+  with main_lib.joined_processes():
     ok = _show(config, layouts)
   if not ok:
     sys.exit(1)

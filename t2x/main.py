@@ -65,7 +65,7 @@ def run(get_config: GetConfig, machines: Machines | None = None) -> None:
 
 
 def define_process_flags() -> None:
-  """Defines the flags that `joined` reads."""
+  """Defines the flags that `joined_processes` reads."""
   flags.DEFINE_string(
     'coordinator',
     None,
@@ -81,12 +81,12 @@ def define_process_flags() -> None:
   )
 
 
-def joined() -> contextlib.AbstractContextManager[None]:
-  """Joins the processes that the flags name; see `initialization.joined`."""
+def joined_processes() -> contextlib.AbstractContextManager[None]:
+  """Joins the processes that the flags name; see `initialization`."""
   from t2x.multihost import initialization
 
   values = flags.FLAGS
-  return initialization.joined(
+  return initialization.joined_processes(
     coordinator=values.coordinator,
     num_processes=values.num_processes,
     process_id=values.process_id,
@@ -251,7 +251,7 @@ def _train(get_config: GetConfig, machines: Machines) -> None:
 
   values = flags.FLAGS
   use_compilation_cache()
-  with joined():
+  with joined_processes():
     if machine:
       machines_lib.check(name, machine, jax.devices())
     train.train(

@@ -33,7 +33,7 @@ def check(devices, shape: tuple[int, int], expected_rows: list[int]) -> None:
 def main() -> None:
   arguments = dict(a[2:].split('=') for a in sys.argv[1:])
   index = int(arguments['process_id'])
-  with initialization.joined(
+  with initialization.joined_processes(
     coordinator=arguments['coordinator'],
     num_processes=int(arguments['num_processes']),
     process_id=index,

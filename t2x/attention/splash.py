@@ -125,13 +125,13 @@ def _attend(
   segments = None
   if mask.q_segments_BT is not None and mask.k_segments_BS is not None:
     segments = kernel_lib.SegmentIds(mask.q_segments_BT, mask.k_segments_BS)
-  pairs = visited(mask, T, S, q_side, k_side)
+  pairs = num_computed_pairs(mask, T, S, q_side, k_side)
   flops = 2 * B * N * (q_BNTH.shape[-1] + v_BKSH.shape[-1]) * pairs
   with jax.named_scope(f'{FLOPS}{flops}'):
     return jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, segments)
 
 
-def visited(
+def num_computed_pairs(
   mask: mask_lib.Mask, T: int, S: int, q_side: int, k_side: int
 ) -> int:
   """Returns the number of pairs of a query and a key that are computed.

@@ -124,7 +124,7 @@ def attend(
   return fn(q_BTNH, k_BSKH, v_BSKH, mask.q_segments_BT)
 
 
-def visited(T: int, causal: bool, side: int) -> int:
+def num_computed_pairs(T: int, causal: bool, side: int) -> int:
   """Returns the number of pairs of a query and a key that are computed.
 
   Args:
@@ -241,5 +241,5 @@ def _label(
   shape: tuple[int, ...], causal: bool, side: int, products: int
 ) -> str:
   B, T, N, H = shape
-  flops = 2 * products * B * N * H * visited(T, causal, side)
+  flops = 2 * products * B * N * H * num_computed_pairs(T, causal, side)
   return f'{splash.FLOPS}{flops}'

@@ -45,7 +45,7 @@ def _of_tensor(
     num: runs of each pass, from `executed_flops.passes`.
     size: bytes of the activations between layers, of one microbatch.
   """
-  again = executed_flops.recomputed(local, layer)
+  again = executed_flops.recomputed_products(local, layer)
   parallel = local.config.model.residual == 'parallel'
   fine = tuple(
     a for a in local.axes('norm_length') if a not in local.axes('length')
@@ -117,7 +117,7 @@ def _of_context(
   C, axes = local.over('length'), local.axes('length')
   heads = kind.num_heads / local.over('heads')
   kv_heads = kind.kv_heads / local.over('kv_heads')
-  again = 'scores' in executed_flops.recomputed(local, layer)
+  again = 'scores' in executed_flops.recomputed_products(local, layer)
   repeats = num['made again'] if again else 0
   if local.config.rules.context_attention == 'all_to_all':
     copied = max(kv_heads, C)
@@ -146,7 +146,7 @@ def _of_experts(
   assert isinstance(layer.mlp, moe.MoeConfig)
   moved = tuple(a for a in local.axes('experts') if a in local.axes('batch'))
   D, c = local.config.model.embed_dim, local.itemsize
-  again = 'mlp_down' in executed_flops.recomputed(local, layer)
+  again = 'mlp_down' in executed_flops.recomputed_products(local, layer)
   passes = num['forward'] + num['backward'] + again * num['made again']
   if layer.mlp.router.capacity:
     size = c * executed_flops.slots(local, layer) * D

@@ -55,7 +55,7 @@ def of_layer(
   """
   num = products(local, layer)
   scores = {name: n for name, n in num.items() if name.endswith('scores')}
-  again = recomputed(local, layer)
+  again = recomputed_products(local, layer)
   return {
     'forward': sum(num.values()),
     'made again': sum(num[name] for name in again),
@@ -234,7 +234,7 @@ def pairs(
     return _ring_pairs(local, layer, mask, T, S, kind.block)
   if chosen == 'kernel':
     sides = [kind.block or splash.block_size(n) or n for n in (T, S)]
-    return splash.visited(mask, T, S, *sides) / C
+    return splash.num_computed_pairs(mask, T, S, *sides) / C
   return blocks.num_pairs(mask, T, S, kind.block) / C
 
 
@@ -299,7 +299,7 @@ def keeps_scores(layer: device_share.Layer, cross: bool) -> bool:
 # --- Recomputation. ---
 
 
-def recomputed(
+def recomputed_products(
   local: device_share.DeviceShare, layer: device_share.Layer
 ) -> tuple[str, ...]:
   """Returns the names of the products that the backward pass recomputes."""

@@ -230,7 +230,7 @@ class BatchMaker:
     self.in_order = isinstance(config.batching, config_lib.Stream)
     self._is_full = config_lib.is_full(config)
     purpose = 'evaluation' if seed is None else 'training'
-    self._seed = noise.named(seed or 0, f'{purpose} {task}')
+    self._seed = noise.seed_of_name(seed or 0, f'{purpose} {task}')
 
   @property
   def tokens_a_row(self) -> float:
@@ -272,7 +272,7 @@ class BatchMaker:
     examples = self.layout.examples(read.group, read.rows)
     keys = noise.keys(self._seed, examples)
     if not self._objective.draws_once:
-      keys = noise.visited(keys, read.visits)
+      keys = noise.keys_of_visits(keys, read.visits)
     batch = self._objective.examples(
       *self.layout.read(read.group, read.rows, keys),
       keys=keys,

@@ -229,7 +229,9 @@ def segment(
   )
 
 
-def described(corpus: corpus_lib.Corpus, config: config_lib.DataConfig) -> str:
+def token_summary(
+  corpus: corpus_lib.Corpus, config: config_lib.DataConfig
+) -> str:
   """Returns lines that say how many tokens a training epoch reads and cuts."""
   lines = []
   for task, part in config_lib.parts(config).items():

@@ -90,7 +90,7 @@ def collectives(
     if kind:
       # Only a mesh of real or described devices has slices.
       assert isinstance(mesh, jax.sharding.Mesh)
-      axes, num = cross_slice.joined(instruction, mesh)
+      axes, num = cross_slice.axes_and_slices(instruction, mesh)
       # The bytes sent; an all-gather returns as many of each slice.
       sent = _sizes(scope.type_of(instruction.operands[0]))
       parts = num if kind == 'all-gather' else 1

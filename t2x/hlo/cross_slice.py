@@ -62,7 +62,7 @@ def places(mesh: sharding.AnyMesh, num: int) -> np.ndarray:
   return np.array(first)
 
 
-def joined(
+def axes_and_slices(
   instruction: module.Instruction, mesh: jax.sharding.Mesh
 ) -> tuple[tuple[str, ...], int]:
   """Returns the mesh axes of a `send`, and the number of slices that it joins.

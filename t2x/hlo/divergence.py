@@ -65,7 +65,7 @@ def _permutes(
     within = inside
     if not inside and _may_differ(scope, instruction):
       within = instruction
-    for called in execution.called(scope, instruction):
+    for called in execution.callees(scope, instruction):
       yield from _permutes(called, within)
 
 

@@ -133,7 +133,7 @@ def total(
   return round(sum(num * times for num, times, _ in costs))
 
 
-def called(scope: Scope, instruction: module_lib.Instruction) -> list[Scope]:
+def callees(scope: Scope, instruction: module_lib.Instruction) -> list[Scope]:
   """Returns the computations that an instruction runs.
 
   Those of a loop are its body, then its condition; those of a conditional its
@@ -164,7 +164,7 @@ def _walk(
   for instruction in scope.computation.instructions.values():
     result += [Executed(item, 1, 0) for item in find(scope, instruction)]
     parts = [
-      _walk(inner, find, cost, trips) for inner in called(scope, instruction)
+      _walk(inner, find, cost, trips) for inner in callees(scope, instruction)
     ]
     if not any(parts):
       continue

@@ -267,7 +267,7 @@ class _Walk:
       return []
     peaks = [
       _Walk(scope).peak()
-      for scope in execution.called(self._scope, instruction)
+      for scope in execution.callees(self._scope, instruction)
     ]
     return max(peaks, key=lambda p: sum(b.bytes for b in p), default=[])
 

@@ -85,7 +85,7 @@ def _computes_until(
 def _is_done(scope: execution.Scope, instruction: module.Instruction) -> bool:
   return any(
     _holds(inner.computation, 'AsyncCollectiveDone')
-    for inner in execution.called(scope, instruction)
+    for inner in execution.callees(scope, instruction)
   )
 
 
@@ -97,6 +97,6 @@ def computes(scope: execution.Scope, instruction: module.Instruction) -> bool:
     return True
   return any(
     computes(inner, part)
-    for inner in execution.called(scope, instruction)
+    for inner in execution.callees(scope, instruction)
     for part in inner.computation.instructions.values()
   )

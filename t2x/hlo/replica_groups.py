@@ -20,13 +20,13 @@ def axes(
     places: mesh coordinates of the program's devices, (devices, axes).
   """
   moved = np.zeros(len(sizes), bool)
-  for group in joined(instruction.attributes, len(places)):
+  for group in device_groups(instruction.attributes, len(places)):
     members = places[group]
     moved |= (members != members[:1]).any(0)
   return tuple(axis for axis, m in zip(sizes, moved) if m)
 
 
-def joined(attributes: str, num_devices: int) -> list[list[int]]:
+def device_groups(attributes: str, num_devices: int) -> list[list[int]]:
   """Returns the groups of devices of a collective, in any of HLO's forms.
 
   The groups are listed, `{{0,1},{2,3}}`, where `{}` is all devices; or they are

@@ -56,7 +56,8 @@ def to_t2x(hf: Hf) -> tuple[str, model.ModelConfig]:
   name = hf.get('model_type')
   if not isinstance(name, str) or name not in _TRANSLATIONS:
     raise ValueError(
-      f'model_type={values.shown(name)}; t2x reads {", ".join(_TRANSLATIONS)}.'
+      f'model_type={values.short_repr(name)}; t2x reads '
+      f'{", ".join(_TRANSLATIONS)}.'
     )
   try:
     return _TRANSLATIONS[name](checked.check(hf))
@@ -278,7 +279,7 @@ def _llama(hf: Hf) -> tuple[str, decoder.DecoderConfig]:
 
 def _like_llama(hf: Hf) -> tuple[str, decoder.DecoderConfig]:
   hf = llama_like.as_llama(hf)
-  return hf['model_type'], llama_like.adapted(_llama(hf)[1], hf)
+  return hf['model_type'], llama_like.adapt_to_family(_llama(hf)[1], hf)
 
 
 def _mixtral(hf: Hf) -> tuple[str, decoder.DecoderConfig]:
@@ -310,8 +311,8 @@ def _rotary(hf: Hf) -> position.Rotary:
   rope_type = rope.get('rope_type') or rope.get('type')
   if rope_type is None and 'factor' in rope:
     raise ValueError(
-      f'{key}={values.shown(rope)} names no rope_type; t2x has default and '
-      'llama3.'
+      f'{key}={values.short_repr(rope)} names no rope_type; t2x has default '
+      'and llama3.'
     )
   if rope_type in (None, 'default'):
     return position.Rotary(base=base)
@@ -356,7 +357,7 @@ def _require(hf: Hf, **only: object) -> None:
   for name, value in only.items():
     if hf.get(name, value) != value:
       raise ValueError(
-        f'{name}={values.shown(hf[name])} in the config; t2x has only '
+        f'{name}={values.short_repr(hf[name])} in the config; t2x has only '
         f'{value!r}.'
       )
 

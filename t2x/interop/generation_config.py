@@ -295,7 +295,7 @@ class _Reader:
     return tuple(self._ignored)
 
   def _ignore(self, key: str) -> None:
-    self._ignored.append(f'{key}={values.shown(self._given[key])}')
+    self._ignored.append(f'{key}={values.short_repr(self._given[key])}')
 
 
 def _check(key: str, value: object, make: Callable[[], object]) -> None:

@@ -1,7 +1,8 @@
 """Reads the config.json of decoder families that resemble Llama.
 
-configs.py reads such a config.json as a Llama's, and `adapted` changes the
-settings that the family has otherwise. llama_like_exported.py is the inverse.
+configs.py reads such a config.json as a Llama's, and `adapt_to_family` changes
+the settings that the family has otherwise. llama_like_exported.py is the
+inverse.
 """
 
 from collections.abc import Sequence
@@ -83,7 +84,7 @@ def as_llama(hf: Hf) -> dict[str, Any]:
   return hf
 
 
-def adapted(config: Config, hf: Hf) -> Config:
+def adapt_to_family(config: Config, hf: Hf) -> Config:
   """Returns the config of a family, given that of a Llama.
 
   Args:

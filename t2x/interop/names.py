@@ -70,7 +70,7 @@ def to_t2x(
   """
   table = _family(family)
   slots, treedef = _slots(table, config)
-  arrays = _canonical(table, released.merged(tensors))
+  arrays = _canonical(table, released.merge_weights(tensors))
   cuts = _cuts(slots, config.vocab_size)
   expected = _expected_shapes(slots, cuts, config.vocab_size)
   copies = _copies(table, config, expected)

@@ -8,7 +8,7 @@ import numpy as np
 _EXPERT = re.compile(r'(.*)block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight')
 
 
-def merged(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def merge_weights(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Merges the experts' arrays, which Mixtral's released files keep apart.
 
   There w1 is the gate projection, w3 the up projection and w2 the down

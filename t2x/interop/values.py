@@ -27,10 +27,10 @@ class Wrong(ValueError):
     """
     self.key = key
     needed = needed.rstrip('.')
-    super().__init__(f'{key}={shown(value)}; it must be {needed}.')
+    super().__init__(f'{key}={short_repr(value)}; it must be {needed}.')
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
   """Returns a value as messages show it: one line, cut if it is long."""
   text = repr(value)
   return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + '...'

@@ -144,7 +144,7 @@ def is_bias(config: PositionConfig) -> bool:
   return isinstance(config, RelativeBuckets | Alibi)
 
 
-def is_added(config: PositionConfig | None) -> bool:
+def is_absolute(config: PositionConfig | None) -> bool:
   """Returns whether positions are added to the token embeddings."""
   return isinstance(config, Learned | Sinusoidal)
 

@@ -210,7 +210,7 @@ def of_terms(
         [part.sum(1) for part in parts], batch, num_tasks
       )
     if by_token and name == loss_terms.MAIN:
-      sums[loss_based_masking.NAME] = loss_based_masking.measured(
+      sums[loss_based_masking.NAME] = loss_based_masking.sums_by_token(
         mean.nll_BT, term.targets_BT, weights_BT, len(term.head.table_VD)
       )
   return loss, sums

@@ -76,7 +76,7 @@ def masked(
   }
 
 
-def measured(
+def sums_by_token(
   nll_BM: jax.Array, targets_BM: jax.Array, weights_BM: jax.Array, rows: int
 ) -> jax.Array:
   """Returns the sum of the losses of each token and their number, (2, V).
@@ -93,7 +93,7 @@ def measured(
   return jnp.zeros((2, rows), jnp.float32).at[:, flat].add(both)
 
 
-def updated(
+def update(
   config: masking.ByLoss, loss_V: jax.Array, sums: jax.Array
 ) -> jax.Array:
   """Returns the averages after a step; tokens without a loss keep theirs.
@@ -101,7 +101,7 @@ def updated(
   Args:
     config: settings of the masking.
     loss_V: averages before the step.
-    sums: (2, V) sums of `measured` over the step.
+    sums: (2, V) sums of `sums_by_token` over the step.
   """
   total_V, num_V = sums
   mean_V = total_V / jnp.maximum(num_V, 1.0)

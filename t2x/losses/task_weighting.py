@@ -137,7 +137,7 @@ def _sums(values_XB: jax.Array, numbers_B: jax.Array, num: int) -> jax.Array:
 
 
 @jax.custom_vjp
-def probed(
+def with_probes(
   x_BTD: jax.Array, probes_K: jax.Array, numbers_B: jax.Array
 ) -> jax.Array:
   """Returns the features, and measures the gradient norm of each task.
@@ -169,10 +169,10 @@ def _probed_backward(
   return d_BTD, _sums(squares_B[None], numbers_B, len(probes_K))[0], None
 
 
-probed.defvjp(_probed_forward, _probed_backward)
+with_probes.defvjp(_probed_forward, _probed_backward)
 
 
-def updated(
+def update(
   tasks: Tasks, carried: dict[str, jax.Array], sums: dict[str, Any]
 ) -> dict[str, jax.Array]:
   """Returns the carried state of the weights after a step.
@@ -247,7 +247,7 @@ def metrics(
 
   Args:
     tasks: tasks of the run.
-    sums: sums by task, as for `updated`.
+    sums: sums by task, as for `update`.
     factors_K: weight of each task's loss.
   """
   metrics = {}

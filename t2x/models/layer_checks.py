@@ -62,7 +62,9 @@ def check_positions(config: LayerConfig) -> None:
   by_distance = [
     kind for kind in kinds if isinstance(kind, transformer_xl.TransformerXL)
   ]
-  if by_distance and encoding is not None and not position.is_added(encoding):
+  if (
+    by_distance and encoding is not None and not position.is_absolute(encoding)
+  ):
     raise ValueError(
       f'model.position={encoding.kind} and model.attention=transformer_xl, '
       'which has positions of its own. Set model.position=none.'
@@ -76,7 +78,7 @@ def check_positions(config: LayerConfig) -> None:
           'positions.'
         )
   any_global = any(kind.global_projections for kind in kinds)
-  if any_global and encoding is not None and not position.is_added(encoding):
+  if any_global and encoding is not None and not position.is_absolute(encoding):
     raise ValueError(
       'attention.global_projections=true takes learned or sinusoidal '
       f'positions, as Longformer has, and model.position is {encoding.kind}. '
@@ -120,7 +122,7 @@ def check_causal(config: LayerConfig) -> None:
 def check_memory(config: LayerConfig) -> None:
   """Raises a ValueError for layers that cannot attend to earlier rows."""
   encoding = config.position
-  if encoding is not None and position.is_added(encoding):
+  if encoding is not None and position.is_absolute(encoding):
     raise ValueError(
       f'model.memory={config.memory} tokens of earlier rows stand before the '
       f'first position of model.position={encoding.kind}. Set model.position '
@@ -143,7 +145,7 @@ def check_memory(config: LayerConfig) -> None:
 
 def check_query_layers(config: LayerConfig) -> None:
   """Raises a ValueError if the queries for dropped tokens cannot work."""
-  if not position.is_added(config.position):
+  if not position.is_absolute(config.position):
     kind = config.position.kind if config.position else 'none'
     raise ValueError(
       f'model.query_layers={config.num_query_layers} ask by where a token '

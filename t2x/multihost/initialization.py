@@ -1,6 +1,6 @@
 """Joins the processes of a run, before the first use of devices.
 
-with initialization.joined(
+with initialization.joined_processes(
   coordinator='10.0.0.1:8476', num_processes=2, process_id=0
 ):
   ...
@@ -29,7 +29,7 @@ _EXTRA = 120  # Seconds that JAX waits longer; it ends with a C++ trace.
 
 
 @contextlib.contextmanager
-def joined(
+def joined_processes(
   *,
   coordinator: str | None = None,
   num_processes: int | None = None,
@@ -51,7 +51,7 @@ def joined(
     ValueError: the arguments are impossible, or only some are given.
   """
   check(coordinator, num_processes, process_id)
-  if num_processes == 1 or (coordinator is None and not detected()):
+  if num_processes == 1 or (coordinator is None and not detects_cluster()):
     yield
     return
   arguments: dict[str, Any] = {}
@@ -122,7 +122,7 @@ def check(
     )
 
 
-def detected() -> bool:
+def detects_cluster() -> bool:
   """Whether the environment names this process as one of several."""
   # JAX has no public function for it. jax.distributed.initialize uses the same
   # classes.

@@ -27,13 +27,13 @@ def keys(seed: int, indices: np.ndarray) -> np.ndarray:
   return _mix(_mix(seed_1 + _GAMMA) + np.asarray(indices, np.uint64) * _GAMMA)
 
 
-def named(seed: int, name: str) -> int:
+def seed_of_name(seed: int, name: str) -> int:
   """Returns a seed for a named purpose, independent of that of other names."""
   digest = hashlib.sha256(name.encode()).digest()
   return int(keys(seed, np.frombuffer(digest[:8], np.uint64))[0])
 
 
-def visited(keys_B: np.ndarray, visits_B: np.ndarray) -> np.ndarray:
+def keys_of_visits(keys_B: np.ndarray, visits_B: np.ndarray) -> np.ndarray:
   """Returns keys that differ each time that an example is read.
 
   Args:

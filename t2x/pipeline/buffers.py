@@ -143,7 +143,7 @@ def select(active: Active, new: _Tree, old: Any) -> _Tree:
   return jax.tree.map(lambda a, b: jnp.where(active, a, b), new, old)
 
 
-def replaced(values: _Entries, index: int, value: Any) -> _Entries:
+def with_item(values: _Entries, index: int, value: Any) -> _Entries:
   """Returns a list or tuple with another value at an index."""
   return type(values)((*values[:index], value, *values[index + 1 :]))
 

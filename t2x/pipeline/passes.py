@@ -110,13 +110,13 @@ def _forward_of(
         buffers.write(buffer, row, part, active)
         for buffer, row, part in zip(stored[i], tick.rows_of(t, j), kept)
       ]
-      stored = buffers.replaced(stored, i, new)
+      stored = buffers.with_item(stored, i, new)
     if aux_of is not None:
       losses, load = aux_of
       losses = losses | {'loss': sum(losses.values())}
       sums = buffers.add_some(sums, losses, active)
       slot = tick.instruction['slot'] + j
-      loads = buffers.replaced(
+      loads = buffers.with_item(
         loads, i, buffers.add_at(loads[i], slot, load, active)
       )
     return buffers.select(active, y, x), stored, loads, sums
@@ -125,11 +125,11 @@ def _forward_of(
   x, stored, loads, sums = tick.units(name, t, layer, loop)
   carry = dataclasses.replace(
     carry,
-    stored=buffers.replaced(carry.stored, t, stored),
-    loads=buffers.replaced(carry.loads, t, loads),
+    stored=buffers.with_item(carry.stored, t, stored),
+    loads=buffers.with_item(carry.loads, t, loads),
     sums=sums,
   )
-  return buffers.replaced(state, t, x), carry
+  return buffers.with_item(state, t, x), carry
 
 
 def measure(
@@ -241,14 +241,14 @@ def _backward_of(
     fixed, rest = tick.fixed(t, i, j), tick.rest(number, 0)
     new, add, early, left = piece.backward(fixed, kept, side, rest, d_x, one)
     row = c['crossing'] * units + j
-    crossing = buffers.replaced(
+    crossing = buffers.with_item(
       crossing, i, buffers.write(crossing[i], row, left, active)
     )
     sums_i, shared = buffers.accumulate(
       piece.early, early, grads[i], shared, c['slot'] + j, active
     )
     d_side = buffers.add(d_side, add, active)
-    grads = buffers.replaced(grads, i, sums_i)
+    grads = buffers.with_item(grads, i, sums_i)
     return buffers.select(active, new, d_x), d_side, crossing, grads, shared
 
   loop = (grad[t], grad[:t], carry.crossing[t], carry.grads[t], carry.shared)
@@ -256,8 +256,8 @@ def _backward_of(
   d_x, d_side, crossing, grads, shared = loop
   carry = dataclasses.replace(
     carry,
-    crossing=buffers.replaced(carry.crossing, t, crossing),
-    grads=buffers.replaced(carry.grads, t, grads),
+    crossing=buffers.with_item(carry.crossing, t, crossing),
+    grads=buffers.with_item(carry.grads, t, grads),
     shared=shared,
   )
   return (*d_side, d_x, *grad[t + 1 :]), carry
@@ -335,11 +335,11 @@ def _weight_of(
     sums_i, shared = buffers.accumulate(
       piece.late, late, grads[i], shared, c['slot'] + j, active
     )
-    return buffers.replaced(grads, i, sums_i), shared
+    return buffers.with_item(grads, i, sums_i), shared
 
   loop = (carry.grads[t], carry.shared)
   grads, shared = tick.units('weight', t, layer, loop)
   carry = dataclasses.replace(carry, shared=shared)
   return dataclasses.replace(
-    carry, grads=buffers.replaced(carry.grads, t, grads)
+    carry, grads=buffers.with_item(carry.grads, t, grads)
   )

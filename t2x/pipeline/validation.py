@@ -63,7 +63,7 @@ def check_table(schedule: table_lib.Table) -> np.ndarray:
     ValueError: an operation is missing, is done twice, is of a kind that the
       schedule does not use, or comes before one that it depends on.
   """
-  op_N, micro_N, part_N, tick_N = listed(schedule)
+  op_N, micro_N, part_N, tick_N = as_lists(schedule)
   shape = (len(ops.LETTERS), schedule.num_microbatches, schedule.num_parts)
   kinds = ops.kinds(training=schedule.training, recompute=schedule.recompute)
   foreign = np.flatnonzero(~np.isin(op_N, kinds))
@@ -92,7 +92,7 @@ def check_table(schedule: table_lib.Table) -> np.ndarray:
   return tick_OMP
 
 
-def listed(schedule: table_lib.Table) -> tuple[np.ndarray, ...]:
+def as_lists(schedule: table_lib.Table) -> tuple[np.ndarray, ...]:
   """Returns all operations of a table: op_N, micro_N, part_N, tick_N."""
   tick_N, stage_N = np.nonzero(schedule.operation_TS)
   entries = (tick_N, stage_N)

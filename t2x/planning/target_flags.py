@@ -78,7 +78,7 @@ def devices(host: str | None = None) -> tuple[Any, ...]:
   return target_devices.devices(values.topology, values.num_slices, host)
 
 
-def changed(settings: Sequence[str], mesh: mesh_lib.MeshConfig) -> str:
+def flags_for(settings: Sequence[str], mesh: mesh_lib.MeshConfig) -> str:
   """Returns the flags to change on the command line for new settings.
 
   Args:

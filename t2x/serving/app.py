@@ -316,7 +316,9 @@ def _parsed(
 
 async def _whole(choice: completions_lib.Choice) -> completions_lib.Delta:
   try:
-    return completions_lib.joined([delta async for delta in choice.deltas()])
+    return completions_lib.merge_deltas(
+      [delta async for delta in choice.deltas()]
+    )
   except completions_lib.Failed as error:
     status = 400 if error.is_own_fault else 500
     raise responses_lib.Refused(status, str(error)) from None

@@ -149,7 +149,7 @@ def _told(piece: engine_thread.Piece) -> log_probs.TokenScore:
   )
 
 
-def joined(deltas: Sequence[Delta]) -> Delta:
+def merge_deltas(deltas: Sequence[Delta]) -> Delta:
   """Joins all deltas of one choice to one delta."""
   return Delta(
     index=deltas[0].index,

@@ -53,12 +53,12 @@ def read(
   with _reading(f'meta of {folder}'):
     meta = json.loads((folder / 'meta' / 'metadata').read_text())
     was, expected = meta['arrays'], meta['checksums']
-  left = _unlike(was, described(wanted), fresh) if fresh else set()
+  left = _unlike(was, array_types(wanted), fresh) if fresh else set()
   was, wanted = (
     {n: a for n, a in arrays.items() if n not in left}
     for arrays in (was, wanted)
   )
-  _check_arrays(folder, was, described(wanted), partial)
+  _check_arrays(folder, was, array_types(wanted), partial)
   args = ocp.args.PyTreeRestore(
     wanted,
     restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
@@ -155,7 +155,7 @@ def by_path(tree: Any) -> dict[str, Any]:
   return {sharding.path_name(path): leaf for path, leaf in flat}
 
 
-def described(arrays: dict[str, Any]) -> dict[str, str]:
+def array_types(arrays: dict[str, Any]) -> dict[str, str]:
   """Returns type and shape of each array, as in `float32(5, 3)`."""
   return {name: f'{a.dtype}{a.shape}' for name, a in arrays.items()}
 

@@ -75,7 +75,7 @@ class Checkpoints:
       'step': step,
       'data': position,
       'checksums': sums,
-      'arrays': checkpoint_files.described(arrays),
+      'arrays': checkpoint_files.array_types(arrays),
     }
     before = self.wait()
     try:

@@ -290,7 +290,7 @@ class Run:
   def _header(self) -> str:
     """Returns a line on the data to come, and the formula of the MFU."""
     config = self.config
-    read = input_pipeline.described(self.corpus, config.data)
+    read = input_pipeline.token_summary(self.corpus, config.data)
     epoch = self.history[-1].epoch
     spec = input_pipeline.batch_spec(config.data)
     shape = flops.arguments(config.model, {n: s for n, (s, _) in spec.items()})

@@ -34,7 +34,7 @@ def per_layer(
   def init(params: optax.Params) -> Any:
     return {
       name: _over_stack(tx.init, p, _state_axes(tx, p))(p)
-      for name, p in named(params).items()
+      for name, p in arrays_by_name(params).items()
     }
 
   def update(
@@ -43,9 +43,9 @@ def per_layer(
     params: optax.Params | None = None,
   ) -> tuple[optax.Updates, Any]:
     assert params is not None, 'per_layer needs the parameters'
-    by_name = named(params)
+    by_name = arrays_by_name(params)
     new_updates, new_state = {}, {**state}
-    for name, u in named(updates).items():
+    for name, u in arrays_by_name(updates).items():
       p = by_name[name]
       axes = _state_axes(tx, p)
       fn = _over_stack(tx.update, p, (0, axes), in_axes=(0, axes, 0))
@@ -62,7 +62,7 @@ def per_layer(
   return optax.GradientTransformation(init, update)
 
 
-def named(tree: Any) -> dict[str, nnx.Variable]:
+def arrays_by_name(tree: Any) -> dict[str, nnx.Variable]:
   """Returns path -> variable, for the variables that hold an array."""
   flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=sharding.is_variable)
   return {
@@ -117,7 +117,7 @@ def shardings(
     offload: whether moments lie in the memory of the devices' hosts.
   """
   kind = HOST if offload else None
-  by_name = named(params)
+  by_name = arrays_by_name(params)
 
   def leaf(path: jax.tree_util.KeyPath, x: Any) -> Any:
     if not _is_moment(x):
@@ -154,7 +154,7 @@ def update_offloaded(
     norm: the norm of all gradients together.
     finite: whether parameters and moments change.
   """
-  by_name = named(params)
+  by_name = arrays_by_name(params)
 
   def update(
     grads: optax.Updates, state: Any, params: optax.Params

@@ -62,7 +62,7 @@ class ScheduledSampling:
     return self.share * done
 
 
-def replaced(
+def mix_in_predictions(
   config: ScheduledSampling,
   model: forward.Model,
   batch: dict[str, jax.Array],

@@ -144,7 +144,7 @@ def _carried(
   own = {name, segment_memory.NAME, *by_task}
   rest = {n: s for n, s in sums.items() if n not in own}
   if config.masking is not None:
-    moved_V = loss_based_masking.updated(
+    moved_V = loss_based_masking.update(
       config.masking, carried[name], sums[name]
     )
     carried = {**carried, name: moved_V}
@@ -153,7 +153,7 @@ def _carried(
   if config.tasks is not None:
     factors_K = task_weighting.factors(config.tasks, carried)
     rest |= task_weighting.metrics(config.tasks, by_task, factors_K)
-    carried = task_weighting.updated(config.tasks, carried, by_task)
+    carried = task_weighting.update(config.tasks, carried, by_task)
   return carried, rest
 
 
@@ -354,7 +354,7 @@ def _loss(
   keys_B = dropout.row_keys(key, batch['rows'])
   execution = config.execution
   if config.sampling is not None:
-    inputs = scheduled_sampling.replaced(
+    inputs = scheduled_sampling.mix_in_predictions(
       config.sampling, model, batch, keys_B, execution
     )
     batch = {**batch, 'inputs': inputs}
@@ -362,7 +362,7 @@ def _loss(
   x_BTD, stats, memory = _run(model, batch, memory, keys_B, config)
   if probes_K is not None:
     numbers_B = batch[batch_keys.TASKS][:, 0]
-    x_BTD = task_weighting.probed(x_BTD, probes_K, numbers_B)
+    x_BTD = task_weighting.with_probes(x_BTD, probes_K, numbers_B)
   terms = model.terms(x_BTD, batch, keys_B, execution.zigzag)
   loss, sums = measure(config)(terms, batch=batch)
   router_losses = load_balancing.losses(stats, batch[loss_terms.ROW_SHARES])

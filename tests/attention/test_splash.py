@@ -124,7 +124,7 @@ def test_visited_blocks_are_those_with_a_seen_pair(mask, sides):
   q_side, k_side = sides
   blocks = visible.reshape(length // q_side, q_side, length // k_side, k_side)
   want = blocks.any((1, 3)).sum() * q_side * k_side
-  assert splash.visited(mask, length, length, *sides) == want
+  assert splash.num_computed_pairs(mask, length, length, *sides) == want
 
 
 def test_the_chosen_block_divides():

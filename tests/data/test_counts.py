@@ -76,7 +76,7 @@ def test_documents_that_are_padded(tmp_path, batching, ahead):
   over = [n - room for n in lengths if n > room]
   assert count == (read, 50, len(over), sum(over), max(over))
   assert count.tokens + count.lost == sum(lengths)
-  text = input_pipeline.described(corpus, config)
+  text = input_pipeline.token_summary(corpus, config)
   assert text.startswith(f'train: {read:,} tokens of {sum(lengths):,} (')
   assert f'({len(over)} of 50 documents are cut, by ' in text
   assert f'and {max(over)} at most)' in text
@@ -136,7 +136,7 @@ def test_full_rows_cut_nothing(tmp_path):
     predicted = sum(b['weights'].sum() for b in _epoch(corpus, config))
     # Each token but the first of a document is predicted.
     assert _count(corpus, config).tokens == predicted + 50 == sum(lengths)
-    text = input_pipeline.described(corpus, config)
+    text = input_pipeline.token_summary(corpus, config)
     assert text == f'train: {sum(lengths):,} tokens'
 
 
@@ -157,7 +157,9 @@ def test_short_documents_that_find_no_room_when_noised(tmp_path, most):
   assert made.share_lost() == pytest.approx(lost, abs=1e-9)
   assert (lost > 0.2) == (most == 7)
   said = f'about {lost:.1%} of them find no place'
-  assert (said in input_pipeline.described(corpus, config)) == (lost > 0.0005)
+  assert (said in input_pipeline.token_summary(corpus, config)) == (
+    lost > 0.0005
+  )
 
 
 def test_a_step_reads_so_many_tokens(tmp_path):

@@ -83,7 +83,7 @@ def test_sends_name_the_slices_that_they_join():
   )
   key = '_xla_megascale_target='
   found = [
-    cross_slice.joined(send(key + target), whole)
+    cross_slice.axes_and_slices(send(key + target), whole)
     for target in (
       '{{100000,200000},{100001,200001}},_xla',
       '{{100000,300000},{100001,300001}},_xla',

@@ -31,7 +31,9 @@ from t2x.hlo import replica_groups
   ],
 )
 def test_groups_in_all_forms(text, want):
-  found = replica_groups.joined(f', {text}, dimensions={{0}}, channel_id=3', 4)
+  found = replica_groups.device_groups(
+    f', {text}, dimensions={{0}}, channel_id=3', 4
+  )
   assert found == want
 
 

@@ -93,11 +93,11 @@ def test_the_average_is_of_tokens_that_were_predicted():
   rng = np.random.default_rng(0)
   nll, targets = rng.random((3, 5)), rng.integers(0, 6, (3, 5))
   weights = rng.integers(0, 2, (3, 5)) * 0.3
-  sums = loss_based_masking.measured(
+  sums = loss_based_masking.sums_by_token(
     *map(jnp.asarray, (nll, targets, weights)), rows=8
   )
   config = masking.ByLoss(decay=0.75)
-  got = loss_based_masking.updated(config, jnp.full(8, 2.0), sums)
+  got = loss_based_masking.update(config, jnp.full(8, 2.0), sums)
   for token in range(8):
     own = nll[(targets == token) & (weights > 0)]
     want = 0.75 * 2.0 + 0.25 * own.mean() if len(own) else 2.0

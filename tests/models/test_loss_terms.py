@@ -180,7 +180,7 @@ def replaced(share, **settings):
   own = scheduled_sampling.ScheduledSampling(**settings)
   batch = batch | {'sampled_share': jnp.full(ROWS, share)}
   keys_B = dropout.row_keys(KEY, jnp.arange(ROWS))
-  fn = lambda model: scheduled_sampling.replaced(
+  fn = lambda model: scheduled_sampling.mix_in_predictions(
     own, model, batch, keys_B, stack.Execution()
   )
   return np.asarray(jit(fn)(model))

@@ -53,7 +53,7 @@ def _set(monkeypatch, variables):
 def _call(**arguments):
   """Returns what JAX was called with, or None."""
   try:
-    with initialization.joined(**arguments):
+    with initialization.joined_processes(**arguments):
       return None
   except _Called as call:
     return call.args[0]
@@ -199,7 +199,7 @@ def test_a_port_that_is_taken(tmp_path):
 _JOIN = """
 import jax
 from t2x.multihost import initialization
-with initialization.joined():
+with initialization.joined_processes():
   import numpy as np
   from jax.experimental import multihost_utils
   mine = np.asarray(10 + jax.process_index())

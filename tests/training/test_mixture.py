@@ -317,7 +317,9 @@ def test_probes_are_norms_of_gradients():
   )
 
   def loss(x, probes):
-    return (jnp.sin(task_weighting.probed(x, probes, numbers)) * weights).sum()
+    return (
+      jnp.sin(task_weighting.with_probes(x, probes, numbers)) * weights
+    ).sum()
 
   grads, squares = jax.grad(loss, (0, 1))(x, jnp.zeros(3))
   plain = np.asarray(weights * jnp.cos(x))
@@ -340,7 +342,7 @@ def moved(weighting, losses, norms=None, rates=(0.5, 0.5), steps=4000):
       each = task_weighting.factors(tasks, carried) * jnp.asarray(norms) / 100
       sums[task_weighting.SQUARES] = 100 * share * each**2
       sums[task_weighting.ROWS] = share
-    return task_weighting.updated(tasks, carried, sums), None
+    return task_weighting.update(tasks, carried, sums), None
 
   end, _ = jax.lax.scan(step, task_weighting.start(tasks), length=steps)
   return np.asarray(task_weighting.factors(tasks, end))

@@ -63,7 +63,7 @@ def assert_close(got, want, **tolerance):
 
 def kinds_of(state):
   """Returns the memories in which moments lie; not those of counts."""
-  moments = optim_state.named(state.opt_state).values()
+  moments = optim_state.arrays_by_name(state.opt_state).values()
   return {p.get_value().sharding.memory_kind for p in moments}
 
 

@@ -112,7 +112,7 @@ def values(tree):
   """Path -> numpy array, of a tree of parameters."""
   return {
     name: np.asarray(p.get_value())
-    for name, p in optim_state.named(tree).items()
+    for name, p in optim_state.arrays_by_name(tree).items()
   }
 
 
@@ -420,7 +420,7 @@ def test_muon_leaves_the_rest_to_adam():
 
 
 def test_only_matrices_and_tables_are_decayed():
-  found = optim_state.named(optim.is_decayed(stacked(0)))
+  found = optim_state.arrays_by_name(optim.is_decayed(stacked(0)))
   assert not found, 'its leaves are not arrays'
   flat = jax.tree_util.tree_leaves_with_path(optim.is_decayed(stacked(0)))
   left_out = {
