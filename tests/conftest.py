@@ -21,8 +21,11 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 # What one process reads another may be writing; it is compiled then. For the
 # commands that tests start; here, pyproject.toml says it.
 os.environ['PYTHONWARNINGS'] = ','.join(
-  f'ignore:Error {what} persistent compilation cache entry'
-  for what in ('reading', 'writing')
+  [
+    *filter(None, [os.environ.get('PYTHONWARNINGS')]),
+    'ignore:Error reading persistent compilation cache entry',
+    'ignore:Error writing persistent compilation cache entry',
+  ]
 )
 # Numbers do not depend on LLVM's optimisations; see `_compiled_as_by_users`.
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'

@@ -14,7 +14,9 @@ _PROGRAMS = 200  # To a context, which keeps the types that it has seen.
 
 
 def share_contexts() -> None:
-  """Lets the programs of a thread share a context, where JAX can be told to."""
+  """Lets the programs of a thread share a context, if JAX makes them here."""
+  if not hasattr(mlir, 'ModuleContext') or not hasattr(mlir, 'make_ir_context'):
+    return
   real_init = mlir.ModuleContext.__init__
   of_thread = threading.local()
 

@@ -51,7 +51,7 @@ def apply(
     v_BSKH: values.
     mask: description of the keys that each query sees.
     block: number of queries in a block; None chooses.
-    runs: the limit of `dense.Options`.
+    runs: the limit of `dense.AttentionOptions`.
     kept: whether the forward pass keeps what the backward pass needs; else it
       is computed again.
 
@@ -139,7 +139,7 @@ def spans(
     num_keys: number of keys in a row.
     mask: description of the keys that each query sees.
     block: number of queries in a block; None chooses.
-    runs: the limit of `dense.Options`.
+    runs: the limit of `dense.AttentionOptions`.
   """
   block = block or _block_size(num_queries, mask)
   num = -(-num_queries // block)
@@ -192,7 +192,7 @@ def num_pairs(
     num_queries: number of queries in a row.
     num_keys: number of keys in a row.
     block: number of queries in a block; None chooses.
-    runs: the limit of `dense.Options`.
+    runs: the limit of `dense.AttentionOptions`.
   """
   if runs is None and are_scanned(mask, num_queries, num_keys, block):
     return pairs_lib.plan(mask.pattern, num_queries, num_keys, block).pairs

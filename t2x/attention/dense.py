@@ -288,10 +288,10 @@ def _scores(
     k_BSKH,
     preferred_element_type=jnp.float32,
   )
-  return cap_and_mask(scores, mask, options, rows, keys)
+  return finish_scores(scores, mask, options, rows, keys)
 
 
-def cap_and_mask(
+def finish_scores(
   scores: jax.Array,
   mask: mask_lib.Mask,
   options: AttentionOptions,

@@ -91,7 +91,7 @@ def attend(
     cache: cache that already has the queries' own entries, and a table.
     mask: description of the keys that each query sees, with `q_index_BT`; an
       index at or past the capacity is padding, whose result is undefined.
-    options: scale, cap and bias.
+    options: scale, cap and bias, without dropout.
     reach: number of tokens from a query back to its farthest key, both
       included; None is all.
     keys: function applied to the keys (B, S, K, H) as they are read, given
@@ -127,7 +127,7 @@ def attend(
       mask, q_index_BT=index_BT, k_index_BS=index_BS
     )
     whole = slice(0, T), slice(0, step)
-    scores = dense.cap_and_mask(scores, step_mask, options, *whole)
+    scores = dense.finish_scores(scores, step_mask, options, *whole)
     product = lambda w: jnp.einsum(
       'BKGTS,BSKH->BKGTH',
       w.astype(v_BSKH.dtype),

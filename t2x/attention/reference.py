@@ -21,8 +21,9 @@ def attend(
     k_BSKH: keys.
     v_BSKH: values.
     mask: description of the keys that each query sees.
-    options: scale, cap and bias; dropout is left out.
+    options: scale, cap and bias, without dropout.
   """
+  assert options.dropout is None
   T, S = q_BTNH.shape[1], k_BSKH.shape[1]
   N, K = q_BTNH.shape[2], k_BSKH.shape[2]
   q, k, v = (a.astype(jnp.float32) for a in (q_BTNH, k_BSKH, v_BSKH))

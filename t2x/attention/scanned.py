@@ -177,7 +177,7 @@ def _scores(
     preferred_element_type=jnp.float32,
   )
   whole = slice(0, scores.shape[-2]), slice(0, scores.shape[-1])
-  return dense.cap_and_mask(scores, mask, options, *whole)
+  return dense.finish_scores(scores, mask, options, *whole)
 
 
 def _product(

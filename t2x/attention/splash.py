@@ -64,7 +64,7 @@ def attend(
     mask: mask in the order of the arrays, without a prefix; where it has an
       order, each query sees a key.
     scale: factor of the scores.
-    soft_cap: bound of the scores, as in `dense.Options`.
+    soft_cap: bound of the scores, as in `dense.AttentionOptions`.
     block: side of a block; None chooses.
     interpret: whether to run the kernel in interpreter mode, on any device and
       slowly.

@@ -51,7 +51,7 @@ def unsupported_reason(
     k_BSKH: keys, or their shape.
     v_BSKH: values, or their shape.
     mask: description of the keys that each query sees.
-    soft_cap: bound of the scores, as in `dense.Options`.
+    soft_cap: bound of the scores, as in `dense.AttentionOptions`.
     block: side of a block that is required; None is any.
   """
   (_, T, _, H), S = q_BTNH.shape, k_BSKH.shape[1]

@@ -10,6 +10,8 @@ import dataclasses
 import functools
 import math
 
+from t2x import files
+from t2x import reading
 from t2x.config import experiment
 from t2x.data import config as data_config
 from t2x.layers import stack
@@ -31,7 +33,7 @@ class Partitioning:
   """An experiment on mesh axes of given sizes.
 
   Everything else follows from these two, is worked out at its first use, and
-  kept. `of` makes one for each experiment and mesh.
+  kept. `of` makes them.
 
   Attributes:
     config: the experiment.
@@ -170,16 +172,24 @@ class Partitioning:
 def of(config: experiment.Experiment, sizes: Mapping[str, int]) -> Partitioning:
   """Returns the partitioning of an experiment, the same one for equal input.
 
+  A table of one's own counts by what its file holds.
+
   Args:
     config: the experiment.
     sizes: the number of devices along each mesh axis, as `mesh.shape` has it.
   """
   made = Partitioning(config, tuple(sizes.items()))
-  # The file of a table may have changed since, or be gone.
-  return made if config.pipeline.own_table else _first(made)
+  if not (made.has_stages and config.pipeline.own_table):
+    return _interned(made, '')
+  try:
+    table = reading.text(files.path(config.pipeline.schedule))
+  except (OSError, ValueError):
+    return made  # Its `pipeline` says what is wrong.
+  return _interned(made, table)
 
 
 @functools.lru_cache(maxsize=32)
-def _first(made: Partitioning) -> Partitioning:
-  """Returns the first that was made of those equal to it."""
+def _interned(made: Partitioning, table: str) -> Partitioning:
+  """Returns the first that was made of those equal to it, with equal tables."""
+  del table
   return made

@@ -99,7 +99,7 @@ def search(
     logits_RV = sampling_lib.calibrated(logits_RV, settings)
     log_probs_RV = jax.nn.log_softmax(logits_RV.astype(jnp.float32), axis=-1)
     ends_RE = jnp.broadcast_to(ends_E[None], (len(token_R), len(ends_E)))
-    log_probs_RV = sampling_lib.apply_rules(
+    log_probs_RV = sampling_lib.process_logits(
       log_probs_RV,
       settings,
       history,
@@ -206,9 +206,7 @@ def _map_rows(
   ) -> block.BlockCache:
     if cross:
       return jax.tree.map(apply, cache)
-    return dataclasses.replace(
-      cache, self_attention=jax.tree.map(apply, cache.self_attention)
-    )
+    return dataclasses.replace(cache, own=jax.tree.map(apply, cache.own))
 
   return (
     tuple(map_layer(cache, jax.vmap(fn)) for cache in group),

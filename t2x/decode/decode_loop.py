@@ -201,7 +201,7 @@ def decode(
     fold_in = jax.vmap(jax.random.fold_in, in_axes=(0, None))
     keys = fold_in(keys_B, state.number)
     number_B = jnp.broadcast_to(state.number, keys.shape)
-    left_BV = sampling_lib.apply_rules(
+    left_BV = sampling_lib.process_logits(
       logits_BV, settings, state.history, number_B, ends_BE
     )
     token_B = sampling_lib.draw_tokens(left_BV, keys, settings)

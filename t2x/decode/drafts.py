@@ -306,7 +306,7 @@ def _prefill_heads(
 
 def best(logits_BV: jax.Array, settings: sampling_lib.Rows) -> jax.Array:
   """Returns the most likely token of each row (B,)."""
-  return processors.argmax(sampling_lib.apply_rules(logits_BV, settings))
+  return processors.argmax(sampling_lib.process_logits(logits_BV, settings))
 
 
 def probs(logits_BV: jax.Array, settings: sampling_lib.Rows) -> jax.Array:
@@ -314,7 +314,7 @@ def probs(logits_BV: jax.Array, settings: sampling_lib.Rows) -> jax.Array:
 
   At temperature 0 they are one-hot.
   """
-  logits_BV = sampling_lib.apply_rules(logits_BV, settings)
+  logits_BV = sampling_lib.process_logits(logits_BV, settings)
   best_B = processors.argmax(logits_BV)
   best_BV = jax.nn.one_hot(best_B, logits_BV.shape[-1])
   probs_BV = jax.nn.softmax(sampling_lib.apply_truncation(logits_BV, settings))

@@ -23,7 +23,7 @@ Sampling = settings_lib.SamplingConfig
 EngineConfig = requests.EngineConfig
 Request = requests.Request
 Scores = requests.Scores
-Text = requests.GeneratedSequence
+GeneratedSequence = requests.GeneratedSequence
 Overloaded = requests.Overloaded
 
 
@@ -68,9 +68,9 @@ class Engine:
     self.pages = page_table.Pages(
       self._decoder.num_pages, self.config.page_size
     )
-    self._waiting: collections.deque[Text] = collections.deque()
-    self._prefilling: Text | None = None
-    self._decoding: list[Text] = []
+    self._waiting: collections.deque[GeneratedSequence] = collections.deque()
+    self._prefilling: GeneratedSequence | None = None
+    self._decoding: list[GeneratedSequence] = []
 
   @property
   def is_busy(self) -> bool:
@@ -112,7 +112,7 @@ class Engine:
       )
     settings_lib.check_ids(request.sampling, vocab_size)
 
-  def add(self, request: Request) -> Text:
+  def add(self, request: Request) -> GeneratedSequence:
     """Queues a request.
 
     Returns:
@@ -130,16 +130,16 @@ class Engine:
         f'{self.config.num_slots}, max_waiting={self.config.max_waiting}). Ask '
         'again later.'
       )
-    sequence = Text(request)
+    sequence = GeneratedSequence(request)
     self._waiting.append(sequence)
     return sequence
 
-  def cancel(self, sequence: Text) -> None:
+  def cancel(self, sequence: GeneratedSequence) -> None:
     """Ends a sequence, and frees its slot and pages at once."""
     if sequence.reason is None:
       self._end(sequence, 'cancelled')
 
-  def step(self) -> list[Text]:
+  def step(self) -> list[GeneratedSequence]:
     """Prefills some prompt tokens, and decodes a token of each sequence.
 
     Returns:
@@ -164,7 +164,7 @@ class Engine:
     """
     self._decoder.warm(calibration)
 
-  def _next_to_prefill(self) -> Text | None:
+  def _next_to_prefill(self) -> GeneratedSequence | None:
     """Returns the sequence in prefill, which is one at a time.
 
     So the first of many with a common prefix is computed, and the others share
@@ -187,7 +187,7 @@ class Engine:
           self.counts['shared_tokens'] += sequence.num_shared
     return self._prefilling
 
-  def _prefill_chunk(self, sequence: Text) -> int:
+  def _prefill_chunk(self, sequence: GeneratedSequence) -> int:
     """Runs a chunk of a prompt, up to the token before its last.
 
     Returns:
@@ -219,7 +219,7 @@ class Engine:
         self._end(sequence, 'length')
     return size
 
-  def _decode(self) -> list[Text]:
+  def _decode(self) -> list[GeneratedSequence]:
     """Decodes a token of each sequence; returns those that change."""
     masks, failed = [], []
     for sequence in list(self._decoding):
@@ -241,7 +241,9 @@ class Engine:
     self.counts['tokens'] += len(sequences)
     return failed + sequences
 
-  def _take(self, sequence: Text, token: int, scores: requests.Scores) -> None:
+  def _take(
+    self, sequence: GeneratedSequence, token: int, scores: requests.Scores
+  ) -> None:
     """Adds a token to a sequence, which may end with it."""
     request = sequence.request
     if token == processors.NONE:
@@ -266,11 +268,11 @@ class Engine:
     elif len(sequence.tokens) == request.num_tokens:
       self._end(sequence, 'length')
 
-  def _fail(self, sequence: Text, error: ValueError) -> None:
+  def _fail(self, sequence: GeneratedSequence, error: ValueError) -> None:
     sequence.error = str(error)
     self._end(sequence, 'error')
 
-  def _end(self, sequence: Text, reason: str) -> None:
+  def _end(self, sequence: GeneratedSequence, reason: str) -> None:
     sequence.reason = reason
     if sequence in self._waiting:
       self._waiting.remove(sequence)

@@ -170,7 +170,7 @@ def choose(
     jax.random.fold_in(jax.random.key(seed), row), number
   )
   controlled_BV = logits_BV if controls is None else controls(logits_BV)
-  left_BV = sampling_lib.apply_rules(
+  left_BV = sampling_lib.process_logits(
     controlled_BV, settings, history, number_B, ends_BE
   )
   keys_B = jax.vmap(key)(seed_B, row_B, number_B)

@@ -57,7 +57,7 @@ class Settings:
         for request in requests
       ]
       settings = sampling_lib.rows(configs, rows, self._vocab_size)
-      settings = sampling_lib.few(settings, self._vocab_size)
+      settings = sampling_lib.canonical(settings, self._vocab_size)
       width = max(4, *(len(request.ends) for request in requests))
       ends_BE = prompts_lib.pad(
         [request.ends for request in requests],

@@ -25,7 +25,7 @@ from t2x.decode import settings as settings_lib
 SamplingConfig = settings_lib.SamplingConfig
 Rows = settings_lib.SamplingRows
 rows = settings_lib.rows
-few = settings_lib.canonical
+canonical = settings_lib.canonical
 
 
 @jax.tree_util.register_dataclass
@@ -126,14 +126,14 @@ def sample(
   Returns:
     Token ids (B,), int32. At temperature 0, the lowest id of equal logits.
   """
-  logits_BV = apply_rules(logits_BV, settings, history, number_B, ends_BE)
+  logits_BV = process_logits(logits_BV, settings, history, number_B, ends_BE)
   return draw_tokens(logits_BV, keys_B, settings)
 
 
 def draw_tokens(
   logits_BV: jax.Array, keys_B: jax.Array, settings: Rows
 ) -> jax.Array:
-  """Draws one token for each row from the logits of `apply_rules`."""
+  """Draws one token for each row from the logits of `process_logits`."""
   if settings.temperature_B is None:
     return processors.argmax(logits_BV)
   uniform_B = jax.vmap(jax.random.uniform)(keys_B)
@@ -162,7 +162,7 @@ def draw_tokens(
   return jnp.where(settings.temperature_B > 0, drawn_B, best_B)
 
 
-def apply_rules(
+def process_logits(
   logits_BV: jax.Array,
   settings: Rows,
   history: History = History(),
@@ -218,7 +218,7 @@ def is_stuck(left_BV: jax.Array, settings: Rows) -> jax.Array | None:
   It returns None if the settings can ban no token.
 
   Args:
-    left_BV: logits that `apply_rules` returned.
+    left_BV: logits that `process_logits` returned.
     settings: sampling settings of each row.
   """
   hiding = ('bias_BV', 'words_BMW', 'bans', 'min_tokens_B')

@@ -203,7 +203,7 @@ class Gedi(decoder.Decoder):
     evidence = _Evidence(
       sum_B=zeros_B, count_B=zeros_B, next_BV=jnp.zeros((batch, V), jnp.float32)
     )
-    return group, (*rest, block.BlockCache(self_attention=evidence))
+    return group, (*rest, block.BlockCache(own=evidence))
 
   def empty_pages(
     self, num_pages: int, size: int, dtype: jax.typing.DTypeLike | None = None
@@ -219,7 +219,7 @@ class Gedi(decoder.Decoder):
   ) -> tuple[Any, decode_loop.Caches]:
     """See `Decoder.step`."""
     group, (*rest, last) = caches
-    evidence, P = last.self_attention, self._num_prefix
+    evidence, P = last.own, self._num_prefix
     base, *classes = self.models
     base_cache, *class_caches = _apart((group, tuple(rest)), self.models)
     x_BTD, base_cache = base.step(inputs, index_BT, base_cache)
@@ -242,7 +242,7 @@ class Gedi(decoder.Decoder):
         next_BV=next_BV,
       )
     group, rest = _joined(new)
-    caches = group, (*rest, block.BlockCache(self_attention=evidence))
+    caches = group, (*rest, block.BlockCache(own=evidence))
     return (x_BTD, evidence), caches
 
   @property

@@ -87,7 +87,8 @@ def write(
   target = files.path(directory)
   if target.exists() and any(target.iterdir()):
     raise ValueError(f'{directory} is not empty. Name a new directory.')
-  # `writer` holds each layer's weights apart, which is faster on CPUs alone.
+  # `decoding_model` holds each layer's weights apart, which is faster on CPUs
+  # alone.
   model = trained.decoding_model if platforms == ('cpu',) else trained.model
   positions = trained.config.model.max_length
   wanted = max_length or trained.config.data.length
@@ -136,7 +137,7 @@ def reading(trained: trained_model.Trained) -> dict[str, Any]:
   return {
     'before': frame.before,
     'after': frame.after,
-    'answers': frame.has_sentinels,
+    'answers': frame.reads_sentinels,
     'sentinels': tokenizer.sentinel_ids,
     # Whether the names of special tokens are ordinary text within texts.
     'split': getattr(tokenizer, 'splits_names', True),

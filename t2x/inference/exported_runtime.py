@@ -195,7 +195,7 @@ def text_of(
       for is_name, run in parts
     )
   # Decoded alone, a text may lack its first space: see t2x's
-  # `text_stream.after`.
+  # `text_stream.continuation`.
   before, text = tokenizer.decode(prompt), tokenizer.decode([*prompt, *ids])
   return text[len(os.path.commonprefix([before, text])) :]
 

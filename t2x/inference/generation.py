@@ -72,7 +72,7 @@ def generate_text(
     max_length=max_length,
     control=control,
   )
-  texts = trained.decode(prompts, result.tokens)
+  texts = trained.detokenize(prompts, result.tokens)
   return [text_stream.cut(text, stop) for text in texts]
 
 
@@ -154,7 +154,7 @@ def search_text(
     )
   best = []
   for prompt, tokens, scores in zip(prompts, result.tokens, result.scores):
-    texts = trained.decode([prompt] * len(tokens), tokens)
+    texts = trained.detokenize([prompt] * len(tokens), tokens)
     best.append(list(zip(texts, scores)))
   return best
 

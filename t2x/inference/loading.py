@@ -45,7 +45,7 @@ def load(
     ValueError: there is no run or no such checkpoint, or a setting is invalid.
   """
   workdir = str(files.path(workdir))
-  if huggingface.is_one(workdir):
+  if huggingface.is_checkpoint(workdir):
     checkpoint = huggingface.read(workdir)
     config = huggingface.experiment_of(checkpoint, workdir)
     config, mesh, shapes = _placed(config, settings)

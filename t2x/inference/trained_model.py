@@ -91,7 +91,7 @@ class Trained:
 
   @functools.cached_property
   def pieces(self) -> pieces_lib.TokenBytes:
-    """The bytes of tokens, those of sentinels as `decode` writes them."""
+    """The bytes of tokens, those of sentinels as `detokenize` writes them."""
     pieces = list(self.token_bytes)
     if self._answers:
       for number, token in enumerate(self.tokenizer.sentinel_ids):
@@ -167,7 +167,7 @@ class Trained:
         'token out of the text.'
       )
 
-  def decode(
+  def detokenize(
     self, prompts: Sequence[str], tokens: Sequence[Sequence[int]]
   ) -> list[str]:
     """Returns the texts of generated tokens.

@@ -329,7 +329,7 @@ def _drawn(
     end = doubtful[0] if doubtful else len(ids)
     tokens.append(ids[:end])
     means.append(sum(log_probs[:end]) / end if end else -math.inf)
-  return list(zip(trained.decode(prompts, tokens), means))
+  return list(zip(trained.detokenize(prompts, tokens), means))
 
 
 def _check(

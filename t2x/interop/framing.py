@@ -19,14 +19,14 @@ class Frame:
   Attributes:
     before: token ids before the text.
     after: token ids after the text.
-    has_sentinels: whether <extra_id_N> in a text is the N-th sentinel.
+    reads_sentinels: whether <extra_id_N> in a text is the N-th sentinel.
     pairs: whether two texts can form one row, the second with another token
       type.
   """
 
   before: tuple[int, ...] = ()
   after: tuple[int, ...] = ()
-  has_sentinels: bool = False
+  reads_sentinels: bool = False
   pairs: bool = False
 
   def ids(
@@ -37,7 +37,7 @@ class Frame:
     Raises:
       ValueError: a text names a sentinel that does not exist.
     """
-    if self.has_sentinels:
+    if self.reads_sentinels:
       encoded = [tokenizer.encode_marked(text) for text in texts]
     else:
       encoded = tokenizer.encode_batch(texts)
@@ -57,7 +57,7 @@ def of(config: model_lib.ModelConfig, tokenizer: tokenizers.Tokenizer) -> Frame:
   """
   before, after = tokenizer.prefix_ids, tokenizer.suffix_ids
   if isinstance(config, encoder_decoder.EncoderDecoderConfig):
-    return Frame(after=(tokenizer.eos_id,), has_sentinels=True)
+    return Frame(after=(tokenizer.eos_id,), reads_sentinels=True)
   if isinstance(config, encoder.EncoderConfig):
     return Frame(before=before, after=after, pairs=config.num_token_types > 1)
   return Frame(before=before)

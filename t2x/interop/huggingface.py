@@ -41,7 +41,7 @@ from t2x.objectives import span_corruption
 
 _log = logging.getLogger(__name__)
 
-is_one = checkpoint_dir.is_checkpoint
+is_checkpoint = checkpoint_dir.is_checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

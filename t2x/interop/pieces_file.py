@@ -37,7 +37,7 @@ def bpe(
   return library.models.BPE(vocab=vocab, merges=merges, **options)
 
 
-def of_bytes(
+def convert_bytes(
   library: types.ModuleType, names: list[str]
 ) -> tuple[Any, list[Any]]:
   """Returns a tokenizer with one id for each byte, and its decoders.
@@ -58,7 +58,7 @@ def of_bytes(
   return made, [library.decoders.ByteLevel()]
 
 
-def from_trained(
+def convert_trained(
   library: types.ModuleType, names: list[str], pieces: list[str]
 ) -> tuple[Any, list[Any]]:
   """Converts a SentencePiece model that t2x has trained.
@@ -83,7 +83,7 @@ def from_trained(
   return made, [library.decoders.ByteFallback(), library.decoders.Fuse()]
 
 
-def from_pretrained(tokenizer: pretrained.PretrainedTokenizer) -> Any | None:
+def convert_pretrained(tokenizer: pretrained.PretrainedTokenizer) -> Any | None:
   """Converts a SentencePiece model of a checkpoint, such as Llama's.
 
   Args:

@@ -71,7 +71,7 @@ def make_writer(
       return tokenizer.export
     made = tokenizer.library_form()
     if made is None:
-      made = pieces_file.from_pretrained(tokenizer)
+      made = pieces_file.convert_pretrained(tokenizer)
     if made is None:
       return _as_pieces(tokenizer, says_it)
     if tokenizer.splits_names:
@@ -158,7 +158,7 @@ def make(tokenizer: tokenizers_lib.Tokenizer, frame: framing.Frame) -> Any:
   made = _made(library, tokenizer, frame)
   made.post_processor = _template(made, frame)
   probes = list(_PROBES)
-  if frame.has_sentinels and tokenizer.sentinel_ids:
+  if frame.reads_sentinels and tokenizer.sentinel_ids:
     probes.append('a <extra_id_0> b<extra_id_0>')
   for text, ours in zip(probes, frame.ids(tokenizer, probes)):
     theirs = made.encode(text).ids
@@ -262,18 +262,18 @@ def _made(
   marks = [f'<extra_id_{i}>' for i in range(len(tokenizer.sentinel_ids))]
   names = [*_NAMED.values(), *marks]
   if isinstance(tokenizer, tokenizers_lib.BytesTokenizer):
-    made, decoders = pieces_file.of_bytes(library, names)
+    made, decoders = pieces_file.convert_bytes(library, names)
   else:
     assert isinstance(tokenizer, tokenizers_lib.SentencePieceTokenizer)
-    made, decoders = pieces_file.from_trained(
+    made, decoders = pieces_file.convert_trained(
       library, names, tokenizer.pieces()
     )
   pattern = library.Regex(
-    _hidden(_NAMED.values() if frame.has_sentinels else names)
+    _hidden(_NAMED.values() if frame.reads_sentinels else names)
   )
   hide = library.decoders.Replace(pattern, '')
   made.decoder = library.decoders.Sequence([hide, *decoders])
-  if frame.has_sentinels:
+  if frame.reads_sentinels:
     _add_marks(library, made, marks)
   return made
 
@@ -307,12 +307,12 @@ def _remade(
     ~tokenizer.vocab.is_text(np.arange(tokenizer.vocab_size))
   )
   marks = [made.id_to_token(i) for i in tokenizer.sentinel_ids]
-  shown = marks if frame.has_sentinels else []
+  shown = marks if frame.reads_sentinels else []
   names = [name for i in special if (name := made.id_to_token(i)) not in shown]
   for part in (data['decoder'] or {}).get('decoders', []):
     if part.get('pattern', {}).get('Regex', '').startswith(r'\A(?:'):
       part['pattern']['Regex'] = _hidden(names)
   made = library.Tokenizer.from_str(json.dumps(data))
-  if frame.has_sentinels:
+  if frame.reads_sentinels:
     _add_marks(library, made, marks)
   return made

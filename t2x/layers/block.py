@@ -70,14 +70,15 @@ class Context:
 class BlockCache:
   """Cache of one block.
 
+  Its attributes are parts of the names of arrays in checkpoints.
+
   Attributes:
-    self_attention: cache of self-attention, of the class that the kind of
-      attention uses.
+    own: cache of self-attention, of the class that the kind of attention uses.
     cross: keys and values of the encoder's output; None without
       cross-attention.
   """
 
-  self_attention: Any
+  own: Any
   cross: cache_lib.Cache | None = None
 
 
@@ -196,18 +197,18 @@ class Block(nnx.Module):
       return sequence_parallel.run(
         _attention, self.attention, y_BTD, context
       ), None
-    if isinstance(cache.self_attention, cache_lib.MemoryCache):
-      out, own = _recall(self.attention, y_BTD, context, cache.self_attention)
-      return out, dataclasses.replace(cache, self_attention=own)
+    if isinstance(cache.own, cache_lib.MemoryCache):
+      out, own = _recall(self.attention, y_BTD, context, cache.own)
+      return out, dataclasses.replace(cache, own=own)
     out, own = self.attention.step(
       y_BTD,
       context.mask,
-      cache.self_attention,
+      cache.own,
       positions_BT=context.positions_BT,
       rotary=context.rotary,
       bias=context.bias,
     )
-    return out, dataclasses.replace(cache, self_attention=own)
+    return out, dataclasses.replace(cache, own=own)
 
   @jax.named_scope('cross')
   def _attend_cross(
@@ -239,9 +240,7 @@ class Block(nnx.Module):
     real_BT = None if segments_BT is None else segments_BT != 0
     # With a cache the arrays are a part of their rows, or have rows of other
     # lengths beside them, so that the capacity of an expert is not known.
-    drop = cache is None or isinstance(
-      cache.self_attention, cache_lib.MemoryCache
-    )
+    drop = cache is None or isinstance(cache.own, cache_lib.MemoryCache)
     return self.mlp(y_BTD, real_BT, context.mask.q_zigzag, drop=drop)
 
   def empty_pages(
@@ -282,7 +281,7 @@ class Block(nnx.Module):
     """
     own = self.attention.empty_cache(batch, capacity, dtype, slack)
     if self.cross is None or encoded_BSD is None:
-      return BlockCache(self_attention=own)
+      return BlockCache(own=own)
     k_BSKH, v_BSKH = self.cross.keys_and_values(encoded_BSD)
     return BlockCache(
       self_attention=own, cross=cache_lib.of(k_BSKH, v_BSKH, dtype)

@@ -200,7 +200,7 @@ class Tower(nnx.Module):
     dtype = jnp.dtype(self.config.dtype)
     return self.layers.map_layers(
       lambda layer: block.BlockCache(
-        self_attention=layer.attention.empty_memory(batch, length, dtype)
+        own=layer.attention.empty_memory(batch, length, dtype)
       )
     )
 

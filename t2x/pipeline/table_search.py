@@ -1,6 +1,6 @@
 """Searches for a schedule for given costs and a memory limit.
 
-  table = table_search.generate(
+  table = table_search.search(
     4, 16, costs=simulation.Costs(forward=1, backward=1.2, weight=0.8), limit=6
   )
 

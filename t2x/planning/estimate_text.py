@@ -18,10 +18,10 @@ def text(estimate: estimate_lib.Estimate, limit: float | None = None) -> str:
     for name, size in sorted(parts.items(), key=lambda item: -item[1])
     if size
   ]
-  fullest, peak = estimate.peak_phase, text_lib.gib(estimate.peak_bytes)
+  phase, peak = estimate.peak_phase, text_lib.gib(estimate.peak_bytes)
   lines = [
-    f'memory of a device: {peak} GiB at the fullest moment ({fullest.name})',
-    *rows(estimate.arguments | fullest.parts, 2**30),
+    f'memory of a device: {peak} GiB at its peak ({phase.name})',
+    *rows(estimate.arguments | phase.parts, 2**30),
   ]
   if limit is not None:
     fits = 'should fit' if estimate.peak_bytes <= limit else 'should NOT fit'

@@ -131,7 +131,7 @@ def _memory(plan: plan_lib.Plan) -> str:
     if name != 'counters'
   )
   if memory.activations:
-    tables += _table('temporaries at the fullest moment', memory.activations)
+    tables += _table('temporaries at the peak', memory.activations)
   return _stack(parts, whole) + note + tables
 
 

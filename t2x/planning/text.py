@@ -98,7 +98,7 @@ def _memory(plan: plan_lib.Plan) -> list[str]:
   ]
   unused = memory.temporaries - sum(memory.activations.values())
   if memory.activations and unused > memory.temporaries / 100:
-    rows.append(['  not in use at the fullest moment', gib(unused)])
+    rows.append(['  not in use at the peak', gib(unused)])
   if memory.host:
     rows.append(['in the memory of the hosts', gib(memory.host)])
   rows.append(['peak: the most that is in use at a time', gib(memory.peak)])

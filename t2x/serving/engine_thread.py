@@ -64,7 +64,7 @@ class SequenceStream:
     self._runner = runner
     self._loop = asyncio.get_running_loop()
     self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
-    self._text: engine_lib.Text | None = None
+    self._text: engine_lib.GeneratedSequence | None = None
     self._num_sent = 0  # Tokens.
     self._is_begun = False
     self.is_over = False
@@ -109,7 +109,7 @@ class Runner:
     self._observe = observe
     self._orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
     self._streams: dict[
-      engine_lib.Text, SequenceStream
+      engine_lib.GeneratedSequence, SequenceStream
     ] = {}  # Unfinished ones.
     self._thread = threading.Thread(target=self._run, daemon=True)
     self._lock = threading.Lock()
@@ -192,7 +192,9 @@ class Runner:
       while not self._orders.empty():
         order = self._orders.get()
         if order is not None and order[0] == self._add:
-          self._streams[engine_lib.Text(order[1].request)] = order[1]
+          self._streams[engine_lib.GeneratedSequence(order[1].request)] = order[
+            1
+          ]
       self._fail('The engine has stopped.')
 
   def _take_orders(self) -> None:
@@ -222,7 +224,7 @@ class Runner:
       self.engine.cancel(text)
       self._deliver([text])
 
-  def _deliver(self, texts: list[engine_lib.Text]) -> None:
+  def _deliver(self, texts: list[engine_lib.GeneratedSequence]) -> None:
     """Sends the new tokens of sequences to their streams."""
     for text in texts:
       stream = self._streams.get(text)
@@ -246,7 +248,7 @@ class Runner:
       stream._is_begun |= bool(pieces)
       self._send(stream, pieces)
 
-  def _piece(self, text: engine_lib.Text, number: int) -> Piece:
+  def _piece(self, text: engine_lib.GeneratedSequence, number: int) -> Piece:
     top = tuple(text.top[number]) if text.top else ()
     return Piece(
       token=text.tokens[number],
@@ -255,7 +257,7 @@ class Runner:
       num_shared=text.num_shared,
     )
 
-  def _end(self, text: engine_lib.Text) -> Piece:
+  def _end(self, text: engine_lib.GeneratedSequence) -> Piece:
     piece = Piece(
       reason=text.reason, num_shared=text.num_shared, error=text.error
     )

@@ -222,8 +222,9 @@ def assert_same(got, want):
 
 
 exhaustive = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
-# Masks, grouped heads, biases, dropout and blocks: each way once.
+# Masks, grouped heads, biases, dropout and blocks.
 _BALANCED = (
+  'prefix',
   'causal',
   'causal, segments',
   'long window',
@@ -248,6 +249,7 @@ _UNBALANCED = (
   'dropout, small blocks',
 )
 _EXCHANGED = (
+  'prefix',
   'everything',
   'causal, segments',
   'window',

@@ -77,7 +77,7 @@ def test_what_is_named_is_not_made_again():
   assert runs == {(): 2, (splash.NAME,): 1}
 
 
-def why_not(T=T, S=None, H=H, V=None, mask=None, dtype='bfloat16', **options):
+def reason(T=T, S=None, H=H, V=None, mask=None, dtype='bfloat16', **options):
   """Asks for queries and keys of some lengths and widths."""
   shaped = lambda length, width: jax.ShapeDtypeStruct(
     (1, length, 2, width), dtype
@@ -112,7 +112,7 @@ def why_not(T=T, S=None, H=H, V=None, mask=None, dtype='bfloat16', **options):
   ],
 )
 def test_what_it_does_not_serve(settings, message):
-  why = why_not(**settings)
+  why = reason(**settings)
   assert why is None if message is None else message in why
 
 

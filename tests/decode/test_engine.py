@@ -120,13 +120,20 @@ _exhaustive = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
 
 
 # A position of each kind, and a cache of each.
-_CHOSEN = ('relative', 'grouped_query', 'dense_and_local', 'transformer_xl')
+_CHOSEN = (
+  'relative',
+  'alibi',
+  'grouped_query',
+  'dense_and_local',
+  'transformer_xl',
+  'soft_cap',
+)
 
 
 @pytest.mark.parametrize(
   ('name', 'settings'),
   [
-    # All settings with one model; each model, greedy and drawn.
+    # All settings with one model; others greedy and drawn.
     ('learned', SETTINGS),
     *((name, SETTINGS[:2]) for name in _CHOSEN),
     *(

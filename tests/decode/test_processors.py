@@ -114,7 +114,7 @@ def test_all_in_their_order(logits, texts):
   )  # fmt: skip
   settings = sampling.rows([config], ROWS, VOCAB)
   history = sampling.begin(settings, texts, VOCAB)
-  got = sampling.apply_rules(jnp.asarray(logits), settings, history)
+  got = sampling.process_logits(jnp.asarray(logits), settings, history)
   got = sampling.apply_truncation(got, settings)
   np.testing.assert_allclose(
     jax.nn.softmax(got), jax.nn.softmax(want), atol=1e-6
@@ -132,7 +132,7 @@ def test_frequency_and_bias():
   np.testing.assert_allclose(got, [[0, -2.5, -6.5, 0]])
   config = sampling.SamplingConfig(bias={1: 2.0, 3: -np.inf}, temperature=0)
   settings = sampling.rows([config], 1, 4)
-  got = sampling.apply_rules(logits, settings)
+  got = sampling.process_logits(logits, settings)
   np.testing.assert_allclose(got, [[0, 2, 0, -np.inf]])
 
 

@@ -201,7 +201,7 @@ def test_few_forms_draw_the_same(number):
   ]
   V = 40
   plain = sampling.rows(configs, 6, V)
-  few = sampling.few(plain, V)
+  few = sampling.canonical(plain, V)
   logits_BV = jnp.asarray(rng.normal(size=(6, V)) * 3, jnp.float32)
   keys_B = jax.random.split(jax.random.key(number), 6)
   prompts = [[1, 2, 3]] * 6

@@ -1,10 +1,8 @@
 """Every notebook runs from top to bottom, draws its figures, and is clean."""
 
-import inspect
 import pathlib
 
 import jax
-import lowering
 import nbclient
 import nbformat
 import pytest
@@ -45,10 +43,6 @@ def test_a_notebook_runs_and_draws(path, tmp_path, monkeypatch):
   # Nothing of this user's settings, history or kernels.
   monkeypatch.setenv('IPYTHONDIR', str(tmp_path))
   monkeypatch.setenv('JUPYTER_DATA_DIR', str(tmp_path))
-  startup = tmp_path / 'profile_default' / 'startup' / 'lowering.py'
-  startup.parent.mkdir(parents=True)
-  source = inspect.getsource(lowering)
-  startup.write_text(f'{source}\n\nshare_contexts()\n')
   notebook = nbformat.read(path, as_version=4)
   client = nbclient.NotebookClient(
     notebook,

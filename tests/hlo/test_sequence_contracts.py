@@ -72,7 +72,7 @@ PARAMETERS += (2 * L + 1) * D
   [
     (False, 'compute'),
     pytest.param(True, 'compute', marks=pytest.mark.slow),
-    pytest.param(True, 'float32', marks=pytest.mark.exhaustive),
+    pytest.param(True, 'float32', marks=pytest.mark.slow),
   ],
 )
 def test_a_ring_sends_blocks_and_gathers_nothing(tpu_target, reduce_dtype):

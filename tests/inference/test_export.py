@@ -211,7 +211,7 @@ def test_its_texts_are_those_of_the_run(tmp_path, name):
     assert [found] == trained.prompt_ids([text])
     ids = draw.integers(0, 361, 6).tolist()
     wrote = exported_runtime.text_of(read(), info, found, ids)
-    assert [wrote] == trained.decode([text], [ids])
+    assert [wrote] == trained.detokenize([text], [ids])
 
 
 def test_a_character_that_a_prompt_begins_is_told_whole(tmp_path):

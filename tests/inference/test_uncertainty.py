@@ -120,7 +120,7 @@ def test_the_surest_of_some_texts_is_taken(trained):
   means = [np.mean(row) if row else -math.inf for row in drawn.log_probs]
   assert first.score == max(means[:3]) and second.score == max(means[3:])
   best = drawn.tokens[int(np.argmax(means[:3]))]
-  assert first.text == trained.decode(prompts[:1], [best])[0]
+  assert first.text == trained.detokenize(prompts[:1], [best])[0]
   assert first.tries == 3 and first.spread >= 0
   worst = uncertainty.answer(
     trained, prompts, samples=3, rank=lambda text, score: -score, **ask

@@ -132,7 +132,7 @@ def check_transformers(directory, trained, prompts, texts):
     made = model.generate(**batch, do_sample=False, max_new_tokens=8)[0]
     start = 1 if model.config.is_encoder_decoder else batch.input_ids.shape[1]
     ids = [i for i in made[start:].tolist() if i < tokenizer.vocab_size]
-    assert trained.decode([prompt], [ids]) == [text]
+    assert trained.detokenize([prompt], [ids]) == [text]
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def readable(tokenizer, frame, texts):
       frame.ids(tokenizer, [text])
       found.append(text)
     except ValueError:
-      assert frame.has_sentinels
+      assert frame.reads_sentinels
   return found
 
 
@@ -76,7 +76,7 @@ def test_any_text_has_the_ids_of_the_run(own, tmp_path, name, family):
   assert len(texts) > 250
   # What a run reads, said once more.
   read_one = (
-    tokenizer.encode_marked if frame.has_sentinels else tokenizer.encode
+    tokenizer.encode_marked if frame.reads_sentinels else tokenizer.encode
   )
   plain = [read_one(text) for text in texts]
   start, end = [[3], []] if family == 'encoder_decoder' else [[], [3]]
@@ -109,7 +109,7 @@ def test_any_text_has_the_ids_of_the_run(own, tmp_path, name, family):
   assert again.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
 
   # And back: special tokens add nothing, but sentinels in what T5 writes.
-  back = tokenizer.decode_marked if frame.has_sentinels else tokenizer.decode
+  back = tokenizer.decode_marked if frame.reads_sentinels else tokenizer.decode
   for text, ids in zip(texts, want):
     assert back(ids) == again.decode_marked(ids) == theirs.decode(ids)
     assert auto.decode(ids, skip_special_tokens=True) == back(ids)
@@ -196,7 +196,7 @@ def test_tokenizers_of_others(others, tmp_path, name, family):
   num, end = len(frame.before), len(frame.after)
   plain = [ids[num : len(ids) - end] for ids in want]
   assert (
-    not frame.has_sentinels or num == 0 and frame.after == (tokenizer.eos_id,)
+    not frame.reads_sentinels or num == 0 and frame.after == (tokenizer.eos_id,)
   )
   for as_it_came in (False, True):
     made = tmp_path / str(as_it_came)

@@ -390,6 +390,8 @@ def test_the_script_takes_what_the_files_say(plain, copy, tmp_path):
   assert done.returncode == 0, done.stderr
   trained = loading.load(str(directory))
   ids, _ = ours(directory)
-  want = trained.decode(PROMPTS[:1], theirs(directory, ids[:1], num_beams=1))
+  want = trained.detokenize(
+    PROMPTS[:1], theirs(directory, ids[:1], num_beams=1)
+  )
   assert [one['text'] for one in json.loads(out.read_text())] == want
   assert done.stderr.count('not honoured: num_beams=4.') == 1

@@ -230,6 +230,8 @@ CASES = [
   ('dropped', 'one_f_one_b', {'pipe': 3}, {}),
 ]
 SLOW = [
+  ('ahead', 'zb_h1', {'pipe': 2, 'data': 2}, {}),
+  ('deep_encoder', 'zb_h1', {'pipe': 3}, {}),
   ('decoder', 'breadth_first', {'pipe': 2, 'context': 2, 'tensor': 2}, {}),
   ('decoder', 'zb_h2', {'pipe': 4, 'data': 2}, {'accumulate': 2}),
   ('experts', 'zb_h2', {'pipe': 2, 'fsdp': 2}, {'gather': 'tick'}),
@@ -237,9 +239,7 @@ SLOW = [
   ('decoder', 'zb_h1', {'pipe': 2, 'fsdp': 2}, {'accumulate_whole': True}),
 ]
 EXHAUSTIVE = [
-  ('ahead', 'zb_h1', {'pipe': 2, 'data': 2}, {}),
   ('gemma', 'zb_h1', {'pipe': 2, 'tensor': 2}, {}),
-  ('deep_encoder', 'zb_h1', {'pipe': 3}, {}),
   ('decoder', 'one_f_one_b', {'pipe': 3}, {}),
   ('decoder', 'gpipe', {'pipe': 2, 'fsdp': 2}, {}),
   ('experts', 'zb_h1', {'pipe': 3}, {}),

@@ -263,7 +263,7 @@ def test_memory_returns_to_where_it_was(url):
 
   def num_left():
     gc.collect()
-    kinds = (engine_lib.Text, engine_thread.SequenceStream)
+    kinds = (engine_lib.GeneratedSequence, engine_thread.SequenceStream)
     return sum(type(one) in kinds for one in gc.get_objects())
 
   # What the last step's settings hold on to, and no more.

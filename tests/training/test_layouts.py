@@ -407,7 +407,7 @@ def assert_as_on_one_device(kind, result):
 
 
 PLAIN_MESHES = [name for name in MESHES if 'expert' not in name]
-# Each mesh with some kind, and each kind with some mesh.
+# Each kind with some mesh, and each axis with some kind.
 _CHOSEN = {
   'gpt2': ['context4_tensor2', 'data8'],
   'llama': ['data2_fsdp2_tensor2'],
@@ -469,7 +469,7 @@ _slow = functools.partial(pytest.param, marks=pytest.mark.slow)
     _slow('llama', 'data2_fsdp2_tensor2'),
     exhaustive('bert', 'context2_tensor4'),
     _slow('t5', 'data2_fsdp2_tensor2'),
-    exhaustive('gemma2', 'context2_tensor4'),
+    _slow('gemma2', 'context2_tensor4'),
     exhaustive('gpt2', 'data2_fsdp2_tensor2'),
     exhaustive('llama', 'context2_tensor4'),
     exhaustive('bert', 'data2_fsdp2_tensor2'),
@@ -499,7 +499,7 @@ EXCHANGED = dataclasses.replace(RULES, context_attention='all_to_all')
   'kind, mesh, rules',
   [
     ('gpt of patterns', 'context2_tensor4', RULES),
-    exhaustive('gpt of distances', 'context2_tensor4', RULES),
+    _slow('gpt of distances', 'context2_tensor4', RULES),
     ('gpt of mixers', 'context2_tensor4', EXCHANGED),
     ('bert of mixers', 'data2_fsdp2_context2', EXCHANGED),
     ('bert of globals', 'data2_fsdp2_tensor2', SEQUENCE),
@@ -522,7 +522,7 @@ def test_kinds_of_attention(kind, mesh, rules):
   [
     ('llama dropless', 'data2_expert4'),
     ('llama slots', 'expert2_context2_fsdp2'),
-    exhaustive('llama dropless', 'context2_tensor4'),
+    _slow('llama dropless', 'context2_tensor4'),
     _slow('llama slots', 'expert4_tensor2'),
     _slow('bert choosing', 'data2_expert4'),
     exhaustive('llama slots', 'data2_expert4'),
@@ -552,7 +552,7 @@ def test_experts_with_accumulation_and_sequence_parallelism(kind):
 @pytest.mark.parametrize(
   'kind, mesh, rules',
   [
-    ('llama', {'data': 2, 'tensor': 4}, SEQUENCE),
+    ('llama', {'data': 2, 'context': 2, 'tensor': 2}, SEQUENCE),
     exhaustive(
       'llama dropless', {'expert': 2, 'context': 2, 'tensor': 2}, RULES
     ),
