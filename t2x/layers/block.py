@@ -257,9 +257,7 @@ class Block(nnx.Module):
       ValueError: the kind of attention cannot use pages.
     """
     attention_kinds.check_pages(self.attention.config)
-    return BlockCache(
-      self_attention=self.attention.empty_pages(num_pages, size, dtype)
-    )
+    return BlockCache(own=self.attention.empty_pages(num_pages, size, dtype))
 
   def empty_cache(
     self,
@@ -283,9 +281,7 @@ class Block(nnx.Module):
     if self.cross is None or encoded_BSD is None:
       return BlockCache(own=own)
     k_BSKH, v_BSKH = self.cross.keys_and_values(encoded_BSD)
-    return BlockCache(
-      self_attention=own, cross=cache_lib.of(k_BSKH, v_BSKH, dtype)
-    )
+    return BlockCache(own=own, cross=cache_lib.of(k_BSKH, v_BSKH, dtype))
 
 
 def _attention(
