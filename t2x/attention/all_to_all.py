@@ -87,7 +87,7 @@ def attend(
     bias, dropout = options.bias, options.dropout
     options = dataclasses.replace(
       options,
-      bias=bias and _HeadBias(bias, heads_KG.reshape(-1).astype(float)),
+      bias=bias and _HeadBias(bias, heads_KG.reshape(-1).astype(jnp.float32)),
       dropout=dropout and dropout.of_heads(heads_KG),
     )
     return kernels.attend(q, k, v, mask, options)
@@ -193,7 +193,7 @@ def _exchange(
 class _HeadBias:
   """The bias of some heads, given by their numbers; a pytree."""
 
-  bias: Any
+  bias: dense.Bias
   heads_N: jax.Array  # Floats: gradients by integers cannot be added up.
 
   def __call__(self, relative: jax.Array) -> jax.Array:

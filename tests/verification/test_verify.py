@@ -565,7 +565,7 @@ def test_script_without_an_experiment(arguments, message, directory):
   'name, layouts, settings',
   [
     # Each process has two devices of a ring.
-    ('gpt2_tiny', ('context=4',), ()),
+    ('gpt2_tiny', ('context=4,train.accumulate=2',), ()),
     exhaustive('gpt2_tiny', ('data=2,fsdp=2,tensor=2',), ()),
     # Tokens travel to experts of the other process.
     ('moe_tiny', ('expert=8',), ('--set=model.num_layers=2',)),
