@@ -29,6 +29,9 @@ os.environ['PYTHONWARNINGS'] = ','.join(
 )
 # Numbers do not depend on LLVM's optimisations; see `_compiled_as_by_users`.
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
+# XLA carries the lines of Python of each operation along, for an eighth of the
+# time that a pipeline takes to compile.
+os.environ['JAX_TRACEBACK_IN_LOCATIONS_LIMIT'] = '0'
 
 import gc
 import pathlib
@@ -46,6 +49,7 @@ from t2x.parallel import simulated_devices as t2x_simulated
 t2x_simulated.give_threads()
 
 lowering.share_contexts()
+lowering.leave_out_open_shardings()
 
 # Tracing makes millions of objects that stay: an eighth of a test's time went
 # into looking at them again.

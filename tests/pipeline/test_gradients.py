@@ -68,35 +68,45 @@ MODELS = {
     position=position.RelativeBuckets(num_buckets=8, max_distance=16),
     tied_head='untied',
   ),
-  # Two kinds of layers, and a third group that has only one.
-  'experts': dataclasses.replace(
-    decoder.DecoderConfig(**SHARED, position=position.Rotary()),
-    num_layers=5,
-    mlp_pattern=(
-      mlp.MlpConfig(hidden=32),
-      moe.MoeConfig(num_experts=4, hidden=16),
-    ),
-  ),
 }
+
+
+def without_dropout(config):
+  """Half of what a program of a pipeline is; the three above have dropout."""
+  attention = dataclasses.replace(config.attention, dropout=0.0)
+  return dataclasses.replace(config, dropout=0.0, attention=attention)
+
+
+PLAIN = {name: without_dropout(config) for name, config in MODELS.items()}
+# Two kinds of layers, and a third group that has only one.
+MODELS['experts'] = dataclasses.replace(
+  PLAIN['decoder'],
+  position=position.Rotary(),
+  num_layers=5,
+  mlp_pattern=(
+    mlp.MlpConfig(hidden=32),
+    moe.MoeConfig(num_experts=4, hidden=16),
+  ),
+)
 # Towers of unlike depth; experts that a bias of their own balances.
 MODELS['deep_encoder'] = dataclasses.replace(
-  MODELS['encoder_decoder'], num_encoder_layers=3, num_layers=2
+  PLAIN['encoder_decoder'], num_encoder_layers=3, num_layers=2
 )
 MODELS['balanced'] = dataclasses.replace(
-  MODELS['decoder'],
+  PLAIN['decoder'],
   mlp=moe.MoeConfig(
     num_experts=4, hidden=16, router=routing.TokenChoice(bias_rate=0.01)
   ),
 )
 # A loss of several terms.
-MODELS['ahead'] = dataclasses.replace(MODELS['decoder'], ahead=(0.5,))
+MODELS['ahead'] = dataclasses.replace(PLAIN['decoder'], ahead=(0.5,))
 MODELS['sentences'] = dataclasses.replace(
-  MODELS['encoder'], pooler=True, next_sentence=True
+  PLAIN['encoder'], pooler=True, next_sentence=True
 )
 # Windows, caps, and norms of heads and of what branches add, as in Gemma.
 _CAPPED = {'num_heads': 4, 'head_dim': 4, 'soft_cap': 2.0, 'qk_norm': True}
 MODELS['gemma'] = dataclasses.replace(
-  MODELS['decoder'],
+  PLAIN['decoder'],
   attention_pattern=(
     attention_config.Local(**_CAPPED, window=3),
     attention_config.Dense(**_CAPPED, bias=True, out_bias=False, rotary=False),
@@ -109,7 +119,7 @@ MODELS['gemma'] = dataclasses.replace(
 )
 # Two stacks, of which the second asks for tokens that the first has not.
 MODELS['dropped'] = dataclasses.replace(
-  MODELS['encoder'], num_token_types=0, query_layers=2
+  PLAIN['encoder'], num_token_types=0, query_layers=2
 )
 LOSS = cross_entropy.LossConfig(label_smoothing=0.1, z_loss=1e-3)
 

@@ -107,9 +107,11 @@ _GATED = mlp.MlpConfig(
   hidden=64, activation='gelu_tanh', gated=True, bias=False
 )
 _CAPPED = {**HEADS, 'num_kv_heads': 4, 'soft_cap': 2.0, 'scale': 0.3}
+# Dropout is a third of a program; those above have it, and some below.
+PLAIN = SHARED | {'dropout': 0.0}
 CONFIGS |= {
   'gemma2': decoder.DecoderConfig(
-    **SHARED,
+    **PLAIN,
     attention_pattern=(
       attention_config.Local(**_CAPPED, window=5),
       attention_config.Dense(**_CAPPED),
@@ -122,7 +124,7 @@ CONFIGS |= {
     logit_soft_cap=1.5,
   ),
   'qwen3': decoder.DecoderConfig(
-    **SHARED,
+    **PLAIN,
     attention=attention_config.Dense(
       **HEADS, num_kv_heads=4, bias=True, out_bias=False, qk_norm=True
     ),
@@ -142,20 +144,20 @@ EXPERTS = {
   ),
   'choosing': moe.MoeConfig(**SHAPE, router=routing.ExpertChoice()),
 }
-PLAIN = mlp.MlpConfig(hidden=32, bias=False)
-with_experts = lambda kind, name: dataclasses.replace(
-  CONFIGS[kind], mlp_pattern=(PLAIN, EXPERTS[name])
+SMALL_MLP = mlp.MlpConfig(hidden=32, bias=False)
+with_experts = lambda kind, name, dropout=0.0: dataclasses.replace(
+  CONFIGS[kind], mlp_pattern=(SMALL_MLP, EXPERTS[name]), dropout=dropout
 )
 CONFIGS |= {
   'llama dropless': with_experts('llama', 'dropless'),
-  'llama slots': with_experts('llama', 'slots'),
+  'llama slots': with_experts('llama', 'slots', dropout=0.1),
   'bert choosing': with_experts('bert', 'choosing'),
   't5 slots': with_experts('t5', 'slots'),
 }
 
 
-_PLACED = {'mlp': PLAIN, 'position': position.Learned(max_length=LENGTH)}
-_FOUR = SHARED | {'num_layers': 4} | _PLACED
+_PLACED = {'mlp': SMALL_MLP, 'position': position.Learned(max_length=LENGTH)}
+_FOUR = PLAIN | {'num_layers': 4} | _PLACED
 KINDS = {
   'gpt of distances': (
     transformer_xl.TransformerXL(**HEADS, dropout=0.1),
@@ -194,9 +196,12 @@ KINDS = {
 }
 # Losses of several terms, and of two passes.
 CONFIGS |= {
-  'gpt2 ahead': dataclasses.replace(CONFIGS['gpt2'], ahead=(0.5, 0.25)),
+  'gpt2 ahead': dataclasses.replace(
+    CONFIGS['gpt2'], ahead=(0.5, 0.25), dropout=0.0
+  ),
   'bert sentence': dataclasses.replace(
     CONFIGS['bert'],
+    dropout=0.0,
     pooler=True,
     next_sentence=True,
     classes=(3,),
@@ -215,6 +220,7 @@ CONFIGS |= {
   ),
   'bert dropped': dataclasses.replace(
     CONFIGS['bert'],
+    dropout=0.0,
     num_token_types=0,
     query_layers=1,
     attention=attention_config.Local(**HEADS, window=6, bias=True),
