@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Lint, types and tests, in .venv, which it makes if need be.
 #
-#   bash scripts/test.sh               everything
-#   bash scripts/test.sh --all         with every case of large products
+#   bash scripts/test.sh               all tests that are quick, and a share of
+#                                      the others, which goes by the commit
+#   bash scripts/test.sh --all         every test
 #   bash scripts/test.sh --fast        the tests that take least: three minutes
 #   bash scripts/test.sh -k NAME ...   pytest arguments: only these tests
 #   bash scripts/test.sh --skipped     only the tests that the last run skipped
@@ -24,6 +25,11 @@ if [[ ${1:-} != --skipped ]]; then
   .venv/bin/pyright >"$said" 2>&1 &
   types=$!
   trap 'kill "$types" 2>/dev/null || true; rm -f "$said"' EXIT
+fi
+if [[ $# == 0 ]]; then
+  # Without a commit, of a copy without history, all tests run.
+  commit=$(git rev-parse HEAD 2>/dev/null || true)
+  set -- ${commit:+--turn="$commit"}
 fi
 # A worker that dies is named and ends the run; replaced, xdist would wait for
 # it for ever (pytest-xdist issue 1378).

@@ -41,8 +41,10 @@ from absl import flags
 import extras
 import jax
 import lowering
+import numpy as np
 import pytest
 import skipped
+import turns
 
 from t2x.parallel import simulated_devices as t2x_simulated
 
@@ -56,8 +58,9 @@ lowering.leave_out_open_shardings()
 gc.set_threshold(200_000, 20, 50)
 
 _HERE = pathlib.Path(__file__).parent
-# Of each file: the seconds of its tests, and of those that are not slow. As
-# measured by --record-times, without a compilation cache.
+# Of each file the seconds of its tests, and of those that are not slow; and of
+# each test that takes long: as --record-times has measured them, without a
+# compilation cache.
 _SECONDS = _HERE / 'seconds.json'
 _UNKNOWN = [1.0, 1.0]  # Of a file that is not there yet.
 # Of --fast, over all workers: two of them, and types, take under 3 minutes.
@@ -147,6 +150,11 @@ def pytest_addoption(parser):
     f'{_FAST_SECONDS} seconds of them',
   )
   parser.addoption(
+    '--turn',
+    metavar='COMMIT',
+    help='of the tests that take long those alone whose turn is at this commit',
+  )
+  parser.addoption(
     '--record-times',
     action='store_true',
     help=f'write the seconds of each file to {_SECONDS.name}; with whole files '
@@ -165,23 +173,43 @@ class _Recorder:
   """Adds up the seconds of each file, of whichever worker has run it."""
 
   def __init__(self):
-    self._seconds = collections.defaultdict(lambda: [0.0, 0.0])
+    self._files = collections.defaultdict(lambda: [0.0, 0.0])
+    self._tests = {}
 
   def pytest_runtest_logreport(self, report):
     if 'exhaustive' in report.keywords:
       return
-    name = report.nodeid.partition('::')[0].removeprefix('tests/')
-    self._seconds[name][0] += report.duration
-    self._seconds[name][1] += report.duration * ('slow' not in report.keywords)
+    test = report.nodeid.removeprefix('tests/')
+    file = test.partition('::')[0]
+    self._files[file][0] += report.duration
+    self._files[file][1] += report.duration * ('slow' not in report.keywords)
+    if report.when == 'call' and report.duration >= turns.LONG:
+      self._tests[test] = report.duration
 
   def pytest_sessionfinish(self):
-    seconds = json.loads(_SECONDS.read_text()) | self._seconds
-    there = [item for item in seconds.items() if (_HERE / item[0]).exists()]
-    lines = [
-      f'  "{name}": [{whole:.1f}, {fast:.1f}]'
-      for name, (whole, fast) in sorted(there, key=lambda i: (-i[1][0], i[0]))
-    ]
-    _SECONDS.write_text('{\n' + ',\n'.join(lines) + '\n}\n')
+    before = json.loads(_SECONDS.read_text())
+    files = {
+      name: [round(each, 1) for each in pair]
+      for name, pair in (before['files'] | self._files).items()
+      if (_HERE / name).exists()
+    }
+    # Of files that ran, what this run has measured; of others, what is known.
+    tests = self._tests | {
+      name: each
+      for name, each in before['tests'].items()
+      if (file := name.partition('::')[0]) in files and file not in self._files
+    }
+    tests = {name: round(each, 1) for name, each in tests.items()}
+    sections = []
+    for section, values in (('files', files), ('tests', tests)):
+      lines = [
+        f'    {json.dumps(name)}: {json.dumps(each)}'
+        for name, each in sorted(
+          values.items(), key=lambda i: (-np.max(i[1]), i[0])
+        )
+      ]
+      sections.append(f'  "{section}": {{\n' + ',\n'.join(lines) + '\n  }')
+    _SECONDS.write_text('{\n' + ',\n'.join(sections) + '\n}\n')
 
 
 def _cheapest(names, seconds):
@@ -197,7 +225,8 @@ def _cheapest(names, seconds):
 
 def pytest_collection_modifyitems(config, items):
   """The longest files first: else one worker ends with one of them alone."""
-  seconds = json.loads(_SECONDS.read_text())
+  recorded = json.loads(_SECONDS.read_text())
+  seconds = recorded['files']
   file_of = lambda item: str(item.path.relative_to(_HERE))
   marked = lambda item, name: item.get_closest_marker(name) is not None
   chosen = items
@@ -208,6 +237,13 @@ def pytest_collection_modifyitems(config, items):
     chosen = [
       i for i in chosen if file_of(i) in cheapest and not marked(i, 'slow')
     ]
+  if commit := config.getoption('turn'):
+    try:
+      waiting = turns.waiting(recorded['tests'], commit)
+    except ValueError as error:
+      raise pytest.UsageError(str(error)) from None
+    own = lambda item: item.nodeid.removeprefix('tests/')
+    chosen = [i for i in chosen if own(i) not in waiting]
   kept = set(chosen)
   config.hook.pytest_deselected(items=[i for i in items if i not in kept])
   whole = lambda item: seconds.get(file_of(item), _UNKNOWN)[0]

@@ -1,0 +1,52 @@
+"""Tests that take long run in turns: a share of them for each commit.
+
+Two hundred of the 4,600 tests take most of the time. `--turn=COMMIT` runs all
+others and one share in `NUM_SHARES` of these; which one goes by the commit's
+hash, so that each comes up as commits go by, and twice the same commit runs the
+same tests. Without `--turn`, or with `--all`, all run.
+"""
+
+from collections.abc import Mapping
+
+NUM_SHARES = 8
+# Tests that took as long or longer, in seconds from a cold cache, take turns.
+LONG = 2.0
+
+
+def deal(seconds: Mapping[str, float], num: int) -> dict[str, int]:
+  """Deals tests to shares that take about as long as each other.
+
+  Args:
+    seconds: seconds of each test, by its id.
+    num: number of shares.
+
+  Returns:
+    The share of each test, from 0 to `num - 1`.
+  """
+  shares, sums = {}, [0.0] * num
+  for name, each in sorted(seconds.items(), key=lambda i: (-i[1], i[0])):
+    shares[name] = min(range(num), key=sums.__getitem__)
+    sums[shares[name]] += each
+  return shares
+
+
+def waiting(seconds: Mapping[str, float], commit: str) -> set[str]:
+  """Returns the tests whose turn is at another commit.
+
+  Args:
+    seconds: seconds of each test that is known, by its id.
+    commit: hash of the commit, in hexadecimal digits.
+
+  Raises:
+    ValueError: `commit` is no hash.
+  """
+  try:
+    turn = int(commit, 16) % NUM_SHARES
+  except ValueError:
+    raise ValueError(
+      f'--turn={commit} is no hash of a commit. Write '
+      '--turn=$(git rev-parse HEAD).'
+    ) from None
+  long = {name: each for name, each in seconds.items() if each >= LONG}
+  shares = deal(long, NUM_SHARES)
+  return {name for name, share in shares.items() if share != turn}
