@@ -48,6 +48,11 @@ _MENU = {
 _LINK = re.compile(r'(\]\()([^)#\s]+)((?:#[^)\s]*)?\))')
 _ENTRY = re.compile(r'  (\w+(?:, \w+)*): ?(.*)')
 
+# Names of fields stay in one piece.
+_STYLE = """
+.md-typeset table:not([class]) td:first-child code { white-space: nowrap; }
+"""
+
 _SETTINGS = """
 [project]
 site_name = "t2x"
@@ -55,6 +60,7 @@ site_description = "Transformers on device meshes, in JAX."
 docs_dir = "pages"
 site_dir = "site"
 use_directory_urls = false
+extra_css = ["site.css"]
 nav = {nav}
 
 [project.theme]
@@ -359,6 +365,7 @@ def write(folder: pathlib.Path) -> None:
     path = pages / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
+  (pages / 'site.css').write_text(_STYLE)
   settings = _SETTINGS.format(nav=_toml(_nav()), root=ROOT, extension=EXTENSION)
   (folder / 'zensical.toml').write_text(settings)
 
