@@ -26,10 +26,10 @@ if [[ ${1:-} != --skipped ]]; then
   types=$!
   trap 'kill "$types" 2>/dev/null || true; rm -f "$said"' EXIT
 fi
-if [[ $# == 0 ]]; then
+if [[ $# == 0 || $* == --skipped ]]; then
   # Without a commit, of a copy without history, all tests run.
   commit=$(git rev-parse HEAD 2>/dev/null || true)
-  set -- ${commit:+--turn="$commit"}
+  set -- "$@" ${commit:+--turn="$commit"}
 fi
 # A worker that dies is named and ends the run; replaced, xdist would wait for
 # it for ever (pytest-xdist issue 1378).
