@@ -41,7 +41,6 @@ from absl import flags
 import extras
 import jax
 import lowering
-import numpy as np
 import pytest
 import skipped
 import turns
@@ -170,7 +169,7 @@ def pytest_configure(config):
 
 
 class _Recorder:
-  """Adds up the seconds of each file, of whichever worker has run it."""
+  """Notes the seconds of files and long tests, of whichever worker ran them."""
 
   def __init__(self):
     self._files = collections.defaultdict(lambda: [0.0, 0.0])
@@ -190,7 +189,9 @@ class _Recorder:
     before = json.loads(_SECONDS.read_text())
     files = {
       name: [round(each, 1) for each in pair]
-      for name, pair in (before['files'] | self._files).items()
+      for name, pair in sorted(
+        (before['files'] | self._files).items(), key=lambda i: (-i[1][0], i[0])
+      )
       if (_HERE / name).exists()
     }
     # Of files that ran, what this run has measured; of others, what is known.
@@ -199,14 +200,14 @@ class _Recorder:
       for name, each in before['tests'].items()
       if (file := name.partition('::')[0]) in files and file not in self._files
     }
-    tests = {name: round(each, 1) for name, each in tests.items()}
+    tests = {
+      name: round(each, 1)
+      for name, each in sorted(tests.items(), key=lambda i: (-i[1], i[0]))
+    }
     sections = []
     for section, values in (('files', files), ('tests', tests)):
       lines = [
-        f'    {json.dumps(name)}: {json.dumps(each)}'
-        for name, each in sorted(
-          values.items(), key=lambda i: (-np.max(i[1]), i[0])
-        )
+        f'    {json.dumps(n)}: {json.dumps(v)}' for n, v in values.items()
       ]
       sections.append(f'  "{section}": {{\n' + ',\n'.join(lines) + '\n  }')
     _SECONDS.write_text('{\n' + ',\n'.join(sections) + '\n}\n')
@@ -229,7 +230,7 @@ def pytest_collection_modifyitems(config, items):
   seconds = recorded['files']
   file_of = lambda item: str(item.path.relative_to(_HERE))
   marked = lambda item, name: item.get_closest_marker(name) is not None
-  chosen = items
+  chosen, waiting = items, set()
   if not config.getoption('all'):
     chosen = [i for i in chosen if not marked(i, 'exhaustive')]
   if config.getoption('fast'):
@@ -246,5 +247,8 @@ def pytest_collection_modifyitems(config, items):
     chosen = [i for i in chosen if own(i) not in waiting]
   kept = set(chosen)
   config.hook.pytest_deselected(items=[i for i in items if i not in kept])
-  whole = lambda item: seconds.get(file_of(item), _UNKNOWN)[0]
-  items[:] = sorted(chosen, key=whole, reverse=True)
+  left = {name: whole for name, (whole, _) in seconds.items()}
+  for name in waiting:
+    left[name.partition('::')[0]] -= recorded['tests'][name]
+  longest = lambda item: left.get(file_of(item), _UNKNOWN[0])
+  items[:] = sorted(chosen, key=longest, reverse=True)

@@ -1,4 +1,4 @@
-"""Makes JAX lower programs faster, into the same operations.
+"""Makes JAX lower programs faster, to the same numbers.
 
 Both functions replace functions inside JAX, for tests alone, and do nothing
 where another version of JAX has no such function.

@@ -3,7 +3,7 @@
 574 of 4,454 tests take 84% of the time of a cold run. `--turn=COMMIT` runs all
 others and one share in `NUM_SHARES` of these; which one goes by the commit's
 hash, so that each comes up as commits go by, and twice the same commit runs the
-same tests. Without `--turn`, or with `--all`, all run.
+same tests. A test that is not known to take long runs always.
 """
 
 from collections.abc import Mapping

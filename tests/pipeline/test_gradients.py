@@ -72,7 +72,7 @@ MODELS = {
 
 
 def without_dropout(config):
-  """Half of what a program of a pipeline is; the three above have dropout."""
+  """Returns a model without dropout, which is half of a pipeline's program."""
   attention = dataclasses.replace(config.attention, dropout=0.0)
   return dataclasses.replace(config, dropout=0.0, attention=attention)
 
