@@ -247,8 +247,10 @@ def pytest_collection_modifyitems(config, items):
     chosen = [i for i in chosen if own(i) not in waiting]
   kept = set(chosen)
   config.hook.pytest_deselected(items=[i for i in items if i not in kept])
-  left = {name: whole for name, (whole, _) in seconds.items()}
-  for name in waiting:
-    left[name.partition('::')[0]] -= recorded['tests'][name]
-  longest = lambda item: left.get(file_of(item), _UNKNOWN[0])
-  items[:] = sorted(chosen, key=longest, reverse=True)
+  whole = {name: each for name, (each, _) in seconds.items()}
+  left = turns.left(whole, recorded['tests'], waiting)
+  longest = lambda item: (
+    -left.get(file_of(item), _UNKNOWN[0]),
+    file_of(item),
+  )
+  items[:] = sorted(chosen, key=longest)

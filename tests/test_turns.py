@@ -37,6 +37,18 @@ def test_shares_take_about_as_long():
   assert max(sums) - min(sums) <= max(SECONDS.values())
 
 
+def test_what_is_left_does_not_depend_on_the_order_of_a_set():
+  files = {'file.py': 1000.0, 'other.py': 1.0}
+  seconds = {name: each + 0.1 for name, each in SECONDS.items()}
+  names = list(seconds)
+  expected = turns.left(files, seconds, names)
+  assert expected['other.py'] == 1.0
+  assert expected['file.py'] == pytest.approx(1000 - sum(seconds.values()))
+  for seed in range(5):
+    random.Random(seed).shuffle(names)
+    assert turns.left(files, seconds, names) == expected
+
+
 def test_what_is_no_commit():
   with pytest.raises(ValueError, match='--turn=main is no hash of a commit'):
     turns.waiting(SECONDS, 'main')

@@ -6,7 +6,7 @@ hash, so that each comes up as commits go by, and twice the same commit runs the
 same tests. A test that is not known to take long runs always.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 NUM_SHARES = 8
 # Tests that took as long or longer, in seconds from a cold cache, take turns.
@@ -50,3 +50,24 @@ def waiting(seconds: Mapping[str, float], commit: str) -> set[str]:
   long = {name: each for name, each in seconds.items() if each >= LONG}
   shares = deal(long, NUM_SHARES)
   return {name for name, share in shares.items() if share != turn}
+
+
+def left(
+  files: Mapping[str, float],
+  tests: Mapping[str, float],
+  waiting: Iterable[str],
+) -> dict[str, float]:
+  """Returns the seconds of each file without those of tests that wait.
+
+  They are the same to the last bit in whatever order the tests are given: files
+  are ordered by them, and pytest-xdist refuses workers that order differently.
+
+  Args:
+    files: seconds of all tests of each file.
+    tests: seconds of each long test, by its id.
+    waiting: ids of the tests that wait.
+  """
+  seconds = dict(files)
+  for name in sorted(waiting):
+    seconds[name.partition('::')[0]] -= tests[name]
+  return seconds
