@@ -6,7 +6,8 @@ hash, so that each comes up as commits go by, and twice the same commit runs the
 same tests. A test that is not known to take long runs always.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from collections.abc import Mapping
 
 NUM_SHARES = 8
 # Tests that took as long or longer, in seconds from a cold cache, take turns.
