@@ -60,6 +60,7 @@ from t2x.parallel import mesh as mesh_lib
 from t2x.parallel import sharding
 from t2x.parallel import simulated_devices
 from t2x.planning import sharding_table
+from t2x.tracking import text_table
 
 simulated_devices.ask_for(8)
 
@@ -200,7 +201,7 @@ def print_layouts(rows) -> None:
       + [f'{row["flops_share"]:.4f}', text(row['sent']), text(row['theory'])]
       + [ratio, f'{row["seconds"]:.0f} s']
     )
-  print('\n'.join(sharding_table.aligned(lines, '<>>>>>>>')))
+  print('\n'.join(text_table.aligned(lines, '<>>>>>>>')))
 
 
 def figures(compiled: jax.stages.Compiled):
@@ -290,7 +291,7 @@ def print_ring(rows) -> None:
       + [text(row['largest']), row['shape'], text(row['scores'])]
       + [text(row['sent']), f'{row["seconds"]:.0f} s']
     )
-  print('\n'.join(sharding_table.aligned(lines, '<>>>>>>>>')))
+  print('\n'.join(text_table.aligned(lines, '<>>>>>>>>')))
 
 
 if __name__ == '__main__':

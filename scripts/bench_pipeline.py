@@ -56,6 +56,7 @@ from t2x.parallel import simulated_devices
 from t2x.pipeline import schedule as schedule_lib
 from t2x.pipeline import schedules
 from t2x.planning import sharding_table
+from t2x.tracking import text_table
 
 simulated_devices.ask_for(8)
 
@@ -279,7 +280,7 @@ def print_rows(args, rows: list[dict], remat: str, tpu: bool) -> None:
   table = [cells(args, row, rows[0], tpu) for row in rows]
   lines = [[f'remat {remat}', *table[0]]]
   lines += [[row['name'], *texts.values()] for row, texts in zip(rows, table)]
-  print('\n'.join(sharding_table.aligned(lines, '<' + '>' * len(table[0]))))
+  print('\n'.join(text_table.aligned(lines, '<' + '>' * len(table[0]))))
 
 
 def cells(args, row: dict, one: dict, tpu: bool) -> dict[str, str]:

@@ -47,10 +47,10 @@ from t2x.planning import page
 from t2x.planning import plan as plan_lib
 from t2x.planning import remedies
 from t2x.planning import search
-from t2x.planning import sharding_table
 from t2x.planning import target_flags
 from t2x.planning import text as text_lib
 from t2x.planning import trials
+from t2x.tracking import text_table
 
 
 def main() -> None:
@@ -153,7 +153,7 @@ def _search(name: str, config, num_devices: int) -> None:
   )
   print()
   rows = trials.table(results)
-  print('\n'.join(sharding_table.aligned(rows, '<<>>>>>>')))
+  print('\n'.join(text_table.aligned(rows, '<<>>>>>>')))
   for note in trials.notes(results):
     print(note)
   if values.json:

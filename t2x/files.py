@@ -35,6 +35,39 @@ def write_whole(file: epath.Path, content: str | bytes) -> None:
   os.replace(temporary, file)
 
 
+def create_whole(file: epath.Path, content: str | bytes) -> bool:
+  """Writes a file unless there is one, and returns whether it did.
+
+  Of several processes that try, on whatever machines, one succeeds. The file
+  appears whole.
+  """
+  data = content.encode() if isinstance(content, str) else content
+  if is_remote(file):
+    import fsspec
+
+    system, path = fsspec.core.url_to_fs(os.fspath(file))
+    try:
+      system.pipe_file(path, data, mode='create')
+    except FileExistsError:
+      return False
+    return True
+  # Of its own: others may be trying.
+  descriptor, temporary = tempfile.mkstemp(
+    prefix=f'.{file.name}.', dir=file.parent
+  )
+  try:
+    with open(descriptor, 'wb') as f:
+      f.write(data)
+      f.flush()
+      os.fsync(f.fileno())
+    os.link(temporary, file)
+  except FileExistsError:
+    return False
+  finally:
+    os.unlink(temporary)
+  return True
+
+
 @contextlib.contextmanager
 def new_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yields a directory to fill, which becomes `path` if the block succeeds."""

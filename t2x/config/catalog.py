@@ -10,8 +10,8 @@ from t2x.config import experiment
 DIRECTORY = pathlib.Path(__file__).resolve().parents[2] / 'experiments'
 
 
-def load(name: str | None) -> experiment.Experiment:
-  """Returns the config of an experiment.
+def path(name: str | None) -> pathlib.Path:
+  """Returns the file of an experiment.
 
   Args:
     name: the name of a file in experiments/, such as `llama2_7b`, or the path
@@ -28,27 +28,33 @@ def load(name: str | None) -> experiment.Experiment:
       f'.py, one of {", ".join(names)}.'
     )
   given = pathlib.Path(name)
-  path = given if given.suffix == '.py' else DIRECTORY / f'{name}.py'
-  if not path.is_file():
+  file = given if given.suffix == '.py' else DIRECTORY / f'{name}.py'
+  if not file.is_file():
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f' Did you mean {close[0]!r}?' if close else ''
     raise ValueError(
-      f'--experiment={name}: there is no {path}. Name a file of {DIRECTORY} '
+      f'--experiment={name}: there is no {file}. Name a file of {DIRECTORY} '
       f'without its .py, or give the path of another.{hint}'
     )
-  if not _has_config(path):
+  if not _has_config(file):
     raise ValueError(
-      f'--experiment={name}: {path} has no get_config(), so it is a tool and '
+      f'--experiment={name}: {file} has no get_config(), so it is a tool and '
       'no experiment.'
     )
+  return file
+
+
+def load(name: str | None) -> experiment.Experiment:
+  """Returns the config of an experiment; arguments and errors as for `path`."""
+  file = path(name)
   # One may derive from another.
-  sys.path.insert(0, str(path.parent))
-  spec = importlib.util.spec_from_file_location(path.stem, path)
+  sys.path.insert(0, str(file.parent))
+  spec = importlib.util.spec_from_file_location(file.stem, file)
   assert spec and spec.loader
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module.get_config()
 
 
-def _has_config(path: pathlib.Path) -> bool:
-  return 'def get_config' in path.read_text()
+def _has_config(file: pathlib.Path) -> bool:
+  return 'def get_config' in file.read_text()

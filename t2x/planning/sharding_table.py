@@ -25,6 +25,7 @@ from t2x.config import abstract_state
 from t2x.config import experiment
 from t2x.parallel import mesh as mesh_lib
 from t2x.parallel import sharding
+from t2x.tracking import text_table
 
 PARAMETERS = 'parameters'
 # Field of the train state -> its name in the table.
@@ -274,21 +275,9 @@ def text(table: ShardingTable) -> str:
     ]
     for row in table.groups[PARAMETERS]
   ]
-  return '\n'.join([*aligned([header, *rows], '<<<<<>>>'), '', *_totals(table)])
-
-
-def aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
-  """Returns rows of cells as lines with aligned columns.
-
-  Args:
-    rows: texts of the cells of each row.
-    sides: alignment of each column: `<` for the left, `>` for the right.
-  """
-  widths = [max(map(len, column)) for column in zip(*rows)]
-  line = lambda row: '  '.join(
-    f'{cell:{side}{width}}' for cell, side, width in zip(row, sides, widths)
+  return '\n'.join(
+    [*text_table.aligned([header, *rows], '<<<<<>>>'), '', *_totals(table)]
   )
-  return [line(row).rstrip() for row in rows]
 
 
 def _totals(table: ShardingTable) -> list[str]:
@@ -307,7 +296,7 @@ def _totals(table: ShardingTable) -> list[str]:
   ]
   return [
     f'{table.layout} ({table.num_devices} devices)',
-    *aligned(rows, '<>>>'),
+    *text_table.aligned(rows, '<>>>'),
     f'largest replicated: {"; ".join(largest) or "none"}',
     'replicated: of the bytes on all devices, the share that are copies beyond '
     'the first.',

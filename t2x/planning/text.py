@@ -8,6 +8,7 @@ from typing import Any
 
 from t2x.planning import plan as plan_lib
 from t2x.planning import sharding_table
+from t2x.tracking import text_table
 
 _GIB = 2**30
 
@@ -102,7 +103,7 @@ def _memory(plan: plan_lib.Plan) -> list[str]:
   if memory.host:
     rows.append(['in the memory of the hosts', gib(memory.host)])
   rows.append(['peak: the most that is in use at a time', gib(memory.peak)])
-  lines = sharding_table.aligned(rows, '<>')
+  lines = text_table.aligned(rows, '<>')
   return [*lines, _verdict(plan)]
 
 
@@ -152,7 +153,7 @@ def _sent(plan: plan_lib.Plan) -> list[str]:
   rows.append(
     ['all', '', '', f'{total / 1e6:,.1f}', sharding_table.percent(share)]
   )
-  return sharding_table.aligned(rows, '<<>>>')
+  return text_table.aligned(rows, '<<>>>')
 
 
 def _stages(plan: plan_lib.Plan) -> list[str]:
@@ -160,7 +161,7 @@ def _stages(plan: plan_lib.Plan) -> list[str]:
   for i, stage in enumerate(plan.stages):
     sent = sharding_table.bytes_text(stage.sent)
     rows.append([f'{i}', flops(stage.executed), sent])
-  return [plan.schedule, *sharding_table.aligned(rows, '>>>')]
+  return [plan.schedule, *text_table.aligned(rows, '>>>')]
 
 
 def _share(row: plan_lib.CollectiveTotal) -> float:

@@ -107,6 +107,8 @@ def _loop(
       break
   profiler.stop(run.state)
   run.check_saved()
+  if run.step == run.num_steps and processes.is_primary():
+    workdir_lib.write_finished(run.workdir, run.step)
   return run.state
 
 

@@ -3,8 +3,8 @@
 config.json, versions.json, numbers.json (the changes of what is computed that
 it knows; see `t2x.config.number_changes`), history.jsonl (changed settings, and
 those that it came to know), tokenizer/, schedule.csv, the last table of one's
-own that its stages ran, and labels.json, the labels of each class head in the
-order of its classes.
+own that its stages ran, labels.json, the labels of each class head in the
+order of its classes, and finished.json, once all steps are taken.
 """
 
 from collections.abc import Sequence
@@ -49,6 +49,7 @@ LABELS = 'labels.json'
 NUMBERS = 'numbers.json'
 CORPUS = 'corpus.json'  # The text's fingerprint, and what was dropped of it.
 CALIBRATION = 'calibration.json'
+FINISHED = 'finished.json'  # The step at which the run had taken all its steps.
 HUGGINGFACE = 'huggingface.json'  # The config.json that a run came with.
 GENERATION = 'generation_config.json'  # The same of how its texts are written.
 Changes = dict[str, tuple[Any, Any]]
@@ -248,6 +249,21 @@ def read_corpus(workdir: str) -> str | None:
   """Returns the fingerprint of the text that a run reads, if it has begun."""
   file = files.path(workdir) / CORPUS
   return _read(file)['id'] if file.exists() else None
+
+
+def write_finished(workdir: str, step: int) -> None:
+  """Notes that a run has taken all its steps, of which `step` is the last."""
+  text = json.dumps({'step': step}) + '\n'
+  files.write_whole(files.path(workdir) / FINISHED, text)
+
+
+def finished_step(workdir: epath.PathLike) -> int | None:
+  """Returns the step at which a run had taken all its steps, if it has.
+
+  A run that goes on for longer has rows of later steps.
+  """
+  file = files.path(workdir) / FINISHED
+  return _read(file)['step'] if file.exists() else None
 
 
 def write_labels(workdir: str, labels: dict[str, list[str]]) -> None:

@@ -1,0 +1,144 @@
+"""Where Optuna keeps a study: a journal in its directory, or a database.
+
+A local journal is a file of lines, with a snapshot beside it so that a large
+study opens at once. On an object store, which takes no appending, each entry is
+an object of its own, and the number in its name decides the order.
+"""
+
+from collections.abc import Iterator
+import json
+import os
+import pathlib
+from typing import Any
+from typing import BinaryIO
+
+from etils import epath
+import optuna
+from optuna.storages import journal
+from optuna.storages.journal import _base as journal_base
+from optuna.storages.journal import _file as journal_file
+
+from t2x import files
+from t2x import reading
+
+_BLOCK = 1 << 12
+
+
+def storage(directory: epath.Path, url: str | None = None) -> Any:
+  """Returns the Optuna storage of a study.
+
+  Args:
+    directory: directory of the study, local or gs://.
+    url: address of a database, such as postgresql://HOST/NAME; None for the
+      journal in the directory.
+
+  Raises:
+    ValueError: there is no such database.
+  """
+  if url is not None:
+    try:
+      return optuna.storages.RDBStorage(url)
+    except Exception as error:  # Whatever a database's driver raises.
+      raise ValueError(
+        f'--storage={url}: the database cannot be opened ({error}). It is an '
+        "address of SQLAlchemy's, such as postgresql://HOST/NAME, whose "
+        'driver is installed.'
+      ) from error
+  if files.is_remote(directory):
+    return optuna.storages.JournalStorage(Objects(directory / 'journal'))
+  return optuna.storages.JournalStorage(
+    File(os.fspath(directory / 'journal.log'))
+  )
+
+
+class File(journal.JournalFileBackend, journal_base.BaseJournalSnapshot):
+  """A journal in a local file, which may be shared over NFS.
+
+  The snapshot is Optuna's pickle of what the lines say. It is read only where
+  its owner is this user, since whoever writes a pickle runs what he likes.
+  """
+
+  def __init__(self, path: str):
+    super().__init__(path, journal.JournalFileOpenLock(path))
+    self._path = path
+    self._snapshot = pathlib.Path(f'{path}.snapshot')
+
+  def append_logs(self, logs: list[dict[str, Any]]) -> None:
+    """Adds entries as whole lines, or none of them.
+
+    Raises:
+      OSError: the disk is full, say.
+    """
+    lines = ''.join(
+      json.dumps(log, separators=(',', ':')) + '\n' for log in logs
+    )
+    with journal_file.get_lock_file(self._lock), open(self._path, 'r+b') as f:
+      end = _end_of_lines(f)
+      try:
+        f.seek(end)
+        f.write(lines.encode())
+        f.truncate()  # What follows is the rest of a line that was cut off.
+        f.flush()
+        os.fsync(f.fileno())
+      except OSError:
+        os.ftruncate(f.fileno(), end)
+        raise
+
+  def save_snapshot(self, snapshot: bytes) -> None:
+    """Keeps what the lines so far say."""
+    files.write_whole(epath.Path(self._snapshot), snapshot)
+
+  def load_snapshot(self) -> bytes | None:
+    """Returns the snapshot, if there is one."""
+    try:
+      if self._snapshot.stat().st_uid != os.getuid():
+        return None
+      return self._snapshot.read_bytes()
+    except FileNotFoundError:
+      return None
+
+
+def _end_of_lines(file: BinaryIO) -> int:
+  """Returns the number of bytes up to the end of the last whole line."""
+  end = file.seek(0, os.SEEK_END)
+  while end:
+    start = max(end - _BLOCK, 0)
+    file.seek(start)
+    found = file.read(end - start).rfind(b'\n')
+    if found >= 0:
+      return start + found + 1
+    end = start
+  return 0
+
+
+class Objects(journal.BaseJournalBackend):
+  """A journal of objects in an object store, one for each entry."""
+
+  def __init__(self, directory: epath.Path):
+    directory.mkdir(parents=True, exist_ok=True)
+    self._directory = directory
+    # Entries by object, as far as they were read; none is ever changed.
+    self._entries: list[dict[str, Any]] = []
+    self._num_objects = 0
+
+  def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+    """Yields the entries from a number on."""
+    self._read()
+    yield from self._entries[log_number_from:]
+
+  def append_logs(self, logs: list[dict[str, Any]]) -> None:
+    """Adds entries after all that are there."""
+    text = '\n'.join(json.dumps(log) for log in logs)
+    self._read()
+    while not files.create_whole(self._path(self._num_objects), text):
+      self._read()  # Another process was faster.
+
+  def _read(self) -> None:
+    while (path := self._path(self._num_objects)).exists():
+      for number, line in enumerate(path.read_text().splitlines(), 1):
+        place = f'{path}, line {number}'
+        self._entries.append(reading.parse_json(line, place, 'Restore it.'))
+      self._num_objects += 1
+
+  def _path(self, number: int) -> epath.Path:
+    return self._directory / f'{number:08}.jsonl'

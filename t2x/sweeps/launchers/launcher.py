@@ -1,0 +1,108 @@
+"""What a launcher is: it starts jobs, looks after them and ends them."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import shlex
+from typing import Any
+from typing import Literal
+from typing import Protocol
+
+from t2x.sweeps import points
+
+# JSON values by which a launcher finds a job again, in another process too.
+Handle = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+  """One run to start.
+
+  Attributes:
+    name: name of the job: letters, digits and dashes, unlike all others.
+    command: command line of one process, from the project's root.
+    workdir: directory of the run, local or gs://.
+    log: local file for what it prints.
+    settings: the run's settings, for labels.
+  """
+
+  name: str
+  command: Sequence[str]
+  workdir: str
+  log: str
+  settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  @property
+  def text(self) -> str:
+    """The command as a shell takes it."""
+    return shlex.join(self.command)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JobState:
+  """What has become of a job.
+
+  Attributes:
+    phase: `queued`, `running`, `ended` (exit status 0, with or without all
+      steps), `failed`, `preempted` (its machine was taken away), or `lost`
+      (nothing is known of it any more).
+    message: reason, for a person; '' if there is nothing to say.
+  """
+
+  phase: Literal['queued', 'running', 'ended', 'failed', 'preempted', 'lost']
+  message: str = ''
+
+  @property
+  def is_over(self) -> bool:
+    """Whether nothing of the job is left to run."""
+    return self.phase not in ('queued', 'running')
+
+
+class Launcher(Protocol):
+  """Starts the runs of a sweep somewhere."""
+
+  @property
+  def stays(self) -> bool:
+    """Whether jobs go on when the sweep's process ends."""
+    ...
+
+  @property
+  def devices(self) -> points.Devices:
+    """The devices of one run."""
+    ...
+
+  def check(self) -> None:
+    """Raises ValueError if nothing can be started from here."""
+    ...
+
+  def render(self, job: Job) -> str:
+    """Returns the command or manifest that `submit` uses, as text."""
+    ...
+
+  def submit(self, job: Job) -> Handle:
+    """Starts a job.
+
+    Raises:
+      LaunchError: it could not be started.
+    """
+    ...
+
+  def state(self, handle: Handle) -> JobState:
+    """Returns the present state of a job."""
+    ...
+
+  def logs(self, handle: Handle, num_lines: int = 20) -> str:
+    """Returns the last lines that a job has printed."""
+    ...
+
+  def cancel(self, handle: Handle) -> None:
+    """Asks a job to save and end; one that is over stays as it is."""
+    ...
+
+  def close(self) -> None:
+    """Frees what the launcher itself holds; jobs are not touched."""
+    ...
+
+
+class LaunchError(RuntimeError):
+  """A job could not be started, or its engine could not be asked."""

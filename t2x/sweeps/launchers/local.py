@@ -1,0 +1,249 @@
+"""Runs of a sweep as processes of this machine."""
+
+import ctypes
+import dataclasses
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from typing import ClassVar
+
+from t2x import field_checks
+from t2x.sweeps import ownership
+from t2x.sweeps import points
+from t2x.sweeps.launchers import launcher
+
+_ROOT = pathlib.Path(__file__).resolve().parents[3]
+_COUNT = '--xla_force_host_platform_device_count'
+_PARENT_DEATH = 1  # PR_SET_PDEATHSIG of prctl(2).
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Local:
+  """Settings of runs on this machine.
+
+  Attributes:
+    devices: devices of each run, which its process simulates on the CPU; None
+      leaves it the devices that the machine has.
+    processes: processes of each run, which share its devices; more than one
+      are started by scripts/launch_local.py.
+    grace_seconds: seconds that a run has to save when it is to end.
+  """
+
+  kind: ClassVar[str] = 'local'
+  devices: int | None = None
+  processes: int = 1
+  grace_seconds: float = 60.0
+
+  def __post_init__(self) -> None:
+    field_checks.least(
+      self, 'launcher.', devices=1, processes=1, grace_seconds=0.0
+    )
+    if self.processes > 1:
+      if self.devices is None:
+        raise ValueError(
+          f'launcher.processes={self.processes} share the simulated devices of '
+          'a run; say how many these are, as in launcher.devices=8.'
+        )
+      if self.devices % self.processes:
+        raise ValueError(
+          f'launcher.devices={self.devices} cannot be shared by launcher.'
+          f'processes={self.processes}; choose a multiple.'
+        )
+
+
+class LocalLauncher:
+  """Starts each run as a process, which ends when this one does.
+
+  A run is known again by its process and when that started, so that a sweep
+  that was killed finds those of its runs that are still saving.
+  """
+
+  stays = False
+
+  def __init__(self, config: Local):
+    self._config = config
+    self._children: dict[int, subprocess.Popen[bytes]] = {}
+    self._asked: dict[int, float] = {}
+
+  @property
+  def devices(self) -> points.Devices:
+    """The devices of one run."""
+    if self._config.devices is not None:
+      return points.Devices(number=self._config.devices)
+    return points.Devices(number=_num_devices())
+
+  def check(self) -> None:
+    """Does nothing: Python is here."""
+
+  def _command(self, job: launcher.Job) -> list[str]:
+    command = list(job.command)
+    config = self._config
+    if config.processes > 1:
+      assert config.devices is not None and command[0] == 'python'
+      command = [
+        'python',
+        'scripts/launch_local.py',
+        f'--num_processes={config.processes}',
+        f'--devices_per_process={config.devices // config.processes}',
+        '--',
+        *command[1:],
+      ]
+    return command
+
+  def _settings(self) -> dict[str, str]:
+    """Returns the environment variables that a run needs."""
+    if self._config.devices is None or self._config.processes > 1:
+      return {}
+    others = os.environ.get('XLA_FLAGS', '').split()
+    kept = [flag for flag in others if not flag.startswith(_COUNT)]
+    flags = ' '.join([*kept, f'{_COUNT}={self._config.devices}'])
+    return {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
+
+  def render(self, job: launcher.Job) -> str:
+    """Returns the command line, with what it needs in the environment."""
+    settings = [
+      f'{name}={shlex.quote(value)}' for name, value in self._settings().items()
+    ]
+    return ' '.join([*settings, shlex.join(self._command(job))])
+
+  def submit(self, job: launcher.Job) -> launcher.Handle:
+    """Starts a job in a session of its own.
+
+    Raises:
+      LaunchError: the process could not be started.
+    """
+    command = self._command(job)
+    if command[0] == 'python':
+      command[0] = sys.executable
+    path = os.environ.get('PYTHONPATH')
+    environment = {
+      **os.environ,
+      **self._settings(),
+      'PYTHONPATH': f'{_ROOT}:{path}' if path else str(_ROOT),
+      'PYTHONUNBUFFERED': '1',
+    }
+    try:
+      with open(job.log, 'ab') as log:
+        child = subprocess.Popen(
+          command,
+          cwd=_ROOT,
+          env=environment,
+          stdin=subprocess.DEVNULL,
+          stdout=log,
+          stderr=subprocess.STDOUT,
+          start_new_session=True,
+          preexec_fn=_end_with_parent,
+        )
+    except OSError as error:
+      raise launcher.LaunchError(
+        f'{shlex.join(command[:2])} could not be started: {error}.'
+      ) from error
+    self._children[child.pid] = child
+    started = ownership.start_of(child.pid)
+    return {'process': child.pid, 'started': started, 'log': job.log}
+
+  def state(self, handle: launcher.Handle) -> launcher.JobState:
+    """Returns whether the process is there, and how it ended if it is known."""
+    number = handle['process']
+    child = self._children.get(number)
+    if child is None:
+      started = handle['started']
+      if started is not None and ownership.start_of(number) == started:
+        self._insist(number)
+        return launcher.JobState(phase='running')
+      return launcher.JobState(phase='lost', message='its process is gone')
+    code = child.poll()
+    if code is None:
+      self._insist(number)
+      return launcher.JobState(phase='running')
+    self._asked.pop(number, None)
+    if code == 0:
+      return launcher.JobState(phase='ended')
+    return launcher.JobState(phase='failed', message=_how(code))
+
+  def _insist(self, number: int) -> None:
+    """Kills a process that has not heeded a request to end."""
+    asked = self._asked.get(number)
+    if asked is not None and time.monotonic() - asked > self._grace:
+      _signal(number, signal.SIGKILL)
+
+  @property
+  def _grace(self) -> float:
+    return self._config.grace_seconds
+
+  def logs(self, handle: launcher.Handle, num_lines: int = 20) -> str:
+    """Returns the last lines of the log."""
+    return tail(handle['log'], num_lines)
+
+  def cancel(self, handle: launcher.Handle) -> None:
+    """Sends SIGTERM, upon which a run saves and ends; later SIGKILL."""
+    number = handle['process']
+    if number not in self._asked and not self.state(handle).is_over:
+      self._asked[number] = time.monotonic()
+      _signal(number, signal.SIGTERM)
+
+  def close(self) -> None:
+    """Does nothing."""
+
+
+def tail(file: str, num_lines: int) -> str:
+  """Returns the last lines of a local file; '' if there is no such file."""
+  try:
+    with open(file, 'rb') as f:
+      f.seek(max(f.seek(0, os.SEEK_END) - (1 << 16), 0))
+      text = f.read().decode('utf-8', 'replace')
+  except FileNotFoundError:
+    return ''
+  return '\n'.join(text.splitlines()[-num_lines:])
+
+
+def _signal(number: int, what: signal.Signals) -> None:
+  try:
+    # To the process alone: launch_local.py hands it on to its own.
+    (os.killpg if what == signal.SIGKILL else os.kill)(number, what)
+  except ProcessLookupError:
+    pass
+
+
+def _end_with_parent() -> None:
+  """Lets the kernel send SIGTERM once the sweep's process is killed.
+
+  The run saves then. Without it, a sweep that goes on elsewhere could start a
+  second process in the same workdir.
+  """
+  try:
+    prctl = ctypes.CDLL(None).prctl
+  except (OSError, AttributeError):  # No Linux.
+    return
+  prctl(_PARENT_DEATH, signal.SIGTERM)
+
+
+def _how(code: int) -> str:
+  if code > 0:
+    return f'exit status {code}'
+  try:
+    return f'signal {-code} ({signal.Signals(-code).name})'
+  except ValueError:
+    return f'signal {-code}'
+
+
+def _num_devices() -> int:
+  """Returns the devices that a process of this machine sees by itself."""
+  for flag in os.environ.get('XLA_FLAGS', '').split():
+    name, _, value = flag.partition('=')
+    if name == _COUNT and os.environ.get('JAX_PLATFORMS') == 'cpu':
+      return int(value)
+  # A process of its own: this one must not take the devices.
+  code = 'import jax; print(jax.device_count())'
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True
+  )
+  if done.returncode:
+    raise launcher.LaunchError(
+      f'The devices of this machine cannot be counted: {done.stderr[-500:]}'
+    )
+  return int(done.stdout)

@@ -1,0 +1,194 @@
+"""Which worker does what, where several share a study.
+
+A worker is a process that starts trials. It claims a trial by creating a file
+that nobody else can create too, and rewrites a file of its own every few
+seconds. A worker whose file stands still is dead: another may take its claims
+over. Times of machines are not compared; each watches by its own clock.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import json
+import os
+import re
+import socket
+import threading
+import time
+from typing import Any
+import uuid
+
+from etils import epath
+
+from t2x import files
+from t2x import reading
+
+_CLAIM = re.compile(r'(?P<name>.+)\.(?P<number>\d{3})\.json')
+_REMEDY = 'Remove it: whose it was, is then unknown.'
+
+
+class Workers:
+  """The workers of a study, and the claims that they hold.
+
+  Attributes:
+    own: name of this worker.
+  """
+
+  def __init__(
+    self,
+    directory: epath.Path,
+    *,
+    beat_seconds: float = 10.0,
+    dead_seconds: float = 60.0,
+  ):
+    """Looks at a study; `at_work` makes this process a worker of it.
+
+    Args:
+      directory: directory of the study.
+      beat_seconds: seconds between two signs of life of this worker.
+      dead_seconds: seconds without a sign of life after which another is dead.
+    """
+    host = re.sub(r'[^A-Za-z0-9-]', '-', socket.gethostname())
+    self.own = f'{host}-{os.getpid()}-{uuid.uuid4().hex[:6]}'
+    self._workers = directory / 'workers'
+    self._claims = directory / 'claims'
+    self._beat_seconds = beat_seconds
+    self._dead_seconds = dead_seconds
+    self._seen: dict[str, tuple[int, float]] = {}
+    self._beats = 0
+    for folder in (self._workers, self._claims):
+      folder.mkdir(parents=True, exist_ok=True)
+
+  @contextlib.contextmanager
+  def at_work(self) -> Iterator[None]:
+    """Gives signs of life inside the block; at its end the worker ends."""
+    stop = threading.Event()
+    self._beat()
+
+    def beat() -> None:
+      while not stop.wait(self._beat_seconds):
+        try:
+          self._beat()
+        except OSError:  # A full disk, say: the next one may succeed.
+          continue
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+      yield
+    finally:
+      stop.set()
+      thread.join()
+      self._beat(ended=True)
+
+  def _beat(self, ended: bool = False) -> None:
+    self._beats += 1
+    facts = {
+      'host': socket.gethostname(),
+      'process': os.getpid(),
+      'started': start_of(os.getpid()),
+      'beats': self._beats,
+      'ended': ended,
+    }
+    text = json.dumps(facts) + '\n'
+    files.write_whole(self._workers / f'{self.own}.json', text)
+
+  def others(self) -> list[str]:
+    """Returns the names of the other workers that may be alive."""
+    names = [p.stem for p in self._workers.iterdir() if p.suffix == '.json']
+    return sorted(n for n in names if n != self.own and not self.is_dead(n))
+
+  def is_dead(self, name: str) -> bool:
+    """Whether a worker has ended, or has given no sign of life for too long.
+
+    A process of this machine is looked up. Of another machine's, the file must
+    have stood still for as long as this process watched it.
+
+    Args:
+      name: name of the worker.
+    """
+    if name == self.own:
+      return False
+    file = self._workers / f'{name}.json'
+    if not file.exists():
+      return True
+    facts = _read(file)
+    if facts['ended']:
+      return True
+    if facts['host'] == socket.gethostname():
+      start = start_of(facts['process'])
+      return start is None or start != facts['started']
+    now = time.monotonic()
+    beats, since = self._seen.get(name, (-1, now))
+    if beats != facts['beats']:
+      beats, since = facts['beats'], now
+    self._seen[name] = beats, since
+    return now - since > self._dead_seconds
+
+  def claimed(self) -> dict[str, int]:
+    """Returns name -> number of the newest claim of whatever is claimed."""
+    newest: dict[str, int] = {}
+    for path in self._claims.iterdir():
+      match = _CLAIM.fullmatch(path.name)
+      if match:
+        number = int(match['number'])
+        newest[match['name']] = max(number, newest.get(match['name'], 0))
+    return newest
+
+  def claim(self, name: str) -> bool:
+    """Claims what nobody has claimed; returns whether it is now this one's."""
+    return self._create(name, 0)
+
+  def owner_of(self, name: str, number: int | None = None) -> str | None:
+    """Returns the worker of the newest claim, or of a numbered one."""
+    if number is None:
+      number = self.claimed().get(name)
+    if number is None:
+      return None
+    return _read(self._file(name, number))['worker']
+
+  def take_over(self, name: str) -> bool:
+    """Claims what a dead worker holds; returns whether it is now this one's.
+
+    What nobody holds is claimed, too.
+    """
+    number = self.claimed().get(name)
+    if number is None:
+      return self.claim(name)
+    owner = self.owner_of(name, number)
+    if owner == self.own:
+      return True
+    assert owner is not None
+    return self.is_dead(owner) and self._create(name, number + 1)
+
+  def _create(self, name: str, number: int) -> bool:
+    text = json.dumps({'worker': self.own}) + '\n'
+    return files.create_whole(self._file(name, number), text)
+
+  def _file(self, name: str, number: int) -> epath.Path:
+    return self._claims / f'{name}.{number:03}.json'
+
+
+def _read(file: epath.Path) -> dict[str, Any]:
+  return reading.json_object(file, _REMEDY)
+
+
+def start_of(process: int) -> str | None:
+  """Returns when a process of this machine started; None if there is none.
+
+  The number of a process comes again, its start does not. A process that has
+  ended and that nobody has waited for has no start.
+  """
+  try:
+    with open(f'/proc/{process}/stat', encoding='utf-8') as f:
+      after = f.read().rpartition(')')[2].split()
+  except FileNotFoundError:
+    if os.path.isdir('/proc/self'):
+      return None
+    try:  # No Linux: whether it is there is all that is known.
+      os.kill(process, 0)
+    except ProcessLookupError:
+      return None
+    except PermissionError:
+      pass
+    return ''
+  return None if after[0] in 'ZX' else after[19]

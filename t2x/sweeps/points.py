@@ -1,0 +1,244 @@
+"""Points of a sweep as configs: what each sets, and whether it can run."""
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import hashlib
+import itertools
+import json
+from typing import Any
+
+from t2x.config import experiment
+from t2x.config import layout_advice
+from t2x.config import overrides
+from t2x.sweeps import definition
+from t2x.sweeps import search
+from t2x.sweeps import space
+
+_MOST_SHOWN = 10  # Of points that cannot run, in one message.
+_MOST_CHECKED = 512  # Of combinations of a space that is searched.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Devices:
+  """The devices of one run.
+
+  Attributes:
+    number: number of devices.
+    num_slices: number of slices that they lie in.
+  """
+
+  number: int
+  num_slices: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+  """One run of a point: the whole of what it computes.
+
+  Attributes:
+    key: hash of the config; runs with the same one are the same run.
+    settings: dotted name -> text of what differs from the experiment.
+    config: the experiment with these settings.
+  """
+
+  key: str
+  settings: Mapping[str, str]
+  config: experiment.Experiment
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+  """A point, and the runs that it asks for.
+
+  Attributes:
+    point: value of each parameter.
+    key: hash of the runs; a point with the same one is the same trial.
+    runs: one run for each seed.
+  """
+
+  point: space.Point
+  key: str
+  runs: tuple[RunConfig, ...]
+
+
+def key_of(
+  config: experiment.Experiment, settings: Mapping[str, str] | None = None
+) -> str:
+  """Returns the hash of a config: 12 hexadecimal digits.
+
+  When a run is looked at and where its data lies (`OUTER_SETTINGS`) does not
+  make it another run, unless that is what a sweep varies.
+
+  Args:
+    config: the config.
+    settings: settings that a sweep varies.
+  """
+  flat = overrides.flatten(overrides.to_json(config))
+  outer = experiment.OUTER_SETTINGS
+  kept = {
+    name: value
+    for name, value in flat.items()
+    if name in (settings or ()) or not name.startswith(outer)
+  }
+  text = json.dumps(kept, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def candidate(
+  base: experiment.Experiment, sweep: definition.Sweep, point: space.Point
+) -> Candidate:
+  """Returns the runs of a point.
+
+  Args:
+    base: the experiment without the point.
+    sweep: the sweep.
+    point: value of each parameter.
+
+  Raises:
+    ValueError: a name is no field, a value does not fit it, or the config
+      refuses it.
+  """
+  settings = space.settings_of(point)
+  runs = []
+  for seed in sweep.seeds or (None,):
+    own = settings if seed is None else {**settings, 'train.seed': str(seed)}
+    config = overrides.override(base, own)
+    key = key_of(config, own)
+    runs.append(RunConfig(key=key, settings=own, config=config))
+  key = runs[0].key
+  if len(runs) > 1:
+    joined = ' '.join(run.key for run in runs)
+    key = hashlib.sha256(joined.encode()).hexdigest()[:12]
+  return Candidate(point=point, key=key, runs=tuple(runs))
+
+
+class Checker:
+  """Whether points can run on some devices; what it has seen, it remembers.
+
+  Points that differ in numbers alone, such as rates, are laid out alike.
+  """
+
+  def __init__(self, devices: Devices):
+    self._devices = devices
+    self._errors: dict[str, str | None] = {}
+
+  def error_of(self, found: Candidate) -> str | None:
+    """Returns why a point cannot run, or None."""
+    config = found.runs[0].config
+    key = structure_key(config)
+    if key not in self._errors:
+      try:
+        layout_advice.check(
+          config, self._devices.number, num_slices=self._devices.num_slices
+        )
+        self._errors[key] = None
+      except ValueError as error:
+        self._errors[key] = str(error)
+    return self._errors[key]
+
+
+def structure_key(config: experiment.Experiment) -> str:
+  """Returns a hash that configs of the same shapes and layouts share.
+
+  What is left out has no say in them: rates, seeds, and how long a run is.
+  """
+  optim = type(config.optim)(clip_norm=config.optim.clip_norm)
+  train = dataclasses.replace(
+    config.train, seed=0, num_steps=1, num_tokens=None, num_epochs=None
+  )
+  return key_of(dataclasses.replace(config, optim=optim, train=train))
+
+
+def check_fields(base: experiment.Experiment, sweep: definition.Sweep) -> None:
+  """Checks the names and the types of a sweep's parameters, one by one.
+
+  Args:
+    base: the experiment.
+    sweep: the sweep.
+
+  Raises:
+    ValueError: a name is no field (the closest is suggested), or a value does
+      not fit its type.
+  """
+  for name, parameter in sweep.parameters.items():
+    for value in parameter.ends:
+      settings = space.settings_of({name: value})
+      try:
+        overrides.override(base, settings)
+      except ValueError as error:
+        message = str(error)
+        if isinstance(parameter, (space.Uniform, space.LogUniform)):
+          if 'the type int' in message:
+            message += ' Use space.Integers for whole numbers.'
+        if 'does not fit the type' in message or 'has no ' in message:
+          raise ValueError(f'parameters[{name!r}]: {message}') from error
+        # Values that only fit together with others are seen as points.
+
+
+def combinations(sweep: definition.Sweep) -> Iterator[space.Point]:
+  """Yields the points of a search that knows them, or else some of its space.
+
+  Those of a search by results are all combinations of listed values, with the
+  ends of ranges, as far as there are not too many.
+  """
+  if isinstance(sweep.search, search.Planned):
+    yield from sweep.search.points(sweep.parameters)
+    return
+  lists = [parameter.ends for parameter in sweep.parameters.values()]
+  for values in itertools.islice(itertools.product(*lists), _MOST_CHECKED):
+    yield dict(zip(sweep.parameters, values))
+
+
+def check(
+  base: experiment.Experiment,
+  sweep: definition.Sweep,
+  devices: Devices,
+) -> list[tuple[space.Point, str]]:
+  """Returns the points that cannot run, each with the reason.
+
+  Args:
+    base: the experiment.
+    sweep: the sweep.
+    devices: the devices of each run.
+
+  Raises:
+    ValueError: a name or a value is wrong, whatever the point.
+  """
+  check_fields(base, sweep)
+  checker = Checker(devices)
+  wrong = []
+  for point in combinations(sweep):
+    try:
+      error = checker.error_of(candidate(base, sweep, point))
+    except ValueError as refused:
+      error = str(refused)
+    if error is not None:
+      wrong.append((point, error))
+  return wrong
+
+
+def refusal(wrong: Sequence[tuple[space.Point, str]], total: int) -> str:
+  """Returns a message on points that cannot run.
+
+  Args:
+    wrong: points with their errors, from `check`.
+    total: number of points of the sweep.
+  """
+  lines = [
+    f'  {describe(point)}: {error}' for point, error in wrong[:_MOST_SHOWN]
+  ]
+  more = len(wrong) - _MOST_SHOWN
+  lines += [f'  and {more} more'] if more > 0 else []
+  return (
+    f'{len(wrong)} of {total} points cannot run:\n'
+    + '\n'.join(lines)
+    + '\nChange the space, or leave these points out with --skip_impossible.'
+  )
+
+
+def describe(point: space.Point) -> str:
+  """Returns a point as text: 'optim.learning_rate=0.001 train.seed=1'."""
+  settings: dict[str, Any] = space.settings_of(point)
+  return ' '.join(f'{name}={value}' for name, value in settings.items())

@@ -1,0 +1,490 @@
+"""Runs the trials of a study: starts, watches, prunes, retries, records.
+
+Everything that must survive this process is in the study: what a killed sweep
+had begun is gone on with by the same command, from the runs' checkpoints.
+Several such processes may work on one study.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+import dataclasses
+import difflib
+import json
+import logging
+import math
+import statistics
+import time
+
+from etils import epath
+
+from t2x import files
+from t2x import reading
+from t2x.config import experiment
+from t2x.data import config as data_config
+from t2x.sweeps import definition
+from t2x.sweeps import ownership
+from t2x.sweeps import points
+from t2x.sweeps import run_progress
+from t2x.sweeps import search
+from t2x.sweeps import study as study_lib
+from t2x.sweeps.launchers import launcher as launcher_lib
+
+_log = logging.getLogger(__name__)
+
+# Suggestions in a row that the study has had, after which the space is empty.
+_MOST_REPEATED = 20
+_LOOK_SECONDS = 20.0  # Between looks for trials of dead workers.
+_LAST_LINES = 5  # Of a failed run's output, kept with its trial.
+
+Command = Callable[[points.RunConfig, str], Sequence[str]]
+
+
+@dataclasses.dataclass
+class _Run:
+  """A run of a trial that this process looks after.
+
+  Attributes:
+    key: hash of its config.
+    config: the run's settings and config.
+    progress: reader of its files.
+    seen: its progress when it was last looked at.
+    handle: the job that runs it; None where none does.
+    failures: times that it has ended otherwise than it should.
+    last_error: the last failure, with its step.
+    result: its result once it is over.
+    error: reason why it has no result; '' unless it failed for good.
+  """
+
+  key: str
+  config: points.RunConfig
+  progress: run_progress.Progress
+  seen: run_progress.Snapshot = run_progress.Snapshot()
+  handle: launcher_lib.Handle | None = None
+  failures: int = 0
+  submitted_at: int = -1
+  last_error: str = ''
+  result: float | None = None
+  error: str = ''
+
+  @property
+  def is_over(self) -> bool:
+    return self.result is not None or bool(self.error)
+
+
+@dataclasses.dataclass
+class _Active:
+  """A trial that this process looks after."""
+
+  trial: study_lib.Trial
+  runs: list[_Run]
+  is_pruned: bool = False
+  reported: int = 0
+
+
+class Scheduler:
+  """One worker of a study."""
+
+  def __init__(
+    self,
+    study: study_lib.Study,
+    launcher: launcher_lib.Launcher,
+    workers: ownership.Workers,
+    *,
+    command: Command,
+    parallel: int = 1,
+    skip_impossible: bool = False,
+    say: Callable[[str], None] = print,
+    poll_seconds: float = 0.1,
+  ):
+    """Prepares; `run` does the work.
+
+    Args:
+      study: the study.
+      launcher: the launcher of its runs.
+      workers: the workers of the study, of which this becomes one.
+      command: function from a run and its workdir to its command line.
+      parallel: most runs at a time.
+      skip_impossible: leave out points that cannot run.
+      say: function that takes lines on what happens.
+      poll_seconds: seconds between two looks at the runs.
+    """
+    self._study = study
+    self._launcher = launcher
+    self._workers = workers
+    self._command = command
+    self._parallel = parallel
+    self._skip_impossible = skip_impossible
+    self._say = say
+    self._poll_seconds = poll_seconds
+    self._checker = points.Checker(launcher.devices)
+    self._active: list[_Active] = []
+    self._stopping = False
+    self._source = self._next_trials()
+    self._is_empty = False
+    self._orphans: set[str] = set()
+
+  def stop(self) -> None:
+    """Lets `run` return soon: runs of this process save and end."""
+    self._stopping = True
+
+  def run(self) -> None:
+    """Works until all trials of the study have ended, or it is stopped.
+
+    Raises:
+      ValueError: no row of a run has the metric.
+    """
+    looked = -math.inf
+    with self._workers.at_work():
+      try:
+        while True:
+          if time.monotonic() - looked > _LOOK_SECONDS and not self._stopping:
+            self._take_over()
+            looked = time.monotonic()
+          self._fill()
+          self._poll()
+          if not self._active and (self._stopping or self._is_done()):
+            return
+          time.sleep(self._poll_seconds if self._active else 1.0)
+      except BaseException:
+        self._abandon()
+        raise
+
+  def _is_done(self) -> bool:
+    if not self._is_empty:
+      return False
+    # Where others are at it, this one waits, and goes on with what they leave.
+    return all(trial.state != 'running' for trial in self._study.trials())
+
+  # --- Which trial is next. ---
+
+  def _fill(self) -> None:
+    """Starts runs as long as there is room for more."""
+    while not self._stopping and self._num_running() < self._parallel:
+      run = next(self._waiting(), None)
+      if run is not None:
+        self._start(*run)
+        continue
+      trial = next(self._source, None)
+      if trial is None:
+        self._is_empty = True
+        return
+      self._active.append(self._activate(trial))
+
+  def _num_running(self) -> int:
+    return sum(r.handle is not None for a in self._active for r in a.runs)
+
+  def _waiting(self) -> Iterator[tuple[_Active, _Run]]:
+    for active in self._active:
+      for run in active.runs:
+        if run.handle is None and not run.is_over and not active.is_pruned:
+          yield active, run
+
+  def _next_trials(self) -> Iterator[study_lib.Trial]:
+    """Yields new trials of this process, each claimed."""
+    claimed = set(self._workers.claimed())
+    if isinstance(self._study.sweep.search, search.Tpe):
+      yield from self._suggested(claimed)
+      return
+    for point in self._study.sweep.search.points(self._study.sweep.parameters):
+      found = points.candidate(
+        self._study.facts.config, self._study.sweep, point
+      )
+      if found.key in claimed and found.key not in self._orphans:
+        continue
+      claimed.add(found.key)
+      if self._is_impossible(found) or not self._claim(found.key):
+        continue
+      yield self._study.begin(found, found.key, self._workers.own)
+
+  def _claim(self, name: str) -> bool:
+    if name in self._orphans:
+      self._orphans.discard(name)
+      return self._workers.take_over(name)
+    return self._workers.claim(name)
+
+  def _suggested(self, claimed: set[str]) -> Iterator[study_lib.Trial]:
+    for i in range(self._study.sweep.num_points):
+      slot = f't{i:05}'
+      if slot in claimed and slot not in self._orphans:
+        continue
+      if self._claim(slot):
+        trial = self._suggest(slot)
+        if trial is None:
+          return
+        yield trial
+
+  def _suggest(self, slot: str) -> study_lib.Trial | None:
+    """Returns a trial of a point that is new to the study, if one is found."""
+    base, sweep = self._study.facts.config, self._study.sweep
+    for _ in range(_MOST_REPEATED):
+      number, point = self._study.suggest()
+      try:
+        found = points.candidate(base, sweep, point)
+      except ValueError as error:
+        self._say(f'left out {points.describe(point)}: {error}')
+        self._study.drop(number)
+        continue
+      if self._is_impossible(found) or not self._claim(found.key):
+        self._study.drop(number)
+        continue
+      return self._study.begin_suggested(number, found, slot, self._workers.own)
+    self._say(
+      f'{_MOST_REPEATED} suggestions in a row were points that the study has '
+      'had: the search ends.'
+    )
+    return None
+
+  def _is_impossible(self, found: points.Candidate) -> bool:
+    error = self._checker.error_of(found)
+    if error is None:
+      return False
+    if not self._skip_impossible:
+      raise ValueError(points.refusal([(found.point, error)], 1))
+    return True
+
+  def _take_over(self) -> None:
+    """Goes on with what dead workers have begun."""
+    trials = self._study.trials()
+    mine = {active.trial.number for active in self._active}
+    for trial in trials:
+      if trial.state == 'running' and trial.number not in mine:
+        if self._workers.is_dead(trial.worker) and self._workers.take_over(
+          trial.slot
+        ):
+          own = self._study.take_over(trial, self._workers.own)
+          self._say(f'{_name(own)}: goes on')
+          self._active.append(self._activate(own))
+    begun = {trial.slot for trial in trials} | {t.key for t in trials}
+    for name in self._workers.claimed().keys() - begun - self._orphans:
+      owner = self._workers.owner_of(name)
+      if owner is None or self._workers.is_dead(owner):
+        self._orphans.add(name)
+        self._source, self._is_empty = self._next_trials(), False
+
+  # --- A run's way. ---
+
+  def _activate(self, trial: study_lib.Trial) -> _Active:
+    found = points.candidate(
+      self._study.facts.config, self._study.sweep, trial.point
+    )
+    runs = []
+    for config in found.runs:
+      progress = run_progress.Progress(
+        self._study.workdir(config.key), self._study.sweep.metric
+      )
+      run = _Run(key=config.key, config=config, progress=progress)
+      run.seen = progress.read()
+      run.handle = self._read_handle(run)
+      runs.append(run)
+    return _Active(trial, runs)
+
+  def _start(self, active: _Active, run: _Run) -> None:
+    run.seen = run.progress.read()
+    if run.seen.finished:  # By an earlier worker that could not say so.
+      self._conclude(run)
+      return
+    workdir = str(self._study.workdir(run.key))
+    job = launcher_lib.Job(
+      name=f'{self._study.directory.name}-{run.key}',
+      command=self._command(run.config, workdir),
+      workdir=workdir,
+      log=str(self._study.directory / 'logs' / f'{run.key}.log'),
+      settings=run.config.settings,
+    )
+    if run.failures == 0 and run.seen.step == 0:
+      self._say(f'{_name(active.trial)}: starts')
+    run.submitted_at = run.seen.step
+    try:
+      run.handle = self._launcher.submit(job)
+    except launcher_lib.LaunchError as error:
+      self._fail(active, run, str(error))
+      return
+    self._write_handle(run)
+
+  def _poll(self) -> None:
+    for active in list(self._active):
+      for run in active.runs:
+        if run.handle is not None:
+          self._look_after(active, run)
+      if not active.is_pruned:
+        self._report(active)
+      self._finish(active)
+
+  def _look_after(self, active: _Active, run: _Run) -> None:
+    assert run.handle is not None
+    if self._stopping and not self._launcher.stays:
+      self._launcher.cancel(run.handle)
+    try:
+      # Before its files: what it wrote last is read once it is over.
+      state = self._launcher.state(run.handle)
+    except launcher_lib.LaunchError as error:
+      _log.warning('%s; asked again later.', error)
+      return
+    run.seen = run.progress.read()
+    if not state.is_over:
+      return
+    handle, run.handle = run.handle, None
+    self._forget_handle(run)
+    if run.seen.finished:
+      self._conclude(run)
+    elif active.is_pruned or self._stopping:
+      return
+    elif run.seen.diverged:
+      run.result = math.inf
+      if self._study.sweep.direction == 'maximize':
+        run.result = -math.inf
+    elif state.phase == 'preempted' or (
+      state.phase in ('ended', 'lost') and run.seen.step > run.submitted_at
+    ):
+      self._say(
+        f'{_name(active.trial)}: interrupted after step {run.seen.step}'
+        f'{": " + state.message if state.message else ""}; goes on'
+      )
+    else:
+      said = self._launcher.logs(handle, _LAST_LINES).strip()
+      reason = state.message or f'{state.phase} before its last step'
+      self._fail(active, run, f'{reason}: {said}' if said else reason)
+
+  def _fail(self, active: _Active, run: _Run, error: str) -> None:
+    """Lets a run be tried again, or not."""
+    run.failures += 1
+    where = f'after step {run.seen.step}, {error}'
+    # The same at the same place: once more would not help.
+    again = run.failures <= self._study.sweep.max_retries
+    if again and where != run.last_error:
+      self._say(f'{_name(active.trial)}: failed {where}\n  starts again')
+    else:
+      run.error = where
+    run.last_error = where
+
+  def _conclude(self, run: _Run) -> None:
+    values, sweep = run.seen.values, self._study.sweep
+    if run.seen.diverged and run.seen.step not in values:
+      run.result = math.inf if sweep.direction == 'minimize' else -math.inf
+    elif not values:
+      raise ValueError(_no_metric(sweep.metric, run))
+    elif sweep.result == 'last':
+      run.result = values[max(values)]
+    else:
+      best = min if sweep.direction == 'minimize' else max
+      run.result = best(values.values())
+
+  # --- A trial's way. ---
+
+  def _report(self, active: _Active) -> None:
+    """Reports steps that all runs have reached, and prunes by them."""
+    common = set.intersection(*(set(run.seen.values) for run in active.runs))
+    for step in sorted(common):
+      if step <= active.reported:
+        continue
+      active.reported = step
+      value = statistics.fmean(run.seen.values[step] for run in active.runs)
+      self._study.report(active.trial, step, value)
+      going = any(not run.seen.finished for run in active.runs)
+      if going and self._study.should_prune(active.trial):
+        active.is_pruned = True
+        for run in active.runs:
+          if run.handle is not None:
+            self._launcher.cancel(run.handle)
+        return
+
+  def _finish(self, active: _Active) -> None:
+    """Records a trial that is over."""
+    runs, trial = active.runs, active.trial
+    failed = [run for run in runs if run.error]
+    if failed:
+      for run in runs:
+        if run.handle is not None:
+          self._launcher.cancel(run.handle)
+    if any(run.handle is not None for run in runs):
+      return
+    facts = {
+      'seconds': round(sum(run.seen.seconds for run in runs), 3),
+      'failures': sum(run.failures for run in runs),
+    }
+    if failed:
+      error = failed[0].error
+      self._study.finish(trial, 'failed', error=error, **facts)
+      self._say(f'{_name(trial)}: FAILED {error}')
+    elif active.is_pruned:
+      trial = self._study.trial(trial.number)
+      self._study.finish(trial, 'pruned', **facts)
+      step = active.reported
+      self._say(f'{_name(trial)}: pruned after step {step}')
+    elif all(run.result is not None for run in runs):
+      value = statistics.fmean(run.result or 0.0 for run in runs)
+      if not math.isfinite(value):
+        facts['error'] = 'diverged: ' + runs[0].seen.diverged
+      self._study.finish(trial, 'complete', value, **facts)
+      shown = f'{value:.6g}' if math.isfinite(value) else 'diverged'
+      self._say(f'{_name(trial)}: {self._study.sweep.metric} {shown}')
+    elif not self._stopping:
+      return
+    self._active.remove(active)
+
+  def _abandon(self) -> None:
+    """Lets this process's runs save and end, where they do not stay."""
+    if self._launcher.stays:
+      return
+    runs = [run for active in self._active for run in active.runs]
+    handles = [run.handle for run in runs if run.handle is not None]
+    for handle in handles:
+      self._launcher.cancel(handle)
+    while not all(self._launcher.state(handle).is_over for handle in handles):
+      time.sleep(self._poll_seconds)
+
+  # --- Jobs, kept in the study so that they are found again. ---
+
+  def _handle_file(self, run: _Run) -> epath.Path:
+    return self._study.directory / 'jobs' / f'{run.key}.json'
+
+  def _write_handle(self, run: _Run) -> None:
+    text = json.dumps(run.handle) + '\n'
+    files.write_whole(self._handle_file(run), text)
+
+  def _read_handle(self, run: _Run) -> launcher_lib.Handle | None:
+    file = self._handle_file(run)
+    if not file.exists():
+      return None
+    return reading.json_object(file, 'Remove it: its job is then unknown.')
+
+  def _forget_handle(self, run: _Run) -> None:
+    self._handle_file(run).unlink(missing_ok=True)
+
+
+def check_metric(
+  sweep: definition.Sweep, config: experiment.Experiment
+) -> None:
+  """Raises ValueError if a metric is of a set that no run evaluates."""
+  parts = sweep.metric.split('/')
+  if parts[0] != 'eval':
+    return
+  tasks = data_config.parts(config.data)
+  titles = [
+    f'{split}.{task}' if task else split
+    for split in config.data.eval_splits
+    for task in tasks
+  ]
+  if len(parts) != 3 or parts[1] not in titles:
+    names = [f'eval/{title}/loss' for title in titles]
+    close = difflib.get_close_matches(sweep.metric, names, n=1, cutoff=0.3)
+    hint = f' Did you mean {close[0]!r}?' if close else ''
+    raise ValueError(
+      f'metric={sweep.metric!r}: the experiment evaluates '
+      f'{", ".join(titles) or "nothing"} (data.eval_splits), which give '
+      f'eval/NAME/METRIC.{hint}'
+    )
+
+
+def _no_metric(metric: str, run: _Run) -> str:
+  close = difflib.get_close_matches(metric, run.seen.names, n=1, cutoff=0.3)
+  hint = f' Did you mean {close[0]!r}?' if close else ''
+  return (
+    f'metric={metric!r}: no row of the finished run {run.key} has it. Rows '
+    f'have {", ".join(run.seen.names)}.{hint}'
+  )
+
+
+def _name(trial: study_lib.Trial) -> str:
+  return f'trial {trial.number} ({points.describe(trial.point)})'

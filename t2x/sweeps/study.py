@@ -1,0 +1,408 @@
+"""A study: the trials of one sweep of one experiment, in a directory.
+
+  STUDY/study.json     the experiment, the sweep, and where results are kept
+  STUDY/journal.log    trials and results, by Optuna, unless in a database
+  STUDY/trials/KEY/    the workdir of a run, as of any other
+  STUDY/logs/KEY.log   what it printed, where its launcher keeps that here
+  STUDY/jobs/KEY.json  the job that runs it, by its launcher
+  STUDY/claims/, STUDY/workers/   who runs what; see `ownership`
+
+A run is known by the hash of its config (KEY), and so is a trial. The directory
+is local or gs://.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import datetime
+import json
+import logging
+import math
+from typing import Any
+from typing import Literal
+
+from etils import epath
+import optuna
+
+from t2x import files
+from t2x import reading
+from t2x.config import experiment
+from t2x.config import overrides
+from t2x.sweeps import definition
+from t2x.sweeps import journal
+from t2x.sweeps import points
+from t2x.sweeps import search
+from t2x.sweeps import space
+
+_log = logging.getLogger(__name__)
+
+FILE = 'study.json'
+_FORMAT = 1
+_NAME = 'study'  # Of the one study in a journal.
+_TRIAL = 't2x'  # Optuna's attributes of a trial.
+_OUTCOME = 'outcome'
+# What a sweep that goes on may change.
+_MAY_CHANGE = ('sweep.search.num_trials', 'sweep.max_retries')
+
+State = Literal['running', 'complete', 'pruned', 'failed']
+_STATES: dict[Any, State] = {
+  optuna.trial.TrialState.RUNNING: 'running',
+  optuna.trial.TrialState.WAITING: 'running',
+  optuna.trial.TrialState.COMPLETE: 'complete',
+  optuna.trial.TrialState.PRUNED: 'pruned',
+  optuna.trial.TrialState.FAIL: 'failed',
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trial:
+  """A trial as the study knows it.
+
+  Attributes:
+    number: number of the trial, from 0.
+    key: hash of what it computes.
+    slot: name under which it was claimed.
+    state: `running`, `complete`, `pruned` or `failed`.
+    point: value of each parameter.
+    runs: key -> settings of each of its runs.
+    worker: name of the worker that began it or took it over.
+    value: its result; None before there is one. Infinite for one that diverged.
+    values: mean of the metric over its runs, by step.
+    outcome: facts of its end: `error`, `seconds`, `failures`.
+    same_as: number of the trial whose result it shares, computing the same.
+    began: time of its beginning.
+    ended: time of its end; None before.
+  """
+
+  number: int
+  key: str
+  slot: str
+  state: State
+  point: space.Point
+  runs: Mapping[str, Mapping[str, str]]
+  worker: str
+  value: float | None
+  values: Mapping[int, float]
+  outcome: Mapping[str, Any]
+  same_as: int | None
+  began: datetime.datetime | None
+  ended: datetime.datetime | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts:
+  """What study.json holds.
+
+  Attributes:
+    experiment: name of the experiment.
+    config: the experiment without any point.
+    sweep: the sweep.
+    storage: address of the database with the results; None for the journal.
+  """
+
+  experiment: str
+  config: experiment.Experiment
+  sweep: definition.Sweep
+  storage: str | None = None
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns the facts as JSON values."""
+    return {
+      'format': _FORMAT,
+      'experiment': self.experiment,
+      'config': overrides.to_json(self.config),
+      'sweep': self.sweep.to_json(),
+      'storage': self.storage,
+    }
+
+
+class Study:
+  """Reads and writes the trials of a study.
+
+  Attributes:
+    directory: directory of the study.
+    facts: the experiment and the sweep.
+  """
+
+  def __init__(self, directory: epath.PathLike, facts: Facts):
+    """Opens a study whose study.json is there; see `create` and `read`."""
+    self.directory = files.path(directory)
+    self.facts = facts
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    self._storage = journal.storage(self.directory, facts.storage)
+    self._study = optuna.create_study(
+      storage=self._storage,
+      study_name=_study_name(self.directory, facts),
+      direction=facts.sweep.direction,
+      load_if_exists=True,
+      sampler=optuna.samplers.RandomSampler(seed=0),
+    )
+    if facts.sweep.pruning is not None:
+      steps = experiment.num_steps(facts.config)
+      if steps is None:
+        raise ValueError(
+          f'pruning={facts.sweep.pruning.kind} goes by steps, and how many a '
+          'run takes is not known before its corpus is read. Set '
+          'train.num_steps.'
+        )
+      self._study.pruner = facts.sweep.pruning.pruner(steps)
+
+  @property
+  def sweep(self) -> definition.Sweep:
+    """The sweep."""
+    return self.facts.sweep
+
+  def workdir(self, key: str) -> epath.Path:
+    """Returns the workdir of a run."""
+    return self.directory / 'trials' / key
+
+  def trials(self) -> list[Trial]:
+    """Returns all trials, by number."""
+    found = self._study.get_trials(deepcopy=False)
+    return [self._trial(t) for t in found if _TRIAL in t.user_attrs]
+
+  def trial(self, number: int) -> Trial:
+    """Returns a trial by its number."""
+    return self._trial(self._study.get_trials(deepcopy=False)[number])
+
+  def begin(self, found: points.Candidate, slot: str, worker: str) -> Trial:
+    """Adds a trial that is about to run.
+
+    Args:
+      found: the point and its runs.
+      slot: name under which it was claimed.
+      worker: name of the worker that runs it.
+    """
+    parameters = self.sweep.parameters
+    params = {n: search.optuna_value(v) for n, v in found.point.items()}
+    template = optuna.trial.FrozenTrial(
+      number=-1,
+      trial_id=-1,
+      state=optuna.trial.TrialState.RUNNING,
+      value=None,
+      values=None,
+      datetime_start=datetime.datetime.now(),
+      datetime_complete=None,
+      params=params,
+      distributions=search.to_optuna(parameters),
+      user_attrs={_TRIAL: _attributes(found, slot, worker)},
+      system_attrs={},
+      intermediate_values={},
+    )
+    identifier = self._storage.create_new_trial(
+      self._study._study_id, template_trial=template
+    )
+    return self._trial(self._storage.get_trial(identifier))
+
+  def suggest(self) -> tuple[int, space.Point]:
+    """Asks Optuna for the next point.
+
+    Returns:
+      The number of the trial, for `begin_suggested`, and its point.
+    """
+    assert isinstance(self.sweep.search, search.Tpe)
+    number = len(self._study.get_trials(deepcopy=False))
+    self._study.sampler = self.sweep.search.sampler(number)
+    parameters = self.sweep.parameters
+    asked = self._study.ask(search.to_optuna(parameters))
+    return asked.number, search.from_optuna(parameters, asked.params)
+
+  def begin_suggested(
+    self, number: int, found: points.Candidate, slot: str, worker: str
+  ) -> Trial:
+    """Notes what a suggested trial runs; arguments as for `begin`."""
+    attributes = _attributes(found, slot, worker)
+    self._set(number, _TRIAL, attributes)
+    return self.trial(number)
+
+  def take_over(self, trial: Trial, worker: str) -> Trial:
+    """Notes that a worker goes on with a trial that another began."""
+    kept = self._study.get_trials(deepcopy=False)[trial.number].user_attrs
+    self._set(trial.number, _TRIAL, {**kept[_TRIAL], 'worker': worker})
+    return self.trial(trial.number)
+
+  def report(self, trial: Trial, step: int, value: float) -> None:
+    """Adds the value of a trial's metric after a step, unless it is known."""
+    known = self._study.get_trials(deepcopy=False)[trial.number]
+    if step not in known.intermediate_values:
+      identifier = self._identifier(trial.number)
+      self._storage.set_trial_intermediate_value(identifier, step, value)
+
+  def should_prune(self, trial: Trial) -> bool:
+    """Whether the sweep's rule ends a trial after what was reported."""
+    if self.sweep.pruning is None:
+      return False
+    frozen = self._storage.get_trial(self._identifier(trial.number))
+    return self._study.pruner.prune(self._study, frozen)
+
+  def finish(
+    self,
+    trial: Trial,
+    state: State,
+    value: float | None = None,
+    *,
+    same_as: int | None = None,
+    **outcome: Any,
+  ) -> None:
+    """Writes the end of a trial.
+
+    Args:
+      trial: the trial.
+      state: `complete`, `pruned` or `failed`.
+      value: its result; a pruned trial's is the last that was reported.
+      same_as: number of a trial that computes the same.
+      **outcome: facts of its end: `error`, `seconds`, `failures`.
+    """
+    if same_as is not None:
+      outcome['same_as'] = same_as
+    self._set(trial.number, _OUTCOME, outcome)
+    if state == 'pruned' and value is None:
+      value = trial.values.get(max(trial.values, default=0))
+    to = {own: theirs for theirs, own in _STATES.items()}[state]
+    values = None if value is None or state == 'failed' else [value]
+    identifier = self._identifier(trial.number)
+    self._storage.set_trial_state_values(identifier, to, values)
+
+  def drop(self, number: int) -> None:
+    """Ends a suggested trial that is not to run, as if it had not been."""
+    self._storage.set_trial_state_values(
+      self._identifier(number), optuna.trial.TrialState.FAIL, None
+    )
+
+  def _identifier(self, number: int) -> int:
+    return self._study.get_trials(deepcopy=False)[number]._trial_id
+
+  def _set(self, number: int, name: str, value: Any) -> None:
+    self._storage.set_trial_user_attr(self._identifier(number), name, value)
+
+  def _trial(self, kept: optuna.trial.FrozenTrial) -> Trial:
+    own = kept.user_attrs[_TRIAL]
+    outcome = dict(kept.user_attrs.get(_OUTCOME, {}))
+    return Trial(
+      number=kept.number,
+      key=own['key'],
+      slot=own['slot'],
+      state=_STATES[kept.state],
+      point=search.from_optuna(self.sweep.parameters, kept.params),
+      runs=own['runs'],
+      worker=own['worker'],
+      value=kept.values[0] if kept.values else None,
+      values=kept.intermediate_values,
+      same_as=outcome.pop('same_as', None),
+      outcome=outcome,
+      began=kept.datetime_start,
+      ended=kept.datetime_complete,
+    )
+
+  def best(self) -> Trial | None:
+    """Returns the complete trial with the best finite result, if any."""
+    done = [
+      t
+      for t in self.trials()
+      if t.state == 'complete'
+      and t.value is not None
+      and math.isfinite(t.value)
+    ]
+    sign = 1 if self.sweep.direction == 'minimize' else -1
+    return min(
+      done, key=lambda t: (sign * (t.value or 0), t.number), default=None
+    )
+
+
+def create(directory: epath.PathLike, facts: Facts) -> Study:
+  """Opens the study in a directory, or begins one there.
+
+  Args:
+    directory: directory of the study, local or gs://.
+    facts: the experiment and the sweep that the study is of.
+
+  Raises:
+    ValueError: it is a study of another experiment, or of another space.
+  """
+  root = files.path(directory)
+  root.mkdir(parents=True, exist_ok=True)
+  text = json.dumps(facts.to_json(), indent=1) + '\n'
+  if not files.create_whole(root / FILE, text):
+    _check_same(root, facts)
+  for folder in ('trials', 'logs', 'jobs'):
+    (root / folder).mkdir(parents=True, exist_ok=True)
+  return Study(root, facts)
+
+
+def read(directory: epath.PathLike) -> Study:
+  """Opens the study in a directory, with what its study.json says.
+
+  Raises:
+    ValueError: there is none.
+  """
+  root = files.path(directory)
+  if not (root / FILE).exists():
+    raise ValueError(
+      f'--study={directory} holds no study: it has no {FILE}. '
+      'scripts/sweep.py begins one.'
+    )
+  data = _read(root)
+  return Study(
+    root,
+    Facts(
+      experiment=data['experiment'],
+      config=overrides.from_json(experiment.Experiment, data['config']),
+      sweep=definition.from_json(data['sweep']),
+      storage=data['storage'],
+    ),
+  )
+
+
+def _check_same(root: epath.Path, facts: Facts) -> None:
+  """Raises ValueError if a directory holds another study."""
+  old, new = _read(root), facts.to_json()
+  changes = overrides.differences(old, new)
+  outer = tuple(f'config.{name}' for name in experiment.OUTER_SETTINGS)
+  lines = []
+  for name, (before, after) in changes.items():
+    if name.startswith(_MAY_CHANGE) or name.startswith(outer):
+      _log.info(
+        'changed since the study began: %s: %r -> %r', name, before, after
+      )
+    else:
+      lines.append(f'  {name}: {before!r} -> {after!r}')
+  if lines:
+    raise ValueError(
+      f'--study={root} holds a study of something else:\n'
+      + '\n'.join(lines)
+      + '\nUse another --study, or undo the changes. Trials that are there '
+      'could not be compared with new ones.'
+    )
+  if changes:
+    files.write_whole(root / FILE, json.dumps(new, indent=1) + '\n')
+
+
+def _read(root: epath.Path) -> dict[str, Any]:
+  data = reading.json_object(root / FILE, 'Restore it, or use another --study.')
+  if data.get('format') != _FORMAT:
+    raise ValueError(
+      f'{root / FILE} is of format {data.get("format")!r}, and this t2x reads '
+      f'format {_FORMAT}.'
+    )
+  return data
+
+
+def _attributes(
+  found: points.Candidate, slot: str, worker: str
+) -> dict[str, Any]:
+  runs = {run.key: dict(run.settings) for run in found.runs}
+  return {'key': found.key, 'slot': slot, 'worker': worker, 'runs': runs}
+
+
+def _study_name(root: epath.Path, facts: Facts) -> str:
+  """A database holds many studies, a journal one."""
+  return _NAME if facts.storage is None else str(root)
+
+
+def keys_done(trials: Sequence[Trial]) -> dict[str, int]:
+  """Returns key -> number of the first trial that computes it."""
+  found: dict[str, int] = {}
+  for trial in trials:
+    if trial.same_as is None:
+      found.setdefault(trial.key, trial.number)
+  return found

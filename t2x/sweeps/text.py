@@ -1,0 +1,165 @@
+"""A study and a sweep as text: tables, and what a dry run says."""
+
+from collections.abc import Sequence
+import math
+
+from t2x.config import experiment
+from t2x.cost_model import estimate
+from t2x.sweeps import points
+from t2x.sweeps import scheduler
+from t2x.sweeps import search
+from t2x.sweeps import space
+from t2x.sweeps import study as study_lib
+from t2x.sweeps.launchers import launcher as launcher_lib
+from t2x.tracking import text_table
+
+_MOST_SHOWN = 20  # Trials of a table at a terminal.
+_MOST_COMMANDS = 3  # Of a dry run, whole.
+
+
+def summary(facts: study_lib.Facts) -> str:
+  """Returns one line on a sweep: what it varies, and how often."""
+  sweep = facts.sweep
+  seeds = f' x {len(sweep.seeds)} seeds' if sweep.seeds else ''
+  return (
+    f'{facts.experiment}: {sweep.search.kind} over '
+    f'{", ".join(sweep.parameters)}, {sweep.num_points} trials{seeds}, '
+    f'{sweep.direction} {sweep.metric}'
+  )
+
+
+def plan(
+  facts: study_lib.Facts,
+  launcher: launcher_lib.Launcher,
+  command: scheduler.Command,
+  directory: str,
+) -> str:
+  """Returns the trials of a sweep, their cost, and their commands."""
+  sweep, devices = facts.sweep, launcher.devices
+  lines = [summary(facts), '']
+  if not isinstance(sweep.search, search.Planned):
+    lines.append(
+      f'{sweep.search.kind} suggests points from results; here are some of its '
+      'space:'
+    )
+  shown = list(points.combinations(sweep))
+  costs = _Costs(devices)
+  rows, texts = [['trial', *sweep.parameters, *_Costs.NAMES]], []
+  for number, point in enumerate(shown):
+    found = points.candidate(facts.config, sweep, point)
+    values = [_value(value) for value in point.values()]
+    rows.append([str(number), *values, *costs.of(found)])
+    if len(texts) < _MOST_COMMANDS:
+      texts += [
+        launcher.render(_job(run, command, directory)) for run in found.runs
+      ]
+  lines += text_table.aligned(rows)
+  lines += ['', 'What is run, for the first of them:', '']
+  lines += ['\n\n'.join(texts[:_MOST_COMMANDS])]
+  return '\n'.join(lines)
+
+
+def _job(
+  run: points.RunConfig, command: scheduler.Command, directory: str
+) -> launcher_lib.Job:
+  workdir = f'{directory}/trials/{run.key}'
+  return launcher_lib.Job(
+    name=f'sweep-{run.key}',
+    command=command(run, workdir),
+    workdir=workdir,
+    log=f'{directory}/logs/{run.key}.log',
+    settings=run.settings,
+  )
+
+
+class _Costs:
+  """Estimates of trials; of those that differ in numbers alone, once."""
+
+  NAMES = ('steps', 'TFLOP in all', 'GiB a device')
+
+  def __init__(self, devices: points.Devices):
+    self._devices = devices
+    self._known: dict[str, tuple[float, float]] = {}
+
+  def of(self, found: points.Candidate) -> list[str]:
+    """Returns the columns of a trial, of all its runs."""
+    config = found.runs[0].config
+    key = points.structure_key(config)
+    if key not in self._known:
+      step = estimate.step(config, self._devices.number)
+      flops = step.mean_flops * self._devices.number
+      self._known[key] = flops, step.peak_bytes
+    flops, peak = self._known[key]
+    steps = experiment.num_steps(config)
+    total = (
+      '?' if steps is None else f'{flops * steps * len(found.runs) / 1e12:,.3g}'
+    )
+    return ['?' if steps is None else str(steps), total, f'{peak / 2**30:.3g}']
+
+
+def table(study: study_lib.Study) -> str:
+  """Returns the trials of a study, the best first, and how many there are."""
+  sweep, trials = study.sweep, study.trials()
+  sign = 1 if sweep.direction == 'minimize' else -1
+  order = ('complete', 'running', 'pruned', 'failed')
+
+  def rank(trial: study_lib.Trial) -> tuple[int, float, int]:
+    value = math.inf if trial.value is None else sign * trial.value
+    return order.index(trial.state), value, trial.number
+
+  trials.sort(key=rank)
+  rows = [
+    ['trial', *sweep.parameters, sweep.metric, 'step', 'state', 'seconds']
+  ]
+  for trial in trials[:_MOST_SHOWN]:
+    rows.append(
+      [
+        str(trial.number),
+        *[_value(value) for value in trial.point.values()],
+        _result(trial),
+        str(max(trial.values, default='')),
+        trial.state,
+        _seconds(trial),
+      ]
+    )
+  more = len(trials) - _MOST_SHOWN
+  lines = text_table.aligned(rows)
+  lines += [f'and {more} more'] if more > 0 else []
+  counts = {state: 0 for state in order}
+  for trial in trials:
+    counts[trial.state] += 1
+  said = ', '.join(f'{n} {state}' for state, n in counts.items() if n)
+  lines.append(f'{len(trials)} of {sweep.num_points} trials: {said or "none"}')
+  for trial in trials:
+    if trial.state == 'failed':
+      lines.append(f'trial {trial.number} failed {trial.outcome.get("error")}')
+  return '\n'.join(lines)
+
+
+def _result(trial: study_lib.Trial) -> str:
+  value = trial.value
+  if value is None and trial.values:
+    value = trial.values[max(trial.values)]
+  if value is None:
+    return ''
+  return f'{value:.5g}' if math.isfinite(value) else 'diverged'
+
+
+def _seconds(trial: study_lib.Trial) -> str:
+  seconds = trial.outcome.get('seconds')
+  return '' if seconds is None else f'{seconds:,.1f}'
+
+
+def _value(value: space.Value) -> str:
+  if isinstance(value, float):
+    return f'{value:.5g}'
+  return space.text(value)
+
+
+def best_settings(study: study_lib.Study) -> Sequence[str]:
+  """Returns the settings of the best trial, as --set takes them."""
+  best = study.best()
+  if best is None:
+    return ()
+  settings = space.settings_of(best.point)
+  return tuple(f'{name}={value}' for name, value in settings.items())

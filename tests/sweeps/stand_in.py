@@ -1,0 +1,65 @@
+"""A process that leaves what a run leaves, without computing anything.
+
+It takes a run's command line, goes on from the rows that are there, saves on
+SIGTERM and ends. Its loss after a step is (log10(rate) + 2)**2 + 1 / step, with
+a little of the seed, so that 1e-2 is the best rate.
+
+STEPS: steps in all. PAUSE: seconds after each. DIE=STEP:TIMES: exit status 3
+after a step, so many times. NAN_ABOVE: rate above which the loss is not finite.
+SILENT: metrics have other names. NO_ROWS: nothing is written.
+"""
+
+import json
+import math
+import os
+import pathlib
+import signal
+import sys
+import time
+
+
+def main() -> None:
+  workdir, settings = pathlib.Path(), {}
+  arguments = iter(sys.argv[1:])
+  for argument in arguments:
+    if argument == '--set':
+      name, _, value = next(arguments).partition('=')
+      settings[name] = value
+    elif argument.startswith('--workdir='):
+      workdir = pathlib.Path(argument.partition('=')[2])
+  rate = float(settings.get('optim.learning_rate', '1e-3'))
+  seed = int(settings.get('train.seed', '0'))
+  stopped = []
+  signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
+  env = os.environ.get
+  workdir.mkdir(parents=True, exist_ok=True)
+  with open(workdir / 'starts', 'a') as f:
+    f.write(f'{os.getpid()}\n')
+  if env('NO_ROWS'):
+    return
+  rows = workdir / 'metrics.jsonl'
+  done = len(rows.read_text().splitlines()) if rows.exists() else 0
+  die, _, times = env('DIE', '0:0').partition(':')
+  metric = 'other' if env('SILENT') else 'eval/train/loss'
+  steps = int(env('STEPS', '8'))
+  with open(rows, 'a', buffering=1) as f:
+    for step in range(done + 1, steps + 1):
+      loss = (math.log10(rate) + 2) ** 2 + 1 / step + 1e-3 * seed
+      row = {'step': step, 'step_seconds': 0.5, metric: loss}
+      if rate > float(env('NAN_ABOVE', 'inf')):
+        row |= {metric: None, 'non_finite': [metric]}
+      f.write(json.dumps(row) + '\n')
+      if 'non_finite' in row:
+        sys.exit('error: values that are not finite')
+      starts = len((workdir / 'starts').read_text().splitlines())
+      if step == int(die) and starts <= int(times):
+        print('died as asked', flush=True)
+        sys.exit(3)
+      if stopped:
+        return
+      time.sleep(float(env('PAUSE', '0')))
+  (workdir / 'finished.json').write_text(json.dumps({'step': steps}))
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,166 @@
+import pytest
+import small_sweep
+import tiny
+
+from t2x.config import overrides
+from t2x.sweeps import definition
+from t2x.sweeps import points
+from t2x.sweeps import scheduler
+from t2x.sweeps import search
+from t2x.sweeps import space
+
+_DEVICES = points.Devices(number=8)
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+  return tiny.experiment_of(tmp_path_factory.mktemp('tiny'))
+
+
+def test_a_run_is_known_by_its_config(base):
+  sweep = small_sweep.sweep()
+  one, same, other = (
+    points.candidate(base, sweep, {'optim.learning_rate': rate})
+    for rate in (1e-3, 0.001, 2e-3)
+  )
+  assert one.key == same.key == one.runs[0].key != other.key
+  assert one.runs[0].config.optim.learning_rate == 1e-3
+  assert one.runs[0].settings == {'optim.learning_rate': '0.001'}
+  # When it is looked at does not make it another run, unless that is varied.
+  looked = overrides.override(base, {'train.log_every': '5'})
+  point = {'optim.learning_rate': 1e-3}
+  assert points.candidate(looked, sweep, point).key == one.key
+  threads = small_sweep.sweep(parameters={'data.num_threads': (1, 2)})
+  keys = [
+    points.candidate(base, threads, {'data.num_threads': n}).key for n in (1, 2)
+  ]
+  assert keys[0] != keys[1]
+
+
+def test_seeds_are_runs_of_a_point(base):
+  sweep = small_sweep.sweep(seeds=(0, 7))
+  found = points.candidate(base, sweep, {'optim.learning_rate': 1e-3})
+  assert [run.config.train.seed for run in found.runs] == [0, 7]
+  assert len({found.key, *(run.key for run in found.runs)}) == 3
+  # Where another sweep asks for the same run, it is the same.
+  alone = points.candidate(
+    base, small_sweep.sweep(seeds=(7,)), {'optim.learning_rate': 1e-3}
+  )
+  assert alone.runs[0].key == found.runs[1].key
+
+
+@pytest.mark.parametrize(
+  'parameters, message',
+  [
+    ({'optim.learning_rat': (1.0,)}, "Did you mean 'learning_rate'"),
+    ({'optimizer.learning_rate': (1.0,)}, "has no 'optimizer'"),
+    ({'model.num_layers': (2, 2.5)}, "'2.5' does not fit the type int"),
+    ({'model.num_layers': ('two',)}, "'two' does not fit the type int"),
+  ],
+)
+def test_names_and_types(base, parameters, message):
+  sweep = small_sweep.sweep(parameters=parameters)
+  with pytest.raises(ValueError, match=message):
+    points.check(base, sweep, _DEVICES)
+
+
+def test_a_range_of_an_integer_field(base):
+  sweep = small_sweep.sweep(
+    parameters={'model.num_layers': space.Uniform(1.0, 4.0)},
+    search=search.Random(),
+  )
+  with pytest.raises(ValueError, match='Use space.Integers'):
+    points.check(base, sweep, _DEVICES)
+
+
+def test_points_that_cannot_run_are_listed(base):
+  sweep = small_sweep.sweep(
+    parameters={
+      'mesh.data, mesh.tensor': ((2, 2), (1, 4), (1, 3)),
+      'model.embed_dim': (16, 15),
+    }
+  )
+  wrong = points.check(base, sweep, _DEVICES)
+  described = [points.describe(point) for point, _ in wrong]
+  tensor3 = [text for text in described if 'mesh.tensor=3' in text]
+  assert len(tensor3) == 2
+  assert 'mesh.data=2 mesh.tensor=2 model.embed_dim=16' not in described
+  message = points.refusal(wrong, sweep.num_points)
+  assert message.startswith(f'{len(wrong)} of 6 points cannot run:\n')
+  assert '--skip_impossible' in message
+
+
+def test_points_that_differ_in_numbers_are_checked_once(base, monkeypatch):
+  calls = []
+  check = points.layout_advice.check
+  monkeypatch.setattr(
+    points.layout_advice,
+    'check',
+    lambda *args, **kwargs: calls.append(1) or check(*args, **kwargs),
+  )
+  sweep = small_sweep.sweep(
+    parameters={
+      'optim.learning_rate': small_sweep.RATES,
+      'optim.schedule.warmup_steps': (0, 2),
+      'train.seed': (0, 1),
+      'model.num_layers': (1, 2),
+    }
+  )
+  assert points.check(base, sweep, _DEVICES) == []
+  assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+  'fields, message',
+  [
+    ({'parameters': {}}, 'has no parameters'),
+    ({'parameters': {'a': 3}}, r"parameters\['a'\]: 3 is neither"),
+    ({'parameters': {'a, b': (1,), 'a': (2,)}}, "'a' stands there twice"),
+    ({'seeds': (1, 1)}, 'one stands there twice'),
+    ({'direction': 'down'}, "direction='down'; it is minimize or maximize"),
+    ({'max_retries': -1}, 'max_retries=-1; it is 0 or more'),
+    (
+      {'parameters': {'train.seed': (1, 2)}, 'seeds': (1,)},
+      "parameters has 'train.seed', and seeds is given too",
+    ),
+  ],
+)
+def test_sweeps_that_cannot_be(fields, message):
+  with pytest.raises(ValueError, match=message):
+    small_sweep.sweep(**fields)
+
+
+_FILE = """
+from t2x.sweeps import definition, search, space
+
+def get_sweep():
+  return definition.Sweep(
+    parameters={'optim.learning_rate': space.LogUniform(1e-4, 1e-2)},
+    search=search.Random(num_trials=5),
+  )
+"""
+
+
+def test_a_sweep_is_a_file(tmp_path):
+  file = tmp_path / 'rates.py'
+  file.write_text(_FILE)
+  sweep = definition.load(str(file), ['search.num_trials=7'])
+  assert sweep.search == search.Random(num_trials=7)
+  assert definition.from_json(sweep.to_json()) == sweep
+  with pytest.raises(ValueError, match="Did you mean 'num_trials'"):
+    definition.load(str(file), ['search.num_trial=7'])
+  with pytest.raises(ValueError, match='there is no such file'):
+    definition.load(str(tmp_path / 'none.py'))
+  file.write_text('x = 1')
+  with pytest.raises(ValueError, match=r'no function get_sweep\(\)'):
+    definition.load(str(file))
+  file.write_text('get_sweep = lambda: 3')
+  with pytest.raises(ValueError, match='returns int, and it must return'):
+    definition.load(str(file))
+
+
+def test_a_metric_of_no_evaluated_set(base):
+  wrong = small_sweep.sweep(metric='eval/validation/loss')
+  with pytest.raises(ValueError, match="Did you mean 'eval/train/loss'"):
+    scheduler.check_metric(wrong, base)
+  scheduler.check_metric(small_sweep.sweep(), base)

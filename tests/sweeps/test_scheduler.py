@@ -1,0 +1,268 @@
+"""Whole sweeps, whose runs are processes that compute nothing."""
+
+import dataclasses
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import small_sweep
+
+from t2x.sweeps import ownership
+from t2x.sweeps import search
+from t2x.sweeps import space
+from t2x.sweeps import study as study_lib
+from t2x.sweeps import text
+
+
+@pytest.fixture
+def make(tmp_path):
+  def create(**changes):
+    facts = small_sweep.facts(tmp_path, **changes)
+    return study_lib.create(tmp_path / 'study', facts)
+
+  return create
+
+
+def _losses():
+  return [(math.log10(rate) + 2) ** 2 + 1 / 8 for rate in small_sweep.RATES]
+
+
+def test_a_sweep_runs_each_point_once(make):
+  study = make()
+  worker = small_sweep.worker(study)
+  worker.run()
+  trials = study.trials()
+  assert [t.number for t in trials] == [0, 1, 2, 3]
+  assert [t.state for t in trials] == ['complete'] * 4
+  assert [t.value for t in trials] == pytest.approx(_losses())
+  assert [*trials[0].values] == list(range(1, 9))
+  assert trials[0].outcome == {'seconds': 4.0, 'failures': 0}
+  assert set(small_sweep.starts(study).values()) == {1}
+  best = study.best()
+  assert best is not None and best.point == {'optim.learning_rate': 1e-2}
+  table = text.table(study)
+  assert table.splitlines()[1].split()[1] == '0.01'
+  assert '4 of 4 trials: 4 complete' in table
+  # Once more: nothing is left to do.
+  small_sweep.worker(study_lib.read(study.directory)).run()
+  assert set(small_sweep.starts(study).values()) == {1}
+  assert len(study.trials()) == 4
+
+
+def test_seeds_are_averaged(make):
+  study = make(seeds=(0, 10))
+  small_sweep.worker(study).run()
+  values = [t.value for t in study.trials()]
+  assert values == pytest.approx([loss + 0.005 for loss in _losses()])
+  assert len(small_sweep.starts(study)) == 8
+
+
+def test_the_best_row_and_the_other_direction(make):
+  study = make(result='best', direction='maximize')
+  small_sweep.worker(study).run()
+  first = study.trials()[0]
+  assert first.value == pytest.approx(5.0)
+  best = study.best()
+  assert best is not None and best.number == 0
+
+
+def test_a_run_that_dies_is_tried_again(make, monkeypatch):
+  monkeypatch.setenv('DIE', '3:1')
+  study = make()
+  worker = small_sweep.worker(study)
+  worker.run()
+  assert [t.value for t in study.trials()] == pytest.approx(_losses())
+  assert {t.outcome['failures'] for t in study.trials()} == {1}
+  assert set(small_sweep.starts(study).values()) == {2}
+  assert any('exit status 3: died as asked' in line for line in worker.said)
+
+
+def test_a_run_that_dies_at_the_same_place_is_given_up(make, monkeypatch):
+  monkeypatch.setenv('NO_ROWS', '1')
+  study = make()
+  small_sweep.worker(study).run()
+  assert {t.state for t in study.trials()} == {'failed'}
+  assert set(small_sweep.starts(study).values()) == {2}
+  assert 'ended before its last step' in study.trials()[0].outcome['error']
+  assert 'trial 0 failed after step 0' in text.table(study)
+  assert study.best() is None
+
+
+def test_a_run_that_diverges_is_a_result(make, monkeypatch):
+  monkeypatch.setenv('NAN_ABOVE', '0.05')
+  study = make()
+  small_sweep.worker(study).run()
+  last = study.trials()[3]
+  assert (last.state, last.value) == ('complete', math.inf)
+  assert small_sweep.starts(study)[last.key] == 1
+  assert 'diverged' in text.table(study)
+
+
+def test_a_metric_that_no_row_has(make, monkeypatch):
+  monkeypatch.setenv('SILENT', '1')
+  study = make()
+  with pytest.raises(ValueError, match='no row of the finished run .* has it'):
+    small_sweep.worker(study).run()
+
+
+@pytest.mark.parametrize(
+  'pruning',
+  [search.Asha(min_steps=2, reduction=2), search.Median(num_complete=2)],
+)
+def test_bad_trials_end_early(make, monkeypatch, pruning):
+  monkeypatch.setenv('PAUSE', '0.05')
+  sweep = small_sweep.drawn(pruning=pruning)
+  study = make(
+    parameters=sweep.parameters, search=sweep.search, pruning=pruning
+  )
+  small_sweep.worker(study).run()
+  trials = study.trials()
+  states = [t.state for t in trials]
+  assert len(trials) == 12 and states.count('pruned') >= 3
+  assert states.count('complete') >= 2
+  best = study.best()
+  assert best is not None
+  assert best.value == min(t.value for t in trials if t.state == 'complete')
+  for trial in trials:
+    last = max(trial.values)
+    assert last == 8 if trial.state == 'complete' else last < 8
+    if trial.state == 'pruned':  # It was stopped, and not only marked.
+      rows = (study.workdir(trial.key) / 'metrics.jsonl').read_text()
+      assert len(rows.splitlines()) < 8
+
+
+def test_suggestions_come_near_the_best(make):
+  study = make(
+    parameters={'optim.learning_rate': space.LogUniform(1e-6, 1e2)},
+    search=search.Tpe(num_trials=24, num_random=8, seed=1),
+  )
+  small_sweep.worker(study).run()
+  trials = study.trials()
+  assert len(trials) == 24
+  assert len({t.key for t in trials}) == 24
+  far = [abs(math.log10(t.point['optim.learning_rate']) + 2) for t in trials]
+  assert sum(far[12:]) < 0.7 * sum(far[:12])
+
+
+def test_a_space_that_is_used_up(make):
+  study = make(search=search.Tpe(num_trials=9))
+  worker = small_sweep.worker(study)
+  worker.run()
+  assert sorted(t.point['optim.learning_rate'] for t in study.trials()) == [
+    *small_sweep.RATES
+  ]
+  assert any('the search ends' in line for line in worker.said)
+
+
+def test_a_sweep_that_is_stopped_goes_on(make, monkeypatch):
+  monkeypatch.setenv('PAUSE', '0.1')
+  study = make()
+  worker = small_sweep.worker(study)
+  threading.Timer(0.6, worker.stop).start()
+  worker.run()
+  states = [t.state for t in study.trials()]
+  assert 'running' in states and len(states) < 4
+  again = small_sweep.worker(study_lib.read(study.directory))
+  again.run()
+  assert any('goes on' in line for line in again.said)
+  assert [t.value for t in study.trials()] == pytest.approx(_losses())
+  # Each step was taken once: runs went on from where they were.
+  for trial in study.trials():
+    rows = (study.workdir(trial.key) / 'metrics.jsonl').read_text()
+    assert len(rows.splitlines()) == 8
+
+
+_WORKER = """
+import pathlib, sys
+sys.path[:0] = sys.argv[2:]
+import small_sweep
+from t2x.sweeps import study
+small_sweep.worker(study.read(sys.argv[1])).run()
+"""
+
+
+def _start(study):
+  tests = pathlib.Path(__file__).parents[1]
+  return subprocess.Popen(
+    [sys.executable, '-c', _WORKER, str(study.directory), str(tests)]
+    + [str(tests / 'sweeps')],
+    stdout=subprocess.DEVNULL,
+  )
+
+
+def _wait_for_starts(study, num):
+  deadline = time.monotonic() + 60
+  while sum(small_sweep.starts(study).values()) < num:
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
+
+
+def _gone(process: int) -> bool:
+  return ownership.start_of(process) is None
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_and_a_killed_run(make, monkeypatch):
+  monkeypatch.setenv('PAUSE', '0.2')
+  study = make()
+  first = _start(study)
+  _wait_for_starts(study, 2)
+  runs = [
+    int(line)
+    for file in pathlib.Path(study.directory).glob('trials/*/starts')
+    for line in file.read_text().splitlines()
+  ]
+  first.kill()
+  first.wait()
+  # Its runs were told, and save.
+  deadline = time.monotonic() + 20
+  while not all(map(_gone, runs)):
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+  second = _start(study)
+  _wait_for_starts(study, 4)
+  newest = [
+    int(file.read_text().splitlines()[-1])
+    for file in pathlib.Path(study.directory).glob('trials/*/starts')
+  ]
+  os.kill(newest[-1], signal.SIGKILL)
+  assert second.wait(timeout=60) == 0
+  assert [t.value for t in study.trials()] == pytest.approx(_losses())
+  assert [t.state for t in study.trials()] == ['complete'] * 4
+
+
+@pytest.mark.slow
+def test_two_workers_share_the_trials(make, monkeypatch):
+  monkeypatch.setenv('PAUSE', '0.05')
+  sweep = small_sweep.drawn()
+  study = make(parameters=sweep.parameters, search=sweep.search)
+  children = [_start(study), _start(study)]
+  assert [child.wait(timeout=120) for child in children] == [0, 0]
+  trials = study.trials()
+  assert len(trials) == len({t.key for t in trials}) == 12
+  assert {t.state for t in trials} == {'complete'}
+  assert set(small_sweep.starts(study).values()) == {1}
+  assert len({t.worker for t in trials}) == 2
+
+
+def test_another_study_is_refused(make, tmp_path):
+  study = make()
+  with pytest.raises(ValueError, match='holds a study of something else:\n .*'):
+    make(metric='loss')
+  with pytest.raises(ValueError, match='sweep.parameters.optim.learning_rate'):
+    make(parameters={'optim.learning_rate': (1.0,)})
+  other = small_sweep.facts(tmp_path)
+  config = other.config
+  train = dataclasses.replace(config.train, num_steps=9)
+  config = dataclasses.replace(config, train=train)
+  with pytest.raises(ValueError, match='config.train.num_steps: 8 -> 9'):
+    study_lib.create(study.directory, dataclasses.replace(other, config=config))
+  make(max_retries=5)  # Another rule for what is to come.
+  with pytest.raises(ValueError, match='holds no study'):
+    study_lib.read(tmp_path)
