@@ -17,7 +17,6 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
-import optax
 
 from t2x.config import abstract_state
 from t2x.config import experiment
@@ -101,21 +100,20 @@ class Program:
     )
     self.partitioning = partitioning.of(config, mesh.shape)
     self.learning_rate = jax.jit(optim.make_schedule(config.optim, num_steps))
+    self._num_steps = num_steps
     self._whole = whole = NamedSharding(mesh, P())
-    tx = optim.make(config.optim, num_steps)
-    step_config = self.partitioning.step_config
-    self._define(jit_for(config, mesh), tx, step_config, whole)
+    self._define(jit_for(config, mesh), self.partitioning.step_config, whole)
 
   def _define(
     self,
     jit: Callable[..., Any],
-    tx: optax.GradientTransformation,
     step_config: train_state.StepConfig,
     whole: NamedSharding,
   ) -> None:
     of_state, of_grads = jax.tree.map(
       lambda s: s.sharding, (self.shapes, self.trained)
     )
+    tx = optim.make(self.config.optim, self._num_steps)
     self._init = jit(
       functools.partial(abstract_state.init_state, self.config, tx),
       out_shardings=of_state,
@@ -123,7 +121,7 @@ class Program:
     checked = self._checked(step_config)
     self._step = checked(
       jit(
-        functools.partial(train_step.train_step, tx=tx, config=step_config),
+        _with_numbers(train_step.train_step, self.config.optim, step_config),
         out_shardings=(of_state, whole),
         donate_argnums=0,
       )
@@ -135,7 +133,7 @@ class Program:
       )
     )
     self._apply = jit(
-      functools.partial(train_step.apply_gradients, tx=tx, config=step_config),
+      _with_numbers(train_step.apply_gradients, self.config.optim, step_config),
       out_shardings=(of_state, whole),
     )
     self._eval = checked(
@@ -166,6 +164,16 @@ class Program:
       key = jax.random.key(self.config.train.seed)
       return jax.device_put(key, self._whole)
 
+  @functools.cached_property
+  def _numbers(self) -> optim.Numbers:
+    """What the optimizer goes by, on the devices."""
+    with jax.transfer_guard('allow'):
+      # By the host: of several processes, each has the same.
+      numbers = jax.device_get(
+        optim.numbers_of(self.config.optim, self._num_steps)
+      )
+      return jax.device_put(numbers, self._whole)
+
   def init_state(self) -> train_state.TrainState:
     """Draws the weights, on the devices that hold them."""
     return self._runs['init'](self._key)
@@ -174,7 +182,7 @@ class Program:
     self, state: train_state.TrainState, batch: train_step.Batch
   ) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
     """Returns the next state and metrics; `state` is given up."""
-    return self._runs['step'](state, batch, self._key)
+    return self._runs['step'](state, batch, self._key, self._numbers)
 
   def gradients(
     self, state: train_state.TrainState, batch: train_step.Batch
@@ -186,11 +194,15 @@ class Program:
     self, state: train_state.TrainState, grads: Any, sums: dict[str, Any]
   ) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
     """Returns the next state and metrics of an update; keeps its arguments."""
-    return self._apply(state, grads, sums)
+    return self._apply(state, grads, sums, self._numbers)
 
   def lower_step(self, batch: train_step.Batch) -> jax.stages.Lowered:
     """Returns the step lowered for `batch`, arrays or sharded shapes."""
-    return self._step.lower(self.shapes, batch, self._key_shape())
+    numbers = {
+      name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self._whole)
+      for name, s in optim.numbers_shapes(self._num_steps).items()
+    }
+    return self._step.lower(self.shapes, batch, self._key_shape(), numbers)
 
   def lowered(self) -> dict[str, jax.stages.Lowered]:
     """Returns the programs of a run, lowered for full batches, by name.
@@ -293,6 +305,30 @@ class Program:
     if batch_keys.is_source(name):
       return 0
     return -length % self.partitioning.target_multiple
+
+
+def _with_numbers(
+  fn: Callable[..., Any],
+  optimizer: optim.OptimConfig,
+  config: train_state.StepConfig,
+) -> Callable[..., Any]:
+  """Returns a step that takes the optimizer's numbers as its last argument.
+
+  So learning rates and weight decay are no part of its program, which runs that
+  differ in nothing else share.
+
+  Args:
+    fn: a function with the keyword arguments `tx` and `config`.
+    optimizer: settings of the optimizer.
+    config: settings of the step.
+  """
+
+  def step(*args: Any) -> Any:
+    *given, numbers = args
+    return fn(*given, tx=optim.make(optimizer, 1, numbers), config=config)
+
+  step.__name__ = fn.__name__  # Of the compiled program.
+  return step
 
 
 def jit_for(

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
 import difflib
+import itertools
 import json
 import logging
 import math
+import re
 import statistics
 import time
 
@@ -36,6 +38,7 @@ _log = logging.getLogger(__name__)
 _MOST_REPEATED = 20
 _LOOK_SECONDS = 20.0  # Between looks for trials of dead workers.
 _LAST_LINES = 5  # Of a failed run's output, kept with its trial.
+_MOST_GROUP = 24  # Characters of a study's name in those of its jobs.
 
 Command = Callable[[points.RunConfig, str], Sequence[str]]
 
@@ -143,7 +146,9 @@ class Scheduler:
             looked = time.monotonic()
           self._fill()
           self._poll()
-          if not self._active and (self._stopping or self._is_done()):
+          if self._stopping and (self._launcher.stays or not self._active):
+            return
+          if not self._active and self._is_done():
             return
           time.sleep(self._poll_seconds if self._active else 1.0)
       except BaseException:
@@ -160,21 +165,23 @@ class Scheduler:
 
   def _fill(self) -> None:
     """Starts runs as long as there is room for more."""
-    while not self._stopping and self._num_running() < self._parallel:
-      run = next(self._waiting(), None)
-      if run is not None:
-        self._start(*run)
-        continue
+    if self._stopping:
+      return
+    running = [r for a in self._active for r in a.runs if r.handle is not None]
+    room = self._parallel - len(running)
+    waiting = list(itertools.islice(self._waiting(), max(room, 0)))
+    while len(waiting) < room and not self._is_empty:
       trial = next(self._source, None)
       if trial is None:
         self._is_empty = True
-        return
-      self._active.append(self._activate(trial))
-
-  def _num_running(self) -> int:
-    return sum(r.handle is not None for a in self._active for r in a.runs)
+        break
+      active = self._activate(trial)
+      self._active.append(active)
+      waiting += [(active, run) for run in active.runs]
+    self._start(waiting[: max(room, 0)])
 
   def _waiting(self) -> Iterator[tuple[_Active, _Run]]:
+    """Yields the runs that nothing runs and that are not over."""
     for active in self._active:
       for run in active.runs:
         if run.handle is None and not run.is_over and not active.is_pruned:
@@ -279,28 +286,30 @@ class Scheduler:
       runs.append(run)
     return _Active(trial, runs)
 
-  def _start(self, active: _Active, run: _Run) -> None:
-    run.seen = run.progress.read()
-    if run.seen.finished:  # By an earlier worker that could not say so.
-      self._conclude(run)
+  def _start(self, waiting: Sequence[tuple[_Active, _Run]]) -> None:
+    """Hands runs in together, which clusters like better."""
+    jobs, runs = [], []
+    for active, run in waiting:
+      run.seen = run.progress.read()
+      if run.seen.finished:  # By an earlier worker that could not say so.
+        self._conclude(run)
+        continue
+      if run.failures == 0 and run.seen.step == 0:
+        self._say(f'{_name(active.trial)}: starts')
+      run.submitted_at = run.seen.step
+      runs.append((active, run))
+      jobs.append(job_of(run.config, self._command, self._study.directory))
+    if not jobs:
       return
-    workdir = str(self._study.workdir(run.key))
-    job = launcher_lib.Job(
-      name=f'{self._study.directory.name}-{run.key}',
-      command=self._command(run.config, workdir),
-      workdir=workdir,
-      log=str(self._study.directory / 'logs' / f'{run.key}.log'),
-      settings=run.config.settings,
-    )
-    if run.failures == 0 and run.seen.step == 0:
-      self._say(f'{_name(active.trial)}: starts')
-    run.submitted_at = run.seen.step
     try:
-      run.handle = self._launcher.submit(job)
+      handles = self._launcher.submit(jobs)
     except launcher_lib.LaunchError as error:
-      self._fail(active, run, str(error))
+      for active, run in runs:
+        self._fail(active, run, str(error))
       return
-    self._write_handle(run)
+    for (_, run), handle in zip(runs, handles, strict=True):
+      run.handle = handle
+      self._write_handle(run)
 
   def _poll(self) -> None:
     for active in list(self._active):
@@ -313,14 +322,17 @@ class Scheduler:
 
   def _look_after(self, active: _Active, run: _Run) -> None:
     assert run.handle is not None
-    if self._stopping and not self._launcher.stays:
-      self._launcher.cancel(run.handle)
+    before = json.dumps(run.handle)
     try:
+      if self._stopping and not self._launcher.stays:
+        self._launcher.cancel(run.handle)
       # Before its files: what it wrote last is read once it is over.
       state = self._launcher.state(run.handle)
     except launcher_lib.LaunchError as error:
       _log.warning('%s; asked again later.', error)
       return
+    if json.dumps(run.handle) != before:
+      self._write_handle(run)
     run.seen = run.progress.read()
     if not state.is_over:
       return
@@ -451,6 +463,30 @@ class Scheduler:
 
   def _forget_handle(self, run: _Run) -> None:
     self._handle_file(run).unlink(missing_ok=True)
+
+
+def job_of(
+  run: points.RunConfig, command: Command, directory: epath.Path
+) -> launcher_lib.Job:
+  """Returns the job of a run.
+
+  Args:
+    run: the run.
+    command: function from a run and its workdir to its command line.
+    directory: directory of the study.
+  """
+  group = re.sub('[^a-z0-9]+', '-', directory.name.lower()).strip('-')
+  group = group[:_MOST_GROUP].rstrip('-') or 'study'
+  group = group if group[0].isalpha() else f's-{group}'
+  workdir = str(directory / 'trials' / run.key)
+  return launcher_lib.Job(
+    name=f'{group}-{run.key}',
+    command=command(run, workdir),
+    workdir=workdir,
+    log=str(directory / 'logs' / f'{run.key}.log'),
+    group=group,
+    settings=run.settings,
+  )
 
 
 def check_metric(

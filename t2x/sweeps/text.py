@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import math
 
+from t2x import files
 from t2x.config import experiment
 from t2x.cost_model import estimate
 from t2x.sweeps import points
@@ -44,32 +45,20 @@ def plan(
     )
   shown = list(points.combinations(sweep))
   costs = _Costs(devices)
-  rows, texts = [['trial', *sweep.parameters, *_Costs.NAMES]], []
+  rows, jobs = [['trial', *sweep.parameters, *_Costs.NAMES]], []
   for number, point in enumerate(shown):
     found = points.candidate(facts.config, sweep, point)
     values = [_value(value) for value in point.values()]
     rows.append([str(number), *values, *costs.of(found)])
-    if len(texts) < _MOST_COMMANDS:
-      texts += [
-        launcher.render(_job(run, command, directory)) for run in found.runs
+    if len(jobs) < _MOST_COMMANDS:
+      jobs += [
+        scheduler.job_of(run, command, files.path(directory))
+        for run in found.runs
       ]
   lines += text_table.aligned(rows)
   lines += ['', 'What is run, for the first of them:', '']
-  lines += ['\n\n'.join(texts[:_MOST_COMMANDS])]
+  lines += [launcher.render(jobs[:_MOST_COMMANDS])]
   return '\n'.join(lines)
-
-
-def _job(
-  run: points.RunConfig, command: scheduler.Command, directory: str
-) -> launcher_lib.Job:
-  workdir = f'{directory}/trials/{run.key}'
-  return launcher_lib.Job(
-    name=f'sweep-{run.key}',
-    command=command(run, workdir),
-    workdir=workdir,
-    log=f'{directory}/logs/{run.key}.log',
-    settings=run.settings,
-  )
 
 
 class _Costs:

@@ -246,15 +246,64 @@ def num_updates(opt_state: Any) -> jax.Array:
   return opt_state[-1].count
 
 
-def make(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
-  """Returns the optimizer: clip, scale, decay, learning rate."""
+Numbers = dict[str, jax.Array]
+
+
+def numbers_shapes(num_steps: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the shapes of `numbers_of`, which runs of like lengths share."""
+  length = 1 << (num_steps - 1).bit_length()
+  return {
+    'rates': jax.ShapeDtypeStruct((length,), jnp.float32),
+    'weight_decay': jax.ShapeDtypeStruct((), jnp.float32),
+  }
+
+
+def numbers_of(config: OptimConfig, num_steps: int) -> Numbers:
+  """Returns the numbers of an optimizer that its program is given as arrays.
+
+  Runs that differ in them alone share one compiled program.
+
+  Args:
+    config: settings of the optimizer.
+    num_steps: updates of the run.
+
+  Returns:
+    `rates`, the learning rate of each update, (N,), where N is the next power
+    of two, past the end that of the last; and `weight_decay`, 0 for an
+    optimizer without any.
+  """
+  (length,) = numbers_shapes(num_steps)['rates'].shape
+  schedule = make_schedule(config, num_steps)
+  rates = jax.jit(jax.vmap(schedule))(jnp.arange(length))
+  decay = config.weight_decay if isinstance(config, Decayed) else 0.0
+  return {
+    'rates': rates.astype(jnp.float32),
+    'weight_decay': jnp.asarray(decay, jnp.float32),
+  }
+
+
+def make(
+  config: OptimConfig, num_steps: int, numbers: Numbers | None = None
+) -> optax.GradientTransformation:
+  """Returns the optimizer: clip, scale, decay, learning rate.
+
+  Args:
+    config: settings of the optimizer.
+    num_steps: updates of the run.
+    numbers: the numbers of `numbers_of`, traced or not, that replace those of
+      `config`; None keeps these.
+  """
   rate = make_schedule(config, num_steps)
+  if numbers is not None:
+    rates = numbers['rates']
+    rate = lambda count: rates[jnp.minimum(count, rates.shape[0] - 1)]
   parts = []
   if config.clip_norm is not None:
     parts.append(_clip(config.clip_norm))
   parts.append(_scaling(config))
   if isinstance(config, Decayed) and config.weight_decay:
-    parts.append(optax.add_decayed_weights(config.weight_decay, is_decayed))
+    decay = numbers['weight_decay'] if numbers else config.weight_decay
+    parts.append(optax.add_decayed_weights(decay, is_decayed))
   parts.append(optax.scale_by_learning_rate(rate))
   return optax.chain(*parts)
 

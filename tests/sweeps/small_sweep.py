@@ -12,6 +12,7 @@ from t2x.sweeps import scheduler
 from t2x.sweeps import search
 from t2x.sweeps import space
 from t2x.sweeps import study as study_lib
+from t2x.sweeps.launchers import launcher
 from t2x.sweeps.launchers import local
 
 _STAND_IN = pathlib.Path(__file__).parent / 'stand_in.py'
@@ -48,6 +49,14 @@ def command(run: points.RunConfig, workdir: str) -> list[str]:
   """Returns the command line of a stand-in."""
   own = [p for n, v in run.settings.items() for p in ('--set', f'{n}={v}')]
   return [sys.executable, str(_STAND_IN), f'--workdir={workdir}', *own]
+
+
+def job(study: study_lib.Study) -> launcher.Job:
+  """Returns the job of a study's first point."""
+  found = points.candidate(
+    study.facts.config, study.sweep, {'optim.learning_rate': RATES[0]}
+  )
+  return scheduler.job_of(found.runs[0], command, study.directory)
 
 
 def worker(study: study_lib.Study, **options) -> scheduler.Scheduler:

@@ -1,21 +1,39 @@
-"""The launchers by name; each is imported once it is chosen."""
+"""The launchers by name; what they need is imported once one is chosen."""
 
 from collections.abc import Sequence
 import dataclasses
 
 from t2x.config import overrides
+from t2x.sweeps.launchers import gke
 from t2x.sweeps.launchers import launcher as launcher_lib
 from t2x.sweeps.launchers import local
+from t2x.sweeps.launchers import skypilot
+from t2x.sweeps.launchers import slurm
+from t2x.sweeps.launchers import tpu_vm
 
-LauncherConfig = local.Local
-KINDS = ('local',)
+LauncherConfig = (
+  local.Local | slurm.Slurm | gke.Gke | tpu_vm.TpuVm | skypilot.SkyPilot
+)
+_LAUNCHERS = {
+  'local': local.LocalLauncher,
+  'slurm': slurm.SlurmLauncher,
+  'gke': gke.GkeLauncher,
+  'tpu_vm': tpu_vm.TpuVmLauncher,
+  'skypilot': skypilot.SkyPilotLauncher,
+}
+KINDS = tuple(_LAUNCHERS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Chosen:
-  """A launcher's config, as a field for `overrides`."""
+  """A launcher's config, as a field for `overrides`.
 
-  launcher: LauncherConfig = local.Local()
+  Attributes:
+    launcher: the config; None before one is chosen, so that no kind takes over
+      what another has.
+  """
+
+  launcher: LauncherConfig | None = None
 
 
 def make(kind: str, settings: Sequence[str] = ()) -> launcher_lib.Launcher:
@@ -31,4 +49,6 @@ def make(kind: str, settings: Sequence[str] = ()) -> launcher_lib.Launcher:
   given = overrides.parse_settings(settings)
   named = {f'launcher.{name}': value for name, value in given.items()}
   config = overrides.override(_Chosen(), {'launcher': kind, **named}).launcher
-  return local.LocalLauncher(config)
+  if config is None:
+    raise ValueError(f'--launcher={kind}: it is one of {", ".join(KINDS)}.')
+  return _LAUNCHERS[kind](config)

@@ -1,5 +1,6 @@
 """What a launcher is: it starts jobs, looks after them and ends them."""
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
@@ -23,6 +24,7 @@ class Job:
     command: command line of one process, from the project's root.
     workdir: directory of the run, local or gs://.
     log: local file for what it prints.
+    group: name that the jobs of a study share.
     settings: the run's settings, for labels.
   """
 
@@ -30,6 +32,7 @@ class Job:
   command: Sequence[str]
   workdir: str
   log: str
+  group: str
   settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   @property
@@ -75,15 +78,17 @@ class Launcher(Protocol):
     """Raises ValueError if nothing can be started from here."""
     ...
 
-  def render(self, job: Job) -> str:
-    """Returns the command or manifest that `submit` uses, as text."""
+  def render(self, jobs: Sequence[Job]) -> str:
+    """Returns the commands or manifests that `submit` uses, as text."""
     ...
 
-  def submit(self, job: Job) -> Handle:
-    """Starts a job.
+  def submit(self, jobs: Sequence[Job]) -> list[Handle]:
+    """Starts jobs, and returns what finds each of them again.
+
+    A launcher may change a handle in `state` and `cancel`; it is kept so.
 
     Raises:
-      LaunchError: it could not be started.
+      LaunchError: one could not be started; none of them runs then.
     """
     ...
 
@@ -106,3 +111,29 @@ class Launcher(Protocol):
 
 class LaunchError(RuntimeError):
   """A job could not be started, or its engine could not be asked."""
+
+
+def one_by_one(
+  launcher: Launcher,
+  start: Callable[[Job], Handle],
+  jobs: Sequence[Job],
+) -> list[Handle]:
+  """Starts jobs one after another; if one fails, those before are ended.
+
+  Args:
+    launcher: the launcher of the jobs.
+    start: function that starts one of them.
+    jobs: the jobs.
+
+  Raises:
+    LaunchError: one could not be started.
+  """
+  handles: list[Handle] = []
+  try:
+    for job in jobs:
+      handles.append(start(job))
+  except LaunchError:
+    for handle in handles:
+      launcher.cancel(handle)
+    raise
+  return handles

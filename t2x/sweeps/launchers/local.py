@@ -1,5 +1,6 @@
 """Runs of a sweep as processes of this machine."""
 
+from collections.abc import Sequence
 import ctypes
 import dataclasses
 import os
@@ -103,19 +104,24 @@ class LocalLauncher:
     flags = ' '.join([*kept, f'{_COUNT}={self._config.devices}'])
     return {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
 
-  def render(self, job: launcher.Job) -> str:
-    """Returns the command line, with what it needs in the environment."""
+  def render(self, jobs: Sequence[launcher.Job]) -> str:
+    """Returns the command lines, with what they need in the environment."""
     settings = [
       f'{name}={shlex.quote(value)}' for name, value in self._settings().items()
     ]
-    return ' '.join([*settings, shlex.join(self._command(job))])
+    return '\n\n'.join(
+      ' '.join([*settings, shlex.join(self._command(job))]) for job in jobs
+    )
 
-  def submit(self, job: launcher.Job) -> launcher.Handle:
-    """Starts a job in a session of its own.
+  def submit(self, jobs: Sequence[launcher.Job]) -> list[launcher.Handle]:
+    """Starts each job in a session of its own.
 
     Raises:
-      LaunchError: the process could not be started.
+      LaunchError: a process could not be started.
     """
+    return launcher.one_by_one(self, self._start, jobs)
+
+  def _start(self, job: launcher.Job) -> launcher.Handle:
     command = self._command(job)
     if command[0] == 'python':
       command[0] = sys.executable

@@ -1,0 +1,238 @@
+"""Runs of a sweep as the tasks of SLURM job arrays.
+
+A trial is one task of an array, of as many nodes as it needs, with a process on
+each. SIGTERM comes some minutes before the time limit: the run saves, and its
+task goes back into the queue and on from there. So it does where a task is
+preempted or its node fails.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import os
+import pathlib
+import shlex
+import time
+from typing import ClassVar
+
+from t2x import field_checks
+from t2x.sweeps import points
+from t2x.sweeps.launchers import launcher
+from t2x.sweeps.launchers import local
+from t2x.sweeps.launchers import programs
+
+_ROOT = pathlib.Path(__file__).resolve().parents[3]
+_WAITS = ('PENDING', 'CONFIGURING', 'REQUEUED', 'REQUEUE_HOLD', 'SUSPENDED')
+_RUNS = ('RUNNING', 'COMPLETING', 'SIGNALING', 'STAGE_OUT')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slurm:
+  """Settings of runs on a SLURM cluster, whose nodes see the study's directory.
+
+  Attributes:
+    nodes: nodes of each run, with one process on each.
+    devices_per_node: devices of a node, as JAX counts them.
+    gpus_per_node: GPUs that a node is asked for; None asks for none.
+    cpus_per_task: cores of each process; None takes the cluster's default.
+    partition: partition of the cluster; None takes the default.
+    account: account that is charged; None takes the default.
+    time: limit of a task, as HH:MM:SS; it is queued again where it needs more.
+    save_seconds: seconds before that limit at which a run saves.
+    options: further lines of the script, as 'constraint=h100'.
+    setup: shell commands before a run, such as 'module load cuda'.
+    poll_seconds: seconds between two questions to the queue.
+  """
+
+  kind: ClassVar[str] = 'slurm'
+  nodes: int = 1
+  devices_per_node: int = 8
+  gpus_per_node: int | None = None
+  cpus_per_task: int | None = None
+  partition: str | None = None
+  account: str | None = None
+  time: str = '24:00:00'
+  save_seconds: int = 300
+  options: tuple[str, ...] = ()
+  setup: str = ''
+  poll_seconds: float = 15.0
+
+  def __post_init__(self) -> None:
+    field_checks.least(
+      self,
+      'launcher.',
+      nodes=1,
+      devices_per_node=1,
+      gpus_per_node=1,
+      cpus_per_task=1,
+      save_seconds=1,
+      poll_seconds=0.0,
+    )
+
+
+class SlurmLauncher:
+  """Hands arrays in by sbatch, looks at the queue by squeue."""
+
+  stays = True
+
+  def __init__(self, config: Slurm):
+    self._config = config
+    self._queue: dict[str, str] = {}
+    self._asked = -1e9
+    self._known: set[str] = set()
+
+  @property
+  def devices(self) -> points.Devices:
+    """The devices of one run."""
+    nodes = self._config.nodes
+    return points.Devices(
+      number=nodes * self._config.devices_per_node, num_slices=nodes
+    )
+
+  def check(self) -> None:
+    """Raises ValueError if SLURM's programs are not here."""
+    remedy = 'Give the command on a login node of the SLURM cluster.'
+    for name in ('sbatch', 'squeue', 'scancel'):
+      programs.need(name, remedy)
+
+  def script(self, jobs: Sequence[launcher.Job], most: int | None) -> str:
+    """Returns the script of an array over jobs.
+
+    Args:
+      jobs: the jobs, one task for each.
+      most: tasks that run at a time; None does not limit them.
+    """
+    c = self._config
+    folder = pathlib.Path(jobs[0].log).parent
+    options = {
+      'job-name': jobs[0].name if len(jobs) == 1 else jobs[0].group,
+      'array': f'0-{len(jobs) - 1}' + (f'%{most}' if most else ''),
+      'nodes': c.nodes,
+      'ntasks-per-node': 1,
+      'gpus-per-node': c.gpus_per_node,
+      'cpus-per-task': c.cpus_per_task,
+      'partition': c.partition,
+      'account': c.account,
+      'time': c.time,
+      'signal': f'TERM@{c.save_seconds}',
+      'open-mode': 'append',
+      'output': f'{folder}/slurm-%A-%a.log',
+    }
+    lines = [f'--{name}={v}' for name, v in options.items() if v is not None]
+    lines += ['--requeue', *(f'--{option}' for option in c.options)]
+    return _SCRIPT.format(
+      options='\n'.join(f'#SBATCH {line}' for line in lines),
+      root=shlex.quote(str(_ROOT)),
+      setup=c.setup or ':',
+      tasks='\n'.join(_task(i, job) for i, job in enumerate(jobs)),
+    )
+
+  def render(self, jobs: Sequence[launcher.Job]) -> str:
+    """Returns the script of the array."""
+    return self.script(jobs, None)
+
+  def submit(self, jobs: Sequence[launcher.Job]) -> list[launcher.Handle]:
+    """Hands jobs in as one array.
+
+    Raises:
+      LaunchError: sbatch refuses it.
+    """
+    for job in jobs:
+      _status_file(job.log).unlink(missing_ok=True)
+    said = programs.call(
+      ['sbatch', '--parsable'], stdin=self.script(jobs, None)
+    )
+    array = said.strip().partition(';')[0]
+    handles = []
+    for i, job in enumerate(jobs):
+      task = f'{array}_{i}'
+      self._known.add(task)
+      handles.append({'task': task, 'log': job.log})
+    self._asked = -1e9
+    return handles
+
+  def state(self, handle: launcher.Handle) -> launcher.JobState:
+    """Returns the state by the queue, and by the status that a task leaves."""
+    task = handle['task']
+    self._known.add(task)
+    self._ask()
+    state = self._queue.get(task)
+    if state in _WAITS:
+      return launcher.JobState(phase='queued', message=state.lower())
+    if state in _RUNS:
+      return launcher.JobState(phase='running')
+    file = _status_file(handle['log'])
+    if not file.exists():
+      message = f'SLURM: {state.lower()}' if state else 'it left the queue'
+      phase = 'preempted' if state in ('PREEMPTED', 'NODE_FAIL') else 'lost'
+      return launcher.JobState(phase=phase, message=message)
+    status = file.read_text().strip()
+    if status == '0':
+      return launcher.JobState(phase='ended')
+    return launcher.JobState(phase='failed', message=f'exit status {status}')
+
+  def _ask(self) -> None:
+    """Asks for all tasks at once, at most every few seconds."""
+    if time.monotonic() - self._asked < self._config.poll_seconds:
+      return
+    arrays = sorted({task.partition('_')[0] for task in self._known})
+    said = programs.call(
+      ['squeue', '--noheader', '--array', '--format=%i|%T']
+      + [f'--user={os.environ.get("USER") or os.getuid()}']
+    )
+    self._queue = {}
+    for line in said.splitlines():
+      task, _, state = line.strip().partition('|')
+      if task.partition('_')[0] in arrays:
+        self._queue[task] = state
+    self._asked = time.monotonic()
+
+  def logs(self, handle: launcher.Handle, num_lines: int = 20) -> str:
+    """Returns the last lines of the run's log."""
+    return local.tail(handle['log'], num_lines)
+
+  def cancel(self, handle: launcher.Handle) -> None:
+    """Ends a task by scancel, which sends SIGTERM first."""
+    if not handle.get('cancelled'):
+      programs.call(['scancel', handle['task']])
+      handle['cancelled'] = True
+      self._asked = -1e9
+
+  def close(self) -> None:
+    """Does nothing."""
+
+
+def _status_file(log: str) -> pathlib.Path:
+  return pathlib.Path(log).with_suffix('.status')
+
+
+def _task(number: int, job: launcher.Job) -> str:
+  status = shlex.quote(str(_status_file(job.log)))
+  finished = shlex.quote(f'{job.workdir}/finished.json')
+  return (
+    f'  {number})\n'
+    f'    command={shlex.quote(job.text)}\n'
+    f'    log={shlex.quote(job.log)} status={status} finished={finished} ;;'
+  )
+
+
+_SCRIPT = """\
+#!/bin/bash
+{options}
+# One task for each run; `srun` starts its command once on each node, and the
+# processes find each other by SLURM's environment.
+cd {root}
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+{setup}
+case $SLURM_ARRAY_TASK_ID in
+{tasks}
+esac
+srun --kill-on-bad-exit=1 --output="$log" --open-mode=append \\
+  bash -c "exec $command"
+code=$?
+if [[ $code == 0 && ! -e $finished ]]; then
+  # Saved before its time was over: the same task goes on, later.
+  scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID" && exit 0
+fi
+echo $code >"$status"
+exit $code
+"""
