@@ -2,7 +2,8 @@
 
 It takes a run's command line, goes on from the rows that are there, saves on
 SIGTERM and ends. Its loss after a step is (log10(rate) + 2)**2 + 1 / step, with
-a little of the seed, so that 1e-2 is the best rate.
+a little of the seed, so that 1e-2 is the best rate. Of several processes, the
+first does this; others wait for its end.
 
 STEPS: steps in all. PAUSE: seconds after each. DIE=STEP:TIMES: exit status 3
 after a step, so many times. NAN_ABOVE: rate above which the loss is not finite.
@@ -33,6 +34,13 @@ def main() -> None:
   signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
   env = os.environ.get
   workdir.mkdir(parents=True, exist_ok=True)
+  others = [a for a in sys.argv if a.startswith('--process_id=')]
+  if others and others[0] != '--process_id=0':
+    with open(workdir / 'others', 'a') as f:
+      f.write(f'{os.getpid()}\n')
+    while not stopped and not (workdir / 'finished.json').exists():
+      time.sleep(0.02)
+    return
   with open(workdir / 'starts', 'a') as f:
     f.write(f'{os.getpid()}\n')
   if env('NO_ROWS'):

@@ -5,7 +5,9 @@ import json
 import os
 import pathlib
 import re
+import subprocess
 import sys
+import time
 
 import jsonschema
 import program_stand_in
@@ -93,19 +95,51 @@ def schema():
     pytest.skip(f'{file.name} is not here: set JOBSET_CRD to its path')
   resource = yaml.load(gzip.open(file), Loader=yaml.CSafeLoader)
   (version,) = resource['spec']['versions']
-  return _closed(version['schema']['openAPIV3Schema'])
+  # Of a validator: `jsonschema.validate` would check the schema itself anew.
+  return jsonschema.Draft202012Validator(
+    _closed(version['schema']['openAPIV3Schema'])
+  )
 
 
 @pytest.mark.parametrize('name, num', _CASES)
 def test_jobsets_keep_to_their_schema(schema, name, num):
   made = _make('gke', slice=name, num_slices=num, spot=True, priority='high')
   manifest = made.manifest(_job())
-  jsonschema.validate(manifest, schema)
+  schema.validate(manifest)
   # The schema takes 60.0 for a whole number, and Kubernetes does not.
   assert not re.search(r': \d+\.\d', json.dumps(manifest))
   manifest['spec']['replicatedJobs'][0]['template']['spec']['paralelism'] = 1
   with pytest.raises(jsonschema.ValidationError, match='paralelism'):
-    jsonschema.validate(manifest, schema)
+    schema.validate(manifest)
+
+
+def _end_of_pod(tmp_path, signal_after=None, **environment):
+  """Returns the exit status of a pod's script, whose run is a stand-in."""
+  stand_in = _HERE / 'stand_in.py'
+  workdir = tmp_path / 'run'
+  command = (sys.executable, str(stand_in), f'--workdir={workdir}')
+  manifest = _make('gke').manifest(_job(command=command))
+  (slices,) = manifest['spec']['replicatedJobs']
+  pod = slices['template']['spec']['template']['spec']
+  child = subprocess.Popen(
+    pod['containers'][0]['command'], env={**os.environ, **environment}
+  )
+  if signal_after:
+    deadline = time.monotonic() + 20
+    while not (workdir / 'metrics.jsonl').exists():
+      assert time.monotonic() < deadline
+      time.sleep(0.02)
+    time.sleep(signal_after)
+    child.terminate()
+  return child.wait(timeout=30)
+
+
+def test_a_pod_says_how_it_ended(tmp_path):
+  assert _end_of_pod(tmp_path / 'whole') == 0
+  assert _end_of_pod(tmp_path / 'dies', DIE='3:9') == 3
+  # Preempted: it saved, and is to be started again.
+  assert _end_of_pod(tmp_path / 'told', 0.2, PAUSE='0.2') == 42
+  assert not (tmp_path / 'told' / 'run' / 'finished.json').exists()
 
 
 # What a JobSet is made of, for where the definition is not at hand.

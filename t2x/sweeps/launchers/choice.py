@@ -7,15 +7,22 @@ from t2x.config import overrides
 from t2x.sweeps.launchers import gke
 from t2x.sweeps.launchers import launcher as launcher_lib
 from t2x.sweeps.launchers import local
+from t2x.sweeps.launchers import ray_cluster
 from t2x.sweeps.launchers import skypilot
 from t2x.sweeps.launchers import slurm
 from t2x.sweeps.launchers import tpu_vm
 
 LauncherConfig = (
-  local.Local | slurm.Slurm | gke.Gke | tpu_vm.TpuVm | skypilot.SkyPilot
+  local.Local
+  | ray_cluster.Ray
+  | slurm.Slurm
+  | gke.Gke
+  | tpu_vm.TpuVm
+  | skypilot.SkyPilot
 )
 _LAUNCHERS = {
   'local': local.LocalLauncher,
+  'ray': ray_cluster.RayLauncher,
   'slurm': slurm.SlurmLauncher,
   'gke': gke.GkeLauncher,
   'tpu_vm': tpu_vm.TpuVmLauncher,

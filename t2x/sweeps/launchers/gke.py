@@ -23,8 +23,8 @@ from t2x.sweeps.launchers import manifests
 from t2x.sweeps.launchers import programs
 
 _SAVED = 42  # Exit status of a pod whose run saved and has more to do.
-# Of a run that would fail again: its own errors, Python's, and the shell's where
-# there is no such program. After any other, signals too, it is started again.
+# Exit statuses of a run that would fail again: its own errors and Python's, and
+# the shell's where there is no such program.
 _ERRORS = (1, 2, 126, 127)
 _MOST_NAME = 63 - len('-slice-0-000-00000')  # Pods are named after it.
 _LABEL = 'jobset.sigs.k8s.io/jobset-name'

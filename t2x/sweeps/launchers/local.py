@@ -1,7 +1,6 @@
 """Runs of a sweep as processes of this machine."""
 
 from collections.abc import Sequence
-import ctypes
 import dataclasses
 import os
 import pathlib
@@ -16,10 +15,9 @@ from t2x import field_checks
 from t2x.sweeps import ownership
 from t2x.sweeps import points
 from t2x.sweeps.launchers import launcher
+from t2x.sweeps.launchers import processes
 
 _ROOT = pathlib.Path(__file__).resolve().parents[3]
-_COUNT = '--xla_force_host_platform_device_count'
-_PARENT_DEATH = 1  # PR_SET_PDEATHSIG of prctl(2).
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,19 +93,16 @@ class LocalLauncher:
       ]
     return command
 
-  def _settings(self) -> dict[str, str]:
-    """Returns the environment variables that a run needs."""
-    if self._config.devices is None or self._config.processes > 1:
-      return {}
-    others = os.environ.get('XLA_FLAGS', '').split()
-    kept = [flag for flag in others if not flag.startswith(_COUNT)]
-    flags = ' '.join([*kept, f'{_COUNT}={self._config.devices}'])
-    return {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
+  @property
+  def _simulated(self) -> int | None:
+    """The devices that a run's own process simulates."""
+    return self._config.devices if self._config.processes == 1 else None
 
   def render(self, jobs: Sequence[launcher.Job]) -> str:
     """Returns the command lines, with what they need in the environment."""
     settings = [
-      f'{name}={shlex.quote(value)}' for name, value in self._settings().items()
+      f'{name}={shlex.quote(value)}'
+      for name, value in processes.simulating(self._simulated).items()
     ]
     return '\n\n'.join(
       ' '.join([*settings, shlex.join(self._command(job))]) for job in jobs
@@ -125,24 +120,17 @@ class LocalLauncher:
     command = self._command(job)
     if command[0] == 'python':
       command[0] = sys.executable
-    path = os.environ.get('PYTHONPATH')
-    environment = {
-      **os.environ,
-      **self._settings(),
-      'PYTHONPATH': f'{_ROOT}:{path}' if path else str(_ROOT),
-      'PYTHONUNBUFFERED': '1',
-    }
     try:
       with open(job.log, 'ab') as log:
         child = subprocess.Popen(
           command,
           cwd=_ROOT,
-          env=environment,
+          env=processes.environment(str(_ROOT), self._simulated),
           stdin=subprocess.DEVNULL,
           stdout=log,
           stderr=subprocess.STDOUT,
           start_new_session=True,
-          preexec_fn=_end_with_parent,
+          preexec_fn=processes.end_with_parent,
         )
     except OSError as error:
       raise launcher.LaunchError(
@@ -169,7 +157,9 @@ class LocalLauncher:
     self._asked.pop(number, None)
     if code == 0:
       return launcher.JobState(phase='ended')
-    return launcher.JobState(phase='failed', message=_how(code))
+    return launcher.JobState(
+      phase='failed', message=processes.describe_exit(code)
+    )
 
   def _insist(self, number: int) -> None:
     """Kills a process that has not heeded a request to end."""
@@ -183,7 +173,7 @@ class LocalLauncher:
 
   def logs(self, handle: launcher.Handle, num_lines: int = 20) -> str:
     """Returns the last lines of the log."""
-    return tail(handle['log'], num_lines)
+    return processes.tail(handle['log'], num_lines)
 
   def cancel(self, handle: launcher.Handle) -> None:
     """Sends SIGTERM, upon which a run saves and ends; later SIGKILL."""
@@ -196,17 +186,6 @@ class LocalLauncher:
     """Does nothing."""
 
 
-def tail(file: str, num_lines: int) -> str:
-  """Returns the last lines of a local file; '' if there is no such file."""
-  try:
-    with open(file, 'rb') as f:
-      f.seek(max(f.seek(0, os.SEEK_END) - (1 << 16), 0))
-      text = f.read().decode('utf-8', 'replace')
-  except FileNotFoundError:
-    return ''
-  return '\n'.join(text.splitlines()[-num_lines:])
-
-
 def _signal(number: int, what: signal.Signals) -> None:
   try:
     # To the process alone: launch_local.py hands it on to its own.
@@ -215,33 +194,11 @@ def _signal(number: int, what: signal.Signals) -> None:
     pass
 
 
-def _end_with_parent() -> None:
-  """Lets the kernel send SIGTERM once the sweep's process is killed.
-
-  The run saves then. Without it, a sweep that goes on elsewhere could start a
-  second process in the same workdir.
-  """
-  try:
-    prctl = ctypes.CDLL(None).prctl
-  except (OSError, AttributeError):  # No Linux.
-    return
-  prctl(_PARENT_DEATH, signal.SIGTERM)
-
-
-def _how(code: int) -> str:
-  if code > 0:
-    return f'exit status {code}'
-  try:
-    return f'signal {-code} ({signal.Signals(-code).name})'
-  except ValueError:
-    return f'signal {-code}'
-
-
 def _num_devices() -> int:
   """Returns the devices that a process of this machine sees by itself."""
   for flag in os.environ.get('XLA_FLAGS', '').split():
     name, _, value = flag.partition('=')
-    if name == _COUNT and os.environ.get('JAX_PLATFORMS') == 'cpu':
+    if name == processes.COUNT and os.environ.get('JAX_PLATFORMS') == 'cpu':
       return int(value)
   # A process of its own: this one must not take the devices.
   code = 'import jax; print(jax.device_count())'

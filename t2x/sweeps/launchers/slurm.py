@@ -17,7 +17,7 @@ from typing import ClassVar
 from t2x import field_checks
 from t2x.sweeps import points
 from t2x.sweeps.launchers import launcher
-from t2x.sweeps.launchers import local
+from t2x.sweeps.launchers import processes
 from t2x.sweeps.launchers import programs
 
 _ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -188,7 +188,7 @@ class SlurmLauncher:
 
   def logs(self, handle: launcher.Handle, num_lines: int = 20) -> str:
     """Returns the last lines of the run's log."""
-    return local.tail(handle['log'], num_lines)
+    return processes.tail(handle['log'], num_lines)
 
   def cancel(self, handle: launcher.Handle) -> None:
     """Ends a task by scancel, which sends SIGTERM first."""

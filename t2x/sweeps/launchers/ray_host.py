@@ -1,0 +1,76 @@
+"""An actor of Ray that looks after a run's process on one host.
+
+JAX is imported by the process alone: in the actor it would hold the TPU.
+"""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from t2x.sweeps.launchers import processes
+
+
+class Host:
+  """An actor: a run's process on one host."""
+
+  def __init__(self, directory: str):
+    # Ray lets the kernel forget how children end, and Python then takes 0.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    self._directory = directory
+    self._child: subprocess.Popen[bytes] | None = None
+    self._log = pathlib.Path(f'/tmp/t2x-{os.getpid()}.log')
+
+  def address(self) -> str:
+    """Returns HOST:PORT, a free port of this host."""
+    import ray
+
+    with socket.socket() as s:
+      s.bind(('', 0))
+      return f'{ray.util.get_node_ip_address()}:{s.getsockname()[1]}'
+
+  def start(self, command: list[str], devices: int | None) -> None:
+    """Starts the process."""
+    environment = processes.environment(self._directory, devices)
+    if command[0] == 'python':
+      command = [sys.executable, *command[1:]]
+    with open(self._log, 'wb') as log:
+      self._child = subprocess.Popen(
+        command,
+        cwd=self._directory,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=processes.end_with_parent,
+      )
+
+  def status(self) -> int | None:
+    """Returns the exit status, or None while the process runs."""
+    assert self._child is not None
+    return self._child.poll()
+
+  def tail(self, num_lines: int) -> str:
+    """Returns the last lines that the process has printed."""
+    return processes.tail(str(self._log), num_lines)
+
+  def ask_to_end(self) -> None:
+    """Sends SIGTERM, upon which the run saves."""
+    if self._child is not None and self._child.poll() is None:
+      self._child.terminate()
+
+  def stop(self, grace_seconds: float) -> None:
+    """Ends the process, which has so long to save."""
+    if self._child is None:
+      return
+    self.ask_to_end()
+    deadline = time.monotonic() + grace_seconds
+    while self._child.poll() is None and time.monotonic() < deadline:
+      time.sleep(0.05)
+    if self._child.poll() is None:
+      self._child.kill()
+    self._log.unlink(missing_ok=True)

@@ -1,0 +1,98 @@
+"""Sweeps on a real Ray cluster of this machine."""
+
+import math
+import os
+import signal
+import threading
+import time
+
+import extras
+import pytest
+import small_sweep
+
+from t2x.sweeps import points
+from t2x.sweeps import study as study_lib
+from t2x.sweeps.launchers import choice
+from t2x.sweeps.launchers import ray_cluster
+
+extras.need('ray', extra='ray')
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope='module')
+def cluster():
+  import ray
+
+  patch = pytest.MonkeyPatch()
+  patch.setenv('PAUSE', '0.8')  # Actors have the cluster's environment.
+  ray.init(
+    num_cpus=4,
+    namespace='t2x',
+    include_dashboard=False,
+    log_to_driver=False,
+    configure_logging=False,
+  )
+  yield ray
+  ray.shutdown()
+  patch.undo()
+
+
+def _launcher():
+  return ray_cluster.RayLauncher(ray_cluster.Ray(hosts=2, devices=4))
+
+
+def _losses():
+  return [(math.log10(rate) + 2) ** 2 + 1 / 8 for rate in small_sweep.RATES]
+
+
+def _worker(study, **options):
+  worker = small_sweep.worker(study, **options)
+  worker._launcher = _launcher()
+  return worker
+
+
+@pytest.fixture
+def study(tmp_path):
+  return study_lib.create(tmp_path / 'study', small_sweep.facts(tmp_path))
+
+
+def _second_processes(study):
+  """Returns the second process of each run."""
+  return [
+    int(file.read_text().split()[0])
+    for file in study.directory.glob('trials/*/others')
+  ]
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_a_sweep_whose_worker_is_killed(cluster, study):
+  """One of the two processes of a run."""
+  del cluster
+  killed = []
+
+  def kill():
+    deadline = time.monotonic() + 60
+    while not killed and time.monotonic() < deadline:
+      for number in _second_processes(study)[:1]:
+        os.kill(number, signal.SIGKILL)
+        killed.append(number)
+      time.sleep(0.05)
+
+  thread = threading.Thread(target=kill)
+  thread.start()
+  worker = _worker(study)
+  worker.run()
+  thread.join()
+  assert killed
+  assert [t.value for t in study.trials()] == pytest.approx(_losses())
+  assert sum(t.outcome['failures'] for t in study.trials()) == 1
+  assert any('SIGKILL' in line for line in worker.said), worker.said
+
+
+def test_settings():
+  made = choice.make('ray', ['hosts=2', 'devices=4'])
+  assert made.devices == points.Devices(number=8)
+  tpu = choice.make('ray', ['slice=v6e-16', 'num_slices=2'])
+  assert tpu.devices == points.Devices(number=32, num_slices=2)
+  with pytest.raises(ValueError, match='say what a run gets on each host'):
+    choice.make('ray')
