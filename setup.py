@@ -39,6 +39,10 @@ EXTRAS = {
   ],
   # Programs of jax.export in files: scripts/export_model.py.
   'export': ['flatbuffers>=24.3', 'tokenizers>=0.21'],
+  # scripts/sweep.py: trials, suggestions, pruning; manifests as YAML.
+  'sweep': ['optuna>=5.0', 'pyyaml>=6.0', 'scipy>=1.13'],
+  # Its launcher of Ray clusters.
+  'ray': ['ray>=2.55'],
   # Tests that drive a page, in a browser that is installed.
   'browser': ['playwright>=1.45'],
   # scripts/docs.sh: the site, and the reference of the API from docstrings.
@@ -49,16 +53,19 @@ EXTRAS = {
     'httpx>=0.27',
     'ipykernel>=6.29',
     'jinja2>=3.1',
+    'jsonschema>=4.20',
     'llguidance>=1.3',
     'nbclient>=0.10',
     'nbformat>=5.10',
     'openai>=1.60',
+    'optuna>=5.0',
     'prometheus-client>=0.20',
     'psutil>=6.0',
     'pydantic>=2.8',
     'pyright[nodejs]>=1.1.390',
     'pytest>=9.0',
     'pytest-xdist>=3.6',
+    'pyyaml>=6.0',
     'ruff>=0.9',
     'safetensors>=0.5',
     'starlette>=0.41',

@@ -10,7 +10,7 @@
 #
 # A test that needs a further extra is skipped with its name. What the extras
 # add to a run that has passed:
-#   bash scripts/setup.sh docs reference plan && bash scripts/test.sh --skipped
+#   bash scripts/setup.sh docs reference plan ray && bash scripts/test.sh --skipped
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh test

@@ -5,7 +5,6 @@ JAX is imported by the process alone: in the actor it would hold the TPU.
 
 import os
 import pathlib
-import signal
 import socket
 import subprocess
 import sys
@@ -18,8 +17,6 @@ class Host:
   """An actor: a run's process on one host."""
 
   def __init__(self, directory: str):
-    # Ray lets the kernel forget how children end, and Python then takes 0.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     self._directory = directory
     self._child: subprocess.Popen[bytes] | None = None
     self._log = pathlib.Path(f'/tmp/t2x-{os.getpid()}.log')
