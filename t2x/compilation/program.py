@@ -78,7 +78,6 @@ class Program:
     trained: the shapes of the trained parameters, which gradients share.
     batch_sharding: the sharding of every array of a batch.
     rows: numbers of the rows of a global batch that this process holds.
-    learning_rate: update (from 0; see `optim.num_updates`) -> learning rate.
     check: raises for the text of a compiled program that must not run; None
       where none needs it.
   """
@@ -99,7 +98,6 @@ class Program:
       self.batch_sharding, config.data.batch_size
     )
     self.partitioning = partitioning.of(config, mesh.shape)
-    self.learning_rate = jax.jit(optim.make_schedule(config.optim, num_steps))
     self._num_steps = num_steps
     self._whole = whole = NamedSharding(mesh, P())
     self._define(jit_for(config, mesh), self.partitioning.step_config, whole)
@@ -165,14 +163,23 @@ class Program:
       return jax.device_put(key, self._whole)
 
   @functools.cached_property
-  def _numbers(self) -> optim.Numbers:
-    """What the optimizer goes by, on the devices."""
+  def _host_numbers(self) -> dict[str, np.ndarray]:
     with jax.transfer_guard('allow'):
-      # By the host: of several processes, each has the same.
-      numbers = jax.device_get(
+      return jax.device_get(
         optim.numbers_of(self.config.optim, self._num_steps)
       )
-      return jax.device_put(numbers, self._whole)
+
+  @functools.cached_property
+  def _numbers(self) -> optim.Numbers:
+    """The numbers of the optimizer, on the devices."""
+    with jax.transfer_guard('allow'):
+      # By the host: of several processes, each has the same.
+      return jax.device_put(self._host_numbers, self._whole)
+
+  def learning_rate(self, update: int) -> float:
+    """Returns the learning rate of an update, from 0; see `num_updates`."""
+    rates = self._host_numbers['rates']
+    return float(rates[min(int(update), len(rates) - 1)])
 
   def init_state(self) -> train_state.TrainState:
     """Draws the weights, on the devices that hold them."""

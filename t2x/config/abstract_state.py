@@ -40,6 +40,7 @@ def shapes_of(
   return shapes, batch_sharding
 
 
+@functools.lru_cache(maxsize=16)
 def state_shapes(config: experiment.Experiment) -> train_state.TrainState:
   """Returns the shapes of the state, which no layout changes."""
   tx = optim.make(config.optim, 1)

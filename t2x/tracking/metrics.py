@@ -70,7 +70,7 @@ class MetricsWriter:
     workdir.mkdir(parents=True, exist_ok=True)
     self._parts = [
       _open_rows(workdir / FILE, start_step),
-      _Events(workdir / 'tensorboard', start_step),
+      _Later(lambda: _Events(workdir / 'tensorboard', start_step)),
     ]
     if show:
       self._parts.append(progress_bar.Progress(num_steps, start_step, header))
@@ -232,6 +232,30 @@ class _UploadedRows:
   close = flush
 
 
+class _Later:
+  """A part that is made at the first row, while the devices are at work.
+
+  What it imports takes seconds, for which the first step would wait.
+  """
+
+  def __init__(self, make: Callable[[], '_Events']):
+    self._make = make
+    self._part: _Events | None = None
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    if self._part is None:
+      self._part = self._make()
+    self._part.write(row)
+
+  def flush(self) -> None:
+    if self._part is not None:
+      self._part.flush()
+
+  def close(self) -> None:
+    if self._part is not None:
+      self._part.close()
+
+
 class _Events:
   """Writes TensorBoard events, one for each row.
 
@@ -241,7 +265,7 @@ class _Events:
   """
 
   def __init__(self, folder: epath.Path, start_step: int):
-    # Slow to import, and of no use to other processes than the primary.
+    # It imports torch where that is installed.
     from tensorboardX import event_file_writer
 
     # Imported by name: type checkers see no classes in generated modules.

@@ -183,9 +183,8 @@ class Run:
     stopped = metrics['num_skipped'] >= self.config.train.max_skipped
     if step % self.config.train.log_every and not (evaluate_now or stopped):
       return
-    with jax.transfer_guard('allow'):
-      # Skipped updates are not counted, so the step would say too much.
-      rate = float(self.program.learning_rate(metrics.pop('num_updates')))
+    # Skipped updates are not counted, so the step would say too much.
+    rate = self.program.learning_rate(metrics.pop('num_updates'))
     step_flops = flops.train_flops(*flops.arguments(self.config.model, shapes))
     row = {
       'step': step,

@@ -246,12 +246,13 @@ def num_updates(opt_state: Any) -> jax.Array:
   return opt_state[-1].count
 
 
-Numbers = dict[str, jax.Array]
+Numbers = dict[str, Any]  # Arrays, on the host or traced.
+_SHORTEST = 1024  # Learning rates, that short runs share their programs.
 
 
 def numbers_shapes(num_steps: int) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns the shapes of `numbers_of`, which runs of like lengths share."""
-  length = 1 << (num_steps - 1).bit_length()
+  length = max(1 << (num_steps - 1).bit_length(), _SHORTEST)
   return {
     'rates': jax.ShapeDtypeStruct((length,), jnp.float32),
     'weight_decay': jax.ShapeDtypeStruct((), jnp.float32),
@@ -269,16 +270,17 @@ def numbers_of(config: OptimConfig, num_steps: int) -> Numbers:
 
   Returns:
     `rates`, the learning rate of each update, (N,), where N is the next power
-    of two, past the end that of the last; and `weight_decay`, 0 for an
-    optimizer without any.
+    of two and at least 1,024, past the end that of the last; and
+    `weight_decay`, 0 for an optimizer without any.
   """
   (length,) = numbers_shapes(num_steps)['rates'].shape
   schedule = make_schedule(config, num_steps)
-  rates = jax.jit(jax.vmap(schedule))(jnp.arange(length))
+  updates = np.arange(length)
+  rates = jax.jit(lambda n: schedule(n).astype(jnp.float32))(updates)
   decay = config.weight_decay if isinstance(config, Decayed) else 0.0
   return {
-    'rates': rates.astype(jnp.float32),
-    'weight_decay': jnp.asarray(decay, jnp.float32),
+    'rates': rates,
+    'weight_decay': np.float32(decay),
   }
 
 

@@ -14,6 +14,7 @@ from typing import ClassVar
 from t2x import field_checks
 from t2x.sweeps import ownership
 from t2x.sweeps import points
+from t2x.sweeps.launchers import fork_server
 from t2x.sweeps.launchers import launcher
 from t2x.sweeps.launchers import processes
 
@@ -29,12 +30,16 @@ class Local:
       leaves it the devices that the machine has.
     processes: processes of each run, which share its devices; more than one
       are started by scripts/launch_local.py.
+    warm: whether runs are forked from a process that has imported what they
+      need, which saves each some seconds; one that shares its devices among
+      processes is started in full.
     grace_seconds: seconds that a run has to save when it is to end.
   """
 
   kind: ClassVar[str] = 'local'
   devices: int | None = None
   processes: int = 1
+  warm: bool = True
   grace_seconds: float = 60.0
 
   def __post_init__(self) -> None:
@@ -66,6 +71,7 @@ class LocalLauncher:
   def __init__(self, config: Local):
     self._config = config
     self._children: dict[int, subprocess.Popen[bytes]] = {}
+    self._server: fork_server.ForkServer | None = None
     self._asked: dict[int, float] = {}
 
   @property
@@ -117,40 +123,60 @@ class LocalLauncher:
     return launcher.one_by_one(self, self._start, jobs)
 
   def _start(self, job: launcher.Job) -> launcher.Handle:
+    try:
+      number = self._fork(job) or self._spawn(job)
+    except OSError as error:
+      raise launcher.LaunchError(
+        f'{shlex.join(job.command[:2])} could not be started: {error}.'
+      ) from error
+    started = ownership.start_of(number)
+    return {'process': number, 'started': started, 'log': job.log}
+
+  def _fork(self, job: launcher.Job) -> int | None:
+    """Returns the process of a run that a fork server started, if one may."""
+    config = self._config
+    if not config.warm or config.processes > 1 or job.command[0] != 'python':
+      return None
+    environment = processes.environment(str(_ROOT), self._simulated)
+    if self._server is None:
+      self._server = fork_server.ForkServer(environment)
+    return self._server.start(
+      list(job.command[1:]), cwd=str(_ROOT), env=environment, log=job.log
+    )
+
+  def _spawn(self, job: launcher.Job) -> int:
+    """Returns the process of a run that is started in full."""
     command = self._command(job)
     if command[0] == 'python':
       command[0] = sys.executable
-    try:
-      with open(job.log, 'ab') as log:
-        child = subprocess.Popen(
-          command,
-          cwd=_ROOT,
-          env=processes.environment(str(_ROOT), self._simulated),
-          stdin=subprocess.DEVNULL,
-          stdout=log,
-          stderr=subprocess.STDOUT,
-          start_new_session=True,
-          preexec_fn=processes.end_with_parent,
-        )
-    except OSError as error:
-      raise launcher.LaunchError(
-        f'{shlex.join(command[:2])} could not be started: {error}.'
-      ) from error
+    with open(job.log, 'ab') as log:
+      child = subprocess.Popen(
+        command,
+        cwd=_ROOT,
+        env=processes.environment(str(_ROOT), self._simulated),
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=processes.end_with_parent,
+      )
     self._children[child.pid] = child
-    started = ownership.start_of(child.pid)
-    return {'process': child.pid, 'started': started, 'log': job.log}
+    return child.pid
 
   def state(self, handle: launcher.Handle) -> launcher.JobState:
     """Returns whether the process is there, and how it ended if it is known."""
     number = handle['process']
-    child = self._children.get(number)
-    if child is None:
+    server, child = self._server, self._children.get(number)
+    if server is not None and server.has(number):
+      code = server.code_of(number)
+    elif child is not None:
+      code = child.poll()
+    else:
       started = handle['started']
       if started is not None and ownership.start_of(number) == started:
         self._insist(number)
         return launcher.JobState(phase='running')
       return launcher.JobState(phase='lost', message='its process is gone')
-    code = child.poll()
     if code is None:
       self._insist(number)
       return launcher.JobState(phase='running')
@@ -183,7 +209,10 @@ class LocalLauncher:
       _signal(number, signal.SIGTERM)
 
   def close(self) -> None:
-    """Does nothing."""
+    """Ends the process that forks for runs."""
+    if self._server is not None:
+      self._server.close()
+      self._server = None
 
 
 def _signal(number: int, what: signal.Signals) -> None:
