@@ -17,7 +17,6 @@ from t2x.config import abstract_state
 from t2x.config import experiment
 from t2x.data import input_pipeline
 from t2x.parallel import sharding
-from t2x.training import optim
 from t2x.training import train_step
 
 
@@ -33,7 +32,7 @@ def step(config: experiment.Experiment) -> core.ClosedJaxpr:
   }
   fn = functools.partial(
     train_step.train_step,
-    tx=optim.make(config.optim, 1),
+    tx=experiment.optimizer(config, 1),
     config=config.step_config,
   )
   key = jax.eval_shape(jax.random.key, 0)

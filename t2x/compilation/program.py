@@ -111,7 +111,7 @@ class Program:
     of_state, of_grads = jax.tree.map(
       lambda s: s.sharding, (self.shapes, self.trained)
     )
-    tx = optim.make(self.config.optim, self._num_steps)
+    tx = experiment.optimizer(self.config, self._num_steps)
     self._init = jit(
       functools.partial(abstract_state.init_state, self.config, tx),
       out_shardings=of_state,
@@ -119,7 +119,7 @@ class Program:
     checked = self._checked(step_config)
     self._step = checked(
       jit(
-        _with_numbers(train_step.train_step, self.config.optim, step_config),
+        _with_numbers(train_step.train_step, self.config, step_config),
         out_shardings=(of_state, whole),
         donate_argnums=0,
       )
@@ -131,7 +131,7 @@ class Program:
       )
     )
     self._apply = jit(
-      _with_numbers(train_step.apply_gradients, self.config.optim, step_config),
+      _with_numbers(train_step.apply_gradients, self.config, step_config),
       out_shardings=(of_state, whole),
     )
     self._eval = checked(
@@ -316,7 +316,7 @@ class Program:
 
 def _with_numbers(
   fn: Callable[..., Any],
-  optimizer: optim.OptimConfig,
+  whole: experiment.Experiment,
   config: train_state.StepConfig,
 ) -> Callable[..., Any]:
   """Returns a step that takes the optimizer's numbers as its last argument.
@@ -326,13 +326,14 @@ def _with_numbers(
 
   Args:
     fn: a function with the keyword arguments `tx` and `config`.
-    optimizer: settings of the optimizer.
+    whole: the experiment, whose optimizer it is.
     config: settings of the step.
   """
 
   def step(*args: Any) -> Any:
     *given, numbers = args
-    return fn(*given, tx=optim.make(optimizer, 1, numbers), config=config)
+    tx = experiment.optimizer(whole, 1, numbers)
+    return fn(*given, tx=tx, config=config)
 
   step.__name__ = fn.__name__  # Of the compiled program.
   return step

@@ -16,7 +16,6 @@ from t2x.config import experiment
 from t2x.config import partitioning
 from t2x.models import model as model_lib
 from t2x.parallel import sharding
-from t2x.training import optim
 from t2x.training import train_state
 
 
@@ -43,7 +42,7 @@ def shapes_of(
 @functools.lru_cache(maxsize=16)
 def state_shapes(config: experiment.Experiment) -> train_state.TrainState:
   """Returns the shapes of the state, which no layout changes."""
-  tx = optim.make(config.optim, 1)
+  tx = experiment.optimizer(config, 1)
   key = jax.eval_shape(jax.random.key, 0)
   return jax.eval_shape(functools.partial(init_state, config, tx), key)
 

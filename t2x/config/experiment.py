@@ -5,6 +5,8 @@ import dataclasses
 import re
 from typing import Literal
 
+import optax
+
 from t2x import field_checks
 from t2x.data import config as data_config
 from t2x.data import history
@@ -18,6 +20,7 @@ from t2x.parallel import mesh as mesh_lib
 from t2x.parallel import sharding
 from t2x.pipeline import config as pipeline_config
 from t2x.training import optim as optim_lib
+from t2x.training import rate_scaling
 from t2x.training import scheduled_sampling
 from t2x.training import train_state
 
@@ -169,6 +172,23 @@ class Experiment:
     return dataclasses.replace(
       step, masking=by_loss, tasks=tasks, memory=memory
     )
+
+
+def optimizer(
+  config: Experiment, num_steps: int, numbers: optim_lib.Numbers | None = None
+) -> optax.GradientTransformation:
+  """Returns the optimizer of an experiment.
+
+  Args:
+    config: the experiment.
+    num_steps: updates of the run.
+    numbers: numbers that replace those of `config.optim`; see `optim.make`.
+  """
+  model, scaling = config.model, None
+  if model.mup is not None:
+    depth = {name: model.mup.depth_rate(n) for name, n in model.depths.items()}
+    scaling = rate_scaling.RateScaling(width=model.width_factor, depth=depth)
+  return optim_lib.make(config.optim, num_steps, numbers, scaling)
 
 
 def num_steps(

@@ -96,11 +96,13 @@ class Block(nnx.Module):
     dropout_rate: float,
     init: param.Init,
     out_factor: float,
+    branch_factor: float = 1.0,
     cross: bool = False,
     rngs: nnx.Rngs,
   ):
     self.residual = residual
     self.dropout_rate = dropout_rate
+    self.branch_factor = branch_factor
     draw: Any = {'init': init, 'out_factor': out_factor, 'rngs': rngs}
     make_norm = lambda: norm_lib.Norm(norm, embed, rngs=rngs)
     # The norm of a branch's output, where its input has one as well.
@@ -144,7 +146,7 @@ class Block(nnx.Module):
       y_BTD = self._before(x_BTD, self.attention_norm)
       out_BTD, cache = self._attend(y_BTD, context, cache)
       mlp_BTD, stats = self._feed_forward(y_BTD, context, cache)
-      out_BTD = _residual(out_BTD + mlp_BTD)
+      out_BTD = self._scaled(_residual(out_BTD + mlp_BTD))
       x_BTD = x_BTD + self._drop(out_BTD, context, 2)
     else:
       y_BTD = self._before(x_BTD, self.attention_norm)
@@ -179,10 +181,16 @@ class Block(nnx.Module):
     out_norm = getattr(self, f'{name}_out_norm')
     if out_norm is not None:
       out_BTD = out_norm(out_BTD)
+    out_BTD = self._scaled(out_BTD)
     x_BTD = x_BTD + self._drop(out_BTD, context, site)
     if self.residual == 'post_norm':
       x_BTD = getattr(self, f'{name}_norm')(x_BTD)
     return x_BTD
+
+  def _scaled(self, out_BTD: jax.Array) -> jax.Array:
+    """Multiplies the output of a branch by its factor."""
+    factor = self.branch_factor
+    return out_BTD if factor == 1.0 else out_BTD * factor
 
   def _drop(self, x_BTD: jax.Array, context: Context, site: int) -> jax.Array:
     keys_B = dropout.fold(context.keys_B, site)

@@ -23,6 +23,7 @@ from t2x.layers import block
 from t2x.layers import embed
 from t2x.layers import mlp as mlp_lib
 from t2x.layers import moe
+from t2x.layers import mup as mup_lib
 from t2x.layers import norm as norm_lib
 from t2x.layers import param
 from t2x.layers import position as position_lib
@@ -51,6 +52,8 @@ class TransformerConfig:
       (PaLM).
     position: kind of position encoding; None leaves order to the mask.
     init: initialisation of the weights.
+    mup: sizes at which rates and initialisation are set, from which they follow
+      for other sizes; None takes them as they are.
     dropout: dropout rate on embeddings and on the output of each branch.
     embed_scale: whether embeddings are multiplied by sqrt(D) (Vaswani et al.,
       2017).
@@ -78,6 +81,7 @@ class TransformerConfig:
   residual: block.Residual = 'pre_norm'
   position: position_lib.PositionConfig | None = position_lib.Learned()
   init: param.Init = param.Init()
+  mup: mup_lib.Mup | None = None
   dropout: float = 0.0
   embed_scale: bool = False
   tied_head: Literal['tied', 'tied_scaled', 'untied'] = 'tied'
@@ -98,6 +102,11 @@ class TransformerConfig:
     field_checks.share(self, 'model.', 'dropout')
     field_checks.least(self, 'model.', memory=0)
     field_checks.positive(self, 'model.', 'logit_soft_cap')
+    if self.mup is not None and self.mup.base_depth and self.init.depth_scaled:
+      raise ValueError(
+        f'model.mup.base_depth={self.mup.base_depth} scales the branches by '
+        'depth, and model.init.depth_scaled=true does too. Set one of them.'
+      )
     if self.memory:
       layer_checks.check_memory(self)
     layer_checks.check_positions(self)
@@ -120,6 +129,22 @@ class TransformerConfig:
     kinds, mlps = self.kinds, self.mlp_kinds
     size = math.lcm(len(kinds), len(mlps))
     return [(kinds[i % len(kinds)], mlps[i % len(mlps)]) for i in range(size)]
+
+  @property
+  def width_factor(self) -> float:
+    """Width as a multiple of the one at which rates are set; 1 without."""
+    return 1.0 if self.mup is None else self.mup.width(self.embed_dim)
+
+  @property
+  def matrix_init(self) -> param.Init:
+    """Initialisation of matrices, whose std follows the width with `mup`.
+
+    One that goes by the fan-in does so by itself.
+    """
+    if self.mup is None or self.init.scale != 'fixed':
+      return self.init
+    std = self.init.std * self.width_factor**-0.5
+    return dataclasses.replace(self.init, std=std)
 
   @property
   def num_ahead(self) -> int:
@@ -225,7 +250,8 @@ class OutputTable(nnx.Module):
     D = config.embed_dim
     init = config.init
     if init.scale != 'fixed':
-      init = dataclasses.replace(init, scale='fixed', std=D**-0.5)
+      width = D / config.width_factor
+      init = dataclasses.replace(init, scale='fixed', std=width**-0.5)
     self.table_VD = param.param(
       rngs, (rows, D), ('vocab', 'embed'), param.initializer(init)
     )
@@ -273,11 +299,14 @@ class LanguageModel(nnx.Module, Generic[Config]):
     """The output head, which turns features into logits."""
     config, bias_V = self.config, self.output_bias_V
     table = self.output or self.embeddings.tokens
-    scaled = config.tied_head == 'tied_scaled'
+    scale = 1.0 / config.width_factor
+    if config.tied_head == 'tied_scaled':
+      # By the base width: the rest of the width is in the factor.
+      scale *= (config.embed_dim / config.width_factor) ** -0.5
     return embed.Head(
       table_VD=table.table_VD[...],
       bias_V=None if bias_V is None else bias_V[...],
-      scale=config.embed_dim**-0.5 if scaled else 1.0,
+      scale=scale,
       soft_cap=config.logit_soft_cap,
       vocab_size=config.vocab_size,
     )

@@ -126,7 +126,7 @@ class Encoder(common.LanguageModel[EncoderConfig]):
   def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
     self.config = config
     D = config.embed_dim
-    init = param.initializer(config.init, fan_in=D, fan_out=D)
+    init = param.initializer(config.matrix_init, fan_in=D, fan_out=D)
     self.embeddings = common.Embeddings(config, rngs=rngs)
     self.token_types = (
       param.param(

@@ -11,6 +11,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from t2x.layers import attention_config
 from t2x.layers import attention_kinds
 from t2x.layers import block
 from t2x.layers import dropout as dropout_lib
@@ -48,7 +49,7 @@ class Tower(nnx.Module):
     # Each layer adds two branches to the residual stream.
     depth = (2 * num_layers) ** -0.5 if init.depth_scaled else 1.0
     makers = [
-      functools.partial(_make_block, config, *kinds, depth, cross)
+      functools.partial(_make_block, config, *kinds, depth, num_layers, cross)
       for kinds in config.group
     ]
     self.layers = stack.Stack(makers, num_layers, rngs=rngs)
@@ -102,7 +103,8 @@ class Tower(nnx.Module):
 
   def layer_on_top(self, rngs: nnx.Rngs) -> block.Block:
     """Returns a new layer like the last of the group; the tower lacks it."""
-    return _make_block(self.config, *self.config.group[-1], 1.0, False, rngs)
+    kinds, num = self.config.group[-1], self.layers.num_layers
+    return _make_block(self.config, *kinds, 1.0, num, False, rngs)
 
   def begin(self, x_BTD: jax.Array, context: block.Context) -> jax.Array:
     """Applies dropout to the embeddings; its site is past every layer's."""
@@ -227,9 +229,14 @@ def _make_block(
   kind: attention_kinds.AttentionConfig,
   mlp: moe.FeedForwardConfig,
   out_factor: float,
+  num_layers: int,
   cross: bool,
   rngs: nnx.Rngs,
 ) -> block.Block:
+  mup = config.mup
+  if mup is not None and isinstance(kind, attention_config.Softmax):
+    scale = kind.scale or mup.score_scale(kind.head_dim)
+    kind = dataclasses.replace(kind, scale=scale)
   return block.Block(
     kind,
     mlp,
@@ -237,8 +244,9 @@ def _make_block(
     config.embed_dim,
     residual=config.residual,
     dropout_rate=config.dropout,
-    init=config.init,
+    init=config.matrix_init,
     out_factor=out_factor,
+    branch_factor=1.0 if mup is None else mup.branch_factor(num_layers),
     cross=cross,
     rngs=rngs,
   )

@@ -71,6 +71,9 @@ def check(
   if not file.exists():
     return {}
   changes = overrides.differences(_read(file), overrides.to_json(config))
+  # A setting that came since, and that is none, changes nothing.
+  missing = overrides.MISSING
+  changes = {n: c for n, c in changes.items() if c != (missing, None)}
   changes |= _change_of_table(workdir, config)
   fixed = {n: c for n, c in changes.items() if not _may_change(n)}
   if fixed and not allow_change and _has_steps(workdir):

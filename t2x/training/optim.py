@@ -5,6 +5,7 @@ a stacked parameter is updated as its layers would be, one by one.
 """
 
 import dataclasses
+import functools
 from typing import Any
 from typing import ClassVar
 from typing import Literal
@@ -19,6 +20,7 @@ from optax import contrib
 from t2x import field_checks
 from t2x.parallel import sharding
 from t2x.training import optim_state
+from t2x.training import rate_scaling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -285,7 +287,10 @@ def numbers_of(config: OptimConfig, num_steps: int) -> Numbers:
 
 
 def make(
-  config: OptimConfig, num_steps: int, numbers: Numbers | None = None
+  config: OptimConfig,
+  num_steps: int,
+  numbers: Numbers | None = None,
+  scaling: rate_scaling.RateScaling | None = None,
 ) -> optax.GradientTransformation:
   """Returns the optimizer: clip, scale, decay, learning rate.
 
@@ -294,6 +299,11 @@ def make(
     num_steps: updates of the run.
     numbers: the numbers of `numbers_of`, traced or not, that replace those of
       `config`; None keeps these.
+    scaling: factors of the learning rates of each parameter, by width and
+      depth; None for none.
+
+  Raises:
+    ValueError: the optimizer's updates do not scale by a known rule.
   """
   rate = make_schedule(config, num_steps)
   if numbers is not None:
@@ -303,11 +313,34 @@ def make(
   if config.clip_norm is not None:
     parts.append(_clip(config.clip_norm))
   parts.append(_scaling(config))
+  if scaling is not None:
+    rule = width_rule(config)
+    parts.append(optax.stateless(functools.partial(scaling.by_width, rule)))
   if isinstance(config, Decayed) and config.weight_decay:
     decay = numbers['weight_decay'] if numbers else config.weight_decay
     parts.append(optax.add_decayed_weights(decay, is_decayed))
+  if scaling is not None:
+    parts.append(optax.stateless(scaling.by_depth))
   parts.append(optax.scale_by_learning_rate(rate))
   return optax.chain(*parts)
+
+
+def width_rule(config: OptimConfig) -> rate_scaling.Rule:
+  """Returns the powers of the width by which an optimizer's rates scale.
+
+  An update of Adam or Lion has entries of about the same size, whatever that of
+  the gradient; those of a matrix add up over its inputs. Adafactor's follow the
+  parameter's root mean square, itself smaller by the square root of the width;
+  Muon's, of one singular value, grow with that root. The gradient of a matrix
+  shrinks with the width by itself, and that of an embedding too much.
+  """
+  if isinstance(config, Muon):
+    return rate_scaling.Rule(matrix=-1.0, orthogonal=-0.5)
+  if isinstance(config, Adafactor) and config.scale_by_parameter:
+    return rate_scaling.Rule(matrix=-0.5)
+  if isinstance(config, Sgd):
+    return rate_scaling.Rule(matrix=0.0, other=1.0)
+  return rate_scaling.Rule(matrix=-1.0)
 
 
 def _clip(max_norm: float) -> optax.GradientTransformationExtraArgs:
@@ -377,9 +410,6 @@ def is_decayed(params: optax.Params) -> Any:
   )
 
 
-_MATRIX_OUT = {'heads', 'kv_heads', 'mlp'}
-
-
 def muon_dimensions(params: optax.Params) -> Any:
   """Returns `MuonDimensionNumbers` for each of the layers' matrices.
 
@@ -428,8 +458,7 @@ def _scale_to_adam(
 
 def _muon_labels(params: optax.Params) -> Any:
   def leaf(p: nnx.Variable) -> Any:
-    axes = p.get_metadata('axes')
-    muon = 'embed' in axes and bool(_MATRIX_OUT & set(axes))
+    muon = rate_scaling.is_orthogonalised(p)
     return jax.tree.map(lambda _: 'muon' if muon else 'adam', p)
 
   return jax.tree.map(leaf, params, is_leaf=sharding.is_variable)
