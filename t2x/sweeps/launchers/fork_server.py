@@ -54,14 +54,14 @@ class ForkServer:
     Args:
       environment: the environment in which modules are imported.
     """
+    command = [sys.executable, '-m', 't2x.sweeps.launchers.fork_server']
     self._process = subprocess.Popen(
-      [sys.executable, '-m', 't2x.sweeps.launchers.fork_server'],
+      processes.ending_with(os.getpid(), command),
       env=environment,
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=subprocess.DEVNULL,
       start_new_session=True,
-      preexec_fn=processes.end_with_parent,
       text=True,
     )
     self._children: dict[int, _Child] = {}

@@ -151,14 +151,13 @@ class LocalLauncher:
       command[0] = sys.executable
     with open(job.log, 'ab') as log:
       child = subprocess.Popen(
-        command,
+        processes.ending_with(os.getpid(), command),
         cwd=_ROOT,
         env=processes.environment(str(_ROOT), self._simulated),
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=processes.end_with_parent,
       )
     self._children[child.pid] = child
     return child.pid

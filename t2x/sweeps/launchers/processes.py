@@ -3,9 +3,11 @@
 Nothing here imports JAX: it runs where only commands may.
 """
 
+from collections.abc import Sequence
 import ctypes
 import os
 import signal
+import sys
 
 COUNT = '--xla_force_host_platform_device_count'
 _PARENT_DEATH = 1  # PR_SET_PDEATHSIG of prctl(2).
@@ -48,17 +50,39 @@ def tail(file: str, num_lines: int) -> str:
   return '\n'.join(text.splitlines()[-num_lines:])
 
 
-def end_with_parent() -> None:
-  """Lets the kernel send SIGTERM once the sweep's process is killed.
+def ending_with(parent: int, command: Sequence[str]) -> list[str]:
+  """Returns a command whose process gets SIGTERM once another has ended.
 
   The run saves then. Without it, a sweep that goes on elsewhere could start a
-  second process in the same workdir.
+  second process in the same workdir. The kernel is asked by the process itself,
+  before it becomes the command: a fork of a process with threads may hang.
+
+  Args:
+    parent: number of this process, which starts the command.
+    command: the command line.
   """
+  return [sys.executable, '-ISc', _ASK, str(parent), *command]
+
+
+def end_with_parent() -> None:
+  """Lets the kernel send this process SIGTERM once its parent has ended."""
   try:
     prctl = ctypes.CDLL(None).prctl
   except (OSError, AttributeError):  # No Linux.
     return
   prctl(_PARENT_DEATH, signal.SIGTERM)
+
+
+_ASK = f"""
+import ctypes, os, sys
+try:
+  ctypes.CDLL(None).prctl({_PARENT_DEATH}, {int(signal.SIGTERM)})
+except (OSError, AttributeError):
+  pass
+if os.getppid() != int(sys.argv[1]):
+  sys.exit('the process that started this one has ended')
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 
 def describe_exit(code: int) -> str:

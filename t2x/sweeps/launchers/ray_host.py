@@ -36,14 +36,13 @@ class Host:
       command = [sys.executable, *command[1:]]
     with open(self._log, 'wb') as log:
       self._child = subprocess.Popen(
-        command,
+        processes.ending_with(os.getpid(), command),
         cwd=self._directory,
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=processes.end_with_parent,
       )
 
   def status(self) -> int | None:
