@@ -1,0 +1,160 @@
+"""Flags and the way of working that scripts of sweeps share."""
+
+from collections.abc import Callable
+import pathlib
+import signal
+from typing import Any
+
+from absl import flags
+
+from t2x import files
+from t2x import main as main_lib
+from t2x.config import catalog
+from t2x.config import experiment
+from t2x.sweeps import ownership
+from t2x.sweeps import points
+from t2x.sweeps import scheduler as scheduler_lib
+from t2x.sweeps import study as study_lib
+from t2x.sweeps import text
+from t2x.sweeps.launchers import choice
+from t2x.sweeps.launchers import launcher as launcher_lib
+
+flags.disclaim_key_flags()  # They are the script's: --helpshort lists them.
+
+_POLL_SECONDS = 0.1
+_REMOTE_POLL_SECONDS = 10.0  # Of runs whose files are in an object store.
+
+
+def define() -> None:
+  """Defines the flags of the experiment, the study and the launcher."""
+  flags.DEFINE_string('experiment', None, 'Its name, or a path.')
+  flags.DEFINE_string('config', None, 'A saved config.json to start from.')
+  flags.DEFINE_string('study', None, 'Directory of the study; may be gs://.')
+  flags.DEFINE_string(
+    'storage', None, 'Database of the results; default a journal in --study.'
+  )
+  flags.DEFINE_string('launcher', 'local', 'One of ' + ', '.join(choice.KINDS))
+  flags.DEFINE_multi_string('launcher_set', [], 'Its field, NAME=VALUE.')
+  flags.DEFINE_integer('parallel', 1, 'Most runs at a time.', lower_bound=1)
+  flags.DEFINE_bool('dry_run', False, 'Print what would be run.')
+  flags.DEFINE_bool(
+    'skip_impossible', False, 'Leave out points that cannot run.'
+  )
+  main_lib.define_set_flag()
+
+
+def study_directory() -> str:
+  """Returns --study.
+
+  Raises:
+    ValueError: it is not given.
+  """
+  if not flags.FLAGS.study:
+    raise ValueError(
+      '--study is missing: name a directory for the study, as in '
+      '--study=studies/first.'
+    )
+  return str(files.path(flags.FLAGS.study))
+
+
+def launcher() -> launcher_lib.Launcher:
+  """Returns the launcher of --launcher and --launcher_set."""
+  return choice.make(flags.FLAGS.launcher, flags.FLAGS.launcher_set)
+
+
+def experiment_of() -> tuple[str, experiment.Experiment, scheduler_lib.Command]:
+  """Returns the experiment's name, its config, and how its runs are started."""
+  values = flags.FLAGS
+  script = catalog.path(values.experiment)
+  config = main_lib.resolve(lambda: catalog.load(values.experiment))
+  start = ['python', _shown(script)]
+  given = [f'--config={values.config}'] if values.config else []
+  given += [part for setting in values.set for part in ('--set', setting)]
+
+  def command(run: points.RunConfig, workdir: str) -> list[str]:
+    own = [
+      part
+      for name, value in run.settings.items()
+      for part in ('--set', f'{name}={value}')
+    ]
+    return [*start, f'--workdir={workdir}', *given, *own]
+
+  return script.stem, config, command
+
+
+def _shown(script: pathlib.Path) -> str:
+  root = catalog.DIRECTORY.parent
+  inside = script.is_relative_to(root)
+  return str(script.relative_to(root) if inside else script)
+
+
+def check(facts: study_lib.Facts, made: launcher_lib.Launcher) -> None:
+  """Checks a sweep before anything of it runs.
+
+  Args:
+    facts: the experiment and the sweep.
+    made: the launcher of its runs.
+
+  Raises:
+    ValueError: no run can have the metric, a name or a value is wrong, or
+      points cannot run and are not to be left out.
+  """
+  scheduler_lib.check_metric(facts.sweep, facts.config)
+  wrong = points.check(facts.config, facts.sweep, made.devices)
+  if wrong and not flags.FLAGS.skip_impossible:
+    raise ValueError(points.refusal(wrong, facts.sweep.num_points))
+
+
+def run(
+  facts: study_lib.Facts,
+  made: launcher_lib.Launcher,
+  command: scheduler_lib.Command,
+  directory: str,
+) -> tuple[study_lib.Study, int | None]:
+  """Works on a study until it is done, or a signal stops it.
+
+  Args:
+    facts: the experiment and the sweep.
+    made: the launcher of its runs.
+    command: function from a run and its workdir to its command line.
+    directory: directory of the study.
+
+  Returns:
+    The study, and the signal that stopped the work, if one did.
+  """
+  values = flags.FLAGS
+  study = study_lib.create(directory, facts)
+  workers = ownership.Workers(study.directory)
+  others = workers.others()
+  print(f'{text.summary(facts)}; study in {study.directory}')
+  if others:
+    print(f'Others at work on it: {", ".join(others)}')
+  remote = files.is_remote(study.directory)
+  scheduler = scheduler_lib.Scheduler(
+    study,
+    made,
+    workers,
+    command=command,
+    parallel=values.parallel,
+    skip_impossible=values.skip_impossible,
+    say=lambda line: print(line, flush=True),
+    poll_seconds=_REMOTE_POLL_SECONDS if remote else _POLL_SECONDS,
+  )
+  stopped = _stop_on_signals(scheduler.stop)
+  scheduler.run()
+  return study, stopped[0] if stopped else None
+
+
+def _stop_on_signals(stop: Callable[[], None]) -> list[int]:
+  """Lets the first signal stop the work, and a second end the process."""
+  received: list[int] = []
+
+  def handle(number: int, frame: Any) -> None:
+    del frame
+    received.append(number)
+    signal.signal(number, signal.SIG_DFL)
+    stop()
+
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, handle)
+  return received
