@@ -36,6 +36,7 @@ _log = logging.getLogger(__name__)
 
 # Suggestions in a row that the study has had, after which the space is empty.
 _MOST_REPEATED = 20
+_IDLE_SECONDS = 1.0  # Between looks for what others leave.
 _LOOK_SECONDS = 20.0  # Between looks for trials of dead workers.
 _LAST_LINES = 5  # Of a failed run's output, kept with its trial.
 _MOST_GROUP = 24  # Characters of a study's name in those of its jobs.
@@ -150,7 +151,10 @@ class Scheduler:
             return
           if not self._active and self._is_done():
             return
-          time.sleep(self._poll_seconds if self._active else 1.0)
+          if self._active:
+            time.sleep(self._poll_seconds)
+          elif self._is_empty:  # Others are at the last trials.
+            time.sleep(_IDLE_SECONDS)
       except BaseException:
         self._abandon()
         raise
