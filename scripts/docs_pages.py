@@ -40,7 +40,7 @@ _BESIDE = {
 _MENU = {
   'Using it': (
     'running features modules objectives attention training pipelines planning'
-    ' inference serving'
+    ' sweeps inference serving'
   ),
   'Working on it': 'architecture glossary contributing',
   'Notes': 'build_notes limits limits-devices measured measured-devices',

@@ -22,7 +22,7 @@ class _Kind:
 
   Attributes:
     prefix: start of the name of an accelerator type.
-    cores: what that name counts of each chip.
+    cores: number by which that name counts a chip.
     label: value of the node label cloud.google.com/gke-tpu-accelerator.
     machine: machine type of a host with four chips.
     runtime: software version of a TPU VM.

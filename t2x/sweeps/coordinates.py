@@ -38,7 +38,7 @@ class Size:
   Attributes:
     width: embed_dim of the model.
     step: number of updates.
-    place: where in the model: embeddings, a layer of a tower, features, logits.
+    place: place in the model: embeddings, a layer of a tower, features, logits.
     size: mean absolute value.
     change: mean absolute difference from the value before the first step.
   """
@@ -152,7 +152,7 @@ class Slope:
   """How an activation goes with the width after the last step.
 
   Attributes:
-    place: where in the model.
+    place: place in the model.
     size: slope of log(mean absolute value) over log(width).
     change: slope of the logarithm of its change over log(width).
   """

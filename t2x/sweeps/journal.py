@@ -6,11 +6,15 @@ an object of its own, and the number in its name decides the order.
 """
 
 from collections.abc import Iterator
+import fcntl
+import hashlib
 import json
 import os
 import pathlib
+import tempfile
 from typing import Any
 from typing import BinaryIO
+from typing import TextIO
 
 from etils import epath
 import optuna
@@ -51,6 +55,45 @@ def storage(directory: epath.Path, url: str | None = None) -> Any:
   )
 
 
+class _Lock(journal.JournalFileOpenLock):
+  """A lock among processes of one machine and of others.
+
+  Between machines it is a file that only one can create, which every file
+  system knows, and for which a process looks again and again. Those of one
+  machine queue before it, so that of many each has its turn.
+  """
+
+  def __init__(self, path: str):
+    super().__init__(path)
+    name = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:16]
+    folder = tempfile.gettempdir()
+    self._queue_path = os.path.join(folder, f't2x-{os.getuid()}-{name}.lock')
+    self._queue: TextIO | None = None
+
+  def acquire(self) -> bool:
+    """Waits for the lock."""
+    queue = open(self._queue_path, 'w')
+    fcntl.flock(queue, fcntl.LOCK_EX)
+    self._queue = queue
+    try:
+      return super().acquire()
+    except BaseException:
+      self._leave()
+      raise
+
+  def release(self) -> None:
+    """Gives the lock to the next."""
+    try:
+      super().release()
+    finally:
+      self._leave()
+
+  def _leave(self) -> None:
+    if self._queue is not None:
+      self._queue.close()
+      self._queue = None
+
+
 class File(journal.JournalFileBackend, journal_base.BaseJournalSnapshot):
   """A journal in a local file, which may be shared over NFS.
 
@@ -59,7 +102,7 @@ class File(journal.JournalFileBackend, journal_base.BaseJournalSnapshot):
   """
 
   def __init__(self, path: str):
-    super().__init__(path, journal.JournalFileOpenLock(path))
+    super().__init__(path, _Lock(path))
     self._path = path
     self._snapshot = pathlib.Path(f'{path}.snapshot')
 

@@ -255,23 +255,38 @@ class Scheduler:
     return True
 
   def _take_over(self) -> None:
-    """Goes on with what dead workers have begun."""
+    """Goes on with what dead workers have begun.
+
+    A worker may do its last work, and end, at any moment: whatever it has left
+    is looked up after it is known to be dead.
+    """
+    claimed = self._workers.claimed()
     trials = self._study.trials()
     mine = {active.trial.number for active in self._active}
     for trial in trials:
       if trial.state == 'running' and trial.number not in mine:
-        if self._workers.is_dead(trial.worker) and self._workers.take_over(
-          trial.slot
-        ):
-          own = self._study.take_over(trial, self._workers.own)
-          self._say(f'{_name(own)}: goes on')
-          self._active.append(self._activate(own))
-    begun = {trial.slot for trial in trials} | {t.key for t in trials}
-    for name in self._workers.claimed().keys() - begun - self._orphans:
-      owner = self._workers.owner_of(name)
-      if owner is None or self._workers.is_dead(owner):
-        self._orphans.add(name)
-        self._source, self._is_empty = self._next_trials(), False
+        self._take_over_trial(trial)
+    left = claimed.keys() - _begun(trials) - self._orphans
+    owners = {name: self._workers.owner_of(name) for name in left}
+    dead = {
+      name
+      for name, owner in owners.items()
+      if owner is None or self._workers.is_dead(owner)
+    }
+    if dead and (orphans := dead - _begun(self._study.trials())):
+      self._orphans |= orphans
+      self._source, self._is_empty = self._next_trials(), False
+
+  def _take_over_trial(self, trial: study_lib.Trial) -> None:
+    if not self._workers.is_dead(trial.worker):
+      return
+    now = self._study.trial(trial.number)
+    if now.state != 'running' or now.worker != trial.worker:
+      return
+    if self._workers.take_over(trial.slot):
+      own = self._study.take_over(trial, self._workers.own)
+      self._say(f'{_name(own)}: goes on')
+      self._active.append(self._activate(own))
 
   # --- A run's way. ---
 
@@ -524,6 +539,11 @@ def _no_metric(metric: str, run: _Run) -> str:
     f'metric={metric!r}: no row of the finished run {run.key} has it. Rows '
     f'have {", ".join(run.seen.names)}.{hint}'
   )
+
+
+def _begun(trials: Sequence[study_lib.Trial]) -> set[str]:
+  """Returns the names under which trials were claimed."""
+  return {trial.slot for trial in trials} | {trial.key for trial in trials}
 
 
 def _name(trial: study_lib.Trial) -> str:

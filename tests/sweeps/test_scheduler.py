@@ -251,6 +251,25 @@ def test_two_workers_share_the_trials(make, monkeypatch):
   assert len({t.worker for t in trials}) == 2
 
 
+def test_a_worker_that_ends_as_it_is_looked_at(make, monkeypatch):
+  """Its last trial is over by then, and is not run once more."""
+  study = make()
+  first = small_sweep.worker(study)
+  second = small_sweep.worker(study_lib.read(study.directory))
+  trials = second._study.trials
+
+  def late():
+    found = trials()
+    if not found:
+      first.run()  # Between two of the second worker's looks.
+    return found
+
+  monkeypatch.setattr(second._study, 'trials', late)
+  second.run()
+  assert len(study.trials()) == 4
+  assert set(small_sweep.starts(study).values()) == {1}
+
+
 def test_another_study_is_refused(make, tmp_path):
   study = make()
   with pytest.raises(ValueError, match='holds a study of something else:\n .*'):
