@@ -8,6 +8,7 @@ the sweep is running, as often as you like.
 """
 
 import os
+import sys
 
 # This process only reads: accelerators are for the runs.
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -29,8 +30,8 @@ def main() -> None:
 def _main() -> None:
   values = flags.FLAGS
   if not values.study:
-    raise ValueError(
-      '--study is missing: name the directory of a study, as in '
+    sys.exit(
+      'error: --study is missing: name the directory of a study, as in '
       '--study=studies/first.'
     )
   for path in report.write(values.study, values.output):

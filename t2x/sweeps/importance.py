@@ -10,6 +10,7 @@ from t2x.sweeps import search
 from t2x.sweeps import study as study_lib
 
 _LEAST_TRIALS = 10  # Fewer say little about anything.
+_ENOUGH_TRIALS = 50
 _LEAST_BEST = 5  # Trials that PED-ANOVA wants among the best.
 _BEST_SHARE = 0.1  # Its own choice, where there are trials enough.
 
@@ -55,13 +56,16 @@ def of(study: study_lib.Study) -> Importance:
       said='No parameter tells the best trials from the others: results are '
       'too much alike.',
     )
+  rough = ''
+  if len(trials) < _ENOUGH_TRIALS:
+    rough = f' With fewer than {_ENOUGH_TRIALS} trials it is rough.'
   return Importance(
     shares={name: value / total for name, value in found.items()},
     said=(
       f'PED-ANOVA (Watanabe et al., 2023), by Optuna, over {len(trials)} '
       'complete trials with finite results: how differently a parameter is '
       f'distributed among the best {share:.0%} of them and among all. It says '
-      'nothing of parameters that act only together.'
+      'nothing of parameters that act only together.' + rough
     ),
   )
 

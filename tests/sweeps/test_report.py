@@ -354,7 +354,7 @@ def test_importance_finds_the_rate(study):
   found = importance.of(study)
   assert next(iter(found.shares)) == 'optim.learning_rate'
   assert sum(found.shares.values()) == pytest.approx(1.0)
-  assert '10 complete trials' in found.said
+  assert '10 complete trials' in found.said and 'rough' in found.said
 
 
 def test_axes():
@@ -367,6 +367,7 @@ def test_axes():
   assert [
     a.scale for a in of(a=space.Uniform(0.1, 50.0), b=space.Integers(1, 9))
   ] == ['log', 'linear']
+  assert [a.scale for a in of(a=space.LogUniform(1.0, 5.0))] == ['log']
   (axis,) = of(a=[None, 0.1])
   assert axis.labels == ('none', '0.1') and axis.place(0.1) == 1
   short = axes_lib.short_names(['model.dim', 'mlp.dim', 'a.b, a.c', 'optim'])
