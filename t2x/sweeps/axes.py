@@ -17,7 +17,7 @@ _MOST_TICKS = 8  # Values of a list that each get a tick.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Axis:
+class ParameterAxis:
   """The axis of one parameter.
 
   Attributes:
@@ -48,20 +48,20 @@ class Axis:
     return value
 
 
-def of(parameters: Mapping[str, space.Parameter]) -> list[Axis]:
+def of(parameters: Mapping[str, space.Parameter]) -> list[ParameterAxis]:
   """Returns the axis of each parameter."""
   short = short_names(parameters)
   return [_axis(n, short[n], parameter) for n, parameter in parameters.items()]
 
 
-def _axis(name: str, short: str, parameter: space.Parameter) -> Axis:
+def _axis(name: str, short: str, parameter: space.Parameter) -> ParameterAxis:
   if isinstance(parameter, space.Choice):
     return _axis_of_list(name, short, parameter.values)
   low, high = parameter.ends
   is_log = isinstance(parameter, space.LogUniform)
   is_log = is_log or 0 < _WIDE_RANGE * low <= high
   scale = 'log' if is_log else 'linear'
-  return Axis(
+  return ParameterAxis(
     name=name,
     short=short,
     scale=scale,
@@ -71,13 +71,15 @@ def _axis(name: str, short: str, parameter: space.Parameter) -> Axis:
   )
 
 
-def _axis_of_list(name: str, short: str, values: Sequence[space.Value]) -> Axis:
+def _axis_of_list(
+  name: str, short: str, values: Sequence[space.Value]
+) -> ParameterAxis:
   is_numeric = all(
     isinstance(v, (int, float)) and not isinstance(v, bool) for v in values
   )
   if not is_numeric or len(values) == 1:
     labels = tuple(map(space.text, values))
-    return Axis(
+    return ParameterAxis(
       name=name,
       short=short,
       scale='category',
@@ -86,7 +88,7 @@ def _axis_of_list(name: str, short: str, values: Sequence[space.Value]) -> Axis:
       labels=labels,
     )
   low, high = min(values), max(values)
-  return Axis(
+  return ParameterAxis(
     name=name,
     short=short,
     scale='log' if 0 < _WIDE_LIST * low <= high else 'linear',

@@ -98,7 +98,7 @@ def importance(study: study_lib.Study) -> figure.Figure:
 
 def _slice(
   axes: plot_axes.Axes,
-  axis: axes_lib.Axis,
+  axis: axes_lib.ParameterAxis,
   study: study_lib.Study,
   records: Sequence[records_lib.Record],
 ) -> None:

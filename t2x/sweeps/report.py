@@ -105,7 +105,7 @@ def page(
 def _sections(
   study: study_lib.Study,
   records: Sequence[records_lib.Record],
-  axes: Sequence[axes_lib.Axis],
+  axes: Sequence[axes_lib.ParameterAxis],
 ) -> list[str]:
   head = [_subtitle(study), _NO_SCRIPTS, _headlines(study, records)]
   if not records:
@@ -193,7 +193,7 @@ def _command(record: records_lib.Record) -> str:
 
 
 def _importance(
-  found: importance.Importance, axes: Sequence[axes_lib.Axis]
+  found: importance.Importance, axes: Sequence[axes_lib.ParameterAxis]
 ) -> str:
   short = {axis.name: axis.short for axis in axes}
   bars = ''.join(

@@ -18,7 +18,7 @@ _LEAST_POINTS = 20  # Of one curve.
 def element(
   study: study_lib.Study,
   records: Sequence[records_lib.Record],
-  axes: Sequence[axes_lib.Axis],
+  axes: Sequence[axes_lib.ParameterAxis],
 ) -> str:
   """Returns the script element that the page's charts are drawn from.
 
@@ -46,7 +46,7 @@ def kind(record: records_lib.Record) -> str:
 
 
 def _trial(
-  record: records_lib.Record, axes: Sequence[axes_lib.Axis], most: int
+  record: records_lib.Record, axes: Sequence[axes_lib.ParameterAxis], most: int
 ) -> dict[str, Any]:
   """Returns a trial under short names, of which there are thousands."""
   trial = record.trial

@@ -49,7 +49,7 @@ def chart(name: str, caption: str, legend: str, axis: int | None = None) -> str:
   )
 
 
-def slices(metric: str, axes: Sequence[axes_lib.Axis]) -> str:
+def slices(metric: str, axes: Sequence[axes_lib.ParameterAxis]) -> str:
   """Returns the frames of the charts of the metric by each parameter."""
   frames = (
     chart('slice', f'{metric} by {axis.name}', '', i)
@@ -107,7 +107,7 @@ def value_text(value: space.Value) -> str:
 def trials(
   study: study_lib.Study,
   records: Sequence[records_lib.Record],
-  axes: Sequence[axes_lib.Axis],
+  axes: Sequence[axes_lib.ParameterAxis],
 ) -> str:
   """Returns the table of all trials, below what filters it.
 
@@ -140,7 +140,7 @@ def _filters(records: Sequence[records_lib.Record]) -> str:
   )
 
 
-def _headers(metric: str, axes: Sequence[axes_lib.Axis]) -> str:
+def _headers(metric: str, axes: Sequence[axes_lib.ParameterAxis]) -> str:
   columns = [('n', 'trial', ''), ('s', 'state', ''), ('v', metric, '')]
   columns += [(f'p{i}', a.short, a.name) for i, a in enumerate(axes)]
   columns += [('last', 'step', ''), ('t', 'seconds', '')]
@@ -159,7 +159,9 @@ def _headers(metric: str, axes: Sequence[axes_lib.Axis]) -> str:
   return cells
 
 
-def _trial(record: records_lib.Record, axes: Sequence[axes_lib.Axis]) -> str:
+def _trial(
+  record: records_lib.Record, axes: Sequence[axes_lib.ParameterAxis]
+) -> str:
   trial, kind = record.trial, report_data.kind(record)
   cells = [f'<td class="left"><span class="state {kind}">{kind}</span></td>']
   cells.append(f'<td>{_result(record)}</td>')
