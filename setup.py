@@ -95,7 +95,10 @@ setuptools.setup(
   version='0.1.0',
   description='Transformers on device meshes, in JAX.',
   license='Apache-2.0',
-  package_data={'t2x.serving': ['page.*']},
+  package_data={
+    't2x.serving': ['page.*'],
+    't2x.sweeps': ['report*.css', 'report*.js'],
+  },
   packages=setuptools.find_packages(include=['t2x', 't2x.*']),
   python_requires='>=3.11',
   install_requires=CORE,

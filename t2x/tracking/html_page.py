@@ -1,4 +1,7 @@
-"""The HTML template of report.html and its style sheet, for light and dark."""
+"""The HTML of pages of results: template, style for light and dark, pieces."""
+
+from collections.abc import Sequence
+import html
 
 # Series colors after Okabe and Ito's set, told apart under color blindness,
 # with lighter tones on dark.
@@ -91,3 +94,44 @@ PAGE = """<!doctype html>
 </body>
 </html>
 """
+
+
+def section(title: str, body: str) -> str:
+  """Returns a section under a heading; '' if there is nothing in it."""
+  return f'<section><h2>{title}</h2>\n{body}</section>' if body else ''
+
+
+def tiles(figures: Sequence[tuple[str, str]]) -> str:
+  """Returns main results, given as (name, value), as tiles."""
+  texts = (
+    f'<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>'
+    for name, value in figures
+  )
+  return f'<dl class="tiles">{"".join(texts)}</dl>'
+
+
+def table(head: Sequence[str], body: str) -> str:
+  """Returns a table of the HTML of its rows, which may scroll sideways."""
+  return (
+    f'<div class="wide"><table><thead><tr>{cells("th", head)}</tr></thead>'
+    f'<tbody>{body}</tbody></table></div>'
+  )
+
+
+def cells(tag: str, values: Sequence[str]) -> str:
+  """Returns the cells of a row, whose texts are escaped."""
+  return ''.join(f'<{tag}>{html.escape(value)}</{tag}>' for value in values)
+
+
+def number(value: float) -> str:
+  """Returns a number with four digits, or whole from 10,000."""
+  return f'{value:,.0f}' if abs(value) >= 1e4 else f'{value:.4g}'
+
+
+def duration(seconds: float) -> str:
+  """Returns a time in its two greatest units."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  if hours:
+    return f'{hours} h {minutes} min'
+  return f'{minutes} min {seconds} s' if minutes else f'{seconds} s'

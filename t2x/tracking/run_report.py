@@ -83,11 +83,15 @@ def page(
     corpus: contents of corpus.json; None leaves the documents out.
   """
   sections = [
-    _section('Figures', _tiles(headlines(rows)) + _eval_table(rows)),
-    _section('Curves', _charts(rows)),
-    _section('Samples', _samples(samples)),
-    _section('Documents', _documents((corpus or {}).get('documents', {}))),
-    _section('What ran', _versions(versions) + _config(config)),
+    html_page.section(
+      'Figures', html_page.tiles(headlines(rows)) + _eval_table(rows)
+    ),
+    html_page.section('Curves', _charts(rows)),
+    html_page.section('Samples', _samples(samples)),
+    html_page.section(
+      'Documents', _documents((corpus or {}).get('documents', {}))
+    ),
+    html_page.section('What ran', _versions(versions) + _config(config)),
   ]
   return html_page.PAGE.format(
     title=html.escape(title),
@@ -102,11 +106,11 @@ def headlines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
   figures = [('steps', f'{last:,}')]
   losses = points(rows, 'loss')
   if losses:
-    figures.insert(0, ('final training loss', _number(losses[-1][1])))
+    figures.insert(0, ('final training loss', html_page.number(losses[-1][1])))
     tail = [value for _, value in losses[-(len(losses) // 50 + 1) :]]
     if len(tail) > 1:
       name = f'mean of the last {len(tail)}'
-      figures.insert(1, (name, _number(statistics.fmean(tail))))
+      figures.insert(1, (name, html_page.number(statistics.fmean(tail))))
   speeds = [value for _, value in points(rows, 'tokens_per_second')]
   if speeds:
     figures.append(('tokens/s, median', f'{statistics.median(speeds):,.0f}'))
@@ -115,7 +119,7 @@ def headlines(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     figures.append(('MFU, median', f'{statistics.median(uses):.1%}'))
   seconds = training_seconds(rows)
   if seconds:
-    figures.append(('time in steps', _duration(seconds)))
+    figures.append(('time in steps', html_page.duration(seconds)))
   broken = sum('loss' in row.get('non_finite', ()) for row in rows)
   if broken:
     figures.append(('steps with a loss that is not finite', f'{broken:,}'))
@@ -232,18 +236,6 @@ def _eval_series(
   ]
 
 
-def _section(title: str, body: str) -> str:
-  return f'<section><h2>{title}</h2>\n{body}</section>' if body else ''
-
-
-def _tiles(figures: Sequence[tuple[str, str]]) -> str:
-  tiles = (
-    f'<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>'
-    for name, value in figures
-  )
-  return f'<dl class="tiles">{"".join(tiles)}</dl>'
-
-
 def _eval_table(rows: Sequence[Mapping[str, Any]]) -> str:
   """Returns a table of evaluated sets: the loss, then the other metrics."""
   evals = eval_points(rows)
@@ -260,9 +252,11 @@ def _eval_table(rows: Sequence[Mapping[str, Any]]) -> str:
   for name in names:
     cells = _loss_cells(losses.get(name), perplexities.get(name))
     for sets in evals.values():
-      cells.append(_number(sets[name][-1][1]) if name in sets else '-')
-    body += f'<tr><th>{html.escape(name)}</th>{_cells("td", cells)}</tr>'
-  return _table(head, body)
+      cells.append(html_page.number(sets[name][-1][1]) if name in sets else '-')
+    body += (
+      f'<tr><th>{html.escape(name)}</th>{html_page.cells("td", cells)}</tr>'
+    )
+  return html_page.table(head, body)
 
 
 def _documents(tasks: Mapping[str, Mapping[str, Any]]) -> str:
@@ -278,17 +272,12 @@ def _documents(tasks: Mapping[str, Mapping[str, Any]]) -> str:
     numbers += [facts['dropped'].get(reason, 0) for reason in reasons]
     cells = [facts['source'], facts['duplicates']]
     cells += [f'{number:,}' for number in numbers]
-    body += f'<tr><th>{html.escape(name)}</th>{_cells("td", cells)}</tr>'
+    body += (
+      f'<tr><th>{html.escape(name)}</th>{html_page.cells("td", cells)}</tr>'
+    )
     if facts['dropped']:
       notes += f'<p>Dropped documents: {html.escape(facts["list"])}</p>'
-  return body and _table(head, body) + notes
-
-
-def _table(head: Sequence[str], body: str) -> str:
-  return (
-    f'<div class="wide"><table><thead><tr>{_cells("th", head)}</tr></thead>'
-    f'<tbody>{body}</tbody></table></div>'
-  )
+  return body and html_page.table(head, body) + notes
 
 
 def _loss_cells(
@@ -305,11 +294,12 @@ def _loss_cells(
   step, best = min(losses, key=lambda point: point[1])
   # No float holds exp of more than 709.
   perplexity = perplexities[-1][1] if perplexities else math.exp(min(final, 99))
-  return [_number(final), _number(best), f'{step:,}', _number(perplexity)]
-
-
-def _cells(tag: str, values: Sequence[str]) -> str:
-  return ''.join(f'<{tag}>{html.escape(value)}</{tag}>' for value in values)
+  return [
+    html_page.number(final),
+    html_page.number(best),
+    f'{step:,}',
+    html_page.number(perplexity),
+  ]
 
 
 def _samples(samples: Sequence[Mapping[str, str]]) -> str:
@@ -338,15 +328,3 @@ def _config(config: Mapping[str, Any] | None) -> str:
     return ''
   text = html.escape(json.dumps(config, indent=2))
   return f'<details><summary>Config</summary><pre>{text}</pre></details>'
-
-
-def _number(value: float) -> str:
-  return f'{value:,.0f}' if abs(value) >= 1e4 else f'{value:.4g}'
-
-
-def _duration(seconds: float) -> str:
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  if hours:
-    return f'{hours} h {minutes} min'
-  return f'{minutes} min {seconds} s' if minutes else f'{seconds} s'
