@@ -79,7 +79,7 @@ def _facts(num: int, **changes) -> study_lib.Facts:
   }
   fields = {
     'parameters': ranges,
-    'search': search.Random(num_trials=num),
+    'search': search.RandomSearch(num_trials=num),
     **changes,
   }
   return study_lib.Facts(
@@ -107,7 +107,7 @@ def _overhead(root: pathlib.Path, args: argparse.Namespace) -> dict:
     study = study_lib.create(root / f'study{i}', _facts(20))
     worker = scheduler_lib.Scheduler(
       study,
-      local.LocalLauncher(local.Local(devices=1)),
+      local.LocalLauncher(local.LocalConfig(devices=1)),
       ownership.Workers(study.directory),
       command=lambda run, workdir: [
         sys.executable,
@@ -126,7 +126,7 @@ def _overhead(root: pathlib.Path, args: argparse.Namespace) -> dict:
   }
 
 
-def _candidate(facts: study_lib.Facts, point: space.Point) -> points.Candidate:
+def _candidate(facts: study_lib.Facts, point: space.Point) -> points.PointRuns:
   return points.candidate(facts.config, facts.sweep, point)
 
 
@@ -134,7 +134,8 @@ def _large(root: pathlib.Path, args: argparse.Namespace) -> dict:
   facts = _facts(args.trials)
   study = study_lib.create(root, facts)
   start = time.perf_counter()
-  sampled = list(facts.sweep.search.points(facts.sweep.parameters))
+  way = search.RandomSearch(num_trials=args.trials)
+  sampled = list(way.points(facts.sweep.parameters))
   for i, point in enumerate(sampled):
     found = _candidate(facts, point)
     trial = study.begin(found, found.key, 'bench')
@@ -187,11 +188,20 @@ def _work(directory: str, num: int) -> None:
 class _AtOnce:
   """A launcher whose jobs end as they begin, with a row and all steps."""
 
-  stays = True
-  devices = points.Devices(number=1)
+  stays: bool = True
+
+  @property
+  def devices(self) -> points.Devices:
+    return points.Devices(number=1)
 
   def check(self) -> None:
     pass
+
+  def render(self, jobs) -> str:
+    return str(jobs)
+
+  def logs(self, handle, num_lines: int = 20) -> str:
+    return ''
 
   def submit(self, jobs):
     for job in jobs:
@@ -216,7 +226,7 @@ def _workers(root: pathlib.Path, args: argparse.Namespace) -> dict:
   num, workers = 1000, 8
   found = {}
   for name, way in (
-    ('random', search.Random(num_trials=num)),
+    ('random', search.RandomSearch(num_trials=num)),
     ('tpe', search.Tpe(num_trials=num // 4)),
   ):
     facts = _facts(num, search=way)
@@ -249,11 +259,11 @@ def _start(root: pathlib.Path, args: argparse.Namespace) -> dict:
   """Seconds until the first step begins, from an empty compilation cache."""
   root.mkdir()
   os.environ['JAX_COMPILATION_CACHE_DIR'] = str(root / 'cache')
-  made = local.LocalLauncher(local.Local(devices=1))
+  made = local.LocalLauncher(local.LocalConfig(devices=1))
   seconds = []
   for i in range(args.rounds + 1):
     workdir = root / f'run{i}'
-    job = launcher_lib.Job(
+    job = launcher_lib.LaunchJob(
       name=f'start-{i}',
       command=(
         'python',

@@ -41,8 +41,8 @@ def _main() -> None:
   if not all(w.isdigit() and int(w) for w in values.widths) or (
     len({*values.widths}) < 2
   ):
-    raise ValueError(
-      f'--widths={",".join(values.widths)}: two widths or more, as in '
+    sys.exit(
+      f'error: --widths={",".join(values.widths)}: two widths or more, as in '
       '--widths=64,128,256.'
     )
   main_lib.use_compilation_cache()

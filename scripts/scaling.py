@@ -43,11 +43,11 @@ def main() -> None:
 def _main() -> None:
   values = flags.FLAGS
   name, config, command = command_line.experiment_of()
-  budgets = [_number(text, '--budgets') for text in values.budgets]
+  budgets = command_line.numbers('budgets')
   wanted = [scaling.parse_size(text) for text in values.sizes]
   if not wanted or not budgets:
-    raise ValueError(
-      '--sizes and --budgets are needed, as in --sizes=64x2,96x3,128x4 '
+    sys.exit(
+      'error: --sizes and --budgets are needed, as in --sizes=64x2,96x3,128x4 '
       '--budgets=1e13,3e13,1e14.'
     )
   runs, left_out = scaling.plan(
@@ -119,20 +119,10 @@ def _main() -> None:
     print(f'The picture is {picture}')
 
 
-def _number(text: str, flag: str) -> float:
-  try:
-    value = float(text)
-  except ValueError:
-    value = 0.0
-  if not value > 0:
-    raise ValueError(f'{flag}={text}: it is a number above 0, such as 1e14.')
-  return value
-
-
 def _held_out(config, text: str) -> scaling.ScaledRun:
   size, _, budget = text.partition(':')
   return scaling.run_of(
-    config, scaling.parse_size(size), _number(budget, '--hold_out')
+    config, scaling.parse_size(size), command_line.number(budget, 'hold_out')
   )
 
 

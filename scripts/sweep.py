@@ -21,7 +21,6 @@ from absl import flags
 
 from t2x import main as main_lib
 from t2x.sweeps import command_line
-from t2x.sweeps import definition
 from t2x.sweeps import study as study_lib
 from t2x.sweeps import text
 
@@ -40,16 +39,11 @@ def _main() -> None:
   if values.show:
     print(text.table(study_lib.read(directory)))
     return
-  if not values.sweep:
-    raise ValueError(
-      '--sweep is missing: name a Python file with get_sweep(), such as '
-      'experiments/sweeps/learning_rate.py.'
-    )
   name, config, command = command_line.experiment_of()
   facts = study_lib.Facts(
     experiment=name,
     config=config,
-    sweep=definition.load(values.sweep, values.sweep_set),
+    sweep=command_line.sweep(),
     storage=values.storage,
   )
   launcher = command_line.launcher()

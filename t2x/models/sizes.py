@@ -1,9 +1,10 @@
 """Models of other sizes: the same shape, wider or deeper."""
 
 import dataclasses
-from typing import Any
 from typing import TypeVar
 
+from t2x.layers import attention_kinds
+from t2x.layers import moe
 from t2x.models import common
 
 Config = TypeVar('Config', bound=common.TransformerConfig)
@@ -23,7 +24,7 @@ def with_width(config: Config, width: int) -> Config:
     ValueError: heads or feed-forward layers would not be whole.
   """
 
-  def scaled(part: Any, name: str, of: str) -> int:
+  def scaled(part: object, name: str, of: str) -> int:
     size, rest = divmod(getattr(part, name) * width, config.embed_dim)
     if rest or not size:
       raise ValueError(
@@ -33,7 +34,9 @@ def with_width(config: Config, width: int) -> Config:
       )
     return size
 
-  def attention(part: Any) -> Any:
+  def attention(
+    part: attention_kinds.AttentionConfig,
+  ) -> attention_kinds.AttentionConfig:
     heads = {'num_heads': scaled(part, 'num_heads', 'attention')}
     if part.num_kv_heads is not None:
       # One that all heads share stays one.
@@ -42,7 +45,7 @@ def with_width(config: Config, width: int) -> Config:
       heads['num_kv_heads'] = number
     return dataclasses.replace(part, **heads)
 
-  def mlp(part: Any) -> Any:
+  def mlp(part: moe.FeedForwardConfig) -> moe.FeedForwardConfig:
     return dataclasses.replace(part, hidden=scaled(part, 'hidden', 'mlp'))
 
   return dataclasses.replace(

@@ -55,7 +55,7 @@ def of(parameters: Mapping[str, space.Parameter]) -> list[ParameterAxis]:
 
 
 def _axis(name: str, short: str, parameter: space.Parameter) -> ParameterAxis:
-  if isinstance(parameter, space.Choice):
+  if isinstance(parameter, space.OneOf):
     return _axis_of_list(name, short, parameter.values)
   low, high = parameter.ends
   is_log = isinstance(parameter, space.LogUniform)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 import pathlib
 import signal
-from typing import Any
 
 from absl import flags
 
@@ -11,6 +10,7 @@ from t2x import files
 from t2x import main as main_lib
 from t2x.config import catalog
 from t2x.config import experiment
+from t2x.sweeps import definition
 from t2x.sweeps import ownership
 from t2x.sweeps import points
 from t2x.sweeps import scheduler as scheduler_lib
@@ -55,6 +55,44 @@ def study_directory() -> str:
       '--study=studies/first.'
     )
   return str(files.path(flags.FLAGS.study))
+
+
+def sweep() -> definition.Sweep:
+  """Returns the sweep of --sweep, with --sweep_set applied.
+
+  Raises:
+    ValueError: --sweep is missing, or cannot be.
+  """
+  values = flags.FLAGS
+  if not values.sweep:
+    raise ValueError(
+      '--sweep is missing: name a Python file with get_sweep(), such as '
+      'experiments/sweeps/learning_rate.py.'
+    )
+  return definition.load(values.sweep, values.sweep_set)
+
+
+def numbers(flag: str) -> list[float]:
+  """Returns the numbers of a flag, each above 0.
+
+  Args:
+    flag: name of the flag, whose value is a list of texts.
+
+  Raises:
+    ValueError: one is no such number.
+  """
+  return [number(each, flag) for each in flags.FLAGS[flag].value or ()]
+
+
+def number(given: str, flag: str) -> float:
+  """Returns a number above 0 that a flag has, or ValueError."""
+  try:
+    value = float(given)
+  except ValueError:
+    value = 0.0
+  if not 0 < value < float('inf'):
+    raise ValueError(f'--{flag}={given}: it is a number above 0, as 1e14.')
+  return value
 
 
 def launcher() -> launcher_lib.Launcher:
@@ -149,7 +187,7 @@ def _stop_on_signals(stop: Callable[[], None]) -> list[int]:
   """Lets the first signal stop the work, and a second end the process."""
   received: list[int] = []
 
-  def handle(number: int, frame: Any) -> None:
+  def handle(number: int, frame: object) -> None:
     del frame
     received.append(number)
     signal.signal(number, signal.SIG_DFL)

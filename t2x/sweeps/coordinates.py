@@ -9,7 +9,6 @@ that is missing.
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -193,5 +192,5 @@ def slopes(found: Sequence[Size]) -> list[Slope]:
 
 
 def _slope(pairs: Sequence[tuple[float, float]]) -> float:
-  logs = [(math.log(x), math.log(max(y, 1e-30))) for x, y in pairs]
-  return float(np.polyfit(*zip(*logs), 1)[0])
+  x, y = np.log(np.maximum(np.array(pairs).T, 1e-30))
+  return float(np.polyfit(x, y, 1)[0])

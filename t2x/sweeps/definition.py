@@ -113,7 +113,7 @@ def _check_fields(parameters: Mapping[str, Any], seeds: Sequence[int]) -> None:
     )
   for name, parameter in parameters.items():
     if len(space.fields_of(name)) > 1 and not isinstance(
-      parameter, space.Choice
+      parameter, space.OneOf
     ):
       raise ValueError(
         f'parameters[{name!r}] sets several fields, which needs a list of '

@@ -49,7 +49,7 @@ class RunConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Candidate:
+class PointRuns:
   """A point, and the runs that it asks for.
 
   Attributes:
@@ -88,7 +88,7 @@ def key_of(
 
 def candidate(
   base: experiment.Experiment, sweep: definition.Sweep, point: space.Point
-) -> Candidate:
+) -> PointRuns:
   """Returns the runs of a point.
 
   Args:
@@ -111,7 +111,7 @@ def candidate(
   if len(runs) > 1:
     joined = ' '.join(run.key for run in runs)
     key = hashlib.sha256(joined.encode()).hexdigest()[:12]
-  return Candidate(point=point, key=key, runs=tuple(runs))
+  return PointRuns(point=point, key=key, runs=tuple(runs))
 
 
 class Checker:
@@ -124,7 +124,7 @@ class Checker:
     self._devices = devices
     self._errors: dict[str, str | None] = {}
 
-  def error_of(self, found: Candidate) -> str | None:
+  def error_of(self, found: PointRuns) -> str | None:
     """Returns why a point cannot run, or None."""
     config = found.runs[0].config
     key = structure_key(config)

@@ -35,7 +35,7 @@ class Snapshot:
   names: tuple[str, ...] = ()
 
 
-class Progress:
+class RunProgress:
   """Reads what a run has written since it was last asked.
 
   Args:

@@ -234,6 +234,6 @@ def to_json(
   }
 
 
-def dumps(value: Any) -> str:
+def dumps(value: object) -> str:
   """Returns JSON text."""
   return json.dumps(value, indent=1) + '\n'

@@ -62,7 +62,7 @@ class _Run:
 
   key: str
   config: points.RunConfig
-  progress: run_progress.Progress
+  progress: run_progress.RunProgress
   seen: run_progress.Snapshot = run_progress.Snapshot()
   handle: launcher_lib.Handle | None = None
   failures: int = 0
@@ -246,7 +246,7 @@ class Scheduler:
     )
     return None
 
-  def _is_impossible(self, found: points.Candidate) -> bool:
+  def _is_impossible(self, found: points.PointRuns) -> bool:
     error = self._checker.error_of(found)
     if error is None:
       return False
@@ -296,7 +296,7 @@ class Scheduler:
     )
     runs = []
     for config in found.runs:
-      progress = run_progress.Progress(
+      progress = run_progress.RunProgress(
         self._study.workdir(config.key), self._study.sweep.metric
       )
       run = _Run(key=config.key, config=config, progress=progress)
@@ -486,7 +486,7 @@ class Scheduler:
 
 def job_of(
   run: points.RunConfig, command: Command, directory: epath.Path
-) -> launcher_lib.Job:
+) -> launcher_lib.LaunchJob:
   """Returns the job of a run.
 
   Args:
@@ -498,7 +498,7 @@ def job_of(
   group = group[:_MOST_GROUP].rstrip('-') or 'study'
   group = group if group[0].isalpha() else f's-{group}'
   workdir = str(directory / 'trials' / run.key)
-  return launcher_lib.Job(
+  return launcher_lib.LaunchJob(
     name=f'{group}-{run.key}',
     command=command(run, workdir),
     workdir=workdir,

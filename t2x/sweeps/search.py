@@ -1,8 +1,8 @@
 """How a sweep goes through its space, and which trials it ends early.
 
 Some searches know all their points before the first trial (`Grid`, `Zipped`,
-`Random`, `LatinHypercube`); `Tpe` suggests one at a time, from the results so
-far. Suggestions and pruning are Optuna's.
+`RandomSearch`, `LatinHypercube`); `Tpe` suggests one at a time, from the
+results so far. Suggestions and pruning are Optuna's.
 """
 
 from collections.abc import Iterable
@@ -91,7 +91,7 @@ class _Drawn:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Random(_Drawn):
+class RandomSearch(_Drawn):
   """Points drawn independently (Bergstra and Bengio, 2012)."""
 
   kind: ClassVar[str] = 'random'
@@ -172,7 +172,7 @@ class Tpe(_Drawn):
     )
 
 
-Planned = Grid | Zipped | Random | LatinHypercube
+Planned = Grid | Zipped | RandomSearch | LatinHypercube
 Search = Planned | Tpe
 
 
@@ -261,7 +261,7 @@ def to_optuna(parameters: Parameters) -> dict[str, Any]:
   from optuna import distributions
 
   def of(parameter: space.Parameter) -> Any:
-    if isinstance(parameter, space.Choice):
+    if isinstance(parameter, space.OneOf):
       return distributions.CategoricalDistribution(
         [optuna_value(value) for value in parameter.values]
       )
@@ -289,7 +289,7 @@ def from_optuna(
   """Returns the point of the values that Optuna keeps."""
 
   def of(name: str, parameter: space.Parameter) -> space.Value:
-    if isinstance(parameter, space.Choice):
+    if isinstance(parameter, space.OneOf):
       kept = [optuna_value(value) for value in parameter.values]
       return parameter.values[kept.index(params[name])]
     return params[name]
@@ -306,10 +306,10 @@ def _at(parameters: Parameters, shares: Iterable[float]) -> space.Point:
 
 def _lists(parameters: Parameters, what: str) -> list[tuple[space.Value, ...]]:
   for name, parameter in parameters.items():
-    if not isinstance(parameter, space.Choice):
+    if not isinstance(parameter, space.OneOf):
       raise ValueError(
         f'{name!r} is {parameter}, and {what} need a list of values. List '
         'them, as with space.log_spaced(1e-4, 1e-2, 5), or choose '
-        'search.Random.'
+        'search.RandomSearch.'
       )
-  return [p.values for p in parameters.values() if isinstance(p, space.Choice)]
+  return [p.values for p in parameters.values() if isinstance(p, space.OneOf)]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import dataclasses
 import math
 from typing import Any
+from typing import ClassVar
 
 # A scalar of a config field, or one for each of several fields.
 Value = Any
@@ -15,7 +16,7 @@ Point = Mapping[str, Value]
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class OneOf:
   """A list of values.
 
   Attributes:
@@ -23,6 +24,7 @@ class Choice:
       tuple with one value for each of them.
   """
 
+  kind: ClassVar[str] = 'one_of'
   values: tuple[Value, ...]
 
   def __post_init__(self) -> None:
@@ -38,7 +40,7 @@ class Choice:
 
   @property
   def ends(self) -> tuple[Value, ...]:
-    """Values of which each is tried before a sweep begins: all of them."""
+    """OneOf of which each is tried before a sweep begins: all of them."""
     return self.values
 
 
@@ -51,6 +53,7 @@ class Uniform:
     high: greatest value.
   """
 
+  kind: ClassVar[str] = 'uniform'
   low: float
   high: float
 
@@ -76,6 +79,7 @@ class LogUniform:
     high: greatest value.
   """
 
+  kind: ClassVar[str] = 'log_uniform'
   low: float
   high: float
 
@@ -104,6 +108,7 @@ class Integers:
     step: distance between neighbours, counted from `low`.
   """
 
+  kind: ClassVar[str] = 'integers'
   low: int
   high: int
   step: int = 1
@@ -128,11 +133,11 @@ class Integers:
     return self.low, self.low + self.step * (len(self) - 1)
 
 
-Parameter = Choice | Uniform | LogUniform | Integers
+Parameter = OneOf | Uniform | LogUniform | Integers
 
 
-def of(parameter: Any) -> Parameter:
-  """Returns a parameter; a list or tuple is a `Choice` of its items.
+def of(parameter: object) -> Parameter:
+  """Returns a parameter; a list or tuple is a `OneOf` of its items.
 
   Raises:
     ValueError: it is nothing that a sweep can vary.
@@ -140,9 +145,9 @@ def of(parameter: Any) -> Parameter:
   if isinstance(parameter, Parameter):
     return parameter
   if isinstance(parameter, (list, tuple)):
-    return Choice(tuple(parameter))
+    return OneOf(tuple(parameter))
   raise ValueError(
-    f'{parameter!r} is neither a list of values nor Choice, Uniform, '
+    f'{parameter!r} is neither a list of values nor OneOf, Uniform, '
     'LogUniform or Integers.'
   )
 
@@ -210,14 +215,12 @@ def to_json(parameter: Parameter) -> dict[str, Any]:
     name: [*value] if isinstance(value, tuple) else value
     for name, value in dataclasses.asdict(parameter).items()
   }
-  return {'kind': type(parameter).__name__, **values}
+  return {'kind': parameter.kind, **values}
 
 
 def from_json(data: Mapping[str, Any]) -> Parameter:
   """Inverse of `to_json`."""
-  kinds = {
-    kind.__name__: kind for kind in (Choice, Uniform, LogUniform, Integers)
-  }
+  kinds = {c.kind: c for c in (OneOf, Uniform, LogUniform, Integers)}
   values = {n: _tupled(v) for n, v in data.items() if n != 'kind'}
   return kinds[data['kind']](**values)
 

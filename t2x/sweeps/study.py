@@ -26,7 +26,7 @@ import optuna
 
 from t2x import files
 from t2x import reading
-from t2x.config import experiment
+from t2x.config import experiment as experiment_lib
 from t2x.config import overrides
 from t2x.sweeps import definition
 from t2x.sweeps import journal
@@ -101,7 +101,7 @@ class Facts:
   """
 
   experiment: str
-  config: experiment.Experiment
+  config: experiment_lib.Experiment
   sweep: definition.Sweep
   storage: str | None = None
 
@@ -138,7 +138,7 @@ class Study:
       sampler=optuna.samplers.RandomSampler(seed=0),
     )
     if facts.sweep.pruning is not None:
-      steps = experiment.num_steps(facts.config)
+      steps = experiment_lib.num_steps(facts.config)
       if steps is None:
         raise ValueError(
           f'pruning={facts.sweep.pruning.kind} goes by steps, and how many a '
@@ -165,7 +165,7 @@ class Study:
     """Returns a trial by its number."""
     return self._trial(self._study.get_trials(deepcopy=False)[number])
 
-  def begin(self, found: points.Candidate, slot: str, worker: str) -> Trial:
+  def begin(self, found: points.PointRuns, slot: str, worker: str) -> Trial:
     """Adds a trial that is about to run.
 
     Args:
@@ -208,7 +208,7 @@ class Study:
     return asked.number, search.from_optuna(parameters, asked.params)
 
   def begin_suggested(
-    self, number: int, found: points.Candidate, slot: str, worker: str
+    self, number: int, found: points.PointRuns, slot: str, worker: str
   ) -> Trial:
     """Notes what a suggested trial runs; arguments as for `begin`."""
     attributes = _attributes(found, slot, worker)
@@ -242,7 +242,7 @@ class Study:
     value: float | None = None,
     *,
     same_as: int | None = None,
-    **outcome: Any,
+    **outcome: float | str,
   ) -> None:
     """Writes the end of a trial.
 
@@ -272,7 +272,7 @@ class Study:
   def _identifier(self, number: int) -> int:
     return self._study.get_trials(deepcopy=False)[number]._trial_id
 
-  def _set(self, number: int, name: str, value: Any) -> None:
+  def _set(self, number: int, name: str, value: object) -> None:
     self._storage.set_trial_user_attr(self._identifier(number), name, value)
 
   def _trial(self, kept: optuna.trial.FrozenTrial) -> Trial:
@@ -346,7 +346,7 @@ def read(directory: epath.PathLike) -> Study:
     root,
     Facts(
       experiment=data['experiment'],
-      config=overrides.from_json(experiment.Experiment, data['config']),
+      config=overrides.from_json(experiment_lib.Experiment, data['config']),
       sweep=definition.from_json(data['sweep']),
       storage=data['storage'],
     ),
@@ -357,7 +357,7 @@ def _check_same(root: epath.Path, facts: Facts) -> None:
   """Raises ValueError if a directory holds another study."""
   old, new = _read(root), facts.to_json()
   changes = overrides.differences(old, new)
-  outer = tuple(f'config.{name}' for name in experiment.OUTER_SETTINGS)
+  outer = tuple(f'config.{name}' for name in experiment_lib.OUTER_SETTINGS)
   lines = []
   for name, (before, after) in changes.items():
     if name.startswith(_MAY_CHANGE) or name.startswith(outer):
@@ -388,7 +388,7 @@ def _read(root: epath.Path) -> dict[str, Any]:
 
 
 def _attributes(
-  found: points.Candidate, slot: str, worker: str
+  found: points.PointRuns, slot: str, worker: str
 ) -> dict[str, Any]:
   runs = {run.key: dict(run.settings) for run in found.runs}
   return {'key': found.key, 'slot': slot, 'worker': worker, 'runs': runs}

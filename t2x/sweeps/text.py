@@ -70,7 +70,7 @@ class _Costs:
     self._devices = devices
     self._known: dict[str, tuple[float, float]] = {}
 
-  def of(self, found: points.Candidate) -> list[str]:
+  def of(self, found: points.PointRuns) -> list[str]:
     """Returns the columns of a trial, of all its runs."""
     config = found.runs[0].config
     key = points.structure_key(config)

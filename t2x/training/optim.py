@@ -278,7 +278,7 @@ def numbers_of(config: OptimConfig, num_steps: int) -> Numbers:
   (length,) = numbers_shapes(num_steps)['rates'].shape
   schedule = make_schedule(config, num_steps)
   updates = np.arange(length)
-  rates = jax.jit(lambda n: schedule(n).astype(jnp.float32))(updates)
+  rates = jax.jit(lambda n: jnp.asarray(schedule(n), jnp.float32))(updates)
   decay = config.weight_decay if isinstance(config, Decayed) else 0.0
   return {
     'rates': rates,
@@ -325,7 +325,7 @@ def make(
   return optax.chain(*parts)
 
 
-def width_rule(config: OptimConfig) -> rate_scaling.Rule:
+def width_rule(config: OptimConfig) -> rate_scaling.WidthPowers:
   """Returns the powers of the width by which an optimizer's rates scale.
 
   An update of Adam or Lion has entries of about the same size, whatever that of
@@ -335,12 +335,12 @@ def width_rule(config: OptimConfig) -> rate_scaling.Rule:
   shrinks with the width by itself, and that of an embedding too much.
   """
   if isinstance(config, Muon):
-    return rate_scaling.Rule(matrix=-1.0, orthogonal=-0.5)
+    return rate_scaling.WidthPowers(matrix=-1.0, orthogonal=-0.5)
   if isinstance(config, Adafactor) and config.scale_by_parameter:
-    return rate_scaling.Rule(matrix=-0.5)
+    return rate_scaling.WidthPowers(matrix=-0.5)
   if isinstance(config, Sgd):
-    return rate_scaling.Rule(matrix=0.0, other=1.0)
-  return rate_scaling.Rule(matrix=-1.0)
+    return rate_scaling.WidthPowers(matrix=0.0, other=1.0)
+  return rate_scaling.WidthPowers(matrix=-1.0)
 
 
 def _clip(max_norm: float) -> optax.GradientTransformationExtraArgs:

@@ -17,7 +17,7 @@ _MATRIX_OUT = {'heads', 'kv_heads', 'mlp'}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rule:
+class WidthPowers:
   """Powers of the width, one for each class of parameters.
 
   Attributes:
@@ -45,7 +45,10 @@ class RateScaling:
   depth: dict[str, float] = dataclasses.field(default_factory=dict)
 
   def by_width(
-    self, rule: Rule, updates: optax.Updates, params: optax.Params | None = None
+    self,
+    rule: WidthPowers,
+    updates: optax.Updates,
+    params: optax.Params | None = None,
   ) -> optax.Updates:
     """Multiplies updates by powers of the width; weight decay comes after.
 
@@ -107,8 +110,8 @@ def _scaled(
   updates: optax.Updates,
   factor: Callable[[jax.tree_util.KeyPath, nnx.Variable], float],
 ) -> optax.Updates:
-  def leaf(path: jax.tree_util.KeyPath, u: Any) -> Any:
-    if not sharding.is_variable(u):
+  def leaf(path: jax.tree_util.KeyPath, u: object) -> Any:
+    if not isinstance(u, nnx.Variable):
       return u
     own = factor(path, u)
     return u if own == 1.0 else jax.tree.map(lambda a: a * own, u)

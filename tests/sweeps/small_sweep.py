@@ -32,7 +32,7 @@ def drawn(**changes) -> definition.Sweep:
   """Returns a sweep that draws rates."""
   return sweep(
     parameters={'optim.learning_rate': space.LogUniform(1e-4, 1.0)},
-    search=search.Random(num_trials=12),
+    search=search.RandomSearch(num_trials=12),
     **changes,
   )
 
@@ -51,7 +51,7 @@ def command(run: points.RunConfig, workdir: str) -> list[str]:
   return [sys.executable, str(_STAND_IN), f'--workdir={workdir}', *own]
 
 
-def job(study: study_lib.Study) -> launcher.Job:
+def job(study: study_lib.Study) -> launcher.LaunchJob:
   """Returns the job of a study's first point."""
   found = points.candidate(
     study.facts.config, study.sweep, {'optim.learning_rate': RATES[0]}
@@ -64,7 +64,7 @@ def worker(study: study_lib.Study, **options) -> scheduler.Scheduler:
   said: list[str] = []
   result = scheduler.Scheduler(
     study,
-    local.LocalLauncher(local.Local(devices=8)),
+    local.LocalLauncher(local.LocalConfig(devices=8)),
     ownership.Workers(study.directory),
     **{
       'command': command,

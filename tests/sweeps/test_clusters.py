@@ -29,7 +29,7 @@ _SLICES = ('v4-32', 'v5e-16', 'v5p-128', 'v6e-256', 'tpu7x-128')
 _CASES = [(name, num) for name in _SLICES for num in (1, 4)]
 
 
-def _job(**changes) -> launcher.Job:
+def _job(**changes) -> launcher.LaunchJob:
   fields = {
     'name': 'rates-0123456789ab',
     'command': (
@@ -43,7 +43,7 @@ def _job(**changes) -> launcher.Job:
     'log': '/tmp/rates/logs/0123456789ab.log',
     'group': 'rates',
   }
-  return launcher.Job(**fields | changes)
+  return launcher.LaunchJob(**fields | changes)
 
 
 def _make(kind: str, **settings):

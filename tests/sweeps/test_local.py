@@ -16,7 +16,7 @@ from t2x.sweeps.launchers import local
 
 @pytest.fixture(scope='module')
 def warm():
-  made = local.LocalLauncher(local.Local(devices=8))
+  made = local.LocalLauncher(local.LocalConfig(devices=8))
   yield made
   made.close()
 
@@ -26,7 +26,7 @@ def job(tmp_path):
   """A job whose stand-in is started as `python SCRIPT`."""
   facts = small_sweep.facts(tmp_path)
   own = small_sweep.job(study_lib.create(tmp_path / 'study', facts))
-  return launcher.Job(
+  return launcher.LaunchJob(
     name=own.name,
     command=('python', *own.command[1:]),
     workdir=own.workdir,
@@ -70,7 +70,7 @@ def test_a_fork_is_told_to_end_and_killed(warm, job, monkeypatch):
 
 def test_forks_end_with_their_server(job, monkeypatch):
   monkeypatch.setenv('PAUSE', '0.2')
-  made = local.LocalLauncher(local.Local(devices=8))
+  made = local.LocalLauncher(local.LocalConfig(devices=8))
   (handle,) = made.submit([job])
   number, started = handle['process'], handle['started']
   while not os.path.exists(f'{job.workdir}/metrics.jsonl'):
@@ -82,7 +82,7 @@ def test_forks_end_with_their_server(job, monkeypatch):
     time.sleep(0.02)
   assert not os.path.exists(f'{job.workdir}/finished.json')
   # A later process knows the job by its handle.
-  other = local.LocalLauncher(local.Local(devices=8))
+  other = local.LocalLauncher(local.LocalConfig(devices=8))
   assert other.state(handle).phase == 'lost'
 
 

@@ -67,7 +67,7 @@ def test_names_and_types(base, parameters, message):
 def test_a_range_of_an_integer_field(base):
   sweep = small_sweep.sweep(
     parameters={'model.num_layers': space.Uniform(1.0, 4.0)},
-    search=search.Random(),
+    search=search.RandomSearch(),
   )
   with pytest.raises(ValueError, match='Use space.Integers'):
     points.check(base, sweep, _DEVICES)
@@ -136,7 +136,7 @@ from t2x.sweeps import definition, search, space
 def get_sweep():
   return definition.Sweep(
     parameters={'optim.learning_rate': space.LogUniform(1e-4, 1e-2)},
-    search=search.Random(num_trials=5),
+    search=search.RandomSearch(num_trials=5),
   )
 """
 
@@ -145,7 +145,7 @@ def test_a_sweep_is_a_file(tmp_path):
   file = tmp_path / 'rates.py'
   file.write_text(_FILE)
   sweep = definition.load(str(file), ['search.num_trials=7'])
-  assert sweep.search == search.Random(num_trials=7)
+  assert sweep.search == search.RandomSearch(num_trials=7)
   assert definition.from_json(sweep.to_json()) == sweep
   with pytest.raises(ValueError, match="Did you mean 'num_trials'"):
     definition.load(str(file), ['search.num_trial=7'])

@@ -38,7 +38,7 @@ def cluster():
 
 
 def _launcher():
-  return ray_cluster.RayLauncher(ray_cluster.Ray(hosts=2, devices=4))
+  return ray_cluster.RayLauncher(ray_cluster.RayConfig(hosts=2, devices=4))
 
 
 def _losses():

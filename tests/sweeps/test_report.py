@@ -37,7 +37,7 @@ _PARAMETERS = {
 def _study(tmp_path, name='study', **changes):
   changes = {
     'parameters': _PARAMETERS,
-    'search': search.Random(num_trials=14, seed=1),
+    'search': search.RandomSearch(num_trials=14, seed=1),
     **changes,
   }
   facts = small_sweep.facts(tmp_path, **changes)

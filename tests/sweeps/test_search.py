@@ -30,7 +30,7 @@ def test_zipped():
     search.Zipped().num_points(_LISTS)
 
 
-@pytest.mark.parametrize('kind', [search.Random, search.LatinHypercube])
+@pytest.mark.parametrize('kind', [search.RandomSearch, search.LatinHypercube])
 def test_drawn_points_go_by_the_seed(kind):
   draw = lambda seed: list(kind(num_trials=8, seed=seed).points(_RANGES))
   assert draw(1) == draw(1)

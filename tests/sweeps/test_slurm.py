@@ -27,7 +27,7 @@ def queue(tmp_path, monkeypatch):
 
 
 def _launcher(**changes):
-  config = slurm.Slurm(devices_per_node=8, poll_seconds=0.05, **changes)
+  config = slurm.SlurmConfig(devices_per_node=8, poll_seconds=0.05, **changes)
   return slurm.SlurmLauncher(config)
 
 
@@ -129,7 +129,7 @@ def test_without_slurm(tmp_path, monkeypatch):
 
 def test_the_script_asks_for_what_submitit_asks(study):
   """Its lines, for the same wishes, as submitit 1.5.4 prints them."""
-  config = slurm.Slurm(
+  config = slurm.SlurmConfig(
     nodes=2, gpus_per_node=8, time='03:00:00', save_seconds=120, partition='p'
   )
   job = small_sweep.job(study)

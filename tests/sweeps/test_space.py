@@ -6,8 +6,8 @@ from t2x.sweeps import space
 
 
 def test_shares_become_values():
-  assert space.Choice((1, 2, 3)).at(0.0) == 1
-  assert space.Choice((1, 2, 3)).at(0.999) == 3
+  assert space.OneOf((1, 2, 3)).at(0.0) == 1
+  assert space.OneOf((1, 2, 3)).at(0.999) == 3
   assert space.Uniform(2.0, 4.0).at(0.25) == 2.5
   assert space.LogUniform(1e-4, 1.0).at(0.5) == pytest.approx(1e-2)
   whole = space.Integers(2, 9, step=3)
@@ -46,7 +46,7 @@ def test_a_name_of_several_fields():
 @pytest.mark.parametrize(
   'parameter',
   [
-    space.Choice((1, None, 'a', (2, 3))),
+    space.OneOf((1, None, 'a', (2, 3))),
     space.Uniform(0.0, 1.0),
     space.LogUniform(1e-3, 1.0),
     space.Integers(1, 9, 2),
@@ -60,8 +60,8 @@ def test_parameters_go_through_json(parameter):
 @pytest.mark.parametrize(
   'make, message',
   [
-    (lambda: space.Choice(()), 'list of values is empty'),
-    (lambda: space.Choice((1, 2, 1)), '1 stands twice'),
+    (lambda: space.OneOf(()), 'list of values is empty'),
+    (lambda: space.OneOf((1, 2, 1)), '1 stands twice'),
     (lambda: space.Uniform(2.0, 1.0), 'low is below high'),
     (lambda: space.Uniform(0.0, float('inf')), 'both are finite'),
     (lambda: space.LogUniform(0.0, 1.0), 'needs it above 0'),

@@ -13,12 +13,12 @@ from t2x.sweeps.launchers import slurm
 from t2x.sweeps.launchers import tpu_vm
 
 LauncherConfig = (
-  local.Local
-  | ray_cluster.Ray
-  | slurm.Slurm
-  | gke.Gke
-  | tpu_vm.TpuVm
-  | skypilot.SkyPilot
+  local.LocalConfig
+  | ray_cluster.RayConfig
+  | slurm.SlurmConfig
+  | gke.GkeConfig
+  | tpu_vm.TpuVmConfig
+  | skypilot.SkyPilotConfig
 )
 _LAUNCHERS = {
   'local': local.LocalLauncher,

@@ -203,7 +203,9 @@ def run_script() -> int:
 
 def end(code: int) -> None:
   """Ends this process as Python would, without taking modules apart."""
-  threading._shutdown()
+  for thread in threading.enumerate():
+    if thread is not threading.main_thread() and not thread.daemon:
+      thread.join()
   atexit._run_exitfuncs()
   sys.stdout.flush()
   sys.stderr.flush()

@@ -31,7 +31,7 @@ _LABEL = 'jobset.sigs.k8s.io/jobset-name'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Gke:
+class GkeConfig:
   """Settings of runs on a GKE cluster with JobSet and Kueue.
 
   Attributes:
@@ -94,7 +94,7 @@ class GkeLauncher:
 
   stays = True
 
-  def __init__(self, config: Gke):
+  def __init__(self, config: GkeConfig):
     self._config = config
 
   @property
@@ -111,7 +111,7 @@ class GkeLauncher:
       'of the cluster (gcloud container clusters get-credentials NAME).',
     )
 
-  def manifest(self, job: launcher.Job) -> dict[str, Any]:
+  def manifest(self, job: launcher.LaunchJob) -> dict[str, Any]:
     """Returns the JobSet of a run, as JSON values.
 
     Raises:
@@ -176,7 +176,7 @@ class GkeLauncher:
       },
     }
 
-  def _pod_spec(self, job: launcher.Job) -> dict[str, Any]:
+  def _pod_spec(self, job: launcher.LaunchJob) -> dict[str, Any]:
     c, pod = self._config, self._config.pod
     selector = {
       'cloud.google.com/gke-tpu-accelerator': pod.label,
@@ -222,7 +222,7 @@ class GkeLauncher:
       spec['serviceAccountName'] = c.service_account
     return spec
 
-  def _shell(self, job: launcher.Job) -> str:
+  def _shell(self, job: launcher.LaunchJob) -> str:
     """Returns the script of a pod: the command, and what its end means."""
     # The shell is process 1, which takes no signal that it does not trap.
     return (
@@ -235,7 +235,7 @@ class GkeLauncher:
       'exit $code\n'
     )
 
-  def render(self, jobs: Sequence[launcher.Job]) -> str:
+  def render(self, jobs: Sequence[launcher.LaunchJob]) -> str:
     """Returns the JobSets as YAML documents."""
     return '---\n'.join(manifests.dump(self.manifest(job)) for job in jobs)
 
@@ -247,14 +247,14 @@ class GkeLauncher:
       stdin=stdin,
     )
 
-  def submit(self, jobs: Sequence[launcher.Job]) -> list[launcher.Handle]:
+  def submit(self, jobs: Sequence[launcher.LaunchJob]) -> list[launcher.Handle]:
     """Creates a JobSet for each job; one of before is deleted first.
 
     Raises:
       LaunchError: kubectl fails.
     """
 
-    def start(job: launcher.Job) -> launcher.Handle:
+    def start(job: launcher.LaunchJob) -> launcher.Handle:
       text = json.dumps(self.manifest(job))
       self._kubectl(
         'delete', 'jobset', job.name, '--ignore-not-found', '--wait=true'

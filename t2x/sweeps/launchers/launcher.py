@@ -11,12 +11,13 @@ from typing import Protocol
 
 from t2x.sweeps import points
 
+Phase = Literal['queued', 'running', 'ended', 'failed', 'preempted', 'lost']
 # JSON values by which a launcher finds a job again, in another process too.
 Handle = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
+class LaunchJob:
   """One run to start.
 
   Attributes:
@@ -52,7 +53,7 @@ class JobState:
     message: reason, for a person; '' if there is nothing to say.
   """
 
-  phase: Literal['queued', 'running', 'ended', 'failed', 'preempted', 'lost']
+  phase: Phase
   message: str = ''
 
   @property
@@ -78,11 +79,11 @@ class Launcher(Protocol):
     """Raises ValueError if nothing can be started from here."""
     ...
 
-  def render(self, jobs: Sequence[Job]) -> str:
+  def render(self, jobs: Sequence[LaunchJob]) -> str:
     """Returns the commands or manifests that `submit` uses, as text."""
     ...
 
-  def submit(self, jobs: Sequence[Job]) -> list[Handle]:
+  def submit(self, jobs: Sequence[LaunchJob]) -> list[Handle]:
     """Starts jobs, and returns what finds each of them again.
 
     A launcher may change a handle in `state` and `cancel`; it is kept so.
@@ -115,8 +116,8 @@ class LaunchError(RuntimeError):
 
 def one_by_one(
   launcher: Launcher,
-  start: Callable[[Job], Handle],
-  jobs: Sequence[Job],
+  start: Callable[[LaunchJob], Handle],
+  jobs: Sequence[LaunchJob],
 ) -> list[Handle]:
   """Starts jobs one after another; if one fails, those before are ended.
 

@@ -22,7 +22,7 @@ _ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Local:
+class LocalConfig:
   """Settings of runs on this machine.
 
   Attributes:
@@ -68,7 +68,7 @@ class LocalLauncher:
 
   stays = False
 
-  def __init__(self, config: Local):
+  def __init__(self, config: LocalConfig):
     self._config = config
     self._children: dict[int, subprocess.Popen[bytes]] = {}
     self._server: fork_server.ForkServer | None = None
@@ -84,7 +84,7 @@ class LocalLauncher:
   def check(self) -> None:
     """Does nothing: Python is here."""
 
-  def _command(self, job: launcher.Job) -> list[str]:
+  def _command(self, job: launcher.LaunchJob) -> list[str]:
     command = list(job.command)
     config = self._config
     if config.processes > 1:
@@ -104,7 +104,7 @@ class LocalLauncher:
     """The devices that a run's own process simulates."""
     return self._config.devices if self._config.processes == 1 else None
 
-  def render(self, jobs: Sequence[launcher.Job]) -> str:
+  def render(self, jobs: Sequence[launcher.LaunchJob]) -> str:
     """Returns the command lines, with what they need in the environment."""
     settings = [
       f'{name}={shlex.quote(value)}'
@@ -114,7 +114,7 @@ class LocalLauncher:
       ' '.join([*settings, shlex.join(self._command(job))]) for job in jobs
     )
 
-  def submit(self, jobs: Sequence[launcher.Job]) -> list[launcher.Handle]:
+  def submit(self, jobs: Sequence[launcher.LaunchJob]) -> list[launcher.Handle]:
     """Starts each job in a session of its own.
 
     Raises:
@@ -122,7 +122,7 @@ class LocalLauncher:
     """
     return launcher.one_by_one(self, self._start, jobs)
 
-  def _start(self, job: launcher.Job) -> launcher.Handle:
+  def _start(self, job: launcher.LaunchJob) -> launcher.Handle:
     try:
       number = self._fork(job) or self._spawn(job)
     except OSError as error:
@@ -132,7 +132,7 @@ class LocalLauncher:
     started = ownership.start_of(number)
     return {'process': number, 'started': started, 'log': job.log}
 
-  def _fork(self, job: launcher.Job) -> int | None:
+  def _fork(self, job: launcher.LaunchJob) -> int | None:
     """Returns the process of a run that a fork server started, if one may."""
     config = self._config
     if not config.warm or config.processes > 1 or job.command[0] != 'python':
@@ -144,7 +144,7 @@ class LocalLauncher:
       list(job.command[1:]), cwd=str(_ROOT), env=environment, log=job.log
     )
 
-  def _spawn(self, job: launcher.Job) -> int:
+  def _spawn(self, job: launcher.LaunchJob) -> int:
     """Returns the process of a run that is started in full."""
     command = self._command(job)
     if command[0] == 'python':

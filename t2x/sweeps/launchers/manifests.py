@@ -6,7 +6,7 @@ from typing import Any
 from t2x.sweeps.launchers import launcher
 
 
-def dump(value: Any) -> str:
+def dump(value: object) -> str:
   """Returns JSON values as YAML, scripts as blocks."""
   import yaml
 
@@ -21,7 +21,7 @@ def dump(value: Any) -> str:
   return yaml.dump(value, Dumper=Dumper, sort_keys=False, width=10**6)
 
 
-def check_remote(job: launcher.Job) -> None:
+def check_remote(job: launcher.LaunchJob) -> None:
   """Raises ValueError if a job keeps its run on a machine that goes away."""
   if '://' not in job.workdir:
     raise ValueError(

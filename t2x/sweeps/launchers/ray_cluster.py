@@ -26,7 +26,7 @@ _ANSWER_SECONDS = 20.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ray:
+class RayConfig:
   """Settings of runs on a Ray cluster.
 
   Attributes:
@@ -78,7 +78,7 @@ class RayLauncher:
 
   stays = True
 
-  def __init__(self, config: Ray):
+  def __init__(self, config: RayConfig):
     self._config = config
 
   @property
@@ -105,7 +105,7 @@ class RayLauncher:
     """
     _connect(self._config.address)
 
-  def render(self, jobs: Sequence[launcher.Job]) -> str:
+  def render(self, jobs: Sequence[launcher.LaunchJob]) -> str:
     """Returns the hosts of a run and the command of each."""
     c = self._config
     what = (
@@ -138,7 +138,7 @@ class RayLauncher:
       f'--process_id={index}',
     ]
 
-  def submit(self, jobs: Sequence[launcher.Job]) -> list[launcher.Handle]:
+  def submit(self, jobs: Sequence[launcher.LaunchJob]) -> list[launcher.Handle]:
     """Asks for the hosts of each job; `state` starts it once they are there.
 
     Raises:
@@ -146,7 +146,7 @@ class RayLauncher:
     """
     return launcher.one_by_one(self, self._submit, jobs)
 
-  def _submit(self, job: launcher.Job) -> launcher.Handle:
+  def _submit(self, job: launcher.LaunchJob) -> launcher.Handle:
     ray = _connect(self._config.address)
     from ray import util
 
@@ -247,7 +247,7 @@ class RayLauncher:
     handle['started'] = True
 
   def _over(
-    self, handle: launcher.Handle, phase: str, message: str
+    self, handle: launcher.Handle, phase: launcher.Phase, message: str
   ) -> launcher.JobState:
     """Writes the log, frees the hosts, and notes the end."""
     text = handle.get('tail') or self.logs(handle, 1000)
@@ -256,7 +256,7 @@ class RayLauncher:
         f.write(text.rstrip('\n') + '\n')
     self._free(handle['name'])
     handle['over'] = {'phase': phase, 'message': message}
-    return launcher.JobState(**handle['over'])
+    return launcher.JobState(phase=phase, message=message)
 
   def _free(self, name: str) -> None:
     """Ends the actors and the placement group of a run, if they are there."""

@@ -24,7 +24,7 @@ _RUNS = ('RUNNING', 'WINDING_DOWN', 'CANCELLING')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SkyPilot:
+class SkyPilotConfig:
   """Settings of runs that SkyPilot places.
 
   Attributes:
@@ -68,7 +68,7 @@ class SkyPilotLauncher:
 
   stays = True
 
-  def __init__(self, config: SkyPilot):
+  def __init__(self, config: SkyPilotConfig):
     self._config = config
 
   @property
@@ -85,7 +85,7 @@ class SkyPilotLauncher:
     """Raises ValueError if SkyPilot is not here."""
     programs.need('sky', "Install it: pip install 'skypilot[gcp]'.")
 
-  def task(self, job: launcher.Job) -> dict[str, Any]:
+  def task(self, job: launcher.LaunchJob) -> dict[str, Any]:
     """Returns the task file of a run, as JSON values.
 
     Raises:
@@ -117,7 +117,7 @@ class SkyPilotLauncher:
       'run': f'{run}\n',
     }
 
-  def render(self, jobs: Sequence[launcher.Job]) -> str:
+  def render(self, jobs: Sequence[launcher.LaunchJob]) -> str:
     """Returns the task files, each with the command that takes it."""
     return '---\n'.join(
       f'# {" ".join(_launch(job, f"{job.name}.yaml"))}\n'
@@ -125,14 +125,14 @@ class SkyPilotLauncher:
       for job in jobs
     )
 
-  def submit(self, jobs: Sequence[launcher.Job]) -> list[launcher.Handle]:
+  def submit(self, jobs: Sequence[launcher.LaunchJob]) -> list[launcher.Handle]:
     """Hands jobs in, which SkyPilot then places.
 
     Raises:
       LaunchError: sky fails.
     """
 
-    def start(job: launcher.Job) -> launcher.Handle:
+    def start(job: launcher.LaunchJob) -> launcher.Handle:
       with tempfile.TemporaryDirectory() as directory:
         file = pathlib.Path(directory) / f'{job.name}.yaml'
         file.write_text(manifests.dump(self.task(job)))
@@ -174,7 +174,7 @@ class SkyPilotLauncher:
     """Does nothing."""
 
 
-def _launch(job: launcher.Job, file: str) -> list[str]:
+def _launch(job: launcher.LaunchJob, file: str) -> list[str]:
   return ['sky', 'jobs', 'launch', '--name', job.name] + [
     '--detach-run',
     '--yes',

@@ -26,7 +26,7 @@ _RUNS = ('RUNNING', 'COMPLETING', 'SIGNALING', 'STAGE_OUT')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Slurm:
+class SlurmConfig:
   """Settings of runs on a SLURM cluster, whose nodes see the study's directory.
 
   Attributes:
@@ -74,7 +74,7 @@ class SlurmLauncher:
 
   stays = True
 
-  def __init__(self, config: Slurm):
+  def __init__(self, config: SlurmConfig):
     self._config = config
     self._queue: dict[str, str] = {}
     self._asked = -1e9
@@ -94,7 +94,7 @@ class SlurmLauncher:
     for name in ('sbatch', 'squeue', 'scancel'):
       programs.need(name, remedy)
 
-  def script(self, jobs: Sequence[launcher.Job], most: int | None) -> str:
+  def script(self, jobs: Sequence[launcher.LaunchJob], most: int | None) -> str:
     """Returns the script of an array over jobs.
 
     Args:
@@ -126,11 +126,11 @@ class SlurmLauncher:
       tasks='\n'.join(_task(i, job) for i, job in enumerate(jobs)),
     )
 
-  def render(self, jobs: Sequence[launcher.Job]) -> str:
+  def render(self, jobs: Sequence[launcher.LaunchJob]) -> str:
     """Returns the script of the array."""
     return self.script(jobs, None)
 
-  def submit(self, jobs: Sequence[launcher.Job]) -> list[launcher.Handle]:
+  def submit(self, jobs: Sequence[launcher.LaunchJob]) -> list[launcher.Handle]:
     """Hands jobs in as one array.
 
     Raises:
@@ -205,7 +205,7 @@ def _status_file(log: str) -> pathlib.Path:
   return pathlib.Path(log).with_suffix('.status')
 
 
-def _task(number: int, job: launcher.Job) -> str:
+def _task(number: int, job: launcher.LaunchJob) -> str:
   status = shlex.quote(str(_status_file(job.log)))
   finished = shlex.quote(f'{job.workdir}/finished.json')
   return (

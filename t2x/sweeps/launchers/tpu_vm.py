@@ -30,7 +30,7 @@ _TAKEN = ('SUSPENDING', 'SUSPENDED', 'DELETING')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TpuVm:
+class TpuVmConfig:
   """Settings of runs on TPU VMs.
 
   Attributes:
@@ -81,7 +81,7 @@ class TpuVmLauncher:
 
   stays = True
 
-  def __init__(self, config: TpuVm):
+  def __init__(self, config: TpuVmConfig):
     self._config = config
 
   @property
@@ -160,7 +160,7 @@ class TpuVmLauncher:
     num = self._config.num_slices
     return [name] if num == 1 else [f'{name}-{i}' for i in range(num)]
 
-  def _start(self, job: launcher.Job) -> str:
+  def _start(self, job: launcher.LaunchJob) -> str:
     """Returns the shell command that starts a run on a host and returns."""
     run = job.text.replace('python ', '.venv/bin/python ', 1)
     script = (
@@ -172,7 +172,7 @@ class TpuVmLauncher:
       f'nohup bash -c {shlex.quote(script)} >~/t2x.log 2>&1 </dev/null &'
     )
 
-  def render(self, jobs: Sequence[launcher.Job]) -> str:
+  def render(self, jobs: Sequence[launcher.LaunchJob]) -> str:
     """Returns the commands of each run, from its slices to their end."""
     texts = []
     for job in jobs:
@@ -194,14 +194,14 @@ class TpuVmLauncher:
       texts.append('\n'.join(lines) + '\n')
     return '\n'.join(texts)
 
-  def submit(self, jobs: Sequence[launcher.Job]) -> list[launcher.Handle]:
+  def submit(self, jobs: Sequence[launcher.LaunchJob]) -> list[launcher.Handle]:
     """Asks for the slices of each job.
 
     Raises:
       LaunchError: gcloud refuses a request.
     """
 
-    def start(job: launcher.Job) -> launcher.Handle:
+    def start(job: launcher.LaunchJob) -> launcher.Handle:
       _check(job)
       programs.call([*self._create(job.name), '--async'])
       return {'name': job.name, 'start': self._start(job), 'started': False}
@@ -258,12 +258,12 @@ class TpuVmLauncher:
     handle['started'] = True
 
   def _over(
-    self, handle: launcher.Handle, phase: str, message: str
+    self, handle: launcher.Handle, phase: launcher.Phase, message: str
   ) -> launcher.JobState:
     """Gives the slices back, and notes the end."""
     programs.call(self._delete(handle['name']))
     handle['over'] = {'phase': phase, 'message': message}
-    return launcher.JobState(**handle['over'])
+    return launcher.JobState(phase=phase, message=message)
 
   def logs(self, handle: launcher.Handle, num_lines: int = 20) -> str:
     """Returns the last lines of the first host's log."""
@@ -298,7 +298,7 @@ class TpuVmLauncher:
 _TPUS = ('gcloud', 'compute', 'tpus')
 
 
-def _check(job: launcher.Job) -> None:
+def _check(job: launcher.LaunchJob) -> None:
   manifests.check_label('the name of a job', job.name)
   manifests.check_remote(job)
 
