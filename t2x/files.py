@@ -68,6 +68,19 @@ def create_whole(file: epath.Path, content: str | bytes) -> bool:
   return True
 
 
+def copy_directory(source: epath.Path, to: epath.Path) -> None:
+  """Copies a directory with all that is in it; `to` appears whole if local."""
+  if is_remote(to):
+    for path in source.rglob('*'):
+      if not path.is_dir():
+        copied = to / path.relative_to(source)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        path.copy(copied, overwrite=True)
+    return
+  with new_directory(pathlib.Path(to)) as directory:
+    shutil.copytree(source, directory, dirs_exist_ok=True)
+
+
 @contextlib.contextmanager
 def new_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yields a directory to fill, which becomes `path` if the block succeeds."""

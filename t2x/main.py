@@ -60,6 +60,13 @@ def run(get_config: GetConfig, machines: Machines | None = None) -> None:
     'File of programs compiled ahead of time, by scripts/compile_step.py. Load '
     'only files that you made.',
   )
+  flags.DEFINE_integer(
+    'stop_after',
+    None,
+    'Step after which the run saves and ends; the same command without it goes '
+    'on.',
+    lower_bound=1,
+  )
   define_process_flags()
   app_run(lambda: _train(get_config, machines or {}))
 
@@ -260,6 +267,7 @@ def _train(get_config: GetConfig, machines: Machines) -> None:
       allow_config_change=values.allow_config_change,
       profile_steps=_steps(values.profile_steps),
       executable=values.executable,
+      stop_after=values.stop_after,
     )
   if processes.is_primary():
     print(

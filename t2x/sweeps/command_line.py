@@ -115,7 +115,9 @@ def experiment_of() -> tuple[str, experiment.Experiment, scheduler_lib.Command]:
       for name, value in run.settings.items()
       for part in ('--set', f'{name}={value}')
     ]
-    return [*start, f'--workdir={workdir}', *given, *own]
+    more = [f'--stop_after={run.stop_after}'] if run.stop_after else []
+    more += ['--allow_config_change'] if run.parent else []
+    return [*start, f'--workdir={workdir}', *given, *own, *more]
 
   return script.stem, config, command
 
@@ -138,6 +140,7 @@ def check(facts: study_lib.Facts, made: launcher_lib.Launcher) -> None:
       points cannot run and are not to be left out.
   """
   scheduler_lib.check_metric(facts.sweep, facts.config)
+  scheduler_lib.check_population(facts.sweep, facts.config)
   wrong = points.check(facts.config, facts.sweep, made.devices)
   if wrong and not flags.FLAGS.skip_impossible:
     raise ValueError(points.refusal(wrong, facts.sweep.num_points))

@@ -41,11 +41,33 @@ class RunConfig:
     key: hash of the config; runs with the same one are the same run.
     settings: dotted name -> text of what differs from the experiment.
     config: the experiment with these settings.
+    parent: key of the run whose state it begins with; None for new weights.
+    stop_after: step after which it ends; None for its last.
   """
 
   key: str
   settings: Mapping[str, str]
   config: experiment.Experiment
+  parent: str | None = None
+  stop_after: int | None = None
+
+  def is_at_end(self, step: int) -> bool:
+    """Whether a run that has taken so many steps has no more to take."""
+    return self.stop_after is not None and step >= self.stop_after
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Origin:
+  """Where the runs of a trial begin and end, if they are parts of longer ones.
+
+  Attributes:
+    parents: key of the run that each begins with, one for each seed; () for new
+      weights.
+    stop_after: step after which they end; None for their last.
+  """
+
+  parents: tuple[str, ...] = ()
+  stop_after: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,12 +104,18 @@ def key_of(
     for name, value in flat.items()
     if name in (settings or ()) or not name.startswith(outer)
   }
-  text = json.dumps(kept, sort_keys=True)
+  return _hash(json.dumps(kept, sort_keys=True))
+
+
+def _hash(text: str) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def candidate(
-  base: experiment.Experiment, sweep: definition.Sweep, point: space.Point
+  base: experiment.Experiment,
+  sweep: definition.Sweep,
+  point: space.Point,
+  origin: Origin | None = None,
 ) -> PointRuns:
   """Returns the runs of a point.
 
@@ -95,22 +123,34 @@ def candidate(
     base: the experiment without the point.
     sweep: the sweep.
     point: value of each parameter.
+    origin: where its runs begin and end; None for whole runs.
 
   Raises:
     ValueError: a name is no field, a value does not fit it, or the config
       refuses it.
   """
+  origin = origin or Origin()
   settings = space.settings_of(point)
   runs = []
   for seed in sweep.seeds or (None,):
     own = settings if seed is None else {**settings, 'train.seed': str(seed)}
     config = overrides.override(base, own)
     key = key_of(config, own)
-    runs.append(RunConfig(key=key, settings=own, config=config))
+    parent = origin.parents[len(runs)] if origin.parents else None
+    if origin.stop_after is not None:
+      key = _hash(f'{key} {parent} {origin.stop_after}')
+    runs.append(
+      RunConfig(
+        key=key,
+        settings=own,
+        config=config,
+        parent=parent,
+        stop_after=origin.stop_after,
+      )
+    )
   key = runs[0].key
   if len(runs) > 1:
-    joined = ' '.join(run.key for run in runs)
-    key = hashlib.sha256(joined.encode()).hexdigest()[:12]
+    key = _hash(' '.join(run.key for run in runs))
   return PointRuns(point=point, key=key, runs=tuple(runs))
 
 
@@ -183,6 +223,8 @@ def combinations(sweep: definition.Sweep) -> Iterator[space.Point]:
   Those of a search by results are all combinations of listed values, with the
   ends of ranges, as far as there are not too many.
   """
+  if isinstance(sweep.search, search.PopulationBased):
+    yield from sweep.search.first(sweep.parameters)
   if isinstance(sweep.search, search.Planned):
     yield from sweep.search.points(sweep.parameters)
     return

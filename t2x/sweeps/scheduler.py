@@ -34,6 +34,7 @@ from t2x.sweeps.launchers import launcher as launcher_lib
 
 _log = logging.getLogger(__name__)
 
+_END = object()  # Of the trials of a search.
 # Suggestions in a row that the study has had, after which the space is empty.
 _MOST_REPEATED = 20
 _IDLE_SECONDS = 1.0  # Between looks for what others leave.
@@ -70,6 +71,11 @@ class _Run:
   last_error: str = ''
   result: float | None = None
   error: str = ''
+
+  @property
+  def is_finished(self) -> bool:
+    """Whether it has taken all steps that it is to take."""
+    return self.seen.finished or self.config.is_at_end(self.seen.step)
 
   @property
   def is_over(self) -> bool:
@@ -175,10 +181,13 @@ class Scheduler:
     room = self._parallel - len(running)
     waiting = list(itertools.islice(self._waiting(), max(room, 0)))
     while len(waiting) < room and not self._is_empty:
-      trial = next(self._source, None)
-      if trial is None:
+      trial = next(self._source, _END)
+      if trial is _END:
         self._is_empty = True
         break
+      if trial is None:  # What comes next depends on what runs.
+        break
+      assert isinstance(trial, study_lib.Trial)
       active = self._activate(trial)
       self._active.append(active)
       waiting += [(active, run) for run in active.runs]
@@ -191,9 +200,12 @@ class Scheduler:
         if run.handle is None and not run.is_over and not active.is_pruned:
           yield active, run
 
-  def _next_trials(self) -> Iterator[study_lib.Trial]:
-    """Yields new trials of this process, each claimed."""
+  def _next_trials(self) -> Iterator[study_lib.Trial | None]:
+    """Yields new trials of this process, each claimed; None for not yet."""
     claimed = set(self._workers.claimed())
+    if isinstance(self._study.sweep.search, search.PopulationBased):
+      yield from self._generations(self._study.sweep.search)
+      return
     if isinstance(self._study.sweep.search, search.Tpe):
       yield from self._suggested(claimed)
       return
@@ -207,6 +219,52 @@ class Scheduler:
       if self._is_impossible(found) or not self._claim(found.key):
         continue
       yield self._study.begin(found, found.key, self._workers.own)
+
+  def _generations(
+    self, way: search.PopulationBased
+  ) -> Iterator[study_lib.Trial | None]:
+    base, sweep = self._study.facts.config, self._study.sweep
+    steps = experiment.num_steps(base)
+    assert steps is not None, 'checked before'
+    sign = 1 if sweep.direction == 'minimize' else -1
+    before: dict[int, study_lib.Trial] = {}
+    for generation in range(way.generations):
+      stop = steps * (generation + 1) // way.generations
+      if not generation:
+        family = [(None, point) for point in way.first(sweep.parameters)]
+      else:
+        results = [
+          (t.point, math.inf if t.value is None else sign * t.value)
+          for _, t in sorted(before.items())
+        ]
+        family = way.next(sweep.parameters, results, generation)
+      for member, (parent, point) in enumerate(family):
+        parents = () if parent is None else tuple(before[parent].runs)
+        slot = f'g{generation:03}m{member:03}'
+        if self._claim(slot):
+          origin = points.Origin(parents=parents, stop_after=stop)
+          found = points.candidate(base, sweep, point, origin)
+          yield self._study.begin(found, slot, self._workers.own)
+      while len(before := self._generation(generation)) < way.population:
+        yield None
+
+  def _generation(self, generation: int) -> dict[int, study_lib.Trial]:
+    """Returns the trials of a generation that have ended, by member."""
+    return {
+      int(trial.slot[5:]): trial
+      for trial in self._study.trials()
+      if trial.slot.startswith(f'g{generation:03}m')
+      and trial.state != 'running'
+    }
+
+  def _copy_parent(self, run: _Run) -> None:
+    """Gives a run the state of the one that it begins with."""
+    if run.config.parent is None:
+      return
+    workdir = self._study.workdir(run.key)
+    if not workdir.exists():
+      files.copy_directory(self._study.workdir(run.config.parent), workdir)
+      run.seen = run.progress.read()
 
   def _claim(self, name: str) -> bool:
     if name in self._orphans:
@@ -292,7 +350,7 @@ class Scheduler:
 
   def _activate(self, trial: study_lib.Trial) -> _Active:
     found = points.candidate(
-      self._study.facts.config, self._study.sweep, trial.point
+      self._study.facts.config, self._study.sweep, trial.point, trial.origin
     )
     runs = []
     for config in found.runs:
@@ -310,9 +368,10 @@ class Scheduler:
     jobs, runs = [], []
     for active, run in waiting:
       run.seen = run.progress.read()
-      if run.seen.finished:  # By an earlier worker that could not say so.
+      if run.is_finished:  # By an earlier worker that could not say so.
         self._conclude(run)
         continue
+      self._copy_parent(run)
       if run.failures == 0 and run.seen.step == 0:
         self._say(f'{_name(active.trial)}: starts')
       run.submitted_at = run.seen.step
@@ -357,7 +416,7 @@ class Scheduler:
       return
     handle, run.handle = run.handle, None
     self._forget_handle(run)
-    if run.seen.finished:
+    if run.is_finished:
       self._conclude(run)
     elif active.is_pruned or self._stopping:
       return
@@ -412,7 +471,7 @@ class Scheduler:
       active.reported = step
       value = statistics.fmean(run.seen.values[step] for run in active.runs)
       self._study.report(active.trial, step, value)
-      going = any(not run.seen.finished for run in active.runs)
+      going = any(not run.is_finished for run in active.runs)
       if going and self._study.should_prune(active.trial):
         active.is_pruned = True
         for run in active.runs:
@@ -506,6 +565,39 @@ def job_of(
     group=group,
     settings=run.settings,
   )
+
+
+def check_population(
+  sweep: definition.Sweep, config: experiment.Experiment
+) -> None:
+  """Raises ValueError if runs of a population could not go on as each other."""
+  way = sweep.search
+  if not isinstance(way, search.PopulationBased):
+    return
+  if sweep.pruning is not None:
+    raise ValueError(
+      f'pruning={sweep.pruning.kind}: a population replaces its worst runs, '
+      'and prunes none. Leave it out, or choose another search.'
+    )
+  steps = experiment.num_steps(config)
+  if steps is None or steps < way.generations:
+    raise ValueError(
+      f'search.generations={way.generations} divide the steps of a run, which '
+      f'has {steps or "an unknown number"}. Set train.num_steps.'
+    )
+  keys = {
+    points.structure_key(
+      points.candidate(config, sweep, {**first, name: end}).runs[0].config
+    )
+    for first in way.first(sweep.parameters)[:1]
+    for name, parameter in sweep.parameters.items()
+    for end in parameter.ends
+  }
+  if len(keys) > 1:
+    raise ValueError(
+      'A population varies what a run may change as it goes, such as optim.'
+      'learning_rate, and no sizes: one run takes over the weights of another.'
+    )
 
 
 def check_metric(

@@ -8,6 +8,7 @@ results so far. Suggestions and pruning are Optuna's.
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import itertools
 import math
@@ -172,8 +173,85 @@ class Tpe(_Drawn):
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PopulationBased:
+  """Runs that copy better ones as they go (Jaderberg et al., 2017).
+
+  The steps of a run are divided among generations. After each, the worst runs
+  take over the state of one of the best, with its values multiplied by a factor
+  (of a list, its neighbour); the others go on. Each run of a generation is a
+  trial with a workdir of its own, so that nothing is overwritten.
+
+  Attributes:
+    population: number of runs of each generation.
+    generations: number of parts of a run's steps.
+    share: share of the runs that is replaced, and of those that are copied.
+    factors: factors of which one is drawn for each value.
+    seed: seed of the first values and of all draws.
+  """
+
+  kind: ClassVar[str] = 'population'
+  population: int = 8
+  generations: int = 5
+  share: float = 0.25
+  factors: tuple[float, ...] = (0.8, 1.25)
+  seed: int = 0
+
+  def __post_init__(self) -> None:
+    field_checks.least(self, 'search.', population=2, generations=2, seed=0)
+    if not 0 < self.share <= 0.5:
+      raise ValueError(f'search.share={self.share}; it is in (0, 0.5].')
+    if not self.factors or min(self.factors) <= 0:
+      raise ValueError(f'search.factors={self.factors}; they are above 0.')
+
+  def num_points(self, parameters: Parameters) -> int:
+    """Returns the number of trials."""
+    del parameters
+    return self.population * self.generations
+
+  def first(self, parameters: Parameters) -> list[space.Point]:
+    """Returns the points of the first generation."""
+    drawn = RandomSearch(num_trials=self.population, seed=self.seed)
+    return list(drawn.points(parameters))
+
+  def next(
+    self,
+    parameters: Parameters,
+    before: Sequence[tuple[space.Point, float]],
+    generation: int,
+  ) -> list[tuple[int, space.Point]]:
+    """Returns the parent and the point of each run of a generation.
+
+    Args:
+      parameters: the space.
+      before: point and loss of each run of the generation before, where the
+        least loss is the best.
+      generation: number of the generation, from 1.
+    """
+    generator = np.random.default_rng([self.seed, generation])
+    order = sorted(range(len(before)), key=lambda i: (before[i][1], i))
+    num = max(round(len(before) * self.share), 1)
+    best, worst = order[:num], set(order[-num:])
+    result = []
+    for i, (point, _) in enumerate(before):
+      if i not in worst:
+        result.append((i, point))
+        continue
+      parent = best[generator.integers(len(best))]
+      changed = {
+        name: space.moved(
+          parameter,
+          before[parent][0][name],
+          self.factors[generator.integers(len(self.factors))],
+        )
+        for name, parameter in parameters.items()
+      }
+      result.append((parent, changed))
+    return result
+
+
 Planned = Grid | Zipped | RandomSearch | LatinHypercube
-Search = Planned | Tpe
+Search = Planned | Tpe | PopulationBased
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

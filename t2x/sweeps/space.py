@@ -152,6 +152,24 @@ def of(parameter: object) -> Parameter:
   )
 
 
+def moved(parameter: Parameter, value: Value, factor: float) -> Value:
+  """Returns a value times a factor, within its range; of a list, a neighbour.
+
+  Args:
+    parameter: the parameter.
+    value: its value.
+    factor: the factor; below 1 the neighbour before, else the one after.
+  """
+  if isinstance(parameter, OneOf):
+    at = parameter.values.index(value) + (1 if factor > 1 else -1)
+    return parameter.values[min(max(at, 0), len(parameter.values) - 1)]
+  low, high = parameter.ends
+  if isinstance(parameter, Integers):
+    steps = round((value * factor - low) / parameter.step)
+    return min(max(low + steps * parameter.step, low), high)
+  return min(max(value * factor, low), high)
+
+
 def log_spaced(low: float, high: float, num: int) -> tuple[float, ...]:
   """Returns `num` numbers from `low` to `high` with equal ratios.
 

@@ -70,6 +70,7 @@ class Trial:
     values: mean of the metric over its runs, by step.
     outcome: facts of its end: `error`, `seconds`, `failures`.
     same_as: number of the trial whose result it shares, computing the same.
+    origin: where its runs begin and end; None for whole runs.
     began: time of its beginning.
     ended: time of its end; None before.
   """
@@ -85,6 +86,7 @@ class Trial:
   values: Mapping[int, float]
   outcome: Mapping[str, Any]
   same_as: int | None
+  origin: points.Origin | None
   began: datetime.datetime | None
   ended: datetime.datetime | None
 
@@ -289,6 +291,7 @@ class Study:
       value=kept.values[0] if kept.values else None,
       values=kept.intermediate_values,
       same_as=outcome.pop('same_as', None),
+      origin=_origin(own.get('origin')),
       outcome=outcome,
       began=kept.datetime_start,
       ended=kept.datetime_complete,
@@ -391,7 +394,20 @@ def _attributes(
   found: points.PointRuns, slot: str, worker: str
 ) -> dict[str, Any]:
   runs = {run.key: dict(run.settings) for run in found.runs}
-  return {'key': found.key, 'slot': slot, 'worker': worker, 'runs': runs}
+  result = {'key': found.key, 'slot': slot, 'worker': worker, 'runs': runs}
+  first = found.runs[0]
+  if first.stop_after is not None:
+    parents = [run.parent for run in found.runs if run.parent]
+    result['origin'] = {'parents': parents, 'stop_after': first.stop_after}
+  return result
+
+
+def _origin(kept: Mapping[str, Any] | None) -> points.Origin | None:
+  if kept is None:
+    return None
+  return points.Origin(
+    parents=tuple(kept['parents']), stop_after=kept['stop_after']
+  )
 
 
 def _study_name(root: epath.Path, facts: Facts) -> str:

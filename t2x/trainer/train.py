@@ -33,6 +33,7 @@ def train(
   allow_config_change: bool = False,
   profile_steps: tuple[int, int] | None = None,
   executable: str | None = None,
+  stop_after: int | None = None,
   show: bool = True,
 ) -> train_state.TrainState:
   """Trains to the end, going on from the newest checkpoint in `workdir`.
@@ -45,6 +46,8 @@ def train(
     allow_config_change: go on although model, data, optimizer or seed differ.
     profile_steps: (first, last) step to record for TensorBoard's profiler.
     executable: file of programs made ahead of time; see executables.py.
+    stop_after: step after which the run evaluates, saves and ends, to go on
+      later; None runs to its end.
     show: show progress.
 
   Returns:
@@ -80,21 +83,26 @@ def train(
     if stages is not None:
       _log.info('Pipeline: %s.', stages.summary())
     with contextlib.closing(run), jax.transfer_guard('disallow'):
-      return _loop(run, stopping, _Profiler(workdir, profile_steps))
+      profiler = _Profiler(workdir, profile_steps)
+      return _loop(run, stopping, profiler, stop_after)
 
 
 def _loop(
-  run: run_lib.Run, stopping: list[int], profiler: '_Profiler'
+  run: run_lib.Run,
+  stopping: list[int],
+  profiler: '_Profiler',
+  stop_after: int | None,
 ) -> train_state.TrainState:
   config = run.config.train
+  end = min(run.num_steps, stop_after or run.num_steps)
   # Every process stops after the same step, whichever of them was asked to.
   any_process = processes.AnyProcess(run.mesh)
-  for step in range(run.step + 1, run.num_steps + 1):
+  for step in range(run.step + 1, end + 1):
     profiler.before(step)
     run.advance(step)
     liveness_monitor.follow(run.where)
     profiler.after(step, run.state)
-    last = step == run.num_steps
+    last = step == end
     # Kept: a signal may come at any time, and nothing goes unsaved.
     stop = any_process(bool(stopping))
     if last or (_due(config.eval_every, step) and not stop):

@@ -48,7 +48,9 @@ def facts(directory: pathlib.Path, **changes) -> study_lib.Facts:
 def command(run: points.RunConfig, workdir: str) -> list[str]:
   """Returns the command line of a stand-in."""
   own = [p for n, v in run.settings.items() for p in ('--set', f'{n}={v}')]
-  return [sys.executable, str(_STAND_IN), f'--workdir={workdir}', *own]
+  more = [f'--stop_after={run.stop_after}'] if run.stop_after else []
+  start = [sys.executable, str(_STAND_IN), f'--workdir={workdir}']
+  return [*start, *own, *more]
 
 
 def job(study: study_lib.Study) -> launcher.LaunchJob:

@@ -45,13 +45,15 @@ def main() -> None:
     f.write(f'{os.getpid()}\n')
   if env('NO_ROWS'):
     return
+  stop = [a for a in sys.argv if a.startswith('--stop_after=')]
+  stop_after = int(stop[0].partition('=')[2]) if stop else 10**9
   rows = workdir / 'metrics.jsonl'
   done = len(rows.read_text().splitlines()) if rows.exists() else 0
   die, _, times = env('DIE', '0:0').partition(':')
   metric = 'other' if env('SILENT') else 'eval/train/loss'
   steps = int(env('STEPS', '8'))
   with open(rows, 'a', buffering=1) as f:
-    for step in range(done + 1, steps + 1):
+    for step in range(done + 1, min(steps, stop_after) + 1):
       loss = (math.log10(rate) + 2) ** 2 + 1 / step + 1e-3 * seed
       row = {'step': step, 'step_seconds': 0.5, metric: loss}
       if rate > float(env('NAN_ABOVE', 'inf')):
@@ -63,7 +65,7 @@ def main() -> None:
       if step == int(die) and starts <= int(times):
         print('died as asked', flush=True)
         sys.exit(3)
-      if stopped:
+      if stopped or step == stop_after:
         return
       time.sleep(float(env('PAUSE', '0')))
   (workdir / 'finished.json').write_text(json.dumps({'step': steps}))

@@ -14,6 +14,7 @@ import pytest
 import small_sweep
 
 from t2x.sweeps import ownership
+from t2x.sweeps import scheduler
 from t2x.sweeps import search
 from t2x.sweeps import space
 from t2x.sweeps import study as study_lib
@@ -148,6 +149,48 @@ def test_suggestions_come_near_the_best(make):
   assert len({t.key for t in trials}) == 24
   far = [abs(math.log10(t.point['optim.learning_rate']) + 2) for t in trials]
   assert sum(far[12:]) < 0.7 * sum(far[:12])
+
+
+def test_a_population_copies_its_best(make):
+  way = search.PopulationBased(population=4, generations=4, seed=2)
+  study = make(
+    parameters={'optim.learning_rate': space.LogUniform(1e-6, 1e2)}, search=way
+  )
+  small_sweep.worker(study).run()
+  trials = {trial.slot: trial for trial in study.trials()}
+  assert len(trials) == 16
+  assert {t.state for t in trials.values()} == {'complete'}
+  copied = 0
+  for slot, trial in trials.items():
+    generation = int(slot[1:4])
+    assert max(trial.values) == 2 * (generation + 1)
+    rows = (study.workdir(trial.key) / 'metrics.jsonl').read_text()
+    assert len(rows.splitlines()) == 2 * (generation + 1)  # Its parent's too.
+    if generation:
+      (parent,) = trial.origin.parents
+      before = {
+        t.key: t for s, t in trials.items() if f'g{generation - 1:03}' in s
+      }
+      own = trials[f'g{generation - 1:03}{slot[4:]}']
+      if parent != own.key:
+        copied += 1
+        assert before[parent].value == min(t.value for t in before.values())
+        ratio = (
+          trial.point['optim.learning_rate']
+          / before[parent].point['optim.learning_rate']
+        )
+        assert ratio == pytest.approx(0.8) or ratio == pytest.approx(1.25)
+  assert copied == 3
+  # A second time there is nothing to do, and the draws are the same.
+  small_sweep.worker(study_lib.read(study.directory)).run()
+  assert len(study.trials()) == 16
+
+
+def test_a_population_varies_no_sizes(make):
+  way = search.PopulationBased(population=4, generations=4)
+  facts = make(search=way, parameters={'model.num_layers': (1, 2)}).facts
+  with pytest.raises(ValueError, match='and no sizes'):
+    scheduler.check_population(facts.sweep, facts.config)
 
 
 def test_a_space_that_is_used_up(make):

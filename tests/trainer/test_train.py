@@ -59,6 +59,19 @@ def base(directory):
   return workdir, train.train(config, str(workdir), show=False)
 
 
+def test_a_run_that_is_to_stop_after_a_step(directory, base):
+  workdir = directory / 'stops'
+  config = _config(directory, train__eval_every=4, train__eval_batches='none')
+  train.train(config, str(workdir), stop_after=3, show=False)
+  assert len(tiny.losses(workdir)) == 3
+  assert 3 in tiny.saved_steps(workdir)
+  assert 'eval/train/loss' in metrics.read_rows(workdir)[-1]
+  assert not (workdir / 'finished.json').exists()
+  train.train(config, str(workdir), show=False)
+  assert tiny.losses(workdir) == tiny.losses(base[0])
+  assert json.loads((workdir / 'finished.json').read_text()) == {'step': _STEPS}
+
+
 @pytest.fixture(autouse=True)
 def _no_reports(monkeypatch, request):
   if 'base' not in request.fixturenames or request.node.name != _REPORTING:
