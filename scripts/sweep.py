@@ -39,11 +39,12 @@ def _main() -> None:
   if values.show:
     print(text.table(study_lib.read(directory)))
     return
+  sweep = command_line.sweep()
   name, config, command = command_line.experiment_of()
   facts = study_lib.Facts(
     experiment=name,
     config=config,
-    sweep=command_line.sweep(),
+    sweep=sweep,
     storage=values.storage,
   )
   launcher = command_line.launcher()

@@ -69,7 +69,9 @@ def test_a_rate_sweep_that_is_killed_twice(tmp_path, arguments):
     )
   )
   first.kill()
-  first.communicate()
+  first.wait()
+  for pipe in (first.stdout, first.stderr):
+    pipe.close()
   second = tiny.start(tmp_path, *arguments, script=_SCRIPT)
   killed = []
 
