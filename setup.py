@@ -43,6 +43,11 @@ EXTRAS = {
   'sweep': ['optuna>=5.0', 'pyyaml>=6.0', 'scipy>=1.13'],
   # Its launcher of Ray clusters.
   'ray': ['ray>=2.55'],
+  # Experiment trackers (train.trackers). MLflow's is the part that logs, with
+  # what its SQLite store needs.
+  'wandb': ['wandb>=0.31'],
+  'mlflow': ['alembic>=1.13', 'mlflow-skinny>=3.17', 'sqlalchemy>=2.0'],
+  'trackio': ['trackio>=0.43'],
   # Tests that drive a page, in a browser that is installed.
   'browser': ['playwright>=1.45'],
   # scripts/docs.sh: the site, and the reference of the API from docstrings.

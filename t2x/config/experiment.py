@@ -19,6 +19,7 @@ from t2x.objectives import masking
 from t2x.parallel import mesh as mesh_lib
 from t2x.parallel import sharding
 from t2x.pipeline import config as pipeline_config
+from t2x.tracking import trackers
 from t2x.training import optim as optim_lib
 from t2x.training import rate_scaling
 from t2x.training import scheduled_sampling
@@ -57,6 +58,8 @@ class TrainConfig:
     loss: smoothing, z-loss, chunks.
     sampling: rule by which the decoder of an encoder-decoder reads its own
       predictions in place of some targets; None for none of them.
+    trackers: experiment trackers that get each row too: wandb, mlflow, trackio.
+    tracker_project: project (MLflow: experiment) of the run in these.
   """
 
   num_steps: int | None = 1000
@@ -79,6 +82,8 @@ class TrainConfig:
   max_skipped: int = 10
   loss: cross_entropy.LossConfig = cross_entropy.LossConfig()
   sampling: scheduled_sampling.ScheduledSampling | None = None
+  trackers: tuple[str, ...] = ()
+  tracker_project: str = 't2x'
 
   def __post_init__(self) -> None:
     lengths = (self.num_steps, self.num_tokens, self.num_epochs)
@@ -111,6 +116,12 @@ class TrainConfig:
       raise ValueError(
         f'train.trainable={self.trainable!r} is no regular expression: {error}.'
       ) from error
+    trackers.check_names(self.trackers, 'train.trackers')
+    if not self.tracker_project.strip():
+      raise ValueError(
+        f'train.tracker_project={self.tracker_project!r}; it needs a name, '
+        "such as 't2x'."
+      )
     assert self.execution  # Its construction checks `remat`.
 
   @property
@@ -240,6 +251,8 @@ OUTER_SETTINGS = (
   'train.eval_every',
   'train.eval_batches',
   'train.max_skipped',
+  'train.trackers',
+  'train.tracker_project',
   'data.eval_splits',
   'data.data_dir',
   'data.num_threads',

@@ -25,6 +25,7 @@ from t2x import reading
 from t2x.config import experiment
 from t2x.data import config as data_config
 from t2x.sweeps import definition
+from t2x.sweeps import hparams
 from t2x.sweeps import ownership
 from t2x.sweeps import points
 from t2x.sweeps import run_progress
@@ -512,6 +513,9 @@ class Scheduler:
     elif not self._stopping:
       return
     self._active.remove(active)
+    ended = self._study.trial(trial.number)
+    if ended.state != 'running':
+      hparams.write_trial(self._study, ended)
 
   def _abandon(self) -> None:
     """Lets this process's runs save and end, where they do not stay."""

@@ -8,6 +8,7 @@ value is null, and the row's `non_finite` lists the names.
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 import contextlib
 import importlib
 import json
@@ -22,6 +23,7 @@ from etils import epath
 
 from t2x import files
 from t2x.tracking import progress_bar
+from t2x.tracking import trackers as trackers_lib
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class MetricsWriter:
     primary: whether this process writes; exactly one process of a run does.
     show: whether to show a progress bar, or lines where stdout is no terminal.
     header: text printed once at the start, such as the formula of the MFU.
+    trackers: experiment trackers, which get each row; see `trackers.open_all`.
   """
 
   def __init__(
@@ -60,6 +63,7 @@ class MetricsWriter:
     primary: bool = True,
     show: bool = True,
     header: str = '',
+    trackers: Sequence[trackers_lib.Background] = (),
   ):
     self._last_step = start_step if start_step else -1
     self._parts = []
@@ -71,6 +75,7 @@ class MetricsWriter:
     self._parts = [
       _open_rows(workdir / FILE, start_step),
       _Later(lambda: _Events(workdir / 'tensorboard', start_step)),
+      *trackers,
     ]
     if show:
       self._parts.append(progress_bar.Progress(num_steps, start_step, header))
@@ -286,9 +291,8 @@ class _Events:
 
   def write(self, row: Mapping[str, Any]) -> None:
     values = [
-      self._summary.Value(tag=_tag(name), simple_value=value)
-      for name, value in row.items()
-      if isinstance(value, (int, float)) and name != 'step'
+      self._summary.Value(tag=tag, simple_value=value)
+      for tag, value in trackers_lib.scalars(row).items()
     ]
     self._add(row['step'], summary=self._summary(value=values))
 
@@ -311,7 +315,3 @@ class _Events:
       self._remote.mkdir(parents=True, exist_ok=True)
       for path in self._folder.iterdir():
         (self._remote / path.name).write_bytes(path.read_bytes())
-
-
-def _tag(name: str) -> str:
-  return name if name.startswith('eval/') else f'train/{name}'

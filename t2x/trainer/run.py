@@ -13,6 +13,7 @@ import numpy as np
 from t2x.compilation import executables
 from t2x.compilation import program as program_lib
 from t2x.config import experiment
+from t2x.config import overrides
 from t2x.data import corpus as corpus_lib
 from t2x.data import history
 from t2x.data import input_pipeline
@@ -23,6 +24,7 @@ from t2x.multihost import stragglers
 from t2x.objectives import batch_keys
 from t2x.tracking import metrics as metrics_lib
 from t2x.tracking import run_report
+from t2x.tracking import trackers
 from t2x.trainer import checkpointer
 from t2x.trainer import workdir as workdir_lib
 from t2x.training import evaluate
@@ -147,6 +149,7 @@ class Run:
       primary=processes.is_primary(),
       show=show,
       header=self._header(),
+      trackers=self._trackers() if processes.is_primary() else (),
     )
     self.batches = self._global(
       input_pipeline.train_batches(
@@ -159,6 +162,16 @@ class Run:
       )
     )
     self._time = time.perf_counter()
+
+  def _trackers(self) -> list[trackers.Background]:
+    return trackers.open_all(
+      self.config.train.trackers,
+      self.workdir,
+      project=self.config.train.tracker_project,
+      config=overrides.flatten(overrides.to_json(self.config)),
+      start_step=self.step,
+      num_steps=self.num_steps,
+    )
 
   def advance(self, step: int) -> None:
     """Dispatches one step, then reads the metrics of the one before."""

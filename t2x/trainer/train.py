@@ -18,6 +18,7 @@ from t2x.multihost import liveness_monitor
 from t2x.multihost import processes
 from t2x.parallel import mesh as mesh_lib
 from t2x.parallel import sharding
+from t2x.tracking import trackers
 from t2x.trainer import run as run_lib
 from t2x.trainer import workdir as workdir_lib
 from t2x.training import optim
@@ -58,6 +59,7 @@ def train(
     NonFiniteError: after `train.max_skipped` skipped updates in a row.
     CheckpointError: no checkpoint can be used, or the last state not saved.
   """
+  trackers.check_installed(config.train.trackers)
   devices = jax.devices()
   layout_advice.check(
     config, len(devices), num_slices=mesh_lib.num_slices(devices)
