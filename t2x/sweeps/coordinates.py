@@ -77,7 +77,10 @@ def activations(
 
 
 def measure(
-  config: experiment.Experiment, widths: Sequence[int], num_steps: int = 5
+  config: experiment.Experiment,
+  widths: Sequence[int],
+  num_steps: int = 5,
+  num_seeds: int = 2,
 ) -> list[Size]:
   """Trains at each width for some steps, on one device.
 
@@ -85,6 +88,8 @@ def measure(
     config: the experiment; its own width is of no account.
     widths: widths to train at.
     num_steps: updates at each of them.
+    num_seeds: number of seeds over which sizes are averaged, `train.seed` the
+      first of them.
 
   Raises:
     ValueError: a width at which heads or feed-forward layers are not whole.
@@ -100,8 +105,28 @@ def measure(
   corpus = corpus_lib.prepare(config.data)
   found = []
   for width, own in zip(widths, configs):
-    found += _measure_one(own, width, corpus, num_steps)
+    first = own.train.seed
+    by_seed = [
+      _measure_one(
+        dataclasses.replace(
+          own, train=dataclasses.replace(own.train, seed=seed)
+        ),
+        width,
+        corpus,
+        num_steps,
+      )
+      for seed in range(first, first + num_seeds)
+    ]
+    found += [_mean(same) for same in zip(*by_seed, strict=True)]
   return found
+
+
+def _mean(sizes_of_seeds: Sequence[Size]) -> Size:
+  return dataclasses.replace(
+    sizes_of_seeds[0],
+    size=float(np.mean([s.size for s in sizes_of_seeds])),
+    change=float(np.mean([s.change for s in sizes_of_seeds])),
+  )
 
 
 def _measure_one(
@@ -112,7 +137,14 @@ def _measure_one(
 ) -> list[Size]:
   mesh = mesh_lib.make(config.mesh, jax.devices()[:1])
   program = program_lib.Program(config, mesh, num_steps=num_steps)
-  look = jax.jit(activations)
+  places: list[str] = []
+
+  def traced(model: forward.Model, batch: Mapping[str, Any]) -> Any:
+    result = activations(model, batch)
+    places[:] = result  # In the order of the pass, which JAX forgets.
+    return result
+
+  look = jax.jit(traced)
   difference = jax.jit(
     lambda now, first: jax.tree.map(
       lambda a, b: (jnp.abs(a).mean(), jnp.abs(a - b).mean()), now, first
@@ -130,7 +162,9 @@ def _measure_one(
       probe = batch if probe is None else probe
       now = look(state.model, probe)
       first = now if first is None else first
-      for place, (size, change) in difference(now, first).items():
+      measured = difference(now, first)
+      for place in places:
+        size, change = measured[place]
         found.append(
           Size(
             width=width,

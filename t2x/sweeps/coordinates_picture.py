@@ -47,6 +47,7 @@ def write(found: Sequence[coordinates.Size], file: str) -> None:
 
   matplotlib.use('Agg')
   from matplotlib import pyplot
+  from matplotlib import ticker
 
   places = list(dict.fromkeys(size.place for size in found))
   steps = sorted({size.step for size in found} - {0})
@@ -76,7 +77,10 @@ def write(found: Sequence[coordinates.Size], file: str) -> None:
     axis.set_xscale('log', base=2)
     axis.set_yscale('log')
     axis.set_xticks(widths, [str(w) for w in widths])
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter('{x:g}')
     axis.minorticks_off()
+    axis.tick_params(labelbottom=True, labelsize=8)
     axis.grid(alpha=0.3)
   for axis in axes.flat[len(places) :]:
     axis.set_visible(False)

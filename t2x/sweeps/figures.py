@@ -8,22 +8,23 @@ pruned are dashed or hollow; those that diverged are crosses and those that
 failed squares, at the side of bad results. Neither has a say in the axes.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 import math
+from typing import TYPE_CHECKING
 from typing import Any
 
-from matplotlib import axes as plot_axes
-from matplotlib import colors
-from matplotlib import figure
-from matplotlib import lines
-from matplotlib import ticker
-import matplotlib.pyplot as plt
 import numpy as np
 
 from t2x.sweeps import axes as axes_lib
 from t2x.sweeps import importance as importance_lib
 from t2x.sweeps import records as records_lib
 from t2x.sweeps import study as study_lib
+
+if TYPE_CHECKING:  # Slow to import, and of use to notebooks alone.
+  from matplotlib import axes as plot_axes
+  from matplotlib import figure
 
 _BEST, _WORST, _PALE = '#0072b2', '#b4b8be', '#8a9097'
 _MARKS = {'diverged': ('x', '#c03a2b'), 'failed': ('s', '#b0568c')}
@@ -35,6 +36,8 @@ _REACH = 3.0  # Quartile distances beyond which a value is far from all others.
 
 def learning_curves(study: study_lib.Study) -> figure.Figure:
   """Draws the metric of every trial by step, the best in the darkest color."""
+  import matplotlib.pyplot as plt
+
   records = records_lib.of(study)
   fig, axes = plt.subplots(figsize=(8, 3.6))
   last = max((r.last_step or 0 for r in records), default=0)
@@ -61,6 +64,8 @@ def learning_curves(study: study_lib.Study) -> figure.Figure:
 
 def slices(study: study_lib.Study) -> figure.Figure:
   """Draws the results by the values of each parameter."""
+  import matplotlib.pyplot as plt
+
   records = records_lib.of(study)
   parameters = axes_lib.of(study.sweep.parameters)
   columns = min(len(parameters), _MOST_COLUMNS)
@@ -80,6 +85,9 @@ def slices(study: study_lib.Study) -> figure.Figure:
 
 def importance(study: study_lib.Study) -> figure.Figure:
   """Draws the share of each parameter, or says why there is none."""
+  from matplotlib import ticker
+  import matplotlib.pyplot as plt
+
   found = importance_lib.of(study)
   names = axes_lib.short_names(study.sweep.parameters)
   fig, axes = plt.subplots(figsize=(6, 0.6 + 0.32 * max(len(found.shares), 2)))
@@ -102,6 +110,8 @@ def _slice(
   study: study_lib.Study,
   records: Sequence[records_lib.Record],
 ) -> None:
+  from matplotlib import ticker
+
   values = []
   for record, color in _worst_first(study, records):
     place = axis.place(record.trial.point[axis.name])
@@ -143,6 +153,8 @@ def _worst_first(
   study: study_lib.Study, records: Sequence[records_lib.Record]
 ) -> list[tuple[records_lib.Record, str]]:
   """Returns the records with their colors, so that the best lie on top."""
+  from matplotlib import colors
+
   best = records_lib.ranked(records, study.sweep.direction, len(records))
   ramp = colors.LinearSegmentedColormap.from_list('rank', [_BEST, _WORST])
   shares = np.linspace(0, 1, len(best))
@@ -215,6 +227,8 @@ def _mark(axes: plot_axes.Axes, x: float, kind: str, direction: str) -> None:
 def _add_legend(
   axes: plot_axes.Axes, records: Sequence[records_lib.Record]
 ) -> None:
+  from matplotlib import lines
+
   kinds = {_kind(record) for record in records}
   keys = []
   if 'complete' in kinds:

@@ -123,7 +123,7 @@ def candidate(
     base: the experiment without the point.
     sweep: the sweep.
     point: value of each parameter.
-    origin: where its runs begin and end; None for whole runs.
+    origin: beginning and end of its runs; None for whole runs.
 
   Raises:
     ValueError: a name is no field, a value does not fit it, or the config

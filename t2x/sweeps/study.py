@@ -70,7 +70,7 @@ class Trial:
     values: mean of the metric over its runs, by step.
     outcome: facts of its end: `error`, `seconds`, `failures`.
     same_as: number of the trial whose result it shares, computing the same.
-    origin: where its runs begin and end; None for whole runs.
+    origin: beginning and end of its runs; None for whole runs.
     began: time of its beginning.
     ended: time of its end; None before.
   """

@@ -11,7 +11,7 @@ from t2x.layers import mup
 from t2x.sweeps import coordinates
 from t2x.sweeps import coordinates_picture
 
-_WIDTHS = (32, 128)
+_WIDTHS = (32, 256)
 
 
 def _experiment(directory, kind, **changes):
@@ -29,7 +29,7 @@ def _experiment(directory, kind, **changes):
 @pytest.mark.parametrize('kind', ['decoder', 'encoder', 'encoder_decoder'])
 def test_flat_with_mup(kind, tmp_path):
   config = _experiment(tmp_path, kind, mup=mup.Mup(base_width=32))
-  found = coordinates.measure(config, _WIDTHS, 3)
+  found = coordinates.measure(config, _WIDTHS, 5)
   slopes = coordinates.slopes(found)
   assert not [s for s in slopes if s.grows or s.vanishes], slopes
   assert len(slopes) >= 5
@@ -40,7 +40,8 @@ def test_flat_with_mup(kind, tmp_path):
 
 @pytest.mark.slow
 def test_growing_without(tmp_path):
-  found = coordinates.measure(_experiment(tmp_path, 'decoder'), _WIDTHS, 3)
+  config = _experiment(tmp_path, 'decoder')
+  found = coordinates.measure(config, _WIDTHS, 3, num_seeds=1)
   growing = {s.place for s in coordinates.slopes(found) if s.grows}
   assert growing >= {'tower layer 0', 'tower layer 1', 'logits'}
   rows = coordinates_picture.rows(found, coordinates.slopes(found))
