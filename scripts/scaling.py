@@ -13,11 +13,7 @@ DIR/scaling.png hold the result. The same command goes on where it was stopped.
 With model.mup one learning rate serves all widths.
 """
 
-import os
 import sys
-
-# This process only plans: accelerators are for the runs.
-os.environ['JAX_PLATFORMS'] = 'cpu'
 
 from absl import flags
 

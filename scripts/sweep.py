@@ -11,11 +11,7 @@ trials. --dry_run prints the trials and what would be run, and starts nothing.
 --show prints the trials of a study as they stand.
 """
 
-import os
 import sys
-
-# This process only plans: accelerators are for the runs.
-os.environ['JAX_PLATFORMS'] = 'cpu'
 
 from absl import flags
 

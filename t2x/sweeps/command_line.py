@@ -5,6 +5,7 @@ import pathlib
 import signal
 
 from absl import flags
+import jax
 
 from t2x import files
 from t2x import main as main_lib
@@ -26,7 +27,12 @@ _REMOTE_POLL_SECONDS = 10.0  # Of runs whose files are in an object store.
 
 
 def define() -> None:
-  """Defines the flags of the experiment, the study and the launcher."""
+  """Defines the flags of the experiment, the study and the launcher.
+
+  This process only plans: accelerators are left to the runs, whose environment
+  says nothing of it.
+  """
+  jax.config.update('jax_platforms', 'cpu')
   flags.DEFINE_string('experiment', None, 'Its name, or a path.')
   flags.DEFINE_string('config', None, 'A saved config.json to start from.')
   flags.DEFINE_string('study', None, 'Directory of the study; may be gs://.')

@@ -373,9 +373,6 @@ class Scheduler:
         self._conclude(run)
         continue
       self._copy_parent(run)
-      if run.failures == 0 and run.seen.step == 0:
-        self._say(f'{_name(active.trial)}: starts')
-      run.submitted_at = run.seen.step
       runs.append((active, run))
       jobs.append(job_of(run.config, self._command, self._study.directory))
     if not jobs:
@@ -386,7 +383,11 @@ class Scheduler:
       for active, run in runs:
         self._fail(active, run, str(error))
       return
-    for (_, run), handle in zip(runs, handles, strict=True):
+    # Where there is no room for all, the others wait.
+    for (active, run), handle in zip(runs, handles, strict=False):
+      if run.failures == 0 and run.seen.step == 0:
+        self._say(f'{_name(active.trial)}: starts')
+      run.submitted_at = run.seen.step
       run.handle = handle
       self._write_handle(run)
 

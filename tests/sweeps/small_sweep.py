@@ -53,6 +53,11 @@ def command(run: points.RunConfig, workdir: str) -> list[str]:
   return [*start, *own, *more]
 
 
+def python_command(run: points.RunConfig, workdir: str) -> list[str]:
+  """Returns the command line of a stand-in that may be forked."""
+  return ['python', *command(run, workdir)[1:]]
+
+
 def job(study: study_lib.Study) -> launcher.LaunchJob:
   """Returns the job of a study's first point."""
   found = points.candidate(

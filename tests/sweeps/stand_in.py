@@ -43,6 +43,8 @@ def main() -> None:
     return
   with open(workdir / 'starts', 'a') as f:
     f.write(f'{os.getpid()}\n')
+  seen = os.environ.get('CUDA_VISIBLE_DEVICES', '')
+  began = time.time()
   if env('NO_ROWS'):
     return
   stop = [a for a in sys.argv if a.startswith('--stop_after=')]
@@ -68,6 +70,8 @@ def main() -> None:
       if stopped or step == stop_after:
         return
       time.sleep(float(env('PAUSE', '0')))
+  had = {'seen': seen, 'began': began, 'ended': time.time()}
+  (workdir / 'accelerators').write_text(json.dumps(had))
   (workdir / 'finished.json').write_text(json.dumps({'step': steps}))
 
 

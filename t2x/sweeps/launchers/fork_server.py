@@ -4,11 +4,12 @@ Imports take a run some seconds, and a core. Here they are done once: a child
 that is forked for a run becomes the process that `python SCRIPT ARGUMENTS`
 would be. No device is touched before the fork.
 
-It reads a JSON line for each run from its standard input (argv, cwd, env, log),
-and writes one when a child has started and one when it has ended.
+It reads a JSON line for each run from its standard input (argv, cwd, env, log,
+locks), and writes one when a child has started and one when it has ended.
 """
 
 import atexit
+from collections.abc import Sequence
 import dataclasses
 import gc
 import importlib
@@ -23,6 +24,7 @@ import threading
 import traceback
 from typing import Any
 
+from t2x.sweeps.launchers import accelerators
 from t2x.sweeps.launchers import processes
 
 _IMPORTED = (
@@ -85,7 +87,13 @@ class ForkServer:
       self._changed.notify_all()
 
   def start(
-    self, argv: list[str], *, cwd: str, env: dict[str, str], log: str
+    self,
+    argv: list[str],
+    *,
+    cwd: str,
+    env: dict[str, str],
+    log: str,
+    locks: Sequence[str] = (),
   ) -> int:
     """Starts a run and returns its process.
 
@@ -94,12 +102,19 @@ class ForkServer:
       cwd: directory in which it runs.
       env: its environment.
       log: file that its output is added to.
+      locks: files of locks that this process holds, in which it takes a part.
 
     Raises:
       OSError: the server has ended.
     """
     assert self._process.stdin is not None
-    request = {'argv': argv, 'cwd': cwd, 'env': env, 'log': log}
+    request = {
+      'argv': argv,
+      'cwd': cwd,
+      'env': env,
+      'log': log,
+      'locks': list(locks),
+    }
     self._process.stdin.write(json.dumps(request) + '\n')
     self._process.stdin.flush()
     with self._changed:
@@ -174,6 +189,7 @@ def _reap() -> None:
 def become(request: dict[str, Any]) -> None:
   """Makes this process look like one that was started for a request."""
   os.setsid()
+  accelerators.share(tuple(request['locks']))
   os.chdir(request['cwd'])
   os.environ.clear()
   os.environ.update(request['env'])

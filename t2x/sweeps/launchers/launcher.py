@@ -86,7 +86,8 @@ class Launcher(Protocol):
   def submit(self, jobs: Sequence[LaunchJob]) -> list[Handle]:
     """Starts jobs, and returns what finds each of them again.
 
-    A launcher may change a handle in `state` and `cancel`; it is kept so.
+    These are the first jobs, where there is no room for the others now. A
+    launcher may change a handle in `state` and `cancel`; it is kept so.
 
     Raises:
       LaunchError: one could not be started; none of them runs then.
@@ -116,14 +117,15 @@ class LaunchError(RuntimeError):
 
 def one_by_one(
   launcher: Launcher,
-  start: Callable[[LaunchJob], Handle],
+  start: Callable[[LaunchJob], Handle | None],
   jobs: Sequence[LaunchJob],
 ) -> list[Handle]:
   """Starts jobs one after another; if one fails, those before are ended.
 
   Args:
     launcher: the launcher of the jobs.
-    start: function that starts one of them.
+    start: function that starts one of them; None of it means that there is no
+      room for this one and those after it.
     jobs: the jobs.
 
   Raises:
@@ -132,7 +134,10 @@ def one_by_one(
   handles: list[Handle] = []
   try:
     for job in jobs:
-      handles.append(start(job))
+      handle = start(job)
+      if handle is None:
+        break
+      handles.append(handle)
   except LaunchError:
     for handle in handles:
       launcher.cancel(handle)
