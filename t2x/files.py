@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import contextlib
 import fcntl
+import functools
 import os
 import pathlib
 import shutil
@@ -13,7 +14,27 @@ from etils import epath
 
 def path(name: epath.PathLike) -> epath.Path:
   """Returns a path, local or gs://, with ~ expanded."""
+  if is_remote(name):
+    _keep_no_listings()
   return epath.Path(name).expanduser()
+
+
+@functools.cache
+def _keep_no_listings() -> None:
+  """Lets the client look each time: others write to the store as well."""
+  try:
+    from fsspec import config
+  except ImportError:  # epath says what to install.
+    return
+  for protocol in ('gcs', 's3'):
+    known = config.conf.setdefault(protocol, {})
+    known.setdefault('use_listings_cache', False)
+
+
+def cache_directory() -> pathlib.Path:
+  """Returns the local directory of what can be made again: T2X_DATA_DIR."""
+  root = os.environ.get('T2X_DATA_DIR') or '~/.cache/t2x'
+  return pathlib.Path(root).expanduser()
 
 
 def is_remote(name: epath.PathLike) -> bool:
@@ -68,14 +89,23 @@ def create_whole(file: epath.Path, content: str | bytes) -> bool:
   return True
 
 
+def children(directory: epath.Path) -> list[epath.Path]:
+  """Returns what is in a directory; in an object store an empty one is none."""
+  try:
+    return sorted(directory.iterdir())
+  except FileNotFoundError:
+    return []
+
+
 def copy_directory(source: epath.Path, to: epath.Path) -> None:
   """Copies a directory with all that is in it; `to` appears whole if local."""
   if is_remote(to):
-    for path in source.rglob('*'):
-      if not path.is_dir():
-        copied = to / path.relative_to(source)
-        copied.parent.mkdir(parents=True, exist_ok=True)
-        path.copy(copied, overwrite=True)
+    to.mkdir(parents=True, exist_ok=True)
+    for path in children(source):
+      if path.is_dir():
+        copy_directory(path, to / path.name)
+      else:
+        path.copy(to / path.name, overwrite=True)
     return
   with new_directory(pathlib.Path(to)) as directory:
     shutil.copytree(source, directory, dirs_exist_ok=True)

@@ -237,9 +237,8 @@ def use_compilation_cache() -> None:
   import jax
 
   if jax.config.values['jax_compilation_cache_dir'] is None:
-    root = os.environ.get('T2X_DATA_DIR') or '~/.cache/t2x'
-    directory = os.path.join(os.path.expanduser(root), 'compiled')
-    jax.config.update('jax_compilation_cache_dir', directory)
+    directory = files.cache_directory() / 'compiled'
+    jax.config.update('jax_compilation_cache_dir', str(directory))
 
 
 def _train(get_config: GetConfig, machines: Machines) -> None:

@@ -5,6 +5,7 @@ import os
 from typing import ClassVar
 
 from t2x import field_checks
+from t2x import files
 from t2x.data import documents
 from t2x.data import tokenizers
 from t2x.objectives import causal_lm
@@ -168,5 +169,4 @@ def num_targets(config: DataConfig, length: int) -> int:
 
 def directory(config: DataConfig) -> str:
   """Returns the path of the directory of prepared data."""
-  default = os.environ.get('T2X_DATA_DIR') or '~/.cache/t2x'
-  return os.path.expanduser(config.data_dir or default)
+  return os.path.expanduser(config.data_dir or files.cache_directory())

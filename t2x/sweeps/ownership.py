@@ -94,7 +94,7 @@ class Workers:
 
   def others(self) -> list[str]:
     """Returns the names of the other workers that may be alive."""
-    names = [p.stem for p in self._workers.iterdir() if p.suffix == '.json']
+    names = [p.stem for p in files.children(self._workers) if p.suffix == '.json']
     return sorted(n for n in names if n != self.own and not self.is_dead(n))
 
   def is_dead(self, name: str) -> bool:
@@ -127,7 +127,7 @@ class Workers:
   def claimed(self) -> dict[str, int]:
     """Returns name -> number of the newest claim of whatever is claimed."""
     newest: dict[str, int] = {}
-    for path in self._claims.iterdir():
+    for path in files.children(self._claims):
       match = _CLAIM.fullmatch(path.name)
       if match:
         number = int(match['number'])

@@ -367,6 +367,7 @@ class Scheduler:
   def _start(self, waiting: Sequence[tuple[_Active, _Run]]) -> None:
     """Hands runs in together, which clusters like better."""
     jobs, runs = [], []
+    log_folder(self._study.directory).mkdir(parents=True, exist_ok=True)
     for active, run in waiting:
       run.seen = run.progress.read()
       if run.is_finished:  # By an earlier worker that could not say so.
@@ -566,10 +567,25 @@ def job_of(
     name=f'{group}-{run.key}',
     command=command(run, workdir),
     workdir=workdir,
-    log=str(directory / 'logs' / f'{run.key}.log'),
+    log=str(log_folder(directory) / f'{run.key}.log'),
     group=group,
     settings=run.settings,
   )
+
+
+def log_folder(directory: epath.Path) -> epath.Path:
+  """Returns the local folder of what the runs of a study print.
+
+  It is in the study, unless that is in an object store, which takes no
+  appending: then in the user's cache.
+
+  Args:
+    directory: directory of the study.
+  """
+  if not files.is_remote(directory):
+    return directory / 'logs'
+  name = re.sub('[^A-Za-z0-9._-]+', '-', str(directory))
+  return epath.Path(files.cache_directory() / 'sweep_logs' / name)
 
 
 def check_population(

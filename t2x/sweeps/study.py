@@ -3,7 +3,8 @@
   STUDY/study.json     the experiment, the sweep, and where results are kept
   STUDY/journal.log    trials and results, by Optuna, unless in a database
   STUDY/trials/KEY/    the workdir of a run, as of any other
-  STUDY/logs/KEY.log   what it printed, where its launcher keeps that here
+  STUDY/logs/KEY.log   what it printed, where its launcher keeps that here; of
+                       a study in gs://, in ~/.cache/t2x/sweep_logs
   STUDY/jobs/KEY.json  the job that runs it, by its launcher
   STUDY/claims/, STUDY/workers/   who runs what; see `ownership`
 
@@ -327,7 +328,7 @@ def create(directory: epath.PathLike, facts: Facts) -> Study:
   text = json.dumps(facts.to_json(), indent=1) + '\n'
   if not files.create_whole(root / FILE, text):
     _check_same(root, facts)
-  for folder in ('trials', 'logs', 'jobs'):
+  for folder in ('trials', 'jobs'):
     (root / folder).mkdir(parents=True, exist_ok=True)
   return Study(root, facts)
 

@@ -4,65 +4,39 @@ import json
 import os
 import pathlib
 import signal
-import time
 
 import commands
 import pytest
+import real_sweep
 import tiny
 
 from t2x.sweeps import study as study_lib
-from t2x.trainer import train
 
-_ROOT = pathlib.Path(__file__).parents[2]
-_SCRIPT = str(_ROOT / 'scripts' / 'sweep.py')
-_EXPERIMENT = str(_ROOT / 'tests' / 'tiny_experiment.py')
 _RATES = (1e-3, 1e-2)
-_SETTINGS = {'train.num_steps': '8', 'data.eval_splits': 'train'}
-_SWEEP = f"""
-from t2x.sweeps import definition
-
-def get_sweep():
-  return definition.Sweep(
-    parameters={{'optim.learning_rate': {_RATES}}}, metric='eval/train/loss'
-  )
-"""
+_DEVICES = ('--launcher_set', 'devices=8')
 
 
 @pytest.fixture
 def arguments(tmp_path):
-  (tmp_path / 'rates.py').write_text(_SWEEP)
-  return [
-    f'--experiment={_EXPERIMENT}',
-    f'--sweep={tmp_path / "rates.py"}',
-    f'--study={tmp_path / "study"}',
-    '--launcher_set',
-    'devices=8',
-    *[p for n, v in _SETTINGS.items() for p in ('--set', f'{n}={v}')],
-  ]
+  study = str(tmp_path / 'study')
+  return real_sweep.arguments(tmp_path, study, _RATES, 8, *_DEVICES)
 
 
 def _run(tmp_path, *arguments):
   env = {
     **os.environ,
     'TINY_DIRECTORY': str(tmp_path),
-    'PYTHONPATH': str(_ROOT / 'tests'),
+    'PYTHONPATH': str(pathlib.Path(tiny.__file__).parent),
   }
-  return commands.run(_SCRIPT, *arguments, env=env)
-
-
-def _wait(condition, seconds=180):
-  deadline = time.monotonic() + seconds
-  while not condition():
-    assert time.monotonic() < deadline
-    time.sleep(0.05)
+  return commands.run(real_sweep.SCRIPT, *arguments, env=env)
 
 
 @pytest.mark.slow
 def test_a_rate_sweep_that_is_killed_twice(tmp_path, arguments):
   """The sweep itself, and then a trial; results are those of plain runs."""
   study = tmp_path / 'study'
-  first = tiny.start(tmp_path, *arguments, script=_SCRIPT)
-  _wait(
+  first = real_sweep.start(tmp_path, *arguments)
+  real_sweep.wait(
     lambda: (
       list(study.glob('trials/*/checkpoints/2/commit_success.txt'))
       or list(study.glob('trials/*/checkpoints/2'))
@@ -72,7 +46,7 @@ def test_a_rate_sweep_that_is_killed_twice(tmp_path, arguments):
   first.wait()
   for pipe in (first.stdout, first.stderr):
     pipe.close()
-  second = tiny.start(tmp_path, *arguments, script=_SCRIPT)
+  second = real_sweep.start(tmp_path, *arguments)
   killed = []
 
   def kill_the_second_trial():
@@ -82,7 +56,7 @@ def test_a_rate_sweep_that_is_killed_twice(tmp_path, arguments):
         os.kill(killed[-1], signal.SIGKILL)
     return killed or second.poll() is not None
 
-  _wait(kill_the_second_trial)
+  real_sweep.wait(kill_the_second_trial)
   said, errors = second.communicate(timeout=240)
   assert second.returncode == 0, (said, errors)
   assert killed and 'SIGKILL' in said and 'goes on' in said, said
@@ -90,11 +64,8 @@ def test_a_rate_sweep_that_is_killed_twice(tmp_path, arguments):
   assert [t.point['optim.learning_rate'] for t in trials] == [*_RATES]
   assert [t.state for t in trials] == ['complete'] * 2
   assert [t.outcome['failures'] for t in trials] == [0, 1]
-  names = {n.replace('.', '__'): v for n, v in _SETTINGS.items()}
   for trial, rate in zip(trials, _RATES):
-    workdir = tmp_path / f'plain-{rate}'
-    config = tiny.experiment_of(tmp_path, **names, optim__learning_rate=rate)
-    train.train(config, str(workdir), show=False)
+    workdir = real_sweep.run_alone(tmp_path, rate, 8)
     assert tiny.losses(study / 'trials' / trial.key) == tiny.losses(workdir)
     rows = tiny.metrics.read_rows(workdir)
     assert trial.value == rows[-1]['eval/train/loss']
@@ -125,9 +96,7 @@ def test_a_dry_run_starts_nothing(tmp_path, arguments):
 )
 def test_messages(tmp_path, arguments, more, message):
   if '--launcher=gke' in more:
-    arguments = [
-      a for a in arguments if a not in ('--launcher_set', 'devices=8')
-    ]
+    arguments = [a for a in arguments if a not in _DEVICES]
     more = [*more, '--launcher_set', 'image=i']
   done = _run(tmp_path, *arguments, *more, '--dry_run')
   assert done.returncode == 1

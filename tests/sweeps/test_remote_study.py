@@ -1,0 +1,45 @@
+"""A study on gs://, against an emulator of Google Cloud Storage."""
+
+import buckets
+from etils import epath
+import pytest
+import real_sweep
+import tiny
+
+from t2x.sweeps import study as study_lib
+
+pytestmark = [pytest.mark.slow, pytest.mark.reference]
+buckets.need()
+
+_RATES = (1e-3, 1e-2, 1e-1)
+
+
+@pytest.fixture(scope='module')
+def bucket(tmp_path_factory):
+  """A bucket in memory, which this process and its children talk to."""
+  with buckets.emulated(tmp_path_factory.mktemp('emulator') / 'log') as url:
+    yield url
+
+
+@pytest.mark.filterwarnings('default')  # The client leaves its sockets open.
+def test_two_workers_share_a_study_in_a_bucket(bucket, tmp_path, monkeypatch):
+  """One is killed as its trial runs: the other goes on from the checkpoint."""
+  monkeypatch.setenv('T2X_DATA_DIR', str(tmp_path / 'cache'))
+  arguments = real_sweep.arguments(
+    tmp_path, f'{bucket}/rates', _RATES, 4, '--launcher_set', 'devices=8'
+  )
+  first = real_sweep.start(tmp_path, *arguments)
+  trials = epath.Path(f'{bucket}/rates/trials')
+  real_sweep.wait(lambda: [*trials.glob('*/checkpoints/2/commit_success.txt')])
+  second = real_sweep.start(tmp_path, *arguments)
+  first.kill()
+  first.communicate()
+  said, errors = second.communicate(timeout=240)
+  assert second.returncode == 0, (said, errors)
+  assert 'goes on' in said
+  found = study_lib.read(f'{bucket}/rates').trials()
+  assert [trial.state for trial in found] == ['complete'] * 3
+  assert len({trial.key for trial in found}) == 3
+  alone = tiny.losses(real_sweep.run_alone(tmp_path, _RATES[0], 4))
+  assert tiny.losses(trials / found[0].key) == alone
+  assert [*(tmp_path / 'cache' / 'sweep_logs').glob('*/*.log')]
