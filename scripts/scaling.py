@@ -13,6 +13,7 @@ DIR/scaling.png hold the result. The same command goes on where it was stopped.
 With model.mup one learning rate serves all widths.
 """
 
+import json
 import sys
 
 from absl import flags
@@ -53,30 +54,37 @@ def _main() -> None:
     print(f'left out: {line}')
   held_out = [_held_out(config, text) for text in values.hold_out]
   print('\n'.join(text_table.aligned(_table(runs, held_out))))
+  scaling_law.check([(run.parameters, run.tokens) for run in runs])
   if values.dry_run:
     return
   launcher = command_line.launcher()
   directory = command_line.study_directory()
 
-  def train(part: list[scaling.ScaledRun], folder: str):
-    facts = study_lib.Facts(
+  parts = {'fit': runs, **({'held_out': held_out} if held_out else {})}
+  facts_of = {
+    folder: study_lib.Facts(
       experiment=name,
       config=config,
       sweep=scaling.sweep_of(config, part, values.metric),
       storage=values.storage,
     )
-    command_line.check(facts, launcher)
+    for folder, part in parts.items()
+  }
+  for folder, facts in facts_of.items():
+    command_line.check(facts, launcher, command, f'{directory}/{folder}')
+
+  def train(folder: str):
     study, stopped = command_line.run(
-      facts, launcher, command, f'{directory}/{folder}'
+      facts_of[folder], launcher, command, f'{directory}/{folder}'
     )
     if stopped is not None:
       sys.exit(128 + stopped)
-    return scaling.points_of(study, part)
+    return scaling.points_of(study, parts[folder])
 
   launcher.check()
   root = files.path(directory)
   try:
-    points = list(train(runs, 'fit').values())
+    points = list(train('fit').values())
     found = scaling_law.fit(points)
     valleys = [
       v
@@ -90,10 +98,12 @@ def _main() -> None:
     predicted = scaling.predictions(found, held_out)
     if held_out:
       file = root / scaling.PREDICTION
-      files.create_whole(file, scaling.dumps(predicted))
+      if not files.create_whole(file, scaling.dumps(predicted)):
+        # What was written before the runs began is what counts.
+        predicted = json.loads(file.read_text())
       print(f'predicted in {file}:')
       print('\n'.join(text_table.aligned(_predicted_table(predicted))))
-    ends = train(held_out, 'held_out') if held_out else {}
+    ends = train('held_out') if held_out else {}
   finally:
     launcher.close()
   result = scaling.to_json(found, points, valleys)

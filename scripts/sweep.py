@@ -44,7 +44,7 @@ def _main() -> None:
     storage=values.storage,
   )
   launcher = command_line.launcher()
-  command_line.check(facts, launcher)
+  command_line.check(facts, launcher, command, directory)
   if values.dry_run:
     print(text.plan(facts, launcher, command, directory))
     return

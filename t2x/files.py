@@ -1,6 +1,7 @@
 """Paths of a run, local or gs://, and files that appear whole or not at all."""
 
 from collections.abc import Iterator
+from collections.abc import Sequence
 import contextlib
 import fcntl
 import functools
@@ -70,7 +71,8 @@ def create_whole(file: epath.Path, content: str | bytes) -> bool:
     try:
       system.pipe_file(path, data, mode='create')
     except FileExistsError:
-      return False
+      # Its own, where the answer to a first attempt was lost on the way.
+      return file.read_bytes() == data
     return True
   # Of its own: others may be trying.
   descriptor, temporary = tempfile.mkstemp(
@@ -97,18 +99,45 @@ def children(directory: epath.Path) -> list[epath.Path]:
     return []
 
 
-def copy_directory(source: epath.Path, to: epath.Path) -> None:
-  """Copies a directory with all that is in it; `to` appears whole if local."""
+def read_all(paths: Sequence[epath.Path]) -> list[str]:
+  """Returns the texts of files; of an object store, many are read at a time."""
+  if not paths or not is_remote(paths[0]):
+    return [path.read_text() for path in paths]
+  import fsspec
+
+  names = [os.fspath(path) for path in paths]
+  system, _ = fsspec.core.url_to_fs(names[0])
+  found = system.cat([system._strip_protocol(name) for name in names])
+  return [found[system._strip_protocol(name)].decode() for name in names]
+
+
+def copy_directory(
+  source: epath.Path, to: epath.Path, without: Sequence[str] = ()
+) -> None:
+  """Copies a directory with what is in it; `to` appears whole if local.
+
+  Args:
+    source: the directory.
+    to: the copy, which does not exist yet.
+    without: names in the directory that are left out.
+  """
   if is_remote(to):
     to.mkdir(parents=True, exist_ok=True)
     for path in children(source):
+      if path.name in without:
+        continue
       if path.is_dir():
         copy_directory(path, to / path.name)
       else:
         path.copy(to / path.name, overwrite=True)
     return
   with new_directory(pathlib.Path(to)) as directory:
-    shutil.copytree(source, directory, dirs_exist_ok=True)
+    shutil.copytree(
+      source,
+      directory,
+      ignore=lambda at, names: without if at == os.fspath(source) else (),
+      dirs_exist_ok=True,
+    )
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ _OTHER_CLASSES = ('0x01', '0x02')
 # JAX's plugins for NVIDIA, which contain XLA's GPU compiler.
 CUDA = ('jax_plugins.xla_cuda13', 'jax_plugins.xla_cuda12')
 _NVIDIA = ('/dev/nvidia0', '/dev/nvidiactl', '/dev/dxg')
+_chosen = ''  # What `skip_missing_tpu` has set JAX_PLATFORMS to.
 _FORCED = ('JAX_PLATFORMS', 'JAX_FORCE_TPU_INIT')
 
 
@@ -32,9 +33,19 @@ def skip_missing_tpu() -> None:
   gpu = any(map(os.path.exists, _NVIDIA)) and any(map(has_module, CUDA))
   platforms = 'cuda,cpu' if gpu else 'cpu'
   os.environ['JAX_PLATFORMS'] = platforms  # For processes that this one starts.
+  global _chosen
+  _chosen = platforms
   if jax := sys.modules.get('jax'):  # It has read the environment.
     if not jax.config.jax_platforms:
       jax.config.update('jax_platforms', platforms)
+
+
+def given_environment() -> dict[str, str]:
+  """Returns the environment for processes that start on other machines."""
+  result = dict(os.environ)
+  if _chosen and result.get('JAX_PLATFORMS') == _chosen:
+    del result['JAX_PLATFORMS']
+  return result
 
 
 def has_tpu(pci: pathlib.Path = _PCI) -> bool:

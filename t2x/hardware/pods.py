@@ -132,6 +132,19 @@ class Pod:
     return f'{self._kind.prefix}-{self.chips * self._kind.cores}'
 
   @property
+  def prefix(self) -> str:
+    """Start of the accelerator type: 'v5p', 'v5litepod'."""
+    return self._kind.prefix
+
+  @property
+  def has_default_shape(self) -> bool:
+    """Whether its accelerator type alone stands for this shape."""
+    try:
+      return parse(self.accelerator).topology.shape == self.topology.shape
+    except ValueError:
+      return False
+
+  @property
   def label(self) -> str:
     """Value of the node label cloud.google.com/gke-tpu-accelerator."""
     return self._kind.label

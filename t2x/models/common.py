@@ -223,7 +223,9 @@ class Embeddings(nnx.Module):
     dtype = jnp.dtype(self.config.dtype)
     x_BTD = self.tokens(tokens_BT, dtype)
     if self.config.embed_scale:
-      x_BTD = x_BTD * jnp.asarray(self.config.embed_dim**0.5, dtype)
+      # With `mup` tables keep their std: so must what they give.
+      width = self.config.embed_dim / self.config.width_factor
+      x_BTD = x_BTD * jnp.asarray(width**0.5, dtype)
     return self.placed(x_BTD, positions_BT)
 
   def placed(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:

@@ -11,10 +11,12 @@ from t2x import files
 from t2x import main as main_lib
 from t2x.config import catalog
 from t2x.config import experiment
+from t2x.config import overrides
 from t2x.sweeps import definition
 from t2x.sweeps import ownership
 from t2x.sweeps import points
 from t2x.sweeps import scheduler as scheduler_lib
+from t2x.sweeps import space
 from t2x.sweeps import study as study_lib
 from t2x.sweeps import text
 from t2x.sweeps.launchers import choice
@@ -60,7 +62,9 @@ def study_directory() -> str:
       '--study is missing: name a directory for the study, as in '
       '--study=studies/first.'
     )
-  return str(files.path(flags.FLAGS.study))
+  path = files.path(flags.FLAGS.study)
+  # Runs are started elsewhere than here, from the project's root.
+  return str(path if files.is_remote(path) else path.absolute())
 
 
 def sweep() -> definition.Sweep:
@@ -112,7 +116,12 @@ def experiment_of() -> tuple[str, experiment.Experiment, scheduler_lib.Command]:
   script = catalog.path(values.experiment)
   config = main_lib.resolve(lambda: catalog.load(values.experiment))
   start = ['python', _shown(script)]
-  given = [f'--config={values.config}'] if values.config else []
+  given = []
+  if values.config:
+    saved = files.path(values.config)
+    local = not files.is_remote(saved)
+    name = _shown(pathlib.Path(saved).absolute()) if local else values.config
+    given.append(f'--config={name}')
   given += [part for setting in values.set for part in ('--set', setting)]
 
   def command(run: points.RunConfig, workdir: str) -> list[str]:
@@ -129,27 +138,58 @@ def experiment_of() -> tuple[str, experiment.Experiment, scheduler_lib.Command]:
 
 
 def _shown(script: pathlib.Path) -> str:
-  root = catalog.DIRECTORY.parent
+  root, script = catalog.DIRECTORY.parent, script.absolute()
   inside = script.is_relative_to(root)
   return str(script.relative_to(root) if inside else script)
 
 
-def check(facts: study_lib.Facts, made: launcher_lib.Launcher) -> None:
+def check(
+  facts: study_lib.Facts,
+  made: launcher_lib.Launcher,
+  command: scheduler_lib.Command,
+  directory: str,
+) -> None:
   """Checks a sweep before anything of it runs.
 
   Args:
     facts: the experiment and the sweep.
     made: the launcher of its runs.
+    command: function from a run and its workdir to its command line.
+    directory: directory of the study.
 
   Raises:
-    ValueError: no run can have the metric, a name or a value is wrong, or
-      points cannot run and are not to be left out.
+    ValueError: no run can have the metric, a name or a value is wrong, points
+      cannot run and are not to be left out, or the launcher cannot run such a
+      study.
   """
+  _check_given(facts.sweep)
   scheduler_lib.check_metric(facts.sweep, facts.config)
   scheduler_lib.check_population(facts.sweep, facts.config)
   wrong = points.check(facts.config, facts.sweep, made.devices)
   if wrong and not flags.FLAGS.skip_impossible:
     raise ValueError(points.refusal(wrong, facts.sweep.num_points))
+  for point in points.combinations(facts.sweep):
+    try:
+      found = points.candidate(facts.config, facts.sweep, point)
+    except ValueError:  # Left out.
+      continue
+    job = scheduler_lib.job_of(found.runs[0], command, files.path(directory))
+    made.render([job])
+    return
+
+
+def _check_given(sweep: definition.Sweep) -> None:
+  """Raises ValueError if --set sets what the sweep varies."""
+  varied = [f for name in sweep.parameters for f in space.fields_of(name)]
+  for name in overrides.parse_settings(flags.FLAGS.set):
+    for field in varied:
+      if f'{name}.'.startswith(f'{field}.'):
+        raise ValueError(
+          f'--set {name}=...: the sweep varies {field}. Leave it to the sweep; '
+          f'parameters[{field + ", " + name!r}] varies both.'
+          if name != field
+          else f'--set {name}=...: the sweep varies it. Leave it to the sweep.'
+        )
 
 
 def run(

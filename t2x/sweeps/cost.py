@@ -59,10 +59,9 @@ def _flops_of_step(config: experiment.Experiment) -> float:
 
 
 def _steps(record: records_lib.Record, config: experiment.Experiment) -> int:
-  """Returns the steps of a trial, of all its runs together."""
+  """Returns the steps that a trial took itself, all its runs together."""
   trial, steps = record.trial, record.last_step or 0
-  if trial.same_as is not None:  # Nothing was computed for it.
-    return 0
+  stop = trial.origin.stop_after if trial.origin else None
   if trial.state == 'complete' and not record.diverged:
-    steps = experiment.num_steps(config) or steps
-  return steps * len(trial.runs)
+    steps = stop or experiment.num_steps(config) or steps
+  return max(steps - trial.first_step, 0) * len(trial.runs)

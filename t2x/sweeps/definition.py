@@ -77,10 +77,6 @@ class Sweep:
     """Number of points, each of which runs once for each seed."""
     return self.search.num_points(self.parameters)
 
-  def better(self, a: float, b: float) -> bool:
-    """Whether result `a` is better than result `b`."""
-    return a < b if self.direction == 'minimize' else a > b
-
   def to_json(self) -> dict[str, Any]:
     """Returns the sweep as JSON values."""
     fields = {

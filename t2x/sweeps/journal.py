@@ -8,6 +8,7 @@ an object of its own, and the number in its name decides the order.
 from collections.abc import Iterator
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -26,6 +27,7 @@ from t2x import files
 from t2x import reading
 
 _BLOCK = 1 << 12
+_TOGETHER = 1000  # Objects that are put together in one.
 
 
 def storage(directory: epath.Path, url: str | None = None) -> Any:
@@ -43,8 +45,14 @@ def storage(directory: epath.Path, url: str | None = None) -> Any:
     try:
       return optuna.storages.RDBStorage(url)
     except Exception as error:  # Whatever a database's driver raises.
+      from sqlalchemy import engine
+
+      try:
+        shown = engine.make_url(url).render_as_string(hide_password=True)
+      except Exception:
+        shown = url  # Without the form of one, it has no password either.
       raise ValueError(
-        f'--storage={url}: the database cannot be opened ({error}). It is an '
+        f'--storage={shown}: the database cannot be opened ({error}). It is an '
         "address of SQLAlchemy's, such as postgresql://HOST/NAME, whose "
         'driver is installed.'
       ) from error
@@ -155,7 +163,11 @@ def _end_of_lines(file: BinaryIO) -> int:
 
 
 class Objects(journal.BaseJournalBackend):
-  """A journal of objects in an object store, one for each entry."""
+  """A journal of objects in an object store, one for each call of Optuna.
+
+  Whoever writes the last of 1,000 puts them together in one more object, so
+  that a large study opens with few reads.
+  """
 
   def __init__(self, directory: epath.Path):
     directory.mkdir(parents=True, exist_ok=True)
@@ -175,13 +187,48 @@ class Objects(journal.BaseJournalBackend):
     self._read()
     while not files.create_whole(self._path(self._num_objects), text):
       self._read()  # Another process was faster.
+    if (self._num_objects + 1) % _TOGETHER == 0:
+      self._put_together(self._num_objects + 1)
 
   def _read(self) -> None:
-    while (path := self._path(self._num_objects)).exists():
-      for number, line in enumerate(path.read_text().splitlines(), 1):
-        place = f'{path}, line {number}'
-        self._entries.append(reading.parse_json(line, place, 'Restore it.'))
-      self._num_objects += 1
+    """Reads the objects that are new."""
+    if not self._path(self._num_objects).exists():
+      return
+    names = {path.name for path in files.children(self._directory)}
+    while (end := self._num_objects + _TOGETHER) % _TOGETHER == 0:
+      if (name := _together(end)) not in names:
+        break
+      for text in reading.json_object(
+        self._directory / name, 'Remove it: it is made of others.'
+      )['objects']:
+        self._add(text, name)
+    new = itertools.takewhile(
+      names.__contains__, map(_name, itertools.count(self._num_objects))
+    )
+    texts = files.read_all([self._directory / name for name in [*new]])
+    for text in texts:
+      self._add(text, _name(self._num_objects))
+
+  def _add(self, text: str, name: str) -> None:
+    """Adds the entries of an object."""
+    for number, line in enumerate(text.splitlines(), 1):
+      place = f'{self._directory / name}, line {number}'
+      self._entries.append(reading.parse_json(line, place, 'Restore it.'))
+    self._num_objects += 1
+
+  def _put_together(self, end: int) -> None:
+    names = [_name(number) for number in range(end - _TOGETHER, end)]
+    texts = files.read_all([self._directory / name for name in names])
+    content = json.dumps({'objects': texts})
+    files.create_whole(self._directory / _together(end), content)
 
   def _path(self, number: int) -> epath.Path:
-    return self._directory / f'{number:08}.jsonl'
+    return self._directory / _name(number)
+
+
+def _name(number: int) -> str:
+  return f'{number:08}.jsonl'
+
+
+def _together(end: int) -> str:
+  return f'up_to_{end:08}.json'

@@ -8,8 +8,10 @@ over. Times of machines are not compared; each watches by its own clock.
 
 from collections.abc import Iterator
 import contextlib
+import functools
 import json
 import os
+import pathlib
 import re
 import socket
 import threading
@@ -54,6 +56,7 @@ class Workers:
     self._beat_seconds = beat_seconds
     self._dead_seconds = dead_seconds
     self._seen: dict[str, tuple[int, float]] = {}
+    self._held: dict[str, int] = {}
     self._beats = 0
     for folder in (self._workers, self._claims):
       folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +86,7 @@ class Workers:
   def _beat(self, ended: bool = False) -> None:
     self._beats += 1
     facts = {
-      'host': socket.gethostname(),
+      'machine': _machine(),
       'process': os.getpid(),
       'started': start_of(os.getpid()),
       'beats': self._beats,
@@ -94,7 +97,9 @@ class Workers:
 
   def others(self) -> list[str]:
     """Returns the names of the other workers that may be alive."""
-    names = [p.stem for p in files.children(self._workers) if p.suffix == '.json']
+    names = [
+      p.stem for p in files.children(self._workers) if p.suffix == '.json'
+    ]
     return sorted(n for n in names if n != self.own and not self.is_dead(n))
 
   def is_dead(self, name: str) -> bool:
@@ -114,7 +119,7 @@ class Workers:
     facts = _read(file)
     if facts['ended']:
       return True
-    if facts['host'] == socket.gethostname():
+    if facts['machine'] == _machine():
       start = start_of(facts['process'])
       return start is None or start != facts['started']
     now = time.monotonic()
@@ -156,13 +161,22 @@ class Workers:
       return self.claim(name)
     owner = self.owner_of(name, number)
     if owner == self.own:
+      self._held[name] = number
       return True
     assert owner is not None
     return self.is_dead(owner) and self._create(name, number + 1)
 
+  def holds(self, name: str) -> bool:
+    """Whether this worker's claim is the newest one."""
+    number = self._held.get(name)
+    return number is not None and not self._file(name, number + 1).exists()
+
   def _create(self, name: str, number: int) -> bool:
     text = json.dumps({'worker': self.own}) + '\n'
-    return files.create_whole(self._file(name, number), text)
+    if not files.create_whole(self._file(name, number), text):
+      return False
+    self._held[name] = number
+    return True
 
   def _file(self, name: str, number: int) -> epath.Path:
     return self._claims / f'{name}.{number:03}.json'
@@ -170,6 +184,19 @@ class Workers:
 
 def _read(file: epath.Path) -> dict[str, Any]:
   return reading.json_object(file, _REMEDY)
+
+
+@functools.cache
+def _machine() -> str:
+  """Returns what processes that see each other's numbers have in common.
+
+  Containers may share a host's name, and not its processes.
+  """
+  try:
+    boot = pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+    return f'{boot} {os.stat("/proc/self/ns/pid").st_ino}'
+  except OSError:  # No Linux.
+    return socket.gethostname()
 
 
 def start_of(process: int) -> str | None:

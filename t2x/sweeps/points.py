@@ -43,6 +43,7 @@ class RunConfig:
     config: the experiment with these settings.
     parent: key of the run whose state it begins with; None for new weights.
     stop_after: step after which it ends; None for its last.
+    first_step: step after which it begins.
   """
 
   key: str
@@ -50,10 +51,7 @@ class RunConfig:
   config: experiment.Experiment
   parent: str | None = None
   stop_after: int | None = None
-
-  def is_at_end(self, step: int) -> bool:
-    """Whether a run that has taken so many steps has no more to take."""
-    return self.stop_after is not None and step >= self.stop_after
+  first_step: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,10 +62,14 @@ class Origin:
     parents: key of the run that each begins with, one for each seed; () for new
       weights.
     stop_after: step after which they end; None for their last.
+    member: name of the trial among others that begin and end alike.
+    first_step: step of the parents after which they begin.
   """
 
   parents: tuple[str, ...] = ()
   stop_after: int | None = None
+  member: str = ''
+  first_step: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,7 +140,7 @@ def candidate(
     key = key_of(config, own)
     parent = origin.parents[len(runs)] if origin.parents else None
     if origin.stop_after is not None:
-      key = _hash(f'{key} {parent} {origin.stop_after}')
+      key = _hash(f'{key} {parent} {origin.stop_after} {origin.member}')
     runs.append(
       RunConfig(
         key=key,
@@ -146,6 +148,7 @@ def candidate(
         config=config,
         parent=parent,
         stop_after=origin.stop_after,
+        first_step=origin.first_step,
       )
     )
   key = runs[0].key

@@ -150,7 +150,6 @@ def _to_json(record: Record) -> Mapping[str, Any]:
     'seconds': record.seconds,
     'failures': record.failures,
     'error': record.error or None,
-    'same_as': trial.same_as,
     **{n: None if at is None else at.isoformat() for n, at in times.items()},
     'workdirs': list(record.workdirs),
   }

@@ -198,11 +198,8 @@ def _result(record: records_lib.Record) -> str:
 
 
 def _note(record: records_lib.Record) -> str:
-  said = record.error
-  if record.trial.same_as is not None:
-    said = f'computes the same as trial {record.trial.same_as} {said}'.strip()
-  text = html.escape(said)
-  return f'<td class="said" title="{text}">{text}</td>' if said else '<td></td>'
+  text = html.escape(record.error)
+  return f'<td class="said" title="{text}">{text}</td>' if text else '<td></td>'
 
 
 def costs(

@@ -23,7 +23,10 @@ class Snapshot:
     finished: whether the run has taken all its steps.
     diverged: names of the values of its last row that are not finite; '' if
       all are.
-    seconds: time in training steps.
+    num_skipped: updates in a row that were skipped up to that row.
+    stopped_at: step after which the run was told to stop, once it has saved
+      that; None before.
+    times: seconds of training steps, by the step of the row that has them.
     names: metrics of its rows.
   """
 
@@ -31,8 +34,14 @@ class Snapshot:
   values: Mapping[int, float] = dataclasses.field(default_factory=dict)
   finished: bool = False
   diverged: str = ''
-  seconds: float = 0.0
+  num_skipped: int = 0
+  stopped_at: int | None = None
+  times: Mapping[int, float] = dataclasses.field(default_factory=dict)
   names: tuple[str, ...] = ()
+
+  def seconds_after(self, step: int) -> float:
+    """Returns the time in training steps after one."""
+    return sum(seconds for at, seconds in self.times.items() if at > step)
 
 
 class RunProgress:
@@ -56,7 +65,8 @@ class RunProgress:
       'step': 0,
       'values': {},
       'diverged': '',
-      'seconds': 0.0,
+      'num_skipped': 0,
+      'times': {},
       'names': {},
     }
     self._offset = 0
@@ -71,16 +81,19 @@ class RunProgress:
       values=dict(seen['values']),
       finished=workdir_lib.finished_step(self._workdir) == seen['step'] > 0,
       diverged=seen['diverged'],
-      seconds=seen['seconds'],
+      num_skipped=seen['num_skipped'],
+      stopped_at=workdir_lib.stopped_step(self._workdir),
+      times=dict(seen['times']),
       names=(*seen['names'],),
     )
 
   def _add(self, row: Mapping[str, Any]) -> None:
     seen, step = self._rows, row['step']
     if row.get('step_seconds') is not None:
-      seen['seconds'] += row['step_seconds'] * (step - seen['step'])
+      seen['times'][step] = row['step_seconds'] * (step - seen['step'])
     seen['step'] = step
     seen['diverged'] = ', '.join(row.get('non_finite', ()))
+    seen['num_skipped'] = int(row.get('num_skipped') or 0)
     seen['names'].update(dict.fromkeys(row))
     value = row.get(self._metric)
     if value is not None:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import json
+import logging
+import math
 import re
 from typing import Any
 
@@ -20,6 +22,8 @@ from t2x.sweeps import definition
 from t2x.sweeps import scaling_law
 from t2x.sweeps import search
 from t2x.sweeps import study as study_lib
+
+_log = logging.getLogger(__name__)
 
 FILE = 'scaling.json'
 PREDICTION = 'prediction.json'
@@ -179,6 +183,8 @@ def points_of(
 ) -> dict[int, scaling_law.Point]:
   """Returns the finished runs as points of a law, by their place in `runs`.
 
+  Those that have failed or diverged are left out, with a warning.
+
   Args:
     study: the study of `sweep_of(runs)`.
     runs: the runs.
@@ -186,10 +192,18 @@ def points_of(
   ((_, parameter),) = study.sweep.parameters.items()
   found = {}
   for trial in study.trials():
-    if trial.state != 'complete' or trial.value is None:
-      continue
     (value,) = trial.point.values()
     i = parameter.values.index(value)
+    if trial.value is None or not math.isfinite(trial.value):
+      _log.warning(
+        'left out of the law: %dx%d with %.3g FLOPs, trial %d: %s',
+        runs[i].width,
+        runs[i].layers,
+        runs[i].flops,
+        trial.number,
+        trial.outcome.get('error', trial.state),
+      )
+      continue
     found[i] = scaling_law.Point(
       parameters=runs[i].parameters, tokens=runs[i].tokens, loss=trial.value
     )

@@ -121,7 +121,7 @@ def fit(
     ValueError: there are too few runs, or all have one size or one number of
       tokens.
   """
-  _check(points)
+  check([(p.parameters, p.tokens) for p in points])
   centre = np.mean(
     [[math.log(p.parameters), math.log(p.tokens)] for p in points], 0
   )
@@ -134,8 +134,8 @@ def fit(
     drawn = [
       points[i] for i in generator.integers(len(points), size=len(points))
     ]
-    if _is_enough(drawn):
-      own = _minimise(drawn, centre, values[None])
+    if _is_enough([(p.parameters, p.tokens) for p in drawn]):
+      own = _minimise(drawn, centre, np.stack([values, *_about(values)]))
       samples.append(_law(own, centre))
   law = _law(values, centre)
   logs = [math.log(p.loss / law.loss(p.parameters, p.tokens)) for p in points]
@@ -146,22 +146,37 @@ def fit(
   )
 
 
-def _is_enough(points: Sequence[Point]) -> bool:
-  sizes = {p.parameters for p in points}
-  return len(sizes) > 1 and len({p.tokens for p in points}) > 1
+def _about(values: np.ndarray) -> np.ndarray:
+  """Returns starts (S, 5) with other floors and exponents than a fit's."""
+  moves = np.array(
+    [[-0.5, 0.7, 0.0, 1.4, 0.0], [-0.5, 1.4, 0.0, 0.7, 0.0], [-2, 1, 0, 1, 0]]
+  )
+  result = np.tile(values, (len(moves), 1))
+  result[:, 0] += moves[:, 0]
+  result[:, [1, 3]] *= moves[:, [1, 3]]
+  return result
 
 
-def _check(points: Sequence[Point]) -> None:
-  if len(points) < _MIN_POINTS:
+def check(sizes: Sequence[tuple[float, float]]) -> None:
+  """Raises ValueError if a law cannot be fitted to runs.
+
+  Args:
+    sizes: parameters and tokens of each run.
+  """
+  if len(sizes) < _MIN_POINTS:
     raise ValueError(
-      f'{len(points)} runs are too few for a law of five numbers; it needs '
+      f'{len(sizes)} runs are too few for a law of five numbers; it needs '
       f'{_MIN_POINTS} or more.'
     )
-  if not _is_enough(points):
+  if not _is_enough(sizes):
     raise ValueError(
       'All runs have one size, or one number of tokens: the law needs several '
       'of both.'
     )
+
+
+def _is_enough(sizes: Sequence[tuple[float, float]]) -> bool:
+  return all(len(set(each)) > 1 for each in zip(*sizes))
 
 
 def _starts(points: Sequence[Point]) -> np.ndarray:

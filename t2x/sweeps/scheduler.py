@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import re
+import secrets
 import statistics
 import time
 
@@ -30,14 +31,22 @@ from t2x.sweeps import ownership
 from t2x.sweeps import points
 from t2x.sweeps import run_progress
 from t2x.sweeps import search
+from t2x.sweeps import space
 from t2x.sweeps import study as study_lib
 from t2x.sweeps.launchers import launcher as launcher_lib
+from t2x.trainer import workdir as workdir_lib
 
 _log = logging.getLogger(__name__)
 
 _END = object()  # Of the trials of a search.
 # Suggestions in a row that the study has had, after which the space is empty.
 _MOST_REPEATED = 20
+_MOST_REFUSALS = 8  # Of a launcher in a row, about two minutes.
+_MOST_SECONDS = 60.0  # Between two of them.
+_ATTEMPT = 'attempt'  # In place of a handle: a job that is being submitted.
+_COPIED = 'parent.json'  # Written once a run has the whole state of its parent.
+# Of a parent: its end, and its names in trackers.
+_NOT_COPIED = (_COPIED, workdir_lib.FINISHED, workdir_lib.STOPPED, 'trackers')
 _IDLE_SECONDS = 1.0  # Between looks for what others leave.
 _LOOK_SECONDS = 20.0  # Between looks for trials of dead workers.
 _LAST_LINES = 5  # Of a failed run's output, kept with its trial.
@@ -56,6 +65,8 @@ class _Run:
     progress: reader of its files.
     seen: its progress when it was last looked at.
     handle: the job that runs it; None where none does.
+    cancelled: whether that job was asked to end.
+    look_at: time before which the job is not looked at.
     failures: times that it has ended otherwise than it should.
     last_error: the last failure, with its step.
     result: its result once it is over.
@@ -67,6 +78,8 @@ class _Run:
   progress: run_progress.RunProgress
   seen: run_progress.Snapshot = run_progress.Snapshot()
   handle: launcher_lib.Handle | None = None
+  cancelled: bool = False
+  look_at: float = 0.0
   failures: int = 0
   submitted_at: int = -1
   last_error: str = ''
@@ -75,8 +88,17 @@ class _Run:
 
   @property
   def is_finished(self) -> bool:
-    """Whether it has taken all steps that it is to take."""
-    return self.seen.finished or self.config.is_at_end(self.seen.step)
+    """Whether it has taken all steps that it is to take, and saved."""
+    stop = self.config.stop_after
+    if stop is not None and self.seen.stopped_at == self.seen.step >= stop:
+      return True
+    return self.seen.finished
+
+  @property
+  def has_diverged(self) -> bool:
+    """Whether it ended because its updates were skipped for too long."""
+    most = self.config.config.train.max_skipped
+    return bool(self.seen.diverged) and self.seen.num_skipped >= most
 
   @property
   def is_over(self) -> bool:
@@ -107,6 +129,7 @@ class Scheduler:
     skip_impossible: bool = False,
     say: Callable[[str], None] = print,
     poll_seconds: float = 0.1,
+    retry_seconds: float = 1.0,
   ):
     """Prepares; `run` does the work.
 
@@ -119,6 +142,8 @@ class Scheduler:
       skip_impossible: leave out points that cannot run.
       say: function that takes lines on what happens.
       poll_seconds: seconds between two looks at the runs.
+      retry_seconds: seconds after which a launcher that refuses is asked again,
+        for the first time.
     """
     self._study = study
     self._launcher = launcher
@@ -128,6 +153,9 @@ class Scheduler:
     self._skip_impossible = skip_impossible
     self._say = say
     self._poll_seconds = poll_seconds
+    self._retry_seconds = retry_seconds
+    self._refusals = 0
+    self._start_at = 0.0
     self._checker = points.Checker(launcher.devices)
     self._active: list[_Active] = []
     self._stopping = False
@@ -144,6 +172,7 @@ class Scheduler:
 
     Raises:
       ValueError: no row of a run has the metric.
+      LaunchError: the launcher refuses, again and again.
     """
     looked = -math.inf
     with self._workers.at_work():
@@ -158,10 +187,8 @@ class Scheduler:
             return
           if not self._active and self._is_done():
             return
-          if self._active:
-            time.sleep(self._poll_seconds)
-          elif self._is_empty:  # Others are at the last trials.
-            time.sleep(_IDLE_SECONDS)
+          # Without a trial of its own, it waits for those of others.
+          time.sleep(self._poll_seconds if self._active else _IDLE_SECONDS)
       except BaseException:
         self._abandon()
         raise
@@ -211,9 +238,13 @@ class Scheduler:
       yield from self._suggested(claimed)
       return
     for point in self._study.sweep.search.points(self._study.sweep.parameters):
-      found = points.candidate(
-        self._study.facts.config, self._study.sweep, point
-      )
+      try:
+        found = points.candidate(
+          self._study.facts.config, self._study.sweep, point
+        )
+      except ValueError as error:
+        self._leave_out(point, error)
+        continue
       if found.key in claimed and found.key not in self._orphans:
         continue
       claimed.add(found.key)
@@ -238,12 +269,23 @@ class Scheduler:
           (t.point, math.inf if t.value is None else sign * t.value)
           for _, t in sorted(before.items())
         ]
+        if not any(math.isfinite(loss) for _, loss in results):
+          raise ValueError(
+            f'None of the {len(results)} runs of generation {generation - 1} '
+            'has a finite result, so there is none to go on from. Narrow the '
+            'space; --show says how each ended.'
+          )
         family = way.next(sweep.parameters, results, generation)
       for member, (parent, point) in enumerate(family):
         parents = () if parent is None else tuple(before[parent].runs)
         slot = f'g{generation:03}m{member:03}'
         if self._claim(slot):
-          origin = points.Origin(parents=parents, stop_after=stop)
+          origin = points.Origin(
+            parents=parents,
+            stop_after=stop,
+            member=slot,
+            first_step=steps * generation // way.generations,
+          )
           found = points.candidate(base, sweep, point, origin)
           yield self._study.begin(found, slot, self._workers.own)
       while len(before := self._generation(generation)) < way.population:
@@ -263,9 +305,15 @@ class Scheduler:
     if run.config.parent is None:
       return
     workdir = self._study.workdir(run.key)
-    if not workdir.exists():
-      files.copy_directory(self._study.workdir(run.config.parent), workdir)
-      run.seen = run.progress.read()
+    marker = workdir / _COPIED
+    if marker.exists():
+      return
+    if workdir.exists():  # Of a copy that was cut off.
+      workdir.rmtree()
+    parent = self._study.workdir(run.config.parent)
+    files.copy_directory(parent, workdir, without=_NOT_COPIED)
+    files.write_whole(marker, json.dumps({'parent': run.config.parent}) + '\n')
+    run.seen = run.progress.read()
 
   def _claim(self, name: str) -> bool:
     if name in self._orphans:
@@ -292,7 +340,7 @@ class Scheduler:
       try:
         found = points.candidate(base, sweep, point)
       except ValueError as error:
-        self._say(f'left out {points.describe(point)}: {error}')
+        self._leave_out(point, error)
         self._study.drop(number)
         continue
       if self._is_impossible(found) or not self._claim(found.key):
@@ -304,6 +352,12 @@ class Scheduler:
       'had: the search ends.'
     )
     return None
+
+  def _leave_out(self, point: space.Point, error: ValueError) -> None:
+    """Says that a config refuses a point, if such points may be left out."""
+    if not self._skip_impossible:
+      raise ValueError(points.refusal([(point, str(error))], 1)) from error
+    self._say(f'left out {points.describe(point)}: {error}')
 
   def _is_impossible(self, found: points.PointRuns) -> bool:
     error = self._checker.error_of(found)
@@ -360,60 +414,116 @@ class Scheduler:
       )
       run = _Run(key=config.key, config=config, progress=progress)
       run.seen = progress.read()
-      run.handle = self._read_handle(run)
+      run.handle = self._find_job(run)
       runs.append(run)
-    return _Active(trial, runs)
+    return _Active(trial, runs, is_pruned=trial.pruned_at is not None)
 
   def _start(self, waiting: Sequence[tuple[_Active, _Run]]) -> None:
     """Hands runs in together, which clusters like better."""
+    if time.monotonic() < self._start_at:
+      return
     jobs, runs = [], []
-    log_folder(self._study.directory).mkdir(parents=True, exist_ok=True)
+    batch = secrets.token_hex(4)
     for active, run in waiting:
       run.seen = run.progress.read()
       if run.is_finished:  # By an earlier worker that could not say so.
         self._conclude(run)
         continue
       self._copy_parent(run)
+      attempt = f'{batch}-{len(jobs)}'
+      job = job_of(run.config, self._command, self._study.directory, attempt)
       runs.append((active, run))
-      jobs.append(job_of(run.config, self._command, self._study.directory))
+      jobs.append(job)
+      if self._launcher.stays:  # Should this process end before it has handles.
+        self._write_handle(run, {_ATTEMPT: attempt})
     if not jobs:
       return
     try:
       handles = self._launcher.submit(jobs)
     except launcher_lib.LaunchError as error:
-      for active, run in runs:
-        self._fail(active, run, str(error))
+      self._put_off(error)
       return
+    self._refusals = 0
     # Where there is no room for all, the others wait.
     for (active, run), handle in zip(runs, handles, strict=False):
       if run.failures == 0 and run.seen.step == 0:
         self._say(f'{_name(active.trial)}: starts')
-      run.submitted_at = run.seen.step
-      run.handle = handle
-      self._write_handle(run)
+      run.submitted_at, run.handle = run.seen.step, handle
+      run.cancelled, run.look_at = False, 0.0
+      self._write_handle(run, handle)
+
+  def _put_off(self, error: launcher_lib.LaunchError) -> None:
+    """Lets some time pass before the launcher is asked again.
+
+    Raises:
+      LaunchError: it has refused for too long.
+    """
+    self._refusals += 1
+    wait = min(self._retry_seconds * 2 ** (self._refusals - 1), _MOST_SECONDS)
+    if self._refusals > _MOST_REFUSALS:
+      raise launcher_lib.LaunchError(
+        f'{error}\nThat was the answer {self._refusals} times in a row. Mend '
+        'it; the same command goes on.'
+      ) from error
+    self._say(f'not started: {error}; tried again in {wait:.0f} s')
+    self._start_at = time.monotonic() + wait
 
   def _poll(self) -> None:
     for active in list(self._active):
+      if not self._workers.holds(active.trial.slot):
+        self._let_go(active)
+        continue
       for run in active.runs:
         if run.handle is not None:
           self._look_after(active, run)
       if not active.is_pruned:
         self._report(active)
+      elif not self._stopping:
+        self._cancel_all(active)
       self._finish(active)
+
+  def _let_go(self, active: _Active) -> None:
+    """Leaves a trial to the worker that took it over.
+
+    That happens to one whose signs of life were held up: a machine that was
+    suspended, say.
+    """
+    self._say(f'{_name(active.trial)}: another worker has taken it over')
+    self._active.remove(active)
+    if not self._launcher.stays:  # Where jobs stay, the other has found them.
+      self._end_all([run for run in active.runs if run.handle is not None])
+
+  def _cancel(self, run: _Run) -> None:
+    """Asks a run to save and end, again and again if that fails."""
+    if run.handle is None or run.cancelled:
+      return
+    try:
+      self._launcher.cancel(run.handle)
+    except launcher_lib.LaunchError as error:
+      _log.warning('%s; asked again later.', error)
+      return
+    run.cancelled = True
+
+  def _cancel_all(self, active: _Active) -> None:
+    for run in active.runs:
+      self._cancel(run)
 
   def _look_after(self, active: _Active, run: _Run) -> None:
     assert run.handle is not None
+    if time.monotonic() < run.look_at:
+      return
     before = json.dumps(run.handle)
+    if self._stopping and not self._launcher.stays:
+      self._cancel(run)
     try:
-      if self._stopping and not self._launcher.stays:
-        self._launcher.cancel(run.handle)
       # Before its files: what it wrote last is read once it is over.
       state = self._launcher.state(run.handle)
     except launcher_lib.LaunchError as error:
       _log.warning('%s; asked again later.', error)
+      run.look_at = time.monotonic() + _LOOK_SECONDS
       return
     if json.dumps(run.handle) != before:
-      self._write_handle(run)
+      self._write_handle(run, run.handle)
     run.seen = run.progress.read()
     if not state.is_over:
       return
@@ -423,7 +533,7 @@ class Scheduler:
       self._conclude(run)
     elif active.is_pruned or self._stopping:
       return
-    elif run.seen.diverged:
+    elif state.phase != 'preempted' and run.has_diverged:
       run.result = math.inf
       if self._study.sweep.direction == 'maximize':
         run.result = -math.inf
@@ -476,10 +586,10 @@ class Scheduler:
       self._study.report(active.trial, step, value)
       going = any(not run.is_finished for run in active.runs)
       if going and self._study.should_prune(active.trial):
+        # Kept before anything ends: asked again, a rule may say otherwise.
+        self._study.mark_pruned(active.trial, step)
         active.is_pruned = True
-        for run in active.runs:
-          if run.handle is not None:
-            self._launcher.cancel(run.handle)
+        self._cancel_all(active)
         return
 
   def _finish(self, active: _Active) -> None:
@@ -487,13 +597,13 @@ class Scheduler:
     runs, trial = active.runs, active.trial
     failed = [run for run in runs if run.error]
     if failed:
-      for run in runs:
-        if run.handle is not None:
-          self._launcher.cancel(run.handle)
+      self._cancel_all(active)
     if any(run.handle is not None for run in runs):
       return
+    # Rows of parents came along with their state.
+    first = trial.first_step
     facts = {
-      'seconds': round(sum(run.seen.seconds for run in runs), 3),
+      'seconds': round(sum(run.seen.seconds_after(first) for run in runs), 3),
       'failures': sum(run.failures for run in runs),
     }
     if failed:
@@ -503,8 +613,7 @@ class Scheduler:
     elif active.is_pruned:
       trial = self._study.trial(trial.number)
       self._study.finish(trial, 'pruned', **facts)
-      step = active.reported
-      self._say(f'{_name(trial)}: pruned after step {step}')
+      self._say(f'{_name(trial)}: pruned after step {trial.pruned_at}')
     elif all(run.result is not None for run in runs):
       value = statistics.fmean(run.result or 0.0 for run in runs)
       if not math.isfinite(value):
@@ -524,33 +633,53 @@ class Scheduler:
     if self._launcher.stays:
       return
     runs = [run for active in self._active for run in active.runs]
-    handles = [run.handle for run in runs if run.handle is not None]
-    for handle in handles:
-      self._launcher.cancel(handle)
-    while not all(self._launcher.state(handle).is_over for handle in handles):
-      time.sleep(self._poll_seconds)
+    self._end_all([run for run in runs if run.handle is not None])
+
+  def _end_all(self, runs: Sequence[_Run]) -> None:
+    """Lets runs save and end, and waits for it."""
+    for run in runs:
+      self._cancel(run)
+    for run in runs:
+      while not self._is_over(run):
+        time.sleep(self._poll_seconds)
+
+  def _is_over(self, run: _Run) -> bool:
+    assert run.handle is not None
+    try:
+      return self._launcher.state(run.handle).is_over
+    except launcher_lib.LaunchError:  # Then nothing more can be done about it.
+      return True
 
   # --- Jobs, kept in the study so that they are found again. ---
 
   def _handle_file(self, run: _Run) -> epath.Path:
     return self._study.directory / 'jobs' / f'{run.key}.json'
 
-  def _write_handle(self, run: _Run) -> None:
-    text = json.dumps(run.handle) + '\n'
-    files.write_whole(self._handle_file(run), text)
+  def _write_handle(self, run: _Run, handle: launcher_lib.Handle) -> None:
+    files.write_whole(self._handle_file(run), json.dumps(handle) + '\n')
 
-  def _read_handle(self, run: _Run) -> launcher_lib.Handle | None:
+  def _find_job(self, run: _Run) -> launcher_lib.Handle | None:
+    """Returns what finds the job that an earlier process began, if it did."""
     file = self._handle_file(run)
     if not file.exists():
       return None
-    return reading.json_object(file, 'Remove it: its job is then unknown.')
+    kept = reading.json_object(file, 'Remove it: its job is then unknown.')
+    if _ATTEMPT not in kept:
+      return kept
+    # That process ended as it was about to submit the job, or just after.
+    directory = self._study.directory
+    job = job_of(run.config, self._command, directory, kept[_ATTEMPT])
+    return self._launcher.find(job)
 
   def _forget_handle(self, run: _Run) -> None:
     self._handle_file(run).unlink(missing_ok=True)
 
 
 def job_of(
-  run: points.RunConfig, command: Command, directory: epath.Path
+  run: points.RunConfig,
+  command: Command,
+  directory: epath.Path,
+  attempt: str = '',
 ) -> launcher_lib.LaunchJob:
   """Returns the job of a run.
 
@@ -558,6 +687,7 @@ def job_of(
     run: the run.
     command: function from a run and its workdir to its command line.
     directory: directory of the study.
+    attempt: name of this attempt, unlike all others of any run.
   """
   group = re.sub('[^a-z0-9]+', '-', directory.name.lower()).strip('-')
   group = group[:_MOST_GROUP].rstrip('-') or 'study'
@@ -565,27 +695,13 @@ def job_of(
   workdir = str(directory / 'trials' / run.key)
   return launcher_lib.LaunchJob(
     name=f'{group}-{run.key}',
+    attempt=attempt,
     command=command(run, workdir),
     workdir=workdir,
-    log=str(log_folder(directory) / f'{run.key}.log'),
+    log=str(study_lib.log_folder(directory) / f'{run.key}.log'),
     group=group,
     settings=run.settings,
   )
-
-
-def log_folder(directory: epath.Path) -> epath.Path:
-  """Returns the local folder of what the runs of a study print.
-
-  It is in the study, unless that is in an object store, which takes no
-  appending: then in the user's cache.
-
-  Args:
-    directory: directory of the study.
-  """
-  if not files.is_remote(directory):
-    return directory / 'logs'
-  name = re.sub('[^A-Za-z0-9._-]+', '-', str(directory))
-  return epath.Path(files.cache_directory() / 'sweep_logs' / name)
 
 
 def check_population(

@@ -10,6 +10,8 @@ import math
 from typing import Any
 from typing import ClassVar
 
+import numpy as np
+
 # A scalar of a config field, or one for each of several fields.
 Value = Any
 Point = Mapping[str, Value]
@@ -144,12 +146,21 @@ def of(parameter: object) -> Parameter:
   """
   if isinstance(parameter, Parameter):
     return parameter
+  if isinstance(parameter, np.ndarray):
+    parameter = parameter.tolist()
   if isinstance(parameter, (list, tuple)):
-    return OneOf(tuple(parameter))
+    return OneOf(tuple(map(_plain, parameter)))
   raise ValueError(
     f'{parameter!r} is neither a list of values nor OneOf, Uniform, '
     'LogUniform or Integers.'
   )
+
+
+def _plain(value: Value) -> Value:
+  """Returns a value without NumPy's types: np.logspace(...) lists such."""
+  if isinstance(value, (list, tuple)):
+    return tuple(map(_plain, value))
+  return value.item() if isinstance(value, np.generic) else value
 
 
 def moved(parameter: Parameter, value: Value, factor: float) -> Value:

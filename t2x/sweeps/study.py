@@ -13,14 +13,15 @@ is local or gs://.
 """
 
 from collections.abc import Mapping
-from collections.abc import Sequence
 import dataclasses
 import datetime
 import json
 import logging
 import math
+import re
 from typing import Any
 from typing import Literal
+import uuid
 
 from etils import epath
 import optuna
@@ -39,11 +40,20 @@ _log = logging.getLogger(__name__)
 
 FILE = 'study.json'
 _FORMAT = 1
-_NAME = 'study'  # Of the one study in a journal.
 _TRIAL = 't2x'  # Optuna's attributes of a trial.
 _OUTCOME = 'outcome'
-# What a sweep that goes on may change.
-_MAY_CHANGE = ('sweep.search.num_trials', 'sweep.max_retries')
+_PRUNED = 'pruned_at'
+# What a sweep that goes on may change. More points of a Latin hypercube would
+# move those that are there.
+_MAY_CHANGE = ('sweep.max_retries', 'sweep.search.num_trials')
+_FIXED_SEARCHES = ('latin_hypercube',)
+# What changes no program, and yet the results that are compared.
+_RESULT_SETTINGS = (
+  'train.eval_every',
+  'train.eval_batches',
+  'train.max_skipped',
+  'data.eval_splits',
+)
 
 State = Literal['running', 'complete', 'pruned', 'failed']
 _STATES: dict[Any, State] = {
@@ -69,8 +79,8 @@ class Trial:
     worker: name of the worker that began it or took it over.
     value: its result; None before there is one. Infinite for one that diverged.
     values: mean of the metric over its runs, by step.
+    pruned_at: step after which it is to end early; None if it is not.
     outcome: facts of its end: `error`, `seconds`, `failures`.
-    same_as: number of the trial whose result it shares, computing the same.
     origin: beginning and end of its runs; None for whole runs.
     began: time of its beginning.
     ended: time of its end; None before.
@@ -85,11 +95,16 @@ class Trial:
   worker: str
   value: float | None
   values: Mapping[int, float]
+  pruned_at: int | None
   outcome: Mapping[str, Any]
-  same_as: int | None
   origin: points.Origin | None
   began: datetime.datetime | None
   ended: datetime.datetime | None
+
+  @property
+  def first_step(self) -> int:
+    """The step after which its own part of longer runs begins."""
+    return self.origin.first_step if self.origin else 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,12 +116,14 @@ class Facts:
     config: the experiment without any point.
     sweep: the sweep.
     storage: address of the database with the results; None for the journal.
+    name: name of the study in the database, where there may be many.
   """
 
   experiment: str
   config: experiment_lib.Experiment
   sweep: definition.Sweep
   storage: str | None = None
+  name: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
 
   def to_json(self) -> dict[str, Any]:
     """Returns the facts as JSON values."""
@@ -116,6 +133,7 @@ class Facts:
       'config': overrides.to_json(self.config),
       'sweep': self.sweep.to_json(),
       'storage': self.storage,
+      'name': self.name,
     }
 
 
@@ -128,14 +146,19 @@ class Study:
   """
 
   def __init__(self, directory: epath.PathLike, facts: Facts):
-    """Opens a study whose study.json is there; see `create` and `read`."""
+    """Opens a study whose study.json is there; see `create` and `read`.
+
+    Args:
+      directory: directory of the study.
+      facts: what its study.json holds.
+    """
     self.directory = files.path(directory)
     self.facts = facts
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     self._storage = journal.storage(self.directory, facts.storage)
     self._study = optuna.create_study(
       storage=self._storage,
-      study_name=_study_name(self.directory, facts),
+      study_name=facts.name,
       direction=facts.sweep.direction,
       load_if_exists=True,
       sampler=optuna.samplers.RandomSampler(seed=0),
@@ -238,13 +261,15 @@ class Study:
     frozen = self._storage.get_trial(self._identifier(trial.number))
     return self._study.pruner.prune(self._study, frozen)
 
+  def mark_pruned(self, trial: Trial, step: int) -> None:
+    """Notes that a trial is to end early, for what it had after a step."""
+    self._set(trial.number, _PRUNED, step)
+
   def finish(
     self,
     trial: Trial,
     state: State,
     value: float | None = None,
-    *,
-    same_as: int | None = None,
     **outcome: float | str,
   ) -> None:
     """Writes the end of a trial.
@@ -253,11 +278,8 @@ class Study:
       trial: the trial.
       state: `complete`, `pruned` or `failed`.
       value: its result; a pruned trial's is the last that was reported.
-      same_as: number of a trial that computes the same.
       **outcome: facts of its end: `error`, `seconds`, `failures`.
     """
-    if same_as is not None:
-      outcome['same_as'] = same_as
     self._set(trial.number, _OUTCOME, outcome)
     if state == 'pruned' and value is None:
       value = trial.values.get(max(trial.values, default=0))
@@ -291,8 +313,8 @@ class Study:
       worker=own['worker'],
       value=kept.values[0] if kept.values else None,
       values=kept.intermediate_values,
-      same_as=outcome.pop('same_as', None),
-      origin=_origin(own.get('origin')),
+      pruned_at=kept.user_attrs.get(_PRUNED),
+      origin=_origin(own),
       outcome=outcome,
       began=kept.datetime_start,
       ended=kept.datetime_complete,
@@ -327,10 +349,26 @@ def create(directory: epath.PathLike, facts: Facts) -> Study:
   root.mkdir(parents=True, exist_ok=True)
   text = json.dumps(facts.to_json(), indent=1) + '\n'
   if not files.create_whole(root / FILE, text):
-    _check_same(root, facts)
+    facts = _check_same(root, facts)
   for folder in ('trials', 'jobs'):
     (root / folder).mkdir(parents=True, exist_ok=True)
+  log_folder(root).mkdir(parents=True, exist_ok=True)
   return Study(root, facts)
+
+
+def log_folder(directory: epath.Path) -> epath.Path:
+  """Returns the local folder of what the runs of a study print.
+
+  It is in the study, unless that is in an object store, which takes no
+  appending: then in the user's cache.
+
+  Args:
+    directory: directory of the study.
+  """
+  if not files.is_remote(directory):
+    return directory / 'logs'
+  name = re.sub('[^A-Za-z0-9._-]+', '-', str(directory))
+  return epath.Path(files.cache_directory() / 'sweep_logs' / name)
 
 
 def read(directory: epath.PathLike) -> Study:
@@ -353,18 +391,32 @@ def read(directory: epath.PathLike) -> Study:
       config=overrides.from_json(experiment_lib.Experiment, data['config']),
       sweep=definition.from_json(data['sweep']),
       storage=data['storage'],
+      name=data['name'],
     ),
   )
 
 
-def _check_same(root: epath.Path, facts: Facts) -> None:
-  """Raises ValueError if a directory holds another study."""
-  old, new = _read(root), facts.to_json()
+def _check_same(root: epath.Path, facts: Facts) -> Facts:
+  """Returns the facts of a study that goes on.
+
+  Raises:
+    ValueError: the directory holds a study of something else.
+  """
+  old = _read(root)
+  facts = dataclasses.replace(facts, name=old['name'])
+  new = facts.to_json()
   changes = overrides.differences(old, new)
-  outer = tuple(f'config.{name}' for name in experiment_lib.OUTER_SETTINGS)
+  outer = tuple(
+    f'config.{name}'
+    for name in experiment_lib.OUTER_SETTINGS
+    if name not in _RESULT_SETTINGS
+  )
+  may_change = _MAY_CHANGE
+  if facts.sweep.search.kind in _FIXED_SEARCHES:
+    may_change = _MAY_CHANGE[:1]
   lines = []
   for name, (before, after) in changes.items():
-    if name.startswith(_MAY_CHANGE) or name.startswith(outer):
+    if name.startswith(may_change) or name.startswith(outer):
       _log.info(
         'changed since the study began: %s: %r -> %r', name, before, after
       )
@@ -379,6 +431,7 @@ def _check_same(root: epath.Path, facts: Facts) -> None:
     )
   if changes:
     files.write_whole(root / FILE, json.dumps(new, indent=1) + '\n')
+  return facts
 
 
 def _read(root: epath.Path) -> dict[str, Any]:
@@ -399,27 +452,21 @@ def _attributes(
   first = found.runs[0]
   if first.stop_after is not None:
     parents = [run.parent for run in found.runs if run.parent]
-    result['origin'] = {'parents': parents, 'stop_after': first.stop_after}
+    result['origin'] = {
+      'parents': parents,
+      'stop_after': first.stop_after,
+      'first_step': first.first_step,
+    }
   return result
 
 
-def _origin(kept: Mapping[str, Any] | None) -> points.Origin | None:
+def _origin(own: Mapping[str, Any]) -> points.Origin | None:
+  kept = own.get('origin')
   if kept is None:
     return None
   return points.Origin(
-    parents=tuple(kept['parents']), stop_after=kept['stop_after']
+    parents=tuple(kept['parents']),
+    stop_after=kept['stop_after'],
+    member=own['slot'],
+    first_step=kept['first_step'],
   )
-
-
-def _study_name(root: epath.Path, facts: Facts) -> str:
-  """A database holds many studies, a journal one."""
-  return _NAME if facts.storage is None else str(root)
-
-
-def keys_done(trials: Sequence[Trial]) -> dict[str, int]:
-  """Returns key -> number of the first trial that computes it."""
-  found: dict[str, int] = {}
-  for trial in trials:
-    if trial.same_as is None:
-      found.setdefault(trial.key, trial.number)
-  return found

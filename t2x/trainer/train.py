@@ -117,8 +117,9 @@ def _loop(
       break
   profiler.stop(run.state)
   run.check_saved()
-  if run.step == run.num_steps and processes.is_primary():
-    workdir_lib.write_finished(run.workdir, run.step)
+  if run.step == end and processes.is_primary():
+    finished = run.step == run.num_steps
+    workdir_lib.write_end(run.workdir, run.step, finished=finished)
   return run.state
 
 

@@ -4,7 +4,8 @@ config.json, versions.json, numbers.json (the changes of what is computed that
 it knows; see `t2x.config.number_changes`), history.jsonl (changed settings, and
 those that it came to know), tokenizer/, schedule.csv, the last table of one's
 own that its stages ran, labels.json, the labels of each class head in the
-order of its classes, and finished.json, once all steps are taken.
+order of its classes, and finished.json, once all steps are taken, or
+stopped.json.
 """
 
 from collections.abc import Sequence
@@ -50,6 +51,7 @@ NUMBERS = 'numbers.json'
 CORPUS = 'corpus.json'  # The text's fingerprint, and what was dropped of it.
 CALIBRATION = 'calibration.json'
 FINISHED = 'finished.json'  # The step at which the run had taken all its steps.
+STOPPED = 'stopped.json'  # The step after which it was told to stop, and did.
 HUGGINGFACE = 'huggingface.json'  # The config.json that a run came with.
 GENERATION = 'generation_config.json'  # The same of how its texts are written.
 Changes = dict[str, tuple[Any, Any]]
@@ -254,10 +256,16 @@ def read_corpus(workdir: str) -> str | None:
   return _read(file)['id'] if file.exists() else None
 
 
-def write_finished(workdir: str, step: int) -> None:
-  """Notes that a run has taken all its steps, of which `step` is the last."""
-  text = json.dumps({'step': step}) + '\n'
-  files.write_whole(files.path(workdir) / FINISHED, text)
+def write_end(workdir: str, step: int, *, finished: bool) -> None:
+  """Notes that a run has ended as it should, and has saved its last step.
+
+  Args:
+    workdir: directory of the run.
+    step: its last step.
+    finished: whether it has taken all its steps, or was told to stop there.
+  """
+  file = files.path(workdir) / (FINISHED if finished else STOPPED)
+  files.write_whole(file, json.dumps({'step': step}) + '\n')
 
 
 def finished_step(workdir: epath.PathLike) -> int | None:
@@ -265,7 +273,16 @@ def finished_step(workdir: epath.PathLike) -> int | None:
 
   A run that goes on for longer has rows of later steps.
   """
-  file = files.path(workdir) / FINISHED
+  return _step_of(workdir, FINISHED)
+
+
+def stopped_step(workdir: epath.PathLike) -> int | None:
+  """Returns the step after which a run was last told to stop, if it was."""
+  return _step_of(workdir, STOPPED)
+
+
+def _step_of(workdir: epath.PathLike, name: str) -> int | None:
+  file = files.path(workdir) / name
   return _read(file)['step'] if file.exists() else None
 
 

@@ -303,7 +303,7 @@ def make(
       depth; None for none.
 
   Raises:
-    ValueError: the optimizer's updates do not scale by a known rule.
+    ValueError: `scaling` is given, and the optimizer has no rule for it.
   """
   rate = make_schedule(config, num_steps)
   if numbers is not None:
@@ -331,15 +331,21 @@ def width_rule(config: OptimConfig) -> rate_scaling.WidthPowers:
   An update of Adam or Lion has entries of about the same size, whatever that of
   the gradient; those of a matrix add up over its inputs. Adafactor's follow the
   parameter's root mean square, itself smaller by the square root of the width;
-  Muon's, of one singular value, grow with that root. The gradient of a matrix
-  shrinks with the width by itself, and that of an embedding too much.
+  Muon's, of one singular value, grow with that root.
+
+  Raises:
+    ValueError: it is SGD, for which there is none.
   """
   if isinstance(config, Muon):
     return rate_scaling.WidthPowers(matrix=-1.0, orthogonal=-0.5)
   if isinstance(config, Adafactor) and config.scale_by_parameter:
     return rate_scaling.WidthPowers(matrix=-0.5)
   if isinstance(config, Sgd):
-    return rate_scaling.WidthPowers(matrix=0.0, other=1.0)
+    raise ValueError(
+      'optim=sgd with model.mup: its updates are as large as the gradients, so '
+      'that rates scale otherwise for each kind of parameter, and no rule for '
+      'that is here. Choose another optimizer, or set model.mup=none.'
+    )
   return rate_scaling.WidthPowers(matrix=-1.0)
 
 

@@ -24,12 +24,10 @@ class WidthPowers:
     matrix: power for matrices whose inputs grow with the width.
     orthogonal: power for those of them that Muon orthogonalises; None for that
       of `matrix`.
-    other: power for embeddings, norms and biases.
   """
 
   matrix: float
   orthogonal: float | None = None
-  other: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +59,7 @@ class RateScaling:
 
     def factor(path: jax.tree_util.KeyPath, u: nnx.Variable) -> float:
       del path
-      power = rule.other
+      power = 0.0  # Of embeddings, norms and biases.
       if is_matrix(u):
         power = rule.matrix
         if rule.orthogonal is not None and is_orthogonalised(u):

@@ -88,9 +88,16 @@ def srun(arguments: list[str]) -> None:
 
 
 def squeue(arguments: list[str]) -> None:
-  assert '--noheader' in arguments and '--format=%i|%T' in arguments
+  assert '--noheader' in arguments and '--array' in arguments
   for file in sorted(_queue().glob('*.state')):
-    print(f'{file.stem}|{file.read_text()}')
+    array = file.stem.partition('_')[0]
+    script = (_queue() / f'{array}.sh').read_text()
+    comment = re.search(r'--comment=(.*)', script)
+    shown = {
+      '--format=%i|%T': f'{file.stem}|{file.read_text()}',
+      '--format=%F|%k': f'{array}|{comment[1] if comment else "(null)"}',
+    }
+    print(*[shown[argument] for argument in arguments if argument in shown])
 
 
 def scancel(arguments: list[str]) -> None:

@@ -59,7 +59,7 @@ def main() -> None:
       loss = (math.log10(rate) + 2) ** 2 + 1 / step + 1e-3 * seed
       row = {'step': step, 'step_seconds': 0.5, metric: loss}
       if rate > float(env('NAN_ABOVE', 'inf')):
-        row |= {metric: None, 'non_finite': [metric]}
+        row |= {metric: None, 'non_finite': [metric], 'num_skipped': 10}
       f.write(json.dumps(row) + '\n')
       if 'non_finite' in row:
         sys.exit('error: values that are not finite')
@@ -67,7 +67,10 @@ def main() -> None:
       if step == int(die) and starts <= int(times):
         print('died as asked', flush=True)
         sys.exit(3)
-      if stopped or step == stop_after:
+      if step == stop_after < steps:
+        (workdir / 'stopped.json').write_text(json.dumps({'step': step}))
+        return
+      if stopped:
         return
       time.sleep(float(env('PAUSE', '0')))
   had = {'seen': seen, 'began': began, 'ended': time.time()}

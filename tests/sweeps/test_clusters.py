@@ -118,11 +118,9 @@ def _end_of_pod(tmp_path, signal_after=None, **environment):
   stand_in = _HERE / 'stand_in.py'
   workdir = tmp_path / 'run'
   command = (sys.executable, str(stand_in), f'--workdir={workdir}')
-  manifest = _make('gke').manifest(_job(command=command))
-  (slices,) = manifest['spec']['replicatedJobs']
-  pod = slices['template']['spec']['template']['spec']
+  script = _make('gke').pod_script(_job(command=command))
   child = subprocess.Popen(
-    pod['containers'][0]['command'], env={**os.environ, **environment}
+    ['bash', '-c', script], env={**os.environ, **environment}
   )
   if signal_after:
     deadline = time.monotonic() + 20

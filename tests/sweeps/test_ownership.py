@@ -1,6 +1,5 @@
 import json
 import multiprocessing
-import socket
 import subprocess
 import sys
 
@@ -93,7 +92,7 @@ def test_another_machine_is_dead_once_its_file_stands_still(
 
   def beat(number, ended=False):
     facts = {
-      'host': socket.gethostname() + '-other',
+      'machine': 'another',
       'process': 1,
       'started': '1',
       'beats': number,

@@ -55,6 +55,47 @@ def test_a_sweep_is_one_array(queue, study):
   assert '#SBATCH --array=0-3\n' in script.read_text()
 
 
+def test_a_worker_that_ends_as_it_hands_in(queue, study, monkeypatch):
+  """The next one finds the array, and hands in none."""
+  monkeypatch.setenv('PAUSE', '0.2')
+  first = _worker(study)
+  submit = first._launcher.submit
+
+  def submit_and_end(jobs):
+    submit(jobs)
+    raise SystemExit('killed')
+
+  monkeypatch.setattr(first._launcher, 'submit', submit_and_end)
+  with pytest.raises(SystemExit):
+    first.run()
+  assert not study.trials()[0].value
+  second = _worker(study)
+  second.run()
+  assert [t.value for t in study.trials()] == pytest.approx(_losses())
+  assert set(small_sweep.starts(study).values()) == {1}
+  assert len([*queue.glob('*.sh')]) == 1
+
+
+def test_what_a_process_gets_of_its_node():
+  text = _launcher(nodes=2, gpus_per_node=4, cpus_per_task=9).render(
+    [
+      launcher.LaunchJob(
+        name='a', command=['x'], workdir='w', log='l', group='g'
+      )
+    ]
+  )
+  assert 'export JAX_LOCAL_DEVICE_IDS=0,1,2,3\n' in text
+  assert 'export SRUN_CPUS_PER_TASK=9\n' in text
+
+
+def test_a_study_in_a_bucket_is_refused():
+  job = launcher.LaunchJob(
+    name='a', command=['x'], workdir='gs://b/s/trials/k', log='l', group='g'
+  )
+  with pytest.raises(ValueError, match='a directory that all nodes share'):
+    _launcher().render([job])
+
+
 def test_a_task_that_must_save_is_queued_again(queue, study, monkeypatch):
   monkeypatch.setenv('PAUSE', '0.1')
   told = []

@@ -12,6 +12,7 @@ import tiny
 from t2x.config import experiment
 from t2x.layers import mup
 from t2x.layers import param
+from t2x.layers import position
 from t2x.models import model as model_lib
 from t2x.models import sizes
 from t2x.parallel import sharding
@@ -24,7 +25,6 @@ _OPTIMIZERS = {
   'lion': optim.Lion(weight_decay=0.1),
   'adafactor': optim.Adafactor(weight_decay=0.1),
   'muon': optim.Muon(weight_decay=0.1),
-  'sgd': optim.Sgd(weight_decay=0.1),
 }
 
 
@@ -77,10 +77,7 @@ def test_rates_of_each_class_of_parameters(base, kind):
   before, after = (
     _changes(no_decay(c), params, grads) for c in (plain, scaled)
   )
-  matrix = {'adafactor': _M**-0.5, 'muon': _M**-0.5, 'sgd': 1.0}.get(
-    kind, 1 / _M
-  )
-  other = _M if kind == 'sgd' else 1.0
+  matrix = {'adafactor': _M**-0.5, 'muon': _M**-0.5}.get(kind, 1 / _M)
   seen = set()
   for name, change in before.items():
     in_layer = name.startswith('tower.layers.')
@@ -92,7 +89,7 @@ def test_rates_of_each_class_of_parameters(base, kind):
       'up_DF',
       'down_FD',
     )
-    expected = (matrix if is_matrix else other) * (_L**-0.5 if in_layer else 1)
+    expected = (matrix if is_matrix else 1.0) * (_L**-0.5 if in_layer else 1)
     seen.add((is_matrix, in_layer))
     np.testing.assert_allclose(
       after[name],
@@ -135,6 +132,22 @@ def test_weights_and_multipliers(base):
   scaled = dataclasses.replace(wide, tied_head='tied_scaled')
   head = model_lib.make(scaled, rngs=nnx.Rngs(0)).head
   assert head.scale == pytest.approx(16**-0.5 / _M)
+  # Embeddings are as large as those of the base.
+  factor = lambda **own: float(
+    jnp.std(
+      model_lib.make(
+        dataclasses.replace(wide, position=position.Rotary(), **own),
+        rngs=nnx.Rngs(0),
+      ).embeddings(jnp.arange(9)[None], jnp.arange(9)[None])
+    )
+  )
+  assert factor(embed_scale=True) / factor() == pytest.approx(4, rel=1e-5)
+
+
+def test_stochastic_gradient_descent_has_no_rule(base):
+  config = dataclasses.replace(_wide(base, mup=_MUP), optim=optim.Sgd())
+  with pytest.raises(ValueError, match='Choose another optimizer'):
+    experiment.optimizer(config, 10)
 
 
 def test_scores_of_larger_heads(base):

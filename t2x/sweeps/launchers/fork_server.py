@@ -118,11 +118,17 @@ class ForkServer:
     self._process.stdin.write(json.dumps(request) + '\n')
     self._process.stdin.flush()
     with self._changed:
-      is_there = lambda: self._started or not self._reader.is_alive()
-      self._changed.wait_for(is_there, timeout=_START_SECONDS)
+      is_there = lambda: self._started or not self.is_alive
+      if not self._changed.wait_for(is_there, timeout=_START_SECONDS):
+        self._process.kill()  # What it starts now would have no owner.
       if not self._started:
         raise OSError('the process that forks for runs has ended')
       return self._started.pop()
+
+  @property
+  def is_alive(self) -> bool:
+    """Whether it can start runs."""
+    return self._reader.is_alive()
 
   def has(self, process: int) -> bool:
     """Whether a process was started here."""
@@ -134,7 +140,7 @@ class ForkServer:
     A child whose server has ended is told to end by the kernel.
     """
     code = self._children[process].code
-    if code is None and not self._reader.is_alive():
+    if code is None and not self.is_alive:
       return -signal.SIGTERM
     return code
 

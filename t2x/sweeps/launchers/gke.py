@@ -27,6 +27,7 @@ _SAVED = 42  # Exit status of a pod whose run saved and has more to do.
 # the shell's where there is no such program.
 _ERRORS = (1, 2, 126, 127)
 _MOST_NAME = 63 - len('-slice-0-000-00000')  # Pods are named after it.
+_RESTARTED = 'ReachedMaxRestarts'  # Reason of a JobSet's end.
 _LABEL = 'jobset.sigs.k8s.io/jobset-name'
 
 
@@ -210,7 +211,7 @@ class GkeLauncher:
           'securityContext': {'privileged': True},
           'workingDir': c.directory,
           'env': [{'name': 'PYTHONUNBUFFERED', 'value': '1'}],
-          'command': ['bash', '-c', self._shell(job)],
+          'command': ['bash', '-c', self.pod_script(job)],
           'resources': {'limits': {'google.com/tpu': pod.chips_per_host}},
           'volumeMounts': [{'name': 'shared-memory', 'mountPath': '/dev/shm'}],
         }
@@ -222,7 +223,7 @@ class GkeLauncher:
       spec['serviceAccountName'] = c.service_account
     return spec
 
-  def _shell(self, job: launcher.LaunchJob) -> str:
+  def pod_script(self, job: launcher.LaunchJob) -> str:
     """Returns the script of a pod: the command, and what its end means."""
     # The shell is process 1, which takes no signal that it does not trap.
     return (
@@ -262,7 +263,12 @@ class GkeLauncher:
       self._kubectl('create', '--filename=-', stdin=text)
       return {'name': job.name}
 
-    return launcher.one_by_one(self, start, jobs)
+    return launcher.one_by_one(start, jobs)
+
+  def find(self, job: launcher.LaunchJob) -> launcher.Handle | None:
+    """Returns None: `submit` replaces a JobSet of that name."""
+    del job
+    return None
 
   def state(self, handle: launcher.Handle) -> launcher.JobState:
     """Returns the state by the JobSet's conditions."""
@@ -299,15 +305,15 @@ class GkeLauncher:
 def jobset_state(jobset: dict[str, Any]) -> launcher.JobState:
   """Returns the state of a JobSet, from what Kubernetes says of it."""
   status = jobset.get('status', {})
-  conditions = {
-    c['type']: c.get('message', '')
-    for c in status.get('conditions', ())
-    if c.get('status') == 'True'
-  }
+  there = [c for c in status.get('conditions', ()) if c.get('status') == 'True']
+  conditions = {c['type']: c.get('message', '') for c in there}
+  reasons = {c['type']: c.get('reason', '') for c in there}
   if 'Completed' in conditions:
     return launcher.JobState(phase='ended')
   if 'Failed' in conditions:
-    return launcher.JobState(phase='failed', message=conditions['Failed'])
+    # Too many preemptions are no failure of the run: it goes on in a new one.
+    phase = 'ended' if reasons['Failed'] == _RESTARTED else 'failed'
+    return launcher.JobState(phase=phase, message=conditions['Failed'])
   if 'Suspended' in conditions or jobset['spec'].get('suspend'):
     return launcher.JobState(phase='queued', message='Kueue holds it back')
   jobs = status.get('replicatedJobsStatus', ())

@@ -21,7 +21,11 @@ class LaunchJob:
   """One run to start.
 
   Attributes:
-    name: name of the job: letters, digits and dashes, unlike all others.
+    name: name of the job: letters, digits and dashes, unlike those of other
+      runs.
+    attempt: name of this attempt at the run, unlike all others; '' for a job
+      that is only shown. Jobs that are submitted together share what stands
+      before the dash, and have their number behind it.
     command: command line of one process, from the project's root.
     workdir: directory of the run, local or gs://.
     log: local file for what it prints.
@@ -35,6 +39,12 @@ class LaunchJob:
   log: str
   group: str
   settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  attempt: str = ''
+
+  @property
+  def unique_name(self) -> str:
+    """The name of the job, unlike those of earlier attempts."""
+    return f'{self.name}-{self.attempt}' if self.attempt else self.name
 
   @property
   def text(self) -> str:
@@ -90,7 +100,15 @@ class Launcher(Protocol):
     launcher may change a handle in `state` and `cancel`; it is kept so.
 
     Raises:
-      LaunchError: one could not be started; none of them runs then.
+      LaunchError: the first one could not be started.
+    """
+    ...
+
+  def find(self, job: LaunchJob) -> Handle | None:
+    """Returns what finds a job that another process has just submitted.
+
+    That process was killed before it could keep the handle. None where there
+    is no such job, or `submit` would replace it.
     """
     ...
 
@@ -116,30 +134,28 @@ class LaunchError(RuntimeError):
 
 
 def one_by_one(
-  launcher: Launcher,
   start: Callable[[LaunchJob], Handle | None],
   jobs: Sequence[LaunchJob],
 ) -> list[Handle]:
-  """Starts jobs one after another; if one fails, those before are ended.
+  """Starts jobs one after another, up to one that cannot be started.
 
   Args:
-    launcher: the launcher of the jobs.
     start: function that starts one of them; None of it means that there is no
       room for this one and those after it.
     jobs: the jobs.
 
   Raises:
-    LaunchError: one could not be started.
+    LaunchError: the first one could not be started.
   """
   handles: list[Handle] = []
-  try:
-    for job in jobs:
+  for job in jobs:
+    try:
       handle = start(job)
-      if handle is None:
-        break
-      handles.append(handle)
-  except LaunchError:
-    for handle in handles:
-      launcher.cancel(handle)
-    raise
+    except LaunchError:
+      if not handles:
+        raise
+      break  # The next call says why.
+    if handle is None:
+      break
+    handles.append(handle)
   return handles

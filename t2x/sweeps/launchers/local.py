@@ -87,6 +87,7 @@ class LocalLauncher:
     self._config = config
     self._children: dict[int, subprocess.Popen[bytes]] = {}
     self._server: fork_server.ForkServer | None = None
+    self._servers: list[fork_server.ForkServer] = []
     self._asked: dict[int, float] = {}
     self._dealer = None
     if config.devices is None:
@@ -156,7 +157,7 @@ class LocalLauncher:
     Raises:
       LaunchError: a process could not be started.
     """
-    return launcher.one_by_one(self, self._start, jobs)
+    return launcher.one_by_one(self._start, jobs)
 
   def _start(self, job: launcher.LaunchJob) -> launcher.Handle | None:
     held = self._take() if self._has_accelerators else None
@@ -212,9 +213,10 @@ class LocalLauncher:
     config = self._config
     if not config.warm or config.processes > 1 or job.command[0] != 'python':
       return None
-    if self._server is None:
+    if self._server is None or not self._server.is_alive:
       own = processes.environment(str(_ROOT), self._simulated)
       self._server = fork_server.ForkServer(own)
+      self._servers.append(self._server)
     return self._server.start(
       list(job.command[1:]),
       cwd=str(_ROOT),
@@ -244,12 +246,19 @@ class LocalLauncher:
     self._children[child.pid] = child
     return child.pid
 
+  def find(self, job: launcher.LaunchJob) -> launcher.Handle | None:
+    """Returns None: runs end with the process that started them."""
+    del job
+    return None
+
   def state(self, handle: launcher.Handle) -> launcher.JobState:
     """Returns whether the process is there, and how it ended if it is known."""
     number = handle['process']
-    server, child = self._server, self._children.get(number)
-    if server is not None and server.has(number):
-      code = server.code_of(number)
+    child = self._children.get(number)
+    # The latest first: the number of a process comes again.
+    of_it = [each for each in reversed(self._servers) if each.has(number)]
+    if of_it:
+      code = of_it[0].code_of(number)
     elif child is not None:
       code = child.poll()
     else:
@@ -293,9 +302,9 @@ class LocalLauncher:
 
   def close(self) -> None:
     """Ends the process that forks for runs."""
-    if self._server is not None:
-      self._server.close()
-      self._server = None
+    for server in self._servers:
+      server.close()
+    self._servers, self._server = [], None
 
 
 def _signal(number: int, what: signal.Signals) -> None:

@@ -22,13 +22,22 @@ def dump(value: object) -> str:
 
 
 def check_remote(job: launcher.LaunchJob) -> None:
-  """Raises ValueError if a job keeps its run on a machine that goes away."""
+  """Raises ValueError if a job needs files that its machines do not have.
+
+  They have t2x and what lies in its directory, and a bucket.
+  """
   if '://' not in job.workdir:
     raise ValueError(
       f'--study={job.workdir.rpartition("/trials/")[0]} is a local directory, '
       'which goes away with the machines of a run: name a bucket, as in '
       '--study=gs://BUCKET/studies/first.'
     )
+  for argument in job.command[1:]:
+    if argument.startswith(('/', '--config=/')):
+      raise ValueError(
+        f'{argument} is a file of this machine, and the machines of a run have '
+        't2x alone. Put it in experiments/, or a --config in a bucket.'
+      )
 
 
 def check_label(name: str, value: str, most: int = 63) -> None:

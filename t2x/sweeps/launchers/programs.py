@@ -1,6 +1,8 @@
 """Programs of others that launchers call: sbatch, kubectl, gcloud, sky."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence
+import pathlib
 import shlex
 import shutil
 import subprocess
@@ -22,15 +24,25 @@ def need(name: str, remedy: str) -> None:
     raise ValueError(f'there is no program {name!r} on PATH. {remedy}')
 
 
-def call(command: Sequence[str], *, stdin: str | None = None) -> str:
+def call(
+  command: Sequence[str],
+  *,
+  stdin: str | None = None,
+  env: Mapping[str, str] | None = None,
+  cwd: pathlib.Path | None = None,
+  seconds: float = _SECONDS,
+) -> str:
   """Runs a program and returns what it prints.
 
   Args:
     command: program and arguments.
     stdin: text of its standard input; None for none.
+    env: its environment; None for this process's.
+    cwd: directory in which it runs; None for this process's.
+    seconds: limit of its time.
 
   Raises:
-    LaunchError: it fails, or says nothing for two minutes.
+    LaunchError: it fails, or is not done in time.
   """
   shown = shlex.join(command[:4]) + (' ...' if len(command) > 4 else '')
   try:
@@ -39,13 +51,15 @@ def call(command: Sequence[str], *, stdin: str | None = None) -> str:
       input=stdin or '',
       capture_output=True,
       text=True,
-      timeout=_SECONDS,
+      timeout=seconds,
+      env=env,
+      cwd=cwd,
     )
   except FileNotFoundError as error:
     raise launcher.LaunchError(f'{shown}: there is no such program') from error
   except subprocess.TimeoutExpired as error:
     raise launcher.LaunchError(
-      f'{shown}: no answer within {_SECONDS:.0f} s'
+      f'{shown}: no answer within {seconds:.0f} s'
     ) from error
   if done.returncode:
     said = (done.stderr or done.stdout).strip()[-_MOST_SHOWN:]

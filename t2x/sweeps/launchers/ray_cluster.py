@@ -80,6 +80,7 @@ class RayLauncher:
 
   def __init__(self, config: RayConfig):
     self._config = config
+    self._slices: dict[str, Any] = {}
 
   @property
   def devices(self) -> points.Devices:
@@ -126,11 +127,8 @@ class RayLauncher:
     return {'CPU': c.cpus, **({'GPU': c.gpus} if c.gpus else {})}
 
   def _flags(self, coordinator: str, index: int) -> list[str]:
-    """Returns the flags by which the processes of a run find each other.
-
-    Those of a slice of TPUs know of each other by their environment.
-    """
-    if self._config.slice or self._num_hosts == 1:
+    """Returns the flags by which the processes of a run find each other."""
+    if self._num_hosts == 1:
       return []
     return [
       f'--coordinator={coordinator}',
@@ -144,10 +142,10 @@ class RayLauncher:
     Raises:
       LaunchError: Ray refuses.
     """
-    return launcher.one_by_one(self, self._submit, jobs)
+    return launcher.one_by_one(self._submit, jobs)
 
-  def _submit(self, job: launcher.LaunchJob) -> launcher.Handle:
-    ray = _connect(self._config.address)
+  def _submit(self, job: launcher.LaunchJob) -> launcher.Handle | None:
+    _connect(self._config.address)
     from ray import util
 
     c = self._config
@@ -156,22 +154,31 @@ class RayLauncher:
     if c.slice:
       from ray.util import tpu
 
-      group = tpu.slice_placement_group(
-        topology=c.pod.shape,
-        accelerator_version=c.pod.accelerator.partition('-')[0],
-        num_slices=c.num_slices,
-        **options,
-      ).placement_group
+      # It first takes the head of each slice, and waits for that.
+      try:
+        self._slices[job.name] = tpu.slice_placement_group(
+          topology=c.pod.shape,
+          accelerator_version=c.pod.prefix,
+          num_slices=c.num_slices,
+          chips_per_vm=c.pod.chips_per_host,
+          **options,
+        )
+      except TimeoutError:
+        return None
     else:
       bundles = [self._resources() for _ in range(self._num_hosts)]
-      group = util.placement_group(bundles, 'SPREAD', **options)
-    del ray, group
+      util.placement_group(bundles, 'SPREAD', **options)
     return {
       'name': job.name,
       'command': list(job.command),
       'log': job.log,
       'started': False,
     }
+
+  def find(self, job: launcher.LaunchJob) -> launcher.Handle | None:
+    """Returns None: `submit` frees the hosts of that name."""
+    del job
+    return None
 
   def state(self, handle: launcher.Handle) -> launcher.JobState:
     """Returns the state of the hosts, and then of the processes on them."""
@@ -187,7 +194,15 @@ class RayLauncher:
         return self._over(handle, 'lost', 'its placement group is gone')
       if not group.wait(timeout_seconds=0.01):
         return launcher.JobState(phase='queued', message='waits for hosts')
-      self._start(handle, group)
+      if slices := self._slices.pop(handle['name'], None):
+        slices.release_head_pgs()  # The group has the slices now.
+      try:
+        self._start(handle, group)
+      except (ValueError, ray.exceptions.RayError) as error:
+        self._stop_actors(handle['name'])
+        raise launcher.LaunchError(
+          f'the hosts of {handle["name"]} do not start it: {error}'
+        ) from error
       return launcher.JobState(phase='running')
     try:
       actors = [
@@ -218,6 +233,8 @@ class RayLauncher:
 
     c = self._config
     resources = {'TPU': c.pod.chips_per_host} if c.slice else {}
+    # Those that another process has left, which was killed in here.
+    self._stop_actors(handle['name'])
     actors = []
     for i, name in enumerate(self._names(handle['name'])):
       strategy = scheduling_strategies.PlacementGroupSchedulingStrategy(
@@ -242,9 +259,23 @@ class RayLauncher:
     starts = []
     for i, actor in enumerate(actors):
       command = [*handle['command'], *self._flags(coordinator, i)]
-      starts.append(actor.start.remote(command, self._config.devices))
+      starts.append(
+        actor.start.remote(command, c.devices, self._slice_of(coordinator, i))
+      )
     ray.get(starts, timeout=300)
     handle['started'] = True
+
+  def _slice_of(self, coordinator: str, index: int) -> dict[str, str]:
+    """Returns the variables by which a host knows its slice among several."""
+    c = self._config
+    if not c.slice or c.num_slices == 1:
+      return {}
+    from ray.util import tpu
+
+    address = coordinator.rpartition(':')[0]
+    return tpu.get_tpu_coordinator_env_vars(
+      address, c.num_slices, index // c.pod.hosts
+    )
 
   def _over(
     self, handle: launcher.Handle, phase: launcher.Phase, message: str
@@ -260,9 +291,18 @@ class RayLauncher:
 
   def _free(self, name: str) -> None:
     """Ends the actors and the placement group of a run, if they are there."""
-    ray = _connect(self._config.address)
+    _connect(self._config.address)
     from ray import util
 
+    self._stop_actors(name)
+    try:
+      group = util.get_placement_group(name)
+    except ValueError:
+      return
+    util.remove_placement_group(group)
+
+  def _stop_actors(self, name: str) -> None:
+    ray = _connect(self._config.address)
     for actor_name in self._names(name):
       try:
         actor = ray.get_actor(actor_name, namespace=_NAMESPACE)
@@ -276,11 +316,6 @@ class RayLauncher:
       except ray.exceptions.RayError:
         pass
       ray.kill(actor)
-    try:
-      group = util.get_placement_group(name)
-    except ValueError:
-      return
-    util.remove_placement_group(group)
 
   def logs(self, handle: launcher.Handle, num_lines: int = 20) -> str:
     """Returns the last lines of the first host."""
@@ -295,9 +330,8 @@ class RayLauncher:
 
   def cancel(self, handle: launcher.Handle) -> None:
     """Asks the processes to save and end, or withdraws the request."""
-    if handle.get('over') or handle.get('cancelled'):
+    if handle.get('over'):
       return
-    handle['cancelled'] = True
     if not handle['started']:
       self._over(handle, 'ended', 'withdrawn before it began')
       return

@@ -29,9 +29,17 @@ class Host:
       s.bind(('', 0))
       return f'{ray.util.get_node_ip_address()}:{s.getsockname()[1]}'
 
-  def start(self, command: list[str], devices: int | None) -> None:
-    """Starts the process."""
-    environment = processes.environment(self._directory, devices)
+  def start(
+    self, command: list[str], devices: int | None, more: dict[str, str]
+  ) -> None:
+    """Starts the process.
+
+    Args:
+      command: its command line.
+      devices: devices that it simulates; None for those of the host.
+      more: further variables of its environment.
+    """
+    environment = processes.environment(self._directory, devices) | more
     if command[0] == 'python':
       command = [sys.executable, *command[1:]]
     with open(self._log, 'wb') as log:

@@ -19,6 +19,7 @@ from t2x.sweeps.launchers import launcher
 from t2x.sweeps.launchers import manifests
 from t2x.sweeps.launchers import programs
 
+_ROOT = pathlib.Path(__file__).resolve().parents[3]
 _WAITS = ('PENDING', 'SUBMITTED', 'STARTING', 'RECOVERING')
 _RUNS = ('RUNNING', 'WINDING_DOWN', 'CANCELLING')
 
@@ -35,7 +36,8 @@ class SkyPilotConfig:
     infra: cloud, region or cluster, as 'gcp/europe-west4'; None leaves it to
       SkyPilot.
     spot: whether the machines may be taken away, for less money.
-    setup: shell commands that install t2x on a new machine, from its root.
+    setup: shell commands that install t2x on a new machine, from its root; None
+      for those of its accelerators.
   """
 
   kind: ClassVar[str] = 'skypilot'
@@ -45,7 +47,7 @@ class SkyPilotConfig:
   devices_per_node: int = 8
   infra: str | None = None
   spot: bool = True
-  setup: str = 'bash scripts/setup.sh'
+  setup: str | None = None
 
   def __post_init__(self) -> None:
     field_checks.least(self, 'launcher.', nodes=1, devices_per_node=1)
@@ -54,8 +56,11 @@ class SkyPilotConfig:
         f'launcher.slice={self.slice!r}, accelerators={self.accelerators!r}: '
         'give one of them, as in --launcher_set slice=v6e-32.'
       )
-    if self.slice:
-      assert self.pod  # Refuses a slice that does not exist.
+    if self.slice and not self.pod.has_default_shape:
+      raise ValueError(
+        f'launcher.slice={self.slice}: SkyPilot names slices by their size '
+        f'alone, and {self.pod.accelerator} has another shape. Give a size.'
+      )
 
   @property
   def pod(self) -> pods.Pod:
@@ -101,6 +106,7 @@ class SkyPilotLauncher:
       resources['accelerators'] = c.accelerators
     if c.infra is not None:
       resources['infra'] = c.infra
+    kind = 'tpu' if c.slice else 'gpu'
     run = job.text.replace('python ', '.venv/bin/python ', 1)
     if not c.slice and c.nodes > 1:
       run += (
@@ -109,18 +115,18 @@ class SkyPilotLauncher:
         ' --process_id="$SKYPILOT_NODE_RANK"'
       )
     return {
-      'name': job.name,
+      'name': job.unique_name,
       'resources': resources,
       **({} if c.slice else {'num_nodes': c.nodes}),
       'workdir': '.',
-      'setup': c.setup,
+      'setup': c.setup or f'bash scripts/setup.sh {kind} gcs',
       'run': f'{run}\n',
     }
 
   def render(self, jobs: Sequence[launcher.LaunchJob]) -> str:
     """Returns the task files, each with the command that takes it."""
     return '---\n'.join(
-      f'# {" ".join(_launch(job, f"{job.name}.yaml"))}\n'
+      f'# {" ".join(_launch(job, f"{job.unique_name}.yaml"))}\n'
       f'{manifests.dump(self.task(job))}'
       for job in jobs
     )
@@ -134,17 +140,26 @@ class SkyPilotLauncher:
 
     def start(job: launcher.LaunchJob) -> launcher.Handle:
       with tempfile.TemporaryDirectory() as directory:
-        file = pathlib.Path(directory) / f'{job.name}.yaml'
+        file = pathlib.Path(directory) / f'{job.unique_name}.yaml'
         file.write_text(manifests.dump(self.task(job)))
-        programs.call(_launch(job, str(file)))
-      return {'name': job.name}
+        programs.call(_launch(job, str(file)), cwd=_ROOT)
+      return {'name': job.unique_name}
 
-    return launcher.one_by_one(self, start, jobs)
+    return launcher.one_by_one(start, jobs)
+
+  def _jobs(self) -> list[dict[str, Any]]:
+    """Returns all managed jobs, as SkyPilot lists them."""
+    command = ['sky', 'jobs', 'queue', '--all', '--output', 'json']
+    return json.loads(programs.call(command))
+
+  def find(self, job: launcher.LaunchJob) -> launcher.Handle | None:
+    """Returns what finds a job that was handed in."""
+    names = {other['job_name'] for other in self._jobs()}
+    return {'name': job.unique_name} if job.unique_name in names else None
 
   def state(self, handle: launcher.Handle) -> launcher.JobState:
     """Returns the state of the newest managed job of that name."""
-    said = programs.call(['sky', 'jobs', 'queue', '--all', '--output', 'json'])
-    own = [job for job in json.loads(said) if job['job_name'] == handle['name']]
+    own = [job for job in self._jobs() if job['job_name'] == handle['name']]
     if not own:
       return launcher.JobState(phase='lost', message='SkyPilot has no such job')
     job = max(own, key=lambda job: job['job_id'])
@@ -175,7 +190,7 @@ class SkyPilotLauncher:
 
 
 def _launch(job: launcher.LaunchJob, file: str) -> list[str]:
-  return ['sky', 'jobs', 'launch', '--name', job.name] + [
+  return ['sky', 'jobs', 'launch', '--name', job.unique_name] + [
     '--detach-run',
     '--yes',
     file,

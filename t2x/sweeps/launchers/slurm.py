@@ -15,14 +15,37 @@ import time
 from typing import ClassVar
 
 from t2x import field_checks
+from t2x import files
+from t2x.hardware import backends
 from t2x.sweeps import points
 from t2x.sweeps.launchers import launcher
 from t2x.sweeps.launchers import processes
 from t2x.sweeps.launchers import programs
 
 _ROOT = pathlib.Path(__file__).resolve().parents[3]
-_WAITS = ('PENDING', 'CONFIGURING', 'REQUEUED', 'REQUEUE_HOLD', 'SUSPENDED')
-_RUNS = ('RUNNING', 'COMPLETING', 'SIGNALING', 'STAGE_OUT')
+_WAITS = (
+  'PENDING',
+  'CONFIGURING',
+  'REQUEUED',
+  'REQUEUE_HOLD',
+  'REQUEUE_FED',
+  'SPECIAL_EXIT',
+  'RESV_DEL_HOLD',
+  'SUSPENDED',
+)
+# Of tasks that squeue shows for some minutes after their end; all others run.
+_OVER = (
+  'BOOT_FAIL',
+  'CANCELLED',
+  'COMPLETED',
+  'DEADLINE',
+  'FAILED',
+  'NODE_FAIL',
+  'OUT_OF_MEMORY',
+  'PREEMPTED',
+  'REVOKED',
+  'TIMEOUT',
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,8 +123,17 @@ class SlurmLauncher:
     Args:
       jobs: the jobs, one task for each.
       most: tasks that run at a time; None does not limit them.
+
+    Raises:
+      ValueError: the study is in an object store.
     """
     c = self._config
+    if files.is_remote(jobs[0].workdir):
+      raise ValueError(
+        f'--study={jobs[0].workdir.rpartition("/trials/")[0]}: tasks of SLURM '
+        'look at the files of a run by themselves. Name a directory that all '
+        'nodes share.'
+      )
     folder = pathlib.Path(jobs[0].log).parent
     options = {
       'job-name': jobs[0].name if len(jobs) == 1 else jobs[0].group,
@@ -116,15 +148,28 @@ class SlurmLauncher:
       'signal': f'TERM@{c.save_seconds}',
       'open-mode': 'append',
       'output': f'{folder}/slurm-%A-%a.log',
+      # By which the array is found again.
+      'comment': jobs[0].attempt.partition('-')[0] or None,
     }
     lines = [f'--{name}={v}' for name, v in options.items() if v is not None]
     lines += ['--requeue', *(f'--{option}' for option in c.options)]
     return _SCRIPT.format(
       options='\n'.join(f'#SBATCH {line}' for line in lines),
       root=shlex.quote(str(_ROOT)),
-      setup=c.setup or ':',
+      setup='\n'.join([*self._exports(), c.setup or ':']),
       tasks='\n'.join(_task(i, job) for i, job in enumerate(jobs)),
     )
+
+  def _exports(self) -> list[str]:
+    """Returns shell commands on a process's share of its node."""
+    c, lines = self._config, []
+    if c.gpus_per_node:
+      # One process for all: by itself JAX gives each task one GPU.
+      numbers = ','.join(map(str, range(c.gpus_per_node)))
+      lines.append(f'export JAX_LOCAL_DEVICE_IDS={numbers}')
+    if c.cpus_per_task:  # srun does not take it over from sbatch.
+      lines.append(f'export SRUN_CPUS_PER_TASK={c.cpus_per_task}')
+    return lines
 
   def render(self, jobs: Sequence[launcher.LaunchJob]) -> str:
     """Returns the script of the array."""
@@ -139,7 +184,9 @@ class SlurmLauncher:
     for job in jobs:
       _status_file(job.log).unlink(missing_ok=True)
     said = programs.call(
-      ['sbatch', '--parsable'], stdin=self.script(jobs, None)
+      ['sbatch', '--parsable'],
+      stdin=self.script(jobs, None),
+      env=backends.given_environment(),
     )
     array = said.strip().partition(';')[0]
     handles = []
@@ -150,6 +197,27 @@ class SlurmLauncher:
     self._asked = -1e9
     return handles
 
+  def find(self, job: launcher.LaunchJob) -> launcher.Handle | None:
+    """Returns what finds a task of an array that is in the queue.
+
+    Raises:
+      LaunchError: squeue fails.
+    """
+    batch, _, number = job.attempt.partition('-')
+    for array, comment in self._lines('%F|%k'):
+      if comment == batch:
+        return {'task': f'{array}_{number}', 'log': job.log}
+    return None
+
+  def _lines(self, format: str) -> list[tuple[str, str]]:
+    """Returns two fields of each of the user's tasks, as squeue prints them."""
+    said = programs.call(
+      ['squeue', '--noheader', '--array', f'--format={format}']
+      + [f'--user={os.environ.get("USER") or os.getuid()}']
+    )
+    pairs = [line.strip().partition('|') for line in said.splitlines()]
+    return [(first, second) for first, _, second in pairs]
+
   def state(self, handle: launcher.Handle) -> launcher.JobState:
     """Returns the state by the queue, and by the status that a task leaves."""
     task = handle['task']
@@ -158,7 +226,7 @@ class SlurmLauncher:
     state = self._queue.get(task)
     if state in _WAITS:
       return launcher.JobState(phase='queued', message=state.lower())
-    if state in _RUNS:
+    if state is not None and state not in _OVER:
       return launcher.JobState(phase='running')
     file = _status_file(handle['log'])
     if not file.exists():
@@ -175,13 +243,8 @@ class SlurmLauncher:
     if time.monotonic() - self._asked < self._config.poll_seconds:
       return
     arrays = sorted({task.partition('_')[0] for task in self._known})
-    said = programs.call(
-      ['squeue', '--noheader', '--array', '--format=%i|%T']
-      + [f'--user={os.environ.get("USER") or os.getuid()}']
-    )
     self._queue = {}
-    for line in said.splitlines():
-      task, _, state = line.strip().partition('|')
+    for task, state in self._lines('%i|%T'):
       if task.partition('_')[0] in arrays:
         self._queue[task] = state
     self._asked = time.monotonic()
@@ -192,10 +255,8 @@ class SlurmLauncher:
 
   def cancel(self, handle: launcher.Handle) -> None:
     """Ends a task by scancel, which sends SIGTERM first."""
-    if not handle.get('cancelled'):
-      programs.call(['scancel', handle['task']])
-      handle['cancelled'] = True
-      self._asked = -1e9
+    programs.call(['scancel', handle['task']])
+    self._asked = -1e9
 
   def close(self) -> None:
     """Does nothing."""

@@ -26,6 +26,7 @@ from t2x.sweeps.launchers import programs
 _ROOT = pathlib.Path(__file__).resolve().parents[3]
 _COPIED = ('setup.py', 't2x', 'experiments', 'scripts')
 _WAITS = ('CREATING', 'ACCEPTED', 'WAITING_FOR_RESOURCES', 'PROVISIONING')
+_START_SECONDS = 600.0  # To copy t2x to all hosts of a slice, or start it.
 _TAKEN = ('SUSPENDING', 'SUSPENDED', 'DELETING')
 
 
@@ -103,6 +104,10 @@ class TpuVmLauncher:
 
   def _create(self, name: str) -> list[str]:
     c, pod = self._config, self._config.pod
+    if pod.has_default_shape:
+      kind = [f'--accelerator-type={pod.accelerator}']
+    else:
+      kind = [f'--type={pod.prefix}', f'--topology={pod.shape}']
     if pod.num_slices == 1:
       nodes = [f'--node-id={name}']
     else:
@@ -115,7 +120,7 @@ class TpuVmLauncher:
       'create',
       name,
       *self._place(),
-      f'--accelerator-type={pod.accelerator}',
+      *kind,
       f'--runtime-version={c.runtime or pod.runtime}',
       *nodes,
       *model,
@@ -165,10 +170,12 @@ class TpuVmLauncher:
     run = job.text.replace('python ', '.venv/bin/python ', 1)
     script = (
       'mkdir -p t2x && tar -xzf t2x.tar.gz -C t2x && cd t2x && '
-      f'{self._config.setup} && {run}; echo $? >~/t2x.status'
+      f'{self._config.setup} && {{ {run} & echo $! >~/t2x.pid; wait $!; }}; '
+      'echo $? >~/t2x.status'
     )
+    # Given twice, for what it was asked the first time, it starts nothing.
     return (
-      'rm -f ~/t2x.status; '
+      f'mkdir ~/t2x.started || exit 0; '
       f'nohup bash -c {shlex.quote(script)} >~/t2x.log 2>&1 </dev/null &'
     )
 
@@ -177,8 +184,8 @@ class TpuVmLauncher:
     texts = []
     for job in jobs:
       _check(job)
-      steps = [('Asks for the slices:', [self._create(job.name)])]
-      nodes = self._nodes(job.name)
+      steps = [('Asks for the slices:', [self._create(job.unique_name)])]
+      nodes = self._nodes(job.unique_name)
       start = self._start(job)
       steps.append(
         (
@@ -187,7 +194,7 @@ class TpuVmLauncher:
           + [self._on_hosts(node, 'all', start) for node in nodes],
         )
       )
-      steps.append(('At the end:', [self._delete(job.name)]))
+      steps.append(('At the end:', [self._delete(job.unique_name)]))
       lines = []
       for title, commands in steps:
         lines += [f'# {title}', *map(shlex.join, commands)]
@@ -203,10 +210,27 @@ class TpuVmLauncher:
 
     def start(job: launcher.LaunchJob) -> launcher.Handle:
       _check(job)
-      programs.call([*self._create(job.name), '--async'])
-      return {'name': job.name, 'start': self._start(job), 'started': False}
+      programs.call([*self._create(job.unique_name), '--async'])
+      return self._handle(job)
 
-    return launcher.one_by_one(self, start, jobs)
+    return launcher.one_by_one(start, jobs)
+
+  def _handle(self, job: launcher.LaunchJob) -> launcher.Handle:
+    # Of each attempt another one: the slices of the last may be there yet.
+    return {
+      'name': job.unique_name,
+      'start': self._start(job),
+      'started': False,
+    }
+
+  def find(self, job: launcher.LaunchJob) -> launcher.Handle | None:
+    """Returns what finds a job whose slices were asked for."""
+    names = programs.call(
+      [*_TPUS, 'queued-resources', 'list', *self._place()]
+      + ['--format=value(name)']
+    )
+    found = {name.rpartition('/')[2] for name in names.split()}
+    return self._handle(job) if job.unique_name in found else None
 
   def state(self, handle: launcher.Handle) -> launcher.JobState:
     """Returns the state of the slices, and then of the run on them.
@@ -252,9 +276,10 @@ class TpuVmLauncher:
         for name in _COPIED:
           archive.add(_ROOT / name, name, filter=_without_caches)
       for node in nodes:
-        programs.call(self._copy(node, file))
+        programs.call(self._copy(node, file), seconds=_START_SECONDS)
     for node in nodes:
-      programs.call(self._on_hosts(node, 'all', handle['start']))
+      start = self._on_hosts(node, 'all', handle['start'])
+      programs.call(start, seconds=_START_SECONDS)
     handle['started'] = True
 
   def _over(
@@ -281,15 +306,18 @@ class TpuVmLauncher:
 
   def cancel(self, handle: launcher.Handle) -> None:
     """Sends SIGTERM to the run on all hosts, or withdraws the request."""
-    if handle.get('over') or handle.get('cancelled'):
+    if handle.get('over'):
       return
-    handle['cancelled'] = True
     if not handle['started']:
       self._over(handle, 'ended', 'withdrawn before it began')
       return
+    # While t2x is still being set up there is nothing to save.
+    stop = (
+      'if [ -e ~/t2x.pid ]; then kill -TERM $(cat ~/t2x.pid) || true; '
+      'else echo 143 >~/t2x.status; fi'
+    )
     for node in self._nodes(handle['name']):
-      command = 'pkill -TERM -f -- --workdir= || true'
-      programs.call(self._on_hosts(node, 'all', command))
+      programs.call(self._on_hosts(node, 'all', stop))
 
   def close(self) -> None:
     """Does nothing."""
