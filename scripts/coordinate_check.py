@@ -11,6 +11,7 @@ width: the slope of their logarithms. With rates that hold at every width
 """
 
 import os
+import pathlib
 import sys
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -38,15 +39,23 @@ def _main() -> None:
 
   values = flags.FLAGS
   config = main_lib.resolve(lambda: catalog.load(values.experiment))
-  if not all(w.isdigit() and int(w) for w in values.widths) or (
-    len({*values.widths}) < 2
-  ):
+  given = ','.join(values.widths)
+  try:
+    widths = sorted({int(width) for width in values.widths})
+  except ValueError:
+    widths = []
+  if len(widths) < max(2, len(values.widths)) or widths[0] < 1:
     sys.exit(
-      f'error: --widths={",".join(values.widths)}: two widths or more, as in '
+      f'error: --widths={given}: two different widths or more, as in '
       '--widths=64,128,256.'
     )
+  if values.output:
+    folder = pathlib.Path(values.output).absolute().parent
+    if pathlib.Path(values.output).suffix not in ('.png', '.svg', '.pdf'):
+      sys.exit(f'error: --output={values.output}: a .png, .svg or .pdf file.')
+    if not folder.is_dir():
+      sys.exit(f'error: --output={values.output}: no directory {folder}.')
   main_lib.use_compilation_cache()
-  widths = sorted(map(int, values.widths))
   found = coordinates.measure(config, widths, values.steps)
   slopes = coordinates.slopes(found)
   print('\n'.join(text_table.aligned(coordinates_picture.rows(found, slopes))))

@@ -13,6 +13,7 @@ DIR/scaling.png hold the result. The same command goes on where it was stopped.
 With model.mup one learning rate serves all widths.
 """
 
+import collections
 import json
 import sys
 
@@ -41,6 +42,8 @@ def _main() -> None:
   values = flags.FLAGS
   name, config, command = command_line.experiment_of()
   budgets = command_line.numbers('budgets')
+  if values.max_tokens is not None:
+    command_line.number(str(values.max_tokens), 'max_tokens')
   wanted = [scaling.parse_size(text) for text in values.sizes]
   if not wanted or not budgets:
     sys.exit(
@@ -52,11 +55,12 @@ def _main() -> None:
   )
   for line in left_out:
     print(f'left out: {line}')
+  if not runs:
+    sys.exit('error: no run is left. Give larger --budgets.')
   held_out = [_held_out(config, text) for text in values.hold_out]
+  _check(runs, held_out)
   print('\n'.join(text_table.aligned(_table(runs, held_out))))
   scaling_law.check([(run.parameters, run.tokens) for run in runs])
-  if values.dry_run:
-    return
   launcher = command_line.launcher()
   directory = command_line.study_directory()
 
@@ -72,6 +76,9 @@ def _main() -> None:
   }
   for folder, facts in facts_of.items():
     command_line.check(facts, launcher, command, f'{directory}/{folder}')
+
+  if values.dry_run:
+    return
 
   def train(folder: str):
     study, stopped = command_line.run(
@@ -125,8 +132,34 @@ def _main() -> None:
     print(f'The picture is {picture}')
 
 
+def _check(
+  runs: list[scaling.ScaledRun], held_out: list[scaling.ScaledRun]
+) -> None:
+  """Ends the script where runs stand twice, or nothing is predicted."""
+  seen = collections.Counter((r.width, r.layers, r.budget) for r in runs)
+  again = [run for run, count in seen.items() if count > 1]
+  if again:
+    width, layers, budget = again[0]
+    sys.exit(
+      f'error: {width}x{layers} with {budget:.3g} FLOPs stands twice among '
+      '--sizes and --budgets.'
+    )
+  largest = max(run.flops for run in runs)
+  for run in held_out:
+    if run.flops <= 1.01 * largest:
+      sys.exit(
+        f'error: --hold_out={run.width}x{run.layers}:{run.budget:.3g} is no '
+        f'larger than the runs of the fit, of up to {largest:.3g} FLOPs. It is '
+        'to show that the law holds beyond these.'
+      )
+
+
 def _held_out(config, text: str) -> scaling.ScaledRun:
-  size, _, budget = text.partition(':')
+  size, colon, budget = text.partition(':')
+  if not colon:
+    sys.exit(
+      f'error: --hold_out={text}: write WIDTHxLAYERS:FLOPs, such as 192x4:3e14.'
+    )
   return scaling.run_of(
     config, scaling.parse_size(size), command_line.number(budget, 'hold_out')
   )

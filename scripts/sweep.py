@@ -8,7 +8,8 @@ A sweep is a Python file whose get_sweep() says what is varied. Each trial is an
 ordinary run, with its workdir in DIR/trials. The same command goes on with a
 sweep that was stopped or killed; given twice at a time, two processes share the
 trials. --dry_run prints the trials and what would be run, and starts nothing.
---show prints the trials of a study as they stand.
+--show prints the trials of a study as they stand. The exit status is 1 if a
+trial has failed.
 """
 
 import sys
@@ -44,9 +45,9 @@ def _main() -> None:
     storage=values.storage,
   )
   launcher = command_line.launcher()
-  command_line.check(facts, launcher, command, directory)
+  checked = command_line.check(facts, launcher, command, directory)
   if values.dry_run:
-    print(text.plan(facts, launcher, command, directory))
+    print(text.plan(facts, launcher, command, directory, checked))
     return
   launcher.check()
   try:
@@ -58,6 +59,8 @@ def _main() -> None:
   if stopped is not None:
     print('Stopped; the same command goes on.')
     sys.exit(128 + stopped)
+  if any(trial.state == 'failed' for trial in study.trials()):
+    sys.exit(1)
 
 
 if __name__ == '__main__':

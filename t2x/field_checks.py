@@ -1,6 +1,7 @@
 """Ranges of the fields of configs, with one message for all."""
 
 import math
+import re
 from typing import Any
 
 
@@ -14,6 +15,8 @@ def least(config: Any, prefix: str, **least: float) -> None:
   """
   for name, low in least.items():
     value = getattr(config, name)
+    if value is not None and not isinstance(value, int | float):
+      raise ValueError(f'{prefix}{name}={value!r}; it is a number.')
     if value is not None and not value >= low:  # NaN is refused too.
       raise ValueError(f'{prefix}{name}={value}; it is {low} or more.')
 
@@ -24,6 +27,23 @@ def positive(config: Any, prefix: str, *names: str) -> None:
     value = getattr(config, name)
     if value is not None and not 0 < value < math.inf:
       raise ValueError(f'{prefix}{name}={value}; it is above 0, and finite.')
+
+
+def matches(
+  config: Any, prefix: str, name: str, pattern: str, what: str
+) -> None:
+  """Raises ValueError where a field's text has another form; None passes.
+
+  Args:
+    config: a dataclass.
+    prefix: start of the field's dotted name, as in 'train.'.
+    name: name of the field.
+    pattern: regular expression of the whole text.
+    what: what it is, for the message: 'a time, as 24:00:00'.
+  """
+  value = getattr(config, name)
+  if value is not None and not re.fullmatch(pattern, value):
+    raise ValueError(f'{prefix}{name}={value!r}; it is {what}.')
 
 
 def share(config: Any, prefix: str, *names: str) -> None:

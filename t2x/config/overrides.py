@@ -28,8 +28,17 @@ _log = logging.getLogger(__name__)
 MISSING = '(not set)'  # The value of a name that one of two configs has not.
 
 
-def parse_settings(settings: Sequence[str]) -> dict[str, str]:
+def parse_settings(
+  settings: Sequence[str],
+  flag: str = 'set',
+  example: str = 'model.num_layers=4',
+) -> dict[str, str]:
   """Splits `name=value` strings; a later one for the same name wins.
+
+  Args:
+    settings: the strings.
+    flag: name of the flag that they were given by, for messages.
+    example: what such a string looks like.
 
   Raises:
     ValueError: a setting has no `=`.
@@ -39,8 +48,8 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
     name, equals, value = setting.partition('=')
     if not equals or not name.strip():
       raise ValueError(
-        f'--set {setting!r} is not of the form dotted.name=value, for '
-        'example --set model.num_layers=4.'
+        f'--{flag} {setting!r} is not of the form dotted.name=value, for '
+        f'example --{flag} {example}.'
       )
     result[name.strip()] = value.strip()
   return result

@@ -161,6 +161,16 @@ class Pod:
     return self._kind.runtime
 
 
+def of_launcher(name: str, num_slices: int = 1) -> Pod:
+  """Returns the slices of a launcher's fields, which messages name."""
+  try:
+    return parse(name, num_slices)
+  except ValueError as error:
+    raise ValueError(
+      f'launcher.slice={name}, num_slices={num_slices}: {error}'
+    ) from error
+
+
 def parse(name: str, num_slices: int = 1) -> Pod:
   """Returns the slices of a name.
 
@@ -182,8 +192,10 @@ def parse(name: str, num_slices: int = 1) -> Pod:
   match = re.fullmatch(r'(?P<prefix>.+)-(?P<size>\d+)', name.strip().lower())
   chip = _PREFIXES.get(match['prefix']) if match else None
   if match is None or chip is None:
+    chips = [c for c in _PREFIXES if name.lower().startswith(c)]
+    examples = [e for e in _examples() if e.startswith(tuple(chips))]
     close = difflib.get_close_matches(
-      name.lower(), _examples(), n=2, cutoff=0.3
+      name.lower(), examples or _examples(), n=2, cutoff=0.3
     )
     hint = f' Did you mean {" or ".join(close)}?' if close else ''
     raise ValueError(

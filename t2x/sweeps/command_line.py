@@ -25,6 +25,7 @@ from t2x.sweeps.launchers import launcher as launcher_lib
 flags.disclaim_key_flags()  # They are the script's: --helpshort lists them.
 
 _POLL_SECONDS = 0.1
+_MANY = 2000  # Points, whose check takes a while.
 _REMOTE_POLL_SECONDS = 10.0  # Of runs whose files are in an object store.
 
 
@@ -62,7 +63,14 @@ def study_directory() -> str:
       '--study is missing: name a directory for the study, as in '
       '--study=studies/first.'
     )
-  path = files.path(flags.FLAGS.study)
+  given = flags.FLAGS.study
+  scheme, there, rest = given.partition('://')
+  if there and (scheme != 'gs' or not rest.strip('/')):
+    raise ValueError(
+      f'--study={given}: a study is in a local directory, or in a bucket of '
+      'Google Cloud Storage, as in --study=gs://BUCKET/studies/first.'
+    )
+  path = files.path(given)
   # Runs are started elsewhere than here, from the project's root.
   return str(path if files.is_remote(path) else path.absolute())
 
@@ -148,8 +156,8 @@ def check(
   made: launcher_lib.Launcher,
   command: scheduler_lib.Command,
   directory: str,
-) -> None:
-  """Checks a sweep before anything of it runs.
+) -> points.CheckedPoints:
+  """Checks a sweep before anything of it runs, or is written.
 
   Args:
     facts: the experiment and the sweep.
@@ -157,25 +165,37 @@ def check(
     command: function from a run and its workdir to its command line.
     directory: directory of the study.
 
+  Returns:
+    The points that are known before the first trial.
+
   Raises:
     ValueError: no run can have the metric, a name or a value is wrong, points
-      cannot run and are not to be left out, or the launcher cannot run such a
-      study.
+      cannot run and are not to be left out, the launcher cannot run such a
+      study, or the directory holds another one.
   """
-  _check_given(facts.sweep)
-  scheduler_lib.check_metric(facts.sweep, facts.config)
-  scheduler_lib.check_population(facts.sweep, facts.config)
-  wrong = points.check(facts.config, facts.sweep, made.devices)
-  if wrong and not flags.FLAGS.skip_impossible:
-    raise ValueError(points.refusal(wrong, facts.sweep.num_points))
-  for point in points.combinations(facts.sweep):
-    try:
-      found = points.candidate(facts.config, facts.sweep, point)
-    except ValueError:  # Left out.
-      continue
-    job = scheduler_lib.job_of(found.runs[0], command, files.path(directory))
-    made.render([job])
-    return
+  sweep = facts.sweep
+  _check_given(sweep)
+  study_lib.check(directory, facts)
+  scheduler_lib.check_metric(sweep, facts.config)
+  scheduler_lib.check_pruning(sweep, facts.config)
+  scheduler_lib.check_population(sweep, facts.config)
+  if _MANY < sweep.num_points <= points.MOST_POINTS:
+    print(f'Checks {sweep.num_points:,} points ...', flush=True)
+  checked = points.check(facts.config, sweep, made.devices)
+  num = len(checked.possible) + len(checked.wrong)
+  if checked.wrong and not (flags.FLAGS.skip_impossible and checked.possible):
+    raise ValueError(points.refusal(checked.wrong, num))
+  if checked.wrong:
+    print(f'{len(checked.wrong)} of {num} points cannot run and are left out.')
+  if checked.num_repeated:
+    print(
+      f'{checked.num_repeated} points repeat others, which run once: '
+      f'{num} are different.'
+    )
+  found = points.candidate(facts.config, sweep, checked.possible[0])
+  job = scheduler_lib.job_of(found.runs[0], command, files.path(directory))
+  made.render([job])
+  return checked
 
 
 def _check_given(sweep: definition.Sweep) -> None:

@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
-import importlib.util
+from importlib import machinery
 import pathlib
 import sys
+import traceback
+import types
 import typing
 from typing import Any
 from typing import Literal
@@ -45,10 +47,13 @@ class Sweep:
   max_retries: int = 2
 
   def __post_init__(self) -> None:
+    _check_types(self)
     parameters = {}
     for name, given in self.parameters.items():
       try:
         parameters[name] = space.of(given)
+        for value in parameters[name].ends:
+          space.text(value)
       except ValueError as error:
         raise ValueError(f'parameters[{name!r}]: {error}') from None
     object.__setattr__(self, 'parameters', parameters)
@@ -59,14 +64,10 @@ class Sweep:
       )
     _check_fields(parameters, self.seeds)
     field_checks.least(self, '', max_retries=0)
-    for name, choices in (
-      ('direction', ('minimize', 'maximize')),
-      ('result', ('last', 'best')),
-    ):
-      if getattr(self, name) not in choices:
-        raise ValueError(
-          f'{name}={getattr(self, name)!r}; it is {" or ".join(choices)}.'
-        )
+    if not all(0 <= seed < 2**32 for seed in self.seeds):
+      raise ValueError(f'seeds={self.seeds}: each is from 0 to 2**32 - 1.')
+    if not self.metric:
+      raise ValueError("metric='': name one, such as 'eval/validation/loss'.")
     if len({*self.seeds}) < len(self.seeds):
       raise ValueError(f'seeds={self.seeds}: one stands there twice.')
     # Points are counted here, so that a space that cannot be fails at once.
@@ -86,6 +87,27 @@ class Sweep:
     }
     parameters = {n: space.to_json(p) for n, p in self.parameters.items()}
     return {'parameters': parameters, **fields}
+
+
+def _check_types(sweep: Sweep) -> None:
+  """Raises ValueError if a field has a value of another type."""
+  if not isinstance(sweep.parameters, Mapping) or not all(
+    isinstance(name, str) for name in sweep.parameters
+  ):
+    raise ValueError(
+      f'parameters={sweep.parameters!r}; it is a dict from field names to '
+      "values, as in {'optim.learning_rate': (1e-3, 3e-3)}."
+    )
+  hints = typing.get_type_hints(Sweep)
+  for name in (f.name for f in dataclasses.fields(sweep)):
+    value = getattr(sweep, name)
+    if isinstance(value, type):
+      raise ValueError(
+        f'{name}={value.__name__}: it is a class, and one of its values is '
+        f'needed: {name}=search.{value.__name__}(...).'
+      )
+    if name != 'parameters':
+      overrides.from_json(hints[name], overrides.to_json(value), name)
 
 
 def from_json(data: Mapping[str, Any]) -> Sweep:
@@ -135,12 +157,12 @@ def load(file: str, settings: Sequence[str] = ()) -> Sweep:
       f'--sweep={file}: there is no such file. It is a Python file with a '
       'function get_sweep(), such as experiments/sweeps/learning_rate.py.'
     )
-  spec = importlib.util.spec_from_file_location(f'sweep_{path.stem}', path)
-  assert spec and spec.loader
-  module = importlib.util.module_from_spec(spec)
+  name = f'sweep_{path.stem}'
+  loader = machinery.SourceFileLoader(name, str(path))
+  module = types.ModuleType(name)
   sys.path.insert(0, str(path.parent))
   try:
-    spec.loader.exec_module(module)
+    loader.exec_module(module)
     if not hasattr(module, 'get_sweep'):
       raise ValueError('it has no function get_sweep()')
     sweep = module.get_sweep()
@@ -149,8 +171,22 @@ def load(file: str, settings: Sequence[str] = ()) -> Sweep:
         f'get_sweep() returns {type(sweep).__name__}, and it must return a '
         't2x.sweeps.definition.Sweep'
       )
-    return overrides.override(sweep, overrides.parse_settings(settings))
-  except (ValueError, TypeError) as error:
-    raise ValueError(f'--sweep={file}: {error}') from error
+    changes = overrides.parse_settings(
+      settings, 'sweep_set', 'search.num_trials=50'
+    )
+    return overrides.override(sweep, changes)
+  except (Exception, SystemExit) as error:
+    raise ValueError(f'--sweep={file}: {_where(error, path)}') from error
   finally:
     sys.path.remove(str(path.parent))
+
+
+def _where(error: BaseException, path: pathlib.Path) -> str:
+  """Returns what is wrong with a file, and in which line of it."""
+  kind = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
+  if isinstance(error, SyntaxError):
+    return f'line {error.lineno}: {kind}{error.msg}'
+  frames = traceback.extract_tb(error.__traceback__)
+  numbers = [f.lineno for f in frames if f.filename == str(path)]
+  line = f'line {numbers[-1]}: ' if numbers else ''
+  return f'{line}{kind}{error}'

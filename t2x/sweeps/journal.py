@@ -37,30 +37,45 @@ def storage(directory: epath.Path, url: str | None = None) -> Any:
     directory: directory of the study, local or gs://.
     url: address of a database, such as postgresql://HOST/NAME; None for the
       journal in the directory.
-
-  Raises:
-    ValueError: there is no such database.
   """
   if url is not None:
-    try:
-      return optuna.storages.RDBStorage(url)
-    except Exception as error:  # Whatever a database's driver raises.
-      from sqlalchemy import engine
-
-      try:
-        shown = engine.make_url(url).render_as_string(hide_password=True)
-      except Exception:
-        shown = url  # Without the form of one, it has no password either.
-      raise ValueError(
-        f'--storage={shown}: the database cannot be opened ({error}). It is an '
-        "address of SQLAlchemy's, such as postgresql://HOST/NAME, whose "
-        'driver is installed.'
-      ) from error
+    return optuna.storages.RDBStorage(url)
   if files.is_remote(directory):
     return optuna.storages.JournalStorage(Objects(directory / 'journal'))
   return optuna.storages.JournalStorage(
     File(os.fspath(directory / 'journal.log'))
   )
+
+
+def check_url(url: str | None) -> None:
+  """Checks that a database can be opened; None passes.
+
+  Args:
+    url: its address.
+
+  Raises:
+    ValueError: it is no address, its driver is missing, or nobody answers.
+  """
+  if url is None:
+    return
+  import sqlalchemy
+
+  shown = url  # What is no address has no password in it either.
+  try:
+    address = sqlalchemy.make_url(url)
+    shown = address.render_as_string(hide_password=True)
+    if address.get_backend_name() == 'sqlite' and address.database:
+      folder = pathlib.Path(address.database).absolute().parent
+      if not folder.is_dir():
+        raise OSError(f'there is no directory {folder}')
+    else:
+      sqlalchemy.create_engine(address).connect().close()
+  except Exception as error:  # Whatever a database's driver raises.
+    raise ValueError(
+      f'--storage={shown}: the database cannot be opened ({error}). It is an '
+      "address of SQLAlchemy's, such as postgresql://HOST/NAME, whose "
+      'driver is installed.'
+    ) from error
 
 
 class _Lock(journal.JournalFileOpenLock):
@@ -134,6 +149,20 @@ class File(journal.JournalFileBackend, journal_base.BaseJournalSnapshot):
       except OSError:
         os.ftruncate(f.fileno(), end)
         raise
+
+  def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+    """Yields the entries from a number on.
+
+    Raises:
+      ValueError: a line is no entry.
+    """
+    try:
+      yield from super().read_logs(log_number_from)
+    except json.JSONDecodeError as error:
+      raise ValueError(
+        f'{self._path} has a line that is no entry ({error}). Restore the '
+        'file, or use another --study.'
+      ) from error
 
   def save_snapshot(self, snapshot: bytes) -> None:
     """Keeps what the lines so far say."""

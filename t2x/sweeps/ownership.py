@@ -116,7 +116,7 @@ class Workers:
     file = self._workers / f'{name}.json'
     if not file.exists():
       return True
-    facts = _read(file)
+    facts = _read(file, 'ended', 'machine', 'process', 'started', 'beats')
     if facts['ended']:
       return True
     if facts['machine'] == _machine():
@@ -149,7 +149,7 @@ class Workers:
       number = self.claimed().get(name)
     if number is None:
       return None
-    return _read(self._file(name, number))['worker']
+    return _read(self._file(name, number), 'worker')['worker']
 
   def take_over(self, name: str) -> bool:
     """Claims what a dead worker holds; returns whether it is now this one's.
@@ -182,8 +182,12 @@ class Workers:
     return self._claims / f'{name}.{number:03}.json'
 
 
-def _read(file: epath.Path) -> dict[str, Any]:
-  return reading.json_object(file, _REMEDY)
+def _read(file: epath.Path, *names: str) -> dict[str, Any]:
+  facts = reading.json_object(file, _REMEDY)
+  for name in names:
+    if name not in facts:
+      raise ValueError(f'{file} has no {name!r}. {_REMEDY}')
+  return facts
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from t2x.sweeps import definition
 from t2x.sweeps import search
 from t2x.sweeps import space
 
+MOST_POINTS = 100_000  # Of a sweep.
 _MOST_SHOWN = 10  # Of points that cannot run, in one message.
 _MOST_CHECKED = 512  # Of combinations of a space that is searched.
 
@@ -236,12 +237,27 @@ def combinations(sweep: definition.Sweep) -> Iterator[space.Point]:
     yield dict(zip(sweep.parameters, values))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckedPoints:
+  """The points of a sweep that are known before it begins.
+
+  Attributes:
+    possible: points that can run, each once.
+    wrong: points that cannot, with the reason.
+    num_repeated: points that compute what others do.
+  """
+
+  possible: tuple[space.Point, ...]
+  wrong: tuple[tuple[space.Point, str], ...]
+  num_repeated: int
+
+
 def check(
   base: experiment.Experiment,
   sweep: definition.Sweep,
   devices: Devices,
-) -> list[tuple[space.Point, str]]:
-  """Returns the points that cannot run, each with the reason.
+) -> CheckedPoints:
+  """Builds all points, and looks which of them can run.
 
   Args:
     base: the experiment.
@@ -249,19 +265,35 @@ def check(
     devices: the devices of each run.
 
   Raises:
-    ValueError: a name or a value is wrong, whatever the point.
+    ValueError: a name or a value is wrong, whatever the point, or there are
+      too many points.
   """
+  if sweep.num_points > MOST_POINTS:
+    raise ValueError(
+      f'The sweep has {sweep.num_points:,} points, and a study holds up to '
+      f'{MOST_POINTS:,}. List fewer values, or draw some of them by '
+      'search.RandomSearch(num_trials=...).'
+    )
   check_fields(base, sweep)
   checker = Checker(devices)
-  wrong = []
+  possible, wrong, keys, repeated = [], [], set(), 0
   for point in combinations(sweep):
     try:
-      error = checker.error_of(candidate(base, sweep, point))
+      found = candidate(base, sweep, point)
+      if found.key in keys:
+        repeated += 1
+        continue
+      keys.add(found.key)
+      error = checker.error_of(found)
     except ValueError as refused:
       error = str(refused)
-    if error is not None:
+    if error is None:
+      possible.append(point)
+    else:
       wrong.append((point, error))
-  return wrong
+  return CheckedPoints(
+    possible=tuple(possible), wrong=tuple(wrong), num_repeated=repeated
+  )
 
 
 def refusal(wrong: Sequence[tuple[space.Point, str]], total: int) -> str:
@@ -271,15 +303,21 @@ def refusal(wrong: Sequence[tuple[space.Point, str]], total: int) -> str:
     wrong: points with their errors, from `check`.
     total: number of points of the sweep.
   """
+  errors = {error for _, error in wrong}
+  if len(wrong) == total and len(errors) == 1:
+    return f'None of the {total} points can run: {wrong[0][1]}'
   lines = [
     f'  {describe(point)}: {error}' for point, error in wrong[:_MOST_SHOWN]
   ]
   more = len(wrong) - _MOST_SHOWN
   lines += [f'  and {more} more'] if more > 0 else []
-  return (
-    f'{len(wrong)} of {total} points cannot run:\n'
-    + '\n'.join(lines)
-    + '\nChange the space, or leave these points out with --skip_impossible.'
+  remedy = 'Change the space.'
+  if len(wrong) < total:
+    remedy = (
+      'Change the space, or leave these points out with --skip_impossible.'
+    )
+  return '\n'.join(
+    [f'{len(wrong)} of {total} points cannot run:', *lines, remedy]
   )
 
 

@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 FILE = 'scaling.json'
 PREDICTION = 'prediction.json'
 _MIN_STEPS = 20  # Fewer say little of the size.
+_MAX_STEPS = 10**9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,11 @@ def run_of(
       f'{budget:.3g} FLOPs are {steps} steps of {width}x{layers}, of '
       f'{of_step:.3g} each; it needs {_MIN_STEPS} or more. Give larger '
       '--budgets, smaller --sizes, or a smaller data.batch_size.'
+    )
+  if steps > _MAX_STEPS:
+    raise ValueError(
+      f'{budget:.3g} FLOPs are {steps:.3g} steps of {width}x{layers}. Give '
+      'smaller --budgets.'
     )
   train = dataclasses.replace(
     config.train, num_steps=steps, num_tokens=None, num_epochs=None

@@ -356,7 +356,10 @@ class Scheduler:
   def _leave_out(self, point: space.Point, error: ValueError) -> None:
     """Says that a config refuses a point, if such points may be left out."""
     if not self._skip_impossible:
-      raise ValueError(points.refusal([(point, str(error))], 1)) from error
+      refusal = points.refusal(
+        [(point, str(error))], self._study.sweep.num_points
+      )
+      raise ValueError(refusal) from error
     self._say(f'left out {points.describe(point)}: {error}')
 
   def _is_impossible(self, found: points.PointRuns) -> bool:
@@ -364,7 +367,9 @@ class Scheduler:
     if error is None:
       return False
     if not self._skip_impossible:
-      raise ValueError(points.refusal([(found.point, error)], 1))
+      raise ValueError(
+        points.refusal([(found.point, error)], self._study.sweep.num_points)
+      )
     return True
 
   def _take_over(self) -> None:
@@ -576,7 +581,13 @@ class Scheduler:
   # --- A trial's way. ---
 
   def _report(self, active: _Active) -> None:
-    """Reports steps that all runs have reached, and prunes by them."""
+    """Reports steps that all runs have reached, and prunes by them.
+
+    Raises:
+      ValueError: a run has rows of its kind without the metric.
+    """
+    for run in active.runs:
+      self._check_names(run)
     common = set.intersection(*(set(run.seen.values) for run in active.runs))
     for step in sorted(common):
       if step <= active.reported:
@@ -591,6 +602,20 @@ class Scheduler:
         active.is_pruned = True
         self._cancel_all(active)
         return
+
+  def _check_names(self, run: _Run) -> None:
+    """Raises ValueError as soon as it is sure that no row will have the metric.
+
+    Those of an evaluation come together, all others in each row.
+    """
+    metric, names = self._study.sweep.metric, run.seen.names
+    family = metric.rpartition('/')[0]
+    if family.startswith('eval/'):
+      has_family = any(name.startswith(f'{family}/') for name in names)
+    else:
+      has_family = bool(names)
+    if has_family and metric not in names:
+      raise ValueError(_no_metric(metric, run))
 
   def _finish(self, active: _Active) -> None:
     """Records a trial that is over."""
@@ -722,6 +747,13 @@ def check_population(
       f'search.generations={way.generations} divide the steps of a run, which '
       f'has {steps or "an unknown number"}. Set train.num_steps.'
     )
+  lengths = ('train.seed', 'train.num_')
+  fields = [f for name in sweep.parameters for f in space.fields_of(name)]
+  if fixed := [field for field in fields if field.startswith(lengths)]:
+    raise ValueError(
+      f'A population cannot vary {fixed[0]}: its runs go on as each other, '
+      'from generation to generation.'
+    )
   keys = {
     points.structure_key(
       points.candidate(config, sweep, {**first, name: end}).runs[0].config
@@ -734,6 +766,33 @@ def check_population(
     raise ValueError(
       'A population varies what a run may change as it goes, such as optim.'
       'learning_rate, and no sizes: one run takes over the weights of another.'
+    )
+
+
+def check_pruning(
+  sweep: definition.Sweep, config: experiment.Experiment
+) -> None:
+  """Raises ValueError if a rule for ending trials could never act."""
+  rule = sweep.pruning
+  if rule is None:
+    return
+  steps = experiment.num_steps(config)
+  if steps is None:
+    raise ValueError(
+      f'pruning={rule.kind} goes by steps, and how many a run takes is not '
+      'known before its corpus is read. Set train.num_steps.'
+    )
+  if rule.first_step >= steps:
+    raise ValueError(
+      f'pruning={rule.kind} ends trials from step {rule.first_step} on, and '
+      f'runs have {steps}: it would end none. Choose less, or leave it out.'
+    )
+  every = config.train.eval_every
+  if sweep.metric.startswith('eval/') and not 0 < every < steps:
+    raise ValueError(
+      f'pruning={rule.kind} goes by {sweep.metric}, which with train.'
+      f'eval_every={every} comes at step {steps} alone, the last. Set train.'
+      'eval_every to less.'
     )
 
 
@@ -765,8 +824,9 @@ def _no_metric(metric: str, run: _Run) -> str:
   close = difflib.get_close_matches(metric, run.seen.names, n=1, cutoff=0.3)
   hint = f' Did you mean {close[0]!r}?' if close else ''
   return (
-    f'metric={metric!r}: no row of the finished run {run.key} has it. Rows '
-    f'have {", ".join(run.seen.names)}.{hint}'
+    f'metric={metric!r}: no row of run {run.key} has it. Rows have '
+    f'{", ".join(run.seen.names)}.{hint} The metric may change as long as no '
+    'trial has a result.'
   )
 
 

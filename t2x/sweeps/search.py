@@ -201,8 +201,10 @@ class PopulationBased:
     field_checks.least(self, 'search.', population=2, generations=2, seed=0)
     if not 0 < self.share <= 0.5:
       raise ValueError(f'search.share={self.share}; it is in (0, 0.5].')
-    if not self.factors or min(self.factors) <= 0:
-      raise ValueError(f'search.factors={self.factors}; they are above 0.')
+    if not self.factors or not all(0 < f < math.inf for f in self.factors):
+      raise ValueError(
+        f'search.factors={self.factors}; they are above 0, and finite.'
+      )
 
   def num_points(self, parameters: Parameters) -> int:
     """Returns the number of trials."""
@@ -267,6 +269,14 @@ class Median:
   num_complete: int = 4
   min_step: int = 0
 
+  def __post_init__(self) -> None:
+    field_checks.least(self, 'pruning.', num_complete=0, min_step=0)
+
+  @property
+  def first_step(self) -> int:
+    """The first step after which a trial may end."""
+    return self.min_step
+
   def pruner(self, num_steps: int) -> Any:
     """Returns Optuna's pruner for runs of `num_steps` updates."""
     import optuna
@@ -294,6 +304,11 @@ class Asha:
   def __post_init__(self) -> None:
     field_checks.least(self, 'pruning.', min_steps=1, reduction=2)
 
+  @property
+  def first_step(self) -> int:
+    """The first step after which a trial may end."""
+    return self.min_steps
+
   def pruner(self, num_steps: int) -> Any:
     """Returns Optuna's pruner for runs of `num_steps` updates."""
     import optuna
@@ -319,6 +334,11 @@ class Hyperband:
 
   def __post_init__(self) -> None:
     field_checks.least(self, 'pruning.', min_steps=1, reduction=2)
+
+  @property
+  def first_step(self) -> int:
+    """The first step after which a trial may end."""
+    return self.min_steps
 
   def pruner(self, num_steps: int) -> Any:
     """Returns Optuna's pruner for runs of `num_steps` updates."""

@@ -4,6 +4,7 @@ A parameter is a config field, by its dotted name, with one of these kinds. A
 point of the space has one value for each parameter.
 """
 
+import collections
 from collections.abc import Mapping
 import dataclasses
 import math
@@ -32,9 +33,10 @@ class OneOf:
   def __post_init__(self) -> None:
     if not self.values:
       raise ValueError('a list of values is empty; give it at least one.')
-    doubles = [v for i, v in enumerate(self.values) if v in self.values[:i]]
-    if doubles:
-      raise ValueError(f'{doubles[0]!r} stands twice among the values.')
+    counts = collections.Counter(map(text, self.values))
+    for value, count in counts.items():
+      if count > 1:
+        raise ValueError(f'{value} stands {count} times among the values.')
 
   def at(self, share: float) -> Value:
     """Returns the value at a share in [0, 1) of the list."""
@@ -61,6 +63,7 @@ class Uniform:
 
   def __post_init__(self) -> None:
     _check_range(self.low, self.high)
+    _make_float(self)
 
   def at(self, share: float) -> float:
     """Returns the value at a share in [0, 1) of the range."""
@@ -87,6 +90,7 @@ class LogUniform:
 
   def __post_init__(self) -> None:
     _check_range(self.low, self.high)
+    _make_float(self)
     if self.low <= 0:
       raise ValueError(f'low={self.low}; a logarithm needs it above 0.')
 
@@ -121,6 +125,10 @@ class Integers:
       raise ValueError(f'{self}: low, high and step are whole numbers.')
     if self.step < 1:
       raise ValueError(f'step={self.step}; it is 1 or more.')
+    for name in ('low', 'high', 'step'):
+      object.__setattr__(self, name, int(getattr(self, name)))
+    if len(self) < 2:
+      raise ValueError(f'{self} has one number alone.')
 
   def at(self, share: float) -> int:
     """Returns the value at a share in [0, 1) of the numbers."""
@@ -258,7 +266,15 @@ def _tupled(value: Value) -> Value:
   return tuple(map(_tupled, value)) if isinstance(value, list) else value
 
 
+def _make_float(given: Uniform | LogUniform) -> None:
+  """Makes the ends floats, as what is drawn between them is."""
+  for name in ('low', 'high'):
+    object.__setattr__(given, name, float(getattr(given, name)))
+
+
 def _check_range(low: float, high: float) -> None:
+  if not all(isinstance(end, int | float) for end in (low, high)):
+    raise ValueError(f'low={low!r}, high={high!r}; they are numbers.')
   if not (math.isfinite(low) and math.isfinite(high) and low < high):
     raise ValueError(
       f'low={low}, high={high}; low is below high, and both are finite.'

@@ -18,6 +18,7 @@ import datetime
 import json
 import logging
 import math
+import os
 import re
 from typing import Any
 from typing import Literal
@@ -40,6 +41,7 @@ _log = logging.getLogger(__name__)
 
 FILE = 'study.json'
 _FORMAT = 1
+_KEYS = ('format', 'experiment', 'config', 'sweep', 'storage', 'name')
 _TRIAL = 't2x'  # Optuna's attributes of a trial.
 _OUTCOME = 'outcome'
 _PRUNED = 'pruned_at'
@@ -165,12 +167,7 @@ class Study:
     )
     if facts.sweep.pruning is not None:
       steps = experiment_lib.num_steps(facts.config)
-      if steps is None:
-        raise ValueError(
-          f'pruning={facts.sweep.pruning.kind} goes by steps, and how many a '
-          'run takes is not known before its corpus is read. Set '
-          'train.num_steps.'
-        )
+      assert steps is not None, 'checked before'
       self._study.pruner = facts.sweep.pruning.pruner(steps)
 
   @property
@@ -346,14 +343,63 @@ def create(directory: epath.PathLike, facts: Facts) -> Study:
     ValueError: it is a study of another experiment, or of another space.
   """
   root = files.path(directory)
-  root.mkdir(parents=True, exist_ok=True)
+  journal.check_url(facts.storage)
+  _make(root)
   text = json.dumps(facts.to_json(), indent=1) + '\n'
   if not files.create_whole(root / FILE, text):
     facts = _check_same(root, facts)
+    changes = overrides.differences(_read(root), facts.to_json())
+    for name, (before, after) in changes.items():
+      _log.info(
+        'changed since the study began: %s: %r -> %r', name, before, after
+      )
+    if changes:
+      text = json.dumps(facts.to_json(), indent=1) + '\n'
+      files.write_whole(root / FILE, text)
   for folder in ('trials', 'jobs'):
     (root / folder).mkdir(parents=True, exist_ok=True)
   log_folder(root).mkdir(parents=True, exist_ok=True)
   return Study(root, facts)
+
+
+def check(directory: epath.PathLike, facts: Facts) -> None:
+  """Checks that a study could begin in a directory, or go on there.
+
+  Args:
+    directory: directory of the study, local or gs://.
+    facts: the experiment and the sweep.
+
+  Raises:
+    ValueError: it cannot be made or written, it holds a study of something
+      else, or the database cannot be opened.
+  """
+  root = files.path(directory)
+  journal.check_url(facts.storage)
+  try:
+    if (root / FILE).exists():
+      _check_same(root, facts)
+    elif not files.is_remote(root):
+      there = next(p for p in (root, *root.parents) if p.exists())
+      if not there.is_dir():
+        raise NotADirectoryError(f'{there} is a file')
+      if not os.access(there, os.W_OK):
+        raise PermissionError(f'{there} cannot be written')
+  except OSError as error:
+    raise _no_directory(directory, error) from error
+
+
+def _make(root: epath.Path) -> None:
+  try:
+    root.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise _no_directory(root, error) from error
+
+
+def _no_directory(directory: epath.PathLike, error: OSError) -> ValueError:
+  return ValueError(
+    f'--study={directory}: there can be no directory there '
+    f'({error.strerror or error}). Name another one.'
+  )
 
 
 def log_folder(directory: epath.Path) -> epath.Path:
@@ -384,16 +430,20 @@ def read(directory: epath.PathLike) -> Study:
       'scripts/sweep.py begins one.'
     )
   data = _read(root)
-  return Study(
-    root,
-    Facts(
+  try:
+    facts = Facts(
       experiment=data['experiment'],
       config=overrides.from_json(experiment_lib.Experiment, data['config']),
       sweep=definition.from_json(data['sweep']),
       storage=data['storage'],
       name=data['name'],
-    ),
-  )
+    )
+  except (KeyError, TypeError, AttributeError) as error:
+    raise ValueError(
+      f'{root / FILE} is damaged ({type(error).__name__}: {error}). Restore '
+      'it, or use another --study.'
+    ) from error
+  return Study(root, facts)
 
 
 def _check_same(root: epath.Path, facts: Facts) -> Facts:
@@ -406,6 +456,8 @@ def _check_same(root: epath.Path, facts: Facts) -> Facts:
   facts = dataclasses.replace(facts, name=old['name'])
   new = facts.to_json()
   changes = overrides.differences(old, new)
+  if 'sweep.metric' in changes and not _has_results(root):
+    del changes['sweep.metric']
   outer = tuple(
     f'config.{name}'
     for name in experiment_lib.OUTER_SETTINGS
@@ -414,14 +466,11 @@ def _check_same(root: epath.Path, facts: Facts) -> Facts:
   may_change = _MAY_CHANGE
   if facts.sweep.search.kind in _FIXED_SEARCHES:
     may_change = _MAY_CHANGE[:1]
-  lines = []
-  for name, (before, after) in changes.items():
-    if name.startswith(may_change) or name.startswith(outer):
-      _log.info(
-        'changed since the study began: %s: %r -> %r', name, before, after
-      )
-    else:
-      lines.append(f'  {name}: {before!r} -> {after!r}')
+  lines = [
+    f'  {name}: {before!r} -> {after!r}'
+    for name, (before, after) in changes.items()
+    if not name.startswith((*may_change, *outer))
+  ]
   if lines:
     raise ValueError(
       f'--study={root} holds a study of something else:\n'
@@ -429,13 +478,19 @@ def _check_same(root: epath.Path, facts: Facts) -> Facts:
       + '\nUse another --study, or undo the changes. Trials that are there '
       'could not be compared with new ones.'
     )
-  if changes:
-    files.write_whole(root / FILE, json.dumps(new, indent=1) + '\n')
   return facts
 
 
+def _has_results(root: epath.Path) -> bool:
+  return any(trial.value is not None for trial in read(root).trials())
+
+
 def _read(root: epath.Path) -> dict[str, Any]:
-  data = reading.json_object(root / FILE, 'Restore it, or use another --study.')
+  remedy = 'Restore it, or use another --study.'
+  data = reading.json_object(root / FILE, remedy)
+  missing = [name for name in _KEYS if name not in data]
+  if missing:
+    raise ValueError(f'{root / FILE} has no {missing[0]!r}. {remedy}')
   if data.get('format') != _FORMAT:
     raise ValueError(
       f'{root / FILE} is of format {data.get("format")!r}, and this t2x reads '

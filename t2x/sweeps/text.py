@@ -6,6 +6,7 @@ import math
 from t2x import files
 from t2x.config import experiment
 from t2x.cost_model import estimate
+from t2x.sweeps import ownership
 from t2x.sweeps import points
 from t2x.sweeps import scheduler
 from t2x.sweeps import search
@@ -15,6 +16,7 @@ from t2x.sweeps.launchers import launcher as launcher_lib
 from t2x.tracking import text_table
 
 _MOST_SHOWN = 20  # Trials of a table at a terminal.
+_MOST_PLANNED = 200  # Trials of a dry run.
 _MOST_COMMANDS = 3  # Of a dry run, whole.
 
 
@@ -34,8 +36,17 @@ def plan(
   launcher: launcher_lib.Launcher,
   command: scheduler.Command,
   directory: str,
+  checked: points.CheckedPoints,
 ) -> str:
-  """Returns the trials of a sweep, their cost, and their commands."""
+  """Returns the trials of a sweep, their cost, and their commands.
+
+  Args:
+    facts: the experiment and the sweep.
+    launcher: the launcher of its runs.
+    command: function from a run and its workdir to its command line.
+    directory: directory of the study.
+    checked: its points.
+  """
   sweep, devices = facts.sweep, launcher.devices
   lines = [summary(facts), '']
   if not isinstance(sweep.search, search.Planned):
@@ -43,7 +54,7 @@ def plan(
       f'{sweep.search.kind} suggests points from results; here are some of its '
       'space:'
     )
-  shown = list(points.combinations(sweep))
+  shown = checked.possible[:_MOST_PLANNED]
   costs = _Costs(devices)
   rows, jobs = [['trial', *sweep.parameters, *_Costs.NAMES]], []
   for number, point in enumerate(shown):
@@ -56,6 +67,8 @@ def plan(
         for run in found.runs
       ]
   lines += text_table.aligned(rows)
+  if (more := len(checked.possible) - len(shown)) > 0:
+    lines.append(f'and {more:,} more')
   lines += ['', 'What is run, for the first of them:', '']
   lines += [launcher.render(jobs[:_MOST_COMMANDS])]
   return '\n'.join(lines)
@@ -87,10 +100,21 @@ class _Costs:
 
 
 def table(study: study_lib.Study) -> str:
-  """Returns the trials of a study, the best first, and how many there are."""
+  """Returns the trials of a study, the best first, and how many there are.
+
+  Those that nobody runs any more, since their worker has ended, are shown as
+  interrupted: the sweep's command goes on with them.
+  """
+  workers = ownership.Workers(study.directory)
   sweep, trials = study.sweep, study.trials()
   sign = 1 if sweep.direction == 'minimize' else -1
-  order = ('complete', 'running', 'pruned', 'failed')
+  order = ('complete', 'running', 'interrupted', 'pruned', 'failed')
+  names = {t.worker for t in trials if t.state == 'running'}
+  dead = {name for name in names if workers.is_dead(name)}
+
+  def state_of(trial: study_lib.Trial) -> str:
+    is_left = trial.state == 'running' and trial.worker in dead
+    return 'interrupted' if is_left else trial.state
 
   def rank(trial: study_lib.Trial) -> tuple[int, float, int]:
     value = math.inf if trial.value is None else sign * trial.value
@@ -107,7 +131,7 @@ def table(study: study_lib.Study) -> str:
         *[_value(value) for value in trial.point.values()],
         _result(trial),
         str(max(trial.values, default='')),
-        trial.state,
+        state_of(trial),
         _seconds(trial),
       ]
     )
@@ -116,7 +140,7 @@ def table(study: study_lib.Study) -> str:
   lines += [f'and {more} more'] if more > 0 else []
   counts = {state: 0 for state in order}
   for trial in trials:
-    counts[trial.state] += 1
+    counts[state_of(trial)] += 1
   said = ', '.join(f'{n} {state}' for state, n in counts.items() if n)
   lines.append(f'{len(trials)} of {sweep.num_points} trials: {said or "none"}')
   for trial in trials:

@@ -90,7 +90,7 @@ def test_a_dry_run_starts_nothing(tmp_path, arguments):
       "Did you mean 'eval/train/loss'",
     ),
     (['--sweep=none.py'], '--sweep=none.py: there is no such file'),
-    (['--set', 'mesh.tensor=3'], '2 of 2 points cannot run'),
+    (['--set', 'mesh.tensor=3'], 'None of the 2 points can run'),
     (['--launcher=gke', '--launcher_set', 'slice=v5e-17'], 'Near are v5e-16'),
   ],
 )

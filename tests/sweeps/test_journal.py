@@ -118,10 +118,43 @@ def test_processes_share_a_journal(tmp_path, objects):
 
 
 def test_a_database_that_cannot_be_opened(tmp_path):
-  with pytest.raises(ValueError, match='--storage=nonsense: the database'):
-    journal.storage(epath.Path(tmp_path), 'nonsense')
+  for bad, message in (
+    ('nonsense', '--storage=nonsense: the database'),
+    ('sqlite:////nowhere/x.db', 'there is no directory /nowhere'),
+    ('postgresql://me:secret@127.0.0.1:1/x', r'postgresql://me:\*\*\*@127'),
+  ):
+    with pytest.raises(ValueError, match=message) as refused:
+      journal.check_url(bad)
+    assert 'secret' not in str(refused.value)
   url = f'sqlite:///{tmp_path}/results.db'
   _add(
     optuna.create_study(storage=journal.storage(epath.Path(tmp_path), url)), 1
   )
   assert (tmp_path / 'results.db').exists()
+
+
+def test_many_objects_are_put_together(tmp_path, monkeypatch):
+  """Of three that belong together, the first reader needs one."""
+  monkeypatch.setattr(journal, '_TOGETHER', 3)
+  folder = epath.Path(tmp_path) / 'journal'
+  writer = journal.Objects(folder)
+  for number in range(8):
+    writer.append_logs([{'number': number}, {'more': number}])
+  names = sorted(path.name for path in folder.iterdir())
+  assert [name for name in names if name.startswith('up_to')] == [
+    'up_to_00000003.json',
+    'up_to_00000006.json',
+  ]
+  for number in range(6):
+    (folder / f'{number:08}.jsonl').rename(folder / f'{number:08}.away')
+  (folder / '00000000.jsonl').write_text('')  # Looked for, and not read.
+  entries = [*journal.Objects(folder).read_logs(0)]
+  assert entries == [
+    {name: number} for number in range(8) for name in ('number', 'more')
+  ]
+
+
+def test_a_line_that_is_no_entry(tmp_path):
+  (tmp_path / 'journal.log').write_text('{"a": 1}\nnonsense\n{"b": 2}\n')
+  with pytest.raises(ValueError, match='journal.log has a line that is no'):
+    list(journal.File(str(tmp_path / 'journal.log')).read_logs(0))

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import small_sweep
 import tiny
@@ -80,7 +82,7 @@ def test_points_that_cannot_run_are_listed(base):
       'model.embed_dim': (16, 15),
     }
   )
-  wrong = points.check(base, sweep, _DEVICES)
+  wrong = points.check(base, sweep, _DEVICES).wrong
   described = [points.describe(point) for point, _ in wrong]
   tensor3 = [text for text in described if 'mesh.tensor=3' in text]
   assert len(tensor3) == 2
@@ -88,6 +90,51 @@ def test_points_that_cannot_run_are_listed(base):
   message = points.refusal(wrong, sweep.num_points)
   assert message.startswith(f'{len(wrong)} of 6 points cannot run:\n')
   assert '--skip_impossible' in message
+  alike = [(point, 'no') for point, _ in wrong]
+  assert points.refusal(alike, len(alike)) == (
+    f'None of the {len(alike)} points can run: no'
+  )
+
+
+def test_points_that_repeat_others_are_counted(base):
+  drawn = search.RandomSearch(num_trials=9)
+  sweep = small_sweep.sweep(search=drawn)
+  checked = points.check(base, sweep, _DEVICES)
+  assert len(checked.possible) + checked.num_repeated == 9
+  assert len(checked.possible) <= len(small_sweep.RATES)
+
+
+def test_a_space_that_is_far_too_large(base):
+  values = tuple(range(1000))
+  sweep = small_sweep.sweep(
+    parameters={'train.seed': values, 'optim.schedule.warmup_steps': values}
+  )
+  with pytest.raises(ValueError, match='has 1,000,000 points'):
+    points.check(base, sweep, _DEVICES)
+
+
+def test_a_range_for_whole_numbers(base):
+  sweep = small_sweep.sweep(
+    parameters={'model.num_layers': space.Uniform(1, 3)},
+    search=search.RandomSearch(),
+  )
+  with pytest.raises(ValueError, match='Use space.Integers'):
+    points.check(base, sweep, _DEVICES)
+
+
+@pytest.mark.parametrize(
+  'pruning, every, message',
+  [
+    (search.Asha(min_steps=100), 2, 'it would end none'),
+    (search.Median(min_step=8), 2, 'it would end none'),
+    (search.Asha(min_steps=2), 0, 'comes at step 8 alone, the last'),
+  ],
+)
+def test_pruning_that_could_not_act(base, pruning, every, message):
+  train = dataclasses.replace(base.train, num_steps=8, eval_every=every)
+  config = dataclasses.replace(base, train=train)
+  with pytest.raises(ValueError, match=message):
+    scheduler.check_pruning(small_sweep.sweep(pruning=pruning), config)
 
 
 def test_points_that_differ_in_numbers_are_checked_once(base, monkeypatch):
@@ -106,7 +153,7 @@ def test_points_that_differ_in_numbers_are_checked_once(base, monkeypatch):
       'model.num_layers': (1, 2),
     }
   )
-  assert points.check(base, sweep, _DEVICES) == []
+  assert points.check(base, sweep, _DEVICES).wrong == ()
   assert len(calls) == 2
 
 
@@ -117,7 +164,16 @@ def test_points_that_differ_in_numbers_are_checked_once(base, monkeypatch):
     ({'parameters': {'a': 3}}, r"parameters\['a'\]: 3 is neither"),
     ({'parameters': {'a, b': (1,), 'a': (2,)}}, "'a' stands there twice"),
     ({'seeds': (1, 1)}, 'one stands there twice'),
-    ({'direction': 'down'}, "direction='down'; it is minimize or maximize"),
+    ({'direction': 'down'}, "'down' does not fit the type one of 'minimize'"),
+    ({'pruning': 'median'}, "'median' does not fit the type"),
+    ({'pruning': search.Median}, r'needed: pruning=search.Median\(...\)'),
+    ({'metric': None}, "'metric': None does not fit the type str"),
+    ({'metric': ''}, 'name one, such as'),
+    ({'seeds': '01'}, "'seeds': '01' does not fit the type"),
+    ({'seeds': (-1,)}, 'each is from 0 to'),
+    ({'max_retries': 0.5}, "'max_retries': 0.5 does not fit the type int"),
+    ({'parameters': None}, 'it is a dict from field names'),
+    ({'parameters': {'a': ({'b': 1},)}}, r"parameters\['a'\]: .* is a dict"),
     ({'max_retries': -1}, 'max_retries=-1; it is 0 or more'),
     (
       {'parameters': {'train.seed': (1, 2)}, 'seeds': (1,)},

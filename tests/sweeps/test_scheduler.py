@@ -19,6 +19,7 @@ from t2x.sweeps import search
 from t2x.sweeps import space
 from t2x.sweeps import study as study_lib
 from t2x.sweeps import text
+from t2x.sweeps.launchers import launcher as launcher_lib
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_a_run_that_diverges_is_a_result(make, monkeypatch):
 def test_a_metric_that_no_row_has(make, monkeypatch):
   monkeypatch.setenv('SILENT', '1')
   study = make()
-  with pytest.raises(ValueError, match='no row of the finished run .* has it'):
+  with pytest.raises(ValueError, match='no row of run .* has it'):
     small_sweep.worker(study).run()
 
 
@@ -184,6 +185,160 @@ def test_a_population_copies_its_best(make):
   # A second time there is nothing to do, and the draws are the same.
   small_sweep.worker(study_lib.read(study.directory)).run()
   assert len(study.trials()) == 16
+
+
+def test_members_that_are_alike_have_runs_of_their_own(make):
+  """Listed values repeat in a population, and losers may draw alike."""
+  way = search.PopulationBased(population=6, generations=3, share=0.5)
+  study = make(search=way)
+  small_sweep.worker(study, parallel=3).run()
+  trials = study.trials()
+  assert len({t.key for t in trials}) == len(trials) == 18
+  starts = small_sweep.starts(study)  # With those of the state's owners.
+  assert {starts[t.key] - int(t.slot[1:4]) for t in trials} == {1}
+  # A trial's own seconds, without those of the rows that came along.
+  steps = {'g000': 2, 'g001': 3, 'g002': 3}
+  for trial in trials:
+    assert trial.outcome['seconds'] == 0.5 * steps[trial.slot[:4]]
+
+
+def test_a_copy_that_was_cut_off_is_made_again(make, monkeypatch):
+  way = search.PopulationBased(population=2, generations=2)
+  study = make(
+    parameters={'optim.learning_rate': space.LogUniform(1e-6, 1e2)}, search=way
+  )
+  copied = []
+
+  def copy_a_part(source, to, without):
+    copied.append(to)
+    if len(copied) == 1:
+      to.mkdir()
+      (to / 'metrics.jsonl').write_text('')
+      raise OSError('the disk is full')
+    return copy(source, to, without)
+
+  copy = scheduler.files.copy_directory
+  monkeypatch.setattr(scheduler.files, 'copy_directory', copy_a_part)
+  with pytest.raises(OSError, match='the disk is full'):
+    small_sweep.worker(study).run()
+  small_sweep.worker(study_lib.read(study.directory)).run()
+  assert len(study.trials()) == 4
+  for trial in study.trials():
+    rows = (study.workdir(trial.key) / 'metrics.jsonl').read_text()
+    assert len(rows.splitlines()) == (8 if trial.slot > 'g001' else 4)
+
+
+def test_a_population_without_a_finite_result(make, monkeypatch):
+  monkeypatch.setenv('NAN_ABOVE', '0')
+  way = search.PopulationBased(population=2, generations=2)
+  worker = small_sweep.worker(make(search=way))
+  with pytest.raises(ValueError, match='there is none to go on from'):
+    worker.run()
+
+
+def test_points_that_a_config_refuses_are_left_out(make):
+  parameters = {'model.attention.num_kv_heads': (2, 3, 4)}
+  study = make(parameters=parameters)
+  with pytest.raises(ValueError, match='num_kv_heads=3'):
+    small_sweep.worker(study).run()
+  worker = small_sweep.worker(study, skip_impossible=True)
+  worker.run()
+  assert len(study.trials()) == 2
+  assert sum('left out' in line for line in worker.said) == 1
+
+
+class _Refusing:
+  """A launcher that refuses so many times, and then is the one it wraps."""
+
+  def __init__(self, launcher, times):
+    self._launcher, self.times = launcher, times
+
+  def __getattr__(self, name):
+    return getattr(self._launcher, name)
+
+  def submit(self, jobs):
+    if self.times:
+      self.times -= 1
+      raise launcher_lib.LaunchError('no quota')
+    return self._launcher.submit(jobs)
+
+
+def test_a_launcher_that_refuses_is_asked_again(make):
+  study = make()
+  worker = small_sweep.worker(study, retry_seconds=0.01)
+  worker._launcher = _Refusing(worker._launcher, 5)
+  worker.run()
+  assert [t.value for t in study.trials()] == pytest.approx(_losses())
+  assert {t.outcome['failures'] for t in study.trials()} == {0}
+  assert 'not started: no quota; tried again in' in worker.said[0]
+
+
+def test_a_launcher_that_refuses_for_good(make):
+  """Nothing is recorded as failed: the same command goes on later."""
+  study = make()
+  worker = small_sweep.worker(study, retry_seconds=0.001)
+  worker._launcher = _Refusing(worker._launcher, 10**6)
+  with pytest.raises(launcher_lib.LaunchError, match='no quota\nThat was'):
+    worker.run()
+  small_sweep.worker(study).run()
+  assert [t.value for t in study.trials()] == pytest.approx(_losses())
+
+
+def test_what_is_pruned_stays_so(make, monkeypatch):
+  """Also where the worker is killed before the trial has ended."""
+  study = make(pruning=search.Median(num_complete=1))
+  begun = small_sweep.worker(study, parallel=1)
+  begun._fill()  # One trial, begun and left.
+  (trial,) = study.trials()
+  study.mark_pruned(trial, 3)
+  small_sweep.worker(study).run()
+  first, *others = study.trials()
+  assert (first.state, first.pruned_at) == ('pruned', 3)
+  assert {t.state for t in others} <= {'complete', 'pruned'}
+  for child in begun._launcher._children.values():
+    child.wait()
+
+
+def test_a_worker_that_was_held_up_lets_go(make, monkeypatch):
+  """Its trial was taken over: it ends its run and writes nothing more."""
+  monkeypatch.setenv('PAUSE', '0.05')
+  study = make(parameters={'optim.learning_rate': (1e-2,)})
+  slow = small_sweep.worker(study)
+  with slow._workers.at_work():
+    slow._fill()
+    (trial,) = study.trials()
+    claim = study.directory / 'claims' / f'{trial.slot}.001.json'
+    claim.write_text('{"worker": "another"}')
+    slow._poll()
+  assert not slow._active
+  assert 'another worker has taken it over' in slow.said[-1]
+  assert study.trials()[0].state == 'running'
+
+
+def test_what_changes_results_may_not_change(make, tmp_path):
+  study = make()
+  train = dataclasses.replace(study.facts.config.train, eval_batches=3)
+  config = dataclasses.replace(study.facts.config, train=train)
+  facts = dataclasses.replace(study.facts, config=config)
+  with pytest.raises(ValueError, match='train.eval_batches: .* -> 3'):
+    study_lib.create(study.directory, facts)
+
+
+def test_a_hypercube_is_not_made_larger(make):
+  ranges = {'optim.learning_rate': space.LogUniform(1e-4, 1.0)}
+  cube = lambda num: search.LatinHypercube(num_trials=num)
+  make(parameters=ranges, search=cube(4))
+  with pytest.raises(ValueError, match='sweep.search.num_trials: 4 -> 5'):
+    make(parameters=ranges, search=cube(5))
+
+
+def test_a_metric_may_change_before_there_are_results(make):
+  make(metric='eval/train/los')
+  study = make()
+  small_sweep.worker(study).run()
+  assert study.best().value is not None
+  with pytest.raises(ValueError, match='sweep.metric'):
+    make(metric='eval/train/accuracy')
 
 
 def test_a_population_varies_no_sizes(make):
@@ -316,7 +471,7 @@ def test_a_worker_that_ends_as_it_is_looked_at(make, monkeypatch):
 def test_another_study_is_refused(make, tmp_path):
   study = make()
   with pytest.raises(ValueError, match='holds a study of something else:\n .*'):
-    make(metric='loss')
+    make(direction='maximize')
   with pytest.raises(ValueError, match='sweep.parameters.optim.learning_rate'):
     make(parameters={'optim.learning_rate': (1.0,)})
   other = small_sweep.facts(tmp_path)

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from t2x.sweeps import space
@@ -61,12 +62,14 @@ def test_parameters_go_through_json(parameter):
   'make, message',
   [
     (lambda: space.OneOf(()), 'list of values is empty'),
-    (lambda: space.OneOf((1, 2, 1)), '1 stands twice'),
+    (lambda: space.OneOf((1, 2, 1)), '1 stands 2 times'),
     (lambda: space.Uniform(2.0, 1.0), 'low is below high'),
     (lambda: space.Uniform(0.0, float('inf')), 'both are finite'),
     (lambda: space.LogUniform(0.0, 1.0), 'needs it above 0'),
     (lambda: space.Integers(1, 5, 0), 'step=0; it is 1 or more'),
     (lambda: space.Integers(1, 5.5), 'whole numbers'),
+    (lambda: space.Integers(1, 3, 10), 'has one number alone'),
+    (lambda: space.Uniform('0', '1'), 'they are numbers'),
     (lambda: space.of(3), '3 is neither a list of values nor'),
     (lambda: space.text({'a': 1}), 'is a dict; a value is a number'),
     (lambda: space.log_spaced(1, 2, 1), 'num=1; it is 2 or more'),
@@ -75,3 +78,11 @@ def test_parameters_go_through_json(parameter):
 def test_messages(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+def test_numbers_of_numpy_are_plain_ones():
+  for given in (np.logspace(-3, -1, 3), list(np.logspace(-3, -1, 3))):
+    values = space.of(given).values
+    assert values == pytest.approx((1e-3, 1e-2, 1e-1))
+    assert {type(value) for value in values} == {float}
+  assert space.of([(np.int64(2), 'a')]).values == ((2, 'a'),)

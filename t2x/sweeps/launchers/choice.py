@@ -53,7 +53,7 @@ def make(kind: str, settings: Sequence[str] = ()) -> launcher_lib.Launcher:
   Raises:
     ValueError: there is no such launcher, or a setting that it has not.
   """
-  given = overrides.parse_settings(settings)
+  given = overrides.parse_settings(settings, 'launcher_set', 'devices=8')
   named = {f'launcher.{name}': value for name, value in given.items()}
   config = overrides.override(_Chosen(), {'launcher': kind, **named}).launcher
   if config is None:

@@ -80,14 +80,22 @@ class GkeConfig:
           f'launcher.{name} is missing: set it, as in --launcher_set '
           f'{name}={example}.'
         )
-    for name in ('namespace', 'queue'):
-      manifests.check_label(f'launcher.{name}', getattr(self, name))
+    for name in ('namespace', 'queue', 'priority', 'service_account'):
+      if (value := getattr(self, name)) is not None:
+        manifests.check_label(f'launcher.{name}', value)
+    field_checks.matches(
+      self,
+      'launcher.',
+      'image',
+      r'[A-Za-z0-9][\w./:@-]*',
+      'the name of a container image, as europe-docker.pkg.dev/P/t2x/t2x:1',
+    )
     assert self.pod  # Refuses a slice that does not exist.
 
   @property
   def pod(self) -> pods.Pod:
     """The slices of each run."""
-    return pods.parse(self.slice, self.num_slices)
+    return pods.of_launcher(self.slice, self.num_slices)
 
 
 class GkeLauncher:

@@ -70,7 +70,7 @@ class RayConfig:
   @property
   def pod(self) -> pods.Pod:
     """The slices of each run."""
-    return pods.parse(self.slice, self.num_slices)
+    return pods.of_launcher(self.slice, self.num_slices)
 
 
 class RayLauncher:

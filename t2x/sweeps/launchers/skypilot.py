@@ -56,6 +56,19 @@ class SkyPilotConfig:
         f'launcher.slice={self.slice!r}, accelerators={self.accelerators!r}: '
         'give one of them, as in --launcher_set slice=v6e-32.'
       )
+    if self.accelerators:
+      field_checks.matches(
+        self,
+        'launcher.',
+        'accelerators',
+        r'[A-Za-z][\w-]*(:[1-9]\d*)?',
+        'a name and a number, as H100:8',
+      )
+    if self.slice and self.nodes > 1:
+      raise ValueError(
+        f'launcher.slice={self.slice}, nodes={self.nodes}: a slice has its own '
+        'number of machines. Leave out nodes.'
+      )
     if self.slice and not self.pod.has_default_shape:
       raise ValueError(
         f'launcher.slice={self.slice}: SkyPilot names slices by their size '
@@ -65,7 +78,7 @@ class SkyPilotConfig:
   @property
   def pod(self) -> pods.Pod:
     """The slice of each run."""
-    return pods.parse(self.slice)
+    return pods.of_launcher(self.slice)
 
 
 class SkyPilotLauncher:

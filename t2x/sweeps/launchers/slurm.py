@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import dataclasses
 import os
 import pathlib
+import re
 import shlex
 import time
 from typing import ClassVar
@@ -90,6 +91,15 @@ class SlurmConfig:
       save_seconds=1,
       poll_seconds=0.0,
     )
+    field_checks.matches(
+      self,
+      'launcher.',
+      'time',
+      r'(\d+-)?\d+(:\d\d){0,2}',
+      'a limit as SLURM takes it, as 24:00:00 or 2-12:00:00',
+    )
+    for name in ('partition', 'account'):
+      field_checks.matches(self, 'launcher.', name, r'[\w.,@-]+', 'a name')
 
 
 class SlurmLauncher:
@@ -151,7 +161,9 @@ class SlurmLauncher:
       # By which the array is found again.
       'comment': jobs[0].attempt.partition('-')[0] or None,
     }
-    lines = [f'--{name}={v}' for name, v in options.items() if v is not None]
+    lines = [
+      f'--{name}={_quoted(v)}' for name, v in options.items() if v is not None
+    ]
     lines += ['--requeue', *(f'--{option}' for option in c.options)]
     return _SCRIPT.format(
       options='\n'.join(f'#SBATCH {line}' for line in lines),
@@ -260,6 +272,14 @@ class SlurmLauncher:
 
   def close(self) -> None:
     """Does nothing."""
+
+
+def _quoted(value: object) -> str:
+  """Returns a value as a line of sbatch takes it."""
+  text = str(value)
+  if not re.search(r'[\s"\'\\]', text):
+    return text
+  return '"' + re.sub(r'(["\\])', r'\\\1', text) + '"'
 
 
 def _status_file(log: str) -> pathlib.Path:

@@ -64,6 +64,13 @@ class TpuVmConfig:
           f'launcher.{name} is missing: set it, as in --launcher_set '
           f'{name}={example}.'
         )
+    field_checks.matches(
+      self,
+      'launcher.',
+      'zone',
+      r'[a-z]+-[a-z]+\d+-[a-z]',
+      'a zone of Google Cloud, as us-west4-a',
+    )
     models = ('on_demand', 'spot', 'reserved')
     if self.model not in models:
       raise ValueError(
@@ -74,7 +81,7 @@ class TpuVmConfig:
   @property
   def pod(self) -> pods.Pod:
     """The slices of each run."""
-    return pods.parse(self.slice, self.num_slices)
+    return pods.of_launcher(self.slice, self.num_slices)
 
 
 class TpuVmLauncher:
