@@ -200,6 +200,9 @@ class _AtOnce:
   def render(self, jobs) -> str:
     return str(jobs)
 
+  def find(self, job) -> None:
+    return None
+
   def logs(self, handle, num_lines: int = 20) -> str:
     return ''
 

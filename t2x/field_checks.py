@@ -30,7 +30,7 @@ def positive(config: Any, prefix: str, *names: str) -> None:
 
 
 def matches(
-  config: Any, prefix: str, name: str, pattern: str, what: str
+  config: object, prefix: str, name: str, pattern: str, form: str
 ) -> None:
   """Raises ValueError where a field's text has another form; None passes.
 
@@ -39,11 +39,11 @@ def matches(
     prefix: start of the field's dotted name, as in 'train.'.
     name: name of the field.
     pattern: regular expression of the whole text.
-    what: what it is, for the message: 'a time, as 24:00:00'.
+    form: words for that form, in the message: 'a time, as 24:00:00'.
   """
   value = getattr(config, name)
   if value is not None and not re.fullmatch(pattern, value):
-    raise ValueError(f'{prefix}{name}={value!r}; it is {what}.')
+    raise ValueError(f'{prefix}{name}={value!r}; it is {form}.')
 
 
 def share(config: Any, prefix: str, *names: str) -> None:

@@ -92,7 +92,10 @@ def create_whole(file: epath.Path, content: str | bytes) -> bool:
 
 
 def children(directory: epath.Path) -> list[epath.Path]:
-  """Returns what is in a directory; in an object store an empty one is none."""
+  """Returns the files and directories in a directory, none if it is missing.
+
+  In an object store an empty directory is missing.
+  """
   try:
     return sorted(directory.iterdir())
   except FileNotFoundError:

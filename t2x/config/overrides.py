@@ -38,7 +38,7 @@ def parse_settings(
   Args:
     settings: the strings.
     flag: name of the flag that they were given by, for messages.
-    example: what such a string looks like.
+    example: such a string, for messages.
 
   Raises:
     ValueError: a setting has no `=`.

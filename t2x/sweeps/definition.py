@@ -182,7 +182,7 @@ def load(file: str, settings: Sequence[str] = ()) -> Sweep:
 
 
 def _where(error: BaseException, path: pathlib.Path) -> str:
-  """Returns what is wrong with a file, and in which line of it."""
+  """Returns the line of a file that an error comes from, and its message."""
   kind = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
   if isinstance(error, SyntaxError):
     return f'line {error.lineno}: {kind}{error.msg}'

@@ -5,6 +5,7 @@ study opens at once. On an object store, which takes no appending, each entry is
 an object of its own, and the number in its name decides the order.
 """
 
+from collections.abc import Generator
 from collections.abc import Iterator
 import fcntl
 import hashlib
@@ -150,7 +151,9 @@ class File(journal.JournalFileBackend, journal_base.BaseJournalSnapshot):
         os.ftruncate(f.fileno(), end)
         raise
 
-  def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+  def read_logs(
+    self, log_number_from: int
+  ) -> Generator[dict[str, Any], None, None]:
     """Yields the entries from a number on.
 
     Raises:

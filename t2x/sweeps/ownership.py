@@ -192,7 +192,7 @@ def _read(file: epath.Path, *names: str) -> dict[str, Any]:
 
 @functools.cache
 def _machine() -> str:
-  """Returns what processes that see each other's numbers have in common.
+  """Returns an id that processes share which see each other's numbers.
 
   Containers may share a host's name, and not its processes.
   """

@@ -152,7 +152,7 @@ class Study:
 
     Args:
       directory: directory of the study.
-      facts: what its study.json holds.
+      facts: facts of its study.json.
     """
     self.directory = files.path(directory)
     self.facts = facts

@@ -3,12 +3,16 @@
 import math
 import os
 import signal
+import sys
 import threading
 import time
 
 import extras
+import psutil
 import pytest
+import real_sweep
 import small_sweep
+import tiny
 
 from t2x.sweeps import points
 from t2x.sweeps import study as study_lib
@@ -96,3 +100,57 @@ def test_settings():
   assert tpu.devices == points.Devices(number=32, num_slices=2)
   with pytest.raises(ValueError, match='say what a run gets on each host'):
     choice.make('ray')
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_real_runs_of_two_processes(cluster, tmp_path, monkeypatch):
+  """A killed process costs a start, and no number."""
+  del cluster
+  config = tiny.experiment_of(
+    tmp_path, train__num_steps=6, data__eval_splits='train'
+  )
+  facts = study_lib.Facts(
+    experiment='tiny',
+    config=config,
+    sweep=small_sweep.sweep(parameters={'optim.learning_rate': (1e-3, 1e-2)}),
+  )
+  study = study_lib.create(tmp_path / 'study', facts)
+
+  def command(run, workdir):
+    settings = {'train.num_steps': '6', 'data.eval_splits': 'train'}
+    own = [
+      part
+      for name, value in {**settings, **run.settings}.items()
+      for part in ('--set', f'{name}={value}')
+    ]
+    start = [sys.executable, real_sweep.EXPERIMENT, f'--workdir={workdir}']
+    # Actors have the environment of the cluster, which began before.
+    return ['env', f'TINY_DIRECTORY={tmp_path}', *start, *own]
+
+  killed, ended = [], []
+
+  def kill():
+    """Kills a process of the first run once that has saved a step."""
+    deadline = time.monotonic() + 240
+    while not (killed or ended) and time.monotonic() < deadline:
+      if list(study.directory.glob('trials/*/checkpoints/2')):
+        for process in psutil.process_iter(['cmdline']):
+          text = ' '.join(process.info['cmdline'] or ())
+          if real_sweep.EXPERIMENT in text and '--process_id=1' in text:
+            process.kill()
+            killed.append(process.pid)
+      time.sleep(0.05)
+
+  thread = threading.Thread(target=kill)
+  thread.start()
+  worker = _worker(study, parallel=1, command=command)
+  worker.run()
+  ended.append(True)
+  thread.join()
+  assert killed, worker.said
+  trials = study.trials()
+  assert [t.state for t in trials] == ['complete'] * 2, worker.said
+  for trial, rate in zip(trials, (1e-3, 1e-2)):
+    alone = real_sweep.run_alone(tmp_path, rate, 6)
+    workdir = study.directory / 'trials' / trial.key
+    assert tiny.losses(workdir) == pytest.approx(tiny.losses(alone), rel=1e-6)

@@ -483,3 +483,20 @@ def test_another_study_is_refused(make, tmp_path):
   make(max_retries=5)  # Another rule for what is to come.
   with pytest.raises(ValueError, match='holds no study'):
     study_lib.read(tmp_path)
+
+
+def test_results_in_a_database(tmp_path):
+  facts = small_sweep.facts(tmp_path)
+  url = f'sqlite:///{tmp_path}/results.db'
+  studies = [
+    study_lib.create(
+      tmp_path / name, dataclasses.replace(facts, storage=url, name=name)
+    )
+    for name in ('one', 'other')
+  ]
+  for study in studies:
+    small_sweep.worker(study).run()
+  for study in studies:
+    trials = study_lib.read(study.directory).trials()
+    assert [t.value for t in trials] == pytest.approx(_losses())
+  assert not (tmp_path / 'one' / 'journal.log').exists()

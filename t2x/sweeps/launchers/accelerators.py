@@ -26,7 +26,7 @@ class AcceleratorKind:
   """A kind of accelerator, and how a process is shown some of them alone.
 
   Attributes:
-    title: what one is called.
+    title: name of one, for messages.
     platform: JAX's name of it.
     variable: environment variable with the numbers that a process sees.
     devices: patterns of the files of those that are there.

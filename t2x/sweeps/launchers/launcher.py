@@ -105,7 +105,7 @@ class Launcher(Protocol):
     ...
 
   def find(self, job: LaunchJob) -> Handle | None:
-    """Returns what finds a job that another process has just submitted.
+    """Returns the handle of a job that another process has just submitted.
 
     That process was killed before it could keep the handle. None where there
     is no such job, or `submit` would replace it.

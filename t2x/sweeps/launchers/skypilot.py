@@ -166,7 +166,7 @@ class SkyPilotLauncher:
     return json.loads(programs.call(command))
 
   def find(self, job: launcher.LaunchJob) -> launcher.Handle | None:
-    """Returns what finds a job that was handed in."""
+    """Returns the handle of a job that was handed in."""
     names = {other['job_name'] for other in self._jobs()}
     return {'name': job.unique_name} if job.unique_name in names else None
 

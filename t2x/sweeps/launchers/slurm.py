@@ -210,7 +210,7 @@ class SlurmLauncher:
     return handles
 
   def find(self, job: launcher.LaunchJob) -> launcher.Handle | None:
-    """Returns what finds a task of an array that is in the queue.
+    """Returns the handle of a task of an array that is in the queue.
 
     Raises:
       LaunchError: squeue fails.

@@ -231,7 +231,7 @@ class TpuVmLauncher:
     }
 
   def find(self, job: launcher.LaunchJob) -> launcher.Handle | None:
-    """Returns what finds a job whose slices were asked for."""
+    """Returns the handle of a job whose slices were asked for."""
     names = programs.call(
       [*_TPUS, 'queued-resources', 'list', *self._place()]
       + ['--format=value(name)']
