@@ -684,7 +684,7 @@ class Scheduler:
     files.write_whole(self._handle_file(run), json.dumps(handle) + '\n')
 
   def _find_job(self, run: _Run) -> launcher_lib.Handle | None:
-    """Returns the handle of the job that an earlier process began, if it did."""
+    """Returns the handle of the job that an earlier process began, if any."""
     file = self._handle_file(run)
     if not file.exists():
       return None
