@@ -175,7 +175,9 @@ def check(
   """
   sweep = facts.sweep
   _check_given(sweep)
-  study_lib.check(directory, facts)
+  # A dry run needs no network.
+  if not (flags.FLAGS.dry_run and files.is_remote(files.path(directory))):
+    study_lib.check(directory, facts)
   scheduler_lib.check_metric(sweep, facts.config)
   scheduler_lib.check_pruning(sweep, facts.config)
   scheduler_lib.check_population(sweep, facts.config)

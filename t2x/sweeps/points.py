@@ -12,6 +12,7 @@ from typing import Any
 from t2x.config import experiment
 from t2x.config import layout_advice
 from t2x.config import overrides
+from t2x.hardware import pods
 from t2x.sweeps import definition
 from t2x.sweeps import search
 from t2x.sweeps import space
@@ -28,10 +29,21 @@ class Devices:
   Attributes:
     number: number of devices.
     num_slices: number of slices that they lie in.
+    chip: name of their chip in `machines.CHIPS`; None where it is not known.
   """
 
   number: int
   num_slices: int = 1
+  chip: str | None = None
+
+  @classmethod
+  def of_pod(cls, pod: pods.Pod) -> 'Devices':
+    """Returns the devices of slices of TPUs."""
+    return cls(
+      number=pod.num_devices,
+      num_slices=pod.num_slices,
+      chip=pod.topology.chip,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

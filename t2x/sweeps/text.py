@@ -6,6 +6,8 @@ import math
 from t2x import files
 from t2x.config import experiment
 from t2x.cost_model import estimate
+from t2x.hardware import machines
+from t2x.models import flops as flops_lib
 from t2x.sweeps import ownership
 from t2x.sweeps import points
 from t2x.sweeps import scheduler
@@ -56,7 +58,7 @@ def plan(
     )
   shown = checked.possible[:_MOST_PLANNED]
   costs = _Costs(devices)
-  rows, jobs = [['trial', *sweep.parameters, *_Costs.NAMES]], []
+  rows, jobs = [['trial', *sweep.parameters, *costs.names]], []
   for number, point in enumerate(shown):
     found = points.candidate(facts.config, sweep, point)
     values = [_value(value) for value in point.values()]
@@ -75,13 +77,18 @@ def plan(
 
 
 class _Costs:
-  """Estimates of trials; of those that differ in numbers alone, once."""
+  """Estimates of trials; of those that differ in numbers alone, once.
 
-  NAMES = ('steps', 'TFLOP in all', 'GiB a device')
+  Where the chip is known they have the least time of its matrix products, at
+  its published rate, and say which trials are too large for its memory.
+  """
 
   def __init__(self, devices: points.Devices):
     self._devices = devices
     self._known: dict[str, tuple[float, float]] = {}
+    self._chip = machines.CHIPS[devices.chip] if devices.chip else None
+    self.names = ['steps', 'TFLOP in all', 'GiB a device']
+    self.names += ['least device hours'] if self._chip else []
 
   def of(self, found: points.PointRuns) -> list[str]:
     """Returns the columns of a trial, of all its runs."""
@@ -91,12 +98,19 @@ class _Costs:
       step = estimate.step(config, self._devices.number)
       flops = step.mean_flops * self._devices.number
       self._known[key] = flops, step.peak_bytes
-    flops, peak = self._known[key]
+    of_step, peak = self._known[key]
     steps = experiment.num_steps(config)
-    total = (
-      '?' if steps is None else f'{flops * steps * len(found.runs) / 1e12:,.3g}'
-    )
-    return ['?' if steps is None else str(steps), total, f'{peak / 2**30:.3g}']
+    memory = f'{peak / 2**30:.3g}'
+    if self._chip and peak > self._chip.memory:
+      memory += f' of {self._chip.memory / 2**30:.3g}: too large'
+    if steps is None:
+      return ['?', '?', memory, *(['?'] if self._chip else [])]
+    flops = of_step * steps * len(found.runs)
+    columns = [str(steps), f'{flops / 1e12:,.3g}', memory]
+    if self._chip:
+      rate = flops_lib.peak_flops(self._chip.kinds[0], config.model.dtype)
+      columns.append('?' if rate is None else f'{flops / rate / 3600:,.3g}')
+    return columns
 
 
 def table(study: study_lib.Study) -> str:

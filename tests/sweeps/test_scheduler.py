@@ -1,6 +1,7 @@
 """Whole sweeps, whose runs are processes that compute nothing."""
 
 import dataclasses
+import errno
 import math
 import os
 import pathlib
@@ -13,6 +14,7 @@ import time
 import pytest
 import small_sweep
 
+from t2x.sweeps import journal
 from t2x.sweeps import ownership
 from t2x.sweeps import scheduler
 from t2x.sweeps import search
@@ -500,3 +502,29 @@ def test_results_in_a_database(tmp_path):
     trials = study_lib.read(study.directory).trials()
     assert [t.value for t in trials] == pytest.approx(_losses())
   assert not (tmp_path / 'one' / 'journal.log').exists()
+
+
+@pytest.mark.parametrize('what', ['append_logs', 'write_whole'])
+def test_a_disk_that_is_full(make, monkeypatch, what):
+  """The sweep ends as the journal or a job cannot be written, and goes on."""
+  monkeypatch.setenv('PAUSE', '0.02')
+  study = make()
+  owner = {'append_logs': journal.File, 'write_whole': scheduler.files}[what]
+  real, calls = getattr(owner, what), []
+
+  def fails_in_the_middle(*args):
+    calls.append(1)
+    if len(calls) in (9, 10):
+      raise OSError(errno.ENOSPC, 'No space left on device')
+    return real(*args)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(owner, what, fails_in_the_middle)
+    worker = small_sweep.worker(study)
+    with pytest.raises(OSError, match='No space left'):
+      for _ in range(9):  # A sign of life may fail, which is no matter.
+        worker.run()
+  again = small_sweep.worker(study_lib.read(study.directory))
+  again.run()
+  assert [t.value for t in study.trials()] == pytest.approx(_losses())
+  assert [t.state for t in study.trials()] == ['complete'] * 4

@@ -87,9 +87,7 @@ class RayLauncher:
     """The devices of one run."""
     c = self._config
     if c.slice:
-      return points.Devices(
-        number=c.pod.num_devices, num_slices=c.pod.num_slices
-      )
+      return points.Devices.of_pod(c.pod)
     of_host = c.devices or c.gpus
     return points.Devices(number=c.hosts * of_host)
 

@@ -94,7 +94,7 @@ class SkyPilotLauncher:
     """The devices of one run."""
     c = self._config
     if c.slice:
-      return points.Devices(number=c.pod.num_devices)
+      return points.Devices.of_pod(c.pod)
     return points.Devices(
       number=c.nodes * c.devices_per_node, num_slices=c.nodes
     )

@@ -95,8 +95,7 @@ class TpuVmLauncher:
   @property
   def devices(self) -> points.Devices:
     """The devices of one run."""
-    pod = self._config.pod
-    return points.Devices(number=pod.num_devices, num_slices=pod.num_slices)
+    return points.Devices.of_pod(self._config.pod)
 
   def check(self) -> None:
     """Raises ValueError if gcloud is not here."""
