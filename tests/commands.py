@@ -5,20 +5,18 @@ need, starts no device, and forks for each command. A command's flags, devices
 and modules stay in its own process.
 """
 
-import atexit
 import functools
 import gc
 import importlib
 import json
 import os
 import pathlib
-import runpy
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
-import traceback
+
+from t2x.sweeps.launchers import fork_server
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _IMPORTED = (
@@ -105,21 +103,6 @@ def _become(request: dict) -> None:
   sys.path[0] = os.path.dirname(sys.argv[0])
 
 
-def _code_of(script: str) -> int:
-  """Runs a script; returns the exit status that Python would give it."""
-  try:
-    runpy.run_path(script, run_name='__main__')
-  except SystemExit as end:
-    if isinstance(end.code, str):
-      print(end.code, file=sys.stderr)
-      return 1
-    return end.code or 0
-  except BaseException:
-    traceback.print_exc()
-    return 1
-  return 0
-
-
 if __name__ == '__main__':
   for _name in _IMPORTED:
     importlib.import_module(_name)
@@ -128,9 +111,4 @@ if __name__ == '__main__':
   _request = _next_request()
   if _request is not None:
     _become(_request)
-    _code = _code_of(sys.argv[0])
-    threading._shutdown()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(_code)  # Taking all modules apart would take as long again.
+    fork_server.end(fork_server.run_script())

@@ -286,18 +286,14 @@ class Median:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Asha:
-  """Asynchronous successive halving (Li et al., 2020), by stopping.
-
-  A trial that reaches `min_steps * reduction ** k` updates goes on if it is
-  among the best 1 / `reduction` of those that have reached them.
+class _Halving:
+  """Fields of successive halving.
 
   Attributes:
     min_steps: updates after which a trial may be pruned for the first time.
     reduction: the factor by which trials become fewer at each rung.
   """
 
-  kind: ClassVar[str] = 'asha'
   min_steps: int
   reduction: int = 3
 
@@ -308,6 +304,17 @@ class Asha:
   def first_step(self) -> int:
     """The first step after which a trial may end."""
     return self.min_steps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asha(_Halving):
+  """Asynchronous successive halving (Li et al., 2020), by stopping.
+
+  A trial that reaches `min_steps * reduction ** k` updates goes on if it is
+  among the best 1 / `reduction` of those that have reached them.
+  """
+
+  kind: ClassVar[str] = 'asha'
 
   def pruner(self, num_steps: int) -> Any:
     """Returns Optuna's pruner for runs of `num_steps` updates."""
@@ -320,25 +327,10 @@ class Asha:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Hyperband:
-  """Several brackets of successive halving (Li et al., 2018).
-
-  Attributes:
-    min_steps: updates after which the first bracket prunes.
-    reduction: the factor by which trials become fewer at each rung.
-  """
+class Hyperband(_Halving):
+  """Several brackets of successive halving (Li et al., 2018)."""
 
   kind: ClassVar[str] = 'hyperband'
-  min_steps: int
-  reduction: int = 3
-
-  def __post_init__(self) -> None:
-    field_checks.least(self, 'pruning.', min_steps=1, reduction=2)
-
-  @property
-  def first_step(self) -> int:
-    """The first step after which a trial may end."""
-    return self.min_steps
 
   def pruner(self, num_steps: int) -> Any:
     """Returns Optuna's pruner for runs of `num_steps` updates."""

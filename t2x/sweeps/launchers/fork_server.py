@@ -225,9 +225,7 @@ def run_script() -> int:
 
 def end(code: int) -> None:
   """Ends this process as Python would, without taking modules apart."""
-  for thread in threading.enumerate():
-    if thread is not threading.main_thread() and not thread.daemon:
-      thread.join()
+  threading._shutdown()  # Pools of threads end by hooks that it calls.
   atexit._run_exitfuncs()
   sys.stdout.flush()
   sys.stderr.flush()
