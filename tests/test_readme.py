@@ -32,7 +32,7 @@ _SNIPPETS = [block for language, block in _BLOCKS if language == 'python']
 
 
 def test_there_is_something_to_test():
-  assert len(_COMMANDS) >= 8 and len(_SNIPPETS) == 5
+  assert len(_COMMANDS) >= 8 and len(_SNIPPETS) == 6
 
 
 @pytest.mark.parametrize(
@@ -99,6 +99,33 @@ def test_scripts_that_only_look_run(block, tmp_path, monkeypatch):
     any(word in command for word in lines_alone) for command in block
   )
   assert all((tmp_path / file).exists() for file in files)
+
+
+_SWEEPS = [
+  command
+  for command in _COMMANDS
+  if re.match('python scripts/(sweep|scaling|coordinate)', command)
+]
+
+
+@pytest.mark.parametrize('command', _SWEEPS, ids=lambda c: c.split()[1])
+def test_commands_of_sweeps_are_accepted(command, tmp_path, monkeypatch):
+  extras.need('optuna', extra='sweep')
+  monkeypatch.delenv('XLA_FLAGS', raising=False)
+  script, *arguments = shlex.split(command)[1:]
+  plans = '--dry_run' in arguments
+  result = commands.run(
+    os.path.join(_ROOT, script),
+    *(arguments if plans else ['--help']),
+    cwd=_ROOT if plans else tmp_path,
+  )
+  if plans:
+    assert result.returncode == 0, result.stderr
+    assert 'TFLOP' in result.stdout or 'FLOPs' in result.stdout
+  else:  # absl prints the flags and exits with 1.
+    for argument in arguments:
+      if argument.startswith('--'):
+        assert f'  {argument.split("=")[0]}:' in result.stdout
 
 
 @pytest.mark.parametrize(
