@@ -53,8 +53,7 @@ def _main() -> None:
     folder = pathlib.Path(values.output).absolute().parent
     if pathlib.Path(values.output).suffix not in ('.png', '.svg', '.pdf'):
       sys.exit(f'error: --output={values.output}: a .png, .svg or .pdf file.')
-    if not folder.is_dir():
-      sys.exit(f'error: --output={values.output}: no directory {folder}.')
+    folder.mkdir(parents=True, exist_ok=True)
   main_lib.use_compilation_cache()
   found = coordinates.measure(config, widths, values.steps)
   slopes = coordinates.slopes(found)

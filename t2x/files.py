@@ -79,6 +79,7 @@ def create_whole(file: epath.Path, content: str | bytes) -> bool:
     prefix=f'.{file.name}.', dir=file.parent
   )
   try:
+    os.fchmod(descriptor, 0o666 & ~_umask())  # Others of a team read it too.
     with open(descriptor, 'wb') as f:
       f.write(data)
       f.flush()
@@ -100,6 +101,14 @@ def children(directory: epath.Path) -> list[epath.Path]:
     return sorted(directory.iterdir())
   except FileNotFoundError:
     return []
+
+
+@functools.cache
+def _umask() -> int:
+  """Returns the permissions that files of this process lack."""
+  own = os.umask(0o077)
+  os.umask(own)
+  return own
 
 
 def read_all(paths: Sequence[epath.Path]) -> list[str]:

@@ -12,6 +12,7 @@ from t2x import main as main_lib
 from t2x.config import catalog
 from t2x.config import experiment
 from t2x.config import overrides
+from t2x.hardware import backends
 from t2x.sweeps import definition
 from t2x.sweeps import ownership
 from t2x.sweeps import points
@@ -69,6 +70,11 @@ def study_directory() -> str:
     raise ValueError(
       f'--study={given}: a study is in a local directory, or in a bucket of '
       'Google Cloud Storage, as in --study=gs://BUCKET/studies/first.'
+    )
+  if there and not backends.has_module('gcsfs') and not flags.FLAGS.dry_run:
+    raise ValueError(
+      f'--study={given} needs gcsfs, which is not installed: bash '
+      'scripts/setup.sh sweep gcs.'
     )
   path = files.path(given)
   # Runs are started elsewhere than here, from the project's root.
@@ -261,9 +267,15 @@ def _stop_on_signals(stop: Callable[[], None]) -> list[int]:
   def handle(number: int, frame: object) -> None:
     del frame
     received.append(number)
-    signal.signal(number, signal.SIG_DFL)
+    for each in handled:
+      signal.signal(each, signal.SIG_DFL)
+    print(
+      'Stops: runs save and end. A second signal ends this process at once.',
+      flush=True,
+    )
     stop()
 
-  for number in (signal.SIGINT, signal.SIGTERM):
+  handled = (signal.SIGINT, signal.SIGTERM)
+  for number in handled:
     signal.signal(number, handle)
   return received

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from t2x.sweeps import coordinates
 
+_REACH = 10**0.75  # Of a panel's axis above and below its middle.
 _COLORS = ('#0072b2', '#d55e00', '#00896a', '#b0568c', '#a67c00', '#3d8fc0')
 
 
@@ -39,6 +40,9 @@ def rows(
 def write(found: Sequence[coordinates.Size], file: str) -> None:
   """Draws the change of each place over the widths, a line for each step.
 
+  All panels have as many decades, so that slopes look alike, and say the slope
+  of the last step.
+
   Args:
     found: all sizes.
     file: path of the picture, whose ending says what it is.
@@ -62,6 +66,7 @@ def write(found: Sequence[coordinates.Size], file: str) -> None:
     layout='constrained',
   )
   widths = sorted({size.width for size in found})
+  slopes = {slope.place: slope.change for slope in coordinates.slopes(found)}
   for place, axis in zip(places, axes.flat):
     for i, step in enumerate(steps):
       own = [s for s in found if s.place == place and s.step == step]
@@ -73,9 +78,15 @@ def write(found: Sequence[coordinates.Size], file: str) -> None:
         color=_COLORS[i % len(_COLORS)],
         label=f'after step {step}',
       )
-    axis.set_title(place, fontsize=9)
+    axis.set_title(f'{place}: slope {slopes[place]:+.2f}', fontsize=8)
     axis.set_xscale('log', base=2)
     axis.set_yscale('log')
+    changes = [
+      max(s.change, 1e-12) for s in found if s.place == place and s.step
+    ]
+    middle = (min(changes) * max(changes)) ** 0.5
+    reach = max(_REACH, 1.3 * (max(changes) / min(changes)) ** 0.5)
+    axis.set_ylim(middle / reach, middle * reach)
     axis.set_xticks(widths, [str(w) for w in widths])
     axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.yaxis.set_major_formatter('{x:g}')

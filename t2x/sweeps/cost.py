@@ -61,6 +61,8 @@ def _flops_of_step(config: experiment.Experiment) -> float:
 def _steps(record: records_lib.Record, config: experiment.Experiment) -> int:
   """Returns the steps that a trial took itself, all its runs together."""
   trial, steps = record.trial, record.last_step or 0
+  if 'steps' in trial.outcome:  # As its runs have taken them.
+    return int(trial.outcome['steps'])
   stop = trial.origin.stop_after if trial.origin else None
   if trial.state == 'complete' and not record.diverged:
     steps = stop or experiment.num_steps(config) or steps

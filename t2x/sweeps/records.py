@@ -25,12 +25,14 @@ class Record:
     last_step: greatest step with a value; None before the first.
     last_value: value after that step; None before the first.
     workdirs: workdirs of its runs.
+    state: its state, or `interrupted` where its worker has ended.
   """
 
   trial: study_lib.Trial
   last_step: int | None
   last_value: float | None
   workdirs: tuple[str, ...]
+  state: str
 
   @property
   def value(self) -> float | None:
@@ -60,16 +62,21 @@ class Record:
 
 def of(study: study_lib.Study) -> list[Record]:
   """Returns the records of a study's trials, by number."""
-  return [_record(study, trial) for trial in study.trials()]
+  trials = study.trials()
+  left = study.interrupted(trials)
+  return [_record(study, trial, trial.number in left) for trial in trials]
 
 
-def _record(study: study_lib.Study, trial: study_lib.Trial) -> Record:
+def _record(
+  study: study_lib.Study, trial: study_lib.Trial, is_left: bool
+) -> Record:
   last = max(trial.values, default=None)
   return Record(
     trial=trial,
     last_step=last,
     last_value=None if last is None else trial.values[last],
     workdirs=tuple(str(study.workdir(key)) for key in trial.runs),
+    state='interrupted' if is_left else trial.state,
   )
 
 
@@ -108,7 +115,7 @@ def to_csv(study: study_lib.Study, records: Sequence[Record]) -> str:
   writer.writerow([*_COLUMNS_BEFORE, *names, *_COLUMNS_AFTER])
   for record in records:
     trial = record.trial
-    row = [trial.number, trial.key, trial.state, record.value]
+    row = [trial.number, trial.key, record.state, record.value]
     row += [space.text(trial.point[name]) for name in names]
     row += [record.last_step, record.seconds, record.failures, record.error]
     writer.writerow([*row, ';'.join(record.workdirs)])
@@ -141,7 +148,7 @@ def _to_json(record: Record) -> Mapping[str, Any]:
   return {
     'number': trial.number,
     'key': trial.key,
-    'state': trial.state,
+    'state': record.state,
     'value': finite(record.value),
     'diverged': record.diverged,
     'point': dict(trial.point),

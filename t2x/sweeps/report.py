@@ -116,11 +116,17 @@ def _sections(
       'curves', f'{study.sweep.metric} by step', legend
     ),
     'Results': report_tables.chart(
-      'history', f'{study.sweep.metric} by trial, and the best so far', legend
+      'history',
+      f'{study.sweep.metric} by trial, and the best so far',
+      report_tables.legend(records, with_best=True),
     )
     + report_tables.chart('parallel', 'Parameters and results', legend),
     'Parameters': report_tables.slices(study.sweep.metric, axes),
   }
+  if all(r.value is None and r.last_value is None for r in records):
+    said = 'No trial has a value yet: charts come with the first one.'
+    body = report_tables.trials(study, records, axes)
+    return [*head, f'<p>{said}</p>', html_page.section('Trials', body)]
   flops = cost.flops(study, records)
   sections = {
     'Best trials': report_tables.best(study, records),

@@ -42,7 +42,7 @@ def element(
 
 def kind(record: records_lib.Record) -> str:
   """Returns a trial's state, or `diverged` where its result is not finite."""
-  return 'diverged' if record.diverged else record.trial.state
+  return 'diverged' if record.diverged else record.state
 
 
 def _trial(

@@ -9,6 +9,7 @@ const REACH = 14; // Pixels from a mark within which it is the one meant.
 const BAND = 18; // Height of the rows of trials without a finite result.
 const LEFT = 68; // Of charts with labels on that side.
 const CHARACTER = 6.4; // Mean width in pixels.
+const FEW = 12; // Trials of which each counts.
 const MANY = 250; // Trials from which lines are thin and let others through.
 const svgName = 'http://www.w3.org/2000/svg';
 
@@ -33,7 +34,9 @@ function fenced(values) {
   if (!sorted.length) return null;
   const last = sorted.length - 1;
   const at = (share) => sorted[Math.floor(share * last)];
-  const spread = 3 * (at(0.75) - at(0.25) || Math.abs(at(0.5)) || 1);
+  const few = sorted.length <= FEW;
+  const reach = few ? 30 : 3; // Of few values all are shown, unless one is wild.
+  const spread = reach * (at(0.75) - at(0.25) || Math.abs(at(0.5)) || 1);
   let low = Math.max(sorted[0], at(0.25) - spread);
   let high = Math.min(sorted[last], at(0.75) + spread);
   if (sign > 0) low = sorted[0]; // The best is always within.
@@ -100,7 +103,9 @@ function linearTicks({ low, high, whole }, most) {
   for (let i = first; i * step <= high + 1e-9 * step; i++) {
     result.push(Number((i * step).toPrecision(12)));
   }
-  return result;
+  // One tick says nothing of the scale.
+  return result.length < 2 && most < 20
+    ? linearTicks({ low, high, whole }, most + 1) : result;
 }
 
 function logTicks({ low, high }, most) {

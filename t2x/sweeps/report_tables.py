@@ -12,7 +12,14 @@ from t2x.sweeps import space
 from t2x.sweeps import study as study_lib
 from t2x.tracking import html_page
 
-_KINDS = ('complete', 'diverged', 'pruned', 'failed', 'running')
+_KINDS = (
+  'complete',
+  'diverged',
+  'pruned',
+  'failed',
+  'running',
+  'interrupted',
+)
 _NUM_BEST = 5
 _MISSING = '<span class="missing">–</span>'
 
@@ -23,6 +30,7 @@ _KEYS = {
   'diverged': '<path class="mark diverged" d="M8,3l8,8m0,-8l-8,8"/>',
   'failed': '<path class="mark failed" d="M8,3h8v8h-8z"/>',
   'running': '<path class="line running" d="M0,7H24"/>',
+  'interrupted': '<path class="line interrupted" d="M0,7H24"/>',
 }
 
 
@@ -58,8 +66,15 @@ def slices(metric: str, axes: Sequence[axes_lib.ParameterAxis]) -> str:
   return f'<div class="slices">{"".join(frames)}</div>'
 
 
-def legend(records: Sequence[records_lib.Record]) -> str:
-  """Returns the legend of the charts that show trials of all kinds."""
+def legend(
+  records: Sequence[records_lib.Record], *, with_best: bool = False
+) -> str:
+  """Returns the legend of the charts that show trials of all kinds.
+
+  Args:
+    records: records of a study.
+    with_best: whether the chart has a line of the best result so far.
+  """
   found = counts(records)
   keys = []
   if 'complete' in found:
@@ -69,6 +84,11 @@ def legend(records: Sequence[records_lib.Record]) -> str:
     for kind, key in _KEYS.items()
     if kind in found
   ]
+  if with_best:
+    line = '<path class="best-line" d="M0,7H24"/>'
+    keys.append(
+      f'<svg viewBox="0 0 24 14" aria-hidden="true">{line}</svg>best so far'
+    )
   body = ''.join(f'<span class="key">{key}</span>' for key in keys)
   return f'<div class="legend">{body}</div>'
 
@@ -88,7 +108,26 @@ def best(study: study_lib.Study, records: Sequence[records_lib.Record]) -> str:
   note = ''
   if len(found) > 1:
     note = '<p class="note">Settings in bold differ among them.</p>'
+  at_end = _at_an_end(study, found[0])
+  if at_end:
+    note += (
+      f'<p class="note">The best value of {html.escape(", ".join(at_end))} is '
+      'the last of its range: better ones may lie beyond.</p>'
+    )
   return f'<div class="best">{html_page.table(head, body)}</div>{note}'
+
+
+def _at_an_end(study: study_lib.Study, record: records_lib.Record) -> list[str]:
+  """Returns the parameters of which a trial has the least or greatest value."""
+  result = []
+  for name, parameter in study.sweep.parameters.items():
+    value, ends = record.trial.point[name], parameter.ends
+    numbers = all(
+      isinstance(end, int | float) and not isinstance(end, bool) for end in ends
+    )
+    if numbers and len(ends) > 2 and value in (min(ends), max(ends)):
+      result.append(name)
+  return result
 
 
 def _row(name: str, texts: Sequence[str], mark: str) -> str:
@@ -117,13 +156,16 @@ def trials(
     axes: axes of its parameters.
   """
   body = ''.join(_trial(record, axes) for record in records)
+  said = ''
+  if any(r.value is None and r.last_value is not None for r in records):
+    said = 'A value in parentheses is the last of a trial without a result. '
   return (
     f'{_filters(records)}<div class="wide trials" role="region" tabindex="0" '
     f'aria-label="All trials"><table><thead><tr>'
     f'{_headers(study.sweep.metric, axes)}</tr></thead><tbody>{body}</tbody>'
-    '</table></div><p class="note">A value in parentheses is the last of a '
-    'trial without a result. Charts show the trials that the table shows; '
-    'hover over a mark to see its trial, click to scroll the table to it.</p>'
+    f'</table></div><p class="note">{said}Charts show the trials that the '
+    'table shows; hover over a mark to see its trial, click to scroll the '
+    'table to it.</p>'
   )
 
 

@@ -452,7 +452,9 @@ class Scheduler:
     # Where there is no room for all, the others wait.
     for (active, run), handle in zip(runs, handles, strict=False):
       if run.failures == 0 and run.seen.step == 0:
-        self._say(f'{_name(active.trial)}: starts')
+        self._say(
+          f'{_run_name(active.trial, run)}: starts (logs/{run.key}.log)'
+        )
       run.submitted_at, run.handle = run.seen.step, handle
       run.cancelled, run.look_at = False, 0.0
       self._write_handle(run, handle)
@@ -630,6 +632,7 @@ class Scheduler:
     facts = {
       'seconds': round(sum(run.seen.seconds_after(first) for run in runs), 3),
       'failures': sum(run.failures for run in runs),
+      'steps': sum(max(run.seen.step - first, 0) for run in runs),
     }
     if failed:
       error = failed[0].error
@@ -638,14 +641,18 @@ class Scheduler:
     elif active.is_pruned:
       trial = self._study.trial(trial.number)
       self._study.finish(trial, 'pruned', **facts)
-      self._say(f'{_name(trial)}: pruned after step {trial.pruned_at}')
+      at = trial.pruned_at
+      value = f' ({trial.values[at]:.5g})' if at in trial.values else ''
+      self._say(f'{_name(trial)}: pruned after step {at}{value}')
     elif all(run.result is not None for run in runs):
       value = statistics.fmean(run.result or 0.0 for run in runs)
       if not math.isfinite(value):
         facts['error'] = 'diverged: ' + runs[0].seen.diverged
       self._study.finish(trial, 'complete', value, **facts)
       shown = f'{value:.6g}' if math.isfinite(value) else 'diverged'
-      self._say(f'{_name(trial)}: {self._study.sweep.metric} {shown}')
+      best = self._study.best()
+      said = f'; best {best.value:.5g}' if best and best.value != value else ''
+      self._say(f'{_name(trial)}: {self._study.sweep.metric} {shown}{said}')
     elif not self._stopping:
       return
     self._active.remove(active)
@@ -836,4 +843,15 @@ def _begun(trials: Sequence[study_lib.Trial]) -> set[str]:
 
 
 def _name(trial: study_lib.Trial) -> str:
-  return f'trial {trial.number} ({points.describe(trial.point)})'
+  point = {
+    name: float(f'{value:.5g}') if isinstance(value, float) else value
+    for name, value in trial.point.items()
+  }
+  return f'trial {trial.number} ({points.describe(point)})'
+
+
+def _run_name(trial: study_lib.Trial, run: _Run) -> str:
+  """Returns the name of a trial's run, with its seed if there are several."""
+  if len(trial.runs) == 1:
+    return _name(trial)
+  return f'{_name(trial)} seed {run.config.settings["train.seed"]}'

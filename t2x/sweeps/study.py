@@ -13,6 +13,7 @@ is local or gs://.
 """
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import datetime
 import json
@@ -33,6 +34,7 @@ from t2x.config import experiment as experiment_lib
 from t2x.config import overrides
 from t2x.sweeps import definition
 from t2x.sweeps import journal
+from t2x.sweeps import ownership
 from t2x.sweeps import points
 from t2x.sweeps import search
 from t2x.sweeps import space
@@ -118,14 +120,20 @@ class Facts:
     config: the experiment without any point.
     sweep: the sweep.
     storage: address of the database with the results; None for the journal.
-    name: name of the study in the database, where there may be many.
+    name: name of the study in the journal or database; '' makes one of the
+      experiment's that no other study has.
   """
 
   experiment: str
   config: experiment_lib.Experiment
   sweep: definition.Sweep
   storage: str | None = None
-  name: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
+  name: str = ''
+
+  def __post_init__(self) -> None:
+    if not self.name:
+      name = f'{self.experiment}-{uuid.uuid4().hex[:8]}'
+      object.__setattr__(self, 'name', name)
 
   def to_json(self) -> dict[str, Any]:
     """Returns the facts as JSON values."""
@@ -187,6 +195,21 @@ class Study:
   def trial(self, number: int) -> Trial:
     """Returns a trial by its number."""
     return self._trial(self._study.get_trials(deepcopy=False)[number])
+
+  def interrupted(self, trials: Sequence[Trial]) -> set[int]:
+    """Returns the numbers of running trials whose worker has ended.
+
+    Nobody runs them any more; the sweep's command goes on with them.
+
+    Args:
+      trials: trials of the study.
+    """
+    workers = ownership.Workers(self.directory)
+    names = {t.worker for t in trials if t.state == 'running'}
+    dead = {name for name in names if workers.is_dead(name)}
+    return {
+      t.number for t in trials if t.state == 'running' and t.worker in dead
+    }
 
   def begin(self, found: points.PointRuns, slot: str, worker: str) -> Trial:
     """Adds a trial that is about to run.

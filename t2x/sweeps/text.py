@@ -8,7 +8,6 @@ from t2x.config import experiment
 from t2x.cost_model import estimate
 from t2x.hardware import machines
 from t2x.models import flops as flops_lib
-from t2x.sweeps import ownership
 from t2x.sweeps import points
 from t2x.sweeps import scheduler
 from t2x.sweeps import search
@@ -19,7 +18,7 @@ from t2x.tracking import text_table
 
 _MOST_SHOWN = 20  # Trials of a table at a terminal.
 _MOST_PLANNED = 200  # Trials of a dry run.
-_MOST_COMMANDS = 3  # Of a dry run, whole.
+_MOST_COMMANDS = 2  # Of a dry run, whole.
 
 
 def summary(facts: study_lib.Facts) -> str:
@@ -71,8 +70,11 @@ def plan(
   lines += text_table.aligned(rows)
   if (more := len(checked.possible) - len(shown)) > 0:
     lines.append(f'and {more:,} more')
-  lines += ['', 'What is run, for the first of them:', '']
-  lines += [launcher.render(jobs[:_MOST_COMMANDS])]
+  if costs.total is not None and not more:
+    lines.append(f'All together: {costs.total / 1e12:,.3g} TFLOP.')
+  num = min(len(jobs), _MOST_COMMANDS)
+  lines += ['', f'What is run, for the first {num} of these runs:', '']
+  lines += [launcher.render(jobs[:num])]
   return '\n'.join(lines)
 
 
@@ -87,7 +89,8 @@ class _Costs:
     self._devices = devices
     self._known: dict[str, tuple[float, float]] = {}
     self._chip = machines.CHIPS[devices.chip] if devices.chip else None
-    self.names = ['steps', 'TFLOP in all', 'GiB a device']
+    self.total: float | None = 0.0  # FLOPs of all; None if one is unknown.
+    self.names = ['steps', 'TFLOP', 'GiB a device']
     self.names += ['least device hours'] if self._chip else []
 
   def of(self, found: points.PointRuns) -> list[str]:
@@ -104,8 +107,11 @@ class _Costs:
     if self._chip and peak > self._chip.memory:
       memory += f' of {self._chip.memory / 2**30:.3g}: too large'
     if steps is None:
+      self.total = None
       return ['?', '?', memory, *(['?'] if self._chip else [])]
     flops = of_step * steps * len(found.runs)
+    if self.total is not None:
+      self.total += flops
     columns = [str(steps), f'{flops / 1e12:,.3g}', memory]
     if self._chip:
       rate = flops_lib.peak_flops(self._chip.kinds[0], config.model.dtype)
@@ -119,16 +125,13 @@ def table(study: study_lib.Study) -> str:
   Those that nobody runs any more, since their worker has ended, are shown as
   interrupted: the sweep's command goes on with them.
   """
-  workers = ownership.Workers(study.directory)
   sweep, trials = study.sweep, study.trials()
   sign = 1 if sweep.direction == 'minimize' else -1
   order = ('complete', 'running', 'interrupted', 'pruned', 'failed')
-  names = {t.worker for t in trials if t.state == 'running'}
-  dead = {name for name in names if workers.is_dead(name)}
+  left = study.interrupted(trials)
 
   def state_of(trial: study_lib.Trial) -> str:
-    is_left = trial.state == 'running' and trial.worker in dead
-    return 'interrupted' if is_left else trial.state
+    return 'interrupted' if trial.number in left else trial.state
 
   def rank(trial: study_lib.Trial) -> tuple[int, float, int]:
     value = math.inf if trial.value is None else sign * trial.value

@@ -124,7 +124,9 @@ def cells(tag: str, values: Sequence[str]) -> str:
 
 
 def number(value: float) -> str:
-  """Returns a number with four digits, or whole from 10,000."""
+  """Returns a number with four digits, whole from 10,000 to a million."""
+  if abs(value) >= 1e6:
+    return f'{value:.4g}'
   return f'{value:,.0f}' if abs(value) >= 1e4 else f'{value:.4g}'
 
 

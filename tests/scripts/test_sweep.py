@@ -76,7 +76,7 @@ def test_a_dry_run_starts_nothing(tmp_path, arguments):
   assert done.returncode == 0, done.stderr
   assert 'grid over optim.learning_rate, 2 trials' in done.stdout
   assert '--set optim.learning_rate=0.001' in done.stdout
-  assert 'TFLOP in all' in done.stdout
+  assert 'All together: ' in done.stdout
   assert not (tmp_path / 'study').exists()
 
 

@@ -17,6 +17,7 @@ from t2x.sweeps import axes as axes_lib
 from t2x.sweeps import cost
 from t2x.sweeps import figures
 from t2x.sweeps import importance
+from t2x.sweeps import ownership
 from t2x.sweeps import points
 from t2x.sweeps import records
 from t2x.sweeps import report
@@ -51,7 +52,10 @@ def _candidates(study):
 
 
 def _add(study, found, state, value=None, curve=(), **outcome):
-  trial = study.begin(found, found.key, 'worker')
+  workers = ownership.Workers(study.directory)
+  if state == 'running':  # By this process.
+    workers._beat()
+  trial = study.begin(found, found.key, workers.own)
   for step, metric in curve:
     study.report(trial, step, metric)
   if state != 'running':

@@ -46,7 +46,7 @@ def test_a_sweep_runs_each_point_once(make):
   assert [t.state for t in trials] == ['complete'] * 4
   assert [t.value for t in trials] == pytest.approx(_losses())
   assert [*trials[0].values] == list(range(1, 9))
-  assert trials[0].outcome == {'seconds': 4.0, 'failures': 0}
+  assert trials[0].outcome == {'seconds': 4.0, 'failures': 0, 'steps': 8}
   assert set(small_sweep.starts(study).values()) == {1}
   best = study.best()
   assert best is not None and best.point == {'optim.learning_rate': 1e-2}
