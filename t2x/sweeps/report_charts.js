@@ -328,12 +328,16 @@ function drawBest(chart, visible, x, y) {
 }
 
 function drawParallel(chart, visible) {
-  const [top, bottom, side] = [34, chart.height - 12, 14];
+  const [top, bottom] = [34, chart.height - 12];
   const values = resultsOf(visible);
   const result = layout(chart, visible, values, top, bottom);
   const scales = data.axes.map((axis) => scaleOf(axis, bottom, top, 8));
-  const gap = (chart.width - 2 * side) / data.axes.length;
-  const xs = [...scales, result.y].map((_, i) => side + i * gap);
+  // The outer axes have their labels outside, where no line runs.
+  const bands = result.bands.map(([name]) => [0, name]);
+  const sides = [scales[0].ticks, [...result.y.ticks, ...bands]].map((ticks) =>
+    Math.min(110, 14 + CHARACTER * Math.max(...ticks.map(([, t]) => t.length))));
+  const gap = (chart.width - sides[0] - sides[1]) / data.axes.length;
+  const xs = [...scales, result.y].map((_, i) => sides[0] + i * gap);
   const lines = add(chart.svg, 'g', {});
   for (const trial of [...visible].sort(bottomUp)) {
     const points = scales.map((scale, i) => [xs[i], scale.at(trial.p[i])]);
@@ -352,23 +356,26 @@ function drawParallel(chart, visible) {
     const at = (value) => (isLast ? result.y : scales[i]).at(value);
     const labels = ticks.map(([value, text]) => [at(value), text]);
     if (isLast) for (const [name, y] of result.bands) labels.push([y, name]);
-    drawUpright(chart, x, i, isLast, names[i], labels, gap, top, bottom);
+    const side = i === 0 ? sides[0] : isLast ? sides[1] : 0;
+    drawUpright(chart, x, i, side, names[i], labels, gap, top, bottom);
   });
   sayMissing(chart, visible, result.y);
 }
 
-function drawUpright(chart, x, i, isLast, name, labels, gap, top, bottom) {
+function drawUpright(chart, x, i, side, name, labels, gap, top, bottom) {
   const { svg } = chart;
   add(svg, 'line', { class: 'axis', x1: x, x2: x, y1: top, y2: bottom });
-  const anchor = i === 0 ? 'start' : isLast ? 'end' : 'middle';
-  const shift = i === 0 ? -8 : isLast ? 8 : 0;
+  const [isFirst, isLast] = [i === 0, i > 0 && side > 0];
+  const anchor = isFirst ? 'start' : isLast ? 'end' : 'middle';
+  const shift = isFirst ? 4 - side : isLast ? side - 4 : 0;
   const heading = { x: x + shift, y: 18, 'text-anchor': anchor };
-  const width = i === 0 || isLast ? gap / 2 + 20 : gap;
+  const width = isFirst || isLast ? gap / 2 + side : gap;
   add(svg, 'text', heading, cut(name, Math.floor((width - 10) / CHARACTER)));
   for (const [y, text] of labels) {
-    const options = { class: 'halo', x: x + (isLast ? -6 : 6), y: y + 4 };
-    options['text-anchor'] = isLast ? 'end' : 'start';
-    add(svg, 'text', options, cut(text, Math.floor((gap - 14) / CHARACTER)));
+    const options = { x: x + (isFirst ? -6 : 6), y: y + 4 };
+    options['text-anchor'] = isFirst ? 'end' : 'start';
+    const room = (side || gap) - 10;
+    add(svg, 'text', options, cut(text, Math.floor(room / CHARACTER)));
   }
 }
 

@@ -10,6 +10,7 @@ const BAND = 18; // Height of the rows of trials without a finite result.
 const LEFT = 68; // Of charts with labels on that side.
 const CHARACTER = 6.4; // Mean width in pixels.
 const FEW = 12; // Trials of which each counts.
+const WILD = 20; // Times the middle value.
 const MANY = 250; // Trials from which lines are thin and let others through.
 const svgName = 'http://www.w3.org/2000/svg';
 
@@ -34,9 +35,12 @@ function fenced(values) {
   if (!sorted.length) return null;
   const last = sorted.length - 1;
   const at = (share) => sorted[Math.floor(share * last)];
-  const few = sorted.length <= FEW;
-  const reach = few ? 30 : 3; // Of few values all are shown, unless one is wild.
-  const spread = reach * (at(0.75) - at(0.25) || Math.abs(at(0.5)) || 1);
+  // Of few values all are shown, unless one is wild.
+  const wild = WILD * (Math.abs(at(0.5)) || 1);
+  if (sorted.length <= FEW && Math.max(-sorted[0], sorted[last]) < wild) {
+    return [sorted[0], sorted[last]];
+  }
+  const spread = 3 * (at(0.75) - at(0.25) || Math.abs(at(0.5)) || 1);
   let low = Math.max(sorted[0], at(0.25) - spread);
   let high = Math.min(sorted[last], at(0.75) + spread);
   if (sign > 0) low = sorted[0]; // The best is always within.

@@ -275,7 +275,10 @@ def costs(
 
 
 def _cost_note(is_unknown: bool) -> str:
-  said = 'Trials that are running count from their end on. '
+  said = (
+    'Trials that are running count from their end on. The first trial of a '
+    'shape compiles its program, in its time. '
+  )
   if is_unknown:
     said += 'FLOPs could not be estimated, or are of too many shapes.'
   else:
