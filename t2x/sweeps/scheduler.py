@@ -642,7 +642,8 @@ class Scheduler:
       trial = self._study.trial(trial.number)
       self._study.finish(trial, 'pruned', **facts)
       at = trial.pruned_at
-      value = f' ({trial.values[at]:.5g})' if at in trial.values else ''
+      found = None if at is None else trial.values.get(at)
+      value = '' if found is None else f' ({found:.5g})'
       self._say(f'{_name(trial)}: pruned after step {at}{value}')
     elif all(run.result is not None for run in runs):
       value = statistics.fmean(run.result or 0.0 for run in runs)

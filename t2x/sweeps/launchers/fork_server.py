@@ -225,7 +225,8 @@ def run_script() -> int:
 
 def end(code: int) -> None:
   """Ends this process as Python would, without taking modules apart."""
-  threading._shutdown()  # Pools of threads end by hooks that it calls.
+  # Pools of threads end by hooks that it calls.
+  threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
   atexit._run_exitfuncs()
   sys.stdout.flush()
   sys.stderr.flush()
