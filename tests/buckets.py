@@ -16,6 +16,7 @@ import pytest
 _SERVER = r"""
 from http import HTTPStatus
 import sys
+import threading
 from gcp_storage_emulator import server
 from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import objects
@@ -46,7 +47,10 @@ def get(request, response, storage, *args, **kwargs):
 
 def insert(request, response, storage, *args, **kwargs):
   wanted = request.query.get('ifGenerationMatch')
-  names = request.params['bucket_name'], request.query.get('name', [''])[0]
+  name = request.query.get('name', [''])[0]
+  if request.query.get('uploadType') == ['multipart']:
+    name = request.data['meta']['name']
+  names = request.params['bucket_name'], name
   if wanted and wanted[0] != generation(storage, *names):
     response.status = HTTPStatus.PRECONDITION_FAILED
   else:
@@ -63,8 +67,17 @@ for path, methods in known:
       methods[method] = download
     if handler is objects.get:
       methods[method] = get
-server.HANDLERS = (
-  (move_path, {server.POST: move}), (upload_path, upload), *known
+handlers = (move_path, {server.POST: move}), (upload_path, upload), *known
+one_at_a_time = threading.Lock()  # As an object is there whole or not at all.
+
+def locked(handler):
+  def call(*args, **kwargs):
+    with one_at_a_time:
+      return handler(*args, **kwargs)
+  return call
+
+server.HANDLERS = tuple(
+  (p, {m: locked(h) for m, h in methods.items()}) for p, methods in handlers
 )
 server.create_server('127.0.0.1', int(sys.argv[1]), True, 'bucket').run()
 """

@@ -1,11 +1,11 @@
 """A study on gs://, against an emulator of Google Cloud Storage."""
 
 import buckets
-from etils import epath
 import pytest
 import real_sweep
 import tiny
 
+from t2x import files
 from t2x.sweeps import study as study_lib
 
 pytestmark = [pytest.mark.slow, pytest.mark.reference]
@@ -29,8 +29,13 @@ def test_workers_share_a_study_in_a_bucket(bucket, tmp_path, monkeypatch):
     tmp_path, f'{bucket}/rates', _RATES, 4, '--launcher_set', 'devices=8'
   )
   first = real_sweep.start(tmp_path, *arguments)
-  trials = epath.Path(f'{bucket}/rates/trials')
-  real_sweep.wait(lambda: [*trials.glob('*/checkpoints/2/commit_success.txt')])
+  trials = files.path(f'{bucket}/rates/trials')
+  saved = lambda key: (
+    trials / key / 'checkpoints' / '2' / 'commit_success.txt'
+  ).exists()
+  real_sweep.wait(lambda: any(saved(p.name) for p in files.children(trials)))
+  begun = study_lib.read(f'{bucket}/rates').trials()
+  assert [trial.state for trial in begun] == ['running']
   first.kill()
   first.communicate()
   others = [real_sweep.start(tmp_path, *arguments) for _ in range(2)]
