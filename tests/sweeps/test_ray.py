@@ -97,7 +97,7 @@ def test_settings():
   made = choice.make('ray', ['hosts=2', 'devices=4'])
   assert made.devices == points.Devices(number=8)
   tpu = choice.make('ray', ['slice=v6e-16', 'num_slices=2'])
-  assert tpu.devices == points.Devices(number=32, num_slices=2)
+  assert tpu.devices == points.Devices(number=32, num_slices=2, chip='v6e')
   with pytest.raises(ValueError, match='say what a run gets on each host'):
     choice.make('ray')
 
