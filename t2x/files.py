@@ -117,10 +117,10 @@ def read_all(paths: Sequence[epath.Path]) -> list[str]:
     return [path.read_text() for path in paths]
   import fsspec
 
-  names = [os.fspath(path) for path in paths]
-  system, _ = fsspec.core.url_to_fs(names[0])
-  found = system.cat([system._strip_protocol(name) for name in names])
-  return [found[system._strip_protocol(name)].decode() for name in names]
+  system, _ = fsspec.core.url_to_fs(os.fspath(paths[0]))
+  names = [system._strip_protocol(os.fspath(path)) for path in paths]
+  found = system.cat(names)
+  return [found[name].decode() for name in names]
 
 
 def copy_directory(

@@ -13,11 +13,11 @@ from t2x.config import catalog
 from t2x.config import experiment
 from t2x.config import overrides
 from t2x.hardware import backends
+from t2x.sweeps import checks
 from t2x.sweeps import definition
 from t2x.sweeps import ownership
 from t2x.sweeps import points
 from t2x.sweeps import scheduler as scheduler_lib
-from t2x.sweeps import space
 from t2x.sweeps import study as study_lib
 from t2x.sweeps import text
 from t2x.sweeps.launchers import choice
@@ -184,9 +184,9 @@ def check(
   # A dry run needs no network.
   if not (flags.FLAGS.dry_run and files.is_remote(files.path(directory))):
     study_lib.check(directory, facts)
-  scheduler_lib.check_metric(sweep, facts.config)
-  scheduler_lib.check_pruning(sweep, facts.config)
-  scheduler_lib.check_population(sweep, facts.config)
+  checks.check_metric(sweep, facts.config)
+  checks.check_pruning(sweep, facts.config)
+  checks.check_population(sweep, facts.config)
   if _MANY < sweep.num_points <= points.MOST_POINTS:
     print(f'Checks {sweep.num_points:,} points ...', flush=True)
   checked = points.check(facts.config, sweep, made.devices)
@@ -208,9 +208,8 @@ def check(
 
 def _check_given(sweep: definition.Sweep) -> None:
   """Raises ValueError if --set sets what the sweep varies."""
-  varied = [f for name in sweep.parameters for f in space.fields_of(name)]
   for name in overrides.parse_settings(flags.FLAGS.set):
-    for field in varied:
+    for field in sweep.fields:
       if f'{name}.'.startswith(f'{field}.'):
         raise ValueError(
           f'--set {name}=...: the sweep varies {field}. Leave it to the sweep; '

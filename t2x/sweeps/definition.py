@@ -62,7 +62,7 @@ class Sweep:
         'The sweep has no parameters. Give at least one, as in '
         "parameters={'optim.learning_rate': (1e-3, 3e-3)}."
       )
-    _check_fields(parameters, self.seeds)
+    _check_fields(parameters, self.fields, self.seeds)
     field_checks.least(self, '', max_retries=0)
     if not all(0 <= seed < 2**32 for seed in self.seeds):
       raise ValueError(f'seeds={self.seeds}: each is from 0 to 2**32 - 1.')
@@ -72,6 +72,11 @@ class Sweep:
       raise ValueError(f'seeds={self.seeds}: one stands there twice.')
     # Points are counted here, so that a space that cannot be fails at once.
     self.search.num_points(parameters)
+
+  @property
+  def fields(self) -> list[str]:
+    """Config fields that it varies, by their dotted names."""
+    return [f for name in self.parameters for f in space.fields_of(name)]
 
   @property
   def num_points(self) -> int:
@@ -119,8 +124,9 @@ def from_json(data: Mapping[str, Any]) -> Sweep:
   return Sweep(parameters=parameters, **values)
 
 
-def _check_fields(parameters: Mapping[str, Any], seeds: Sequence[int]) -> None:
-  fields = [f for name in parameters for f in space.fields_of(name)]
+def _check_fields(
+  parameters: Mapping[str, Any], fields: Sequence[str], seeds: Sequence[int]
+) -> None:
   for i, field in enumerate(fields):
     if field in fields[:i]:
       raise ValueError(f'parameters: {field!r} stands there twice.')

@@ -227,9 +227,8 @@ class Objects(journal.BaseJournalBackend):
     if not self._path(self._num_objects).exists():
       return
     names = {path.name for path in files.children(self._directory)}
-    while (end := self._num_objects + _TOGETHER) % _TOGETHER == 0:
-      if (name := _together(end)) not in names:
-        break
+    # Only where a thousand begins is there one of that name.
+    while (name := _together(self._num_objects + _TOGETHER)) in names:
       for text in reading.json_object(
         self._directory / name, 'Remove it: it is made of others.'
       )['objects']:

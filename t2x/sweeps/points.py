@@ -56,7 +56,6 @@ class RunConfig:
     config: the experiment with these settings.
     parent: key of the run whose state it begins with; None for new weights.
     stop_after: step after which it ends; None for its last.
-    first_step: step after which it begins.
   """
 
   key: str
@@ -64,7 +63,6 @@ class RunConfig:
   config: experiment.Experiment
   parent: str | None = None
   stop_after: int | None = None
-  first_step: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,11 +91,13 @@ class PointRuns:
     point: value of each parameter.
     key: hash of the runs; a point with the same one is the same trial.
     runs: one run for each seed.
+    origin: beginning and end of its runs; None for whole runs.
   """
 
   point: space.Point
   key: str
   runs: tuple[RunConfig, ...]
+  origin: Origin | None = None
 
 
 def key_of(
@@ -144,30 +144,30 @@ def candidate(
     ValueError: a name is no field, a value does not fit it, or the config
       refuses it.
   """
-  origin = origin or Origin()
+  own_part = origin or Origin()
   settings = space.settings_of(point)
   runs = []
   for seed in sweep.seeds or (None,):
     own = settings if seed is None else {**settings, 'train.seed': str(seed)}
     config = overrides.override(base, own)
     key = key_of(config, own)
-    parent = origin.parents[len(runs)] if origin.parents else None
-    if origin.stop_after is not None:
-      key = _hash(f'{key} {parent} {origin.stop_after} {origin.member}')
+    parent = own_part.parents[len(runs)] if own_part.parents else None
+    stop = own_part.stop_after
+    if stop is not None:
+      key = _hash(f'{key} {parent} {stop} {own_part.member}')
     runs.append(
       RunConfig(
         key=key,
         settings=own,
         config=config,
         parent=parent,
-        stop_after=origin.stop_after,
-        first_step=origin.first_step,
+        stop_after=stop,
       )
     )
   key = runs[0].key
   if len(runs) > 1:
     key = _hash(' '.join(run.key for run in runs))
-  return PointRuns(point=point, key=key, runs=tuple(runs))
+  return PointRuns(point=point, key=key, runs=tuple(runs), origin=origin)
 
 
 class Checker:

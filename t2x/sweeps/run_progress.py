@@ -26,7 +26,7 @@ class Snapshot:
     num_skipped: updates in a row that were skipped up to that row.
     stopped_at: step after which the run was told to stop, once it has saved
       that; None before.
-    times: seconds of training steps, by the step of the row that has them.
+    seconds: time in training steps after the first step.
     names: metrics of its rows.
   """
 
@@ -36,12 +36,8 @@ class Snapshot:
   diverged: str = ''
   num_skipped: int = 0
   stopped_at: int | None = None
-  times: Mapping[int, float] = dataclasses.field(default_factory=dict)
+  seconds: float = 0.0
   names: tuple[str, ...] = ()
-
-  def seconds_after(self, step: int) -> float:
-    """Returns the time in training steps after one."""
-    return sum(seconds for at, seconds in self.times.items() if at > step)
 
 
 class RunProgress:
@@ -50,12 +46,14 @@ class RunProgress:
   Args:
     workdir: directory of the run, local or gs://; it may not exist yet.
     metric: name of the metric in the run's rows.
+    first_step: step up to which its rows came along from another run.
   """
 
-  def __init__(self, workdir: epath.PathLike, metric: str):
+  def __init__(self, workdir: epath.PathLike, metric: str, first_step: int = 0):
     self._workdir = files.path(workdir)
     self._file = self._workdir / metrics.FILE
     self._metric = metric
+    self._first_step = first_step
     self._identity: Any = None
     self._offset = 0
     self._forget()
@@ -66,7 +64,7 @@ class RunProgress:
       'values': {},
       'diverged': '',
       'num_skipped': 0,
-      'times': {},
+      'seconds': 0.0,
       'names': {},
     }
     self._offset = 0
@@ -83,14 +81,14 @@ class RunProgress:
       diverged=seen['diverged'],
       num_skipped=seen['num_skipped'],
       stopped_at=workdir_lib.stopped_step(self._workdir),
-      times=dict(seen['times']),
+      seconds=seen['seconds'],
       names=(*seen['names'],),
     )
 
   def _add(self, row: Mapping[str, Any]) -> None:
     seen, step = self._rows, row['step']
-    if row.get('step_seconds') is not None:
-      seen['times'][step] = row['step_seconds'] * (step - seen['step'])
+    if row.get('step_seconds') is not None and step > self._first_step:
+      seen['seconds'] += row['step_seconds'] * (step - seen['step'])
     seen['step'] = step
     seen['diverged'] = ', '.join(row.get('non_finite', ()))
     seen['num_skipped'] = int(row.get('num_skipped') or 0)

@@ -24,8 +24,6 @@ from etils import epath
 from t2x import files
 from t2x import reading
 from t2x.config import experiment
-from t2x.data import config as data_config
-from t2x.sweeps import definition
 from t2x.sweeps import hparams
 from t2x.sweeps import ownership
 from t2x.sweeps import points
@@ -355,22 +353,21 @@ class Scheduler:
 
   def _leave_out(self, point: space.Point, error: ValueError) -> None:
     """Says that a config refuses a point, if such points may be left out."""
-    if not self._skip_impossible:
-      refusal = points.refusal(
-        [(point, str(error))], self._study.sweep.num_points
-      )
-      raise ValueError(refusal) from error
+    self._refuse(point, str(error))
     self._say(f'left out {points.describe(point)}: {error}')
 
   def _is_impossible(self, found: points.PointRuns) -> bool:
     error = self._checker.error_of(found)
     if error is None:
       return False
-    if not self._skip_impossible:
-      raise ValueError(
-        points.refusal([(found.point, error)], self._study.sweep.num_points)
-      )
+    self._refuse(found.point, error)
     return True
+
+  def _refuse(self, point: space.Point, error: str) -> None:
+    """Raises ValueError unless points that cannot run may be left out."""
+    if not self._skip_impossible:
+      total = self._study.sweep.num_points
+      raise ValueError(points.refusal([(point, error)], total))
 
   def _take_over(self) -> None:
     """Goes on with what dead workers have begun.
@@ -415,7 +412,9 @@ class Scheduler:
     runs = []
     for config in found.runs:
       progress = run_progress.RunProgress(
-        self._study.workdir(config.key), self._study.sweep.metric
+        self._study.workdir(config.key),
+        self._study.sweep.metric,
+        trial.first_step,
       )
       run = _Run(key=config.key, config=config, progress=progress)
       run.seen = progress.read()
@@ -627,12 +626,10 @@ class Scheduler:
       self._cancel_all(active)
     if any(run.handle is not None for run in runs):
       return
-    # Rows of parents came along with their state.
-    first = trial.first_step
     facts = {
-      'seconds': round(sum(run.seen.seconds_after(first) for run in runs), 3),
+      'seconds': round(sum(run.seen.seconds for run in runs), 3),
       'failures': sum(run.failures for run in runs),
-      'steps': sum(max(run.seen.step - first, 0) for run in runs),
+      'steps': sum(max(run.seen.step - trial.first_step, 0) for run in runs),
     }
     if failed:
       error = failed[0].error
@@ -735,97 +732,6 @@ def job_of(
     group=group,
     settings=run.settings,
   )
-
-
-def check_population(
-  sweep: definition.Sweep, config: experiment.Experiment
-) -> None:
-  """Raises ValueError if runs of a population could not go on as each other."""
-  way = sweep.search
-  if not isinstance(way, search.PopulationBased):
-    return
-  if sweep.pruning is not None:
-    raise ValueError(
-      f'pruning={sweep.pruning.kind}: a population replaces its worst runs, '
-      'and prunes none. Leave it out, or choose another search.'
-    )
-  steps = experiment.num_steps(config)
-  if steps is None or steps < way.generations:
-    raise ValueError(
-      f'search.generations={way.generations} divide the steps of a run, which '
-      f'has {steps or "an unknown number"}. Set train.num_steps.'
-    )
-  lengths = ('train.seed', 'train.num_')
-  fields = [f for name in sweep.parameters for f in space.fields_of(name)]
-  if fixed := [field for field in fields if field.startswith(lengths)]:
-    raise ValueError(
-      f'A population cannot vary {fixed[0]}: its runs go on as each other, '
-      'from generation to generation.'
-    )
-  keys = {
-    points.structure_key(
-      points.candidate(config, sweep, {**first, name: end}).runs[0].config
-    )
-    for first in way.first(sweep.parameters)[:1]
-    for name, parameter in sweep.parameters.items()
-    for end in parameter.ends
-  }
-  if len(keys) > 1:
-    raise ValueError(
-      'A population varies what a run may change as it goes, such as optim.'
-      'learning_rate, and no sizes: one run takes over the weights of another.'
-    )
-
-
-def check_pruning(
-  sweep: definition.Sweep, config: experiment.Experiment
-) -> None:
-  """Raises ValueError if a rule for ending trials could never act."""
-  rule = sweep.pruning
-  if rule is None:
-    return
-  steps = experiment.num_steps(config)
-  if steps is None:
-    raise ValueError(
-      f'pruning={rule.kind} goes by steps, and how many a run takes is not '
-      'known before its corpus is read. Set train.num_steps.'
-    )
-  if rule.first_step >= steps:
-    raise ValueError(
-      f'pruning={rule.kind} ends trials from step {rule.first_step} on, and '
-      f'runs have {steps}: it would end none. Choose less, or leave it out.'
-    )
-  every = config.train.eval_every
-  if sweep.metric.startswith('eval/') and not 0 < every < steps:
-    raise ValueError(
-      f'pruning={rule.kind} goes by {sweep.metric}, which with train.'
-      f'eval_every={every} comes at step {steps} alone, the last. Set train.'
-      'eval_every to less.'
-    )
-
-
-def check_metric(
-  sweep: definition.Sweep, config: experiment.Experiment
-) -> None:
-  """Raises ValueError if a metric is of a set that no run evaluates."""
-  parts = sweep.metric.split('/')
-  if parts[0] != 'eval':
-    return
-  tasks = data_config.parts(config.data)
-  titles = [
-    f'{split}.{task}' if task else split
-    for split in config.data.eval_splits
-    for task in tasks
-  ]
-  if len(parts) != 3 or parts[1] not in titles:
-    names = [f'eval/{title}/loss' for title in titles]
-    close = difflib.get_close_matches(sweep.metric, names, n=1, cutoff=0.3)
-    hint = f' Did you mean {close[0]!r}?' if close else ''
-    raise ValueError(
-      f'metric={sweep.metric!r}: the experiment evaluates '
-      f'{", ".join(titles) or "nothing"} (data.eval_splits), which give '
-      f'eval/NAME/METRIC.{hint}'
-    )
 
 
 def _no_metric(metric: str, run: _Run) -> str:

@@ -334,7 +334,7 @@ class Study:
       value=kept.values[0] if kept.values else None,
       values=kept.intermediate_values,
       pruned_at=kept.user_attrs.get(_PRUNED),
-      origin=_origin(own),
+      origin=_origin(own.get('origin')),
       outcome=outcome,
       began=kept.datetime_start,
       ended=kept.datetime_complete,
@@ -342,17 +342,17 @@ class Study:
 
   def best(self) -> Trial | None:
     """Returns the complete trial with the best finite result, if any."""
-    done = [
-      t
-      for t in self.trials()
-      if t.state == 'complete'
-      and t.value is not None
-      and math.isfinite(t.value)
-    ]
+    # Asked after each trial: the others are not made into `Trial`s.
     sign = 1 if self.sweep.direction == 'minimize' else -1
-    return min(
-      done, key=lambda t: (sign * (t.value or 0), t.number), default=None
-    )
+    done = [
+      (sign * kept.values[0], kept.number, kept)
+      for kept in self._study.get_trials(deepcopy=False)
+      if kept.state == optuna.trial.TrialState.COMPLETE
+      and kept.values
+      and math.isfinite(kept.values[0])
+      and _TRIAL in kept.user_attrs
+    ]
+    return self._trial(min(done)[2]) if done else None
 
 
 def create(directory: epath.PathLike, facts: Facts) -> Study:
@@ -370,8 +370,7 @@ def create(directory: epath.PathLike, facts: Facts) -> Study:
   _make(root)
   text = json.dumps(facts.to_json(), indent=1) + '\n'
   if not files.create_whole(root / FILE, text):
-    facts = _check_same(root, facts)
-    changes = overrides.differences(_read(root), facts.to_json())
+    facts, changes = _check_same(root, facts)
     for name, (before, after) in changes.items():
       _log.info(
         'changed since the study began: %s: %r -> %r', name, before, after
@@ -469,8 +468,10 @@ def read(directory: epath.PathLike) -> Study:
   return Study(root, facts)
 
 
-def _check_same(root: epath.Path, facts: Facts) -> Facts:
-  """Returns the facts of a study that goes on.
+def _check_same(
+  root: epath.Path, facts: Facts
+) -> tuple[Facts, dict[str, tuple[Any, Any]]]:
+  """Returns the facts of a study that goes on, and what changes in its file.
 
   Raises:
     ValueError: the directory holds a study of something else.
@@ -479,8 +480,6 @@ def _check_same(root: epath.Path, facts: Facts) -> Facts:
   facts = dataclasses.replace(facts, name=old['name'])
   new = facts.to_json()
   changes = overrides.differences(old, new)
-  if 'sweep.metric' in changes and not _has_results(root):
-    del changes['sweep.metric']
   outer = tuple(
     f'config.{name}'
     for name in experiment_lib.OUTER_SETTINGS
@@ -493,6 +492,7 @@ def _check_same(root: epath.Path, facts: Facts) -> Facts:
     f'  {name}: {before!r} -> {after!r}'
     for name, (before, after) in changes.items()
     if not name.startswith((*may_change, *outer))
+    and not (name == 'sweep.metric' and not _has_results(root))
   ]
   if lines:
     raise ValueError(
@@ -501,7 +501,7 @@ def _check_same(root: epath.Path, facts: Facts) -> Facts:
       + '\nUse another --study, or undo the changes. Trials that are there '
       'could not be compared with new ones.'
     )
-  return facts
+  return facts, changes
 
 
 def _has_results(root: epath.Path) -> bool:
@@ -527,24 +527,12 @@ def _attributes(
 ) -> dict[str, Any]:
   runs = {run.key: dict(run.settings) for run in found.runs}
   result = {'key': found.key, 'slot': slot, 'worker': worker, 'runs': runs}
-  first = found.runs[0]
-  if first.stop_after is not None:
-    parents = [run.parent for run in found.runs if run.parent]
-    result['origin'] = {
-      'parents': parents,
-      'stop_after': first.stop_after,
-      'first_step': first.first_step,
-    }
+  if found.origin is not None:
+    result['origin'] = dataclasses.asdict(found.origin)
   return result
 
 
-def _origin(own: Mapping[str, Any]) -> points.Origin | None:
-  kept = own.get('origin')
+def _origin(kept: Mapping[str, Any] | None) -> points.Origin | None:
   if kept is None:
     return None
-  return points.Origin(
-    parents=tuple(kept['parents']),
-    stop_after=kept['stop_after'],
-    member=own['slot'],
-    first_step=kept['first_step'],
-  )
+  return points.Origin(**{**kept, 'parents': tuple(kept['parents'])})

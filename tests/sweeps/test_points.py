@@ -5,9 +5,9 @@ import small_sweep
 import tiny
 
 from t2x.config import overrides
+from t2x.sweeps import checks
 from t2x.sweeps import definition
 from t2x.sweeps import points
-from t2x.sweeps import scheduler
 from t2x.sweeps import search
 from t2x.sweeps import space
 
@@ -134,7 +134,7 @@ def test_pruning_that_could_not_act(base, pruning, every, message):
   train = dataclasses.replace(base.train, num_steps=8, eval_every=every)
   config = dataclasses.replace(base, train=train)
   with pytest.raises(ValueError, match=message):
-    scheduler.check_pruning(small_sweep.sweep(pruning=pruning), config)
+    checks.check_pruning(small_sweep.sweep(pruning=pruning), config)
 
 
 def test_points_that_differ_in_numbers_are_checked_once(base, monkeypatch):
@@ -218,5 +218,5 @@ def test_a_sweep_is_a_file(tmp_path):
 def test_a_metric_of_no_evaluated_set(base):
   wrong = small_sweep.sweep(metric='eval/validation/loss')
   with pytest.raises(ValueError, match="Did you mean 'eval/train/loss'"):
-    scheduler.check_metric(wrong, base)
-  scheduler.check_metric(small_sweep.sweep(), base)
+    checks.check_metric(wrong, base)
+  checks.check_metric(small_sweep.sweep(), base)

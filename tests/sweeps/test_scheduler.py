@@ -14,6 +14,7 @@ import time
 import pytest
 import small_sweep
 
+from t2x.sweeps import checks
 from t2x.sweeps import journal
 from t2x.sweeps import ownership
 from t2x.sweeps import scheduler
@@ -347,7 +348,7 @@ def test_a_population_varies_no_sizes(make):
   way = search.PopulationBased(population=4, generations=4)
   facts = make(search=way, parameters={'model.num_layers': (1, 2)}).facts
   with pytest.raises(ValueError, match='and no sizes'):
-    scheduler.check_population(facts.sweep, facts.config)
+    checks.check_population(facts.sweep, facts.config)
 
 
 def test_a_space_that_is_used_up(make):

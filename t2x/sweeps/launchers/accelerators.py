@@ -6,6 +6,7 @@ have ended, however they did: two sweeps, or one that goes on after it was
 killed, never give a chip to two runs.
 """
 
+from collections.abc import Sequence
 import contextlib
 import dataclasses
 import fcntl
@@ -154,7 +155,7 @@ class Dealer:
     return None
 
 
-def share(locks: tuple[str, ...]) -> None:
+def share(locks: Sequence[str]) -> None:
   """Takes a part in locks, until this process ends.
 
   Args:

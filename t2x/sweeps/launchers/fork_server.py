@@ -195,7 +195,7 @@ def _reap() -> None:
 def become(request: dict[str, Any]) -> None:
   """Makes this process look like one that was started for a request."""
   os.setsid()
-  accelerators.share(tuple(request['locks']))
+  accelerators.share(request['locks'])
   os.chdir(request['cwd'])
   os.environ.clear()
   os.environ.update(request['env'])

@@ -86,7 +86,7 @@ class LocalLauncher:
   def __init__(self, config: LocalConfig):
     self._config = config
     self._children: dict[int, subprocess.Popen[bytes]] = {}
-    self._server: fork_server.ForkServer | None = None
+    # The last one forks; others have ended, and know how their children did.
     self._servers: list[fork_server.ForkServer] = []
     self._asked: dict[int, float] = {}
     self._dealer = None
@@ -143,7 +143,7 @@ class LocalLauncher:
     Of accelerators, the first free ones stand for those of each.
     """
     variables = processes.simulating(self._simulated)
-    if self._has_accelerators and (held := self._take()):
+    if held := self._take():
       variables |= held.environment
       held.release()
     settings = [f'{n}={shlex.quote(value)}' for n, value in variables.items()]
@@ -160,7 +160,7 @@ class LocalLauncher:
     return launcher.one_by_one(self._start, jobs)
 
   def _start(self, job: launcher.LaunchJob) -> launcher.Handle | None:
-    held = self._take() if self._has_accelerators else None
+    held = self._take()
     if held is None and self._has_accelerators:
       return None
     try:
@@ -213,11 +213,10 @@ class LocalLauncher:
     config = self._config
     if not config.warm or config.processes > 1 or job.command[0] != 'python':
       return None
-    if self._server is None or not self._server.is_alive:
+    if not self._servers or not self._servers[-1].is_alive:
       own = processes.environment(str(_ROOT), self._simulated)
-      self._server = fork_server.ForkServer(own)
-      self._servers.append(self._server)
-    return self._server.start(
+      self._servers.append(fork_server.ForkServer(own))
+    return self._servers[-1].start(
       list(job.command[1:]),
       cwd=str(_ROOT),
       env=self._environment(held),
@@ -304,7 +303,7 @@ class LocalLauncher:
     """Ends the process that forks for runs."""
     for server in self._servers:
       server.close()
-    self._servers, self._server = [], None
+    self._servers = []
 
 
 def _signal(number: int, what: signal.Signals) -> None:

@@ -8,6 +8,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 from t2x.sweeps.launchers import processes
@@ -19,7 +20,7 @@ class Host:
   def __init__(self, directory: str):
     self._directory = directory
     self._child: subprocess.Popen[bytes] | None = None
-    self._log = pathlib.Path(f'/tmp/t2x-{os.getpid()}.log')
+    self._log = pathlib.Path(tempfile.gettempdir(), f't2x-{os.getpid()}.log')
 
   def address(self) -> str:
     """Returns HOST:PORT, a free port of this host."""

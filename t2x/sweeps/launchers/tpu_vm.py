@@ -181,7 +181,7 @@ class TpuVmLauncher:
     )
     # Given twice, for what it was asked the first time, it starts nothing.
     return (
-      f'mkdir ~/t2x.started || exit 0; '
+      'mkdir ~/t2x.started || exit 0; '
       f'nohup bash -c {shlex.quote(script)} >~/t2x.log 2>&1 </dev/null &'
     )
 
