@@ -6,6 +6,9 @@ ends, and are found again by name. On TPUs the placement group is of whole
 slices.
 """
 
+# The extra `ray` may be absent where types are checked.
+# pyright: reportMissingImports=false
+
 from collections.abc import Sequence
 import dataclasses
 import pathlib

@@ -3,6 +3,9 @@
 JAX is imported by the process alone: in the actor it would hold the TPU.
 """
 
+# The extra `ray` may be absent where types are checked.
+# pyright: reportMissingImports=false
+
 import os
 import pathlib
 import socket
