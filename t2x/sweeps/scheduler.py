@@ -180,11 +180,14 @@ class Scheduler:
             self._take_over()
             looked = time.monotonic()
           self._fill()
+          active = len(self._active)
           self._poll()
           if self._stopping and (self._launcher.stays or not self._active):
             return
           if not self._active and self._is_done():
             return
+          if len(self._active) < active:
+            continue  # The next trial takes the place of one that ended.
           # Without a trial of its own, it waits for those of others.
           time.sleep(self._poll_seconds if self._active else _IDLE_SECONDS)
       except BaseException:

@@ -60,6 +60,19 @@ def test_a_sweep_runs_each_point_once(make):
   assert len(study.trials()) == 4
 
 
+def test_the_next_trial_starts_when_one_ends(make, monkeypatch):
+  pauses = []
+  sleep = time.sleep
+  monkeypatch.setattr(
+    scheduler.time, 'sleep', lambda s: (pauses.append(s), sleep(s))
+  )
+  study = make()
+  worker = small_sweep.worker(study)
+  worker.run()
+  assert len(study.trials()) == 4
+  assert pauses and max(pauses) < 0.5
+
+
 def test_seeds_are_averaged(make):
   study = make(seeds=(0, 10))
   small_sweep.worker(study).run()
