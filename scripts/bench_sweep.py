@@ -4,6 +4,7 @@ python scripts/bench_sweep.py [--json] [--only=NAMES] [--trials=10000]
 
 overhead   seconds that a sweep adds to each of 20 trials that take a moment
 large      seconds to open, to suggest in, and to list a study of many trials
+page       seconds and bytes of the report of 1,000 trials with 20 rows each
 workers    trials lost or suggested twice by 8 workers in one study of 1,000
 start      seconds before the first step of the first trial of a rate sweep, and
            of those that differ from it in the rate alone
@@ -28,6 +29,7 @@ from t2x.config import catalog
 from t2x.sweeps import definition
 from t2x.sweeps import ownership
 from t2x.sweeps import points
+from t2x.sweeps import report
 from t2x.sweeps import scheduler as scheduler_lib
 from t2x.sweeps import search
 from t2x.sweeps import space
@@ -51,7 +53,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  names = ('overhead', 'large', 'workers', 'start')
+  names = ('overhead', 'large', 'page', 'workers', 'start')
   parser.add_argument('--json', action='store_true')
   parser.add_argument('--only', default=','.join(names))
   parser.add_argument('--trials', type=int, default=10_000)
@@ -166,6 +168,30 @@ def _large(root: pathlib.Path, args: argparse.Namespace) -> dict:
     'seconds to list': round(list_seconds, 3),
     'seconds to suggest': round(suggested, 3),
     'limit': 2.0,
+  }
+
+
+def _page(root: pathlib.Path, args: argparse.Namespace) -> dict:
+  num, rows = 1000, 20
+  facts = _facts(num)
+  study = study_lib.create(root, facts)
+  way = search.RandomSearch(num_trials=num)
+  for i, point in enumerate(way.points(facts.sweep.parameters)):
+    found = _candidate(facts, point)
+    trial = study.begin(found, found.key, 'bench')
+    last = float(i % 97)
+    for step in range(1, rows + 1):
+      study.report(trial, step, last + 1 / step)
+    study.finish(trial, 'complete', last, seconds=1.0)
+  start = time.perf_counter()
+  page, *_ = report.write(root)
+  seconds = time.perf_counter() - start
+  return {
+    'trials': num,
+    'seconds': round(seconds, 2),
+    'seconds limit': 20.0,
+    'bytes': pathlib.Path(page).stat().st_size,
+    'bytes limit': 5_000_000,
   }
 
 
