@@ -3,13 +3,14 @@
 It takes a run's command line, goes on from the rows that are there, saves on
 SIGTERM and ends. Its loss after a step is (log10(rate) + 2)**2 + 1 / step, with
 a little of the seed, so that 1e-2 is the best rate. Of several processes, the
-first does this; others wait for its end.
+first does this; others wait for its end, and it for them, as JAX does.
 
 STEPS: steps in all. PAUSE: seconds after each. DIE=STEP:TIMES: exit status 3
 after a step, so many times. NAN_ABOVE: rate above which the loss is not finite.
 SILENT: metrics have other names. NO_ROWS: nothing is written.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -43,6 +44,8 @@ def main() -> None:
     return
   with open(workdir / 'starts', 'a') as f:
     f.write(f'{os.getpid()}\n')
+  if others:
+    _wait_for_another(workdir, stopped)
   seen = os.environ.get('CUDA_VISIBLE_DEVICES', '')
   began = time.time()
   if env('NO_ROWS'):
@@ -73,9 +76,26 @@ def main() -> None:
       if stopped:
         return
       time.sleep(float(env('PAUSE', '0')))
+  if others:
+    _wait_for_another(workdir, stopped)
+    if stopped:
+      return
   had = {'seen': seen, 'began': began, 'ended': time.time()}
   (workdir / 'accelerators').write_text(json.dumps(had))
   (workdir / 'finished.json').write_text(json.dumps({'step': steps}))
+
+
+def _wait_for_another(workdir: pathlib.Path, stopped: list[int]) -> None:
+  """Waits while the last of the others does not run: it was killed, say."""
+  import psutil  # The many runs of one process start sooner without it.
+
+  others = workdir / 'others'
+  while not stopped:
+    with contextlib.suppress(OSError, IndexError, psutil.NoSuchProcess):
+      last = psutil.Process(int(others.read_text().split()[-1]))
+      if last.status() != psutil.STATUS_ZOMBIE:
+        return
+    time.sleep(0.02)
 
 
 if __name__ == '__main__':
