@@ -1,11 +1,11 @@
 """Sweeps on a real Ray cluster of this machine."""
 
+import contextlib
 import math
 import os
 import signal
 import sys
 import threading
-import time
 
 import extras
 import psutil
@@ -60,11 +60,33 @@ def study(tmp_path):
   return study_lib.create(tmp_path / 'study', small_sweep.facts(tmp_path))
 
 
+@contextlib.contextmanager
+def _killing(find):
+  """Kills the first process that `find` returns; yields those it killed."""
+  killed, ended = [], threading.Event()
+
+  def kill():
+    while not killed and not ended.wait(0.05):
+      for number in find()[:1]:
+        with contextlib.suppress(ProcessLookupError):
+          os.kill(number, signal.SIGKILL)
+          killed.append(number)
+
+  thread = threading.Thread(target=kill)
+  thread.start()
+  try:
+    yield killed
+  finally:
+    ended.set()
+    thread.join()
+
+
 def _second_processes(study):
   """Returns the second process of each run."""
   return [
-    int(file.read_text().split()[0])
+    int(text.split()[0])
     for file in study.directory.glob('trials/*/others')
+    if (text := file.read_text())
   ]
 
 
@@ -72,21 +94,9 @@ def _second_processes(study):
 def test_a_sweep_whose_worker_is_killed(cluster, study):
   """One of the two processes of a run."""
   del cluster
-  killed = []
-
-  def kill():
-    deadline = time.monotonic() + 60
-    while not killed and time.monotonic() < deadline:
-      for number in _second_processes(study)[:1]:
-        os.kill(number, signal.SIGKILL)
-        killed.append(number)
-      time.sleep(0.05)
-
-  thread = threading.Thread(target=kill)
-  thread.start()
   worker = _worker(study)
-  worker.run()
-  thread.join()
+  with _killing(lambda: _second_processes(study)) as killed:
+    worker.run()
   assert killed
   assert [t.value for t in study.trials()] == pytest.approx(_losses())
   assert sum(t.outcome['failures'] for t in study.trials()) == 1
@@ -127,26 +137,18 @@ def test_real_runs_of_two_processes(cluster, tmp_path, monkeypatch):
     # Actors have the environment of the cluster, which began before.
     return ['env', f'TINY_DIRECTORY={tmp_path}', *start, *own]
 
-  killed, ended = [], []
+  def second_processes():
+    """Returns that of the first run once that has saved a step."""
+    if not list(study.directory.glob('trials/*/checkpoints/2')):
+      return []
+    found = psutil.process_iter(['pid', 'cmdline'])
+    lines = {p.pid: ' '.join(p.info['cmdline'] or ()) for p in found}
+    parts = real_sweep.EXPERIMENT, '--process_id=1'
+    return [i for i, text in lines.items() if all(p in text for p in parts)]
 
-  def kill():
-    """Kills a process of the first run once that has saved a step."""
-    deadline = time.monotonic() + 240
-    while not (killed or ended) and time.monotonic() < deadline:
-      if list(study.directory.glob('trials/*/checkpoints/2')):
-        for process in psutil.process_iter(['cmdline']):
-          text = ' '.join(process.info['cmdline'] or ())
-          if real_sweep.EXPERIMENT in text and '--process_id=1' in text:
-            process.kill()
-            killed.append(process.pid)
-      time.sleep(0.05)
-
-  thread = threading.Thread(target=kill)
-  thread.start()
   worker = _worker(study, parallel=1, command=command)
-  worker.run()
-  ended.append(True)
-  thread.join()
+  with _killing(second_processes) as killed:
+    worker.run()
   assert killed, worker.said
   trials = study.trials()
   assert [t.state for t in trials] == ['complete'] * 2, worker.said
