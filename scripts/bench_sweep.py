@@ -128,20 +128,24 @@ def _overhead(root: pathlib.Path, args: argparse.Namespace) -> dict:
   }
 
 
-def _candidate(facts: study_lib.Facts, point: space.Point) -> points.PointRuns:
-  return points.candidate(facts.config, facts.sweep, point)
+def _recorded(root: pathlib.Path, num: int, rows: int) -> study_lib.Study:
+  """Returns a new study of complete trials with so many rows each."""
+  facts = _facts(num)
+  study = study_lib.create(root, facts)
+  sampled = search.RandomSearch(num_trials=num).points(facts.sweep.parameters)
+  for i, point in enumerate(sampled):
+    found = points.candidate(facts.config, facts.sweep, point)
+    trial = study.begin(found, found.key, 'bench')
+    last = float(i % 997)
+    for step in range(1, rows + 1):
+      study.report(trial, step, last + 1 / step)
+    study.finish(trial, 'complete', last, seconds=1.0)
+  return study
 
 
 def _large(root: pathlib.Path, args: argparse.Namespace) -> dict:
-  facts = _facts(args.trials)
-  study = study_lib.create(root, facts)
   start = time.perf_counter()
-  way = search.RandomSearch(num_trials=args.trials)
-  sampled = list(way.points(facts.sweep.parameters))
-  for i, point in enumerate(sampled):
-    found = _candidate(facts, point)
-    trial = study.begin(found, found.key, 'bench')
-    study.finish(trial, 'complete', float(i % 997), seconds=1.0)
+  facts = _recorded(root, args.trials, rows=0).facts
   recorded = time.perf_counter() - start
   start = time.perf_counter()
   again = study_lib.read(root)
@@ -173,16 +177,7 @@ def _large(root: pathlib.Path, args: argparse.Namespace) -> dict:
 
 def _page(root: pathlib.Path, args: argparse.Namespace) -> dict:
   num, rows = 1000, 20
-  facts = _facts(num)
-  study = study_lib.create(root, facts)
-  way = search.RandomSearch(num_trials=num)
-  for i, point in enumerate(way.points(facts.sweep.parameters)):
-    found = _candidate(facts, point)
-    trial = study.begin(found, found.key, 'bench')
-    last = float(i % 97)
-    for step in range(1, rows + 1):
-      study.report(trial, step, last + 1 / step)
-    study.finish(trial, 'complete', last, seconds=1.0)
+  _recorded(root, num, rows)
   start = time.perf_counter()
   page, *_ = report.write(root)
   seconds = time.perf_counter() - start
@@ -195,7 +190,7 @@ def _page(root: pathlib.Path, args: argparse.Namespace) -> dict:
   }
 
 
-def _work(directory: str, num: int) -> None:
+def _work(directory: str) -> None:
   """A worker whose trials are over at once."""
   flags.FLAGS(sys.argv[:1])
   study = study_lib.read(directory)
@@ -207,7 +202,6 @@ def _work(directory: str, num: int) -> None:
     say=lambda line: None,
     poll_seconds=0.0,
   )
-  del num
   worker.run()
 
 
@@ -262,8 +256,8 @@ def _workers(root: pathlib.Path, args: argparse.Namespace) -> dict:
     study = study_lib.create(root / name, facts)
     context = multiprocessing.get_context('spawn')
     children = [
-      context.Process(target=_work, args=(str(root / name), i))
-      for i in range(workers)
+      context.Process(target=_work, args=(str(root / name),))
+      for _ in range(workers)
     ]
     start = time.perf_counter()
     for child in children:

@@ -44,8 +44,6 @@ def main() -> None:
     return
   with open(workdir / 'starts', 'a') as f:
     f.write(f'{os.getpid()}\n')
-  if others:
-    _wait_for_another(workdir, stopped)
   seen = os.environ.get('CUDA_VISIBLE_DEVICES', '')
   began = time.time()
   if env('NO_ROWS'):
